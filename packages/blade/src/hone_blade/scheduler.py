@@ -1,8 +1,8 @@
 """The sampler that BLADE's distillation trains for, as a diffusers scheduler.
 
-Trajectory Distribution Matching (TDM) trains the few-step student on the states of one particular rollout. A student that
-is sampled with another solver or on another grid meets noise levels it never saw, so the rollout itself is shipped as the
-sampler, and the training code uses the same arithmetic.
+Trajectory Distribution Matching (TDM) trains the few-step student on the states of one particular rollout. A student
+that is sampled with another solver or on another grid meets noise levels it never saw, so the rollout itself is shipped
+as the sampler, and the training code uses the same arithmetic.
 
 Words used below: ``t`` is an integer training time in ``[0, num_train_timesteps)``; a state is ``x_t = alpha_t x0 +
 sigma_t e`` with ``e`` standard normal; ``t = -1`` stands for clean data (``alpha = 1, sigma = 0``).
@@ -10,6 +10,7 @@ sigma_t e`` with ``e`` standard normal; ``t = -1`` stands for clean data (``alph
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -44,7 +45,8 @@ def rollout_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000)
     """
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(
-            f"num_inference_steps must be between 1 and num_train_timesteps={num_train_timesteps}; got {num_inference_steps}"
+            f"num_inference_steps must be between 1 and num_train_timesteps={num_train_timesteps}; "
+            f"got {num_inference_steps}"
         )
     steps, total = num_inference_steps, num_train_timesteps
     return [round(total * (steps - i) / steps) - 1 for i in range(steps)]
@@ -74,10 +76,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):
     parameterisation follows from ``prediction_type``, the noise levels of CogVideoX from its betas.
 
     **Flow time (Wan).** The network is conditioned on ``t = 1000 sigma``, where ``sigma`` is the noise level of its
-    input *after* any timestep shift: a shift changes which levels a solver visits, not what the number ``t`` means to the
-    network. So a grid value ``t`` is the level ``sigma = t / num_train_timesteps`` and ``alpha = 1 - sigma``, and no
-    ``flow_shift`` enters here. Two consequences: the first state is pure noise although ``sigma_999 = 0.999`` leaves room
-    for 0.001 x0 (as in training), and the last network call at t = 124 jumps from sigma 0.124 to clean data.
+    input *after* any timestep shift: a shift changes which levels a solver visits, not what the number ``t`` means to
+    the network. So a grid value ``t`` is the level ``sigma = t / num_train_timesteps`` and ``alpha = 1 - sigma``, and
+    no ``flow_shift`` enters here. Two consequences: the first state is pure noise although ``sigma_999 = 0.999`` leaves
+    room for 0.001 x0 (as in training), and the last network call, at t = 124, jumps from sigma 0.124 to clean data.
 
     **Where noise comes from.** ``CogVideoXPipeline`` hands its ``generator`` to ``step``; ``WanPipeline`` does not. Set
     ``scheduler.generator`` to make Wan repeatable; with neither, torch's global generator is used.
@@ -100,8 +102,8 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):
     Source: BLADE (arXiv 2508.10774) training scripts, step 0 of an iteration; TDM (arXiv 2503.06674).
     Differs: The Wan script looks ``sigma`` up by exact match of ``t`` in a table of 1000 shifted levels rounded to
         integers. 268 of the 980 usable times are not in that table, t = 374 and t = 124 of the rollout among them, and
-        each miss silently takes the table's last, nearly zero level. Here ``sigma`` is computed. The published inference
-        script uses UniPC with flow shift 3, whose times differ from the training rollout's; this class does not.
+        each miss silently takes the table's last, nearly zero level. Here ``sigma`` is computed. The published
+        inference script runs UniPC with flow shift 3, on other times than the training rollout; this class does not.
         Defaults of the betas are those of CogVideoX-5B, not those of the diffusers class.
     """
 
@@ -195,7 +197,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(f"pass either num_inference_steps or timesteps; got {num_inference_steps} and {timesteps}")
         times = rollout_timesteps(num_inference_steps, total) if timesteps is None else [int(t) for t in timesteps]
-        descending = all(a > b for a, b in zip(times, times[1:], strict=False))
+        descending = all(a > b for a, b in pairwise(times))
         if not times or not descending or not 0 <= times[-1] <= times[0] < total:
             raise ValueError(f"timesteps must descend strictly within 0 .. {total - 1}; got {times}")
         self._times = times
