@@ -90,7 +90,9 @@ def _tile(source, batch, head, start, stride_b, stride_h, stride_s, tokens, ROWS
     else:
         row = tl.arange(0, ROWS)
         dim = tl.arange(0, DIM_PAD)
-        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(start, tl.int64) * stride_s
+        base = (
+            source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(start, tl.int64) * stride_s
+        )
         ptrs = base + row[:, None] * stride_s + dim[None, :]
         if MASKED:
             keep = (start + row < tokens)[:, None]
@@ -187,7 +189,9 @@ def _forward_kernel(
             if BIASED:
                 at = start + tl.arange(0, BN)
                 bias = tl.load(bias_ptr + batch * sbb + head_k * sbh + at * sbg, mask=at < pooled, other=0.0) * LOG2E
-            acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, pooled - start, scale, True, BIASED, PRECISION)
+            acc, total, top = _softmax_step(
+                acc, total, top, q, k, v, bias, pooled - start, scale, True, BIASED, PRECISION
+            )
 
     at = start_q + tl.arange(0, BM)
     some = total > 0
@@ -505,7 +509,7 @@ def attention_backward(
         STAGES=dq_tiles.stages, num_warps=dq_tiles.warps, num_stages=dq_tiles.stages, **shared,
     )  # fmt: skip
 
-    def key_gradients(keys, values, dkeys, dvalues, bias, dbias, valid, dense):  # noqa: ANN
+    def key_gradients(keys, values, dkeys, dvalues, bias, dbias, valid, dense):
         descriptors = dkv_tiles.descriptors and aligned
         sources = [q, keys, values, dout]
         if descriptors:
