@@ -106,6 +106,15 @@ def _tile(source, batch, head, start, stride_b, stride_h, stride_s, tokens, ROWS
 
 
 @triton.jit
+def _listed(idx_ptr, t, end, BLOCK: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr):
+    """First token of the ``t``-th tile of a list of blocks, each ``SUB`` tiles of ``ROWS`` tokens.
+
+    Loops carry it from one iteration to the next: the loads that depend on it then get every pipeline stage.
+    """
+    return tl.load(idx_ptr + t // SUB, mask=t < end, other=0) * BLOCK + (t % SUB) * ROWS
+
+
+@triton.jit
 def _softmax_step(acc, total, top, q, k, v, bias, valid, scale, MASKED: tl.constexpr, BIASED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys into the running softmax. ``valid`` is how many of them exist (read only if MASKED)."""
@@ -167,11 +176,12 @@ def _forward_kernel(
         last = tl.load(idx_ptr + tl.maximum(num - 1, 0))
         full = tl.where((num > 0) & ((last + 1) * BLOCK_K > tokens_k), num - 1, num) * SUB
     if not VALID:
+        start = _listed(idx_ptr, 0, full, BLOCK_K, SUB, BN)
         for t in tl.range(0, full, num_stages=STAGES):
-            start = tl.load(idx_ptr + t // SUB) * BLOCK_K + (t % SUB) * BN
             k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, False, DESC)
             v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, False, DESC)
             acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, 0, scale, False, False, PRECISION)
+            start = _listed(idx_ptr, t + 1, full, BLOCK_K, SUB, BN)
     if TAIL or VALID:
         for t in tl.range(full, num * SUB, num_stages=STAGES if VALID else 1):
             block = tl.load(idx_ptr + t // SUB)
@@ -277,11 +287,12 @@ def _dq_kernel(
         last = tl.load(idx_ptr + tl.maximum(num - 1, 0))
         full = tl.where((num > 0) & ((last + 1) * BLOCK_K > tokens_k), num - 1, num) * SUB
     if not VALID:
+        start = _listed(idx_ptr, 0, full, BLOCK_K, SUB, BN)
         for t in tl.range(0, full, num_stages=STAGES):
-            start = tl.load(idx_ptr + t // SUB) * BLOCK_K + (t % SUB) * BN
             k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, False, DESC)
             v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, False, DESC)
             dq = _dq_step(dq, q, dout, lse, delta, k, v, bias, 0, scale, False, False, PRECISION)
+            start = _listed(idx_ptr, t + 1, full, BLOCK_K, SUB, BN)
     if TAIL or VALID:
         for t in tl.range(full, num * SUB, num_stages=STAGES if VALID else 1):
             block = tl.load(idx_ptr + t // SUB)
@@ -345,11 +356,10 @@ def _dkv_kernel(
         else:
             count = tl.load(num_ptr + batch * snb + head * snh + block) * SUB
             idx = idx_ptr + batch.to(tl.int64) * sib + head.to(tl.int64) * sih + block.to(tl.int64) * siq
+        start = 0
+        if not DENSE:
+            start = _listed(idx, 0, count, BLOCK_Q, SUB, BM)
         for t in tl.range(0, count, num_stages=STAGES):
-            if DENSE:
-                start = t * BM
-            else:
-                start = tl.load(idx + t // SUB) * BLOCK_Q + (t % SUB) * BM
             q = _tile(q_src, batch, head, start, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC)
             dout = _tile(dout_src, batch, head, start, sdb, sdh, sds, tokens_q, BM, DIM, DIM_PAD, True, DESC)
             lse, delta = _row_stats(lse_ptr, delta_ptr, flat, start, tokens_q, BM)
@@ -363,6 +373,10 @@ def _dkv_kernel(
             if BIASED:
                 dbias += tl.sum(ds, 1)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if DENSE:
+                start += BM
+            else:
+                start = _listed(idx, t + 1, count, BLOCK_Q, SUB, BM)
 
     if VALID:
         exists = at - block * BLOCK_K < tl.load(valid_ptr + batch * sval + block)
