@@ -57,9 +57,7 @@ def _check(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str) ->
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
     if q.dtype != k.dtype or q.device != k.device:
-        raise TypeError(
-            f"q and k must share dtype and device; got {q.dtype} on {q.device} and {k.dtype} on {k.device}"
-        )
+        raise TypeError(f"q and k must share dtype and device; got {q.dtype} on {q.device} and {k.dtype} on {k.device}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must share batch size and head_dim; got {list(q.shape)} and {list(k.shape)}")
     if q.shape[1] % k.shape[1]:
@@ -131,26 +129,27 @@ def block_scores(
     With s the scaled logit of a sampled query r of block i and a sampled key c of block j:
 
     - ``"paper"``: ``max_r max_c softmax_c(s)``, the softmax over all sampled keys of all blocks;
-    - ``"official"``: ``max_r exp(max_{c in j} s - max_c s)``, that is without the softmax denominator, so that every sampled
-      query gives a 1 to its best block;
+    - ``"official"``: ``max_r exp(max_{c in j} s - max_c s)``, that is without the softmax denominator, so that every
+      sampled query gives a 1 to its best block;
     - ``"lse"``: ``mean_r sum_{c in j} softmax_c(s)``, the attention mass of the block;
     - ``"mean"``: softmax over j of the logits of the mean query and the mean key of the listed tokens.
 
-    Not differentiable. Never holds the map of all sampled queries against all sampled keys; no call waits for the device.
+    Not differentiable. Never holds the map of all sampled queries against all sampled keys; no call waits for the
+    device.
 
     Args:
         q: ``[B, H, TQ, D]``, any strides with D contiguous.
         k: ``[B, HK, TK, D]``, H a multiple of HK.
-        q_index: int32 ``[B or 1, H or 1, NQ, R]``, the positions in q that stand for each query block; a negative entry is
-            no token (short blocks). Not checked against TQ, which would wait for the device.
+        q_index: int32 ``[B or 1, H or 1, NQ, R]``, the positions in q that stand for each query block; a negative entry
+            is no token (short blocks). Not checked against TQ, which would wait for the device.
         k_index: int32 ``[B or 1, H or 1, NK, S]``, likewise for k, per query head.
         kind: Which score.
         scale: Factor on the logits; ``D ** -0.5`` if None.
         backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
 
     Returns:
-        float32 (float64 for float64 inputs) ``[B, H, NQ, NK]``. A query block without a token has a row of zeros, a key block
-        without one a column of zeros.
+        float32 (float64 for float64 inputs) ``[B, H, NQ, NK]``. A query block without a token has a row of zeros, a key
+        block without one a column of zeros.
 
     Raises:
         ValueError: If shapes, kind and backend do not fit together.

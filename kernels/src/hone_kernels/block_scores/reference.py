@@ -29,8 +29,8 @@ def block_scores_reference(
         k_index: ``[B or 1, H or 1, NK, S]``.
         kind: See ``block_scores``.
         scale: Factor on the logits.
-        rounding: A dtype to which block maxima and unnormalised scores are rounded, for comparison with an implementation that
-            stores them so (the release of BLADE: bfloat16, twice, with ``kind="official"``).
+        rounding: A dtype to which block maxima and unnormalised scores are rounded, for comparison with an
+            implementation that stores them so (the release of BLADE: bfloat16, twice, with ``kind="official"``).
 
     Returns:
         ``[B, H, NQ, NK]``.

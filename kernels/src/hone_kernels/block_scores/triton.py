@@ -75,7 +75,7 @@ def _row_stats_kernel(
     H: tl.constexpr, SAMPLES: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BLOCKS: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """STAT[row, block]: largest sampled logit (log-sum-exp for KIND 2) in base 2; ROW: the row's reference to subtract."""
+    """STAT[row, block]: largest sampled logit (KIND 2: log-sum-exp), base 2. ROW: what to subtract from the row."""
     local = tl.program_id(1).to(tl.int64)
     b = (local + first_bh) // H
     h = (local + first_bh) % H

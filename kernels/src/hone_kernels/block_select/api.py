@@ -26,8 +26,8 @@ class SelectedBlocks(NamedTuple):
     """Lists of kept key blocks, as ``hone_kernels.attention.BlockLayout`` wants them.
 
     Attributes:
-        kv_idx: int32 ``[B, H, NQ, L]``, ascending in the first ``kv_num`` entries, 0 behind them. L is NK with forced blocks,
-            else ``max_keep``.
+        kv_idx: int32 ``[B, H, NQ, L]``, ascending in the first ``kv_num`` entries, 0 behind them. L is NK with forced
+            blocks, else ``max_keep``.
         kv_num: int32 ``[B, H, NQ]``.
         clamped: bool ``[B, H, NQ]``, whether ``mass`` asked for more than ``max_keep`` blocks; False in forced rows.
     """
@@ -50,8 +50,8 @@ def select_blocks(
 ) -> SelectedBlocks:
     """Keep the best-scored key blocks of each row; no call waits for the device.
 
-    Blocks are ranked by score, ties by position. With ``mass`` a row keeps the fewest whose scores reach ``mass`` times the
-    row's sum, clamped to ``[min_keep, max_keep]``; without it, ``max_keep``.
+    Blocks are ranked by score, ties by position. With ``mass`` a row keeps the fewest whose scores reach ``mass`` times
+    the row's sum, clamped to ``[min_keep, max_keep]``; without it, ``max_keep``.
 
     Args:
         scores: float ``[B, H, NQ, NK]``, not negative.
@@ -60,7 +60,8 @@ def select_blocks(
         mass: Share of the row's sum, in (0, 1], or None.
         inclusive: Whether the block that reaches ``mass`` is kept; if not, one block fewer (before clamping).
         keep_diagonal: Whether block i of row i ranks first whatever its score.
-        forced: The last so many rows keep every block, and every row keeps the last so many blocks, beyond ``max_keep``.
+        forced: The last so many rows keep every block, and every row keeps the last so many blocks, beyond
+            ``max_keep``.
         backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
 
     Raises:

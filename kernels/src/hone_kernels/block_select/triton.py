@@ -1,4 +1,4 @@
-"""Block selection in Triton: one program per row, which finds its cut by bisection on the bits of the scores, without sorting."""
+"""Block selection in Triton: one program per row, which bisects on the bits of the scores instead of sorting them."""
 
 from __future__ import annotations
 

@@ -38,14 +38,15 @@ class BladeConfig:
     block: int = 128
     """Tokens in a block, one of 16, 32, 64, 128, 256; the published method has 128."""
     score: Score = "paper"
-    """``paper``: max-pooled softmax over the sampled keys. ``official``: the release's ratio to each row's largest logit,
-    without the softmax denominator. ``mean``: softmax of the logits of whole-block means. ``lse``: softmax mass per block,
-    averaged over the sampled rows."""
+    """``paper``: max-pooled softmax over sampled keys. ``official``: the release's ratio to each row's largest logit,
+    without the softmax denominator. ``mean``: softmax of the logits of whole-block means. ``lse``: softmax mass per
+    block, averaged over the sampled rows."""
     samples: int = 16
     """Tokens sampled from each block (paper: 16, release: 32); unused by ``mean``. Range [1, block]."""
     offsets: Offsets = "seeded"
-    """Where in a block the samples lie. ``seeded``: drawn per layer and head from ``seed``, so that the same call gives the
-    same mask. ``strided``: evenly spaced. ``random``: a new draw from torch's generator at each call, as in the release."""
+    """Where in a block the samples lie. ``seeded``: drawn per layer from ``seed``, so that the same call gives the same
+    mask. ``strided``: evenly spaced. ``random``: a new draw from torch's generator at each call, per batch element and
+    head, as in the release."""
     seed: int = 0
     """Seed of ``offsets="seeded"`` and ``mask="random"``."""
     selection: Selection = "threshold"
@@ -61,7 +62,7 @@ class BladeConfig:
     pool_text: bool = False
     """Whether text tokens are pooled too (the release does)."""
     pool_exact: bool = True
-    """Whether a short last group is averaged and weighed by its true size, or filled up with copies of the last token."""
+    """Whether a short last group counts with its true size, or is filled up with copies of the last token."""
     dense_steps: int = 0
     """Denoising steps at the start that run dense."""
     dense_layers: tuple[int, ...] = ()
@@ -69,8 +70,8 @@ class BladeConfig:
     min_tokens: int = 0
     """Sequences shorter than this run dense."""
     mask: Mask = "adaptive"
-    """``adaptive`` is BLADE. Controls of equal density: ``window`` keeps the blocks nearest in the video, ``random`` seeded
-    random ones. ``dense`` keeps everything."""
+    """``adaptive`` is BLADE. Controls of equal density: ``window`` keeps the blocks nearest in the video, ``random``
+    seeded random ones. ``dense`` keeps everything."""
     backend: Backend = "auto"
     """Kernel backend, as in ``hone_kernels``."""
 
@@ -133,10 +134,13 @@ class Preset:
 
 
 _PUBLISHED = (
-    "Constants of the release (threshold 0.95, least density 0.05, most {density}, pooling {pool}) with the paper's score and "
-    "16 samples, and this package's corrections: seeded samples, true group sizes, an inclusive threshold, own block kept."
+    "Constants of the release (threshold 0.95, least density 0.05, most {density}, pooling {pool}) with the paper's "
+    "score and 16 samples, and this package's corrections: seeded samples, true group sizes, an inclusive threshold, own "
+    "block kept."
 )
-_RELEASE = "The release as it runs: ratio score on 32 random samples, one block fewer than the threshold, replicated tails."
+_RELEASE = (
+    "The release as it runs: ratio score on 32 random samples, one block fewer than the threshold, replicated tails."
+)
 
 
 def _official(max_density: float, pool: int, pool_text: bool) -> BladeConfig:
@@ -188,8 +192,8 @@ PRESETS: dict[str, Preset] = {
     "wan2.1-1.3b-free": Preset(
         config=BladeConfig(max_density=0.5, dense_steps=12, dense_layers=(0,)),
         model="Wan2.1-T2V-1.3B, undistilled, 50 steps",
-        provenance="Ours, for models that were not trained with sparse attention: ASA without pooled keys, a quarter of the "
-        "steps and the first layer dense, at most half of the blocks. Not measured on the real weights.",
+        provenance="Ours, for models that were not trained with sparse attention: ASA without pooled keys, a quarter "
+        "of the steps and the first layer dense, at most half of the blocks. Not measured on the real weights.",
     ),
     "cogvideox-5b-free": Preset(
         config=BladeConfig(max_density=0.5, dense_steps=12, dense_layers=(0,)),
@@ -199,8 +203,8 @@ PRESETS: dict[str, Preset] = {
     "wan2.1-1.3b-8step-free": Preset(
         config=BladeConfig(max_density=0.25, dense_steps=2),
         model="Wan2.1-T2V-1.3B, distilled to 8 steps with dense attention",
-        provenance="The paper's training-free comparison (Table 3): first 2 of 8 steps dense, sparsity 0.75. Score, samples "
-        "and offsets are ours; the paper does not give them for this table.",
+        provenance="The paper's training-free comparison (Table 3): first 2 of 8 steps dense, sparsity 0.75. Score, "
+        "samples and offsets are ours; the paper does not give them for this table.",
         expected={"sparsity": 0.75},
     ),
     "tiny": Preset(

@@ -1,7 +1,7 @@
-"""Orders in which the video tokens of a (frames, height, width) grid are laid out, so that a block is a compact piece of video.
+"""Orders of the video tokens of a (frames, height, width) grid that make a block a compact piece of video.
 
-Every function returns ``order``, int64 ``[N]``: ``order[position]`` is the raster index ``x + width * (y + height * frame)`` of
-the token at that position. ``x[..., order, :]`` puts raster tokens in order and ``y[..., inverse_order(order), :]`` undoes it.
+Every function returns ``order``, int64 ``[N]``: ``order[position]`` is the raster index, ``x + width * (y + height *
+frame)``, of the token at that position. ``reorder`` applies an order, and undoes it with ``inverse_order``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .config import ORDERS, Order
 
-__all__ = ["gilbert_order", "inverse_order", "morton_order", "raster_order", "tile_order", "token_order"]
+__all__ = ["gilbert_order", "inverse_order", "morton_order", "raster_order", "reorder", "tile_order", "token_order"]
 
-_cache: dict[tuple[object, ...], Tensor] = {}
+_MOST_KEPT = 64
+_kept: dict[tuple[object, ...], Tensor] = {}
 
 
 def _check_grid(frames: int, height: int, width: int) -> None:
@@ -168,6 +169,27 @@ def inverse_order(order: Tensor) -> Tensor:
     return inverse
 
 
+def reorder(x: Tensor, order: Tensor, *, dim: int = -2) -> Tensor:
+    """Tokens in ``order``; tokens behind it (text at the tail of the sequence) stay where they are.
+
+    ``reorder(reorder(x, order), inverse_order(order))`` is x.
+
+    Args:
+        x: Tokens along ``dim``, at least as many as ``order`` has.
+        order: int64 ``[N]``, a permutation.
+        dim: Which axis.
+
+    Raises:
+        ValueError: If x has fewer tokens than the order.
+    """
+    tokens, video = x.shape[dim], len(order)
+    if tokens < video:
+        raise ValueError(f"x must have at least the {video} tokens of the order along axis {dim}; got {list(x.shape)}")
+    if tokens > video:
+        order = torch.cat([order, torch.arange(video, tokens, device=order.device)])
+    return x.index_select(dim, order)
+
+
 def token_order(
     name: Order,
     frames: int,
@@ -195,9 +217,16 @@ def token_order(
     """
     if name not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}; got {name!r}")
-    device = torch.device(device)
+    if torch.compiler.is_compiling():
+        return _token_order_op(name, frames, height, width, list(tile), torch.device(device))
+    return _token_order(name, frames, height, width, tile, torch.device(device))
+
+
+def _token_order(
+    name: str, frames: int, height: int, width: int, tile: tuple[int, int, int], device: torch.device
+) -> Tensor:
     key = (name, frames, height, width, tile if name == "tile" else None, device)
-    if key not in _cache:
+    if key not in _kept:
         if name == "gilbert":
             order = gilbert_order(frames, height, width)
         elif name == "morton":
@@ -206,5 +235,18 @@ def token_order(
             order = tile_order(frames, height, width, tile)
         else:
             order = raster_order(frames, height, width)
-        _cache[key] = order.to(device)
-    return _cache[key]
+        if len(_kept) == _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = order.to(device)
+    return _kept[key]
+
+
+@torch.library.custom_op("hone_blade::token_order", mutates_args=())
+def _token_order_op(name: str, frames: int, height: int, width: int, tile: list[int], device: torch.device) -> Tensor:
+    """For ``torch.compile``, which cannot trace through the curve and may overwrite what an op returns."""
+    return _token_order(name, frames, height, width, (tile[0], tile[1], tile[2]), device).clone()
+
+
+@_token_order_op.register_fake
+def _(name: str, frames: int, height: int, width: int, tile: list[int], device: torch.device) -> Tensor:
+    return torch.empty(frames * height * width, dtype=torch.int64, device=device)
