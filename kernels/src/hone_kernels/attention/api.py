@@ -235,9 +235,7 @@ def block_sparse_attention(
         return (out, lse) if return_lse else out
     if bias is not None:
         bias = bias.float().expand(pooled_k.shape[:3])
-    from . import ops  # needs Triton
-
-    out, lse = ops.forward(
+    out, lse = _attention_op(
         *(_unit_last(x) for x in (q, k, v)),
         layout.kv_num,
         layout.kv_idx,
@@ -254,3 +252,85 @@ def block_sparse_attention(
 
 def _unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("hone::block_sparse_attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from .triton import attention_forward
+
+    return attention_forward(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale)
+
+
+@_attention_op.register_fake
+def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hone::block_sparse_attention_backward", mutates_args=())
+def _attention_backward_op(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .triton import attention_backward
+
+    layout = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k)
+    columns = layout.transpose()
+    grads = attention_backward(
+        _unit_last(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx, k_valid,
+        pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
+    )  # fmt: skip
+    # A custom op returns tensors only: an absent gradient is an empty one.
+    return tuple(q.new_empty(0) if g is None else g for g in grads)
+
+
+@_attention_backward_op.register_fake
+def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale):
+    absent = q.new_empty(0)
+    pooled = (absent, absent) if pooled_k is None else (torch.empty_like(pooled_k), torch.empty_like(pooled_v))
+    bias = absent if pooled_bias is None else q.new_empty(pooled_bias.shape, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *pooled, bias
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.block_q, ctx.block_k, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, dout, dlse):
+    *tensors, out, lse = ctx.saved_tensors
+    q, k, v, *rest = tensors
+    grads = torch.ops.hone.block_sparse_attention_backward(
+        dout, dlse, q, k, v, out, lse, *rest, ctx.block_q, ctx.block_k, ctx.scale
+    )
+    dq, dk, dv, dpk, dpv, dbias = (g if g.numel() else None for g in grads)
+    return dq, dk, dv, None, None, None, dpk, dpv, dbias, None, None, None
+
+
+_attention_op.register_autograd(_backward, setup_context=_save)
