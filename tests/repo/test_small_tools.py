@@ -55,7 +55,7 @@ def test_constraints_disagree_with_pyproject(tree):
     ("name", "text", "problem"),
     [
         ("a.txt", "-i https://host.example/" + "simple/\n", "a.txt:1: a registry address"),
-        ("a.txt", X, "a.txt:2: a registry address"),
+        ("a.txt", "\nurl = 'https://host.example/" + "packages/aa/x.whl'", "a.txt:2: a registry address"),
         ("a.toml", "[[tool.uv." + "index]]\n", "a registry address"),
         ("a.sh", "pip install --extra-" + "index-url https://host.example x\n", "a registry address"),
         ("a.md", "cd /" + "root/project\n", "a path of one machine"),
