@@ -536,14 +536,16 @@ def test_dense_steps_compile_to_one_graph_with_an_own_count():
 @KINDS
 def test_compiled_blocks_share_one_graph(kind, monkeypatch):
     """diffusers' regional compilation, of more layers than the compiler would recompile for."""
-    model, arguments = tiny(kind, num_layers=5), inputs(kind)
-    other = inputs(kind, frames=2, height=8, width=8)
+    model, arguments = tiny(kind, num_layers=6), inputs(kind)
+    other = inputs(kind, batch=1, frames=2, height=8, width=8)
     with attach(model, SPARSE):
         expected, expected_other = run(model, arguments), run(model, other)
         torch.compiler.reset()
         monkeypatch.setattr(type(model), "_repeated_blocks", [type(blocks(model)[0]).__name__])
         model.compile_repeated_blocks(backend="eager", fullgraph=True)
-        with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        # Two sizes. CogVideoX hands its first block a view, which is a graph of its own also without BLADE.
+        limit = 2 if kind == "wan" else 4
+        with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
             close(run(model, arguments), expected)
             close(run(model, other), expected_other)
     torch.compiler.reset()
