@@ -19,6 +19,7 @@ from diffusers import (
     WanPipeline,
 )
 from hone_blade.config import PRESETS, BladeConfig
+from hone_blade.inspection import inspect_pipeline
 from hone_blade.lora import load_blade_lora, save_blade_lora
 from hone_blade.models import attach, tiny
 from hone_blade.sample import GenerateConfig, find_inputs, generate
@@ -94,7 +95,7 @@ def folders(tmp_path_factory):
 
 
 def config(folder, **options):
-    defaults = {"prompts": ("a red cat runs left", "a blue dog"), "steps": 2, "height": 32, "width": 48, "frames": 5}
+    defaults = {"prompts": ("a red cat runs left", "a blue dog"), "steps": 2, "height": 64, "width": 96, "frames": 5}
     defaults |= {"attention": SPARSE} if not options.get("dense") else {}
     return GenerateConfig(model=str(folder), **{**defaults, **options})
 
@@ -111,7 +112,7 @@ def produce(cfg, out):
 def read(path):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     data = subprocess.run(command, capture_output=True, check=True).stdout
-    return np.frombuffer(data, np.uint8).reshape(-1, 32, 48, 3)
+    return np.frombuffer(data, np.uint8).reshape(-1, 64, 96, 3)
 
 
 @KINDS
@@ -119,7 +120,7 @@ def test_generates_one_video_per_prompt_and_resumes(kind, folders, tmp_path):
     cfg, out = config(folders[kind], frames=9), tmp_path / "run"
     report = produce(cfg, out)
     first, second = (read(video) for video in report.videos)
-    assert first.shape == (9, 32, 48, 3)
+    assert first.shape == (9, 64, 96, 3)
     assert (first != second).any()
     assert report.made == 2
     assert (report.attention, report.scheduler) == ("custom", "tdm")
@@ -150,7 +151,7 @@ def latents(pipe, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     if isinstance(pipe.scheduler, TDMScheduler):
         pipe.scheduler.generator = generator
-    settings = {"prompt": "a red cat", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
+    settings = {"prompt": "a red cat", "height": 64, "width": 96, "num_frames": 5, "num_inference_steps": 2}
     settings |= {"guidance_scale": 1.0, "generator": generator, "output_type": "latent"}
     return pipe(**{**settings, **options}).frames
 
@@ -163,13 +164,13 @@ def test_tdm_in_the_pipeline_is_the_rollout_of_its_transformer(kind):
     pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
     out = latents(pipe, num_inference_steps=4)
     generator = torch.Generator().manual_seed(0)
-    shape = (1, 4, 2, 4, 6) if kind == "wan" else (1, 2, 4, 4, 6)
+    shape = (1, 4, 2, 8, 12) if kind == "wan" else (1, 2, 4, 8, 12)
     x = torch.randn(shape, generator=generator)
     length = 512 if kind == "wan" else 226
     text, _ = pipe.encode_prompt("a red cat", do_classifier_free_guidance=False, max_sequence_length=length)
     more = {}
     if kind == "cogvideox":
-        more["image_rotary_emb"] = pipe._prepare_rotary_positional_embeddings(32, 48, 2, torch.device("cpu"))
+        more["image_rotary_emb"] = pipe._prepare_rotary_positional_embeddings(64, 96, 2, torch.device("cpu"))
     for time in (999, 749, 499, 249):
         with torch.no_grad():
             v = pipe.transformer(x, encoder_hidden_states=text, timestep=torch.tensor([time]), **more).sample
@@ -414,3 +415,16 @@ def test_the_preset_follows_the_pipeline(folders, tmp_path):
     cfg = config(folders["cogvideox"], attention=None, prompts=("a cat",), frames=1)
     assert produce(cfg, tmp_path / "run").attention == "cogvideox-5b"
     assert "cogvideox-5b" in PRESETS
+
+
+def test_inspects_a_pipeline(folders, tmp_path):
+    cfg = config(folders["wan"], steps=3, guidance=2.0)
+    with Run.start(package="hone-blade", verb="inspect", config=cfg, out=tmp_path / "run") as run:
+        report = inspect_pipeline(cfg, run, device="cpu")
+    rows = json.loads((tmp_path / "run" / "artifacts" / "inspection.json").read_text())
+    assert [(row["step"], row["call"]) for row in rows] == [(s, c) for s in range(3) for c in range(2)]
+    assert report.calls == 6
+    assert report.density == pytest.approx(1 / 3)  # 48 tokens are 3 blocks, of which one is kept
+    assert 0 < report.recall < 1
+    with pytest.raises(ValueError, match="nothing to inspect in dense attention"):
+        inspect_pipeline(config(folders["wan"], dense=True), run)

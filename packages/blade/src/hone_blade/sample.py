@@ -10,6 +10,8 @@ import json
 import logging
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +29,15 @@ from diffusers.utils import export_to_video
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
 from hone_core.io import atomic_path
-from hone_core.progress import progress_bar
+from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Run
 
 from .config import PRESETS, BladeConfig
 from .lora import find_lora, load_blade_lora
-from .models import attach
+from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
-__all__ = ["GenerateConfig", "GenerateReport", "Inputs", "find_inputs", "generate"]
+__all__ = ["GenerateConfig", "GenerateReport", "Inputs", "Sampler", "find_inputs", "generate"]
 
 log = logging.getLogger(__name__)
 
@@ -200,90 +202,131 @@ def generate(
         RuntimeError: The model produced values that are not finite.
     """
     inputs = find_inputs(cfg)
-    cfg, kind = inputs.config, _KINDS[inputs.pipeline]
+    cfg = inputs.config
     folder = run.path / "artifacts"
     targets = [folder / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
     todo = [] if run.done else [i for i, target in enumerate(targets) if not target.is_file()]
-    attention_name, attention = _attention(cfg, kind, None)
-    notices: tuple[str, ...] = ()
-    made = 0
+    attention, notices = _attention(cfg, _KINDS[inputs.pipeline], None)[0], ()
     if todo:
-        device = resolve_device(device)
-        pipe = _load(cfg, inputs, device)
-        _check_size(cfg, pipe)
-        pipe.scheduler = _scheduler(cfg, pipe)
-        if inputs.lora is not None:
-            report = load_blade_lora(pipe, inputs.lora)
-            notices = (report.licence,)
-            attention_name, attention = _attention(cfg, kind, report.config)
-        elif cfg.scheduler == "tdm":
-            log.warning(
-                "no LoRA: a model that was not distilled makes poor videos in %d steps of the TDM rollout; pass a "
-                "LoRA, or scheduler 'default' with about 50 steps and guidance",
-                cfg.steps,
-            )
-        handle = None if attention is None else attach(pipe, attention)
-        try:
-            with progress_bar(len(todo) * cfg.steps, desc="steps", quiet=quiet) as bar:
-                for i in todo:
-                    _make(cfg, pipe, i, targets[i], kind, run, bar, device)
-                    made += 1
-        finally:
-            if handle is not None:
-                handle.detach()
+        sampler = Sampler.load(inputs, device)
+        attention, notices = sampler.attention_name, sampler.notices
+        with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=quiet) as bar:
+            for i in todo:
+                _make(sampler, i, targets[i], run, bar)
     seconds = [row.value for row in run.rows if row.metric == "seconds"]
     return GenerateReport(
         path=str(run.path),
         videos=tuple(str(target) for target in targets),
-        made=made,
-        attention=attention_name,
+        made=len(todo),
+        attention=attention,
         scheduler=cfg.scheduler,
         seconds=sum(seconds) / len(seconds) if seconds else None,
         notices=notices,
     )
 
 
-def _make(
-    cfg: GenerateConfig,
-    pipe: Any,
-    index: int,
-    target: Path,
-    kind: _Kind,
-    run: Run,
-    bar: Any,
-    device: torch.device,
-) -> None:
-    """One video: generate, check, write, record."""
-    generator = torch.Generator().manual_seed(cfg.seed + index)
-    if isinstance(pipe.scheduler, TDMScheduler):
-        pipe.scheduler.generator = generator
+class Sampler:
+    """A loaded pipeline with its scheduler and LoRA, ready to draw the prompts of a config.
 
-    def step_done(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        bar.update()
-        return values
+    Attributes:
+        config: The settings.
+        pipe: The diffusers pipeline.
+        device: Where it runs.
+        attention_name: Preset name, ``custom`` or ``dense``.
+        attention: The settings behind it; None for dense.
+        notices: Lines to show, such as licences of weights.
+        fps: Frames per second of its videos.
+    """
 
+    def __init__(self, inputs: Inputs, pipe: Any, device: torch.device) -> None:
+        kind = _KINDS[inputs.pipeline]
+        self.config, self.pipe, self.device = inputs.config, pipe, device
+        self.fps = inputs.config.fps or kind.fps
+        self.notices: tuple[str, ...] = ()
+        stated = None
+        if inputs.lora is not None:
+            report = load_blade_lora(pipe, inputs.lora)
+            self.notices, stated = (report.licence,), report.config
+        self.attention_name, self.attention = _attention(inputs.config, kind, stated)
+
+    @classmethod
+    def load(cls, inputs: Inputs, device: str | torch.device = "auto") -> Sampler:
+        """Load what ``find_inputs`` found.
+
+        Raises:
+            CheckpointError: The weights cannot be read, or a LoRA does not fit them.
+            ValueError: The model cannot make the size that is asked for.
+        """
+        cfg, device = inputs.config, resolve_device(device)
+        pipe = _load(cfg, inputs, device)
+        _check_size(cfg, pipe)
+        pipe.scheduler = _scheduler(cfg, pipe)
+        if inputs.lora is None and cfg.scheduler == "tdm":
+            log.warning(
+                "no LoRA: a model that was not distilled makes poor videos in %d steps of the TDM rollout; pass a "
+                "LoRA, or scheduler 'default' with about 50 steps and guidance",
+                cfg.steps,
+            )
+        return cls(inputs, pipe, device)
+
+    @contextmanager
+    def attached(self) -> Iterator[BladeHandle | None]:
+        """Run with the settings' attention inside the block; gives the handle, None for dense."""
+        if self.attention is None:
+            yield None
+            return
+        with attach(self.pipe, self.attention) as handle:
+            yield handle
+
+    def draw(
+        self, index: int, *, output_type: Literal["np", "latent"] = "np", step_done: Callable[[], None] | None = None
+    ) -> Any:
+        """Frames ``[F, H, W, 3]`` in [0, 1] for a prompt, or latents as the pipeline has them.
+
+        Args:
+            index: Which prompt; the noise is of ``seed + index``.
+            output_type: ``"latent"`` spares the VAE.
+            step_done: Called after each denoising step.
+        """
+        cfg = self.config
+        generator = torch.Generator().manual_seed(cfg.seed + index)
+        if isinstance(self.pipe.scheduler, TDMScheduler):
+            self.pipe.scheduler.generator = generator
+
+        def after(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if step_done is not None:
+                step_done()
+            return values
+
+        sizes = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
+        frames = self.pipe(
+            prompt=cfg.prompts[index],
+            negative_prompt=cfg.negative_prompt,
+            num_inference_steps=cfg.steps,
+            guidance_scale=cfg.guidance,
+            generator=generator,
+            output_type=output_type,
+            callback_on_step_end=after,
+            **{name: value for name, value in sizes.items() if value is not None},
+        ).frames
+        return frames if output_type == "latent" else frames[0]
+
+
+def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -> None:
+    """One video: draw, check, write, record."""
+    cfg, device = sampler.config, sampler.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    sizes = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
-    frames = pipe(
-        prompt=cfg.prompts[index],
-        negative_prompt=cfg.negative_prompt,
-        num_inference_steps=cfg.steps,
-        guidance_scale=cfg.guidance,
-        generator=generator,
-        output_type="np",
-        callback_on_step_end=step_done,
-        **{name: value for name, value in sizes.items() if value is not None},
-    ).frames[0]
+    frames = sampler.draw(index, step_done=bar.update)
     seconds = time.perf_counter() - start
     if not np.isfinite(frames).all():
         raise RuntimeError(
             f"prompt {index} gave frames that are not finite; try dtype float32 or bfloat16 (this run: {cfg.dtype})"
         )
     with atomic_path(target) as scratch:
-        export_to_video(list(frames), str(scratch), fps=cfg.fps or kind.fps)
+        export_to_video(list(frames), str(scratch), fps=sampler.fps)
     labels = {"prompt": index, "seed": cfg.seed + index, "frames": len(frames), "steps": cfg.steps}
     labels |= {"height": frames.shape[1], "width": frames.shape[2]}
     variant = "dense" if cfg.dense else "blade"
