@@ -602,3 +602,20 @@ def test_tiny_is_reproducible_and_leaves_the_global_generator_alone(kind):
     assert sum(p.numel() for p in a.parameters()) < 300_000
     with pytest.raises(ValueError, match="kind must be one of wan, cogvideox; got 'hunyuan'"):
         tiny("hunyuan")
+
+
+@KINDS
+def test_full_size_models_run_in_low_precision(kind, monkeypatch):
+    """The builder on a small config: mixed dtypes as diffusers loads them, and attention attached."""
+    small = tiny(kind)
+    config = {k: v for k, v in small.config.items() if not k.startswith("_")}
+    monkeypatch.setitem(blade_models.FULL_SIZE, "small", (type(small), config))
+    model = blade_models.full_size("small", device="cpu")
+    arguments = {
+        name: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in inputs(kind).items()
+    }
+    expected = run(model, arguments)
+    assert expected.dtype == torch.bfloat16
+    with attach(model, DENSE):
+        torch.testing.assert_close(run(model, arguments), expected, atol=0.05, rtol=0.05)

@@ -1,0 +1,484 @@
+"""What BLADE costs and saves: one attention, one forward, one video, each beside dense attention on the same device.
+
+The models are the published architectures with random weights, so time and memory mean something and pictures do not.
+Dense attention on a GPU is cuDNN's, the fastest that torch has; nothing falls back to another one in silence. A video
+is the real pipeline's denoising loop on given text embeddings, without text encoder and VAE, whose cost is the same
+with every attention.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, UniPCMultistepScheduler, WanPipeline
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.progress import progress_bar
+from hone_core.runs import Row, Run
+from hone_core.timing import Timing, measure_interleaved
+from hone_kernels.attention import block_sparse_attention
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from .config import PRESETS, BladeConfig
+from .method import adaptive_sparse_attention, pool_tokens, select_blocks, sparse_layout
+from .models import FULL_SIZE, attach, full_size, tiny
+from .ordering import inverse_order, token_order
+from .prober import probe
+from .scheduler import TDMScheduler
+
+__all__ = ["WORKLOADS", "BenchConfig", "BenchReport", "Workload", "bench"]
+
+Part = Literal["attention", "forward", "e2e"]
+
+_TOLERANCE = 2e-2
+"""Relative error (norm) of bfloat16 attention against the float32 reference that still passes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A model at the size of its usual video.
+
+    Attributes:
+        model: Name in ``FULL_SIZE``, or ``tiny-wan`` or ``tiny-cogvideox``.
+        kind: Which family.
+        preset: Attention settings that go with it.
+        grid: Video tokens along (frames, height, width).
+        text_tokens: Length of the text; in CogVideoX part of the sequence.
+    """
+
+    model: str
+    kind: Literal["wan", "cogvideox"]
+    preset: str
+    grid: tuple[int, int, int]
+    text_tokens: int
+
+    @property
+    def joint_text(self) -> int:
+        """Text tokens inside self-attention."""
+        return self.text_tokens if self.kind == "cogvideox" else 0
+
+    @property
+    def tokens(self) -> int:
+        """Length of the self-attention sequence."""
+        return math.prod(self.grid) + self.joint_text
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Frames, height and width of the video, as the pipelines name them."""
+        frames, height, width = self.grid
+        return {"num_frames": 4 * (frames - 1) + 1, "height": 16 * height, "width": 16 * width}
+
+
+def _workload(name: str, kind: Literal["wan", "cogvideox"], grid: tuple[int, int, int], text: int) -> Workload:
+    preset = "tiny" if name.startswith("tiny") else name
+    return Workload(model=name, kind=kind, preset=preset, grid=grid, text_tokens=text)
+
+
+WORKLOADS: dict[str, Workload] = {
+    "wan2.1-1.3b": _workload("wan2.1-1.3b", "wan", (21, 30, 52), 512),
+    "wan2.1-14b": _workload("wan2.1-14b", "wan", (21, 30, 52), 512),
+    "cogvideox-5b": _workload("cogvideox-5b", "cogvideox", (13, 30, 45), 226),
+    "tiny-wan": _workload("tiny-wan", "wan", (3, 8, 10), 8),
+    "tiny-cogvideox": _workload("tiny-cogvideox", "cogvideox", (3, 8, 10), 8),
+}
+"""480p videos of 81 (Wan) and 49 (CogVideoX) frames, and two for a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What to measure."""
+
+    model: str = "wan2.1-1.3b"
+    """Name in ``WORKLOADS``."""
+    parts: tuple[Part, ...] = ("attention", "forward", "e2e")
+    """``attention``: one layer, and the pieces of BLADE in it. ``forward``: one call of the transformer. ``e2e``: whole
+    denoising loops, many dense steps with guidance down to few sparse ones without."""
+    preset: str | None = None
+    """Attention settings; None: the model's."""
+    rounds: int = 20
+    """Timed calls of each variant of one attention."""
+    forward_rounds: int = 5
+    """Timed calls of each variant of one forward."""
+    steps: int = 50
+    """Denoising steps of the undistilled model."""
+    few_steps: int = 8
+    """Denoising steps of the distilled one."""
+    guidance: float = 5.0
+    """Guidance weight of the undistilled model; two network evaluations per step."""
+    repeats: int = 3
+    """How often the few-step loops run."""
+    max_steps: int | None = None
+    """Run at most so many steps of a loop and scale the time up; such rows say how many were measured. None: all."""
+    compile_blocks: bool = False
+    """Also time the forward with transformer blocks compiled by Inductor."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and inputs."""
+    seed: int = 0
+    """Of weights, inputs and noise."""
+
+    def __post_init__(self) -> None:
+        if self.model not in WORKLOADS:
+            raise ValueError(f"model must be one of {', '.join(WORKLOADS)}; got {self.model!r}")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
+        if not self.parts or not set(self.parts) <= set(get_args(Part)):
+            raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
+        for name in ("rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.steps == self.few_steps:
+            raise ValueError(f"few_steps must differ from steps, the undistilled model's; got {self.steps} for both")
+        if self.guidance <= 1:
+            raise ValueError(f"guidance must be above 1, below which pipelines do not guide; got {self.guidance}")
+
+    @property
+    def attention(self) -> BladeConfig:
+        """The attention settings in use."""
+        return PRESETS[self.preset or WORKLOADS[self.model].preset].config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchReport:
+    """Everything that was measured, printed as a table.
+
+    Attributes:
+        path: The run's folder.
+        rows: What ``results.json`` holds.
+    """
+
+    path: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.rows:
+            notes = [f"{key} {value}" for key, value in row.labels.items() if key != "model"]
+            spread = "" if row.spread is None else f" +- {row.spread:.3g}"
+            lines.append(
+                f"{row.split:<10} {row.metric:<12} {row.variant:<10} {row.value:>10.3f} {row.unit}{spread}"
+                + (f"   ({', '.join(notes)})" if notes else "")
+            )
+        return "\n".join(lines)
+
+
+def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", quiet: bool = False) -> BenchReport:
+    """Measure, and write rows into the run.
+
+    ``split`` of a row is the part; ``variant`` is ``dense``, ``asa`` or ``asa_g``, or a piece of ``asa_g``. Rows are
+    times (``ms`` and ``s``) and ``peak_memory`` (``GiB``, weights included). A speed-up is two rows.
+
+    Args:
+        cfg: What to measure.
+        run: The run, entered.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        quiet: Show no progress.
+
+    Raises:
+        RuntimeError: The sparse attention differs from its reference on this device (no time is reported then), cuDNN
+            cannot run the dense attention, or a video came out not finite.
+    """
+    if not run.done:
+        _Bench(cfg, run, resolve_device(device), quiet).all()
+    return BenchReport(path=str(run.path), rows=tuple(run.rows))
+
+
+class _Bench:
+    """The state that the parts share."""
+
+    def __init__(self, cfg: BenchConfig, run: Run, device: torch.device, quiet: bool) -> None:
+        self.cfg, self.run, self.device, self.quiet = cfg, run, device, quiet
+        self.work, self.dtype = WORKLOADS[cfg.model], resolve_dtype(cfg.dtype, device)
+        asa_g = cfg.attention if cfg.attention.pool else replace(cfg.attention, pool=30)
+        self.variants = {"dense": None, "asa": replace(asa_g, pool=0), "asa_g": asa_g}
+
+    def all(self) -> None:
+        torch.manual_seed(self.cfg.seed)
+        with torch.no_grad(), _dense_backend(self.device):
+            self.check()
+            if "attention" in self.cfg.parts:
+                self.attention()
+            if "forward" in self.cfg.parts or "e2e" in self.cfg.parts:
+                self.model = self.build()
+                if "forward" in self.cfg.parts:
+                    self.forward()
+                if "e2e" in self.cfg.parts:
+                    self.videos()
+                del self.model
+                self.clear()
+
+    def row(self, part: Part, metric: str, value: float, unit: str, variant: str, **options: Any) -> None:
+        labels = {"model": self.cfg.model, **options.pop("labels", {})}
+        self.run.row(metric, value, unit=unit, better="lower", variant=variant, split=part, labels=labels, **options)
+
+    def times(self, part: Part, timings: dict[str, Timing], **labels: Any) -> None:
+        for variant, timing in timings.items():
+            # Half the width between the 20th and the 80th percentile, which outliers do not reach.
+            spread = (timing.ms_p80 - timing.ms_p20) / 2
+            self.row(part, "time", timing.ms_p50, "ms", variant, n=timing.n, spread=spread, labels=labels)
+            if timing.peak_bytes is not None and variant in self.variants:
+                self.row(part, "peak_memory", timing.peak_bytes / 2**30, "GiB", variant, labels=labels)
+
+    def clear(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def heads(self) -> tuple[int, int, int]:
+        """Heads, channels of a head, layers."""
+        model = self.build("meta")
+        config = model.config
+        return config.num_attention_heads, config.attention_head_dim, config.num_layers
+
+    def build(self, device: torch.device | str | None = None) -> nn.Module:
+        device = self.device if device is None else device
+        if self.work.model in FULL_SIZE:
+            return full_size(self.work.model, device=device, dtype=self.dtype)
+        options = {} if self.work.kind == "wan" else {"max_text_seq_length": self.work.text_tokens}
+        return tiny(self.work.kind, self.cfg.seed, **options).to(device=device, dtype=self.dtype)
+
+    def check(self) -> None:
+        """Values first: a wrong kernel is not timed."""
+        heads, dim, _ = self.heads()
+        q, k, v = _inputs(min(heads, 2), 1000, dim, self.device, self.dtype)
+        for name, cfg in self.variants.items():
+            if cfg is None:
+                continue
+            layout = sparse_layout(q, k, cfg=cfg, grid=(10, 10, 10))
+            pooled = pool_tokens(k, v, cfg.pool) if cfg.pool else None
+            got = block_sparse_attention(q, k, v, layout, pooled=pooled, backend=cfg.backend)
+            wide = [x.float() for x in (q, k, v)]
+            wide_pooled = pool_tokens(*wide[1:], cfg.pool) if cfg.pool else None
+            want = block_sparse_attention(*wide, layout, pooled=wide_pooled, backend="reference")
+            error = float((got.float() - want).norm() / want.norm())
+            if not error < _TOLERANCE:
+                raise RuntimeError(
+                    f"{name} attention is wrong on {self.device}: relative error {error:.2e}, expected below "
+                    f"{_TOLERANCE}. No time is reported; run the tests of hone-kernels on this device."
+                )
+
+    # One attention.
+
+    def attention(self) -> None:
+        work = self.work
+        heads, dim, layers = self.heads()
+        q, k, v = _inputs(heads, work.tokens, dim, self.device, self.dtype)
+        place = {"text_tokens": work.joint_text, "grid": work.grid}
+        calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v)}
+        for name, cfg in self.variants.items():
+            if cfg is not None:
+                calls[name] = lambda cfg=cfg: adaptive_sparse_attention(q, k, v, cfg=cfg, **place)
+        # The pieces of asa_g, each on inputs that are ready.
+        cfg = self.variants["asa_g"]
+        text_blocks = -(-work.tokens // cfg.block) - (work.tokens - work.joint_text) // cfg.block
+        text_blocks = text_blocks if work.joint_text and cfg.force_text else 0
+        scores, layout = probe(q, k, cfg), sparse_layout(q, k, cfg=cfg, **place)
+        pool = {"text_tokens": 0 if cfg.pool_text else work.joint_text, "exact": cfg.pool_exact}
+        pooled = pool_tokens(k, v, cfg.pool, **pool)
+        pieces: dict[str, Callable[[], object]] = {
+            "prober": lambda: probe(q, k, cfg),
+            "selection": lambda: select_blocks(scores, cfg, text_blocks=text_blocks),
+            "pooling": lambda: pool_tokens(k, v, cfg.pool, **pool),
+            "kernel": lambda: block_sparse_attention(q, k, v, layout, pooled=pooled, backend=cfg.backend),
+        }
+        permutation = _permutation(work, heads * dim, dim, cfg, self.device, self.dtype)
+        timings = measure_interleaved(
+            {**calls, **pieces, "permutation": permutation},
+            warmup=3,
+            rounds=self.cfg.rounds,
+            seed=self.cfg.seed,
+            device=self.device,
+        )
+        density = float(layout.density().mean())
+        self.times("attention", {name: timings[name] for name in calls}, tokens=work.tokens, heads=heads, dim=dim)
+        self.times("attention", {name: timings[name] for name in pieces}, of="asa_g")
+        self.times("attention", {"permutation": timings["permutation"]}, of="a whole forward", layers=layers)
+        self.run.row(
+            "density", density, better="none", variant="asa_g", split="attention", labels={"model": self.cfg.model}
+        )
+        self.run.row(
+            "pooled",
+            pooled.k.shape[2] / work.tokens,
+            better="none",
+            variant="asa_g",
+            split="attention",
+            labels={"model": self.cfg.model},
+        )
+        self.clear()
+
+    # One forward.
+
+    def forward(self) -> None:
+        inputs = self.model_inputs()
+
+        def call(cfg: BladeConfig | None) -> Callable[[], object]:
+            def run() -> object:
+                # Replacing the processors takes well under a millisecond, and keeps the variants in one random order.
+                with nullcontext() if cfg is None else attach(self.model, cfg):
+                    return self.model(**inputs, return_dict=False)[0]
+
+            return run
+
+        options = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
+        calls = {name: call(cfg) for name, cfg in self.variants.items()}
+        self.times("forward", measure_interleaved(calls, warmup=1, **options), mode="eager")
+        if self.cfg.compile_blocks:
+            blocks = self.model.blocks if self.work.kind == "wan" else self.model.transformer_blocks
+            for block in blocks:
+                block.compile(fullgraph=True)
+            self.times("forward", measure_interleaved(calls, warmup=2, **options), mode="compiled blocks")
+            for block in blocks:
+                block._compiled_call_impl = None
+
+    def model_inputs(self) -> dict[str, Any]:
+        work, config = self.work, self.model.config
+        like = {"device": self.device, "dtype": self.dtype}
+        frames, height, width = work.grid
+        inputs = {"timestep": torch.full((1,), 500, device=self.device), "encoder_hidden_states": self.text()}
+        if work.kind == "wan":
+            shape = (1, config.in_channels, frames, 2 * height, 2 * width)
+        else:
+            shape = (1, frames, config.in_channels, 2 * height, 2 * width)
+            angles = torch.rand(math.prod(work.grid), config.attention_head_dim, device=self.device)
+            inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
+        return {"hidden_states": torch.randn(shape, **like), **inputs}
+
+    def text(self) -> Tensor:
+        width = self.model.config.text_dim if self.work.kind == "wan" else self.model.config.text_embed_dim
+        return torch.randn(1, self.work.text_tokens, width, device=self.device, dtype=self.dtype)
+
+    # Whole denoising loops.
+
+    def videos(self) -> None:
+        cfg = self.cfg
+        # Many guided steps, no guidance, few steps, sparse: each row changes one thing.
+        loops = [
+            ("dense", cfg.steps, True, 1),
+            ("dense", cfg.steps, False, 1),
+            ("dense", cfg.few_steps, False, cfg.repeats),
+            ("asa", cfg.few_steps, False, cfg.repeats),
+            ("asa_g", cfg.few_steps, False, cfg.repeats),
+        ]
+        pipe, text = self.pipeline(), [self.text(), self.text()]
+        measured = [steps if cfg.max_steps is None else min(steps, cfg.max_steps) for _, steps, _, _ in loops]
+        total = sum(steps * loop[3] for steps, loop in zip(measured, loops, strict=True))
+        with progress_bar(total, desc=f"{cfg.model} steps", quiet=self.quiet) as bar:
+            for (variant, steps, guided, repeats), run_steps in zip(loops, measured, strict=True):
+                settings = self.variants[variant]
+                with nullcontext() if settings is None else attach(pipe, settings):
+                    few = steps == cfg.few_steps
+                    self.video(pipe, text, min(2, run_steps), guided, few, None)
+                    runs = [self.video(pipe, text, run_steps, guided, few, bar.update) for _ in range(repeats)]
+                scale = steps / run_steps
+                seconds = [scale * value for value, _ in runs]
+                labels = {"steps": steps, "nfe": steps * (2 if guided else 1), "guidance": "yes" if guided else "no"}
+                if run_steps < steps:
+                    labels["measured_steps"] = run_steps
+                spread = statistics.stdev(seconds) if repeats > 1 else None
+                mean = statistics.fmean(seconds)
+                self.row("e2e", "seconds", mean, "s", variant, n=repeats, spread=spread, labels=labels)
+                if runs[0][1] is not None:
+                    peak = max(value for _, value in runs) / 2**30
+                    self.row("e2e", "peak_memory", peak, "GiB", variant, labels=labels)
+
+    def pipeline(self) -> Any:
+        kind = WanPipeline if self.work.kind == "wan" else CogVideoXPipeline
+        pipe = kind(
+            tokenizer=None, text_encoder=None, vae=None, scheduler=self.scheduler(few=False), transformer=self.model
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def scheduler(self, *, few: bool) -> Any:
+        if self.work.kind == "wan":
+            own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        else:
+            own = CogVideoXDPMScheduler(
+                prediction_type="v_prediction",
+                rescale_betas_zero_snr=True,
+                snr_shift_scale=1.0,
+                clip_sample=False,
+                timestep_spacing="trailing",
+            )
+        return TDMScheduler.from_config(own.config) if few else own
+
+    def video(
+        self,
+        pipe: Any,
+        text: list[Tensor],
+        run_steps: int,
+        guided: bool,
+        few: bool,
+        step_done: Callable[[], None] | None,
+    ) -> tuple[float, int | None]:
+        """Seconds and peak bytes of one loop; ``few`` takes the distilled model's sampler."""
+        pipe.scheduler = self.scheduler(few=few)
+        generator = torch.Generator(self.device).manual_seed(self.cfg.seed)
+        if isinstance(pipe.scheduler, TDMScheduler):
+            pipe.scheduler.generator = generator
+
+        def after(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if step_done is not None:
+                step_done()
+            return values
+
+        gpu = self.device.type == "cuda"
+        if gpu:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        latents = pipe(
+            prompt_embeds=text[0],
+            negative_prompt_embeds=text[1] if guided else None,
+            guidance_scale=self.cfg.guidance if guided else 1.0,
+            num_inference_steps=run_steps,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=after,
+            **self.work.size,
+        ).frames
+        finite = bool(latents.isfinite().all())
+        seconds = time.perf_counter() - start
+        if not finite:
+            raise RuntimeError(f"the latents of {run_steps} steps are not finite; no time is reported")
+        return seconds, torch.cuda.max_memory_allocated(self.device) if gpu else None
+
+
+def _dense_backend(device: torch.device) -> AbstractContextManager[None]:
+    """Allow cuDNN and nothing else on a GPU."""
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if device.type == "cuda" else nullcontext()
+
+
+def _inputs(heads: int, tokens: int, dim: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v ``[1, H, S, D]`` as the models make them: views of ``[1, S, H, D]``."""
+    return [torch.randn(1, tokens, heads, dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
+
+
+def _permutation(
+    work: Workload, channels: int, dim: int, cfg: BladeConfig, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    """What token order costs a forward: tokens and rotary tables into curve order, the output back."""
+    order = token_order(cfg.order, *work.grid, device=device, tile=cfg.tile)
+    inverse, tokens = inverse_order(order), len(order)
+    tables = [torch.randn(tokens, dim, device=device) for _ in range(2)]
+    output = torch.randn(1, tokens, 64, device=device, dtype=dtype)
+    if work.kind == "wan":
+        hidden, axis, where = torch.randn(1, channels, tokens, device=device, dtype=dtype), 2, order
+    else:
+        hidden, axis = torch.randn(1, work.tokens, channels, device=device, dtype=dtype), 1
+        where = torch.cat([torch.arange(work.joint_text, device=device), order + work.joint_text])
+
+    def run() -> object:
+        gathered = [table.index_select(0, order) for table in tables]
+        return hidden.index_select(axis, where), gathered, output.index_select(1, inverse)
+
+    return run

@@ -1,0 +1,174 @@
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hone_blade import bench as bench_module
+from hone_blade.bench import WORKLOADS, BenchConfig, bench
+from hone_core.runs import Run, load_results
+
+SMALL = {"rounds": 2, "forward_rounds": 2, "steps": 4, "few_steps": 2, "repeats": 2}
+KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
+
+
+def measure(folder, **options):
+    cfg = BenchConfig(**{**SMALL, **options})
+    with Run.start(package="hone-blade", verb="bench", config=cfg, out=folder, seed=cfg.seed) as run:
+        report = bench(cfg, run, device="cpu", quiet=True)
+    return report, load_results(folder)["rows"]
+
+
+def test_workloads_have_the_published_sizes():
+    wan, cog = WORKLOADS["wan2.1-1.3b"], WORKLOADS["cogvideox-5b"]
+    assert (wan.tokens, wan.joint_text) == (32_760, 0)
+    assert wan.size == {"num_frames": 81, "height": 480, "width": 832}
+    assert (cog.tokens, cog.joint_text) == (17_776, 226)
+    assert cog.size == {"num_frames": 49, "height": 480, "width": 720}
+    assert -(-wan.tokens // 128) == 256
+    assert -(-cog.tokens // 128) == 139
+
+
+@KINDS
+def test_every_part_runs_and_leaves_rows(kind, tmp_path):
+    report, rows = measure(tmp_path / "run", model=f"tiny-{kind}")
+    assert len(report.rows) == len(rows)
+    by = {(row["split"], row["metric"], row["variant"]): row for row in rows if row["split"] != "e2e"}
+    times = {key[2]: row["value"] for key, row in by.items() if key[:2] == ("attention", "time")}
+    assert times.keys() == {"dense", "asa", "asa_g", "prober", "selection", "pooling", "kernel", "permutation"}
+    assert all(value > 0 for value in times.values())
+    assert by["attention", "time", "dense"]["labels"]["tokens"] == WORKLOADS[f"tiny-{kind}"].tokens
+    # 240 tokens are 7.5 blocks of 32, of which each row keeps its own. CogVideoX's 8 text tokens lie in the last block,
+    # which all rows and columns keep.
+    pairs = 7 * 32**2 + 16**2 if kind == "wan" else 7 * 32**2 + 24**2 + 2 * 7 * 32 * 24
+    tokens = WORKLOADS[f"tiny-{kind}"].tokens
+    assert by["attention", "density", "asa_g"]["value"] == pytest.approx(pairs / tokens**2)
+    assert by["attention", "pooled", "asa_g"]["value"] == pytest.approx(15 / WORKLOADS[f"tiny-{kind}"].tokens)
+    assert {key[2] for key in by if key[0] == "forward"} == {"dense", "asa", "asa_g"}
+    loops = [
+        (row["variant"], row["labels"]["steps"], row["labels"]["nfe"], row["n"])
+        for row in rows
+        if row["split"] == "e2e"
+    ]
+    assert loops == [("dense", 4, 8, 1), ("dense", 4, 4, 1), ("dense", 2, 2, 2), ("asa", 2, 2, 2), ("asa_g", 2, 2, 2)]
+    assert all("measured_steps" not in row["labels"] for row in rows)
+    assert "asa_g" in str(report)
+    assert "seconds" in str(report)
+
+
+def test_shortened_loops_say_so_and_are_scaled(tmp_path, monkeypatch):
+    ran = []
+
+    def video(self, pipe, text, run_steps, guided, few, step_done):
+        ran.append((run_steps, guided))
+        return 0.5 * run_steps * (2 if guided else 1), None
+
+    monkeypatch.setattr(bench_module._Bench, "video", video)
+    _, rows = measure(tmp_path / "run", model="tiny-wan", parts=("e2e",), max_steps=3, steps=12, few_steps=3, repeats=1)
+    assert [(row["variant"], row["value"], row["labels"].get("measured_steps")) for row in rows] == [
+        ("dense", 12.0, 3),
+        ("dense", 6.0, 3),
+        ("dense", 1.5, None),
+        ("asa", 1.5, None),
+        ("asa_g", 1.5, None),
+    ]
+    assert ran.count((3, True)) == 1
+
+
+def test_loops_are_what_they_say(tmp_path, monkeypatch):
+    """Network evaluations, sampler and attention of each loop, counted at the transformer."""
+    seen = []
+    real = bench_module._Bench.video
+
+    def video(self, pipe, text, run_steps, guided, few, step_done):
+        calls = []
+
+        def count(module, args, kwargs):
+            calls.append((kwargs["hidden_states"].shape[0], float(kwargs["timestep"][0])))
+
+        hook = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
+        result = real(self, pipe, text, run_steps, guided, few, step_done)
+        hook.remove()
+        if step_done is not None:
+            processor = type(self.model.blocks[0].attn1.processor if self.work.kind == "wan" else None).__name__
+            seen.append((sum(batch for batch, _ in calls), processor, type(pipe.scheduler).__name__, calls[-1][1]))
+        return result
+
+    monkeypatch.setattr(bench_module._Bench, "video", video)
+    measure(tmp_path / "run", model="tiny-wan", parts=("e2e",), steps=5, few_steps=2, repeats=1)
+    assert [row[:3] for row in seen] == [
+        (10, "WanAttnProcessor", "UniPCMultistepScheduler"),
+        (5, "WanAttnProcessor", "UniPCMultistepScheduler"),
+        (2, "WanAttnProcessor", "TDMScheduler"),
+        (2, "_WanProcessor", "TDMScheduler"),
+        (2, "_WanProcessor", "TDMScheduler"),
+    ]
+    assert [row[3] for row in seen[2:]] == [499, 499, 499]
+
+
+def test_wrong_attention_is_not_timed(tmp_path, monkeypatch):
+    real = bench_module.block_sparse_attention
+
+    def off(q, k, v, layout, *, backend="auto", **options):
+        out = real(q, k, v, layout, backend=backend, **options)
+        return out if backend == "reference" else 1.05 * out
+
+    monkeypatch.setattr(bench_module, "block_sparse_attention", off)
+    with pytest.raises(RuntimeError, match=r"asa attention is wrong on cpu: relative error 5\.00e-02"):
+        measure(tmp_path / "run", model="tiny-wan")
+    assert load_results(tmp_path / "run")["rows"] == []
+
+
+def test_videos_that_are_not_finite_are_not_timed(tmp_path, monkeypatch):
+    real = bench_module._Bench.build
+
+    def broken(self, device=None):
+        model = real(self, device)
+        if device is None:
+            model.proj_out.weight.data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(bench_module._Bench, "build", broken)
+    with pytest.raises(RuntimeError, match="latents of 2 steps are not finite"):
+        measure(tmp_path / "run", model="tiny-wan", parts=("e2e",))
+
+
+def test_compiled_blocks(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    _, rows = measure(tmp_path / "run", model="tiny-cogvideox", parts=("forward",), compile_blocks=True)
+    assert compiled == [{"fullgraph": True}] * 2
+    assert {(row["variant"], row["labels"]["mode"]) for row in rows} == {
+        (variant, mode) for variant in ("dense", "asa", "asa_g") for mode in ("eager", "compiled blocks")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "flux"}, r"model must be one of wan2\.1-1\.3b"),
+        ({"preset": "none"}, "no preset 'none'"),
+        ({"parts": ()}, "parts must name some of attention, forward, e2e"),
+        ({"parts": ("all",)}, "parts must name some of"),
+        ({"rounds": 0}, "rounds must be at least 1; got 0"),
+        ({"steps": 8}, "few_steps must differ from steps"),
+        ({"guidance": 1.0}, r"guidance must be above 1, .*; got 1\.0"),
+    ],
+)
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**options)
+
+
+def test_gpu_script_writes_a_results_file(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[3] / "tools" / "gpu_blade.py"
+    arguments = ["--models", "tiny-wan", "--parts", "attention", "--rounds", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [os.fspath(script), *arguments, "--out", os.fspath(tmp_path)])
+    runpy.run_path(os.fspath(script), run_name="__main__")
+    data = json.loads((tmp_path / "bench_tiny-wan.json").read_text())
+    assert data["status"] == "done"
+    assert data["config"]["model"] == "tiny-wan"
+    assert "environment" in data
+    assert "prober" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""BLADE on a GPU: one attention, one forward and whole denoising loops beside dense cuDNN attention.
+
+    python tools/gpu_blade.py --models wan2.1-1.3b cogvideox-5b --out results/blade
+
+writes one results file per model. Random weights of the published architectures; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from hone_blade.bench import WORKLOADS, BenchConfig, bench
+from hone_core.runs import Run, export_results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["wan2.1-1.3b", "cogvideox-5b"], choices=list(WORKLOADS))
+    parser.add_argument("--parts", nargs="+", default=["attention", "forward", "e2e"])
+    parser.add_argument("--preset", help="attention settings; default: those of each model")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of one attention")
+    parser.add_argument("--max-steps", type=int, help="run at most so many steps of a loop and scale the time up")
+    parser.add_argument("--compile-blocks", action="store_true", help="also time a forward with compiled blocks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True, help="folder for bench_<model>.json")
+    args = parser.parse_args()
+    for model in args.models:
+        cfg = BenchConfig(
+            model=model,
+            parts=tuple(args.parts),
+            preset=args.preset,
+            rounds=args.rounds,
+            max_steps=args.max_steps,
+            compile_blocks=args.compile_blocks,
+            seed=args.seed,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "run"
+            with Run.start(
+                package="hone-blade", verb="bench", config=cfg, out=path, preset=args.preset, seed=cfg.seed
+            ) as run:
+                report = bench(cfg, run, device=args.device)
+            print(f"{model}\n{report}", flush=True)
+            export_results(path, args.out / f"bench_{model}.json")
+
+
+if __name__ == "__main__":
+    main()
