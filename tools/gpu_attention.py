@@ -35,16 +35,20 @@ SHAPES = {
 }
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
 
+# Tiles' fields in order.
 CANDIDATES = {
-    ("forward", 128): [(128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 3, 0), (64, 128, 4, 2, 1), (64, 64, 4, 3, 1)],
-    ("forward", 64): [
-        (128, 64, 4, 3, 0), (128, 64, 4, 3, 1), (64, 128, 4, 3, 1), (64, 64, 4, 3, 1), (128, 128, 8, 3, 1),
-        (128, 64, 8, 3, 1), (128, 128, 4, 3, 0),
+    ("forward", 128): [
+        (64, 64, 4, 1, True), (64, 64, 4, 1, True, 128), (64, 64, 4, 2, True), (64, 128, 4, 1, True), (128, 64, 8, 1, True, 128),
+        (128, 64, 8, 3, True), (128, 128, 8, 2, True),
     ],
-    ("dq", 128): [(128, 64, 8, 3, 0), (128, 64, 8, 2, 1), (64, 64, 4, 2, 1), (128, 32, 8, 3, 1), (64, 128, 8, 2, 1)],
-    ("dkv", 128): [(64, 128, 8, 3, 0), (64, 128, 8, 2, 1), (64, 64, 4, 2, 1), (32, 128, 8, 3, 1)],
-    ("dq", 64): [(128, 64, 4, 2, 1), (128, 64, 8, 2, 1), (64, 64, 4, 3, 1), (128, 128, 8, 2, 1)],
-    ("dkv", 64): [(64, 128, 8, 2, 1), (64, 64, 4, 3, 1), (128, 128, 8, 2, 1), (64, 128, 8, 2, 0)],
+    ("forward", 64): [
+        (64, 128, 4, 2, True, 168, False), (64, 128, 4, 2, True), (64, 128, 4, 3, True), (64, 64, 4, 2, True),
+        (128, 64, 4, 3, False), (128, 128, 8, 3, True),
+    ],
+    ("dq", 128): [(64, 64, 4, 2, True), (64, 64, 4, 1, True), (64, 64, 4, 3, True), (128, 64, 8, 3, True)],
+    ("dkv", 128): [(64, 64, 4, 2, True), (64, 64, 4, 1, True), (32, 64, 4, 2, True), (64, 128, 8, 2, True)],
+    ("dq", 64): [(64, 64, 4, 2, True), (64, 64, 4, 1, True), (128, 64, 4, 2, True), (64, 128, 4, 2, True)],
+    ("dkv", 64): [(64, 64, 4, 2, True, 168), (64, 64, 4, 2, True), (64, 64, 4, 1, True, 168), (128, 128, 8, 2, True)],
 }  # fmt: skip
 
 
@@ -115,7 +119,7 @@ def tune(rounds: int) -> list[dict]:
 
         good = []
         for numbers in candidates:
-            tiles = Tiles(*numbers[:4], bool(numbers[4]))
+            tiles = Tiles(*numbers)
             try:
                 got = run(*small, layout, tiles, state_of(*small[:3], layout))
             except Exception as error:
@@ -133,7 +137,7 @@ def tune(rounds: int) -> list[dict]:
             if kernel == "forward":
                 other = flex(layout)
                 calls["flex"] = lambda: other(*big[:3])
-            elif kernel == "dq" and density == 1.0:
+            elif kernel == "dq":
                 leaves = [x.detach().requires_grad_() for x in big[:3]]
                 flexed = flex(layout)(*leaves)
                 calls["flex backward"] = lambda: torch.autograd.grad(flexed, leaves, big[3], retain_graph=True)
