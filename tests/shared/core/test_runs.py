@@ -157,6 +157,18 @@ def test_row_refuses_unknown_direction_and_empty_count():
         Row(metric="psnr", value=1.0, better="higher", n=0)
 
 
+def test_interval_is_stored_and_checked(tmp_path):
+    with start(tmp_path) as run:
+        row = run.row("accuracy", 0.5, better="higher", n=64, interval=(0.4, 0.6))
+    assert load_results(tmp_path)["rows"][0]["interval"] == [0.4, 0.6]
+    assert start(tmp_path).rows == [row]
+    for bad in [(0.6, 0.4), (0.1, 0.2, 0.3)]:
+        with pytest.raises(ValueError, match=r"interval must be \(low, high\)"):
+            Row(metric="accuracy", value=0.5, better="higher", interval=bad)
+    with pytest.raises(ValueError, match="interval must be finite"):
+        Row(metric="accuracy", value=0.5, better="higher", interval=(0.0, float("inf")))
+
+
 def test_labels_tell_rows_apart(tmp_path):
     with start(tmp_path) as run:
         run.row("time", 1.0, unit="ms", better="lower", labels={"shape": "480p"})
