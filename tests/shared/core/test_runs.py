@@ -197,3 +197,10 @@ def test_load_results_refuses_other_files(tmp_path):
     (tmp_path / "results.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="schema 1"):
         load_results(tmp_path)
+
+
+def test_results_of_a_run_are_those_on_disk(tmp_path):
+    with start(tmp_path) as run:
+        run.row("psnr", 1.0, better="higher")
+        assert run.results()["rows"] == []
+    assert run.results() == load_results(tmp_path)

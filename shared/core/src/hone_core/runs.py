@@ -203,6 +203,10 @@ class Run:
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
         return row
 
+    def results(self) -> dict[str, Any]:
+        """The content of ``results.json`` as it stands on disk."""
+        return load_results(self.path)
+
     def __enter__(self) -> "Run":
         self._clock = time.perf_counter()
         if not self.done:
