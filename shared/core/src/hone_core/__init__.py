@@ -1,1 +1,25 @@
-"""hone."""
+"""What every hone package uses: run folders, configs, command lines, timing, test helpers.
+
+Import the submodules (``from hone_core.runs import Run``); none of them loads torch until something needs it.
+"""
+
+from hone_core.lazy import attach
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "cli": ["Verb", "run_cli"],
+        "config": ["from_dict", "load_config", "save_config", "to_dict"],
+        "devices": ["resolve_device", "resolve_dtype", "seed_everything"],
+        "environment": [],
+        "errors": ["CheckpointError", "MissingExtraError", "UnsupportedHardwareError"],
+        "io": ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"],
+        "lazy": [],
+        "progress": ["progress_bar", "track"],
+        "runs": ["Row", "Run", "export_results", "load_results"],
+        "testing": [],
+        "timing": ["Timing", "measure", "measure_interleaved"],
+    },
+)

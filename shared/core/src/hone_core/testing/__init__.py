@@ -1,1 +1,17 @@
+"""Test helpers: comparison with one tolerance table, GPU marks, NaN poison, gradient checks.
 
+The names resolve lazily, because the pytest plugin beside them is imported at the start of every test session.
+"""
+
+from hone_core.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "compare": ["TOLERANCES", "Tolerance", "assert_close"],
+        "gradients": ["gradcheck"],
+        "hardware": ["requires_gpu"],
+        "interpreter": ["run_interpreted"],
+        "poison": ["nan_poison"],
+    },
+)

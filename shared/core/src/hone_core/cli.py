@@ -1,0 +1,230 @@
+"""Verbs of a command line, from functions to tyro.
+
+A package's ``cli.py`` is a dict of verbs and one call of ``run_cli``. Each verb is a function whose keyword arguments
+are its flags; heavy imports stay inside it, so that ``--help`` takes well under a second.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hone_core.errors import MissingExtraError
+
+__all__ = ["FAILED", "OK", "USAGE", "Verb", "run_cli"]
+
+OK, FAILED, USAGE = 0, 1, 2
+"""Exit codes: done; failed; wrong usage or a missing extra."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A verb whose module is imported only when the verb is called.
+
+    Args:
+        target: ``"package.module:function"``.
+        help: One line for the list of verbs.
+    """
+
+    target: str
+    help: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import the module and return the function."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def run_cli(
+    prog: str,
+    verbs: Mapping[str, Callable[..., Any] | Verb],
+    description: str,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Run one verb and exit.
+
+    Each verb gets the flags that its signature declares and, on top, ``--json`` (the result as JSON on stdout),
+    ``--quiet`` (only warnings and errors on stderr) and ``--verbose`` (debug lines, and the traceback of an error). A
+    verb that declares ``json``, ``quiet`` or ``verbose`` itself gets the value passed on.
+
+    What a verb returns is its result, printed on stdout: a string as it is, a mapping or dataclass as lines (a
+    dataclass with its own ``__str__``: that) or, with ``--json``, as JSON. None prints nothing. An object with a
+    ``to_dict`` method gives its JSON by that.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage or a missing extra. An error is one line on stderr; ``HONE_TRACEBACK=1``
+    or ``--verbose`` shows where it came from.
+
+    Args:
+        prog: Name of the command, which is also the distribution's name.
+        verbs: Verb to function or ``Verb``, in the order of the help text.
+        description: One line: what the package does.
+        argv: Arguments; None for those of the process.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview(prog, verbs, description), file=sys.stdout if args else sys.stderr)
+        raise SystemExit(OK if args else USAGE)
+    if args[0] == "--version":
+        print(f"{prog} {importlib.metadata.version(prog)}")
+        raise SystemExit(OK)
+    name, rest = args[0], args[1:]
+    if name not in verbs:
+        print(f"{prog}: unknown verb {name!r}; expected one of {', '.join(verbs)}. Try {prog} --help.", file=sys.stderr)
+        raise SystemExit(USAGE)
+    raise SystemExit(_run_verb(f"{prog} {name}", verbs[name], rest))
+
+
+def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> int:
+    # tyro costs a tenth of a second, which the list of verbs does not need.
+    import tyro
+
+    show_traceback = "--verbose" in args or os.environ.get("HONE_TRACEBACK", "") not in ("", "0")
+    try:
+        fn = verb.load() if isinstance(verb, Verb) else verb
+        call, common = tyro.cli(_with_common_flags(fn), args=args, prog=prog)
+        _set_up_logging(quiet=common["quiet"], verbose=common["verbose"])
+        result = call()
+        _print_result(result, as_json=common["json"])
+        return OK
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout has gone (`| head`); Python would complain once more while it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
+            message = f"{type(error).__name__}: {message}"
+        print(f"{prog}: error: {message}", file=sys.stderr)
+        return USAGE if isinstance(error, MissingExtraError) else FAILED
+
+
+_COMMON = {
+    "json": "Print the result as JSON on stdout.",
+    "quiet": "Only warnings and errors on stderr.",
+    "verbose": "Debug lines on stderr, and the traceback of an error.",
+}
+
+
+def _with_common_flags(fn: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any], dict[str, bool]]]:
+    """A function of the same flags and the common ones that returns the call and the common values."""
+    import typing
+
+    import tyro
+
+    switch = typing.Annotated[bool, tyro.conf.FlagCreatePairsOff]
+    signature = inspect.signature(fn)
+    own = [name for name in _COMMON if name in signature.parameters]
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=switch)
+        for name in _COMMON
+        if name not in own
+    ]
+
+    def parsed(*args: Any, **kwargs: Any) -> tuple[Callable[[], Any], dict[str, bool]]:
+        common = {name: kwargs[name] if name in own else kwargs.pop(name) for name in _COMMON}
+        return (lambda: fn(*args, **kwargs)), common
+
+    parsed.__signature__ = signature.replace(
+        parameters=[*signature.parameters.values(), *extra], return_annotation=inspect.Signature.empty
+    )
+    hints = typing.get_type_hints(fn, include_extras=True)
+    hints.pop("return", None)
+    parsed.__annotations__ = hints | {parameter.name: switch for parameter in extra}
+    parsed.__doc__ = _with_common_docs(inspect.getdoc(fn) or "", [parameter.name for parameter in extra])
+    parsed.__name__ = fn.__name__
+    return parsed
+
+
+def _with_common_docs(doc: str, names: list[str]) -> str:
+    """The docstring up to its Args section's end, with the common flags added to that section."""
+    lines = [f"    {name}: {_COMMON[name]}" for name in names]
+    head, mark, tail = doc.partition("\nArgs:\n")
+    if not mark:
+        for section in ("\nReturns:", "\nRaises:"):
+            head = head.partition(section)[0]
+        return f"{head.rstrip()}\n\nArgs:\n" + "\n".join(lines)
+    arguments = tail.partition("\n\n")[0]
+    return f"{head}{mark}{arguments}\n" + "\n".join(lines)
+
+
+def _overview(prog: str, verbs: Mapping[str, Callable[..., Any] | Verb], description: str) -> str:
+    width = max(map(len, verbs), default=0)
+    lines = [f"usage: {prog} VERB [flags]", "", description, "", "verbs:"]
+    for name, verb in verbs.items():
+        summary = verb.help if isinstance(verb, Verb) else (inspect.getdoc(verb) or "").partition("\n")[0]
+        lines.append(f"  {name:<{width}}  {summary}")
+    lines += ["", f"{prog} VERB --help lists a verb's flags; {prog} --version prints the version."]
+    return "\n".join(lines)
+
+
+def _print_result(result: Any, *, as_json: bool) -> None:
+    if result is None:
+        return
+    if isinstance(result, str):
+        print(json.dumps(result) if as_json else result)
+        return
+    data = _plain(result)
+    if as_json:
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+    elif isinstance(data, Mapping) and (isinstance(result, Mapping) or type(result).__str__ is object.__str__):
+        width = max((len(str(key)) for key in data), default=0)
+        for key, value in data.items():
+            print(f"{key!s:<{width}}  {_inline(value)}")
+    else:
+        print(result)
+
+
+def _plain(value: Any) -> Any:
+    """JSON types of a result."""
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_inline, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
+    """One handler on stderr; debug lines of our own packages only, not of every library."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="[%X]")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING if quiet else logging.INFO)
+    if verbose:
+        for package in [name for name in sys.modules if name.startswith("hone_") and "." not in name]:
+            logging.getLogger(package).setLevel(logging.DEBUG)

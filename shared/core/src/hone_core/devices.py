@@ -1,0 +1,75 @@
+"""Device and dtype from the words that a command line uses."""
+
+from typing import TYPE_CHECKING
+
+from hone_core.errors import UnsupportedHardwareError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["resolve_device", "resolve_dtype", "seed_everything"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def resolve_device(name: "str | torch.device" = "auto") -> "torch.device":
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that exists.
+
+    ``auto`` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ValueError: The name is not one of these.
+        UnsupportedHardwareError: A CUDA device was named and is not there.
+    """
+    import torch
+
+    text = str(name)
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in text and not index.isdecimal()):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>; got {text!r}")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
+            raise UnsupportedHardwareError(f"device {text!r} was asked for", found=found, use="--device cpu or auto")
+    return torch.device(text)
+
+
+def resolve_dtype(name: "str | torch.dtype" = "auto", device: "str | torch.device" = "cpu") -> "torch.dtype":
+    """Turn ``auto``, ``float32``, ``bfloat16`` or ``float16`` into a dtype.
+
+    ``auto`` is bfloat16 on CUDA (float16 before sm_80, which has no bfloat16 units) and float32 on the CPU.
+
+    Raises:
+        ValueError: The name is not one of these.
+    """
+    import torch
+
+    text = str(name).removeprefix("torch.")
+    if text == "auto":
+        if torch.device(device).type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if text not in _DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}; got {text!r}")
+    return getattr(torch, text)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators.
+
+    Raises:
+        ValueError: ``seed`` is negative or at least 2**32 (NumPy's limit).
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in 0 .. 2**32 - 1; got {seed}")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries that draw from the global generator must repeat too
+    torch.manual_seed(seed)

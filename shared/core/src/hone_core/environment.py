@@ -1,0 +1,99 @@
+"""What a result was measured on: code version, Python, libraries, CPU and GPU."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["code_version", "environment"]
+
+# What results depend on most; every installed hone-* distribution is added.
+_PACKAGES = ("accelerate", "diffusers", "gsplat", "jaxtyping", "numpy", "peft", "safetensors", "transformers", "triton")
+
+
+def environment() -> dict[str, Any]:
+    """Describe this machine and this code in JSON types.
+
+    Returns:
+        ``commit`` (None outside a checkout) and ``dirty`` (uncommitted changes to tracked files), ``python``,
+        ``platform``, ``cpu``, ``cpu_count``, ``torch``, ``triton``, ``cuda`` (of the torch build), ``driver``,
+        ``gpu`` (name), ``gpu_count``, ``gpu_memory_gb`` and ``packages`` (name to version). Absent parts are None.
+    """
+    import torch
+
+    commit, dirty = code_version()
+    has_gpu = torch.cuda.is_available()
+    packages = {name: version for name in _PACKAGES if (version := _version(name))}
+    packages |= {
+        name: dist.version
+        for dist in importlib.metadata.distributions()
+        if (name := dist.metadata["Name"]) and name.startswith("hone-")
+    }
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "driver": _driver() if has_gpu else None,
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "gpu_count": torch.cuda.device_count() if has_gpu else 0,
+        "gpu_memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if has_gpu else None,
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def code_version() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this code runs from, and whether tracked files differ from it.
+
+    An installed wheel has no checkout. There, and in a copy of the tree without ``.git``, the environment variable
+    ``HONE_COMMIT`` is taken as the commit if it is set, and the dirty flag is None (unknown).
+    """
+    here = Path(__file__).resolve().parent
+    commit = _git(here, "rev-parse", "HEAD")
+    # A wheel in a virtual environment inside somebody's own repository must not report that repository's commit.
+    if commit and _git(here, "ls-files", "--error-unmatch", Path(__file__).name):
+        return commit, bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
+    return os.environ.get("HONE_COMMIT"), None
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split("\n")[0].strip() or None

@@ -1,0 +1,76 @@
+"""Files that are either whole or absent: each write goes to a neighbour and is renamed into place."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"]
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a scratch path beside ``path``; on a clean exit it replaces ``path``, on an error it is removed.
+
+    The scratch name keeps the suffix, because writers such as ffmpeg choose the format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        yield scratch
+        # mkstemp makes files private; a result file gets the permissions of any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o666 & ~umask)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write bytes so that a reader never sees half a file; returns the path."""
+    with atomic_path(path) as scratch, scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return Path(path)
+
+
+def atomic_write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text so that a reader never sees half a file; returns the path."""
+    return atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: str | Path, data: Any) -> Path:
+    """Write JSON (two-space indent, keys in the given order, strict numbers) atomically; returns the path.
+
+    Raises:
+        ValueError: ``data`` holds a NaN or an infinity, which JSON cannot carry.
+        TypeError: ``data`` holds something that is not a JSON type.
+    """
+    return atomic_write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save_safetensors(
+    tensors: Mapping[str, "Tensor"], path: str | Path, *, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Save tensors atomically in the safetensors format; returns the path.
+
+    Tensors are made contiguous first, and tensors that share memory are stored once each.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as scratch:
+        save_file(
+            {k: v.detach().clone().contiguous() for k, v in tensors.items()}, scratch, metadata=dict(metadata or {})
+        )
+    return Path(path)

@@ -1,0 +1,354 @@
+"""Run folders: what was run, on what, and what came out, in files that are always whole.
+
+A folder holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``results.json``, ``figures/`` and
+``artifacts/``. A crash leaves ``status: failed`` and the message in ``results.json``.
+"""
+
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+from hone_core.config import to_dict
+from hone_core.environment import environment
+from hone_core.io import atomic_write_json
+
+__all__ = ["SCHEMA", "Row", "Run", "export_results", "load_results"]
+
+SCHEMA = 1
+"""Version of the ``results.json`` layout."""
+
+Better = Literal["higher", "lower", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One measured value.
+
+    ``unit`` is a plain word ("ms", "dB", "GiB"; empty for a ratio); ``better`` is the direction that is an
+    improvement; ``n`` counts what the value is over, and ``spread`` is its standard deviation in the same unit;
+    ``paper_value`` is the publication's figure for the same thing. ``labels`` are further columns, such as a shape.
+    A speed-up is stored as the two times that it comes from.
+    """
+
+    metric: str
+    value: float
+    unit: str = ""
+    better: Better
+    n: int = 1
+    spread: float | None = None
+    variant: str = ""
+    split: str = ""
+    paper_value: float | None = None
+    labels: dict[str, str | int | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.better not in get_args(Better):
+            raise ValueError(f"better must be one of {', '.join(get_args(Better))}; got {self.better!r}")
+        for name in ("value", "spread", "paper_value"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise ValueError(
+                    f"{self.metric}: {name} must be finite; got {number}. Report why it is missing instead."
+                )
+        if self.n < 1:
+            raise ValueError(f"{self.metric}: n must be at least 1; got {self.n}")
+
+    @property
+    def key(self) -> tuple:
+        """What the value is of: a run holds one row per key."""
+        return self.metric, self.variant, self.split, tuple(sorted(self.labels.items()))
+
+
+class Run:
+    """One run of one verb, as a context manager. Make it with ``Run.start``.
+
+    Attributes:
+        path: The run's folder.
+        seed: The seed it was started with.
+        rows: Rows so far.
+        resumed: The folder held an unfinished run of the same command, which this one continues.
+        done: The folder holds a finished run of the same command: its rows are in ``rows``, and there is nothing
+            left to do. ``row`` and ``log`` refuse.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], config: dict[str, Any]) -> None:
+        self.path = path
+        self.seed: int = header["seed"]
+        self.rows: list[Row] = []
+        self.resumed = self.done = False
+        self._header, self._config = header, config
+        self._spent = 0.0
+        self._clock = time.perf_counter()
+        self._message: str | None = None
+        self._metrics = None
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        package: str,
+        verb: str,
+        config: Any = None,
+        out: str | Path | None = None,
+        preset: str | None = None,
+        seed: int = 0,
+    ) -> "Run":
+        """Open the folder of a run.
+
+        What happens in ``out`` depends on what is there. Nothing, or an empty folder: a new run. An unfinished
+        (failed or interrupted) run of the same package, verb, preset, seed and config: it is resumed, its metrics are
+        appended to, and a row with the same metric, variant, split and labels replaces the earlier one. A finished
+        run of the same command: ``run.done`` is true and the caller returns its results. Anything else is refused,
+        and nothing is overwritten.
+
+        Args:
+            package: Distribution name, for example "hone-blade".
+            verb: What is run, for example "demo".
+            config: A config dataclass, a mapping of JSON types, or None.
+            out: The folder. None: ``runs/<package>/<verb>/<date>-<preset>-<seed>`` under the working directory,
+                always new.
+            preset: Name of the preset that the config came from.
+            seed: Of the run.
+
+        Raises:
+            FileExistsError: ``out`` holds another command's run, or files that are no run.
+        """
+        settings = {} if config is None else dict(config) if isinstance(config, Mapping) else to_dict(config)
+        # What is compared on a resume is what a file gives back: tuples, for one, come back as lists.
+        settings = json.loads(json.dumps(settings, allow_nan=False))
+        header = {
+            "schema": SCHEMA,
+            "package": package,
+            "version": _version(package),
+            "verb": verb,
+            "preset": preset,
+            "seed": seed,
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        if out is None:
+            out = _new_folder(
+                Path("runs") / package / verb, f"{datetime.now():%Y%m%d-%H%M%S}-{preset or 'custom'}-{seed}"
+            )
+        run = cls(Path(out), header, settings)
+        run._adopt()
+        return run
+
+    @property
+    def figures(self) -> Path:
+        """Folder for plots; made on first use."""
+        return self._folder("figures")
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder for videos, checkpoints and other outputs; made on first use."""
+        return self._folder("artifacts")
+
+    def log(self, *, step: int, **scalars: float) -> None:
+        """Append a line of training or sampling scalars to ``metrics.jsonl``."""
+        self._refuse_if_done()
+        # A diverged loss must reach the log: a non-finite value is written as a string, as in configs.
+        values = {k: v if math.isfinite(v) else str(v) for k, v in ((k, float(v)) for k, v in scalars.items())}
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(json.dumps({"step": int(step), **values}) + "\n")
+        self._metrics.flush()
+
+    def row(
+        self,
+        metric: str,
+        value: float,
+        *,
+        unit: str = "",
+        better: Better,
+        n: int = 1,
+        spread: float | None = None,
+        variant: str = "",
+        split: str = "",
+        paper_value: float | None = None,
+        labels: Mapping[str, str | int | float] | None = None,
+    ) -> Row:
+        """Add a result; see ``Row``. A row of the same metric, variant, split and labels is replaced.
+
+        Raises:
+            ValueError: A value is not finite, ``better`` is not a direction, or ``n`` is not positive.
+        """
+        self._refuse_if_done()
+        row = Row(
+            metric=metric,
+            value=float(value),
+            unit=unit,
+            better=better,
+            n=n,
+            spread=None if spread is None else float(spread),
+            variant=variant,
+            split=split,
+            paper_value=None if paper_value is None else float(paper_value),
+            labels=dict(labels or {}),
+        )
+        self.rows = [old for old in self.rows if old.key != row.key] + [row]
+        return row
+
+    def results(self) -> dict[str, Any]:
+        """The content of ``results.json`` as it stands on disk."""
+        return load_results(self.path)
+
+    def __enter__(self) -> "Run":
+        self._clock = time.perf_counter()
+        if not self.done:
+            self.path.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(self.path / "config.json", self._config)
+            atomic_write_json(self.path / "environment.json", environment())
+            self._write("running")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self.done:
+            return
+        if error is not None:
+            self._message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self._write("done" if error is None else "failed")
+
+    def _write(self, status: str) -> None:
+        results = self._header | {
+            "seconds": round(self._spent + time.perf_counter() - self._clock, 3),
+            "status": status,
+        }
+        if self._message is not None:
+            results["message"] = self._message
+        results["rows"] = [_row_to_dict(row) for row in self.rows]
+        atomic_write_json(self.path / "results.json", results)
+
+    def _adopt(self) -> None:
+        """Look at what the folder holds already."""
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file; --out must name a folder")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        results_file, config_file = self.path / "results.json", self.path / "config.json"
+        if not (results_file.exists() and config_file.exists()):
+            raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --out")
+        stored = load_results(self.path)
+        before = {key: stored[key] for key in ("package", "verb", "preset", "seed")}
+        before |= _flatten(json.loads(config_file.read_text(encoding="utf-8")))
+        now = {key: self._header[key] for key in ("package", "verb", "preset", "seed")} | _flatten(self._config)
+        changed = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+        if changed:
+            shown = ", ".join(f"{k} {before.get(k, _ABSENT)} there, {now.get(k, _ABSENT)} here" for k in changed[:5])
+            raise FileExistsError(
+                f"{self.path} holds a run of another command ({shown}); "
+                "choose another --out, or repeat the same command to resume"
+            )
+        self.rows = [Row(**row) for row in stored["rows"]]
+        self.done = stored["status"] == "done"
+        self.resumed = not self.done
+        self._spent = stored["seconds"]
+        self._header["started"] = stored["started"]
+        if self.resumed:
+            self._drop_partial_line()
+
+    def _drop_partial_line(self) -> None:
+        """Cut a line that a crash left unfinished, so that the next one starts a line of its own."""
+        file = self.path / "metrics.jsonl"
+        if file.exists() and (data := file.read_bytes()) and not data.endswith(b"\n"):
+            with file.open("rb+") as handle:
+                handle.truncate(data.rfind(b"\n") + 1)
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _refuse_if_done(self) -> None:
+        if self.done:
+            raise RuntimeError(
+                f"{self.path} holds a finished run of this command; "
+                "check run.done first, or choose another --out to repeat it"
+            )
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """Read ``results.json`` of a run folder (or such a file itself).
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not a results file of this schema.
+    """
+    path = Path(path)
+    file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; expected a run folder or its results.json")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"{file}: expected a results file of schema {SCHEMA}")
+    return data
+
+
+def export_results(run: str | Path, target: str | Path) -> Path:
+    """Write a finished run as one file for ``results/<package>/``: its results with its environment inside.
+
+    Raises:
+        FileNotFoundError: ``run`` is no run folder.
+        ValueError: The run is not done.
+    """
+    run = Path(run)
+    data = load_results(run)
+    if data["status"] != "done":
+        raise ValueError(f"{run}: only a finished run can be exported; its status is {data['status']}")
+    data["environment"] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    data["config"] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return atomic_write_json(target, data)
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones, so that a difference can be named."""
+    if not isinstance(config, dict) or not config:
+        return {prefix or "config": config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else f"config.{key}")
+    return flat
+
+
+def _row_to_dict(row: Row) -> dict[str, Any]:
+    data = asdict(row)
+    if not data["labels"]:
+        del data["labels"]
+    return data
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    path, count = parent / name, 1
+    while path.exists():
+        count += 1
+        path = parent / f"{name}-{count}"
+    return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

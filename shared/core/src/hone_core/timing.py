@@ -1,0 +1,159 @@
+"""One timer for every speed figure: warm-up, percentiles, cold L2, peak memory, interleaved variants."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Timing", "measure", "measure_interleaved"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Times of one call, in milliseconds.
+
+    ``ms_p20``, ``ms_p50`` and ``ms_p80`` are percentiles over ``n`` timed calls. ``peak_bytes`` is the most memory
+    that torch's allocator held during a call, inputs included (None on the CPU, where torch does not count).
+    """
+
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    n: int
+    peak_bytes: int | None = None
+
+
+def measure(
+    fn: Callable[[], object],
+    *,
+    warmup: int = 10,
+    repeats: int = 50,
+    cold_l2: bool = False,
+    device: "str | torch.device | None" = None,
+) -> Timing:
+    """Time ``fn()``.
+
+    Build the inputs outside ``fn``: everything that it does is timed.
+
+    Args:
+        fn: The call. On CUDA it is timed between two events of the current stream.
+        warmup: Untimed calls first (compilation, autotuning, caches).
+        repeats: Timed calls.
+        cold_l2: Overwrite a buffer larger than the L2 cache before each call, so that inputs come from memory.
+        device: Where ``fn`` runs. None: the current CUDA device if there is one, else the CPU.
+
+    Raises:
+        ValueError: ``repeats`` is not positive, ``warmup`` is negative, or ``cold_l2`` is asked of the CPU.
+    """
+    return measure_interleaved({"": fn}, warmup=warmup, rounds=repeats, cold_l2=cold_l2, device=device)[""]
+
+
+def measure_interleaved(
+    fns: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 10,
+    rounds: int = 50,
+    seed: int = 0,
+    cold_l2: bool = False,
+    device: "str | torch.device | None" = None,
+) -> dict[str, Timing]:
+    """Time several calls against each other.
+
+    Each round runs every call once, in a fresh random order, so that clocks, heat and other load fall on all alike.
+
+    Args:
+        fns: Name to call.
+        warmup: Untimed calls of each first.
+        rounds: Timed calls of each.
+        seed: Of the order.
+        cold_l2: As in ``measure``.
+        device: As in ``measure``.
+
+    Raises:
+        ValueError: As in ``measure``.
+    """
+    import torch
+
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"expected at least one timed call and no negative warm-up; got {rounds} and {warmup}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if cold_l2 and device.type != "cuda":
+        raise ValueError(f"cold_l2 needs a CUDA device; got {device}. Pass cold_l2=False.")
+    clock = _CudaClock(device, cold_l2) if device.type == "cuda" else _CpuClock()
+    for fn in fns.values():
+        for _ in range(warmup):
+            fn()
+    samples: dict[str, list[float]] = {name: [] for name in fns}
+    peaks: dict[str, int | None] = dict.fromkeys(fns)
+    order, rng = list(fns), random.Random(seed)
+    for _ in range(rounds):
+        rng.shuffle(order)
+        for name in order:
+            milliseconds, peak = clock.time(fns[name])
+            samples[name].append(milliseconds)
+            if peak is not None:
+                peaks[name] = max(peak, peaks[name] or 0)
+    return {
+        name: Timing(
+            ms_p20=_percentile(values, 20),
+            ms_p50=_percentile(values, 50),
+            ms_p80=_percentile(values, 80),
+            n=rounds,
+            peak_bytes=peaks[name],
+        )
+        for name, values in samples.items()
+    }
+
+
+class _CpuClock:
+    def time(self, fn: Callable[[], object]) -> tuple[float, None]:
+        start = time.perf_counter()
+        fn()
+        return (time.perf_counter() - start) * 1e3, None
+
+
+_COVER_CYCLES = 200_000
+"""About 0.1 ms of GPU clock."""
+
+
+class _CudaClock:
+    def __init__(self, device: "torch.device", cold_l2: bool) -> None:
+        import torch
+
+        self.device = device
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
+        # Twice the cache: replacement is not exactly least-recently-used.
+        self.flush = torch.empty(2 * l2, dtype=torch.int8, device=device) if cold_l2 else None
+
+    def time(self, fn: Callable[[], object]) -> tuple[float, int]:
+        import torch
+
+        with torch.cuda.device(self.device):
+            torch.cuda.reset_peak_memory_stats()
+            if self.flush is not None:
+                self.flush.zero_()
+            # The device is kept busy while the host enqueues, so that launch latency is not in a short kernel's time.
+            torch.cuda._sleep(_COVER_CYCLES)
+            self.begin.record()
+            fn()
+            self.end.record()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - (self.flush.numel() if self.flush is not None else 0)
+        return self.begin.elapsed_time(self.end), peak
+
+
+def _percentile(values: list[float], percent: float) -> float:
+    """Linear interpolation between the two nearest ranks."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
