@@ -1,1 +1,3 @@
-"""hone."""
+"""GPU kernels of hone, one folder per op."""
+
+__version__ = "0.1.0"

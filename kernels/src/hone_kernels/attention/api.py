@@ -1,0 +1,338 @@
+"""The public op: checks, choice of backend, autograd and ``torch.library`` registration."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .layout import BlockLayout
+from .reference import attention_reference
+
+__all__ = ["SUPPORT", "Backend", "PooledKV", "Support", "block_sparse_attention"]
+
+Backend = Literal["auto", "reference", "triton"]
+
+_log = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Support:
+    """What one backend can do; error messages, documentation and test parameters are read from here.
+
+    Attributes:
+        dtypes: Of q, k and v.
+        head_dims: D, or None for any.
+        blocks: Allowed ``block_q`` and ``block_k``, or None for any.
+        min_sm: Least compute capability times ten, or None where no GPU is needed.
+        backward: Whether gradients flow.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, ...] | None
+    blocks: tuple[int, ...] | None
+    min_sm: int | None
+    backward: bool
+
+
+SUPPORT: dict[str, Support] = {
+    "reference": Support(
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        head_dims=None,
+        blocks=None,
+        min_sm=None,
+        backward=True,
+    ),
+    "triton": Support(
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        head_dims=(32, 64, 96, 128),
+        blocks=(32, 64, 128, 256),
+        min_sm=80,
+        backward=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PooledKV:
+    """Further keys and values that every query reads, such as mean-pooled ones.
+
+    Attributes:
+        k: ``[B, HK, G, D]``.
+        v: ``[B, HK, G, D]``.
+        bias: Floating point, broadcastable to ``[B, HK, G]``, in natural-log units, added to the scaled logits: ``log(n)``
+            makes one key weigh as n. None: no bias.
+    """
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share a dtype; got {q.dtype} for q and {x.dtype} for {name}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must share a device; q is on {q.device}, {name} on {x.device}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape; got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must share the batch size; got {q.shape[0]} and {k.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must share head_dim; got {q.shape[3]} and {k.shape[3]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key heads; got {q.shape[1]} and {k.shape[1]}")
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(
+            f"layout must be a BlockLayout (BlockLayout.dense, .from_mask, ...); got {type(layout).__name__}"
+        )
+    if (layout.tokens_q, layout.tokens_k) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"layout is for {layout.tokens_q} queries and {layout.tokens_k} keys, but q has {q.shape[2]} and k has "
+            f"{k.shape[2]} tokens; build the layout for these lengths"
+        )
+    if layout.device != q.device:
+        raise ValueError(f"layout is on {layout.device} but q is on {q.device}; build it with device=q.device")
+    for axis, name, size in ((0, "batch", q.shape[0]), (1, "heads", q.shape[1])):
+        if layout.kv_num.shape[axis] not in (1, size):
+            raise ValueError(
+                f"layout's {name} axis must be 1 or {size}, as in q; got {layout.kv_num.shape[axis]} "
+                f"(kv_num is {list(layout.kv_num.shape)})"
+            )
+    if layout.k_valid is not None and layout.k_valid.shape[0] not in (1, q.shape[0]):
+        raise ValueError(f"k_valid's batch axis must be 1 or {q.shape[0]}, as in q; got {list(layout.k_valid.shape)}")
+
+
+def _check_pooled(pooled: PooledKV, k: Tensor) -> None:
+    batch, heads, _, dim = k.shape
+    for name, x in (("pooled.k", pooled.k), ("pooled.v", pooled.v)):
+        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, dim) or x.shape[2] == 0:
+            raise ValueError(f"{name} must be {[batch, heads, 'G', dim]} with G >= 1, as in k; got {list(x.shape)}")
+        if x.dtype != k.dtype or x.device != k.device:
+            raise TypeError(f"{name} must be {k.dtype} on {k.device}, like k; got {x.dtype} on {x.device}")
+    if pooled.k.shape != pooled.v.shape:
+        raise ValueError(
+            f"pooled.k and pooled.v must have the same shape; got {list(pooled.k.shape)} and {list(pooled.v.shape)}"
+        )
+    if pooled.bias is not None:
+        if not pooled.bias.is_floating_point() or pooled.bias.device != k.device:
+            raise TypeError(
+                f"pooled.bias must be floating point on {k.device}; got {pooled.bias.dtype} on {pooled.bias.device}"
+            )
+        want = pooled.k.shape[:3]
+        try:
+            fits = torch.broadcast_shapes(pooled.bias.shape, want) == want
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"pooled.bias must broadcast to [B, HK, G] = {list(want)}; got {list(pooled.bias.shape)}")
+
+
+def _why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
+    """Why this backend cannot take these inputs, or None."""
+    support = SUPPORT[backend]
+    if q.dtype not in support.dtypes:
+        return f"it takes {', '.join(str(d) for d in support.dtypes)}; got {q.dtype}"
+    if support.head_dims is not None and q.shape[3] not in support.head_dims:
+        return f"it takes head_dim in {support.head_dims}; got {q.shape[3]}"
+    for name in ("block_q", "block_k"):
+        if support.blocks is not None and getattr(layout, name) not in support.blocks:
+            return f"it takes {name} in {support.blocks}; got {getattr(layout, name)}"
+    if backend == "triton":
+        if not _has_triton():
+            return "Triton is not installed; on Linux: pip install triton"
+        if not _interpreted():
+            if q.device.type != "cuda":
+                return (
+                    f"it needs a CUDA device (or TRITON_INTERPRET=1 before the import); the tensors are on {q.device}"
+                )
+            major, minor = torch.cuda.get_device_capability(q.device)
+            if major * 10 + minor < support.min_sm:
+                return f"it needs compute capability {support.min_sm / 10}; {q.device} has {major}.{minor}"
+    return None
+
+
+def _choose(backend: str, q: Tensor, layout: BlockLayout) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
+    if backend != "auto":
+        reason = _why_not(backend, q, layout)
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} cannot run this call: {reason}. backend='auto' chooses one that can")
+        return backend
+    if q.device.type != "cuda":
+        return "reference"
+    reason = _why_not("triton", q, layout)
+    if reason is None:
+        return "triton"
+    if not torch.compiler.is_compiling() and reason not in _warned:
+        _warned.add(reason)
+        _log.warning(
+            "block_sparse_attention uses the slow reference backend: the Triton one cannot run, since %s", reason
+        )
+    return "reference"
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    pooled: PooledKV | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over listed key blocks and, in the same softmax, over pooled keys.
+
+    Gradients reach q, k, v, the pooled keys, values and bias, from the output and from the log-sum-exp; they are exact and,
+    run to run, bit-identical. No call waits for the device, so CUDA graphs can capture it.
+
+    Args:
+        q: ``[B, H, TQ, D]``, any strides with D contiguous.
+        k: ``[B, HK, TK, D]``, H a multiple of HK: query head h reads key head ``h // (H // HK)``.
+        v: ``[B, HK, TK, D]``.
+        layout: Which key blocks each query block of each head reads.
+        scale: Factor on the logits; ``D ** -0.5`` if None.
+        pooled: Further keys that every query reads.
+        return_lse: Whether to return the log-sum-exp too.
+        backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose. A named
+            backend never gives way to another.
+
+    Returns:
+        ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64 for
+        float64 inputs). A query without any key gets ``out = 0`` and ``lse = -inf``.
+
+    Raises:
+        ValueError: If shapes, layout and backend do not fit together.
+        TypeError: If dtypes differ or the layout is not a ``BlockLayout``.
+    """
+    _check_tensors(q, k, v, layout)
+    if pooled is not None:
+        _check_pooled(pooled, k)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
+    if _choose(backend, q, layout) == "reference":
+        out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
+        return (out, lse) if return_lse else out
+    if bias is not None:
+        bias = bias.float().expand(pooled_k.shape[:3])
+    out, lse = _attention_op(
+        *(_unit_last(x) for x in (q, k, v)),
+        layout.kv_num,
+        layout.kv_idx,
+        layout.k_valid,
+        None if pooled_k is None else _unit_last(pooled_k),
+        None if pooled_v is None else _unit_last(pooled_v),
+        bias,
+        layout.block_q,
+        layout.block_k,
+        scale,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _unit_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("hone::block_sparse_attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from .triton import attention_forward
+
+    return attention_forward(
+        q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale
+    )
+
+
+@_attention_op.register_fake
+def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hone::block_sparse_attention_backward", mutates_args=())
+def _attention_backward_op(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .triton import attention_backward
+
+    layout = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k)
+    columns = layout.transpose()
+    grads = attention_backward(
+        _unit_last(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx, k_valid,
+        pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
+    )  # fmt: skip
+    # A custom op returns tensors only: an absent gradient is an empty one.
+    return tuple(q.new_empty(0) if g is None else g for g in grads)
+
+
+@_attention_backward_op.register_fake
+def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale):
+    absent = q.new_empty(0)
+    pooled = (absent, absent) if pooled_k is None else (torch.empty_like(pooled_k), torch.empty_like(pooled_v))
+    bias = absent if pooled_bias is None else q.new_empty(pooled_bias.shape, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *pooled, bias
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.block_q, ctx.block_k, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, dout, dlse):
+    *tensors, out, lse = ctx.saved_tensors
+    q, k, v, *rest = tensors
+    grads = torch.ops.hone.block_sparse_attention_backward(
+        dout, dlse, q, k, v, out, lse, *rest, ctx.block_q, ctx.block_k, ctx.scale
+    )
+    dq, dk, dv, dpk, dpv, dbias = (g if g.numel() else None for g in grads)
+    return dq, dk, dv, None, None, None, dpk, dpv, dbias, None, None, None
+
+
+_attention_op.register_autograd(_backward, setup_context=_save)

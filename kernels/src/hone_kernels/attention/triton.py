@@ -1,0 +1,533 @@
+"""Block-sparse attention in Triton: forward, dQ, dK/dV. Portable (sm80 and later), and runnable in the interpreter.
+
+A program owns one tile of one head and walks its list of blocks. Keys that may not exist (the ragged tail, padded blocks)
+are masked in a loop of their own, so that the steady loop carries no mask code; pooled keys come in a third loop of the
+same online softmax. Rows with long lists are usually last (text behind video), so tiles are launched last first.
+
+On compute capability 9.0 and later the tiles come through tensor-memory descriptors, elsewhere through pointers.
+
+Exponentials are base 2 inside (``LOG2E`` is folded into the scale); the log-sum-exp that leaves is natural.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["Tiles", "attention_backward", "attention_forward", "tiles_for"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A launch configuration: tile of queries by tile of keys, warps, pipeline stages, tile loads by descriptor."""
+
+    q: int
+    k: int
+    warps: int
+    stages: int
+    descriptors: bool
+
+
+# (kernel, bytes per element, padded head size) -> configuration on compute capability 9.0 and later; below it the same
+# tiles with fewer stages, see tiles_for.
+TILES: dict[tuple[str, int, int], Tiles] = {
+    ("forward", 2, 32): Tiles(128, 64, 4, 3, False),
+    ("forward", 2, 64): Tiles(128, 128, 4, 3, False),
+    ("forward", 2, 128): Tiles(128, 128, 8, 2, True),
+    ("forward", 4, 32): Tiles(64, 32, 4, 2, False),
+    ("forward", 4, 64): Tiles(64, 32, 4, 2, False),
+    ("forward", 4, 128): Tiles(64, 32, 4, 2, False),
+    ("dq", 2, 32): Tiles(128, 64, 4, 3, False),
+    ("dq", 2, 64): Tiles(128, 64, 4, 3, False),
+    ("dq", 2, 128): Tiles(128, 64, 8, 3, False),
+    ("dq", 4, 32): Tiles(64, 32, 4, 1, False),
+    ("dq", 4, 64): Tiles(64, 32, 4, 1, False),
+    ("dq", 4, 128): Tiles(32, 32, 4, 1, False),
+    ("dkv", 2, 32): Tiles(64, 128, 4, 3, False),
+    ("dkv", 2, 64): Tiles(64, 128, 4, 3, False),
+    ("dkv", 2, 128): Tiles(64, 128, 8, 3, False),
+    ("dkv", 4, 32): Tiles(32, 64, 4, 1, False),
+    ("dkv", 4, 64): Tiles(32, 64, 4, 1, False),
+    ("dkv", 4, 128): Tiles(32, 32, 4, 1, False),
+}
+
+
+def tiles_for(kernel: str, dtype: torch.dtype, dim: int, block_q: int, block_k: int, sm: int) -> Tiles:
+    """The configuration for these inputs: a tile never spans two blocks.
+
+    Args:
+        kernel: ``forward``, ``dq`` or ``dkv``.
+        dtype: Of q, k and v.
+        dim: Head size.
+        block_q: Queries in a block.
+        block_k: Keys in a block.
+        sm: Compute capability times ten.
+    """
+    best = TILES[kernel, dtype.itemsize, triton.next_power_of_2(dim)]
+    return Tiles(
+        q=min(best.q, block_q),
+        k=min(best.k, block_k),
+        warps=best.warps,
+        stages=best.stages if sm >= 90 else min(best.stages, 2),
+        descriptors=best.descriptors and sm >= 90 and dim in (64, 128),
+    )
+
+
+@triton.jit
+def _tile(source, batch, head, start, stride_b, stride_h, stride_s, tokens, ROWS: tl.constexpr, DIM: tl.constexpr,
+          DIM_PAD: tl.constexpr, MASKED: tl.constexpr, DESC: tl.constexpr):  # fmt: skip
+    """Rows ``start`` to ``start + ROWS`` of one head, ``[ROWS, DIM_PAD]``; rows past the end are zeros."""
+    if DESC:
+        return source.load([batch, head, start, 0]).reshape([ROWS, DIM_PAD])
+    else:
+        row = tl.arange(0, ROWS)
+        dim = tl.arange(0, DIM_PAD)
+        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(start, tl.int64) * stride_s
+        ptrs = base + row[:, None] * stride_s + dim[None, :]
+        if MASKED:
+            keep = (start + row < tokens)[:, None]
+            if DIM != DIM_PAD:
+                keep = keep & (dim < DIM)[None, :]
+            return tl.load(ptrs, mask=keep, other=0.0)
+        elif DIM != DIM_PAD:
+            return tl.load(ptrs, mask=(dim < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(ptrs)
+
+
+@triton.jit
+def _softmax_step(acc, total, top, q, k, v, bias, valid, scale, MASKED: tl.constexpr, BIASED: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys into the running softmax. ``valid`` is how many of them exist (read only if MASKED)."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    if BIASED:
+        logits = logits * scale + bias[None, :]
+    if MASKED:
+        logits = tl.where((tl.arange(0, k.shape[0]) < valid)[None, :], logits, -float("inf"))
+    high = tl.max(logits, 1)
+    if not BIASED:
+        high = high * scale
+    new = tl.maximum(top, high)
+    shift = new
+    if MASKED:
+        # A row that has met no key yet would compute inf - inf.
+        shift = tl.where(new == -float("inf"), 0.0, new)
+    if BIASED:
+        p = tl.exp2(logits - shift[:, None])
+    else:
+        p = tl.exp2(logits * scale - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade + tl.sum(p, 1)
+    acc = acc * fade[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new
+
+
+@triton.jit
+def _forward_kernel(
+    q_src, k_src, v_src, pk_src, pv_src, bias_ptr, out_ptr, lse_ptr, num_ptr, idx_ptr, valid_ptr,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, spkb, spkh, spks, spvb, spvh, spvs, sbb, sbh, sbg, sob, soh, sos,
+    snb, snh, sib, sih, siq, sval,
+    tokens_q, tokens_k, pooled, scale,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, VALID: tl.constexpr, POOLED: tl.constexpr,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    head_k = head // GROUP
+    start_q = tile * BM
+    row = start_q // BLOCK_Q
+    num = tl.load(num_ptr + batch * snb + head * snh + row)
+    idx_ptr += batch.to(tl.int64) * sib + head.to(tl.int64) * sih + row.to(tl.int64) * siq
+    SUB: tl.constexpr = BLOCK_K // BN
+
+    q = _tile(q_src, batch, head, start_q, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC)
+    acc = tl.zeros([BM, DIM_PAD], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], -float("inf"), tl.float32)
+    bias = tl.zeros([BN], tl.float32)
+
+    # Only the last listed block can be the ragged one: lists ascend.
+    full = num * SUB
+    if VALID:
+        full = 0
+    elif TAIL:
+        last = tl.load(idx_ptr + tl.maximum(num - 1, 0))
+        full = tl.where((num > 0) & ((last + 1) * BLOCK_K > tokens_k), num - 1, num) * SUB
+    if not VALID:
+        for t in tl.range(0, full, num_stages=STAGES):
+            start = tl.load(idx_ptr + t // SUB) * BLOCK_K + (t % SUB) * BN
+            k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, False, DESC)
+            v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, False, DESC)
+            acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, 0, scale, False, False, PRECISION)
+    if TAIL or VALID:
+        for t in tl.range(full, num * SUB, num_stages=STAGES if VALID else 1):
+            block = tl.load(idx_ptr + t // SUB)
+            start = block * BLOCK_K + (t % SUB) * BN
+            k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, True, DESC)
+            v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, True, DESC)
+            valid = tokens_k - start
+            if VALID:
+                valid = tl.minimum(valid, tl.load(valid_ptr + batch * sval + block) - (t % SUB) * BN)
+            acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, valid, scale, True, False, PRECISION)
+    if POOLED:
+        for start in tl.range(0, pooled, BN, num_stages=STAGES):
+            k = _tile(pk_src, batch, head_k, start, spkb, spkh, spks, pooled, BN, DIM, DIM_PAD, True, DESC)
+            v = _tile(pv_src, batch, head_k, start, spvb, spvh, spvs, pooled, BN, DIM, DIM_PAD, True, DESC)
+            if BIASED:
+                at = start + tl.arange(0, BN)
+                bias = tl.load(bias_ptr + batch * sbb + head_k * sbh + at * sbg, mask=at < pooled, other=0.0) * LOG2E
+            acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, pooled - start, scale, True, BIASED, PRECISION)
+
+    at = start_q + tl.arange(0, BM)
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    acc = acc / total[:, None]
+    lse = tl.where(some, top * LN2 + tl.log(total), -float("inf"))
+    tl.store(lse_ptr + (batch.to(tl.int64) * tl.num_programs(1) + head) * tokens_q + at, lse, mask=at < tokens_q)
+    dim = tl.arange(0, DIM_PAD)
+    out_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh + start_q.to(tl.int64) * sos
+    ptrs = out_ptr + tl.arange(0, BM)[:, None] * sos + dim[None, :]
+    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=(at < tokens_q)[:, None] & (dim < DIM)[None, :])
+
+
+@triton.jit
+def _delta_kernel(out_ptr, dout_ptr, dlse_ptr, delta_ptr, sob, soh, sos, sdb, sdh, sds, tokens, DIM: tl.constexpr,
+                  DIM_PAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``."""
+    start = tl.program_id(0) * ROWS
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    at = start + tl.arange(0, ROWS)
+    out = _tile(out_ptr, batch, head, start, sob, soh, sos, tokens, ROWS, DIM, DIM_PAD, True, False)
+    dout = _tile(dout_ptr, batch, head, start, sdb, sdh, sds, tokens, ROWS, DIM, DIM_PAD, True, False)
+    flat = (batch.to(tl.int64) * tl.num_programs(1) + head) * tokens + at
+    dlse = tl.load(dlse_ptr + flat, mask=at < tokens, other=0.0)
+    tl.store(delta_ptr + flat, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse, mask=at < tokens)
+
+
+@triton.jit
+def _row_stats(lse_ptr, delta_ptr, flat, start, tokens, ROWS: tl.constexpr):
+    """Base-2 log-sum-exp and delta of a tile of queries; rows that must weigh nothing get ``+inf``."""
+    at = start + tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + flat + at, mask=at < tokens, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + flat + at, mask=at < tokens, other=0.0)
+    return tl.where(lse == -float("inf"), float("inf"), lse), delta
+
+
+@triton.jit
+def _dq_step(dq, q, dout, lse, delta, k, v, bias, valid, scale, MASKED: tl.constexpr, BIASED: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if BIASED:
+        logits += bias[None, :]
+    p = tl.exp2(logits - lse[:, None])
+    if MASKED:
+        p = tl.where((tl.arange(0, k.shape[0]) < valid)[None, :], p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _dq_kernel(
+    q_src, k_src, v_src, pk_src, pv_src, bias_ptr, dout_src, lse_ptr, delta_ptr, dq_ptr, num_ptr, idx_ptr, valid_ptr,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, spkb, spkh, spks, spvb, spvh, spvs, sbb, sbh, sbg, sdb, sdh, sds,
+    sob, soh, sos, snb, snh, sib, sih, siq, sval,
+    tokens_q, tokens_k, pooled, scale, logit_scale,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, VALID: tl.constexpr, POOLED: tl.constexpr,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    head_k = head // GROUP
+    start_q = tile * BM
+    row = start_q // BLOCK_Q
+    num = tl.load(num_ptr + batch * snb + head * snh + row)
+    idx_ptr += batch.to(tl.int64) * sib + head.to(tl.int64) * sih + row.to(tl.int64) * siq
+    SUB: tl.constexpr = BLOCK_K // BN
+
+    q = _tile(q_src, batch, head, start_q, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC)
+    dout = _tile(dout_src, batch, head, start_q, sdb, sdh, sds, tokens_q, BM, DIM, DIM_PAD, True, DESC)
+    flat = (batch.to(tl.int64) * tl.num_programs(1) + head) * tokens_q
+    lse, delta = _row_stats(lse_ptr, delta_ptr, flat, start_q, tokens_q, BM)
+    dq = tl.zeros([BM, DIM_PAD], tl.float32)
+    bias = tl.zeros([BN], tl.float32)
+
+    full = num * SUB
+    if VALID:
+        full = 0
+    elif TAIL:
+        last = tl.load(idx_ptr + tl.maximum(num - 1, 0))
+        full = tl.where((num > 0) & ((last + 1) * BLOCK_K > tokens_k), num - 1, num) * SUB
+    if not VALID:
+        for t in tl.range(0, full, num_stages=STAGES):
+            start = tl.load(idx_ptr + t // SUB) * BLOCK_K + (t % SUB) * BN
+            k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, False, DESC)
+            v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, False, DESC)
+            dq = _dq_step(dq, q, dout, lse, delta, k, v, bias, 0, scale, False, False, PRECISION)
+    if TAIL or VALID:
+        for t in tl.range(full, num * SUB, num_stages=STAGES if VALID else 1):
+            block = tl.load(idx_ptr + t // SUB)
+            start = block * BLOCK_K + (t % SUB) * BN
+            k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, True, DESC)
+            v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, True, DESC)
+            valid = tokens_k - start
+            if VALID:
+                valid = tl.minimum(valid, tl.load(valid_ptr + batch * sval + block) - (t % SUB) * BN)
+            dq = _dq_step(dq, q, dout, lse, delta, k, v, bias, valid, scale, True, False, PRECISION)
+    if POOLED:
+        for start in tl.range(0, pooled, BN, num_stages=STAGES):
+            k = _tile(pk_src, batch, head_k, start, spkb, spkh, spks, pooled, BN, DIM, DIM_PAD, True, DESC)
+            v = _tile(pv_src, batch, head_k, start, spvb, spvh, spvs, pooled, BN, DIM, DIM_PAD, True, DESC)
+            if BIASED:
+                at = start + tl.arange(0, BN)
+                bias = tl.load(bias_ptr + batch * sbb + head_k * sbh + at * sbg, mask=at < pooled, other=0.0) * LOG2E
+            dq = _dq_step(dq, q, dout, lse, delta, k, v, bias, pooled - start, scale, True, BIASED, PRECISION)
+
+    at = start_q + tl.arange(0, BM)
+    dim = tl.arange(0, DIM_PAD)
+    dq_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh + start_q.to(tl.int64) * sos
+    ptrs = dq_ptr + tl.arange(0, BM)[:, None] * sos + dim[None, :]
+    keep = (at < tokens_q)[:, None] & (dim < DIM)[None, :]
+    tl.store(ptrs, (dq * logit_scale).to(dq_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _dkv_kernel(
+    q_src, k_src, v_src, bias_ptr, dout_src, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, num_ptr, idx_ptr, valid_ptr,
+    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sbb, sbh, sbg, sdb, sdh, sds, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
+    snb, snh, sib, sih, siq, sval,
+    tokens_q, tokens_k, scale, logit_scale,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, DENSE: tl.constexpr, BIASED: tl.constexpr,
+    PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys, over the query blocks that read it (all of them if DENSE: pooled keys)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head_k = tl.program_id(1)
+    batch = tl.program_id(2)
+    start_k = tile * BN
+    block = start_k // BLOCK_K
+    SUB: tl.constexpr = BLOCK_Q // BM
+    k = _tile(k_src, batch, head_k, start_k, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, True, DESC)
+    v = _tile(v_src, batch, head_k, start_k, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, True, DESC)
+    dk = tl.zeros([BN, DIM_PAD], tl.float32)
+    dv = tl.zeros([BN, DIM_PAD], tl.float32)
+    at = start_k + tl.arange(0, BN)
+    bias = tl.zeros([BN], tl.float32)
+    dbias = tl.zeros([BN], tl.float32)
+    if BIASED:
+        bias = tl.load(bias_ptr + batch * sbb + head_k * sbh + at * sbg, mask=at < tokens_k, other=0.0) * LOG2E
+
+    for g in range(GROUP):
+        head = head_k * GROUP + g
+        flat = (batch.to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * tokens_q
+        idx = idx_ptr
+        if DENSE:
+            count = tl.cdiv(tokens_q, BM)
+        else:
+            count = tl.load(num_ptr + batch * snb + head * snh + block) * SUB
+            idx = idx_ptr + batch.to(tl.int64) * sib + head.to(tl.int64) * sih + block.to(tl.int64) * siq
+        for t in tl.range(0, count, num_stages=STAGES):
+            if DENSE:
+                start = t * BM
+            else:
+                start = tl.load(idx + t // SUB) * BLOCK_Q + (t % SUB) * BM
+            q = _tile(q_src, batch, head, start, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC)
+            dout = _tile(dout_src, batch, head, start, sdb, sdh, sds, tokens_q, BM, DIM, DIM_PAD, True, DESC)
+            lse, delta = _row_stats(lse_ptr, delta_ptr, flat, start, tokens_q, BM)
+            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [BN, BM]
+            if BIASED:
+                logits += bias[:, None]
+            p = tl.exp2(logits - lse[None, :])
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            if BIASED:
+                dbias += tl.sum(ds, 1)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    if VALID:
+        exists = at - block * BLOCK_K < tl.load(valid_ptr + batch * sval + block)
+        dk = tl.where(exists[:, None], dk, 0.0)
+        dv = tl.where(exists[:, None], dv, 0.0)
+    dim = tl.arange(0, DIM_PAD)
+    keep = (at < tokens_k)[:, None] & (dim < DIM)[None, :]
+    local = tl.arange(0, BN)[:, None]
+    dk_ptr += batch.to(tl.int64) * sdkb + head_k.to(tl.int64) * sdkh + start_k.to(tl.int64) * sdks
+    dv_ptr += batch.to(tl.int64) * sdvb + head_k.to(tl.int64) * sdvh + start_k.to(tl.int64) * sdvs
+    tl.store(dk_ptr + local * sdks + dim[None, :], (dk * logit_scale).to(dk_ptr.dtype.element_ty), mask=keep)
+    tl.store(dv_ptr + local * sdvs + dim[None, :], dv.to(dv_ptr.dtype.element_ty), mask=keep)
+    if BIASED:
+        heads = tl.num_programs(1)
+        tl.store(dbias_ptr + (batch.to(tl.int64) * heads + head_k) * tokens_k + at, dbias, mask=at < tokens_k)
+
+
+def _sm(x: Tensor) -> int:
+    if x.device.type != "cuda":
+        return 80  # the interpreter: the portable path
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return major * 10 + minor
+
+
+def _strides(x: Tensor | None, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides along ``axes``; 0 where the tensor is absent or broadcast."""
+    return tuple(0 if x is None or x.shape[a] == 1 else x.stride(a) for a in axes)
+
+
+def _bhs(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _describable(*tensors: Tensor | None) -> bool:
+    """Whether the copy engine can address these: 16-byte aligned base and strides."""
+    return all(
+        x is None or (x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]))
+        for x in tensors
+    )
+
+
+def _describe(x: Tensor | None, rows: int) -> TensorDescriptor | None:
+    return None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
+
+
+def _precision(x: Tensor) -> str:
+    # TF32 would lose what float32 inputs ask for.
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's."""
+    batch, heads, tokens_q, dim = q.shape
+    tokens_k = k.shape[2]
+    tiles = tiles or tiles_for("forward", q.dtype, dim, block_q, block_k, _sm(q))
+    out = torch.empty_like(q)
+    lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
+    descriptors = tiles.descriptors and _describable(q, k, v, pooled_k, pooled_v)
+    sources = [q, k, v, pooled_k, pooled_v]
+    if descriptors:
+        sources = [_describe(x, rows) for x, rows in zip(sources, (tiles.q, *[tiles.k] * 4), strict=True)]
+    _forward_kernel[triton.cdiv(tokens_q, tiles.q), heads, batch](
+        *sources, pooled_bias, out, lse, kv_num, kv_idx, k_valid,
+        *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v),
+        *((0, 0, 0) if pooled_bias is None else pooled_bias.stride()), *_bhs(out),
+        *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
+        tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], scale * LOG2E.value,
+        GROUP=heads // k.shape[1], DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
+        BM=tiles.q, BN=tiles.k, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None, POOLED=pooled_k is not None,
+        BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors, STAGES=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    q_num: Tensor,
+    q_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    tiles: dict[str, Tiles] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, pooled k, pooled v (each in its strides) and of the bias (``[B, HK, G]`` float32).
+
+    ``q_num`` and ``q_idx`` are the lists of the transposed layout.
+    """
+    batch, heads, tokens_q, dim = q.shape
+    heads_k, tokens_k = k.shape[1:3]
+    sm = _sm(q)
+    tiles = tiles or {}
+    dq_tiles = tiles.get("dq") or tiles_for("dq", q.dtype, dim, block_q, block_k, sm)
+    dkv_tiles = tiles.get("dkv") or tiles_for("dkv", q.dtype, dim, block_q, block_k, sm)
+    dim_pad = triton.next_power_of_2(dim)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(lse)
+    rows = 128 if dim <= 64 else 64
+    _delta_kernel[triton.cdiv(tokens_q, rows), heads, batch](
+        out, dout, dlse, delta, *_bhs(out), *_bhs(dout), tokens_q, DIM=dim, DIM_PAD=dim_pad, ROWS=rows, num_warps=4
+    )
+    shared = dict(GROUP=heads // heads_k, DIM=dim, DIM_PAD=dim_pad, PRECISION=_precision(q))
+    bias_strides = (0, 0, 0) if pooled_bias is None else pooled_bias.stride()
+    aligned = _describable(q, k, v, pooled_k, pooled_v, dout)
+
+    descriptors = dq_tiles.descriptors and aligned
+    sources = [q, k, v, pooled_k, pooled_v, dout]
+    if descriptors:
+        tall = (dq_tiles.q, *[dq_tiles.k] * 4, dq_tiles.q)
+        sources = [_describe(x, n) for x, n in zip(sources, tall, strict=True)]
+    _dq_kernel[triton.cdiv(tokens_q, dq_tiles.q), heads, batch](
+        *sources[:5], pooled_bias, sources[5], lse, delta, dq, kv_num, kv_idx, k_valid,
+        *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v), *bias_strides, *_bhs(dout), *_bhs(dq),
+        *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
+        tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], scale * LOG2E.value, scale,
+        BLOCK_Q=block_q, BLOCK_K=block_k, BM=dq_tiles.q, BN=dq_tiles.k, TAIL=tokens_k % block_k != 0,
+        VALID=k_valid is not None, POOLED=pooled_k is not None, BIASED=pooled_bias is not None, DESC=descriptors,
+        STAGES=dq_tiles.stages, num_warps=dq_tiles.warps, num_stages=dq_tiles.stages, **shared,
+    )  # fmt: skip
+
+    def key_gradients(keys, values, dkeys, dvalues, bias, dbias, valid, dense):  # noqa: ANN
+        descriptors = dkv_tiles.descriptors and aligned
+        sources = [q, keys, values, dout]
+        if descriptors:
+            tall = (dkv_tiles.q, dkv_tiles.k, dkv_tiles.k, dkv_tiles.q)
+            sources = [_describe(x, n) for x, n in zip(sources, tall, strict=True)]
+        _dkv_kernel[triton.cdiv(keys.shape[2], dkv_tiles.k), heads_k, batch](
+            *sources[:3], bias, sources[3], lse, delta, dkeys, dvalues, dbias, q_num, q_idx, valid,
+            *_bhs(q), *_bhs(keys), *_bhs(values), *((0, 0, 0) if bias is None else bias.stride()), *_bhs(dout),
+            *_bhs(dkeys), *_bhs(dvalues),
+            *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
+            tokens_q, keys.shape[2], scale * LOG2E.value, scale,
+            BLOCK_Q=block_q, BLOCK_K=dkv_tiles.k if dense else block_k, BM=dkv_tiles.q, BN=dkv_tiles.k,
+            VALID=valid is not None, DENSE=dense, BIASED=bias is not None, DESC=descriptors,
+            STAGES=dkv_tiles.stages, num_warps=dkv_tiles.warps, num_stages=dkv_tiles.stages, **shared,
+        )  # fmt: skip
+
+    key_gradients(k, v, dk, dv, None, None, k_valid, False)
+    if pooled_k is None:
+        return dq, dk, dv, None, None, None
+    dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
+    dbias = None
+    if pooled_bias is not None:
+        dbias = torch.empty(pooled_bias.shape, dtype=torch.float32, device=q.device)
+    key_gradients(pooled_k, pooled_v, dpk, dpv, pooled_bias, dbias, None, True)
+    return dq, dk, dv, dpk, dpv, dbias
