@@ -80,7 +80,9 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
 NUM_WORDS = sum(len(words) for words in VOCABULARY.values())
 
 _DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_FILLERS = frozenset({"a", "an", "the", "digit", "number", "moving", "going", "moves", "on", "over", "background", "and"})
+_FILLERS = frozenset(
+    {"a", "an", "the", "digit", "number", "moving", "going", "moves", "on", "over", "background", "and"}
+)
 _MAX_BACKGROUND = 0.4
 _ATLAS_PX = 32
 
@@ -203,17 +205,15 @@ def segment_glyphs(device: torch.device | str = "cpu") -> Glyphs:
     return _atlas(images, torch.arange(10)).to(device)
 
 
-def random_labels(
-    count: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-) -> Tensor:
+def random_labels(count: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
     """Draw independent uniform labels, ``[count, 5]`` int64."""
-    columns = [
-        torch.randint(len(VOCABULARY[field]), (count,), generator=generator, device=device) for field in FIELDS
-    ]
+    columns = [torch.randint(len(VOCABULARY[field]), (count,), generator=generator, device=device) for field in FIELDS]
     return torch.stack(columns, dim=1)
 
 
-def render(glyphs: Glyphs, labels: Tensor, cfg: ClipConfig | None = None, generator: torch.Generator | None = None) -> Batch:
+def render(
+    glyphs: Glyphs, labels: Tensor, cfg: ClipConfig | None = None, generator: torch.Generator | None = None
+) -> Batch:
     """Draw one clip per row of labels.
 
     What the labels leave open (handwriting, start position, background) is drawn from ``generator``.

@@ -20,14 +20,15 @@ __all__ = ["bootstrap", "grade", "psnr", "ssim"]
 
 
 def psnr(clips: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each clip, ``[B]`` in dB, over all its pixels; infinite for equal clips.
+    """Peak signal-to-noise ratio of each clip, ``[B]`` in dB, over all its pixels; 100 dB (the ceiling) for equal clips.
 
     Args:
         clips: ``[B, 3, F, H, W]`` in [0, 1].
         reference: likewise.
     """
     _check_pair(clips, reference)
-    return -10 * torch.log10((clips.double() - reference.double()).square().flatten(1).mean(1)).float()
+    error = (clips.double() - reference.double()).square().flatten(1).mean(1)
+    return -10 * torch.log10(error.clamp(min=1e-10)).float()
 
 
 def ssim(clips: Tensor, reference: Tensor) -> Tensor:
@@ -67,7 +68,9 @@ def grade(host: Host, clips: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return right | {"accuracy": right["digit"] * right["direction"], "residual_px": motion.residual}
 
 
-def bootstrap(values: Tensor | np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    values: Tensor | np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean.
 
     Args:

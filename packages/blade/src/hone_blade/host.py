@@ -23,8 +23,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hone_core.errors import CheckpointError
+from hone_core.io import save_safetensors
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hone_blade.data import COLORS, DIRECTIONS, FIELDS, NUM_WORDS, SPEEDS, ClipConfig, label_words, parse_prompt
@@ -221,7 +222,9 @@ def estimate_motion(clips: Tensor, *, threshold: float = 0.5) -> Motion:
     mass = weight.sum((-2, -1))
     y = torch.arange(clips.shape[-2], device=clips.device) + 0.5
     x = torch.arange(clips.shape[-1], device=clips.device) + 0.5
-    centers = torch.stack([(weight.sum(-2) * x).sum(-1), (weight.sum(-1) * y).sum(-1)], -1) / mass.clamp(min=1e-6)[..., None]
+    centers = (
+        torch.stack([(weight.sum(-2) * x).sum(-1), (weight.sum(-1) * y).sum(-1)], -1) / mass.clamp(min=1e-6)[..., None]
+    )
     seen = (mass > 3.0).float()  # a digit covers 30 to 90 of the 1,024 pixels; three bright ones are noise
     count = seen.sum(1).clamp(min=1)
     time = torch.arange(clips.shape[2], device=clips.device, dtype=torch.float32).expand_as(seen)
@@ -322,9 +325,17 @@ class Host:
         return sum(p.numel() for p in self.transformer.parameters())
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Host:
-        """Move everything to ``device`` (and the transformer to ``dtype``) in place; return self."""
-        self.transformer.to(device=device, dtype=dtype)
+        """Move everything to ``device`` in place, and the transformer's matrices to ``dtype``; return self.
+
+        Norms, modulation tables, the rotary table and the time embedding stay in float32, as diffusers loads Wan.
+        """
+        self.transformer.to(device)
         self.classifier.to(device)
+        if dtype is not None:
+            keep = self.transformer._keep_in_fp32_modules
+            for name, parameter in self.transformer.named_parameters():
+                if not any(part in name.split(".") for part in keep):
+                    parameter.data = parameter.data.to(dtype)
         self.words = self.words.to(device)
         return self
 
@@ -431,11 +442,9 @@ def save_host(host: Host, path: Path, *, dtype: torch.dtype = torch.float16) -> 
     tensors = {f"transformer.{name}": value for name, value in host.transformer.state_dict().items()}
     tensors |= {f"classifier.{name}": value for name, value in host.classifier.state_dict().items()}
     tensors["words"] = host.words
-    stored = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(stored, partial, metadata={"config": json.dumps(asdict(host.config)), "format": "hone-blade host 1"})
-    partial.replace(path)
+    stored = {name: value.to("cpu", dtype) for name, value in tensors.items()}
+    metadata = {"config": json.dumps(asdict(host.config)), "format": "hone-blade host 1"}
+    save_safetensors(stored, path, metadata=metadata)
 
 
 def load_host(
@@ -451,8 +460,6 @@ def load_host(
     Raises:
         CheckpointError: if the file is missing or is not a tiny host.
     """
-    from hone_core.errors import CheckpointError
-
     if path is None:
         path = Path(str(files("hone_blade"))) / "assets" / "host.safetensors"
     if not path.is_file():

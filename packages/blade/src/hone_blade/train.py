@@ -28,7 +28,6 @@ from hone_blade.host import (
     Host,
     HostConfig,
     Solver,
-    build_transformer,
     load_host,
     save_host,
     to_latents,
@@ -53,8 +52,11 @@ class TrainConfig:
     steps: int | None = None
     """Number of optimiser steps instead of a time budget: reproducible, where ``minutes`` is not."""
     batch: int = 256
-    lr: float = 1e-3
-    warmup_steps: int = 300
+    lr: float = 5e-3
+    """Peak learning rate of the blocks' matrices, which Muon updates."""
+    adamw_lr: float = 2e-3
+    """Peak learning rate of everything else (embeddings, biases, norms, modulation, output), which AdamW updates."""
+    warmup_steps: int = 200
     weight_decay: float = 0.01
     ema: float = 0.999
     drop: float = 0.1
@@ -217,23 +219,32 @@ def grade_samples(
     parts, shown = [], []
     for start in range(0, clips, chunk):
         rows = slice(start, start + chunk)
-        made = host.sample(
-            host.encode_labels(labels[rows]), noise[rows], steps=steps, solver=solver, guidance=guidance
-        )
+        made = host.sample(host.encode_labels(labels[rows]), noise[rows], steps=steps, solver=solver, guidance=guidance)
         parts.append(grade(host, made, labels[rows]))
         shown.append(made[:16])
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, torch.cat(shown)[:16].cpu()
 
 
-def train_host(cfg: TrainConfig, run: Any, *, device: torch.device | str, command: str = "", quiet: bool = False) -> TrainReport:
+def train_host(
+    cfg: TrainConfig,
+    run: Any,
+    *,
+    device: torch.device | str,
+    init: Path | None = None,
+    checkpoint: Path | None = None,
+    command: str = "",
+    quiet: bool = False,
+) -> TrainReport:
     """Train, export and grade the tiny host.
 
-    A run that was stopped continues from ``artifacts/checkpoint.pt`` when it is started again with the same folder.
+    A run that was stopped continues from its checkpoint when it is started again with the same folder.
 
     Args:
         cfg: the run.
         run: a started ``hone_core.runs.Run``.
         device: where to train.
+        init: a ``host.safetensors`` whose weights and word table to start from.
+        checkpoint: where the resumable state is kept; ``artifacts/checkpoint.pt`` if omitted.
         command: what the user typed, kept in ``host.json``.
         quiet: show no progress.
 
@@ -248,12 +259,16 @@ def train_host(cfg: TrainConfig, run: Any, *, device: torch.device | str, comman
     held_out = load_glyphs("held_out", device) if handwritten else glyphs
     generator = torch.Generator(device).manual_seed(cfg.seed)
     host = Host.untrained(cfg.host, seed=cfg.seed).to(device)
-    state = _TrainState(cfg, host, run.artifacts / "checkpoint.pt", generator)
+    if init is not None:
+        _start_from(host, load_host(device, path=init), init)
+    state = _TrainState(cfg, host, checkpoint or run.artifacts / "checkpoint.pt", generator)
     if not state.resume():
         started = time.perf_counter()
         train_classifier(cfg, host.classifier, glyphs, generator)
         log.info("classifier trained in %.0f s", time.perf_counter() - started)
-    real = classifier_accuracy(host, held_out, clips=4 * cfg.eval_clips, generator=torch.Generator(device).manual_seed(1))
+    real = classifier_accuracy(
+        host, held_out, clips=4 * cfg.eval_clips, generator=torch.Generator(device).manual_seed(1)
+    )
     for name in ("digit", "color", "direction", "speed"):
         _row(run, f"{name}_accuracy", real[name], variant="renders", split="held_out" if handwritten else "segments")
     log.info("on held-out renders: %s", {name: round(float(v.mean()), 4) for name, v in real.items()})
@@ -262,22 +277,27 @@ def train_host(cfg: TrainConfig, run: Any, *, device: torch.device | str, comman
         for step, loss in state.train(glyphs):
             bar.update()
             if step % cfg.log_every == 0:
-                values = {"loss": loss, "lr": state.lr(), "samples_per_second": state.rate(), "seconds": state.elapsed()}
+                values = {
+                    "loss": loss,
+                    "lr": cfg.lr * state.lr_factor(),
+                    "samples_per_second": state.rate(),
+                    "seconds": state.elapsed(),
+                }
                 run.log(step=step, **values)
                 bar.show(loss=f"{loss:.4f}", rate=f"{values['samples_per_second']:.0f}/s")
     state.save()
 
     host.transformer.load_state_dict(state.ema.state_dict())
-    checkpoint = run.artifacts / "host.safetensors"
-    save_host(host, checkpoint)
+    exported = run.artifacts / "host.safetensors"
+    save_host(host, exported)
     # graded as shipped: 16-bit weights read back, fp32 arithmetic
-    accuracies, shown = _grade_export(cfg, run, checkpoint, device)
+    accuracies, shown = _grade_export(cfg, run, exported, device)
     _save_samples(shown, run.figures / "samples.png")
     passed = all(accuracies[name] >= gate for name, gate in GATE.items())
     if not passed:
         log.warning("the gate %s was missed: %s. Train longer (--minutes) before using this host.", GATE, accuracies)
-    _write_sidecar(cfg, run, checkpoint, state, accuracies, real, command, passed)
-    return TrainReport(checkpoint, state.step, state.elapsed(), accuracies, passed)
+    _write_sidecar(cfg, run, exported, state, accuracies, real, command, passed)
+    return TrainReport(exported, state.step, state.elapsed(), accuracies, passed)
 
 
 class _TrainState:
@@ -297,10 +317,15 @@ class _TrainState:
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         model.patch_embedding = linear
         self.model = model.train()
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=self.device.type == "cuda")
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            (matrices if name.startswith("blocks.") and parameter.ndim == 2 else others).append(parameter)
+        self.optimizers = (
+            torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(
+                others, cfg.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=self.device.type == "cuda"
+            ),
+        )
 
     def elapsed(self) -> float:
         return self.before + time.perf_counter() - self.started
@@ -310,9 +335,10 @@ class _TrainState:
             return min(1.0, self.step / self.cfg.steps)
         return min(1.0, self.elapsed() / (60 * self.cfg.minutes))
 
-    def lr(self) -> float:
+    def lr_factor(self) -> float:
+        """Warm-up, then half a cosine down to 1 %."""
         warmup = min(1.0, (self.step + 1) / self.cfg.warmup_steps)
-        return self.cfg.lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress())))
+        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress())))
 
     def rate(self) -> float:
         """Samples per second since the last call."""
@@ -341,13 +367,14 @@ class _TrainState:
             noise = torch.randn(latents.shape, generator=self.generator, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 loss = flow_loss(self.model, latents, text, sigma, noise)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            rate = self.lr()
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            factor = self.lr_factor()
+            for optimizer, peak in zip(self.optimizers, (cfg.lr, cfg.adamw_lr), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * factor
+                optimizer.step()
             self.step += 1
             decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(
@@ -369,7 +396,7 @@ class _TrainState:
             "seconds": self.elapsed(),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "classifier": self.host.classifier.state_dict(),
             "generator": self.generator.get_state(),
         }
@@ -390,13 +417,25 @@ class _TrainState:
             )
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(part)
         self.host.classifier.load_state_dict(state["classifier"])
         self.host.classifier.eval()
         self.generator.set_state(state["generator"].cpu())
         self.step, self.before = state["step"], state["seconds"]
         log.info("resuming at step %d after %.0f s of training", self.step, self.before)
         return True
+
+
+def _start_from(host: Host, earlier: Host, path: Path) -> None:
+    shapes = {name: value.shape for name, value in host.transformer.state_dict().items()}
+    theirs = {name: value.shape for name, value in earlier.transformer.state_dict().items()}
+    if shapes != theirs:
+        from hone_core.errors import CheckpointError
+
+        raise CheckpointError(f"{path} has another architecture: {earlier.config}; this run trains {host.config}")
+    host.transformer.load_state_dict(earlier.transformer.state_dict())
+    host.words = earlier.words
 
 
 def _distort(frames: Tensor, generator: torch.Generator) -> Tensor:
@@ -421,7 +460,9 @@ def _distort(frames: Tensor, generator: torch.Generator) -> Tensor:
 def _row(run: Any, metric: str, values: Tensor, *, variant: str, split: str = "") -> float:
     values = values.float().cpu()
     mean = float(values.mean())
-    run.row(metric, mean, better="higher", n=len(values), spread=list(bootstrap(values)), variant=variant, split=split)
+    low, high = bootstrap(values)
+    interval = {"low_95": round(low, 4), "high_95": round(high, 4)}
+    run.row(metric, mean, better="higher", n=len(values), variant=variant, split=split, labels=interval)
     return mean
 
 
