@@ -271,9 +271,7 @@ def _attention_op(
 ) -> tuple[Tensor, Tensor]:
     from .triton import attention_forward
 
-    return attention_forward(
-        q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale
-    )
+    return attention_forward(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale)
 
 
 @_attention_op.register_fake

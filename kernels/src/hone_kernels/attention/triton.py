@@ -11,7 +11,7 @@ Exponentials are base 2 inside (``LOG2E`` is folded into the scale); the log-sum
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,36 +27,49 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Tiles:
-    """A launch configuration: tile of queries by tile of keys, warps, pipeline stages, tile loads by descriptor."""
+    """A launch configuration.
+
+    Attributes:
+        q: Queries in a tile.
+        k: Keys in a tile.
+        warps: Of a program.
+        stages: Depth of the software pipeline.
+        descriptors: Load tiles of K and V (and dO) through tensor-memory descriptors.
+        registers: Cap per thread, or None. A cap lets one more program share the multiprocessor.
+        describe_q: With ``descriptors``, load the forward's Q tile that way too.
+    """
 
     q: int
     k: int
     warps: int
     stages: int
-    descriptors: bool
+    descriptors: bool = False
+    registers: int | None = None
+    describe_q: bool = True
 
 
-# (kernel, bytes per element, padded head size) -> configuration on compute capability 9.0 and later; below it the same
-# tiles with fewer stages, see tiles_for.
+# (kernel, bytes per element, padded head size) -> configuration on compute capability 9.0 and later, measured on an H200
+# with tools/gpu_attention.py; below it the same tiles without descriptors and caps, see tiles_for. Small tiles win there:
+# three programs of four warps on a multiprocessor hide each other's softmax, where two warpgroups of one do not.
 TILES: dict[tuple[str, int, int], Tiles] = {
-    ("forward", 2, 32): Tiles(128, 64, 4, 3, False),
-    ("forward", 2, 64): Tiles(128, 128, 4, 3, False),
-    ("forward", 2, 128): Tiles(128, 128, 8, 2, True),
-    ("forward", 4, 32): Tiles(64, 32, 4, 2, False),
-    ("forward", 4, 64): Tiles(64, 32, 4, 2, False),
-    ("forward", 4, 128): Tiles(64, 32, 4, 2, False),
-    ("dq", 2, 32): Tiles(128, 64, 4, 3, False),
-    ("dq", 2, 64): Tiles(128, 64, 4, 3, False),
-    ("dq", 2, 128): Tiles(128, 64, 8, 3, False),
-    ("dq", 4, 32): Tiles(64, 32, 4, 1, False),
-    ("dq", 4, 64): Tiles(64, 32, 4, 1, False),
-    ("dq", 4, 128): Tiles(32, 32, 4, 1, False),
-    ("dkv", 2, 32): Tiles(64, 128, 4, 3, False),
-    ("dkv", 2, 64): Tiles(64, 128, 4, 3, False),
-    ("dkv", 2, 128): Tiles(64, 128, 8, 3, False),
-    ("dkv", 4, 32): Tiles(32, 64, 4, 1, False),
-    ("dkv", 4, 64): Tiles(32, 64, 4, 1, False),
-    ("dkv", 4, 128): Tiles(32, 32, 4, 1, False),
+    ("forward", 2, 32): Tiles(64, 128, 4, 2, True),
+    ("forward", 2, 64): Tiles(64, 128, 4, 2, True, registers=168, describe_q=False),
+    ("forward", 2, 128): Tiles(64, 64, 4, 1, True),
+    ("forward", 4, 32): Tiles(64, 32, 4, 2),
+    ("forward", 4, 64): Tiles(64, 32, 4, 2),
+    ("forward", 4, 128): Tiles(64, 32, 4, 2),
+    ("dq", 2, 32): Tiles(64, 64, 4, 2, True),
+    ("dq", 2, 64): Tiles(64, 64, 4, 2, True),
+    ("dq", 2, 128): Tiles(64, 64, 4, 2, True),
+    ("dq", 4, 32): Tiles(64, 32, 4, 1),
+    ("dq", 4, 64): Tiles(64, 32, 4, 1),
+    ("dq", 4, 128): Tiles(32, 32, 4, 1),
+    ("dkv", 2, 32): Tiles(64, 64, 4, 2, True),
+    ("dkv", 2, 64): Tiles(64, 64, 4, 2, True, registers=168),
+    ("dkv", 2, 128): Tiles(64, 64, 4, 2, True),
+    ("dkv", 4, 32): Tiles(32, 64, 4, 1),
+    ("dkv", 4, 64): Tiles(32, 64, 4, 1),
+    ("dkv", 4, 128): Tiles(32, 32, 4, 1),
 }
 
 
@@ -72,12 +85,13 @@ def tiles_for(kernel: str, dtype: torch.dtype, dim: int, block_q: int, block_k: 
         sm: Compute capability times ten.
     """
     best = TILES[kernel, dtype.itemsize, triton.next_power_of_2(dim)]
-    return Tiles(
+    hopper = sm >= 90 and dim == triton.next_power_of_2(dim)
+    return replace(
+        best,
         q=min(best.q, block_q),
         k=min(best.k, block_k),
-        warps=best.warps,
-        stages=best.stages if sm >= 90 else min(best.stages, 2),
-        descriptors=best.descriptors and sm >= 90 and dim in (64, 128),
+        descriptors=best.descriptors and hopper,
+        registers=best.registers if hopper else None,
     )
 
 
@@ -90,7 +104,9 @@ def _tile(source, batch, head, start, stride_b, stride_h, stride_s, tokens, ROWS
     else:
         row = tl.arange(0, ROWS)
         dim = tl.arange(0, DIM_PAD)
-        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(start, tl.int64) * stride_s
+        base = (
+            source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + tl.cast(start, tl.int64) * stride_s
+        )
         ptrs = base + row[:, None] * stride_s + dim[None, :]
         if MASKED:
             keep = (start + row < tokens)[:, None]
@@ -101,6 +117,15 @@ def _tile(source, batch, head, start, stride_b, stride_h, stride_s, tokens, ROWS
             return tl.load(ptrs, mask=(dim < DIM)[None, :], other=0.0)
         else:
             return tl.load(ptrs)
+
+
+@triton.jit
+def _listed(idx_ptr, t, end, BLOCK: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr):
+    """First token of the ``t``-th tile of a list of blocks, each ``SUB`` tiles of ``ROWS`` tokens.
+
+    Loops carry it from one iteration to the next: the loads that depend on it then get every pipeline stage.
+    """
+    return tl.load(idx_ptr + t // SUB, mask=t < end, other=0) * BLOCK + (t % SUB) * ROWS
 
 
 @triton.jit
@@ -139,7 +164,7 @@ def _forward_kernel(
     tokens_q, tokens_k, pooled, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, VALID: tl.constexpr, POOLED: tl.constexpr,
-    BIASED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr, DESC_Q: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -151,7 +176,7 @@ def _forward_kernel(
     idx_ptr += batch.to(tl.int64) * sib + head.to(tl.int64) * sih + row.to(tl.int64) * siq
     SUB: tl.constexpr = BLOCK_K // BN
 
-    q = _tile(q_src, batch, head, start_q, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC)
+    q = _tile(q_src, batch, head, start_q, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC_Q)
     acc = tl.zeros([BM, DIM_PAD], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
@@ -165,11 +190,12 @@ def _forward_kernel(
         last = tl.load(idx_ptr + tl.maximum(num - 1, 0))
         full = tl.where((num > 0) & ((last + 1) * BLOCK_K > tokens_k), num - 1, num) * SUB
     if not VALID:
+        start = _listed(idx_ptr, 0, full, BLOCK_K, SUB, BN)
         for t in tl.range(0, full, num_stages=STAGES):
-            start = tl.load(idx_ptr + t // SUB) * BLOCK_K + (t % SUB) * BN
             k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, False, DESC)
             v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, False, DESC)
             acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, 0, scale, False, False, PRECISION)
+            start = _listed(idx_ptr, t + 1, full, BLOCK_K, SUB, BN)
     if TAIL or VALID:
         for t in tl.range(full, num * SUB, num_stages=STAGES if VALID else 1):
             block = tl.load(idx_ptr + t // SUB)
@@ -187,7 +213,9 @@ def _forward_kernel(
             if BIASED:
                 at = start + tl.arange(0, BN)
                 bias = tl.load(bias_ptr + batch * sbb + head_k * sbh + at * sbg, mask=at < pooled, other=0.0) * LOG2E
-            acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, pooled - start, scale, True, BIASED, PRECISION)
+            acc, total, top = _softmax_step(
+                acc, total, top, q, k, v, bias, pooled - start, scale, True, BIASED, PRECISION
+            )
 
     at = start_q + tl.arange(0, BM)
     some = total > 0
@@ -202,36 +230,33 @@ def _forward_kernel(
 
 
 @triton.jit
-def _delta_kernel(out_ptr, dout_ptr, dlse_ptr, delta_ptr, sob, soh, sos, sdb, sdh, sds, tokens, DIM: tl.constexpr,
-                  DIM_PAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``."""
+def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, log2_ptr, delta_ptr, sob, soh, sos, sdb, sdh, sds, tokens, padded,
+                 DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """What the other backward kernels need of each query, padded to whole tiles so that they need no mask.
+
+    ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
+    ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``.
+    """
     start = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     batch = tl.program_id(2)
     at = start + tl.arange(0, ROWS)
     out = _tile(out_ptr, batch, head, start, sob, soh, sos, tokens, ROWS, DIM, DIM_PAD, True, False)
     dout = _tile(dout_ptr, batch, head, start, sdb, sdh, sds, tokens, ROWS, DIM, DIM_PAD, True, False)
-    flat = (batch.to(tl.int64) * tl.num_programs(1) + head) * tokens + at
-    dlse = tl.load(dlse_ptr + flat, mask=at < tokens, other=0.0)
-    tl.store(delta_ptr + flat, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse, mask=at < tokens)
+    row = batch.to(tl.int64) * tl.num_programs(1) + head
+    lse = tl.load(lse_ptr + row * tokens + at, mask=at < tokens, other=-float("inf"))
+    dlse = tl.load(dlse_ptr + row * tokens + at, mask=at < tokens, other=0.0)
+    tl.store(log2_ptr + row * padded + at, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
+    tl.store(delta_ptr + row * padded + at, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse)
 
 
 @triton.jit
-def _row_stats(lse_ptr, delta_ptr, flat, start, tokens, ROWS: tl.constexpr):
-    """Base-2 log-sum-exp and delta of a tile of queries; rows that must weigh nothing get ``+inf``."""
-    at = start + tl.arange(0, ROWS)
-    lse = tl.load(lse_ptr + flat + at, mask=at < tokens, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + flat + at, mask=at < tokens, other=0.0)
-    return tl.where(lse == -float("inf"), float("inf"), lse), delta
-
-
-@triton.jit
-def _dq_step(dq, q, dout, lse, delta, k, v, bias, valid, scale, MASKED: tl.constexpr, BIASED: tl.constexpr,
+def _dq_step(dq, q, dout, log2, delta, k, v, bias, valid, scale, MASKED: tl.constexpr, BIASED: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if BIASED:
         logits += bias[None, :]
-    p = tl.exp2(logits - lse[:, None])
+    p = tl.exp2(logits - log2[:, None])
     if MASKED:
         p = tl.where((tl.arange(0, k.shape[0]) < valid)[None, :], p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -241,10 +266,10 @@ def _dq_step(dq, q, dout, lse, delta, k, v, bias, valid, scale, MASKED: tl.const
 
 @triton.jit
 def _dq_kernel(
-    q_src, k_src, v_src, pk_src, pv_src, bias_ptr, dout_src, lse_ptr, delta_ptr, dq_ptr, num_ptr, idx_ptr, valid_ptr,
+    q_src, k_src, v_src, pk_src, pv_src, bias_ptr, dout_src, log2_ptr, delta_ptr, dq_ptr, num_ptr, idx_ptr, valid_ptr,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, spkb, spkh, spks, spvb, spvh, spvs, sbb, sbh, sbg, sdb, sdh, sds,
     sob, soh, sos, snb, snh, sib, sih, siq, sval,
-    tokens_q, tokens_k, pooled, scale, logit_scale,
+    tokens_q, tokens_k, pooled, padded, scale, logit_scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, VALID: tl.constexpr, POOLED: tl.constexpr,
     BIASED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
@@ -261,8 +286,9 @@ def _dq_kernel(
 
     q = _tile(q_src, batch, head, start_q, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC)
     dout = _tile(dout_src, batch, head, start_q, sdb, sdh, sds, tokens_q, BM, DIM, DIM_PAD, True, DESC)
-    flat = (batch.to(tl.int64) * tl.num_programs(1) + head) * tokens_q
-    lse, delta = _row_stats(lse_ptr, delta_ptr, flat, start_q, tokens_q, BM)
+    row_base = (batch.to(tl.int64) * tl.num_programs(1) + head) * padded
+    log2 = tl.load(log2_ptr + row_base + start_q + tl.arange(0, BM))
+    delta = tl.load(delta_ptr + row_base + start_q + tl.arange(0, BM))
     dq = tl.zeros([BM, DIM_PAD], tl.float32)
     bias = tl.zeros([BN], tl.float32)
 
@@ -273,11 +299,12 @@ def _dq_kernel(
         last = tl.load(idx_ptr + tl.maximum(num - 1, 0))
         full = tl.where((num > 0) & ((last + 1) * BLOCK_K > tokens_k), num - 1, num) * SUB
     if not VALID:
+        start = _listed(idx_ptr, 0, full, BLOCK_K, SUB, BN)
         for t in tl.range(0, full, num_stages=STAGES):
-            start = tl.load(idx_ptr + t // SUB) * BLOCK_K + (t % SUB) * BN
             k = _tile(k_src, batch, head_k, start, skb, skh, sks, tokens_k, BN, DIM, DIM_PAD, False, DESC)
             v = _tile(v_src, batch, head_k, start, svb, svh, svs, tokens_k, BN, DIM, DIM_PAD, False, DESC)
-            dq = _dq_step(dq, q, dout, lse, delta, k, v, bias, 0, scale, False, False, PRECISION)
+            dq = _dq_step(dq, q, dout, log2, delta, k, v, bias, 0, scale, False, False, PRECISION)
+            start = _listed(idx_ptr, t + 1, full, BLOCK_K, SUB, BN)
     if TAIL or VALID:
         for t in tl.range(full, num * SUB, num_stages=STAGES if VALID else 1):
             block = tl.load(idx_ptr + t // SUB)
@@ -287,7 +314,7 @@ def _dq_kernel(
             valid = tokens_k - start
             if VALID:
                 valid = tl.minimum(valid, tl.load(valid_ptr + batch * sval + block) - (t % SUB) * BN)
-            dq = _dq_step(dq, q, dout, lse, delta, k, v, bias, valid, scale, True, False, PRECISION)
+            dq = _dq_step(dq, q, dout, log2, delta, k, v, bias, valid, scale, True, False, PRECISION)
     if POOLED:
         for start in tl.range(0, pooled, BN, num_stages=STAGES):
             k = _tile(pk_src, batch, head_k, start, spkb, spkh, spks, pooled, BN, DIM, DIM_PAD, True, DESC)
@@ -295,7 +322,7 @@ def _dq_kernel(
             if BIASED:
                 at = start + tl.arange(0, BN)
                 bias = tl.load(bias_ptr + batch * sbb + head_k * sbh + at * sbg, mask=at < pooled, other=0.0) * LOG2E
-            dq = _dq_step(dq, q, dout, lse, delta, k, v, bias, pooled - start, scale, True, BIASED, PRECISION)
+            dq = _dq_step(dq, q, dout, log2, delta, k, v, bias, pooled - start, scale, True, BIASED, PRECISION)
 
     at = start_q + tl.arange(0, BM)
     dim = tl.arange(0, DIM_PAD)
@@ -307,10 +334,10 @@ def _dq_kernel(
 
 @triton.jit
 def _dkv_kernel(
-    q_src, k_src, v_src, bias_ptr, dout_src, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, num_ptr, idx_ptr, valid_ptr,
+    q_src, k_src, v_src, bias_ptr, dout_src, log2_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, num_ptr, idx_ptr, valid_ptr,
     sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sbb, sbh, sbg, sdb, sdh, sds, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
     snb, snh, sib, sih, siq, sval,
-    tokens_q, tokens_k, scale, logit_scale,
+    tokens_q, tokens_k, padded, scale, logit_scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, DENSE: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
@@ -334,31 +361,35 @@ def _dkv_kernel(
 
     for g in range(GROUP):
         head = head_k * GROUP + g
-        flat = (batch.to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * tokens_q
+        row_base = (batch.to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * padded
         idx = idx_ptr
         if DENSE:
             count = tl.cdiv(tokens_q, BM)
         else:
             count = tl.load(num_ptr + batch * snb + head * snh + block) * SUB
             idx = idx_ptr + batch.to(tl.int64) * sib + head.to(tl.int64) * sih + block.to(tl.int64) * siq
+        start = 0
+        if not DENSE:
+            start = _listed(idx, 0, count, BLOCK_Q, SUB, BM)
         for t in tl.range(0, count, num_stages=STAGES):
-            if DENSE:
-                start = t * BM
-            else:
-                start = tl.load(idx + t // SUB) * BLOCK_Q + (t % SUB) * BM
             q = _tile(q_src, batch, head, start, sqb, sqh, sqs, tokens_q, BM, DIM, DIM_PAD, True, DESC)
             dout = _tile(dout_src, batch, head, start, sdb, sdh, sds, tokens_q, BM, DIM, DIM_PAD, True, DESC)
-            lse, delta = _row_stats(lse_ptr, delta_ptr, flat, start, tokens_q, BM)
+            log2 = tl.load(log2_ptr + row_base + start + tl.arange(0, BM))
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [BN, BM]
             if BIASED:
                 logits += bias[:, None]
-            p = tl.exp2(logits - lse[None, :])
+            p = tl.exp2(logits - log2[None, :])
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            delta = tl.load(delta_ptr + row_base + start + tl.arange(0, BM))
             ds = p * (dp - delta[None, :])
             if BIASED:
                 dbias += tl.sum(ds, 1)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if DENSE:
+                start += BM
+            else:
+                start = _listed(idx, t + 1, count, BLOCK_Q, SUB, BM)
 
     if VALID:
         exists = at - block * BLOCK_K < tl.load(valid_ptr + batch * sval + block)
@@ -427,13 +458,18 @@ def attention_forward(
     """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's."""
     batch, heads, tokens_q, dim = q.shape
     tokens_k = k.shape[2]
-    tiles = tiles or tiles_for("forward", q.dtype, dim, block_q, block_k, _sm(q))
+    if tiles is None:
+        tiles = tiles_for("forward", q.dtype, dim, block_q, block_k, _sm(q))
+        if pooled_k is not None or k_valid is not None:
+            tiles = replace(tiles, registers=None)  # the masked loops would spill under the cap
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
     descriptors = tiles.descriptors and _describable(q, k, v, pooled_k, pooled_v)
     sources = [q, k, v, pooled_k, pooled_v]
     if descriptors:
         sources = [_describe(x, rows) for x, rows in zip(sources, (tiles.q, *[tiles.k] * 4), strict=True)]
+        if not tiles.describe_q:
+            sources[0] = q
     _forward_kernel[triton.cdiv(tokens_q, tiles.q), heads, batch](
         *sources, pooled_bias, out, lse, kv_num, kv_idx, k_valid,
         *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v),
@@ -443,7 +479,7 @@ def attention_forward(
         GROUP=heads // k.shape[1], DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
         BM=tiles.q, BN=tiles.k, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None, POOLED=pooled_k is not None,
         BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers, DESC_Q=descriptors and tiles.describe_q,
     )  # fmt: skip
     return out, lse
 
@@ -481,11 +517,14 @@ def attention_backward(
     dkv_tiles = tiles.get("dkv") or tiles_for("dkv", q.dtype, dim, block_q, block_k, sm)
     dim_pad = triton.next_power_of_2(dim)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
     rows = 128 if dim <= 64 else 64
-    _delta_kernel[triton.cdiv(tokens_q, rows), heads, batch](
-        out, dout, dlse, delta, *_bhs(out), *_bhs(dout), tokens_q, DIM=dim, DIM_PAD=dim_pad, ROWS=rows, num_warps=4
-    )
+    padded = triton.cdiv(tokens_q, 128) * 128  # whole tiles of any configuration
+    log2 = torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device)
+    delta = torch.empty_like(log2)
+    _rows_kernel[padded // rows, heads, batch](
+        out, dout, lse, dlse, log2, delta, *_bhs(out), *_bhs(dout), tokens_q, padded,
+        DIM=dim, DIM_PAD=dim_pad, ROWS=rows, num_warps=4,
+    )  # fmt: skip
     shared = dict(GROUP=heads // heads_k, DIM=dim, DIM_PAD=dim_pad, PRECISION=_precision(q))
     bias_strides = (0, 0, 0) if pooled_bias is None else pooled_bias.stride()
     aligned = _describable(q, k, v, pooled_k, pooled_v, dout)
@@ -496,30 +535,30 @@ def attention_backward(
         tall = (dq_tiles.q, *[dq_tiles.k] * 4, dq_tiles.q)
         sources = [_describe(x, n) for x, n in zip(sources, tall, strict=True)]
     _dq_kernel[triton.cdiv(tokens_q, dq_tiles.q), heads, batch](
-        *sources[:5], pooled_bias, sources[5], lse, delta, dq, kv_num, kv_idx, k_valid,
+        *sources[:5], pooled_bias, sources[5], log2, delta, dq, kv_num, kv_idx, k_valid,
         *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v), *bias_strides, *_bhs(dout), *_bhs(dq),
         *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
-        tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], scale * LOG2E.value, scale,
+        tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], padded, scale * LOG2E.value, scale,
         BLOCK_Q=block_q, BLOCK_K=block_k, BM=dq_tiles.q, BN=dq_tiles.k, TAIL=tokens_k % block_k != 0,
         VALID=k_valid is not None, POOLED=pooled_k is not None, BIASED=pooled_bias is not None, DESC=descriptors,
-        STAGES=dq_tiles.stages, num_warps=dq_tiles.warps, num_stages=dq_tiles.stages, **shared,
+        STAGES=dq_tiles.stages, num_warps=dq_tiles.warps, num_stages=dq_tiles.stages, maxnreg=dq_tiles.registers, **shared,
     )  # fmt: skip
 
-    def key_gradients(keys, values, dkeys, dvalues, bias, dbias, valid, dense):  # noqa: ANN
+    def key_gradients(keys, values, dkeys, dvalues, bias, dbias, valid, dense):
         descriptors = dkv_tiles.descriptors and aligned
         sources = [q, keys, values, dout]
         if descriptors:
             tall = (dkv_tiles.q, dkv_tiles.k, dkv_tiles.k, dkv_tiles.q)
             sources = [_describe(x, n) for x, n in zip(sources, tall, strict=True)]
         _dkv_kernel[triton.cdiv(keys.shape[2], dkv_tiles.k), heads_k, batch](
-            *sources[:3], bias, sources[3], lse, delta, dkeys, dvalues, dbias, q_num, q_idx, valid,
+            *sources[:3], bias, sources[3], log2, delta, dkeys, dvalues, dbias, q_num, q_idx, valid,
             *_bhs(q), *_bhs(keys), *_bhs(values), *((0, 0, 0) if bias is None else bias.stride()), *_bhs(dout),
             *_bhs(dkeys), *_bhs(dvalues),
             *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
-            tokens_q, keys.shape[2], scale * LOG2E.value, scale,
+            tokens_q, keys.shape[2], padded, scale * LOG2E.value, scale,
             BLOCK_Q=block_q, BLOCK_K=dkv_tiles.k if dense else block_k, BM=dkv_tiles.q, BN=dkv_tiles.k,
             VALID=valid is not None, DENSE=dense, BIASED=bias is not None, DESC=descriptors,
-            STAGES=dkv_tiles.stages, num_warps=dkv_tiles.warps, num_stages=dkv_tiles.stages, **shared,
+            STAGES=dkv_tiles.stages, num_warps=dkv_tiles.warps, num_stages=dkv_tiles.stages, maxnreg=dkv_tiles.registers, **shared,
         )  # fmt: skip
 
     key_gradients(k, v, dk, dv, None, None, k_valid, False)

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd import gradcheck as torch_gradcheck
+from torch.autograd.gradcheck import GradcheckError
 
 __all__ = ["gradcheck"]
 
@@ -32,6 +33,6 @@ def gradcheck(fn: Callable[..., Any], *inputs: Any, eps: float = 1e-6, atol: flo
         raise ValueError("gradcheck needs at least one floating tensor among the inputs")
     ready = tuple(v.detach().double().clone().requires_grad_(True) if is_real(v) else v for v in inputs)
     try:
-        torch.autograd.gradcheck(fn, ready, eps=eps, atol=atol, rtol=rtol)
-    except torch.autograd.gradcheck.GradcheckError as error:
+        torch_gradcheck(fn, ready, eps=eps, atol=atol, rtol=rtol)
+    except GradcheckError as error:
         raise AssertionError(str(error)) from None

@@ -1,0 +1,180 @@
+"""The public op: checks, choice of backend and ``torch.library`` registration."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .reference import block_scores_reference
+
+__all__ = ["KINDS", "SUPPORT", "Backend", "Kind", "Support", "block_scores"]
+
+Backend = Literal["auto", "reference", "triton"]
+Kind = Literal["paper", "official", "mean", "lse"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_log = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Support:
+    """What one backend can do; error messages and test parameters are read from here.
+
+    Attributes:
+        dtypes: Of q and k.
+        head_dims: D, or None for any.
+        samples: Most sampled keys in a block, or None for any number.
+        min_sm: Least compute capability times ten, or None where no GPU is needed.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, ...] | None
+    samples: int | None
+    min_sm: int | None
+
+
+SUPPORT: dict[str, Support] = {
+    "reference": Support(
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16), head_dims=None, samples=None, min_sm=None
+    ),
+    "triton": Support(
+        dtypes=(torch.float32, torch.bfloat16, torch.float16), head_dims=(32, 64, 96, 128), samples=128, min_sm=80
+    ),
+}
+
+
+def _check(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
+    if q.dtype != k.dtype or q.device != k.device:
+        raise TypeError(f"q and k must share dtype and device; got {q.dtype} on {q.device} and {k.dtype} on {k.device}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must share batch size and head_dim; got {list(q.shape)} and {list(k.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key heads; got {q.shape[1]} and {k.shape[1]}")
+    for name, index in (("q_index", q_index), ("k_index", k_index)):
+        if index.dim() != 4 or index.shape[0] not in (1, q.shape[0]) or index.shape[1] not in (1, q.shape[1]):
+            raise ValueError(
+                f"{name} must be [B or 1, H or 1, blocks, samples] with B = {q.shape[0]} and H = {q.shape[1]} query "
+                f"heads; got {list(index.shape)}"
+            )
+        if not index.numel():
+            raise ValueError(f"{name} must name at least one token of at least one block; got {list(index.shape)}")
+        if index.dtype != torch.int32 or index.device != q.device:
+            raise TypeError(f"{name} must be int32 on {q.device}; got {index.dtype} on {index.device}")
+
+
+def _why_not(backend: str, q: Tensor, k_index: Tensor, kind: str) -> str | None:
+    """Why this backend cannot take these inputs, or None."""
+    support = SUPPORT[backend]
+    if q.dtype not in support.dtypes:
+        return f"it takes {', '.join(str(d) for d in support.dtypes)}; got {q.dtype}"
+    if support.head_dims is not None and q.shape[3] not in support.head_dims:
+        return f"it takes head_dim in {support.head_dims}; got {q.shape[3]}"
+    if support.samples is not None and kind != "mean" and k_index.shape[3] > support.samples:
+        return f"it takes up to {support.samples} sampled keys per block; got {k_index.shape[3]}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; on Linux: pip install triton"
+        if os.environ.get("TRITON_INTERPRET", "0") != "1":
+            if q.device.type != "cuda":
+                return f"it needs a CUDA device (or TRITON_INTERPRET=1 before the import); q is on {q.device}"
+            major, minor = torch.cuda.get_device_capability(q.device)
+            if major * 10 + minor < support.min_sm:
+                return f"it needs compute capability {support.min_sm / 10}; {q.device} has {major}.{minor}"
+    return None
+
+
+def _choose(backend: str, q: Tensor, k_index: Tensor, kind: str) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
+    if backend != "auto":
+        reason = _why_not(backend, q, k_index, kind)
+        if reason is not None:
+            raise ValueError(f"backend {backend!r} cannot run this call: {reason}. backend='auto' chooses one that can")
+        return backend
+    if q.device.type != "cuda":
+        return "reference"
+    reason = _why_not("triton", q, k_index, kind)
+    if reason is None:
+        return "triton"
+    if not torch.compiler.is_compiling() and reason not in _warned:
+        _warned.add(reason)
+        _log.warning("block_scores uses the slow reference backend: the Triton one cannot run, since %s", reason)
+    return "reference"
+
+
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    *,
+    kind: Kind = "paper",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Importance of each key block for each query block, from sampled tokens; rows sum to 1.
+
+    With s the scaled logit of a sampled query r of block i and a sampled key c of block j:
+
+    - ``"paper"``: ``max_r max_c softmax_c(s)``, the softmax over all sampled keys of all blocks;
+    - ``"official"``: ``max_r exp(max_{c in j} s - max_c s)``, that is without the softmax denominator, so that every
+      sampled query gives a 1 to its best block;
+    - ``"lse"``: ``mean_r sum_{c in j} softmax_c(s)``, the attention mass of the block;
+    - ``"mean"``: softmax over j of the logits of the mean query and the mean key of the listed tokens.
+
+    Not differentiable. Never holds the map of all sampled queries against all sampled keys; no call waits for the
+    device.
+
+    Args:
+        q: ``[B, H, TQ, D]``, any strides with D contiguous.
+        k: ``[B, HK, TK, D]``, H a multiple of HK.
+        q_index: int32 ``[B or 1, H or 1, NQ, R]``, the positions in q that stand for each query block; a negative entry
+            is no token (short blocks). Not checked against TQ, which would wait for the device.
+        k_index: int32 ``[B or 1, H or 1, NK, S]``, likewise for k, per query head.
+        kind: Which score.
+        scale: Factor on the logits; ``D ** -0.5`` if None.
+        backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
+
+    Returns:
+        float32 (float64 for float64 inputs) ``[B, H, NQ, NK]``. A query block without a token has a row of zeros, a key
+        block without one a column of zeros.
+
+    Raises:
+        ValueError: If shapes, kind and backend do not fit together.
+        TypeError: If dtypes or devices do not.
+
+    Source: BLADE (arXiv 2508.10774), Algorithm 1 for ``"paper"``; the authors' release for ``"official"``.
+    """
+    _check(q, k, q_index, k_index, kind)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    backend = _choose(backend, q, k_index, kind)
+    return torch.ops.hone_kernels.block_scores(q.detach(), k.detach(), q_index, k_index, kind, scale, backend)
+
+
+@torch.library.custom_op("hone_kernels::block_scores", mutates_args=())
+def _block_scores(
+    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, backend: str
+) -> Tensor:
+    if backend == "reference":
+        return block_scores_reference(q, k, q_index, k_index, kind, scale)
+    from .triton import block_scores_triton  # needs Triton
+
+    return block_scores_triton(q, k, q_index, k_index, kind, scale)
+
+
+@_block_scores.register_fake
+def _(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, backend: str) -> Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((q.shape[0], q.shape[1], q_index.shape[2], k_index.shape[2]), dtype=dtype)

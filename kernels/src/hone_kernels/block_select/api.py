@@ -1,0 +1,141 @@
+"""The public op: checks, choice of backend and ``torch.library`` registration."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .reference import select_blocks_reference
+
+__all__ = ["SUPPORT", "Backend", "SelectedBlocks", "select_blocks"]
+
+Backend = Literal["auto", "reference", "triton"]
+
+SUPPORT: dict[str, tuple[torch.dtype, ...]] = {
+    "reference": (torch.float64, torch.float32),
+    "triton": (torch.float32,),
+}
+"""Dtypes of the scores that each backend takes."""
+
+
+class SelectedBlocks(NamedTuple):
+    """Lists of kept key blocks, as ``hone_kernels.attention.BlockLayout`` wants them.
+
+    Attributes:
+        kv_idx: int32 ``[B, H, NQ, L]``, ascending in the first ``kv_num`` entries, 0 behind them. L is NK with forced
+            blocks, else ``max_keep``.
+        kv_num: int32 ``[B, H, NQ]``.
+        clamped: bool ``[B, H, NQ]``, whether ``mass`` asked for more than ``max_keep`` blocks; False in forced rows.
+    """
+
+    kv_idx: Tensor
+    kv_num: Tensor
+    clamped: Tensor
+
+
+def select_blocks(
+    scores: Tensor,
+    *,
+    max_keep: int,
+    min_keep: int = 1,
+    mass: float | None = None,
+    inclusive: bool = True,
+    keep_diagonal: bool = False,
+    forced: int = 0,
+    backend: Backend = "auto",
+) -> SelectedBlocks:
+    """Keep the best-scored key blocks of each row; no call waits for the device.
+
+    Blocks are ranked by score, ties by position. With ``mass`` a row keeps the fewest whose scores reach ``mass`` times
+    the row's sum, clamped to ``[min_keep, max_keep]``; without it, ``max_keep``.
+
+    Args:
+        scores: float ``[B, H, NQ, NK]``, not negative.
+        max_keep: Most blocks of a row, 1 to NK.
+        min_keep: Fewest blocks of a row, 1 to ``max_keep``.
+        mass: Share of the row's sum, in (0, 1], or None.
+        inclusive: Whether the block that reaches ``mass`` is kept; if not, one block fewer (before clamping).
+        keep_diagonal: Whether block i of row i ranks first whatever its score.
+        forced: The last so many rows keep every block, and every row keeps the last so many blocks, beyond
+            ``max_keep``.
+        backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
+
+    Raises:
+        ValueError: If a count, a share or the backend does not fit.
+        TypeError: If the scores' dtype does not.
+
+    Source: ``mass`` with clamps is the mask rule of BLADE (arXiv 2508.10774); its release has ``inclusive=False``.
+    """
+    if scores.dim() != 4 or not scores.numel():
+        raise ValueError(f"scores must be [B, H, NQ, NK] and not empty; got {list(scores.shape)}")
+    num_q, num_k = scores.shape[-2:]
+    if not 1 <= min_keep <= max_keep <= num_k:
+        raise ValueError(
+            f"1 <= min_keep <= max_keep <= {num_k} (key blocks) must hold; got min_keep={min_keep}, max_keep={max_keep}"
+        )
+    if mass is not None and not 0 < mass <= 1:
+        raise ValueError(f"mass is a share of the row's sum in (0, 1], or None; got {mass}")
+    if not 0 <= forced <= min(num_q, num_k):
+        raise ValueError(f"forced must lie in [0, {min(num_q, num_k)}], the number of blocks; got {forced}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
+    if backend == "auto":
+        backend = "triton" if scores.is_cuda and scores.dtype in SUPPORT["triton"] and _has_triton() else "reference"
+    if scores.dtype not in SUPPORT[backend]:
+        raise TypeError(f"backend {backend!r} takes scores in {SUPPORT[backend]}; got {scores.dtype}")
+    if backend == "triton" and not scores.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise ValueError(
+            f"backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1 before the import); scores are on "
+            f"{scores.device}. backend='auto' chooses one that can"
+        )
+    return SelectedBlocks(
+        *torch.ops.hone_kernels.select_blocks(
+            scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, backend
+        )
+    )
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("hone_kernels::select_blocks", mutates_args=())
+def _select_blocks(
+    scores: Tensor,
+    min_keep: int,
+    max_keep: int,
+    mass: float | None,
+    inclusive: bool,
+    keep_diagonal: bool,
+    forced: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "reference":
+        return select_blocks_reference(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced)
+    from .triton import select_blocks_triton  # needs Triton
+
+    return select_blocks_triton(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced)
+
+
+@_select_blocks.register_fake
+def _(
+    scores: Tensor,
+    min_keep: int,
+    max_keep: int,
+    mass: float | None,
+    inclusive: bool,
+    keep_diagonal: bool,
+    forced: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = scores.shape[-1] if forced else max_keep
+    rows = scores.shape[:-1]
+    return (
+        scores.new_empty((*rows, width), dtype=torch.int32),
+        scores.new_empty(rows, dtype=torch.int32),
+        scores.new_empty(rows, dtype=torch.bool),
+    )

@@ -1,0 +1,286 @@
+"""BLADE's adaptive block-sparse attention (arXiv 2508.10774): probe, select, attend.
+
+A video is cut into blocks of consecutive tokens along a space-filling curve (``ordering``). A few tokens of every block
+are compared (``prober``); each query block keeps the key blocks that matter to it (``select_blocks``); softmax
+attention runs over those (ASA) and, in the same softmax, over mean-pooled tokens of the whole sequence (ASA_G).
+Selection has no gradient; attention and pooling have exact ones.
+
+Everywhere ``q, k, v`` hold the video tokens first, in curve order, and then the text tokens, if text is in the
+sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import hone_kernels.block_select as block_select
+import torch
+import torch.nn.functional as F
+from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.block_select import SelectedBlocks
+from jaxtyping import Float
+from torch import Tensor
+
+from .config import BladeConfig
+from .prober import probe
+from .static import static_scores
+
+__all__ = [
+    "Stats",
+    "adaptive_sparse_attention",
+    "mass_recall",
+    "pool_tokens",
+    "runs_dense",
+    "select_blocks",
+    "sparse_layout",
+]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one call of sparse attention did; reading a value waits for the device, computing it did not.
+
+    Attributes:
+        density: float32 ``[B, H]``, query-key pairs computed over all pairs, pooled keys not counted.
+        pooled: Pooled keys over keys: what ASA_G adds to the density.
+        clamped: float32 ``[B, H]``, share of query blocks (those without text) whose threshold asked for more than the
+            upper clamp: at 1 the method is a plain top-k.
+        recall: float32 ``[B, H]`` or None, share of dense attention's probability that lies on kept pairs.
+    """
+
+    density: Float[Tensor, "batch heads"]
+    pooled: float
+    clamped: Float[Tensor, "batch heads"]
+    recall: Float[Tensor, "batch heads"] | None = None
+
+
+def runs_dense(cfg: BladeConfig, tokens: int, layer: int) -> bool:
+    """Whether this layer at this length is left dense (``mask``, ``min_tokens``, ``dense_layers``)."""
+    return cfg.mask == "dense" or tokens < cfg.min_tokens or layer in cfg.dense_layers
+
+
+def adaptive_sparse_attention(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    v: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    cfg: BladeConfig,
+    text_tokens: int = 0,
+    layer: int = 0,
+    grid: tuple[int, int, int] | None = None,
+    scale: float | None = None,
+    return_stats: bool = False,
+    recall: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """ASA, or ASA_G where ``cfg.pool`` is set: attention over the blocks that the prober keeps, and over pooled keys.
+
+    Args:
+        q: Queries, after QK-norm and rotary embedding: video in curve order, then text.
+        k: Keys, likewise.
+        v: Values, likewise.
+        cfg: The method's settings; ``dense_steps`` is the caller's business, who knows the step.
+        text_tokens: Text tokens at the end of the sequence; 0 where text has its own cross-attention.
+        layer: Which layer this is: it draws its own samples.
+        grid: Video tokens along (frames, height, width); needed for ``mask="window"`` only.
+        scale: Factor on the logits; ``dim ** -0.5`` if None.
+        return_stats: Whether to return ``Stats`` too.
+        recall: Whether these shall hold the recall, which costs a dense attention.
+
+    Returns:
+        ``out`` like q, or ``(out, stats)``.
+
+    Source: Algorithm 1 and the ASA_G equation, which the authors compute as two attentions merged by their log-sum-exp;
+        one softmax over both sets of keys is the same function.
+    Differs: the gradient is exact. The release's kernel drops the part that flows through the log-sum-exp of its merge.
+    """
+    _check(q, k, v, text_tokens)
+    if runs_dense(cfg, k.shape[2], layer):
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        ones = torch.ones(q.shape[:2], dtype=torch.float32, device=q.device)
+        return (out, Stats(ones, 0.0, torch.zeros_like(ones), ones if recall else None)) if return_stats else out
+
+    kept = _kept_blocks(q, k, cfg=cfg, text_tokens=text_tokens, layer=layer, grid=grid, scale=scale)
+    layout = _layout(kept, q, k, cfg)
+    pooled = None
+    if cfg.pool:
+        pooled = pool_tokens(k, v, cfg.pool, text_tokens=0 if cfg.pool_text else text_tokens, exact=cfg.pool_exact)
+    out = block_sparse_attention(q, k, v, layout, scale=scale, pooled=pooled, backend=cfg.backend)
+    if not return_stats:
+        return out
+    text_blocks = _text_blocks(q.shape[2], text_tokens, cfg)
+    stats = Stats(
+        density=_density(layout).expand(q.shape[:2]),
+        pooled=0.0 if pooled is None else pooled.k.shape[2] / k.shape[2],
+        clamped=kept.clamped[..., : kept.clamped.shape[-1] - text_blocks].float().mean(-1).expand(q.shape[:2]),
+        recall=mass_recall(q, k, layout, scale=scale, backend=cfg.backend) if recall else None,
+    )
+    return out, stats
+
+
+def sparse_layout(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    cfg: BladeConfig,
+    text_tokens: int = 0,
+    layer: int = 0,
+    grid: tuple[int, int, int] | None = None,
+    scale: float | None = None,
+) -> BlockLayout:
+    """The block pairs that ``adaptive_sparse_attention`` would compute (all, where it is dense); arguments as there."""
+    _check(q, k, k, text_tokens)
+    if runs_dense(cfg, k.shape[2], layer):
+        return BlockLayout.dense(q.shape[2], k.shape[2], block_q=cfg.block, block_k=cfg.block, device=q.device)
+    kept = _kept_blocks(q, k, cfg=cfg, text_tokens=text_tokens, layer=layer, grid=grid, scale=scale)
+    return _layout(kept, q, k, cfg)
+
+
+@torch.no_grad()
+def _kept_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    cfg: BladeConfig,
+    text_tokens: int,
+    layer: int,
+    grid: tuple[int, int, int] | None,
+    scale: float | None,
+) -> SelectedBlocks:
+    if cfg.mask == "adaptive":
+        scores = probe(q, k, cfg, layer=layer, scale=scale)
+    else:
+        scores = static_scores(cfg, k.shape[2], text_tokens, grid=grid, heads=q.shape[1], layer=layer, device=q.device)
+    return select_blocks(scores, cfg, text_blocks=_text_blocks(k.shape[2], text_tokens, cfg))
+
+
+def select_blocks(
+    scores: Float[Tensor, "batch heads blocks blocks"], cfg: BladeConfig, *, text_blocks: int = 0
+) -> SelectedBlocks:
+    """The key blocks each query block keeps, from its scores.
+
+    Rank a row's scores; keep the fewest whose sum reaches ``cfg.mass`` of the row's total; clamp their number to
+    ``[min_density, max_density]`` of the row. With ``selection="topk"``, and for the static masks, keep the upper
+    clamp.
+
+    Args:
+        scores: Not negative.
+        cfg: ``mass``, ``inclusive``, ``min_density``, ``max_density``, ``selection``, ``keep_diagonal``.
+        text_blocks: So many last blocks read, and are read by, every block.
+
+    Returns:
+        ``(kv_idx, kv_num, clamped)``, see ``hone_kernels.block_select``.
+
+    Source: the paper's mask, "smallest set with cumulative score >= tau"; clamps and text blocks are the release's.
+    Differs: ``inclusive=False`` is the release, which keeps one block fewer than the threshold needs. Its text blocks
+        are the last two, whatever the length of the text. In its configurations the upper clamp binds on about every
+        row.
+    """
+    low, high = cfg.keep_bounds(scores.shape[-1])
+    return block_select.select_blocks(
+        scores,
+        min_keep=low,
+        max_keep=high,
+        mass=cfg.mass if cfg.selection == "threshold" and cfg.mask == "adaptive" else None,
+        inclusive=cfg.inclusive,
+        keep_diagonal=cfg.keep_diagonal,
+        forced=text_blocks,
+        backend=cfg.backend,
+    )
+
+
+def pool_tokens(
+    k: Float[Tensor, "batch heads tokens dim"],
+    v: Float[Tensor, "batch heads tokens dim"],
+    n: int,
+    *,
+    text_tokens: int = 0,
+    exact: bool = True,
+) -> PooledKV:
+    """Global tokens of ASA_G: means of n consecutive keys and values, which weigh as n by ``ln n`` on their logits.
+
+    Args:
+        k: Keys in curve order, after rotary embedding.
+        v: Values.
+        n: Tokens in a group.
+        text_tokens: Tokens at the end that are left out.
+        exact: Whether a short last group counts with its true size; if not, copies of the last token fill it up.
+
+    Source: K_aug = [K, MeanPool_n(K)], likewise V, with ``+ ln n`` on the pooled logits.
+    """
+    tokens = k.shape[2] - text_tokens
+    if n < 1:
+        raise ValueError(f"n, the tokens of a pooled group, must be at least 1; got {n}")
+    if tokens < 1:
+        raise ValueError(f"there must be video tokens to pool; got {k.shape[2]} tokens of which {text_tokens} are text")
+    whole, rest = divmod(tokens, n)
+    sizes = [n] * whole + ([rest if exact else n] if rest else [])
+
+    def pool(x: Tensor) -> Tensor:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        means = [x[:, :, : whole * n].unflatten(2, (whole, n)).mean(3, dtype=wide)] if whole else []
+        if rest:
+            tail = x[:, :, whole * n : tokens].to(wide)
+            total = tail.sum(2, keepdim=True)
+            if not exact:
+                total = total + (n - rest) * tail[:, :, -1:]
+            means.append(total / sizes[-1])
+        return torch.cat(means, dim=2).to(x.dtype)
+
+    bias = torch.full((1, 1, len(sizes)), math.log(n), dtype=torch.float32, device=k.device)
+    if sizes[-1] != n:
+        bias[..., -1] = math.log(sizes[-1])
+    return PooledKV(pool(k), pool(v), bias)
+
+
+@torch.no_grad()
+def mass_recall(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "batch heads"]:
+    """Share of dense attention's probability on the listed pairs, averaged over queries; in [0, 1].
+
+    A row's share is ``exp(lse_listed - lse_all)``, so no probability matrix is formed.
+    """
+    dense = BlockLayout.dense(
+        layout.tokens_q, layout.tokens_k, block_q=layout.block_q, block_k=layout.block_k, device=q.device
+    )
+    listed, full = (
+        block_sparse_attention(q, k, k, which, scale=scale, return_lse=True, backend=backend)[1]
+        for which in (layout, dense)
+    )
+    return (listed - full).exp().mean(-1).clamp(max=1).float()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, tokens, dim]; got {list(x.shape)}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"sparse self-attention needs as many queries as keys; got {q.shape[2]} and {k.shape[2]}. Leave "
+            "cross-attention dense"
+        )
+    if not 0 <= text_tokens < q.shape[2]:
+        raise ValueError(f"text_tokens must lie in [0, {q.shape[2]}), the length of the sequence; got {text_tokens}")
+
+
+def _text_blocks(tokens: int, text_tokens: int, cfg: BladeConfig) -> int:
+    """Blocks that hold a text token and are to be kept everywhere."""
+    if not text_tokens or not cfg.force_text:
+        return 0
+    return -(-tokens // cfg.block) - (tokens - text_tokens) // cfg.block
+
+
+def _layout(kept: SelectedBlocks, q: Tensor, k: Tensor, cfg: BladeConfig) -> BlockLayout:
+    return BlockLayout(kept.kv_num, kept.kv_idx, q.shape[2], k.shape[2], cfg.block, cfg.block)
+
+
+def _density(layout: BlockLayout) -> Float[Tensor, "batch heads"]:
+    sizes = layout.key_counts()[0].double()  # queries and keys share their blocks
+    pairs = torch.einsum("bhij,i,j->bh", layout.to_mask().double(), sizes, sizes)
+    return (pairs / sizes.sum() ** 2).float()

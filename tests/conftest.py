@@ -1,0 +1,39 @@
+"""Settings of every test session, made before any test module imports torch."""
+
+import os
+import random
+import sys
+
+import pytest
+
+# Tests are spread over processes; more threads than cores would only slow them down.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+# A test that reached for the network would pass or fail with the machine.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+MAX_WORKERS = 4
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per core for the whole suite, at most four; none for a few named files or for GPU tests.
+
+    A worker imports torch and diffusers anew, which costs seconds and about a gigabyte, and GPU timings want the device
+    for themselves.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    wants_gpu = config.getoption("require_gpu") or "not gpu" not in config.getoption("markexpr")
+    if not whole or wants_gpu:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS) if cores > 1 else 0
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state, whatever ran before it in this process."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -1,0 +1,132 @@
+"""What every command line keeps to, for each script that a member declares."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import workspace
+
+SCRIPTS = {
+    name: member
+    for member in workspace.members()
+    for name in member.project.get("scripts", {})
+    # In an environment that holds only some members, the others' scripts are not there to test.
+    if any(point.name == name for point in importlib.metadata.entry_points(group="console_scripts"))
+}
+HELP_SECONDS = 1.0
+WORDS = {
+    "info",
+    "demo",
+    "sample",
+    "generate",
+    "render",
+    "serve",
+    "train",
+    "eval",
+    "bench",
+    "reproduce",
+    "plot",
+    "inspect",
+}
+# A package may train its tiny host by a verb of its own.
+WORDS |= {"train-host"}
+
+# Runs the entry point and says on stderr what it imported.
+PROBE = """
+import importlib.metadata, sys
+script = sys.argv[1]
+sys.argv = sys.argv[1:]
+(point,) = importlib.metadata.entry_points(group="console_scripts", name=script)
+code = 0
+try:
+    code = point.load()()
+except SystemExit as exit:
+    code = exit.code
+heavy = [name for name in ("torch", "diffusers", "transformers", "matplotlib") if name in sys.modules]
+print("HEAVY", ",".join(heavy), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def run(*argv):
+    return subprocess.run([sys.executable, "-P", "-c", PROBE, *argv], capture_output=True, text=True, check=False)
+
+
+def verbs(script):
+    overview = run(script, "--help").stdout
+    return re.findall(r"^  (\S+)  +\S", overview.partition("verbs:\n")[2], re.M)
+
+
+def heavy(done):
+    return done.stderr.rpartition("HEAVY ")[2].strip()
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+def test_every_script_of_the_workspace_is_installed_under_uv_run():
+    declared = [name for member in workspace.members() for name in member.project.get("scripts", {})]
+    assert sorted(SCRIPTS) == sorted(declared)
+
+
+def test_entry_point_resolves(script):
+    (point,) = importlib.metadata.entry_points(group="console_scripts", name=script)
+    assert callable(point.load())
+
+
+def test_help_is_quick_and_light(script):
+    command = [str(Path(sys.executable).parent / script), "--help"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < HELP_SECONDS
+    assert done.stdout.startswith(f"usage: {script} ")
+    assert done.stderr == ""
+    assert heavy(run(script, "--help")) == ""
+
+
+def test_verbs_help_and_import_nothing_heavy(script):
+    names = verbs(script)
+    assert names
+    for verb in names:
+        done = run(script, verb, "--help")
+        assert done.returncode == 0, f"{verb}: {done.stderr}"
+        assert f"{script} {verb}" in done.stdout
+        assert heavy(done) == "", f"{script} {verb} --help imports {heavy(done)}"
+
+
+def test_verbs_are_words_of_the_house(script):
+    assert set(verbs(script)) <= WORDS
+    assert {"info", "demo"} <= set(verbs(script))
+
+
+@pytest.mark.parametrize("argv", [["no-such-verb"], ["info", "--no-such-flag"], []], ids=["verb", "flag", "nothing"])
+def test_wrong_usage_exits_2_with_nothing_on_stdout(script, argv):
+    done = run(script, *argv)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr) > len("HEAVY ")
+
+
+def test_version(script):
+    done = run(script, "--version")
+    assert done.returncode == 0
+    assert done.stdout == f"{script} {SCRIPTS[script].project['version']}\n"
+
+
+@pytest.mark.parametrize(
+    "module", [f"{m.module}.config" for m in SCRIPTS.values()] + [m.module for m in SCRIPTS.values()]
+)
+def test_config_and_package_import_without_torch(module):
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr

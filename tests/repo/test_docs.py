@@ -1,0 +1,117 @@
+"""Commands, links and names in Markdown files are real."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import workspace
+
+ROOT = workspace.ROOT
+METHODS = "blade fpsattention sparsevar nar rstitch zipr1 knockout pmloss zpressor motion_anything"
+PAGES = [name for name in workspace.tracked_files() if name.suffix == ".md"]
+BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.M | re.S)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+MEMBERS = {member.name: member for member in workspace.members()}
+
+
+def commands(page):
+    """Single commands of a page's shell blocks: comments dropped, continued lines joined, && split."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in BLOCK.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if line and not line.startswith("#"):
+                yield from (part.strip() for part in line.split("&&"))
+
+
+ALL = [pytest.param(page, command, id=f"{page}: {command}"[:90]) for page in PAGES for command in commands(page)]
+
+
+@cache
+def help_of(script, verb):
+    command = [sys.executable.rpartition("/")[0] + f"/{script}", verb, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_wide())
+    assert done.returncode == 0, f"{script} {verb} --help: {done.stderr}"
+    return done.stdout
+
+
+def _wide():
+    return {**os.environ, "COLUMNS": "200"}
+
+
+def check_words(words):
+    """Follow a command to the script that it names, and look at the script's verbs and flags."""
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    if words[:2] == ["uv", "run"]:
+        rest = words[2:]
+        while rest and rest[0].startswith("--"):
+            takes_value = rest[0] in ("--package", "--extra", "--group", "--with", "--python")
+            if rest[0] == "--package":
+                assert rest[1] in MEMBERS, f"no member {rest[1]}"
+            rest = rest[2 if takes_value else 1 :]
+        return check_words(rest)
+    if words[0] in MEMBERS and len(words) > 1 and not words[1].startswith("-"):
+        assert words[0] in MEMBERS[words[0]].project.get("scripts", {}), f"{words[0]} declares no script"
+        shown = help_of(words[0], words[1])
+        for flag in (word.partition("=")[0] for word in words[2:] if re.match(r"--[a-z]", word)):
+            assert re.search(rf"{re.escape(flag)}\b", shown), f"{words[0]} {words[1]} has no {flag}"
+        return None
+    if words[0] in ("python", "python3") and len(words) > 1 and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
+        shown = (ROOT / words[1]).read_text(encoding="utf-8")
+        for flag in (word.partition("=")[0] for word in words[2:] if re.match(r"--[a-z]", word)):
+            assert f'"{flag}"' in shown, f"{words[1]} has no {flag}"
+        return None
+    known = {"pip", "uv", "pytest", "cd", "git", "python", "python3", "accelerate", "torchrun", *MEMBERS}
+    assert words[0] in known, f"unknown command {words[0]}"
+    for word in words[1:]:
+        if re.match(r"(packages|shared|kernels|tests|tools|docs)/", word):
+            assert (ROOT / word).exists(), f"there is no {word}"
+    return None
+
+
+@pytest.mark.parametrize(("page", "command"), ALL)
+def test_commands_name_what_exists(page, command):
+    # A substitution is a command of its own.
+    for inner in re.findall(r"\$\(([^)]*)\)", command):
+        check_words(shlex.split(inner))
+    check_words(shlex.split(re.sub(r"\$\([^)]*\)", "X", command)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = [a or b for a, b in LINK.findall(text)]
+    missing = [
+        target
+        for target in targets
+        if not re.match(r"[a-z]+:|#", target) and not (ROOT / page).parent.joinpath(target.partition("#")[0]).exists()
+    ]
+    assert missing == []
+
+
+def test_the_two_commands_of_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\npip install uv && uv run --package hone-blade hone-blade demo\n" in text
+    assert "\npip install uv && uv run --all-packages pytest\n" in text
+    assert "uv run --all-packages pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_readme_lists_the_ten_methods_and_is_honest_about_them():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[?`(\w+)`\]?(?:\([^)]*\))? \|.*\| ([^|]*) \|$", text, re.M)
+    assert " ".join(name for name, _ in rows) == METHODS
+    for name, state in rows:
+        assert (ROOT / "packages" / name).is_dir() == (state != "not yet"), f"{name}: {state}"
+
+
+def test_readme_tree_names_every_top_folder():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^(\w+)/ +\S", text, re.M))
+    tracked = {name.parts[0] for name in workspace.tracked_files() if len(name.parts) > 1 and name.parts[0][0] != "."}
+    assert tracked - {"results"} <= listed <= tracked | {"results"}

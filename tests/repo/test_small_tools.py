@@ -1,0 +1,122 @@
+"""pip_install, constraints, tracked, isolation and check, on small trees."""
+
+import subprocess
+import sys
+
+import check
+import constraints
+import isolation
+import pip_install
+import pytest
+import tracked
+import workspace
+
+
+def test_pip_install_lists_siblings_first(tree):
+    expected = ["./shared/core", "./kernels", "./packages/alpha"]
+    for name in ("alpha", "hone-alpha", "hone_alpha", "packages/alpha/"):
+        assert pip_install.paths(name, tree.path) == expected
+    assert pip_install.paths("alpha", tree.path, "train")[-1] == "./packages/alpha[train]"
+    assert pip_install.paths("core", tree.path) == ["./shared/core"]
+    with pytest.raises(SystemExit, match="no member 'beta'; the members are shared/core, kernels, packages/alpha"):
+        pip_install.paths("beta", tree.path)
+
+
+def test_pip_install_check_finds_lost_and_circular_siblings(tree):
+    assert pip_install.check(tree.path) == []
+    tree.pyproject("shared/core", "torch>=2", "hone-kernels~=0.1.0")
+    tree.pyproject("kernels", "torch>=2", "hone-core~=0.1.0")
+    assert "hone-core -> hone-kernels -> hone-core" in pip_install.check(tree.path)[0]
+    tree.pyproject("kernels", "hone-core~=0.1.0", "hone-gone~=0.1.0")
+    assert "hone-kernels depends on hone-gone, which is no member" in pip_install.check(tree.path)[0]
+
+
+def test_requirement_names():
+    assert workspace.requirement_name("hone_core[testing]~=0.1.0; python_version > '3'") == "hone-core"
+    with pytest.raises(ValueError, match="not a requirement"):
+        workspace.requirement_name(">=1")
+
+
+def test_constraints_pins_are_read():
+    text = (
+        "Foo_bar==1.2.3 ; sys_platform == 'linux' \\\n    --hash=sha256:aa\nfoo-bar==1.2.2\nbaz==2 \\\n    --hash=x:b\n"
+    )
+    assert constraints.pins(text) == {"foo-bar": {"1.2.3", "1.2.2"}, "baz": {"2"}}
+
+
+def test_constraints_disagree_with_pyproject(tree):
+    tree.write("constraints.txt", "torch==2.0\n")
+    assert constraints.disagreements(tree.path) == []
+    tree.write("constraints.txt", "torch==2.1\n")
+    assert constraints.disagreements(tree.path) == ["constraints.txt: torch is 2.1; pyproject.toml pins 2.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.txt", "-i https://host.example/" + "simple/\n", "a.txt:1: a registry address"),
+        ("a.txt", "\nurl = 'https://host.example/" + "packages/aa/x.whl'", "a.txt:2: a registry address"),
+        ("a.toml", "[[tool.uv." + "index]]\n", "a registry address"),
+        ("a.sh", "pip install --extra-" + "index-url https://host.example x\n", "a registry address"),
+        ("a.md", "cd /" + "root/project\n", "a path of one machine"),
+        ("a.md", "see /" + "home/someone/x\n", "a path of one machine"),
+        ("uv.lock", "version = 1\n", "lock files record registry addresses"),
+    ],
+)
+def test_tracked_finds(tmp_path, name, text, problem):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "fine.md").write_text("https://example.org/packages.html and ./work/x and a/root/b\n")
+    assert tracked.check(tmp_path) == []
+    (tmp_path / name).write_text(text)
+    (found,) = tracked.check(tmp_path)
+    assert problem in found
+
+
+def test_tracked_finds_large_files(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "big.bin").write_bytes(bytes(10_000_001))
+    assert tracked.check(tmp_path) == ["big.bin: 10.0 MB; at most 10"]
+    (tmp_path / ".gitignore").write_text("big.bin\n")
+    assert tracked.check(tmp_path) == []
+
+
+def test_isolation_imports_every_module_of_a_package(tmp_path):
+    package = tmp_path / "sample"
+    (package / "sub").mkdir(parents=True)
+    (package / "__init__.py").write_text("__all__ = ['__name__']\n")
+    (package / "sub" / "__init__.py").write_text("")
+    (package / "sub" / "a.py").write_text("")
+    command = [sys.executable, "-c", isolation.IMPORT_ALL, "sample"]
+    assert isolation._run(command, cwd=tmp_path).strip() == "2 modules of sample import"
+    (package / "sub" / "a.py").write_text("import no_such_module_at_all\n")
+    with pytest.raises(isolation.IsolationError, match="No module named 'no_such_module_at_all'"):
+        isolation._run(command, cwd=tmp_path)
+
+
+def test_isolation_drops_hashes_from_constraints():
+    text = "a==1 ; x == 'y' \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\nb==2 \\\n    --hash=sha256:cc\n"
+    assert isolation.without_hashes(text) == "a==1 ; x == 'y'\nb==2\n"
+
+
+def test_check_runs_steps_and_fails_with_them(monkeypatch, capfd):
+    steps = {
+        "good": check.Step([sys.executable, "-c", "print('fine')"], [sys.executable, "-c", "print('mended')"]),
+        "bad": check.Step([sys.executable, "-c", "raise SystemExit(3)"]),
+        "long": check.Step([sys.executable, "-c", "print('long')"], extra=True),
+    }
+    monkeypatch.setattr(check, "STEPS", steps)
+
+    def run(*argv):
+        monkeypatch.setattr("sys.argv", ["check.py", *argv])
+        return check.main(), capfd.readouterr().out
+
+    code, out = run()
+    assert code == 1
+    assert "fine" in out
+    assert "long" not in out
+    assert out.endswith("failed: bad\n")
+    assert run("--only", "good")[0] == 0
+    assert "mended" in run("--only", "good", "--fix")[1]
+    assert "long\n" in run("--all")[1]
+    with pytest.raises(SystemExit):
+        run("--only", "goood")

@@ -1,0 +1,98 @@
+"""The tree, the versions and the environment agree with each other."""
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+import tomllib
+
+import constraints
+import pytest
+import tracked
+import workspace
+
+ROOT = workspace.ROOT
+MEMBERS = workspace.members()
+
+
+def test_members_match_the_tree():
+    folders = {
+        file.parent.relative_to(ROOT).as_posix()
+        for pattern in ("packages/*/pyproject.toml", "shared/*/pyproject.toml", "kernels/pyproject.toml")
+        for file in ROOT.glob(pattern)
+    }
+    assert {member.folder.as_posix() for member in MEMBERS} == folders
+    assert set(workspace.load_root()["tool"]["uv"]["sources"]) == {member.name for member in MEMBERS}
+
+
+def test_versions_are_in_lockstep():
+    (version,) = {member.project["version"] for member in MEMBERS}
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    for member in MEMBERS:
+        found = re.search(r'^__version__ = "(.*)"$', (member.source / "__init__.py").read_text(encoding="utf-8"), re.M)
+        assert found is None or found[1] == version, member.name
+
+
+def test_members_declare_what_the_house_asks():
+    for member in MEMBERS:
+        assert member.project["license"] == "Apache-2.0"
+        assert member.project["requires-python"] == ">=3.11"
+        pinned = [text for text in member.project.get("dependencies", []) if "==" in text.partition(";")[0]]
+        assert pinned == [], f"{member.name} pins {pinned}; the root does that"
+
+
+def test_nothing_is_tracked_that_must_not_be():
+    assert tracked.check() == []
+
+
+def test_resolution_is_fixed_by_date_and_pins():
+    settings = workspace.load_root()["tool"]["uv"]
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}T00:00:00Z", settings["exclude-newer"])
+    assert all("==" in text for text in settings["constraint-dependencies"])
+    assert "/uv.lock" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+
+
+def test_constraints_agree_with_the_pins():
+    assert constraints.disagreements() == []
+
+
+def test_constraints_agree_with_the_resolution():
+    if not (ROOT / "uv.lock").exists():
+        pytest.skip("no resolution here: uv has not been run in this checkout")
+    locked = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
+    resolved: dict[str, set[str]] = {}
+    for package in locked["package"]:
+        # More than one version where Python versions differ.
+        resolved.setdefault(package["name"], set()).add(package.get("version", ""))
+    committed = constraints.pins((ROOT / constraints.FILE).read_text(encoding="utf-8"))
+    assert {name: versions for name, versions in committed.items() if resolved.get(name) != versions} == {}
+
+
+def test_installed_versions_are_those_of_the_constraints():
+    committed = constraints.pins((ROOT / constraints.FILE).read_text(encoding="utf-8"))
+    installed = {
+        re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower(): dist.version
+        for dist in importlib.metadata.distributions()
+    }
+    both = installed.keys() & committed.keys()
+    assert {"torch", "numpy", "tyro"} <= both
+    assert {name: installed[name] for name in both if installed[name] not in committed[name]} == {}
+
+
+def test_constraints_carry_hashes_and_no_address():
+    text = (ROOT / constraints.FILE).read_text(encoding="utf-8")
+    assert "://" not in text
+    blocks = re.split(r"\n(?=\S)", text.strip())
+    assert all("--hash=sha256:" in block for block in blocks)
+
+
+def test_the_folder_kernels_is_no_package_here():
+    # Tests in a folder kernels/ and the root on sys.path have both shadowed an installed package of that name.
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or str(ROOT) not in str(spec.origin or list(spec.submodule_search_locations or []))
+    assert str(ROOT) not in sys.path
+
+
+def test_test_files_have_unique_names_within_their_folders():
+    assert list((ROOT / "tests").rglob("__init__.py")) == []

@@ -1,0 +1,53 @@
+import json
+import stat
+
+import pytest
+import torch
+from hone_core.io import atomic_path, atomic_write_bytes, atomic_write_json, atomic_write_text, save_safetensors
+from safetensors import safe_open
+
+
+def test_writes_and_replaces(tmp_path):
+    file = tmp_path / "sub" / "a.txt"
+    assert atomic_write_text(file, "één\n") == file
+    assert file.read_bytes() == "één\n".encode()
+    atomic_write_bytes(file, b"two")
+    assert file.read_bytes() == b"two"
+    assert [p.name for p in file.parent.iterdir()] == ["a.txt"]
+
+
+def test_failure_keeps_the_old_file_and_no_scratch(tmp_path):
+    file = tmp_path / "a.json"
+    atomic_write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        atomic_write_json(file, {"a": float("nan")})
+
+    def write_half():
+        with atomic_path(file) as scratch:
+            scratch.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_scratch_keeps_the_suffix_and_result_is_readable(tmp_path):
+    with atomic_path(tmp_path / "clip.mp4") as scratch:
+        assert scratch.suffix == ".mp4"
+        scratch.write_bytes(b"x")
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"x")
+    assert stat.S_IMODE((tmp_path / "clip.mp4").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_safetensors_of_shared_and_strided_tensors(tmp_path):
+    base = torch.arange(6.0).reshape(2, 3)
+    file = save_safetensors(
+        {"t": base.T, "row": base[1], "base": base}, tmp_path / "w.safetensors", metadata={"k": "v"}
+    )
+    with safe_open(file, "pt") as stored:
+        assert stored.metadata() == {"k": "v"}
+        assert stored.get_tensor("t").tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert stored.get_tensor("row").tolist() == [3, 4, 5]

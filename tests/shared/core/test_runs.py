@@ -1,0 +1,187 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+from hone_core.runs import Row, Run, export_results, load_results
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int = 128
+    layers: tuple[int, ...] = (1, 2)
+
+
+def start(out, config=None, **kwargs):
+    return Run.start(
+        **{"package": "hone-core", "verb": "demo", "out": out, "seed": 3} | kwargs, config=config or Config()
+    )
+
+
+def test_files_of_a_finished_run(tmp_path):
+    with start(tmp_path / "run", preset="tiny") as run:
+        assert load_results(run.path)["status"] == "running"
+        run.log(step=1, loss=0.5)
+        run.log(step=2, loss=float("nan"))
+        run.row("psnr", 31.5, unit="dB", better="higher", n=4, spread=0.25, variant="asa", split="val", paper_value=30)
+        (run.figures / "a.txt").write_text("x")
+        (run.artifacts / "b.txt").write_text("x")
+    results = json.loads((run.path / "results.json").read_text())
+    assert {k: results[k] for k in ("schema", "package", "version", "verb", "preset", "seed", "status")} == {
+        "schema": 1,
+        "package": "hone-core",
+        "version": "0.1.0",
+        "verb": "demo",
+        "preset": "tiny",
+        "seed": 3,
+        "status": "done",
+    }
+    assert results["seconds"] >= 0
+    assert results["rows"] == [
+        {
+            "metric": "psnr",
+            "value": 31.5,
+            "unit": "dB",
+            "better": "higher",
+            "n": 4,
+            "spread": 0.25,
+            "variant": "asa",
+            "split": "val",
+            "paper_value": 30.0,
+        }
+    ]
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": "nan"}]
+    assert json.loads((run.path / "config.json").read_text()) == {"block": 128, "layers": [1, 2]}
+    assert json.loads((run.path / "environment.json").read_text())["packages"]["hone-core"] == "0.1.0"
+    assert {p.name for p in run.path.iterdir()} == {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "results.json",
+        "figures",
+        "artifacts",
+    }
+
+
+def test_crash_leaves_status_and_message_then_resumes(tmp_path):
+    def attempt(crash):
+        with start(tmp_path) as run:
+            first = not run.resumed
+            run.log(step=1 if first else 2, loss=1.0)
+            run.row("kept", 1.0, better="none") if first else None
+            run.row("again", 1.0 if first else 2.0, better="none")
+            if crash:
+                raise RuntimeError("out of memory")
+        return run
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attempt(crash=True)
+    failed = load_results(tmp_path)
+    assert failed["status"] == "failed"
+    assert failed["message"] == "RuntimeError: out of memory"
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+
+    run = attempt(crash=False)
+    assert run.resumed
+    done = load_results(tmp_path)
+    assert done["status"] == "done"
+    assert "message" not in done
+    assert done["started"] == failed["started"]
+    assert done["seconds"] >= failed["seconds"]
+    assert [(row["metric"], row["value"]) for row in done["rows"]] == [("kept", 1.0), ("again", 2.0)]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_finished_run_is_returned_untouched(tmp_path):
+    with start(tmp_path) as run:
+        run.row("psnr", 1.0, better="higher")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with start(tmp_path) as again:
+        assert again.done
+        assert not again.resumed
+        assert again.rows == run.rows
+        with pytest.raises(RuntimeError, match=r"check run\.done first"):
+            again.row("psnr", 2.0, better="higher")
+        with pytest.raises(RuntimeError, match="finished run"):
+            again.log(step=1, loss=0.0)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": Config(block=64)}, r"config\.block 128 there, 64 here"),
+        ({"config": {"block": 128}}, r"config\.layers \[1, 2\] there, absent here"),
+        ({"seed": 4}, "seed 3 there, 4 here"),
+        ({"verb": "bench"}, "verb demo there, bench here"),
+        ({"preset": "tiny"}, "preset None there, tiny here"),
+    ],
+)
+def test_another_command_is_refused(tmp_path, change, message):
+    with start(tmp_path):
+        pass
+    with pytest.raises(FileExistsError, match=message):
+        start(tmp_path, **change)
+
+
+def test_foreign_folder_and_file_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty and holds no run"):
+        start(tmp_path)
+    with pytest.raises(FileExistsError, match="is a file"):
+        start(tmp_path / "notes.txt")
+
+
+def test_default_folders_never_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = []
+    for _ in range(2):
+        with start(None, preset="tiny") as run:
+            paths.append(run.path)
+    assert paths[0] != paths[1]
+    assert all(path.parent.as_posix() == "runs/hone-core/demo" for path in paths)
+    assert paths[0].name.endswith("-tiny-3")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_row_refuses_values_that_are_not_finite(value):
+    with pytest.raises(ValueError, match="psnr: value must be finite"):
+        Row(metric="psnr", value=value, better="higher")
+
+
+def test_row_refuses_unknown_direction_and_empty_count():
+    with pytest.raises(ValueError, match="higher, lower, none; got 'up'"):
+        Row(metric="psnr", value=1.0, better="up")
+    with pytest.raises(ValueError, match="n must be at least 1; got 0"):
+        Row(metric="psnr", value=1.0, better="higher", n=0)
+
+
+def test_labels_tell_rows_apart(tmp_path):
+    with start(tmp_path) as run:
+        run.row("time", 1.0, unit="ms", better="lower", labels={"shape": "480p"})
+        run.row("time", 2.0, unit="ms", better="lower", labels={"shape": "720p"})
+        run.row("time", 3.0, unit="ms", better="lower", labels={"shape": "480p"})
+    rows = load_results(tmp_path)["rows"]
+    assert [(row["labels"]["shape"], row["value"]) for row in rows] == [("720p", 2.0), ("480p", 3.0)]
+
+
+def test_export_joins_results_and_environment(tmp_path):
+    with start(tmp_path / "run") as run:
+        run.row("psnr", 1.0, better="higher")
+    data = json.loads(export_results(run.path, tmp_path / "out.json").read_text())
+    assert data["rows"][0]["value"] == 1.0
+    assert data["environment"]["python"]
+    assert data["config"]["block"] == 128
+    with pytest.raises(KeyError), start(tmp_path / "bad") as bad:
+        raise KeyError("x")
+    with pytest.raises(ValueError, match="its status is failed"):
+        export_results(bad.path, tmp_path / "bad.json")
+
+
+def test_load_results_refuses_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_results(tmp_path)
+    (tmp_path / "results.json").write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match="schema 1"):
+        load_results(tmp_path)

@@ -1,0 +1,234 @@
+"""Block-sparse attention on a GPU: values first, then speed beside cuDNN and FlexAttention.
+
+    python tools/gpu_attention.py bench --out results/kernels/attention_h200.json
+    python tools/gpu_attention.py tune  --out tune.json
+
+``bench`` times what ships; ``tune`` times the candidate tiles that the shipped ones were chosen from. Every candidate is
+compared with the float32 reference before it is timed; a wrong value ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hone_core.environment import environment
+from hone_core.timing import measure_interleaved
+from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention.reference import attention_reference
+from hone_kernels.attention.triton import TILES, Tiles, attention_backward, attention_forward
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+# heads, tokens, head size: Wan2.1-1.3B and CogVideoX-5B at 480p, cut to a multiple of 128 and whole.
+SHAPES = {
+    "wan-1.3b 480p": (12, 32768, 128),
+    "wan-1.3b 480p ragged": (12, 32760, 128),
+    "cogvideox-5b": (48, 17792, 64),
+    "cogvideox-5b ragged": (48, 17776, 64),
+}
+DENSITIES = (1.0, 0.5, 0.2, 0.1)
+
+# Tiles' fields in order.
+CANDIDATES = {
+    ("forward", 128): [
+        (64, 64, 4, 1, True), (64, 64, 4, 1, True, 128), (64, 64, 4, 2, True), (64, 128, 4, 1, True), (128, 64, 8, 1, True, 128),
+        (128, 64, 8, 3, True), (128, 128, 8, 2, True),
+    ],
+    ("forward", 64): [
+        (64, 128, 4, 2, True, 168, False), (64, 128, 4, 2, True), (64, 128, 4, 3, True), (64, 64, 4, 2, True),
+        (128, 64, 4, 3, False), (128, 128, 8, 3, True),
+    ],
+    ("dq", 128): [(64, 64, 4, 2, True), (64, 64, 4, 1, True), (64, 64, 4, 3, True), (128, 64, 8, 3, True)],
+    ("dkv", 128): [(64, 64, 4, 2, True), (64, 64, 4, 1, True), (32, 64, 4, 2, True), (64, 128, 8, 2, True)],
+    ("dq", 64): [(64, 64, 4, 2, True), (64, 64, 4, 1, True), (128, 64, 4, 2, True), (64, 128, 4, 2, True)],
+    ("dkv", 64): [(64, 64, 4, 2, True, 168), (64, 64, 4, 2, True), (64, 64, 4, 1, True, 168), (128, 128, 8, 2, True)],
+}  # fmt: skip
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def inputs(heads: int, tokens: int, dim: int, n: int = 3) -> list[torch.Tensor]:
+    return [torch.randn(1, heads, tokens, dim, device="cuda", dtype=torch.bfloat16) for _ in range(n)]
+
+
+def random_layout(heads: int, tokens: int, density: float, block: int = 128) -> BlockLayout:
+    cols = -(-tokens // block)
+    scores = torch.rand(1, heads, cols, cols, device="cuda")
+    return BlockLayout.from_topk(scores, max(1, round(cols * density)), tokens, tokens, block_q=block, block_k=block)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def check(name: str, got: tuple, want: tuple, limit: float) -> None:
+    worst = max(relative(g, w) for g, w in zip(got, want, strict=True))
+    if not worst < limit:
+        sys.exit(f"{name}: relative error {worst:.2e} is not under {limit}; no speed is reported")
+
+
+def flops(layout: BlockLayout, heads: int, dim: int) -> float:
+    return 4.0 * dim * heads * layout.tokens_q * layout.tokens_k * layout.density().item()
+
+
+@functools.cache
+def compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(layout: BlockLayout) -> Callable:
+    mask = layout.to_block_mask()
+    return lambda q, k, v: compiled_flex()(q, k, v, block_mask=mask)
+
+
+def tune(rounds: int) -> list[dict]:
+    rows = []
+    for (kernel, dim), candidates in CANDIDATES.items():
+        heads, tokens, _ = SHAPES["wan-1.3b 480p" if dim == 128 else "cogvideox-5b"]
+        small = inputs(3, 1000, dim, 4)
+        layout = random_layout(3, 1000, 0.5)
+        leaves = [x.float().requires_grad_() for x in small[:3]]
+        out, lse = attention_reference(*leaves, layout, dim**-0.5)
+        out.backward(small[3].float())
+
+        def run(q, k, v, dout, layout, tiles, state, kernel=kernel, dim=dim):
+            lists = (layout.kv_num, layout.kv_idx)
+            if kernel == "forward":
+                return attention_forward(q, k, v, *lists, None, None, None, None, 128, 128, dim**-0.5, tiles)
+            out, lse, columns, dlse = state
+            return attention_backward(
+                dout, dlse, q, k, v, out, lse, *lists, columns.kv_num, columns.kv_idx, None, None, None, None, 128, 128,
+                dim**-0.5, {kernel: tiles},
+            )[:3]  # fmt: skip
+
+        def state_of(q, k, v, layout, dim=dim):
+            got = attention_forward(q, k, v, layout.kv_num, layout.kv_idx, None, None, None, None, 128, 128, dim**-0.5)
+            return *got, layout.transpose(), torch.zeros_like(got[1])
+
+        good = []
+        for numbers in candidates:
+            tiles = Tiles(*numbers)
+            try:
+                got = run(*small, layout, tiles, state_of(*small[:3], layout))
+            except Exception as error:
+                say(kernel, dim, numbers, "fails:", str(error).splitlines()[0][:100])
+                continue
+            want = (out, lse) if kernel == "forward" else tuple(x.grad for x in leaves)
+            check(f"{kernel} {dim} {numbers}", got, want, 1e-2)
+            good.append(tiles)
+        big = inputs(heads, tokens, dim, 4)
+        for density in (1.0, 0.1):
+            layout = random_layout(heads, tokens, density)
+            state = state_of(*big[:3], layout)
+            calls = {str(t): lambda t=t: run(*big, layout, t, state) for t in good}
+            work = flops(layout, heads, dim)
+            if kernel == "forward":
+                other = flex(layout)
+                calls["flex"] = lambda: other(*big[:3])
+            elif kernel == "dq":
+                leaves = [x.detach().requires_grad_() for x in big[:3]]
+                flexed = flex(layout)(*leaves)
+                calls["flex backward"] = lambda: torch.autograd.grad(flexed, leaves, big[3], retain_graph=True)
+            for name, timing in measure_interleaved(calls, warmup=2, rounds=rounds).items():
+                rate = work * (1 if kernel == "forward" else 2.5) / timing.ms_p50 / 1e9
+                say(f"{kernel:8} d{dim:<4} {density:4} {name:70} {timing.ms_p50:8.3f} ms {rate:6.0f}")
+                rows.append(dict(kernel=kernel, dim=dim, density=density, tiles=name, ms=timing.ms_p50, tflops=rate))
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def bench(rounds: int) -> list[dict]:
+    rows = []
+    for shape, (heads, tokens, dim) in SHAPES.items():
+        q, k, v, dout = inputs(heads, tokens, dim, 4)
+        whole = tokens % 128 == 0
+        probe = random_layout(heads, tokens, 0.1)
+        part = [x[:, :2] for x in (q, k, v)]
+        few = BlockLayout(probe.kv_num[:, :2], probe.kv_idx[:, :2], tokens, tokens, 128, 128)
+        want = attention_reference(*part, few, dim**-0.5)
+        check(shape, block_sparse_attention(*part, few, return_lse=True, backend="triton"), want, 1e-2)
+
+        def note(calls: dict, work: float, **fields: object) -> None:
+            for name, t in measure_interleaved(calls, warmup=3, rounds=rounds).items():
+                rate = work / t.ms_p50 / 1e9
+                say(f"{fields} {name:12} {t.ms_p50:8.3f} ms {rate:6.0f} TFLOP/s")
+                rows.append(
+                    dict(fields, provider=name, ms_p20=t.ms_p20, ms_p50=t.ms_p50, ms_p80=t.ms_p80, n=t.n, tflops=rate)
+                )
+
+        def cudnn(*x: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return scaled_dot_product_attention(*x)
+
+        groups = max(1, tokens // 30)
+        pooled = PooledKV(*inputs(heads, groups, dim, 2), torch.full((groups,), 3.4, device="cuda"))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        for density in DENSITIES:
+            layout = random_layout(heads, tokens, density)
+            work = flops(layout, heads, dim)
+            calls = {
+                "hone": lambda layout=layout: block_sparse_attention(q, k, v, layout),
+                "cudnn dense": lambda: cudnn(q, k, v),
+            }
+            if whole:
+                other = flex(layout)
+                calls["flex"] = lambda other=other: other(q, k, v)
+            fields = dict(op="attention", shape=shape, heads=heads, tokens=tokens, dim=dim, density=density)
+            note(calls, work, **fields, mode="forward", block=128)
+            if density in (0.5, 0.2):
+                fine = random_layout(heads, tokens, density, 64)
+                note(
+                    {
+                        "hone": lambda fine=fine: block_sparse_attention(q, k, v, fine),
+                        "hone pooled": lambda layout=layout: block_sparse_attention(q, k, v, layout, pooled=pooled),
+                    },
+                    work, **fields, mode="forward", block=64,
+                )  # fmt: skip
+            if whole:
+                outs = {
+                    "hone": block_sparse_attention(*leaves, layout),
+                    "flex": other(*leaves),
+                    "cudnn dense": cudnn(*leaves),
+                }
+                backward = {
+                    name: lambda o=o: torch.autograd.grad(o, leaves, dout, retain_graph=True)
+                    for name, o in outs.items()
+                }
+                note(backward, work * 2.5, **fields, mode="backward", block=128)
+                del outs, backward
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("bench", "tune"))
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds of all variants in random order")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = (bench if args.mode == "bench" else tune)(args.rounds)
+    tiles = {f"{kernel} {size} bytes d{dim}": str(t) for (kernel, size, dim), t in TILES.items()}
+    result = dict(
+        schema=1, package="hone-kernels", verb=f"attention {args.mode}", environment=environment(), tiles=tiles
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(dict(result, rows=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

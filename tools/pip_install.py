@@ -1,0 +1,53 @@
+"""Print the local paths of a member and of the siblings that it needs, for plain pip.
+
+    pip install $(python tools/pip_install.py blade)
+
+pip does not read the workspace's sources: ``pip install ./packages/blade`` alone would look for the siblings elsewhere.
+For the versions that were measured, install constraints.txt first and the members without their dependencies:
+
+    pip install --require-hashes -r constraints.txt
+    pip install --no-deps $(python tools/pip_install.py blade)
+"""
+
+import argparse
+from pathlib import Path
+
+from workspace import ROOT, closure, find_member, members, report
+
+
+def paths(name: str, root: Path = ROOT, extra: str = "") -> list[str]:
+    """Paths relative to the root, siblings first; ``extra`` goes on the member itself."""
+    chain = closure(find_member(name, root))
+    suffix = f"[{extra}]" if extra else ""
+    return [f"./{member.folder.as_posix()}" for member in chain[:-1]] + [f"./{chain[-1].folder.as_posix()}{suffix}"]
+
+
+def check(root: Path = ROOT) -> list[str]:
+    """Members whose siblings cannot be found."""
+    problems = []
+    for member in members(root):
+        try:
+            closure(member)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def main() -> int:
+    """Print the paths, or check every member."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("member", nargs="?", help="folder name, distribution or path")
+    parser.add_argument("--extra", default="", help="extras of the member, separated by commas")
+    parser.add_argument("--check", action="store_true", help="check that the siblings of every member exist")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.check:
+        return report(check(args.root), "pip_install")
+    if args.member is None:
+        parser.error("name a member, for example blade")
+    print(" ".join(paths(args.member, args.root, args.extra)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,226 @@
+"""Write the tables of README files from the JSON files in results/.
+
+    python tools/tables.py            write them
+    python tools/tables.py --check    fail where a file differs from its results
+
+A table stands between two comments; the first holds its name and what to show, in TOML:
+
+    <!-- table: attention-forward
+    files = ["results/kernels/attention_h200.json"]
+    where = { mode = "forward" }
+    rows = ["shape", "density"]
+
+    [[columns]]
+    title = "ours"
+    where = { provider = "hone" }
+    value = "ms_p50"
+    unit = "ms"
+
+    [[columns]]
+    title = "speed-up"
+    value = "ms_p50"
+    speedup = { baseline = { provider = "cudnn dense" }, method = { provider = "hone" } }
+    -->
+    <!-- /table -->
+
+- files: results files (paths from the root; * matches names). Their rows are read together.
+- where: the rows that take part. A value is one that the field must equal, or a list of such values.
+- rows: fields whose values make the table's rows, in the order in which the files list them. ``{ field = "variant",
+  title = "mask" }`` gives the column a title of its own, ``names = { asa_g = "ASA-G" }`` other words for its values.
+- columns: ``where`` picks one result per table row, ``value`` the field to show ("value" unless said), ``digits`` the
+  decimals (2), ``unit`` a suffix (the row's own unit unless said; "" for none), ``scale`` a factor for the shown
+  number, ``spread = true`` adds the spread. ``speedup`` divides the baseline's value by the method's.
+- caption = false leaves out the line under the table that names hardware, commit and file.
+
+Fields are those of the results' rows; a row's labels count as fields. A value that was not measured shows as a dash;
+two results for one cell are an error.
+"""
+
+import argparse
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from workspace import ROOT, report, tracked_files
+
+MARKER = re.compile(r"^<!-- table: (?P<name>[\w.-]+)\n(?P<spec>.*?)^-->\n(?P<body>.*?)^<!-- /table -->$", re.M | re.S)
+FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.M | re.S)
+KEYS = {
+    "table": {"files", "where", "rows", "columns", "caption"},
+    "row": {"field", "title", "names"},
+    "column": {"title", "where", "value", "digits", "unit", "scale", "spread", "speedup"},
+    "speedup": {"baseline", "method"},
+}
+
+
+class TableError(Exception):
+    """A table cannot be made from what its marker says."""
+
+
+def render(spec: dict[str, Any], root: Path = ROOT) -> str:
+    """The table of one marker, in Markdown.
+
+    Raises:
+        TableError: The spec is wrong, a file is missing, or two results fit one cell.
+    """
+    _only(spec, "table", "table")
+    for key in ("files", "rows", "columns"):
+        if not spec.get(key):
+            raise TableError(f"{key} is missing")
+    documents = _documents(spec["files"], root)
+    rows = [_fields(row) for document in documents.values() for row in document["rows"]]
+    chosen = [row for row in rows if _fits(row, spec.get("where", {}))]
+    if not chosen:
+        raise TableError(f"no result fits where = {spec.get('where', {})}")
+    keys = [{"field": key} if isinstance(key, str) else key for key in spec["rows"]]
+    for key in keys:
+        _only(key, "row", "rows")
+    groups: dict[tuple, list[dict]] = {}
+    for row in chosen:
+        groups.setdefault(tuple(row.get(key["field"], "") for key in keys), []).append(row)
+
+    lines = [[key.get("title", key["field"]) for key in keys] + [column.get("title", "") for column in spec["columns"]]]
+    for values, members in groups.items():
+        cells = [str(key.get("names", {}).get(str(value), value)) for key, value in zip(keys, values, strict=True)]
+        shown = [_cell(members, column, " ".join(cells)) for column in spec["columns"]]
+        # A group in which no column finds anything belongs to another table.
+        if any(text != _DASH for text in shown):
+            lines.append(cells + shown)
+    align = ["---"] * len(keys) + ["---:"] * len(spec["columns"])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], align, *lines[1:]]) + "\n"
+    return text + (f"\n{_caption(documents)}\n" if spec.get("caption", True) else "")
+
+
+_DASH = "-"
+
+
+def _cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
+    _only(column, "column", "columns")
+    field, digits, scale = column.get("value", "value"), column.get("digits", 2), column.get("scale", 1)
+    place = f"{where}, column {column.get('title', '')!r}"
+    picked = [row for row in rows if _fits(row, column.get("where", {}))]
+    if speedup := column.get("speedup"):
+        _only(speedup, "speedup", "speedup")
+        times = [_one([r for r in picked if _fits(r, speedup[side])], field, place) for side in ("baseline", "method")]
+        if any(row is None for row in times):
+            return _DASH
+        return f"{times[0][field] / times[1][field]:.{digits}f}{column.get('unit', 'x')}"
+    row = _one(picked, field, place)
+    if row is None:
+        return _DASH
+    value = row[field]
+    if isinstance(value, str | bool):
+        return str(value)
+    text = f"{value * scale:.{digits}f}"
+    if column.get("spread") and row.get("spread") is not None:
+        text += f" ± {row['spread'] * scale:.{digits}f}"
+    unit = column.get("unit", row.get("unit", "") if field in ("value", "paper_value") else "")
+    return text + (unit if unit in ("", "%", "x") else f" {unit}")
+
+
+def _one(rows: list[dict], field: str, place: str) -> dict | None:
+    rows = [row for row in rows if row.get(field) is not None]
+    if len(rows) > 1:
+        raise TableError(f"{place}: {len(rows)} results fit; narrow where. The first two are {rows[0]} and {rows[1]}")
+    return rows[0] if rows else None
+
+
+def _fits(row: dict, where: dict[str, Any]) -> bool:
+    return all(row.get(key, "") in (want if isinstance(want, list) else [want]) for key, want in where.items())
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in row.items() if k != "labels"}, **row.get("labels", {})}
+
+
+def _only(given: dict, kind: str, where: str) -> None:
+    if unknown := sorted(given.keys() - KEYS[kind]):
+        raise TableError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(KEYS[kind]))}")
+
+
+def _documents(patterns: list[str], root: Path) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for pattern in patterns:
+        paths = sorted(root.glob(pattern))
+        if not paths:
+            raise TableError(f"there is no file {pattern}")
+        for path in paths:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+                raise TableError(f"{path.relative_to(root)}: expected an object with rows")
+            if document.get("status", "done") != "done":
+                raise TableError(f"{path.relative_to(root)}: its run is {document['status']}, not done")
+            found[path.relative_to(root).as_posix()] = document
+    return found
+
+
+def _caption(documents: dict[str, dict]) -> str:
+    """Hardware, versions and commit of each file; files that agree share a sentence."""
+    sentences: dict[str, list[str]] = {}
+    for name, document in documents.items():
+        environment = document.get("environment", {})
+        hardware = environment.get("gpu") or environment.get("cpu") or "hardware not recorded"
+        commit = (environment.get("commit") or "")[:10] or "not recorded"
+        changed = " with local changes" if environment.get("dirty") else ""
+        torch = f", torch {environment['torch']}" if environment.get("torch") else ""
+        sentences.setdefault(f"{hardware}{torch}, commit {commit}{changed}", []).append(f"`{name}`")
+    return " ".join(f"*Measured on {what}; from {', '.join(files)}.*" for what, files in sentences.items())
+
+
+def update(text: str, root: Path = ROOT) -> str:
+    """The text with every table written anew; tables inside code fences are examples and stay.
+
+    Raises:
+        TableError: With the table's name, what is wrong.
+    """
+    fences = [match.span() for match in FENCE.finditer(text)]
+
+    def write(match: re.Match[str]) -> str:
+        if any(start < match.start() < end for start, end in fences):
+            return match[0]
+        try:
+            table = render(tomllib.loads(match["spec"]), root)
+        except (TableError, tomllib.TOMLDecodeError) as error:
+            raise TableError(f"table {match['name']}: {error}") from error
+        return f"<!-- table: {match['name']}\n{match['spec']}-->\n{table}<!-- /table -->"
+
+    opened = sum(1 for m in re.finditer(r"^<!-- table:", text, re.M) if not any(a < m.start() < b for a, b in fences))
+    closed = sum(1 for m in MARKER.finditer(text) if not any(a < m.start() < b for a, b in fences))
+    if opened != closed:
+        raise TableError(f"{opened} tables are opened and {closed} are closed by <!-- /table -->")
+    return MARKER.sub(write, text)
+
+
+def run(root: Path = ROOT, *, write: bool) -> list[str]:
+    """Write or compare the tables of every tracked Markdown file; returns the problems."""
+    problems = []
+    for name in tracked_files(root):
+        if name.suffix != ".md":
+            continue
+        text = (root / name).read_text(encoding="utf-8")
+        try:
+            fresh = update(text, root)
+        except TableError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if fresh != text and write:
+            (root / name).write_text(fresh, encoding="utf-8")
+            print(f"{name}: written")
+        elif fresh != text:
+            problems.append(f"{name}: differs from results/; run python tools/tables.py")
+    return problems
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file would change")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    return report(run(args.root.resolve(), write=not args.check), "tables")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
