@@ -39,40 +39,18 @@ TILES: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(128, 128, 8, 3),
     (2, 64): Tile(128, 128, 8, 3),
     (2, 128): Tile(128, 64, 8, 3),
-    (4, 32): Tile(64, 128, 4, 2),
-    (4, 64): Tile(64, 128, 4, 2),
-    (4, 128): Tile(64, 128, 4, 2),
+    (4, 32): Tile(64, 32, 4, 2),
+    (4, 64): Tile(64, 32, 4, 2),
+    (4, 128): Tile(64, 32, 4, 2),
 }
 
 
 @triton.jit
-def _gather_kernel(
-    X, INDEX, OUT, stride_xb, stride_xh, stride_xt, stride_ib, stride_ih, num, num_padded, first_bh,
-    H: tl.constexpr, GROUP: tl.constexpr, SAMPLES: tl.constexpr, SP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """The listed tokens side by side, SP to a block and DP wide; zero where there is none."""
-    local = tl.program_id(1).to(tl.int64)
-    b = (local + first_bh) // H
-    h = (local + first_bh) % H
-    c = tl.program_id(0) * BM + tl.arange(0, BM)
-    d = tl.arange(0, DP)
-    own = (c // SP < num) & (c % SP < SAMPLES)
-    token = tl.load(INDEX + b * stride_ib + h * stride_ih + c // SP * SAMPLES + c % SP, mask=own, other=-1)
-    x = tl.load(
-        X + b * stride_xb + h // GROUP * stride_xh + token.to(tl.int64)[:, None] * stride_xt + d[None, :],
-        mask=(token >= 0)[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    tl.store(OUT + (local * num_padded + c)[:, None] * DP + d[None, :], x, mask=(c < num_padded)[:, None])
-
-
-@triton.jit
 def _row_stats_kernel(
-    Q, KEYS, Q_INDEX, K_INDEX, STAT, ROW,
-    stride_qb, stride_qh, stride_qt, stride_qib, stride_qih, stride_kib, stride_kih,
-    rows, num_k, num_padded, first_bh, scale_log2,
-    H: tl.constexpr, SAMPLES: tl.constexpr, D: tl.constexpr,
+    Q, K, Q_INDEX, K_INDEX, STAT, ROW,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_qib, stride_qih, stride_kib, stride_kih,
+    rows, num_k, first_bh, scale_log2,
+    H: tl.constexpr, GROUP: tl.constexpr, SAMPLES: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BLOCKS: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """STAT[row, block]: largest sampled logit (KIND 2: log-sum-exp), base 2. ROW: what to subtract from the row."""
@@ -89,16 +67,25 @@ def _row_stats_kernel(
     )  # [BM, DP]
     c = tl.arange(0, BLOCKS * SP)
     index = K_INDEX + b * stride_kib + h * stride_kih + c // SP * SAMPLES + c % SP
-    keys = KEYS + local * num_padded * DP + c[None, :] * DP + d[:, None]
+    keys = K + b * stride_kb + h // GROUP * stride_kh
     j = tl.arange(0, BLOCKS)
     out = STAT + (local * rows + r)[:, None] * num_k + j[None, :]
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
+    # The loop carries the next tile's positions, so that the loads that depend on them get every pipeline stage.
+    token = tl.load(index, mask=(c // SP < num_k) & (c % SP < SAMPLES), other=-1)
     for first in range(0, num_k, BLOCKS):
-        k = tl.load(keys + first * (SP * DP))  # [DP, BLOCKS*SP]
-        token = tl.load(index + first * SAMPLES, mask=(first + c // SP < num_k) & (c % SP < SAMPLES), other=-1)
-        s = tl.dot(q, k, input_precision="ieee") * scale_log2
-        s = tl.where((token >= 0)[None, :], s, -float("inf"))
+        k = tl.load(
+            keys + token.to(tl.int64)[None, :] * stride_kt + d[:, None],
+            mask=(token >= 0)[None, :] & (d < D)[:, None],
+            other=0.0,
+        )  # [DP, BLOCKS*SP]
+        # Loaded again rather than carried: the mask is wanted in the layout of the product.
+        live = tl.load(index + first * SAMPLES, mask=(first + c // SP < num_k) & (c % SP < SAMPLES), other=-1) >= 0
+        after = first + BLOCKS
+        token = tl.load(index + after * SAMPLES, mask=(after + c // SP < num_k) & (c % SP < SAMPLES), other=-1)
+        s = tl.dot(q, k, input_precision="tf32x3") * scale_log2
+        s = tl.where(live[None, :], s, -float("inf"))
         s = tl.reshape(s, [BM, BLOCKS, SP])
         stat = tl.max(s, 2)  # [BM, BLOCKS]
         new = tl.maximum(top, tl.max(stat, 1))
@@ -213,24 +200,19 @@ def block_scores_triton(
     tile = tile or TILES[q.element_size(), max(32, padded)]
     per_block = triton.next_power_of_2(per_k)
     blocks = max(1, tile.cols // per_block)
-    cols = triton.cdiv(num_k, blocks) * blocks * per_block
     group = max(1, min(batch * heads, _SCRATCH_BYTES // (4 * rows * num_k)))
-    keys = torch.empty((group, cols, padded), dtype=k.dtype, device=q.device)
     stat = torch.empty((group, rows, num_k), dtype=torch.float32, device=q.device)
     row = torch.empty((group, rows), dtype=torch.float32, device=q.device)
     out = torch.empty((batch, heads, num_q, num_k), dtype=torch.float32, device=q.device)
     width = triton.next_power_of_2(num_k)
     for first in range(0, batch * heads, group):
         count = min(group, batch * heads - first)
-        _gather_kernel[(triton.cdiv(cols, 64), count)](
-            k, k_index, keys, *k.stride()[:3], *_index_strides(k_index), num_k, cols, first,
-            H=heads, GROUP=heads // k.shape[1], SAMPLES=per_k, SP=per_block, D=dim, DP=padded, BM=64, num_warps=4,
-        )  # fmt: skip
         _row_stats_kernel[(triton.cdiv(rows, tile.rows), count)](
-            q, keys, q_index, k_index, stat, row,
-            *q.stride()[:3], *_index_strides(q_index), *_index_strides(k_index),
-            rows, num_k, cols, first, scale * LOG2E,
-            H=heads, SAMPLES=per_k, D=dim, BM=tile.rows, BLOCKS=blocks, SP=per_block, DP=padded, KIND=_KIND[kind],
+            q, k, q_index, k_index, stat, row,
+            *q.stride()[:3], *k.stride()[:3], *_index_strides(q_index), *_index_strides(k_index),
+            rows, num_k, first, scale * LOG2E,
+            H=heads, GROUP=heads // k.shape[1], SAMPLES=per_k, D=dim,
+            BM=tile.rows, BLOCKS=blocks, SP=per_block, DP=padded, KIND=_KIND[kind],
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _reduce_rows_kernel[(num_q, count)](

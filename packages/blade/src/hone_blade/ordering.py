@@ -6,7 +6,6 @@ frame)``, of the token at that position. ``reorder`` applies an order, and undoe
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,32 +49,30 @@ def gilbert_order(frames: int, height: int, width: int) -> Tensor:
         axes = (1, 0, 2)
     else:
         axes = (2, 0, 1)
-    corner = np.zeros((1, 3), dtype=np.int64)
-    edge = np.array([[edges[axis] for axis in axes]], dtype=np.int64)  # [parts, 3 edges, 3 coordinates]
+    corner = torch.zeros((1, 3), dtype=torch.int64)
+    edge = torch.tensor([[edges[axis] for axis in axes]])  # [parts, 3 edges, 3 coordinates]
     while True:
-        straight = (np.abs(edge).sum(-1) == 1).sum(-1) >= 2
-        if straight.all():
+        straight = (edge.abs().sum(-1) == 1).sum(-1) >= 2
+        if bool(straight.all()):
             break
         corner, edge = _cut(corner, edge, straight)
-    size = np.abs(edge).sum(-1)
-    along = size.argmax(-1)
-    length = size.max(-1)
-    direction = np.sign(edge[np.arange(len(edge)), along])
-    first = np.repeat(length.cumsum() - length, length)
-    step = np.arange(len(first)) - first
-    x, y, frame = (np.repeat(corner, length, axis=0) + step[:, None] * np.repeat(direction, length, axis=0)).T
-    return torch.from_numpy(x + width * (y + height * frame))
+    length, along = edge.abs().sum(-1).max(-1)
+    direction = edge[torch.arange(len(edge)), along].sign()
+    part = torch.repeat_interleave(length)  # of each point of the curve
+    step = torch.arange(len(part)) - (length.cumsum(0) - length)[part]
+    x, y, frame = (corner[part] + step[:, None] * direction[part]).T
+    return x + width * (y + height * frame)
 
 
-def _cut(corner: np.ndarray, edge: np.ndarray, straight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cut(corner: Tensor, edge: Tensor, straight: Tensor) -> tuple[Tensor, Tensor]:
     """One level of the recursion: each part that is not straight becomes 2, 3 or 5 parts, in the order of the curve."""
-    p, a, b, c = corner, edge[:, 0], edge[:, 1], edge[:, 2]
-    w, h, d = np.abs(edge).sum(-1).T
-    da, db, dc = (np.sign(e) for e in (a, b, c))
+    p, (a, b, c) = corner, edge.unbind(1)
+    w, h, d = edge.abs().sum(-1).T
+    da, db, dc = edge.sign().unbind(1)
 
-    def half(e: np.ndarray, unit: np.ndarray, size: np.ndarray) -> np.ndarray:
+    def half(e: Tensor, unit: Tensor, size: Tensor) -> Tensor:
         cut = e // 2  # floors the signed vector
-        odd = (np.abs(cut).sum(-1) % 2 == 1) & (size > 2)
+        odd = (cut.abs().sum(-1) % 2 == 1) & (size > 2)
         return cut + unit * odd[:, None]
 
     a2, b2, c2 = half(a, da, w), half(b, db, h), half(c, dc, d)
@@ -99,14 +96,13 @@ def _cut(corner: np.ndarray, edge: np.ndarray, straight: np.ndarray) -> tuple[np
             ],
         ),
     ]
-    corners = np.zeros((len(p), 5, 3), dtype=np.int64)
-    parts = np.zeros((len(p), 5, 3, 3), dtype=np.int64)
+    corners = p.new_zeros((len(p), 5, 3))
+    parts = p.new_zeros((len(p), 5, 3, 3))
     for rows, children in cases:
         for slot, (start, *vectors) in enumerate(children):
             corners[rows, slot] = start[rows]
-            for axis, vector in enumerate(vectors):
-                parts[rows, slot, axis] = vector[rows]
-    real = np.abs(parts).sum(-1).prod(-1) > 0
+            parts[rows, slot] = torch.stack(vectors, 1)[rows]
+    real = parts.abs().sum(-1).prod(-1) > 0
     return corners[real], parts[real]
 
 

@@ -147,7 +147,7 @@ def _sample_index(
 ) -> Tensor:
     key = (tokens, block, samples, method, device, *((seed, layer, side) if method == "seeded" else ()))
     if key not in _kept:
-        start = torch.arange(0, tokens, block).unsqueeze(-1)
+        start = torch.arange(0, tokens, block, device="cpu").unsqueeze(-1)
         draw = {"block": block, "seed": seed, "layer": layer, "side": side}
         full = start[:-1] + sample_offsets(block, samples, method, **draw)
         last = sample_offsets(tokens - int(start[-1]), samples, method, **draw)

@@ -1,0 +1,75 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from hone_blade.config import PRESETS, BladeConfig
+from hone_core.config import from_dict, to_dict
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_load_and_round_trip(name):
+    preset = PRESETS[name]
+    assert preset.provenance
+    assert preset.model
+    assert from_dict(BladeConfig, to_dict(preset.config)) == preset.config
+
+
+def test_config_imports_no_torch():
+    code = "import sys, hone_blade.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parity
+def test_published_constants():
+    wan, cog = PRESETS["wan2.1-1.3b-official"].config, PRESETS["cogvideox-5b-official"].config
+    assert (wan.max_density, wan.min_density, wan.mass, wan.pool) == (0.17, 0.05, 0.95, 30)
+    assert (cog.max_density, cog.min_density, cog.mass, cog.pool) == (0.10, 0.05, 0.95, 15)
+    for cfg in (wan, cog):
+        assert (cfg.score, cfg.samples, cfg.offsets) == ("official", 32, "random")
+        assert (cfg.inclusive, cfg.pool_exact, cfg.keep_diagonal) == (False, False, False)
+    # int(256 * 0.17), int(139 * 0.10): the block counts behind the published sparsities 0.798 and 0.82.
+    assert wan.keep_bounds(256) == (12, 43)
+    assert cog.keep_bounds(139) == (6, 13)
+    assert PRESETS["wan2.1-1.3b"].expected["sparsity"] == pytest.approx(0.7987, abs=1e-4)
+
+
+def test_keep_bounds():
+    cfg = BladeConfig(min_density=0.05, max_density=0.29)
+    assert cfg.keep_bounds(100) == (5, 29)  # 100 * 0.29 is 28.999999999999996
+    assert cfg.keep_bounds(3) == (1, 1)
+    assert BladeConfig(max_density=1.0).keep_bounds(7) == (1, 7)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_tile_holds_a_block(block):
+    frames, height, width = BladeConfig(block=block, samples=8).tile
+    assert frames * height * width == block
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "max"}, "score must be one of .*'lse'.*; got 'max'"),
+        ({"offsets": "fixed"}, "offsets must be one of"),
+        ({"order": "hilbert"}, "order must be one of"),
+        ({"mask": "none"}, "mask must be one of"),
+        ({"selection": "topp"}, "selection must be one of"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"block": 100}, "block must be one of .* got 100"),
+        ({"max_density": 0}, "max_density is a fraction"),
+        ({"max_density": 17}, "max_density is a fraction"),
+        ({"min_density": 0.5}, r"min_density must lie in \[0, max_density = 0.17\]; got 0.5"),
+        ({"mass": 0.0}, "mass is a share"),
+        ({"samples": 0}, "samples must lie in"),
+        ({"samples": 129}, r"samples must lie in \[1, block = 128\]; got 129"),
+        ({"pool": -1}, "pool must not be negative; got -1"),
+        ({"dense_steps": -2}, "dense_steps must not be negative"),
+        ({"dense_layers": (0, -1)}, "dense_layers counts layers from 0"),
+    ],
+)
+def test_bad_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        BladeConfig(**change)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(BladeConfig(), **change)
