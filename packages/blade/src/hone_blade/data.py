@@ -106,8 +106,8 @@ class ClipConfig:
         slack = min(self.height, self.width) - self.glyph_px
         if self.frames < 2 or travel > slack:
             raise ValueError(
-                f"clips need at least 2 frames and (frames - 1) * {max(SPEEDS.values()):g} px of room beside the digit; "
-                f"got frames={self.frames} and min(height, width) - glyph_px = {slack}. Use fewer frames or a larger frame."
+                f"a clip needs at least 2 frames, and (frames - 1) * {max(SPEEDS.values()):g} px of room beside the "
+                f"digit; got frames={self.frames} and {slack} px. Use fewer frames or a larger frame."
             )
 
 

@@ -20,7 +20,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hone_core.errors import CheckpointError
@@ -28,7 +27,7 @@ from hone_core.io import save_safetensors
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hone_blade.data import COLORS, DIRECTIONS, FIELDS, NUM_WORDS, SPEEDS, ClipConfig, label_words, parse_prompt
+from .data import COLORS, DIRECTIONS, FIELDS, NUM_WORDS, SPEEDS, ClipConfig, label_words, parse_prompt
 
 __all__ = [
     "ClipClassifier",
@@ -197,12 +196,15 @@ class Motion:
     """Motion read off clips.
 
     Attributes:
-        direction: ``[B]`` index into ``DIRECTIONS``; -1 where no digit was seen in at least three quarters of the frames.
-        speed: ``[B]`` index into ``SPEEDS``; -1 likewise.
+        seen: ``[B]`` bool, whether a digit was there in at least three quarters of the frames; without one the rest
+            means nothing.
+        direction: ``[B]`` index into ``DIRECTIONS``.
+        speed: ``[B]`` index into ``SPEEDS``.
         velocity: ``[B, 2]`` pixels per frame, (x, y).
         residual: ``[B]`` root mean square distance of the centers from the fitted line, in pixels.
     """
 
+    seen: Tensor
     direction: Tensor
     speed: Tensor
     velocity: Tensor
@@ -241,8 +243,7 @@ def estimate_motion(clips: Tensor, *, threshold: float = 0.5) -> Motion:
     direction = torch.cos(gap).argmax(1)
     speeds = torch.tensor(list(SPEEDS.values()), device=clips.device)
     speed = (velocity.abs().amax(1, keepdim=True) - speeds).abs().argmin(1)
-    unseen = seen.mean(1) < 0.75
-    return Motion(direction.masked_fill(unseen, -1), speed.masked_fill(unseen, -1), velocity, residual)
+    return Motion(seen.mean(1) >= 0.75, direction, speed, velocity, residual)
 
 
 def to_latents(clips: Tensor) -> Tensor:
@@ -410,7 +411,7 @@ class Host:
         scheduler = make_scheduler(solver or cfg.solver, cfg.shift)
         if (solver or cfg.solver) == "euler":
             # explicit: the scheduler's own grid ends just above 0 and would spend its last step on nothing
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
+            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
         else:
             scheduler.set_timesteps(steps)
         latents = noise.float()
@@ -464,7 +465,7 @@ def load_host(
         path = Path(str(files("hone_blade"))) / "assets" / "host.safetensors"
     if not path.is_file():
         raise CheckpointError(
-            f"no tiny host at {path}. Pass the host.safetensors of a `hone-blade train-host` run, or reinstall hone-blade."
+            f"no tiny host at {path}. Pass the host.safetensors of a `hone-blade train-host` run, or reinstall."
         )
     with safe_open(path, "pt") as handle:
         header = handle.metadata() or {}

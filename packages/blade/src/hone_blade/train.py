@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hone_blade.data import COLORS, FIELDS, ClipConfig, Glyphs, load_glyphs, random_labels, render, segment_glyphs
-from hone_blade.evaluate import bootstrap, grade
-from hone_blade.host import (
+from .data import COLORS, FIELDS, ClipConfig, Glyphs, load_glyphs, random_labels, render, segment_glyphs
+from .evaluate import grade, write_mean
+from .host import (
     NUM_TRAIN_TIMESTEPS,
     ClipClassifier,
     Host,
@@ -110,6 +110,13 @@ class TrainReport:
     seconds: float
     accuracies: dict[str, float]
     passed: bool
+
+    @classmethod
+    def of(cls, run: Any) -> TrainReport:
+        """Return the report of a finished run."""
+        exported = run.artifacts / "host.safetensors"
+        facts = json.loads(exported.with_suffix(".json").read_text(encoding="utf-8"))
+        return cls(exported, facts["steps"], facts["seconds"], facts["result"], facts["passed"])
 
 
 class PatchLinear(nn.Conv3d):
@@ -270,7 +277,8 @@ def train_host(
         host, held_out, clips=4 * cfg.eval_clips, generator=torch.Generator(device).manual_seed(1)
     )
     for name in ("digit", "color", "direction", "speed"):
-        _row(run, f"{name}_accuracy", real[name], variant="renders", split="held_out" if handwritten else "segments")
+        split = "held_out" if handwritten else "segments"
+        write_mean(run, f"{name}_accuracy", real[name], variant="renders", split=split)
     log.info("on held-out renders: %s", {name: round(float(v.mean()), 4) for name, v in real.items()})
 
     with progress_bar(cfg.steps, desc="training", quiet=quiet) as bar:
@@ -439,7 +447,7 @@ def _start_from(host: Host, earlier: Host, path: Path) -> None:
 
 
 def _distort(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate, scale, shear, blur and add noise: what a generator's flaws look like, so that they alone change no grade."""
+    """Rotate, scale, shear, blur and add noise, so that such flaws of a generator alone change no grade."""
     count, device = len(frames), frames.device
 
     def spread(width: float) -> Tensor:
@@ -457,15 +465,6 @@ def _distort(frames: Tensor, generator: torch.Generator) -> Tensor:
     return (frames + mix * (blurred - frames) + level * noise).clamp(0, 1)
 
 
-def _row(run: Any, metric: str, values: Tensor, *, variant: str, split: str = "") -> float:
-    values = values.float().cpu()
-    mean = float(values.mean())
-    low, high = bootstrap(values)
-    interval = {"low_95": round(low, 4), "high_95": round(high, 4)}
-    run.row(metric, mean, better="higher", n=len(values), variant=variant, split=split, labels=interval)
-    return mean
-
-
 def _grade_export(cfg: TrainConfig, run: Any, path: Path, device: torch.device) -> tuple[dict[str, float], Tensor]:
     host = load_host(device, path=path)
     own = (cfg.host.solver, cfg.host.steps, cfg.host.guidance)
@@ -479,10 +478,10 @@ def _grade_export(cfg: TrainConfig, run: Any, path: Path, device: torch.device) 
         means = {}
         for name, values in grades.items():
             if name == "residual_px":
-                means[name] = float(values.mean())
-                run.row("residual", means[name], unit="px", better="lower", n=len(values), variant=variant)
+                means[name] = write_mean(run, "residual", values, unit="px", better="lower", variant=variant)
             else:
-                means[name] = _row(run, name if name == "accuracy" else f"{name}_accuracy", values, variant=variant)
+                metric = name if name == "accuracy" else f"{name}_accuracy"
+                means[name] = write_mean(run, metric, values, variant=variant)
         log.info("%s: %s", variant, {name: round(value, 4) for name, value in means.items()})
         if not accuracies:
             accuracies, shown = means, clips
