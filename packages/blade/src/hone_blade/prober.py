@@ -24,7 +24,7 @@ def probe(
     k: Float[Tensor, "batch kv_heads tokens dim"],
     cfg: BladeConfig,
     *,
-    layer: int = 0,
+    layer: int | Tensor = 0,
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads blocks blocks"]:
     """Importance of every key block for every query block, rows summing to 1. Not differentiable.
@@ -33,7 +33,8 @@ def probe(
         q: Queries in curve order, after QK-norm and rotary embedding.
         k: Keys, likewise.
         cfg: ``score``, ``samples``, ``offsets``, ``seed``, ``block``, ``backend``.
-        layer: Which layer draws the samples.
+        layer: Which layer draws the samples; under ``torch.compile`` a tensor ``[]`` on the CPU lets layers share a
+            graph.
         scale: Factor on the logits; ``dim ** -0.5`` if None.
 
     Source: Algorithm 1 (efficient prober); ``score`` names the variants.
@@ -90,12 +91,13 @@ def sample_offsets(
     return torch.nn.functional.pad(taken, (0, samples - len(taken)), value=-1)
 
 
-def hash_numbers(at: Tensor, *keys: int | str) -> Tensor:
+def hash_numbers(at: Tensor, *keys: int | str | Tensor) -> Tensor:
     """Well-mixed 63-bit numbers of the entries and the keys, by integer arithmetic that every device does alike."""
     state = 0
     for key in keys:
-        number = key if isinstance(key, int) else ord(key)
-        state = (state ^ number) * 0x5851F42D4C957F2D % (1 << 63)
+        number = ord(key) if isinstance(key, str) else key
+        # The low 63 bits: the same from Python's unbounded integers and from int64, which wraps.
+        state = (state ^ number) * 0x5851F42D4C957F2D & 0x7FFFFFFFFFFFFFFF
     x = at ^ state
     for factor in (0x2545F4914F6CDD1D, 0x1B03738712FAD5C9):
         x = x * factor  # wraps
@@ -110,7 +112,7 @@ def sample_index(
     method: Offsets,
     *,
     seed: int = 0,
-    layer: int = 0,
+    layer: int | Tensor = 0,
     side: Side = "q",
     device: torch.device | str = "cpu",
 ) -> Int[Tensor, "1 1 blocks samples"]:
@@ -138,8 +140,9 @@ def sample_index(
         raise ValueError("offsets 'random' are drawn at each call and have no fixed index; take 'seeded' or 'strided'")
     device = torch.device(device)
     if torch.compiler.is_compiling():
-        return _sample_index_op(tokens, block, samples, method, seed, layer, side, device)
-    return _sample_index(tokens, block, samples, method, seed, layer, side, device)
+        number = layer if isinstance(layer, Tensor) else torch.tensor(layer)
+        return _sample_index_op(tokens, block, samples, method, seed, number, side, device)
+    return _sample_index(tokens, block, samples, method, seed, int(layer), side, device)
 
 
 def _sample_index(
@@ -160,15 +163,15 @@ def _sample_index(
 
 @torch.library.custom_op("hone_blade::sample_index", mutates_args=())
 def _sample_index_op(
-    tokens: int, block: int, samples: int, method: str, seed: int, layer: int, side: str, device: torch.device
+    tokens: int, block: int, samples: int, method: str, seed: int, layer: Tensor, side: str, device: torch.device
 ) -> Tensor:
     """For ``torch.compile``, which may overwrite what an op returns."""
-    return _sample_index(tokens, block, samples, method, seed, layer, side, device).clone()
+    return _sample_index(tokens, block, samples, method, seed, int(layer), side, device).clone()
 
 
 @_sample_index_op.register_fake
 def _(
-    tokens: int, block: int, samples: int, method: str, seed: int, layer: int, side: str, device: torch.device
+    tokens: int, block: int, samples: int, method: str, seed: int, layer: Tensor, side: str, device: torch.device
 ) -> Tensor:
     return torch.empty((1, 1, (tokens + block - 1) // block, samples), dtype=torch.int32, device=device)
 
