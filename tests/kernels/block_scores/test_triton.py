@@ -146,7 +146,7 @@ def test_gpu_deterministic_and_capturable():
 
 @requires_gpu(min_sm=80, min_gb=20)
 def test_gpu_offsets_beyond_32_bits():
-    # 40 heads x 75,600 tokens x 128 in the layout of the model: the last head starts past 2**31 elements of a batch of 6.
+    # 40 heads x 75,600 tokens x 128 in the layout of the model: the last head of the sixth starts past 2**31.
     q = torch.randn(6, 75_600, 40, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     index = block_index(75_600, 128, 8, device="cuda")
     got = block_scores(q, q, index, index)

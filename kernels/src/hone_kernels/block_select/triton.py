@@ -91,6 +91,6 @@ def select_blocks_triton(
     _select_kernel[(num_q, batch * heads)](
         scores, idx, num, clamped, num_q, num_k, width, min_keep, max_keep, forced, 1.0 if mass is None else mass,
         NKP=padded, TOP_K=mass is None, INCLUSIVE=inclusive, DIAGONAL=keep_diagonal,
-        num_warps=1 if padded <= 512 else 4,
+        num_warps=1 if padded <= 1024 else 4,
     )  # fmt: skip
     return idx, num, clamped

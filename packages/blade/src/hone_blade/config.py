@@ -135,8 +135,8 @@ class Preset:
 
 _PUBLISHED = (
     "Constants of the release (threshold 0.95, least density 0.05, most {density}, pooling {pool}) with the paper's "
-    "score and 16 samples, and this package's corrections: seeded samples, true group sizes, an inclusive threshold, own "
-    "block kept."
+    "score and 16 samples, and this package's corrections: seeded samples, true group sizes, an inclusive threshold, "
+    "own block kept."
 )
 _RELEASE = (
     "The release as it runs: ratio score on 32 random samples, one block fewer than the threshold, replicated tails."

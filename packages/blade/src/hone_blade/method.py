@@ -225,7 +225,7 @@ def pool_tokens(
             if not exact:
                 total = total + (n - rest) * tail[:, :, -1:]
             means.append(total / sizes[-1])
-        return torch.cat(means, dim=2).to(x.dtype)
+        return (torch.cat(means, dim=2) if len(means) > 1 else means[0]).to(x.dtype)
 
     bias = torch.full((1, 1, len(sizes)), math.log(n), dtype=torch.float32, device=k.device)
     if sizes[-1] != n:
