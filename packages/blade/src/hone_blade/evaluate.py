@@ -105,7 +105,7 @@ class EvalConfig:
     prompts: int = 64
     batch: int = 16
     stats_every: int = 4
-    """Density and recall are measured on every so-many-th denoising step. Such a step is not timed: recall costs a dense
+    """Density and recall are measured on every so-many-th step, which is then not timed: recall costs a dense
     attention."""
 
     def __post_init__(self) -> None:
