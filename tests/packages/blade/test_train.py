@@ -83,9 +83,9 @@ def test_a_run_exports_a_host_that_samples(tmp_path):
     assert report.steps == 4
     assert report.checkpoint == run.artifacts / "host.safetensors"
     assert not report.passed
-    assert TrainReport.of(run) == replace(
-        report, seconds=round(report.seconds, 1), accuracies=TrainReport.of(run).accuracies
-    )
+    again = TrainReport.of(run)
+    assert (again.checkpoint, again.steps, again.passed) == (report.checkpoint, 4, False)
+    assert again.accuracies == pytest.approx(report.accuracies, abs=1e-4)
     host = load_host(path=report.checkpoint)
     assert host.meta["command"] == "hone-blade train-host --steps 4"
     assert host.meta["steps"] == 4

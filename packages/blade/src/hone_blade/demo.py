@@ -29,8 +29,8 @@ PROMPTS = (
 
 NOTE = (
     "On a CPU and at this size (1,024 tokens) sparse attention is not expected to be faster: attention is a small\n"
-    "part of the network, and the CPU backend gathers blocks. What it saves is in the last column; times at real\n"
-    "sizes on a GPU come from `hone-blade bench`."
+    "part of the network, and the CPU backend is the reference, which computes every pair and masks it. What a\n"
+    "block-sparse kernel leaves out shows in the last column; times at real sizes come from `hone-blade bench`."
 )
 
 

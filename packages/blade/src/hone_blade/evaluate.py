@@ -342,12 +342,31 @@ def write_rows(run: Any, outcomes: Mapping[str, Outcome]) -> None:
 
 
 def write_mean(
-    run: Any, metric: str, values: Tensor, *, unit: str = "", better: str = "higher", variant: str, split: str = ""
+    run: Any,
+    metric: str,
+    values: Tensor,
+    *,
+    variant: str,
+    unit: str = "",
+    better: str = "higher",
+    split: str = "",
+    labels: Mapping[str, str] | None = None,
 ) -> float:
-    """Add a mean over clips and the ends of its bootstrap interval to a run; return the mean."""
+    """Add a mean over clips and the ends of its bootstrap interval to a run; return the mean.
+
+    Args:
+        run: a started ``hone_core.runs.Run``.
+        metric: name of the row; ``<metric>_low`` and ``<metric>_high`` follow it.
+        values: ``[N]`` one per clip.
+        variant: of the row, like the rest.
+        unit: word, or empty.
+        better: "higher" or "lower".
+        split: of the data.
+        labels: further columns.
+    """
     values = values.double().cpu()
     mean = float(values.mean())
-    common = {"unit": unit, "better": better, "n": len(values), "variant": variant, "split": split}
+    common = {"unit": unit, "better": better, "n": len(values), "variant": variant, "split": split, "labels": labels}
     run.row(metric, mean, spread=float(values.std()) if len(values) > 1 else None, **common)
     for end, value in zip(("low", "high"), bootstrap(values), strict=True):
         run.row(f"{metric}_{end}", value, **common)
