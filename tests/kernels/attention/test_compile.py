@@ -51,11 +51,11 @@ def test_whole_blocks_and_float16(monkeypatch):
 
 @pytest.mark.compile
 def test_the_lane_sees_spills_and_serialised_matrix_products(monkeypatch):
-    """A configuration known to be bad is reported as such, so that the tests above can fail."""
-    bad = triton_kernels.Tiles(128, 128, 4, 3)
-    code = compile_launch(launches(monkeypatch, 64, torch.bfloat16, 2048, False, False, bad)[0])
-    assert code.spills > 0
-    assert code.serialized
+    """Configurations known to be bad are reported as such, so that the tests above can fail."""
+    serialised = triton_kernels.Tiles(128, 128, 4, 3)
+    assert compile_launch(launches(monkeypatch, 64, torch.bfloat16, 2048, False, False, serialised)[0]).serialized
+    spilling = triton_kernels.Tiles(64, 64, 4, 2, descriptors=True, registers=96)
+    assert compile_launch(launches(monkeypatch, 128, torch.bfloat16, 2048, False, False, spilling)[0]).spills > 0
 
 
 @pytest.mark.compile

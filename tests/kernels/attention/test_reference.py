@@ -134,7 +134,7 @@ def test_bad_options():
     layout = BlockLayout.dense(8, 8, block_q=4, block_k=4)
     with pytest.raises(ValueError, match="backend must be one of"):
         block_sparse_attention(q, k, v, layout, backend="cuda")
-    with pytest.raises(ValueError, match="cannot run this call: it takes torch.float32"):
+    with pytest.raises(ValueError, match=r"cannot run this call: it takes torch\.float32"):
         block_sparse_attention(q, k, v, layout, backend="triton")
     with pytest.raises(ValueError, match="head_dim in"):
         block_sparse_attention(q.float(), k.float(), v.float(), layout, backend="triton")

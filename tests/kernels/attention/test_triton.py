@@ -92,7 +92,8 @@ def compare(case, dtype, device):
     want = evaluate(exact, layout, pooled, "reference", dout.double(), dlse.double())
     names = ["out", "lse", "dq", "dk", "dv", "dpooled_k", "dpooled_v", "dbias"]
     for name, g, w in zip(names, got, want, strict=False):
-        # Gradients sum over hundreds of half-precision products: the error follows the size of the whole, not of the element.
+        # Gradients sum over hundreds of half-precision products: the error follows the size of the whole, not of the
+        # element.
         scale = max(1.0, w[w.isfinite()].abs().max().item()) if w.isfinite().any() else 1.0
         assert_close(g.double() / scale, w / scale, dtype=dtype, what=name)
     assert got[0].stride() == leaves[0].stride()
@@ -160,8 +161,8 @@ def check_poison(device):
     with nan_poison():
         out, lse = attention_forward(q, k, v, *lists, None, pooled_k, pooled_v, bias, 64, 64, 0.1)
         grads = attention_backward(
-            q, torch.ones_like(lse), q, k, v, out, lse, *lists, columns.kv_num, columns.kv_idx, None, pooled_k, pooled_v,
-            bias, 64, 64, 0.1,
+            q, torch.ones_like(lse), q, k, v, out, lse, *lists, columns.kv_num, columns.kv_idx, None, pooled_k,
+            pooled_v, bias, 64, 64, 0.1,
         )  # fmt: skip
     for x in (out, *grads):
         assert x.isfinite().all()
