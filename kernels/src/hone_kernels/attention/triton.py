@@ -352,7 +352,7 @@ def _dkv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, DENSE: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile of keys and values, over the query blocks that read it (all of them if DENSE: pooled keys)."""
+    """Gradients of one tile of keys and values, over the query blocks that read it (DENSE: all of them)."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head_k = tl.program_id(1)
     batch = tl.program_id(2)
