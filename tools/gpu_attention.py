@@ -190,13 +190,10 @@ def bench(rounds: int) -> list[dict]:
             note(calls, work, **fields, mode="forward", block=128)
             if density in (0.5, 0.2):
                 fine = random_layout(heads, tokens, density, 64)
-                note(
-                    {
-                        "hone": lambda fine=fine: block_sparse_attention(q, k, v, fine),
-                        "hone pooled": lambda layout=layout: block_sparse_attention(q, k, v, layout, pooled=pooled),
-                    },
-                    work, **fields, mode="forward", block=64,
-                )  # fmt: skip
+                calls = {"hone": lambda fine=fine: block_sparse_attention(q, k, v, fine)}
+                note(calls, flops(fine, heads, dim), **fields, mode="forward", block=64)
+                calls = {"hone pooled": lambda layout=layout: block_sparse_attention(q, k, v, layout, pooled=pooled)}
+                note(calls, work + 4.0 * dim * heads * tokens * groups, **fields, mode="forward", block=128)
             if whole:
                 outs = {
                     "hone": block_sparse_attention(*leaves, layout),
