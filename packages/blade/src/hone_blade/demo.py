@@ -1,0 +1,134 @@
+"""The demo: the same prompts and noise dense, with BLADE's attention, and with static masks of equal density.
+
+Runs on the packaged tiny host in about a minute on a two-core CPU and downloads nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import plots
+from .data import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
+from .evaluate import Comparison, Outcome, compare, comparison_table, means, write_rows
+from .host import Host, estimate_motion
+
+__all__ = ["PROMPTS", "DemoConfig", "DemoReport", "demo"]
+
+PROMPTS = (
+    "a red 7 moving left, slow",
+    "a green 3 moving down-right, fast",
+    "a yellow 0 moving up, medium, textured",
+    "a blue 5 moving right, fast, textured",
+    "a cyan 2 moving up-left, medium",
+    "a white 4 moving down, slow, textured",
+)
+
+NOTE = (
+    "On a CPU and at this size (1,024 tokens) sparse attention is not expected to be faster: attention is a small\n"
+    "part of the network, and the CPU backend is the reference, which computes every pair and masks it. What a\n"
+    "block-sparse kernel leaves out shows in the last column; times at real sizes come from `hone-blade bench`."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo draws."""
+
+    prompts: tuple[str, ...] = PROMPTS
+    comparison: Comparison = field(default_factory=Comparison)
+    stats_every: int = 6
+    """Density and recall are measured on every so-many-th denoising step."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("the demo needs at least one prompt, such as 'a red 7 moving left, slow'")
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Result of the demo; as text, the table.
+
+    Attributes:
+        folder: the run folder.
+        video: MP4 of all clips side by side.
+        sheet: PNG of a few frames of each.
+        results: ``results.json``.
+        clips: per variant.
+        variants: name -> metric -> mean.
+    """
+
+    folder: Path
+    video: Path
+    sheet: Path
+    results: Path
+    clips: int
+    variants: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, run: Any) -> DemoReport:
+        """Return the report of a run whose rows are written."""
+        variants, clips = means(run)
+        video, sheet = run.artifacts / "demo.mp4", run.figures / "contact_sheet.png"
+        return cls(run.path, video, sheet, run.path / "results.json", clips, variants)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                comparison_table(self.variants, self.clips),
+                NOTE,
+                "",
+                f"video          {self.video}",
+                f"contact sheet  {self.sheet}",
+                f"results        {self.results}",
+            ]
+        )
+
+
+def demo(cfg: DemoConfig, run: Any, host: Host, *, quiet: bool = False) -> DemoReport:
+    """Sample, compare, draw and write the rows.
+
+    Args:
+        cfg: prompts and density.
+        run: a started ``hone_core.runs.Run``.
+        host: the trained tiny host.
+        quiet: show no progress.
+
+    Raises:
+        ValueError: on a prompt that the host does not understand; nothing has been sampled then.
+    """
+    labels = torch.tensor([parse_prompt(prompt) for prompt in cfg.prompts])
+    outcomes = compare(
+        host,
+        labels,
+        cfg.comparison,
+        batch=len(labels),
+        stats_every=cfg.stats_every,
+        quiet=quiet,
+    )
+    write_rows(run, outcomes)
+    clips = {name: outcome.clips for name, outcome in outcomes.items()}
+    prompts = [describe(row) for row in labels]
+    title = f"same prompts and noise; sparse columns compute {cfg.comparison.density:.0%} of the query-key pairs"
+    captions = {name: _captions(host, outcome, name == "dense") for name, outcome in outcomes.items()}
+    report = DemoReport.of(run)
+    plots.contact_sheet(clips, prompts, captions, report.sheet, title=title)
+    plots.write_video(clips, prompts, report.video, title=title)
+    return report
+
+
+def _captions(host: Host, outcome: Outcome, dense: bool) -> list[str]:
+    """What a viewer reads under each clip: what the graders saw, and how far from dense it is."""
+    digits, _ = host.classifier.classify(outcome.clips.to(host.device))
+    motion = estimate_motion(outcome.clips)
+    lines = []
+    for index, value in enumerate(digits.tolist()):
+        way = list(DIRECTIONS)[int(motion.direction[index])] if motion.seen[index] else "no digit"
+        right = bool(outcome.grades["accuracy"][index])
+        fidelity = "" if dense else f", {float(outcome.psnr[index]):.1f} dB"
+        word = VOCABULARY[FIELDS[0]][value]
+        lines.append(f"{'' if right else '!'}reads {word}, {way}{'' if right else ' (wrong)'}{fidelity}")
+    return lines

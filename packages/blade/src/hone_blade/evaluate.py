@@ -1,0 +1,520 @@
+"""How good a clip is, and how far a sparse clip is from the dense one.
+
+Two kinds of measures. *Fidelity*: PSNR and SSIM against the dense clip of the same prompt and noise, as in the paper's
+Table 3. *Task accuracy*: whether the clip shows what the prompt asked for, which a clip that is merely another good one
+does not lose.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hone_core.progress import progress_bar
+from torch import Tensor
+
+from .config import BladeConfig, Order, Score
+from .data import FIELDS, random_labels
+from .host import Host, estimate_motion
+from .models import BladeHandle, LayerStats, attach
+
+__all__ = [
+    "VARIANTS",
+    "Comparison",
+    "EvalConfig",
+    "EvalReport",
+    "Outcome",
+    "attention_gflop",
+    "bootstrap",
+    "compare",
+    "comparison_table",
+    "evaluate",
+    "grade",
+    "means",
+    "psnr",
+    "ssim",
+    "write_mean",
+    "write_rows",
+]
+
+VARIANTS = {
+    "dense": "dense attention",
+    "asa": "adaptive blocks (ASA)",
+    "asa_g": "adaptive blocks and pooled tokens (ASA_G)",
+    "window": "static 3-D window",
+    "random": "random blocks",
+}
+"""Name -> what it is. The sparse ones compute equally many query-key pairs."""
+
+PSNR_CEILING = 100.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Sparse attention at one density, five ways."""
+
+    density: float = 0.25
+    """Query-key pairs computed over all pairs, the pooled keys of ASA_G included."""
+    block: int = 32
+    pool: int = 16
+    """Tokens averaged into one global key of ASA_G."""
+    samples: int = 8
+    score: Score = "paper"
+    order: Order = "gilbert"
+    dense_steps: int = 0
+    """First denoising steps that every variant runs dense."""
+    steps: int | None = None
+    """Denoising steps; the host's own number if None."""
+    seed: int = 0
+    """Of the starting noise, and of the random masks."""
+
+    def __post_init__(self) -> None:
+        if not 1 / self.pool < self.density <= 1:
+            raise ValueError(
+                f"density must lie in (1 / pool, 1] = ({1 / self.pool:g}, 1]: ASA_G spends 1 / pool of it on pooled "
+                f"keys; got {self.density}"
+            )
+
+    def configs(self) -> dict[str, BladeConfig | None]:
+        """Settings of each variant by name; None is dense. Blocks are chosen by rank, so that counts are equal."""
+
+        def sparse(**changes: Any) -> BladeConfig:
+            common = {"block": self.block, "samples": self.samples, "score": self.score, "order": self.order}
+            common |= {"dense_steps": self.dense_steps, "seed": self.seed, "selection": "topk", "min_density": 0.0}
+            return BladeConfig(**(common | {"max_density": self.density} | changes))
+
+        return {
+            "dense": None,
+            "asa": sparse(),
+            "asa_g": sparse(max_density=self.density - 1 / self.pool, pool=self.pool),
+            "window": sparse(mask="window"),
+            "random": sparse(mask="random"),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """The comparison on many random prompts."""
+
+    comparison: Comparison = field(default_factory=Comparison)
+    prompts: int = 64
+    batch: int = 16
+    stats_every: int = 4
+    """Density and recall are measured on every so-many-th step, which is then not timed: recall costs a dense
+    attention."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.batch < 1 or self.stats_every < 2:
+            raise ValueError(
+                "prompts and batch must be at least 1, and stats_every at least 2, so that steps are left to time; got "
+                f"{self.prompts}, {self.batch} and {self.stats_every}"
+            )
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Result of an evaluation; as text, the table.
+
+    Attributes:
+        results: ``results.json``.
+        clips: per variant.
+        variants: name -> metric -> mean.
+    """
+
+    results: Path
+    clips: int
+    variants: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, run: Any) -> EvalReport:
+        """Return the report of a run whose rows are written."""
+        variants, clips = means(run)
+        return cls(run.path / "results.json", clips, variants)
+
+    def __str__(self) -> str:
+        return f"{comparison_table(self.variants, self.clips, intervals=True)}\nresults  {self.results}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One variant's clips and what they are worth; vectors are per clip.
+
+    Attributes:
+        clips: ``[N, 3, F, H, W]`` in [0, 1], on the CPU.
+        grades: name -> ``[N]``, see :func:`grade`.
+        psnr: ``[N]`` dB to the dense clips.
+        ssim: ``[N]`` to the dense clips.
+        density: query-key pairs computed over all pairs, pooled keys included.
+        recall: share of dense attention's probability on the kept pairs, mean over layers, heads and measured steps.
+            Pooled keys are not counted.
+        seconds: sampling time of a clip.
+        attention_gflop: of self-attention per clip, prober included.
+    """
+
+    clips: Tensor
+    grades: Mapping[str, Tensor]
+    psnr: Tensor
+    ssim: Tensor
+    density: float
+    recall: float
+    seconds: float
+    attention_gflop: float
+
+
+def psnr(clips: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each clip over all its pixels, ``[B]`` in dB; 100, the ceiling, for equal clips.
+
+    Args:
+        clips: ``[B, 3, F, H, W]`` in [0, 1].
+        reference: likewise.
+    """
+    _check_pair(clips, reference)
+    error = (clips.double() - reference.double()).square().flatten(1).mean(1)
+    return (-10 * torch.log10(error)).clamp(max=PSNR_CEILING).float()
+
+
+def ssim(clips: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each clip, ``[B]``: the mean over its frames, torchmetrics' 11 x 11 Gaussian window.
+
+    Args:
+        clips: ``[B, 3, F, H, W]`` in [0, 1], frames of at least 11 x 11 pixels.
+        reference: likewise.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _check_pair(clips, reference)
+    batch, _, frames = clips.shape[:3]
+    flat = [x.transpose(1, 2).flatten(0, 1).float() for x in (clips, reference)]
+    values = structural_similarity_index_measure(*flat, data_range=1.0, reduction="none")
+    return values.view(batch, frames).mean(1)
+
+
+def grade(host: Host, clips: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Compare what clips show with what was asked for.
+
+    Args:
+        host: its classifier reads digit and color.
+        clips: ``[B, 3, F, H, W]`` in [0, 1].
+        labels: ``[B, 5]``.
+
+    Returns:
+        Per clip, ``[B]`` float (1 right, 0 wrong): ``digit``, ``color``, ``direction``, ``speed``, and ``accuracy``,
+        which is 1 where digit and direction are both right; ``residual_px``, the root mean square distance of the
+        digit's centers from a straight line.
+    """
+    clips = clips.to(host.device)
+    labels = labels.to(host.device)
+    digit, color = host.classifier.classify(clips)
+    motion = estimate_motion(clips)
+
+    def right(name: str, value: Tensor) -> Tensor:
+        return (value == labels[:, FIELDS.index(name)]).float()
+
+    grades = {"digit": right("digit", digit), "color": right("color", color)}
+    grades["direction"] = right("direction", motion.direction) * motion.seen
+    grades["speed"] = right("speed", motion.speed) * motion.seen
+    grades["accuracy"] = grades["digit"] * grades["direction"]
+    return grades | {"residual_px": motion.residual}
+
+
+def bootstrap(values: Tensor, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, (low, high).
+
+    Args:
+        values: ``[N]`` one per clip.
+        level: coverage.
+        draws: resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: if there are no values.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values must be a non-empty list of numbers; got shape {list(values.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def attention_gflop(host: Host, config: BladeConfig | None, *, density: float, steps: int) -> float:
+    """Floating-point operations of self-attention for one clip in 10^9, a multiply-add counted as two.
+
+    Args:
+        host: gives tokens, heads and layers.
+        config: None for dense; otherwise the prober's sampled logits are added where it runs.
+        density: query-key pairs computed over all pairs, mean over the steps.
+        steps: network evaluations.
+    """
+    cfg = host.config
+    width = cfg.heads * cfg.head_dim
+    pairs = 4 * cfg.tokens**2 * width * density  # q k^T and p v
+    total = pairs * cfg.layers * steps
+    if config is not None and config.mask == "adaptive":
+        sampled = -(-cfg.tokens // config.block) * config.samples
+        total += 2 * sampled**2 * width * cfg.layers * max(0, steps - config.dense_steps)
+    return total / 1e9
+
+
+def compare(
+    host: Host,
+    labels: Tensor,
+    comparison: Comparison,
+    *,
+    batch: int = 16,
+    stats_every: int = 4,
+    quiet: bool = False,
+) -> dict[str, Outcome]:
+    """Sample the same prompts from the same noise with every variant.
+
+    Args:
+        host: the trained tiny host; left as it was.
+        labels: ``[N, 5]`` what to draw.
+        comparison: density and settings.
+        batch: clips sampled at once.
+        stats_every: density and recall are measured on every so-many-th step, which is then not timed.
+        quiet: show no progress.
+
+    Returns:
+        Variant name to outcome, dense first.
+    """
+    steps = comparison.steps or host.config.steps
+    text = host.encode_labels(labels)
+    noise = host.noise(len(labels), comparison.seed)
+    configs = comparison.configs()
+    host.sample(text[:batch], noise[:batch], steps=1)  # threads, allocator and libraries are warm for the first one
+    outcomes: dict[str, Outcome] = {}
+    dense: Tensor | None = None
+    batches = -(-len(labels) // batch)
+    with progress_bar(len(configs) * batches * steps, desc="sampling", quiet=quiet) as bar:
+        for name, config in configs.items():
+            bar.show(variant=name)
+            with ExitStack() as stack:
+                handle = None if config is None else stack.enter_context(attach(host.transformer, config))
+                sampler = _Sampler(host, handle, steps, stats_every, bar.update)
+                clips = torch.cat(
+                    [sampler(text[i : i + batch], noise[i : i + batch]) for i in range(0, len(labels), batch)]
+                )
+            density, recall = sampler.stats()
+            dense = clips if dense is None else dense
+            outcomes[name] = Outcome(
+                clips=clips,
+                grades={key: value.cpu() for key, value in grade(host, clips, labels).items()},
+                psnr=psnr(clips, dense),
+                ssim=ssim(clips, dense),
+                density=density,
+                recall=recall,
+                seconds=sampler.seconds() / len(labels),
+                attention_gflop=attention_gflop(host, config, density=density, steps=steps),
+            )
+    return outcomes
+
+
+def write_rows(run: Any, outcomes: Mapping[str, Outcome]) -> None:
+    """Add the outcomes to a run, a row per variant and metric.
+
+    Means over clips carry their standard deviation as ``spread`` and are followed by the ends of their 95 % bootstrap
+    interval (``<metric>_low``, ``<metric>_high``).
+    """
+    for variant, outcome in outcomes.items():
+        tasks = ("digit", "direction", "color", "speed")
+        vectors = {
+            "psnr": (outcome.psnr, "dB", "higher"),
+            "ssim": (outcome.ssim, "", "higher"),
+            "accuracy": (outcome.grades["accuracy"], "", "higher"),
+            **{f"{task}_accuracy": (outcome.grades[task], "", "higher") for task in tasks},
+            "residual": (outcome.grades["residual_px"], "px", "lower"),
+        }
+        for metric, (values, unit, better) in vectors.items():
+            write_mean(run, metric, values, unit=unit, better=better, variant=variant)
+        count = len(outcome.psnr)
+        run.row("recall", outcome.recall, better="higher", variant=variant)
+        run.row("density", outcome.density, better="lower", variant=variant)
+        run.row("seconds", outcome.seconds, unit="s", better="lower", n=count, variant=variant)
+        run.row("attention_gflop", outcome.attention_gflop, unit="GFLOP", better="lower", variant=variant)
+
+
+def write_mean(
+    run: Any,
+    metric: str,
+    values: Tensor,
+    *,
+    variant: str,
+    unit: str = "",
+    better: str = "higher",
+    split: str = "",
+    labels: Mapping[str, str] | None = None,
+) -> float:
+    """Add a mean over clips and the ends of its bootstrap interval to a run; return the mean.
+
+    Args:
+        run: a started ``hone_core.runs.Run``.
+        metric: name of the row; ``<metric>_low`` and ``<metric>_high`` follow it.
+        values: ``[N]`` one per clip.
+        variant: of the row, like the rest.
+        unit: word, or empty.
+        better: "higher" or "lower".
+        split: of the data.
+        labels: further columns.
+    """
+    values = values.double().cpu()
+    mean = float(values.mean())
+    common = {"unit": unit, "better": better, "n": len(values), "variant": variant, "split": split, "labels": labels}
+    run.row(metric, mean, spread=float(values.std()) if len(values) > 1 else None, **common)
+    for end, value in zip(("low", "high"), bootstrap(values), strict=True):
+        run.row(f"{metric}_{end}", value, **common)
+    return mean
+
+
+def evaluate(cfg: EvalConfig, run: Any, host: Host, *, quiet: bool = False) -> dict[str, Outcome]:
+    """Compare the variants on random prompts and write the rows.
+
+    Args:
+        cfg: how many prompts, at which density.
+        run: a started ``hone_core.runs.Run``.
+        host: the trained tiny host.
+        quiet: show no progress.
+    """
+    # not the seed of the noise, and not one that training or its gate uses
+    labels = random_labels(cfg.prompts, torch.Generator().manual_seed(cfg.comparison.seed + 1000))
+    outcomes = compare(
+        host,
+        labels,
+        cfg.comparison,
+        batch=cfg.batch,
+        stats_every=cfg.stats_every,
+        quiet=quiet,
+    )
+    write_rows(run, outcomes)
+    return outcomes
+
+
+def means(run: Any) -> tuple[dict[str, dict[str, float]], int]:
+    """Return variant -> metric -> value of a run's rows, and the number of clips per variant."""
+    variants: dict[str, dict[str, float]] = {}
+    for row in run.rows:
+        variants.setdefault(row.variant, {})[row.metric] = row.value
+    return variants, next(row.n for row in run.rows if row.metric == "accuracy")
+
+
+def comparison_table(variants: Mapping[str, Mapping[str, float]], clips: int, *, intervals: bool = False) -> str:
+    """Lay out metrics by variant as a table of text.
+
+    Args:
+        variants: name -> metric -> mean, as in ``DemoReport``.
+        clips: per variant.
+        intervals: show 95 % bootstrap intervals of the accuracies.
+    """
+    from io import StringIO
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    def score(row: Mapping[str, float], metric: str) -> str:
+        if not intervals:
+            return f"{row[metric]:.0%}"
+        return f"{row[metric]:.0%} ({row[f'{metric}_low']:.0%} to {row[f'{metric}_high']:.0%})"
+
+    columns = ("PSNR dB", "SSIM", "recall", "density", "digit", "direction", "both", "s/clip", "attn GFLOP")
+    table = Table(box=SIMPLE_HEAD, title=f"{clips} clips; PSNR and SSIM to dense", title_justify="left")
+    table.add_column("attention", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in variants.items():
+        same = name == "dense"
+        table.add_row(
+            VARIANTS[name],
+            "-" if same else f"{row['psnr']:.1f}",
+            "-" if same else f"{row['ssim']:.3f}",
+            f"{row['recall']:.2f}",
+            f"{row['density']:.3f}",
+            score(row, "digit_accuracy"),
+            score(row, "direction_accuracy"),
+            score(row, "accuracy"),
+            f"{row['seconds']:.2f}",
+            f"{row['attention_gflop']:.1f}",
+        )
+    text = StringIO()
+    Console(file=text, width=160, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines()) + "\n"
+
+
+class _Sampler:
+    """Samples batches; times the steps on which it does not measure.
+
+    Args:
+        host: what samples.
+        handle: BLADE on it, or None for dense.
+        steps: network evaluations.
+        every: density and recall are measured on every so-many-th sparse step, beginning with the first.
+        tick: called after each step.
+    """
+
+    def __init__(
+        self, host: Host, handle: BladeHandle | None, steps: int, every: int, tick: Callable[[], None]
+    ) -> None:
+        self.host, self.handle, self.steps, self.tick = host, handle, steps, tick
+        self.sparse_from = steps if handle is None else min(handle.config.dense_steps, steps)
+        self.measured = set(range(self.sparse_from, steps, every)) if steps > 1 else set()
+        self.timings: list[float] = []
+        self.records: list[list[LayerStats]] = []
+
+    def __call__(self, text: Tensor, noise: Tensor) -> Tensor:
+        recording = ExitStack()
+        started = 0.0
+
+        def end(step: int) -> None:
+            recording.close()
+            if step >= 0:
+                self._wait()
+                if step not in self.measured:
+                    self.timings.append(time.perf_counter() - started)
+                self.tick()
+
+        def begin(step: int, _: int) -> None:
+            nonlocal started
+            end(step - 1)
+            if self.handle is not None:
+                self.handle.begin_step(step)
+                if step in self.measured:
+                    self.records.append(recording.enter_context(self.handle.record(recall=True)))
+            self._wait()
+            started = time.perf_counter()
+
+        with recording:
+            clips = self.host.sample(text, noise, steps=self.steps, on_step=begin)
+            end(self.steps - 1)
+        return clips.cpu()
+
+    def seconds(self) -> float:
+        """Time of all batches, the measured steps taken to last as long as the others."""
+        return sum(self.timings) * self.steps / (self.steps - len(self.measured))
+
+    def stats(self) -> tuple[float, float]:
+        """Mean density (pooled keys included) and recall over steps, layers, heads and clips."""
+        rows = [row.stats for record in self.records for row in record]
+        if not rows:
+            return 1.0, 1.0
+        density = torch.stack([stats.density.mean() + stats.pooled for stats in rows]).mean().item()
+        recall = torch.stack([stats.recall.mean() for stats in rows]).mean().item()
+        sparse = 1 - self.sparse_from / self.steps
+        return sparse * density + 1 - sparse, sparse * recall + 1 - sparse
+
+    def _wait(self) -> None:
+        if self.host.device.type == "cuda":
+            torch.cuda.synchronize(self.host.device)
+
+
+def _check_pair(clips: Tensor, reference: Tensor) -> None:
+    if clips.shape != reference.shape or clips.ndim != 5:
+        raise ValueError(
+            f"clips and reference must both be [B, 3, F, H, W]; got {list(clips.shape)} and {list(reference.shape)}"
+        )

@@ -1,0 +1,483 @@
+"""The tiny host: a small, trained ``WanTransformer3DModel`` that draws moving digits on a CPU.
+
+It is diffusers' own class at a small size, in pixel space, so that a method attached to it runs the code that runs in
+Wan2.1, with trained attention maps (random weights attend almost uniformly, and say nothing about a mask's quality).
+A clip of 16 x 32 x 32 pixels is 16 x 8 x 8 = 1,024 tokens. Beside the transformer the checkpoint holds the embedding
+of each prompt word and a small classifier that grades what was drawn.
+
+Flow convention: ``x_sigma = (1 - sigma) * x_0 + sigma * noise``; the network predicts ``noise - x_0`` at timestep
+``1000 * sigma``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from hone_core.errors import CheckpointError
+from hone_core.io import save_safetensors
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .data import COLORS, DIRECTIONS, FIELDS, NUM_WORDS, SPEEDS, ClipConfig, label_words, parse_prompt
+
+__all__ = [
+    "ClipClassifier",
+    "Host",
+    "HostConfig",
+    "Motion",
+    "build_transformer",
+    "estimate_motion",
+    "load_host",
+    "make_scheduler",
+    "save_host",
+    "to_clips",
+    "to_latents",
+]
+
+NUM_TRAIN_TIMESTEPS = 1000
+Solver = Literal["euler", "unipc"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture and default sampler of the tiny host."""
+
+    frames: int = 16
+    height: int = 32
+    width: int = 32
+    patch: int = 4
+    """Side of the square spatial patch in pixels; time is not patched."""
+    layers: int = 6
+    heads: int = 3
+    head_dim: int = 64
+    ffn_dim: int = 640
+    text_dim: int = 64
+    freq_dim: int = 128
+    """Sinusoidal channels of the timestep."""
+    classifier_channels: int = 32
+    steps: int = 12
+    """Network evaluations per clip."""
+    shift: float = 3.0
+    """Timestep shift ``s``: sigma = s u / (1 + (s - 1) u). Frames repeat each other, so the layout of a clip is decided
+    at high noise, and more steps are spent there."""
+    solver: Solver = "euler"
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 needs one network evaluation per step, anything else two."""
+
+    def __post_init__(self) -> None:
+        if self.height % self.patch or self.width % self.patch:
+            raise ValueError(
+                f"height and width must be multiples of patch={self.patch}; got {self.height} x {self.width}"
+            )
+        if self.steps < 1 or self.shift <= 0:
+            raise ValueError(f"steps must be at least 1 and shift positive; got {self.steps} and {self.shift}")
+
+    @property
+    def clip(self) -> ClipConfig:
+        """Clip size; the digit takes half of the frame's side."""
+        return ClipConfig(
+            frames=self.frames, height=self.height, width=self.width, glyph_px=min(self.height, self.width) // 2
+        )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Token grid (frames, height, width)."""
+        return self.frames, self.height // self.patch, self.width // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Number of video tokens."""
+        return math.prod(self.grid)
+
+
+def build_transformer(cfg: HostConfig, *, seed: int = 0) -> nn.Module:
+    """Build the untrained ``WanTransformer3DModel``.
+
+    Linear layers start as in DiT: Xavier, no bias, output and cross-attention output at zero. The gates of a block
+    start at 0.1 rather than at DiT's 0: the training run is short.
+
+    Args:
+        cfg: architecture.
+        seed: of the weights; the global generator is left as it was.
+    """
+    from diffusers import WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WanTransformer3DModel(
+            patch_size=(1, cfg.patch, cfg.patch),
+            num_attention_heads=cfg.heads,
+            attention_head_dim=cfg.head_dim,
+            in_channels=3,
+            out_channels=3,
+            text_dim=cfg.text_dim,
+            freq_dim=cfg.freq_dim,
+            ffn_dim=cfg.ffn_dim,
+            num_layers=cfg.layers,
+            cross_attn_norm=True,
+            rope_max_seq_len=64,
+        )
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(model.patch_embedding.weight.view(cfg.heads * cfg.head_dim, -1))
+        nn.init.zeros_(model.patch_embedding.bias)
+        embedder = model.condition_embedder
+        for linear in (embedder.time_embedder.linear_1, embedder.time_embedder.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(embedder.time_proj.weight)
+        nn.init.zeros_(model.scale_shift_table)
+        nn.init.zeros_(model.proj_out.weight)
+        for block in model.blocks:
+            nn.init.zeros_(block.attn2.to_out[0].weight)
+            nn.init.zeros_(block.scale_shift_table)
+            with torch.no_grad():
+                block.scale_shift_table[:, [2, 5]] = 0.1  # rows: shift, scale, gate of attention; the same of the ffn
+    return model
+
+
+class ClipClassifier(nn.Module):
+    """Small convolutional net that reads digit and color from frames.
+
+    Args:
+        channels: width of the first layer.
+    """
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        widths = (channels, 2 * channels, 3 * channels, 4 * channels)
+        layers: list[nn.Module] = []
+        previous = 3
+        for index, width in enumerate(widths):
+            layers += [
+                nn.Conv2d(previous, width, 3, stride=1 if index in (0, 2) else 2, padding=1, bias=False),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+            ]
+            previous = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(2), nn.Flatten())
+        self.digit = nn.Linear(4 * previous, 10)
+        self.color = nn.Linear(4 * previous, len(COLORS))
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of digit ``[N, 10]`` and color ``[N, 7]``.
+
+        Args:
+            frames: ``[N, 3, H, W]`` in [0, 1].
+        """
+        features = self.features(frames * 2 - 1)
+        return self.digit(features), self.color(features)
+
+    @torch.no_grad()
+    def classify(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """Return digit ``[B]`` and color ``[B]`` of clips by the mean log-probability over their frames.
+
+        Args:
+            clips: ``[B, 3, F, H, W]`` in [0, 1].
+        """
+        batch, _, frames = clips.shape[:3]
+        flat = clips.transpose(1, 2).flatten(0, 1).to(self.digit.weight.dtype)
+        digit, color = (F.log_softmax(logits.float(), -1).view(batch, frames, -1).mean(1) for logits in self(flat))
+        return digit.argmax(-1), color.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Motion read off clips.
+
+    Attributes:
+        seen: ``[B]`` bool, whether a digit was there in at least three quarters of the frames; without one the rest
+            means nothing.
+        direction: ``[B]`` index into ``DIRECTIONS``.
+        speed: ``[B]`` index into ``SPEEDS``.
+        velocity: ``[B, 2]`` pixels per frame, (x, y).
+        residual: ``[B]`` root mean square distance of the centers from the fitted line, in pixels.
+    """
+
+    seen: Tensor
+    direction: Tensor
+    speed: Tensor
+    velocity: Tensor
+    residual: Tensor
+
+
+def estimate_motion(clips: Tensor, *, threshold: float = 0.5) -> Motion:
+    """Fit a straight line to the digit's centers.
+
+    A pixel belongs to the digit as far as its brightest channel exceeds ``threshold`` (backgrounds stay under 0.4).
+
+    Args:
+        clips: ``[B, 3, F, H, W]`` in [0, 1].
+        threshold: brightness of the strongest channel where the digit starts.
+    """
+    weight = (clips.float().amax(1) - threshold).clamp(min=0)  # [B, F, H, W]
+    mass = weight.sum((-2, -1))
+    y = torch.arange(clips.shape[-2], device=clips.device) + 0.5
+    x = torch.arange(clips.shape[-1], device=clips.device) + 0.5
+    centers = (
+        torch.stack([(weight.sum(-2) * x).sum(-1), (weight.sum(-1) * y).sum(-1)], -1) / mass.clamp(min=1e-6)[..., None]
+    )
+    seen = (mass > 3.0).float()  # a digit covers 30 to 90 of the 1,024 pixels; three bright ones are noise
+    count = seen.sum(1).clamp(min=1)
+    time = torch.arange(clips.shape[2], device=clips.device, dtype=torch.float32).expand_as(seen)
+    mean_time = (time * seen).sum(1) / count
+    offset = (time - mean_time[:, None]) * seen
+    mean_center = (centers * seen[..., None]).sum(1) / count[:, None]
+    deviation = (centers - mean_center[:, None]) * seen[..., None]
+    velocity = (offset[..., None] * deviation).sum(1) / offset.square().sum(1).clamp(min=1e-6)[:, None]
+    error = deviation - offset[..., None] * velocity[:, None]
+    residual = (error.square().sum(-1).sum(1) / count).sqrt()
+
+    angles = torch.tensor([math.atan2(dy, dx) for dx, dy in DIRECTIONS.values()], device=clips.device)
+    gap = torch.atan2(velocity[:, 1], velocity[:, 0])[:, None] - angles
+    direction = torch.cos(gap).argmax(1)
+    speeds = torch.tensor(list(SPEEDS.values()), device=clips.device)
+    speed = (velocity.abs().amax(1, keepdim=True) - speeds).abs().argmin(1)
+    return Motion(seen.mean(1) >= 0.75, direction, speed, velocity, residual)
+
+
+def to_latents(clips: Tensor) -> Tensor:
+    """Map clips from [0, 1] to the model's [-1, 1]."""
+    return clips * 2 - 1
+
+
+def to_clips(latents: Tensor) -> Tensor:
+    """Map the model's [-1, 1] to clips in [0, 1], clamped, float32."""
+    return ((latents.float() + 1) / 2).clamp(0, 1)
+
+
+def make_scheduler(solver: Solver, shift: float) -> Any:
+    """Return the diffusers flow-matching scheduler of that name.
+
+    Args:
+        solver: ``euler`` or ``unipc`` (second order, multistep).
+        shift: timestep shift.
+
+    Raises:
+        ValueError: on another solver.
+    """
+    if solver == "euler":
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
+    if solver == "unipc":
+        from diffusers import UniPCMultistepScheduler
+
+        return UniPCMultistepScheduler(
+            num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+        )
+    raise ValueError(f"solver must be 'euler' or 'unipc'; got {solver!r}")
+
+
+@dataclass
+class Host:
+    """A tiny host ready to sample.
+
+    Attributes:
+        config: architecture and sampler.
+        transformer: the ``WanTransformer3DModel``; ``hone_blade.models.attach`` takes it.
+        words: ``[V + 1, text_dim]`` embedding of each prompt word; the last row stands for "no prompt".
+        classifier: grades clips.
+        meta: contents of ``host.json``: command, seed, time, results. Empty for an untrained host.
+    """
+
+    config: HostConfig
+    transformer: nn.Module
+    words: Tensor
+    classifier: ClipClassifier
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def untrained(cls, config: HostConfig | None = None, *, seed: int = 0) -> Host:
+        """Return a host with random weights."""
+        config = config or HostConfig()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            classifier = ClipClassifier(config.classifier_channels)
+        words = torch.randn(NUM_WORDS + 1, config.text_dim, generator=torch.Generator().manual_seed(seed))
+        return cls(config, build_transformer(config, seed=seed), words, classifier)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the transformer."""
+        return self.transformer.proj_out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the transformer's linear layers."""
+        return self.transformer.proj_out.weight.dtype
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters of the transformer."""
+        return sum(p.numel() for p in self.transformer.parameters())
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Host:
+        """Move everything to ``device`` in place, and the transformer's matrices to ``dtype``; return self.
+
+        Norms, modulation tables, the rotary table and the time embedding stay in float32, as diffusers loads Wan.
+        """
+        self.transformer.to(device)
+        self.classifier.to(device)
+        if dtype is not None:
+            keep = self.transformer._keep_in_fp32_modules
+            for name, parameter in self.transformer.named_parameters():
+                if not any(part in name.split(".") for part in keep):
+                    parameter.data = parameter.data.to(dtype)
+        self.words = self.words.to(device)
+        return self
+
+    def encode_labels(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Return the "text" tokens ``[B, 5, text_dim]`` of labels ``[B, 5]``.
+
+        Args:
+            labels: as in ``hone_blade.data.FIELDS``.
+            drop: ``[B]`` bool, rows to encode as "no prompt".
+        """
+        ids = label_words(labels.to(self.words.device))
+        if drop is not None:
+            ids = torch.where(drop[:, None], NUM_WORDS, ids)
+        return self.words[ids]
+
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
+        """Return the "text" tokens ``[B, 5, text_dim]`` of prompts such as ``a red 7 moving left, slow``.
+
+        Raises:
+            ValueError: on a word that the host does not know, or a missing attribute.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.encode_labels(torch.tensor([parse_prompt(prompt) for prompt in prompts]))
+
+    def encode_null(self, batch: int) -> Tensor:
+        """Return the tokens of "no prompt", ``[batch, 5, text_dim]``, for guidance."""
+        return self.words[-1].expand(batch, len(FIELDS), -1)
+
+    def noise(self, count: int, seed: int) -> Tensor:
+        """Draw starting noise ``[count, 3, F, H, W]`` on the CPU, so that devices agree, and move it.
+
+        Clip ``i`` gets the same noise whatever ``count`` is.
+        """
+        cfg = self.config
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randn(3, cfg.frames, cfg.height, cfg.width, generator=generator) for _ in range(count)]
+        return torch.stack(rows).to(self.device)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: Tensor,
+        noise: Tensor,
+        *,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        guidance: float | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Integrate the flow from noise to clips.
+
+        Args:
+            text: ``[B, 5, text_dim]`` from :meth:`encode_prompt`.
+            noise: ``[B, 3, F, H, W]`` standard normal.
+            steps: network evaluations (pairs of them under guidance); the config's if omitted.
+            solver: the config's if omitted.
+            guidance: the config's if omitted.
+            on_step: called with (step, steps) before each network evaluation.
+
+        Returns:
+            Clips ``[B, 3, F, H, W]`` in [0, 1], float32.
+
+        Raises:
+            ValueError: if ``text`` and ``noise`` do not fit together or the config.
+        """
+        cfg = self.config
+        steps = cfg.steps if steps is None else steps
+        guidance = cfg.guidance if guidance is None else guidance
+        expected = (len(text), 3, cfg.frames, cfg.height, cfg.width)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"noise must be {list(expected)} for {len(text)} prompts; got {list(noise.shape)}")
+        scheduler = make_scheduler(solver or cfg.solver, cfg.shift)
+        if (solver or cfg.solver) == "euler":
+            # explicit: the scheduler's own grid ends just above 0 and would spend its last step on nothing
+            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        else:
+            scheduler.set_timesteps(steps)
+        latents = noise.float()
+        text = text.to(self.dtype)
+        if guidance != 1.0:
+            text = torch.cat([text, self.encode_null(len(text)).to(text)])
+        for index, timestep in enumerate(scheduler.timesteps):
+            if on_step is not None:
+                on_step(index, steps)
+            inputs = latents if guidance == 1.0 else torch.cat([latents, latents])
+            velocity = self.transformer(
+                inputs.to(self.dtype), timestep.to(self.device).expand(len(inputs)), text, return_dict=False
+            )[0].float()
+            if guidance != 1.0:
+                conditional, unconditional = velocity.chunk(2)
+                velocity = unconditional + guidance * (conditional - unconditional)
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return to_clips(latents)
+
+
+def save_host(host: Host, path: Path, *, dtype: torch.dtype = torch.float16) -> None:
+    """Write transformer, word table and classifier into one safetensors file, the config in its header.
+
+    Args:
+        host: what to save.
+        path: file to write.
+        dtype: storage type of the weights.
+    """
+    tensors = {f"transformer.{name}": value for name, value in host.transformer.state_dict().items()}
+    tensors |= {f"classifier.{name}": value for name, value in host.classifier.state_dict().items()}
+    tensors["words"] = host.words
+    stored = {name: value.to("cpu", dtype) for name, value in tensors.items()}
+    metadata = {"config": json.dumps(asdict(host.config)), "format": "hone-blade host 1"}
+    save_safetensors(stored, path, metadata=metadata)
+
+
+def load_host(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, path: Path | None = None
+) -> Host:
+    """Load the tiny host that ships with the package, or another one made by ``hone-blade train-host``.
+
+    Args:
+        device: where to put it.
+        dtype: of the transformer's linear layers. float32 on a CPU.
+        path: a ``host.safetensors``; the packaged one if omitted.
+
+    Raises:
+        CheckpointError: if the file is missing or is not a tiny host.
+    """
+    if path is None:
+        path = Path(str(files("hone_blade"))) / "assets" / "host.safetensors"
+    if not path.is_file():
+        raise CheckpointError(
+            f"no tiny host at {path}. Pass the host.safetensors of a `hone-blade train-host` run, or reinstall."
+        )
+    with safe_open(path, "pt") as handle:
+        header = handle.metadata() or {}
+        tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    if "config" not in header or "words" not in tensors:
+        raise CheckpointError(f"{path} is not a tiny host: its header has no config. Pass a file made by train-host.")
+    host = Host.untrained(HostConfig(**json.loads(header["config"])))
+    for module, prefix in ((host.transformer, "transformer."), (host.classifier, "classifier.")):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    host.words = tensors["words"]
+    sidecar = path.with_suffix(".json")
+    host.meta = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    host.transformer.eval().requires_grad_(False)
+    host.classifier.eval().requires_grad_(False)
+    return host.to(device, dtype)

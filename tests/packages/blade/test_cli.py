@@ -1,0 +1,107 @@
+import json
+
+import pytest
+from hone_blade.cli import PACKAGE, VERBS
+from hone_blade.host import Host, HostConfig, save_host
+from hone_core.cli import run_cli
+from hone_core.runs import load_results
+
+TINY = HostConfig(frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, text_dim=16, steps=2)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_host(Host.untrained(TINY), tmp_path / "host.safetensors")
+    return str(tmp_path / "host.safetensors")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Settings that fit 64 tokens."""
+    comparison = {"block": 16, "density": 0.5, "pool": 4, "samples": 4}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"comparison": comparison}))
+    return str(path)
+
+
+def call(capsys, *argv):
+    """Run the command in this process; return exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as exit:
+        run_cli(PACKAGE, VERBS, "", argv)
+    captured = capsys.readouterr()
+    return exit.value.code, captured.out, captured.err
+
+
+def test_info_names_presets_and_versions(capsys):
+    code, out, _ = call(capsys, "info", "--json")
+    assert code == 0
+    shown = json.loads(out)
+    assert "wan2.1-1.3b" in shown["presets"]
+    assert shown["torch"]
+    assert "tiny host" in shown
+
+
+def test_demo_runs_and_does_not_repeat_itself(capsys, tmp_path, checkpoint, small):
+    argv = ["demo", "--host", checkpoint, "--config", small, "--limit", "1", "--out", str(tmp_path / "run"), "--quiet"]
+    code, out, err = call(capsys, *argv, "--device", "cpu")
+    assert code == 0, err
+    assert "random blocks" in out
+    first = load_results(tmp_path / "run")
+    assert {row["variant"] for row in first["rows"]} == {"dense", "asa", "asa_g", "window", "random"}
+    code, again, _ = call(capsys, *argv, "--device", "cpu")
+    assert code == 0
+    assert again == out
+    assert load_results(tmp_path / "run") == first
+    code, _, err = call(capsys, *argv, "--seed", "1")
+    assert code == 1
+    assert "another command" in err
+
+
+def test_eval_runs_and_draws(capsys, tmp_path, checkpoint, small):
+    argv = ["--host", checkpoint, "--config", small, "--out", str(tmp_path / "run"), "--device", "cpu", "--quiet"]
+    code, out, err = call(capsys, "eval", "--limit", "2", "--batch", "2", "--json", *argv)
+    assert code == 0, err
+    assert json.loads(out)["clips"] == 2
+    assert (tmp_path / "run" / "figures" / "accuracy.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["demo", "--density", "0.5", "--prompt", "a red 7 moving left, slow"], {"density": 0.5}),
+        (["eval", "--limit", "9", "--dense-steps", "2"], {"dense_steps": 2}),
+    ],
+)
+def test_dry_run_prints_the_settings_and_does_nothing(capsys, tmp_path, monkeypatch, argv, found):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, *argv, "--dry-run", "--json")
+    assert code == 0
+    plan = json.loads(out)["config"]
+    assert found.items() <= plan["comparison"].items()
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_host_flags_reach_the_settings(capsys):
+    code, out, _ = call(capsys, "train-host", "--steps", "7", "--batch", "3", "--no-compile", "--dry-run", "--json")
+    assert code == 0
+    plan = json.loads(out)["config"]
+    assert (plan["steps"], plan["batch"], plan["compile"], plan["lr"]) == (7, 3, False, 0.005)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["demo", "--host", "absent.safetensors"], 1, "no tiny host at absent.safetensors"),
+        (["demo", "--limit", "0"], 1, "limit must be at least 1"),
+        (["demo", "--density", "2"], 1, "density must lie in"),
+        (["demo", "--device", "tpu"], 1, "device must be auto, cpu, cuda"),
+        (["eval", "--limit", "0"], 1, "prompts and batch must be at least 1"),
+        (["demo", "--steps", "many"], 2, "many"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(capsys, tmp_path, monkeypatch, argv, code, message):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(capsys, *argv)
+    assert got == code
+    assert out == ""
+    assert message in err

@@ -1,0 +1,59 @@
+import imageio_ffmpeg
+import pytest
+import torch
+from hone_blade.demo import PROMPTS, DemoConfig, DemoReport, demo
+from hone_blade.evaluate import VARIANTS, Comparison
+from hone_blade.host import Host, HostConfig, load_host
+from hone_core.runs import Run, load_results
+from matplotlib.image import imread
+
+TINY = HostConfig(frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, text_dim=16, steps=2)
+SMALL = Comparison(block=16, density=0.5, pool=4, samples=4)
+METRICS = {"psnr", "ssim", "recall", "density", "accuracy", "seconds", "attention_gflop", "digit_accuracy"}
+
+
+def start(cfg, path):
+    return Run.start(package="hone-blade", verb="demo", config=cfg, out=path, seed=cfg.comparison.seed)
+
+
+def test_demo_leaves_a_video_a_sheet_and_rows(tmp_path):
+    cfg = DemoConfig(prompts=PROMPTS[:2], comparison=SMALL)
+    with start(cfg, tmp_path / "run") as run:
+        report = demo(cfg, run, Host.untrained(TINY), quiet=True)
+    variants: dict[str, set[str]] = {}
+    for row in load_results(run.path)["rows"]:
+        variants.setdefault(row["variant"], set()).add(row["metric"])
+    assert list(variants) == list(VARIANTS)
+    assert all(metrics >= METRICS for metrics in variants.values())
+    assert imread(report.sheet).shape[0] > 100
+    assert imageio_ffmpeg.count_frames_and_secs(report.video)[0] == 12
+    text = str(report)
+    assert "not expected to be faster" in text
+    assert "2 clips" in text
+    assert str(report.video) in text
+    with start(cfg, tmp_path / "run") as again:
+        assert again.done
+        assert DemoReport.of(again) == report
+
+
+def test_a_bad_prompt_stops_before_any_work(tmp_path):
+    cfg = DemoConfig(prompts=("a red cat",), comparison=SMALL)
+    host = Host.untrained(TINY)
+    host.transformer.forward = None
+    with pytest.raises(ValueError, match="unknown word 'cat'"), start(cfg, tmp_path / "run") as run:
+        demo(cfg, run, host, quiet=True)
+    assert load_results(tmp_path / "run")["status"] == "failed"
+    with pytest.raises(ValueError, match="at least one prompt"):
+        DemoConfig(prompts=())
+
+
+@pytest.mark.slow
+def test_the_packaged_host_draws_what_it_is_asked_for(tmp_path):
+    from hone_blade.data import parse_prompt
+    from hone_blade.evaluate import grade
+
+    host = load_host()
+    assert host.meta["passed"]
+    labels = torch.tensor([parse_prompt(prompt) for prompt in PROMPTS])
+    clips = host.sample(host.encode_prompt(PROMPTS), host.noise(len(PROMPTS), 0))
+    assert grade(host, clips, labels)["accuracy"].mean() >= 0.8

@@ -1,0 +1,196 @@
+import math
+
+import pytest
+import torch
+from hone_blade.data import fake_batch, random_labels
+from hone_blade.evaluate import (
+    VARIANTS,
+    Comparison,
+    EvalConfig,
+    EvalReport,
+    attention_gflop,
+    bootstrap,
+    compare,
+    comparison_table,
+    evaluate,
+    grade,
+    psnr,
+    ssim,
+)
+from hone_blade.host import Host, HostConfig
+from hone_core.runs import Run, load_results
+
+# 64 tokens in 4 blocks of 16
+TINY = HostConfig(frames=4, height=16, width=16, layers=2, heads=2, head_dim=32, ffn_dim=32, text_dim=16, steps=3)
+SPARSE = Comparison(block=16, density=0.5, pool=4, samples=4)
+
+
+@pytest.fixture(scope="module")
+def host():
+    """Random weights with an output that depends on attention, unlike an untrained host's zero."""
+    host = Host.untrained(TINY, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in host.transformer.blocks:
+            block.scale_shift_table[:, 2] = 1.0
+            block.attn1.to_q.weight.mul_(4)
+        weight = host.transformer.proj_out.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    host.transformer.eval().requires_grad_(False)
+    return host
+
+
+def test_psnr_by_hand():
+    reference = torch.zeros(3, 3, 2, 11, 11)
+    clips = reference.clone()
+    clips[0] = 0.1
+    clips[1, :, 0] = 0.2  # half of the pixels off by 0.2: mean square 0.02
+    assert psnr(clips, reference).tolist() == pytest.approx([20.0, -10 * math.log10(0.02), 100.0], rel=1e-5)
+
+
+def test_ssim_by_hand():
+    reference = torch.full((2, 3, 2, 16, 16), 0.25)
+    clips = reference.clone()
+    clips[0, :, 1] = 0.75
+    # flat images: SSIM is (2 a b + c1) / (a^2 + b^2 + c1), c1 = 0.01^2; the other frame is equal
+    flat = (2 * 0.25 * 0.75 + 1e-4) / (0.25**2 + 0.75**2 + 1e-4)
+    assert ssim(clips, reference).tolist() == pytest.approx([(1 + flat) / 2, 1.0], abs=1e-3)
+
+
+def test_pairs_must_match():
+    with pytest.raises(ValueError, match=r"must both be \[B, 3, F, H, W\]"):
+        psnr(torch.zeros(1, 3, 2, 4, 4), torch.zeros(1, 3, 4, 4, 2))
+    with pytest.raises(ValueError, match=r"must both be \[B, 3, F, H, W\]"):
+        ssim(torch.zeros(3, 2, 16, 16), torch.zeros(3, 2, 16, 16))
+
+
+def test_bootstrap_of_a_proportion():
+    values = torch.tensor([1.0] * 80 + [0.0] * 20)
+    low, high = bootstrap(values)
+    # normal approximation: 0.8 +- 1.96 * sqrt(0.8 * 0.2 / 100)
+    assert low == pytest.approx(0.8 - 0.0784, abs=0.02)
+    assert high == pytest.approx(0.8 + 0.0784, abs=0.02)
+    assert bootstrap(values) == (low, high)
+    assert bootstrap(torch.ones(5)) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="non-empty"):
+        bootstrap(torch.ones(0))
+
+
+class Reads(torch.nn.Module):
+    """A classifier that says what it was told."""
+
+    def __init__(self, digit, color):
+        super().__init__()
+        self.answer = digit, color
+
+    def classify(self, clips):
+        return self.answer
+
+
+def test_grades(host):
+    batch = fake_batch(seed=2, count=4)
+    labels = batch.labels.clone()
+    knowing = Host(TINY, host.transformer, host.words, Reads(labels[:, 0].clone(), labels[:, 1].clone()))
+    labels[0, 0] = (labels[0, 0] + 1) % 10
+    labels[1, 2] = (labels[1, 2] + 1) % 8
+    clips = batch.clips.clone()
+    clips[2] = 0.1  # nothing is drawn
+    grades = grade(knowing, clips, labels)
+    assert grades["digit"].tolist() == [0, 1, 1, 1]
+    assert grades["color"].tolist() == [1, 1, 1, 1]
+    assert grades["direction"].tolist() == [1, 0, 0, 1]
+    assert grades["speed"].tolist() == [1, 1, 0, 1]
+    assert grades["accuracy"].tolist() == [0, 0, 0, 1]
+
+
+def test_variants_compute_equally_many_pairs(host):
+    labels = random_labels(3, torch.Generator().manual_seed(0))
+    outcomes = compare(host, labels, SPARSE, batch=2, stats_every=2, quiet=True)
+    assert list(outcomes) == list(VARIANTS)
+    for name, outcome in outcomes.items():
+        assert outcome.clips.shape == (3, 3, 4, 16, 16)
+        assert outcome.density == pytest.approx(1.0 if name == "dense" else 0.5), name
+        assert outcome.seconds > 0
+    assert outcomes["dense"].psnr.tolist() == [100.0] * 3
+    assert outcomes["dense"].recall == 1.0
+    for name in ("asa", "window", "random"):
+        assert 0.4 < outcomes[name].recall < 1
+        assert outcomes[name].psnr.max() < 100
+    # one of four blocks fewer, for the 16 pooled tokens
+    assert outcomes["asa_g"].recall < outcomes["asa"].recall
+    assert outcomes["asa"].recall > outcomes["random"].recall
+    again = compare(host, labels, SPARSE, batch=3, stats_every=2, quiet=True)
+    for name in VARIANTS:
+        torch.testing.assert_close(again[name].clips, outcomes[name].clips, atol=1e-4, rtol=0)
+
+
+def test_the_host_is_left_as_it_was(host):
+    before = [type(block.attn1.processor) for block in host.transformer.blocks]
+    compare(host, random_labels(1), SPARSE, quiet=True)
+    assert [type(block.attn1.processor) for block in host.transformer.blocks] == before
+
+
+def test_full_density_is_dense(host):
+    everything = Comparison(block=16, density=1.0, pool=1_000_000, samples=4)
+    outcomes = compare(host, random_labels(2), everything, quiet=True)
+    for name in ("asa", "window", "random"):
+        assert outcomes[name].psnr.min() > 80
+        assert outcomes[name].recall == pytest.approx(1.0)
+
+
+def test_dense_steps_count(host):
+    all_dense = Comparison(block=16, density=0.5, pool=4, samples=4, dense_steps=3)
+    some = Comparison(block=16, density=0.5, pool=4, samples=4, dense_steps=1)
+    labels = random_labels(1)
+    outcome = compare(host, labels, all_dense, quiet=True)["asa"]
+    assert outcome.density == 1.0
+    assert outcome.psnr.item() == 100.0
+    outcome = compare(host, labels, some, stats_every=2, quiet=True)["asa"]
+    assert outcome.density == pytest.approx(1 / 3 + 2 / 3 * 0.5)
+
+
+def test_attention_gflop_by_hand(host):
+    # 4 * 64^2 tokens * 64 channels * 2 layers * 3 steps
+    dense = 4 * 64**2 * 64 * 2 * 3 / 1e9
+    assert attention_gflop(host, None, density=1.0, steps=3) == pytest.approx(dense)
+    configs = SPARSE.configs()
+    assert attention_gflop(host, configs["random"], density=0.5, steps=3) == pytest.approx(dense / 2)
+    # 4 blocks of 4 samples: 16^2 logits
+    prober = 2 * 16**2 * 64 * 2 * 3 / 1e9
+    assert attention_gflop(host, configs["asa"], density=0.5, steps=3) == pytest.approx(dense / 2 + prober)
+
+
+def test_eval_writes_a_row_per_variant_and_metric(host, tmp_path):
+    cfg = EvalConfig(comparison=SPARSE, prompts=3, batch=2, stats_every=2)
+    with Run.start(package="hone-blade", verb="eval", config=cfg, out=tmp_path / "run") as run:
+        outcomes = evaluate(cfg, run, host, quiet=True)
+    rows = {(row["variant"], row["metric"]): row for row in load_results(run.path)["rows"]}
+    for variant in VARIANTS:
+        for metric in ("psnr", "ssim", "recall", "density", "accuracy", "seconds", "attention_gflop"):
+            assert (variant, metric) in rows, (variant, metric)
+        row = rows[variant, "ssim"]
+        assert row["n"] == 3
+        assert row["value"] == pytest.approx(outcomes[variant].ssim.mean().item())
+        assert rows[variant, "ssim_low"]["value"] <= row["value"] <= rows[variant, "ssim_high"]["value"]
+    report = EvalReport.of(run)
+    assert report.clips == 3
+    assert "random blocks" in str(report)
+    assert "results.json" in str(report)
+
+
+def test_table_shows_what_it_is_given():
+    row = {"psnr": 21.25, "ssim": 0.75, "recall": 0.5, "density": 0.25, "seconds": 1.5, "attention_gflop": 12.0}
+    row |= {f"{name}accuracy{end}": 0.5 for name in ("", "digit_", "direction_") for end in ("", "_low", "_high")}
+    table = comparison_table({"dense": row, "asa": row}, 4, intervals=True)
+    dense, asa = (next(line for line in table.splitlines() if name in line) for name in ("dense att", "(ASA)"))
+    assert "21.2" not in dense
+    assert "21.2" in asa
+    assert "0.750" in asa
+    assert "50% (50% to 50%)" in asa
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match=r"density must lie in \(1 / pool, 1\]"):
+        Comparison(density=0.05)
+    with pytest.raises(ValueError, match="stats_every at least 2"):
+        EvalConfig(stats_every=1)

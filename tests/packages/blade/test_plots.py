@@ -1,0 +1,81 @@
+import re
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from hone_blade.plots import accuracy_chart, contact_sheet, enlarge, write_video
+from matplotlib.image import imread
+
+PROMPTS = ["first prompt", "second prompt"]
+
+
+@pytest.fixture
+def clips():
+    """Flat clips: red dense, blue ASA; brighter with every frame."""
+    levels = (torch.arange(4) + 1) / 4
+    red, blue = torch.zeros(2, 3, 4, 8, 8), torch.zeros(2, 3, 4, 8, 8)
+    red[:, 0], blue[:, 2] = levels[:, None, None], levels[:, None, None]
+    return {"dense": red, "asa": blue}
+
+
+def test_enlarge_repeats_pixels():
+    assert enlarge(torch.tensor([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_contact_sheet_shows_first_and_last_frame(clips, tmp_path):
+    captions = {"dense": ["reads 1", "reads 2"], "asa": ["reads 1", "!reads 3"]}
+    path = contact_sheet(clips, PROMPTS, captions, tmp_path / "sheet.png", title="title", frames=2, scale=10)
+    picture = imread(path)[..., :3]
+    red, blue = (np.isclose(picture, color, atol=0.01).all(-1) for color in ([1, 0, 0], [0, 0, 1]))
+    # per clip 80 x 80 pixels of the last frame, and as many of the first at a quarter of the brightness
+    assert red.sum() == blue.sum() == 2 * 80 * 80
+    faint = np.isclose(picture, [0.25, 0, 0], atol=0.01).all(-1)
+    assert faint.sum() == 2 * 80 * 80
+    # dense stands left of asa; in a cell the first frame stands left of the last
+    assert np.nonzero(red)[1].max() < np.nonzero(blue)[1].min()
+    assert np.nonzero(faint)[1].max() < np.nonzero(red)[1].min()
+    # the caption of a fault is drawn in another color than the rest
+    fault = (picture[..., 0] > 0.6) & (picture[..., 1] < 0.1) & (picture[..., 2] < 0.2) & ~red
+    assert fault.any()
+
+
+def test_video_has_every_frame(clips, tmp_path):
+    path = write_video(clips, PROMPTS, tmp_path / "clips.mp4", title="title", scale=8, fps=4, loops=2)
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path)]
+    done = subprocess.run([*ffmpeg, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
+    width, height, fps = re.search(r"h264.*?, (\d+)x(\d+).*? (\d+) fps", done.stderr.decode()).groups()
+    assert fps == "4"
+    width, height = int(width), int(height)
+    frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
+    assert len(frames) == 8
+    assert height % 2 == width % 2 == 0
+    # the left half holds the red clips, which brighten within a loop and start anew in the next
+    peaks = [frame[:, : width // 2, 0][(frame[:, : width // 2, 1] < 60)].max() for frame in frames]
+    assert peaks[0] + 20 < peaks[1] < peaks[2] < peaks[3]
+    assert abs(int(peaks[4]) - int(peaks[0])) < 20
+
+
+def results(accuracy):
+    rows = []
+    for variant, value in accuracy.items():
+        for metric, number in (("accuracy", value), ("accuracy_low", value - 0.1), ("accuracy_high", value + 0.1)):
+            rows.append({"metric": metric, "variant": variant, "value": number, "n": 8})
+        rows.append({"metric": "psnr", "variant": variant, "value": 20.0, "n": 8})
+        rows.append({"metric": "density", "variant": variant, "value": 0.25, "n": 1})
+    return {"rows": rows}
+
+
+def test_chart_is_drawn_from_results(tmp_path):
+    path = accuracy_chart(results({"dense": 0.9, "asa": 0.8}), tmp_path / "chart.png")
+    picture = imread(path)[..., :3]
+    dense = np.isclose(picture, [0x4C / 255, 0x56 / 255, 0x6A / 255], atol=0.01).all(-1)
+    asa = np.isclose(picture, [0, 0x72 / 255, 0xB2 / 255], atol=0.01).all(-1)
+    assert dense.sum() > 1000
+    # ASA has a bar in both panels, dense in the first only
+    columns = np.nonzero(asa)[1]
+    assert columns.min() < picture.shape[1] / 2 < columns.max()
+    assert np.nonzero(dense)[1].max() < picture.shape[1] / 2
+    with pytest.raises(ValueError, match="rows named accuracy"):
+        accuracy_chart({"rows": []}, tmp_path / "none.png")
