@@ -8,6 +8,7 @@ import pytest
 import torch
 from hone_blade import bench as bench_module
 from hone_blade.bench import WORKLOADS, BenchConfig, bench
+from hone_blade.models import attach
 from hone_core.runs import Run, load_results
 
 SMALL = {"rounds": 2, "forward_rounds": 2, "steps": 4, "few_steps": 2, "repeats": 2}
@@ -29,6 +30,19 @@ def test_workloads_have_the_published_sizes():
     assert cog.size == {"num_frames": 49, "height": 480, "width": 720}
     assert -(-wan.tokens // 128) == 256
     assert -(-cog.tokens // 128) == 139
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "cogvideox-5b"])
+def test_published_sizes_fit_together_without_allocating(name):
+    """A sparse forward of the real architecture at its real length, on the meta device."""
+    state = bench_module._Bench(BenchConfig(model=name, dtype="bfloat16"), None, torch.device("meta"), quiet=True)
+    state.model = state.build()
+    inputs = state.model_inputs()
+    assert state.heads() == {"wan2.1-1.3b": (12, 128, 30), "cogvideox-5b": (48, 64, 42)}[name]
+    with torch.no_grad(), attach(state.model, state.variants["asa_g"]):
+        out = state.model(**inputs, return_dict=False)[0]
+    assert out.shape == inputs["hidden_states"].shape
+    assert out.dtype == torch.bfloat16
 
 
 @KINDS

@@ -3,13 +3,13 @@ import io
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.attention_processor import AttnProcessor2_0, CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from hone_blade import models as blade_models
 from hone_blade.config import PRESETS, BladeConfig
-from hone_blade.models import SUPPORTED, attach, tiny
+from hone_blade.models import SUPPORTED, BladeHandle, attach, tiny
 from hone_blade.ordering import token_order
 from torch import nn
 
@@ -184,6 +184,17 @@ def test_tokens_are_reordered_once_and_outside_the_blocks(kind):
     assert torch.equal(curve, raster[:, token_order("gilbert", 3, 5, 7)])
 
 
+def test_embedding_layers_are_the_models_own_after_a_forward():
+    model, arguments = tiny("wan"), inputs("wan")
+    video = arguments["hidden_states"]
+    with torch.no_grad():
+        expected, tables = model.patch_embedding(video), model.rope(video)
+        with attach(model, SPARSE):
+            run(model, arguments)
+            assert torch.equal(model.patch_embedding(video), expected)
+            assert all(torch.equal(a, b) for a, b in zip(model.rope(video), tables, strict=True))
+
+
 @KINDS
 def test_sparse_attention_changes_the_output_and_is_repeatable(kind):
     model, arguments = tiny(kind), inputs(kind, frames=4, height=16, width=16)
@@ -265,8 +276,16 @@ def test_a_copy_and_a_pickle_are_attached_on_their_own(kind):
     restored = torch.load(buffer, weights_only=False)
     handle.detach()
     assert torch.equal(run(model, arguments), expected)
-    assert torch.equal(run(twin, arguments), sparse)
-    assert torch.equal(run(restored, arguments), sparse)
+    for other in (twin, restored):
+        assert torch.equal(run(other, arguments), sparse)
+        own = BladeHandle.of(other)
+        assert own.attached
+        assert own.config == SPARSE
+        own.detach()
+        assert torch.equal(run(other, arguments), expected)
+        assert hook_count(other) == hook_count(model)
+        with pytest.raises(ValueError, match="BLADE is not attached to this"):
+            BladeHandle.of(other)
 
 
 def test_preset_names_and_configs():
@@ -577,18 +596,30 @@ def test_statistics(kind):
 
 
 def test_two_transformers_count_the_steps_of_one_video():
-    """The pair of a Wan2.2 pipeline; the pipeline itself is run in test_sample."""
+    """The pair of a Wan2.2 pipeline; its denoising loop is run in test_sample."""
     first, second = tiny("wan", seed=0), tiny("wan", seed=1)
     config = BladeConfig(block=16, samples=8, max_density=0.3, dense_steps=1)
-    handle = blade_models.BladeHandle(config, (first, second))
-    for attachment, model in zip(handle._attachments, handle.models, strict=True):
-        attachment.apply(model)
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=first, transformer_2=second
+    )
+    handle = attach(pipe, config)
+    assert handle.models == (first, second)
     size = {"frames": 4, "height": 16, "width": 16}
     with handle.record() as rows:
         for time, model in ((999, first), (874, first), (500, second)):
             run(model, inputs("wan", time=time, **size))
     assert [(row.step, row.model, row.layer) for row in rows] == [(1, 0, 0), (1, 0, 1), (2, 1, 0), (2, 1, 1)]
     handle.detach()
+    # Nothing is attached to the first one if the second cannot take it.
+    second.blocks[1].attn1.set_processor(OwnProcessor())
+    before, hooks = dict(first.attn_processors), hook_count(first)
+    with pytest.raises(ValueError, match="layer 1 of this WanTransformer3DModel"):
+        attach(pipe, config)
+    assert first.attn_processors == before
+    assert hook_count(first) == hooks
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None)
+    with pytest.raises(TypeError, match="WanPipeline holds no transformer; supported are"):
+        attach(pipe, config)
 
 
 @pytest.mark.parametrize("kind", ["wan", "cogvideox"])

@@ -114,6 +114,7 @@ class _Processor:
         self.config = replace(config, dense_layers=(), dense_steps=0, min_tokens=0)
         # The compiler makes a graph for each number that it finds on a module, but one for all tensors.
         self.layer_tensor = torch.tensor(layer)
+        self.attachment: _Attachment
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: _Tables, text_tokens: int = 0) -> Tensor:
         """``[B, H, S, D]`` each, video tokens in curve order first, then the text."""
@@ -292,6 +293,8 @@ class _Attachment(ABC):
         self.processors = [
             self.processor(attn.processor, layer, config) for layer, attn in enumerate(self.self_attentions(model))
         ]
+        for processor in self.processors:
+            processor.attachment = self
         self.handles: list[Any] = []
 
     @staticmethod
@@ -314,7 +317,10 @@ class _Attachment(ABC):
             )
         attentions = cls.self_attentions(model)
         if any(isinstance(attn.processor, _Processor) for attn in attentions):
-            raise ValueError(f"BLADE is already attached to this {name}; call its handle's detach() first")
+            raise ValueError(
+                f"BLADE is already attached to this {name}; detach it first, by its handle or by "
+                "BladeHandle.of(model).detach()"
+            )
         if getattr(model, "_parallel_config", None) is not None or any(
             getattr(attn.processor, "_parallel_config", None) is not None for attn in attentions
         ):
@@ -383,11 +389,13 @@ class _Attachment(ABC):
         return _Tables(cos, sin, self.grid, self.records, self.recall, torch.compiler.is_compiling())
 
     def restore(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Hook of the output projection: back to raster order, ``[B, N, C]``."""
-        if not self.reorders:
+        """Hook of the output projection, the last thing a forward runs: back to raster order, ``[B, N, C]``."""
+        grid, reorders = self.grid, self.reorders
+        # From here on the embedding layers are the model's own again, for whoever calls them alone.
+        self.grid = None
+        if not reorders:
             return None
-        inverse = _inverse(self.config.order, self.grid, self.config.tile, output.device)
-        return output.index_select(1, inverse)
+        return output.index_select(1, _inverse(self.config.order, grid, self.config.tile, output.device))
 
 
 class _WanAttachment(_Attachment):
@@ -508,13 +516,26 @@ class BladeHandle:
         models: The transformers it is attached to: one, or both of a Wan2.2 pipeline.
     """
 
-    def __init__(self, config: BladeConfig, models: tuple[nn.Module, ...]) -> None:
-        self.config, self.models = config, models
-        self._steps = _Steps(config.dense_steps)
-        self._attachments = [
-            _attachment_class(model)(model, config, self._steps, index) for index, model in enumerate(models)
-        ]
-        self._attached = False
+    def __init__(self, models: tuple[nn.Module, ...], attachments: tuple[_Attachment, ...]) -> None:
+        self.config, self.models = attachments[0].config, models
+        self._attachments, self._steps = attachments, attachments[0].steps
+
+    @classmethod
+    def of(cls, model_or_pipeline: Any) -> BladeHandle:
+        """The handle of a model that BLADE is attached to: of a deep copy, for example, which nobody attached.
+
+        Raises:
+            TypeError: The model's class is not supported.
+            ValueError: BLADE is not attached to it.
+        """
+        models = _transformers(model_or_pipeline)
+        attachments = []
+        for model in models:
+            processor = _attachment_class(model).self_attentions(model)[0].processor
+            if not isinstance(processor, _Processor):
+                raise ValueError(f"BLADE is not attached to this {type(model).__name__}; call attach() first")
+            attachments.append(processor.attachment)
+        return cls(models, tuple(attachments))
 
     def __enter__(self) -> BladeHandle:
         return self
@@ -526,12 +547,12 @@ class BladeHandle:
 
     def __repr__(self) -> str:
         names = ", ".join(type(model).__name__ for model in self.models)
-        return f"<BladeHandle on {names}, {'attached' if self._attached else 'detached'}>"
+        return f"<BladeHandle on {names}, {'attached' if self.attached else 'detached'}>"
 
     @property
     def attached(self) -> bool:
-        """Whether the model runs BLADE."""
-        return self._attached
+        """Whether the model has BLADE on it."""
+        return all(attachment.handles for attachment in self._attachments)
 
     def detach(self) -> None:
         """Restore the model's own processors and remove every hook; its outputs are bit for bit those of before.
@@ -540,7 +561,6 @@ class BladeHandle:
         """
         for attachment, model in zip(self._attachments, self.models, strict=True):
             attachment.remove(model)
-        self._attached = False
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -552,7 +572,7 @@ class BladeHandle:
             yield
         finally:
             for attachment, enabled in zip(self._attachments, before, strict=True):
-                attachment.enabled = enabled and self._attached
+                attachment.enabled = enabled and self.attached
 
     @property
     def step(self) -> int:
@@ -629,14 +649,15 @@ def attach(model_or_pipeline: Any, preset_or_config: str | BladeConfig) -> Blade
     models = _transformers(model_or_pipeline)
     for model in models:
         _attachment_class(model).check(model, config)
-    handle = BladeHandle(config, models)
+    steps = _Steps(config.dense_steps)
+    attachments = tuple(_attachment_class(model)(model, config, steps, index) for index, model in enumerate(models))
+    handle = BladeHandle(models, attachments)
     try:
-        for attachment, model in zip(handle._attachments, models, strict=True):
+        for attachment, model in zip(attachments, models, strict=True):
             attachment.apply(model)
     except BaseException:
         handle.detach()
         raise
-    handle._attached = True
     log.debug("attached to %s: %s", ", ".join(type(model).__name__ for model in models), config)
     return handle
 
