@@ -22,7 +22,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     for themselves.
     """
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    wants_gpu = config.getoption("require_gpu") or "not gpu" not in config.getoption("markexpr")
+    wants_gpu = config.getoption("require_gpu", default=False) or "not gpu" not in config.getoption("markexpr")
     if not whole or wants_gpu:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

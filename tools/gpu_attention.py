@@ -3,8 +3,8 @@
     python tools/gpu_attention.py bench --out results/kernels/attention_h200.json
     python tools/gpu_attention.py tune  --out tune.json
 
-``bench`` times what ships; ``tune`` times the candidate tiles that the shipped ones were chosen from. Every candidate is
-compared with the float32 reference before it is timed; a wrong value ends the run.
+``bench`` times what ships; ``tune`` times the candidate tiles that the shipped ones were chosen from. Every candidate
+is compared with the float32 reference before it is timed; a wrong value ends the run.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ DENSITIES = (1.0, 0.5, 0.2, 0.1)
 # Tiles' fields in order.
 CANDIDATES = {
     ("forward", 128): [
-        (64, 64, 4, 1, True), (64, 64, 4, 1, True, 128), (64, 64, 4, 2, True), (64, 128, 4, 1, True), (128, 64, 8, 1, True, 128),
-        (128, 64, 8, 3, True), (128, 128, 8, 2, True),
+        (64, 64, 4, 1, True), (64, 64, 4, 1, True, 128), (64, 64, 4, 2, True), (64, 128, 4, 1, True), (128, 64, 8, 1,
+        True, 128), (128, 64, 8, 3, True), (128, 128, 8, 2, True),
     ],
     ("forward", 64): [
         (64, 128, 4, 2, True, 168, False), (64, 128, 4, 2, True), (64, 128, 4, 3, True), (64, 64, 4, 2, True),
@@ -190,13 +190,10 @@ def bench(rounds: int) -> list[dict]:
             note(calls, work, **fields, mode="forward", block=128)
             if density in (0.5, 0.2):
                 fine = random_layout(heads, tokens, density, 64)
-                note(
-                    {
-                        "hone": lambda fine=fine: block_sparse_attention(q, k, v, fine),
-                        "hone pooled": lambda layout=layout: block_sparse_attention(q, k, v, layout, pooled=pooled),
-                    },
-                    work, **fields, mode="forward", block=64,
-                )  # fmt: skip
+                calls = {"hone": lambda fine=fine: block_sparse_attention(q, k, v, fine)}
+                note(calls, flops(fine, heads, dim), **fields, mode="forward", block=64)
+                calls = {"hone pooled": lambda layout=layout: block_sparse_attention(q, k, v, layout, pooled=pooled)}
+                note(calls, work + 4.0 * dim * heads * tokens * groups, **fields, mode="forward", block=128)
             if whole:
                 outs = {
                     "hone": block_sparse_attention(*leaves, layout),

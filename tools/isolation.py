@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,7 +49,7 @@ def check(member: Member, wheels: Path, scratch: Path, tests: str) -> None:
     """
     environment = scratch / member.name
     binaries = environment / "bin"
-    _run(["uv", "venv", "--quiet", str(environment)])
+    _run(["uv", "venv", "--quiet", "--python", sys.executable, str(environment)])
     own = [_wheel(wheels, other) for other in closure(member)]
     _install(environment, scratch, own)
     # From an empty folder, in isolated mode: nothing of the checkout can be imported by accident.

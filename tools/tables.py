@@ -29,7 +29,8 @@ A table stands between two comments; the first holds its name and what to show, 
   title = "mask" }`` gives the column a title of its own, ``names = { asa_g = "ASA-G" }`` other words for its values.
 - columns: ``where`` picks one result per table row, ``value`` the field to show ("value" unless said), ``digits`` the
   decimals (2), ``unit`` a suffix (the row's own unit unless said; "" for none), ``scale`` a factor for the shown
-  number, ``spread = true`` adds the spread. ``speedup`` divides the baseline's value by the method's.
+  number, ``spread = true`` adds the spread, ``interval = true`` the 95 % interval. ``speedup`` divides the baseline's
+  value by the method's.
 - caption = false leaves out the line under the table that names hardware, commit and file.
 
 Fields are those of the results' rows; a row's labels count as fields. A value that was not measured shows as a dash;
@@ -50,7 +51,7 @@ FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.M | re.S)
 KEYS = {
     "table": {"files", "where", "rows", "columns", "caption"},
     "row": {"field", "title", "names"},
-    "column": {"title", "where", "value", "digits", "unit", "scale", "spread", "speedup"},
+    "column": {"title", "where", "value", "digits", "unit", "scale", "spread", "interval", "speedup"},
     "speedup": {"baseline", "method"},
 }
 
@@ -116,6 +117,8 @@ def _cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
     text = f"{value * scale:.{digits}f}"
     if column.get("spread") and row.get("spread") is not None:
         text += f" ± {row['spread'] * scale:.{digits}f}"
+    if column.get("interval") and row.get("interval"):
+        text += " [" + ", ".join(f"{bound * scale:.{digits}f}" for bound in row["interval"]) + "]"
     unit = column.get("unit", row.get("unit", "") if field in ("value", "paper_value") else "")
     return text + (unit if unit in ("", "%", "x") else f" {unit}")
 

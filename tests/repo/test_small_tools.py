@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import boundaries
 import check
 import constraints
 import isolation
@@ -29,6 +30,22 @@ def test_pip_install_check_finds_lost_and_circular_siblings(tree):
     assert "hone-core -> hone-kernels -> hone-core" in pip_install.check(tree.path)[0]
     tree.pyproject("kernels", "hone-core~=0.1.0", "hone-gone~=0.1.0")
     assert "hone-kernels depends on hone-gone, which is no member" in pip_install.check(tree.path)[0]
+
+
+SCRIPTS = [file for file in sorted((workspace.ROOT / "tools").glob("*.py")) if not file.name.startswith("gpu_")]
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_scripts_use_the_standard_library_only(file):
+    names = {item.module.partition(".")[0] for item in boundaries.imports(file, file.stem)}
+    assert names <= sys.stdlib_module_names | {other.stem for other in SCRIPTS}
+
+
+@pytest.mark.parametrize("file", [f for f in SCRIPTS if f.stem != "workspace"], ids=lambda file: file.stem)
+def test_scripts_start_by_path_and_say_what_they_do(file):
+    done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--check" in done.stdout or file.stem == "check"
 
 
 def test_requirement_names():

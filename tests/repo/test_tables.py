@@ -84,6 +84,32 @@ def test_speedup_is_baseline_over_method(repo):
     assert text.splitlines()[2:] == ["| time | 4.00x |"]
 
 
+def test_interval_is_shown_on_request(repo):
+    row = {"metric": "acc", "value": 0.5, "interval": [0.4, 0.625], "variant": "asa"}
+    (repo / "results/a/x.json").write_text(json.dumps({"rows": [row]}))
+    columns = [{"title": "accuracy", "scale": 100, "unit": "%", "digits": 1, "interval": True}]
+    assert tables.render(spec(columns=columns), repo).splitlines()[2:] == ["| asa | 50.0 [40.0, 62.5]% |"]
+
+
+def test_rows_with_fields_of_their_own(repo):
+    wide = [
+        {"shape": "480p", "density": density, "provider": provider, "ms_p50": ms, "tflops": 400}
+        for density, provider, ms in [(0.5, "hone", 2.0), (0.5, "cudnn", 3.0), (0.1, "hone", 0.5), (0.1, "cudnn", 3.0)]
+    ]
+    (repo / "results/a/x.json").write_text(json.dumps({"rows": wide}))
+    columns = [
+        {"title": "ours", "where": {"provider": "hone"}, "value": "ms_p50", "unit": "ms"},
+        {"title": "rate", "where": {"provider": "hone"}, "value": "tflops", "digits": 0},
+        {
+            "title": "speed-up",
+            "value": "ms_p50",
+            "speedup": {"baseline": {"provider": "cudnn"}, "method": {"provider": "hone"}},
+        },
+    ]
+    text = tables.render(spec(rows=["shape", "density"], columns=columns), repo)
+    assert text.splitlines()[2:] == ["| 480p | 0.5 | 2.00 ms | 400 | 1.50x |", "| 480p | 0.1 | 0.50 ms | 400 | 6.00x |"]
+
+
 def test_labels_are_fields_and_empty_groups_are_left_out(repo):
     text = tables.render(spec(rows=["shape"], columns=[{"title": "t", "where": {"metric": "ms"}}]), repo)
     assert text.splitlines()[2:] == ["| 480p | 3.00 ms |"]

@@ -94,5 +94,5 @@ def test_the_folder_kernels_is_no_package_here():
     assert str(ROOT) not in sys.path
 
 
-def test_test_files_have_unique_names_within_their_folders():
+def test_folders_of_tests_are_no_packages():
     assert list((ROOT / "tests").rglob("__init__.py")) == []

@@ -55,6 +55,7 @@ class Compiled:
         registers: Per thread.
         spills: Bytes of local memory stored and loaded by register spills.
         shared_bytes: Shared memory of a program.
+        serialized: Whether the assembler had to wait after each warpgroup matrix product (its warning C7510 or C7512).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Compiled:
     registers: int
     spills: int
     shared_bytes: int
+    serialized: bool
 
     def count(self, instruction: str) -> int:
         """How often an instruction (``HGMMA``, ``UTMALDG`` ...) stands in the machine code."""
@@ -130,7 +132,7 @@ def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
         sass = _run(tools / "nvdisasm", cubin)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    return Compiled(launch.name, sass, registers, spills, built.metadata.shared)
+    return Compiled(launch.name, sass, registers, spills, built.metadata.shared, "wgmma" in report)
 
 
 def _run(*command: str | Path) -> str:

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hone_blade.config import PRESETS, BladeConfig
 from hone_blade.method import (
     adaptive_sparse_attention,
@@ -368,16 +369,33 @@ def test_same_call_same_result_and_other_layer_other_samples():
     assert not torch.equal(adaptive_sparse_attention(q, k, v, cfg=cfg, layer=2), first)
 
 
+@pytest.mark.parametrize("offsets", ["seeded", "random"])
+def test_gradient_checkpointing_recomputes_the_same_mask(offsets):
+    cfg = change(offsets=offsets, max_density=0.3, pool=5)
+    leaves = [x.requires_grad_() for x in tensors(tokens=160)]
+
+    def attend(q, k, v):
+        return adaptive_sparse_attention(q, k, v, cfg=cfg)
+
+    grads = []
+    for run in (attend, lambda *x: torch.utils.checkpoint.checkpoint(attend, *x, use_reentrant=False)):
+        torch.manual_seed(5)
+        grads.append(torch.autograd.grad(run(*leaves).square().sum(), leaves))
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("mask", ["adaptive", "window", "random", "dense"])
 def test_compiles_whole(mask):
     cfg = change(pool=5, mask=mask)
 
     def attend(q, k, v):
-        return adaptive_sparse_attention(q, k, v, cfg=cfg, text_tokens=4, grid=(3, 4, 5), return_stats=True)
+        text = q.shape[2] - 60
+        return adaptive_sparse_attention(q, k, v, cfg=cfg, text_tokens=text, grid=(3, 4, 5), return_stats=True)
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    for _ in range(2):
-        leaves = [x.requires_grad_() for x in tensors(tokens=64)]
+    for tokens in (64, 70):  # the second length makes it dynamic
+        leaves = [x.requires_grad_() for x in tensors(tokens=tokens)]
         got, want = compiled(*leaves), attend(*leaves)
         assert_close(got[0], want[0])
         assert_close(got[1].density, want[1].density)

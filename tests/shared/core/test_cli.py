@@ -49,6 +49,16 @@ def note(*, text: str = "hi", quiet: bool = False):
     return f"{text} {quiet}"
 
 
+def broken():
+    """Lose a pipe at work."""
+    raise BrokenPipeError("ffmpeg has gone")
+
+
+def odd():
+    """Return what JSON has no form for."""
+    return {"a": float("inf"), "b": (Path("x"),)}
+
+
 def nothing():
     """Do nothing."""
 
@@ -57,6 +67,8 @@ VERBS = {
     "demo": demo,
     "note": note,
     "nothing": nothing,
+    "broken": broken,
+    "odd": odd,
     "far": Verb("hone_core.no_such_module:run", "Lives far away."),
 }
 
@@ -96,7 +108,8 @@ def test_no_verb_and_unknown_verb_are_usage_errors(call):
     assert "verbs:" in err
     code, out, err = call("dmeo")
     assert (code, out) == (2, "")
-    assert err == "hone-core: unknown verb 'dmeo'; expected one of demo, note, nothing, far. Try hone-core --help.\n"
+    known = "demo, note, nothing, broken, odd, far"
+    assert err == f"hone-core: unknown verb 'dmeo'; expected one of {known}. Try hone-core --help.\n"
 
 
 def test_version(call):
@@ -143,7 +156,7 @@ def test_logs_go_to_stderr(call):
     [
         ("extra", 2, "hone-core demo: error: Training needs the extra 'train' of hone-core"),
         ("value", 1, "hone-core demo: error: two lines\n"),
-        ("key", 1, "hone-core demo: error: KeyError: 'lost'\n"),
+        ("key", 1, "hone-core demo: error: KeyError: 'lost' (HONE_TRACEBACK=1 shows where)\n"),
         ("interrupt", 130, "hone-core demo: interrupted\n"),
     ],
 )
@@ -170,6 +183,26 @@ def test_lazy_verb_reports_a_broken_module(call):
     code, _, err = call("far")
     assert code == 1
     assert "No module named 'hone_core.no_such_module'" in err
+
+
+def test_a_pipe_lost_at_work_is_a_failure_and_one_lost_by_the_reader_is_not(call):
+    code, _, err = call("broken")
+    assert (code, err) == (1, "hone-core broken: error: ffmpeg has gone\n")
+    script = (
+        "from hone_core.cli import run_cli\n"
+        "def long():\n    'Say much.'\n    return 'x' * 10_000_000\n"
+        "run_cli('hone-core', {'long': long}, '', ['long'])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+def test_values_that_json_lacks_become_strings(call):
+    assert json.loads(call("odd", "--json")[1]) == {"a": "inf", "b": ["x"]}
 
 
 def test_importing_core_loads_no_torch():

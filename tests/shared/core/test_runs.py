@@ -157,6 +157,18 @@ def test_row_refuses_unknown_direction_and_empty_count():
         Row(metric="psnr", value=1.0, better="higher", n=0)
 
 
+def test_interval_is_stored_and_checked(tmp_path):
+    with start(tmp_path) as run:
+        row = run.row("accuracy", 0.5, better="higher", n=64, interval=(0.4, 0.6))
+    assert load_results(tmp_path)["rows"][0]["interval"] == [0.4, 0.6]
+    assert start(tmp_path).rows == [row]
+    for bad in [(0.6, 0.4), (0.1, 0.2, 0.3)]:
+        with pytest.raises(ValueError, match=r"interval must be \(low, high\)"):
+            Row(metric="accuracy", value=0.5, better="higher", interval=bad)
+    with pytest.raises(ValueError, match="interval must be finite"):
+        Row(metric="accuracy", value=0.5, better="higher", interval=(0.0, float("inf")))
+
+
 def test_labels_tell_rows_apart(tmp_path):
     with start(tmp_path) as run:
         run.row("time", 1.0, unit="ms", better="lower", labels={"shape": "480p"})
@@ -185,3 +197,10 @@ def test_load_results_refuses_other_files(tmp_path):
     (tmp_path / "results.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="schema 1"):
         load_results(tmp_path)
+
+
+def test_results_of_a_run_are_those_on_disk(tmp_path):
+    with start(tmp_path) as run:
+        run.row("psnr", 1.0, better="higher")
+        assert run.results()["rows"] == []
+    assert run.results() == load_results(tmp_path)

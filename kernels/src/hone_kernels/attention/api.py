@@ -66,8 +66,8 @@ class PooledKV:
     Attributes:
         k: ``[B, HK, G, D]``.
         v: ``[B, HK, G, D]``.
-        bias: Floating point, broadcastable to ``[B, HK, G]``, in natural-log units, added to the scaled logits: ``log(n)``
-            makes one key weigh as n. None: no bias.
+        bias: Floating point, broadcastable to ``[B, HK, G]``, in natural-log units, added to the scaled logits:
+            ``log(n)`` makes one key weigh as n. None: no bias.
     """
 
     k: Tensor
@@ -203,8 +203,8 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over listed key blocks and, in the same softmax, over pooled keys.
 
-    Gradients reach q, k, v, the pooled keys, values and bias, from the output and from the log-sum-exp; they are exact and,
-    run to run, bit-identical. No call waits for the device, so CUDA graphs can capture it.
+    Gradients reach q, k, v, the pooled keys, values and bias, from the output and from the log-sum-exp; they are exact
+    and, run to run, bit-identical. No call waits for the device, so CUDA graphs can capture it.
 
     Args:
         q: ``[B, H, TQ, D]``, any strides with D contiguous.
@@ -214,12 +214,12 @@ def block_sparse_attention(
         scale: Factor on the logits; ``D ** -0.5`` if None.
         pooled: Further keys that every query reads.
         return_lse: Whether to return the log-sum-exp too.
-        backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose. A named
-            backend never gives way to another.
+        backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to
+            choose. A named backend never gives way to another.
 
     Returns:
-        ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64 for
-        float64 inputs). A query without any key gets ``out = 0`` and ``lse = -inf``.
+        ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64
+        for float64 inputs). A query without any key gets ``out = 0`` and ``lse = -inf``.
 
     Raises:
         ValueError: If shapes, layout and backend do not fit together.

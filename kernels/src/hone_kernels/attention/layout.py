@@ -33,14 +33,14 @@ class BlockLayout:
 
     Attributes:
         kv_num: ``[B or 1, H or 1, NQ]`` int32, how many key blocks each query block reads, 0 to ``L``.
-        kv_idx: ``[B or 1, H or 1, NQ, L]`` int32, which ones: strictly ascending in the first ``kv_num`` entries, each in
-            ``[0, NK)``; what stands behind them is ignored.
+        kv_idx: ``[B or 1, H or 1, NQ, L]`` int32, which ones: strictly ascending in the first ``kv_num`` entries, each
+            in ``[0, NK)``; what stands behind them is ignored.
         tokens_q: Number of queries.
         tokens_k: Number of keys.
         block_q: Queries in a query block.
         block_k: Keys in a key block.
-        k_valid: ``[B or 1, NK]`` int32 or None. Keys that exist at the head of each key block; those behind them (padding of
-            a batch, of a ragged tile) are never read. None: every key below ``tokens_k`` exists.
+        k_valid: ``[B or 1, NK]`` int32 or None. Keys that exist at the head of each key block; those behind them
+            (padding of a batch, of a ragged tile) are never read. None: every key below ``tokens_k`` exists.
     """
 
     kv_num: Tensor
@@ -128,7 +128,8 @@ class BlockLayout:
         """Lists that come from elsewhere, with their values checked (this waits for the device).
 
         Raises:
-            ValueError: If a count is outside ``[0, L]``, an index outside ``[0, NK)``, or a list is not strictly ascending.
+            ValueError: If a count is outside ``[0, L]``, an index outside ``[0, NK)``, or a list is not strictly
+                ascending.
         """
         layout = cls(kv_num, kv_idx, tokens_q, tokens_k, block_q, block_k, k_valid)
         width, cols = kv_idx.shape[-1], layout.num_k_blocks
@@ -164,7 +165,8 @@ class BlockLayout:
             block_q: Queries in a query block.
             block_k: Keys in a key block.
             k_valid: See the class.
-            width: ``L``, the length of the lists, at least the largest count of a row (asserted on the device). NK if None.
+            width: ``L``, the length of the lists, at least the largest count of a row (asserted on the device). NK if
+                None.
         """
         if mask.dim() != 4 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool [B or 1, H or 1, NQ, NK]; got {mask.dtype} {list(mask.shape)}")
@@ -233,9 +235,9 @@ class BlockLayout:
     ) -> BlockLayout:
         """A static 3-D window over a video in tile order: each tile reads the tiles in a box around it.
 
-        The sequence is tile by tile, ``tile_f * tile_h * tile_w`` slots a tile, tiles in (frame, height, width) order. At
-        the border the box is shifted inwards, so every tile reads equally many. A tile that sticks out of the grid holds
-        its tokens first and padding behind them (``k_valid``).
+        The sequence is tile by tile, ``tile_f * tile_h * tile_w`` slots a tile, tiles in (frame, height, width) order.
+        At the border the box is shifted inwards, so every tile reads equally many. A tile that sticks out of the grid
+        holds its tokens first and padding behind them (``k_valid``).
 
         Args:
             grid: Tokens along (frame, height, width).
@@ -325,8 +327,8 @@ class BlockLayout:
 
         Args:
             mask: The pattern.
-            partial: What to do with blocks that a ``mask_mod`` cuts further, which lists cannot express: ``"reject"`` them, or
-                ``"include"`` them whole.
+            partial: What to do with blocks that a ``mask_mod`` cuts further, which lists cannot express: ``"reject"``
+                them, or ``"include"`` them whole.
 
         Raises:
             ValueError: If there are such blocks and ``partial`` is ``"reject"``.

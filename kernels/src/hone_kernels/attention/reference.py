@@ -37,8 +37,8 @@ def attention_reference(
         pooled_bias: broadcastable to ``[B, HK, G]``, natural-log units, added to their logits.
 
     Returns:
-        ``out [B, H, TQ, D]`` in q's dtype and ``lse [B, H, TQ]``, the natural log-sum-exp of the logits, in the computing
-        dtype. A query without a key has ``out = 0`` and ``lse = -inf``.
+        ``out [B, H, TQ, D]`` in q's dtype and ``lse [B, H, TQ]``, the natural log-sum-exp of the logits, in the
+        computing dtype. A query without a key has ``out = 0`` and ``lse = -inf``.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]

@@ -1,8 +1,9 @@
 """Block-sparse attention in Triton: forward, dQ, dK/dV. Portable (sm80 and later), and runnable in the interpreter.
 
-A program owns one tile of one head and walks its list of blocks. Keys that may not exist (the ragged tail, padded blocks)
-are masked in a loop of their own, so that the steady loop carries no mask code; pooled keys come in a third loop of the
-same online softmax. Rows with long lists are usually last (text behind video), so tiles are launched last first.
+A program owns one tile of one head and walks its list of blocks. Keys that may not exist (the ragged tail, padded
+blocks) are masked in a loop of their own, so that the steady loop carries no mask code; pooled keys come in a third
+loop of the same online softmax. Rows with long lists are usually last (text behind video), so tiles are launched last
+first.
 
 On compute capability 9.0 and later the tiles come through tensor-memory descriptors, elsewhere through pointers.
 
@@ -48,9 +49,9 @@ class Tiles:
     describe_q: bool = True
 
 
-# (kernel, bytes per element, padded head size) -> configuration on compute capability 9.0 and later, measured on an H200
-# with tools/gpu_attention.py; below it the same tiles without descriptors and caps, see tiles_for. Small tiles win there:
-# three programs of four warps on a multiprocessor hide each other's softmax, where two warpgroups of one do not.
+# (kernel, bytes per element, padded head size) -> configuration on compute capability 9.0 and later, measured on an
+# H200 with tools/gpu_attention.py; below it the same tiles without descriptors and caps, see tiles_for. Small tiles win
+# there: three programs of four warps on a multiprocessor hide each other's softmax, where two warpgroups of one do not.
 TILES: dict[tuple[str, int, int], Tiles] = {
     ("forward", 2, 32): Tiles(64, 128, 4, 2, True),
     ("forward", 2, 64): Tiles(64, 128, 4, 2, True, registers=168, describe_q=False),
@@ -84,8 +85,16 @@ def tiles_for(kernel: str, dtype: torch.dtype, dim: int, block_q: int, block_k: 
         block_k: Keys in a block.
         sm: Compute capability times ten.
     """
-    best = TILES[kernel, dtype.itemsize, triton.next_power_of_2(dim)]
-    hopper = sm >= 90 and dim == triton.next_power_of_2(dim)
+    dim_pad = triton.next_power_of_2(dim)
+    best = TILES[kernel, dtype.itemsize, dim_pad]
+    hopper = sm >= 90 and dim == dim_pad
+    if not hopper and dtype.itemsize == 2:
+        # Addresses of pointer loads, and before 9.0 operands too, take the registers that wide tiles would need.
+        narrow = 32 if dim_pad == 128 else 64
+        if kernel == "dkv":
+            best = replace(best, q=narrow, warps=8 if dim_pad == 128 else 4)
+        else:
+            best = replace(best, k=narrow)
     return replace(
         best,
         q=min(best.q, block_q),
@@ -230,7 +239,8 @@ def _forward_kernel(
 
 
 @triton.jit
-def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, log2_ptr, delta_ptr, sob, soh, sos, sdb, sdh, sds, tokens, padded,
+def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, log2_ptr, delta_ptr, sob, soh, sos, sdb, sdh, sds, tokens,
+padded,
                  DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """What the other backward kernels need of each query, padded to whole tiles so that they need no mask.
 
@@ -334,15 +344,15 @@ def _dq_kernel(
 
 @triton.jit
 def _dkv_kernel(
-    q_src, k_src, v_src, bias_ptr, dout_src, log2_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, num_ptr, idx_ptr, valid_ptr,
-    sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sbb, sbh, sbg, sdb, sdh, sds, sdkb, sdkh, sdks, sdvb, sdvh, sdvs,
-    snb, snh, sib, sih, siq, sval,
+    q_src, k_src, v_src, bias_ptr, dout_src, log2_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, num_ptr, idx_ptr,
+    valid_ptr, sqb, sqh, sqs, skb, skh, sks, svb, svh, svs, sbb, sbh, sbg, sdb, sdh, sds, sdkb, sdkh, sdks, sdvb, sdvh,
+    sdvs, snb, snh, sib, sih, siq, sval,
     tokens_q, tokens_k, padded, scale, logit_scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, VALID: tl.constexpr, DENSE: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys, over the query blocks that read it (all of them if DENSE: pooled keys)."""
+    """Gradients of one tile of keys and values, over the query blocks that read it (DENSE: all of them)."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head_k = tl.program_id(1)
     batch = tl.program_id(2)
@@ -479,7 +489,8 @@ def attention_forward(
         GROUP=heads // k.shape[1], DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
         BM=tiles.q, BN=tiles.k, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None, POOLED=pooled_k is not None,
         BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers, DESC_Q=descriptors and tiles.describe_q,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers, DESC_Q=descriptors and
+        tiles.describe_q,
     )  # fmt: skip
     return out, lse
 
@@ -541,7 +552,8 @@ def attention_backward(
         tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], padded, scale * LOG2E.value, scale,
         BLOCK_Q=block_q, BLOCK_K=block_k, BM=dq_tiles.q, BN=dq_tiles.k, TAIL=tokens_k % block_k != 0,
         VALID=k_valid is not None, POOLED=pooled_k is not None, BIASED=pooled_bias is not None, DESC=descriptors,
-        STAGES=dq_tiles.stages, num_warps=dq_tiles.warps, num_stages=dq_tiles.stages, maxnreg=dq_tiles.registers, **shared,
+        STAGES=dq_tiles.stages, num_warps=dq_tiles.warps, num_stages=dq_tiles.stages, maxnreg=dq_tiles.registers,
+        **shared,
     )  # fmt: skip
 
     def key_gradients(keys, values, dkeys, dvalues, bias, dbias, valid, dense):
@@ -558,7 +570,8 @@ def attention_backward(
             tokens_q, keys.shape[2], padded, scale * LOG2E.value, scale,
             BLOCK_Q=block_q, BLOCK_K=dkv_tiles.k if dense else block_k, BM=dkv_tiles.q, BN=dkv_tiles.k,
             VALID=valid is not None, DENSE=dense, BIASED=bias is not None, DESC=descriptors,
-            STAGES=dkv_tiles.stages, num_warps=dkv_tiles.warps, num_stages=dkv_tiles.stages, maxnreg=dkv_tiles.registers, **shared,
+            STAGES=dkv_tiles.stages, num_warps=dkv_tiles.warps, num_stages=dkv_tiles.stages,
+            maxnreg=dkv_tiles.registers, **shared,
         )  # fmt: skip
 
     key_gradients(k, v, dk, dv, None, None, k_valid, False)

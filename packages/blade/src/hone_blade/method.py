@@ -213,23 +213,21 @@ def pool_tokens(
         raise ValueError(f"n, the tokens of a pooled group, must be at least 1; got {n}")
     if tokens < 1:
         raise ValueError(f"there must be video tokens to pool; got {k.shape[2]} tokens of which {text_tokens} are text")
-    whole, rest = divmod(tokens, n)
-    sizes = [n] * whole + ([rest if exact else n] if rest else [])
+    whole, rest = tokens // n, tokens % n
+    last = rest if exact else n  # tokens that a short last group counts as
 
     def pool(x: Tensor) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        means = [x[:, :, : whole * n].unflatten(2, (whole, n)).mean(3, dtype=wide)] if whole else []
+        means = x[:, :, : whole * n].unflatten(2, (whole, n)).mean(3, dtype=wide)
         if rest:
             tail = x[:, :, whole * n : tokens].to(wide)
-            total = tail.sum(2, keepdim=True)
-            if not exact:
-                total = total + (n - rest) * tail[:, :, -1:]
-            means.append(total / sizes[-1])
-        return (torch.cat(means, dim=2) if len(means) > 1 else means[0]).to(x.dtype)
+            total = tail.sum(2, keepdim=True) + (last - rest) * tail[:, :, -1:]
+            means = torch.cat([means, total / last], dim=2)
+        return means.to(x.dtype)
 
-    bias = torch.full((1, 1, len(sizes)), math.log(n), dtype=torch.float32, device=k.device)
-    if sizes[-1] != n:
-        bias[..., -1] = math.log(sizes[-1])
+    bias = torch.full((1, 1, whole), math.log(n), dtype=torch.float32, device=k.device)
+    if rest:
+        bias = torch.cat([bias, bias.new_full((1, 1, 1), math.log(last))], dim=2)
     return PooledKV(pool(k), pool(v), bias)
 
 

@@ -31,7 +31,7 @@ from .config import PRESETS, BladeConfig, Order
 from .method import Stats, adaptive_sparse_attention
 from .ordering import inverse_order, token_order
 
-__all__ = ["SUPPORTED", "BladeHandle", "LayerStats", "attach", "tiny"]
+__all__ = ["FULL_SIZE", "SUPPORTED", "BladeHandle", "LayerStats", "attach", "full_size", "tiny"]
 
 log = logging.getLogger(__name__)
 
@@ -694,6 +694,57 @@ def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any
         torch.manual_seed(seed)
         return make(**{**defaults, **config}).eval()
 
+
+def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A published architecture with random weights, built where it is wanted.
+
+    For timing and for checking layouts. Attention over random weights is nearly uniform: it says nothing about masks.
+
+    Args:
+        name: A name in ``FULL_SIZE``.
+        device: ``"meta"`` allocates nothing.
+        dtype: Of the weights, but for those that diffusers keeps in float32 when it loads the model.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name not in FULL_SIZE:
+        raise ValueError(f"name must be one of {', '.join(FULL_SIZE)}; got {name!r}")
+    make, config = FULL_SIZE[name]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = make(**config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    kept = set(getattr(make, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if kept.intersection(name.split(".")):
+            parameter.data = parameter.data.float()
+    return model
+
+
+FULL_SIZE: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "wan2.1-1.3b": (
+        WanTransformer3DModel,
+        {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+    ),
+    "wan2.1-14b": (
+        WanTransformer3DModel,
+        {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+    ),
+    "cogvideox-5b": (
+        CogVideoXTransformer3DModel,
+        {
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+        },
+    ),
+}
+"""Published architectures by preset name: the class and the config fields that differ from its defaults."""
 
 _TINY: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "wan": (

@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hone_core.errors import MissingExtraError
+from hone_core.errors import MissingExtraError, UnsupportedHardwareError
 
 __all__ = ["FAILED", "OK", "USAGE", "Verb", "run_cli"]
 
@@ -94,22 +95,18 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
         fn = verb.load() if isinstance(verb, Verb) else verb
         call, common = tyro.cli(_with_common_flags(fn), args=args, prog=prog)
         _set_up_logging(quiet=common["quiet"], verbose=common["verbose"])
-        result = call()
-        _print_result(result, as_json=common["json"])
+        _print_result(call(), as_json=common["json"])
         return OK
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of stdout has gone (`| head`); Python would complain once more while it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)):
-            message = f"{type(error).__name__}: {message}"
+        message = " ".join(str(error).split())
+        # These speak to the user; any other is most likely ours, and its message alone says little.
+        if not isinstance(error, (ValueError, OSError, MissingExtraError, UnsupportedHardwareError)):
+            message = f"{type(error).__name__}: {message} (HONE_TRACEBACK=1 shows where)"
         print(f"{prog}: error: {message}", file=sys.stderr)
         return USAGE if isinstance(error, MissingExtraError) else FAILED
 
@@ -176,18 +173,23 @@ def _overview(prog: str, verbs: Mapping[str, Callable[..., Any] | Verb], descrip
 def _print_result(result: Any, *, as_json: bool) -> None:
     if result is None:
         return
+    try:
+        print(_show(result, as_json=as_json), flush=True)
+    except BrokenPipeError:
+        # The reader of stdout has gone (`| head`); Python would complain once more while it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(result: Any, *, as_json: bool) -> str:
     if isinstance(result, str):
-        print(json.dumps(result) if as_json else result)
-        return
+        return json.dumps(result) if as_json else result
     data = _plain(result)
     if as_json:
-        print(json.dumps(data, indent=2, ensure_ascii=False))
-    elif isinstance(data, Mapping) and (isinstance(result, Mapping) or type(result).__str__ is object.__str__):
+        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    if isinstance(data, Mapping) and (isinstance(result, Mapping) or type(result).__str__ is object.__str__):
         width = max((len(str(key)) for key in data), default=0)
-        for key, value in data.items():
-            print(f"{key!s:<{width}}  {_inline(value)}")
-    else:
-        print(result)
+        return "\n".join(f"{key!s:<{width}}  {_inline(value)}" for key, value in data.items())
+    return str(result)
 
 
 def _plain(value: Any) -> Any:
@@ -200,6 +202,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 

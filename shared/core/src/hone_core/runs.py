@@ -32,9 +32,10 @@ class Row:
     """One measured value.
 
     ``unit`` is a plain word ("ms", "dB", "GiB"; empty for a ratio); ``better`` is the direction that is an
-    improvement; ``n`` counts what the value is over, and ``spread`` is its standard deviation in the same unit;
-    ``paper_value`` is the publication's figure for the same thing. ``labels`` are further columns, such as a shape.
-    A speed-up is stored as the two times that it comes from.
+    improvement; ``n`` counts what the value is over, ``spread`` is its standard deviation and ``interval`` its 95 %
+    confidence interval (low, high), in the same unit; ``paper_value`` is the publication's figure for the same thing.
+    ``labels`` are further columns that tell values apart, such as a shape. A speed-up is stored as the two times that
+    it comes from.
     """
 
     metric: str
@@ -46,13 +47,18 @@ class Row:
     variant: str = ""
     split: str = ""
     paper_value: float | None = None
+    interval: tuple[float, float] | None = None
     labels: dict[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.better not in get_args(Better):
             raise ValueError(f"better must be one of {', '.join(get_args(Better))}; got {self.better!r}")
-        for name in ("value", "spread", "paper_value"):
-            number = getattr(self, name)
+        numbers = {"value": self.value, "spread": self.spread, "paper_value": self.paper_value}
+        if self.interval is not None:
+            numbers |= {"interval": sum(self.interval)}
+            if len(self.interval) != 2 or self.interval[0] > self.interval[1]:
+                raise ValueError(f"{self.metric}: interval must be (low, high); got {self.interval}")
+        for name, number in numbers.items():
             if number is not None and not math.isfinite(number):
                 raise ValueError(
                     f"{self.metric}: {name} must be finite; got {number}. Report why it is missing instead."
@@ -172,6 +178,7 @@ class Run:
         variant: str = "",
         split: str = "",
         paper_value: float | None = None,
+        interval: tuple[float, float] | None = None,
         labels: Mapping[str, str | int | float] | None = None,
     ) -> Row:
         """Add a result; see ``Row``. A row of the same metric, variant, split and labels is replaced.
@@ -190,6 +197,7 @@ class Run:
             variant=variant,
             split=split,
             paper_value=None if paper_value is None else float(paper_value),
+            interval=None if interval is None else tuple(map(float, interval)),
             labels=dict(labels or {}),
         )
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
@@ -250,7 +258,7 @@ class Run:
                 f"{self.path} holds a run of another command ({shown}); "
                 "choose another --out, or repeat the same command to resume"
             )
-        self.rows = [Row(**row) for row in stored["rows"]]
+        self.rows = [_row_from_dict(row) for row in stored["rows"]]
         self.done = stored["status"] == "done"
         self.resumed = not self.done
         self._spent = stored["seconds"]
@@ -334,9 +342,15 @@ def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _row_to_dict(row: Row) -> dict[str, Any]:
     data = asdict(row)
-    if not data["labels"]:
-        del data["labels"]
+    for name in ("interval", "labels"):
+        if not data[name]:
+            del data[name]
     return data
+
+
+def _row_from_dict(data: dict[str, Any]) -> Row:
+    interval = data.get("interval")
+    return Row(**data | {"interval": interval and tuple(interval)})
 
 
 def _new_folder(parent: Path, name: str) -> Path:

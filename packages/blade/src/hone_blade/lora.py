@@ -1,0 +1,331 @@
+"""LoRA weights in the layout that BLADE publishes: checked key by key before anything is loaded.
+
+One rank for all, no stored alpha (alpha equals the rank, so the update is exactly ``B @ A``), on the four projections
+of every attention: of both attentions in Wan, of the one in CogVideoX. Only safetensors files are read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline, WanTransformer3DModel
+from diffusers.utils.torch_utils import is_compiled_module
+from hone_core.config import from_dict, to_dict
+from hone_core.errors import CheckpointError
+from hone_core.io import save_safetensors
+from torch import nn
+
+from .config import BladeConfig
+from .models import full_size
+
+__all__ = ["FILE_NAME", "LoraReport", "expected_keys", "load_blade_lora", "save_blade_lora"]
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+"""The file that is looked for in a folder or hub repository."""
+
+_PREFIX = "transformer"
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+_LAYOUTS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    WanTransformer3DModel: ("blocks", ("attn1", "attn2")),
+    CogVideoXTransformer3DModel: ("transformer_blocks", ("attn1",)),
+}
+_CONFIG_KEY, _LICENCE_KEY = "hone_blade_config", "license"
+_SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraReport:
+    """What ``load_blade_lora`` loaded.
+
+    Attributes:
+        file: The file.
+        adapter_name: Name of the adapter on the model.
+        rank: Rank of every update.
+        num_tensors: Tensors in the file.
+        num_values: Numbers in them.
+        dtype: Of the file, for example ``bfloat16``.
+        config: The attention settings that the file says it was trained with, or None. The published files do not say;
+            they need the preset of their model.
+        licence: One line to show to whoever loads it.
+    """
+
+    file: str
+    adapter_name: str
+    rank: int
+    num_tensors: int
+    num_values: int
+    dtype: str
+    config: BladeConfig | None
+    licence: str
+
+
+def expected_keys(model: nn.Module | str, rank: int = 64) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the layout for one model.
+
+    Args:
+        model: A transformer, or the name of one in ``hone_blade.models.FULL_SIZE``.
+        rank: Of the LoRA; 64 is published.
+
+    Returns:
+        ``transformer.<block>.<attention>.<projection>.lora_A.weight`` to ``(rank, in)`` and ``lora_B.weight`` to
+        ``(out, rank)``: 480 tensors for Wan2.1-1.3B, 336 for CogVideoX-5B.
+
+    Raises:
+        TypeError: The model's class has no such layout.
+        ValueError: The name is unknown, or ``rank`` is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1; got {rank}")
+    model = full_size(model) if isinstance(model, str) else model
+    keys: dict[str, tuple[int, int]] = {}
+    for name, linear in _projections(model).items():
+        keys[f"{_PREFIX}.{name}.lora_A.weight"] = (rank, linear.in_features)
+        keys[f"{_PREFIX}.{name}.lora_B.weight"] = (linear.out_features, rank)
+    return keys
+
+
+def load_blade_lora(
+    pipeline_or_model: Any, path: str | Path, *, adapter_name: str = "blade", local_files_only: bool = False
+) -> LoraReport:
+    """Load LoRA weights of the published layout into a Wan or CogVideoX transformer.
+
+    Every name and shape is compared with the model's before the model is touched. The order with ``attach`` does not
+    matter. ``model.delete_adapters(adapter_name)`` takes the weights off again.
+
+    Args:
+        pipeline_or_model: The transformer, or a pipeline; of a Wan2.2 pipeline pass ``pipe.transformer`` or
+            ``pipe.transformer_2``.
+        path: A safetensors file, a folder that holds ``pytorch_lora_weights.safetensors``, or a hub address
+            ``owner/repository[/folder][/file.safetensors]``, for example ``GYP666/BLADE/BLADE_wanx_weight``.
+        adapter_name: Name for the adapter.
+        local_files_only: Do not ask the hub, only its local cache.
+
+    Raises:
+        TypeError: The model's class has no such layout.
+        CheckpointError: The file is not there, is not safetensors, or has unknown, missing or misshapen tensors.
+        ValueError: The pipeline has two transformers, or ``adapter_name`` is taken.
+    """
+    pipeline = pipeline_or_model if isinstance(pipeline_or_model, DiffusionPipeline) else None
+    model = _transformer(pipeline_or_model)
+    _layout(model)
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f"the model already has an adapter named {adapter_name!r}; choose another adapter_name, or call "
+            f"model.delete_adapters({adapter_name!r}) first"
+        )
+    file, address = _find(path, local_files_only=local_files_only)
+    shapes, dtypes, metadata = _read_header(file)
+    rank = _check(file, shapes, model)
+    if not all(name in ("F32", "F16", "BF16", "F64") for name in dtypes):
+        raise CheckpointError(f"{file}: expected floating-point tensors; got {', '.join(sorted(dtypes))}")
+    config = _read_config(file, metadata)
+
+    from safetensors.torch import load_file
+
+    model.load_lora_adapter(load_file(file), prefix=_PREFIX, adapter_name=adapter_name, _pipeline=pipeline)
+    report = LoraReport(
+        file=str(file),
+        adapter_name=adapter_name,
+        rank=rank,
+        num_tensors=len(shapes),
+        num_values=sum(a * b for a, b in shapes.values()),
+        dtype=", ".join(_DTYPES.get(name, name) for name in sorted(dtypes)),
+        config=config,
+        licence=_licence(address, metadata),
+    )
+    log.info("loaded %d LoRA tensors of rank %d from %s. %s", report.num_tensors, rank, file, report.licence)
+    return report
+
+
+def save_blade_lora(
+    pipeline_or_model: Any,
+    path: str | Path,
+    *,
+    adapter_name: str = "blade",
+    config: BladeConfig | None = None,
+    licence: str | None = None,
+) -> Path:
+    """Save an adapter in the published layout, which ``load_blade_lora`` and diffusers' ``load_lora_weights`` read.
+
+    Args:
+        pipeline_or_model: What the adapter is on.
+        path: The file, ending in ``.safetensors``.
+        adapter_name: Name of the adapter.
+        config: Attention settings that it was trained with, kept in the file's header.
+        licence: One line, kept in the header.
+
+    Raises:
+        ValueError: There is no such adapter, its alpha is not its rank, it does not cover exactly the layout's
+            projections, or ``path`` has another ending.
+    """
+    from peft import get_peft_model_state_dict
+
+    path, model = Path(path), _transformer(pipeline_or_model)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors; got {path}")
+    adapters = getattr(model, "peft_config", {})
+    if adapter_name not in adapters:
+        raise ValueError(f"the model has no adapter {adapter_name!r}; it has {', '.join(adapters) or 'none'}")
+    settings = adapters[adapter_name]
+    if settings.lora_alpha != settings.r or settings.alpha_pattern or settings.rank_pattern:
+        raise ValueError(
+            f"the layout stores no alpha, so lora_alpha must equal the rank of every layer; got rank {settings.r}, "
+            f"alpha {settings.lora_alpha}, patterns {settings.rank_pattern} and {settings.alpha_pattern}"
+        )
+    tensors = {
+        f"{_PREFIX}.{name}": value
+        for name, value in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+    }
+    expected = expected_keys(model, settings.r)
+    if {name: tuple(value.shape) for name, value in tensors.items()} != expected:
+        missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise ValueError(
+            f"the adapter must cover {', '.join(_PROJECTIONS)} of every attention and nothing else; "
+            f"missing {_few(missing)}; beyond {_few(more)}"
+        )
+    metadata = {"format": "pt"}
+    if config is not None:
+        metadata[_CONFIG_KEY] = json.dumps(to_dict(config))
+    if licence is not None:
+        metadata[_LICENCE_KEY] = licence
+    return save_safetensors(tensors, path, metadata=metadata)
+
+
+def _transformer(pipeline_or_model: Any) -> nn.Module:
+    model = pipeline_or_model
+    if isinstance(model, DiffusionPipeline):
+        if getattr(model, "transformer_2", None) is not None:
+            raise ValueError(
+                f"this {type(model).__name__} has two transformers; pass pipe.transformer or pipe.transformer_2"
+            )
+        model = getattr(model, "transformer", None)
+    return model._orig_mod if is_compiled_module(model) else model
+
+
+def _layout(model: Any) -> tuple[str, tuple[str, ...]]:
+    for kind, layout in _LAYOUTS.items():
+        if isinstance(model, kind):
+            return layout
+    raise TypeError(
+        f"BLADE's LoRA layout exists for {', '.join(kind.__name__ for kind in _LAYOUTS)}; got {type(model).__name__}"
+    )
+
+
+def _projections(model: nn.Module) -> dict[str, Any]:
+    """Name to linear layer, the layer below any adapter that it already has."""
+    blocks, attentions = _layout(model)
+    found = {}
+    for index, block in enumerate(getattr(model, blocks)):
+        for attention in attentions:
+            for projection in _PROJECTIONS:
+                linear = block.get_submodule(f"{attention}.{projection}")
+                found[f"{blocks}.{index}.{attention}.{projection}"] = getattr(linear, "base_layer", linear)
+    return found
+
+
+def _find(path: str | Path, *, local_files_only: bool) -> tuple[Path, str]:
+    """The local file, and the address that it came from."""
+    local = Path(path)
+    if local.is_dir():
+        local = local / FILE_NAME
+        if not local.is_file():
+            others = sorted(p.name for p in local.parent.glob("*.safetensors"))
+            hint = f"; it has {_few(others)}: name the file" if others else ""
+            raise CheckpointError(f"{local.parent} holds no {FILE_NAME}{hint}")
+    if local.suffix and local.suffix != ".safetensors" and (local.exists() or local.suffix in _PICKLES):
+        raise CheckpointError(f"{local}: only .safetensors files are read, since unpickling others can run code")
+    if local.is_file():
+        return local, str(path)
+    parts = str(path).split("/")
+    if len(parts) < 2 or local.is_absolute() or any(part in ("", ".", "..") for part in parts):
+        raise CheckpointError(f"{path} does not exist; expected a safetensors file, a folder or owner/repository")
+    inside = parts[2:]
+    if not inside or not inside[-1].endswith(".safetensors"):
+        inside.append(FILE_NAME)
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.hf_hub_download(
+            "/".join(parts[:2]), "/".join(inside), local_files_only=local_files_only
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is no local file, and {'/'.join(inside)} of the hub repository {'/'.join(parts[:2])} could not be "
+            f"fetched ({type(error).__name__}: {error}). Download it where there is a connection and pass the file."
+        ) from error
+    return Path(found), str(path)
+
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], set[str], dict[str, str]]:
+    """Shapes, dtypes and metadata, without reading the values."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            return shapes, {part.get_dtype() for part in slices.values()}, handle.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _check(file: Path, shapes: dict[str, tuple[int, ...]], model: nn.Module) -> int:
+    """The rank, if the file has exactly the layout of the model."""
+    name = type(model).__name__
+    first = next((shape for key, shape in shapes.items() if key.endswith(".lora_A.weight") and len(shape) == 2), None)
+    if first is None:
+        raise CheckpointError(
+            f"{file}: no LoRA tensors; expected {_PREFIX}.*.lora_A.weight, got {_few(sorted(shapes))}"
+        )
+    rank = first[0]
+    expected = expected_keys(model, rank)
+    unknown, missing = sorted(shapes.keys() - expected.keys()), sorted(expected.keys() - shapes.keys())
+    if unknown or missing:
+        problems = [f"{len(unknown)} unknown tensors, such as {_few(unknown)}"] if unknown else []
+        problems += [f"{len(missing)} missing, such as {_few(missing)}"] if missing else []
+        raise CheckpointError(
+            f"{file} does not fit this {name}: {'; '.join(problems)}. Expected {len(expected)} tensors, A and B for "
+            f"{', '.join(_PROJECTIONS)} of every attention; got {len(shapes)}. Is it for another model?"
+        )
+    wrong = [f"{key} {shapes[key]} instead of {shape}" for key, shape in expected.items() if shapes[key] != shape]
+    if wrong:
+        raise CheckpointError(
+            f"{file} does not fit this {name} at rank {rank}: {len(wrong)} tensors of another shape, such as "
+            f"{_few(wrong)}. Is it for another model size?"
+        )
+    return rank
+
+
+def _read_config(file: Path, metadata: dict[str, str]) -> BladeConfig | None:
+    if _CONFIG_KEY not in metadata:
+        return None
+    try:
+        return from_dict(BladeConfig, json.loads(metadata[_CONFIG_KEY]))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the attention settings in its header cannot be read: {error}") from error
+
+
+def _licence(address: str, metadata: dict[str, str]) -> str:
+    if _LICENCE_KEY in metadata:
+        return f"Licence of these weights, as the file says: {metadata[_LICENCE_KEY]}"
+    if address.startswith("GYP666/"):
+        return (
+            "Licence of the published BLADE weights (GYP666/BLADE): unknown to this package; read the repository's "
+            "model card before you use or share them. The base model's licence applies as well."
+        )
+    return "Licence of these weights: unknown, the file does not say; the base model's licence applies as well."
+
+
+def _few(items: list[str]) -> str:
+    shown = ", ".join(items[:_SHOWN])
+    return (f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown) or "none"

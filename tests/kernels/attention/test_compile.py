@@ -1,0 +1,67 @@
+"""Every shipped configuration compiled for sm_90 without a GPU, and its machine code read."""
+
+import pytest
+import torch
+from hone_kernels.attention import BlockLayout
+from hone_kernels.compile import compile_launch, record_launches
+
+triton_kernels = pytest.importorskip("hone_kernels.attention.triton", reason="Triton is for Linux only")
+KERNELS = ("_forward_kernel", "_rows_kernel", "_dq_kernel", "_dkv_kernel")
+
+
+def launches(monkeypatch, dim, dtype, tokens, pooled, padded, tiles=None, sm=90):
+    monkeypatch.setattr(triton_kernels, "_sm", lambda x: sm)
+    q = torch.empty(1, 2, tokens, dim, dtype=dtype)
+    lse = torch.empty(1, 2, tokens)
+    layout = BlockLayout.dense(tokens, tokens)
+    columns = layout.transpose()
+    valid = torch.ones(1, layout.num_k_blocks, dtype=torch.int32) if padded else None
+    extra = (torch.empty(1, 2, 100, dim, dtype=dtype),) * 2 + (torch.empty(1, 2, 100),) if pooled else (None,) * 3
+    lists = (layout.kv_num, layout.kv_idx)
+    with record_launches(triton_kernels, *KERNELS) as recorded:
+        triton_kernels.attention_forward(q, q, q, *lists, valid, *extra, 128, 128, 0.1, tiles)
+        triton_kernels.attention_backward(
+            q, lse, q, q, q, q, lse, *lists, columns.kv_num, columns.kv_idx, valid, *extra, 128, 128, 0.1
+        )
+    return recorded
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+@pytest.mark.parametrize(("pooled", "padded"), [(False, False), (True, False), (False, True)])
+def test_half_precision_uses_the_matrix_units(monkeypatch, dim, pooled, padded):
+    recorded = launches(monkeypatch, dim, torch.bfloat16, 2056, pooled, padded)
+    assert [x.name for x in recorded] == [*KERNELS] + ["_dkv_kernel"] * pooled
+    for launch in recorded:
+        code = compile_launch(launch)
+        assert code.spills == 0, launch
+        assert not code.serialized, launch
+        if launch.name != "_rows_kernel":
+            assert code.count("HGMMA") > 0, launch
+            assert (code.count("UTMALDG") > 0) == (dim != 96), launch
+
+
+@pytest.mark.compile
+def test_whole_blocks_and_float16(monkeypatch):
+    for launch in launches(monkeypatch, 128, torch.float16, 2048, False, False):
+        code = compile_launch(launch)
+        assert code.spills == 0
+        assert not code.serialized
+
+
+@pytest.mark.compile
+def test_the_lane_sees_spills_and_serialised_matrix_products(monkeypatch):
+    """Configurations known to be bad are reported as such, so that the tests above can fail."""
+    serialised = triton_kernels.Tiles(128, 128, 4, 3)
+    assert compile_launch(launches(monkeypatch, 64, torch.bfloat16, 2048, False, False, serialised)[0]).serialized
+    spilling = triton_kernels.Tiles(64, 64, 4, 2, descriptors=True, registers=96)
+    assert compile_launch(launches(monkeypatch, 128, torch.bfloat16, 2048, False, False, spilling)[0]).spills > 0
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", [64, 128])
+def test_older_gpus_fit_in_shared_memory(monkeypatch, dim):
+    for launch in launches(monkeypatch, dim, torch.bfloat16, 2056, False, False, sm=80):
+        code = compile_launch(launch, sm=80)
+        assert code.spills == 0, launch
+        assert code.shared_bytes <= 99 * 1024, launch  # what consumer GPUs of that generation give a program
