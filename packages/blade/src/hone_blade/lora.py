@@ -22,7 +22,7 @@ from torch import nn
 from .config import BladeConfig
 from .models import full_size
 
-__all__ = ["FILE_NAME", "LoraReport", "expected_keys", "load_blade_lora", "save_blade_lora"]
+__all__ = ["FILE_NAME", "LoraReport", "expected_keys", "find_lora", "load_blade_lora", "save_blade_lora"]
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,11 @@ def expected_keys(model: nn.Module | str, rank: int = 64) -> dict[str, tuple[int
 
 
 def load_blade_lora(
-    pipeline_or_model: Any, path: str | Path, *, adapter_name: str = "blade", local_files_only: bool = False
+    pipeline_or_model: Any,
+    path: str | Path,
+    *,
+    adapter_name: str = "blade",
+    local_files_only: bool = False,
 ) -> LoraReport:
     """Load LoRA weights of the published layout into a Wan or CogVideoX transformer.
 
@@ -119,7 +123,7 @@ def load_blade_lora(
             f"the model already has an adapter named {adapter_name!r}; choose another adapter_name, or call "
             f"model.delete_adapters({adapter_name!r}) first"
         )
-    file, address = _find(path, local_files_only=local_files_only)
+    file = find_lora(path, local_files_only=local_files_only)
     shapes, dtypes, metadata = _read_header(file)
     rank = _check(file, shapes, model)
     if not all(name in ("F32", "F16", "BF16", "F64") for name in dtypes):
@@ -137,10 +141,46 @@ def load_blade_lora(
         num_values=sum(a * b for a, b in shapes.values()),
         dtype=", ".join(_DTYPES.get(name, name) for name in sorted(dtypes)),
         config=config,
-        licence=_licence(address, metadata),
+        licence=_licence(path, metadata),
     )
     log.info("loaded %d LoRA tensors of rank %d from %s. %s", report.num_tensors, rank, file, report.licence)
     return report
+
+
+def find_lora(path: str | Path, *, local_files_only: bool = False) -> Path:
+    """The local file behind a path or hub address, fetched if need be; its content is not looked at.
+
+    Args and Raises: As for ``load_blade_lora``.
+    """
+    local = Path(path)
+    if local.is_dir():
+        local = local / FILE_NAME
+        if not local.is_file():
+            others = sorted(p.name for p in local.parent.glob("*.safetensors"))
+            hint = f"; it has {_few(others)}: name the file" if others else ""
+            raise CheckpointError(f"{local.parent} holds no {FILE_NAME}{hint}")
+    if local.suffix and local.suffix != ".safetensors" and (local.exists() or local.suffix in _PICKLES):
+        raise CheckpointError(f"{local}: only .safetensors files are read, since unpickling others can run code")
+    if local.is_file():
+        return local
+    parts = str(path).split("/")
+    if len(parts) < 2 or local.is_absolute() or any(part in ("", ".", "..") for part in parts):
+        raise CheckpointError(f"{path} does not exist; expected a safetensors file, a folder or owner/repository")
+    inside = parts[2:]
+    if not inside or not inside[-1].endswith(".safetensors"):
+        inside.append(FILE_NAME)
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.hf_hub_download(
+            "/".join(parts[:2]), "/".join(inside), local_files_only=local_files_only
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is no local file, and {'/'.join(inside)} of the hub repository {'/'.join(parts[:2])} could not be "
+            f"fetched ({type(error).__name__}: {error}). Download it where there is a connection and pass the file."
+        ) from error
+    return Path(found)
 
 
 def save_blade_lora(
@@ -229,39 +269,6 @@ def _projections(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _find(path: str | Path, *, local_files_only: bool) -> tuple[Path, str]:
-    """The local file, and the address that it came from."""
-    local = Path(path)
-    if local.is_dir():
-        local = local / FILE_NAME
-        if not local.is_file():
-            others = sorted(p.name for p in local.parent.glob("*.safetensors"))
-            hint = f"; it has {_few(others)}: name the file" if others else ""
-            raise CheckpointError(f"{local.parent} holds no {FILE_NAME}{hint}")
-    if local.suffix and local.suffix != ".safetensors" and (local.exists() or local.suffix in _PICKLES):
-        raise CheckpointError(f"{local}: only .safetensors files are read, since unpickling others can run code")
-    if local.is_file():
-        return local, str(path)
-    parts = str(path).split("/")
-    if len(parts) < 2 or local.is_absolute() or any(part in ("", ".", "..") for part in parts):
-        raise CheckpointError(f"{path} does not exist; expected a safetensors file, a folder or owner/repository")
-    inside = parts[2:]
-    if not inside or not inside[-1].endswith(".safetensors"):
-        inside.append(FILE_NAME)
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.hf_hub_download(
-            "/".join(parts[:2]), "/".join(inside), local_files_only=local_files_only
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is no local file, and {'/'.join(inside)} of the hub repository {'/'.join(parts[:2])} could not be "
-            f"fetched ({type(error).__name__}: {error}). Download it where there is a connection and pass the file."
-        ) from error
-    return Path(found), str(path)
-
-
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -315,10 +322,11 @@ def _read_config(file: Path, metadata: dict[str, str]) -> BladeConfig | None:
         raise CheckpointError(f"{file}: the attention settings in its header cannot be read: {error}") from error
 
 
-def _licence(address: str, metadata: dict[str, str]) -> str:
+def _licence(path: str | Path, metadata: dict[str, str]) -> str:
     if _LICENCE_KEY in metadata:
         return f"Licence of these weights, as the file says: {metadata[_LICENCE_KEY]}"
-    if address.startswith("GYP666/"):
+    # An address on the hub, or a file in the hub's local cache.
+    if str(path).startswith("GYP666/") or "models--GYP666--" in str(path):
         return (
             "Licence of the published BLADE weights (GYP666/BLADE): unknown to this package; read the repository's "
             "model card before you use or share them. The base model's licence applies as well."

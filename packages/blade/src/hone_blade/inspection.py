@@ -1,0 +1,231 @@
+"""What sparse attention does inside a model: density, clamped rows and recall of every layer at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hone_core.io import atomic_path, atomic_write_json
+from hone_core.runs import Run
+
+from .models import BladeHandle, LayerStats
+from .sample import GenerateConfig, Sampler, find_inputs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["InspectReport", "LayerRow", "inspect_model", "inspect_pipeline", "plot_inspection", "to_rows"]
+
+METRICS = {
+    "density": "density of query-key pairs",
+    "clamped": "rows at the upper clamp",
+    "recall": "recall of dense attention's mass",
+}
+"""Metric to the title of its panel; every one of them lies in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRow:
+    """Statistics of one self-attention call, averaged over batch elements and heads.
+
+    Attributes:
+        step: Denoising step, from 0.
+        call: Forward within the step; with guidance Wan makes two.
+        model: 1 for the second transformer of a Wan2.2 pipeline.
+        layer: Transformer block.
+        density: Query-key pairs computed over all pairs, pooled keys not counted.
+        pooled: Pooled keys over keys, what they add to the density.
+        clamped: Share of query blocks whose threshold asked for more than the upper clamp.
+        recall: Share of dense attention's probability on the pairs computed; None if it was not measured.
+        recall_low: The worst head's recall.
+        recall_high: The best head's recall.
+    """
+
+    step: int
+    call: int
+    model: int
+    layer: int
+    density: float
+    pooled: float
+    clamped: float
+    recall: float | None
+    recall_low: float | None
+    recall_high: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectReport:
+    """Result of an inspection.
+
+    Attributes:
+        path: The run's folder.
+        rows: The JSON file of all rows.
+        figure: The plot.
+        calls: Self-attention calls seen.
+        density: Mean over them; likewise the next two.
+        clamped: See ``LayerRow``.
+        recall: None if it was not measured.
+    """
+
+    path: str
+    rows: str
+    figure: str
+    calls: int
+    density: float
+    clamped: float
+    recall: float | None
+
+
+def to_rows(stats: Iterable[LayerStats]) -> list[LayerRow]:
+    """Numbers of recorded statistics; waits for the device once per call that was recorded."""
+    rows = []
+    for step, call, model, layer, values in stats:
+        numbers = [values.density.mean(), values.clamped.mean()]
+        if values.recall is not None:
+            numbers += [values.recall.mean(), *values.recall.mean(0).aminmax()]
+        density, clamped, *recall = torch.stack(numbers).tolist()
+        mean, low, high = recall or (None, None, None)
+        rows.append(
+            LayerRow(
+                step=step,
+                call=call,
+                model=model,
+                layer=layer,
+                density=density,
+                pooled=values.pooled,
+                clamped=clamped,
+                recall=mean,
+                recall_low=low,
+                recall_high=high,
+            )
+        )
+    return rows
+
+
+def inspect_model(
+    handle: BladeHandle, call: Callable[[], Any], run: Run, *, recall: bool = True, title: str = ""
+) -> InspectReport:
+    """Run ``call`` once and write what the attached model's attention did.
+
+    Into the run go ``artifacts/inspection.json`` (all rows), ``figures/inspection.png`` and the means as results.
+
+    Args:
+        handle: BLADE on the model, from ``attach``.
+        call: Runs the model: one forward, or a whole video.
+        run: The run, entered.
+        recall: Also measure recall, which costs a dense attention per call.
+        title: Above the plot.
+
+    Raises:
+        ValueError: ``call`` ran no sparse self-attention: every layer, step or sequence was left dense, or another
+            model ran.
+    """
+    with handle.record(recall=recall) as stats:
+        call()
+    rows = to_rows(stats)
+    if not rows:
+        raise ValueError(
+            "no sparse self-attention ran. Either the settings leave everything dense "
+            f"(dense_steps={handle.config.dense_steps}, dense_layers={handle.config.dense_layers}, "
+            f"min_tokens={handle.config.min_tokens}), or the call did not run the attached model"
+        )
+    for metric in METRICS:
+        values = [value for row in rows if (value := getattr(row, metric)) is not None]
+        if values:
+            better = "higher" if metric == "recall" else "none"
+            run.row(metric, sum(values) / len(values), better=better, n=len(values), variant="blade")
+    data = [dataclasses.asdict(row) for row in rows]
+    file = atomic_write_json(run.artifacts / "inspection.json", data)
+    figure = plot_inspection(data, run.figures / "inspection.png", title=title)
+    return _report(run, file, figure, len(rows))
+
+
+def inspect_pipeline(
+    cfg: GenerateConfig, run: Run, *, device: str | torch.device = "auto", recall: bool = True
+) -> InspectReport:
+    """Inspect a real pipeline on the first prompt of a config, without decoding the video.
+
+    Raises:
+        CheckpointError, FileNotFoundError: Weights or prompts are not there; before anything is loaded.
+        ValueError: The settings are dense; or as ``inspect_model``.
+    """
+    if cfg.dense:
+        raise ValueError("there is nothing to inspect in dense attention; drop dense")
+    sampler = Sampler.load(find_inputs(cfg), device)
+    with sampler.attached() as handle:
+        title = f"{type(handle.models[0]).__name__}, {sampler.attention_name}, {cfg.steps} steps"
+        return inspect_model(handle, lambda: sampler.draw(0, output_type="latent"), run, recall=recall, title=title)
+
+
+def _report(run: Run, file: Path, figure: Path, calls: int) -> InspectReport:
+    means = {row.metric: row.value for row in run.rows}
+    return InspectReport(
+        path=str(run.path),
+        rows=str(file),
+        figure=str(figure),
+        calls=calls,
+        density=means["density"],
+        clamped=means["clamped"],
+        recall=means.get("recall"),
+    )
+
+
+def plot_inspection(rows: list[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
+    """Draw one panel per metric: layers down, denoising steps across, colour from 0 to 1.
+
+    Calls of a step are averaged; a layer that ran dense in a step is left blank.
+
+    Args:
+        rows: Fields of ``LayerRow``, as ``inspection.json`` holds them.
+        path: PNG or SVG to write.
+        title: Above the panels.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no rows to plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
+    steps = 1 + max(row["step"] for row in rows)
+    layers = 1 + max(row["layer"] for row in rows)
+    figure = Figure(figsize=(3.2 * len(shown) + 0.6, min(8.0, 1.9 + 0.16 * layers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, metric in zip(panels, shown, strict=True):
+        picture = axes.imshow(
+            _grid(rows, metric, layers, steps), vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest"
+        )
+        axes.set_title(METRICS[metric], fontsize=9)
+        axes.set_xlabel("denoising step")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    panels[0].set_ylabel("layer")
+    figure.colorbar(picture, ax=list(panels))
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return _save(figure, Path(path))
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with atomic_path(path) as scratch:
+        figure.savefig(scratch, dpi=150)
+    return path
+
+
+def _grid(rows: list[Mapping[str, Any]], metric: str, layers: int, steps: int) -> list[list[float]]:
+    """Mean of a metric by layer and step; NaN where there is none."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for row in rows:
+        if row[metric] is not None:
+            found.setdefault((row["layer"], row["step"]), []).append(row[metric])
+    return [
+        [sum(values) / len(values) if (values := found.get((layer, step))) else float("nan") for step in range(steps)]
+        for layer in range(layers)
+    ]

@@ -1,0 +1,484 @@
+"""Videos from prompts, with a real Wan or CogVideoX pipeline.
+
+What a run needs (weights, LoRA, prompts) is looked for before anything is loaded. Each prompt becomes one MP4, written
+whole or not at all, so the same command with the same run folder goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import (
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from diffusers.utils import export_to_video
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.errors import CheckpointError
+from hone_core.io import atomic_path
+from hone_core.progress import Progress, progress_bar
+from hone_core.runs import Run
+
+from .config import PRESETS, BladeConfig
+from .lora import find_lora, load_blade_lora
+from .models import BladeHandle, attach
+from .scheduler import TDMScheduler
+
+__all__ = ["GenerateConfig", "GenerateReport", "Inputs", "Sampler", "find_inputs", "generate"]
+
+log = logging.getLogger(__name__)
+
+SchedulerName = Literal["tdm", "unipc", "dpm", "default"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """What to generate, and how."""
+
+    model: str
+    """Folder of a diffusers pipeline (it holds ``model_index.json``), or its hub address, such as
+    ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` or ``THUDM/CogVideoX-5b``."""
+    prompts: tuple[str, ...] = ()
+    """One video each."""
+    prompt_file: str | None = None
+    """UTF-8 text, one prompt a line, instead of ``prompts``; empty lines are skipped."""
+    negative_prompt: str = ""
+    """What guidance leads away from; used when ``guidance`` is above 1."""
+    preset: str | None = None
+    """Attention settings by name. None: those that the LoRA file states, else the preset of the model's kind."""
+    attention: BladeConfig | None = None
+    """Attention settings in full, instead of ``preset``."""
+    dense: bool = False
+    """Leave attention as it is."""
+    lora: str | None = None
+    """LoRA weights: a safetensors file, its folder, or a hub address."""
+    scheduler: SchedulerName = "tdm"
+    """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan, flow shift as in the pipeline, else 3) and
+    ``dpm`` (CogVideoX, trailing times): what the release samples with. ``default``: the pipeline's own."""
+    steps: int = 8
+    """Network calls per video, twice as many with guidance."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight; 1 is none, as distilled models need."""
+    height: int | None = None
+    """Pixels; None: the pipeline's default, like the next two."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Frames."""
+    fps: int | None = None
+    """Frames per second of the file; None: 16 for Wan, 8 for CogVideoX."""
+    seed: int = 0
+    """Of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of transformer and text encoder; Wan's VAE stays in float32, as the release has it."""
+    offload: bool = False
+    """Keep on the GPU only the part that is running."""
+    local_files_only: bool = False
+    """Never ask the hub, only its local cache."""
+
+    def __post_init__(self) -> None:
+        if bool(self.prompts) == (self.prompt_file is not None):
+            raise ValueError("give either prompts or prompt_file, at least one prompt")
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise ValueError("a prompt must not be empty")
+        if self.preset is not None and self.attention is not None:
+            raise ValueError("give preset or attention, not both")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
+        if self.dense and (self.preset is not None or self.attention is not None):
+            raise ValueError("dense leaves attention as it is; drop preset and attention, or dense")
+        for name in ("steps", "height", "width", "frames", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.guidance < 1:
+            raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative; got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateReport:
+    """What a run made.
+
+    Attributes:
+        path: The run's folder.
+        videos: The files, in the order of the prompts.
+        made: How many of them this call made; the others were there.
+        attention: Preset name, ``custom`` or ``dense``.
+        scheduler: The sampler, as in the settings.
+        seconds: Mean time of a video from prompt to frames, over those of this run; None if nothing is known.
+        notices: Lines to show, such as licences of weights.
+    """
+
+    path: str
+    videos: tuple[str, ...]
+    made: int
+    attention: str
+    scheduler: str
+    seconds: float | None
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What was found before anything is loaded.
+
+    Attributes:
+        config: The settings with the prompts themselves in place of their file: what a run should keep, so that an
+            edited prompt file is another run.
+        pipeline: Class name of the pipeline.
+        lora: The LoRA file, or None.
+    """
+
+    config: GenerateConfig
+    pipeline: str
+    lora: str | None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    pipeline: type[DiffusionPipeline]
+    preset: str
+    fps: int
+    schedulers: tuple[str, ...]
+
+
+_KINDS = {
+    "WanPipeline": _Kind(WanPipeline, "wan2.1-1.3b", 16, ("tdm", "unipc", "default")),
+    "CogVideoXPipeline": _Kind(CogVideoXPipeline, "cogvideox-5b", 8, ("tdm", "dpm", "default")),
+}
+
+
+def find_inputs(cfg: GenerateConfig) -> Inputs:
+    """Look for everything that the run needs, and load nothing.
+
+    Raises:
+        CheckpointError: The pipeline or LoRA weights are not there, not whole, or of an unsupported class.
+        FileNotFoundError: There is no prompt file.
+        ValueError: The prompt file holds no prompt; the scheduler is not one for this pipeline.
+    """
+    name = _find_pipeline(cfg.model, local_files_only=cfg.local_files_only).get("_class_name")
+    if name not in _KINDS:
+        raise CheckpointError(f"{cfg.model} is a {name}; expected {' or '.join(_KINDS)}")
+    if cfg.scheduler not in _KINDS[name].schedulers:
+        raise ValueError(
+            f"scheduler must be one of {', '.join(_KINDS[name].schedulers)} for a {name}; got {cfg.scheduler!r}"
+        )
+    lora = None if cfg.lora is None else str(find_lora(cfg.lora, local_files_only=cfg.local_files_only))
+    return Inputs(config=replace(cfg, prompts=_prompts(cfg), prompt_file=None), pipeline=name, lora=lora)
+
+
+def generate(
+    cfg: GenerateConfig, run: Run, *, device: str | torch.device = "auto", quiet: bool = False
+) -> GenerateReport:
+    """Make one video per prompt, into the run's ``artifacts``.
+
+    Videos that are there already are kept. Rows of the run: ``seconds`` from prompt to frames, and on a GPU
+    ``peak_memory``, per video.
+
+    Args:
+        cfg: What to generate.
+        run: The run, entered. A finished one is reported as it is.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        quiet: Show no progress.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: As ``find_inputs``, before anything is loaded; a ValueError also
+            for a size that the model cannot make.
+        RuntimeError: The model produced values that are not finite.
+    """
+    inputs = find_inputs(cfg)
+    cfg = inputs.config
+    folder = run.path / "artifacts"
+    targets = [folder / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
+    todo = [] if run.done else [i for i, target in enumerate(targets) if not target.is_file()]
+    attention, notices = _attention(cfg, _KINDS[inputs.pipeline], None)[0], ()
+    if todo:
+        sampler = Sampler.load(inputs, device)
+        attention, notices = sampler.attention_name, sampler.notices
+        with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=quiet) as bar:
+            for i in todo:
+                _make(sampler, i, targets[i], run, bar)
+    seconds = [row.value for row in run.rows if row.metric == "seconds"]
+    return GenerateReport(
+        path=str(run.path),
+        videos=tuple(str(target) for target in targets),
+        made=len(todo),
+        attention=attention,
+        scheduler=cfg.scheduler,
+        seconds=sum(seconds) / len(seconds) if seconds else None,
+        notices=notices,
+    )
+
+
+class Sampler:
+    """A loaded pipeline with its scheduler and LoRA, ready to draw the prompts of a config.
+
+    Attributes:
+        config: The settings.
+        pipe: The diffusers pipeline.
+        device: Where it runs.
+        attention_name: Preset name, ``custom`` or ``dense``.
+        attention: The settings behind it; None for dense.
+        notices: Lines to show, such as licences of weights.
+        fps: Frames per second of its videos.
+    """
+
+    def __init__(self, inputs: Inputs, pipe: Any, device: torch.device) -> None:
+        kind = _KINDS[inputs.pipeline]
+        self.config, self.pipe, self.device = inputs.config, pipe, device
+        self.fps = inputs.config.fps or kind.fps
+        self.notices: tuple[str, ...] = ()
+        stated = None
+        if inputs.lora is not None:
+            report = load_blade_lora(pipe, inputs.lora)
+            self.notices, stated = (report.licence,), report.config
+        self.attention_name, self.attention = _attention(inputs.config, kind, stated)
+
+    @classmethod
+    def load(cls, inputs: Inputs, device: str | torch.device = "auto") -> Sampler:
+        """Load what ``find_inputs`` found.
+
+        Raises:
+            CheckpointError: The weights cannot be read, or a LoRA does not fit them.
+            ValueError: The model cannot make the size that is asked for.
+        """
+        cfg, device = inputs.config, resolve_device(device)
+        pipe = _load(cfg, inputs, device)
+        _check_size(cfg, pipe)
+        pipe.scheduler = _scheduler(cfg, pipe)
+        if inputs.lora is None and cfg.scheduler == "tdm":
+            log.warning(
+                "no LoRA: a model that was not distilled makes poor videos in %d steps of the TDM rollout; pass a "
+                "LoRA, or scheduler 'default' with about 50 steps and guidance",
+                cfg.steps,
+            )
+        return cls(inputs, pipe, device)
+
+    @contextmanager
+    def attached(self) -> Iterator[BladeHandle | None]:
+        """Run with the settings' attention inside the block; gives the handle, None for dense."""
+        if self.attention is None:
+            yield None
+            return
+        with attach(self.pipe, self.attention) as handle:
+            yield handle
+
+    def draw(
+        self, index: int, *, output_type: Literal["np", "latent"] = "np", step_done: Callable[[], None] | None = None
+    ) -> Any:
+        """Frames ``[F, H, W, 3]`` in [0, 1] for a prompt, or latents as the pipeline has them.
+
+        Args:
+            index: Which prompt; the noise is of ``seed + index``.
+            output_type: ``"latent"`` spares the VAE.
+            step_done: Called after each denoising step.
+        """
+        cfg = self.config
+        generator = torch.Generator().manual_seed(cfg.seed + index)
+        if isinstance(self.pipe.scheduler, TDMScheduler):
+            self.pipe.scheduler.generator = generator
+
+        def after(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if step_done is not None:
+                step_done()
+            return values
+
+        sizes = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
+        frames = self.pipe(
+            prompt=cfg.prompts[index],
+            negative_prompt=cfg.negative_prompt,
+            num_inference_steps=cfg.steps,
+            guidance_scale=cfg.guidance,
+            generator=generator,
+            output_type=output_type,
+            callback_on_step_end=after,
+            **{name: value for name, value in sizes.items() if value is not None},
+        ).frames
+        return frames if output_type == "latent" else frames[0]
+
+
+def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -> None:
+    """One video: draw, check, write, record."""
+    cfg, device = sampler.config, sampler.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    frames = sampler.draw(index, step_done=bar.update)
+    seconds = time.perf_counter() - start
+    if not np.isfinite(frames).all():
+        raise RuntimeError(
+            f"prompt {index} gave frames that are not finite; try dtype float32 or bfloat16 (this run: {cfg.dtype})"
+        )
+    with atomic_path(target) as scratch:
+        export_to_video(list(frames), str(scratch), fps=sampler.fps)
+    labels = {"prompt": index, "seed": cfg.seed + index, "frames": len(frames), "steps": cfg.steps}
+    labels |= {"height": frames.shape[1], "width": frames.shape[2]}
+    variant = "dense" if cfg.dense else "blade"
+    run.row("seconds", seconds, unit="s", better="lower", variant=variant, labels=labels)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        run.row("peak_memory", peak, unit="GiB", better="lower", variant=variant, labels=labels)
+    run.log(step=index, seconds=seconds)
+
+
+def _attention(cfg: GenerateConfig, kind: _Kind, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
+    """Name and settings of the attention; ``stated`` is what a LoRA file says."""
+    if cfg.dense:
+        return "dense", None
+    if cfg.attention is not None:
+        return "custom", cfg.attention
+    if cfg.preset is None and stated is not None:
+        return "custom", stated
+    name = cfg.preset or kind.preset
+    return name, PRESETS[name].config
+
+
+def _prompts(cfg: GenerateConfig) -> tuple[str, ...]:
+    if cfg.prompt_file is None:
+        return cfg.prompts
+    path = Path(cfg.prompt_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
+    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not prompts:
+        raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
+    return prompts
+
+
+def _slug(prompt: str) -> str:
+    """A file name that a person recognises."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "video"
+
+
+def _find_pipeline(model: str, *, local_files_only: bool) -> dict[str, Any]:
+    """The ``model_index.json`` of a folder or hub address."""
+    path = Path(model)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; expected the folder of a diffusers pipeline")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise CheckpointError(
+            f"{model} does not exist; expected the folder of a diffusers pipeline, or a hub address owner/repository"
+        )
+    import huggingface_hub
+
+    try:
+        cached = huggingface_hub.hf_hub_download(model, "model_index.json", local_files_only=local_files_only)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{model} is no local folder, and the hub repository of that name could not be reached "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Download it where there is a connection "
+            f"(hf download {model} --local-dir FOLDER) and pass the folder."
+        ) from error
+    # Of a repository that is only partly in the cache, diffusers fetches the rest.
+    return _read_index(Path(cached))
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """The index of a local pipeline whose parts are all there."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} holds no model_index.json; expected the folder of a whole diffusers pipeline (transformer, vae, "
+            "text_encoder, tokenizer, scheduler)"
+        )
+    index = _read_index(file)
+    for part, source in index.items():
+        if part.startswith("_") or not isinstance(source, list) or source[0] is None:
+            continue
+        inside = folder / part
+        if not inside.is_dir():
+            raise CheckpointError(f"{folder} is not whole: there is no folder {part}")
+        if (inside / "config.json").is_file() and not any(file for p in _WEIGHTS for file in inside.glob(p)):
+            raise CheckpointError(f"{inside} holds no weights ({' or '.join(_WEIGHTS)})")
+        _check_shards(inside)
+    return index
+
+
+def _check_shards(folder: Path) -> None:
+    for file in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_index(file).get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{folder} is not whole: {len(missing)} of {len(shards)} shards missing: {missing[0]}"
+            )
+
+
+def _load(cfg: GenerateConfig, inputs: Inputs, device: torch.device) -> Any:
+    kind, dtype = _KINDS[inputs.pipeline], resolve_dtype(cfg.dtype, device)
+    dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.pipeline is WanPipeline else dtype
+    log.info("loading %s from %s", inputs.pipeline, cfg.model)
+    try:
+        pipe = kind.pipeline.from_pretrained(
+            cfg.model, torch_dtype=dtypes, local_files_only=cfg.local_files_only or Path(cfg.model).is_dir()
+        )
+    except OSError as error:
+        raise CheckpointError(f"{cfg.model} could not be loaded: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if cfg.offload and device.type == "cuda":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def _scheduler(cfg: GenerateConfig, pipe: Any) -> Any:
+    own = pipe.scheduler
+    if cfg.scheduler == "tdm":
+        return own if isinstance(own, TDMScheduler) else TDMScheduler.from_config(own.config)
+    if cfg.scheduler == "unipc":
+        shift = own.config.get("flow_shift", own.config.get("shift", 3.0))
+        return UniPCMultistepScheduler.from_config(
+            own.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
+    if cfg.scheduler == "dpm":
+        return CogVideoXDPMScheduler.from_config(own.config, timestep_spacing="trailing")
+    return own
+
+
+def _check_size(cfg: GenerateConfig, pipe: Any) -> None:
+    """Refuse what the pipeline would round."""
+    patch = pipe.transformer.config.patch_size
+    spatial = pipe.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1])
+    # WanPipeline itself asks for multiples of 16, whatever its VAE.
+    multiple = max(spatial, 16) if isinstance(pipe, WanPipeline) else spatial
+    for name in ("height", "width"):
+        value = getattr(cfg, name)
+        if value is not None and value % multiple:
+            raise ValueError(f"{name} must be a multiple of {multiple} for this model; got {value}")
+    # CogVideoX decodes an even number of latent frames to more frames than were asked for.
+    temporal = pipe.vae_scale_factor_temporal * (2 if isinstance(pipe, CogVideoXPipeline) else 1)
+    if cfg.frames is not None and cfg.frames % temporal != 1 % temporal:
+        below = max(1, (cfg.frames - 1) // temporal * temporal + 1)
+        raise ValueError(
+            f"frames must be a multiple of {temporal} plus 1 for this model; got {cfg.frames}. Take {below} or "
+            f"{below + temporal}."
+        )

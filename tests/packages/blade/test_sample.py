@@ -1,0 +1,430 @@
+import contextlib
+import dataclasses
+import json
+import logging
+import subprocess
+
+import huggingface_hub
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from hone_blade.config import PRESETS, BladeConfig
+from hone_blade.inspection import inspect_pipeline
+from hone_blade.lora import load_blade_lora, save_blade_lora
+from hone_blade.models import attach, tiny
+from hone_blade.sample import GenerateConfig, find_inputs, generate
+from hone_blade.scheduler import TDMScheduler
+from hone_core.errors import CheckpointError
+from hone_core.runs import Run
+from peft import LoraConfig
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
+SPARSE = BladeConfig(block=16, samples=8, max_density=0.4, pool=8)
+TEXT = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+# diffusers calls functions that other libraries have deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def tokenizer():
+    words = [("▁" + word, -2.0) for word in ("a", "red", "blue", "cat", "dog", "runs", "left", "right")]
+    letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz.,"]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *words, ("▁", -3.0), *letters]
+    return T5Tokenizer(vocab=vocab, extra_ids=0)
+
+
+def wan(**options):
+    torch.manual_seed(0)
+    return WanPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**TEXT)).eval(),
+        vae=AutoencoderKLWan(
+            base_dim=3,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ).eval(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=tiny("wan", num_layers=1),
+        **options,
+    )
+
+
+def cogvideox():
+    torch.manual_seed(0)
+    channels = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+    return CogVideoXPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**TEXT)).eval(),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, **channels
+        ).eval(),
+        scheduler=CogVideoXDPMScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, clip_sample=False
+        ),
+        transformer=tiny("cogvideox", num_layers=1, max_text_seq_length=226),
+    )
+
+
+MAKERS = {"wan": wan, "cogvideox": cogvideox}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for kind, make in MAKERS.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        make().save_pretrained(made[kind])
+    return made
+
+
+def config(folder, **options):
+    defaults = {"prompts": ("a red cat runs left", "a blue dog"), "steps": 2, "height": 64, "width": 96, "frames": 5}
+    defaults |= {"attention": SPARSE} if not options.get("dense") else {}
+    return GenerateConfig(model=str(folder), **{**defaults, **options})
+
+
+def make_run(cfg, out):
+    return Run.start(package="hone-blade", verb="generate", config=find_inputs(cfg).config, out=out, seed=cfg.seed)
+
+
+def produce(cfg, out):
+    with make_run(cfg, out) as run:
+        return generate(cfg, run, device="cpu", quiet=True)
+
+
+def read(path):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    data = subprocess.run(command, capture_output=True, check=True).stdout
+    return np.frombuffer(data, np.uint8).reshape(-1, 64, 96, 3)
+
+
+@KINDS
+def test_generates_one_video_per_prompt_and_resumes(kind, folders, tmp_path):
+    cfg, out = config(folders[kind], frames=9), tmp_path / "run"
+    report = produce(cfg, out)
+    first, second = (read(video) for video in report.videos)
+    assert first.shape == (9, 64, 96, 3)
+    assert (first != second).any()
+    assert report.made == 2
+    assert (report.attention, report.scheduler) == ("custom", "tdm")
+    assert [v.rsplit("/", 1)[1] for v in report.videos] == ["0000-a-red-cat-runs-left.mp4", "0001-a-blue-dog.mp4"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["status"] == "done"
+    rows = [row for row in results["rows"] if row["metric"] == "seconds"]
+    assert [row["labels"]["prompt"] for row in rows] == [0, 1]
+    assert [row["labels"]["seed"] for row in rows] == [0, 1]
+    assert rows[0]["variant"] == "blade"
+    assert report.seconds == pytest.approx(sum(row["value"] for row in rows) / 2)
+    # A run that stopped between the two prompts: the first video stays, the second is made again, the same.
+    unfinished = tmp_path / "unfinished"
+    with contextlib.suppress(KeyboardInterrupt), make_run(cfg, unfinished) as run:
+        generate(dataclasses.replace(cfg, prompts=cfg.prompts[:1]), run, device="cpu", quiet=True)
+        raise KeyboardInterrupt
+    kept = unfinished / "artifacts" / "0000-a-red-cat-runs-left.mp4"
+    stamp = kept.stat().st_mtime_ns
+    again = produce(cfg, unfinished)
+    assert again.made == 1
+    assert kept.stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(read(again.videos[1]), second)
+    finished = produce(cfg, out)
+    assert (finished.made, finished.videos) == (0, report.videos)
+
+
+def latents(pipe, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(pipe.scheduler, TDMScheduler):
+        pipe.scheduler.generator = generator
+    settings = {"prompt": "a red cat", "height": 64, "width": 96, "num_frames": 5, "num_inference_steps": 2}
+    settings |= {"guidance_scale": 1.0, "generator": generator, "output_type": "latent"}
+    return pipe(**{**settings, **options}).frames
+
+
+@KINDS
+def test_tdm_in_the_pipeline_is_the_rollout_of_its_transformer(kind):
+    """The pipeline's latents against the scheduler's definition, written out with the pipeline's own embeddings."""
+    pipe = MAKERS[kind]()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
+    out = latents(pipe, num_inference_steps=4)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 4, 2, 8, 12) if kind == "wan" else (1, 2, 4, 8, 12)
+    x = torch.randn(shape, generator=generator)
+    length = 512 if kind == "wan" else 226
+    text, _ = pipe.encode_prompt("a red cat", do_classifier_free_guidance=False, max_sequence_length=length)
+    more = {}
+    if kind == "cogvideox":
+        more["image_rotary_emb"] = pipe._prepare_rotary_positional_embeddings(64, 96, 2, torch.device("cpu"))
+    for time in (999, 749, 499, 249):
+        with torch.no_grad():
+            v = pipe.transformer(x, encoder_hidden_states=text, timestep=torch.tensor([time]), **more).sample
+        if kind == "wan":
+            alpha, sigma = 1 - time / 1000, time / 1000
+            x0, e = x - sigma * v, x + (1 - sigma) * v
+        else:
+            signal = float(pipe.scheduler.alphas_cumprod[time])
+            alpha, sigma = signal**0.5, (1 - signal) ** 0.5
+            x0, e = alpha * x - sigma * v, sigma * x + alpha * v
+        e = 0.9 * e + 0.19**0.5 * torch.randn(shape, generator=generator) if time > 249 else e
+        if kind == "wan":
+            x = (1 - (time - 250) / 1000) * x0 + (time - 250) / 1000 * e if time > 249 else x0
+        else:
+            signal = float(pipe.scheduler.alphas_cumprod[time - 250]) if time > 249 else 1.0
+            x = signal**0.5 * x0 + (1 - signal) ** 0.5 * e
+    torch.testing.assert_close(out, x, atol=1e-4, rtol=1e-4)
+
+
+@KINDS
+def test_guidance_calls_are_one_step(kind):
+    """CogVideoX guides with a batch of two, Wan with two calls."""
+    pipe = MAKERS[kind]()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
+    with attach(pipe, dataclasses.replace(SPARSE, dense_steps=1)) as handle, handle.record() as rows:
+        latents(pipe, num_inference_steps=3, guidance_scale=4.0)
+        latents(pipe, num_inference_steps=3, guidance_scale=4.0)
+    calls = 2 if kind == "wan" else 1
+    assert [(row.step, row.call) for row in rows] == sorted([(s, c) for s in (1, 2) for c in range(calls)] * 2)
+    assert rows[0].stats.density.shape[0] == (1 if kind == "wan" else 2)
+
+
+def test_wan_with_two_transformers_and_with_per_token_times():
+    pipe = wan(transformer_2=tiny("wan", seed=1, num_layers=1), boundary_ratio=0.6)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
+    expected = latents(pipe, num_inference_steps=4)
+    with attach(pipe, SPARSE) as handle, handle.record() as rows:
+        assert not torch.equal(latents(pipe, num_inference_steps=4), expected)
+        assert len(handle.models) == 2
+    assert [(row.step, row.model) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert torch.equal(latents(pipe, num_inference_steps=4), expected)
+    with pytest.raises(ValueError, match=r"has two transformers; pass pipe\.transformer"):
+        load_blade_lora(pipe, "x.safetensors")
+    pipe = wan(expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    expected = latents(pipe)
+    with attach(pipe, BladeConfig(block=16, samples=8, max_density=1.0, min_density=1.0)):
+        torch.testing.assert_close(latents(pipe), expected, atol=1e-4, rtol=1e-4)
+
+
+@KINDS
+def test_a_pipeline_with_the_tdm_scheduler_saves_and_loads(kind, folders, tmp_path):
+    pipe = type(MAKERS[kind]()).from_pretrained(folders[kind])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, eta=0.5)
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.scheduler, TDMScheduler)
+    assert loaded.scheduler.config.eta == 0.5
+    assert torch.equal(latents(loaded), latents(pipe))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "expected"),
+    [
+        ("wan", "unipc", UniPCMultistepScheduler),
+        ("wan", "default", FlowMatchEulerDiscreteScheduler),
+        ("cogvideox", "dpm", CogVideoXDPMScheduler),
+    ],
+)
+def test_other_schedulers_and_dense(kind, scheduler, expected, folders, tmp_path, monkeypatch):
+    used = []
+    pipeline = type(MAKERS[kind]())
+    call = pipeline.__call__
+
+    def spy(self, *args, **kwargs):
+        used.append((self.scheduler, self.transformer.attn_processors, kwargs))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "__call__", spy)
+    folder, frames = folders[kind], {"wan": 5, "cogvideox": 1}[kind]
+    if scheduler == "default":
+        pipe = wan()
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        folder = tmp_path / "pipe"
+        pipe.save_pretrained(folder)
+    options = {"prompts": ("a cat",), "guidance": 3.0, "negative_prompt": "blue", "frames": frames}
+    cfg = config(folder, scheduler=scheduler, dense=True, **options)
+    report = produce(cfg, tmp_path / "run")
+    [(object_used, processors, kwargs)] = used
+    assert type(object_used) is expected
+    assert not any(
+        "_WanProcessor" in type(p).__name__ or "_CogVideoXProc" in type(p).__name__ for p in processors.values()
+    )
+    assert (kwargs["guidance_scale"], kwargs["negative_prompt"]) == (3.0, "blue")
+    assert report.attention == "dense"
+    if scheduler == "unipc":
+        assert object_used.config.flow_shift == 3.0
+    if scheduler == "dpm":
+        assert object_used.config.timestep_spacing == "trailing"
+
+
+def test_lora_brings_its_settings_and_its_licence(folders, tmp_path, caplog):
+    model = tiny("wan", num_layers=1)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False), "blade")
+    file = save_blade_lora(model, tmp_path / "lora.safetensors", config=SPARSE, licence="Apache-2.0")
+    cfg = config(folders["wan"], prompts=("a cat",), lora=str(file), attention=None)
+    with caplog.at_level(logging.WARNING):
+        report = produce(cfg, tmp_path / "with")
+        assert "no LoRA" not in caplog.text
+        without = produce(dataclasses.replace(cfg, lora=None, attention=SPARSE), tmp_path / "without")
+    assert report.attention == "custom"
+    assert report.notices == ("Licence of these weights, as the file says: Apache-2.0",)
+    assert "no LoRA" in caplog.text
+    assert (read(report.videos[0]) != read(without.videos[0])).any()
+
+
+def test_prompt_files(folders, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  a dog runs  \n", encoding="utf-8")
+    cfg = config(folders["wan"], prompts=(), prompt_file=str(file), attention=None)
+    inputs = find_inputs(cfg)
+    assert inputs.config.prompts == ("a cat", "a dog runs")
+    assert inputs.config.prompt_file is None
+    assert (inputs.pipeline, inputs.lora) == ("WanPipeline", None)
+    file.write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        find_inputs(cfg)
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        find_inputs(dataclasses.replace(cfg, prompt_file=str(tmp_path / "none.txt")))
+
+
+# What is missing is said before anything is loaded.
+
+
+def copy_of(folder, target):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            place = target / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(file)
+    return target
+
+
+def test_incomplete_pipelines_are_refused(folders, tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("loaded before everything was checked")
+
+    monkeypatch.setattr(WanPipeline, "from_pretrained", forbidden)
+
+    def refuse(folder, message, **options):
+        with pytest.raises(CheckpointError, match=message):
+            find_inputs(config(folder, **options))
+
+    refuse(
+        tmp_path / "nothing", r"nothing does not exist; expected the folder of a diffusers pipeline, or a hub address"
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refuse(empty, r"holds no model_index\.json")
+    (empty / "model_index.json").write_text("{")
+    refuse(empty, "is not JSON")
+    (empty / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    refuse(empty, "is a FluxPipeline; expected WanPipeline or CogVideoXPipeline")
+    refuse(empty / "model_index.json", "is a file; expected the folder")
+    whole = copy_of(folders["wan"], tmp_path / "whole")
+    for weights in (whole / "vae").glob("*.safetensors"):
+        weights.unlink()
+    refuse(whole, r"vae holds no weights \(\*\.safetensors or \*\.bin\)")
+    for file in (whole / "vae").iterdir():
+        file.unlink()
+    (whole / "vae").rmdir()
+    refuse(whole, "is not whole: there is no folder vae")
+    sharded = copy_of(folders["wan"], tmp_path / "sharded") / "transformer"
+    index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(sharded.parent, r"1 of 2 shards missing: model-00002-of-00002\.safetensors")
+    refuse(folders["wan"], "none.safetensors does not exist", lora=str(tmp_path / "none.safetensors"))
+    with pytest.raises(ValueError, match="scheduler must be one of tdm, unipc, default for a WanPipeline; got 'dpm'"):
+        find_inputs(config(folders["wan"], scheduler="dpm"))
+
+
+def test_hub_models_that_cannot_be_reached(monkeypatch):
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection and not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(
+        CheckpointError, match=r"Wan-AI/Wan2.1 is no local folder.*no connection.*hf download Wan-AI/Wan"
+    ):
+        find_inputs(config("Wan-AI/Wan2.1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("wan", {"height": 40}, "height must be a multiple of 16 for this model; got 40"),
+        ("wan", {"width": 47}, "width must be a multiple of 16 for this model; got 47"),
+        ("wan", {"frames": 6}, r"frames must be a multiple of 4 plus 1 for this model; got 6\. Take 5 or 9"),
+        ("cogvideox", {"frames": 5}, r"frames must be a multiple of 8 plus 1 for this model; got 5\. Take 1 or 9"),
+    ],
+)
+def test_sizes_that_a_pipeline_would_round_are_refused(kind, options, message, folders, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        produce(config(folders[kind], **options), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["status"] == "failed"
+
+
+def test_frames_that_are_not_finite_are_no_video(folders, tmp_path):
+    pipe = wan()
+    pipe.transformer.proj_out.weight.data.fill_(torch.nan)
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(RuntimeError, match="prompt 0 gave frames that are not finite"):
+        produce(config(tmp_path / "pipe"), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ()}, "give either prompts or prompt_file"),
+        ({"prompt_file": "x.txt"}, "give either prompts or prompt_file"),
+        ({"prompts": (" ",)}, "must not be empty"),
+        ({"preset": "tiny"}, "give preset or attention, not both"),
+        ({"preset": "none", "attention": None}, "no preset 'none'; the presets are wan2.1-1.3b"),
+        ({"dense": True, "preset": "tiny", "attention": None}, "dense leaves attention as it is"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"guidance": 0.5}, "guidance must be at least 1"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        config("folder", **options)
+
+
+def test_the_preset_follows_the_pipeline(folders, tmp_path):
+    cfg = config(folders["cogvideox"], attention=None, prompts=("a cat",), frames=1)
+    assert produce(cfg, tmp_path / "run").attention == "cogvideox-5b"
+    assert "cogvideox-5b" in PRESETS
+
+
+def test_inspects_a_pipeline(folders, tmp_path):
+    cfg = config(folders["wan"], steps=3, guidance=2.0)
+    with Run.start(package="hone-blade", verb="inspect", config=cfg, out=tmp_path / "run") as run:
+        report = inspect_pipeline(cfg, run, device="cpu")
+    rows = json.loads((tmp_path / "run" / "artifacts" / "inspection.json").read_text())
+    assert [(row["step"], row["call"]) for row in rows] == [(s, c) for s in range(3) for c in range(2)]
+    assert report.calls == 6
+    assert report.density == pytest.approx(1 / 3)  # 48 tokens are 3 blocks, of which one is kept
+    assert 0 < report.recall < 1
+    with pytest.raises(ValueError, match="nothing to inspect in dense attention"):
+        inspect_pipeline(config(folders["wan"], dense=True), run)
