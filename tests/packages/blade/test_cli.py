@@ -65,6 +65,37 @@ def test_eval_runs_and_draws(capsys, tmp_path, checkpoint, small):
     assert (tmp_path / "run" / "figures" / "accuracy.png").stat().st_size > 1000
 
 
+def test_inspect_looks_at_the_tiny_host(capsys, tmp_path, checkpoint):
+    argv = ["inspect", "--host", checkpoint, "--preset", "tiny", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    code, out, err = call(capsys, *argv, "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    # 64 tokens are 2 blocks of 32, of which a fifth, at least one, is kept; one layer, two steps
+    assert shown["density"] == pytest.approx(0.5)
+    assert shown["calls"] == 2
+    assert 0 < shown["recall"] < 1
+    assert (tmp_path / "run" / "figures" / "inspection.png").is_file()
+    code, again, _ = call(capsys, *argv, "--json")
+    assert code == 0
+    assert json.loads(again)["status"] == "done"
+
+
+def test_generate_reads_a_file_and_flags(capsys, tmp_path, monkeypatch):
+    from hone_blade import sample
+
+    monkeypatch.setattr(sample, "_find_pipeline", lambda *_, **__: {"_class_name": "WanPipeline"})
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\nthree\n")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model": "there", "prompts": ["unused"], "steps": 4, "guidance": 2.0}))
+    argv = ["generate", "--config", str(config), "--prompt-file", str(prompts), "--limit", "2", "--steps", "6"]
+    code, out, err = call(capsys, *argv, "--dry-run", "--json")
+    assert code == 0, err
+    plan = json.loads(out)["config"]
+    assert plan["prompts"] == ["one", "two"]
+    assert (plan["model"], plan["steps"], plan["guidance"], plan["dense"]) == ("there", 6, 2.0, False)
+
+
 @pytest.mark.parametrize(
     ("argv", "found"),
     [
@@ -97,6 +128,11 @@ def test_train_host_flags_reach_the_settings(capsys):
         (["demo", "--device", "tpu"], 1, "device must be auto, cpu, cuda"),
         (["eval", "--limit", "0"], 1, "prompts and batch must be at least 1"),
         (["demo", "--steps", "many"], 2, "many"),
+        (["generate", "--prompt", "a fox"], 1, "no model; pass --model"),
+        (["generate", "--prompt", "a fox", "--model", "./absent"], 1, "absent does not exist"),
+        (["inspect", "--prompt", "a fox"], 1, "unknown word 'fox'"),
+        (["inspect", "--preset", "none"], 1, "no preset 'none'"),
+        (["inspect", "--lora", "x"], 1, "lora is for a pipeline"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(capsys, tmp_path, monkeypatch, argv, code, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hone_core.cli import run_cli
 
@@ -75,9 +75,7 @@ def demo(
 
     cfg = _load(DemoConfig, config)
     comparison = _change(cfg.comparison, density=density, steps=steps, seed=seed)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1; got {limit}")
-    prompts = (tuple(prompt) if prompt is not None else cfg.prompts)[:limit]
+    prompts = (tuple(prompt) if prompt is not None else cfg.prompts)[: _positive("limit", limit)]
     cfg = dataclasses.replace(cfg, prompts=prompts, comparison=comparison)
     if dry_run:
         return _plan(cfg, out)
@@ -136,6 +134,134 @@ def evaluate(
     return EvalReport.of(run)
 
 
+def generate(
+    *,
+    model: str | None = None,
+    prompt: tuple[str, ...] | None = None,
+    prompt_file: str | None = None,
+    negative_prompt: str | None = None,
+    preset: str | None = None,
+    dense: bool = False,
+    lora: str | None = None,
+    scheduler: Literal["tdm", "unipc", "dpm", "default"] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    limit: int | None = None,
+    config: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    offload: bool = False,
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.
+
+    Args:
+        model: Folder of a diffusers pipeline, or its hub address, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
+        prompt: What to make, one video each.
+        prompt_file: Text file with a prompt a line, instead.
+        negative_prompt: What guidance leads away from.
+        preset: Attention settings by name (hone-blade info lists them); those of the LoRA or the model unless given.
+        dense: Leave attention as it is.
+        lora: LoRA weights: a safetensors file, its folder, or a hub address.
+        scheduler: tdm is what BLADE's distillation trains, unipc and dpm what its release samples with (tdm).
+        steps: Denoising steps (8).
+        guidance: Classifier-free guidance weight; 1 is none (1).
+        height: Pixels; the model's own unless given, like width and frames.
+        width: Pixels.
+        frames: Frames.
+        limit: Use only so many of the prompts.
+        config: A run's config.json to start from; other flags change it.
+        seed: Of the first prompt; the following ones count up (0).
+        device: auto, cpu, cuda or cuda:1.
+        dtype: Of transformer and text encoder; auto is bfloat16 on a GPU, float32 on a CPU (auto).
+        offload: Keep on the GPU only the part that is running.
+        out: Run folder; the same folder resumes.
+        dry_run: Look for the inputs, print the settings and do nothing.
+        quiet: Show no progress.
+    """
+    from .sample import generate as make
+
+    cfg = _generate_config(
+        config,
+        model=model,
+        prompts=prompt,
+        prompt_file=prompt_file,
+        negative_prompt=negative_prompt,
+        preset=preset,
+        dense=dense or None,
+        lora=lora,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        frames=frames,
+        seed=seed,
+        dtype=dtype,
+        offload=offload or None,
+    )
+    cfg = _found(cfg, limit)
+    if dry_run:
+        return _plan(cfg, out)
+    with _start("generate", cfg, out, cfg.seed, cfg.preset) as run:
+        return make(cfg, run, device=device, quiet=quiet)
+
+
+def inspect(
+    *,
+    model: str | None = None,
+    prompt: str = "a red 7 moving left, slow",
+    preset: str | None = None,
+    lora: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    recall: bool = True,
+    host: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | None = None,
+    dry_run: bool = False,
+) -> Any:
+    """Density, clamped rows and recall of every layer at every step, as JSON and a plot.
+
+    Args:
+        model: A diffusers pipeline as for generate; the tiny host unless given.
+        prompt: What to draw while looking.
+        preset: Attention settings by name; tiny for the tiny host, the model's own otherwise.
+        lora: LoRA weights for a pipeline.
+        steps: Denoising steps (the host's own number, or 8).
+        guidance: Classifier-free guidance weight; 1 is none (1).
+        recall: Also measure the share of dense attention's mass that is kept, which costs a dense attention per call.
+        host: A host.safetensors made by train-host, in place of the packaged one.
+        seed: Of the starting noise.
+        device: auto, cpu, cuda or cuda:1.
+        out: Run folder.
+        dry_run: Print the settings and do nothing.
+    """
+    if model is None:
+        if lora is not None:
+            raise ValueError("lora is for a pipeline; pass --model too")
+        settings = {"prompt": prompt, "preset": preset or "tiny", "steps": steps, "guidance": guidance}
+        settings |= {"recall": recall, "seed": seed, "host": None if host is None else str(host)}
+        return _inspect_host(settings, device, out, dry_run=dry_run)
+    if host is not None:
+        raise ValueError("give model, a pipeline, or host, a tiny host; not both")
+    from .inspection import inspect_pipeline
+
+    options = {"preset": preset, "lora": lora, "steps": steps, "guidance": guidance, "seed": seed}
+    cfg = _found(_generate_config(None, model=model, prompts=(prompt,), **options), None)
+    if dry_run:
+        return _plan(cfg, out)
+    with _start("inspect", cfg, out, seed, preset) as run:
+        return run.results() if run.done else inspect_pipeline(cfg, run, device=device, recall=recall)
+
+
 def train_host(
     *,
     minutes: float | None = None,
@@ -189,7 +315,9 @@ def train_host(
 VERBS = {
     "info": info,
     "demo": demo,
+    "generate": generate,
     "eval": evaluate,
+    "inspect": inspect,
     "train-host": train_host,
 }
 
@@ -213,10 +341,10 @@ def _plan(cfg: Any, out: Path | None) -> dict[str, Any]:
     return {"config": to_dict(cfg), "out": str(out or f"runs/{PACKAGE}/...")}
 
 
-def _start(verb: str, cfg: Any, out: Path | None, seed: int) -> Any:
+def _start(verb: str, cfg: Any, out: Path | None, seed: int, preset: str | None = None) -> Any:
     from hone_core.runs import Run
 
-    return Run.start(package=PACKAGE, verb=verb, config=cfg, out=out, seed=seed)
+    return Run.start(package=PACKAGE, verb=verb, config=cfg, out=out, seed=seed, preset=preset)
 
 
 def _host(path: Path | None, device: str) -> Any:
@@ -225,3 +353,68 @@ def _host(path: Path | None, device: str) -> Any:
     from .host import load_host
 
     return load_host(resolve_device(device), path=path)
+
+
+def _generate_config(path: Path | None, **changes: Any) -> Any:
+    """Settings of a real pipeline from a file, flags, or both."""
+    import json
+
+    from hone_core.config import from_dict
+
+    from .sample import GenerateConfig
+
+    given = {name: value for name, value in changes.items() if value is not None}
+    stored = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if "prompt_file" in given:
+        stored.pop("prompts", None)
+    if "prompts" in given:
+        stored.pop("prompt_file", None)
+        given["prompts"] = list(given["prompts"])
+    if "model" not in {**stored, **given}:
+        raise ValueError("no model; pass --model FOLDER, or a hub address such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    return from_dict(GenerateConfig, {**stored, **given})
+
+
+def _found(cfg: Any, limit: int | None) -> Any:
+    """The settings with their prompts read, once everything that they name is known to be there."""
+    import dataclasses
+
+    from .sample import find_inputs
+
+    cfg = find_inputs(cfg).config
+    return dataclasses.replace(cfg, prompts=cfg.prompts[: _positive("limit", limit)])
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    return value
+
+
+def _inspect_host(settings: dict[str, Any], device: str, out: Path | None, *, dry_run: bool) -> Any:
+    """Look at the tiny host while it draws one clip."""
+    from .config import PRESETS
+    from .data import parse_prompt
+
+    preset, prompt, seed = settings["preset"], settings["prompt"], settings["seed"]
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; the presets are {', '.join(PRESETS)}")
+    parse_prompt(prompt)
+    if dry_run:
+        return {"config": settings, "out": str(out or f"runs/{PACKAGE}/...")}
+    from .inspection import inspect_model
+    from .models import attach
+
+    with _start("inspect", settings, out, seed, preset) as run:
+        if run.done:
+            return run.results()
+        host = _host(settings["host"] and Path(settings["host"]), device)
+        text, noise = host.encode_prompt(prompt), host.noise(1, seed)
+        sampler = {"steps": settings["steps"], "guidance": settings["guidance"]}
+        with attach(host.transformer, preset) as handle:
+
+            def draw() -> None:
+                host.sample(text, noise, **sampler, on_step=lambda step, _: handle.begin_step(step))
+
+            title = f"tiny host, {preset}: {prompt}"
+            return inspect_model(handle, draw, run, recall=settings["recall"], title=title)
