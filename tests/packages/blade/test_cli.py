@@ -80,6 +80,15 @@ def test_inspect_looks_at_the_tiny_host(capsys, tmp_path, checkpoint):
     assert json.loads(again)["status"] == "done"
 
 
+def test_bench_runs_on_a_cpu(capsys, tmp_path):
+    argv = ["bench", "--model", "tiny-wan", "--parts", "attention", "--rounds", "2", "--device", "cpu", "--quiet"]
+    code, out, err = call(capsys, *argv, "--out", str(tmp_path / "run"))
+    assert code == 0, err
+    assert "asa_g" in out
+    rows = load_results(tmp_path / "run")["rows"]
+    assert {"dense", "asa", "asa_g", "prober"} <= {row["variant"] for row in rows}
+
+
 def test_generate_reads_a_file_and_flags(capsys, tmp_path, monkeypatch):
     from hone_blade import sample
 
@@ -132,6 +141,7 @@ def test_train_host_flags_reach_the_settings(capsys):
         (["generate", "--prompt", "a fox", "--model", "./absent"], 1, "absent does not exist"),
         (["inspect", "--prompt", "a fox"], 1, "unknown word 'fox'"),
         (["inspect", "--preset", "none"], 1, "no preset 'none'"),
+        (["bench", "--model", "sora"], 1, "model must be one of wan2.1-1.3b"),
         (["inspect", "--lora", "x"], 1, "lora is for a pipeline"),
     ],
 )

@@ -262,6 +262,65 @@ def inspect(
         return run.results() if run.done else inspect_pipeline(cfg, run, device=device, recall=recall)
 
 
+def bench(
+    *,
+    model: str | None = None,
+    parts: tuple[Literal["attention", "forward", "e2e"], ...] | None = None,
+    preset: str | None = None,
+    rounds: int | None = None,
+    steps: int | None = None,
+    few_steps: int | None = None,
+    max_steps: int | None = None,
+    compile_blocks: bool = False,
+    config: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Time dense and sparse attention at real sizes with random weights: one layer, one forward, whole videos.
+
+    Args:
+        model: wan2.1-1.3b, wan2.1-14b or cogvideox-5b, or on a CPU tiny-wan or tiny-cogvideox (wan2.1-1.3b).
+        parts: attention, forward, e2e, or several of them (all).
+        preset: Attention settings by name; the model's own unless given.
+        rounds: Timed calls of each variant of one attention (20).
+        steps: Denoising steps of the undistilled model (50).
+        few_steps: Denoising steps of the distilled one (8).
+        max_steps: Run at most so many steps of a loop and scale the time up; the rows say so.
+        compile_blocks: Also time the forward with compiled transformer blocks.
+        config: A run's config.json to start from; other flags change it.
+        seed: Of weights, inputs and noise (0).
+        device: auto, cpu, cuda or cuda:1.
+        dtype: Of weights and inputs (auto).
+        out: Run folder.
+        dry_run: Print the settings and do nothing.
+        quiet: Show no progress.
+    """
+    from .bench import BenchConfig
+    from .bench import bench as measure
+
+    cfg = _change(
+        _load(BenchConfig, config),
+        model=model,
+        parts=parts,
+        preset=preset,
+        rounds=rounds,
+        steps=steps,
+        few_steps=few_steps,
+        max_steps=max_steps,
+        compile_blocks=compile_blocks or None,
+        dtype=dtype,
+        seed=seed,
+    )
+    if dry_run:
+        return _plan(cfg, out)
+    with _start("bench", cfg, out, cfg.seed, cfg.preset) as run:
+        return measure(cfg, run, device=device, quiet=quiet)
+
+
 def train_host(
     *,
     minutes: float | None = None,
@@ -317,6 +376,7 @@ VERBS = {
     "demo": demo,
     "generate": generate,
     "eval": evaluate,
+    "bench": bench,
     "inspect": inspect,
     "train-host": train_host,
 }
