@@ -8,9 +8,7 @@ import pytest
 import torch
 from hone_blade import bench as bench_module
 from hone_blade.bench import WORKLOADS, BenchConfig, bench
-from hone_blade.cli import PACKAGE, VERBS
 from hone_blade.models import FULL_SIZE, attach
-from hone_core.cli import run_cli
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
 
@@ -184,28 +182,6 @@ def test_settings_that_make_no_sense(options, message):
 def test_published_sizes_are_not_run_on_a_cpu(tmp_path):
     with pytest.raises(UnsupportedHardwareError, match=r"wan2\.1-1\.3b at its published size needs .* Use tiny-wan or"):
         measure(tmp_path / "run")
-
-
-def test_command_line(tmp_path, capsys):
-    def call(*argv):
-        with pytest.raises(SystemExit) as exit:
-            run_cli(PACKAGE, VERBS, "", ["bench", *argv])
-        return exit.value.code, capsys.readouterr()
-
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"rounds": 1, "model": "tiny-wan"}))
-    out = str(tmp_path / "run")
-    code, printed = call("attention", "--config", str(config), "--device", "cpu", "--out", out, "--quiet")
-    assert code == 0, printed.err
-    assert "prober" in printed.out
-    assert {row["split"] for row in load_results(out)["rows"]} == {"attention"}
-    code, printed = call("--model", "cogvideox-5b", "--max-steps", "4", "--dry-run", "--json")
-    plan = json.loads(printed.out)["config"]
-    assert (plan["model"], plan["max_steps"], plan["parts"]) == ("cogvideox-5b", 4, ["attention", "forward", "e2e"])
-    code, printed = call("--device", "cpu", "--out", str(tmp_path / "other"))
-    assert code == 1
-    assert "needs a CUDA device" in printed.err
-    assert call("everything")[0] == 2
 
 
 def test_gpu_script_writes_a_results_file(tmp_path, monkeypatch, capsys):

@@ -371,57 +371,6 @@ def train_host(
         return train(cfg, run, device=target, init=init, command=shlex.join([PACKAGE, *sys.argv[1:]]), quiet=quiet)
 
 
-def bench(
-    part: Literal["attention", "forward", "e2e", "all"] = "all",
-    /,
-    *,
-    model: str | None = None,
-    preset: str | None = None,
-    max_steps: int | None = None,
-    compile_blocks: bool = False,
-    config: Path | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
-    out: Path | None = None,
-    dry_run: bool = False,
-    quiet: bool = False,
-) -> Any:
-    """Time sparse beside dense attention at the sizes of published models, with random weights; needs a GPU.
-
-    Args:
-        part: One attention, one forward of the model, whole videos (e2e), or all three; minutes on a GPU.
-        model: wan2.1-1.3b, wan2.1-14b or cogvideox-5b; tiny-wan and tiny-cogvideox are for a CPU (wan2.1-1.3b).
-        preset: Attention settings by name; the model's own unless given.
-        max_steps: Run at most so many steps of a video, and scale the time up.
-        compile_blocks: Also time a forward with compiled blocks.
-        config: A run's config.json to start from; other flags change it.
-        seed: Of weights, inputs and noise (0).
-        device: auto, cpu, cuda or cuda:1.
-        dtype: Of weights and inputs; auto is bfloat16 on a GPU, float32 on a CPU (auto).
-        out: Run folder.
-        dry_run: Print the settings and do nothing.
-        quiet: Show no progress.
-    """
-    from .bench import BenchConfig
-    from .bench import bench as measure
-
-    cfg = _change(
-        _load(BenchConfig, config),
-        parts=None if part == "all" else (part,),
-        model=model,
-        preset=preset,
-        max_steps=max_steps,
-        compile_blocks=compile_blocks or None,
-        seed=seed,
-        dtype=dtype,
-    )
-    if dry_run:
-        return _plan(cfg, out)
-    with _start("bench", cfg, out, cfg.seed, cfg.preset) as run:
-        return measure(cfg, run, device=device, quiet=quiet)
-
-
 VERBS = {
     "info": info,
     "demo": demo,
@@ -429,7 +378,6 @@ VERBS = {
     "eval": evaluate,
     "bench": bench,
     "inspect": inspect,
-    "bench": bench,
     "train-host": train_host,
 }
 
