@@ -488,9 +488,9 @@ def attention_forward(
         tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], scale * LOG2E.value,
         GROUP=heads // k.shape[1], DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
         BM=tiles.q, BN=tiles.k, BP=pooled_tile, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None,
-        POOLED=pooled_k is not None, BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers, DESC_Q=descriptors and
-        tiles.describe_q,
+        POOLED=pooled_k is not None, BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors,
+        DESC_Q=descriptors and tiles.describe_q, STAGES=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return out, lse
 
