@@ -58,17 +58,17 @@ def choose(op: str, backend: str, device: torch.device, why_not: Callable[[str],
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
-    if backend != "auto":
-        reason = why_not(backend)
-        if reason is not None:
-            raise ValueError(f"backend {backend!r} cannot run this call: {reason}. backend='auto' chooses one that can")
-        return backend
-    if device.type != "cuda":
-        return "reference"
-    reason = why_not("triton")
-    if reason is None:
-        return "triton"
-    if not torch.compiler.is_compiling() and (op, reason) not in _warned:
-        _warned.add((op, reason))
-        _log.warning("%s uses the slow reference backend: the Triton one cannot run, since %s", op, reason)
-    return "reference"
+    if backend == "auto":
+        backend = "reference"
+        if device.type == "cuda":
+            reason = why_not("triton")
+            if reason is None:
+                return "triton"
+            if not torch.compiler.is_compiling() and (op, reason) not in _warned:
+                _warned.add((op, reason))
+                _log.warning("%s uses the slow reference backend: the Triton one cannot run, since %s", op, reason)
+    reason = why_not(backend)
+    if reason is not None:
+        remedy = "" if backend == "reference" else ". backend='auto' chooses one that can"
+        raise ValueError(f"backend {backend!r} cannot run this call: {reason}{remedy}")
+    return backend
