@@ -152,12 +152,16 @@ def test_dense_steps_count(host):
 def test_attention_gflop_by_hand(host):
     # 4 * 64^2 tokens * 64 channels * 2 layers * 3 steps
     dense = 4 * 64**2 * 64 * 2 * 3 / 1e9
-    assert attention_gflop(host, None, density=1.0, steps=3) == pytest.approx(dense)
+    assert attention_gflop(host, None, density=1.0, evaluations=[1, 1, 1]) == pytest.approx(dense)
     configs = SPARSE.configs()
-    assert attention_gflop(host, configs["random"], density=0.5, steps=3) == pytest.approx(dense / 2)
+    assert attention_gflop(host, configs["random"], density=0.5, evaluations=[1, 1, 1]) == pytest.approx(dense / 2)
+    # a guided step counts twice
+    assert attention_gflop(host, None, density=1.0, evaluations=[2, 1]) == pytest.approx(dense)
     # 4 blocks of 4 samples: 16^2 logits
     prober = 2 * 16**2 * 64 * 2 * 3 / 1e9
-    assert attention_gflop(host, configs["asa"], density=0.5, steps=3) == pytest.approx(dense / 2 + prober)
+    assert attention_gflop(host, configs["asa"], density=0.5, evaluations=[1, 1, 1]) == pytest.approx(
+        dense / 2 + prober
+    )
 
 
 def test_eval_writes_a_row_per_variant_and_metric(host, tmp_path):

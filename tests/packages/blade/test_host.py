@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,18 @@ def test_guidance_mixes_conditional_and_unconditional(host):
     made = answers.sample(text, noise, steps=1, guidance=0.25)
     torch.testing.assert_close(made, torch.full_like(made, (1 - 0.25) / 2))
     torch.testing.assert_close(answers.sample(text, noise, steps=1, guidance=1.0), torch.zeros_like(made))
+
+
+def test_guidance_is_limited_to_its_interval(host):
+    straight = Straight(torch.zeros(1))
+    limited = Host(replace(TINY, guidance=2.0, guidance_interval=(0.6, 0.95)), straight, host.words, host.classifier)
+    text, noise = host.encode_prompt("a red 7 moving left, slow"), host.noise(1, 0)
+    limited.sample(text, noise, steps=4)
+    # shift 3 maps u = 1, 3/4, 1/2, 1/4 to sigma = 1, 0.9, 0.75, 0.5
+    assert [(round(time), batch) for time, batch, _ in straight.calls] == [(1000, 1), (900, 2), (750, 2), (500, 1)]
+    assert limited.evaluations(steps=4) == [1, 2, 2, 1]
+    assert limited.evaluations(steps=4, guidance=1.0) == [1, 1, 1, 1]
+    assert torch.equal(straight.calls[1][2], torch.cat([text, host.encode_null(1)]))
 
 
 def test_prompt_tokens_are_rows_of_the_table(host):
@@ -204,6 +217,8 @@ def test_wrong_settings_are_refused(host):
         HostConfig(height=18, width=16, frames=2)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         HostConfig(steps=0)
+    with pytest.raises(ValueError, match="guidance_interval must be"):
+        HostConfig(guidance_interval=(0.9, 0.5))
     with pytest.raises(ValueError, match=r"noise must be \[1, 3, 4, 16, 16\] for 1 prompts"):
         host.sample(host.encode_null(1), torch.zeros(2, 3, 4, 16, 16))
     assert HostConfig().tokens == 1024

@@ -244,22 +244,22 @@ def bootstrap(values: Tensor, *, level: float = 0.95, draws: int = 2000, seed: i
     return low, high
 
 
-def attention_gflop(host: Host, config: BladeConfig | None, *, density: float, steps: int) -> float:
+def attention_gflop(host: Host, config: BladeConfig | None, *, density: float, evaluations: list[int]) -> float:
     """Floating-point operations of self-attention for one clip in 10^9, a multiply-add counted as two.
 
     Args:
         host: gives tokens, heads and layers.
         config: None for dense; otherwise the prober's sampled logits are added where it runs.
-        density: query-key pairs computed over all pairs, mean over the steps.
-        steps: network evaluations.
+        density: query-key pairs computed over all pairs, mean over the evaluations.
+        evaluations: of the network at each step.
     """
     cfg = host.config
     width = cfg.heads * cfg.head_dim
     pairs = 4 * cfg.tokens**2 * width * density  # q k^T and p v
-    total = pairs * cfg.layers * steps
+    total = pairs * cfg.layers * sum(evaluations)
     if config is not None and config.mask == "adaptive":
         sampled = -(-cfg.tokens // config.block) * config.samples
-        total += 2 * sampled**2 * width * cfg.layers * max(0, steps - config.dense_steps)
+        total += 2 * sampled**2 * width * cfg.layers * sum(evaluations[config.dense_steps :])
     return total / 1e9
 
 
@@ -312,7 +312,9 @@ def compare(
                 density=density,
                 recall=recall,
                 seconds=sampler.seconds() / len(labels),
-                attention_gflop=attention_gflop(host, config, density=density, steps=steps),
+                attention_gflop=attention_gflop(
+                    host, config, density=density, evaluations=host.evaluations(steps=steps)
+                ),
             )
     return outcomes
 
@@ -462,6 +464,7 @@ class _Sampler:
         self, host: Host, handle: BladeHandle | None, steps: int, every: int, tick: Callable[[], None]
     ) -> None:
         self.host, self.handle, self.steps, self.tick = host, handle, steps, tick
+        self.evaluations = host.evaluations(steps=steps)
         self.sparse_from = steps if handle is None else min(handle.config.dense_steps, steps)
         self.measured = set(range(self.sparse_from, steps, every)) if steps > 1 else set()
         self.timings: list[float] = []
@@ -495,8 +498,9 @@ class _Sampler:
         return clips.cpu()
 
     def seconds(self) -> float:
-        """Time of all batches, the measured steps taken to last as long as the others."""
-        return sum(self.timings) * self.steps / (self.steps - len(self.measured))
+        """Time of all batches, an evaluation in a measured step taken to last as long as the others."""
+        timed = sum(count for step, count in enumerate(self.evaluations) if step not in self.measured)
+        return sum(self.timings) * sum(self.evaluations) / timed
 
     def stats(self) -> tuple[float, float]:
         """Mean density (pooled keys included) and recall over steps, layers, heads and clips."""
@@ -505,7 +509,7 @@ class _Sampler:
             return 1.0, 1.0
         density = torch.stack([stats.density.mean() + stats.pooled for stats in rows]).mean().item()
         recall = torch.stack([stats.recall.mean() for stats in rows]).mean().item()
-        sparse = 1 - self.sparse_from / self.steps
+        sparse = sum(self.evaluations[self.sparse_from :]) / sum(self.evaluations)
         return sparse * density + 1 - sparse, sparse * recall + 1 - sparse
 
     def _wait(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
 from safetensors import safe_open
@@ -65,19 +66,24 @@ class HostConfig:
     """Sinusoidal channels of the timestep."""
     classifier_channels: int = 32
     steps: int = 12
-    """Network evaluations per clip."""
+    """Denoising steps."""
     shift: float = 3.0
     """Timestep shift ``s``: sigma = s u / (1 + (s - 1) u). Frames repeat each other, so the layout of a clip is decided
     at high noise, and more steps are spent there."""
     solver: Solver = "euler"
     guidance: float = 1.0
-    """Classifier-free guidance scale; 1 needs one network evaluation per step, anything else two."""
+    """Classifier-free guidance scale; a guided step needs two network evaluations, with 1 none is guided."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels (sigma) between which steps are guided."""
 
     def __post_init__(self) -> None:
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(
                 f"height and width must be multiples of patch={self.patch}; got {self.height} x {self.width}"
             )
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1; got {self.guidance_interval}")
         if self.steps < 1 or self.shift <= 0:
             raise ValueError(f"steps must be at least 1 and shift positive; got {self.steps} and {self.shift}")
 
@@ -375,6 +381,34 @@ class Host:
         rows = [torch.randn(3, cfg.frames, cfg.height, cfg.width, generator=generator) for _ in range(count)]
         return torch.stack(rows).to(self.device)
 
+    def evaluations(
+        self, *, steps: int | None = None, solver: Solver | None = None, guidance: float | None = None
+    ) -> list[int]:
+        """Return the network evaluations of a clip at each step: 2 where it is guided, else 1.
+
+        Args:
+            steps: as for :meth:`sample`, like the others.
+            solver: the config's if omitted.
+            guidance: the config's if omitted.
+        """
+        cfg = self.config
+        scale = cfg.guidance if guidance is None else guidance
+        scheduler = self._scheduler(cfg.steps if steps is None else steps, solver or cfg.solver)
+        return [2 if self._guides(timestep, scale) else 1 for timestep in scheduler.timesteps]
+
+    def _scheduler(self, steps: int, solver: Solver) -> Any:
+        scheduler = make_scheduler(solver, self.config.shift)
+        if solver == "euler":
+            # explicit: the scheduler's own grid ends just above 0 and would spend its last step on nothing
+            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        else:
+            scheduler.set_timesteps(steps)
+        return scheduler
+
+    def _guides(self, timestep: Tensor, scale: float) -> bool:
+        low, high = self.config.guidance_interval
+        return scale != 1.0 and low <= float(timestep) / NUM_TRAIN_TIMESTEPS <= high
+
     @torch.no_grad()
     def sample(
         self,
@@ -391,10 +425,11 @@ class Host:
         Args:
             text: ``[B, 5, text_dim]`` from :meth:`encode_prompt`.
             noise: ``[B, 3, F, H, W]`` standard normal.
-            steps: network evaluations (pairs of them under guidance); the config's if omitted.
+            steps: denoising steps; the config's if omitted.
             solver: the config's if omitted.
             guidance: the config's if omitted.
-            on_step: called with (step, steps) before each network evaluation.
+            on_step: called with (step, steps) before each step. A guided step is one call of the transformer on a
+                doubled batch.
 
         Returns:
             Clips ``[B, 3, F, H, W]`` in [0, 1], float32.
@@ -408,24 +443,19 @@ class Host:
         expected = (len(text), 3, cfg.frames, cfg.height, cfg.width)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise must be {list(expected)} for {len(text)} prompts; got {list(noise.shape)}")
-        scheduler = make_scheduler(solver or cfg.solver, cfg.shift)
-        if (solver or cfg.solver) == "euler":
-            # explicit: the scheduler's own grid ends just above 0 and would spend its last step on nothing
-            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-        else:
-            scheduler.set_timesteps(steps)
+        scheduler = self._scheduler(steps, solver or cfg.solver)
         latents = noise.float()
         text = text.to(self.dtype)
-        if guidance != 1.0:
-            text = torch.cat([text, self.encode_null(len(text)).to(text)])
+        both = torch.cat([text, self.encode_null(len(text)).to(text)])
         for index, timestep in enumerate(scheduler.timesteps):
             if on_step is not None:
                 on_step(index, steps)
-            inputs = latents if guidance == 1.0 else torch.cat([latents, latents])
+            guided = self._guides(timestep, guidance)
+            inputs, words = (torch.cat([latents, latents]), both) if guided else (latents, text)
             velocity = self.transformer(
-                inputs.to(self.dtype), timestep.to(self.device).expand(len(inputs)), text, return_dict=False
+                inputs.to(self.dtype), timestep.to(self.device).expand(len(inputs)), words, return_dict=False
             )[0].float()
-            if guidance != 1.0:
+            if guided:
                 conditional, unconditional = velocity.chunk(2)
                 velocity = unconditional + guidance * (conditional - unconditional)
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -444,7 +474,7 @@ def save_host(host: Host, path: Path, *, dtype: torch.dtype = torch.float16) -> 
     tensors |= {f"classifier.{name}": value for name, value in host.classifier.state_dict().items()}
     tensors["words"] = host.words
     stored = {name: value.to("cpu", dtype) for name, value in tensors.items()}
-    metadata = {"config": json.dumps(asdict(host.config)), "format": "hone-blade host 1"}
+    metadata = {"config": json.dumps(to_dict(host.config)), "format": "hone-blade host 1"}
     save_safetensors(stored, path, metadata=metadata)
 
 
@@ -472,7 +502,7 @@ def load_host(
         tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}  # noqa: SIM118 (not a dict)
     if "config" not in header or "words" not in tensors:
         raise CheckpointError(f"{path} is not a tiny host: its header has no config. Pass a file made by train-host.")
-    host = Host.untrained(HostConfig(**json.loads(header["config"])))
+    host = Host.untrained(from_dict(HostConfig, json.loads(header["config"])))
     for module, prefix in ((host.transformer, "transformer."), (host.classifier, "classifier.")):
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     host.words = tensors["words"]
