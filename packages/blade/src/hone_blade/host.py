@@ -71,7 +71,7 @@ class HostConfig:
     """Timestep shift ``s``: sigma = s u / (1 + (s - 1) u). Frames repeat each other, so the layout of a clip is decided
     at high noise, and more steps are spent there."""
     solver: Solver = "euler"
-    guidance: float = 1.0
+    guidance: float = 2.0
     """Classifier-free guidance scale; a guided step needs two network evaluations, with 1 none is guided."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels (sigma) between which steps are guided."""
