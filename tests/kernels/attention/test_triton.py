@@ -156,6 +156,20 @@ def test_registration():
     check_op("cuda", torch.bfloat16)
 
 
+@pytest.mark.interpret
+def test_compiles_without_a_graph_break_interpreted():
+    leaves, layout, _ = build(Case(pooled=8, bias=True), torch.float32, "cpu")
+
+    def call(q, k, v, *rest):
+        return block_sparse_attention(q, k, v, layout, pooled=PooledKV(*rest), backend="triton") * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got, want = compiled(*leaves), call(*leaves)
+    assert torch.equal(got, want)
+    for mine, theirs in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in (got, want)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def check_poison(device):
     """Every element of every output is written: the memory starts as NaN."""
     from hone_kernels.attention.triton import attention_backward, attention_forward

@@ -9,6 +9,7 @@ import torch
 from hone_blade import bench as bench_module
 from hone_blade.bench import WORKLOADS, BenchConfig, bench
 from hone_blade.models import FULL_SIZE, attach
+from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
 
 SMALL = {"rounds": 2, "forward_rounds": 2, "steps": 4, "few_steps": 2, "repeats": 2}
@@ -176,6 +177,11 @@ def test_compiled_blocks(tmp_path, monkeypatch):
 def test_settings_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         BenchConfig(**options)
+
+
+def test_published_sizes_are_not_run_on_a_cpu(tmp_path):
+    with pytest.raises(UnsupportedHardwareError, match=r"wan2\.1-1\.3b at its published size needs .* Use tiny-wan or"):
+        measure(tmp_path / "run")
 
 
 def test_gpu_script_writes_a_results_file(tmp_path, monkeypatch, capsys):

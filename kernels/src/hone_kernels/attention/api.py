@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from hone_kernels.backends import Backend, choose, triton_reason
 
 from .layout import BlockLayout
 from .reference import attention_reference
 
 __all__ = ["SUPPORT", "Backend", "PooledKV", "Support", "block_sparse_attention"]
-
-Backend = Literal["auto", "reference", "triton"]
-
-_log = logging.getLogger(__name__)
-_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -73,14 +66,6 @@ class PooledKV:
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
@@ -155,39 +140,7 @@ def _why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
     for name in ("block_q", "block_k"):
         if support.blocks is not None and getattr(layout, name) not in support.blocks:
             return f"it takes {name} in {support.blocks}; got {getattr(layout, name)}"
-    if backend == "triton":
-        if not _has_triton():
-            return "Triton is not installed; on Linux: pip install triton"
-        if not _interpreted():
-            if q.device.type != "cuda":
-                return (
-                    f"it needs a CUDA device (or TRITON_INTERPRET=1 before the import); the tensors are on {q.device}"
-                )
-            major, minor = torch.cuda.get_device_capability(q.device)
-            if major * 10 + minor < support.min_sm:
-                return f"it needs compute capability {support.min_sm / 10}; {q.device} has {major}.{minor}"
-    return None
-
-
-def _choose(backend: str, q: Tensor, layout: BlockLayout) -> str:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
-    if backend != "auto":
-        reason = _why_not(backend, q, layout)
-        if reason is not None:
-            raise ValueError(f"backend {backend!r} cannot run this call: {reason}. backend='auto' chooses one that can")
-        return backend
-    if q.device.type != "cuda":
-        return "reference"
-    reason = _why_not("triton", q, layout)
-    if reason is None:
-        return "triton"
-    if not torch.compiler.is_compiling() and reason not in _warned:
-        _warned.add(reason)
-        _log.warning(
-            "block_sparse_attention uses the slow reference backend: the Triton one cannot run, since %s", reason
-        )
-    return "reference"
+    return triton_reason(q.device, support.min_sm) if backend == "triton" else None
 
 
 def block_sparse_attention(
@@ -230,7 +183,7 @@ def block_sparse_attention(
         _check_pooled(pooled, k)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
-    if _choose(backend, q, layout) == "reference":
+    if choose("block_sparse_attention", backend, q.device, lambda name: _why_not(name, q, layout)) == "reference":
         out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
         return (out, lse) if return_lse else out
     if bias is not None:

@@ -55,7 +55,7 @@ class Tiles:
 TILES: dict[tuple[str, int, int], Tiles] = {
     ("forward", 2, 32): Tiles(64, 128, 4, 2, True),
     ("forward", 2, 64): Tiles(64, 128, 4, 2, True, registers=168, describe_q=False),
-    ("forward", 2, 128): Tiles(64, 64, 4, 1, True),
+    ("forward", 2, 128): Tiles(64, 64, 4, 1, True, registers=128),
     ("forward", 4, 32): Tiles(64, 32, 4, 2),
     ("forward", 4, 64): Tiles(64, 32, 4, 2),
     ("forward", 4, 128): Tiles(64, 32, 4, 2),
@@ -172,7 +172,7 @@ def _forward_kernel(
     snb, snh, sib, sih, siq, sval,
     tokens_q, tokens_k, pooled, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, VALID: tl.constexpr, POOLED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, TAIL: tl.constexpr, VALID: tl.constexpr, POOLED: tl.constexpr,
     BIASED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr, DESC_Q: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -189,7 +189,7 @@ def _forward_kernel(
     acc = tl.zeros([BM, DIM_PAD], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], -float("inf"), tl.float32)
-    bias = tl.zeros([BN], tl.float32)
+    bias = tl.zeros([BP], tl.float32)
 
     # Only the last listed block can be the ragged one: lists ascend.
     full = num * SUB
@@ -216,11 +216,11 @@ def _forward_kernel(
                 valid = tl.minimum(valid, tl.load(valid_ptr + batch * sval + block) - (t % SUB) * BN)
             acc, total, top = _softmax_step(acc, total, top, q, k, v, bias, valid, scale, True, False, PRECISION)
     if POOLED:
-        for start in tl.range(0, pooled, BN, num_stages=STAGES):
-            k = _tile(pk_src, batch, head_k, start, spkb, spkh, spks, pooled, BN, DIM, DIM_PAD, True, DESC)
-            v = _tile(pv_src, batch, head_k, start, spvb, spvh, spvs, pooled, BN, DIM, DIM_PAD, True, DESC)
+        for start in tl.range(0, pooled, BP, num_stages=STAGES):
+            k = _tile(pk_src, batch, head_k, start, spkb, spkh, spks, pooled, BP, DIM, DIM_PAD, True, DESC)
+            v = _tile(pv_src, batch, head_k, start, spvb, spvh, spvs, pooled, BP, DIM, DIM_PAD, True, DESC)
             if BIASED:
-                at = start + tl.arange(0, BN)
+                at = start + tl.arange(0, BP)
                 bias = tl.load(bias_ptr + batch * sbb + head_k * sbh + at * sbg, mask=at < pooled, other=0.0) * LOG2E
             acc, total, top = _softmax_step(
                 acc, total, top, q, k, v, bias, pooled - start, scale, True, BIASED, PRECISION
@@ -470,14 +470,14 @@ def attention_forward(
     tokens_k = k.shape[2]
     if tiles is None:
         tiles = tiles_for("forward", q.dtype, dim, block_q, block_k, _sm(q))
-        if pooled_k is not None or k_valid is not None:
-            tiles = replace(tiles, registers=None)  # the masked loops would spill under the cap
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
+    pooled_tile = min(tiles.k, 64)  # a wider one would not fit in the registers beside its bias
     descriptors = tiles.descriptors and _describable(q, k, v, pooled_k, pooled_v)
     sources = [q, k, v, pooled_k, pooled_v]
     if descriptors:
-        sources = [_describe(x, rows) for x, rows in zip(sources, (tiles.q, *[tiles.k] * 4), strict=True)]
+        tall = (tiles.q, tiles.k, tiles.k, pooled_tile, pooled_tile)
+        sources = [_describe(x, rows) for x, rows in zip(sources, tall, strict=True)]
         if not tiles.describe_q:
             sources[0] = q
     _forward_kernel[triton.cdiv(tokens_q, tiles.q), heads, batch](
@@ -487,10 +487,10 @@ def attention_forward(
         *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
         tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], scale * LOG2E.value,
         GROUP=heads // k.shape[1], DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
-        BM=tiles.q, BN=tiles.k, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None, POOLED=pooled_k is not None,
-        BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers, DESC_Q=descriptors and
-        tiles.describe_q,
+        BM=tiles.q, BN=tiles.k, BP=pooled_tile, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None,
+        POOLED=pooled_k is not None, BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors,
+        DESC_Q=descriptors and tiles.describe_q, STAGES=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return out, lse
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hone_kernels.backends import Backend, choose, triton_reason
+
 from .reference import block_scores_reference
 
 __all__ = ["KINDS", "SUPPORT", "Backend", "Kind", "Support", "block_scores"]
 
-Backend = Literal["auto", "reference", "triton"]
 Kind = Literal["paper", "official", "mean", "lse"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-_log = logging.getLogger(__name__)
-_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -83,35 +78,7 @@ def _why_not(backend: str, q: Tensor, k_index: Tensor, kind: str) -> str | None:
         return f"it takes head_dim in {support.head_dims}; got {q.shape[3]}"
     if support.samples is not None and kind != "mean" and k_index.shape[3] > support.samples:
         return f"it takes up to {support.samples} sampled keys per block; got {k_index.shape[3]}"
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed; on Linux: pip install triton"
-        if os.environ.get("TRITON_INTERPRET", "0") != "1":
-            if q.device.type != "cuda":
-                return f"it needs a CUDA device (or TRITON_INTERPRET=1 before the import); q is on {q.device}"
-            major, minor = torch.cuda.get_device_capability(q.device)
-            if major * 10 + minor < support.min_sm:
-                return f"it needs compute capability {support.min_sm / 10}; {q.device} has {major}.{minor}"
-    return None
-
-
-def _choose(backend: str, q: Tensor, k_index: Tensor, kind: str) -> str:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
-    if backend != "auto":
-        reason = _why_not(backend, q, k_index, kind)
-        if reason is not None:
-            raise ValueError(f"backend {backend!r} cannot run this call: {reason}. backend='auto' chooses one that can")
-        return backend
-    if q.device.type != "cuda":
-        return "reference"
-    reason = _why_not("triton", q, k_index, kind)
-    if reason is None:
-        return "triton"
-    if not torch.compiler.is_compiling() and reason not in _warned:
-        _warned.add(reason)
-        _log.warning("block_scores uses the slow reference backend: the Triton one cannot run, since %s", reason)
-    return "reference"
+    return triton_reason(q.device, support.min_sm) if backend == "triton" else None
 
 
 def block_scores(
@@ -159,7 +126,7 @@ def block_scores(
     """
     _check(q, k, q_index, k_index, kind)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    backend = _choose(backend, q, k_index, kind)
+    backend = choose("block_scores", backend, q.device, lambda name: _why_not(name, q, k_index, kind))
     return torch.ops.hone_kernels.block_scores(q.detach(), k.detach(), q_index, k_index, kind, scale, backend)
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hone_kernels.backends import Backend, choose, triton_reason
+
 from .reference import select_blocks_reference
 
 __all__ = ["SUPPORT", "Backend", "SelectedBlocks", "select_blocks"]
-
-Backend = Literal["auto", "reference", "triton"]
 
 SUPPORT: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float64, torch.float32),
     "triton": (torch.float32,),
 }
 """Dtypes of the scores that each backend takes."""
+
+MIN_SM = 80
+"""Least compute capability times ten of the Triton backend."""
 
 
 class SelectedBlocks(NamedTuple):
@@ -65,8 +66,7 @@ def select_blocks(
         backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
 
     Raises:
-        ValueError: If a count, a share or the backend does not fit.
-        TypeError: If the scores' dtype does not.
+        ValueError: If a count, a share, the dtype or the backend does not fit.
 
     Source: ``mass`` with clamps is the mask rule of BLADE (arXiv 2508.10774); its release has ``inclusive=False``.
     """
@@ -81,17 +81,7 @@ def select_blocks(
         raise ValueError(f"mass is a share of the row's sum in (0, 1], or None; got {mass}")
     if not 0 <= forced <= min(num_q, num_k):
         raise ValueError(f"forced must lie in [0, {min(num_q, num_k)}], the number of blocks; got {forced}")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
-    if backend == "auto":
-        backend = "triton" if scores.is_cuda and scores.dtype in SUPPORT["triton"] and _has_triton() else "reference"
-    if scores.dtype not in SUPPORT[backend]:
-        raise TypeError(f"backend {backend!r} takes scores in {SUPPORT[backend]}; got {scores.dtype}")
-    if backend == "triton" and not scores.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        raise ValueError(
-            f"backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1 before the import); scores are on "
-            f"{scores.device}. backend='auto' chooses one that can"
-        )
+    backend = choose("select_blocks", backend, scores.device, lambda name: _why_not(name, scores))
     return SelectedBlocks(
         *torch.ops.hone_kernels.select_blocks(
             scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, backend
@@ -99,8 +89,11 @@ def select_blocks(
     )
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _why_not(backend: str, scores: Tensor) -> str | None:
+    """Why this backend cannot take these scores, or None."""
+    if scores.dtype not in SUPPORT[backend]:
+        return f"it takes scores in {', '.join(str(d) for d in SUPPORT[backend])}; got {scores.dtype}"
+    return triton_reason(scores.device, MIN_SM) if backend == "triton" else None
 
 
 @torch.library.custom_op("hone_kernels::select_blocks", mutates_args=())

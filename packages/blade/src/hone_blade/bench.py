@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, UniPCMultistepScheduler, WanPipeline
 from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.errors import UnsupportedHardwareError
 from hone_core.progress import progress_bar
 from hone_core.runs import Row, Run
 from hone_core.timing import Timing, measure_interleaved
@@ -184,11 +185,18 @@ def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", qu
         quiet: Show no progress.
 
     Raises:
+        UnsupportedHardwareError: A published size is asked of a CPU.
         RuntimeError: The sparse attention differs from its reference on this device (no time is reported then), cuDNN
             cannot run the dense attention, or a video came out not finite.
     """
     if not run.done:
-        _Bench(cfg, run, resolve_device(device), quiet).all()
+        device = resolve_device(device)
+        if device.type == "cpu" and cfg.model in FULL_SIZE:
+            small = [name for name in WORKLOADS if name not in FULL_SIZE]
+            raise UnsupportedHardwareError(
+                f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use=" or ".join(small)
+            )
+        _Bench(cfg, run, device, quiet).all()
     return BenchReport(path=str(run.path), rows=tuple(run.rows))
 
 

@@ -119,8 +119,8 @@ class _CpuClock:
         return (time.perf_counter() - start) * 1e3, None
 
 
-_COVER_CYCLES = 200_000
-"""About 0.1 ms of GPU clock."""
+_COVER_CYCLES = 4_000_000
+"""About 2 ms of GPU clock: more than the host needs to enqueue an operation and its backward."""
 
 
 class _CudaClock:

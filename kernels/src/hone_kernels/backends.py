@@ -1,0 +1,74 @@
+"""Which backend a call runs on: one rule for every op."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+
+__all__ = ["Backend", "choose", "triton_reason"]
+
+Backend = Literal["auto", "reference", "triton"]
+
+# Read once: a compiler that traces a call cannot look at the environment, and Triton itself reads the variable when a
+# kernel is decorated.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_log = logging.getLogger(__name__)
+_warned: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> int:
+    """Compute capability times ten."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def triton_reason(device: torch.device, min_sm: int) -> str | None:
+    """Why Triton kernels that need compute capability ``min_sm / 10`` cannot run on this device, or None."""
+    if not _HAS_TRITON:
+        return "Triton is not installed; on Linux: pip install triton"
+    if _INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1 before the import); the tensors are on {device}"
+    sm = _capability(device)
+    if sm < min_sm:
+        return f"it needs compute capability {min_sm / 10}; {device} has {sm / 10}"
+    return None
+
+
+def choose(op: str, backend: str, device: torch.device, why_not: Callable[[str], str | None]) -> str:
+    """The backend to run: the named one, or for ``"auto"`` Triton on a GPU where it can, else the reference.
+
+    Args:
+        op: Name for messages.
+        backend: As the caller gave it.
+        device: Of the tensors.
+        why_not: Says of a backend why it cannot take the call, or None.
+
+    Raises:
+        ValueError: The backend is unknown, or it is named and cannot run: a named backend never gives way to another.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
+    if backend == "auto":
+        backend = "reference"
+        if device.type == "cuda":
+            reason = why_not("triton")
+            if reason is None:
+                return "triton"
+            if not torch.compiler.is_compiling() and (op, reason) not in _warned:
+                _warned.add((op, reason))
+                _log.warning("%s uses the slow reference backend: the Triton one cannot run, since %s", op, reason)
+    reason = why_not(backend)
+    if reason is not None:
+        remedy = "" if backend == "reference" else ". backend='auto' chooses one that can"
+        raise ValueError(f"backend {backend!r} cannot run this call: {reason}{remedy}")
+    return backend
