@@ -6,7 +6,19 @@ from hone_blade.host import Host, HostConfig, save_host
 from hone_core.cli import run_cli
 from hone_core.runs import load_results
 
-TINY = HostConfig(frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, text_dim=16, steps=2)
+TINY = HostConfig(
+    frames=4,
+    height=16,
+    width=16,
+    layers=1,
+    heads=1,
+    head_dim=32,
+    ffn_dim=32,
+    text_dim=16,
+    steps=2,
+    solver="euler",
+    guidance=1.0,
+)
 
 
 @pytest.fixture

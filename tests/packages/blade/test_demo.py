@@ -7,7 +7,19 @@ from hone_blade.host import Host, HostConfig, load_host
 from hone_core.runs import Run, load_results
 from matplotlib.image import imread
 
-TINY = HostConfig(frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, text_dim=16, steps=2)
+TINY = HostConfig(
+    frames=4,
+    height=16,
+    width=16,
+    layers=1,
+    heads=1,
+    head_dim=32,
+    ffn_dim=32,
+    text_dim=16,
+    steps=2,
+    solver="euler",
+    guidance=1.0,
+)
 SMALL = Comparison(block=16, density=0.5, pool=4, samples=4)
 METRICS = {"psnr", "ssim", "recall", "density", "accuracy", "seconds", "attention_gflop", "digit_accuracy"}
 

@@ -21,7 +21,19 @@ from hone_blade.host import Host, HostConfig
 from hone_core.runs import Run, load_results
 
 # 64 tokens in 4 blocks of 16
-TINY = HostConfig(frames=4, height=16, width=16, layers=2, heads=2, head_dim=32, ffn_dim=32, text_dim=16, steps=3)
+TINY = HostConfig(
+    frames=4,
+    height=16,
+    width=16,
+    layers=2,
+    heads=2,
+    head_dim=32,
+    ffn_dim=32,
+    text_dim=16,
+    steps=3,
+    solver="euler",
+    guidance=1.0,
+)
 SPARSE = Comparison(block=16, density=0.5, pool=4, samples=4)
 
 

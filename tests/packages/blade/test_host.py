@@ -18,7 +18,19 @@ from hone_blade.host import (
 )
 from hone_core.errors import CheckpointError
 
-TINY = HostConfig(frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, text_dim=16, steps=3)
+TINY = HostConfig(
+    frames=4,
+    height=16,
+    width=16,
+    layers=1,
+    heads=1,
+    head_dim=32,
+    ffn_dim=32,
+    text_dim=16,
+    steps=3,
+    solver="euler",
+    guidance=1.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +90,7 @@ def test_guidance_mixes_conditional_and_unconditional(host):
             prompted = (text != host.words[-1]).any(-1).any(-1).to(hidden.dtype)
             return (prompted.view(-1, 1, 1, 1, 1).expand_as(hidden),)
 
-    answers = Host(TINY, Answers(torch.zeros(1)), host.words, host.classifier)
+    answers = Host(replace(TINY, guidance_interval=(0.0, 1.0)), Answers(torch.zeros(1)), host.words, host.classifier)
     text = host.encode_prompt("a red 7 moving left, slow")
     noise = torch.zeros(1, 3, 4, 16, 16)
     # one Euler step from sigma 1 to 0 subtracts 0 + 0.25 * (1 - 0); clips are (x + 1) / 2

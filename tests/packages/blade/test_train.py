@@ -19,7 +19,9 @@ from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 
 SMOKE = TrainConfig(
-    host=HostConfig(frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, steps=2),
+    host=HostConfig(
+        frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, steps=2, solver="euler", guidance=1.0
+    ),
     glyphs="segments",
     batch=4,
     steps=4,

@@ -73,12 +73,11 @@ class TrainConfig:
     """``segments`` needs no scikit-learn and is for smoke runs."""
     eval_clips: int = 512
     eval_samplers: tuple[tuple[Solver, int, float], ...] = (
-        ("euler", 8, 1.0),
-        ("euler", 16, 1.0),
-        ("euler", 50, 1.0),
         ("unipc", 8, 1.0),
-        ("unipc", 12, 1.0),
-        ("euler", 12, 2.0),
+        ("unipc", 12, 3.0),
+        ("euler", 12, 1.0),
+        ("euler", 50, 1.0),
+        ("euler", 50, 3.0),
     )
     """(solver, steps, guidance) graded beside the host's own."""
     log_every: int = 50
