@@ -9,7 +9,7 @@ from .layout import BlockLayout
 
 __all__ = ["attention_reference"]
 
-_CHUNK_ELEMENTS = 1 << 26  # logits held at a time: 256 MiB in float32
+_CHUNK_ELEMENTS = 1 << 21  # logits held at a time; larger temporaries go back to the system at every call, which costs more
 
 
 def attention_reference(
