@@ -9,7 +9,8 @@ from .layout import BlockLayout
 
 __all__ = ["attention_reference"]
 
-_CHUNK_ELEMENTS = 1 << 21  # logits held at a time; larger temporaries go back to the system at every call, which costs more
+# Logits held at a time. Larger temporaries go back to the system at every call, which costs more than they save.
+_CHUNK_ELEMENTS = 1 << 21
 
 
 def attention_reference(
