@@ -1,6 +1,6 @@
 """Put a trained tiny host into the package: choose its sampler, grade it as it will be shipped, write the assets.
 
-    python tools/package_host.py runs/hone-blade/train-host/RUN --clips 256
+    python tools/gpu_package_host.py runs/hone-blade/train-host/RUN --clips 256
 
 The sampler is that of HostConfig's defaults. host.json keeps the training run's facts and gains the grades.
 """
