@@ -1,0 +1,72 @@
+"""The decoder inside a vision-language model: its layers, its head, and what it can take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Decoder", "find_decoder"]
+
+SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+"""``layer_types`` whose attention is a softmax over pairs, so that a pair can be blocked."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The text decoder of a vision-language model.
+
+    Attributes:
+        model: the module with the loop over layers.
+        layers: its layers, in order; each has a ``self_attn``.
+        config: the config that its attention modules look at.
+        head: hidden states to logits, or None for a model without one.
+        deepstack_layers: first layers after which visual features are added to visual rows (Qwen3-VL: 3).
+    """
+
+    model: nn.Module
+    layers: nn.ModuleList
+    config: Any
+    head: nn.Module | None
+    deepstack_layers: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Find the decoder of a transformers model.
+
+    Args:
+        model: A ``...ForConditionalGeneration`` or its ``.model``.
+
+    Raises:
+        TypeError: It has none.
+        ValueError: A layer is not softmax attention (hybrid decoders with linear attention): blocking pairs there is
+            undefined, and blocking only the others leaves the recurrent path open.
+    """
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise TypeError(
+            f"{type(model).__name__} has no decoder with layers; expected a transformers vision-language model such as "
+            "LlavaOnevisionForConditionalGeneration"
+        )
+    config = decoder.config
+    types = list(getattr(config, "layer_types", None) or [])
+    other = sorted({kind for kind in types if kind not in SOFTMAX_LAYERS})
+    without = [index for index, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
+    if other or without:
+        found = ", ".join(other) or f"layers {without} without self_attn"
+        raise ValueError(
+            f"{type(decoder).__name__} is a hybrid decoder ({found}): a pair cannot be blocked in a recurrent layer, "
+            "and video would flow around a knockout of the others. Use a decoder of attention layers only."
+        )
+    head = getattr(model, "lm_head", None)
+    vision = getattr(getattr(model, "config", None), "vision_config", None)
+    deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return Decoder(decoder, layers, config, head, deepstack)

@@ -1,0 +1,422 @@
+"""Where the video is in a token sequence: visual positions, the frame of each, and the spans of text around them.
+
+A processor expands one video placeholder into hundreds of ids. What a run of them means differs per model class: all
+frames in one block (LLaVA, Qwen2-VL), or a block per frame with text such as timestamps between (Qwen3-VL, InternVL,
+SmolVLM, VideoLLaMA3). "Frame" is what the decoder sees as one: Qwen fuses two source frames into one temporal patch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hone_core.io import atomic_write_json
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+__all__ = ["RULES", "TEXT", "TokenLayout", "find_layouts", "locate_spans", "stack_frames"]
+
+TEXT = -1
+"""Frame of a position that shows no frame."""
+
+Span = tuple[int, int]
+"""Positions [start, stop)."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """What each position of one prompt is.
+
+    Attributes:
+        model_type: of the config, such as "qwen2_5_vl".
+        frame: ``[tokens]``, the frame that a visual position shows, counted from 0; -1 is text or padding.
+        real: ``[tokens]``, False where the batch is padded.
+        separators: positions that carry a placeholder id and show no frame (LLaVA-OneVision's newline embedding).
+        source_frames: frames of the video behind one frame of the decoder.
+        spans: name to [start, stop): ``prefix``, ``video``, ``suffix``, ``last``, and what ``locate_spans`` adds.
+    """
+
+    model_type: str
+    frame: Int[Tensor, " tokens"]
+    real: Bool[Tensor, " tokens"]
+    separators: tuple[int, ...] = ()
+    source_frames: int = 1
+    spans: dict[str, Span] = field(default_factory=dict)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that the decoder tells apart."""
+        return int(self.frame.max()) + 1
+
+    @property
+    def num_visual(self) -> int:
+        """Visual positions."""
+        return int((self.frame >= 0).sum())
+
+    @property
+    def num_text(self) -> int:
+        """Positions of text, padding excluded."""
+        return int((self.real & (self.frame < 0)).sum())
+
+    @property
+    def tokens_per_frame(self) -> tuple[int, ...]:
+        """Visual positions of each frame."""
+        return tuple(torch.bincount(self.frame[self.frame >= 0], minlength=self.num_frames).tolist())
+
+    @property
+    def between(self) -> tuple[int, ...]:
+        """Positions of text between frames, such as timestamps."""
+        start, stop = self.spans["video"]
+        inside = torch.arange(start, stop)[self.frame[start:stop] < 0]
+        return tuple(position for position in inside.tolist() if position not in self.separators)
+
+    def mask(self, name: str) -> Bool[Tensor, " tokens"]:
+        """Positions of a span, or of ``visual``, ``text`` (after the first visual token) or ``between``.
+
+        Raises:
+            ValueError: There is no such span.
+        """
+        positions = torch.zeros(len(self.frame), dtype=torch.bool)
+        if name == "visual":
+            return self.frame >= 0
+        if name == "text":
+            positions[self.spans["video"][0] :] = True
+            return positions & (self.frame < 0) & self.real
+        if name == "between":
+            positions[list(self.between)] = True
+            return positions
+        if name not in self.spans:
+            known = ["visual", "text", "between", *self.spans]
+            raise ValueError(
+                f"span {name!r} is not known here; expected one of {', '.join(known)}. "
+                "Spans such as question and options are found by locate_spans."
+            )
+        start, stop = self.spans[name]
+        positions[start:stop] = True
+        return positions
+
+    def with_spans(self, spans: Mapping[str, Span]) -> TokenLayout:
+        """The layout with further named spans.
+
+        Raises:
+            ValueError: A span lies outside the sequence.
+        """
+        for name, (start, stop) in spans.items():
+            if not 0 <= start < stop <= len(self.frame):
+                raise ValueError(f"span {name} must lie in [0, {len(self.frame)}); got [{start}, {stop})")
+        return replace(self, spans=self.spans | dict(spans))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; frames are run-length encoded as [frame, count]."""
+        return {
+            "model_type": self.model_type,
+            "tokens": len(self.frame),
+            "frames": self.num_frames,
+            "source_frames": self.source_frames,
+            "tokens_per_frame": list(self.tokens_per_frame),
+            "padding": int((~self.real).sum()),
+            "separators": list(self.separators),
+            "spans": {name: list(span) for name, span in self.spans.items()},
+            "runs": [[value, stop - start] for value, start, stop in _runs(self.frame.tolist())],
+            "real_runs": [[int(value), stop - start] for value, start, stop in _runs(self.real.tolist())],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TokenLayout:
+        """Read what ``to_dict`` wrote."""
+        frame = [value for value, count in data["runs"] for _ in range(count)]
+        real = [bool(value) for value, count in data["real_runs"] for _ in range(count)]
+        return cls(
+            model_type=data["model_type"],
+            frame=torch.tensor(frame),
+            real=torch.tensor(real),
+            separators=tuple(data["separators"]),
+            source_frames=data["source_frames"],
+            spans={name: (int(a), int(b)) for name, (a, b) in data["spans"].items()},
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the layout as JSON."""
+        return atomic_write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> TokenLayout:
+        """Read a file written by ``save``."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def __str__(self) -> str:
+        counts = self.tokens_per_frame
+        each = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        lines = [
+            f"{self.model_type}: {len(self.frame)} positions, {self.num_frames} frames of {each} tokens, "
+            f"{self.num_text} text" + (f", {int((~self.real).sum())} padding" if not self.real.all() else "")
+        ]
+        if self.source_frames > 1:
+            lines.append(f"each frame is {self.source_frames} frames of the video, fused before the decoder")
+        if self.separators:
+            lines.append(f"separators (placeholder id, no frame) at {', '.join(map(str, self.separators))}")
+        if self.between:
+            lines.append(f"{len(self.between)} text positions between frames: a side channel around VT-K")
+        lines += [f"  {name:<10} [{start}, {stop})" for name, (start, stop) in self.spans.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt as a rule sees it: ``grids`` hands out a (T, H, W) per video run and per image run."""
+
+    config: Any
+    inputs: Mapping[str, Any]
+    grids: Mapping[str, Iterator[Tensor]]
+    tokens_per_frame: int | None
+
+
+Rule = Callable[[_Row, str, int], tuple[list[int], int]]
+"""(row, "image" or "video", run length) to the token count of each frame in the run, and trailing separators."""
+
+
+def _one_frame(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
+    """A run is a frame (text stands between frames), or an image."""
+    return [length], 0
+
+
+def _grid(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
+    """Qwen2-VL, Qwen2.5-VL: (T', H, W) in patches, merged 2 x 2, T' temporal patches in one run."""
+    grid = next(row.grids[kind], None)
+    if grid is None:
+        raise ValueError(f"{kind}_grid_thw has fewer rows than the prompt has {kind}s; pass what the processor made")
+    time, height, width = (int(value) for value in grid)
+    each = height * width // row.config.vision_config.spatial_merge_size**2
+    if time * each != length:
+        raise ValueError(
+            f"a {kind} of grid {time} x {height} x {width} takes {time * each} tokens; the prompt has a run of {length}"
+        )
+    return [each] * time, 0
+
+
+def _side(value: Any) -> int:
+    """Pixels of a square side that a config gives as a number or a pair."""
+    return int(value if isinstance(value, int) else value[0])
+
+
+def _patches(vision: Any) -> int:
+    return _side(vision.image_size) // _side(vision.patch_size)
+
+
+def _llava_onevision(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
+    """Frames pooled to ceil(side / 2) squared tokens, and one newline at the end of a video."""
+    if kind == "image":
+        return [length], 0
+    return _split(length - 1, math.ceil(_patches(row.config.vision_config) / 2) ** 2, "LLaVA-OneVision"), 1
+
+
+def _llava_next_video(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
+    """Frames pooled by ``spatial_pool_stride``, nothing between or after."""
+    if kind == "image":
+        return [length], 0
+    side = _patches(row.config.vision_config) // row.config.spatial_pool_stride
+    return _split(length, side**2, "LLaVA-NeXT-Video"), 0
+
+
+def _video_llava(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
+    """All patches and the class token of each frame."""
+    return (
+        ([length], 0)
+        if kind == "image"
+        else (
+            _split(length, _patches(row.config.vision_config) ** 2 + 1, "Video-LLaVA"),
+            0,
+        )
+    )
+
+
+def _generic(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
+    """Split by a grid, else by ``tokens_per_frame``, else a run is a frame if there are several runs."""
+    if row.inputs.get(f"{kind}_grid_thw") is not None:
+        return _grid(row, kind, length)
+    return [length], 0
+
+
+def _split(length: int, each: int, name: str) -> list[int]:
+    if length < each or length % each:
+        raise ValueError(
+            f"{name} takes {each} tokens per frame; a run of {length} is no multiple. Put text between videos, or pass "
+            "tokens_per_frame"
+        )
+    return [each] * (length // each)
+
+
+RULES: dict[str, Rule] = {
+    "qwen2_vl": _grid,
+    "qwen2_5_vl": _grid,
+    "qwen3_vl": _one_frame,
+    "llava_onevision": _llava_onevision,
+    "llava_next_video": _llava_next_video,
+    "internvl": _one_frame,
+    "smolvlm": _one_frame,
+    "video_llama_3": _one_frame,
+    "video_llava": _video_llava,
+}
+"""``model_type`` to the rule that cuts a run of placeholder ids into frames; any other model gets the generic one."""
+
+
+def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int | None = None) -> list[TokenLayout]:
+    """Find the layout of each prompt in a batch.
+
+    Args:
+        model: The model, or its config.
+        inputs: What the processor made: ``input_ids`` ``[batch, tokens]``, and where the class has them
+            ``attention_mask`` and ``video_grid_thw``.
+        tokens_per_frame: Cut video runs into frames of so many tokens, in place of the class's own rule. Needed for a
+            class without one whose frames follow each other without text between.
+
+    Raises:
+        ValueError: A prompt has no visual token, or a run of them is no whole number of frames.
+    """
+    config = getattr(model, "config", model)
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError("inputs must hold input_ids: the layout is read off the placeholder ids")
+    ids = ids.detach().to("cpu")
+    placeholders = _placeholders(config)
+    padding = inputs.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if isinstance(padding, Tensor) and padding.dim() == 2:
+        real = padding.detach().to("cpu").bool()
+    grids = {kind: iter(_rows(inputs.get(f"{kind}_grid_thw"))) for kind in ("image", "video")}
+    row = _Row(config, inputs, grids, tokens_per_frame)
+    return [_layout(row, ids[index], real[index], placeholders) for index in range(len(ids))]
+
+
+def stack_frames(layouts: Sequence[TokenLayout]) -> Int[Tensor, "batch tokens"]:
+    """Frames of a batch as one tensor.
+
+    Raises:
+        ValueError: The layouts differ in length.
+    """
+    lengths = {len(layout.frame) for layout in layouts}
+    if len(lengths) != 1:
+        raise ValueError(f"layouts of a batch share one padded length; got {sorted(lengths)}")
+    return torch.stack([layout.frame for layout in layouts])
+
+
+def locate_spans(
+    tokenizer: Any, ids: Sequence[int] | Tensor, texts: Mapping[str, str], *, start: int = 0
+) -> dict[str, Span]:
+    """Find the positions of pieces of text in a tokenised prompt.
+
+    Args:
+        tokenizer: Of the model.
+        ids: ``[tokens]``.
+        texts: Name to a piece of text that occurs in the prompt at or after ``start``; the last occurrence counts.
+        start: Position to search from, such as the end of the video.
+
+    Returns:
+        Name to [start, stop): every token that holds a character of the piece.
+
+    Raises:
+        ValueError: A piece does not occur.
+    """
+    ids = [int(value) for value in ids]
+    # Lengths of growing prefixes place every character, whatever the tokenizer does with spaces and bytes.
+    ends, text = [], ""
+    for stop in range(start + 1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:stop])
+        ends.append(len(text))
+    found = {}
+    for name, piece in texts.items():
+        at = text.rfind(piece.strip())
+        if at < 0 or not piece.strip():
+            raise ValueError(f"{name} {piece!r} does not occur in the prompt after position {start}")
+        stop_at = at + len(piece.strip())
+        first = next(i for i, end in enumerate(ends) if end > at)
+        last = next(i for i, end in enumerate(ends) if end >= stop_at)
+        found[name] = (start + first, start + last + 1)
+    return found
+
+
+def _rows(grid: Any) -> list[Tensor]:
+    return [] if grid is None else list(torch.as_tensor(grid).detach().to("cpu"))
+
+
+def _placeholders(config: Any) -> dict[int, str]:
+    """Placeholder id to "image" or "video".
+
+    Raises:
+        ValueError: The config names none: not a vision-language model.
+    """
+    found: dict[int, str] = {}
+    for kind in ("image", "video"):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                found.setdefault(value, kind)
+    if not found:
+        raise ValueError(
+            f"the config of {getattr(config, 'model_type', type(config).__name__)} names no image or video token; "
+            "expected a video language model, whose config has video_token_id or image_token_id"
+        )
+    return found
+
+
+def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) -> TokenLayout:
+    frame = torch.full((len(ids),), TEXT, dtype=torch.long)
+    separators: list[int] = []
+    kinds = [placeholders.get(value) if keep else None for value, keep in zip(ids.tolist(), real.tolist(), strict=True)]
+    runs = [(kind, start, stop) for kind, start, stop in _runs(kinds) if kind]
+    if not runs:
+        names = ", ".join(f"{kind} id {value}" for value, kind in placeholders.items())
+        raise ValueError(
+            f"no visual token in a prompt of {len(ids)} tokens (looked for {names}). Give the processor a video and "
+            "its placeholder in the text; a knockout of nothing would look like a result"
+        )
+    model_type = getattr(row.config, "model_type", "")
+    rule = RULES.get(model_type, _generic)
+    count = 0
+    for kind, start, stop in runs:
+        if row.tokens_per_frame is not None and kind == "video":
+            sizes, trailing = _split(stop - start, row.tokens_per_frame, "tokens_per_frame"), 0
+        else:
+            sizes, trailing = rule(row, kind, stop - start)
+        at = start
+        for size in sizes:
+            frame[at : at + size] = count
+            at, count = at + size, count + 1
+        separators += range(stop - trailing, stop)
+    if rule is _generic and row.tokens_per_frame is None and len(runs) == 1 and runs[0][0] == "video" and count == 1:
+        raise ValueError(
+            f"{model_type or 'this class'} has no layout rule, and its {runs[0][2] - runs[0][1]} video tokens follow "
+            "each other without text: pass tokens_per_frame"
+        )
+    visual = (frame >= 0).nonzero().flatten()
+    first, last = int(visual[0]), int(visual[-1])
+    ends = real.nonzero().flatten()
+    begin, end = int(ends[0]), int(ends[-1]) + 1
+    after = max([last, *separators]) + 1
+    spans = {"prefix": (begin, first), "video": (first, last + 1), "suffix": (after, end), "last": (end - 1, end)}
+    # Two source frames are fused by the patch embedding of these classes.
+    fused = getattr(getattr(row.config, "vision_config", None), "temporal_patch_size", 1)
+    return TokenLayout(
+        model_type=model_type,
+        frame=frame,
+        real=real,
+        separators=tuple(separators),
+        source_frames=fused if isinstance(fused, int) else 1,
+        spans={name: span for name, span in spans.items() if span[0] < span[1]},
+    )
+
+
+def _runs(values: Sequence[Any]) -> list[tuple[Any, int, int]]:
+    """Maximal runs of equal values as (value, start, stop)."""
+    found: list[tuple[Any, int, int]] = []
+    for index, value in enumerate(values):
+        if found and found[-1][0] == value:
+            found[-1] = (value, found[-1][1], index + 1)
+        else:
+            found.append((value, index, index + 1))
+    return found
