@@ -1,0 +1,392 @@
+"""Knockouts and the exit inside real classes: the exact equivalences, decoding, padding, restoration."""
+
+import warnings
+
+import pytest
+import torch
+from hone_core.testing import assert_close
+from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.local_attention import RegularFrames, frame_local_attention, regular_frames
+from hone_knockout.method import blocked_pairs, causal_pairs
+from hone_knockout.models import attach, load_model
+from hone_lm.layouts import find_layouts, locate_spans
+from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
+
+LAYERS = 6
+ONE, TWO = ["What moves?"], ["What moves?", "Which of the two is first?"]
+MODELS = {}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def get(family, questions=ONE, base="sdpa", **options):
+    if family not in MODELS:
+        MODELS[family] = tiny(family, layers=LAYERS)
+    model, processor = MODELS[family]
+    model.set_attn_implementation({"text_config": base, "vision_config": "sdpa"})
+    return model, tiny_inputs(family, processor, questions, **options)
+
+
+def lv(*layers, **options):
+    return Knockout(kind="LV", layers=layers, **options)
+
+
+def generated(model, inputs, **options):
+    out = model.generate(
+        **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+    )
+    return torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("questions", [ONE, TWO], ids=["one", "padded batch"])
+def test_exit_equals_lv_after_it_for_every_text_row(family, questions):
+    """The claim of the exit (2.5): text cannot tell tokens that left from tokens it may not read."""
+    model, inputs = get(family, questions)
+    first = 3 if family == "qwen3_vl" else 1
+    for exit in range(first, LAYERS):
+        with attach(model, lv(*range(exit, LAYERS))):
+            blocked = model(**inputs).logits
+        with attach(model, KnockoutConfig(exit=exit)) as handle:
+            left = model(**inputs).logits
+            rows, layouts = handle.rows, handle.layouts
+        for row, layout in enumerate(layouts):
+            stays = (layout.frame < 0) & layout.real
+            where = stays[rows[row]] & (rows[row] > 0)
+            got, want = left[row][where], blocked[row][rows[row]][where]
+            assert len(got) >= layout.num_text - 1
+            assert float((got - want).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_exit_and_lv_agree_while_generating(family, base):
+    model, inputs = get(family, TWO, base)
+    with attach(model, lv(*range(3, LAYERS))):
+        blocked = generated(model, inputs)
+    with attach(model, KnockoutConfig(exit=3)):
+        left = generated(model, inputs)
+        assert float((left - blocked).abs().max()) < 1e-5
+        assert float((generated(model, inputs, num_beams=2)).isfinite().all())
+    assert float((blocked - generated(model, inputs)).abs().max()) > 0.01
+
+
+def test_caches_are_shorter_after_the_exit():
+    model, inputs = get("llava_onevision")
+    with attach(model, KnockoutConfig(exit=2)) as handle:
+        cache = model(**inputs, use_cache=True).past_key_values
+        layout = handle.layouts[0]
+    lengths = [cache.get_seq_length(layer) for layer in range(LAYERS)]
+    assert lengths == [len(layout.frame)] * 2 + [layout.num_text] * (LAYERS - 2)
+
+
+def test_exit_with_rows_that_keep_different_numbers_of_tokens():
+    # Two prompts of one padded length with different frame counts: the shorter list of survivors is filled up.
+    model, processor = MODELS.get("qwen2_5_vl") or tiny("qwen2_5_vl", layers=LAYERS)
+    model.set_attn_implementation("sdpa")
+    from hone_lm.tiny import PROMPTS, random_video
+
+    texts = [PROMPTS["qwen2_5_vl"].format(question=q) for q in ("What is it?", "And?")]
+    videos = [random_video(4), random_video(8, seed=1)]
+    inputs = dict(processor(text=texts, videos=videos, padding=True, return_tensors="pt"))
+    with attach(model, lv(*range(2, LAYERS))):
+        blocked = generated(model, inputs)
+    with attach(model, KnockoutConfig(exit=2)) as handle:
+        left = generated(model, inputs)
+        assert not handle._prompt.even
+    assert float((left - blocked).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lv_everywhere_is_one_dense_mask(family):
+    model, inputs = get(family)
+    (layout,) = find_layouts(model, inputs)
+    allowed = causal_pairs(len(layout.frame)) & ~blocked_pairs("LV", layout.frame)
+    with attach(model, lv(*range(LAYERS))):
+        knocked = model(**inputs).logits
+    mask = {**inputs, "attention_mask": allowed[None, None]}
+    if family.startswith("qwen"):
+        # Their position code wants a 2-D mask, so positions are given.
+        mask["position_ids"], _ = model.model.get_rope_index(
+            inputs["input_ids"],
+            inputs["mm_token_type_ids"],
+            video_grid_thw=inputs["video_grid_thw"],
+            attention_mask=inputs["attention_mask"],
+        )
+    assert_close(knocked, model(**mask).logits)
+
+
+@pytest.mark.parametrize("kind", ["VT", "VS", "VV", "VT-strict"])
+@pytest.mark.parametrize("family", ["llava_onevision", "internvl"])
+def test_each_kind_is_its_dense_mask_in_its_layers_only(family, kind):
+    model, inputs = get(family)
+    (layout,) = find_layouts(model, inputs)
+    seen = {}
+
+    def spy(module, args, kwargs):
+        seen[module.layer_idx] = kwargs["attention_mask"]
+
+    hooks = [layer.self_attn.register_forward_pre_hook(spy, with_kwargs=True) for layer in model.model.language_model.layers]
+    baseline = model(**inputs, output_hidden_states=True).hidden_states
+    with attach(model, Knockout(kind=kind, layers=(2, 3))):
+        knocked = model(**inputs, output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(baseline[2], knocked[2])
+    assert not torch.allclose(baseline[3], knocked[3])
+    # One layer by hand: the third, from the same hidden states, under the dense mask.
+    layer = model.model.language_model.layers[2]
+    position = model.model.language_model.rotary_emb(baseline[2], torch.arange(len(layout.frame))[None])
+    allowed = (causal_pairs(len(layout.frame)) & ~blocked_pairs(kind, layout.frame))[None, None]
+    assert_close(knocked[3], layer(baseline[2], attention_mask=allowed, position_embeddings=position))
+
+
+def test_vt_and_vs_together_are_vv():
+    model, inputs = get("internvl", TWO)
+    with attach(model, [Knockout(kind="VT", layers=(1, 2)), Knockout(kind="VS", layers=(1, 2))]):
+        together = model(**inputs).logits
+    with attach(model, Knockout(kind="VV", layers=(1, 2))):
+        assert torch.equal(model(**inputs).logits, together)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_detach_restores_every_bit(family, base):
+    model, inputs = get(family, TWO, base)
+    before, tokens = model(**inputs).logits, generated(model, inputs)
+    config = KnockoutConfig(knockouts=(Knockout(kind="VT", layers=(0, 1)), lv(2)), exit=4)
+    handle = attach(model, config)
+    changed = model(**inputs).logits
+    assert changed.shape != before.shape
+    handle.detach()
+    handle.detach()
+    assert torch.equal(model(**inputs).logits, before)
+    assert torch.equal(generated(model, inputs), tokens)
+    assert not model._forward_pre_hooks
+    assert all(not layer._forward_pre_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("knockout", "frames", "suffix"),
+    [
+        (Knockout(kind="VT", layers=(0, 1)), 1, True),
+        (Knockout(kind="LV", layers=(0, 1)), 2, False),
+    ],
+    ids=["VT of one frame", "LV without text after"],
+)
+def test_knockouts_that_block_nothing_change_no_bit_and_are_refused(knockout, frames, suffix):
+    model, inputs = get("llava_next_video", frames=frames)
+    if not suffix:
+        (layout,) = find_layouts(model, inputs)
+        stop = layout.spans["video"][1]
+        inputs = inputs | {name: inputs[name][:, :stop] for name in ("input_ids", "attention_mask")}
+    before = model(**inputs).logits
+    with attach(model, KnockoutConfig(knockouts=(knockout,), allow_empty=True)):
+        assert_close(model(**inputs).logits, before)
+    with attach(model, knockout), pytest.raises(ValueError, match="blocks no pair of prompt 0"):
+        model(**inputs)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_nothing_attached_changes_no_bit():
+    model, inputs = get("qwen2_vl", TWO)
+    before = model(**inputs).logits
+    with attach(model, KnockoutConfig()):
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_decoding_with_a_cache_is_decoding_without(base):
+    model, inputs = get("qwen2_5_vl", TWO, base)
+    knockouts = [
+        lv(1, 2),
+        Knockout(kind="span", source="visual", target="last", layers=(3,)),
+        Knockout(kind="LV", layers=(4,), frames=(1,)),
+    ]
+    for knockout in knockouts:
+        with attach(model, knockout):
+            cached, whole = generated(model, inputs), generated(model, inputs, use_cache=False)
+        assert_close(cached, whole)
+
+
+def test_padding_changes_nothing():
+    model, inputs = get("internvl", TWO)
+    _, alone = get("internvl", TWO[:1])
+    for config in (lv(2, 3), Knockout(kind="VT-strict", layers=(1, 2)), KnockoutConfig(exit=2)):
+        with attach(model, config):
+            batch, single = generated(model, inputs), generated(model, alone)
+        assert_close(batch[:1], single, atol=1e-4)
+
+
+def test_bases_agree():
+    questions, results = TWO, {}
+    configs = {
+        "LV": lv(2, 3),
+        "VT": Knockout(kind="VT", layers=(0, 1)),
+        "random": lv(1, control="random"),
+        "opposite": Knockout(kind="VT", layers=(1,), control="opposite"),
+        "exit": KnockoutConfig(exit=3, knockouts=(Knockout(kind="VT", layers=(0,)),)),
+    }
+    # Compiled flex attention needs a GPU; the stance runs the same call uncompiled.
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for base in ("sdpa", "eager", "flex_attention"):
+            model, inputs = get("llava_onevision", questions, base)
+            for name, config in configs.items():
+                with attach(model, config):
+                    logits = generated(model, inputs)
+                assert_close(logits, results.setdefault(name, logits), what=f"{name}, {base}", atol=1e-4)
+
+
+def test_random_control_blocks_as_much_and_somewhere_else():
+    model, inputs = get("llava_onevision")
+    outputs = []
+    for seed in (0, 0, 1):
+        with attach(model, lv(2, 3, control="random", seed=seed)) as handle:
+            outputs.append(model(**inputs).logits)
+            drawn = handle._drawn[0, 0]
+    frame = find_layouts(model, inputs)[0].frame
+    assert drawn.sum() == blocked_pairs("LV", frame).sum()
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+
+
+def test_located_spans():
+    model, processor = tiny("qwen2_5_vl", layers=2)
+    inputs = tiny_inputs("qwen2_5_vl", processor, ["Which? (A) red (B) blue. Answer: ("])
+    (layout,) = find_layouts(model, inputs)
+    spans = locate_spans(processor.tokenizer, inputs["input_ids"][0], {"question": "Which?", "options": "(A) red (B) blue"})
+    with attach(model, Knockout(kind="span", source="question", target="last", layers=(0,))) as handle:
+        with handle.using([layout.with_spans(spans)]):
+            knocked = model(**inputs).logits
+        with pytest.raises(ValueError, match="span 'question' is not known"):
+            model(**inputs)
+    baseline = model(**inputs).logits
+    assert torch.equal(knocked[:, :-1], baseline[:, :-1])
+    assert not torch.allclose(knocked[:, -1], baseline[:, -1])
+
+
+class TestLocalAttention:
+    def test_is_vt_exactly(self):
+        where = RegularFrames(3, 4, 5)
+        frame = torch.tensor([-1] * 3 + [f for f in range(4) for _ in range(5)] + [-1] * 2)
+        q = torch.randn(2, 6, 25, 8, dtype=torch.float64)
+        k, v = torch.randn(2, 2, 2, 25, 8, dtype=torch.float64)
+        mask = causal_pairs(25) & ~blocked_pairs("VT", frame)
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, scale=0.3)
+        assert_close(frame_local_attention(q, k, v, where, scale=0.3), want)
+
+    @pytest.mark.parametrize("where", [RegularFrames(0, 5, 5), RegularFrames(0, 1, 25), RegularFrames(24, 1, 1)])
+    def test_without_text_around(self, where):
+        frame = torch.full((25,), -1)
+        size = where.frames * where.tokens
+        frame[where.prefix : where.prefix + size] = torch.arange(where.frames).repeat_interleave(where.tokens)
+        q, k, v = torch.randn(3, 1, 2, 25, 8)
+        mask = causal_pairs(25) & ~blocked_pairs("VT", frame)
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert_close(frame_local_attention(q, k, v, where), want)
+
+    def test_which_layouts_are_regular(self):
+        model, inputs = get("llava_onevision")
+        (layout,) = find_layouts(model, inputs)
+        assert regular_frames([layout]) == RegularFrames(layout.spans["video"][0], 4, 16)
+        model, inputs = get("internvl")
+        assert regular_frames(find_layouts(model, inputs)) is None
+        model, inputs = get("llava_onevision", TWO)
+        assert regular_frames(find_layouts(model, inputs)) is None
+
+    def test_the_model_takes_it_and_gets_the_same(self, monkeypatch):
+        model, inputs = get("llava_onevision")
+        with attach(model, Knockout(kind="VT", layers=(0, 1))) as handle:
+            fast = model(**inputs).logits
+            assert handle._prompt.regular is not None
+            monkeypatch.setattr(type(handle), "_is_local", lambda *a: False)
+            assert_close(fast, model(**inputs).logits)
+
+
+class TestRefusals:
+    def test_layers_out_of_range(self):
+        model, _ = get("qwen2_vl")
+        with pytest.raises(ValueError, match="layers are 0 .. 5"):
+            attach(model, lv(6))
+        assert not model._forward_pre_hooks
+
+    def test_exit_before_deepstack(self):
+        model, _ = get("qwen3_vl")
+        with pytest.raises(ValueError, match="exit must be at least 3; got 2"):
+            attach(model, KnockoutConfig(exit=2))
+
+    def test_no_video(self):
+        model, inputs = get("qwen2_vl")
+        with attach(model, lv(1)), pytest.raises(ValueError, match="no visual token"):
+            model(input_ids=torch.tensor([[5, 6, 7]]))
+
+    def test_row_without_keys(self):
+        model, inputs = get("llava_next_video")
+        (layout,) = find_layouts(model, inputs)
+        start = layout.spans["video"][0]
+        cut = inputs | {name: inputs[name][:, start:] for name in ("input_ids", "attention_mask")}
+        knockout = Knockout(kind="VS", layers=(0,), keep_self=False)
+        with attach(model, knockout), pytest.raises(ValueError, match="leaves position 0 of prompt 0 without any key"):
+            model(**cut)
+        with attach(model, knockout):
+            assert model(**inputs).logits.isfinite().all()
+
+    def test_filled_cache_and_late_video(self):
+        model, inputs = get("qwen2_vl")
+        cache = model(**inputs, use_cache=True).past_key_values
+        with attach(model, lv(1)):
+            with pytest.raises(ValueError, match="cache was filled before"):
+                model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(**inputs)
+            with pytest.raises(ValueError, match="pass the whole prompt in one forward"):
+                model(**inputs, past_key_values=cache)
+
+    def test_labels_and_static_cache(self):
+        model, inputs = get("qwen2_vl")
+        with attach(model, KnockoutConfig(exit=2)):
+            with pytest.raises(ValueError, match="labels need logits of every row"):
+                model(**inputs, labels=inputs["input_ids"])
+            with pytest.raises(ValueError, match="static cache"):
+                model.generate(**inputs, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+
+    def test_twice(self):
+        model, _ = get("qwen2_vl")
+        with attach(model, lv(1)), pytest.raises(ValueError, match="tapped already"):
+            attach(model, lv(1))
+
+    def test_unknown_preset(self):
+        model, _ = get("qwen2_vl")
+        with pytest.raises(ValueError, match="preset must be one of"):
+            attach(model, "exit-8b")
+
+
+def test_static_cache_with_a_knockout():
+    model, inputs = get("llava_next_video")
+    with attach(model, lv(2, 3)):
+        dynamic = generated(model, inputs)
+        static = generated(model, inputs, cache_implementation="static", disable_compile=True)
+    assert_close(static, dynamic)
+
+
+def test_checkpoint_folder_round_trip(tmp_path):
+    model, processor = tiny("llava_onevision", layers=2)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, reader = load_model(str(tmp_path))
+    inputs = tiny_inputs("llava_onevision", reader)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with attach(loaded, KnockoutConfig(exit=1)):
+        loaded(**inputs)
+
+
+def test_text_model_is_refused_before_its_weights_are_read(tmp_path):
+    from transformers import Qwen2Config
+
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a qwen2 model without visual tokens"):
+        load_model(str(tmp_path))
