@@ -47,7 +47,7 @@ def test_frames_and_tokens(case):
 
 
 def test_every_placeholder_is_visual_or_a_separator(case):
-    family, model, processor, inputs, layouts = case
+    family, _, processor, inputs, layouts = case
     name = {"internvl": "<IMG_CONTEXT>", "smolvlm": "<image>"}.get(family)
     name = name or ("<video>" if family.startswith("llava") or family == "video_llava" else "<|video_pad|>")
     placeholder = processor.tokenizer.convert_tokens_to_ids(name)
@@ -99,7 +99,7 @@ def test_round_trip_and_text(case, tmp_path):
 
 
 def test_a_prompt_without_a_video_is_refused(case):
-    family, model, processor, _, _ = case
+    _, model, processor, _, _ = case
     inputs = processor.tokenizer(["no video here"], return_tensors="pt")
     with pytest.raises(ValueError, match="no visual token in a prompt"):
         find_layouts(model, inputs)

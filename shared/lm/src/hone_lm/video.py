@@ -1,0 +1,201 @@
+"""Frames of a video file, a folder of pictures or an array: a few, evenly spaced, with their times."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+__all__ = ["Clip", "check_video", "read_video"]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SEEK_SECONDS = 120.0
+"""Stretches longer than this are read by seeking to each frame, shorter ones from end to end."""
+
+_PPM = re.compile(rb"P6\s(\d+)\s(\d+)\s255\s")
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Sampled frames.
+
+    Attributes:
+        frames: ``[frames, 3, height, width]``, RGB bytes.
+        times: seconds of each frame from the start of the video.
+        duration: seconds of the whole video.
+        fps: frames per second of the whole video.
+    """
+
+    frames: UInt8[Tensor, "frames 3 height width"]
+    times: tuple[float, ...]
+    duration: float
+    fps: float
+
+    def metadata(self) -> dict[str, Any]:
+        """What transformers' video processors take as ``video_metadata``."""
+        return {
+            "fps": self.fps,
+            "total_num_frames": max(1, round(self.duration * self.fps)),
+            "duration": self.duration,
+            "frames_indices": [int(time * self.fps) for time in self.times],
+            "height": int(self.frames.shape[2]),
+            "width": int(self.frames.shape[3]),
+        }
+
+
+def check_video(path: str | Path) -> Path:
+    """Look whether a path can be a video, without decoding it.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        ValueError: It is an empty file, or a folder without pictures.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no video {path}")
+    if path.is_dir() and not _pictures(path):
+        raise ValueError(f"{path} holds no pictures ({', '.join(PICTURES)}); a folder is read as one video")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"{path} is an empty file")
+    return path
+
+
+def read_video(path: str | Path, *, num_frames: int = 32, start: float | None = None, end: float | None = None) -> Clip:
+    """Read evenly spaced frames, each from the middle of its part of the video.
+
+    Args:
+        path: A file that ffmpeg reads, a folder of pictures in order of name (one per second), or a ``.npy`` array of
+            bytes ``[frames, height, width, 3]`` (one frame per second).
+        num_frames: Frames to take; a video with fewer gives all it has.
+        start: Seconds from which; the beginning if None.
+        end: Seconds up to which; the end if None.
+
+    Raises:
+        FileNotFoundError: There is no such video.
+        ValueError: It cannot be decoded, or there is no frame between ``start`` and ``end``.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be positive; got {num_frames}")
+    path = check_video(path)
+    if path.is_dir():
+        return _sample(_read_pictures(_pictures(path)), 1.0, num_frames, start, end, path)
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} could not be read as an array: {error}") from error
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+            raise ValueError(
+                f"{path}: expected bytes [frames, height, width, 3]; got {array.dtype} {list(array.shape)}"
+            )
+        return _sample(torch.from_numpy(array).permute(0, 3, 1, 2), 1.0, num_frames, start, end, path)
+    return _read_file(path, num_frames, start, end)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+
+
+def _read_pictures(files: list[Path]) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    frames = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                frames.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{file} could not be decoded: {error}") from error
+    if len({frame.shape for frame in frames}) != 1:
+        raise ValueError(f"the pictures of {files[0].parent} differ in size; a video has one")
+    return torch.stack(frames)
+
+
+def _span(path: Path, duration: float, start: float | None, end: float | None) -> tuple[float, float]:
+    begin, stop = start or 0.0, min(duration, duration if end is None else end)
+    if not 0 <= begin < stop:
+        raise ValueError(f"{path}: no frame between {begin:g} s and {stop:g} s; the video lasts {duration:.2f} s")
+    return begin, stop
+
+
+def _sample(frames: Tensor, fps: float, count: int, start: float | None, end: float | None, path: Path) -> Clip:
+    duration = len(frames) / fps
+    begin, stop = _span(path, duration, start, end)
+    first, last = int(begin * fps), max(int(begin * fps) + 1, round(stop * fps))
+    count = min(count, last - first)
+    picks = [first + int((index + 0.5) * (last - first) / count) for index in range(count)]
+    return Clip(frames[picks].contiguous(), tuple(pick / fps for pick in picks), duration, fps)
+
+
+def _read_file(path: Path, count: int, start: float | None, end: float | None) -> Clip:
+    duration, fps = _probe(path)
+    begin, stop = _span(path, duration, start, end)
+    count = min(count, max(1, round((stop - begin) * fps)))
+    times = [begin + (index + 0.5) * (stop - begin) / count for index in range(count)]
+    if stop - begin > SEEK_SECONDS:
+        frames = [_decode(path, time, 1)[0] for time in times]
+    else:
+        # The small term undoes binary fractions such as int(0.3 * 10) == 2.
+        wanted = [int((time - begin) * fps + 1e-6) for time in times]
+        found = _decode(path, begin, wanted[-1] + 1)
+        # A container may promise a frame more than it holds.
+        frames = [found[min(index, len(found) - 1)] for index in wanted]
+    return Clip(torch.stack(frames), tuple(times), duration, fps)
+
+
+def _probe(path: Path) -> tuple[float, float]:
+    """Seconds and frames per second, from what ffmpeg says of a file."""
+    done = _ffmpeg("-i", str(path))
+    said = done.stderr.decode("utf-8", "replace")
+    stream = re.search(r"Stream #\S+.*: Video:.*", said)
+    if stream is None:
+        raise ValueError(f"{path} could not be decoded as a video: {_last_line(said)}")
+    length = re.search(r"Duration: (\d+):(\d+):(\d+(?:\.\d+)?)", said)
+    rate = re.search(r"([\d.]+) fps", stream[0]) or re.search(r"([\d.]+) tbr", stream[0])
+    duration = 0.0 if length is None else int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])
+    fps = 0.0 if rate is None else float(rate[1])
+    if not fps or not duration:
+        raise ValueError(f"{path} has no frames (ffmpeg reports {fps:g} frames a second and {duration:g} s)")
+    return duration, fps
+
+
+def _decode(path: Path, time: float, count: int) -> list[Tensor]:
+    """So many frames from a time on, ``[3, height, width]`` each; turned as the file says.
+
+    They come as PPM pictures, which carry their own size.
+    """
+    done = _ffmpeg(
+        "-ss", f"{time:.3f}", "-i", str(path), "-frames:v", str(count), "-fps_mode", "passthrough",
+        "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1",
+    )  # fmt: skip
+    frames, data = [], done.stdout
+    at = 0
+    while (head := _PPM.match(data, at)) is not None:
+        width, height = int(head[1]), int(head[2])
+        size, at = width * height * 3, head.end()
+        pixels = np.frombuffer(data, np.uint8, count=size, offset=at).reshape(height, width, 3)
+        frames.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
+        at += size
+    if not frames:
+        said = _last_line(done.stderr.decode("utf-8", "replace"))
+        raise ValueError(f"{path} could not be decoded as a video at {time:g} s: {said}")
+    return frames
+
+
+def _ffmpeg(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments]
+    return subprocess.run(command, capture_output=True, check=False)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if "At least one output file" not in line]
+    return lines[-1].strip()[:200] if lines else "ffmpeg says nothing"

@@ -1,0 +1,85 @@
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from hone_lm.video import check_video, read_video
+from PIL import Image
+
+
+def ramp(frames=20, height=32, width=48):
+    """Frame k is gray 10 k."""
+    return np.stack([np.full((height, width, 3), 10 * k, np.uint8) for k in range(frames)])
+
+
+@pytest.fixture
+def movie(tmp_path):
+    path = tmp_path / "ramp.mp4"
+    writer = imageio_ffmpeg.write_frames(str(path), (48, 32), fps=10, macro_block_size=1, quality=9)
+    writer.send(None)
+    for frame in ramp():
+        writer.send(frame.tobytes())
+    writer.close()
+    return path
+
+
+def test_frames_come_from_the_middle_of_equal_parts(movie):
+    clip = read_video(movie, num_frames=4)
+    assert clip.frames.shape == (4, 3, 32, 48)
+    assert clip.frames.dtype == torch.uint8
+    # 2 s at 10 frames a second: parts of 5 frames, middles at 0.25, 0.75, 1.25 and 1.75 s.
+    assert clip.times == pytest.approx((0.25, 0.75, 1.25, 1.75))
+    assert clip.frames.float().mean((1, 2, 3)).tolist() == pytest.approx([20, 70, 120, 170], abs=4)
+    assert clip.metadata()["total_num_frames"] == 20
+    assert clip.metadata()["frames_indices"] == [2, 7, 12, 17]
+
+
+def test_part_of_a_video(movie):
+    clip = read_video(movie, num_frames=2, start=1.0, end=1.4)
+    assert clip.times == pytest.approx((1.1, 1.3))
+    assert clip.frames.float().mean((1, 2, 3)).tolist() == pytest.approx([110, 130], abs=4)
+    with pytest.raises(ValueError, match="no frame between 5 s and 2 s"):
+        read_video(movie, start=5.0)
+
+
+def test_long_videos_are_sought(movie, monkeypatch):
+    monkeypatch.setattr("hone_lm.video.SEEK_SECONDS", 0.5)
+    clip = read_video(movie, num_frames=4)
+    assert clip.frames.float().mean((1, 2, 3)).tolist() == pytest.approx([20, 70, 120, 170], abs=11)
+
+
+def test_fewer_frames_than_asked(movie):
+    assert len(read_video(movie, num_frames=64).frames) == 20
+
+
+def test_array_and_folder(tmp_path):
+    array = ramp(6)
+    np.save(tmp_path / "clip.npy", array)
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index, frame in enumerate(array):
+        Image.fromarray(frame).save(folder / f"{index:03d}.png")
+    for path in (tmp_path / "clip.npy", folder):
+        clip = read_video(path, num_frames=3)
+        assert clip.frames[:, 0, 0, 0].tolist() == [10, 30, 50]
+        assert clip.times == (1.0, 3.0, 5.0)
+
+
+def test_what_is_no_video(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no video"):
+        read_video(tmp_path / "none.mp4")
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video")
+    with pytest.raises(ValueError, match="could not be decoded as a video"):
+        read_video(text)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(ValueError, match="empty file"):
+        check_video(tmp_path / "empty.mp4")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        check_video(tmp_path / "folder")
+    np.save(tmp_path / "float.npy", np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ValueError, match="expected bytes"):
+        read_video(tmp_path / "float.npy")
+    (tmp_path / "folder" / "a.png").write_text("no")
+    with pytest.raises(ValueError, match="could not be decoded"):
+        read_video(tmp_path / "folder")
