@@ -82,7 +82,7 @@ def build_tokenizer(
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in first])
-    core.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    core.add_tokens([AddedToken(word, single_word=word[-1].isalnum(), lstrip=True, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

@@ -1,0 +1,474 @@
+"""Videos with questions: the user's own, the files of four public sets, and generated clips labelled by construction."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hone_lm.video import Clip, check_video, read_video
+from torch import Tensor
+
+__all__ = [
+    "COLORS",
+    "DIRECTIONS",
+    "KINDS",
+    "SHAPES",
+    "ClipConfig",
+    "Item",
+    "Scenes",
+    "check_items",
+    "draw_scenes",
+    "fake_batch",
+    "generated_items",
+    "load_items",
+    "questions",
+    "read_clip",
+    "render",
+]
+
+Format = Literal["jsonl", "videomme", "mvbench", "egoschema", "tvbench"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A video with a multiple-choice question.
+
+    Attributes:
+        id: unique in its set.
+        question: text.
+        options: texts, without letters.
+        answer: index of the right one.
+        category: kind of question, for the breakdown.
+        video: path, or None where ``clip`` is given.
+        clip: frames in memory.
+        start: seconds from which the question is about the video; None is its beginning.
+        end: seconds up to which; None is its end.
+    """
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    answer: int
+    category: str = ""
+    video: Path | None = None
+    clip: Clip | None = None
+    start: float | None = None
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise ValueError(f"item {self.id}: the question is empty")
+        if len(self.options) < 2 or not all(option.strip() for option in self.options):
+            raise ValueError(f"item {self.id}: expected at least two options with text; got {list(self.options)}")
+        if not 0 <= self.answer < len(self.options):
+            raise ValueError(
+                f"item {self.id}: answer must be the index of one of {len(self.options)} options; got {self.answer}"
+            )
+        if (self.video is None) == (self.clip is None):
+            raise ValueError(f"item {self.id}: expected a video or a clip, one of them")
+
+
+def read_clip(item: Item, *, num_frames: int) -> Clip:
+    """Frames of an item; see ``hone_lm.read_video`` for errors."""
+    if item.clip is not None:
+        return item.clip
+    return read_video(item.video, num_frames=num_frames, start=item.start, end=item.end)
+
+
+# Files.
+
+
+def load_items(path: str | Path, *, format: Format = "jsonl", videos: str | Path | None = None) -> list[Item]:
+    """Read questions from a file.
+
+    Args:
+        path: The file. ``jsonl``: a line ``{"video", "question", "options", "answer", "category"?, "start"?, "end"?}``
+            per question, answer an index from 0 or a letter. ``videomme``: the released table as JSON, JSON lines or
+            CSV. ``mvbench``, ``tvbench``: a task's JSON list, or a folder of them. ``egoschema``: ``questions.json``
+            with the subset's answers beside it, or rows with both.
+        format: Of the file.
+        videos: Folder that video names are relative to; the file's own if None.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line cannot be read, with its number and cause.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no question file {path}")
+    if format not in _READERS:
+        raise ValueError(f"format must be one of {', '.join(_READERS)}; got {format!r}")
+    folder = Path(videos) if videos is not None else (path if path.is_dir() else path.parent)
+    items, seen = [], set()
+    for where, row in _READERS[format](path):
+        try:
+            item = _item(row, where, folder)
+        except (KeyError, TypeError, ValueError) as error:
+            cause = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{where}: {cause}") from error
+        if item.id in seen:
+            raise ValueError(f"{where}: id {item.id} occurs twice")
+        seen.add(item.id)
+        items.append(item)
+    if not items:
+        raise ValueError(f"{path} holds no question")
+    return items
+
+
+def check_items(items: Sequence[Item]) -> list[str]:
+    """Problems of videos that can be seen without decoding them, one line each."""
+    problems = []
+    for item in items:
+        if item.video is None:
+            continue
+        try:
+            check_video(item.video)
+        except (OSError, ValueError) as error:
+            problems.append(f"{item.id}: {error}")
+    return problems
+
+
+Row = dict[str, Any]
+_Reader = Callable[[Path], Iterator[tuple[str, Row]]]
+
+
+def _item(row: Row, where: str, folder: Path) -> Item:
+    options = row["options"]
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise ValueError(f"options must be a list; got {options!r}")
+    options = tuple(_without_letter(str(option)) for option in options)
+    answer = row["answer"]
+    video = str(row["video"])
+    return Item(
+        id=str(row.get("id", f"{video}#{where.rpartition(':')[2]}")),
+        question=str(row["question"]),
+        options=options,
+        answer=_answer_index(answer, options),
+        category=str(row.get("category", "")),
+        video=folder / video,
+        start=None if row.get("start") is None else float(row["start"]),
+        end=None if row.get("end") is None else float(row["end"]),
+    )
+
+
+def _without_letter(option: str) -> str:
+    """Drop a leading ``A. ``, ``(A) `` or ``A) ``."""
+    return re.sub(r"^\s*(?:\([A-Z]\)|[A-Z][.):])\s+", "", option).strip()
+
+
+def _answer_index(answer: Any, options: Sequence[str]) -> int:
+    """An index, a letter, or the text of the right option."""
+    if isinstance(answer, bool):
+        raise ValueError(f"answer must be an index, a letter or an option's text; got {answer}")
+    if isinstance(answer, int):
+        return answer
+    text = str(answer).strip()
+    plain = _without_letter(text)
+    for candidate in (text, plain):
+        if candidate in options:
+            return list(options).index(candidate)
+    if re.fullmatch(r"\(?[A-Z][.)]?", text):
+        return ord(text.strip("().")) - ord("A")
+    if text.isdecimal():
+        return int(text)
+    raise ValueError(f"answer {answer!r} is no index, no letter, and none of {list(options)}")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: expected an object; got {type(row).__name__}")
+        yield f"{path}:{number}", row
+
+
+def _json_list(path: Path) -> list[Row]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: expected a list; got {type(data).__name__}")
+    return data
+
+
+def _video_mme(path: Path) -> Iterator[tuple[str, Row]]:
+    """Columns ``videoID question_id question options answer task_type duration``."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            rows: list[Row] = list(csv.DictReader(file))
+        for row in rows:
+            row["options"] = json.loads(row["options"].replace("'", '"')) if row.get("options") else []
+    elif path.suffix == ".jsonl":
+        rows = [row for _, row in _json_lines(path)]
+    else:
+        rows = _json_list(path)
+    for number, row in enumerate(rows, 1):
+        name = row.get("videoID", row.get("video_id"))
+        yield (
+            f"{path}:{number}",
+            {
+                "id": row["question_id"],
+                "video": f"{name}.mp4",
+                "question": row["question"],
+                "options": row["options"],
+                "answer": row["answer"],
+                "category": row.get("task_type", row.get("duration", "")),
+            },
+        )
+
+
+def _task_folder(path: Path) -> Iterator[tuple[str, Row]]:
+    """MVBench and TVBench: a JSON list per task with ``video question candidates answer`` and maybe ``start end``."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no JSON file of a task")
+    for file in files:
+        for number, row in enumerate(_json_list(file), 1):
+            yield (
+                f"{file}:{number}",
+                {
+                    "id": f"{file.stem}#{number}",
+                    "video": row["video"],
+                    "question": row["question"],
+                    "options": row["candidates"],
+                    "answer": row["answer"],
+                    "category": file.stem,
+                    "start": row.get("start"),
+                    "end": row.get("end"),
+                },
+            )
+
+
+def _egoschema(path: Path) -> Iterator[tuple[str, Row]]:
+    """``q_uid question option 0 .. option 4``, with answers in the row or in ``subset_answers.json`` beside it."""
+    beside = path.parent / "subset_answers.json"
+    answers: Mapping[str, int] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    for number, row in enumerate(_json_list(path), 1):
+        name = row["q_uid"]
+        answer = row.get("answer", row.get("truth", answers.get(name)))
+        if answer is None:
+            # Only 500 of the 5000 questions have public answers.
+            continue
+        yield (
+            f"{path}:{number}",
+            {
+                "id": name,
+                "video": f"{name}.mp4",
+                "question": row["question"],
+                "options": [row[key] for key in sorted(row) if re.fullmatch(r"option ?\d", key)],
+                "answer": int(answer),
+                "category": "egoschema",
+            },
+        )
+
+
+_READERS: dict[str, _Reader] = {
+    "jsonl": _json_lines,
+    "videomme": _video_mme,
+    "mvbench": _task_folder,
+    "egoschema": _egoschema,
+    "tvbench": _task_folder,
+}
+
+# Generated clips.
+
+COLORS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240), "yellow": (235, 210, 40)}
+SHAPES = ("square", "disc", "cross", "triangle")
+DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
+KINDS = ("shape", "place", "order", "direction")
+"""What a question is about. The first two need one frame, the last two need several."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig:
+    """Size of a generated clip. Two shapes of different colors, each the size of a cell, move a cell every other frame."""
+
+    frames: int = 8
+    grid: int = 5
+    """Cells along a side."""
+    cell: int = 8
+    """Pixels along a side of a cell."""
+    noise: float = 0.05
+    """Standard deviation of pixel noise, of the range [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 4 or self.grid < self.steps + 2:
+            raise ValueError(
+                f"expected at least 4 frames and a grid of {self.steps + 2} cells for them; got {self.frames}, {self.grid}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Cells that a shape moves in a clip."""
+        return (self.frames - 1) // 2
+
+    @property
+    def size(self) -> int:
+        """Pixels along a side of a frame."""
+        return self.grid * self.cell
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What a batch of clips shows.
+
+    Attributes:
+        color: ``[clips, 2]``, index into ``COLORS``; the two differ.
+        shape: ``[clips, 2]``, index into ``SHAPES``.
+        direction: ``[clips, 2]``, index into ``DIRECTIONS``.
+        row: ``[clips, 2]``, cell at the first frame.
+        column: likewise.
+        appears: ``[clips, 2]``, first frame in which it is seen; the two differ.
+        corner: ``[clips]``, quarter of the frame with the white dot, index into ``CORNERS``.
+        dot: ``[clips, 2]``, its cell (row, column).
+    """
+
+    color: Tensor
+    shape: Tensor
+    direction: Tensor
+    row: Tensor
+    column: Tensor
+    appears: Tensor
+    corner: Tensor
+    dot: Tensor
+
+    def __len__(self) -> int:
+        return len(self.corner)
+
+    def path(self, cfg: ClipConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and column ``[clips, 2, frames]`` of each shape, and whether it is seen."""
+        device = self.corner.device
+        ways = torch.tensor(list(DIRECTIONS.values()), device=device)[self.direction]
+        time = torch.arange(cfg.frames, device=device)
+        moved = time // 2
+        row = self.row[..., None] + ways[..., 0, None] * moved
+        column = self.column[..., None] + ways[..., 1, None] * moved
+        return row, column, time >= self.appears[..., None]
+
+
+def draw_scenes(count: int, cfg: ClipConfig, generator: torch.Generator) -> Scenes:
+    """Draw what clips show; every attribute is uniform, on the generator's device."""
+    device = generator.device
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, (count, *shape), generator=generator, device=device)
+
+    def two_of(high: int) -> Tensor:
+        first = integers(high)
+        return torch.stack([first, (first + 1 + integers(high - 1)) % high], 1)
+
+    direction = integers(len(DIRECTIONS), 2)
+    ways = torch.tensor(list(DIRECTIONS.values()), device=device)[direction]
+    free = cfg.grid - cfg.steps
+    along, across = integers(free, 2), integers(cfg.grid, 2)
+
+    def start(axis: int) -> Tensor:
+        way = ways[..., axis]
+        return torch.where(way == 0, across, torch.where(way > 0, along, along + cfg.steps))
+
+    corner, half = integers(len(CORNERS)), cfg.grid // 2
+    inside = integers(half, 2)
+    edge = cfg.grid - half
+    dot = torch.stack([inside[:, 0] + (corner // 2) * edge, inside[:, 1] + (corner % 2) * edge], 1)
+    return Scenes(
+        color=two_of(len(COLORS)),
+        shape=integers(len(SHAPES), 2),
+        direction=direction,
+        row=start(0),
+        column=start(1),
+        appears=two_of(cfg.frames // 2),
+        corner=corner,
+        dot=dot,
+    )
+
+
+def render(scenes: Scenes, cfg: ClipConfig, generator: torch.Generator) -> Tensor:
+    """Draw clips as bytes ``[clips, frames, 3, size, size]``; the later shape is drawn over the earlier."""
+    device, count = scenes.corner.device, len(scenes)
+    masks = _shape_masks(cfg.cell).to(device)
+    colors = torch.tensor(list(COLORS.values()), device=device, dtype=torch.float32) / 255
+    # Cells first: [clips, frames, rows, columns, 3, cell, cell].
+    canvas = torch.full((count, cfg.frames, cfg.grid, cfg.grid, 3, cfg.cell, cfg.cell), 0.15, device=device)
+    row, column, seen = scenes.path(cfg)
+    clips, frames = torch.arange(count, device=device)[:, None], torch.arange(cfg.frames, device=device)[None]
+    for which in (0, 1):
+        mask = masks[scenes.shape[:, which]][:, None, None] * seen[:, which, :, None, None, None]
+        paint = colors[scenes.color[:, which]][:, None, :, None, None]
+        place = (clips, frames, row[:, which], column[:, which])
+        canvas[place] = canvas[place] * (1 - mask) + paint * mask
+    middle = slice(cfg.cell // 2 - 1, cfg.cell // 2 + 1)
+    canvas[torch.arange(count, device=device), :, scenes.dot[:, 0], scenes.dot[:, 1], :, middle, middle] = 1.0
+    video = canvas.permute(0, 1, 4, 2, 5, 3, 6).reshape(count, cfg.frames, 3, cfg.size, cfg.size)
+    if cfg.noise:
+        video = video + cfg.noise * torch.randn(video.shape, generator=generator, device=device)
+    return (video.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _shape_masks(cell: int) -> Tensor:
+    """``[shapes, cell, cell]`` in {0, 1}."""
+    axis = (torch.arange(cell) + 0.5) / cell * 2 - 1
+    y, x = axis[:, None].expand(cell, cell), axis[None, :].expand(cell, cell)
+    square = (x.abs() < 0.8) & (y.abs() < 0.8)
+    disc = x**2 + y**2 < 0.85
+    cross = ((x.abs() < 0.3) | (y.abs() < 0.3)) & (x.abs() < 0.95) & (y.abs() < 0.95)
+    triangle = (y > -0.9) & (y < 0.8) & (x.abs() < (y + 0.9) / 1.9)
+    return torch.stack([square, disc & (x**2 + y**2 > 0.2), cross, triangle]).float()
+
+
+def questions(scenes: Scenes, index: int) -> list[tuple[str, str, tuple[str, ...], int]]:
+    """Questions about a clip as (kind, text, options, answer): shape and direction of both, order, place."""
+    names = [list(COLORS)[value] for value in scenes.color[index].tolist()]
+    shapes, ways = scenes.shape[index].tolist(), scenes.direction[index].tolist()
+    first = int(scenes.appears[index].argmin())
+    asked = []
+    for which, name in enumerate(names):
+        asked.append(("shape", f"what shape is the {name} one ?", SHAPES, shapes[which]))
+        asked.append(("direction", f"where does the {name} one move ?", tuple(DIRECTIONS), ways[which]))
+    # The two names stand in one order or the other, whichever is first.
+    swap = bool(scenes.corner[index] % 2)
+    pair = names[::-1] if swap else names
+    asked.append(("order", f"which appears first , {pair[0]} or {pair[1]} ?", tuple(pair), pair.index(names[first])))
+    asked.append(("place", "where is the white dot ?", CORNERS, int(scenes.corner[index])))
+    return asked
+
+
+def generated_items(count: int, cfg: ClipConfig | None = None, *, seed: int = 0) -> list[Item]:
+    """Generated clips with a question each, the kinds in turn.
+
+    Args:
+        count: Number of items.
+        cfg: Size of the clips.
+        seed: Of everything.
+    """
+    cfg = cfg or ClipConfig()
+    generator = torch.Generator().manual_seed(seed)
+    scenes = draw_scenes(count, cfg, generator)
+    video = render(scenes, cfg, generator)
+    items = []
+    for index in range(count):
+        kind = KINDS[index % len(KINDS)]
+        asked = [entry for entry in questions(scenes, index) if entry[0] == kind]
+        _, text, options, answer = asked[(index // len(KINDS)) % len(asked)]
+        clip = Clip(video[index], tuple(float(t) for t in range(cfg.frames)), float(cfg.frames), 1.0)
+        items.append(
+            Item(id=f"{seed}-{index}", question=text, options=options, answer=answer, category=kind, clip=clip)
+        )
+    return items
+
+
+def fake_batch(count: int = 4, seed: int = 0) -> list[Item]:
+    """A few generated items, for tests and smoke runs."""
+    return generated_items(count, seed=seed)

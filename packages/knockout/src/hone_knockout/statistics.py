@@ -1,0 +1,87 @@
+"""How sure a difference in accuracy is: bootstrap intervals, McNemar's test, flips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Paired", "bootstrap_interval", "mcnemar", "paired"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paired:
+    """One configuration against the baseline on the same items.
+
+    Attributes:
+        change: accuracy minus the baseline's, in [-1, 1].
+        interval: 95 % bootstrap interval of ``change``, items drawn together with their baseline.
+        to_wrong: items that the baseline has right and this has wrong.
+        to_right: the other way round.
+        p: McNemar's exact two-sided p of the two counts.
+    """
+
+    change: float
+    interval: tuple[float, float]
+    to_wrong: int
+    to_right: int
+    p: float
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean.
+
+    Args:
+        values: One per item.
+        seed: Of the draws.
+        draws: Bootstrap samples.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if not len(data):
+        raise ValueError("an interval needs at least one value")
+    rng = np.random.default_rng(seed)
+    means = np.concatenate(
+        [data[rng.integers(0, len(data), (min(200, draws - at), len(data)))].mean(1) for at in range(0, draws, 200)]
+    )
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mcnemar(to_wrong: int, to_right: int) -> float:
+    """Exact two-sided p that as many items flip each way: binomial with one half.
+
+    Args:
+        to_wrong: Items right before and wrong after.
+        to_right: Items wrong before and right after.
+    """
+    total, few = to_wrong + to_right, min(to_wrong, to_right)
+    if total == 0:
+        return 1.0
+    tail = sum(math.comb(total, k) for k in range(few + 1))
+    # Integers to the end: a float of 2 ** total overflows past a thousand flips.
+    return min(1.0, 2 * tail / 2**total)
+
+
+def paired(right: Sequence[bool], baseline: Sequence[bool], *, seed: int = 0) -> Paired:
+    """Compare right answers with the baseline's on the same items.
+
+    Raises:
+        ValueError: The lists differ in length.
+    """
+    if len(right) != len(baseline):
+        raise ValueError(f"expected the same items twice; got {len(right)} and {len(baseline)}")
+    now, before = np.asarray(right, dtype=bool), np.asarray(baseline, dtype=bool)
+    difference = now.astype(float) - before.astype(float)
+    to_wrong, to_right = int((before & ~now).sum()), int((now & ~before).sum())
+    return Paired(
+        change=float(difference.mean()),
+        interval=bootstrap_interval(difference, seed=seed),
+        to_wrong=to_wrong,
+        to_right=to_right,
+        p=mcnemar(to_wrong, to_right),
+    )
