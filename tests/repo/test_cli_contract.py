@@ -31,6 +31,7 @@ WORDS = {
     "reproduce",
     "plot",
     "inspect",
+    "recommend",
 }
 # A package may train its tiny host by a verb of its own.
 WORDS |= {"train-host"}

@@ -196,7 +196,7 @@ def test_layer_sets():
     assert len(sliding) == 9
     assert sliding[0] == (0, 1, 2, 3)
     assert sliding[-1] == (8, 9, 10, 11)
-    with pytest.raises(ValueError, match="0 .. 28"):
+    with pytest.raises(ValueError, match=r"0 \.\. 28"):
         global_after(29, 28)
     with pytest.raises(ValueError, match="width"):
         windows(3, width=4)

@@ -316,7 +316,7 @@ class TestLocalAttention:
 class TestRefusals:
     def test_layers_out_of_range(self):
         model, _ = get("qwen2_vl")
-        with pytest.raises(ValueError, match="layers are 0 .. 5"):
+        with pytest.raises(ValueError, match=r"layers are 0 \.\. 5"):
             attach(model, lv(6))
         assert not model._forward_pre_hooks
 
@@ -326,7 +326,7 @@ class TestRefusals:
             attach(model, KnockoutConfig(exit=2))
 
     def test_no_video(self):
-        model, inputs = get("qwen2_vl")
+        model, _ = get("qwen2_vl")
         with attach(model, lv(1)), pytest.raises(ValueError, match="no visual token"):
             model(input_ids=torch.tensor([[50, 60, 70]]))
 

@@ -44,7 +44,8 @@ def test_every_class_answers(family):
     if family.startswith("qwen"):
         processor.chat_template = (
             "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'video' %}"
-            "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{{ '\\n' }}"
+            "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}"
+            "{% endfor %}{% endfor %}{{ '\\n' }}"
         )
     prompts = [choice_prompt(processor, q, ["a dog", "a cat"]) for q in ("What is it?", "And?")]
     assert all(

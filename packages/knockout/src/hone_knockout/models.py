@@ -23,7 +23,7 @@ from .config import PRESETS, Knockout, KnockoutConfig
 from .local_attention import RegularFrames, frame_local_attention, regular_frames
 from .method import PairRule, Roles, causal_pairs, keep_frames, opposite_rule, pair_rule, random_pairs, span_rule
 
-__all__ = ["KnockoutHandle", "attach", "load_model"]
+__all__ = ["KnockoutHandle", "attach", "check_model", "load_model"]
 
 # Spans that generated tokens belong to, as queries and as keys.
 _OPEN_SPANS = ("last", "suffix", "text")
@@ -433,26 +433,47 @@ def attach(model: nn.Module, config: KnockoutConfig | Knockout | Sequence[Knocko
     return KnockoutHandle(model, config)
 
 
+def check_model(path: str, config: KnockoutConfig | None = None) -> int:
+    """Look at a checkpoint's config, without its weights, and return its number of decoder layers.
+
+    Args:
+        path: What ``from_pretrained`` takes, such as llava-hf/llava-onevision-qwen2-7b-ov-hf.
+        config: Settings that must fit the decoder.
+
+    Raises:
+        ValueError: The checkpoint is no vision-language model, or the settings do not fit it.
+        OSError: There is no such checkpoint.
+    """
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(path)
+    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    if not any(isinstance(getattr(found, name, None), int) for name in names):
+        raise ValueError(
+            f"{path} is a {found.model_type} model without visual tokens; expected a video language model such as "
+            "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+        )
+    num_layers = found.get_text_config().num_hidden_layers
+    if config is not None:
+        vision = getattr(found, "vision_config", None)
+        config.check(num_layers, len(getattr(vision, "deepstack_visual_indexes", None) or ()))
+    return num_layers
+
+
 def load_model(path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a Video-LLM and its processor from a folder or the hub.
 
     Args:
-        path: What ``from_pretrained`` takes, such as llava-hf/llava-onevision-qwen2-7b-ov-hf.
+        path: What ``from_pretrained`` takes.
         device: Where the model goes.
         dtype: Of the weights; the checkpoint's own if None.
 
     Raises:
         ValueError: The checkpoint is no vision-language model. Known before its weights are read.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    config = AutoConfig.from_pretrained(path)
-    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-    if not any(isinstance(getattr(config, name, None), int) for name in names):
-        raise ValueError(
-            f"{path} is a {config.model_type} model without visual tokens; expected a video language model such as "
-            "llava-hf/llava-onevision-qwen2-7b-ov-hf"
-        )
+    check_model(path)
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     return model.to(device).eval(), processor

@@ -323,19 +323,20 @@ def locate_spans(
         ValueError: A piece does not occur.
     """
     ids = [int(value) for value in ids]
-    # Lengths of growing prefixes place every character, whatever the tokenizer does with spaces and bytes.
+    # Lengths of growing prefixes place every character, whatever the tokenizer does with bytes. Spaces do not count:
+    # many tokenizers drop them between special tokens, or at the start.
     ends, text = [], ""
     for stop in range(start + 1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:stop])
+        text = "".join(tokenizer.decode(ids[start:stop]).split())
         ends.append(len(text))
     found = {}
     for name, piece in texts.items():
-        at = text.rfind(piece.strip())
-        if at < 0 or not piece.strip():
+        wanted = "".join(piece.split())
+        at = text.rfind(wanted)
+        if at < 0 or not wanted:
             raise ValueError(f"{name} {piece!r} does not occur in the prompt after position {start}")
-        stop_at = at + len(piece.strip())
         first = next(i for i, end in enumerate(ends) if end > at)
-        last = next(i for i, end in enumerate(ends) if end >= stop_at)
+        last = next(i for i, end in enumerate(ends) if end >= at + len(wanted))
         found[name] = (start + first, start + last + 1)
     return found
 

@@ -1,0 +1,369 @@
+"""Exit and window at real sizes: prefill and decode time and memory beside what the operations allow.
+
+Random weights of the published shapes. Only the decoder is timed, from embeddings to the logits of the last position:
+the vision tower runs before it and is the same in every variant.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.progress import progress_bar
+from hone_core.timing import measure
+from hone_lm.decoders import find_decoder
+from hone_lm.layouts import TokenLayout
+from torch import Tensor, nn
+
+from .config import Knockout, KnockoutConfig
+from .flops import DecoderShape, Flops, prefill_flops
+from .method import global_after
+from .models import attach
+
+__all__ = ["WORKLOADS", "BenchConfig", "BenchReport", "Workload", "bench"]
+
+log = logging.getLogger(__name__)
+
+Arch = Literal["llava-onevision-7b", "qwen2.5-vl-7b", "tiny"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A decoder shape and its prompt.
+
+    Attributes:
+        shape: of the decoder.
+        vocabulary: of its head.
+        source_frames: frames of the video behind one frame of the decoder.
+        tokens_per_frame: of the decoder's frame.
+        prefix: text before the video.
+        suffix: text after it, separators included.
+        exit: layer at which visual tokens leave, the paper's 18 of 28.
+        window: first layers in which frames read only themselves.
+    """
+
+    shape: DecoderShape
+    vocabulary: int
+    source_frames: int
+    tokens_per_frame: int
+    prefix: int
+    suffix: int
+    exit: int
+    window: int
+
+
+_QWEN2_7B = DecoderShape(layers=28, width=3584, intermediate=18944, heads=28, heads_k=4, head_dim=128)
+WORKLOADS: dict[str, Workload] = {
+    # 384 px: 27 x 27 patches pooled to 14 x 14, one newline at the end.
+    "llava-onevision-7b": Workload(
+        shape=_QWEN2_7B,
+        vocabulary=152000,
+        source_frames=1,
+        tokens_per_frame=196,
+        prefix=14,
+        suffix=47,
+        exit=18,
+        window=8,
+    ),
+    # 392 x 392 px: 28 x 28 patches merged to 14 x 14, two frames of the video fused.
+    "qwen2.5-vl-7b": Workload(
+        shape=_QWEN2_7B,
+        vocabulary=152064,
+        source_frames=2,
+        tokens_per_frame=196,
+        prefix=15,
+        suffix=46,
+        exit=18,
+        window=8,
+    ),
+    "tiny": Workload(
+        shape=DecoderShape(layers=8, width=128, intermediate=256, heads=4, heads_k=2, head_dim=32),
+        vocabulary=512,
+        source_frames=1,
+        tokens_per_frame=32,
+        prefix=4,
+        suffix=12,
+        exit=5,
+        window=2,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What is timed."""
+
+    arch: Arch = "llava-onevision-7b"
+    frames: tuple[int, ...] = (8, 16, 32, 64)
+    """Frames of the video."""
+    decode_tokens: int = 32
+    rounds: int = 3
+    """Turns that each variant gets, one after the other."""
+    repeats: int = 3
+    """Timed prefills of a turn."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.arch not in get_args(Arch):
+            raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}; got {self.arch!r}")
+        fused = WORKLOADS[self.arch].source_frames
+        if not self.frames or any(count < 2 * fused or count % fused for count in self.frames):
+            raise ValueError(f"frames must be multiples of {fused} and at least {2 * fused}; got {self.frames}")
+        for name in ("decode_tokens", "rounds", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Times; as text, a table.
+
+    Attributes:
+        folder: the run folder.
+        rows: rows of ``results.json``.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Any) -> BenchReport:
+        """Return the report of a run whose rows are written."""
+        return cls(run.path, [vars_of(row) for row in run.rows])
+
+    def __str__(self) -> str:
+        values = {(row["metric"], row["variant"], row["labels"]["frames"]): row["value"] for row in self.rows}
+        lines = ["frames  variant              prefill ms  speedup  bound  share  decode tok/s  peak GiB"]
+        for metric, variant, frames in values:
+            if metric != "prefill":
+                continue
+            ms = values[metric, variant, frames]
+            speedup = values["prefill", "baseline", frames] / ms
+            bound = values["flop_bound", variant, frames]
+            peak = values.get(("peak_memory", variant, frames))
+            lines.append(
+                f"{frames:>6}  {variant:<19}  {ms:10.1f}  {speedup:6.2f}x  {bound:4.2f}x  {speedup / bound:5.0%}  "
+                f"{values['decode', variant, frames]:12.1f}  {'-' if peak is None else f'{peak:8.2f}'}"
+            )
+        return "\n".join([*lines, f"results in {self.folder}"])
+
+
+def vars_of(row: Any) -> dict[str, Any]:
+    """Fields of a result row."""
+    return {name: getattr(row, name) for name in ("metric", "value", "unit", "variant", "labels")}
+
+
+def variants(work: Workload) -> dict[str, KnockoutConfig]:
+    """What is compared."""
+    layers = work.shape.layers
+    return {
+        "baseline": KnockoutConfig(),
+        "exit": KnockoutConfig(exit=work.exit),
+        "exit + window": KnockoutConfig(
+            knockouts=(Knockout(kind="VT", layers=tuple(range(work.window))),), exit=work.exit
+        ),
+        "window everywhere": KnockoutConfig(knockouts=(Knockout(kind="VT", layers=tuple(range(layers))),)),
+    }
+
+
+def bound(work: Workload, frames: int, config: KnockoutConfig) -> Flops:
+    """Operations of a variant's prefill."""
+    window = max((len(item.layers) for item in config.knockouts), default=0)
+    return prefill_flops(
+        work.shape,
+        prefix=work.prefix,
+        frames=frames // work.source_frames,
+        tokens_per_frame=work.tokens_per_frame,
+        suffix=work.suffix,
+        exit=config.exit,
+        window=window,
+    )
+
+
+def layout_of(work: Workload, frames: int) -> TokenLayout:
+    """Layout of the prompt."""
+    count = frames // work.source_frames
+    video = torch.arange(count).repeat_interleave(work.tokens_per_frame)
+    frame = torch.cat([torch.full((work.prefix,), -1), video, torch.full((work.suffix,), -1)])
+    end, stop = work.prefix + len(video), len(frame)
+    spans = {"prefix": (0, work.prefix), "video": (work.prefix, end), "suffix": (end, stop), "last": (stop - 1, stop)}
+    real = torch.ones_like(frame, dtype=torch.bool)
+    return TokenLayout("bench", frame, real, source_frames=work.source_frames, spans=spans)
+
+
+def build(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A model of the real class with random weights; its vision tower is small, since it is not timed."""
+    from transformers import LlavaOnevisionForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+
+    work = WORKLOADS[cfg.arch]
+    shape = work.shape
+    text = {
+        "vocab_size": work.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads_k,
+        "max_position_embeddings": 32768,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    kind: type[nn.Module]
+    if cfg.arch == "qwen2.5-vl-7b":
+        from transformers import Qwen2_5_VLConfig
+
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": shape.width, "intermediate_size": 64}
+        vision |= {"num_heads": 2, "fullatt_block_indexes": [0]}
+        ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+        config = Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **ids)
+        kind = Qwen2_5_VLForConditionalGeneration
+    else:
+        from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+
+        vision = SiglipVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        config = LlavaOnevisionConfig(
+            text_config=Qwen2Config(**text), vision_config=vision, image_token_index=5, video_token_index=6
+        )
+        kind = LlavaOnevisionForConditionalGeneration
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+            torch.manual_seed(cfg.seed)
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation("sdpa")
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def bench(cfg: BenchConfig, run: Any, *, device: str = "auto", quiet: bool = False) -> BenchReport:
+    """Check the values, then time every variant at every length.
+
+    Args:
+        cfg: What is timed.
+        run: A started ``hone_core.runs.Run``.
+        device: Where.
+        quiet: Show no progress.
+
+    Raises:
+        RuntimeError: Exit and LV-K disagree, or frame-local attention and its mask do. No time is reported then.
+    """
+    target = resolve_device(device)
+    dtype = resolve_dtype(cfg.dtype, target)
+    work = WORKLOADS[cfg.arch]
+    model = build(cfg, target, dtype)
+    check(model, work, target, dtype)
+    plans = variants(work)
+    with progress_bar(len(cfg.frames) * cfg.rounds * len(plans), desc=cfg.arch, quiet=quiet) as bar:
+        for frames in cfg.frames:
+            layout = layout_of(work, frames)
+            inputs = _embeddings(layout, work, target, dtype, cfg.seed)
+            prefills: dict[str, list[float]] = {name: [] for name in plans}
+            decodes: dict[str, list[float]] = {name: [] for name in plans}
+            peaks: dict[str, int | None] = dict.fromkeys(plans)
+            # Variants take turns, so that clocks and heat fall on all alike.
+            for _ in range(cfg.rounds):
+                for name, config in plans.items():
+                    with attach(model, config) as handle, handle.using([layout]):
+                        call: Callable[[], object] = lambda: model(inputs_embeds=inputs, logits_to_keep=1)  # noqa: E731
+                        timing = measure(call, warmup=1, repeats=cfg.repeats, device=target)
+                        prefills[name].append(timing.ms_p50)
+                        if timing.peak_bytes is not None:
+                            peaks[name] = max(timing.peak_bytes, peaks[name] or 0)
+                        decodes[name].append(_decode_rate(model, inputs, cfg.decode_tokens))
+                    bar.update()
+            base = bound(work, frames, plans["baseline"]).total
+            labels = {"arch": cfg.arch, "frames": frames, "tokens": len(layout.frame)}
+            for name, config in plans.items():
+                ms = prefills[name]
+                spread = statistics.stdev(ms) if len(ms) > 1 else None
+                common = {"variant": name, "labels": labels}
+                count = cfg.rounds * cfg.repeats
+                run.row("prefill", statistics.median(ms), unit="ms", better="lower", n=count, spread=spread, **common)
+                rate = statistics.median(decodes[name])
+                run.row("decode", rate, unit="tokens/s", better="higher", n=cfg.rounds * cfg.decode_tokens, **common)
+                if peaks[name] is not None:
+                    run.row("peak_memory", peaks[name] / 2**30, unit="GiB", better="lower", **common)
+                flops = bound(work, frames, config)
+                run.row("prefill_tflop", flops.total / 1e12, unit="TFLOP", better="lower", **common)
+                run.row("flop_bound", base / flops.total, better="none", **common)
+            del inputs
+            if target.type == "cuda":
+                torch.cuda.empty_cache()
+    return BenchReport.of(run)
+
+
+@torch.no_grad()
+def check(model: nn.Module, work: Workload, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the fast paths with the masks that they stand for, on a short prompt.
+
+    Raises:
+        RuntimeError: They disagree.
+    """
+    layout = layout_of(work, 4 * work.source_frames)
+    inputs = _embeddings(layout, work, device, dtype, 1)
+    layers = work.shape.layers
+
+    def logits(config: KnockoutConfig, *, masked: bool = False) -> Tensor:
+        with attach(model, config) as handle, handle.using([layout]):
+            if masked:
+                # Without a regular layout the handle has only its mask.
+                handle.start([layout])
+                handle._prompt = handle._prompt._replace(regular=None, layouts=handle._given)
+            return model(inputs_embeds=inputs, logits_to_keep=1).logits.float()
+
+    exit = logits(KnockoutConfig(exit=work.exit))
+    blocked = logits(KnockoutConfig(knockouts=(Knockout(kind="LV", layers=global_after(work.exit, layers)),)))
+    window = KnockoutConfig(knockouts=(Knockout(kind="VT", layers=tuple(range(work.window))),))
+    local, mask = logits(window), logits(window, masked=True)
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    for name, got, want in (("exit and LV-K", exit, blocked), ("frame-local attention and its mask", local, mask)):
+        error = float((got - want).norm() / want.norm())
+        log.info("%s agree to %.1e (relative)", name, error)
+        if not error < tolerance:
+            raise RuntimeError(
+                f"{name} differ on {device}: relative error {error:.2e}, expected below {tolerance}. No time is reported"
+            )
+    if float((local - logits(KnockoutConfig())).norm() / mask.norm()) < tolerance:
+        raise RuntimeError("VT-K changes nothing here: the check would pass whatever the kernel does")
+
+
+def _embeddings(layout: TokenLayout, work: Workload, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (1, len(layout.frame), work.shape.width)
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+
+def _decode_rate(model: nn.Module, inputs: Tensor, tokens: int) -> float:
+    """Tokens per second after a prefill."""
+    out = model(inputs_embeds=inputs, logits_to_keep=1, use_cache=True)
+    cache, token = out.past_key_values, inputs[:, -1:]
+    gpu = inputs.device.type == "cuda"
+    for step in range(tokens + 1):
+        if step == 1:
+            # The first step is not counted.
+            if gpu:
+                torch.cuda.synchronize(inputs.device)
+            begun = time.perf_counter()
+        model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1, use_cache=True)
+    if gpu:
+        torch.cuda.synchronize(inputs.device)
+    return tokens / (time.perf_counter() - begun)
+
+
+def shape_of(model: nn.Module) -> DecoderShape:
+    """Shape of a model's decoder."""
+    return DecoderShape.of(find_decoder(model).config)

@@ -1,0 +1,621 @@
+"""The verbs of ``hone-knockout``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from hone_core.cli import run_cli
+
+PACKAGE = "hone-knockout"
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run_cli(PACKAGE, VERBS, "Attention knockouts for video language models, and the exit of their visual tokens.")
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, presets, classes with a layout rule, and the tiny host that is packaged."""
+    import json
+    from importlib.resources import files
+
+    from hone_core.environment import environment
+
+    from .config import PRESETS
+
+    facts = environment()
+    sidecar = files("hone_knockout") / "assets" / "host.json"
+    host = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
+    from hone_lm.layouts import RULES
+
+    return {
+        "version": facts["packages"].get(PACKAGE),
+        "commit": facts["commit"],
+        "python": facts["python"],
+        "torch": facts["torch"],
+        "transformers": facts["packages"].get("transformers"),
+        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
+        "presets": {name: f"{preset.config.label} ({preset.model})." for name, preset in PRESETS.items()},
+        "layouts": list(RULES),
+        "tiny host": {key: host[key] for key in ("command", "steps", "seconds", "result") if key in host} or "absent",
+    }
+
+
+def demo(
+    *,
+    limit: int | None = None,
+    max_drop: float | None = None,
+    host: Path | None = None,
+    config: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Ask a tiny trained Video-LLM about generated clips, knock its attention out, and find where video can leave.
+
+    Args:
+        limit: Number of questions, four kinds in turn (128).
+        max_drop: Points of accuracy that exit and window may cost (2).
+        host: A host.safetensors made by train-host, in place of the packaged one.
+        config: A run's config.json to start from; other flags change it.
+        seed: Of clips and questions (0).
+        device: auto, cpu, cuda or cuda:1.
+        out: Run folder.
+        dry_run: Print the settings and do nothing.
+        quiet: Show no progress.
+    """
+    from .demo import DemoConfig, DemoReport
+    from .demo import demo as show
+
+    cfg = _change(_load(DemoConfig, config), items=limit, max_drop=max_drop, seed=seed)
+    if dry_run:
+        return _plan(cfg, out)
+    model = _host(host, device)
+    with _start("demo", cfg, out, cfg.seed) as run:
+        return DemoReport.of(run) if run.done else show(cfg, run, model, quiet=quiet)
+
+
+def inspect(
+    *,
+    model: str | None = None,
+    video: Path | None = None,
+    ask: str | None = None,
+    frames: int = 32,
+    save: Path | None = None,
+    host: Path | None = None,
+) -> Any:
+    """Print what each position of a prompt is: frames, text between and around them, separators.
+
+    Args:
+        model: Folder or hub address of a Video-LLM; the tiny host and a generated clip unless given.
+        video: File, folder of pictures or .npy array.
+        ask: Question.
+        frames: Frames to sample.
+        save: JSON file to write the layout to.
+        host: A host.safetensors made by train-host.
+    """
+    from .sample import AskConfig, look
+
+    if model is None:
+        if video is not None or ask is not None:
+            raise ValueError("video and ask belong to --model; the tiny host is asked about a generated clip")
+        loaded, item = _host(host, "cpu"), _generated()
+        cfg = AskConfig(model="host", video="generated", ask=item.question, options=item.options, style="text")
+        layout = look(loaded.model, loaded.processor, cfg, item.clip)
+    else:
+        from transformers import AutoConfig, AutoProcessor
+
+        from .models import check_model
+
+        cfg = _ask_config(model, video, ask, frames=frames)
+        check_model(model)
+        layout = look(AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model), cfg)
+    if save is not None:
+        layout.save(save)
+    return layout
+
+
+def generate(
+    *,
+    model: str | None = None,
+    video: Path | None = None,
+    ask: str | None = None,
+    option: tuple[str, ...] = (),
+    knock: tuple[Literal["LV", "VT", "VS", "VV", "VT-strict"], ...] = (),
+    layers: str = "all",
+    exit: int | None = None,
+    local: str | None = None,
+    preset: str | None = None,
+    frames: int = 32,
+    max_new_tokens: int = 64,
+    start: float | None = None,
+    end: float | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dry_run: bool = False,
+) -> Any:
+    """Answer a question about a video, as the model is and with knockouts or an exit, with time and memory.
+
+    Args:
+        model: Folder or hub address of a Video-LLM.
+        video: File, folder of pictures or .npy array.
+        ask: Question.
+        option: Options to score instead of writing an answer, each as a flag.
+        knock: Knockouts in --layers.
+        layers: Layers of --knock, counted from 0, such as 0-7,12 or 8- or all.
+        exit: Layer at which visual tokens leave, counted from 0: 18 keeps them in the first 18 layers.
+        local: Layers in which frames read only themselves, such as 0-7.
+        preset: Recipe by name, in place of the four flags above.
+        frames: Frames to sample.
+        max_new_tokens: Length of a written answer.
+        start: Seconds from which.
+        end: Seconds up to which.
+        device: auto, cpu, cuda or cuda:1.
+        dtype: Of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
+        dry_run: Check the settings against the model's config, print them and do nothing.
+    """
+    from .config import PRESETS, Knockout, KnockoutConfig, parse_layers
+    from .models import check_model, load_model
+    from .sample import ask as answer
+
+    if model is None:
+        raise ValueError("which model? Give --model, such as llava-hf/llava-onevision-qwen2-7b-ov-hf")
+    if preset is not None and (knock or exit is not None or local is not None):
+        raise ValueError("preset stands for knock, exit and local; give one or the other")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    # Everything that can be wrong is looked at before the weights are read.
+    cfg = _ask_config(model, video, ask, frames=frames, start=start, end=end, options=option, tokens=max_new_tokens)
+    num_layers = check_model(model)
+    if preset is not None:
+        config = PRESETS[preset].config
+    else:
+        chosen = parse_layers(layers, num_layers)
+        items = [Knockout(kind=kind, layers=chosen) for kind in knock]
+        if local is not None:
+            items.append(Knockout(kind="VT", layers=parse_layers(local, num_layers)))
+        config = KnockoutConfig(knockouts=tuple(items), exit=exit)
+    check_model(model, config)
+    cfg = _change(cfg, config=config)
+    if dry_run:
+        return _plan(cfg, None)
+    from hone_core.devices import resolve_device, resolve_dtype
+
+    target = resolve_device(device)
+    loaded, processor = load_model(model, device=target, dtype=resolve_dtype(dtype, target))
+    return answer(loaded, processor, cfg)
+
+
+def evaluate(
+    *,
+    data: Path | None = None,
+    format: Literal["jsonl", "videomme", "mvbench", "egoschema", "tvbench"] | None = None,
+    videos: Path | None = None,
+    model: str | None = None,
+    setting: tuple[Literal["global1", "global2", "window", "local"], ...] | None = None,
+    knock: tuple[Literal["LV", "VT", "VS", "VV", "VT-strict"], ...] | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    step: int | None = None,
+    random_control: bool = False,
+    frames: int | None = None,
+    batch: int | None = None,
+    limit: int | None = None,
+    host: Path | None = None,
+    config: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Answer a set of questions under many knockouts: accuracy, intervals, flips, McNemar, per category, plots.
+
+    Args:
+        data: Question file; generated clips for the tiny host unless given.
+        format: Of the file (jsonl: a line {"video", "question", "options", "answer", "category"} each).
+        videos: Folder that video names are relative to; the file's own unless given.
+        model: Folder or hub address of a Video-LLM; the tiny host unless given.
+        setting: global1 (LV-K after layer i), global2 (all layers), window, local (VT-K in the first layers).
+        knock: Kinds of global2 and window (LV VT VS).
+        window: Layers of a window (4).
+        stride: Between windows: 1 slides, 4 tiles (4).
+        step: Between the layers of global1 and local (2).
+        random_control: Add a control of as many random pairs to global2.
+        frames: Frames to sample (32).
+        batch: Questions run together (1).
+        limit: Ask only so many questions.
+        host: A host.safetensors made by train-host.
+        config: A run's config.json to start from; other flags change it.
+        seed: Of option order, controls and bootstrap (0).
+        device: auto, cpu, cuda or cuda:1.
+        dtype: Of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
+        out: Run folder; the same folder resumes.
+        dry_run: Look for the questions and videos, print the settings and do nothing.
+        quiet: Show no progress.
+    """
+    from . import plots
+    from .evaluate import SweepConfig, SweepReport, sweep
+
+    source = _source(data=data, format=format, videos=videos, model=model, limit=limit, host=host, dtype=dtype)
+    cfg = _load(SweepConfig, config)
+    if config is not None and not (data or model or host):
+        source = cfg.source
+    cfg = _change(
+        cfg,
+        settings=setting,
+        kinds=knock,
+        width=window,
+        stride=stride,
+        step=step,
+        controls=("none", "random") if random_control else None,
+        frames=frames,
+        batch=batch,
+        seed=seed,
+        source=source,
+    )
+    if "model" not in source:
+        cfg = _change(cfg, style="text", shuffle=False if config is None else None)
+    items = _questions(source, cfg.seed)
+    if dry_run:
+        return _plan(cfg, out) | {"questions": len(items)}
+    if "model" in source:
+        from .models import check_model
+
+        check_model(source["model"])
+    with _start("eval", cfg, out, cfg.seed) as run:
+        if not run.done:
+            loaded, processor, _ = _loaded(source, device)
+            sweep(loaded, processor, items, cfg, run, quiet=quiet)
+    chart = run.figures / "sweep.png"
+    if not chart.exists():
+        plots.sweep_chart(run.results(), chart)
+    return SweepReport.of(run)
+
+
+def recommend(
+    *,
+    run: Path | None = None,
+    max_drop: float = 1.0,
+    verify: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Choose exit and frame-local layers on one half of an eval run's questions, and report them on the other.
+
+    Args:
+        run: Folder of an eval run with the settings global1 and, for the window, local.
+        max_drop: Points of accuracy that each may cost on the choosing half.
+        verify: Run both together on the reporting half, which loads the model.
+        seed: Of the halves.
+        device: auto, cpu, cuda or cuda:1.
+        out: Run folder of the verification.
+        dry_run: Only read the run; load nothing.
+        quiet: Show no progress.
+    """
+    from hone_core.config import load_config
+
+    from .evaluate import BASELINE, Configuration, SweepConfig, SweepReport, configurations, read_answers, sweep
+    from .recommend import choose, halves
+
+    if run is None:
+        raise ValueError("which run? Give --run, the folder of a finished eval run")
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"{run} is no run folder; expected one that hone-knockout eval wrote")
+    cfg = load_config(SweepConfig, run / "config.json")
+    answers, _ = read_answers(run)
+    if not answers:
+        raise ValueError(f"{run} holds no answers; let the eval run finish first")
+    num_layers = _layers_of(run)
+    found = configurations(cfg, num_layers)
+    deepstack = 0
+    if "model" in cfg.source:
+        from transformers import AutoConfig
+
+        vision = getattr(AutoConfig.from_pretrained(cfg.source["model"]), "vision_config", None)
+        deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    recipe = choose(answers, found, num_layers=num_layers, max_drop=max_drop, deepstack_layers=deepstack, seed=seed)
+    if dry_run or not verify or not (recipe.exit is not None or recipe.window):
+        return str(recipe)
+    _, second = halves(list(answers), seed=seed)
+    items = [item for item in _questions(cfg.source, cfg.seed) if item.id in set(second)]
+    entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
+    chosen = {BASELINE: found[BASELINE], recipe.config.label: entry}
+    with _start("recommend", cfg, out, seed) as inner:
+        if not inner.done:
+            loaded, processor, _ = _loaded(cfg.source, device)
+            sweep(loaded, processor, items, cfg, inner, chosen=chosen, quiet=quiet)
+    return f"{recipe}\n\nboth together, on the reporting half:\n{SweepReport.of(inner)}"
+
+
+def bench(
+    *,
+    arch: Literal["llava-onevision-7b", "qwen2.5-vl-7b", "tiny"] | None = None,
+    frames: tuple[int, ...] | None = None,
+    rounds: int | None = None,
+    config: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Time exit and window at real sizes with random weights, beside what the operations allow.
+
+    Args:
+        arch: Shape of the model; tiny for a CPU (llava-onevision-7b).
+        frames: Frames of the video (8 16 32 64).
+        rounds: Turns that each variant gets (3).
+        config: A run's config.json to start from; other flags change it.
+        seed: Of weights and inputs (0).
+        device: auto, cpu, cuda or cuda:1.
+        dtype: Of weights and inputs (auto).
+        out: Run folder.
+        dry_run: Print the settings and do nothing.
+        quiet: Show no progress.
+    """
+    from .bench import BenchConfig, BenchReport
+    from .bench import bench as measure
+
+    cfg = _change(_load(BenchConfig, config), arch=arch, frames=frames, rounds=rounds, dtype=dtype, seed=seed)
+    if dry_run:
+        return _plan(cfg, out)
+    with _start("bench", cfg, out, cfg.seed) as run:
+        return BenchReport.of(run) if run.done else measure(cfg, run, device=device, quiet=quiet)
+
+
+def reproduce(
+    *,
+    host: tuple[Path, ...] | None = None,
+    limit: int | None = None,
+    max_drop: float | None = None,
+    config: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Put the paper's three findings to the test on tiny hosts, by rules fixed beforehand.
+
+    Args:
+        host: Checkpoints made by train-host with different seeds; the packaged one, a single seed, unless given.
+        limit: Questions per host (400).
+        max_drop: Points that the recipe's exit and window may cost on the choosing half (1).
+        config: A run's config.json to start from; other flags change it.
+        seed: Of the questions (0).
+        device: auto, cpu, cuda or cuda:1.
+        out: Run folder; the same folder resumes.
+        dry_run: Print the settings and do nothing.
+        quiet: Show no progress.
+    """
+    from .reproduce import ReproduceConfig, ReproduceReport
+    from .reproduce import reproduce as test
+
+    hosts = None if host is None else tuple(str(path) for path in host)
+    cfg = _change(_load(ReproduceConfig, config), hosts=hosts, items=limit, max_drop=max_drop, seed=seed)
+    if dry_run:
+        return _plan(cfg, out)
+    from hone_core.devices import resolve_device
+
+    target = resolve_device(device)
+    with _start("reproduce", cfg, out, cfg.seed) as run:
+        return ReproduceReport.of(run) if run.done else test(cfg, run, device=target, quiet=quiet)
+
+
+def plot(*, run: Path | None = None, save: Path | None = None, title: str = "") -> Any:
+    """Draw a sweep's results in the paper's axes.
+
+    Args:
+        run: Folder of an eval or demo run, or its results.json.
+        save: PNG or SVG to write; figures/sweep.png in the folder unless given.
+        title: Above the picture.
+    """
+    from hone_core.runs import load_results
+
+    from .plots import sweep_chart
+
+    if run is None:
+        raise ValueError("which run? Give --run, the folder of an eval or demo run")
+    folder = run if run.is_dir() else run.parent
+    return str(sweep_chart(load_results(run), save or folder / "figures" / "sweep.png", title=title))
+
+
+def train_host(
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    compile: bool = True,
+    config: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Any:
+    """Train the tiny host on generated clips (minutes on a GPU); stops early when every kind is learned.
+
+    Args:
+        minutes: Budget of the training itself (4.5).
+        steps: Number of optimiser steps, instead of a time budget.
+        batch: Clips per step, six questions on each (256).
+        compile: Compile the decoder's layers on a GPU.
+        config: A run's config.json to start from; other flags change it.
+        seed: Of weights and data (0).
+        device: auto, cpu, cuda or cuda:1.
+        out: Run folder; the same folder resumes.
+        dry_run: Print the settings and do nothing.
+        quiet: Show no progress.
+    """
+    import shlex
+    import sys
+
+    from .train import TrainConfig, TrainReport
+    from .train import train_host as train
+
+    cfg = _change(_load(TrainConfig, config), minutes=minutes, steps=steps, batch=batch, seed=seed)
+    cfg = _change(cfg, compile=None if compile else False)
+    if dry_run:
+        return _plan(cfg, out)
+    from hone_core.devices import resolve_device
+
+    target = resolve_device(device)
+    with _start("train-host", cfg, out, cfg.seed) as run:
+        if run.done:
+            return TrainReport.of(run)
+        return train(cfg, run, device=target, command=shlex.join([PACKAGE, *sys.argv[1:]]), quiet=quiet)
+
+
+VERBS = {
+    "info": info,
+    "demo": demo,
+    "inspect": inspect,
+    "generate": generate,
+    "eval": evaluate,
+    "recommend": recommend,
+    "bench": bench,
+    "reproduce": reproduce,
+    "plot": plot,
+    "train-host": train_host,
+}
+
+
+def _load(kind: type, path: Path | None) -> Any:
+    from hone_core.config import load_config
+
+    return kind() if path is None else load_config(kind, path)
+
+
+def _change(cfg: Any, **changes: Any) -> Any:
+    """Replace the fields that a flag was given for."""
+    import dataclasses
+
+    return dataclasses.replace(cfg, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _plan(cfg: Any, out: Path | None) -> dict[str, Any]:
+    from hone_core.config import to_dict
+
+    return {"config": to_dict(cfg), "out": str(out or f"runs/{PACKAGE}/...")}
+
+
+def _start(verb: str, cfg: Any, out: Path | None, seed: int) -> Any:
+    from hone_core.runs import Run
+
+    return Run.start(package=PACKAGE, verb=verb, config=cfg, out=out, seed=seed)
+
+
+def _host(path: Path | None, device: str) -> Any:
+    from hone_core.devices import resolve_device
+
+    from .host import load_host
+
+    return load_host(resolve_device(device), path=path)
+
+
+def _generated() -> Any:
+    from .data import generated_items
+
+    return generated_items(1)[0]
+
+
+def _ask_config(
+    model: str,
+    video: Path | None,
+    ask: str | None,
+    *,
+    frames: int,
+    start: float | None = None,
+    end: float | None = None,
+    options: tuple[str, ...] = (),
+    tokens: int = 64,
+) -> Any:
+    from hone_lm.video import check_video
+
+    from .sample import AskConfig
+
+    if video is None or ask is None:
+        raise ValueError("a model needs a video and a question; give --video and --ask")
+    check_video(video)
+    return AskConfig(
+        model=model,
+        video=str(video),
+        ask=ask,
+        options=options,
+        frames=frames,
+        max_new_tokens=tokens,
+        start=start,
+        end=end,
+    )
+
+
+def _source(**flags: Any) -> dict[str, str]:
+    """Where model and questions come from, as strings; what is not given is left out."""
+    if (flags["data"] is None) != (flags["model"] is None):
+        raise ValueError("data and model belong together: give both, or neither for the tiny host's generated clips")
+    if flags["model"] is not None and flags["host"] is not None:
+        raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
+    if flags["limit"] is not None and flags["limit"] < 1:
+        raise ValueError(f"limit must be positive; got {flags['limit']}")
+    return {name: str(value) for name, value in flags.items() if value is not None}
+
+
+def _questions(source: dict[str, str], seed: int) -> list[Any]:
+    """Questions of a source, before any model is loaded.
+
+    Raises:
+        ValueError: No video of them is there.
+    """
+    import logging
+
+    from .data import check_items, generated_items, load_items
+
+    limit = int(source["limit"]) if "limit" in source else None
+    if "data" not in source:
+        from .host import load_host
+
+        path = Path(source["host"]) if "host" in source else None
+        return generated_items(limit or 256, load_host(path=path).config.clip, seed=2000 + seed)
+    items = load_items(source["data"], format=source.get("format", "jsonl"), videos=source.get("videos"))[:limit]
+    problems = check_items(items)
+    for problem in problems[:5]:
+        logging.getLogger(__name__).warning("%s", problem)
+    if len(problems) == len(items):
+        raise ValueError(f"none of the {len(items)} videos can be read: {problems[0]} (--videos names their folder)")
+    return items
+
+
+def _loaded(source: dict[str, str], device: str) -> tuple[Any, Any, int]:
+    """Model, processor, number of layers."""
+    if "model" not in source:
+        host = _host(Path(source["host"]) if "host" in source else None, device)
+        return host.model, host.processor, host.config.layers
+    from hone_core.devices import resolve_device, resolve_dtype
+
+    from .models import check_model, load_model
+
+    target = resolve_device(device)
+    layers = check_model(source["model"])
+    model, processor = load_model(
+        source["model"], device=target, dtype=resolve_dtype(source.get("dtype", "auto"), target)
+    )
+    return model, processor, layers
+
+
+def _layers_of(run: Path) -> int:
+    """Decoder layers of the model that a run was made with, from its baseline row."""
+    from hone_core.runs import load_results
+
+    for row in load_results(run)["rows"]:
+        if row.get("labels", {}).get("setting") == "baseline":
+            return int(row["labels"]["last"]) + 1
+    raise ValueError(f"{run} holds no finished sweep; repeat the eval command to finish it")

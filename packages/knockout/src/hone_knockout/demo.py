@@ -1,0 +1,161 @@
+"""The demo: a trained Video-LLM answers questions on generated clips, whole and with parts of its attention blocked.
+
+Runs on the packaged tiny host on a two-core CPU and downloads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hone_core.timing import measure
+from hone_lm.choices import choice_inputs, choice_prompt
+
+from . import plots
+from .config import Knockout, KnockoutConfig
+from .data import KINDS, Item, generated_items
+from .evaluate import BASELINE, SweepConfig, SweepReport, configurations, is_right, read_answers, sweep
+from .host import Host
+from .method import global_after
+from .models import attach
+from .recommend import Recipe, choose
+
+__all__ = ["DemoConfig", "DemoReport", "demo", "time_recipe"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo asks."""
+
+    items: int = 128
+    """Questions, the four kinds in turn."""
+    batch: int = 32
+    max_drop: float = 2.0
+    """Budget of the recommendation, in points on the choosing half."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.items < 2 * len(KINDS):
+            raise ValueError(f"the demo needs at least {2 * len(KINDS)} questions, two of each kind; got {self.items}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be positive; got {self.batch}")
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """The sweep that the demo runs."""
+        return SweepConfig(
+            settings=("global1", "global2", "window", "local"),
+            controls=("none", "random"),
+            batch=self.batch,
+            style="text",
+            shuffle=False,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Result of the demo; as text, the tables.
+
+    Attributes:
+        sweep: the sweep's report.
+        recipe: the recommendation as text.
+        timing: one line on what it saves.
+        chart: layer-by-category picture.
+        sheet: clips with the answers under each knockout.
+    """
+
+    sweep: SweepReport
+    recipe: str
+    timing: str
+    chart: Path
+    sheet: Path
+
+    @classmethod
+    def of(cls, run: Any) -> DemoReport:
+        """Return the report of a finished run."""
+        text = (run.artifacts / "recipe.txt").read_text(encoding="utf-8")
+        recipe, _, timing = text.rpartition("\n")
+        return cls(SweepReport.of(run), recipe, timing, run.figures / "sweep.png", run.figures / "clips.png")
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [str(self.sweep), "", self.recipe, self.timing, f"picture {self.chart}", f"clips   {self.sheet}"]
+        )
+
+
+def demo(cfg: DemoConfig, run: Any, host: Host, *, quiet: bool = False) -> DemoReport:
+    """Sweep, draw, recommend and time.
+
+    Args:
+        cfg: Number of questions and budget.
+        run: A started ``hone_core.runs.Run``.
+        host: The trained tiny host.
+        quiet: Show no progress.
+    """
+    items = generated_items(cfg.items, host.config.clip, seed=1000 + cfg.seed)
+    report = sweep(host.model, host.processor, items, cfg.sweep, run, quiet=quiet)
+    answers, _ = read_answers(run.path)
+    layers = host.config.layers
+    found = configurations(cfg.sweep, layers)
+    recipe = choose(answers, found, num_layers=layers, max_drop=cfg.max_drop, seed=cfg.seed)
+    timing = time_recipe(host, items[:8], recipe, run)
+    (run.artifacts / "recipe.txt").write_text(f"{recipe}\n{timing}", encoding="utf-8")
+    chart = plots.sweep_chart(report_rows(run), run.figures / "sweep.png", title="tiny host, generated clips")
+    sheet = _sheet(items, answers, layers, run.figures / "clips.png")
+    return DemoReport(SweepReport.of(run), str(recipe), timing, chart, sheet)
+
+
+def report_rows(run: Any) -> dict[str, Any]:
+    """Rows of a running run in the form that plots take."""
+    run._write("running")
+    return run.results()
+
+
+@torch.no_grad()
+def time_recipe(host: Host, items: Sequence[Item], recipe: Recipe, run: Any) -> str:
+    """Time a prefill as it is and under a recipe, and check that the exit changes nothing that LV-K does not."""
+    prompts = [choice_prompt(host.processor, item.question, item.options, style="text") for item in items]
+    inputs = choice_inputs(host.processor, prompts, [item.clip for item in items])
+    inputs = {name: value.to(host.device) for name, value in inputs.items()}
+    before = measure(lambda: host.model(**inputs, logits_to_keep=1), warmup=2, repeats=7, device=host.device)
+    run.row("prefill", before.ms_p50, unit="ms", better="lower", n=before.n, variant=BASELINE)
+    if recipe.exit is None and not recipe.window:
+        return f"prefill of {len(items)} prompts {before.ms_p50:.0f} ms; nothing to save within the budget"
+    text = f"prefill of {len(items)} prompts {before.ms_p50:.0f} ms"
+    with attach(host.model, recipe.config):
+        after = measure(lambda: host.model(**inputs, logits_to_keep=1), warmup=2, repeats=7, device=host.device)
+    run.row("prefill", after.ms_p50, unit="ms", better="lower", n=after.n, variant=recipe.config.label)
+    text += f", {after.ms_p50:.0f} ms with {recipe.config.label}"
+    if recipe.exit is not None and recipe.exit < host.config.layers:
+        with attach(host.model, KnockoutConfig(exit=recipe.exit)):
+            left = host.model(**inputs, logits_to_keep=1).logits
+        with attach(host.model, Knockout(kind="LV", layers=global_after(recipe.exit, host.config.layers))):
+            blocked = host.model(**inputs, logits_to_keep=1).logits
+        gap = float((left - blocked).abs().max())
+        run.row("exit_gap", gap, better="lower", n=len(items), variant=f"exit {recipe.exit}")
+        text += f"; logits of exit and LV-K differ by at most {gap:.1e}"
+    return text
+
+
+def _sheet(items: Sequence[Item], answers: dict[str, Any], layers: int, path: Path) -> Path:
+    """A clip of each kind with what the model says under each knockout."""
+    shown = {kind: next(item for item in items if item.category == kind) for kind in KINDS}
+    everywhere = f"0-{layers - 1}"
+    labels = [BASELINE] + [f"global2 {kind} {everywhere}" for kind in ("LV", "VT", "VS")]
+    lines = []
+    for item in shown.values():
+        answer = answers[item.id]
+        text = [f"{item.question}  right: {item.options[item.answer]}"]
+        for label in labels:
+            p = answer["results"][label]["p"]
+            best = max(range(len(p)), key=p.__getitem__)
+            mark = "" if is_right(answer, label) else "!"
+            name = label if label == BASELINE else label.split()[1] + "-K in all layers"
+            text.append(f"{mark}{name}: {item.options[best]} ({p[best]:.0%})")
+        lines.append(text)
+    clips = [item.clip.frames for item in shown.values()]
+    return plots.clip_sheet(clips, lines, path, title="what the tiny host answers; red is wrong")

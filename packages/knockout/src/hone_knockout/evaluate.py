@@ -1,0 +1,386 @@
+"""Sweeps: a set of questions under many knockouts, with the statistics that say what a difference is worth.
+
+Every answer goes to ``artifacts/answers.jsonl`` as soon as it is there, one line per question with the option
+probabilities under every configuration. So a stopped sweep goes on where it was, and everything else (accuracy,
+intervals, plots, the recommendation) is computed from that file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from hone_core.progress import progress_bar
+from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices
+from hone_lm.decoders import find_decoder
+from torch import Tensor
+
+from .config import Control, Kind, Knockout, KnockoutConfig
+from .data import Item, read_clip
+from .method import global_after, windows
+from .models import attach
+from .prefix import Counts, PrefixRunner
+from .statistics import bootstrap_interval, paired
+
+__all__ = ["Setting", "SweepConfig", "SweepReport", "configurations", "read_answers", "summarise", "sweep"]
+
+log = logging.getLogger(__name__)
+
+Setting = Literal["global1", "global2", "window", "local"]
+"""``global1``: LV-K after layer i. ``global2``: a kind in all layers. ``window``: a kind in ``width`` layers.
+``local``: VT-K in the first w layers, which is where frames read only themselves."""
+
+BASELINE = "baseline"
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """Which knockouts a sweep runs, and how questions are put."""
+
+    settings: tuple[Setting, ...] = ("global1", "global2", "window")
+    kinds: tuple[Kind, ...] = ("LV", "VT", "VS")
+    """Of ``global2`` and ``window``."""
+    width: int = 4
+    """Layers of a window."""
+    stride: int = 4
+    """Between windows: 1 slides, as the paper says; 4 tiles, as its figures look."""
+    step: int = 2
+    """Between the layers i of ``global1`` and ``local``; the paper has 2."""
+    controls: tuple[Control, ...] = ("none",)
+    """``random`` adds a control of as many random pairs to every ``global2`` configuration."""
+    frames: int = 32
+    """Frames sampled from a video."""
+    batch: int = 1
+    """Questions run together."""
+    style: Style = "letter"
+    shuffle: bool = True
+    """Put the options in a random order per question, so that a liking for a letter is no knowledge."""
+    reuse: bool = True
+    """Compute layers that configurations share once, and LV-K in all later layers as the exit that it equals."""
+    seed: int = 0
+    """Of option order, random controls and bootstrap."""
+    source: dict[str, str] = field(default_factory=dict)
+    """Where model and questions come from, so that a run can be repeated."""
+
+    def __post_init__(self) -> None:
+        if not self.settings or any(value not in get_args(Setting) for value in self.settings):
+            raise ValueError(f"settings must be some of {', '.join(get_args(Setting))}; got {self.settings}")
+        if "span" in self.kinds:
+            raise ValueError("a sweep has no span targets; use attach")
+        for name in ("width", "stride", "step", "frames", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A point of a sweep.
+
+    Attributes:
+        config: what is attached.
+        setting: of the sweep that it belongs to.
+        kind: knockout kind, ``random`` appended for a control.
+        first: first layer of the knockout, counted from 0.
+        last: last layer.
+    """
+
+    config: KnockoutConfig
+    setting: str
+    kind: str
+    first: int
+    last: int
+
+
+def configurations(cfg: SweepConfig, num_layers: int) -> dict[str, Configuration]:
+    """Every configuration of a sweep by label, ``baseline`` first.
+
+    Raises:
+        ValueError: A window is wider than the decoder.
+    """
+    found: dict[str, Configuration] = {BASELINE: Configuration(KnockoutConfig(), "baseline", "none", 0, num_layers - 1)}
+
+    def add(setting: Setting, kind: Kind, layers: tuple[int, ...], control: Control = "none") -> None:
+        item = Knockout(kind=kind, layers=layers, control=control, seed=cfg.seed)
+        name = f"{setting} {item.label}"
+        shown = kind if control == "none" else f"{kind} {control}"
+        config = KnockoutConfig(knockouts=(item,))
+        found[name] = Configuration(config, setting, shown, layers[0], layers[-1])
+
+    for setting in cfg.settings:
+        if setting == "global1":
+            for after in range(0, num_layers, cfg.step):
+                add(setting, "LV", global_after(after, num_layers))
+        elif setting == "local":
+            for stop in range(cfg.step, num_layers + 1, cfg.step):
+                add(setting, "VT", tuple(range(stop)))
+        elif setting == "global2":
+            for kind in cfg.kinds:
+                for control in cfg.controls:
+                    add(setting, kind, global_after(0, num_layers), control)
+        else:
+            for kind in cfg.kinds:
+                for layers in windows(num_layers, width=cfg.width, stride=cfg.stride):
+                    add(setting, kind, layers)
+    return found
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Result of a sweep; as text, the table.
+
+    Attributes:
+        folder: the run folder.
+        items: questions answered.
+        failed: questions that could not be, with causes, as in the answers file.
+        rows: rows of ``results.json``.
+    """
+
+    folder: Path
+    items: int
+    failed: dict[str, str]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, run: Any) -> SweepReport:
+        """Return the report of a run whose rows are written."""
+        answers, failed = read_answers(run.path)
+        return cls(run.path, len(answers), failed, run.results()["rows"])
+
+    def __str__(self) -> str:
+        shown = [row for row in self.rows if row["metric"] == "accuracy" and row["split"] == "all"]
+        by_label = {(row["metric"], row["variant"]): row for row in self.rows if row["split"] == "all"}
+        width = max((len(row["variant"]) for row in shown), default=0)
+        lines = [f"{'configuration':<{width}}  accuracy [95 %]         change  to wrong  to right  McNemar p"]
+        for row in shown:
+            low, high = row.get("interval") or (row["value"], row["value"])
+            line = f"{row['variant']:<{width}}  {row['value']:.3f} [{low:.3f}, {high:.3f}]"
+            if ("accuracy_change", row["variant"]) in by_label:
+                change = by_label["accuracy_change", row["variant"]]["value"]
+                flips = [by_label[name, row["variant"]]["value"] for name in ("to_wrong", "to_right")]
+                p = by_label["mcnemar_p", row["variant"]]["value"]
+                line += f"  {100 * change:+6.1f}  {flips[0]:8.0f}  {flips[1]:8.0f}  {p:9.2g}"
+            lines.append(line)
+        chance = by_label.get(("chance", ""))
+        if chance:
+            lines.append(f"chance level {chance['value']:.3f}; {self.items} questions")
+        if self.failed:
+            lines.append(f"{len(self.failed)} questions left out: {next(iter(self.failed.values()))}, ...")
+        return "\n".join([*lines, "", f"answers and results in {self.folder}"])
+
+
+def sweep(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    cfg: SweepConfig,
+    run: Any,
+    *,
+    chosen: Mapping[str, Configuration] | None = None,
+    quiet: bool = False,
+) -> SweepReport:
+    """Answer every question under every configuration.
+
+    A question that fails (a video that cannot be decoded, options that cannot be told apart) is written down with its
+    cause and left out.
+
+    Args:
+        model: A ``...ForConditionalGeneration``.
+        processor: Of the model.
+        items: Questions.
+        cfg: Settings.
+        run: A started ``hone_core.runs.Run``; the same one again goes on where it was.
+        chosen: Configurations in place of those of ``cfg``; the baseline is always run.
+        quiet: Show no progress.
+
+    Raises:
+        ValueError: Every question failed.
+    """
+    decoder = find_decoder(model)
+    found = configurations(cfg, decoder.num_layers) if chosen is None else dict(chosen)
+    for entry in found.values():
+        entry.config.check(decoder.num_layers, decoder.deepstack_layers)
+    path = run.artifacts / ANSWERS
+    answers, failed = read_answers(run.path)
+    known = answers.keys() | failed.keys()
+    waiting = [item for item in items if item.id not in known]
+    counts, started = Counts(), time.perf_counter()
+    with path.open("a", encoding="utf-8") as file, progress_bar(len(items), desc="questions", quiet=quiet) as bar:
+        bar.update(len(items) - len(waiting))
+        for at in range(0, len(waiting), cfg.batch):
+            for line in _answer_batch(model, processor, waiting[at : at + cfg.batch], found, cfg, counts):
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+            bar.update(len(waiting[at : at + cfg.batch]))
+    answers, failed = read_answers(run.path)
+    for name, cause in failed.items():
+        log.warning("question %s is left out: %s", name, cause)
+    if not answers:
+        raise ValueError(f"every question failed; the first: {next(iter(failed.values()), 'there was none')}")
+    summarise(answers, found, run, num_layers=decoder.num_layers, seed=cfg.seed)
+    if counts.layers:
+        for name, value in vars(counts).items():
+            run.row(f"evaluated_{name}", value, better="none", n=len(waiting) or 1)
+        run.row("sweep_seconds", time.perf_counter() - started, unit="s", better="lower", n=len(waiting) or 1)
+    run.row("failed_items", len(failed), better="lower", n=len(items))
+    run._write("running")
+    return SweepReport.of(run)
+
+
+def _answer_batch(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    found: Mapping[str, Configuration],
+    cfg: SweepConfig,
+    counts: Counts,
+) -> list[dict[str, Any]]:
+    """A line per item. What fails in a batch is run alone, so that it takes nobody with it."""
+    lines, ready = [], []
+    for item in items:
+        try:
+            order = _option_order(item, cfg)
+            options = [item.options[index] for index in order]
+            prompt = choice_prompt(processor, item.question, options, style=cfg.style)
+            tokens = option_token_ids(processor.tokenizer, prompt, options, style=cfg.style)
+            ready.append((item, order, prompt, tokens, read_clip(item, num_frames=cfg.frames)))
+        except (ValueError, OSError) as error:
+            lines.append({"id": item.id, "error": " ".join(str(error).split())})
+    if not ready:
+        return lines
+    try:
+        device = model.device
+        inputs = choice_inputs(processor, [entry[2] for entry in ready], [entry[4] for entry in ready])
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        for name, value in inputs.items():
+            if value.is_floating_point():
+                inputs[name] = value.to(model.dtype)
+        logits = _run_all(model, inputs, found, cfg, counts)
+    except (ValueError, OSError) as error:
+        if len(ready) == 1:
+            return [*lines, {"id": ready[0][0].id, "error": " ".join(str(error).split())}]
+        return lines + [
+            line for entry in ready for line in _answer_batch(model, processor, [entry[0]], found, cfg, counts)
+        ]
+    for row, (item, order, _, tokens, _) in enumerate(ready):
+        results = {}
+        for label, table in logits.items():
+            choices = read_choices(table[row], tokens)
+            probability = [0.0] * len(order)
+            for place, index in enumerate(order):
+                probability[index] = round(choices.probability[place], 6)
+            results[label] = {"p": probability, "mass": round(choices.mass, 6)}
+        lines.append({"id": item.id, "answer": item.answer, "category": item.category, "results": results})
+    return lines
+
+
+def _run_all(
+    model: Any,
+    inputs: dict[str, Tensor],
+    found: Mapping[str, Configuration],
+    cfg: SweepConfig,
+    counts: Counts,
+) -> dict[str, Tensor]:
+    if cfg.reuse:
+        runner = PrefixRunner(model, inputs)
+        logits = {label: runner.run(entry.config).cpu() for label, entry in found.items()}
+        for name, value in vars(runner.counts).items():
+            setattr(counts, name, getattr(counts, name) + value)
+        return logits
+    logits = {}
+    with torch.no_grad():
+        for label, entry in found.items():
+            with attach(model, entry.config):
+                logits[label] = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].cpu()
+    return logits
+
+
+def _option_order(item: Item, cfg: SweepConfig) -> list[int]:
+    order = list(range(len(item.options)))
+    if cfg.shuffle:
+        random.Random(f"{cfg.seed}-{item.id}").shuffle(order)
+    return order
+
+
+def read_answers(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Answers by question, and causes of the questions left out, from a run folder or an answers file.
+
+    A line that a crash left unfinished is dropped, and its question asked again.
+    """
+    path = folder / "artifacts" / ANSWERS if folder.is_dir() else folder
+    answers: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    if not path.exists():
+        return answers, failed
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text, encoding="utf-8")
+    for line in text.splitlines():
+        row = json.loads(line)
+        if "error" in row:
+            failed[row["id"]] = row["error"]
+        else:
+            answers[row["id"]] = row
+    return answers, failed
+
+
+def is_right(answer: Mapping[str, Any], label: str) -> bool:
+    """Whether a question is answered right under a configuration."""
+    probability = answer["results"][label]["p"]
+    return max(range(len(probability)), key=probability.__getitem__) == answer["answer"]
+
+
+def summarise(
+    answers: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, Configuration],
+    run: Any,
+    *,
+    num_layers: int,
+    seed: int = 0,
+) -> None:
+    """Write rows for all questions and per category.
+
+    Per configuration: ``accuracy`` with interval, ``performance_ratio``, ``p_right`` (mean probability of the right
+    option), ``p_right_change`` (its relative change, the peers' measure), ``accuracy_change`` with a paired interval,
+    ``accuracy_of_correct`` (restricted to questions that the baseline has right, which can only show drops),
+    ``to_wrong``, ``to_right`` and ``mcnemar_p``. Once per split: ``chance``.
+    """
+    categories = sorted({row["category"] for row in answers.values()} - {""})
+    for split in ["all", *categories]:
+        rows = [row for row in answers.values() if split in ("all", row["category"])]
+        count = len(rows)
+        before = [is_right(row, BASELINE) for row in rows]
+        p_before = [row["results"][BASELINE]["p"][row["answer"]] for row in rows]
+        options = [len(row["results"][BASELINE]["p"]) for row in rows]
+        run.row("chance", sum(1 / n for n in options) / count, better="none", n=count, split=split)
+        for label, entry in found.items():
+            right = [is_right(row, label) for row in rows]
+            p = [row["results"][label]["p"][row["answer"]] for row in rows]
+            labels = {"setting": entry.setting, "kind": entry.kind, "first": entry.first, "last": entry.last}
+            labels["layer_ratio"] = round((entry.first if entry.setting == "global1" else num_layers) / num_layers, 6)
+            common = {"variant": label, "split": split, "labels": labels, "n": count}
+            accuracy = sum(right) / count
+            run.row("accuracy", accuracy, better="higher", interval=bootstrap_interval(right, seed=seed), **common)
+            run.row("p_right", sum(p) / count, better="higher", interval=bootstrap_interval(p, seed=seed), **common)
+            if label == BASELINE:
+                continue
+            pair = paired(right, before, seed=seed)
+            run.row("accuracy_change", pair.change, better="higher", interval=pair.interval, **common)
+            run.row("to_wrong", pair.to_wrong, better="lower", **common)
+            run.row("to_right", pair.to_right, better="higher", **common)
+            run.row("mcnemar_p", pair.p, better="none", **common)
+            relative = [100 * (now - then) / max(then, 1e-6) for now, then in zip(p, p_before, strict=True)]
+            run.row("p_right_change", sum(relative) / count, unit="%", better="higher", **common)
+            if any(before):
+                run.row("performance_ratio", accuracy / (sum(before) / count), better="higher", **common)
+                kept = [now for now, then in zip(right, before, strict=True) if then]
+                of_correct = common | {"n": len(kept)}
+                run.row("accuracy_of_correct", sum(kept) / len(kept), better="higher", **of_correct)

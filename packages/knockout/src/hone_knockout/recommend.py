@@ -1,0 +1,148 @@
+"""From a sweep to a recipe: the earliest exit and the widest frame-local start within an accuracy budget.
+
+Chosen on one half of the questions and reported on the other: a layer that looks free on the questions it was picked
+on has been picked for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Knockout, KnockoutConfig
+from .evaluate import BASELINE, Configuration, is_right
+from .statistics import Paired, bootstrap_interval, paired
+
+__all__ = ["Recipe", "choose", "halves"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to attach, and what it does to the questions it was not chosen on.
+
+    Attributes:
+        exit: layer at which visual tokens leave; None if none is within the budget.
+        window: first layers in which frames read only themselves; 0 if none.
+        max_drop: budget in points of accuracy.
+        baseline: accuracy on the reporting half.
+        interval: of ``baseline``.
+        exit_change: of the exit alone on the reporting half.
+        window_change: of the window alone.
+        chosen_on: number of questions that it was chosen on.
+        reported_on: number of the others.
+    """
+
+    exit: int | None
+    window: int
+    max_drop: float
+    baseline: float
+    interval: tuple[float, float]
+    exit_change: Paired | None
+    window_change: Paired | None
+    chosen_on: int
+    reported_on: int
+
+    @property
+    def config(self) -> KnockoutConfig:
+        """Settings for ``attach``; a window past the exit ends there."""
+        stop = self.window if self.exit is None else min(self.window, self.exit)
+        knockouts = (Knockout(kind="VT", layers=tuple(range(stop))),) if stop else ()
+        return KnockoutConfig(knockouts=knockouts, exit=self.exit)
+
+    def __str__(self) -> str:
+        lines = [
+            f"chosen on {self.chosen_on} questions for at most {self.max_drop:g} points, reported on the other "
+            f"{self.reported_on}",
+            f"baseline       {self.baseline:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]",
+        ]
+        for name, change, what in (
+            ("exit", self.exit_change, f"visual tokens leave before layer {self.exit} (after {self.exit} layers)"),
+            ("window", self.window_change, f"frames read only themselves in the first {self.window} layers"),
+        ):
+            if change is None:
+                lines.append(f"{name:<14} none within the budget")
+            else:
+                low, high = (100 * value for value in change.interval)
+                lines.append(
+                    f"{name:<14} {what}: {100 * change.change:+.1f} points [{low:+.1f}, {high:+.1f}], "
+                    f"McNemar p {change.p:.2g}"
+                )
+        return "\n".join(lines)
+
+
+def halves(names: Sequence[str], *, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Split question ids into two halves that do not depend on their order.
+
+    Raises:
+        ValueError: There are fewer than two.
+    """
+    if len(names) < 2:
+        raise ValueError(f"two halves need at least two questions; got {len(names)}")
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}-{name}".encode()).hexdigest())
+    return ranked[: len(ranked) // 2], ranked[len(ranked) // 2 :]
+
+
+def choose(
+    answers: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, Configuration],
+    *,
+    num_layers: int,
+    max_drop: float = 1.0,
+    deepstack_layers: int = 0,
+    seed: int = 0,
+) -> Recipe:
+    """Choose exit and window.
+
+    Args:
+        answers: Of a sweep with ``global1`` (for the exit), and ``local`` (for the window) if it was run.
+        found: Its configurations.
+        num_layers: Of the decoder.
+        max_drop: Largest loss of accuracy on the choosing half, in points. The exit is the earliest from which on every
+            later one is within it, too; the window likewise.
+        deepstack_layers: Of the decoder; the exit is never earlier.
+        seed: Of the halves.
+
+    Raises:
+        ValueError: The sweep has no ``global1`` configuration, or ``max_drop`` is negative.
+    """
+    if max_drop < 0:
+        raise ValueError(f"max_drop is a loss in points and not negative; got {max_drop}")
+    exits = sorted(
+        (entry.first, label) for label, entry in found.items() if entry.setting == "global1" and entry.kind == "LV"
+    )
+    if not exits:
+        raise ValueError("the sweep has no global1 configuration; run it with that setting to choose an exit")
+    locals_ = sorted((entry.last + 1, label) for label, entry in found.items() if entry.setting == "local")
+    first, second = halves(list(answers), seed=seed)
+
+    def right(names: Sequence[str], label: str) -> list[bool]:
+        return [is_right(answers[name], label) for name in names]
+
+    def free(label: str) -> bool:
+        now, before = right(first, label), right(first, BASELINE)
+        return 100 * (sum(before) - sum(now)) / len(first) <= max_drop + 1e-9
+
+    exit_at, exit_label = None, ""
+    for at, label in reversed(exits):
+        if not free(label) or at < max(1, deepstack_layers):
+            break
+        exit_at, exit_label = at, label
+    window, window_label = 0, ""
+    for at, label in locals_:
+        if not free(label):
+            break
+        window, window_label = at, label
+    before = right(second, BASELINE)
+    return Recipe(
+        exit=exit_at,
+        window=window,
+        max_drop=max_drop,
+        baseline=sum(before) / len(second),
+        interval=bootstrap_interval(before, seed=seed),
+        exit_change=None if exit_at is None else paired(right(second, exit_label), before, seed=seed),
+        window_change=None if not window else paired(right(second, window_label), before, seed=seed),
+        chosen_on=len(first),
+        reported_on=len(second),
+    )

@@ -1,0 +1,304 @@
+"""The paper's three findings on tiny hosts, with rules fixed beforehand, reported whichever way they come out.
+
+1. Two stages: text reads video in the first part of the decoder; blocking it after 60 to 70 % of the layers costs
+   nothing.
+2. Language-to-video attention matters far more than attention between frames or within a frame.
+3. A few windows of layers are critical, most are free.
+
+And the disagreement: arXiv 2510.13251 finds that temporal reasoning starts with attention between frames. Both can be
+true of different question mixes, so everything is reported per kind of question as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hone_core.io import atomic_write_json
+
+from . import plots
+from .data import generated_items
+from .evaluate import BASELINE, Configuration, SweepConfig, configurations, is_right, read_answers, sweep
+from .host import Host, load_host
+from .recommend import choose, halves
+from .statistics import paired
+from .train import GATES, grade_host
+
+__all__ = ["RULES", "ReproduceConfig", "ReproduceReport", "judge", "reproduce"]
+
+log = logging.getLogger(__name__)
+
+RULES = {
+    "finding_1": "performance ratio of at least 98 % at every layer ratio from one of at most 70 % on",
+    "finding_2": "accuracy lost by LV-K in all layers more than 3 times that of VT-K, and of VS-K, over the mix",
+    "finding_3": "the worst LV-K window of 4 costs more than 3 times the median window",
+}
+MIXES = {
+    "all": ("shape", "place", "order", "direction"),
+    "static only": ("shape", "place"),
+    "temporal only": ("order", "direction"),
+    "order only": ("order",),
+}
+SEEDS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """How the findings are put to the test."""
+
+    items: int = 400
+    """Questions per host, the four kinds in turn."""
+    batch: int = 40
+    max_drop: float = 1.0
+    """Budget of the exit and window recipe, in points on the choosing half."""
+    gate_clips: int = 512
+    hosts: tuple[str, ...] = ()
+    """Checkpoints, one per seed; the packaged one if none is given."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.items < 16 or self.batch < 1 or self.gate_clips < 1:
+            raise ValueError(
+                f"expected at least 16 questions and positive batch and gate_clips; got {self.items}, {self.batch}, "
+                f"{self.gate_clips}"
+            )
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """The sweep that every host is put through."""
+        return SweepConfig(
+            settings=("global1", "global2", "window", "local"),
+            kinds=("LV", "VT", "VS"),
+            stride=1,
+            step=1,
+            controls=("none", "random"),
+            batch=self.batch,
+            style="text",
+            shuffle=False,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class ReproduceReport:
+    """Verdicts; as text, with their numbers.
+
+    Attributes:
+        folder: the run folder.
+        verdict: contents of ``artifacts/verdict.json``.
+    """
+
+    folder: Path
+    verdict: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Any) -> ReproduceReport:
+        """Return the report of a finished run."""
+        import json
+
+        return cls(run.path, json.loads((run.artifacts / "verdict.json").read_text(encoding="utf-8")))
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.verdict['hosts'])} host(s), {self.verdict['items']} questions each"]
+        for name, rule in RULES.items():
+            lines.append(f"{name}: {self.verdict['findings'][name]} ({rule})")
+            for host in self.verdict["hosts"]:
+                numbers = ", ".join(f"{key} {_shown(value)}" for key, value in host["mixes"]["all"][name].items())
+                lines.append(f"  {host['name']}: {numbers}")
+        lines += ["", self.verdict["disagreement"], "", *self.verdict["recipes"]]
+        lines += [f"note: {note}" for note in self.verdict["notes"]]
+        return "\n".join([*lines, f"results in {self.folder}"])
+
+
+def reproduce(cfg: ReproduceConfig, run: Any, *, device: Any = "cpu", quiet: bool = False) -> ReproduceReport:
+    """Put every host through the sweep, apply the rules, and write the verdict.
+
+    Args:
+        cfg: Settings.
+        run: A started ``hone_core.runs.Run``.
+        device: Where the hosts run.
+        quiet: Show no progress.
+
+    Raises:
+        ValueError: A host has not learned every kind of question: a knockout of what is not there shows nothing.
+        CheckpointError: A checkpoint is missing.
+    """
+    paths: Sequence[str | None] = cfg.hosts or (None,)
+    hosts, recipes, notes = [], [], []
+    for index, path in enumerate(paths):
+        host = load_host(device, path=None if path is None else Path(path))
+        name = f"host {index}"
+        grades = grade_host(host, clips=cfg.gate_clips, seed=30_000 + cfg.seed)
+        missed = {kind: round(grades[kind], 3) for kind, gate in GATES.items() if grades[kind] < gate}
+        for kind, value in grades.items():
+            run.row("gate_accuracy", value, better="higher", n=cfg.gate_clips, split=kind, variant=name)
+        if missed:
+            raise ValueError(f"{name} ({path or 'packaged'}) misses its gates {GATES}: {missed}; train it longer")
+        found = configurations(cfg.sweep, host.config.layers)
+        answers = _answers(cfg, run, host, name, index, quiet)
+        mixes = {}
+        for mix, kinds in MIXES.items():
+            rows = [row for row in answers.values() if row["category"] in kinds]
+            mixes[mix] = judge(rows, found, num_layers=host.config.layers)
+            for finding, numbers in mixes[mix].items():
+                for key, value in numbers.items():
+                    if isinstance(value, (int, float)):
+                        labels = {"finding": finding}
+                        run.row(key, value, better="none", n=len(rows), variant=name, split=mix, labels=labels)
+        hosts.append({"name": name, "path": path or "packaged", "gates": grades, "mixes": mixes})
+        recipes.append(_recipe(cfg, run, host, name, index, answers, found, quiet))
+    findings = {name: _verdict([host["mixes"]["all"][name]["holds"] for host in hosts]) for name in RULES}
+    if len(hosts) < SEEDS:
+        notes.append(f"{len(hosts)} host(s); a verdict wants {SEEDS} seeds (--host, several times)")
+    verdict = {
+        "items": cfg.items,
+        "rules": RULES,
+        "findings": findings,
+        "hosts": hosts,
+        "disagreement": _disagreement(hosts),
+        "recipes": recipes,
+        "notes": notes,
+    }
+    atomic_write_json(run.artifacts / "verdict.json", verdict)
+    return ReproduceReport(run.path, verdict)
+
+
+def judge(
+    rows: Sequence[Mapping[str, Any]], found: Mapping[str, Configuration], *, num_layers: int
+) -> dict[str, dict[str, Any]]:
+    """Apply the three rules to the answers of one host.
+
+    Args:
+        rows: Lines of the answers file.
+        found: Configurations of the sweep.
+        num_layers: Of the decoder.
+
+    Returns:
+        Finding to its numbers and ``holds``; accuracy losses in points.
+    """
+
+    def accuracy(label: str) -> float:
+        return sum(is_right(row, label) for row in rows) / len(rows)
+
+    base = accuracy(BASELINE)
+
+    def loss(label: str) -> float:
+        return 100 * (base - accuracy(label))
+
+    curve = sorted(
+        (entry.first / num_layers, accuracy(label) / max(base, 1e-9))
+        for label, entry in found.items()
+        if entry.setting == "global1"
+    )
+    ratio = 1.0
+    for layer_ratio, performance in reversed(curve):
+        if performance < 0.98:
+            break
+        ratio = layer_ratio
+    lost = {entry.kind: loss(label) for label, entry in found.items() if entry.setting == "global2"}
+    windows = [loss(label) for label, entry in found.items() if entry.setting == "window" and entry.kind == "LV"]
+    worst, median = max(windows), statistics.median(windows)
+    first = {"layer_ratio": ratio, "performance_at_0": curve[0][1], "holds": ratio <= 0.70}
+    second = {f"lost_{kind.replace(' ', '_')}": value for kind, value in lost.items()}
+    # Over a loss of nothing any loss is three times as much, as long as there is one.
+    holds = lost["LV"] > 0 and all(lost["LV"] > 3 * max(lost[kind], 0.0) for kind in ("VT", "VS"))
+    third = {"worst_window": worst, "median_window": median, "holds": worst > 0 and worst > 3 * max(median, 0.0)}
+    return {"finding_1": first, "finding_2": {**second, "holds": holds}, "finding_3": third}
+
+
+def _answers(cfg: ReproduceConfig, run: Any, host: Host, name: str, index: int, quiet: bool) -> dict[str, Any]:
+    from hone_core.runs import Run
+
+    items = generated_items(cfg.items, host.config.clip, seed=40_000 + 100 * cfg.seed + index)
+    # A run folder per host inside this one: each is resumed on its own, and each has its picture.
+    path = run.artifacts / f"sweep-{index}"
+    with Run.start(package="hone-knockout", verb="eval", config=cfg.sweep, out=path, seed=cfg.seed) as inner:
+        if not inner.done:
+            sweep(host.model, host.processor, items, cfg.sweep, inner, quiet=quiet)
+    plots.sweep_chart(inner.results(), run.figures / f"sweep-{index}.png", title=name)
+    answers, failed = read_answers(path)
+    assert not failed, "generated questions always have an answer"
+    for row in inner.rows:
+        if row.metric == "evaluated_layers":
+            run.row("evaluated_layers", row.value, better="lower", n=row.n, variant=name)
+        if row.metric == "evaluated_layers_without":
+            run.row("evaluated_layers_without", row.value, better="none", n=row.n, variant=name)
+    return answers
+
+
+def _recipe(
+    cfg: ReproduceConfig,
+    run: Any,
+    host: Host,
+    name: str,
+    index: int,
+    answers: dict[str, Any],
+    found: Mapping[str, Configuration],
+    quiet: bool,
+) -> str:
+    """Exit and window chosen on one half, run together on the other."""
+    from hone_core.runs import Run
+
+    recipe = choose(answers, found, num_layers=host.config.layers, max_drop=cfg.max_drop, seed=cfg.seed)
+    items = generated_items(cfg.items, host.config.clip, seed=40_000 + 100 * cfg.seed + index)
+    _, second = halves(list(answers), seed=cfg.seed)
+    kept = [item for item in items if item.id in set(second)]
+    last = host.config.layers - 1
+    chosen = {
+        BASELINE: found[BASELINE],
+        "recipe": Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, last),
+    }
+    path = run.artifacts / f"recipe-{index}"
+    with Run.start(package="hone-knockout", verb="eval", config=cfg.sweep, out=path, seed=cfg.seed) as inner:
+        if not inner.done:
+            sweep(host.model, host.processor, kept, cfg.sweep, inner, chosen=chosen, quiet=quiet)
+    rows, _ = read_answers(path)
+    pair = paired([is_right(r, "recipe") for r in rows.values()], [is_right(r, BASELINE) for r in rows.values()])
+    run.row(
+        "recipe_change",
+        100 * pair.change,
+        unit="points",
+        better="higher",
+        n=len(rows),
+        interval=(100 * pair.interval[0], 100 * pair.interval[1]),
+        variant=name,
+        labels={"recipe": recipe.config.label},
+    )
+    low, high = (100 * value for value in pair.interval)
+    return (
+        f"{name}: {recipe.config.label}, chosen on {recipe.chosen_on} questions; on the other {len(rows)}: "
+        f"{100 * pair.change:+.1f} points [{low:+.1f}, {high:+.1f}], McNemar p {pair.p:.2g}"
+    )
+
+
+def _verdict(holds: Sequence[bool]) -> str:
+    if all(holds):
+        return "CONFIRMED"
+    return "REFUTED" if not any(holds) else f"MIXED ({sum(holds)} of {len(holds)} hosts)"
+
+
+def _disagreement(hosts: Sequence[Mapping[str, Any]]) -> str:
+    """What VT-K costs on questions that need time and on those that do not."""
+
+    def mean(mix: str, kind: str) -> float:
+        return statistics.fmean(host["mixes"][mix]["finding_2"][f"lost_{kind}"] for host in hosts)
+
+    static, temporal, mixed = (mean(mix, "VT") for mix in ("static only", "temporal only", "all"))
+    text = (
+        f"VT-K in all layers costs {static:.1f} points on static questions, {temporal:.1f} on temporal ones and "
+        f"{mixed:.1f} on the mix (LV-K: {mean('all', 'LV'):.1f}). "
+    )
+    if temporal - static >= 5:
+        return text + (
+            "Whether attention between frames matters is a statement about the questions: on these hosts Map the Flow "
+            "is right about temporal questions, and a mix of mostly static ones would hide it."
+        )
+    return text + "On these hosts attention between frames matters little even for temporal questions."
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
