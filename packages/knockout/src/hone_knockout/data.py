@@ -1,4 +1,4 @@
-"""Videos with questions: the user's own, the files of four public sets, and generated clips labelled by construction."""
+"""Videos with questions: the user's own, files of four public sets, and generated clips labelled by construction."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ KINDS = ("shape", "place", "order", "direction")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipConfig:
-    """Size of a generated clip. Two shapes of different colors, each the size of a cell, move a cell every other frame."""
+    """Size of a generated clip, in which two shapes of the size of a cell move a cell every other frame."""
 
     frames: int = 8
     grid: int = 5
@@ -307,7 +307,8 @@ class ClipConfig:
     def __post_init__(self) -> None:
         if self.frames < 4 or self.grid < self.steps + 2:
             raise ValueError(
-                f"expected at least 4 frames and a grid of {self.steps + 2} cells for them; got {self.frames}, {self.grid}"
+                f"expected at least 4 frames and a grid of {self.steps + 2} cells for them; got {self.frames} and "
+                f"{self.grid}"
             )
 
     @property

@@ -97,7 +97,7 @@ def demo(cfg: DemoConfig, run: Any, host: Host, *, quiet: bool = False) -> DemoR
         quiet: Show no progress.
     """
     items = generated_items(cfg.items, host.config.clip, seed=1000 + cfg.seed)
-    report = sweep(host.model, host.processor, items, cfg.sweep, run, quiet=quiet)
+    sweep(host.model, host.processor, items, cfg.sweep, run, quiet=quiet)
     answers, _ = read_answers(run.path)
     layers = host.config.layers
     found = configurations(cfg.sweep, layers)
@@ -158,4 +158,4 @@ def _sheet(items: Sequence[Item], answers: dict[str, Any], layers: int, path: Pa
             text.append(f"{mark}{name}: {item.options[best]} ({p[best]:.0%})")
         lines.append(text)
     clips = [item.clip.frames for item in shown.values()]
-    return plots.clip_sheet(clips, lines, path, title="what the tiny host answers; red is wrong")
+    return plots.clip_sheet(clips, lines, path, title="what the tiny host answers; red is wrong", scale=3)

@@ -34,12 +34,11 @@ from .data import COLORS, CORNERS, DIRECTIONS, SHAPES, ClipConfig
 
 __all__ = ["Host", "HostConfig", "build_host", "host_is_packaged", "load_host", "save_host"]
 
-WORDS = tuple(
-    dict.fromkeys(
-        "what shape is the one where does move which appears first or white dot ? ,".split()
-        + [*COLORS, *SHAPES, *DIRECTIONS, *CORNERS]
-    )
+_QUESTION_WORDS = (
+    *("what", "shape", "is", "the", "one", "where", "does", "move"),
+    *("which", "appears", "first", "or", "white", "dot", "?", ","),
 )
+WORDS = tuple(dict.fromkeys([*_QUESTION_WORDS, *COLORS, *SHAPES, *DIRECTIONS, *CORNERS]))
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'video' %}<video>{% else %}{{ part['text'] }}{% endif %}"

@@ -136,7 +136,8 @@ def _by_category(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for y, line in enumerate(table):
         for x, value in enumerate(line):
             if len(lasts) <= 12:
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=INK)
+                ink = PAPER if abs(value) > 40 else INK
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
     axes.set_yticks(range(len(table)), [f"{kind} {split}" for kind in kinds for split in splits], fontsize=6)
     axes.set_xticks(range(len(lasts)), [str(last + 1) for last in lasts], fontsize=6)
     axes.set_xlabel("last layer of the window, from 1")

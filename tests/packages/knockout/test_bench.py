@@ -1,0 +1,54 @@
+import pytest
+from hone_core.runs import Run
+from hone_knockout.bench import WORKLOADS, BenchConfig, BenchReport, bench, bound, layout_of, variants
+
+
+def test_tiny(tmp_path):
+    cfg = BenchConfig(arch="tiny", frames=(8,), rounds=1, repeats=1, decode_tokens=2)
+    with Run.start(package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run") as run:
+        report = bench(cfg, run, device="cpu", quiet=True)
+    rows = {(row.metric, row.variant): row.value for row in run.rows}
+    assert {name for metric, name in rows if metric == "prefill"} == set(variants(WORKLOADS["tiny"]))
+    assert rows["flop_bound", "exit + window"] > rows["flop_bound", "exit"] > 1
+    assert rows["decode", "exit"] > 0
+    assert "exit + window" in str(report)
+    assert str(BenchReport.of(run)) == str(report)
+
+
+@pytest.mark.parametrize("frames", [8, 32, 64])
+def test_bounds_at_real_sizes(frames):
+    work = WORKLOADS["llava-onevision-7b"]
+    plans = variants(work)
+    base = bound(work, frames, plans["baseline"]).total
+    # 1629, 6333 and 12605 tokens: what the exit leaves is 65.6, 64.6 and 64.4 %.
+    assert len(layout_of(work, frames).frame) == frames * 196 + 61
+    expected = {8: 65.6, 32: 64.6, 64: 64.4}[frames]
+    assert 100 * bound(work, frames, plans["exit"]).total / base == pytest.approx(expected, abs=0.1)
+
+
+def test_qwen_fuses_two_frames():
+    layout = layout_of(WORKLOADS["qwen2.5-vl-7b"], 8)
+    assert layout.num_frames == 4
+    assert layout.tokens_per_frame == (196,) * 4
+
+
+def test_no_time_on_wrong_values(tmp_path, monkeypatch):
+    cfg = BenchConfig(arch="tiny", frames=(8,), rounds=1)
+    monkeypatch.setattr(
+        "hone_knockout.models.frame_local_attention", lambda q, k, v, where, scale=None: v.repeat_interleave(2, 1)
+    )
+    with (
+        pytest.raises(RuntimeError, match="No time is reported"),
+        Run.start(package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run") as run,
+    ):
+        bench(cfg, run, device="cpu", quiet=True)
+    assert run.rows == []
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="multiples of 2"):
+        BenchConfig(arch="qwen2.5-vl-7b", frames=(7,))
+    with pytest.raises(ValueError, match="arch must be one of"):
+        BenchConfig(arch="llava")
+    with pytest.raises(ValueError, match="rounds must be positive"):
+        BenchConfig(rounds=0)

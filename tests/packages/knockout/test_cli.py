@@ -1,0 +1,180 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hone_knockout import cli
+from hone_knockout.data import generated_items
+
+
+def run(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.run_cli("hone-knockout", cli.VERBS, "", list(map(str, argv)))
+    out = capsys.readouterr()
+    return stop.value.code, out.out, out.err
+
+
+@pytest.fixture(scope="module")
+def folder(host, tmp_path_factory):
+    """A model folder and a question file with its videos."""
+    path = tmp_path_factory.mktemp("model")
+    host.model.save_pretrained(path / "model")
+    host.processor.save_pretrained(path / "model")
+    lines = []
+    for index, item in enumerate(generated_items(8, host.config.clip)):
+        np.save(path / f"{index}.npy", item.clip.frames.permute(0, 2, 3, 1).numpy())
+        lines.append({"video": f"{index}.npy", "question": item.question, "options": list(item.options)})
+        lines[-1] |= {"answer": item.answer, "category": item.category}
+    (path / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_info(capsys):
+    code, out, _ = run(capsys, "info", "--json")
+    assert code == 0
+    assert "llava_onevision" in json.loads(out)["layouts"]
+
+
+def test_demo_at_its_smallest(capsys, host_file, tmp_path):
+    argv = ["demo", "--host", host_file, "--limit", 8, "--out", tmp_path / "run", "--quiet"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert "chance level" in out
+    assert run(capsys, *argv)[1] == out
+
+
+def test_inspect(capsys, host_file, folder, tmp_path):
+    code, out, _ = run(capsys, "inspect", "--host", host_file, "--save", tmp_path / "l.json")
+    assert code == 0
+    assert "4 frames of 9 tokens" in out
+    assert (tmp_path / "l.json").exists()
+    code, again, _ = run(
+        capsys,
+        "inspect",
+        "--model",
+        folder / "model",
+        "--video",
+        folder / "0.npy",
+        "--ask",
+        "what shape is the red one ?",
+    )
+    assert code == 0
+    assert "4 frames of 9 tokens" in again
+
+
+def test_generate(capsys, folder):
+    ask = ["generate", "--model", folder / "model", "--video", folder / "0.npy", "--ask", "where is the white dot ?"]
+    code, out, err = run(capsys, *ask, "--exit", 3, "--local", "0-1", "--max-new-tokens", 2)
+    assert code == 0, err
+    assert "VT 0-1 + exit 3" in out
+    code, out, _ = run(capsys, *ask, "--knock", "LV", "--layers", "2-", "--option", "up", "down", "--json")
+    assert code == 0
+    assert list(json.loads(out)["answers"]) == ["baseline", "LV 2-4"]
+
+
+def test_eval_recommend_and_plot(capsys, folder, tmp_path):
+    argv = ["eval", "--model", folder / "model", "--data", folder / "qa.jsonl", "--setting", "global1", "local"]
+    argv += ["--step", 1, "--batch", 4, "--frames", 4, "--out", tmp_path / "run", "--quiet"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "global1 LV 2-4" in out
+    assert (tmp_path / "run" / "figures" / "sweep.png").exists()
+    code, again, _ = run(capsys, *argv)
+    assert (code, again) == (0, out)
+    code, out, err = run(
+        capsys, "recommend", "--run", tmp_path / "run", "--max-drop", 100, "--out", tmp_path / "rec", "--quiet"
+    )
+    assert code == 0, err
+    assert "both together, on the reporting half" in out
+    code, out, _ = run(capsys, "plot", "--run", tmp_path / "run", "--save", tmp_path / "p.svg")
+    assert code == 0
+    assert Path(out.strip()).exists()
+
+
+def test_eval_of_the_host(capsys, host_file, tmp_path):
+    code, out, err = run(
+        capsys, "eval", "--host", host_file, "--limit", 8, "--setting", "global2", "--knock", "LV", "--random-control",
+        "--batch", 8, "--out", tmp_path / "run", "--quiet",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "global2 LV random 0-4" in out
+
+
+def test_bench_and_train(capsys, tmp_path, small):
+    code, out, err = run(
+        capsys, "bench", "--arch", "tiny", "--frames", 4, "--rounds", 1, "--device", "cpu", "--out", tmp_path / "b",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "exit + window" in out
+    code, out, _ = run(capsys, "train-host", "--dry-run", "--steps", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["config"]["steps"] == 3
+
+
+@pytest.mark.parametrize("verb", ["demo", "bench", "reproduce", "train-host"])
+def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, verb, "--dry-run")
+    assert code == 0
+    assert "config" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate"], "which model?"),
+        (["generate", "--model", "M"], "needs a video and a question"),
+        (["generate", "--model", "M", "--video", "none.mp4", "--ask", "?"], "there is no video"),
+        (["generate", "--model", "M", "--preset", "x"], "preset must be one of"),
+        (["generate", "--model", "M", "--preset", "exit-7b", "--exit", "3"], "preset stands for"),
+        (["eval", "--data", "qa.jsonl"], "data and model belong together"),
+        (["eval", "--data", "none.jsonl", "--model", "M"], "there is no question file"),
+        (["recommend"], "which run?"),
+        (["recommend", "--run", "none"], "is no run folder"),
+        (["plot"], "which run?"),
+        (["demo", "--host", "none.safetensors"], "there is no trained host"),
+        (["demo", "--limit", "3"], "at least 8 questions"),
+        (["bench", "--frames", "3", "--arch", "qwen2.5-vl-7b"], "multiples of 2"),
+    ],
+)
+def test_bad_input(capsys, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 1
+    assert out == ""
+    assert message in err
+
+
+def test_bad_layers_are_seen_before_the_weights(capsys, folder, tmp_path):
+    """The folder of this model has a config and no weights."""
+    (tmp_path / "config.json").write_text((folder / "model" / "config.json").read_text())
+    ask = ["generate", "--model", tmp_path, "--video", folder / "0.npy", "--ask", "?"]
+    for more, message in (
+        (["--knock", "LV", "--layers", "3-9"], "layers are 0 .. 4"),
+        (["--exit", "6"], "exit must be at most 5"),
+        (["--knock", "VT", "--layers", "4", "--exit", "2"], "have no visual tokens after the exit"),
+    ):
+        code, _, err = run(capsys, *ask, *more)
+        assert code == 1
+        assert message in err
+    code, out, _ = run(capsys, *ask, "--exit", "3", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["config"]["config"]["exit"] == 3
+
+
+def test_all_videos_missing(capsys, folder, tmp_path):
+    code, _, err = run(
+        capsys, "eval", "--model", folder / "model", "--data", folder / "qa.jsonl", "--videos", tmp_path, "--dry-run"
+    )
+    assert code == 1
+    assert "none of the 8 videos can be read" in err
+
+
+def test_the_script(tmp_path):
+    command = [str(Path(sys.executable).parent / "hone-knockout"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "train-host" in done.stdout

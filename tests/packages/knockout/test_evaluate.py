@@ -1,0 +1,215 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from hone_core.runs import Run, load_results
+from hone_knockout.config import KnockoutConfig
+from hone_knockout.data import Item, generated_items
+from hone_knockout.evaluate import (
+    BASELINE,
+    SweepConfig,
+    SweepReport,
+    configurations,
+    is_right,
+    read_answers,
+    summarise,
+    sweep,
+)
+from hone_lm.tiny import tiny
+
+CFG = SweepConfig(
+    settings=("global1", "global2", "window", "local"), width=2, stride=2, batch=5, style="text", shuffle=False
+)
+
+
+def start(cfg, out):
+    return Run.start(package="hone-knockout", verb="eval", config=cfg, out=out, seed=cfg.seed)
+
+
+def test_configurations_of_the_paper():
+    found = configurations(SweepConfig(), 28)
+    settings = [entry.setting for entry in found.values()]
+    assert settings.count("global1") == 14
+    assert settings.count("global2") == 3
+    assert settings.count("window") == 3 * 7
+    assert next(iter(found)) == BASELINE
+    exit = found["global1 LV 18-27"]
+    assert (exit.first, exit.last) == (18, 27)
+    sliding = configurations(SweepConfig(settings=("window",), stride=1, kinds=("LV",)), 28)
+    assert len(sliding) == 1 + 25
+    controls = configurations(SweepConfig(settings=("global2",), controls=("none", "random")), 4)
+    assert [entry.kind for entry in controls.values()] == [
+        "none", "LV", "LV random", "VT", "VT random", "VS", "VS random",
+    ]  # fmt: skip
+
+
+def test_sweep_with_and_without_reuse(host, tmp_path):
+    items = generated_items(12, host.config.clip)
+    tables = []
+    for reuse in (True, False):
+        cfg = dataclasses.replace(CFG, reuse=reuse)
+        with start(cfg, tmp_path / str(reuse)) as run:
+            sweep(host.model, host.processor, items, cfg, run, quiet=True)
+        answers, failed = read_answers(run.path)
+        assert not failed
+        tables.append({(n, label): r["p"] for n, row in answers.items() for label, r in row["results"].items()})
+    assert tables[0].keys() == tables[1].keys()
+    for key, p in tables[0].items():
+        assert p == pytest.approx(tables[1][key], abs=2e-5)
+    rows = {row["metric"]: row["value"] for row in load_results(tmp_path / "True")["rows"]}
+    assert rows["evaluated_layers"] < rows["evaluated_layers_without"]
+    report = SweepReport.of(run)
+    assert report.items == 12
+    assert "chance level" in str(report)
+
+
+def test_rows(host, tmp_path):
+    items = generated_items(16, host.config.clip)
+    with start(CFG, tmp_path / "run") as run:
+        sweep(host.model, host.processor, items, CFG, run, quiet=True)
+    answers, _ = read_answers(run.path)
+    rows = {(r["metric"], r["variant"], r["split"]): r for r in load_results(run.path)["rows"]}
+    for split in ("all", "shape", "place", "order", "direction"):
+        kept = [row for row in answers.values() if split in ("all", row["category"])]
+        accuracy = sum(is_right(row, BASELINE) for row in kept) / len(kept)
+        assert rows["accuracy", BASELINE, split]["value"] == accuracy
+        assert rows["accuracy", BASELINE, split]["n"] == len(kept)
+    assert rows["chance", "", "all"]["value"] == pytest.approx((3 * 0.25 + 0.5) / 4)
+    assert rows["chance", "", "order"]["value"] == 0.5
+    row = rows["performance_ratio", "global1 LV 2-4", "all"]
+    assert row["labels"]["layer_ratio"] == pytest.approx(2 / 5)
+    change, wrong, right = (
+        rows[name, "global2 LV 0-4", "all"]["value"] for name in ("accuracy_change", "to_wrong", "to_right")
+    )
+    assert change == pytest.approx((right - wrong) / 16)
+
+
+def test_a_sweep_goes_on_where_it_was(host, tmp_path, monkeypatch):
+    items = generated_items(10, host.config.clip)
+    cfg = dataclasses.replace(CFG, settings=("global2",), batch=2)
+    with start(cfg, tmp_path / "run") as run:
+        path = run.artifacts / "answers.jsonl"
+        sweep(host.model, host.processor, items[:4], cfg, run, quiet=True)
+        path.write_text(path.read_text() + '{"id": "cut')
+        raised = False
+    text = path.read_text()
+    with start(dataclasses.replace(cfg), tmp_path / "again") as run:
+        (run.artifacts / "answers.jsonl").write_text(text)
+        asked = []
+        original = sweep.__globals__["_answer_batch"]
+
+        def spy(model, processor, batch, *rest):
+            asked.extend(item.id for item in batch)
+            return original(model, processor, batch, *rest)
+
+        monkeypatch.setitem(sweep.__globals__, "_answer_batch", spy)
+        sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert not raised
+    assert asked == [item.id for item in items[4:]]
+    answers, _ = read_answers(run.path)
+    assert len(answers) == 10
+
+
+def test_bad_items_are_written_down_and_left_out(host, tmp_path):
+    good = generated_items(4, host.config.clip)
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video")
+    bad = [
+        Item(id="gone", question="?", options=("up", "down"), answer=0, video=tmp_path / "none.mp4"),
+        Item(id="broken", question="?", options=("up", "down"), answer=0, video=broken),
+        dataclasses.replace(good[0], id="same", options=("up", "up")),
+    ]
+    cfg = dataclasses.replace(CFG, settings=("global2",), batch=4)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, [bad[0], *good, *bad[1:]], cfg, run, quiet=True)
+    assert report.items == 4
+    assert set(report.failed) == {"gone", "broken", "same"}
+    assert "there is no video" in report.failed["gone"]
+    assert "could not be decoded" in report.failed["broken"]
+    assert "cannot be told apart" in report.failed["same"]
+    rows = {row["metric"]: row for row in load_results(run.path)["rows"]}
+    assert (rows["failed_items"]["value"], rows["failed_items"]["n"]) == (3, 7)
+    with start(cfg, tmp_path / "none") as run, pytest.raises(ValueError, match="every question failed; the first"):
+        sweep(host.model, host.processor, bad[:1], cfg, run, quiet=True)
+
+
+def test_one_bad_prompt_does_not_take_its_batch_along(host, tmp_path, monkeypatch):
+    items = generated_items(4, host.config.clip)
+    original = sweep.__globals__["choice_inputs"]
+
+    def picky(processor, prompts, clips):
+        if any(clip is items[2].clip for clip in clips):
+            raise ValueError("a frame is torn")
+        return original(processor, prompts, clips)
+
+    monkeypatch.setitem(sweep.__globals__, "choice_inputs", picky)
+    cfg = dataclasses.replace(CFG, settings=("global2",), batch=4)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert report.items == 3
+    assert report.failed == {items[2].id: "a frame is torn"}
+
+
+def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
+    model, processor = tiny("qwen2_5_vl", layers=2)
+    processor.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'video' %}"
+        "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    items = [dataclasses.replace(item, options=("a", "b", "c"), answer=1) for item in generated_items(6)]
+    cfg = SweepConfig(settings=("global2",), kinds=("LV",), batch=3)
+    with start(cfg, tmp_path / "run") as run:
+        sweep(model, processor, items, cfg, run, quiet=True)
+    from hone_knockout.evaluate import _option_order
+
+    orders = [_option_order(item, cfg) for item in items]
+    assert len({tuple(order) for order in orders}) > 1
+    # By hand: the letter at place j stands for option order[j].
+    from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices
+
+    item, order = items[0], orders[0]
+    prompt = choice_prompt(processor, item.question, [item.options[i] for i in order])
+    inputs = choice_inputs(processor, [prompt], [item.clip])
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    p = read_choices(logits, option_token_ids(processor.tokenizer, prompt, item.options)).probability
+    stored = read_answers(run.path)[0][item.id]["results"][BASELINE]["p"]
+    assert [stored[index] for index in order] == pytest.approx(p, abs=1e-4)
+
+
+def test_summary_by_hand(tmp_path):
+    def answer(name, right, base, knocked):
+        p = {True: [0.8, 0.2], False: [0.3, 0.7]}
+        results = {BASELINE: {"p": p[base], "mass": 1.0}, "global2 LV 0": {"p": p[knocked], "mass": 1.0}}
+        return {"id": name, "answer": 0, "category": right, "results": results}
+
+    answers = {str(i): answer(str(i), "x", *pair) for i, pair in enumerate([(1, 1), (1, 0), (1, 0), (0, 1)])}
+    answers = json.loads(json.dumps(answers))
+    cfg = SweepConfig(settings=("global2",), kinds=("LV",))
+    with start(cfg, tmp_path / "run") as run:
+        summarise(answers, configurations(cfg, 1), run, num_layers=1)
+    rows = {(r.metric, r.variant): r.value for r in run.rows if r.split == "all"}
+    label = "global2 LV 0"
+    assert rows["accuracy", BASELINE] == 0.75
+    assert rows["accuracy", label] == 0.5
+    assert rows["accuracy_change", label] == -0.25
+    assert (rows["to_wrong", label], rows["to_right", label]) == (2, 1)
+    assert rows["performance_ratio", label] == pytest.approx(2 / 3)
+    assert rows["accuracy_of_correct", label] == pytest.approx(1 / 3)
+    assert rows["mcnemar_p", label] == 1.0
+    expected = 100 * (0 + 2 * (0.3 - 0.8) / 0.8 + (0.8 - 0.3) / 0.3) / 4
+    assert rows["p_right_change", label] == pytest.approx(expected)
+
+
+def test_bad_settings():
+    for values, message in (
+        ({"settings": ()}, "settings must be some of"),
+        ({"kinds": ("span",)}, "no span targets"),
+        ({"stride": 0}, "stride must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SweepConfig(**values)
+    with pytest.raises(ValueError, match="width"):
+        configurations(SweepConfig(width=9), 4)
+    assert configurations(SweepConfig(settings=("local",)), 4)["local VT 0-1"].config != KnockoutConfig()

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from hone_core.testing import assert_close
+from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.method import global_after, windows
+from hone_knockout.models import attach
+from hone_knockout.prefix import PrefixRunner, as_exit
+from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
+
+LAYERS = 6
+
+
+def lv(after, layers=LAYERS):
+    return KnockoutConfig(knockouts=(Knockout(kind="LV", layers=global_after(after, layers)),))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("exits", [True, False])
+@torch.no_grad()
+def test_reuse_gives_what_a_whole_run_gives(family, exits):
+    model, processor = tiny(family, layers=LAYERS)
+    inputs = tiny_inputs(family, processor, ["What?", "And which of the two?"])
+    runner = PrefixRunner(model, inputs, exits=exits)
+    configs = [KnockoutConfig(), *(lv(i) for i in range(0, LAYERS, 2))]
+    configs += [KnockoutConfig(knockouts=(Knockout(kind="VT", layers=w),)) for w in windows(LAYERS, stride=2)]
+    configs.append(KnockoutConfig(knockouts=(Knockout(kind="VT", layers=(1,)),), exit=4))
+    for config in configs:
+        with attach(model, config):
+            whole = model(**inputs, logits_to_keep=1).logits[:, -1]
+        assert_close(runner.run(config), whole, what=config.label)
+    assert torch.equal(runner.run(KnockoutConfig()), model(**inputs, logits_to_keep=1).logits[:, -1])
+
+
+def test_global_1_takes_1_8_times_fewer_layers():
+    """The paper's two-stage sweep on 28 layers, counted."""
+    layers, ran = 28, []
+    model, processor = tiny("llava_onevision", layers=layers)
+    hooks = [layer.register_forward_hook(lambda *_: ran.append(1)) for layer in model.model.language_model.layers]
+    runner = PrefixRunner(model, tiny_inputs("llava_onevision", processor), exits=False)
+    runner.run(KnockoutConfig())
+    for after in range(0, layers + 1, 2):
+        runner.run(lv(after, layers) if after < layers else KnockoutConfig())
+    for hook in hooks:
+        hook.remove()
+    naive = layers * (1 + layers // 2 + 1)
+    assert runner.counts.layers_without == naive
+    # One call more than counted: the check of norm and head repeats the last layer.
+    assert len(ran) == runner.counts.layers + 1
+    assert runner.counts.saving >= 1.8
+    assert naive / len(ran) >= 1.8
+
+
+def test_exits_save_rows_on_top():
+    model, processor = tiny("llava_onevision", layers=LAYERS)
+    inputs = tiny_inputs("llava_onevision", processor)
+    rows = []
+    for exits in (False, True):
+        runner = PrefixRunner(model, inputs, exits=exits)
+        for after in range(LAYERS):
+            runner.run(lv(after))
+        rows.append(runner.counts.rows)
+    assert rows[1] < 0.7 * rows[0]
+
+
+def test_which_configurations_are_exits():
+    assert as_exit(lv(2), LAYERS) == KnockoutConfig(exit=2)
+    assert as_exit(lv(0), LAYERS) == lv(0)
+    assert as_exit(lv(2), LAYERS, deepstack_layers=3) == lv(2)
+    window = KnockoutConfig(knockouts=(Knockout(kind="LV", layers=(2, 3)),))
+    assert as_exit(window, LAYERS) == window
+    for more in ({"frames": (0,)}, {"control": "random"}):
+        other = KnockoutConfig(knockouts=(Knockout(kind="LV", layers=global_after(2, LAYERS), **more),))
+        assert as_exit(other, LAYERS) == other
+    early = Knockout(kind="VT", layers=(0, 1))
+    both = KnockoutConfig(knockouts=(early, Knockout(kind="LV", layers=global_after(2, LAYERS))))
+    assert as_exit(both, LAYERS) == KnockoutConfig(knockouts=(early,), exit=2)
+
+
+def test_a_model_with_more_after_its_layers_is_refused():
+    model, processor = tiny("qwen2_vl", layers=2)
+    model.lm_head.register_forward_hook(lambda module, args, out: out if args[0].requires_grad else out * 1.0)
+    runner = PrefixRunner(model, tiny_inputs("qwen2_vl", processor))
+    model.register_forward_hook(lambda module, args, out: setattr(out, "logits", out.logits.tanh()) or out)
+    with pytest.raises(ValueError, match="does more between its last layer and its logits"):
+        runner.run(KnockoutConfig())

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.data import generated_items
+from hone_knockout.sample import AskConfig, ask, look
+
+
+@pytest.fixture
+def case(host, tmp_path):
+    item = generated_items(1, host.config.clip)[0]
+    np.save(tmp_path / "clip.npy", item.clip.frames.permute(0, 2, 3, 1).numpy())
+    return item, {"model": "host", "video": str(tmp_path / "clip.npy"), "ask": item.question, "style": "text"}
+
+
+def test_options_beside_the_baseline(host, case):
+    item, where = case
+    knockout = Knockout(kind="LV", layers=tuple(range(5)))
+    cfg = AskConfig(options=item.options, config=KnockoutConfig(knockouts=(knockout,)), **where)
+    report = ask(host.model, host.processor, cfg)
+    assert set(report.answers) == {"baseline", "LV 0-4"}
+    before, after = report.answers.values()
+    assert sum(before) == pytest.approx(1)
+    assert before != pytest.approx(after, abs=1e-3)
+    assert "square" in str(report)
+    assert report.to_dict()["options"] == list(item.options)
+
+
+def test_written_answer_with_exit(host, case):
+    _, where = case
+    cfg = AskConfig(config=KnockoutConfig(exit=3), max_new_tokens=3, **where)
+    report = ask(host.model, host.processor, cfg)
+    assert list(report.answers) == ["baseline", "exit 3"]
+    assert all(isinstance(answer, str) for answer in report.answers.values())
+    assert all(value > 0 for value in report.milliseconds.values())
+
+
+def test_look(host, case):
+    layout = look(host.model, host.processor, AskConfig(**case[1]))
+    assert layout.num_frames == 4
+
+
+def test_bad_questions():
+    where = {"model": "m", "video": "v"}
+    for values, message in (
+        ({"ask": " "}, "question is empty"),
+        ({"ask": "?", "options": ("a",)}, "one option is no choice"),
+        ({"ask": "?", "frames": 0}, "must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AskConfig(**where, **values)
