@@ -1,6 +1,8 @@
 import pytest
+import torch
 from hone_core.runs import Run
-from hone_knockout.bench import WORKLOADS, BenchConfig, BenchReport, bench, bound, layout_of, variants
+from hone_core.testing import requires_gpu
+from hone_knockout.bench import WORKLOADS, BenchConfig, BenchReport, bench, bound, check_kernel, layout_of, variants
 
 
 def test_tiny(tmp_path):
@@ -32,10 +34,11 @@ def test_qwen_fuses_two_frames():
     assert layout.tokens_per_frame == (196,) * 4
 
 
-def test_no_time_on_wrong_values(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["models", "bench"])
+def test_no_time_on_wrong_values(tmp_path, monkeypatch, place):
     cfg = BenchConfig(arch="tiny", frames=(8,), rounds=1)
     monkeypatch.setattr(
-        "hone_knockout.models.frame_local_attention", lambda q, k, v, where, scale=None: v.repeat_interleave(2, 1)
+        f"hone_knockout.{place}.frame_local_attention", lambda q, k, v, where, scale=None: v.repeat_interleave(2, 1)
     )
     with (
         pytest.raises(RuntimeError, match="No time is reported"),
@@ -52,3 +55,9 @@ def test_bad_settings():
         BenchConfig(arch="llava")
     with pytest.raises(ValueError, match="rounds must be positive"):
         BenchConfig(rounds=0)
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize("arch", ["llava-onevision-7b", "qwen2.5-vl-7b"])
+def test_kernel_on_a_gpu(arch):
+    check_kernel(WORKLOADS[arch], torch.device("cuda"), torch.bfloat16)

@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,15 @@ import numpy as np
 import pytest
 from hone_knockout import cli
 from hone_knockout.data import generated_items
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """Each command puts a handler on the stderr of its test, which is closed after it."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before, level
 
 
 def run(capsys, *argv):

@@ -72,7 +72,7 @@ def test_packed_questions_are_whole_and_answers_follow_them(host):
     swapped = turns.lines(scenes, torch.ones(16, dtype=torch.bool))
     for row in range(16):
         tail = ids[row, len(turns.head) :].tolist()
-        expected = {tuple(q[row].tolist()) + (int(a[row]),) for _, q, a in lines + swapped}
+        expected = {(*q[row].tolist(), int(a[row])) for _, q, a in lines + swapped}
         found, begin = [], 0
         for mark in (marks[row] - len(turns.head)).tolist():
             found.append(tuple(tail[begin : mark + 2]))

@@ -97,12 +97,14 @@ def inspect(
         save: JSON file to write the layout to.
         host: A host.safetensors made by train-host.
     """
+    from .data import generated_items
     from .sample import AskConfig, look
 
     if model is None:
         if video is not None or ask is not None:
             raise ValueError("video and ask belong to --model; the tiny host is asked about a generated clip")
-        loaded, item = _host(host, "cpu"), _generated()
+        loaded = _host(host, "cpu")
+        item = generated_items(1, loaded.config.clip)[0]
         cfg = AskConfig(model="host", video="generated", ask=item.question, options=item.options, style="text")
         layout = look(loaded.model, loaded.processor, cfg, item.clip)
     else:
@@ -434,7 +436,7 @@ def train_host(
     minutes: float | None = None,
     steps: int | None = None,
     batch: int | None = None,
-    compile: bool = True,
+    compile: bool = False,
     config: Path | None = None,
     seed: int | None = None,
     device: str = "auto",
@@ -463,7 +465,7 @@ def train_host(
     from .train import train_host as train
 
     cfg = _change(_load(TrainConfig, config), minutes=minutes, steps=steps, batch=batch, seed=seed)
-    cfg = _change(cfg, compile=None if compile else False)
+    cfg = _change(cfg, compile=compile or None)
     if dry_run:
         return _plan(cfg, out)
     from hone_core.devices import resolve_device
@@ -520,12 +522,6 @@ def _host(path: Path | None, device: str) -> Any:
     from .host import load_host
 
     return load_host(resolve_device(device), path=path)
-
-
-def _generated() -> Any:
-    from .data import generated_items
-
-    return generated_items(1)[0]
 
 
 def _ask_config(

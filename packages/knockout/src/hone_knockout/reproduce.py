@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hone_core.io import atomic_write_json
+from hone_core.runs import Run, load_results
 
 from . import plots
 from .data import generated_items
@@ -114,7 +115,9 @@ class ReproduceReport:
         return "\n".join([*lines, f"results in {self.folder}"])
 
 
-def reproduce(cfg: ReproduceConfig, run: Any, *, device: Any = "cpu", quiet: bool = False) -> ReproduceReport:
+def reproduce(
+    cfg: ReproduceConfig, run: Any, *, device: Any = "cpu", quiet: bool = False, pictures: bool = True
+) -> ReproduceReport:
     """Put every host through the sweep, apply the rules, and write the verdict.
 
     Args:
@@ -122,6 +125,7 @@ def reproduce(cfg: ReproduceConfig, run: Any, *, device: Any = "cpu", quiet: boo
         run: A started ``hone_core.runs.Run``.
         device: Where the hosts run.
         quiet: Show no progress.
+        pictures: Draw each host's sweep.
 
     Raises:
         ValueError: A host has not learned every kind of question: a knockout of what is not there shows nothing.
@@ -140,6 +144,9 @@ def reproduce(cfg: ReproduceConfig, run: Any, *, device: Any = "cpu", quiet: boo
             raise ValueError(f"{name} ({path or 'packaged'}) misses its gates {GATES}: {missed}; train it longer")
         found = configurations(cfg.sweep, host.config.layers)
         answers = _answers(cfg, run, host, name, index, quiet)
+        if pictures:
+            results = load_results(run.artifacts / f"sweep-{index}")
+            plots.sweep_chart(results, run.figures / f"sweep-{index}.png", title=name)
         mixes = {}
         for mix, kinds in MIXES.items():
             rows = [row for row in answers.values() if row["category"] in kinds]
@@ -211,15 +218,12 @@ def judge(
 
 
 def _answers(cfg: ReproduceConfig, run: Any, host: Host, name: str, index: int, quiet: bool) -> dict[str, Any]:
-    from hone_core.runs import Run
-
     items = generated_items(cfg.items, host.config.clip, seed=40_000 + 100 * cfg.seed + index)
     # A run folder per host inside this one: each is resumed on its own, and each has its picture.
     path = run.artifacts / f"sweep-{index}"
     with Run.start(package="hone-knockout", verb="eval", config=cfg.sweep, out=path, seed=cfg.seed) as inner:
         if not inner.done:
             sweep(host.model, host.processor, items, cfg.sweep, inner, quiet=quiet)
-    plots.sweep_chart(inner.results(), run.figures / f"sweep-{index}.png", title=name)
     answers, failed = read_answers(path)
     assert not failed, "generated questions always have an answer"
     for row in inner.rows:
@@ -241,8 +245,6 @@ def _recipe(
     quiet: bool,
 ) -> str:
     """Exit and window chosen on one half, run together on the other."""
-    from hone_core.runs import Run
-
     recipe = choose(answers, found, num_layers=host.config.layers, max_drop=cfg.max_drop, seed=cfg.seed)
     items = generated_items(cfg.items, host.config.clip, seed=40_000 + 100 * cfg.seed + index)
     _, second = halves(list(answers), seed=cfg.seed)
