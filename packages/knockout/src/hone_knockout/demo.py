@@ -17,7 +17,7 @@ from hone_lm.choices import choice_inputs, choice_prompt
 from . import plots
 from .config import Knockout, KnockoutConfig
 from .data import KINDS, Item, generated_items
-from .evaluate import BASELINE, SweepConfig, SweepReport, configurations, is_right, read_answers, sweep
+from .evaluate import BASELINE, SweepConfig, SweepReport, configurations, is_right, read_answers, rows_of, sweep
 from .host import Host
 from .method import global_after
 from .models import attach
@@ -104,15 +104,9 @@ def demo(cfg: DemoConfig, run: Any, host: Host, *, quiet: bool = False) -> DemoR
     recipe = choose(answers, found, num_layers=layers, max_drop=cfg.max_drop, seed=cfg.seed)
     timing = time_recipe(host, items[:8], recipe, run)
     (run.artifacts / "recipe.txt").write_text(f"{recipe}\n{timing}", encoding="utf-8")
-    chart = plots.sweep_chart(report_rows(run), run.figures / "sweep.png", title="tiny host, generated clips")
+    chart = plots.sweep_chart({"rows": rows_of(run)}, run.figures / "sweep.png", title="tiny host, generated clips")
     sheet = _sheet(items, answers, layers, run.figures / "clips.png")
     return DemoReport(SweepReport.of(run), str(recipe), timing, chart, sheet)
-
-
-def report_rows(run: Any) -> dict[str, Any]:
-    """Rows of a running run in the form that plots take."""
-    run._write("running")
-    return run.results()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,7 +29,7 @@ from .models import attach
 from .prefix import Counts, PrefixRunner
 from .statistics import bootstrap_interval, paired
 
-__all__ = ["Setting", "SweepConfig", "SweepReport", "configurations", "read_answers", "summarise", "sweep"]
+__all__ = ["Setting", "SweepConfig", "SweepReport", "configurations", "read_answers", "rows_of", "summarise", "sweep"]
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class SweepReport:
     def of(cls, run: Any) -> SweepReport:
         """Return the report of a run whose rows are written."""
         answers, failed = read_answers(run.path)
-        return cls(run.path, len(answers), failed, run.results()["rows"])
+        return cls(run.path, len(answers), failed, rows_of(run))
 
     def __str__(self) -> str:
         shown = [row for row in self.rows if row["metric"] == "accuracy" and row["split"] == "all"]
@@ -174,6 +174,11 @@ class SweepReport:
         if self.failed:
             lines.append(f"{len(self.failed)} questions left out: {next(iter(self.failed.values()))}, ...")
         return "\n".join([*lines, "", f"answers and results in {self.folder}"])
+
+
+def rows_of(run: Any) -> list[dict[str, Any]]:
+    """Rows of a run, finished or not, as they stand in ``results.json``."""
+    return [asdict(row) for row in run.rows]
 
 
 def sweep(
@@ -230,7 +235,6 @@ def sweep(
             run.row(f"evaluated_{name}", value, better="none", n=len(waiting) or 1)
         run.row("sweep_seconds", time.perf_counter() - started, unit="s", better="lower", n=len(waiting) or 1)
     run.row("failed_items", len(failed), better="lower", n=len(items))
-    run._write("running")
     return SweepReport.of(run)
 
 
