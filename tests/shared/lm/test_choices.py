@@ -1,7 +1,7 @@
 import pytest
 import torch
-from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices
-from hone_lm.tiny import FAMILIES, build_tokenizer, random_video, tiny
+from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
+from hone_lm.tiny import FAMILIES, build_tokenizer, random_video, tiny, tiny_inputs
 from hone_lm.video import Clip
 
 
@@ -65,3 +65,12 @@ def test_options_are_needed():
         choice_prompt(processor, "?", ["a"])
     with pytest.raises(ValueError, match="letters for 26 options"):
         choice_prompt(processor, "?", list("abcdefghijklmnopqrstuvwxyz1"))
+
+
+def test_only_pixels_take_the_model_s_dtype():
+    model, processor = tiny("qwen2_5_vl", layers=1)
+    inputs = to_model(tiny_inputs("qwen2_5_vl", processor), model.bfloat16())
+    assert inputs["pixel_values_videos"].dtype == torch.bfloat16
+    # In 16 bits the seconds of a frame, and with them its position, would be others.
+    assert inputs["second_per_grid_ts"].dtype == torch.float32
+    assert model(**inputs).logits.dtype == torch.bfloat16

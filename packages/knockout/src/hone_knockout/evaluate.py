@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from hone_core.progress import progress_bar
-from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices
+from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.decoders import find_decoder
 from torch import Tensor
 
@@ -260,12 +260,8 @@ def _answer_batch(
     if not ready:
         return lines
     try:
-        device = model.device
         inputs = choice_inputs(processor, [entry[2] for entry in ready], [entry[4] for entry in ready])
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        for name, value in inputs.items():
-            if value.is_floating_point():
-                inputs[name] = value.to(model.dtype)
+        inputs = to_model(inputs, model)
         logits = _run_all(model, inputs, found, cfg, counts)
     except (ValueError, OSError) as error:
         if len(ready) == 1:

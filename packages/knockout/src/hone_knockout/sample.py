@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices
+from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.layouts import TokenLayout, find_layouts
 from hone_lm.video import Clip, read_video
 
@@ -121,8 +121,7 @@ def ask(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) ->
     clip = clip or read_video(cfg.video, num_frames=cfg.frames, start=cfg.start, end=cfg.end)
     prompt, inputs = prompt_inputs(processor, cfg, clip)
     layout = find_layouts(model, inputs)[0]
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+    inputs = to_model(inputs, model)
     answers: dict[str, str | tuple[float, ...]] = {}
     milliseconds: dict[str, float] = {}
     peaks: dict[str, int | None] = {}

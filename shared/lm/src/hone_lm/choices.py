@@ -7,7 +7,7 @@ is found by tokenising prefix and option together: SentencePiece and BPE give a 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .video import Clip
 
-__all__ = ["LETTER_PREFIX", "Choices", "Style", "choice_inputs", "choice_prompt", "option_token_ids", "read_choices"]
+__all__ = [
+    "LETTER_PREFIX",
+    "Choices",
+    "Style",
+    "choice_inputs",
+    "choice_prompt",
+    "option_token_ids",
+    "read_choices",
+    "to_model",
+]
 
 Style = Literal["letter", "text"]
 """``letter``: options are listed as (A), (B), ... and a letter is scored. ``text``: the option itself is."""
@@ -130,3 +139,12 @@ def choice_inputs(processor: Any, prompts: Sequence[str], clips: Sequence[Clip])
     finally:
         processor.tokenizer.padding_side = side
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def to_model(inputs: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Move inputs to a model's device, and pixels to its dtype; times and grids keep theirs."""
+    moved = {name: value.to(model.device) for name, value in inputs.items()}
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in moved:
+            moved[name] = moved[name].to(model.dtype)
+    return moved
