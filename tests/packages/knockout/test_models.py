@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hone_core.testing import assert_close
+from hone_core.testing import assert_close, requires_gpu
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.local_attention import RegularFrames, frame_local_attention, regular_frames
 from hone_knockout.method import blocked_pairs, causal_pairs
@@ -312,6 +312,21 @@ class TestLocalAttention:
             monkeypatch.setattr(type(handle), "_is_local", lambda *a: False)
             assert_close(fast, model(**inputs).logits)
 
+    def test_a_mask_in_its_place_is_said_once(self, monkeypatch, caplog):
+        monkeypatch.setattr("hone_knockout.models._LONG", 8)
+        model, inputs = get("internvl")
+        with attach(model, Knockout(kind="VT", layers=(0, 1))):
+            model(**inputs)
+            model(**inputs)
+        assert [record.message[:31] for record in caplog.records] == ["attention within a frame runs u"]
+        caplog.clear()
+        model, inputs = get("llava_onevision")
+        with attach(model, Knockout(kind="VT", layers=(0, 1))):
+            model(**inputs)
+        with attach(model, lv(0, 1)):
+            model(**inputs)
+        assert not caplog.records
+
 
 class TestRefusals:
     def test_layers_out_of_range(self):
@@ -395,3 +410,34 @@ def test_text_model_is_refused_before_its_weights_are_read(tmp_path):
     Qwen2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a qwen2 model without visual tokens"):
         load_model(str(tmp_path))
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize("base", ["sdpa", "eager", "flex_attention"])
+def test_on_a_gpu(base):
+    model, processor = tiny("llava_onevision", layers=LAYERS)
+    inputs = tiny_inputs("llava_onevision", processor, TWO)
+    configs = [lv(2, 3), Knockout(kind="VT", layers=(0, 1)), KnockoutConfig(exit=3), lv(1, control="random")]
+    expected = []
+    for config in configs:
+        with attach(model, config):
+            expected.append(model(**inputs, logits_to_keep=1).logits)
+    model.cuda().set_attn_implementation({"text_config": base, "vision_config": "sdpa"})
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    for config, want in zip(configs, expected, strict=True):
+        with attach(model, config):
+            # Compiled flex attention rounds its products to TF32.
+            assert_close(
+                model(**inputs, logits_to_keep=1).logits, want, atol=2e-2 if base == "flex_attention" else 1e-3
+            )
+
+
+@requires_gpu(min_sm=80)
+def test_exit_equals_lv_on_a_gpu():
+    model, processor = tiny("qwen2_5_vl", layers=LAYERS)
+    model.cuda()
+    inputs = {name: value.cuda() for name, value in tiny_inputs("qwen2_5_vl", processor, TWO).items()}
+    with attach(model, lv(*range(3, LAYERS))):
+        blocked = generated(model, inputs)
+    with attach(model, KnockoutConfig(exit=3)):
+        assert float((generated(model, inputs) - blocked).abs().max()) < 1e-4

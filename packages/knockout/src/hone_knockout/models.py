@@ -8,6 +8,7 @@ that are left. Nothing is replaced; ``detach`` gives back the model of before, b
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -24,6 +25,11 @@ from .local_attention import RegularFrames, frame_local_attention, regular_frame
 from .method import PairRule, Roles, causal_pairs, keep_frames, opposite_rule, pair_rule, random_pairs, span_rule
 
 __all__ = ["KnockoutHandle", "attach", "check_model", "load_model"]
+
+log = logging.getLogger(__name__)
+
+_LONG = 2048
+"""Tokens from which a dense mask is worth a word."""
 
 # Spans that generated tokens belong to, as queries and as keys.
 _OPEN_SPANS = ("last", "suffix", "text")
@@ -73,6 +79,7 @@ class KnockoutHandle:
             if any(kind != "full_attention" for kind in types[config.exit :]):
                 raise ValueError("an exit before sliding-window layers is not supported: their caches drop positions")
         self._given: list[TokenLayout] | None = None
+        self._warned = False
         self._prompt: _Prompt | None = None
         self._step: _Step | None = None
         self._masks: dict[Any, Any] = {}
@@ -271,6 +278,8 @@ class KnockoutHandle:
         """The base's mask without the blocked pairs."""
         step = self._step
         total = step.start + step.queries
+        if step.prefill and step.queries >= _LONG and self._tap.base == "sdpa":
+            self._warn_of_mask(items)
         # A sliding cache holds the last keys only, a static one has room to spare.
         first_key = max(0, total - keys)
         rule = self._union(items, max(total, first_key + keys))
@@ -289,6 +298,17 @@ class KnockoutHandle:
         else:
             return mask[..., :keys].masked_fill(blocked, torch.finfo(mask.dtype).min)
         return allowed
+
+    def _warn_of_mask(self, items: tuple[Knockout, ...]) -> None:
+        """Say once that frame-local attention saves nothing here."""
+        if self._warned or any(item.kind != "VT" or item.control != "none" for item in items):
+            return
+        self._warned = True
+        log.warning(
+            "attention within a frame runs under a dense mask here, which is right and no faster: the frames differ in "
+            "size, have text between them, or the batch is padded. model.set_attn_implementation('flex_attention') "
+            "skips blocked blocks on a GPU, for classes that support it"
+        )
 
     def _after_exit(self, mask: Any, query: Tensor, keys: int) -> Any:
         """The base's mask on the rows and columns that are left."""
