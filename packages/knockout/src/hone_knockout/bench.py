@@ -246,7 +246,7 @@ def build(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> nn.Modu
     finally:
         torch.set_default_dtype(before)
     model.set_attn_implementation("sdpa")
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @torch.no_grad()
