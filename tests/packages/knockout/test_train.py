@@ -110,6 +110,18 @@ def test_rate_falls_to_zero_at_the_budget(small, tmp_path):
     assert state.rate() == pytest.approx(0.0)
 
 
+def test_second_loss_fades_to_nothing(small, tmp_path):
+    from hone_knockout.train import _TrainState
+
+    cfg = TrainConfig(host=small, steps=100, aux_fade=0.5)
+    state = _TrainState(cfg, build_host(small), tmp_path / "x.pt", torch.device("cpu"))
+    assert state.aux_weight() == 1.0
+    state.fading, state.step = 40, 50
+    assert state.aux_weight() == pytest.approx(0.5)
+    state.step = 60
+    assert state.aux_weight() == 0.0
+
+
 def test_bad_settings():
     for values, message in (
         ({"minutes": 0}, "minutes must be positive"),

@@ -2,7 +2,7 @@
 
 One command makes the checkpoint that ships in ``assets/``: ``hone-knockout train-host --device cuda``. A second loss
 asks visual tokens in the middle of the decoder what they show and where it moves; it gets the circuits started, which
-the answers alone are slow to do, and has faded to nothing by ``aux_until`` of the budget.
+the answers alone are slow to do, and has faded to nothing before the learning rate falls.
 """
 
 from __future__ import annotations
@@ -60,11 +60,14 @@ class TrainConfig:
     margin: float = 0.02
     aux: float = 1.0
     """Weight of the second loss at the start."""
-    aux_until: float = 0.3
-    """Share of the budget at which the second loss has faded to zero."""
+    aux_until: float = 0.5
+    """Share of the budget at which the second loss begins to fade at the latest; it does so earlier once every gate is
+    passed."""
+    aux_fade: float = 0.3
+    """It fades to zero over this share of the steps before that."""
     aux_layer: int | None = None
     """Layer after which it looks, counted from 0; the middle if None."""
-    eval_every: int = 500
+    eval_every: int = 200
     eval_clips: int = 1024
     compile: bool = False
     """Compile the decoder's layers (CUDA only). Worth its first minute in long runs only."""
@@ -76,8 +79,10 @@ class TrainConfig:
             raise ValueError(f"minutes must be positive when steps is not given; got {self.minutes}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
-        if not 0 < self.decay < 1 or not 0 <= self.aux_until <= 1:
-            raise ValueError(f"decay and aux_until are shares; got {self.decay} and {self.aux_until}")
+        if not 0 < self.decay < 1 or not 0 <= self.aux_until <= 1 or not 0 < self.aux_fade <= 1:
+            raise ValueError(
+                f"decay, aux_until and aux_fade are shares; got {self.decay}, {self.aux_until} and {self.aux_fade}"
+            )
         if self.aux_layer is not None and not 0 <= self.aux_layer < self.host.layers:
             raise ValueError(f"aux_layer must be one of 0 .. {self.host.layers - 1}; got {self.aux_layer}")
 
@@ -277,7 +282,8 @@ class _TrainState:
         self.turns = Turns(host, device)
         self.step = 0
         self.before = 0.0
-        self.falling: tuple[int, float] | None = None  # step and elapsed seconds when the rate began to fall
+        self.fading: int | None = None  # step when the second loss began to fade
+        self.falling: tuple[int, float] | None = None  # step and share of the budget when the rate began to fall
         self.started = self.saved = time.perf_counter()
         layers = host.model.model.language_model.layers
         self.layer = layers[cfg.host.layers // 2 - 1 if cfg.aux_layer is None else cfg.aux_layer]
@@ -315,6 +321,13 @@ class _TrainState:
         by_budget = (self.spent() - self.falling[1]) / max(1e-6, 1 - self.falling[1])
         return warmup * max(0.0, 1 - max(by_steps, by_budget))
 
+    def aux_weight(self) -> float:
+        """Weight of the second loss: constant, then a fade to zero."""
+        if self.fading is None:
+            return self.cfg.aux
+        length = max(1.0, self.cfg.aux_fade * self.fading)
+        return self.cfg.aux * max(0.0, 1 - (self.step - self.fading) / length)
+
     def train(self) -> Iterator[tuple[int, dict[str, float] | None]]:
         """Run to the end; yield (step, values to log or None)."""
         cfg = self.cfg
@@ -334,14 +347,15 @@ class _TrainState:
                 grades = grade_host(self.host, clips=cfg.eval_clips, seed=10_000)
                 self.host.model.train()
                 values = (values or {}) | grades
-                faded = not self.cfg.aux or self.spent() >= self.cfg.aux_until
-                if (
-                    self.falling is None
-                    and faded
-                    and all(grades[k] >= min(1.0, g + cfg.margin) for k, g in GATES.items())
-                ):
-                    log.info("every gate is passed at step %d; the learning rate falls", self.step)
-                    self.falling = (self.step, self.spent())
+                if all(grades[kind] >= min(1.0, gate + cfg.margin) for kind, gate in GATES.items()):
+                    if self.fading is None:
+                        log.info("every gate is passed at step %d; the second loss fades", self.step)
+                        self.fading = self.step
+                    elif self.falling is None and not self.aux_weight():
+                        log.info("every gate is passed without it at step %d; the learning rate falls", self.step)
+                        self.falling = (self.step, self.spent())
+            if self.fading is None and self.spent() >= cfg.aux_until:
+                self.fading = self.step
             # What is left must hold the fall, which lasts ``decay`` of what came before it.
             if self.falling is None and self.spent() >= 1 / (1 + cfg.decay):
                 self.falling = (self.step, self.spent())
@@ -355,7 +369,7 @@ class _TrainState:
         scenes = draw_scenes(cfg.batch, cfg.host.clip, self.generator)
         pixels = pixel_values(render(scenes, cfg.host.clip, self.generator))
         ids, marks, answers = self.turns.pack(scenes, self.generator)
-        weight = cfg.aux * max(0.0, 1 - self.spent() / cfg.aux_until) if cfg.aux_until else 0.0
+        weight = self.aux_weight()
         kept: list[Tensor] = []
         hook = self.layer.register_forward_hook(lambda module, args, out: kept.append(out)) if weight else None
         try:
@@ -437,6 +451,7 @@ class _TrainState:
             "generator": self.generator.get_state().cpu(),
             "step": self.step,
             "seconds": self.elapsed(),
+            "fading": self.fading,
             "falling": self.falling,
         }
 
@@ -463,6 +478,7 @@ class _TrainState:
             optimizer.load_state_dict(values)
         self.generator.set_state(stored["generator"].cpu())
         self.step, self.before = stored["step"], stored["seconds"]
+        self.fading = stored["fading"]
         self.falling = None if stored["falling"] is None else tuple(stored["falling"])
         self.started = time.perf_counter()
         log.info("resumed at step %d", self.step)
