@@ -1,0 +1,86 @@
+"""Every kernel once on small odd shapes, for compute-sanitizer to watch.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tools/gpu_sanitize.py
+
+and the same with ``racecheck`` and ``synccheck``. Without PyTorch's caching allocator every tensor is an allocation of
+its own, so that a read past its end is seen. Values are compared with the reference as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+
+import torch
+from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.block_scores import KINDS, block_scores
+from hone_kernels.block_select import select_blocks
+
+
+def close(what: str, got: torch.Tensor, want: torch.Tensor, limit: float) -> None:
+    seen = want != -math.inf
+    if not torch.equal(got.double() == -math.inf, ~seen):
+        sys.exit(f"{what}: another set of empty rows")
+    error = ((got.double() - want)[seen].norm() / want[seen].norm().clamp(min=1e-30)).item()
+    if not error < limit:
+        sys.exit(f"{what}: relative error {error:.2e} is not under {limit}")
+
+
+def attention(backend: str) -> None:
+    """Ragged ends, an empty row, padded blocks, grouped heads, pooled keys; forward and backward."""
+    dims = [d for d in SUPPORT[backend].head_dims if d in (64, 128)]
+    for dim, block, padded, pooled in itertools.product(dims, (64, 128), (False, True), (False, True)):
+        q, dout = (torch.randn(2, 4, 301, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(2, 2, 277, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        rows, cols = -(-301 // block), -(-277 // block)
+        mask = torch.rand(2, 4, rows, cols, device="cuda") < 0.6
+        mask[:, :, 1] = False
+        valid = torch.randint(1, block + 1, (2, cols), device="cuda", dtype=torch.int32) if padded else None
+        layout = BlockLayout.from_mask(mask, 301, 277, block_q=block, block_k=block, k_valid=valid)
+        extra = [torch.randn(2, 2, 37, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)] if pooled else []
+        bias = [torch.randn(2, 2, 37, device="cuda")] if pooled else []
+        results = []
+        for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64)):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, *extra)]
+            biases = [x.detach().clone().requires_grad_() for x in bias]
+            out, lse = block_sparse_attention(
+                *leaves[:3], layout, pooled=PooledKV(*leaves[3:], *biases) if pooled else None, return_lse=True,
+                backend=name,
+            )  # fmt: skip
+            out.backward(dout.to(dtype))
+            results.append([out.detach(), lse.detach(), *(x.grad for x in leaves + biases)])
+        what = f"attention {backend} d{dim} block {block} padded {padded} pooled {pooled}"
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            close(f"{what} [{i}]", got, want.double(), 2e-2)
+
+
+def scores_and_selection() -> None:
+    q = torch.randn(2, 4, 301, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(2, 2, 301, 64, device="cuda", dtype=torch.bfloat16)
+    index = torch.arange(0, 320, 8, device="cuda", dtype=torch.int32).clamp(max=300).reshape(1, 1, 5, 8)
+    for kind in KINDS:
+        got = block_scores(q, k, index, index, kind=kind, backend="triton")
+        want = block_scores(q.double(), k.double(), index, index, kind=kind, backend="reference")
+        close(f"block_scores {kind}", got, want.double(), 1e-3)
+        for mass in (None, 0.9):
+            select_blocks(got, backend="triton", min_keep=1, max_keep=4, mass=mass, keep_diagonal=True, forced=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    backends = [name for name, support in SUPPORT.items() if support.min_sm is not None]
+    parser.add_argument("--backends", nargs="+", default=backends, choices=backends)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for backend in args.backends:
+        attention(backend)
+        print(f"attention {backend}: values right", flush=True)
+    scores_and_selection()
+    torch.cuda.synchronize()
+    print("block_scores, block_select: values right", flush=True)
+
+
+if __name__ == "__main__":
+    main()
