@@ -9,6 +9,7 @@ its own, so that a read past its end is seen. Values are compared with the refer
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import sys
@@ -29,31 +30,35 @@ def close(what: str, got: torch.Tensor, want: torch.Tensor, limit: float) -> Non
 
 
 def attention(backend: str) -> None:
-    """Ragged ends, an empty row, padded blocks, grouped heads, pooled keys; forward and backward."""
+    """Ragged ends, an empty row, padded blocks, grouped heads, pooled keys; forward and backward.
+
+    Inputs and reference stay on the CPU: racecheck follows every access to shared memory, in torch's kernels too.
+    """
     dims = [d for d in SUPPORT[backend].head_dims if d in (64, 128)]
     for dim, block, padded, pooled in itertools.product(dims, (64, 128), (False, True), (False, True)):
-        q, dout = (torch.randn(2, 4, 301, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        k, v = (torch.randn(2, 2, 277, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        rows, cols = -(-301 // block), -(-277 // block)
-        mask = torch.rand(2, 4, rows, cols, device="cuda") < 0.6
+        q, dout = (torch.randn(2, 4, 301, dim).bfloat16() for _ in range(2))
+        k, v = (torch.randn(2, 2, 277, dim).bfloat16() for _ in range(2))
+        cols = -(-277 // block)
+        mask = torch.rand(2, 4, -(-301 // block), cols) < 0.6
         mask[:, :, 1] = False
-        valid = torch.randint(1, block + 1, (2, cols), device="cuda", dtype=torch.int32) if padded else None
-        layout = BlockLayout.from_mask(mask, 301, 277, block_q=block, block_k=block, k_valid=valid)
-        extra = [torch.randn(2, 2, 37, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)] if pooled else []
-        bias = [torch.randn(2, 2, 37, device="cuda")] if pooled else []
+        valid = torch.randint(1, block + 1, (2, cols), dtype=torch.int32) if padded else None
+        extra = [torch.randn(2, 2, 37, dim).bfloat16() for _ in range(2)] if pooled else []
+        bias = [torch.randn(2, 2, 37)] if pooled else []
         results = []
-        for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64)):
-            leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, *extra)]
-            biases = [x.detach().clone().requires_grad_() for x in bias]
+        for name, device, dtype in ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64)):
+            layout = BlockLayout.from_mask(mask, 301, 277, block_q=block, block_k=block, k_valid=valid)
+            tensors = {n: getattr(layout, n) for n in ("kv_num", "kv_idx", "k_valid")}
+            layout = dataclasses.replace(layout, **{n: x if x is None else x.to(device) for n, x in tensors.items()})
+            leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v, *extra)]
+            leaves += [x.to(device).requires_grad_() for x in bias]
             out, lse = block_sparse_attention(
-                *leaves[:3], layout, pooled=PooledKV(*leaves[3:], *biases) if pooled else None, return_lse=True,
-                backend=name,
-            )  # fmt: skip
-            out.backward(dout.to(dtype))
-            results.append([out.detach(), lse.detach(), *(x.grad for x in leaves + biases)])
+                *leaves[:3], layout, pooled=PooledKV(*leaves[3:]) if pooled else None, return_lse=True, backend=name
+            )
+            grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+            results.append([x.detach().double().cpu() for x in (out, lse, *grads)])
         what = f"attention {backend} d{dim} block {block} padded {padded} pooled {pooled}"
         for i, (got, want) in enumerate(zip(*results, strict=True)):
-            close(f"{what} [{i}]", got, want.double(), 2e-2)
+            close(f"{what} [{i}]", got, want, 2e-2)
 
 
 def scores_and_selection() -> None:
