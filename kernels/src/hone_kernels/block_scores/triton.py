@@ -37,7 +37,7 @@ class Tile:
 TILES: dict[tuple[int, int], Tile] = {
     # (bytes of an element, head_dim padded to a power of two)
     (2, 32): Tile(128, 128, 8, 3),
-    (2, 64): Tile(128, 128, 8, 3),
+    (2, 64): Tile(64, 128, 4, 2),
     (2, 128): Tile(128, 64, 8, 3),
     (4, 32): Tile(64, 32, 4, 2),
     (4, 64): Tile(64, 32, 4, 2),
