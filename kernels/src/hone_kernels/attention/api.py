@@ -130,7 +130,7 @@ def _check_pooled(pooled: PooledKV, k: Tensor) -> None:
             raise ValueError(f"pooled.bias must broadcast to [B, HK, G] = {list(want)}; got {list(pooled.bias.shape)}")
 
 
-def _why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
+def why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
     """Why this backend cannot take these inputs, or None."""
     support = SUPPORT[backend]
     if q.dtype not in support.dtypes:
@@ -183,7 +183,7 @@ def block_sparse_attention(
         _check_pooled(pooled, k)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
-    if choose("block_sparse_attention", backend, q.device, lambda name: _why_not(name, q, layout)) == "reference":
+    if choose("block_sparse_attention", backend, q.device, lambda name: why_not(name, q, layout)) == "reference":
         out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
         return (out, lse) if return_lse else out
     if bias is not None:
