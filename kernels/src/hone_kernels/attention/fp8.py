@@ -59,7 +59,9 @@ class FP8Operands:
         q8: ``[B, H, TQ, D]`` float8_e4m3fn.
         k8: ``[B, HK, TK, D]`` float8_e4m3fn, zero where a key does not exist.
         v8: ``[B, HK, D, TKP]`` float8_e4m3fn: transposed, as FP8 matrix units want it, and padded with zeros to ``TKP =
-            ceil(TK / 128) * 128``; zero where a key does not exist.
+            ceil(TK / 128) * 128``; zero where a key does not exist. Of every 16 keys, key ``8 * j + 2 * t + e`` stands
+            at ``4 * t + 2 * j + e`` (t < 4, j < 2, e < 2): a thread t that holds columns ``8 * j + 2 * t + e`` of the
+            logits then holds P as the next product reads it, and no value changes threads.
         q_scale: ``[B, H, ceil(TQ / block)]`` float32, positive. Blocks that share a scale repeat it.
         k_scale: ``[B, HK, ceil(TK / block)]`` float32, positive.
         v_scale: ``[B, HK, D]`` float32, positive.

@@ -75,8 +75,17 @@ def quantize_reference(
     k8, k_scale = _quantize_blocks(k, block, group)
     v_scale, v_factor = _scales(_finite(v).abs().amax(2))  # [B, HK, D]
     v = torch.nn.functional.pad(v, (0, 0, 0, -tokens % V_PADDING))
-    v8 = _cast(v, v_factor.unsqueeze(2)).transpose(-1, -2).contiguous()
+    v8 = _to_v_order(_cast(v, v_factor.unsqueeze(2)).transpose(-1, -2))
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
+
+
+def _to_v_order(x: Tensor) -> Tensor:
+    """Keys (last axis) into the order of ``FP8Operands.v8``."""
+    return x.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def _from_v_order(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -118,7 +127,7 @@ def dequantize(
     def rows(x8: Tensor, scale: Tensor) -> Tensor:
         return (x8.float() * scale.repeat_interleave(block, dim=-1)[..., : x8.shape[2], None]).to(dtype)
 
-    v = v8[..., : k8.shape[2]].transpose(-1, -2).float() * v_scale.unsqueeze(2)
+    v = _from_v_order(v8)[..., : k8.shape[2]].transpose(-1, -2).float() * v_scale.unsqueeze(2)
     return rows(q8, q_scale), rows(k8, k_scale), v.to(dtype)
 
 
