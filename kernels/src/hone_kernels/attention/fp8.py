@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, choose, triton_reason
 
-from .api import Support, _check_tensors
+from .api import Support, _check_tensors, _unit_last
 from .fp8_reference import V_PADDING, attention_fp8_reference, dequantize, quantize_reference
 from .layout import BlockLayout
 from .reference import attention_reference
@@ -42,10 +42,14 @@ FP8_SUPPORT: dict[str, Support] = {
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         head_dims=(64, 128),
         blocks=(64, 128),
-        min_sm=89,
+        min_sm=80,
         backward=True,
     ),
 }
+
+
+Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""``FP8Operands`` without ``block``, as an operator returns it: what is absent is empty."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +184,13 @@ def quantize_qkv(
     """
     _check_quantize(q, k, v, rope, order, k_valid, block, group)
     cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3])
-    args = (cos, sin, order, k_valid, block, group, smooth_k)
-    choose("quantize_qkv", backend, q.device, lambda name: _why_not(name, q, (block,)))
-    return _operands(quantize_reference(q.detach(), k.detach(), v.detach(), *args), block)
-
-
-def _operands(fields: tuple[Tensor | None, ...], block: int) -> FP8Operands:
-    *tensors, k_mean, q_dot_mean = fields
-    return FP8Operands(*tensors, block, k_mean, q_dot_mean)
+    q, k, v = (_unit_last(x.detach()) for x in (q, k, v))
+    args = (q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+    if choose("quantize_qkv", backend, q.device, lambda name: _why_not(name, q, (block,))) == "reference":
+        *tensors, k_mean, q_dot_mean = quantize_reference(*args)
+        return FP8Operands(*tensors, block, k_mean, q_dot_mean)
+    *tensors, k_mean, q_dot_mean = _quantize_op(*args)
+    return FP8Operands(*tensors, block, *((k_mean, q_dot_mean) if smooth_k else ()))
 
 
 def _check_quantize(q, k, v, rope, order, k_valid, block, group) -> None:
@@ -276,10 +279,17 @@ def fp8_block_sparse_attention(
     _check_tensors(operands.q8, operands.k8, operands.k8, layout)
     scale = operands.q8.shape[3] ** -0.5 if scale is None else float(scale)
     blocks = (layout.block_q, layout.block_k)
-    choose("fp8_block_sparse_attention", backend, operands.q8.device, lambda name: _why_not(name, operands.q8, blocks))
-    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-    out, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
-    out = out.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    q8 = operands.q8
+    backend = choose("fp8_block_sparse_attention", backend, q8.device, lambda name: _why_not(name, q8, blocks))
+    if backend == "reference":
+        dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+        out, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
+        out = out.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        out, lse = _forward_op(
+            q8, operands.k8, operands.v8, operands.q_scale, operands.k_scale, operands.v_scale, layout.kv_num,
+            layout.kv_idx, layout.k_valid, operands.block, *blocks, scale, out_dtype,
+        )  # fmt: skip
     if not return_lse:
         return out
     return out, lse if operands.q_dot_mean is None else lse + scale * operands.q_dot_mean
@@ -335,9 +345,16 @@ def block_sparse_attention_fp8(
     _check_block(block, group)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     blocks = (layout.block_q, layout.block_k)
-    choose("block_sparse_attention_fp8", backend, q.device, lambda name: _why_not(name, q, blocks))
-    out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
-    return (out, lse) if return_lse else out
+    if choose("block_sparse_attention_fp8", backend, q.device, lambda name: _why_not(name, q, blocks)) == "reference":
+        out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
+        return (out, lse) if return_lse else out
+    out, lse, *_, q_dot_mean = _straight_through_op(
+        *(_unit_last(x) for x in (q, k, v)), layout.kv_num, layout.kv_idx, layout.k_valid, block, *blocks, scale, group,
+        smooth_k, delta,
+    )  # fmt: skip
+    if not return_lse:
+        return out
+    return out, lse + scale * q_dot_mean if smooth_k else lse
 
 
 def _straight_through_reference(
@@ -345,23 +362,201 @@ def _straight_through_reference(
     block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op and its gradient in plain torch."""
+    given = q.dtype
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    fields = quantize_reference(
-        q.detach(), k.detach(), v.detach(), None, None, None, layout.k_valid, block, group, smooth_k
+    operands = quantize_qkv(
+        q, k, v, block=block, group=group, smooth_k=smooth_k, k_valid=layout.k_valid, backend="reference"
     )
-    operands = _operands(fields, block)
     rounded = operands.dequantize(dtype)
-    q, k, v = (x + (r - x).detach() for x, r in zip((q.to(dtype), k.to(dtype), v.to(dtype)), rounded, strict=True))
-    out, lse = attention_reference(q, k, v, layout, scale)
+    q = q.to(dtype)
+    through = [x + (r - x).detach() for x, r in zip((q, k.to(dtype), v.to(dtype)), rounded, strict=True)]
+    out, lse = attention_reference(*through, layout, scale)
     lossy, lossy_lse = attention_fp8_reference(*rounded, layout, scale)
     error = (lossy - out).detach()
     if delta == "forward":
         # The same value; its gradient to each logit is what sum(dout * error) in delta makes of it.
-        error = error * (1 - (lse - lse.detach()).nan_to_num())
-    out = out + error
+        error = error * (1 - (lse - lse.detach()).nan_to_num()).unsqueeze(-1)
     lse = lse + (lossy_lse - lse).nan_to_num().detach()
-    if operands.q_dot_mean is not None:
-        mean = operands.k_mean.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1).unsqueeze(2)
-        shift = (q * mean).sum(-1)
-        lse = lse + scale * (shift + (operands.q_dot_mean - shift).detach())
-    return out, lse
+    if operands.k_mean is not None:
+        lse = lse + scale * (q * _per_query_head(operands.k_mean, q)).sum(-1)
+    return (out + error).to(given), lse
+
+
+def _per_query_head(k_mean: Tensor, q: Tensor) -> Tensor:
+    """``[B, H, 1, D]`` in q's dtype."""
+    return k_mean.to(q.dtype).repeat_interleave(q.shape[1] // k_mean.shape[1], dim=1).unsqueeze(2)
+
+
+@torch.library.custom_op("hone::quantize_qkv", mutates_args=())
+def _quantize_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    order: Tensor | None,
+    k_valid: Tensor | None,
+    block: int,
+    group: int,
+    smooth_k: bool,
+) -> Fields:
+    return _quantize(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+
+
+@_quantize_op.register_fake
+def _(q, k, v, cos, sin, order, k_valid, block, group, smooth_k):
+    return _fake_fields(q, k, None if order is None else order.shape[0], block, smooth_k)
+
+
+def _quantize(q, k, v, cos, sin, order, k_valid, block, group, smooth_k) -> Fields:
+    from .triton_fp8 import has_e4m3
+    from .triton_quantize import quantize_triton
+
+    run = quantize_triton if has_e4m3(q) else quantize_reference
+    fields = run(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+    # A custom op returns tensors only: an absent one is empty.
+    return tuple(q.new_empty(0, dtype=torch.float32) if x is None else x for x in fields)
+
+
+def _fake_fields(q: Tensor, k: Tensor, slots: int | None, block: int, smooth_k: bool) -> Fields:
+    (batch, heads, tokens_q, dim), (_, heads_k, tokens_k, _) = q.shape, k.shape
+    if slots is not None:
+        tokens_q = tokens_k = slots
+    shapes8 = (
+        (batch, heads, tokens_q, dim),
+        (batch, heads_k, tokens_k, dim),
+        (batch, heads_k, dim, -(-tokens_k // V_PADDING) * V_PADDING),
+    )
+    shapes = [(batch, heads, -(-tokens_q // block)), (batch, heads_k, -(-tokens_k // block)), (batch, heads_k, dim)]
+    shapes += [(batch, heads_k, dim), (batch, heads, tokens_q)] if smooth_k else [(0,), (0,)]
+    return (
+        *(q.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in shapes8),
+        *(q.new_empty(shape, dtype=torch.float32) for shape in shapes),
+    )
+
+
+@torch.library.custom_op("hone::fp8_block_sparse_attention", mutates_args=())
+def _forward_op(
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from .triton_fp8 import attention_fp8_forward
+
+    return attention_fp8_forward(
+        q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype
+    )
+
+
+@_forward_op.register_fake
+def _(q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype):
+    return _fake_output(q8, out_dtype)
+
+
+def _fake_output(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    out = q.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2)
+    return out, q.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("hone::block_sparse_attention_fp8", mutates_args=())
+def _straight_through_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    group: int,
+    smooth_k: bool,
+    delta: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp of the smoothed keys, and the operands, kept for the backward instead of q, k and v."""
+    from .triton_fp8 import attention_fp8_forward
+
+    fields = _quantize(q, k, v, None, None, None, k_valid, block, group, smooth_k)
+    out, lse = attention_fp8_forward(*fields[:6], kv_num, kv_idx, k_valid, block, block_q, block_k, scale, q.dtype)
+    return out, lse, *fields
+
+
+@_straight_through_op.register_fake
+def _(q, k, v, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, group, smooth_k, delta):
+    return *_fake_output(q, q.dtype), *_fake_fields(q, k, None, block, smooth_k)
+
+
+@torch.library.custom_op("hone::block_sparse_attention_fp8_backward", mutates_args=())
+def _straight_through_backward_op(
+    dout: Tensor,
+    dlse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    delta: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton import attention_backward, attention_forward
+
+    q, k, v = dequantize(q8, k8, v8, q_scale, k_scale, v_scale, block, dout.dtype)
+    no_pooled = (None, None, None)
+    if delta == "exact":
+        out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, *no_pooled, block_q, block_k, scale)
+    columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k).transpose()
+    return attention_backward(
+        _unit_last(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx, k_valid,
+        *no_pooled, block_q, block_k, scale,
+    )[:3]  # fmt: skip
+
+
+@_straight_through_backward_op.register_fake
+def _(dout, dlse, out, lse, q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k,
+      scale, delta):  # fmt: skip
+    return tuple(x.new_empty(x.shape, dtype=dout.dtype) for x in (q8, k8, k8))
+
+
+def _save(ctx, inputs, output):
+    _, _, _, kv_num, kv_idx, k_valid, *ctx.sizes, ctx.scale, _, ctx.smooth_k, ctx.delta = inputs
+    out, lse, *fields = output
+    # The operands are outputs that carry no gradient: without this they would each get one of zeros.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, lse, *fields[:7], kv_num, kv_idx, k_valid)
+
+
+def _backward(ctx, dout, dlse, *rest):
+    out, lse, *fields, k_mean, kv_num, kv_idx, k_valid = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv = torch.ops.hone.block_sparse_attention_fp8_backward(
+        dout, torch.zeros_like(lse) if dlse is None else dlse, out, lse, *fields, kv_num, kv_idx, k_valid, *ctx.sizes,
+        ctx.scale, ctx.delta,
+    )  # fmt: skip
+    if rest[-1] is not None and ctx.smooth_k:
+        dq = dq + rest[-1].unsqueeze(-1).to(dq.dtype) * _per_query_head(k_mean, dq)
+    return dq, dk, dv, *[None] * 10
+
+
+_straight_through_op.register_autograd(_backward, setup_context=_save)

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .layout import BlockLayout
 
-__all__ = ["E4M3_MAX", "V_PADDING", "attention_fp8_reference", "dequantize", "quantize_reference", "rotate"]
+__all__ = [
+    "AMAX_MIN",
+    "E4M3_MAX",
+    "V_PADDING",
+    "attention_fp8_reference",
+    "dequantize",
+    "quantize_reference",
+    "rotate",
+    "scales",
+]
 
 E4M3_MAX = 448.0
 """Largest E4M3 value."""
@@ -19,8 +28,8 @@ E4M3_MAX = 448.0
 V_PADDING = 128
 """v8's last axis is a multiple of it, so that no kernel has to look where the keys end."""
 
-# A scale is at least the smallest normal float32, so that a block of zeros still divides.
-_AMAX_MIN = E4M3_MAX * torch.finfo(torch.float32).tiny
+AMAX_MIN = E4M3_MAX * torch.finfo(torch.float32).tiny
+"""A scale is at least the smallest normal float32, so that a block of zeros still divides."""
 
 # Logits held at a time.
 _CHUNK_ELEMENTS = 1 << 21
@@ -73,7 +82,7 @@ def quantize_reference(
         q_dot_mean = (q * k_mean.repeat_interleave(q.shape[1] // k.shape[1], dim=1).unsqueeze(2)).sum(-1)
     q8, q_scale = _quantize_blocks(q, block, group)
     k8, k_scale = _quantize_blocks(k, block, group)
-    v_scale, v_factor = _scales(_finite(v).abs().amax(2))  # [B, HK, D]
+    v_scale, v_factor = scales(_finite(v).abs().amax(2))  # [B, HK, D]
     v = torch.nn.functional.pad(v, (0, 0, 0, -tokens % V_PADDING))
     v8 = _to_v_order(_cast(v, v_factor.unsqueeze(2)).transpose(-1, -2))
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
@@ -92,10 +101,12 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0)
 
 
-def _scales(amax: Tensor) -> tuple[Tensor, Tensor]:
+def scales(amax: Tensor) -> tuple[Tensor, Tensor]:
     """The scale, and what to multiply by before the cast."""
-    amax = amax.clamp(min=_AMAX_MIN)
-    return amax / E4M3_MAX, E4M3_MAX / amax
+    amax = amax.clamp(min=AMAX_MIN)
+    # Tensors on both sides: torch would turn a division with a number into two roundings.
+    top = torch.full_like(amax, E4M3_MAX)
+    return amax / top, top / amax
 
 
 def _cast(x: Tensor, factor: Tensor) -> Tensor:
@@ -107,7 +118,7 @@ def _quantize_blocks(x: Tensor, block: int, group: int) -> tuple[Tensor, Tensor]
     """``x [B, H, S, D]`` as E4M3 with one scale per group of blocks, repeated for each block: ``[B, H, N]``."""
     tokens = x.shape[2]
     peak = torch.nn.functional.pad(_finite(x).abs().amax(-1), (0, -tokens % (block * group)))
-    scale, factor = _scales(peak.unflatten(-1, (-1, block * group)).amax(-1))
+    scale, factor = scales(peak.unflatten(-1, (-1, block * group)).amax(-1))
     rows = factor.repeat_interleave(block * group, dim=-1)[..., :tokens, None]
     return _cast(x, rows), scale.repeat_interleave(group, dim=-1)[..., : -(-tokens // block)].contiguous()
 
@@ -128,7 +139,7 @@ def dequantize(
         return (x8.float() * scale.repeat_interleave(block, dim=-1)[..., : x8.shape[2], None]).to(dtype)
 
     v = _from_v_order(v8)[..., : k8.shape[2]].transpose(-1, -2).float() * v_scale.unsqueeze(2)
-    return rows(q8, q_scale), rows(k8, k_scale), v.to(dtype)
+    return rows(q8, q_scale), rows(k8, k_scale), v.to(dtype).contiguous()
 
 
 def attention_fp8_reference(

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton import LN2, LOG2E, Tiles, _bhs, _describe, _listed, _sm, _strides, _tile
+from .fp8_reference import dequantize
+from .triton import LN2, LOG2E, Tiles, _bhs, _describe, _listed, _sm, _strides, _tile, attention_forward
 
-__all__ = ["attention_fp8_forward", "tiles_for"]
+__all__ = ["TILES", "attention_fp8_forward", "has_e4m3", "tiles_for"]
 
 LOG2_MAX = tl.constexpr(8.807354922057604)  # log2(448)
 
@@ -26,6 +27,11 @@ TILES: dict[int, Tiles] = {
     64: Tiles(64, 128, 4, 2, True),
     128: Tiles(64, 128, 4, 2, True),
 }
+
+
+def has_e4m3(x: Tensor) -> bool:
+    """Whether x's device converts and multiplies E4M3: the interpreter, and GPUs from compute capability 8.9."""
+    return x.device.type != "cuda" or _sm(x) >= 89
 
 
 def tiles_for(dim: int, block_q: int, block_k: int, block: int, sm: int) -> Tiles:
@@ -133,7 +139,7 @@ def _forward_kernel(
 
     at = start_q + tl.arange(0, BM)
     dim = tl.arange(0, DIM)
-    some = total > 0
+    some = total != 0  # so that NaN stays NaN
     total = tl.where(some, total, 1.0)
     v_scale = tl.load(v_scale_ptr + (batch * heads_k + head_k) * DIM + dim)
     acc = acc / total[:, None] * v_scale[None, :]
@@ -162,11 +168,15 @@ def attention_fp8_forward(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output, in memory ``[B, TQ, H, D]``, and natural log-sum-exp ``[B, H, TQ]`` float32 of the keys as given."""
+    if not has_e4m3(q8):
+        q, k, v = dequantize(q8, k8, v8, q_scale, k_scale, v_scale, block, torch.bfloat16)
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)  # its strides become the output's
+        out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, None, None, None, block_q, block_k, scale)
+        return out.to(out_dtype), lse
     batch, heads, tokens_q, dim = q8.shape
     tokens_k = k8.shape[2]
-    sm = _sm(q8)
     if tiles is None:
-        tiles = tiles_for(dim, block_q, block_k, block, sm)
+        tiles = tiles_for(dim, block_q, block_k, block, _sm(q8))
     out = torch.empty((batch, tokens_q, heads, dim), dtype=out_dtype, device=q8.device).transpose(1, 2)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q8.device)
     sources = [q8, k8, v8]
