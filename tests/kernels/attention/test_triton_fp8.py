@@ -76,7 +76,7 @@ class Case:
 CASES = [
     Case(),
     Case(batch=2, heads=4, kv_heads=2, padded=True, smooth_k=True),
-    Case(queries=1, keys=1, keep=1.0),
+    Case(queries=1, keys=1, keep=1.0, dim=32),
     Case(queries=200, keys=256, dim=128, block_q=128, block_k=128),
     Case(queries=63, keys=257, dim=128, block_q=64, block_k=128, group=2, smooth_k=True),
     Case(batch=2, queries=129, keys=300, block_q=128, block_k=64, shared_lists=True, padded=True, group=3),

@@ -40,7 +40,7 @@ FP8_SUPPORT: dict[str, Support] = {
     ),
     "triton": Support(
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        head_dims=(64, 128),
+        head_dims=(32, 64, 128),
         blocks=(64, 128),
         min_sm=80,
         backward=True,
@@ -94,6 +94,7 @@ class FP8Operands:
             raise ValueError(f"block must be 64 or 128; got {self.block}")
         (batch, heads, tokens_q, dim), (_, heads_k, tokens_k, _) = self.q8.shape, self.k8.shape
         shapes = {
+            "q8": tuple(self.q8.shape),
             "k8": (batch, heads_k, tokens_k, dim),
             "v8": (batch, heads_k, dim, -(-tokens_k // V_PADDING) * V_PADDING),
             "q_scale": (batch, heads, -(-tokens_q // self.block)),
@@ -110,6 +111,8 @@ class FP8Operands:
                     f"{name} must be {list(want)} for q8 {list(self.q8.shape)} and k8 {list(self.k8.shape)} in blocks "
                     f"of {self.block}; got {got}"
                 )
+            if not x.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, as quantize_qkv makes it; call .contiguous()")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """The rounded ``q [B, H, TQ, D]``, ``k`` and ``v [B, HK, TK, D]``; k without ``k_mean``."""

@@ -22,10 +22,12 @@ __all__ = ["TILES", "attention_fp8_forward", "has_e4m3", "tiles_for"]
 
 LOG2_MAX = tl.constexpr(8.807354922057604)  # log2(448)
 
-# Head size -> configuration.
+# Head size -> configuration on compute capability 9.0 and later. The caps let three (128) and four programs share a
+# multiprocessor, as in triton.py; to be settled with tools/gpu_fp8.py.
 TILES: dict[int, Tiles] = {
-    64: Tiles(64, 128, 4, 2, True),
-    128: Tiles(64, 128, 4, 2, True),
+    32: Tiles(64, 128, 4, 2, True, registers=128),
+    64: Tiles(64, 128, 4, 2, True, registers=128),
+    128: Tiles(64, 128, 4, 2, True, registers=168),
 }
 
 
