@@ -305,6 +305,19 @@ def test_compiles_without_a_graph_break_interpreted():
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.interpret
+def test_inference_compiles_without_a_graph_break_interpreted():
+    inputs, layout = build(Case(heads=1, queries=70, keys=70), torch.float32, "cpu")
+    angle, order = torch.rand(70, 32), torch.randperm(70)
+
+    def call(q, k, v):
+        rope = (angle.cos(), angle.sin())
+        x = quantize_qkv(q, k, v, smooth_k=True, group=2, rope=rope, order=order, backend="triton")
+        return fp8_block_sparse_attention(x, layout, out_dtype=torch.float32, backend="triton") * 2
+
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs))
+
+
 def check_poison(device):
     """Every element of every output is written, and what is not finite reaches the queries that read it only."""
     from hone_kernels.attention.triton_fp8 import attention_fp8_forward

@@ -5,7 +5,7 @@ With operands rounded to E4M3 (``x8 = round(x / scale)``) and ``s_ij = scale * q
     p_ij  = exp(s_ij - max_i)                                        in (0, 1]
     l_i   = sum over listed j of p_ij                                from p as it is
     out_i = v_scale / (448 * l_i) * sum of round(448 * p_ij) v8_j    from p rounded to E4M3
-    lse_i = max_i + log(l_i)
+    lse_i = max_i + log(l_i) + scale * q_i . k_mean                  the last term where K was smoothed
 
 ``max_i`` is the largest logit met so far: what was accumulated is rescaled when it grows, as in any online softmax.
 """
@@ -47,6 +47,8 @@ FP8_SUPPORT: dict[str, Support] = {
     ),
 }
 
+BLOCKS = (64, 128)
+"""Tokens that a scale may be for, before ``group``."""
 
 Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """``FP8Operands`` without ``block``, as an operator returns it: what is absent is empty."""
@@ -90,7 +92,7 @@ class FP8Operands:
             x = getattr(self, name)
             if x.dtype != torch.float8_e4m3fn or x.dim() != 4:
                 raise TypeError(f"{name} must be float8_e4m3fn with 4 axes; got {x.dtype} {list(x.shape)}")
-        if self.block not in (64, 128):
+        if self.block not in BLOCKS:
             raise ValueError(f"block must be 64 or 128; got {self.block}")
         (batch, heads, tokens_q, dim), (_, heads_k, tokens_k, _) = self.q8.shape, self.k8.shape
         shapes = {
@@ -120,9 +122,9 @@ class FP8Operands:
         return dequantize(*tensors, self.block, dtype)
 
 
-def _check_block(block: int, group: int, backend_blocks: tuple[int, ...] = (64, 128)) -> None:
-    if block not in backend_blocks:
-        raise ValueError(f"block must be one of {backend_blocks}; got {block}")
+def _check_block(block: int, group: int) -> None:
+    if block not in BLOCKS:
+        raise ValueError(f"scales and k_valid count blocks of 64 or 128 tokens; got {block}")
     if group < 1:
         raise ValueError(f"group counts the blocks that share a scale and must be positive; got {group}")
 
@@ -196,7 +198,16 @@ def quantize_qkv(
     return FP8Operands(*tensors, block, *((k_mean, q_dot_mean) if smooth_k else ()))
 
 
-def _check_quantize(q, k, v, rope, order, k_valid, block, group) -> None:
+def _check_quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    order: Tensor | None,
+    k_valid: Tensor | None,
+    block: int,
+    group: int,
+) -> None:
     _check_block(block, group)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -323,7 +334,7 @@ def block_sparse_attention_fp8(
         layout: Which key blocks each query block of each head reads.
         scale: Factor on the logits; ``D ** -0.5`` if None.
         smooth_k: See ``quantize_qkv``.
-        group: See ``quantize_qkv``.
+        group: Blocks that share a scale: of 128 tokens, or where the layout has ``k_valid`` of its ``block_k``.
         delta: What the softmax gradient subtracts, ``sum(dout * out)`` per query, takes ``out`` from: ``"exact"``, the
             output with P unrounded, which the backward computes again, at the cost of a 16-bit forward; ``"forward"``,
             the rounded output that is there already. Only with the first do the gradients of a query's logits sum to
@@ -344,7 +355,7 @@ def block_sparse_attention_fp8(
     _check_tensors(q, k, v, layout)
     if delta not in get_args(Delta):
         raise ValueError(f"delta must be one of {get_args(Delta)}; got {delta!r}")
-    block = min(layout.block_k, 128) if layout.k_valid is None else layout.block_k
+    block = 128 if layout.k_valid is None else layout.block_k
     _check_block(block, group)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     blocks = (layout.block_q, layout.block_k)

@@ -120,7 +120,7 @@ def _quantize_blocks(x: Tensor, block: int, group: int) -> tuple[Tensor, Tensor]
     peak = torch.nn.functional.pad(_finite(x).abs().amax(-1), (0, -tokens % (block * group)))
     scale, factor = scales(peak.unflatten(-1, (-1, block * group)).amax(-1))
     rows = factor.repeat_interleave(block * group, dim=-1)[..., :tokens, None]
-    return _cast(x, rows), scale.repeat_interleave(group, dim=-1)[..., : -(-tokens // block)].contiguous()
+    return _cast(x, rows).contiguous(), scale.repeat_interleave(group, dim=-1)[..., : -(-tokens // block)].contiguous()
 
 
 def dequantize(
