@@ -116,7 +116,7 @@ def _rows_kernel(
 ):  # fmt: skip
     """One block of queries or keys of a few heads.
 
-    MEAN: ``"subtract"`` the mean from keys, store the ``"dot"`` of queries with it (GROUP queries heads share one), or
+    MEAN: ``"subtract"`` the mean from keys, store the ``"dot"`` of queries with it (GROUP query heads share one), or
     ``"none"``. STEP: ``"all"`` in one go; where scales span several blocks ``"amax"`` first, into ``scale``, and
     ``"cast"`` afterwards, by ``factor``.
     """
