@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hone_core.testing import assert_close, nan_poison, requires_gpu
+from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
 from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention.api import _attention_backward_op, _attention_op
 
@@ -220,13 +220,10 @@ def test_no_wait_graph_and_compile():
     q, k, v, *rest = leaves
     pooled = PooledKV(*rest)
     expected = block_sparse_attention(q, k, v, layout, pooled=pooled)  # compiles the kernel
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         mask = layout.to_mask()
         BlockLayout.from_mask(mask, 512, 512, block_q=64, block_k=64).transpose()
         block_sparse_attention(q, k, v, layout, pooled=pooled)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
