@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hone_core.testing import assert_close, nan_poison, requires_gpu
+from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
 from hone_kernels.attention import (
     FP8_SUPPORT,
     BlockLayout,
@@ -404,11 +404,8 @@ def test_no_wait_graph_and_compile():
         return fp8_block_sparse_attention(x, layout)
 
     expected = call(*inputs)  # compiles the kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         call(*inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
