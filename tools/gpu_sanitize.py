@@ -15,7 +15,15 @@ import math
 import sys
 
 import torch
-from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention import (
+    FP8_SUPPORT,
+    SUPPORT,
+    BlockLayout,
+    PooledKV,
+    block_sparse_attention,
+    fp8_block_sparse_attention,
+    quantize_qkv,
+)
 from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_select import select_blocks
 
@@ -61,6 +69,34 @@ def attention(backend: str) -> None:
             close(f"{what} [{i}]", got, want, 2e-2)
 
 
+def attention_fp8(backend: str) -> None:
+    """The prologue with and without all it can do, and the forward, on ragged ends and padded blocks."""
+    for dim, block, everything in itertools.product((64, 128), (64, 128), (False, True)):
+        q = torch.randn(2, 301, 4, dim).bfloat16().transpose(1, 2)
+        k, v = (torch.randn(2, 301, 2, dim).bfloat16().transpose(1, 2) for _ in range(2))
+        angle = torch.rand(301, dim // 2)
+        blocks = -(-301 // block)
+        mask = torch.rand(2, 4, blocks, blocks) < 0.6
+        mask[:, :, 1] = False
+        results = []
+        for name, device in ((backend, "cuda"), ("reference", "cpu")):
+            options = {}
+            if everything:
+                tables = (angle.cos().to(device), angle.sin().to(device))
+                valid = (torch.arange(2 * blocks, dtype=torch.int32).view(2, blocks) * 29 % block + 1).to(device)
+                order = torch.arange(300, -1, -1, device=device)
+                options = dict(rope=tables, order=order, smooth_k=True, k_valid=valid, group=2)
+            x = quantize_qkv(*(y.to(device) for y in (q, k, v)), block=block, backend=name, **options)
+            sizes = dict(block_q=block, block_k=block, k_valid=options.get("k_valid"))
+            layout = BlockLayout.from_mask(mask.to(device), 301, 301, **sizes)
+            out, lse = fp8_block_sparse_attention(x, layout, return_lse=True, backend=name)
+            results.append([y.double().cpu() for y in (*x.dequantize(), out, lse)])
+        what = f"attention_fp8 {backend} d{dim} block {block} everything {everything}"
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            # P is rounded against another maximum where tiles differ.
+            close(f"{what} [{i}]", got, want, 6e-2 if i == 3 else 1e-2)
+
+
 def scores_and_selection() -> None:
     q = torch.randn(2, 4, 301, 64, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(2, 2, 301, 64, device="cuda", dtype=torch.bfloat16)
@@ -82,6 +118,9 @@ def main() -> None:
     for backend in args.backends:
         attention(backend)
         print(f"attention {backend}: values right", flush=True)
+        if backend in FP8_SUPPORT:
+            attention_fp8(backend)
+            print(f"attention_fp8 {backend}: values right", flush=True)
     scores_and_selection()
     torch.cuda.synchronize()
     print("block_scores, block_select: values right", flush=True)
