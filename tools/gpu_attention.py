@@ -3,7 +3,8 @@
     python tools/gpu_attention.py bench --out results/kernels/attention_h200.json
     python tools/gpu_attention.py tune  --out tune.json
 
-``bench`` times what ships; ``tune`` times the candidate tiles that the shipped ones were chosen from. Every candidate
+``bench`` times what ships ("hone": what ``backend="auto"`` takes, on Hopper the Gluon forward; "triton": the portable
+kernels); ``tune`` times the candidate tiles that the shipped ones were chosen from. Every candidate
 is compared with the float32 reference before it is timed; a wrong value ends the run.
 """
 
@@ -78,6 +79,11 @@ def check(name: str, got: tuple, want: tuple, limit: float) -> None:
 
 def flops(layout: BlockLayout, heads: int, dim: int) -> float:
     return 4.0 * dim * heads * layout.tokens_q * layout.tokens_k * layout.density().item()
+
+
+def cudnn(*x: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(*x)
 
 
 @functools.cache
@@ -159,7 +165,8 @@ def bench(rounds: int) -> list[dict]:
         part = [x[:, :2] for x in (q, k, v)]
         few = BlockLayout(probe.kv_num[:, :2], probe.kv_idx[:, :2], tokens, tokens, 128, 128)
         want = attention_reference(*part, few, dim**-0.5)
-        check(shape, block_sparse_attention(*part, few, return_lse=True, backend="triton"), want, 1e-2)
+        for backend in ("auto", "triton"):
+            check(shape, block_sparse_attention(*part, few, return_lse=True, backend=backend), want, 1e-2)
 
         def note(calls: dict, work: float, **fields: object) -> None:
             for name, t in measure_interleaved(calls, warmup=3, rounds=rounds).items():
@@ -169,10 +176,6 @@ def bench(rounds: int) -> list[dict]:
                     dict(fields, provider=name, ms_p20=t.ms_p20, ms_p50=t.ms_p50, ms_p80=t.ms_p80, n=t.n, tflops=rate)
                 )
 
-        def cudnn(*x: torch.Tensor) -> torch.Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return scaled_dot_product_attention(*x)
-
         groups = max(1, tokens // 30)
         pooled = PooledKV(*inputs(heads, groups, dim, 2), torch.full((groups,), 3.4, device="cuda"))
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -181,6 +184,7 @@ def bench(rounds: int) -> list[dict]:
             work = flops(layout, heads, dim)
             calls = {
                 "hone": lambda layout=layout: block_sparse_attention(q, k, v, layout),
+                "triton": lambda layout=layout: block_sparse_attention(q, k, v, layout, backend="triton"),
                 "cudnn dense": lambda: cudnn(q, k, v),
             }
             if whole:
@@ -190,9 +194,17 @@ def bench(rounds: int) -> list[dict]:
             note(calls, work, **fields, mode="forward", block=128)
             if density in (0.5, 0.2):
                 fine = random_layout(heads, tokens, density, 64)
-                calls = {"hone": lambda fine=fine: block_sparse_attention(q, k, v, fine)}
+                calls = {
+                    "hone": lambda fine=fine: block_sparse_attention(q, k, v, fine),
+                    "triton": lambda fine=fine: block_sparse_attention(q, k, v, fine, backend="triton"),
+                }
                 note(calls, flops(fine, heads, dim), **fields, mode="forward", block=64)
-                calls = {"hone pooled": lambda layout=layout: block_sparse_attention(q, k, v, layout, pooled=pooled)}
+                calls = {
+                    f"{name} pooled": lambda layout=layout, backend=backend: block_sparse_attention(
+                        q, k, v, layout, pooled=pooled, backend=backend
+                    )
+                    for name, backend in (("hone", "auto"), ("triton", "triton"))
+                }
                 note(calls, work + 4.0 * dim * heads * tokens * groups, **fields, mode="forward", block=128)
             if whole:
                 outs = {

@@ -137,12 +137,12 @@ def check_op(device, dtype):
     leaves, layout, _ = build(Case(batch=2, queries=70, keys=70, pooled=8, bias=True), dtype, device)
     q, k, v, pooled_k, pooled_v, bias = leaves
     bias = bias.expand(pooled_k.shape[:3]).detach().requires_grad_()
-    args = (q, k, v, layout.kv_num, layout.kv_idx, None, pooled_k, pooled_v, bias, 64, 64, 0.2)
+    args = (q, k, v, layout.kv_num, layout.kv_idx, None, pooled_k, pooled_v, bias, 64, 64, 0.2, "triton")
     torch.library.opcheck(_attention_op, args)
     out, lse = _attention_op(*args)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     torch.library.opcheck(
-        _attention_backward_op, (out.detach(), lse.detach(), *detached[:3], out.detach(), lse.detach(), *detached[3:])
+        _attention_backward_op, (out.detach(), lse.detach(), *detached[:3], out.detach(), lse.detach(), *detached[3:-1])
     )
 
 
