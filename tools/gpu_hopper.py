@@ -28,6 +28,8 @@ from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention.gluon_sm90 import CONFIGS, Config, attention_forward
 from hone_kernels.attention.reference import attention_reference
 
+BLOCKS = ["128x128", "128x64", "64x64"]
+
 # (head size, queries in a block) -> what a tuning run compares with the shipped configuration.
 CANDIDATES = {
     (128, 128): [
@@ -144,7 +146,7 @@ def smoke() -> None:
     say(f"all right in {time.perf_counter() - started:.0f} s")
 
 
-def tune(rounds: int, shapes: list[str], with_flex: bool) -> list[dict]:
+def tune(rounds: int, shapes: list[str], blocks: list[str], with_flex: bool) -> list[dict]:
     rows = []
     for shape in shapes:
         heads, tokens, dim = SHAPES[shape]
@@ -185,7 +187,7 @@ def tune(rounds: int, shapes: list[str], with_flex: bool) -> list[dict]:
                          tflops=rate, over_dense=rate / dense)
                 )  # fmt: skip
 
-        for block_q, block_k in ((128, 128), (128, 64), (64, 64)):
+        for block_q, block_k in (map(int, sizes.split("x")) for sizes in blocks):
             shipped = CONFIGS[dim, block_q]
             configs = [shipped, *CANDIDATES[dim, block_q], replace(shipped, claim=False)]
             configs = [c for c in configs if checked(c, block_q, block_k)]
@@ -230,6 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file that tune writes")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of all variants in random order")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--blocks", nargs="+", default=BLOCKS, choices=BLOCKS, help="of queries and keys")
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too, which compiles for each density")
     args = parser.parse_args()
     if (args.mode == "tune") != (args.out is not None):
@@ -238,7 +241,7 @@ def main() -> None:
     if args.mode == "smoke":
         smoke()
         return
-    rows = tune(args.rounds, args.shapes, args.flex)
+    rows = tune(args.rounds, args.shapes, args.blocks, args.flex)
     result = dict(schema=1, package="hone-kernels", verb="hopper tune", environment=environment(), rows=rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
