@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hone_core.testing import assert_close, nan_poison, requires_gpu
+from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
 from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention.api import _attention_op
 
@@ -261,11 +261,8 @@ def test_no_wait_graph_and_compile():
     pooled = PooledKV(*rest)
     expected = block_sparse_attention(q, k, v, layout, pooled=pooled, backend="gluon")  # compiles the kernel
     assert torch.equal(block_sparse_attention(q, k, v, layout, pooled=pooled), expected)  # what auto takes here
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         block_sparse_attention(q, k, v, layout, pooled=pooled, backend="gluon")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -184,7 +184,9 @@ def compare_prologue(device, dtype, block, group, smooth_k, rope, order, padded,
             # A mean or a rotation may differ in its last bit, and so round the other way.
             differ = mine != theirs
             assert differ.float().mean() < (1e-3 if rope or smooth_k else 1e-9), name
-            assert_close(mine, theirs, atol=2**-9, rtol=0.13, what=name)
+            # A rotated key that differs by its last bit keeps that difference while the mean takes the rest away.
+            last_bit = torch.finfo(dtype).eps * 448 if name == "k8" and rope and smooth_k else 2**-9
+            assert_close(mine, theirs, atol=last_bit, rtol=0.13, what=name)
         else:
             assert_close(mine, theirs, dtype=torch.float32, atol=2e-4 if name == "q_dot_mean" else 2e-5, what=name)
 
@@ -437,5 +439,5 @@ def test_offsets_beyond_32_bits():
     last = q[-1:, -1:, 588 * 128 :]
     small = quantize_qkv(last, last, last)
     assert torch.equal(x.q8[-1:, -1:, 588 * 128 :].float(), small.q8.float())
-    want = torch.nn.functional.scaled_dot_product_attention(*(last[:, :, -500:].float(), last.float(), last.float()))
-    assert relative(out[-1:, -1:, -500:], want) < 0.07
+    want = torch.nn.functional.scaled_dot_product_attention(*[last.float()] * 3)
+    assert relative(out[-1:, -1:, 588 * 128 :], want) < 0.07

@@ -597,7 +597,8 @@ def _addressable(x: Tensor) -> Tensor:
         size == 1 or (step and step * x.element_size() % 16 == 0)
         for size, step in zip(x.shape[:3], x.stride(), strict=False)
     )
-    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
+    # A clone even of what is contiguous: its base may be the reason.
+    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _describe(x: Tensor, rows: int) -> TensorDescriptor:
