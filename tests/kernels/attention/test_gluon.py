@@ -161,7 +161,7 @@ def test_says_why_it_cannot():
 @pytest.mark.timeout(200)
 def test_smoke_in_a_process_of_its_own():
     done = subprocess.run(
-        [sys.executable, str(SMOKE), "smoke"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(SMOKE), "smoke", "--brief"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
