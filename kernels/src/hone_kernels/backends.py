@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import logging
@@ -47,7 +46,6 @@ def triton_reason(device: torch.device, min_sm: int) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _gluon_error() -> str | None:
     """Why Gluon cannot be imported. It is young, so not every Triton has what the kernels need of it."""
     try:

@@ -76,7 +76,9 @@ def gluon_launches(monkeypatch, dim, block_q, block_k, pooled=False, padded=Fals
     valid = torch.ones(1, layout.num_k_blocks, dtype=torch.int32) if padded else None
     extra = (torch.empty(1, 2, 100, dim, dtype=dtype),) * 2 + (torch.empty(1, 2, 100),) if pooled else (None,) * 3
     lists = (layout.kv_num, layout.kv_idx)
-    with record_launches(gluon_kernels, "_schedule_kernel", "_bias_kernel", "_forward_kernel") as recorded:
+    with record_launches(
+        gluon_kernels, "_count_kernel", "_schedule_kernel", "_bias_kernel", "_forward_kernel"
+    ) as recorded:
         gluon_kernels.attention_forward(q, k, k, *lists, valid, *extra, block_q, block_k, 0.1, config)
     return recorded
 
@@ -87,7 +89,7 @@ def gluon_launches(monkeypatch, dim, block_q, block_k, pooled=False, padded=Fals
 @pytest.mark.parametrize(("pooled", "padded"), [(False, False), (True, False), (True, True)])
 def test_gluon(monkeypatch, dim, block_q, block_k, pooled, padded):
     *helpers, launch = gluon_launches(monkeypatch, dim, block_q, block_k, pooled, padded)
-    assert [x.name for x in helpers] == ["_schedule_kernel"] + ["_bias_kernel"] * pooled
+    assert [x.name for x in helpers] == ["_count_kernel", "_schedule_kernel"] + ["_bias_kernel"] * pooled
     code = compile_launch(launch)
     check_gluon(code, dim, block_q, launch.arguments["BN"], loops=1 + (pooled and not padded))
     # Masks and biases at once leave a scalar of a consumer without a register.

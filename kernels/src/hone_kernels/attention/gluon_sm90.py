@@ -76,8 +76,11 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (64, 64): Config(keys=128, stages=2, q_registers=True),
     (64, 128): Config(keys=128, stages=4, q_registers=True, turns=True),
     (128, 64): Config(keys=64, stages=2, q_registers=True),
-    (128, 128): Config(keys=128, stages=2),
+    (128, 128): Config(keys=128, stages=2, q_registers=True),
 }
+
+# Rows that a program of the schedule sorts, and length classes: four an octave up to 2**16 blocks.
+_SORTED, _CLASSES = 128, 64
 
 # consumers -> registers per thread: at launch, of a consumer, of the producer. The launch has a whole warpgroup per
 # producer warp, and the multiprocessor 512 registers for each of 128 threads.
@@ -95,24 +98,40 @@ def config_for(dim: int, block_q: int) -> Config:
 
 
 @triton.jit
-def _sort_key(num_ptr, at, snb, snh, heads, rows, total):
-    """Larger for rows that come sooner: four length classes an octave, then the order of rows. Fits 2**24 rows."""
+def _length_class(num_ptr, snb, snh, heads, rows, total, ROWS: tl.constexpr, CLASSES: tl.constexpr):
+    """Rows of this program, their counts, and in ``[ROWS, CLASSES]`` which class each is of: four classes an octave."""
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num = tl.load(num_ptr + at // (heads * rows) * snb + at // rows % heads * snh + at % rows, mask=at < total, other=0)
-    length = (tl.log2(num.to(tl.float32) + 1.0) * 4.0).to(tl.int32)
-    return num, tl.where(at < total, length * (1 << 24) - at, -(1 << 30))
+    length = tl.minimum((tl.log2(num.to(tl.float32) + 1.0) * 4.0).to(tl.int32), CLASSES - 1)
+    member = (length[:, None] == tl.arange(0, CLASSES)[None, :]) & (at < total)[:, None]
+    return at, num, length, member.to(tl.int32)
 
 
 @triton.jit
-def _schedule_kernel(
-    num_ptr, table_ptr, snb, snh, heads, rows, total, ROWS: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """The place of each row is the number of rows that come sooner."""
-    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    num, mine = _sort_key(num_ptr, at, snb, snh, heads, rows, total)
-    place = tl.zeros([ROWS], tl.int32)
-    for start in range(0, total, CHUNK):
-        _, other = _sort_key(num_ptr, start + tl.arange(0, CHUNK), snb, snh, heads, rows, total)
-        place += tl.sum((other[None, :] > mine[:, None]).to(tl.int32), 1)
+def _count_kernel(num_ptr, count_ptr, snb, snh, heads, rows, total, ROWS: tl.constexpr, CLASSES: tl.constexpr):
+    """How many of this program's rows are of each class."""
+    _, _, _, member = _length_class(num_ptr, snb, snh, heads, rows, total, ROWS, CLASSES)
+    tl.store(count_ptr + tl.program_id(0) * CLASSES + tl.arange(0, CLASSES), tl.sum(member, 0))
+
+
+@triton.jit
+def _schedule_kernel(num_ptr, count_ptr, table_ptr, snb, snh, heads, rows, total, ROWS: tl.constexpr,
+                     CLASSES: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """A stable counting sort, the longest class first."""
+    at, num, length, member = _length_class(num_ptr, snb, snh, heads, rows, total, ROWS, CLASSES)
+    classes = tl.arange(0, CLASSES)
+    every = tl.zeros([CLASSES], tl.int32)
+    before = tl.zeros([CLASSES], tl.int32)  # of the programs before this one
+    for start in range(0, tl.num_programs(0), CHUNK):
+        program = start + tl.arange(0, CHUNK)
+        known = (program < tl.num_programs(0))[:, None]
+        counts = tl.load(count_ptr + program[:, None] * CLASSES + classes[None, :], mask=known, other=0)
+        every += tl.sum(counts, 0)
+        before += tl.sum(tl.where((program < tl.program_id(0))[:, None], counts, 0), 0)
+    longer = tl.sum(tl.where(classes[:, None] > classes[None, :], every[:, None], 0), 0)
+    place = tl.sum(member * (longer + before)[None, :], 1)
+    local = tl.arange(0, ROWS)
+    place += tl.sum(((length[:, None] == length[None, :]) & (local[:, None] > local[None, :])).to(tl.int32), 1)
     tl.store(table_ptr + 2 * place, at, mask=at < total)
     tl.store(table_ptr + 2 * place + 1, num, mask=at < total)
     if tl.program_id(0) == 0:
@@ -341,7 +360,16 @@ def _producer(q_desc, k_desc, v_desc, pk_desc, pv_desc, table_ptr, idx_ptr, vali
 
 
 @gluon.jit
-def _offsets(is_pooled, bias_at, keys, limits, stage, LAYOUT: gl.constexpr, BN: gl.constexpr, BLOCK_K: gl.constexpr,
+def _bias(is_pooled, bias_at, LAYOUT: gl.constexpr, BN: gl.constexpr, POOLED: gl.constexpr):
+    """Bias of a step of pooled keys, ``[BN]``."""
+    if POOLED:
+        return gl.load(bias_at + gl.arange(0, BN, LAYOUT), mask=is_pooled, other=0.0)
+    else:
+        return 0.0
+
+
+@gluon.jit
+def _offsets(is_pooled, bias, keys, limits, stage, LAYOUT: gl.constexpr, BN: gl.constexpr, BLOCK_K: gl.constexpr,
              VALID: gl.constexpr, POOLED: gl.constexpr):  # fmt: skip
     """What is added to the logits of a step, ``[BN]``: minus infinity where no key is, a pooled key's bias, or zero."""
     column = gl.arange(0, BN, LAYOUT)
@@ -354,7 +382,7 @@ def _offsets(is_pooled, bias_at, keys, limits, stage, LAYOUT: gl.constexpr, BN: 
         exists = column < keys
     offsets = gl.where(exists, 0.0, -float("inf"))
     if POOLED:
-        offsets = gl.where(is_pooled, gl.load(bias_at + column, mask=is_pooled, other=0.0), offsets)
+        offsets = gl.where(is_pooled, bias, offsets)
     return offsets
 
 
@@ -423,6 +451,8 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
     LOGIT_ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    # The bias of a step is under way while its products are, where registers are left to receive it.
+    EARLY: gl.constexpr = POOLED and D == 64 and CONSUMERS == 2
     if TURNS and WG == 1:
         _named_barrier("bar.arrive", "8")
     no_logits = gl.zeros([64, BN], gl.float32, LOGITS)
@@ -450,13 +480,17 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
             masked = steps
 
         # The first step has no values before it and no running maximum, and is always masked.
+        if EARLY:
+            bias = _bias(pooled_steps > 0, bias_at, COLUMNS, BN, POOLED)
         mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
         _turn_begin(TURNS, WG)
         keys_t = k_buf.index(turn % STAGES).reshape([BN, D]).permute((1, 0))
         s = warpgroup_mma(q, keys_t, no_logits, use_acc=False, is_async=True)
         _turn_end(TURNS, WG)
         s = warpgroup_mma_wait(0, deps=(s,))
-        offsets = _offsets(pooled_steps > 0, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID, POOLED)
+        if not EARLY:
+            bias = _bias(pooled_steps > 0, bias_at, COLUMNS, BN, POOLED)
+        offsets = _offsets(pooled_steps > 0, bias, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID, POOLED)
         mbarrier.arrive(k_empty.index(turn % STAGES))
         top = gl.full([64], -float("inf"), gl.float32, LOGIT_ROWS)
         p, top, _ = _softmax(s, offsets, top, scale, True)
@@ -465,12 +499,16 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         acc = gl.zeros([64, D], gl.float32, OUT)
         if POOLED or VALID:
             for step in range(1, masked):
-                s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
-                turn += 1
                 if POOLED:
                     bias_at += BN
-                offsets = _offsets(step < pooled_steps, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K,
-                                   VALID, POOLED)  # fmt: skip
+                if EARLY:
+                    bias = _bias(step < pooled_steps, bias_at, COLUMNS, BN, POOLED)
+                s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
+                turn += 1
+                if not EARLY:
+                    bias = _bias(step < pooled_steps, bias_at, COLUMNS, BN, POOLED)
+                offsets = _offsets(step < pooled_steps, bias, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID,
+                                   POOLED)  # fmt: skip
                 mbarrier.arrive(k_empty.index(turn % STAGES))
                 mbarrier.arrive(v_empty.index((turn - 1) % STAGES))
                 p, top, fade = _softmax(s, offsets, top, scale, True)
@@ -622,10 +660,13 @@ def schedule(kv_num: Tensor, batch: int, heads: int) -> Tensor:
     """
     rows = kv_num.shape[2]
     total = batch * heads * rows
+    programs = triton.cdiv(total, _SORTED)
     table = torch.empty((total + 1, 2), dtype=torch.int32, device=kv_num.device)
-    _schedule_kernel[(triton.cdiv(total, 16),)](
-        kv_num, table, *_strides(kv_num, (0, 1)), heads, rows, total, ROWS=16, CHUNK=1024, num_warps=8
-    )
+    counts = torch.empty((programs, _CLASSES), dtype=torch.int32, device=kv_num.device)
+    sizes = (*_strides(kv_num, (0, 1)), heads, rows, total)
+    shape = dict(ROWS=_SORTED, CLASSES=_CLASSES, num_warps=4)
+    _count_kernel[(programs,)](kv_num, counts, *sizes, **shape)
+    _schedule_kernel[(programs,)](kv_num, counts, table, *sizes, CHUNK=16, **shape)
     return table
 
 
@@ -665,6 +706,9 @@ def attention_forward(
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
     table = schedule(kv_num, batch, heads)
     total = table.shape[0] - 1
+    # At head size 128 masks and biases need the registers.
+    masked = k_valid is not None or pooled_k is not None
+    q_registers = config.q_registers and not (masked and dim == 128 and consumers == 2)
     tall = min(config.keys, block_k)
     bias = pooled_descs = None
     if pooled_k is not None:
@@ -677,7 +721,7 @@ def attention_forward(
         tokens_q, k.shape[2], 0 if bias is None else bias.shape[2] // config.keys, heads, kv_num.shape[2], total,
         scale * LOG2E.value,
         BLOCK_K=block_k, BN=config.keys, STAGES=config.stages, CONSUMERS=consumers, GROUP=heads // k.shape[1],
-        VALID=k_valid is not None, POOLED=bias is not None, Q_REGISTERS=config.q_registers,
+        VALID=k_valid is not None, POOLED=bias is not None, Q_REGISTERS=q_registers,
         TURNS=config.turns and consumers == 2, CLAIM=config.claim, CONSUMER_REGISTERS=consumer,
         PRODUCER_REGISTERS=producer, num_warps=4, maxnreg=launch,
     )  # fmt: skip
