@@ -185,14 +185,14 @@ def environment() -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text: time, rate, and how many times faster than the fastest dense provider of the same mode."""
+    """The rows as text: time, rate, and how many times faster than the fastest dense provider that ran beside."""
     from hone_kernels.attention.bench import DENSE
 
     lines = [
         f"{'shape':<22}{'mode':<16}{'density':>8}  {'provider':<22}{'ms':>9}{'TFLOP/s':>9}{'x dense':>9}{'error':>10}"
     ]
     for row in rows:
-        same = [r for r in rows if all(r[key] == row[key] for key in ("shape", "dtype", "mode"))]
+        same = [r for r in rows if all(r[key] == row[key] for key in ("shape", "dtype", "mode", "density"))]
         dense = [r["ms_p50"] for r in same if r["provider"] in DENSE]
         gain = f"{min(dense) / row['ms_p50']:.2f}" if dense else "-"
         error = f"{row['error']:.1e}" if row.get("error") else "-"

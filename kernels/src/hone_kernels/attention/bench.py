@@ -1,8 +1,8 @@
 """Block-sparse attention beside the strongest alternatives on this machine: values first, then time.
 
-One row per shape, density, data type and provider. Rates count the query-key pairs of listed blocks only, so a rate
-that holds at low density means time in proportion to density. Dense providers ignore the lists: their time is what a
-sparse one has to beat, and their rate is that of the dense product.
+One row per shape, mode, density, data type and provider. Rates count the query-key pairs of listed blocks only, so a
+rate that holds at low density means time in proportion to density. Dense providers ignore the lists: their time is what
+a sparse one has to beat, and their rate is that of the dense product, whatever the density beside which they ran.
 """
 
 from __future__ import annotations
@@ -167,10 +167,8 @@ def _measure(
     facts: dict[str, tuple[str, float]] = {}
     for density, layout in layouts.items():
         for name, attend in providers(layout, dtype, backends, pooled=pooled, backward=backward).items():
-            if name in DENSE and density != max(layouts):
-                continue
             key = f"{name} {density}"
-            facts[key] = (name, 1.0 if name in DENSE else density)
+            facts[key] = (name, density)
             if backward:
                 out = attend(*leaves)
                 calls[key] = functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
