@@ -63,6 +63,7 @@ def test_a_missing_folder_is_said_before_any_work(capsys, tmp_path):
 
 
 @requires_gpu(min_sm=80)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.compile's own
 def test_bench_on_a_gpu(capsys, tmp_path):
     argv = ["--shapes", "4x1024x64", "4x1000x128", "--densities", "0.5", "--rounds", "2", "--backends", "triton"]
     assert run("bench", "attention", *argv, "--out", str(tmp_path / "x.json"), "--json") == 0

@@ -215,8 +215,10 @@ def providers(
             found["flash-attn dense"] = _flash_attn
         if importlib.util.find_spec("sageattention") and not backward:
             found["sageattention dense"] = _sageattention
-    # FlexAttention compiles another kernel for a ragged end, and pooled keys are beyond a block mask.
-    if pooled is None and not (layout.tokens_q % layout.block_q or layout.tokens_k % layout.block_k):
+    # FlexAttention compiles another kernel for a ragged end, its tiles at head size 128 do not fit blocks of 64, and
+    # pooled keys are beyond a block mask.
+    whole = not (layout.tokens_q % layout.block_q or layout.tokens_k % layout.block_k)
+    if pooled is None and whole and layout.block_q % 128 == layout.block_k % 128 == 0:
         mask = layout.to_block_mask()
         found["flex"] = lambda q, k, v: _flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return found

@@ -360,16 +360,7 @@ def _producer(q_desc, k_desc, v_desc, pk_desc, pv_desc, table_ptr, idx_ptr, vali
 
 
 @gluon.jit
-def _bias(is_pooled, bias_at, LAYOUT: gl.constexpr, BN: gl.constexpr, POOLED: gl.constexpr):
-    """Bias of a step of pooled keys, ``[BN]``."""
-    if POOLED:
-        return gl.load(bias_at + gl.arange(0, BN, LAYOUT), mask=is_pooled, other=0.0)
-    else:
-        return 0.0
-
-
-@gluon.jit
-def _offsets(is_pooled, bias, keys, limits, stage, LAYOUT: gl.constexpr, BN: gl.constexpr, BLOCK_K: gl.constexpr,
+def _offsets(is_pooled, bias_at, keys, limits, stage, LAYOUT: gl.constexpr, BN: gl.constexpr, BLOCK_K: gl.constexpr,
              VALID: gl.constexpr, POOLED: gl.constexpr):  # fmt: skip
     """What is added to the logits of a step, ``[BN]``: minus infinity where no key is, a pooled key's bias, or zero."""
     column = gl.arange(0, BN, LAYOUT)
@@ -382,7 +373,7 @@ def _offsets(is_pooled, bias, keys, limits, stage, LAYOUT: gl.constexpr, BN: gl.
         exists = column < keys
     offsets = gl.where(exists, 0.0, -float("inf"))
     if POOLED:
-        offsets = gl.where(is_pooled, bias, offsets)
+        offsets = gl.where(is_pooled, gl.load(bias_at + column, mask=is_pooled, other=0.0), offsets)
     return offsets
 
 
@@ -451,8 +442,6 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
     LOGIT_ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    # The bias of a step is under way while its products are, where registers are left to receive it.
-    EARLY: gl.constexpr = POOLED and D == 64 and CONSUMERS == 2
     if TURNS and WG == 1:
         _named_barrier("bar.arrive", "8")
     no_logits = gl.zeros([64, BN], gl.float32, LOGITS)
@@ -470,61 +459,51 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
             fence_async_shared()
             mbarrier.arrive(q_empty.index(WG))
         steps = listed
-        masked = 1
         bias_at = bias_ptr
         if POOLED:
             steps += pooled_steps
             masked = pooled_steps + gl.minimum(listed, 1)
             bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * pooled_steps * BN
-        if VALID:
-            masked = steps
 
         # The first step has no values before it and no running maximum, and is always masked.
-        if EARLY:
-            bias = _bias(pooled_steps > 0, bias_at, COLUMNS, BN, POOLED)
         mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
         _turn_begin(TURNS, WG)
         keys_t = k_buf.index(turn % STAGES).reshape([BN, D]).permute((1, 0))
         s = warpgroup_mma(q, keys_t, no_logits, use_acc=False, is_async=True)
         _turn_end(TURNS, WG)
         s = warpgroup_mma_wait(0, deps=(s,))
-        if not EARLY:
-            bias = _bias(pooled_steps > 0, bias_at, COLUMNS, BN, POOLED)
-        offsets = _offsets(pooled_steps > 0, bias, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID, POOLED)
+        offsets = _offsets(pooled_steps > 0, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID, POOLED)
         mbarrier.arrive(k_empty.index(turn % STAGES))
         top = gl.full([64], -float("inf"), gl.float32, LOGIT_ROWS)
         p, top, _ = _softmax(s, offsets, top, scale, True)
         sums = _thread_sums(p)
         weights = gl.convert_layout(p.to(v_buf.dtype), WEIGHTS)
         acc = gl.zeros([64, D], gl.float32, OUT)
-        if POOLED or VALID:
-            for step in range(1, masked):
-                if POOLED:
-                    bias_at += BN
-                if EARLY:
-                    bias = _bias(step < pooled_steps, bias_at, COLUMNS, BN, POOLED)
-                s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
-                turn += 1
-                if not EARLY:
-                    bias = _bias(step < pooled_steps, bias_at, COLUMNS, BN, POOLED)
-                offsets = _offsets(step < pooled_steps, bias, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID,
-                                   POOLED)  # fmt: skip
-                mbarrier.arrive(k_empty.index(turn % STAGES))
-                mbarrier.arrive(v_empty.index((turn - 1) % STAGES))
+        # One loop for masked and plain steps: between two, the weights would be unpacked and packed again.
+        for step in range(1, steps):
+            if POOLED:
+                bias_at += BN
+            s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
+            turn += 1
+            if VALID:
+                offsets = _offsets(step < pooled_steps, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K,
+                                   VALID, POOLED)  # fmt: skip
+            mbarrier.arrive(k_empty.index(turn % STAGES))
+            mbarrier.arrive(v_empty.index((turn - 1) % STAGES))
+            if VALID:
                 p, top, fade = _softmax(s, offsets, top, scale, True)
-                sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + _thread_sums(p)
-                acc *= gl.convert_layout(fade, OUT_ROWS)[:, None]
-                weights = gl.convert_layout(p.to(v_buf.dtype), WEIGHTS)
-        if not VALID:
-            for _ in range(masked, steps):
-                s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
-                turn += 1
-                mbarrier.arrive(k_empty.index(turn % STAGES))
-                mbarrier.arrive(v_empty.index((turn - 1) % STAGES))
+            elif POOLED:
+                if step < masked:
+                    offsets = _offsets(step < pooled_steps, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K,
+                                       VALID, POOLED)  # fmt: skip
+                    p, top, fade = _softmax(s, offsets, top, scale, True)
+                else:
+                    p, top, fade = _softmax(s, None, top, scale, False)
+            else:
                 p, top, fade = _softmax(s, None, top, scale, False)
-                sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + _thread_sums(p)
-                acc *= gl.convert_layout(fade, OUT_ROWS)[:, None]
-                weights = gl.convert_layout(p.to(v_buf.dtype), WEIGHTS)
+            sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + _thread_sums(p)
+            acc *= gl.convert_layout(fade, OUT_ROWS)[:, None]
+            weights = gl.convert_layout(p.to(v_buf.dtype), WEIGHTS)
         if not Q_REGISTERS:
             mbarrier.arrive(q_empty.index(WG))
         mbarrier.wait(v_full.index(turn % STAGES), turn // STAGES & 1)
