@@ -244,7 +244,9 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("TFLOP/s on computed pairs")
-    axes[0][-1].legend(fontsize=8, loc="lower right")
+    # Not every panel has every provider.
+    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0][-1].legend(entries.values(), entries.keys(), fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
