@@ -1,9 +1,12 @@
 import json
 
+import hone_kernels.attention.bench as bench_module
 import pytest
+import torch
 from hone_core.testing import requires_gpu
 from hone_kernels import cli
 from hone_kernels.attention.bench import SHAPES, Shape, bench
+from hone_kernels.timing import Times
 
 
 def row(provider, density, ms, **fields):
@@ -35,6 +38,43 @@ def test_table_compares_with_the_fastest_dense_provider():
 def test_plot_is_a_picture(tmp_path):
     cli._plot(ROWS, tmp_path / "rate.png")
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_end_to_end_on_the_reference(monkeypatch):
+    """Every mode and dtype on a CPU: what is measured, and how it is counted; only the clock is replaced."""
+    calls = {}
+
+    def clock(named, *, rounds, seed):
+        for name, call in named.items():
+            call()
+            calls[name] = call
+        return {name: Times(1.0, 2.0, 3.0, rounds) for name in named}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench_module, "_DEVICE", "cpu")
+    monkeypatch.setattr(bench_module, "interleaved", clock)
+    monkeypatch.setattr(bench_module, "_cudnn", torch.nn.functional.scaled_dot_product_attention)
+    lines = []
+    rows = bench(
+        [Shape.parse("2x300x32")], densities=[1.0, 0.5], dtypes=[torch.float32, torch.float8_e4m3fn],
+        backends=["reference", "triton"], rounds=3, say=lines.append,
+    )  # fmt: skip
+    assert sum("no backend 'triton', since" in line for line in lines) == 2
+    seen = {(r["dtype"], r["mode"], r["provider"]) for r in rows}
+    assert seen == {
+        *[("float32", mode, "hone reference") for mode in ("forward", "forward pooled", "backward")],
+        *[("float8_e4m3fn", mode, "hone reference") for mode in ("forward", "backward", "prologue")],
+        ("float8_e4m3fn", "forward", "hone reference and prologue"),
+        *[("float8_e4m3fn", mode, "cudnn dense") for mode in ("forward", "backward")],
+        ("float8_e4m3fn", "prologue", "device copy"),
+    }
+    (dense,) = (r for r in rows if (r["dtype"], r["mode"], r["density"]) == ("float32", "forward", 1.0))
+    assert dense["tflops"] == pytest.approx(4 * 32 * 2 * 300**2 / 2.0 / 1e9)
+    (prologue,) = (r for r in rows if r["mode"] == "prologue" and r["provider"] == "hone reference")
+    assert prologue["gbps"] == pytest.approx(9 * 2 * 300 * 32 / 2.0 / 1e6)
+    assert 0.02 < prologue["error"] < 0.1
+    assert len(cli.table(rows).splitlines()) == len(rows) + 1
 
 
 def test_shapes_by_name_and_by_size():
@@ -72,6 +112,7 @@ def test_bench_on_a_gpu(capsys, tmp_path):
     seen = {(r["shape"], r["mode"], r["provider"]) for r in result["rows"]}
     assert ("4x1024x64", "backward", "flex") in seen
     assert ("4x1000x128", "forward pooled", "hone triton") in seen
-    assert all(r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] and r["tflops"] > 0 for r in result["rows"])
+    assert ("4x1000x128", "prologue", "hone triton") in seen
+    assert all(0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] for r in result["rows"])
     with pytest.raises(ValueError, match="density"):
         bench([Shape.parse("4x1024x64")], densities=[0.0], dtypes=[], backends=["triton"])

@@ -70,7 +70,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
         )
         parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.5, 0.2, 0.1], help="blocks listed")
-        parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+        dtypes = ["bfloat16", "float16", "float32", "float8_e4m3fn"]
+        parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float8_e4m3fn"], choices=dtypes)
         parser.add_argument(
             "--backends",
             nargs="+",
@@ -79,7 +80,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
         )
         parser.add_argument(
-            "--modes", nargs="+", metavar="MODE", help="forward, 'forward pooled', backward (default: all)",
+            "--modes", nargs="+", metavar="MODE", help="forward, 'forward pooled', backward, prologue (default: all)",
             default=argparse.SUPPRESS,
         )  # fmt: skip
         parser.add_argument("--block", type=int, default=128, help="block size on both sides")
@@ -188,18 +189,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text: time, rate, and how many times faster than the fastest dense provider that ran beside."""
     from hone_kernels.attention.bench import DENSE
 
-    lines = [
-        f"{'shape':<22}{'mode':<16}{'density':>8}  {'provider':<22}{'ms':>9}{'TFLOP/s':>9}{'x dense':>9}{'error':>10}"
-    ]
+    form = "{:<22}{:<15}{:<16}{:>8}  {:<26}{:>9}{:>15}{:>9}{:>10}"
+    lines = [form.format("shape", "dtype", "mode", "density", "provider", "ms", "rate", "x dense", "error")]
     for row in rows:
         same = [r for r in rows if all(r[key] == row[key] for key in ("shape", "dtype", "mode", "density"))]
         dense = [r["ms_p50"] for r in same if r["provider"] in DENSE]
+        rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gbps']:.0f} GB/s"
         gain = f"{min(dense) / row['ms_p50']:.2f}" if dense else "-"
         error = f"{row['error']:.1e}" if row.get("error") else "-"
-        lines.append(
-            f"{row['shape']:<22}{row['mode']:<16}{row['density']:>8.2f}  {row['provider']:<22}{row['ms_p50']:>9.3f}"
-            f"{row['tflops']:>9.0f}{gain:>9}{error:>10}"
-        )
+        names = (row["shape"], row["dtype"], row["mode"], f"{row['density']:.2f}", row["provider"])
+        lines.append(form.format(*names, f"{row['ms_p50']:.3f}", rate, gain, error))
     return "\n".join(lines)
 
 
@@ -224,7 +223,7 @@ def _pyplot() -> Any:
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Rate on computed pairs against density, a panel per shape: a flat line means time in proportion to density."""
     pyplot = _pyplot()
-    rows = [row for row in rows if row["mode"] == "forward"] or rows
+    rows = [row for row in rows if row["mode"] == "forward"] or [row for row in rows if "tflops" in row]
     panels = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=True, squeeze=False)
     for axis, (shape, dtype) in zip(axes[0], panels, strict=True):

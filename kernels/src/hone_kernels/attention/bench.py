@@ -21,20 +21,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hone_kernels.timing import interleaved
+from hone_kernels.timing import Times, interleaved
 
-from .api import SUPPORT, PooledKV, block_sparse_attention
+from .api import SUPPORT, PooledKV, block_sparse_attention, why_not
+from .fp8 import block_sparse_attention_fp8, fp8_block_sparse_attention, fp8_why_not, quantize_qkv
 from .layout import BlockLayout
 
 __all__ = ["DENSE", "MODES", "SHAPES", "Shape", "bench", "providers"]
 
-MODES = ("forward", "forward pooled", "backward")
+MODES = ("forward", "forward pooled", "backward", "prologue")
+"""``prologue`` is what FP8 needs before its forward: rounding q, k and v. Pooled keys are 16-bit only."""
+
+FP8 = torch.float8_e4m3fn
 
 DENSE = ("cudnn dense", "flash-attn dense", "sageattention dense")
 """Providers that compute every pair."""
 
 _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Relative error (norm) against the float32 reference above which no time is reported."""
+
+_DEVICE = "cuda"
 
 _HEADS_CHECKED = 2
 """Heads whose values are compared: the reference is slow."""
@@ -105,9 +111,9 @@ def bench(
     Args:
         shapes: Sequences.
         densities: Listed blocks over all blocks, each in (0, 1]; blocks are random, own ones per head and row.
-        dtypes: Of q, k and v.
-        backends: Ours, by name.
-        modes: Of ``MODES``; all if None.
+        dtypes: Of q, k and v; float8_e4m3fn rounds bfloat16 ones.
+        backends: Ours, by name. One that cannot take a shape or dtype is left out there, and ``say`` gets the reason.
+        modes: Of ``MODES``; all if None. One that a dtype does not have is left out there.
         block: Block size on both sides.
         rounds: Timed calls of each.
         seed: Of data, lists and order.
@@ -130,14 +136,32 @@ def bench(
         for dtype in dtypes:
             torch.manual_seed(seed)
             layouts = {density: _random_layout(shape, density, block) for density in densities}
-            q, k, v = _inputs(shape, dtype)
-            errors = {name: _error(name, q, k, v, layouts[min(densities)]) for name in backends}
+            q, k, v = _inputs(shape, torch.bfloat16 if dtype == FP8 else dtype)
+            usable = []
+            for name in backends:
+                reason = (
+                    fp8_why_not(name, q, (block, block)) if dtype == FP8 else why_not(name, q, layouts[densities[0]])
+                )
+                if reason is None:
+                    usable.append(name)
+                else:
+                    say(f"{shape.name}, {dtype}: no backend {name!r}, since {reason}")
+            check = _fp8_error if dtype == FP8 else _error
+            errors = {name: check(name, q, k, v, layouts[min(densities)]) for name in usable}
             for mode in modes or MODES:
-                for row in _measure(mode, shape, dtype, layouts, (q, k, v), backends, rounds, seed):
-                    row["error"] = errors.get(row["provider"].removeprefix("hone "))
+                if mode == ("forward pooled" if dtype == FP8 else "prologue"):
+                    continue
+                measure = _prologue if mode == "prologue" else _attention
+                for fields, times in measure(mode, shape, dtype, layouts, (q, k, v), usable, rounds, seed):
+                    row = dict(
+                        op="attention", shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
+                        dtype=str(dtype).removeprefix("torch."), block=block, mode=mode, **fields, **asdict(times),
+                    )  # fmt: skip
+                    row["error"] = errors.get(row["provider"].removeprefix("hone ").removesuffix(" and prologue"))
+                    rate = f"{row['tflops']:6.0f} TFLOP/s" if "tflops" in row else f"{row['gbps']:6.0f} GB/s"
                     say(
-                        f"{shape.name}  {mode}  {row['provider']:22} {row['density']:5.2f} {row['ms_p50']:9.3f} ms "
-                        f"{row['tflops']:6.0f} TFLOP/s"
+                        f"{shape.name}  {row['dtype']}  {mode}  {row['provider']:22} {row['density']:5.2f} "
+                        f"{row['ms_p50']:9.3f} ms {rate}"
                     )
                     rows.append(row)
                 gc.collect()
@@ -145,7 +169,7 @@ def bench(
     return rows
 
 
-def _measure(
+def _attention(
     mode: str,
     shape: Shape,
     dtype: torch.dtype,
@@ -154,19 +178,23 @@ def _measure(
     backends: list[str],
     rounds: int,
     seed: int,
-) -> Iterator[dict[str, Any]]:
-    """Rows of one shape, data type and mode: all densities and providers in one interleaved run."""
+) -> Iterator[tuple[dict[str, Any], Times]]:
+    """All densities and providers of one mode in one interleaved run: fields of a row, and its times."""
     backward, groups = mode == "backward", 0
     pooled = None
     if mode == "forward pooled":
         groups = math.ceil(shape.tokens / 30)
-        pooled = PooledKV(*_inputs(shape, dtype, groups)[1:], torch.tensor(30.0, device="cuda").log())
+        pooled = PooledKV(*_inputs(shape, dtype, groups)[1:], torch.tensor(30.0, device=_DEVICE).log())
     leaves = [x.detach().requires_grad_(backward) for x in qkv]
     dout = torch.randn_like(qkv[0])
     calls: dict[str, Callable[[], object]] = {}
     facts: dict[str, tuple[str, float]] = {}
     for density, layout in layouts.items():
-        for name, attend in providers(layout, dtype, backends, pooled=pooled, backward=backward).items():
+        if dtype == FP8:
+            found = _fp8_providers(layout, qkv, backends, backward)
+        else:
+            found = providers(layout, dtype, backends, pooled=pooled, backward=backward)
+        for name, attend in found.items():
             key = f"{name} {density}"
             facts[key] = (name, density)
             if backward:
@@ -180,11 +208,53 @@ def _measure(
         seen = shape.tokens**2 if name in DENSE else pairs[density] + shape.tokens * groups
         # Two matrix products forward, five backward, two operations a multiply-add.
         work = (10 if backward else 4) * shape.dim * shape.heads * seen
-        yield dict(
-            op="attention", shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
-            dtype=str(dtype).removeprefix("torch."), block=next(iter(layouts.values())).block_k, mode=mode,
-            density=density, provider=name, tflops=work / times.ms_p50 / 1e9, **asdict(times),
-        )  # fmt: skip
+        yield dict(density=density, provider=name, tflops=work / times.ms_p50 / 1e9), times
+
+
+def _prologue(
+    mode: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    layouts: dict[float, BlockLayout],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    backends: list[str],
+    rounds: int,
+    seed: int,
+) -> Iterator[tuple[dict[str, Any], Times]]:
+    """Rounding q, k and v to E4M3, beside a device copy of as many bytes: two read and one written an element."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv)  # [B, S, H, D], as projections leave them
+    calls: dict[str, Callable[[], object]] = {
+        f"hone {name}": functools.partial(quantize_qkv, q, k, v, backend=name) for name in backends
+    }
+    moved = 3 * sum(x.numel() for x in (q, k, v))
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=_DEVICE)
+    target = torch.empty_like(source)
+    calls["device copy"] = lambda: target.copy_(source)
+    for name, times in interleaved(calls, rounds=rounds, seed=seed).items():
+        yield dict(density=1.0, provider=name, gbps=moved / times.ms_p50 / 1e6), times
+
+
+def _fp8_providers(
+    layout: BlockLayout, qkv: tuple[Tensor, Tensor, Tensor], backends: list[str], backward: bool
+) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The FP8 forward on operands that are there, the same with its prologue, or the training op; cuDNN in bfloat16."""
+
+    def train(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda q, k, v: block_sparse_attention_fp8(q, k, v, layout, backend=name)
+
+    def forward(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        operands = quantize_qkv(*qkv, backend=name)
+        return lambda q, k, v: fp8_block_sparse_attention(operands, layout, backend=name)
+
+    def whole(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda q, k, v: fp8_block_sparse_attention(quantize_qkv(q, k, v, backend=name), layout, backend=name)
+
+    if backward:
+        found = {f"hone {name}": train(name) for name in backends}
+    else:
+        found = {f"hone {name}": forward(name) for name in backends}
+        found |= {f"hone {name} and prologue": whole(name) for name in backends}
+    return found | {"cudnn dense": _cudnn}
 
 
 def providers(
@@ -249,14 +319,28 @@ def _flex() -> Callable[..., Tensor]:
 def _inputs(shape: Shape, dtype: torch.dtype, tokens_k: int | None = None) -> list[Tensor]:
     """q, k, v ``[1, H, S, D]``."""
     sizes = ((shape.heads, shape.tokens), *[(shape.heads_k, tokens_k or shape.tokens)] * 2)
-    return [torch.randn(1, heads, tokens, shape.dim, device="cuda", dtype=dtype) for heads, tokens in sizes]
+    return [torch.randn(1, heads, tokens, shape.dim, device=_DEVICE, dtype=dtype) for heads, tokens in sizes]
 
 
 def _random_layout(shape: Shape, density: float, block: int) -> BlockLayout:
     cols = math.ceil(shape.tokens / block)
-    scores = torch.rand(1, shape.heads, cols, cols, device="cuda")
+    scores = torch.rand(1, shape.heads, cols, cols, device=_DEVICE)
     keep = max(1, round(cols * density))
     return BlockLayout.from_topk(scores, keep, shape.tokens, shape.tokens, block_q=block, block_k=block)
+
+
+def _few(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout
+) -> tuple[tuple[Tensor, Tensor, Tensor], BlockLayout, Tensor]:
+    """The first heads, their lists, and their output by the float32 reference."""
+    group = q.shape[1] // k.shape[1]
+    heads_k = -(-_HEADS_CHECKED // group)
+    few = BlockLayout(
+        layout.kv_num[:, : heads_k * group], layout.kv_idx[:, : heads_k * group], layout.tokens_q, layout.tokens_k,
+        layout.block_q, layout.block_k,
+    )  # fmt: skip
+    part = (q[:, : heads_k * group], k[:, :heads_k], v[:, :heads_k])
+    return part, few, block_sparse_attention(*(x.float() for x in part), few, backend="reference")
 
 
 def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> float:
@@ -265,19 +349,24 @@ def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -
     Raises:
         RuntimeError: It is above the limit of the data type.
     """
-    group = q.shape[1] // k.shape[1]
-    heads_k = -(-_HEADS_CHECKED // group)
-    few = BlockLayout(
-        layout.kv_num[:, : heads_k * group], layout.kv_idx[:, : heads_k * group], layout.tokens_q, layout.tokens_k,
-        layout.block_q, layout.block_k,
-    )  # fmt: skip
-    part = (q[:, : heads_k * group], k[:, :heads_k], v[:, :heads_k])
-    got = block_sparse_attention(*part, few, backend=backend).float()
-    want = block_sparse_attention(*(x.float() for x in part), few, backend="reference")
-    error = float((got - want).norm() / want.norm())
-    if not error < _LIMITS[q.dtype]:
+    part, few, want = _few(q, k, v, layout)
+    got = block_sparse_attention(*part, few, backend=backend)
+    return _checked(backend, got, want, _LIMITS[q.dtype], q)
+
+
+def _fp8_error(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> float:
+    """The same of FP8, which may be off by 1.3 times as much as its emulation."""
+    part, few, want = _few(q, k, v, layout)
+    operands = quantize_qkv(*part, backend=backend)
+    got, emulated = (fp8_block_sparse_attention(operands, few, backend=name) for name in (backend, "reference"))
+    return _checked(backend, got, want, 1.3 * float((emulated.float() - want).norm() / want.norm()), q)
+
+
+def _checked(backend: str, got: Tensor, want: Tensor, limit: float, q: Tensor) -> float:
+    error = float((got.float() - want).norm() / want.norm())
+    if not error < limit:
         raise RuntimeError(
             f"backend {backend!r} is wrong at {list(q.shape)}, {q.dtype}: relative error {error:.2e}, expected below "
-            f"{_LIMITS[q.dtype]}. No time is reported; run the tests of hone-kernels on this device."
+            f"{limit:.2e}. No time is reported; run the tests of hone-kernels on this device."
         )
     return error

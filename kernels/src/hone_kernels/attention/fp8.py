@@ -191,7 +191,7 @@ def quantize_qkv(
     cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3])
     q, k, v = (_unit_last(x.detach()) for x in (q, k, v))
     args = (q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
-    if choose("quantize_qkv", backend, q.device, lambda name: _why_not(name, q, (block,))) == "reference":
+    if choose("quantize_qkv", backend, q.device, lambda name: fp8_why_not(name, q, (block,))) == "reference":
         *tensors, k_mean, q_dot_mean = quantize_reference(*args)
         return FP8Operands(*tensors, block, k_mean, q_dot_mean)
     *tensors, k_mean, q_dot_mean = _quantize_op(*args)
@@ -245,8 +245,10 @@ def _check_quantize(
             raise TypeError(f"k_valid must be int32 on {q.device}; got {k_valid.dtype} on {k_valid.device}")
 
 
-def _why_not(backend: str, q: Tensor, blocks: tuple[int, ...]) -> str | None:
+def fp8_why_not(backend: str, q: Tensor, blocks: tuple[int, ...]) -> str | None:
     """Why this backend cannot take these inputs, or None."""
+    if backend not in FP8_SUPPORT:
+        return f"it has no FP8 kernel; {', '.join(FP8_SUPPORT)} have"
     support = FP8_SUPPORT[backend]
     if q.dtype != torch.float8_e4m3fn and q.dtype not in support.dtypes:
         return f"it takes {', '.join(str(d) for d in support.dtypes)}; got {q.dtype}"
@@ -294,7 +296,7 @@ def fp8_block_sparse_attention(
     scale = operands.q8.shape[3] ** -0.5 if scale is None else float(scale)
     blocks = (layout.block_q, layout.block_k)
     q8 = operands.q8
-    backend = choose("fp8_block_sparse_attention", backend, q8.device, lambda name: _why_not(name, q8, blocks))
+    backend = choose("fp8_block_sparse_attention", backend, q8.device, lambda name: fp8_why_not(name, q8, blocks))
     if backend == "reference":
         dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
         out, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
@@ -359,7 +361,10 @@ def block_sparse_attention_fp8(
     _check_block(block, group)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     blocks = (layout.block_q, layout.block_k)
-    if choose("block_sparse_attention_fp8", backend, q.device, lambda name: _why_not(name, q, blocks)) == "reference":
+    if (
+        choose("block_sparse_attention_fp8", backend, q.device, lambda name: fp8_why_not(name, q, blocks))
+        == "reference"
+    ):
         out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
         return (out, lse) if return_lse else out
     out, lse, *_, q_dot_mean = _straight_through_op(
