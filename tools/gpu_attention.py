@@ -1,10 +1,9 @@
-"""Block-sparse attention on a GPU: values first, then speed beside cuDNN and FlexAttention.
+"""Candidate tiles of the Triton attention kernels on a GPU: values first, then speed beside FlexAttention.
 
-    python tools/gpu_attention.py bench --out results/kernels/attention_h200.json
-    python tools/gpu_attention.py tune  --out tune.json
+    python tools/gpu_attention.py --out tune.json
 
-``bench`` times what ships; ``tune`` times the candidate tiles that the shipped ones were chosen from. Every candidate
-is compared with the float32 reference before it is timed; a wrong value ends the run.
+The shipped tiles were chosen from these. Every candidate is compared with the float32 reference before it is timed; a
+wrong value ends the run. What ships is timed by ``hone-kernels bench attention``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from hone_core.environment import environment
 from hone_core.timing import measure_interleaved
-from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention import BlockLayout
 from hone_kernels.attention.reference import attention_reference
 from hone_kernels.attention.triton import TILES, Tiles, attention_backward, attention_forward
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -78,6 +77,11 @@ def check(name: str, got: tuple, want: tuple, limit: float) -> None:
 
 def flops(layout: BlockLayout, heads: int, dim: int) -> float:
     return 4.0 * dim * heads * layout.tokens_q * layout.tokens_k * layout.density().item()
+
+
+def cudnn(*x: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(*x)
 
 
 @functools.cache
@@ -150,79 +154,15 @@ def tune(rounds: int) -> list[dict]:
     return rows
 
 
-def bench(rounds: int) -> list[dict]:
-    rows = []
-    for shape, (heads, tokens, dim) in SHAPES.items():
-        q, k, v, dout = inputs(heads, tokens, dim, 4)
-        whole = tokens % 128 == 0
-        probe = random_layout(heads, tokens, 0.1)
-        part = [x[:, :2] for x in (q, k, v)]
-        few = BlockLayout(probe.kv_num[:, :2], probe.kv_idx[:, :2], tokens, tokens, 128, 128)
-        want = attention_reference(*part, few, dim**-0.5)
-        check(shape, block_sparse_attention(*part, few, return_lse=True, backend="triton"), want, 1e-2)
-
-        def note(calls: dict, work: float, **fields: object) -> None:
-            for name, t in measure_interleaved(calls, warmup=3, rounds=rounds).items():
-                rate = work / t.ms_p50 / 1e9
-                say(f"{fields} {name:12} {t.ms_p50:8.3f} ms {rate:6.0f} TFLOP/s")
-                rows.append(
-                    dict(fields, provider=name, ms_p20=t.ms_p20, ms_p50=t.ms_p50, ms_p80=t.ms_p80, n=t.n, tflops=rate)
-                )
-
-        def cudnn(*x: torch.Tensor) -> torch.Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return scaled_dot_product_attention(*x)
-
-        groups = max(1, tokens // 30)
-        pooled = PooledKV(*inputs(heads, groups, dim, 2), torch.full((groups,), 3.4, device="cuda"))
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        for density in DENSITIES:
-            layout = random_layout(heads, tokens, density)
-            work = flops(layout, heads, dim)
-            calls = {
-                "hone": lambda layout=layout: block_sparse_attention(q, k, v, layout),
-                "cudnn dense": lambda: cudnn(q, k, v),
-            }
-            if whole:
-                other = flex(layout)
-                calls["flex"] = lambda other=other: other(q, k, v)
-            fields = dict(op="attention", shape=shape, heads=heads, tokens=tokens, dim=dim, density=density)
-            note(calls, work, **fields, mode="forward", block=128)
-            if density in (0.5, 0.2):
-                fine = random_layout(heads, tokens, density, 64)
-                calls = {"hone": lambda fine=fine: block_sparse_attention(q, k, v, fine)}
-                note(calls, flops(fine, heads, dim), **fields, mode="forward", block=64)
-                calls = {"hone pooled": lambda layout=layout: block_sparse_attention(q, k, v, layout, pooled=pooled)}
-                note(calls, work + 4.0 * dim * heads * tokens * groups, **fields, mode="forward", block=128)
-            if whole:
-                outs = {
-                    "hone": block_sparse_attention(*leaves, layout),
-                    "flex": other(*leaves),
-                    "cudnn dense": cudnn(*leaves),
-                }
-                backward = {
-                    name: lambda o=o: torch.autograd.grad(o, leaves, dout, retain_graph=True)
-                    for name, o in outs.items()
-                }
-                note(backward, work * 2.5, **fields, mode="backward", block=128)
-                del outs, backward
-            gc.collect()
-            torch.cuda.empty_cache()
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("bench", "tune"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of all variants in random order")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = (bench if args.mode == "bench" else tune)(args.rounds)
+    rows = tune(args.rounds)
     tiles = {f"{kernel} {size} bytes d{dim}": str(t) for (kernel, size, dim), t in TILES.items()}
-    result = dict(
-        schema=1, package="hone-kernels", verb=f"attention {args.mode}", environment=environment(), tiles=tiles
-    )
+    result = dict(schema=1, package="hone-kernels", verb="attention tune", environment=environment(), tiles=tiles)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(dict(result, rows=rows), indent=1) + "\n")
 

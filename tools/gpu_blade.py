@@ -2,13 +2,16 @@
 
     python tools/gpu_blade.py --models wan2.1-1.3b cogvideox-5b --out results/blade
 
-writes one results file per model. Random weights of the published architectures; nothing is downloaded.
+writes one results file per model and part, each as soon as it is measured. Random weights of the published
+architectures; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
+import time
 from pathlib import Path
 
 from hone_blade.bench import WORKLOADS, BenchConfig, bench
@@ -25,26 +28,27 @@ def main() -> None:
     parser.add_argument("--compile-blocks", action="store_true", help="also time a forward with compiled blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True, help="folder for bench_<model>.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for bench_<model>_<part>.json")
     args = parser.parse_args()
-    for model in args.models:
+    for model, part in itertools.product(args.models, args.parts):
         cfg = BenchConfig(
             model=model,
-            parts=tuple(args.parts),
+            parts=(part,),
             preset=args.preset,
             rounds=args.rounds,
             max_steps=args.max_steps,
             compile_blocks=args.compile_blocks,
             seed=args.seed,
         )
+        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
             with Run.start(
                 package="hone-blade", verb="bench", config=cfg, out=path, preset=args.preset, seed=cfg.seed
             ) as run:
                 report = bench(cfg, run, device=args.device)
-            print(f"{model}\n{report}", flush=True)
-            export_results(path, args.out / f"bench_{model}.json")
+            export_results(path, args.out / f"bench_{model}_{part}.json")
+        print(f"{model} {part}, {time.perf_counter() - start:.0f} s\n{report}", flush=True)
 
 
 if __name__ == "__main__":

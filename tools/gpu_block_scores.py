@@ -79,7 +79,7 @@ def check_values() -> None:
     say("values: ok")
 
 
-def tune(rounds: int) -> list[dict]:
+def tune(rounds: int, shapes: list[str]) -> list[dict]:
     rows = []
     for shape, samples, kind in (
         ("wan-1.3b 480p", 16, "paper"),
@@ -87,6 +87,8 @@ def tune(rounds: int) -> list[dict]:
         ("wan-1.3b 480p", 16, "lse"),
         ("cogvideox-5b", 16, "paper"),
     ):
+        if shape not in shapes:
+            continue
         q, k = inputs(shape, 2)
         index = [sample_index(q.shape[2], 128, samples, "seeded", side=side, device="cuda") for side in "qk"]
         scale = q.shape[3] ** -0.5
@@ -106,9 +108,10 @@ def tune(rounds: int) -> list[dict]:
     return rows
 
 
-def bench(rounds: int) -> list[dict]:
+def bench(rounds: int, shapes: list[str]) -> list[dict]:
     rows = []
-    for shape, (batch, heads, video, text, dim, most, pool) in SHAPES.items():
+    for shape in shapes:
+        batch, heads, video, text, dim, most, pool = SHAPES[shape]
         q, k, v = inputs(shape)
         base = BladeConfig(max_density=most, pool=pool)
         text_blocks = -(-(video + text) // 128) - video // 128 if text else 0
@@ -161,10 +164,11 @@ def main() -> None:
     parser.add_argument("mode", choices=("bench", "tune"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds of all variants in random order")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     args = parser.parse_args()
     torch.manual_seed(0)
     check_values()
-    rows = (bench if args.mode == "bench" else tune)(args.rounds)
+    rows = (bench if args.mode == "bench" else tune)(args.rounds, args.shapes)
     tiles = {f"{size} bytes d{dim}": str(tile) for (size, dim), tile in TILES.items()}
     result = dict(
         schema=1, package="hone-kernels", verb=f"block_scores {args.mode}", environment=environment(), tiles=tiles

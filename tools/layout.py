@@ -14,7 +14,7 @@ from workspace import ROOT, Member, load_root, members, report
 REQUIRED = {
     "packages": ("__init__.py", "py.typed", "method.py", "config.py", "models.py", "data.py", "cli.py"),
     "shared": ("__init__.py", "py.typed"),
-    "kernels": ("__init__.py", "py.typed"),
+    "kernels": ("__init__.py", "py.typed", "cli.py"),
 }
 OP_FILES = ("__init__.py", "reference.py", "api.py")
 VAGUE = ("utils.py", "util.py", "helpers.py", "misc.py", "common.py")
@@ -51,7 +51,7 @@ def _member(member: Member) -> list[str]:
         if not (source / name).is_file():
             problems.append(f"{where}: src/{member.module}/{name} is missing")
     scripts = member.project.get("scripts", {})
-    wanted = {member.name: f"{member.module}.cli:main"} if member.kind == "packages" else {}
+    wanted = {member.name: f"{member.module}.cli:main"} if member.kind in ("packages", "kernels") else {}
     if scripts != wanted:
         problems.append(f"{where}/pyproject.toml: [project.scripts] must be {wanted or 'absent'}; it is {scripts}")
     if member.kind == "kernels":

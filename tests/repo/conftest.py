@@ -41,7 +41,10 @@ class Tree:
         self.path = path
         self.write("pyproject.toml", ROOT_PYPROJECT)
         self.member("shared/core", "hone-core", ["torch>=2"])
-        self.member("kernels", "hone-kernels", ["torch>=2"])
+        self.member(
+            "kernels", "hone-kernels", ["torch>=2"], '[project.scripts]\nhone-kernels = "hone_kernels.cli:main"'
+        )
+        self.write("kernels/src/hone_kernels/cli.py", "def main():\n    print()\n")
         self.member(
             "packages/alpha",
             "hone-alpha",

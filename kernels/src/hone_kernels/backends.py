@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-__all__ = ["Backend", "choose", "triton_reason"]
+__all__ = ["Backend", "choose", "gluon_reason", "triton_reason"]
 
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "triton", "gluon"]
 
 # Read once: a compiler that traces a call cannot look at the environment, and Triton itself reads the variable when a
 # kernel is decorated.
@@ -44,29 +45,62 @@ def triton_reason(device: torch.device, min_sm: int) -> str | None:
     return None
 
 
-def choose(op: str, backend: str, device: torch.device, why_not: Callable[[str], str | None]) -> str:
-    """The backend to run: the named one, or for ``"auto"`` Triton on a GPU where it can, else the reference.
+@torch.compiler.assume_constant_result
+def _gluon_error() -> str | None:
+    """Why Gluon cannot be imported. It is young, so not every Triton has what the kernels need of it."""
+    try:
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except ImportError as error:
+        return f"this Triton has no Gluon for Hopper ({error}); pip install 'triton>=3.6'"
+    return None
+
+
+def gluon_reason(device: torch.device, min_sm: int, max_sm: int) -> str | None:
+    """Why Gluon kernels for compute capabilities ``min_sm / 10`` to ``max_sm / 10`` cannot run there, or None."""
+    if not _HAS_TRITON:
+        return "Triton is not installed; on Linux: pip install triton"
+    if device.type != "cuda":
+        return f"it needs a CUDA device; the tensors are on {device}"
+    if _INTERPRETED:
+        return "Gluon kernels cannot be interpreted; unset TRITON_INTERPRET"
+    sm = _capability(device)
+    if not min_sm <= sm <= max_sm:
+        return f"it needs compute capability {min_sm / 10} to {max_sm / 10}; {device} has {sm / 10}"
+    return _gluon_error()
+
+
+def choose(
+    op: str,
+    backend: str,
+    device: torch.device,
+    why_not: Callable[[str], str | None],
+    kernels: tuple[str, ...] = ("triton",),
+) -> str:
+    """The backend to run: the named one, or for ``"auto"`` the first that can on a GPU, else the reference.
 
     Args:
         op: Name for messages.
         backend: As the caller gave it.
         device: Of the tensors.
         why_not: Says of a backend why it cannot take the call, or None.
+        kernels: Backends of the op beside the reference, the preferred one first and the most portable one last.
 
     Raises:
         ValueError: The backend is unknown, or it is named and cannot run: a named backend never gives way to another.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
+    known = ("auto", "reference", *kernels)
+    if backend not in known:
+        raise ValueError(f"backend must be one of {known}; got {backend!r}")
     if backend == "auto":
         backend = "reference"
         if device.type == "cuda":
-            reason = why_not("triton")
-            if reason is None:
-                return "triton"
+            for name in kernels:
+                reason = why_not(name)
+                if reason is None:
+                    return name
             if not torch.compiler.is_compiling() and (op, reason) not in _warned:
                 _warned.add((op, reason))
-                _log.warning("%s uses the slow reference backend: the Triton one cannot run, since %s", op, reason)
+                _log.warning("%s uses the slow reference backend: %s cannot run, since %s", op, kernels[-1], reason)
     reason = why_not(backend)
     if reason is not None:
         remedy = "" if backend == "reference" else ". backend='auto' chooses one that can"

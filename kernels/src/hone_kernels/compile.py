@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what came out.
+"""Compile a Triton or Gluon kernel for a GPU that is not there, and read what came out.
 
 The machine code of every shipped configuration can so be checked on a machine without a GPU: that it uses the matrix
 units it is meant to use, and that nothing spills.
@@ -20,6 +20,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Compiled", "Launch", "compile_launch", "record_launches"]
@@ -107,21 +109,26 @@ def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
-        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not param.do_not_specialize
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
             signature[param.name] = "constexpr"
             constants[(i,)] = value
-        elif isinstance(value, TensorDescriptor):
-            signature[param.name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+        elif isinstance(value, (TensorDescriptor, GluonTensorDescriptor)):
+            block = f"{_TYPES[value.base.dtype]}{list(value.block_shape)}".replace(" ", "")
+            layout = f",{value.layout!r}" if isinstance(value, GluonTensorDescriptor) else ""
+            signature[param.name] = f"tensordesc<{block}{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + _TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if not param.do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = make(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:

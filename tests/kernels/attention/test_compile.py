@@ -6,6 +6,7 @@ from hone_kernels.attention import BlockLayout
 from hone_kernels.compile import compile_launch, record_launches
 
 triton_kernels = pytest.importorskip("hone_kernels.attention.triton", reason="Triton is for Linux only")
+gluon_kernels = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
 KERNELS = ("_forward_kernel", "_rows_kernel", "_dq_kernel", "_dkv_kernel")
 
 
@@ -65,3 +66,56 @@ def test_older_gpus_fit_in_shared_memory(monkeypatch, dim):
         code = compile_launch(launch, sm=80)
         assert code.spills == 0, launch
         assert code.shared_bytes <= 99 * 1024, launch  # what consumer GPUs of that generation give a program
+
+
+def gluon_launches(monkeypatch, dim, block_q, block_k, pooled=False, padded=False, dtype=torch.bfloat16, config=None):
+    monkeypatch.setattr(gluon_kernels, "_multiprocessors", lambda x: 132)
+    q = torch.empty(1, 4, 1000, dim, dtype=dtype)
+    k = torch.empty(1, 2, 1000, dim, dtype=dtype)
+    layout = BlockLayout.dense(1000, 1000, block_q=block_q, block_k=block_k)
+    valid = torch.ones(1, layout.num_k_blocks, dtype=torch.int32) if padded else None
+    extra = (torch.empty(1, 2, 100, dim, dtype=dtype),) * 2 + (torch.empty(1, 2, 100),) if pooled else (None,) * 3
+    lists = (layout.kv_num, layout.kv_idx)
+    with record_launches(
+        gluon_kernels, "_count_kernel", "_schedule_kernel", "_bias_kernel", "_forward_kernel"
+    ) as recorded:
+        gluon_kernels.attention_forward(q, k, k, *lists, valid, *extra, block_q, block_k, 0.1, config)
+    return recorded
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("dim", "block_q"), list(gluon_kernels.CONFIGS))
+@pytest.mark.parametrize("block_k", [128, 64])
+@pytest.mark.parametrize(("pooled", "padded"), [(False, False), (True, False), (True, True)])
+def test_gluon(monkeypatch, dim, block_q, block_k, pooled, padded):
+    *helpers, launch = gluon_launches(monkeypatch, dim, block_q, block_k, pooled, padded)
+    assert [x.name for x in helpers] == ["_count_kernel", "_schedule_kernel"] + ["_bias_kernel"] * pooled
+    code = compile_launch(launch)
+    check_gluon(code, dim, block_q, launch.arguments["BN"])
+    # Masks and biases at once leave a scalar of a consumer without a register.
+    assert code.spills <= (16 if pooled and padded else 0)
+
+
+def check_gluon(code, dim, block_q, keys):
+    assert not code.serialized
+    # Products of a step, in the loop and once before and after it, for each consumer.
+    assert code.count("HGMMA") == (keys + dim) // 16 * 2 * (block_q // 64)
+    assert code.count("UTMALDG") > 0
+    assert code.count("UTMASTG") == block_q // 64
+    assert code.count("USETMAXREG") > 0
+    # What a multiprocessor gives one program of two consumers, or each of two of one.
+    assert code.shared_bytes <= (227 if block_q == 128 else 113) * 1024
+
+
+@pytest.mark.compile
+def test_gluon_float16_and_padded(monkeypatch):
+    launch = gluon_launches(monkeypatch, 128, 128, 128, padded=True, dtype=torch.float16)[-1]
+    code = compile_launch(launch)
+    check_gluon(code, 128, 128, 128)
+    assert code.spills == 0
+
+
+@pytest.mark.compile
+def test_gluon_helpers(monkeypatch):
+    for launch in gluon_launches(monkeypatch, 64, 128, 128, pooled=True)[:-1]:
+        assert compile_launch(launch).spills == 0

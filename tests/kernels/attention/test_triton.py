@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hone_core.testing import assert_close, nan_poison, requires_gpu
+from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
 from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention.api import _attention_backward_op, _attention_op
 
@@ -137,12 +137,12 @@ def check_op(device, dtype):
     leaves, layout, _ = build(Case(batch=2, queries=70, keys=70, pooled=8, bias=True), dtype, device)
     q, k, v, pooled_k, pooled_v, bias = leaves
     bias = bias.expand(pooled_k.shape[:3]).detach().requires_grad_()
-    args = (q, k, v, layout.kv_num, layout.kv_idx, None, pooled_k, pooled_v, bias, 64, 64, 0.2)
+    args = (q, k, v, layout.kv_num, layout.kv_idx, None, pooled_k, pooled_v, bias, 64, 64, 0.2, "triton")
     torch.library.opcheck(_attention_op, args)
     out, lse = _attention_op(*args)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     torch.library.opcheck(
-        _attention_backward_op, (out.detach(), lse.detach(), *detached[:3], out.detach(), lse.detach(), *detached[3:])
+        _attention_backward_op, (out.detach(), lse.detach(), *detached[:3], out.detach(), lse.detach(), *detached[3:-1])
     )
 
 
@@ -220,13 +220,10 @@ def test_no_wait_graph_and_compile():
     q, k, v, *rest = leaves
     pooled = PooledKV(*rest)
     expected = block_sparse_attention(q, k, v, layout, pooled=pooled)  # compiles the kernel
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         mask = layout.to_mask()
         BlockLayout.from_mask(mask, 512, 512, block_q=64, block_k=64).transpose()
         block_sparse_attention(q, k, v, layout, pooled=pooled)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -187,7 +187,7 @@ def test_eval_writes_a_row_per_variant_and_metric(host, tmp_path):
         row = rows[variant, "ssim"]
         assert row["n"] == 3
         assert row["value"] == pytest.approx(outcomes[variant].ssim.mean().item())
-        assert rows[variant, "ssim_low"]["value"] <= row["value"] <= rows[variant, "ssim_high"]["value"]
+        assert row["interval"][0] <= row["value"] <= row["interval"][1]
     report = EvalReport.of(run)
     assert report.clips == 3
     assert "random blocks" in str(report)

@@ -57,11 +57,11 @@ def test_video_has_every_frame(clips, tmp_path):
     assert abs(int(peaks[4]) - int(peaks[0])) < 20
 
 
-def results(accuracy):
+def results(accuracies):
     rows = []
-    for variant, value in accuracy.items():
-        for metric, number in (("accuracy", value), ("accuracy_low", value - 0.1), ("accuracy_high", value + 0.1)):
-            rows.append({"metric": metric, "variant": variant, "value": number, "n": 8})
+    for variant, value in accuracies.items():
+        accuracy = {"metric": "accuracy", "value": value, "interval": [value - 0.1, value + 0.1]}
+        rows.append({**accuracy, "variant": variant, "n": 8})
         rows.append({"metric": "psnr", "variant": variant, "value": 20.0, "n": 8})
         rows.append({"metric": "density", "variant": variant, "value": 0.25, "n": 1})
     return {"rows": rows}

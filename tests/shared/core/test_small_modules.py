@@ -72,14 +72,15 @@ def test_environment_describes_code_and_machine():
 
 
 def test_commit_comes_from_git_or_from_the_variable(monkeypatch):
+    monkeypatch.delenv("HONE_COMMIT", raising=False)
     commit, dirty = code_version()
     if commit:
         assert re.fullmatch(r"[0-9a-f]{40}", commit)
         assert isinstance(dirty, bool)
-    monkeypatch.setattr("hone_core.environment._git", lambda *args: None)
     monkeypatch.setenv("HONE_COMMIT", "abc")
     assert code_version() == ("abc", None)
     monkeypatch.delenv("HONE_COMMIT")
+    monkeypatch.setattr("hone_core.environment._git", lambda *args: None)
     assert code_version() == (None, None)
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hone_core.testing import TOLERANCES, assert_close, gradcheck, nan_poison, requires_gpu
+from hone_core.testing import TOLERANCES, assert_close, gradcheck, nan_poison, no_host_sync, requires_gpu
 
 
 def test_assert_close_passes_within_and_fails_beyond_the_table():
@@ -93,3 +93,13 @@ def test_gradcheck_finds_a_wrong_sign():
 def test_requires_gpu_is_the_gpu_mark():
     mark = requires_gpu(min_sm=90, min_gb=80).mark
     assert (mark.name, mark.kwargs) == ("gpu", {"min_sm": 90, "min_gb": 80})
+
+
+@requires_gpu()
+def test_no_host_sync_finds_a_wait_and_restores_the_mode():
+    x = torch.ones(3, device="cuda")
+    with no_host_sync():
+        x + 1
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            x.sum().item()
+    assert x.sum().item() == 3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hone_kernels.backends import Backend, choose, triton_reason
+from hone_kernels.backends import Backend, choose, gluon_reason, triton_reason
 
 from .layout import BlockLayout
 from .reference import attention_reference
@@ -25,6 +25,7 @@ class Support:
         blocks: Allowed ``block_q`` and ``block_k``, or None for any.
         min_sm: Least compute capability times ten, or None where no GPU is needed.
         backward: Whether gradients flow.
+        max_sm: Greatest compute capability times ten, or None.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -32,6 +33,7 @@ class Support:
     blocks: tuple[int, ...] | None
     min_sm: int | None
     backward: bool
+    max_sm: int | None = None
 
 
 SUPPORT: dict[str, Support] = {
@@ -48,6 +50,15 @@ SUPPORT: dict[str, Support] = {
         blocks=(32, 64, 128, 256),
         min_sm=80,
         backward=True,
+    ),
+    # The forward; its gradients come from the Triton kernels.
+    "gluon": Support(
+        dtypes=(torch.bfloat16, torch.float16),
+        head_dims=(64, 128),
+        blocks=(64, 128),
+        min_sm=90,
+        backward=True,
+        max_sm=99,
     ),
 }
 
@@ -130,7 +141,7 @@ def _check_pooled(pooled: PooledKV, k: Tensor) -> None:
             raise ValueError(f"pooled.bias must broadcast to [B, HK, G] = {list(want)}; got {list(pooled.bias.shape)}")
 
 
-def _why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
+def why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
     """Why this backend cannot take these inputs, or None."""
     support = SUPPORT[backend]
     if q.dtype not in support.dtypes:
@@ -140,6 +151,8 @@ def _why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
     for name in ("block_q", "block_k"):
         if support.blocks is not None and getattr(layout, name) not in support.blocks:
             return f"it takes {name} in {support.blocks}; got {getattr(layout, name)}"
+    if backend == "gluon":
+        return gluon_reason(q.device, support.min_sm, support.max_sm)
     return triton_reason(q.device, support.min_sm) if backend == "triton" else None
 
 
@@ -167,8 +180,8 @@ def block_sparse_attention(
         scale: Factor on the logits; ``D ** -0.5`` if None.
         pooled: Further keys that every query reads.
         return_lse: Whether to return the log-sum-exp too.
-        backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to
-            choose. A named backend never gives way to another.
+        backend: ``"gluon"`` for Hopper GPUs, ``"triton"`` for any (or Triton's interpreter), ``"reference"`` for any
+            device, ``"auto"`` for the first of these that can. A named backend never gives way to another.
 
     Returns:
         ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64
@@ -183,7 +196,10 @@ def block_sparse_attention(
         _check_pooled(pooled, k)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
-    if choose("block_sparse_attention", backend, q.device, lambda name: _why_not(name, q, layout)) == "reference":
+    backend = choose(
+        "block_sparse_attention", backend, q.device, lambda name: why_not(name, q, layout), ("gluon", "triton")
+    )
+    if backend == "reference":
         out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
         return (out, lse) if return_lse else out
     if bias is not None:
@@ -199,6 +215,7 @@ def block_sparse_attention(
         layout.block_q,
         layout.block_k,
         scale,
+        backend,
     )
     return (out, lse) if return_lse else out
 
@@ -221,14 +238,18 @@ def _attention_op(
     block_q: int,
     block_k: int,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    from .triton import attention_forward
+    if backend == "gluon":
+        from .gluon_sm90 import attention_forward
+    else:
+        from .triton import attention_forward
 
     return attention_forward(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale)
 
 
 @_attention_op.register_fake
-def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale):
+def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale, backend):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -272,7 +293,7 @@ def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.block_q, ctx.block_k, ctx.scale = inputs
+    *tensors, ctx.block_q, ctx.block_k, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -283,7 +304,7 @@ def _backward(ctx, dout, dlse):
         dout, dlse, q, k, v, out, lse, *rest, ctx.block_q, ctx.block_k, ctx.scale
     )
     dq, dk, dv, dpk, dpv, dbias = (g if g.numel() else None for g in grads)
-    return dq, dk, dv, None, None, None, dpk, dpv, dbias, None, None, None
+    return dq, dk, dv, None, None, None, dpk, dpv, dbias, None, None, None, None
 
 
 _attention_op.register_autograd(_backward, setup_context=_save)

@@ -37,7 +37,7 @@ class Tile:
 TILES: dict[tuple[int, int], Tile] = {
     # (bytes of an element, head_dim padded to a power of two)
     (2, 32): Tile(128, 128, 8, 3),
-    (2, 64): Tile(128, 128, 8, 3),
+    (2, 64): Tile(64, 128, 4, 2),
     (2, 128): Tile(128, 64, 8, 3),
     (4, 32): Tile(64, 32, 4, 2),
     (4, 64): Tile(64, 32, 4, 2),
@@ -200,6 +200,8 @@ def block_scores_triton(
     tile = tile or TILES[q.element_size(), max(32, padded)]
     per_block = triton.next_power_of_2(per_k)
     blocks = max(1, tile.cols // per_block)
+    # Many float32 samples of a block fill the shared memory at once: then no second tile is in flight.
+    stages = tile.stages if blocks * per_block * padded * k.element_size() <= 32 << 10 else 1
     group = max(1, min(batch * heads, _SCRATCH_BYTES // (4 * rows * num_k)))
     stat = torch.empty((group, rows, num_k), dtype=torch.float32, device=q.device)
     row = torch.empty((group, rows), dtype=torch.float32, device=q.device)
@@ -213,7 +215,7 @@ def block_scores_triton(
             rows, num_k, first, scale * LOG2E,
             H=heads, GROUP=heads // k.shape[1], SAMPLES=per_k, D=dim,
             BM=tile.rows, BLOCKS=blocks, SP=per_block, DP=padded, KIND=_KIND[kind],
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=stages,
         )  # fmt: skip
         _reduce_rows_kernel[(num_q, count)](
             stat, row, q_index, out, *_index_strides(q_index), num_q, num_k, first,

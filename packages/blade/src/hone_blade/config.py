@@ -12,7 +12,7 @@ Offsets = Literal["seeded", "strided", "random"]
 Selection = Literal["threshold", "topk"]
 Order = Literal["gilbert", "morton", "tile", "raster"]
 Mask = Literal["adaptive", "window", "random", "dense"]
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "triton", "gluon"]
 
 ORDERS: tuple[Order, ...] = get_args(Order)
 
@@ -73,7 +73,13 @@ class BladeConfig:
     """``adaptive`` is BLADE. Controls of equal density: ``window`` keeps the blocks nearest in the video, ``random``
     seeded random ones. ``dense`` keeps everything."""
     backend: Backend = "auto"
-    """Kernel backend, as in ``hone_kernels``."""
+    """Backend of the attention, as in ``hone_kernels``. Prober and selection have no Gluon kernel: with ``gluon`` they
+    take Triton's."""
+
+    @property
+    def scoring_backend(self) -> str:
+        """Backend of prober and selection."""
+        return "triton" if self.backend == "gluon" else self.backend
 
     def __post_init__(self) -> None:
         for name, options in (

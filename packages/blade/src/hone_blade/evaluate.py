@@ -322,8 +322,7 @@ def compare(
 def write_rows(run: Any, outcomes: Mapping[str, Outcome]) -> None:
     """Add the outcomes to a run, a row per variant and metric.
 
-    Means over clips carry their standard deviation as ``spread`` and are followed by the ends of their 95 % bootstrap
-    interval (``<metric>_low``, ``<metric>_high``).
+    Means over clips carry their standard deviation as ``spread`` and their 95 % bootstrap interval as ``interval``.
     """
     for variant, outcome in outcomes.items():
         tasks = ("digit", "direction", "color", "speed")
@@ -354,11 +353,11 @@ def write_mean(
     split: str = "",
     labels: Mapping[str, str] | None = None,
 ) -> float:
-    """Add a mean over clips and the ends of its bootstrap interval to a run; return the mean.
+    """Add a mean over clips and its 95 % bootstrap interval to a run; return the mean.
 
     Args:
         run: a started ``hone_core.runs.Run``.
-        metric: name of the row; ``<metric>_low`` and ``<metric>_high`` follow it.
+        metric: name of the row.
         values: ``[N]`` one per clip.
         variant: of the row, like the rest.
         unit: word, or empty.
@@ -368,10 +367,18 @@ def write_mean(
     """
     values = values.double().cpu()
     mean = float(values.mean())
-    common = {"unit": unit, "better": better, "n": len(values), "variant": variant, "split": split, "labels": labels}
-    run.row(metric, mean, spread=float(values.std()) if len(values) > 1 else None, **common)
-    for end, value in zip(("low", "high"), bootstrap(values), strict=True):
-        run.row(f"{metric}_{end}", value, **common)
+    run.row(
+        metric,
+        mean,
+        unit=unit,
+        better=better,
+        n=len(values),
+        spread=float(values.std()) if len(values) > 1 else None,
+        variant=variant,
+        split=split,
+        interval=bootstrap(values),
+        labels=labels,
+    )
     return mean
 
 
@@ -399,10 +406,16 @@ def evaluate(cfg: EvalConfig, run: Any, host: Host, *, quiet: bool = False) -> d
 
 
 def means(run: Any) -> tuple[dict[str, dict[str, float]], int]:
-    """Return variant -> metric -> value of a run's rows, and the number of clips per variant."""
+    """Return variant -> metric -> value of a run's rows, and the number of clips per variant.
+
+    The ends of an interval are there as ``<metric>_low`` and ``<metric>_high``.
+    """
     variants: dict[str, dict[str, float]] = {}
     for row in run.rows:
-        variants.setdefault(row.variant, {})[row.metric] = row.value
+        values = variants.setdefault(row.variant, {})
+        values[row.metric] = row.value
+        if row.interval is not None:
+            values[f"{row.metric}_low"], values[f"{row.metric}_high"] = row.interval
     return variants, next(row.n for row in run.rows if row.metric == "accuracy")
 
 

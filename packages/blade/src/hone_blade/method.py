@@ -185,7 +185,7 @@ def select_blocks(
         inclusive=cfg.inclusive,
         keep_diagonal=cfg.keep_diagonal,
         forced=text_blocks,
-        backend=cfg.backend,
+        backend=cfg.scoring_backend,
     )
 
 

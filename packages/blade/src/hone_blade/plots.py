@@ -136,7 +136,7 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> Path:
     task, fidelity = figure.subplots(1, 2)
     for index, name in enumerate(names):
         row = values["accuracy", name]
-        low, high = values["accuracy_low", name]["value"], values["accuracy_high", name]["value"]
+        low, high = row["interval"]
         error = [[max(0.0, row["value"] - low)], [max(0.0, high - row["value"])]]
         task.bar(index, row["value"], color=COLORS[name], width=0.7, yerr=error, capsize=3, ecolor=INK)
         if name != "dense":

@@ -32,7 +32,7 @@ def probe(
     Args:
         q: Queries in curve order, after QK-norm and rotary embedding.
         k: Keys, likewise.
-        cfg: ``score``, ``samples``, ``offsets``, ``seed``, ``block``, ``backend``.
+        cfg: ``score``, ``samples``, ``offsets``, ``seed``, ``block``, ``scoring_backend``.
         layer: Which layer draws the samples; under ``torch.compile`` a tensor ``[]`` on the CPU lets layers share a
             graph.
         scale: Factor on the logits; ``dim ** -0.5`` if None.
@@ -52,7 +52,7 @@ def probe(
                     seed=cfg.seed, layer=layer, side=side, device=x.device,
                 )
             )  # fmt: skip
-    return block_scores(q, k, *index, kind=cfg.score, scale=scale, backend=cfg.backend)
+    return block_scores(q, k, *index, kind=cfg.score, scale=scale, backend=cfg.scoring_backend)
 
 
 def sample_offsets(

@@ -52,15 +52,18 @@ def environment() -> dict[str, Any]:
 def code_version() -> tuple[str | None, bool | None]:
     """Commit of the checkout that this code runs from, and whether tracked files differ from it.
 
-    An installed wheel has no checkout. There, and in a copy of the tree without ``.git``, the environment variable
-    ``HONE_COMMIT`` is taken as the commit if it is set, and the dirty flag is None (unknown).
+    The environment variable ``HONE_COMMIT``, if it is set, is taken as the commit, and the dirty flag is then None
+    (unknown): for an installed wheel, which has no checkout, and for a copy of the tree whose ``.git`` is missing or
+    older than its files.
     """
+    if told := os.environ.get("HONE_COMMIT"):
+        return told, None
     here = Path(__file__).resolve().parent
     commit = _git(here, "rev-parse", "HEAD")
     # A wheel in a virtual environment inside somebody's own repository must not report that repository's commit.
     if commit and _git(here, "ls-files", "--error-unmatch", Path(__file__).name):
         return commit, bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
-    return os.environ.get("HONE_COMMIT"), None
+    return None, None
 
 
 def _git(folder: Path, *args: str) -> str | None:

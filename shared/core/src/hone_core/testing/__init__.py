@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "compare": ["TOLERANCES", "Tolerance", "assert_close"],
         "gradients": ["gradcheck"],
-        "hardware": ["requires_gpu"],
+        "hardware": ["no_host_sync", "requires_gpu"],
         "interpreter": ["run_interpreted"],
         "poison": ["nan_poison"],
     },

@@ -1,8 +1,27 @@
-"""``requires_gpu``: the mark and the skip in one decorator."""
+"""``requires_gpu``: the mark and the skip in one decorator; ``no_host_sync``: a call must not wait for the GPU."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-__all__ = ["missing_gpu", "requires_gpu"]
+__all__ = ["missing_gpu", "no_host_sync", "requires_gpu"]
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Inside, an operation that makes the host wait for the GPU raises ``RuntimeError``."""
+    import torch
+
+    with warnings.catch_warnings():
+        # torch announces at every change of the mode that it does not know all such operations yet.
+        warnings.filterwarnings("ignore", message="Synchronization debug mode", category=UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def requires_gpu(min_sm: int | None = None, min_gb: float | None = None) -> pytest.MarkDecorator:

@@ -1,0 +1,93 @@
+"""Every shipped FP8 configuration compiled for sm_90 without a GPU, and its machine code read."""
+
+import pytest
+import torch
+from hone_kernels.attention import FP8_SUPPORT, BlockLayout
+from hone_kernels.compile import compile_launch, record_launches
+
+forward = pytest.importorskip("hone_kernels.attention.triton_fp8", reason="Triton is for Linux only")
+prologue = pytest.importorskip("hone_kernels.attention.triton_quantize", reason="Triton is for Linux only")
+
+DIMS = FP8_SUPPORT["triton"].head_dims
+
+
+def forward_launch(monkeypatch, dim, tokens, padded, block=128, tiles=None, sm=90):
+    monkeypatch.setattr(forward, "_sm", lambda x: sm)
+    blocks = -(-tokens // block)
+    q8, v8 = (
+        torch.empty(shape, dtype=torch.float8_e4m3fn)
+        for shape in ((1, 2, tokens, dim), (1, 2, dim, -(-tokens // 128) * 128))
+    )
+    scale, v_scale = torch.empty(1, 2, blocks), torch.empty(1, 2, dim)
+    layout = BlockLayout.dense(tokens, tokens, block_q=block, block_k=block)
+    valid = torch.ones(1, blocks, dtype=torch.int32) if padded else None
+    with record_launches(forward, "_forward_kernel") as recorded:
+        forward.attention_fp8_forward(
+            q8, q8, v8, scale, scale, v_scale, layout.kv_num, layout.kv_idx, valid, block, block, block, 0.1,
+            torch.bfloat16, tiles,
+        )  # fmt: skip
+    return recorded[0]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("block", FP8_SUPPORT["triton"].blocks)
+@pytest.mark.parametrize(("tokens", "padded"), [(2048, False), (2056, False), (2056, True)])
+def test_forward_uses_the_fp8_units(monkeypatch, dim, block, tokens, padded):
+    code = compile_launch(forward_launch(monkeypatch, dim, tokens, padded, block))
+    assert code.spills == 0
+    assert not code.serialized
+    loops = 2 if tokens % block and not padded else 1
+    # One product with K, of 32 channels an instruction, and one with V, of 32 keys.
+    assert code.count("QGMMA") == loops * (dim + block) // 32
+    assert code.count("HGMMA") == 0
+    assert code.count("UTMALDG") > 0
+    # P stays in the thread that computed it: what is shuffled are two row maxima and two row sums, twice each.
+    assert code.count("SHFL") == loops * 8
+
+
+@pytest.mark.compile
+def test_row_sums_are_added_in_float32(monkeypatch):
+    """The product with V starts from zero in every tile: its 14 bits are not carried along the row."""
+    code = compile_launch(forward_launch(monkeypatch, 128, 2048, False))
+    products = [line for line in code.sass.splitlines() if "QGMMA" in line]
+    assert len(products) == 8
+    assert sum(", RZ" in line for line in products) == 2
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", [64, 128])
+def test_forward_before_hopper(monkeypatch, dim):
+    code = compile_launch(forward_launch(monkeypatch, dim, 2056, False, sm=89), sm=89)
+    assert code.spills == 0
+    assert code.count("QMMA") > 0
+    assert code.shared_bytes <= 99 * 1024
+
+
+KERNELS = ("_channels_kernel", "_rows_kernel", "_values_kernel")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("everything", "group"), [(False, 1), (True, 1), (True, 2)])
+def test_prologue_moves_whole_vectors(dim, everything, group):
+    tokens = 2056
+    q = torch.empty(1, tokens, 8, dim, dtype=torch.bfloat16).transpose(1, 2)
+    table, order, valid = None, None, None
+    if everything:
+        table = torch.empty(tokens, dim // 2)
+        order = torch.empty(tokens, dtype=torch.int32)
+        valid = torch.ones(1, 17, dtype=torch.int32)
+    with record_launches(prologue, *KERNELS) as recorded:
+        prologue.quantize_triton(q, q, q, table, table, order, valid, 128, group, everything)
+    assert {x.name for x in recorded} == set(KERNELS)
+    for launch in recorded:
+        code = compile_launch(launch)
+        # The fullest programs (a tile, its rotary tables and its places at once) spill at most a quarter of a line of
+        # cache a thread; fewer programs on a multiprocessor would cost more.
+        assert code.spills <= (128 if everything and dim == 128 else 0), launch
+        if dim == 128:
+            # Eight 16-byte loads bring a program's share of a tile of 128 tokens.
+            assert code.count(r"LDG\.E\.128") >= 8, launch
+        if launch.name == "_rows_kernel" and launch.arguments["STEP"] != "amax":
+            assert code.count(r"STG\.E\.(?:64|128)") > 0, launch

@@ -1,0 +1,301 @@
+"""The Gluon forward: its helpers interpreted on a CPU, the kernel on a Hopper GPU against reference and Triton."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
+from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention.api import _attention_op
+
+gluon = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
+
+SUPPORTED = SUPPORT["gluon"]
+SMOKE = Path(__file__).parents[3] / "tools" / "gpu_hopper.py"
+
+pytestmark = [
+    # Triton's interpreter turns run-time loop bounds into Python integers in a way that NumPy 2.3 frowns on.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+    # opcheck of torch 2.11 itself.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    queries: int = 300
+    keys: int = 523
+    dim: int = 128
+    block_q: int = 128
+    block_k: int = 128
+    keep: float = 0.5
+    shared_lists: bool = False
+    padded: bool = False
+    pooled: int = 0
+    bias: bool = False
+    transposed: bool = False  # [B, S, H, D] in memory, as diffusers lays its tensors out
+
+    def __str__(self):
+        return "-".join(f"{k}{v}" for k, v in vars(self).items() if v != getattr(Case, k)) or "plain"
+
+
+# Every case runs at both head sizes.
+CASES = [
+    Case(),
+    Case(queries=1, keys=1, keep=1.0),
+    Case(queries=129, keys=127, keep=1.0),
+    Case(queries=512, keys=512, keep=1.0),
+    Case(queries=900, keys=1100, keep=0.1),
+    Case(queries=260, keys=200, keep=0.0),
+    Case(queries=260, keys=200, keep=0.0, pooled=5),
+    Case(queries=260, keys=257, pooled=128, bias=True),
+    Case(queries=300, keys=900, pooled=301, bias=True),
+    Case(batch=2, heads=4, kv_heads=2, transposed=True),
+    Case(batch=3, heads=4, kv_heads=1, shared_lists=True, keys=640),
+    Case(batch=2, padded=True),
+    Case(batch=2, heads=4, kv_heads=2, padded=True, pooled=70, bias=True, transposed=True, shared_lists=True),
+]
+SIZES = [(128, 128), (128, 64), (64, 128), (64, 64)]
+
+
+def build(case, dtype=torch.bfloat16, device="cuda"):
+    def make(heads, tokens):
+        shape = (case.batch, tokens, heads, case.dim) if case.transposed else (case.batch, heads, tokens, case.dim)
+        x = torch.randn(*shape, device=device, dtype=dtype)
+        return (x.transpose(1, 2) if case.transposed else x).requires_grad_()
+
+    rows, cols = -(-case.queries // case.block_q), -(-case.keys // case.block_k)
+    lead = (1, 1) if case.shared_lists else (case.batch, case.heads)
+    mask = torch.rand(*lead, rows, cols) < case.keep
+    if case.keep < 1 and rows > 1:
+        mask[..., 0, :] = False  # a row without a key
+        mask[..., 1, :] = False
+        mask[..., 1, -1] = True  # a row of one block, the ragged one
+    valid = torch.randint(0, case.block_k + 1, (case.batch, cols), dtype=torch.int32) if case.padded else None
+    layout = BlockLayout.from_mask(
+        mask.to(device),
+        case.queries,
+        case.keys,
+        block_q=case.block_q,
+        block_k=case.block_k,
+        k_valid=None if valid is None else valid.to(device),
+    )
+    leaves = [make(case.heads, case.queries), make(case.kv_heads, case.keys), make(case.kv_heads, case.keys)]
+    pooled = None
+    if case.pooled:
+        leaves += [make(case.kv_heads, case.pooled), make(case.kv_heads, case.pooled)]
+        if case.bias:
+            leaves.append(torch.randn(case.kv_heads, case.pooled, device=device).requires_grad_())
+        pooled = PooledKV(*leaves[3:])
+    return leaves, layout, pooled
+
+
+def run(leaves, layout, pooled, backend):
+    q, k, v, *rest = leaves
+    pooled = None if pooled is None else PooledKV(*rest)
+    return block_sparse_attention(q, k, v, layout, pooled=pooled, return_lse=True, backend=backend)
+
+
+def compare(case, dtype):
+    leaves, layout, pooled = build(case, dtype)
+    leaves = [x.detach() for x in leaves]
+    with nan_poison():
+        out, lse = run(leaves, layout, pooled, "gluon")
+    exact, exact_lse = run([x.double() for x in leaves], layout, pooled, "reference")
+    assert_close(out.double(), exact, dtype=dtype, what="out")
+    assert_close(lse.double(), exact_lse, dtype=torch.float32, what="lse")
+    other, other_lse = run(leaves, layout, pooled, "triton")
+    assert_close(out, other, dtype=dtype, what="out beside Triton's")
+    assert_close(lse, other_lse, dtype=torch.float32, what="lse beside Triton's")
+    assert out.stride() == leaves[0].stride()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("batch", "heads", "rows"), [(1, 1, 1), (1, 3, 50), (2, 4, 300)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_schedule(batch, heads, rows, shared):
+    """Every row once, with its count; much longer ones first; those of about one length in their order."""
+    num = torch.randint(0, 200, (1, 1, rows) if shared else (batch, heads, rows), dtype=torch.int32)
+    table = gluon.schedule(num, batch, heads)
+    order, count = table[:-1, 0].long(), table[:-1, 1]
+    assert torch.equal(order.sort().values, torch.arange(batch * heads * rows))
+    assert torch.equal(count, num.expand(batch, heads, rows).flatten()[order])
+    assert (count[1:] <= (count[:-1] + 1) * 1.2).all()
+    assert table[-1, 0] == 0
+    even = gluon.schedule(torch.full_like(num, 7), batch, heads)
+    assert torch.equal(even[:-1, 0].long(), torch.arange(batch * heads * rows))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("keys", [64, 128])
+def test_padded_bias(keys):
+    pooled = torch.empty(2, 3, 130, 8)
+    bias = torch.randn(3, 130).expand(2, 3, 130)
+    got = gluon._pad_bias(bias, pooled, keys)
+    assert got.shape[-1] % keys == 0
+    assert got.shape[-1] - 130 < keys
+    assert_close(got[..., :130], bias / torch.tensor(2.0).log())
+    assert (got[..., 130:] == -torch.inf).all()
+    assert (gluon._pad_bias(None, pooled, keys)[..., :130] == 0).all()
+
+
+def test_says_why_it_cannot():
+    q = torch.randn(1, 2, 128, 64, dtype=torch.bfloat16)
+    layout = BlockLayout.dense(128, 128)
+    with pytest.raises(ValueError, match="'gluon' cannot run this call: it needs a CUDA device"):
+        block_sparse_attention(q, q, q, layout, backend="gluon")
+    with pytest.raises(ValueError, match=r"it takes torch\.bfloat16, torch\.float16; got torch\.float32"):
+        block_sparse_attention(q.float(), q.float(), q.float(), layout, backend="gluon")
+    with pytest.raises(ValueError, match=r"block_k in \(64, 128\); got 32"):
+        block_sparse_attention(q, q, q, BlockLayout.dense(128, 128, block_k=32), backend="gluon")
+
+
+# First of the GPU tests: what hangs, hangs in a process that can be ended.
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(200)
+def test_smoke_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, str(SMOKE), "smoke", "--brief"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dtype", SUPPORTED.dtypes, ids=str)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case, dim, dtype):
+    compare(replace(case, dim=dim), dtype)
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize(("block_q", "block_k"), SIZES)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pooled", [0, 150])
+def test_block_sizes(dim, block_q, block_k, padded, pooled):
+    for keys in (833, 700, 512):  # an odd and an even number of blocks of 64; a half of one of 128; whole blocks
+        compare(
+            Case(keys=keys, dim=dim, block_q=block_q, block_k=block_k, padded=padded, pooled=pooled, bias=True),
+            torch.bfloat16,
+        )
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+def test_views_the_copy_engine_cannot_address(dim):
+    """Unaligned bases, odd strides and repeated axes are copied first."""
+    layout = BlockLayout.dense(200, 200, device="cuda")
+    wide = torch.randn(1, 2, 200, dim + 3, device="cuda", dtype=torch.bfloat16)
+    shifted = torch.randn(2 * 200 * dim + 1, device="cuda", dtype=torch.bfloat16)[1:].view(1, 2, 200, dim)
+    repeated = torch.randn(1, 1, 200, dim, device="cuda", dtype=torch.bfloat16).expand(1, 2, 200, dim)
+    got = block_sparse_attention(wide[..., :dim], shifted, repeated, layout, backend="gluon")
+    assert_close(got, block_sparse_attention(wide[..., :dim], shifted, repeated, layout, backend="reference"))
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("claim", [False, True])
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+def test_many_rows_of_many_lengths(dim, claim):
+    """Many rows a program, with lists from empty to whole: the two ways to hand them out agree bit for bit."""
+    tokens, heads = 5000, 16
+    q, k, v = torch.randn(3, 1, heads, tokens, dim, device="cuda", dtype=torch.bfloat16)
+    mask = torch.rand(1, heads, 40, 40, device="cuda") < torch.rand(1, heads, 40, 1, device="cuda") ** 2
+    layout = BlockLayout.from_mask(mask, tokens, tokens)
+    config = replace(gluon.config_for(dim, 128), claim=claim)
+    lists = (layout.kv_num, layout.kv_idx)
+    out, lse = gluon.attention_forward(q, k, v, *lists, None, None, None, None, 128, 128, dim**-0.5, config)
+    want, want_lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton")
+    assert_close(out, want)
+    assert_close(lse, want_lse)
+    other, other_lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="gluon")
+    assert torch.equal(out, other)
+    assert torch.equal(lse, other_lse)
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+def test_gradients(dim):
+    """They come from the Triton kernels, fed with this forward's output and log-sum-exp."""
+    leaves, layout, pooled = build(Case(heads=4, dim=dim, pooled=60, bias=True))
+
+    def evaluate(leaves, backend):
+        out, lse = run(leaves, layout, pooled, backend)
+        scalar = (out.float() * dout).sum() + (lse.masked_fill(lse == -torch.inf, 0) * dlse).sum()
+        return torch.autograd.grad(scalar, leaves)
+
+    dout, dlse = torch.randn_like(leaves[0], dtype=torch.float32), torch.randn(leaves[0].shape[:3], device="cuda")
+    exact = evaluate([x.detach().double().requires_grad_() for x in leaves], "reference")
+    for got, want in zip(evaluate(leaves, "gluon"), exact, strict=True):
+        # Sums over hundreds of half-precision products: the error follows the size of the whole.
+        size = max(1.0, want.abs().max().item())
+        assert_close(got.double() / size, want / size, dtype=torch.bfloat16)
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+def test_runs_are_identical(dim):
+    leaves, layout, pooled = build(Case(heads=6, kv_heads=3, queries=3000, keys=3000, dim=dim, pooled=100, bias=True))
+    first = run(leaves, layout, pooled, "gluon")
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(leaves, layout, pooled, "gluon"), strict=True))
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(120)
+def test_no_wait_graph_and_compile():
+    leaves, layout, pooled = build(Case(queries=512, keys=512, pooled=16, bias=True))
+    q, k, v, *rest = (x.detach() for x in leaves)
+    pooled = PooledKV(*rest)
+    expected = block_sparse_attention(q, k, v, layout, pooled=pooled, backend="gluon")  # compiles the kernel
+    assert torch.equal(block_sparse_attention(q, k, v, layout, pooled=pooled), expected)  # what auto takes here
+    with no_host_sync():
+        block_sparse_attention(q, k, v, layout, pooled=pooled, backend="gluon")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = block_sparse_attention(q, k, v, layout, pooled=pooled, backend="gluon")
+    for _ in range(2):  # the second replay finds the counter where the first left it
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+    compiled = torch.compile(lambda q, k, v: block_sparse_attention(q, k, v, layout, pooled=pooled) * 2, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), expected * 2)
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+def test_registration():
+    leaves, layout, _ = build(Case(pooled=8, bias=True))
+    q, k, v, pooled_k, pooled_v, bias = leaves
+    bias = bias.expand(pooled_k.shape[:3]).detach().requires_grad_()
+    lists = (layout.kv_num, layout.kv_idx, None)
+    torch.library.opcheck(_attention_op, (q, k, v, *lists, pooled_k, pooled_v, bias, 128, 128, 0.2, "gluon"))
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm, min_gb=60)
+@pytest.mark.timeout(120)
+def test_offsets_beyond_32_bits():
+    """The last head of a tensor of 3.1e9 elements: 75,600 tokens of 40 heads, eight of them in a batch, strided."""
+    tokens, heads, dim = 75_600, 40, 128
+    q = torch.empty(8, tokens, heads, dim, device="cuda", dtype=torch.bfloat16).normal_().transpose(1, 2)
+    assert q.numel() > 2**31
+    mask = torch.zeros(1, 1, 591, 591, dtype=torch.bool, device="cuda")
+    mask[..., :, 588:] = True
+    layout = BlockLayout.from_mask(mask, tokens, tokens, width=3)
+    out = block_sparse_attention(q, q, q, layout, backend="gluon")
+    keys = q[-1:, -1:, 588 * 128 :].float()
+    want = torch.nn.functional.scaled_dot_product_attention(q[-1:, -1:, -500:].float(), keys, keys)
+    assert_close(out[-1:, -1:, -500:], want, dtype=torch.bfloat16)

@@ -1,0 +1,130 @@
+"""Every kernel once on small odd shapes, for compute-sanitizer to watch.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tools/gpu_sanitize.py
+
+and the same with ``racecheck`` and ``synccheck``. Without PyTorch's caching allocator every tensor is an allocation of
+its own, so that a read past its end is seen. Values are compared with the reference as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import sys
+
+import torch
+from hone_kernels.attention import (
+    FP8_SUPPORT,
+    SUPPORT,
+    BlockLayout,
+    PooledKV,
+    block_sparse_attention,
+    fp8_block_sparse_attention,
+    quantize_qkv,
+)
+from hone_kernels.block_scores import KINDS, block_scores
+from hone_kernels.block_select import select_blocks
+
+
+def close(what: str, got: torch.Tensor, want: torch.Tensor, limit: float) -> None:
+    seen = want != -math.inf
+    if not torch.equal(got.double() == -math.inf, ~seen):
+        sys.exit(f"{what}: another set of empty rows")
+    error = ((got.double() - want)[seen].norm() / want[seen].norm().clamp(min=1e-30)).item()
+    if not error < limit:
+        sys.exit(f"{what}: relative error {error:.2e} is not under {limit}")
+
+
+def attention(backend: str) -> None:
+    """Ragged ends, an empty row, padded blocks, grouped heads, pooled keys; forward and backward.
+
+    Inputs and reference stay on the CPU: racecheck follows every access to shared memory, in torch's kernels too.
+    """
+    dims = [d for d in SUPPORT[backend].head_dims if d in (64, 128)]
+    for dim, block, padded, pooled in itertools.product(dims, (64, 128), (False, True), (False, True)):
+        q, dout = (torch.randn(2, 4, 301, dim).bfloat16() for _ in range(2))
+        k, v = (torch.randn(2, 2, 277, dim).bfloat16() for _ in range(2))
+        cols = -(-277 // block)
+        mask = torch.rand(2, 4, -(-301 // block), cols) < 0.6
+        mask[:, :, 1] = False
+        valid = torch.randint(1, block + 1, (2, cols), dtype=torch.int32) if padded else None
+        extra = [torch.randn(2, 2, 37, dim).bfloat16() for _ in range(2)] if pooled else []
+        bias = [torch.randn(2, 2, 37)] if pooled else []
+        results = []
+        for name, device, dtype in ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64)):
+            layout = BlockLayout.from_mask(mask, 301, 277, block_q=block, block_k=block, k_valid=valid)
+            tensors = {n: getattr(layout, n) for n in ("kv_num", "kv_idx", "k_valid")}
+            layout = dataclasses.replace(layout, **{n: x if x is None else x.to(device) for n, x in tensors.items()})
+            leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v, *extra)]
+            leaves += [x.to(device).requires_grad_() for x in bias]
+            out, lse = block_sparse_attention(
+                *leaves[:3], layout, pooled=PooledKV(*leaves[3:]) if pooled else None, return_lse=True, backend=name
+            )
+            grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+            results.append([x.detach().double().cpu() for x in (out, lse, *grads)])
+        what = f"attention {backend} d{dim} block {block} padded {padded} pooled {pooled}"
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            close(f"{what} [{i}]", got, want, 2e-2)
+
+
+def attention_fp8(backend: str) -> None:
+    """The prologue with and without all it can do, and the forward, on ragged ends and padded blocks."""
+    for dim, block, everything in itertools.product((64, 128), (64, 128), (False, True)):
+        q = torch.randn(2, 301, 4, dim).bfloat16().transpose(1, 2)
+        k, v = (torch.randn(2, 301, 2, dim).bfloat16().transpose(1, 2) for _ in range(2))
+        angle = torch.rand(301, dim // 2)
+        blocks = -(-301 // block)
+        mask = torch.rand(2, 4, blocks, blocks) < 0.6
+        mask[:, :, 1] = False
+        results = []
+        for name, device in ((backend, "cuda"), ("reference", "cpu")):
+            options = {}
+            if everything:
+                tables = (angle.cos().to(device), angle.sin().to(device))
+                valid = (torch.arange(2 * blocks, dtype=torch.int32).view(2, blocks) * 29 % block + 1).to(device)
+                order = torch.arange(300, -1, -1, device=device)
+                options = dict(rope=tables, order=order, smooth_k=True, k_valid=valid, group=2)
+            x = quantize_qkv(*(y.to(device) for y in (q, k, v)), block=block, backend=name, **options)
+            sizes = dict(block_q=block, block_k=block, k_valid=options.get("k_valid"))
+            layout = BlockLayout.from_mask(mask.to(device), 301, 301, **sizes)
+            out, lse = fp8_block_sparse_attention(x, layout, return_lse=True, backend=name)
+            results.append([y.double().cpu() for y in (*x.dequantize(), out, lse)])
+        what = f"attention_fp8 {backend} d{dim} block {block} everything {everything}"
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            # P is rounded against another maximum where tiles differ.
+            close(f"{what} [{i}]", got, want, 6e-2 if i == 3 else 1e-2)
+
+
+def scores_and_selection() -> None:
+    q = torch.randn(2, 4, 301, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(2, 2, 301, 64, device="cuda", dtype=torch.bfloat16)
+    index = torch.arange(0, 320, 8, device="cuda", dtype=torch.int32).clamp(max=300).reshape(1, 1, 5, 8)
+    for kind in KINDS:
+        got = block_scores(q, k, index, index, kind=kind, backend="triton")
+        want = block_scores(q.double(), k.double(), index, index, kind=kind, backend="reference")
+        close(f"block_scores {kind}", got, want.double(), 1e-3)
+        for mass in (None, 0.9):
+            select_blocks(got, backend="triton", min_keep=1, max_keep=4, mass=mass, keep_diagonal=True, forced=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    backends = [name for name, support in SUPPORT.items() if support.min_sm is not None]
+    parser.add_argument("--backends", nargs="+", default=backends, choices=backends)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for backend in args.backends:
+        attention(backend)
+        print(f"attention {backend}: values right", flush=True)
+        if backend in FP8_SUPPORT:
+            attention_fp8(backend)
+            print(f"attention_fp8 {backend}: values right", flush=True)
+    scores_and_selection()
+    torch.cuda.synchronize()
+    print("block_scores, block_select: values right", flush=True)
+
+
+if __name__ == "__main__":
+    main()
