@@ -433,6 +433,7 @@ def plot(*, run: Path | None = None, save: Path | None = None, title: str = "") 
 
 def train_host(
     *,
+    size: Literal["full", "small"] | None = None,
     minutes: float | None = None,
     steps: int | None = None,
     batch: int | None = None,
@@ -444,9 +445,10 @@ def train_host(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Any:
-    """Train the tiny host on generated clips (minutes on a GPU); stops early when every kind is learned.
+    """Train the tiny host on generated clips; stops early when every kind is learned.
 
     Args:
+        size: full (minutes on a GPU) or small (smaller clips, ten minutes on two CPU cores) (full).
         minutes: Budget of the training itself (4.5).
         steps: Number of optimiser steps, instead of a time budget.
         batch: Clips per step, six questions on each (256).
@@ -461,10 +463,18 @@ def train_host(
     import shlex
     import sys
 
-    from .train import TrainConfig, TrainReport
+    from .train import SIZES, TrainConfig, TrainReport
     from .train import train_host as train
 
-    cfg = _change(_load(TrainConfig, config), minutes=minutes, steps=steps, batch=batch, seed=seed)
+    if size is not None and config is not None:
+        raise ValueError("--config holds the size already; give one of --size and --config")
+    cfg = _change(
+        _load(TrainConfig, config) if size is None else SIZES[size],
+        minutes=minutes,
+        steps=steps,
+        batch=batch,
+        seed=seed,
+    )
     cfg = _change(cfg, compile=compile or None)
     if dry_run:
         return _plan(cfg, out)

@@ -24,7 +24,7 @@ from hone_core.io import atomic_path, atomic_write_json
 from hone_lm.choices import choice_inputs, choice_prompt
 from torch import Tensor, nn
 
-from .data import COLORS, CORNERS, DIRECTIONS, KINDS, SHAPES, Scenes, draw_scenes, generated_items, render
+from .data import COLORS, CORNERS, DIRECTIONS, KINDS, SHAPES, ClipConfig, Scenes, draw_scenes, generated_items, render
 from .host import WORDS, Host, HostConfig, build_host, load_host, pixel_values, save_host
 
 __all__ = ["GATES", "TrainConfig", "TrainReport", "Turns", "train_host"]
@@ -85,6 +85,19 @@ class TrainConfig:
             )
         if self.aux_layer is not None and not 0 <= self.aux_layer < self.host.layers:
             raise ValueError(f"aux_layer must be one of 0 .. {self.host.layers - 1}; got {self.aux_layer}")
+
+
+SIZES: dict[str, TrainConfig] = {
+    "full": TrainConfig(),
+    "small": TrainConfig(
+        host=HostConfig(clip=ClipConfig(frames=6, grid=4, cell=4), width=64, intermediate=128, vision_width=32),
+        minutes=9.5,
+        batch=48,
+        warmup_steps=50,
+        eval_clips=256,
+    ),
+}
+"""``full`` wants a GPU. ``small``, on smaller clips, learns all four kinds in ten minutes on two CPU cores."""
 
 
 @dataclass(frozen=True)
