@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import imageio_ffmpeg
 import pytest
 import torch
-from hone_blade.demo import PROMPTS, DemoConfig, DemoReport, demo
+from hone_blade.demo import PROMPTS, DemoConfig, DemoReport, _reached, demo
 from hone_blade.evaluate import VARIANTS, Comparison
 from hone_blade.host import Host, HostConfig, load_host
 from hone_core.runs import Run, load_results
@@ -46,6 +48,20 @@ def test_demo_leaves_a_video_a_sheet_and_rows(tmp_path):
     with start(cfg, tmp_path / "run") as again:
         assert again.done
         assert DemoReport.of(again) == report
+
+
+@pytest.mark.parametrize(
+    ("densities", "text"),
+    [
+        ((0.25, 0.25), "25% of the query-key pairs"),
+        ((0.1875, 0.1875), "18.8% of the query-key pairs (25% asked for)"),
+        ((0.25, 0.2217), "22.2% to 25% of the query-key pairs (25% asked for)"),
+    ],
+)
+def test_the_title_says_what_was_computed(densities, text):
+    outcomes = {"dense": SimpleNamespace(density=1.0)}
+    outcomes |= {name: SimpleNamespace(density=x) for name, x in zip(("asa", "asa_g"), densities, strict=True)}
+    assert _reached(outcomes, 0.25) == text
 
 
 def test_a_bad_prompt_stops_before_any_work(tmp_path):
