@@ -6,6 +6,7 @@ import torch
 from hone_blade.demo import PROMPTS, DemoConfig, DemoReport, _reached, demo
 from hone_blade.evaluate import VARIANTS, Comparison
 from hone_blade.host import Host, HostConfig, load_host
+from hone_blade.models import attach
 from hone_core.runs import Run, load_results
 from matplotlib.image import imread
 
@@ -73,6 +74,50 @@ def test_a_bad_prompt_stops_before_any_work(tmp_path):
     assert load_results(tmp_path / "run")["status"] == "failed"
     with pytest.raises(ValueError, match="at least one prompt"):
         DemoConfig(prompts=())
+
+
+GOLDEN = [
+    0.1631,
+    0.2597,
+    0.1518,
+    0.1863,
+    0.2003,
+    0.19,
+    0.1892,
+    0.1793,
+    0.1357,
+    0.1605,
+    0.1513,
+    0.1451,
+    0.1368,
+    0.1518,
+    0.1552,
+    0.1466,
+    0.1654,
+    0.1724,
+    0.1611,
+    0.163,
+    0.1665,
+    0.1688,
+    0.1621,
+    0.1633,
+]
+
+
+def test_the_packaged_host_draws_the_same_clip_as_ever():
+    """One prompt in two steps with the packaged weights, dense: means over 2 x 2 x 2 parts of the clip, per channel."""
+    host = load_host()
+    clip = host.sample(host.encode_prompt(PROMPTS[0]), host.noise(1, 0), steps=2)
+    assert clip.isfinite().all()
+    means = torch.nn.functional.adaptive_avg_pool3d(clip, 2)
+    torch.testing.assert_close(means, torch.tensor(GOLDEN).view(1, 3, 2, 2, 2), atol=2e-3, rtol=0)
+    with attach(host.transformer, "tiny") as handle, handle.record() as stats:
+        sparse = host.sample(host.encode_prompt(PROMPTS[0]), host.noise(1, 0), steps=2)
+    assert sparse.isfinite().all()
+    assert len(stats) == 2 * host.config.layers
+    assert max(row.stats.density.max() for row in stats) < 0.25
+    # another clip, but of the same picture
+    assert 1e-3 < (sparse - clip).square().mean().sqrt() < 0.2
 
 
 @pytest.mark.slow
