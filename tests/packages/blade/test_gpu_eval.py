@@ -67,9 +67,5 @@ def test_a_setting_is_kept_when_a_later_one_is_cut_off(script, tmp_path, monkeyp
 
 
 def test_it_needs_no_tyro():
-    code = (
-        "import runpy, sys\n"
-        "sys.modules['tyro'] = None\n"
-        f"runpy.run_path({os.fspath(SCRIPT)!r}, run_name='gpu_eval')"
-    )
+    code = f"import runpy, sys\nsys.modules['tyro'] = None\nrunpy.run_path({os.fspath(SCRIPT)!r}, run_name='gpu_eval')"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)

@@ -1,6 +1,6 @@
 """The demo: the same prompts and noise dense, with BLADE's attention, and with static masks of equal density.
 
-Runs on the packaged tiny host in about a minute on a two-core CPU and downloads nothing.
+Runs on the packaged tiny host in about a minute on an idle two-core CPU and downloads nothing.
 """
 
 from __future__ import annotations
