@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -222,3 +223,15 @@ def test_folders_of_default_settings_say_so(tmp_path, monkeypatch):
     assert (_named(TrainConfig(seed=1)), _named(TrainConfig(steps=1))) == ("default", None)
     assert _start("demo", seeded, None, 3, _named(seeded)).path.name.endswith("-default-3")
     assert _start("demo", denser, None, 0, _named(denser)).path.name.endswith("-custom-0")
+
+
+@pytest.mark.parametrize(("given", "held"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_do_not_spin_unless_asked(given, held, monkeypatch):
+    from hone_blade import cli
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(cli, "run_cli", lambda *_: None)
+    cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == held
