@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--compile-blocks", action="store_true", help="also time a forward with compiled blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--allow-dirty", action="store_true", help="write results of uncommitted changes, which say so")
     parser.add_argument("--out", type=Path, required=True, help="folder for bench_<model>_<part>.json")
     args = parser.parse_args()
     for model, part in itertools.product(args.models, args.parts):
@@ -47,7 +48,7 @@ def main() -> None:
                 package="hone-blade", verb="bench", config=cfg, out=path, preset=args.preset, seed=cfg.seed
             ) as run:
                 report = bench(cfg, run, device=args.device)
-            export_results(path, args.out / f"bench_{model}_{part}.json")
+            export_results(path, args.out / f"bench_{model}_{part}.json", allow_dirty=args.allow_dirty)
         print(f"{model} {part}, {time.perf_counter() - start:.0f} s\n{report}", flush=True)
 
 

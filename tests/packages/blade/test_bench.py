@@ -2,12 +2,14 @@ import json
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hone_blade import bench as bench_module
 from hone_blade.bench import WORKLOADS, BenchConfig, bench
+from hone_blade.config import PRESETS, Preset
 from hone_blade.models import FULL_SIZE, attach
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
@@ -83,6 +85,7 @@ def test_shortened_loops_say_so_and_are_scaled(tmp_path, monkeypatch):
         return 0.5 * run_steps * (2 if guided else 1), None
 
     monkeypatch.setattr(bench_module._Bench, "video", video)
+    monkeypatch.setattr(bench_module, "_check_sparse", lambda name, density: None)  # nothing is drawn
     _, rows = measure(tmp_path / "run", model="tiny-wan", parts=("e2e",), max_steps=3, steps=12, few_steps=3, repeats=1)
     assert [(row["variant"], row["value"], row["labels"].get("measured_steps")) for row in rows] == [
         ("dense", 12.0, 3),
@@ -162,9 +165,71 @@ def test_compiled_blocks(tmp_path, monkeypatch):
     }
 
 
+def free(monkeypatch, **changes):
+    """A preset that leaves the first step, a layer and short sequences dense, and pools nothing."""
+    config = replace(PRESETS["tiny"].config, dense_steps=1, dense_layers=(0,), min_tokens=10_000, pool=0)
+    preset = Preset(config=replace(config, **changes), model="test", provenance="test")
+    monkeypatch.setitem(PRESETS, "free", preset)
+
+
+def test_what_a_preset_leaves_dense_is_not_timed_as_sparse(tmp_path, monkeypatch):
+    seen = []
+    real = bench_module.adaptive_sparse_attention
+
+    def spy(q, k, v, *, cfg, **options):
+        seen.append(cfg)
+        return real(q, k, v, cfg=cfg, **options)
+
+    monkeypatch.setattr(bench_module, "adaptive_sparse_attention", spy)
+    monkeypatch.setattr("hone_blade.models.adaptive_sparse_attention", spy)
+    free(monkeypatch)
+    _, rows = measure(tmp_path / "run", model="tiny-wan", preset="free", parts=("attention", "forward"))
+    assert seen
+    assert {(cfg.dense_steps, cfg.dense_layers, cfg.min_tokens) for cfg in seen} == {(0, (), 0)}
+    assert {cfg.pool for cfg in seen} == {0, 16}  # that of the tiny models' own preset
+    left_out = {"dense_layers, dense_steps, min_tokens"}
+    for row in rows:
+        whole = row["variant"] in ("dense", "permutation")
+        assert {row["labels"].get("preset_without")} == ({None} if whole else left_out), row
+    density = {row["variant"]: row["value"] for row in rows if row["metric"] == "density"}
+    assert density.keys() == {"asa", "asa_g"}
+    assert max(density.values()) < 1
+
+
+def test_dense_steps_in_whole_videos(tmp_path, monkeypatch):
+    free(monkeypatch, min_tokens=0)
+    _, rows = measure(tmp_path / "run", model="tiny-wan", preset="free", parts=("e2e",), few_steps=3, repeats=1)
+    found = {(row["variant"], row["labels"]["steps"]): row["labels"].get("sparse_steps") for row in rows}
+    assert found == {("dense", 4): None, ("dense", 3): None, ("asa", 3): 2, ("asa_g", 3): 2}
+    with pytest.raises(ValueError, match=r"few_steps must be above the 1 first steps that preset free.*1"):
+        BenchConfig(model="tiny-wan", preset="free", few_steps=1)
+    with pytest.raises(ValueError, match=r"max_steps must be at least few_steps = 8 with preset free.* got 4"):
+        BenchConfig(model="tiny-wan", preset="free", max_steps=4)
+    BenchConfig(model="tiny-wan", preset="free", few_steps=1, parts=("attention",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"), [({"max_density": 1.0, "min_density": 1.0}, "attention"), ({"min_tokens": 10_000}, "e2e")]
+)
+def test_a_sparse_variant_that_is_dense_is_not_timed(changes, part, tmp_path, monkeypatch):
+    free(monkeypatch, **changes)
+    with pytest.raises(ValueError, match="asa must compute a part of the query-key pairs; its density is 1"):
+        measure(tmp_path / "run", model="tiny-wan", preset="free", parts=(part,))
+    assert not {row["variant"] for row in load_results(tmp_path / "run")["rows"]} & {"asa", "asa_g"}
+
+
+def test_pooling_of_a_preset_without_it_is_the_models_own():
+    pools = {
+        model: BenchConfig(model=model, preset="wan2.1-1.3b-free", few_steps=20).variants["asa_g"].pool
+        for model in ("wan2.1-1.3b", "cogvideox-5b")
+    }
+    assert pools == {"wan2.1-1.3b": 30, "cogvideox-5b": 15}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"preset": "wan2.1-1.3b-free"}, "few_steps must be above the 12 first steps .* got 8. Take more steps"),
         ({"model": "flux"}, r"model must be one of wan2\.1-1\.3b"),
         ({"preset": "none"}, "no preset 'none'"),
         ({"parts": ()}, "parts must name some of attention, forward, e2e"),
@@ -186,10 +251,10 @@ def test_published_sizes_are_not_run_on_a_cpu(tmp_path):
 
 def test_gpu_script_writes_a_results_file(tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[3] / "tools" / "gpu_blade.py"
-    arguments = ["--models", "tiny-wan", "--parts", "attention", "--rounds", "1", "--device", "cpu"]
+    arguments = ["--models", "tiny-wan", "--parts", "attention", "--rounds", "1", "--device", "cpu", "--allow-dirty"]
     monkeypatch.setattr(sys, "argv", [os.fspath(script), *arguments, "--out", os.fspath(tmp_path)])
     runpy.run_path(os.fspath(script), run_name="__main__")
-    data = json.loads((tmp_path / "bench_tiny-wan.json").read_text())
+    data = json.loads((tmp_path / "bench_tiny-wan_attention.json").read_text())
     assert data["status"] == "done"
     assert data["config"]["model"] == "tiny-wan"
     assert "environment" in data

@@ -1,4 +1,8 @@
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 from hone_blade.cli import PACKAGE, VERBS
@@ -155,6 +159,14 @@ def test_train_host_flags_reach_the_settings(capsys):
         (["inspect", "--preset", "none"], 1, "no preset 'none'"),
         (["bench", "--model", "sora"], 1, "model must be one of wan2.1-1.3b"),
         (["inspect", "--lora", "x"], 1, "lora is for a pipeline"),
+        (["inspect", "--steps", "0"], 1, "steps must be at least 1; got 0"),
+        (["inspect", "--preset", "wan2.1-1.3b-free"], 1, "above the 12 first steps that preset wan2.1-1.3b-free"),
+        (["demo", "--steps", "0"], 1, "steps must be at least 1; got 0"),
+        (["demo", "--density", "0.08"], 1, "ASA_G cannot keep to density 0.08 on 1024 tokens"),
+        (["eval", "--dense-steps", "8", "--steps", "8"], 1, "dense_steps must lie in [0, steps = 8)"),
+        (["bench", "--preset", "wan2.1-1.3b-free"], 1, "few_steps must be above the 12 first steps"),
+        (["generate", "--model", "a/b"], 1, "no prompt; pass --prompt TEXT"),
+        (["generate", "--model", "a/b", "--prompt-file", "none.txt"], 1, "none.txt does not exist"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(capsys, tmp_path, monkeypatch, argv, code, message):
@@ -163,3 +175,63 @@ def test_bad_input_is_one_line_on_stderr(capsys, tmp_path, monkeypatch, argv, co
     assert got == code
     assert out == ""
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "a fox"], "no model"),
+        (["--model", "a/b"], "no prompt"),
+        (["--model", "a/b", "--prompt-file", "none.txt"], "none.txt does not exist"),
+        (["--model", "a/b", "--prompt", "a fox", "--preset", "none"], "no preset 'none'"),
+    ],
+)
+def test_cheap_checks_of_generate_come_before_torch(argv, message):
+    code = (
+        "import sys, hone_blade.cli as cli\n"
+        "try: cli.run_cli(cli.PACKAGE, cli.VERBS, '', ['generate', *sys.argv[1:]])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, *argv], capture_output=True, text=True, check=False)
+    assert message in done.stderr
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_one_default_and_no_none(capsys, verb):
+    code, out, _ = call(capsys, verb, "--help")
+    assert code == 0
+    text = re.sub(r"[\s│]+", " ", out)
+    assert "None" not in text
+    # "(0.25). (default: ...)" would read as two
+    assert not re.search(r"\)\. \(default", text)
+    if verb == "demo":
+        assert "--prompt STR [STR ...] What to draw" in text
+        assert "computes (default: 0.25). --steps INT" in text
+
+
+def test_folders_of_default_settings_say_so(tmp_path, monkeypatch):
+    from hone_blade.cli import _change, _named, _start
+    from hone_blade.demo import DemoConfig
+    from hone_blade.train import TrainConfig
+
+    monkeypatch.chdir(tmp_path)
+    plain = DemoConfig()
+    seeded = _change(plain, comparison=_change(plain.comparison, seed=3))
+    denser = _change(plain, comparison=_change(plain.comparison, density=0.5))
+    assert [_named(cfg) for cfg in (plain, seeded, denser)] == ["default", "default", None]
+    assert (_named(TrainConfig(seed=1)), _named(TrainConfig(steps=1))) == ("default", None)
+    assert _start("demo", seeded, None, 3, _named(seeded)).path.name.endswith("-default-3")
+    assert _start("demo", denser, None, 0, _named(denser)).path.name.endswith("-custom-0")
+
+
+@pytest.mark.parametrize(("given", "held"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_do_not_spin_unless_asked(given, held, monkeypatch):
+    from hone_blade import cli
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(cli, "run_cli", lambda *_: None)
+    cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == held

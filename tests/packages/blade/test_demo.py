@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import imageio_ffmpeg
 import pytest
 import torch
-from hone_blade.demo import PROMPTS, DemoConfig, DemoReport, demo
+from hone_blade.demo import PROMPTS, DemoConfig, DemoReport, _reached, demo
 from hone_blade.evaluate import VARIANTS, Comparison
 from hone_blade.host import Host, HostConfig, load_host
+from hone_blade.models import attach
 from hone_core.runs import Run, load_results
 from matplotlib.image import imread
 
@@ -48,6 +51,20 @@ def test_demo_leaves_a_video_a_sheet_and_rows(tmp_path):
         assert DemoReport.of(again) == report
 
 
+@pytest.mark.parametrize(
+    ("densities", "text"),
+    [
+        ((0.25, 0.25), "25% of the query-key pairs"),
+        ((0.1875, 0.1875), "18.8% of the query-key pairs (25% asked for)"),
+        ((0.25, 0.2217), "22.2% to 25% of the query-key pairs (25% asked for)"),
+    ],
+)
+def test_the_title_says_what_was_computed(densities, text):
+    outcomes = {"dense": SimpleNamespace(density=1.0)}
+    outcomes |= {name: SimpleNamespace(density=x) for name, x in zip(("asa", "asa_g"), densities, strict=True)}
+    assert _reached(outcomes, 0.25) == text
+
+
 def test_a_bad_prompt_stops_before_any_work(tmp_path):
     cfg = DemoConfig(prompts=("a red cat",), comparison=SMALL)
     host = Host.untrained(TINY)
@@ -57,6 +74,50 @@ def test_a_bad_prompt_stops_before_any_work(tmp_path):
     assert load_results(tmp_path / "run")["status"] == "failed"
     with pytest.raises(ValueError, match="at least one prompt"):
         DemoConfig(prompts=())
+
+
+GOLDEN = [
+    0.1631,
+    0.2597,
+    0.1518,
+    0.1863,
+    0.2003,
+    0.19,
+    0.1892,
+    0.1793,
+    0.1357,
+    0.1605,
+    0.1513,
+    0.1451,
+    0.1368,
+    0.1518,
+    0.1552,
+    0.1466,
+    0.1654,
+    0.1724,
+    0.1611,
+    0.163,
+    0.1665,
+    0.1688,
+    0.1621,
+    0.1633,
+]
+
+
+def test_the_packaged_host_draws_the_same_clip_as_ever():
+    """One prompt in two steps with the packaged weights, dense: means over 2 x 2 x 2 parts of the clip, per channel."""
+    host = load_host()
+    clip = host.sample(host.encode_prompt(PROMPTS[0]), host.noise(1, 0), steps=2)
+    assert clip.isfinite().all()
+    means = torch.nn.functional.adaptive_avg_pool3d(clip, 2)
+    torch.testing.assert_close(means, torch.tensor(GOLDEN).view(1, 3, 2, 2, 2), atol=2e-3, rtol=0)
+    with attach(host.transformer, "tiny") as handle, handle.record() as stats:
+        sparse = host.sample(host.encode_prompt(PROMPTS[0]), host.noise(1, 0), steps=2)
+    assert sparse.isfinite().all()
+    assert len(stats) == 2 * host.config.layers
+    assert max(row.stats.density.max() for row in stats) < 0.25
+    # another clip, but of the same picture
+    assert 1e-3 < (sparse - clip).square().mean().sqrt() < 0.2
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hone_blade.evaluate import (
     Comparison,
     EvalConfig,
     EvalReport,
+    _Sampler,
     attention_gflop,
     bootstrap,
     compare,
@@ -16,6 +18,7 @@ from hone_blade.evaluate import (
     grade,
     psnr,
     ssim,
+    write_rows,
 )
 from hone_blade.host import Host, HostConfig
 from hone_core.runs import Run, load_results
@@ -151,21 +154,97 @@ def test_full_density_is_dense(host):
 
 
 def test_dense_steps_count(host):
-    all_dense = Comparison(block=16, density=0.5, pool=4, samples=4, dense_steps=3)
     some = Comparison(block=16, density=0.5, pool=4, samples=4, dense_steps=1)
     labels = random_labels(1)
-    outcome = compare(host, labels, all_dense, quiet=True)["asa"]
-    assert outcome.density == 1.0
-    assert outcome.psnr.item() == 100.0
     outcome = compare(host, labels, some, stats_every=2, quiet=True)["asa"]
     assert outcome.density == pytest.approx(1 / 3 + 2 / 3 * 0.5)
+    # one sparse step: it is measured, so that there is none to time
+    outcome = compare(host, labels, replace(some, dense_steps=2), quiet=True)["asa"]
+    assert outcome.density == pytest.approx(2 / 3 + 1 / 3 * 0.5)
+    assert outcome.recall < 1
+    assert outcome.seconds is None
+
+
+def test_one_step_is_measured_and_not_timed(host, tmp_path):
+    outcomes = compare(host, random_labels(2), replace(SPARSE, steps=1), quiet=True)
+    for name in ("asa", "asa_g", "window", "random"):
+        assert outcomes[name].density == pytest.approx(0.5), name
+        assert 0 < outcomes[name].recall < 1, name
+        assert outcomes[name].seconds is None, name
+    assert (outcomes["dense"].density, outcomes["dense"].recall) == (1.0, 1.0)
+    assert outcomes["dense"].seconds > 0
+    with Run.start(package="hone-blade", verb="eval", out=tmp_path / "run") as run:
+        write_rows(run, outcomes)
+    assert {row.variant for row in run.rows if row.metric == "seconds"} == {"dense"}
+    assert "-  " in next(line for line in str(EvalReport.of(run)).splitlines() if "(ASA)" in line)
+
+
+def test_time_of_measured_steps_is_that_of_other_sparse_ones(host):
+    sampler = _Sampler(host, None, 3, 2, lambda: None)
+    sampler.steps, sampler.sparse_from, sampler.measured, sampler.batches = 4, 1, {1}, 2
+    sampler.evaluations = [1, 2, 1, 1]
+    sampler.timings = {False: [(1.0, 1)] * 2, True: [(3.0, 1)] * 4}
+    # two batches of one dense evaluation at 1 s, and of four sparse ones at 3 s, of which two were measured
+    assert sampler.seconds() == pytest.approx(2 * (1 + 4 * 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0. Leave it out"),
+        ({"steps": -2}, "steps must be at least 1; got -2"),
+        ({"pool": 0}, "pool must be at least 1, .* got 0. Take a larger one"),
+        ({"dense_steps": -1}, r"dense_steps must lie in \[0, steps = 1\).* got -1"),
+        ({"dense_steps": 3, "steps": 3}, r"dense_steps must lie in \[0, steps = 3\).* got 3. Take fewer"),
+    ],
+)
+def test_comparisons_without_a_sparse_step_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Comparison(**changes)
+
+
+def test_the_hosts_own_steps_count_too(host):
+    host = replace(host, transformer=None)
+    with pytest.raises(ValueError, match=r"dense_steps must lie in \[0, steps = 3\)"):
+        compare(host, random_labels(1), replace(SPARSE, dense_steps=3), quiet=True)
+
+
+@pytest.mark.parametrize("density", [0.07, 0.1, 0.125, 0.2, 0.25, 0.29, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize(("block", "pool", "tokens"), [(32, 16, 1024), (32, 30, 1024), (16, 60, 1000)])
+def test_equal_density_at_every_density(density, block, pool, tokens):
+    """Blocks that each variant keeps, and pooled keys, counted in keys: never more than asked, at most a block less."""
+    comparison = Comparison(density=density, block=block, pool=pool, samples=4)
+    try:
+        configs = comparison.configs(tokens)
+    except ValueError:
+        # what ASA keeps has no room for one block and the pooled keys
+        assert int(density * -(-tokens // block)) * block < block + -(-tokens // pool)
+        return
+    blocks = -(-tokens // block)
+    keys = {name: block * cfg.keep_bounds(blocks)[1] for name, cfg in configs.items() if cfg is not None}
+    keys["asa_g"] += -(-tokens // pool)
+    assert keys["asa"] == keys["window"] == keys["random"] <= density * blocks * block + 1e-6
+    assert keys["asa"] - block < keys["asa_g"] <= keys["asa"]
+
+
+def test_a_density_below_a_block_and_the_pooled_keys_is_refused(host):
+    host = replace(host, transformer=None)
+    # 4 blocks; 16 pooled keys are one
+    with pytest.raises(ValueError, match=r"density 0.4 on 64 tokens: that is 1 of 4 blocks of 16, .* at least 0.5"):
+        compare(host, random_labels(1), replace(SPARSE, density=0.4), quiet=True)
+
+
+def test_the_density_reached_is_logged(host, caplog):
+    with caplog.at_level("INFO", logger="hone_blade.evaluate"):
+        compare(host, random_labels(1), replace(SPARSE, density=0.7), quiet=True)
+    assert "asa_g: density 0.5000, asked for 0.7000" in caplog.text
 
 
 def test_attention_gflop_by_hand(host):
     # 4 * 64^2 tokens * 64 channels * 2 layers * 3 steps
     dense = 4 * 64**2 * 64 * 2 * 3 / 1e9
     assert attention_gflop(host, None, density=1.0, evaluations=[1, 1, 1]) == pytest.approx(dense)
-    configs = SPARSE.configs()
+    configs = SPARSE.configs(64)
     assert attention_gflop(host, configs["random"], density=0.5, evaluations=[1, 1, 1]) == pytest.approx(dense / 2)
     # a guided step counts twice
     assert attention_gflop(host, None, density=1.0, evaluations=[2, 1]) == pytest.approx(dense)
@@ -203,6 +282,8 @@ def test_table_shows_what_it_is_given():
     assert "21.2" in asa
     assert "0.750" in asa
     assert "50% (50% to 50%)" in asa
+    assert "pooled keys are in the density and not in here" in table
+    assert "always names one of the ten digits" in table
 
 
 def test_wrong_settings_are_refused():

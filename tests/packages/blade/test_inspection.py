@@ -1,7 +1,9 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
+from hone_blade import inspection
 from hone_blade.config import BladeConfig
 from hone_blade.inspection import inspect_model, plot_inspection, to_rows
 from hone_blade.method import Stats, mass_recall, sparse_layout
@@ -127,6 +129,22 @@ def test_plot_places_and_colours(tmp_path):
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")
     with pytest.raises(ValueError, match="no rows"):
         plot_inspection([], tmp_path / "y.png")
+
+
+@pytest.mark.parametrize(("steps", "layers"), [(1, 1), (2, 1), (8, 6), (50, 30)])
+def test_ticks_are_steps_and_layers(steps, layers, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    monkeypatch.setattr(inspection, "atomic_path", nullcontext)
+    row = {"step": steps - 1, "layer": layers - 1, "density": 0.5, "clamped": 0.5, "recall": None}
+    plot_inspection([row], tmp_path / "x.png")
+    for axes in figures[0].axes[:2]:
+        for ticks, count in ((axes.get_xticks(), steps), (axes.get_yticks(), layers)):
+            assert ticks[0] == 0
+            assert all(tick == int(tick) and tick < count for tick in ticks)
+            assert len(ticks) == count if count <= 8 else 4 < len(ticks) <= 8
 
 
 def test_nothing_sparse_is_an_error(tmp_path):

@@ -131,6 +131,7 @@ def test_generates_one_video_per_prompt_and_resumes(kind, folders, tmp_path):
     assert [row["labels"]["prompt"] for row in rows] == [0, 1]
     assert [row["labels"]["seed"] for row in rows] == [0, 1]
     assert rows[0]["variant"] == "blade"
+    assert report.sparse_steps == rows[0]["labels"]["sparse_steps"] == 2
     assert report.seconds == pytest.approx(sum(row["value"] for row in rows) / 2)
     # A run that stopped between the two prompts: the first video stays, the second is made again, the same.
     unfinished = tmp_path / "unfinished"
@@ -269,7 +270,7 @@ def test_other_schedulers_and_dense(kind, scheduler, expected, folders, tmp_path
         "_WanProcessor" in type(p).__name__ or "_CogVideoXProc" in type(p).__name__ for p in processors.values()
     )
     assert (kwargs["guidance_scale"], kwargs["negative_prompt"]) == (3.0, "blue")
-    assert report.attention == "dense"
+    assert (report.attention, report.sparse_steps) == ("dense", 0)
     if scheduler == "unipc":
         assert object_used.config.flow_shift == 3.0
     if scheduler == "dpm":
@@ -290,6 +291,50 @@ def test_lora_brings_its_settings_and_its_licence(folders, tmp_path, caplog):
     assert report.notices == ("Licence of these weights, as the file says: Apache-2.0",)
     assert "no LoRA" in caplog.text
     assert (read(report.videos[0]) != read(without.videos[0])).any()
+
+
+def test_settings_that_leave_every_step_dense_are_refused(folders, tmp_path, monkeypatch):
+    dense = dataclasses.replace(SPARSE, dense_steps=2)
+    model = tiny("wan", num_layers=1)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), "blade")
+    lora = str(save_blade_lora(model, tmp_path / "lora.safetensors", config=dense))
+    options = {"prompts": ("a cat",), "attention": None}
+    cases = [
+        (
+            config("no/where", **options | {"preset": "wan2.1-1.3b-free", "steps": 8}),
+            "12 first steps that preset wan.*8",
+        ),
+        (
+            config("no/where", **options | {"attention": dense}),
+            "2 first steps that the attention settings leave dense.*2",
+        ),
+        (config(folders["wan"], lora=lora, **options), "2 first steps that the attention settings leave dense.*got 2"),
+        (config("no/where", **options | {"attention": BladeConfig(mask="dense")}), "must be sparse; got mask 'dense'"),
+    ]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # asking the hub would be an error
+    for cfg, message in cases:
+        with pytest.raises(ValueError, match=message):
+            find_inputs(cfg)
+    report = produce(config(folders["wan"], lora=lora, steps=3, **options), tmp_path / "run")
+    assert (report.attention, report.sparse_steps) == ("custom", 1)
+    [row] = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert (row["labels"]["steps"], row["labels"]["sparse_steps"]) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset"), [("wan", "cogvideox-5b"), ("cogvideox", "wan2.1-14b"), ("cogvideox", "wan2.1-1.3b-official")]
+)
+def test_presets_of_another_family_are_refused(kind, preset, folders):
+    own = {"wan": "wan2.1-1.3b, ", "cogvideox": "cogvideox-5b, "}[kind]
+    with pytest.raises(ValueError, match=rf"preset must be one of {own}.*tiny for a .*Pipeline; got '{preset}'"):
+        find_inputs(config(folders[kind], attention=None, preset=preset))
+    find_inputs(config(folders[kind], attention=None, preset="tiny"))
+
+
+def test_prompts_are_read_before_the_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        find_inputs(config("Wan-AI/Wan2.1", prompts=(), prompt_file=str(tmp_path / "none.txt")))
 
 
 def test_prompt_files(folders, tmp_path):

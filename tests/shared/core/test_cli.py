@@ -210,3 +210,40 @@ def test_importing_core_loads_no_torch():
     code = f"import sys, {', '.join(f'hone_core.{m}' for m in modules)}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_help_of_flags_that_may_be_left_out(capsys):
+    """No None to type, and the default that the docstring names is the only one."""
+
+    def sample(
+        *,
+        prompt: tuple[str, ...] | None = None,
+        steps: int | None = None,
+        folder: Path | None = None,
+        kind: Literal["dense", "asa"] | None = None,
+        seed: int = 0,
+    ):
+        """Sample.
+
+        Args:
+            prompt: What to draw.
+            steps: Number of them (default: 8).
+            folder: Where from.
+            kind: Attention.
+            seed: Of the noise.
+        """
+        return {"prompt": prompt, "steps": steps, "folder": folder, "kind": kind}
+
+    with pytest.raises(SystemExit) as exit:
+        run_cli("hone-core", {"sample": sample}, "", ["sample", "--help"])
+    assert exit.value.code == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "None" not in out
+    for text in ("--prompt STR [STR ...]", "--steps INT Number of them (default: 8). --folder PATH Where from. --kind"):
+        assert text in out
+    assert "--kind {dense,asa} Attention. --seed INT Of the noise. (default: 0)" in out
+    argv = ["sample", "--prompt", "a", "b", "--kind", "asa", "--json"]
+    with pytest.raises(SystemExit):
+        run_cli("hone-core", {"sample": sample}, "", argv)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {"prompt": ["a", "b"], "steps": None, "folder": None, "kind": "asa"}

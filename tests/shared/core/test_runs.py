@@ -2,6 +2,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+from hone_core import runs
 from hone_core.runs import Row, Run, export_results, load_results
 
 
@@ -178,7 +179,20 @@ def test_labels_tell_rows_apart(tmp_path):
     assert [(row["labels"]["shape"], row["value"]) for row in rows] == [("720p", 2.0), ("480p", 3.0)]
 
 
-def test_export_joins_results_and_environment(tmp_path):
+def test_export_refuses_uncommitted_code_unless_told(tmp_path, monkeypatch):
+    real = runs.environment
+    monkeypatch.setattr(runs, "environment", lambda: real() | {"commit": "0123456789abcdef", "dirty": True})
+    with start(tmp_path / "run") as run:
+        run.row("psnr", 1.0, better="higher")
+    with pytest.raises(ValueError, match=r"expected a run of committed code; .* on top of commit 0123456789\. Commit"):
+        export_results(run.path, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+    data = json.loads(export_results(run.path, tmp_path / "out.json", allow_dirty=True).read_text())
+    assert data["environment"]["dirty"] is True
+
+
+def test_export_joins_results_and_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HONE_COMMIT", "0123456789abcdef")
     with start(tmp_path / "run") as run:
         run.row("psnr", 1.0, better="higher")
     data = json.loads(export_results(run.path, tmp_path / "out.json").read_text())

@@ -40,6 +40,9 @@ __all__ = ["WORKLOADS", "BenchConfig", "BenchReport", "Workload", "bench"]
 
 Part = Literal["attention", "forward", "e2e"]
 
+_SPARSE_EVERYWHERE: dict[str, Any] = {"dense_layers": (), "dense_steps": 0, "min_tokens": 0}
+"""What makes no layer, step or length dense."""
+
 _TOLERANCE = 2e-2
 """Relative error (norm) of bfloat16 attention against the float32 reference that still passes."""
 
@@ -139,6 +142,19 @@ class BenchConfig:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.steps == self.few_steps:
             raise ValueError(f"few_steps must differ from steps, the undistilled model's; got {self.steps} for both")
+        dense_steps = self.attention.dense_steps
+        if "e2e" in self.parts and dense_steps:
+            name = self.preset or WORKLOADS[self.model].preset
+            if dense_steps >= self.few_steps:
+                raise ValueError(
+                    f"few_steps must be above the {dense_steps} first steps that preset {name} leaves dense, or whole "
+                    f"videos would hold no sparse step; got {self.few_steps}. Take more steps, or parts without e2e"
+                )
+            if self.max_steps is not None and self.max_steps < self.few_steps:
+                raise ValueError(
+                    f"max_steps must be at least few_steps = {self.few_steps} with preset {name}, whose first "
+                    f"{dense_steps} steps are dense, so that a part does not stand for the whole; got {self.max_steps}"
+                )
         if self.guidance <= 1:
             raise ValueError(f"guidance must be above 1, below which pipelines do not guide; got {self.guidance}")
 
@@ -146,6 +162,12 @@ class BenchConfig:
     def attention(self) -> BladeConfig:
         """The attention settings in use."""
         return PRESETS[self.preset or WORKLOADS[self.model].preset].config
+
+    @property
+    def variants(self) -> dict[str, BladeConfig | None]:
+        """Settings of each variant by name; None is dense. A preset without pooling takes that of the model's own."""
+        pool = self.attention.pool or PRESETS[WORKLOADS[self.model].preset].config.pool
+        return {"dense": None, "asa": replace(self.attention, pool=0), "asa_g": replace(self.attention, pool=pool)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,6 +208,7 @@ def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", qu
 
     Raises:
         UnsupportedHardwareError: A published size is asked of a CPU.
+        ValueError: The preset leaves a sparse variant dense at this model's size.
         RuntimeError: The sparse attention differs from its reference on this device (no time is reported then), cuDNN
             cannot run the dense attention, or a video came out not finite.
     """
@@ -206,8 +229,14 @@ class _Bench:
     def __init__(self, cfg: BenchConfig, run: Run, device: torch.device, quiet: bool) -> None:
         self.cfg, self.run, self.device, self.quiet = cfg, run, device, quiet
         self.work, self.dtype = WORKLOADS[cfg.model], resolve_dtype(cfg.dtype, device)
-        asa_g = cfg.attention if cfg.attention.pool else replace(cfg.attention, pool=30)
-        self.variants = {"dense": None, "asa": replace(asa_g, pool=0), "asa_g": asa_g}
+        self.whole = cfg.variants
+        # One attention and one forward stand for the sparse ones of a video, so nothing in them is left dense.
+        self.variants = {
+            name: None if settings is None else replace(settings, **_SPARSE_EVERYWHERE)
+            for name, settings in self.whole.items()
+        }
+        left_out = [name for name, none in _SPARSE_EVERYWHERE.items() if getattr(cfg.attention, name) != none]
+        self.note = {"preset_without": ", ".join(left_out)} if left_out else {}
 
     def all(self) -> None:
         torch.manual_seed(self.cfg.seed)
@@ -228,8 +257,9 @@ class _Bench:
         labels = {"model": self.cfg.model, **options.pop("labels", {})}
         self.run.row(metric, value, unit=unit, better="lower", variant=variant, split=part, labels=labels, **options)
 
-    def times(self, part: Part, timings: dict[str, Timing], **labels: Any) -> None:
+    def times(self, part: Part, timings: dict[str, Timing], **given: Any) -> None:
         for variant, timing in timings.items():
+            labels = given if variant == "dense" or variant == "permutation" else {**given, **self.note}
             # Half the width between the 20th and the 80th percentile, which outliers do not reach.
             spread = (timing.ms_p80 - timing.ms_p20) / 2
             self.row(part, "time", timing.ms_p50, "ms", variant, n=timing.n, spread=spread, labels=labels)
@@ -282,14 +312,17 @@ class _Bench:
         q, k, v = _inputs(heads, work.tokens, dim, self.device, self.dtype)
         place = {"text_tokens": work.joint_text, "grid": work.grid}
         calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v)}
+        layouts = {}
         for name, cfg in self.variants.items():
             if cfg is not None:
+                layouts[name] = sparse_layout(q, k, cfg=cfg, **place)
+                _check_sparse(name, float(layouts[name].density().mean()))
                 calls[name] = lambda cfg=cfg: adaptive_sparse_attention(q, k, v, cfg=cfg, **place)
         # The pieces of asa_g, each on inputs that are ready.
         cfg = self.variants["asa_g"]
         text_blocks = -(-work.tokens // cfg.block) - (work.tokens - work.joint_text) // cfg.block
         text_blocks = text_blocks if work.joint_text and cfg.force_text else 0
-        scores, layout = probe(q, k, cfg), sparse_layout(q, k, cfg=cfg, **place)
+        scores, layout = probe(q, k, cfg), layouts["asa_g"]
         pool = {"text_tokens": 0 if cfg.pool_text else work.joint_text, "exact": cfg.pool_exact}
         pooled = pool_tokens(k, v, cfg.pool, **pool)
         pieces: dict[str, Callable[[], object]] = {
@@ -306,21 +339,14 @@ class _Bench:
             seed=self.cfg.seed,
             device=self.device,
         )
-        density = float(layout.density().mean())
         self.times("attention", {name: timings[name] for name in calls}, tokens=work.tokens, heads=heads, dim=dim)
         self.times("attention", {name: timings[name] for name in pieces}, of="asa_g")
         self.times("attention", {"permutation": timings["permutation"]}, of="a whole forward", layers=layers)
-        self.run.row(
-            "density", density, better="none", variant="asa_g", split="attention", labels={"model": self.cfg.model}
-        )
-        self.run.row(
-            "pooled",
-            pooled.k.shape[2] / work.tokens,
-            better="none",
-            variant="asa_g",
-            split="attention",
-            labels={"model": self.cfg.model},
-        )
+        shares = [("density", name, float(found.density().mean())) for name, found in layouts.items()]
+        shares.append(("pooled", "asa_g", pooled.k.shape[2] / work.tokens))
+        for metric, name, share in shares:
+            labels = {"model": self.cfg.model, **self.note}
+            self.run.row(metric, share, better="none", variant=name, split="attention", labels=labels)
         self.clear()
 
     # One forward.
@@ -381,14 +407,22 @@ class _Bench:
         total = sum(steps * loop[3] for steps, loop in zip(measured, loops, strict=True))
         with progress_bar(total, desc=f"{cfg.model} steps", quiet=self.quiet) as bar:
             for (variant, steps, guided, repeats), run_steps in zip(loops, measured, strict=True):
-                settings = self.variants[variant]
-                with nullcontext() if settings is None else attach(pipe, settings):
+                settings = self.whole[variant]
+                with nullcontext() if settings is None else attach(pipe, settings) as handle:
                     few = steps == cfg.few_steps
-                    self.video(pipe, text, min(2, run_steps), guided, few, None)
+                    # Two steps of each kind that there is, so that nothing is compiled while time is taken.
+                    warm = min(run_steps, 2 + (0 if settings is None else settings.dense_steps))
+                    with nullcontext([]) if handle is None else handle.record() as stats:
+                        self.video(pipe, text, warm, guided, few, None)
+                    if handle is not None:
+                        found = [float(row.stats.density.mean()) for row in stats]
+                        _check_sparse(variant, statistics.fmean(found) if found else 1.0)
                     runs = [self.video(pipe, text, run_steps, guided, few, bar.update) for _ in range(repeats)]
                 scale = steps / run_steps
                 seconds = [scale * value for value, _ in runs]
                 labels = {"steps": steps, "nfe": steps * (2 if guided else 1), "guidance": "yes" if guided else "no"}
+                if settings is not None and settings.dense_steps:
+                    labels["sparse_steps"] = steps - settings.dense_steps
                 if run_steps < steps:
                     labels["measured_steps"] = run_steps
                 spread = statistics.stdev(seconds) if repeats > 1 else None
@@ -459,6 +493,14 @@ class _Bench:
         if not finite:
             raise RuntimeError(f"the latents of {run_steps} steps are not finite; no time is reported")
         return seconds, torch.cuda.max_memory_allocated(self.device) if gpu else None
+
+
+def _check_sparse(name: str, density: float) -> None:
+    if not density < 1:
+        raise ValueError(
+            f"{name} must compute a part of the query-key pairs; its density is {density:g}, which is dense attention. "
+            "Take a preset that leaves something out at this model's size"
+        )
 
 
 def _dense_backend(device: torch.device) -> AbstractContextManager[None]:

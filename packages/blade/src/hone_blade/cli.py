@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ PACKAGE = "hone-blade"
 
 def main() -> None:
     """Entry point of the script."""
+    # Read when torch loads OpenMP. By default its idle threads spin, which on a busy two-core machine takes twice the
+    # time (two steps of the tiny host: 8.8 s against 4.9 s). What the caller has set holds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_cli(PACKAGE, VERBS, "Adaptive block-sparse attention (BLADE) for diffusers' Wan and CogVideoX transformers.")
 
 
@@ -57,12 +61,12 @@ def demo(
 
     Args:
         prompt: What to draw, such as "a red 7 moving left, slow"; six prompts unless given.
-        density: Share of query-key pairs that each sparse variant computes (0.25).
-        steps: Denoising steps (the host's own number).
+        density: Share of query-key pairs that each sparse variant computes (default: 0.25).
+        steps: Denoising steps (default: the host's own number).
         limit: Use only so many of the prompts.
         host: A host.safetensors made by train-host, in place of the packaged one.
         config: A run's config.json to start from; other flags change it.
-        seed: Of the starting noise (0).
+        seed: Of the starting noise (default: 0).
         device: auto, cpu, cuda or cuda:1.
         out: Run folder.
         dry_run: Print the settings and do nothing.
@@ -79,7 +83,7 @@ def demo(
     cfg = dataclasses.replace(cfg, prompts=prompts, comparison=comparison)
     if dry_run:
         return _plan(cfg, out)
-    with _start("demo", cfg, out, comparison.seed) as run:
+    with _start("demo", cfg, out, comparison.seed, _named(cfg)) as run:
         return DemoReport.of(run) if run.done else draw(cfg, run, _host(host, device), quiet=quiet)
 
 
@@ -101,14 +105,14 @@ def evaluate(
     """Compare the variants of the demo on many random prompts, with bootstrap intervals.
 
     Args:
-        limit: Number of prompts (64).
-        density: Share of query-key pairs that each sparse variant computes (0.25).
-        steps: Denoising steps (the host's own number).
-        dense_steps: First steps that every variant runs dense (0).
-        batch: Clips sampled at once (16).
+        limit: Number of prompts (default: 64).
+        density: Share of query-key pairs that each sparse variant computes (default: 0.25).
+        steps: Denoising steps (default: the host's own number).
+        dense_steps: First steps that every variant runs dense (default: 0).
+        batch: Clips sampled at once (default: 16).
         host: A host.safetensors made by train-host, in place of the packaged one.
         config: A run's config.json to start from; other flags change it.
-        seed: Of prompts and noise (0).
+        seed: Of prompts and noise (default: 0).
         device: auto, cpu, cuda or cuda:1.
         out: Run folder.
         dry_run: Print the settings and do nothing.
@@ -125,7 +129,7 @@ def evaluate(
     cfg = dataclasses.replace(cfg, comparison=comparison)
     if dry_run:
         return _plan(cfg, out)
-    with _start("eval", cfg, out, comparison.seed) as run:
+    with _start("eval", cfg, out, comparison.seed, _named(cfg)) as run:
         if not run.done:
             measure(cfg, run, _host(host, device), quiet=quiet)
     chart = run.figures / "accuracy.png"
@@ -169,24 +173,22 @@ def generate(
         preset: Attention settings by name (hone-blade info lists them); those of the LoRA or the model unless given.
         dense: Leave attention as it is.
         lora: LoRA weights: a safetensors file, its folder, or a hub address.
-        scheduler: tdm is what BLADE's distillation trains, unipc and dpm what its release samples with (tdm).
-        steps: Denoising steps (8).
-        guidance: Classifier-free guidance weight; 1 is none (1).
+        scheduler: tdm is what BLADE's distillation trains, unipc and dpm what its release samples with (default: tdm).
+        steps: Denoising steps (default: 8).
+        guidance: Classifier-free guidance weight; 1 is none (default: 1).
         height: Pixels; the model's own unless given, like width and frames.
         width: Pixels.
         frames: Frames.
         limit: Use only so many of the prompts.
         config: A run's config.json to start from; other flags change it.
-        seed: Of the first prompt; the following ones count up (0).
+        seed: Of the first prompt; the following ones count up (default: 0).
         device: auto, cpu, cuda or cuda:1.
-        dtype: Of transformer and text encoder; auto is bfloat16 on a GPU, float32 on a CPU (auto).
+        dtype: Of transformer and text encoder; auto is bfloat16 on a GPU, float32 on a CPU (default: auto).
         offload: Keep on the GPU only the part that is running.
         out: Run folder; the same folder resumes.
         dry_run: Look for the inputs, print the settings and do nothing.
         quiet: Show no progress.
     """
-    from .sample import generate as make
-
     cfg = _generate_config(
         config,
         model=model,
@@ -206,6 +208,8 @@ def generate(
         dtype=dtype,
         offload=offload or None,
     )
+    from .sample import generate as make
+
     cfg = _found(cfg, limit)
     if dry_run:
         return _plan(cfg, out)
@@ -235,8 +239,8 @@ def inspect(
         prompt: What to draw while looking.
         preset: Attention settings by name; tiny for the tiny host, the model's own otherwise.
         lora: LoRA weights for a pipeline.
-        steps: Denoising steps (the host's own number, or 8).
-        guidance: Classifier-free guidance weight; 1 is none (1).
+        steps: Denoising steps (default: the host's own number, or 8).
+        guidance: Classifier-free guidance weight; 1 is none (default: 1).
         recall: Also measure the share of dense attention's mass that is kept, which costs a dense attention per call.
         host: A host.safetensors made by train-host, in place of the packaged one.
         seed: Of the starting noise.
@@ -252,10 +256,11 @@ def inspect(
         return _inspect_host(settings, device, out, dry_run=dry_run)
     if host is not None:
         raise ValueError("give model, a pipeline, or host, a tiny host; not both")
+    options = {"preset": preset, "lora": lora, "steps": steps, "guidance": guidance, "seed": seed}
+    cfg = _generate_config(None, model=model, prompts=(prompt,), **options)
     from .inspection import inspect_pipeline
 
-    options = {"preset": preset, "lora": lora, "steps": steps, "guidance": guidance, "seed": seed}
-    cfg = _found(_generate_config(None, model=model, prompts=(prompt,), **options), None)
+    cfg = _found(cfg, None)
     if dry_run:
         return _plan(cfg, out)
     with _start("inspect", cfg, out, seed, preset) as run:
@@ -283,18 +288,18 @@ def bench(
     """Time dense and sparse attention at real sizes with random weights: one layer, one forward, whole videos.
 
     Args:
-        model: wan2.1-1.3b, wan2.1-14b or cogvideox-5b, or on a CPU tiny-wan or tiny-cogvideox (wan2.1-1.3b).
-        parts: attention, forward, e2e, or several of them (all).
+        model: wan2.1-1.3b, wan2.1-14b or cogvideox-5b, or on a CPU tiny-wan or tiny-cogvideox (default: wan2.1-1.3b).
+        parts: attention, forward, e2e, or several of them (default: all).
         preset: Attention settings by name; the model's own unless given.
-        rounds: Timed calls of each variant of one attention (20).
-        steps: Denoising steps of the undistilled model (50).
-        few_steps: Denoising steps of the distilled one (8).
+        rounds: Timed calls of each variant of one attention (default: 20).
+        steps: Denoising steps of the undistilled model (default: 50).
+        few_steps: Denoising steps of the distilled one (default: 8).
         max_steps: Run at most so many steps of a loop and scale the time up; the rows say so.
         compile_blocks: Also time the forward with compiled transformer blocks.
         config: A run's config.json to start from; other flags change it.
-        seed: Of weights, inputs and noise (0).
+        seed: Of weights, inputs and noise (default: 0).
         device: auto, cpu, cuda or cuda:1.
-        dtype: Of weights and inputs (auto).
+        dtype: Of weights and inputs (default: auto).
         out: Run folder.
         dry_run: Print the settings and do nothing.
         quiet: Show no progress.
@@ -317,7 +322,7 @@ def bench(
     )
     if dry_run:
         return _plan(cfg, out)
-    with _start("bench", cfg, out, cfg.seed, cfg.preset) as run:
+    with _start("bench", cfg, out, cfg.seed, cfg.preset or _named(cfg)) as run:
         return measure(cfg, run, device=device, quiet=quiet)
 
 
@@ -339,14 +344,14 @@ def train_host(
     """Train the tiny host on generated clips (minutes on a GPU, a day on a CPU); needs the extra train.
 
     Args:
-        minutes: Budget of the training itself (7).
+        minutes: Budget of the training itself (default: 7).
         steps: Number of optimiser steps, instead of a time budget.
-        batch: Clips per step (256).
-        lr: Peak learning rate of the matrices (0.005).
+        batch: Clips per step (default: 256).
+        lr: Peak learning rate of the matrices (default: 0.005).
         init: A host.safetensors whose weights to start from.
         compile: Compile the transformer's blocks on a GPU.
         config: A run's config.json to start from; other flags change it.
-        seed: Of weights and data (0).
+        seed: Of weights and data (default: 0).
         device: auto, cpu, cuda or cuda:1.
         out: Run folder; the same folder resumes.
         dry_run: Print the settings and do nothing.
@@ -365,7 +370,7 @@ def train_host(
     if dry_run:
         return _plan(cfg, out)
     target = resolve_device(device)
-    with _start("train-host", cfg, out, cfg.seed) as run:
+    with _start("train-host", cfg, out, cfg.seed, _named(cfg)) as run:
         if run.done:
             return TrainReport.of(run)
         return train(cfg, run, device=target, init=init, command=shlex.join([PACKAGE, *sys.argv[1:]]), quiet=quiet)
@@ -407,6 +412,18 @@ def _start(verb: str, cfg: Any, out: Path | None, seed: int, preset: str | None 
     return Run.start(package=PACKAGE, verb=verb, config=cfg, out=out, seed=seed, preset=preset)
 
 
+def _named(cfg: Any) -> str | None:
+    """``default`` for settings that are nobody's own, whatever their seed: the name of such a run's folder."""
+    import dataclasses
+
+    plain = type(cfg)()
+    if hasattr(cfg, "comparison"):
+        plain = dataclasses.replace(plain, comparison=dataclasses.replace(plain.comparison, seed=cfg.comparison.seed))
+    else:
+        plain = dataclasses.replace(plain, seed=cfg.seed)
+    return "default" if cfg == plain else None
+
+
 def _host(path: Path | None, device: str) -> Any:
     from hone_core.devices import resolve_device
 
@@ -419,10 +436,6 @@ def _generate_config(path: Path | None, **changes: Any) -> Any:
     """Settings of a real pipeline from a file, flags, or both."""
     import json
 
-    from hone_core.config import from_dict
-
-    from .sample import GenerateConfig
-
     given = {name: value for name, value in changes.items() if value is not None}
     stored = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     if "prompt_file" in given:
@@ -430,8 +443,21 @@ def _generate_config(path: Path | None, **changes: Any) -> Any:
     if "prompts" in given:
         stored.pop("prompt_file", None)
         given["prompts"] = list(given["prompts"])
-    if "model" not in {**stored, **given}:
+    settings = {**stored, **given}
+    # Before torch and diffusers are imported, which takes seconds.
+    if "model" not in settings:
         raise ValueError("no model; pass --model FOLDER, or a hub address such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    file = settings.get("prompt_file")
+    if not settings.get("prompts") and file is None:
+        raise ValueError("no prompt; pass --prompt TEXT, or --prompt-file FILE with one a line")
+    if file is not None and not Path(file).is_file():
+        raise FileNotFoundError(f"prompt_file {file} does not exist; expected a text file with one prompt a line")
+    _known_preset(settings.get("preset"))
+
+    from hone_core.config import from_dict
+
+    from .sample import GenerateConfig
+
     return from_dict(GenerateConfig, {**stored, **given})
 
 
@@ -445,20 +471,37 @@ def _found(cfg: Any, limit: int | None) -> Any:
     return dataclasses.replace(cfg, prompts=cfg.prompts[: _positive("limit", limit)])
 
 
+def _known_preset(name: str | None) -> None:
+    from .config import PRESETS
+
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+
+
 def _positive(name: str, value: int | None) -> int | None:
     if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
     return value
 
 
+def _leaves_a_sparse_step(preset: str, steps: int) -> None:
+    from .config import PRESETS
+
+    dense = PRESETS[preset].config.dense_steps
+    if dense >= steps:
+        raise ValueError(
+            f"steps must be above the {dense} first steps that preset {preset} leaves dense, or there is nothing to "
+            f"inspect; got {steps}. Take more steps, or another preset"
+        )
+
+
 def _inspect_host(settings: dict[str, Any], device: str, out: Path | None, *, dry_run: bool) -> Any:
     """Look at the tiny host while it draws one clip."""
-    from .config import PRESETS
+    preset, prompt, seed = settings["preset"], settings["prompt"], settings["seed"]
+    _positive("steps", settings["steps"])
+    _known_preset(preset)
     from .data import parse_prompt
 
-    preset, prompt, seed = settings["preset"], settings["prompt"], settings["seed"]
-    if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; the presets are {', '.join(PRESETS)}")
     parse_prompt(prompt)
     if dry_run:
         return {"config": settings, "out": str(out or f"runs/{PACKAGE}/...")}
@@ -470,6 +513,7 @@ def _inspect_host(settings: dict[str, Any], device: str, out: Path | None, *, dr
             return run.results()
         host = _host(settings["host"] and Path(settings["host"]), device)
         text, noise = host.encode_prompt(prompt), host.noise(1, seed)
+        _leaves_a_sparse_step(preset, host.config.steps if settings["steps"] is None else settings["steps"])
         sampler = {"steps": settings["steps"], "guidance": settings["guidance"]}
         with attach(host.transformer, preset) as handle:
 

@@ -7,6 +7,7 @@ does not lose.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,6 +23,8 @@ from .config import BladeConfig, Order, Score
 from .data import FIELDS, random_labels
 from .host import Host, estimate_motion
 from .models import BladeHandle, LayerStats, attach
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "VARIANTS",
@@ -49,9 +52,14 @@ VARIANTS = {
     "window": "static 3-D window",
     "random": "random blocks",
 }
-"""Name -> what it is. The sparse ones compute equally many query-key pairs."""
+"""Name -> what it is. The sparse ones compute equally many query-key pairs, ASA_G up to a block fewer in a row."""
 
 PSNR_CEILING = 100.0
+
+FOOTNOTE = """\
+  recall: dense attention's probability on the kept pairs; ASA_G's pooled keys are in the density and not in here.
+  digit: the classifier always names one of the ten digits, broken ones too, so it flatters; look at the clips."""
+"""Below a table of a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +67,8 @@ class Comparison:
     """Sparse attention at one density, five ways."""
 
     density: float = 0.25
-    """Query-key pairs computed over all pairs, the pooled keys of ASA_G included."""
+    """Query-key pairs computed over all pairs, the pooled keys of ASA_G included. Fractions of a block are dropped, so
+    what is computed can be less: the outcomes say."""
     block: int = 32
     pool: int = 16
     """Tokens averaged into one global key of ASA_G."""
@@ -67,21 +76,64 @@ class Comparison:
     score: Score = "paper"
     order: Order = "gilbert"
     dense_steps: int = 0
-    """First denoising steps that every variant runs dense."""
+    """First denoising steps that every variant runs dense; fewer than there are."""
     steps: int | None = None
     """Denoising steps; the host's own number if None."""
     seed: int = 0
     """Of the starting noise, and of the random masks."""
 
     def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise ValueError(
+                f"pool must be at least 1, the tokens averaged into a global key; got {self.pool}. Take a larger one, "
+                "such as 16, for fewer global keys"
+            )
+        if self.steps is not None:
+            self.check_steps(self.steps)
+        elif self.dense_steps < 0:
+            self.check_steps(1)
         if not 1 / self.pool < self.density <= 1:
             raise ValueError(
                 f"density must lie in (1 / pool, 1] = ({1 / self.pool:g}, 1]: ASA_G spends 1 / pool of it on pooled "
                 f"keys; got {self.density}"
             )
 
-    def configs(self) -> dict[str, BladeConfig | None]:
-        """Settings of each variant by name; None is dense. Blocks are chosen by rank, so that counts are equal."""
+    def check_steps(self, steps: int) -> None:
+        """Refuse numbers of steps of which none would be sparse.
+
+        Raises:
+            ValueError: ``steps`` is not positive, or ``dense_steps`` does not lie in [0, steps).
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}. Leave it out for the host's own number")
+        if not 0 <= self.dense_steps < steps:
+            raise ValueError(
+                f"dense_steps must lie in [0, steps = {steps}), so that a step is left to the sparse variants; got "
+                f"{self.dense_steps}. Take fewer dense steps, or more steps"
+            )
+
+    def configs(self, tokens: int) -> dict[str, BladeConfig | None]:
+        """Settings of each variant by name; None is dense.
+
+        Blocks are chosen by rank, so that counts are equal: ASA and the static masks keep as many whole blocks as
+        ``density`` holds, and ASA_G as many as leave room for its pooled keys within that.
+
+        Args:
+            tokens: Length of the sequence.
+
+        Raises:
+            ValueError: The pooled keys leave no room for a single block.
+        """
+        blocks, pooled = -(-tokens // self.block), -(-tokens // self.pool)
+        count = int(blocks * self.density + 1e-9)  # the small term undoes binary fractions
+        beside_pooled = (count * self.block - pooled) // self.block
+        if beside_pooled < 1:
+            least = (1 + -(-pooled // self.block)) / blocks
+            advice = f"at least {least:.4g}, or a larger pool" if least <= 1 else f"a larger pool than {self.pool}"
+            raise ValueError(
+                f"ASA_G cannot keep to density {self.density:g} on {tokens} tokens: that is {count} of {blocks} blocks "
+                f"of {self.block}, of which its {pooled} pooled keys leave less than one. Expected {advice}"
+            )
 
         def sparse(**changes: Any) -> BladeConfig:
             common = {"block": self.block, "samples": self.samples, "score": self.score, "order": self.order}
@@ -91,7 +143,7 @@ class Comparison:
         return {
             "dense": None,
             "asa": sparse(),
-            "asa_g": sparse(max_density=self.density - 1 / self.pool, pool=self.pool),
+            "asa_g": sparse(max_density=beside_pooled / blocks, pool=self.pool),
             "window": sparse(mask="window"),
             "random": sparse(mask="random"),
         }
@@ -152,7 +204,7 @@ class Outcome:
         density: query-key pairs computed over all pairs, pooled keys included.
         recall: share of dense attention's probability on the kept pairs, mean over layers, heads and measured steps.
             Pooled keys are not counted.
-        seconds: sampling time of a clip.
+        seconds: sampling time of a clip; None if no sparse step was left to time.
         attention_gflop: of self-attention per clip, prober included.
     """
 
@@ -162,7 +214,7 @@ class Outcome:
     ssim: Tensor
     density: float
     recall: float
-    seconds: float
+    seconds: float | None
     attention_gflop: float
 
 
@@ -272,23 +324,28 @@ def compare(
     stats_every: int = 4,
     quiet: bool = False,
 ) -> dict[str, Outcome]:
-    """Sample the same prompts from the same noise with every variant.
+    """Sample the same prompts from the same noise with every variant, and log the density that each reached.
 
     Args:
         host: the trained tiny host; left as it was.
         labels: ``[N, 5]`` what to draw.
         comparison: density and settings.
         batch: clips sampled at once.
-        stats_every: density and recall are measured on every so-many-th step, which is then not timed.
+        stats_every: density and recall are measured on every so-many-th sparse step, beginning with the first; such a
+            step is not timed.
         quiet: show no progress.
 
     Returns:
         Variant name to outcome, dense first.
+
+    Raises:
+        ValueError: the comparison leaves no step sparse, or ASA_G cannot keep to its density; nothing is sampled then.
     """
-    steps = comparison.steps or host.config.steps
+    steps = host.config.steps if comparison.steps is None else comparison.steps
+    comparison.check_steps(steps)
+    configs = comparison.configs(host.config.tokens)
     text = host.encode_labels(labels)
     noise = host.noise(len(labels), comparison.seed)
-    configs = comparison.configs()
     host.sample(text[:batch], noise[:batch], steps=1)  # threads, allocator and libraries are warm for the first one
     outcomes: dict[str, Outcome] = {}
     dense: Tensor | None = None
@@ -303,6 +360,10 @@ def compare(
                     [sampler(text[i : i + batch], noise[i : i + batch]) for i in range(0, len(labels), batch)]
                 )
             density, recall = sampler.stats()
+            seconds = sampler.seconds()
+            if config is not None:
+                asked = 1 - (1 - comparison.density) * sampler.sparse_share
+                log.info("%s: density %.4f, asked for %.4f", name, density, asked)
             dense = clips if dense is None else dense
             outcomes[name] = Outcome(
                 clips=clips,
@@ -311,7 +372,7 @@ def compare(
                 ssim=ssim(clips, dense),
                 density=density,
                 recall=recall,
-                seconds=sampler.seconds() / len(labels),
+                seconds=None if seconds is None else seconds / len(labels),
                 attention_gflop=attention_gflop(
                     host, config, density=density, evaluations=host.evaluations(steps=steps)
                 ),
@@ -338,7 +399,8 @@ def write_rows(run: Any, outcomes: Mapping[str, Outcome]) -> None:
         count = len(outcome.psnr)
         run.row("recall", outcome.recall, better="higher", variant=variant)
         run.row("density", outcome.density, better="lower", variant=variant)
-        run.row("seconds", outcome.seconds, unit="s", better="lower", n=count, variant=variant)
+        if outcome.seconds is not None:
+            run.row("seconds", outcome.seconds, unit="s", better="lower", n=count, variant=variant)
         run.row("attention_gflop", outcome.attention_gflop, unit="GFLOP", better="lower", variant=variant)
 
 
@@ -420,7 +482,7 @@ def means(run: Any) -> tuple[dict[str, dict[str, float]], int]:
 
 
 def comparison_table(variants: Mapping[str, Mapping[str, float]], clips: int, *, intervals: bool = False) -> str:
-    """Lay out metrics by variant as a table of text.
+    """Lay out metrics by variant as a table of text, with a line on what it does not show.
 
     Args:
         variants: name -> metric -> mean, as in ``DemoReport``.
@@ -454,12 +516,13 @@ def comparison_table(variants: Mapping[str, Mapping[str, float]], clips: int, *,
             score(row, "digit_accuracy"),
             score(row, "direction_accuracy"),
             score(row, "accuracy"),
-            f"{row['seconds']:.2f}",
+            f"{row['seconds']:.2f}" if "seconds" in row else "-",
             f"{row['attention_gflop']:.1f}",
         )
     text = StringIO()
     Console(file=text, width=160, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines()) + "\n"
+    lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
+    return "\n".join([*lines, *FOOTNOTE.splitlines()]) + "\n"
 
 
 class _Sampler:
@@ -468,7 +531,7 @@ class _Sampler:
     Args:
         host: what samples.
         handle: BLADE on it, or None for dense.
-        steps: network evaluations.
+        steps: denoising steps.
         every: density and recall are measured on every so-many-th sparse step, beginning with the first.
         tick: called after each step.
     """
@@ -478,12 +541,19 @@ class _Sampler:
     ) -> None:
         self.host, self.handle, self.steps, self.tick = host, handle, steps, tick
         self.evaluations = host.evaluations(steps=steps)
-        self.sparse_from = steps if handle is None else min(handle.config.dense_steps, steps)
-        self.measured = set(range(self.sparse_from, steps, every)) if steps > 1 else set()
-        self.timings: list[float] = []
+        self.sparse_from = steps if handle is None else handle.config.dense_steps
+        self.measured = set(range(self.sparse_from, steps, every))
+        self.timings: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
         self.records: list[list[LayerStats]] = []
+        self.batches = 0
+
+    @property
+    def sparse_share(self) -> float:
+        """Share of the evaluations that are sparse."""
+        return sum(self.evaluations[self.sparse_from :]) / sum(self.evaluations)
 
     def __call__(self, text: Tensor, noise: Tensor) -> Tensor:
+        self.batches += 1
         recording = ExitStack()
         started = 0.0
 
@@ -492,7 +562,8 @@ class _Sampler:
             if step >= 0:
                 self._wait()
                 if step not in self.measured:
-                    self.timings.append(time.perf_counter() - started)
+                    spent = time.perf_counter() - started
+                    self.timings[step >= self.sparse_from].append((spent, self.evaluations[step]))
                 self.tick()
 
         def begin(step: int, _: int) -> None:
@@ -510,19 +581,33 @@ class _Sampler:
             end(self.steps - 1)
         return clips.cpu()
 
-    def seconds(self) -> float:
-        """Time of all batches, an evaluation in a measured step taken to last as long as the others."""
-        timed = sum(count for step, count in enumerate(self.evaluations) if step not in self.measured)
-        return sum(self.timings) * sum(self.evaluations) / timed
+    def seconds(self) -> float | None:
+        """Time of all batches, an evaluation in a measured step taken to last as long as the other sparse ones.
+
+        None if every sparse step was measured.
+        """
+        total = sum(spent for spent, _ in self.timings[False])
+        if self.sparse_from == self.steps:
+            return total
+        timed = sum(count for _, count in self.timings[True])
+        if not timed:
+            return None
+        measured = sum(self.evaluations[step] for step in self.measured) * self.batches
+        return total + sum(spent for spent, _ in self.timings[True]) * (timed + measured) / timed
 
     def stats(self) -> tuple[float, float]:
-        """Mean density (pooled keys included) and recall over steps, layers, heads and clips."""
+        """Mean density (pooled keys included) and recall over steps, layers, heads and clips; 1 where all is dense."""
+        if self.sparse_from == self.steps:
+            return 1.0, 1.0
         rows = [row.stats for record in self.records for row in record]
         if not rows:
-            return 1.0, 1.0
+            raise ValueError(
+                "no sparse attention ran in the measured steps: expected statistics of every layer, got none. Leave "
+                "no layer and no sequence length dense"
+            )
         density = torch.stack([stats.density.mean() + stats.pooled for stats in rows]).mean().item()
         recall = torch.stack([stats.recall.mean() for stats in rows]).mean().item()
-        sparse = sum(self.evaluations[self.sparse_from :]) / sum(self.evaluations)
+        sparse = self.sparse_share
         return sparse * density + 1 - sparse, sparse * recall + 1 - sparse
 
     def _wait(self) -> None:

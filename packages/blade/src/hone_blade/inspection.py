@@ -204,8 +204,9 @@ def plot_inspection(rows: list[Mapping[str, Any]], path: str | Path, *, title: s
         )
         axes.set_title(METRICS[metric], fontsize=9)
         axes.set_xlabel("denoising step")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+        for axis, count in ((axes.xaxis, steps), (axes.yaxis, layers)):
+            # A locator would divide a single step or layer.
+            axis.set_ticks(range(0, count, -(-count // 8)))
     panels[0].set_ylabel("layer")
     figure.colorbar(picture, ax=list(panels))
     if title:

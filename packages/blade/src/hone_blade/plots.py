@@ -148,8 +148,10 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> Path:
         axes.set_xticks([names.index(name) for name in shown], [TITLES[name] for name in shown])
         axes.spines[["top", "right"]].set_visible(False)
     count = values["accuracy", names[0]]["n"]
-    density = values["density", names[-1]]["value"] if ("density", names[-1]) in values else None
-    note = f"{count} clips" + (f", attention density {density:.2f}" if density is not None else "") + ", bars: 95 %"
+    densities = [values["density", name]["value"] for name in names if name != "dense" and ("density", name) in values]
+    reached = list(dict.fromkeys(f"{x:.3g}" for x in sorted(densities)))
+    shown = f", attention density {' to '.join(dict.fromkeys((reached[0], reached[-1])))}" if reached else ""
+    note = f"{count} clips{shown}, bars: 95 %"
     figure.text(0.99, 0.01, note, ha="right", va="bottom", fontsize=7, color=INK)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     with atomic_path(path) as partial:

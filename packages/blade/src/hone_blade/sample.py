@@ -33,7 +33,7 @@ from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Run
 
 from .config import PRESETS, BladeConfig
-from .lora import find_lora, load_blade_lora
+from .lora import _read_config, _read_header, find_lora, load_blade_lora
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
@@ -119,6 +119,7 @@ class GenerateReport:
         videos: The files, in the order of the prompts.
         made: How many of them this call made; the others were there.
         attention: Preset name, ``custom`` or ``dense``.
+        sparse_steps: Denoising steps of a video whose attention is sparse.
         scheduler: The sampler, as in the settings.
         seconds: Mean time of a video from prompt to frames, over those of this run; None if nothing is known.
         notices: Lines to show, such as licences of weights.
@@ -128,6 +129,7 @@ class GenerateReport:
     videos: tuple[str, ...]
     made: int
     attention: str
+    sparse_steps: int
     scheduler: str
     seconds: float | None
     notices: tuple[str, ...]
@@ -152,14 +154,15 @@ class Inputs:
 @dataclass(frozen=True)
 class _Kind:
     pipeline: type[DiffusionPipeline]
+    family: str
     preset: str
     fps: int
     schedulers: tuple[str, ...]
 
 
 _KINDS = {
-    "WanPipeline": _Kind(WanPipeline, "wan2.1-1.3b", 16, ("tdm", "unipc", "default")),
-    "CogVideoXPipeline": _Kind(CogVideoXPipeline, "cogvideox-5b", 8, ("tdm", "dpm", "default")),
+    "WanPipeline": _Kind(WanPipeline, "wan", "wan2.1-1.3b", 16, ("tdm", "unipc", "default")),
+    "CogVideoXPipeline": _Kind(CogVideoXPipeline, "cogvideox", "cogvideox-5b", 8, ("tdm", "dpm", "default")),
 }
 
 
@@ -169,8 +172,13 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     Raises:
         CheckpointError: The pipeline or LoRA weights are not there, not whole, or of an unsupported class.
         FileNotFoundError: There is no prompt file.
-        ValueError: The prompt file holds no prompt; the scheduler is not one for this pipeline.
+        ValueError: The prompt file holds no prompt; scheduler or preset are not for this pipeline; the attention
+            settings leave every step dense.
     """
+    # What needs no look at the weights or the hub comes first.
+    prompts = _prompts(cfg)
+    if cfg.preset is not None or cfg.attention is not None:
+        _sparse_steps(cfg, *_attention(cfg, None, None))
     name = _find_pipeline(cfg.model, local_files_only=cfg.local_files_only).get("_class_name")
     if name not in _KINDS:
         raise CheckpointError(f"{cfg.model} is a {name}; expected {' or '.join(_KINDS)}")
@@ -178,8 +186,17 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
         raise ValueError(
             f"scheduler must be one of {', '.join(_KINDS[name].schedulers)} for a {name}; got {cfg.scheduler!r}"
         )
-    lora = None if cfg.lora is None else str(find_lora(cfg.lora, local_files_only=cfg.local_files_only))
-    return Inputs(config=replace(cfg, prompts=_prompts(cfg), prompt_file=None), pipeline=name, lora=lora)
+    kind, families = _KINDS[name], {kind.family for kind in _KINDS.values()}
+    own = {family for family in families if cfg.preset is not None and cfg.preset.startswith(family)}
+    if own and kind.family not in own:
+        fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {kind.family}))]
+        raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
+    lora = None if cfg.lora is None else find_lora(cfg.lora, local_files_only=cfg.local_files_only)
+    stated = None if lora is None else _stated(lora)
+    _sparse_steps(cfg, *_attention(cfg, kind, stated))
+    return Inputs(
+        config=replace(cfg, prompts=prompts, prompt_file=None), pipeline=name, lora=None if lora is None else str(lora)
+    )
 
 
 def generate(
@@ -206,10 +223,12 @@ def generate(
     folder = run.path / "artifacts"
     targets = [folder / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
     todo = [] if run.done else [i for i, target in enumerate(targets) if not target.is_file()]
-    attention, notices = _attention(cfg, _KINDS[inputs.pipeline], None)[0], ()
+    stated = None if inputs.lora is None else _stated(Path(inputs.lora))
+    attention, settings = _attention(cfg, _KINDS[inputs.pipeline], stated)
+    notices: tuple[str, ...] = ()
     if todo:
         sampler = Sampler.load(inputs, device)
-        attention, notices = sampler.attention_name, sampler.notices
+        notices = sampler.notices
         with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=quiet) as bar:
             for i in todo:
                 _make(sampler, i, targets[i], run, bar)
@@ -219,6 +238,7 @@ def generate(
         videos=tuple(str(target) for target in targets),
         made=len(todo),
         attention=attention,
+        sparse_steps=_sparse_steps(cfg, attention, settings),
         scheduler=cfg.scheduler,
         seconds=sum(seconds) / len(seconds) if seconds else None,
         notices=notices,
@@ -234,6 +254,7 @@ class Sampler:
         device: Where it runs.
         attention_name: Preset name, ``custom`` or ``dense``.
         attention: The settings behind it; None for dense.
+        sparse_steps: Denoising steps of a video whose attention is sparse.
         notices: Lines to show, such as licences of weights.
         fps: Frames per second of its videos.
     """
@@ -248,6 +269,7 @@ class Sampler:
             report = load_blade_lora(pipe, inputs.lora)
             self.notices, stated = (report.licence,), report.config
         self.attention_name, self.attention = _attention(inputs.config, kind, stated)
+        self.sparse_steps = _sparse_steps(inputs.config, self.attention_name, self.attention)
 
     @classmethod
     def load(cls, inputs: Inputs, device: str | torch.device = "auto") -> Sampler:
@@ -328,7 +350,7 @@ def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -
     with atomic_path(target) as scratch:
         export_to_video(list(frames), str(scratch), fps=sampler.fps)
     labels = {"prompt": index, "seed": cfg.seed + index, "frames": len(frames), "steps": cfg.steps}
-    labels |= {"height": frames.shape[1], "width": frames.shape[2]}
+    labels |= {"sparse_steps": sampler.sparse_steps, "height": frames.shape[1], "width": frames.shape[2]}
     variant = "dense" if cfg.dense else "blade"
     run.row("seconds", seconds, unit="s", better="lower", variant=variant, labels=labels)
     if device.type == "cuda":
@@ -337,15 +359,35 @@ def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -
     run.log(step=index, seconds=seconds)
 
 
-def _attention(cfg: GenerateConfig, kind: _Kind, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
-    """Name and settings of the attention; ``stated`` is what a LoRA file says."""
+def _stated(lora: Path) -> BladeConfig | None:
+    """The attention settings in the header of a LoRA file; its weights are not read."""
+    return _read_config(lora, _read_header(lora)[2])
+
+
+def _sparse_steps(cfg: GenerateConfig, name: str, settings: BladeConfig | None) -> int:
+    """Steps with sparse attention; raises if there are none though the settings are for sparse attention."""
+    if settings is None:
+        return 0
+    if settings.dense_steps >= cfg.steps or settings.mask == "dense":
+        what = "the attention settings" if name == "custom" else f"preset {name}"
+        if settings.mask == "dense":
+            raise ValueError(f"{what} must be sparse; got mask 'dense'. Pass dense to leave attention as it is")
+        raise ValueError(
+            f"steps must be above the {settings.dense_steps} first steps that {what} leave{'s' * (name != 'custom')} "
+            f"dense, or none is sparse; got {cfg.steps}. Take more steps, or another preset, or dense"
+        )
+    return cfg.steps - settings.dense_steps
+
+
+def _attention(cfg: GenerateConfig, kind: _Kind | None, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
+    """Name and settings of the attention; ``stated`` is what a LoRA file says, ``kind`` gives the default."""
     if cfg.dense:
         return "dense", None
     if cfg.attention is not None:
         return "custom", cfg.attention
     if cfg.preset is None and stated is not None:
         return "custom", stated
-    name = cfg.preset or kind.preset
+    name = kind.preset if cfg.preset is None else cfg.preset
     return name, PRESETS[name].config
 
 

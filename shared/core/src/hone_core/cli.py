@@ -54,7 +54,8 @@ def run_cli(
 
     Each verb gets the flags that its signature declares and, on top, ``--json`` (the result as JSON on stdout),
     ``--quiet`` (only warnings and errors on stderr) and ``--verbose`` (debug lines, and the traceback of an error). A
-    verb that declares ``json``, ``quiet`` or ``verbose`` itself gets the value passed on.
+    verb that declares ``json``, ``quiet`` or ``verbose`` itself gets the value passed on. A flag whose default is None
+    shows no default of its own; its line in the docstring says what holds then, as in ``(default: 8)``.
 
     What a verb returns is its result, printed on stdout: a string as it is, a mapping or dataclass as lines (a
     dataclass with its own ``__str__``: that) or, with ``--json``, as JSON. None prints nothing. An object with a
@@ -142,10 +143,32 @@ def _with_common_flags(fn: Callable[..., Any]) -> Callable[..., tuple[Callable[[
     )
     hints = typing.get_type_hints(fn, include_extras=True)
     hints.pop("return", None)
+    for name, parameter in signature.parameters.items():
+        if parameter.default is None and name in hints:
+            # None only says that the flag was left out: it is no value to type, and what then holds stands in the text.
+            shown = tyro.conf.arg(metavar=_metavar(hints[name]), help_behavior_hint="")
+            hints[name] = typing.Annotated[hints[name], shown]
     parsed.__annotations__ = hints | {parameter.name: switch for parameter in extra}
     parsed.__doc__ = _with_common_docs(inspect.getdoc(fn) or "", [parameter.name for parameter in extra])
     parsed.__name__ = fn.__name__
     return parsed
+
+
+def _metavar(hint: Any) -> str:
+    """What stands for a value in the help, None left out: ``INT``, ``{a,b}``, ``STR [STR ...]``."""
+    import types
+    import typing
+
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _metavar(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(_metavar(arg) for arg in args if arg is not type(None))
+    if origin is typing.Literal:
+        return "{" + ",".join(map(str, args)) + "}"
+    if origin in (tuple, list):
+        return f"{(item := _metavar(args[0]))} [{item} ...]"
+    return getattr(hint, "__name__", str(hint)).upper()
 
 
 def _with_common_docs(doc: str, names: list[str]) -> str:

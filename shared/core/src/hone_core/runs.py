@@ -306,18 +306,29 @@ def load_results(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def export_results(run: str | Path, target: str | Path) -> Path:
+def export_results(run: str | Path, target: str | Path, *, allow_dirty: bool = False) -> Path:
     """Write a finished run as one file for ``results/<package>/``: its results with its environment inside.
+
+    Args:
+        run: The run's folder.
+        target: File to write.
+        allow_dirty: Also export a run of code that had uncommitted changes, whose numbers nobody can reproduce from the
+            commit; the file, and each table made from it, say so.
 
     Raises:
         FileNotFoundError: ``run`` is no run folder.
-        ValueError: The run is not done.
+        ValueError: The run is not done, or its code had uncommitted changes.
     """
     run = Path(run)
     data = load_results(run)
     if data["status"] != "done":
         raise ValueError(f"{run}: only a finished run can be exported; its status is {data['status']}")
     data["environment"] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    if data["environment"].get("dirty") and not allow_dirty:
+        raise ValueError(
+            f"{run}: expected a run of committed code; its checkout had changes on top of commit "
+            f"{(data['environment'].get('commit') or 'none')[:10]}. Commit and run again, or pass allow_dirty=True"
+        )
     data["config"] = json.loads((run / "config.json").read_text(encoding="utf-8"))
     return atomic_write_json(target, data)
 
