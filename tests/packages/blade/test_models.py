@@ -136,6 +136,29 @@ def test_bfloat16_within_its_rounding():
 # What the attention gets: the model's own q, k, v in curve order, text last.
 
 
+# torch says that it has no fused norm for these dtypes.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("wide_norms", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@KINDS
+def test_autocast_within_the_rounding_of_bfloat16(kind, compiled, wide_norms):
+    model, arguments = tiny(kind), inputs(kind)
+    if wide_norms:  # what autocast's norms give on a GPU
+        for block in blocks(model):
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.register_forward_hook(lambda module, args, output: output.float())
+    with attach(model, SPARSE) as handle:
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        expected = run(model, arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(call, arguments)
+            with handle.dense():
+                dense = run(model, arguments)
+    assert out.dtype == dense.dtype
+    assert float((out - expected).norm() / expected.norm()) < 0.03
+    assert float((out - dense).norm() / dense.norm()) > 0
+
+
 @KINDS
 def test_attention_sees_curve_order_then_text(kind, monkeypatch):
     model, arguments = tiny(kind), inputs(kind)

@@ -118,6 +118,9 @@ class _Processor:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: _Tables, text_tokens: int = 0) -> Tensor:
         """``[B, H, S, D]`` each, video tokens in curve order first, then the text."""
+        if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+            # Autocast projects in 16 bits, but on a GPU its norms give float32; torch's own attention casts back too.
+            q, k = q.to(v.dtype), k.to(v.dtype)
         if torch.compiler.is_compiling():
             _constant(q.shape[2])
             text_tokens = _constant(text_tokens)
