@@ -153,6 +153,7 @@ def test_autocast_changes_nothing(kind, dtype):
     def score():
         return block_scores(q, k, index, index, kind=kind)
 
+    torch.compiler.reset()  # a graph for each case is wanted here
     want, compiled = score(), torch.compile(score, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         got, traced = score(), compiled()
