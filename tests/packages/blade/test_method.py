@@ -498,6 +498,15 @@ def test_bad_arguments():
         adaptive_sparse_attention(q[:, :, :32], k, v, cfg=SMALL)
     with pytest.raises(ValueError, match=r"text_tokens must lie in \[0, 64\), .*; got 64"):
         adaptive_sparse_attention(q, k, v, cfg=SMALL, text_tokens=64)
+    for cfg in (SMALL, change(pool=4), change(mask="dense")):
+        with pytest.raises(
+            ValueError, match=r"k and v must have the same shape; got \[1, 2, 64, 8\] and \[1, 2, 60, 8\]"
+        ):
+            adaptive_sparse_attention(q, k, v[:, :, :60], cfg=cfg)
+        with pytest.raises(ValueError, match=r"q must not be empty; got \[0, 2, 64, 8\]\. Skip the call"):
+            adaptive_sparse_attention(q[:0], k[:0], v[:0], cfg=cfg)
+        with pytest.raises(ValueError, match=r"q must not be empty; got \[1, 2, 0, 8\]"):
+            adaptive_sparse_attention(*(x[:, :, :0] for x in (q, k, v)), cfg=cfg)
     with pytest.raises(ValueError, match="must be at least 1; got 0"):
         pool_tokens(k, v, 0)
     with pytest.raises(ValueError, match="there must be video tokens to pool"):

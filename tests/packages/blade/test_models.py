@@ -218,6 +218,44 @@ def test_embedding_layers_are_the_models_own_after_a_forward():
             assert all(torch.equal(a, b) for a, b in zip(model.rope(video), tables, strict=True))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_embedding_layers_are_the_models_own_after_a_forward_that_raised(compiled):
+    model, arguments = tiny("wan"), inputs("wan")
+    video = arguments["hidden_states"]
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with torch.no_grad(), attach(model, SPARSE) as handle:
+        with handle.dense():
+            expected, tables = model.patch_embedding(video), model.rope(video)
+        before = run(model, arguments)
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        broken = model.blocks[1].ffn.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(call, arguments)
+        broken.remove()
+        assert torch.equal(model.patch_embedding(video), expected)
+        assert all(torch.equal(a, b) for a, b in zip(model.rope(video), tables, strict=True))
+        assert torch.equal(run(model, arguments), before)
+
+
+@KINDS
+def test_inputs_that_are_no_latents_or_missing(kind):
+    model, arguments = tiny(kind), inputs(kind)
+    with attach(model, SPARSE):
+        image = {**arguments, "hidden_states": arguments["hidden_states"][:, :, 0]}
+        with pytest.raises(ValueError, match=r"hidden_states must be latents \[batch, .*\]; got \[2, .*\]\. A single"):
+            run(model, image)
+        for name in ("hidden_states", "timestep", *(("encoder_hidden_states",) if kind == "cogvideox" else ())):
+            left_out = {key: value for key, value in arguments.items() if key != name}
+            with pytest.raises(TypeError, match=f"forward needs {name} .* got a call without it"):
+                run(model, left_out)
+            with pytest.raises(TypeError, match=f"forward needs {name} .* got None"):
+                run(model, {**arguments, name: None})
+        run(model, arguments)
+
+
 @KINDS
 def test_sparse_attention_changes_the_output_and_is_repeatable(kind):
     model, arguments = tiny(kind), inputs(kind, frames=4, height=16, width=16)
@@ -462,6 +500,18 @@ def test_dense_steps_count_timesteps_not_calls(kind):
         handle.reset()
         assert handle.step == -1
         run(model, inputs(kind, time=499, **size))
+        assert handle.step == 0
+
+
+def test_a_video_that_starts_lower_has_to_be_announced():
+    model = tiny("wan")
+    with attach(model, BladeConfig(block=16, samples=8, max_density=0.3, dense_steps=2)) as handle:
+        for time in (999, 874, 749):
+            run(model, inputs("wan", time=time))
+        run(model, inputs("wan", time=600))  # a new video, but it looks like the next step
+        assert handle.step == 3
+        handle.reset()
+        run(model, inputs("wan", time=600))
         assert handle.step == 0
 
 

@@ -270,10 +270,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, dim]; got {list(x.shape)}")
+        if not x.numel():
+            raise ValueError(f"{name} must not be empty; got {list(x.shape)}. Skip the call where there is nothing")
     if q.shape[2] != k.shape[2]:
         raise ValueError(
             f"sparse self-attention needs as many queries as keys; got {q.shape[2]} and {k.shape[2]}. Leave "
             "cross-attention dense"
+        )
+    if k.shape != v.shape:
+        raise ValueError(
+            f"k and v must have the same shape; got {list(k.shape)} and {list(v.shape)}. Pass the values of these keys"
         )
     if not 0 <= text_tokens < q.shape[2]:
         raise ValueError(f"text_tokens must lie in [0, {q.shape[2]}), the length of the sequence; got {text_tokens}")
