@@ -73,9 +73,9 @@ class _Steps:
     """Which denoising step a forward belongs to, from the timesteps that the model is called with.
 
     A step is a maximal run of forwards at one timestep, so the conditional and the unconditional call count once. A
-    timestep above the previous one starts a new video at step 0; where a new video does not rise above the last timestep
-    (video-to-video, or after a run that was broken off), the caller has to ``reset``. The value is the largest of the tensor (a batch, or
-    the per-token times of Wan2.2, whose image tokens are at 0).
+    timestep above the previous one starts a new video at step 0; where a new video does not rise above the last
+    timestep (video-to-video, or after a run that was broken off), the caller has to ``reset``. The value is the largest
+    of the tensor (a batch, or the per-token times of Wan2.2, whose image tokens are at 0).
     """
 
     def __init__(self, dense_steps: int) -> None:
