@@ -2,7 +2,9 @@
 
     python tools/gpu_package_host.py runs/hone-blade/train-host/RUN --clips 256
 
-The sampler is that of HostConfig's defaults. host.json keeps the training run's facts and gains the grades.
+The sampler is that of HostConfig's defaults. host.json keeps the training run's facts and gains the grades, with the
+command of each: ``command`` made the weights and ``train_config``, ``package_command`` chose ``sampler`` and made what
+follows.
 """
 
 import argparse
@@ -42,6 +44,7 @@ def main() -> None:
         facts.pop(key, None)
     machine = environment()
     facts |= {
+        "package_command": f"python tools/gpu_package_host.py RUN --clips {args.clips} --device {args.device}",
         "sampler": {name: getattr(cfg, name) for name in SAMPLER},
         "evaluations": sum(host.evaluations()),
         "result": result,

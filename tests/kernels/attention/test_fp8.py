@@ -290,6 +290,24 @@ def test_output_lies_as_the_projection_reads_it():
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("smooth_k", [False, True])
+def test_autocast_changes_nothing(smooth_k):
+    q, k, v = tensors(1, 2, 100, 16)
+    layout = BlockLayout.from_topk(torch.rand(1, 2, 2, 2), 1, 100, 100, block_q=64, block_k=64)
+
+    def attend():
+        operands = quantize_qkv(q, k, v, smooth_k=smooth_k)
+        apart = fp8_block_sparse_attention(operands, layout, return_lse=True, out_dtype=torch.float32)
+        return (*apart, *block_sparse_attention_fp8(q, k, v, layout, smooth_k=smooth_k, return_lse=True))
+
+    want = attend()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend()
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == theirs.dtype == torch.float32
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -225,6 +225,29 @@ def test_many_rows_of_many_lengths(dim, claim):
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("dtype", SUPPORTED.dtypes, ids=str)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize("keys", [256, 250])
+def test_nan_stays_nan(keys, dim, dtype):
+    q = torch.randn(1, 1, 256, dim, device="cuda", dtype=dtype)
+    k, v = (torch.randn(1, 1, keys, dim, device="cuda", dtype=dtype) for _ in range(2))
+    q[0, 0, 5, 3] = torch.nan
+    k[0, 0, 140, 1] = torch.nan  # in the second block of keys
+    for mask in ([[1, 1], [1, 0]], [[1, 0], [0, 1]], [[0, 1], [1, 0]]):
+        layout = BlockLayout.from_mask(torch.tensor(mask, dtype=torch.bool, device="cuda")[None, None], 256, keys)
+        out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="gluon")
+        want_out, want_lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="reference")
+        rows = want_lse.isnan()
+        assert rows[0, 0, 5]
+        assert not rows.all()
+        assert torch.equal(lse.isnan(), rows)
+        assert torch.equal(out.isnan().any(-1), rows)
+        assert_close(out[~rows].double(), want_out[~rows].double(), dtype=dtype)
+        assert_close(lse[~rows].double(), want_lse[~rows].double(), dtype=dtype)
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("dim", SUPPORTED.head_dims)
 def test_gradients(dim):
     """They come from the Triton kernels, fed with this forward's output and log-sum-exp."""

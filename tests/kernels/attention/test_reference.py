@@ -81,6 +81,25 @@ def test_pooled_keys_are_a_concatenation():
     assert_close(lse, (q @ keys.transpose(-1, -2) * 8**-0.5).logsumexp(-1), atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(dtype):
+    q, k, v = tensors(1, 2, 40, 8, dtype=dtype)
+    layout = BlockLayout.from_topk(torch.rand(1, 2, 5, 5), 2, 40, 40, block_q=8, block_k=8)
+    pooled = PooledKV(*tensors(1, 2, 3, 8, n=2, dtype=dtype), torch.randn(2, 3))
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, layout, pooled=pooled, return_lse=True)
+
+    want = attend(q, k, v)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, traced = attend(q, k, v), compiled(q, k, v)
+    for mine, graph, theirs in zip(got, traced, want, strict=True):
+        assert mine.dtype == graph.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+        assert_close(graph, theirs)
+
+
 def test_chunks_make_no_difference(monkeypatch):
     q, k, v = tensors(1, 2, 50, 8)
     layout = BlockLayout.from_mask(torch.rand(1, 2, 7, 7) < 0.5, 50, 50, block_q=8, block_k=8)

@@ -133,6 +133,39 @@ def test_support_matrix(dim, block_q, block_k):
     )
 
 
+def check_nan(device, dtype):
+    """NaN in one query and in one key reach exactly the rows that read them, as in the reference."""
+    q, k, v = (torch.randn(1, 1, 256, 64, device=device, dtype=dtype) for _ in range(3))
+    q[0, 0, 5, 3] = torch.nan  # in a block of queries that read both blocks of keys, with and without a mask
+    k[0, 0, 140, 1] = torch.nan  # in the second block of keys
+    for mask, keys in (([[1, 1], [1, 0]], 256), ([[1, 0], [0, 1]], 250), ([[0, 1], [1, 0]], 250)):
+        listed = torch.tensor(mask, dtype=torch.bool, device=device)[None, None]
+        layout = BlockLayout.from_mask(listed, 256, keys)
+        inputs = (q, k[:, :, :keys].contiguous(), v[:, :, :keys].contiguous())
+        got = block_sparse_attention(*inputs, layout, return_lse=True, backend="triton")
+        want = block_sparse_attention(*inputs, layout, return_lse=True, backend="reference")
+        rows = want[1].isnan()
+        assert rows[0, 0, 5]
+        assert not rows.all()
+        assert torch.equal(got[1].isnan(), rows)
+        assert torch.equal(got[0].isnan().any(-1), rows)
+        assert_close(got[0][~rows].double(), want[0][~rows].double(), dtype=dtype)
+        assert_close(got[1][~rows].double(), want[1][~rows].double(), dtype=dtype)
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nan_stays_nan_interpreted(dtype):
+    check_nan("cpu", dtype)
+
+
+@requires_gpu(min_sm=SUPPORT["triton"].min_sm)
+@pytest.mark.parametrize("dtype", SUPPORT["triton"].dtypes, ids=str)
+def test_nan_stays_nan(dtype):
+    check_nan("cuda", dtype)
+
+
 def check_op(device, dtype):
     leaves, layout, _ = build(Case(batch=2, queries=70, keys=70, pooled=8, bias=True), dtype, device)
     q, k, v, pooled_k, pooled_v, bias = leaves

@@ -145,6 +145,23 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.hone_kernels.block_scores.default, (q, k, index, index, kind, 0.3, "reference"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(kind, dtype):
+    q, k, index = torch.randn(1, 4, 32, 8, dtype=dtype), torch.randn(1, 2, 32, 8, dtype=dtype), block_index(32, 8, 4)
+
+    def score():
+        return block_scores(q, k, index, index, kind=kind)
+
+    torch.compiler.reset()  # a graph for each case is wanted here
+    want, compiled = score(), torch.compile(score, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, traced = score(), compiled()
+    assert got.dtype == traced.dtype == want.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(got, want)
+    assert torch.equal(traced, want)
+
+
 def test_compiles_whole():
     def score(q, k, index):
         return block_scores(q * 2, k, index, index, kind="lse") + 1

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import subprocess
 import sys
 
@@ -73,3 +74,42 @@ def test_bad_values(change, message):
         BladeConfig(**change)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BladeConfig(), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 1.5}, r"samples must be a whole number \(int\); got 1\.5 of type float"),
+        ({"pool": 1.5}, "pool must be a whole number"),
+        ({"block": 128.0}, "block must be a whole number .* got 128.0 of type float"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": None}, "seed must be a whole number .* got None of type NoneType"),
+        ({"dense_steps": 2.5}, "dense_steps must be a whole number"),
+        ({"dense_steps": True}, "dense_steps must be a whole number .* got True of type bool"),
+        ({"min_tokens": math.inf}, "min_tokens must be a whole number .* got inf of type float"),
+        ({"max_density": True}, r"max_density must be a number \(float\); got True of type bool"),
+        ({"max_density": "0.3"}, "max_density must be a number .* got '0.3' of type str"),
+        ({"inclusive": 1}, "inclusive must be True or False; got 1 of type int"),
+        ({"score": ["paper"]}, "score must be a string; got .* of type list"),
+        (
+            {"dense_layers": [0]},
+            r"dense_layers must be a tuple of whole numbers, such as \(0,\); got \[0\] of type list",
+        ),
+        ({"dense_layers": 3}, "dense_layers must be a tuple .* got 3 of type int"),
+        ({"dense_layers": (0, 1.0)}, r"dense_layers must be a tuple of whole numbers, .* got \(0, 1\.0\)"),
+    ],
+)
+def test_bad_types(change, message):
+    with pytest.raises(TypeError, match=message):
+        BladeConfig(**change)
+
+
+@pytest.mark.parametrize("name", ["max_density", "min_density", "mass"])
+def test_nan_is_no_share(name):
+    with pytest.raises(ValueError, match=f"{name} .* got nan"):
+        BladeConfig(**{name: math.nan})
+
+
+def test_whole_fractions_may_be_integers_and_lists_come_in_as_tuples():
+    assert BladeConfig(max_density=1).max_density == 1
+    assert from_dict(BladeConfig, {"dense_layers": [0, 2]}).dense_layers == (0, 2)

@@ -235,3 +235,12 @@ def test_wrong_settings_are_refused(host):
         host.sample(host.encode_null(1), torch.zeros(2, 3, 4, 16, 16))
     assert HostConfig().tokens == 1024
     assert HostConfig().grid == (16, 8, 8)
+
+
+def test_packaged_host_records_the_command_of_its_weights_and_of_its_grades():
+    from importlib.resources import files
+
+    facts = json.loads((files("hone_blade") / "assets" / "host.json").read_text(encoding="utf-8"))
+    assert facts["command"].startswith("hone-blade train-host ")
+    clips = facts["graded"]["clips"]
+    assert facts["package_command"].startswith(f"python tools/gpu_package_host.py RUN --clips {clips} ")

@@ -198,6 +198,14 @@ def other_rank(tensors):
     return {**tensors, key: tensors[key][:, :-1].contiguous()}
 
 
+def poison(value, dtype=torch.float32):
+    def change(tensors):
+        tensors["transformer.blocks.1.attn2.to_k.lora_B.weight"][3, 1] = value
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    return change
+
+
 def more(tensors):
     return {**tensors, "transformer.blocks.0.ffn.net.2.lora_A.weight": torch.zeros(4, 128)}
 
@@ -212,6 +220,12 @@ def more(tensors):
         (other_rank, r"at rank 4: 1 tensors of another shape, .*\(64, 3\) instead of \(64, 4\)"),
         (lambda t: {"a.weight": torch.zeros(2)}, r"no LoRA tensors; expected .*, got a\.weight"),
         (lambda t: {k: v.long() for k, v in t.items()}, "expected floating-point tensors; got I64"),
+        (
+            poison(float("nan")),
+            r"1 tensors hold values that are not finite, such as .*\.1\.attn2\.to_k\.lora_B\.weight\. ",
+        ),
+        (poison(float("inf")), "1 tensors hold values that are not finite"),
+        (poison(float("-inf"), torch.bfloat16), "1 tensors hold values that are not finite"),
     ],
 )
 def test_other_layouts_are_refused(change, message, tmp_path):

@@ -153,6 +153,12 @@ def test_pooling_in_half_precision_adds_in_single():
 # ---- gradients
 
 
+def test_pooled_bias_is_as_wide_as_the_keys():
+    _, k, v = tensors()
+    bias = pool_tokens(k, v, 7).bias
+    assert torch.equal(bias.flatten(), torch.tensor([7.0] * 11 + [3.0], dtype=torch.float64).log())
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_gradients_through_attention_and_pooling(exact):
     q, k, v = tensors(heads=2, kv_heads=1, tokens=11, dim=3)
@@ -312,6 +318,15 @@ def test_clamped_counts_the_rows_whose_threshold_was_cut():
     assert float(some.clamped.max()) < 1
 
 
+@pytest.mark.parametrize("text_tokens", [3, 20])
+def test_clamped_leaves_text_blocks_out(text_tokens):
+    q, k, v = tensors(tokens=80 + text_tokens)
+    cfg = change(mass=1.0)
+    _, stats = adaptive_sparse_attention(q, k, v, cfg=cfg, text_tokens=text_tokens, return_stats=True)
+    # Every block of video is cut; those of text keep everything and do not count.
+    assert torch.equal(stats.clamped, torch.ones(1, 2))
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("preset", "tokens", "text", "dim", "blocks", "kept"),
@@ -405,6 +420,23 @@ def test_compiles_whole(mask):
             assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", ["adaptive", "dense"])
+def test_autocast_changes_nothing(mask, dtype):
+    q, k, v = tensors(tokens=70, dtype=dtype)
+    cfg = change(pool=8, mask=mask)
+    want, want_stats = adaptive_sparse_attention(q, k, v, cfg=cfg, text_tokens=6, return_stats=True, recall=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, stats = adaptive_sparse_attention(q, k, v, cfg=cfg, text_tokens=6, return_stats=True, recall=True)
+        pooled = pool_tokens(k, v, 8)
+    assert got.dtype == pooled.k.dtype == dtype
+    assert pooled.bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(pooled.k, pool_tokens(k, v, 8).k)
+    assert torch.equal(got, want)
+    for name in ("density", "clamped", "recall"):
+        assert torch.equal(getattr(stats, name), getattr(want_stats, name))
+
+
 # ---- on the device
 
 
@@ -466,6 +498,15 @@ def test_bad_arguments():
         adaptive_sparse_attention(q[:, :, :32], k, v, cfg=SMALL)
     with pytest.raises(ValueError, match=r"text_tokens must lie in \[0, 64\), .*; got 64"):
         adaptive_sparse_attention(q, k, v, cfg=SMALL, text_tokens=64)
+    for cfg in (SMALL, change(pool=4), change(mask="dense")):
+        with pytest.raises(
+            ValueError, match=r"k and v must have the same shape; got \[1, 2, 64, 8\] and \[1, 2, 60, 8\]"
+        ):
+            adaptive_sparse_attention(q, k, v[:, :, :60], cfg=cfg)
+        with pytest.raises(ValueError, match=r"q must not be empty; got \[0, 2, 64, 8\]\. Skip the call"):
+            adaptive_sparse_attention(q[:0], k[:0], v[:0], cfg=cfg)
+        with pytest.raises(ValueError, match=r"q must not be empty; got \[1, 2, 0, 8\]"):
+            adaptive_sparse_attention(*(x[:, :, :0] for x in (q, k, v)), cfg=cfg)
     with pytest.raises(ValueError, match="must be at least 1; got 0"):
         pool_tokens(k, v, 0)
     with pytest.raises(ValueError, match="there must be video tokens to pool"):

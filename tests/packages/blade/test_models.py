@@ -136,6 +136,29 @@ def test_bfloat16_within_its_rounding():
 # What the attention gets: the model's own q, k, v in curve order, text last.
 
 
+# torch says that it has no fused norm for these dtypes.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("wide_norms", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@KINDS
+def test_autocast_within_the_rounding_of_bfloat16(kind, compiled, wide_norms):
+    model, arguments = tiny(kind), inputs(kind)
+    if wide_norms:  # what autocast's norms give on a GPU
+        for block in blocks(model):
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.register_forward_hook(lambda module, args, output: output.float())
+    with attach(model, SPARSE) as handle:
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        expected = run(model, arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(call, arguments)
+            with handle.dense():
+                dense = run(model, arguments)
+    assert out.dtype == dense.dtype
+    assert float((out - expected).norm() / expected.norm()) < 0.03
+    assert float((out - dense).norm() / dense.norm()) > 0
+
+
 @KINDS
 def test_attention_sees_curve_order_then_text(kind, monkeypatch):
     model, arguments = tiny(kind), inputs(kind)
@@ -193,6 +216,44 @@ def test_embedding_layers_are_the_models_own_after_a_forward():
             run(model, arguments)
             assert torch.equal(model.patch_embedding(video), expected)
             assert all(torch.equal(a, b) for a, b in zip(model.rope(video), tables, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_embedding_layers_are_the_models_own_after_a_forward_that_raised(compiled):
+    model, arguments = tiny("wan"), inputs("wan")
+    video = arguments["hidden_states"]
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with torch.no_grad(), attach(model, SPARSE) as handle:
+        with handle.dense():
+            expected, tables = model.patch_embedding(video), model.rope(video)
+        before = run(model, arguments)
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        broken = model.blocks[1].ffn.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(call, arguments)
+        broken.remove()
+        assert torch.equal(model.patch_embedding(video), expected)
+        assert all(torch.equal(a, b) for a, b in zip(model.rope(video), tables, strict=True))
+        assert torch.equal(run(model, arguments), before)
+
+
+@KINDS
+def test_inputs_that_are_no_latents_or_missing(kind):
+    model, arguments = tiny(kind), inputs(kind)
+    with attach(model, SPARSE):
+        image = {**arguments, "hidden_states": arguments["hidden_states"][:, :, 0]}
+        with pytest.raises(ValueError, match=r"hidden_states must be latents \[batch, .*\]; got \[2, .*\]\. A single"):
+            run(model, image)
+        for name in ("hidden_states", "timestep", *(("encoder_hidden_states",) if kind == "cogvideox" else ())):
+            left_out = {key: value for key, value in arguments.items() if key != name}
+            with pytest.raises(TypeError, match=f"forward needs {name} .* got a call without it"):
+                run(model, left_out)
+            with pytest.raises(TypeError, match=f"forward needs {name} .* got None"):
+                run(model, {**arguments, name: None})
+        run(model, arguments)
 
 
 @KINDS
@@ -439,6 +500,18 @@ def test_dense_steps_count_timesteps_not_calls(kind):
         handle.reset()
         assert handle.step == -1
         run(model, inputs(kind, time=499, **size))
+        assert handle.step == 0
+
+
+def test_a_video_that_starts_lower_has_to_be_announced():
+    model = tiny("wan")
+    with attach(model, BladeConfig(block=16, samples=8, max_density=0.3, dense_steps=2)) as handle:
+        for time in (999, 874, 749):
+            run(model, inputs("wan", time=time))
+        run(model, inputs("wan", time=600))  # a new video, but it looks like the next step
+        assert handle.step == 3
+        handle.reset()
+        run(model, inputs("wan", time=600))
         assert handle.step == 0
 
 

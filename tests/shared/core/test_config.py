@@ -134,5 +134,9 @@ def test_load_names_the_file(tmp_path):
     file.write_text('{"rate": "x"}')
     with pytest.raises(ValueError, match=r"config\.json: rate: expected a number"):
         load_config(Inner, file)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError, match=r"none\.json: expected a JSON config, .*No such file.*\. Pass the config"
+    ):
         load_config(Inner, tmp_path / "none.json")
+    with pytest.raises(IsADirectoryError, match=r"expected a JSON config, but it cannot be read"):
+        load_config(Inner, tmp_path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hone_kernels.precision import without_autocast
+
 from .layout import BlockLayout
 
 __all__ = [
@@ -35,6 +37,7 @@ AMAX_MIN = E4M3_MAX * torch.finfo(torch.float32).tiny
 _CHUNK_ELEMENTS = 1 << 21
 
 
+@without_autocast
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding on interleaved pairs, rounded to x's dtype as diffusers' Wan does.
 
@@ -47,6 +50,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+@without_autocast
 def quantize_reference(
     q: Tensor,
     k: Tensor,
@@ -123,6 +127,7 @@ def _quantize_blocks(x: Tensor, block: int, group: int) -> tuple[Tensor, Tensor]
     return _cast(x, rows).contiguous(), scale.repeat_interleave(group, dim=-1)[..., : -(-tokens // block)].contiguous()
 
 
+@without_autocast
 def dequantize(
     q8: Tensor,
     k8: Tensor,
@@ -142,6 +147,7 @@ def dequantize(
     return rows(q8, q_scale), rows(k8, k_scale), v.to(dtype).contiguous()
 
 
+@without_autocast
 def attention_fp8_reference(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, *, tile: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -513,7 +513,7 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         turn += 1
 
         weight = gl.convert_layout(gl.sum(sums, 1), LOGIT_ROWS)
-        some = weight > 0.0
+        some = weight != 0.0  # so that NaN stays NaN
         weight = gl.where(some, weight, 1.0)
         out = acc * gl.convert_layout(gl.where(some, 1.0 / weight, 0.0), OUT_ROWS)[:, None]
         start = (row * CONSUMERS + WG) * 64

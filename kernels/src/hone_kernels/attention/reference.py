@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hone_kernels.precision import without_autocast
+
 from .layout import BlockLayout
 
 __all__ = ["attention_reference"]
@@ -13,6 +15,7 @@ __all__ = ["attention_reference"]
 _CHUNK_ELEMENTS = 1 << 21
 
 
+@without_autocast
 def attention_reference(
     q: Tensor,
     k: Tensor,

@@ -227,7 +227,7 @@ def _forward_kernel(
             )
 
     at = start_q + tl.arange(0, BM)
-    some = total > 0
+    some = total != 0  # so that NaN stays NaN
     total = tl.where(some, total, 1.0)
     acc = acc / total[:, None]
     lse = tl.where(some, top * LN2 + tl.log(total), -float("inf"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hone_kernels.precision import without_autocast
+
 __all__ = ["block_scores_reference"]
 
 _CHUNK_ELEMENTS = 1 << 26  # logits held at a time: 256 MiB in float32
 
 
+@without_autocast
 def block_scores_reference(
     q: Tensor,
     k: Tensor,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hone_kernels.precision import without_autocast
+
 __all__ = ["select_blocks_reference"]
 
 
+@without_autocast
 def select_blocks_reference(
     scores: Tensor,
     min_keep: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 __all__ = ["ORDERS", "PRESETS", "BladeConfig", "Mask", "Offsets", "Order", "Preset", "Score", "Selection"]
@@ -15,6 +15,14 @@ Mask = Literal["adaptive", "window", "random", "dense"]
 Backend = Literal["auto", "reference", "triton", "gluon"]
 
 ORDERS: tuple[Order, ...] = get_args(Order)
+
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number (int)",
+    float: "a number (float)",
+    str: "a string",
+    tuple: "a tuple of whole numbers, such as (0,)",
+}
 
 _TILES = {16: (1, 4, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
 
@@ -82,6 +90,7 @@ class BladeConfig:
         return "triton" if self.backend == "gluon" else self.backend
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, options in (
             ("score", get_args(Score)),
             ("offsets", get_args(Offsets)),
@@ -106,6 +115,16 @@ class BladeConfig:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers counts layers from 0; got {self.dense_layers}")
+
+    def _check_types(self) -> None:
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), type(entry.default)
+            # bool is a subclass of int, and True for a count is a mistake; a whole number will do for a fraction.
+            if type(value) is kind or (kind is float and type(value) is int):
+                continue
+            raise TypeError(f"{entry.name} must be {_KINDS[kind]}; got {value!r} of type {type(value).__name__}")
+        if not all(type(layer) is int for layer in self.dense_layers):
+            raise TypeError(f"dense_layers must be {_KINDS[tuple]}; got {self.dense_layers!r}")
 
     @property
     def tile(self) -> tuple[int, int, int]:

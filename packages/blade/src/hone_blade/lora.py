@@ -99,8 +99,8 @@ def load_blade_lora(
 ) -> LoraReport:
     """Load LoRA weights of the published layout into a Wan or CogVideoX transformer.
 
-    Every name and shape is compared with the model's before the model is touched. The order with ``attach`` does not
-    matter. ``model.delete_adapters(adapter_name)`` takes the weights off again.
+    Every name and shape is compared with the model's, and every value has to be finite, before the model is touched.
+    The order with ``attach`` does not matter. ``model.delete_adapters(adapter_name)`` takes the weights off again.
 
     Args:
         pipeline_or_model: The transformer, or a pipeline; of a Wan2.2 pipeline pass ``pipe.transformer`` or
@@ -112,7 +112,8 @@ def load_blade_lora(
 
     Raises:
         TypeError: The model's class has no such layout.
-        CheckpointError: The file is not there, is not safetensors, or has unknown, missing or misshapen tensors.
+        CheckpointError: The file is not there, is not safetensors, or has unknown, missing or misshapen tensors or
+            values that are not finite.
         ValueError: The pipeline has two transformers, or ``adapter_name`` is taken.
     """
     pipeline = pipeline_or_model if isinstance(pipeline_or_model, DiffusionPipeline) else None
@@ -132,7 +133,14 @@ def load_blade_lora(
 
     from safetensors.torch import load_file
 
-    model.load_lora_adapter(load_file(file), prefix=_PREFIX, adapter_name=adapter_name, _pipeline=pipeline)
+    tensors = load_file(file)
+    broken = sorted(name for name, values in tensors.items() if not values.isfinite().all())
+    if broken:
+        raise CheckpointError(
+            f"{file}: {len(broken)} tensors hold values that are not finite, such as {_few(broken)}. Its training "
+            "diverged, or the file was damaged; take another checkpoint"
+        )
+    model.load_lora_adapter(tensors, prefix=_PREFIX, adapter_name=adapter_name, _pipeline=pipeline)
     report = LoraReport(
         file=str(file),
         adapter_name=adapter_name,

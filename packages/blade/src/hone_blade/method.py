@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.block_select import SelectedBlocks
+from hone_kernels.precision import without_autocast
 from jaxtyping import Float
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def adaptive_sparse_attention(
     """
     _check(q, k, v, text_tokens)
     if runs_dense(cfg, k.shape[2], layer):
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = _dense(q, k, v, scale)
         ones = torch.ones(q.shape[:2], dtype=torch.float32, device=q.device)
         return (out, Stats(ones, 0.0, torch.zeros_like(ones), ones if recall else None)) if return_stats else out
 
@@ -116,6 +117,11 @@ def adaptive_sparse_attention(
         recall=mass_recall(q, k, layout, scale=scale, backend=cfg.backend) if recall else None,
     )
     return out, stats
+
+
+@without_autocast
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def sparse_layout(
@@ -189,6 +195,7 @@ def select_blocks(
     )
 
 
+@without_autocast
 def pool_tokens(
     k: Float[Tensor, "batch heads tokens dim"],
     v: Float[Tensor, "batch heads tokens dim"],
@@ -217,7 +224,7 @@ def pool_tokens(
     last = rest if exact else n  # tokens that a short last group counts as
 
     def pool(x: Tensor) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = _wide(x.dtype)
         means = x[:, :, : whole * n].unflatten(2, (whole, n)).mean(3, dtype=wide)
         if rest:
             tail = x[:, :, whole * n : tokens].to(wide)
@@ -225,7 +232,7 @@ def pool_tokens(
             means = torch.cat([means, total / last], dim=2)
         return means.to(x.dtype)
 
-    bias = torch.full((1, 1, whole), math.log(n), dtype=torch.float32, device=k.device)
+    bias = torch.full((1, 1, whole), math.log(n), dtype=_wide(k.dtype), device=k.device)
     if rest:
         bias = torch.cat([bias, bias.new_full((1, 1, 1), math.log(last))], dim=2)
     return PooledKV(pool(k), pool(v), bias)
@@ -254,14 +261,25 @@ def mass_recall(
     return (listed - full).exp().mean(-1).clamp(max=1).float()
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, dim]; got {list(x.shape)}")
+        if not x.numel():
+            raise ValueError(f"{name} must not be empty; got {list(x.shape)}. Skip the call where there is nothing")
     if q.shape[2] != k.shape[2]:
         raise ValueError(
             f"sparse self-attention needs as many queries as keys; got {q.shape[2]} and {k.shape[2]}. Leave "
             "cross-attention dense"
+        )
+    if k.shape != v.shape:
+        raise ValueError(
+            f"k and v must have the same shape; got {list(k.shape)} and {list(v.shape)}. Pass the values of these keys"
         )
     if not 0 <= text_tokens < q.shape[2]:
         raise ValueError(f"text_tokens must lie in [0, {q.shape[2]}), the length of the sequence; got {text_tokens}")

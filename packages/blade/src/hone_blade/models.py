@@ -73,8 +73,9 @@ class _Steps:
     """Which denoising step a forward belongs to, from the timesteps that the model is called with.
 
     A step is a maximal run of forwards at one timestep, so the conditional and the unconditional call count once. A
-    timestep above the previous one starts a new video at step 0. The value is the largest of the tensor (a batch, or
-    the per-token times of Wan2.2, whose image tokens are at 0).
+    timestep above the previous one starts a new video at step 0; where a new video does not rise above the last
+    timestep (video-to-video, or after a run that was broken off), the caller has to ``reset``. The value is the largest
+    of the tensor (a batch, or the per-token times of Wan2.2, whose image tokens are at 0).
     """
 
     def __init__(self, dense_steps: int) -> None:
@@ -118,6 +119,9 @@ class _Processor:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: _Tables, text_tokens: int = 0) -> Tensor:
         """``[B, H, S, D]`` each, video tokens in curve order first, then the text."""
+        if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+            # Autocast projects in 16 bits, but on a GPU its norms give float32; torch's own attention casts back too.
+            q, k = q.to(v.dtype), k.to(v.dtype)
         if torch.compiler.is_compiling():
             _constant(q.shape[2])
             text_tokens = _constant(text_tokens)
@@ -397,6 +401,10 @@ class _Attachment(ABC):
             return None
         return output.index_select(1, _inverse(self.config.order, grid, self.config.tile, output.device))
 
+    def finish(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Hook of the model, also where its forward raised: what ``restore`` does, if the forward did not get there."""
+        self.grid = self.records = None
+
 
 class _WanAttachment(_Attachment):
     base = WanTransformer3DModel
@@ -412,10 +420,12 @@ class _WanAttachment(_Attachment):
         yield model.rope.register_forward_hook(self.rotary)
         yield model.patch_embedding.register_forward_hook(self.embed)
         yield model.proj_out.register_forward_hook(self.restore)
+        yield model.register_forward_hook(self.finish, always_call=True)
 
     def start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook of the model: derive the grid, put per-token times in order."""
         hidden, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 1, "timestep")
+        _check_latents(hidden, "batch, channels, frames, height, width")
         grid = tuple(_constant(n) // patch for n, patch in zip(hidden.shape[2:], model.config.patch_size, strict=True))
         if not self.begin(model, grid, 0, timestep) or not self.reorders or timestep.ndim != 2:
             return None
@@ -451,12 +461,14 @@ class _CogVideoXAttachment(_Attachment):
         yield model.register_forward_pre_hook(self.start, with_kwargs=True)
         yield model.patch_embed.register_forward_hook(self.embed)
         yield model.proj_out.register_forward_hook(self.restore)
+        yield model.register_forward_hook(self.finish, always_call=True)
 
     def start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook of the model: derive the grid, put the rotary tables ``[N, D]`` in order."""
         hidden, text = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 1, "encoder_hidden_states")
         timestep, rotary = _argument(args, kwargs, 2, "timestep"), _argument(args, kwargs, 5, "image_rotary_emb", None)
         patches = (model.config.patch_size_t or 1, model.config.patch_size, model.config.patch_size)
+        _check_latents(hidden, "batch, frames, channels, height, width")
         sizes = (hidden.shape[1], *hidden.shape[3:])
         grid = tuple(_constant(size) // patch for size, patch in zip(sizes, patches, strict=True))
         if not self.begin(model, grid, _constant(text.shape[1]), timestep):
@@ -483,11 +495,18 @@ _REQUIRED = object()
 
 def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str, default: Any = _REQUIRED) -> Any:
     """An argument of the model's forward, however it was passed."""
-    if position < len(args):
-        return args[position]
-    if name in kwargs or default is _REQUIRED:
-        return kwargs[name]
-    return default
+    value = args[position] if position < len(args) else kwargs.get(name, default)
+    if value is _REQUIRED or (value is None and default is _REQUIRED):
+        got = "None" if value is None else "a call without it"
+        raise TypeError(f"the transformer's forward needs {name} (argument {position + 1}); got {got}. Pass {name}=...")
+    return value
+
+
+def _check_latents(hidden: Tensor, axes: str) -> None:
+    if hidden.dim() != 5:
+        raise ValueError(
+            f"hidden_states must be latents [{axes}]; got {list(hidden.shape)}. A single image has one frame"
+        )
 
 
 def _replace(args: tuple, kwargs: dict[str, Any], position: int, name: str, value: Any) -> tuple[tuple, dict[str, Any]]:
@@ -587,6 +606,9 @@ class BladeHandle:
         the timestep back from the device once per forward, and it does not suit training on random timesteps. With this
         call nothing is read, and a model with ``dense_steps`` compiles to one graph. It holds until ``reset()``.
 
+        What no timestep shows is a new video that starts at or below the last timestep seen, as video-to-video does, or
+        any run after one that was broken off: call ``reset()`` before it.
+
         Raises:
             ValueError: ``step`` is negative.
         """
@@ -595,7 +617,10 @@ class BladeHandle:
         self._steps.set(step)
 
     def reset(self) -> None:
-        """Forget the step: the next forward is step 0 of a new video, counted by timesteps again."""
+        """Forget the step: the next forward is step 0 of a new video, counted by timesteps again.
+
+        Only a video whose first timestep does not lie above the last one seen needs it, see ``begin_step``.
+        """
         self._steps.reset()
 
     @contextmanager
@@ -630,6 +655,10 @@ def attach(model_or_pipeline: Any, preset_or_config: str | BladeConfig) -> Blade
     Weights, state dict and cross-attention stay as they are. Any resolution, frame count and batch size works: the
     token grid is read off each forward's input. Works before or after ``torch.compile``, of the model or of its blocks,
     and with gradient checkpointing.
+
+    Where steps are counted (``dense_steps`` above 0, or statistics), a rising timestep tells a new video from the next
+    step. A video that starts at or below the last timestep seen (video-to-video, or any run after one that was broken
+    off) has to be announced: ``handle.reset()`` before it, or ``handle.begin_step(i)`` before each step.
 
     Args:
         model_or_pipeline: A ``WanTransformer3DModel`` or ``CogVideoXTransformer3DModel`` (text-, image- or

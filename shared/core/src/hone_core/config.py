@@ -65,11 +65,17 @@ def load_config(cls: type[T], path: str | Path) -> T:
 
     Raises:
         FileNotFoundError: There is no such file.
+        OSError: It cannot be read.
         ValueError: The file is not JSON, or does not describe a ``cls``.
     """
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise type(error)(
+            f"{path}: expected a JSON config, but it cannot be read ({error.strerror}). Pass the config.json of a run, "
+            "or leave the config out for the defaults"
+        ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a JSON config; {error}") from error
     try:
