@@ -41,10 +41,16 @@ class Clip:
     fps: float
 
     def metadata(self) -> dict[str, Any]:
-        """What transformers' video processors take as ``video_metadata``."""
+        """What transformers' video processors take as ``video_metadata``.
+
+        They take a frame's time from its index, which counts from the start of the video, but the rate of the sampled
+        frames from ``total_num_frames``: so that is the length of the stretch that they stand for.
+        """
+        count = len(self.times)
+        seconds = self.duration if count < 2 else (self.times[-1] - self.times[0]) * count / (count - 1)
         return {
             "fps": self.fps,
-            "total_num_frames": max(1, round(self.duration * self.fps)),
+            "total_num_frames": max(count, round(seconds * self.fps)),
             "duration": self.duration,
             "frames_indices": [int(time * self.fps) for time in self.times],
             "height": int(self.frames.shape[2]),
