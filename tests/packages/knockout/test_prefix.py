@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hone_core.testing import assert_close
@@ -74,6 +76,28 @@ def test_which_configurations_are_exits():
     early = Knockout(kind="VT", layers=(0, 1))
     both = KnockoutConfig(knockouts=(early, Knockout(kind="LV", layers=global_after(2, LAYERS))))
     assert as_exit(both, LAYERS) == KnockoutConfig(knockouts=(early,), exit=2)
+
+
+@torch.no_grad()
+def test_sliding_windows_stay_knockouts():
+    """Layers 4 and 5 have a window: LV-K up to there cannot be an exit, from layer 6 on there is none."""
+    types = ["full_attention"] * 4 + ["sliding_attention"] * 2
+    assert as_exit(lv(2), LAYERS, layer_types=types) == lv(2)
+    assert as_exit(lv(2), LAYERS, layer_types=types[::-1]) == KnockoutConfig(exit=2)
+    made, processor = tiny("llava_onevision", layers=LAYERS)
+    config = copy.deepcopy(made.config)
+    config.text_config.layer_types, config.text_config.use_sliding_window = types, True
+    config.text_config.sliding_window = 16
+    model = type(made)(config).eval()
+    model.load_state_dict(made.state_dict())
+    inputs = tiny_inputs("llava_onevision", processor)
+    with pytest.raises(ValueError, match="sliding-window"):
+        attach(model, KnockoutConfig(exit=2))
+    runner = PrefixRunner(model, inputs)
+    assert not torch.allclose(runner.run(KnockoutConfig()), made(**inputs, logits_to_keep=1).logits[:, -1])
+    with attach(model, lv(2)):
+        whole = model(**inputs, logits_to_keep=1).logits[:, -1]
+    assert_close(runner.run(lv(2)), whole, what="LV-K before sliding windows")
 
 
 def test_a_model_with_more_after_its_layers_is_refused():

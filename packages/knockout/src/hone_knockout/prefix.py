@@ -6,7 +6,7 @@ once and keeps the states that enter each layer; a configuration starts from tho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,14 @@ class Counts:
         return self.layers_without / self.layers if self.layers else 1.0
 
 
-def as_exit(config: KnockoutConfig, num_layers: int, deepstack_layers: int = 0) -> KnockoutConfig:
+def as_exit(
+    config: KnockoutConfig, num_layers: int, deepstack_layers: int = 0, layer_types: Sequence[str] = ()
+) -> KnockoutConfig:
     """The exit that equals a configuration for every text row, where there is one; else the configuration.
 
-    LV-K in all layers from j on is an exit at j: visual rows from there on are read by nobody (section 2.5).
+    LV-K in all layers from j on is an exit at j: visual rows from there on are read by nobody (section 2.5). Before
+    sliding-window layers there can be no exit, so it stays a knockout; ``layer_types`` are those of the decoder's
+    config, if it has any.
     """
     if config.exit is not None:
         return config
@@ -56,7 +60,8 @@ def as_exit(config: KnockoutConfig, num_layers: int, deepstack_layers: int = 0) 
         plain = (item.kind, item.frames, item.control) == ("LV", None, "none")
         others = tuple(other for other in config.knockouts if other is not item)
         early = all(max(other.layers) < start for other in others)
-        if plain and whole and early and start >= max(1, deepstack_layers):
+        full = all(kind == "full_attention" for kind in layer_types[start:])
+        if plain and whole and early and full and start >= max(1, deepstack_layers):
             return KnockoutConfig(knockouts=others, exit=start, allow_empty=config.allow_empty)
     return config
 
@@ -102,7 +107,8 @@ class PrefixRunner:
         if not config.knockouts and config.exit in (None, num_layers):
             return self._baseline
         if self.exits:
-            config = as_exit(config, num_layers, self.decoder.deepstack_layers)
+            types = getattr(self.decoder.config, "layer_types", None) or ()
+            config = as_exit(config, num_layers, self.decoder.deepstack_layers, types)
         first = min([min(item.layers) for item in config.knockouts] + [config.exit or num_layers])
         with attach(self.model, config) as handle, handle.using(self.layouts):
             handle.start(self.layouts)
