@@ -151,6 +151,52 @@ def test_one_bad_prompt_does_not_take_its_batch_along(host, tmp_path, monkeypatc
     assert report.failed == {items[2].id: "a frame is torn"}
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, TypeError, KeyError, AttributeError])
+def test_whatever_a_question_raises_is_written_down(host, tmp_path, monkeypatch, kind):
+    items = generated_items(4, host.config.clip)
+    originals = {name: sweep.__globals__[name] for name in ("read_clip", "choice_inputs")}
+
+    def read(item, **more):
+        if item is items[0]:
+            raise kind("torn")
+        return originals["read_clip"](item, **more)
+
+    def picky(processor, prompts, clips):
+        if any(clip is items[2].clip for clip in clips):
+            raise kind("too long")
+        return originals["choice_inputs"](processor, prompts, clips)
+
+    monkeypatch.setitem(sweep.__globals__, "read_clip", read)
+    monkeypatch.setitem(sweep.__globals__, "choice_inputs", picky)
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=4)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert report.failed == {
+        items[0].id: f"{kind.__name__}: {kind('torn')}",
+        items[2].id: f"{kind.__name__}: {kind('too long')}",
+    }
+    lines = [json.loads(line) for line in (run.artifacts / "answers.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in lines if "error" in line] == [kind.__name__] * 2
+
+
+def test_a_batch_too_large_for_memory_is_halved(host, tmp_path, monkeypatch):
+    items = generated_items(8, host.config.clip)
+    original, sizes = sweep.__globals__["_run_all"], []
+
+    def small(model, inputs, *rest):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(model, inputs, *rest)
+
+    monkeypatch.setitem(sweep.__globals__, "_run_all", small)
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=8)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert (report.items, report.failed) == (8, {})
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+
+
 def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
     model, processor = tiny("qwen2_5_vl", layers=2)
     processor.chat_template = (

@@ -81,6 +81,12 @@ def test_a_container_may_promise_a_little_more(movie, monkeypatch, promised, tim
     assert clip.frames[:20].float().mean((1, 2, 3)).tolist() == pytest.approx([10 * k for k in range(20)], abs=4)
 
 
+def test_ffmpeg_is_not_waited_for_for_ever(movie, monkeypatch):
+    monkeypatch.setattr("hone_lm.video.TIMEOUT_SECONDS", 1e-4)
+    with pytest.raises(ValueError, match="ffmpeg took longer than"):
+        read_video(movie)
+
+
 def test_fewer_frames_than_asked(movie):
     assert len(read_video(movie, num_frames=64).frames) == 20
 

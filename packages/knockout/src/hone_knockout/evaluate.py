@@ -14,12 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from hone_core.progress import progress_bar
 from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.decoders import find_decoder
+from hone_lm.video import Clip
 from torch import Tensor
 
 from .config import Control, Kind, Knockout, KnockoutConfig
@@ -193,8 +194,8 @@ def sweep(
 ) -> SweepReport:
     """Answer every question under every configuration.
 
-    A question that fails (a video that cannot be decoded, options that cannot be told apart) is written down with its
-    cause and left out.
+    A question that fails, for whatever reason (a video that cannot be decoded, options that cannot be told apart, too
+    little memory for it alone), is written down with its cause and left out.
 
     Args:
         model: A ``...ForConditionalGeneration``.
@@ -246,7 +247,7 @@ def _answer_batch(
     cfg: SweepConfig,
     counts: Counts,
 ) -> list[dict[str, Any]]:
-    """A line per item. What fails in a batch is run alone, so that it takes nobody with it."""
+    """A line per item."""
     lines, ready = [], []
     for item in items:
         try:
@@ -254,21 +255,55 @@ def _answer_batch(
             options = [item.options[index] for index in order]
             prompt = choice_prompt(processor, item.question, options, style=cfg.style)
             tokens = option_token_ids(processor.tokenizer, prompt, options, style=cfg.style)
-            ready.append((item, order, prompt, tokens, read_clip(item, num_frames=cfg.frames)))
-        except (ValueError, OSError) as error:
-            lines.append({"id": item.id, "error": " ".join(str(error).split())})
+            ready.append(_Ready(item, order, prompt, tokens, read_clip(item, num_frames=cfg.frames)))
+        except Exception as error:
+            lines.append(_failure(item, error))
+    return lines + _answer_ready(model, processor, ready, found, cfg, counts)
+
+
+class _Ready(NamedTuple):
+    """A question that can be asked."""
+
+    item: Item
+    order: list[int]
+    prompt: str
+    tokens: list[int]
+    clip: Clip
+
+
+def _answer_ready(
+    model: Any,
+    processor: Any,
+    ready: Sequence[_Ready],
+    found: Mapping[str, Configuration],
+    cfg: SweepConfig,
+    counts: Counts,
+) -> list[dict[str, Any]]:
+    """A line per question. A batch that fails is halved, so that one question, or memory for all, fails alone."""
     if not ready:
-        return lines
+        return []
+    failure = None
     try:
-        inputs = choice_inputs(processor, [entry[2] for entry in ready], [entry[4] for entry in ready])
+        inputs = choice_inputs(processor, [entry.prompt for entry in ready], [entry.clip for entry in ready])
         inputs = to_model(inputs, model)
         logits = _run_all(model, inputs, found, cfg, counts)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        failure = _failure(ready[0].item, error)
+    if failure is not None:
+        # Out here the traceback, which holds the tensors of the failed forward, is gone.
+        inputs = logits = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if len(ready) == 1:
-            return [*lines, {"id": ready[0][0].id, "error": " ".join(str(error).split())}]
-        return lines + [
-            line for entry in ready for line in _answer_batch(model, processor, [entry[0]], found, cfg, counts)
+            return [failure]
+        half = len(ready) // 2
+        log.info("a batch of %d failed and is halved: %s", len(ready), failure["error"])
+        return [
+            line
+            for part in (ready[:half], ready[half:])
+            for line in _answer_ready(model, processor, part, found, cfg, counts)
         ]
+    lines = []
     for row, (item, order, _, tokens, _) in enumerate(ready):
         results = {}
         for label, table in logits.items():
@@ -279,6 +314,15 @@ def _answer_batch(
             results[label] = {"p": probability, "mass": round(choices.mass, 6)}
         lines.append({"id": item.id, "answer": item.answer, "category": item.category, "results": results})
     return lines
+
+
+def _failure(item: Item, error: Exception) -> dict[str, Any]:
+    """Line of a question that could not be answered. Messages of ours say what is wrong; others need their type."""
+    log.debug("question %s", item.id, exc_info=error)
+    kind, text = type(error).__name__, " ".join(str(error).split())[:500]
+    if not (isinstance(error, (ValueError, OSError)) and text):
+        text = f"{kind}: {text}"
+    return {"id": item.id, "error": text, "type": kind}
 
 
 def _run_all(

@@ -20,6 +20,8 @@ SEEK_SECONDS = 120.0
 """Stretches longer than this are read by seeking to each frame, shorter ones from end to end."""
 SLACK_SECONDS = 0.5
 """A stretch may end so much before its container says, and by a tenth at most; with more missing it is cut short."""
+TIMEOUT_SECONDS = 300.0
+"""What a call of ffmpeg may take; a damaged file or a dead network drive can hold it for ever."""
 
 _PPM = re.compile(rb"P6\s(\d+)\s(\d+)\s255\s")
 
@@ -228,7 +230,10 @@ def _ffmpeg(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     from imageio_ffmpeg import get_ffmpeg_exe
 
     command = [get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments]
-    return subprocess.run(command, capture_output=True, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"ffmpeg took longer than {TIMEOUT_SECONDS:g} s: {' '.join(arguments)}") from error
 
 
 def _last_line(text: str) -> str:
