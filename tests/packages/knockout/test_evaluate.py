@@ -197,6 +197,35 @@ def test_a_batch_too_large_for_memory_is_halved(host, tmp_path, monkeypatch):
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 
 
+def test_failed_questions_are_asked_again_on_resume(host, tmp_path, monkeypatch):
+    items = generated_items(4, host.config.clip)
+    original, broken = sweep.__globals__["read_clip"], {items[0].id, items[1].id}
+
+    def read(item, **more):
+        if item.id in broken:
+            raise OSError("the drive is away")
+        return original(item, **more)
+
+    monkeypatch.setitem(sweep.__globals__, "read_clip", read)
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=2)
+
+    def stopped():
+        with start(cfg, tmp_path / "run") as run:
+            assert set(sweep(host.model, host.processor, items, cfg, run, quiet=True).failed) == broken
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    broken.remove(items[0].id)
+    with start(cfg, tmp_path / "run") as run:
+        assert run.resumed
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert report.items == 3
+    assert report.failed == {items[1].id: "the drive is away"}
+    rows = {row["metric"]: row["value"] for row in load_results(run.path)["rows"]}
+    assert rows["failed_items"] == 1
+
+
 def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
     model, processor = tiny("qwen2_5_vl", layers=2)
     processor.chat_template = (

@@ -202,7 +202,8 @@ def sweep(
         processor: Of the model.
         items: Questions.
         cfg: Settings.
-        run: A started ``hone_core.runs.Run``; the same one again goes on where it was.
+        run: A started ``hone_core.runs.Run``. One that was stopped goes on where it was; questions that failed before
+            are asked again, since a file may be there now, or memory free.
         chosen: Configurations in place of those of ``cfg``; the baseline is always run.
         quiet: Show no progress.
 
@@ -214,9 +215,8 @@ def sweep(
     for entry in found.values():
         entry.config.check(decoder.num_layers, decoder.deepstack_layers)
     path = run.artifacts / ANSWERS
-    answers, failed = read_answers(run.path)
-    known = answers.keys() | failed.keys()
-    waiting = [item for item in items if item.id not in known]
+    answers, _ = read_answers(run.path)
+    waiting = [item for item in items if item.id not in answers]
     counts, started = Counts(), time.perf_counter()
     with path.open("a", encoding="utf-8") as file, progress_bar(len(items), desc="questions", quiet=quiet) as bar:
         bar.update(len(items) - len(waiting))
@@ -356,7 +356,8 @@ def _option_order(item: Item, cfg: SweepConfig) -> list[int]:
 def read_answers(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Answers by question, and causes of the questions left out, from a run folder or an answers file.
 
-    A line that a crash left unfinished is dropped, and its question asked again.
+    A line that a crash left unfinished is dropped, and its question asked again. Of several lines of a question that
+    was asked again, an answer counts before a failure.
     """
     path = folder / "artifacts" / ANSWERS if folder.is_dir() else folder
     answers: dict[str, dict[str, Any]] = {}
@@ -373,7 +374,7 @@ def read_answers(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str
             failed[row["id"]] = row["error"]
         else:
             answers[row["id"]] = row
-    return answers, failed
+    return answers, {name: cause for name, cause in failed.items() if name not in answers}
 
 
 def is_right(answer: Mapping[str, Any], label: str) -> bool:
