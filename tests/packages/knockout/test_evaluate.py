@@ -1,11 +1,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from hone_core.runs import Run, load_results
 from hone_knockout.config import KnockoutConfig
-from hone_knockout.data import Item, generated_items
+from hone_knockout.data import Item, generated_items, load_items
 from hone_knockout.evaluate import (
     BASELINE,
     SweepConfig,
@@ -195,6 +196,22 @@ def test_a_batch_too_large_for_memory_is_halved(host, tmp_path, monkeypatch):
         report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
     assert (report.items, report.failed) == (8, {})
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
+
+
+def test_a_line_that_cannot_be_read_counts_as_failed(host, tmp_path):
+    clip = generated_items(1, host.config.clip)[0].clip
+    np.save(tmp_path / "a.npy", clip.frames.permute(0, 2, 3, 1).numpy())
+    row = {"video": "a.npy", "question": "where is the white dot ?", "options": ["top-left", "top-right"], "answer": 0}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(row) + "\n{\n" + json.dumps(row | {"answer": 5}))
+    items = load_items(tmp_path / "qa.jsonl")
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=2, frames=4)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert report.items == 1
+    assert list(report.failed) == ["qa.jsonl:2", "qa.jsonl:3"]
+    assert "not JSON" in report.failed["qa.jsonl:2"]
+    rows = {row["metric"]: row for row in load_results(run.path)["rows"]}
+    assert (rows["failed_items"]["value"], rows["failed_items"]["n"]) == (2, 3)
 
 
 def test_failed_questions_are_asked_again_on_resume(host, tmp_path, monkeypatch):

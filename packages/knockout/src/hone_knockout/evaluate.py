@@ -251,6 +251,8 @@ def _answer_batch(
     lines, ready = [], []
     for item in items:
         try:
+            if item.error:
+                raise ValueError(item.error)
             order = _option_order(item, cfg)
             options = [item.options[index] for index in order]
             prompt = choice_prompt(processor, item.question, options, style=cfg.style)
