@@ -290,8 +290,23 @@ def test_summary_by_hand(tmp_path):
     assert rows["performance_ratio", label] == pytest.approx(2 / 3)
     assert rows["accuracy_of_correct", label] == pytest.approx(1 / 3)
     assert rows["mcnemar_p", label] == 1.0
-    expected = 100 * (0 + 2 * (0.3 - 0.8) / 0.8 + (0.8 - 0.3) / 0.3) / 4
-    assert rows["p_right_change", label] == pytest.approx(expected)
+    # Of the three that the baseline has right.
+    assert rows["p_right_change", label] == pytest.approx(100 * (0 + 2 * (0.3 - 0.8) / 0.8) / 3)
+
+
+def test_a_hopeless_question_does_not_carry_the_relative_change(tmp_path):
+    label = "global2 LV 0"
+
+    def answer(base, knocked):
+        results = {name: {"p": [p, 1 - p], "mass": 1.0} for name, p in ((BASELINE, base), (label, knocked))}
+        return {"answer": 0, "category": "x", "results": results}
+
+    cfg = SweepConfig(settings=("global2",), kinds=("LV",))
+    with start(cfg, tmp_path / "run") as run:
+        summarise({"a": answer(0.8, 0.6), "b": answer(1e-6, 0.5)}, configurations(cfg, 1), run, num_layers=1)
+    (row,) = [row for row in run.rows if row.metric == "p_right_change" and row.split == "all"]
+    assert row.value == pytest.approx(-25)
+    assert row.n == 1
 
 
 def test_bad_settings():

@@ -396,8 +396,8 @@ def summarise(
     """Write rows for all questions and per category.
 
     Per configuration: ``accuracy`` with interval, ``performance_ratio``, ``p_right`` (mean probability of the right
-    option), ``p_right_change`` (its relative change, the peers' measure), ``accuracy_change`` with a paired interval,
-    ``accuracy_of_correct`` (restricted to questions that the baseline has right, which can only show drops),
+    option), ``accuracy_change`` with a paired interval, ``accuracy_of_correct`` and ``p_right_change`` (of questions
+    that the baseline has right, which favours drops: accuracy, and the peers' measure, relative change of ``p_right``),
     ``to_wrong``, ``to_right`` and ``mcnemar_p``. Once per split: ``chance``.
     """
     categories = sorted({row["category"] for row in answers.values()} - {""})
@@ -424,10 +424,12 @@ def summarise(
             run.row("to_wrong", pair.to_wrong, better="lower", **common)
             run.row("to_right", pair.to_right, better="higher", **common)
             run.row("mcnemar_p", pair.p, better="none", **common)
-            relative = [100 * (now - then) / max(then, 1e-6) for now, then in zip(p, p_before, strict=True)]
-            run.row("p_right_change", sum(relative) / count, unit="%", better="higher", **common)
             if any(before):
                 run.row("performance_ratio", accuracy / (sum(before) / count), better="higher", **common)
                 kept = [now for now, then in zip(right, before, strict=True) if then]
                 of_correct = common | {"n": len(kept)}
                 run.row("accuracy_of_correct", sum(kept) / len(kept), better="higher", **of_correct)
+                # Right means at least 1 / options, so nothing here divides by next to nothing.
+                pairs = [pair for pair, then in zip(zip(p, p_before, strict=True), before, strict=True) if then]
+                relative = [100 * (now - then) / then for now, then in pairs]
+                run.row("p_right_change", sum(relative) / len(kept), unit="%", better="higher", **of_correct)
