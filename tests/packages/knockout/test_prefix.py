@@ -4,6 +4,7 @@ import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.evaluate import SweepConfig, configurations
 from hone_knockout.method import global_after, windows
 from hone_knockout.models import attach
 from hone_knockout.prefix import PrefixRunner, as_exit
@@ -33,23 +34,37 @@ def test_reuse_gives_what_a_whole_run_gives(family, exits):
     assert torch.equal(runner.run(KnockoutConfig()), model(**inputs, logits_to_keep=1).logits[:, -1])
 
 
-def test_global_1_takes_1_8_times_fewer_layers():
-    """The paper's two-stage sweep on 28 layers, counted."""
+@pytest.mark.parametrize("exits", [False, True])
+@torch.no_grad()
+def test_what_the_two_stage_sweep_takes(exits):
+    """The baseline and LV-K after every second of 28 layers, as ``eval --setting global1`` runs them."""
     layers, ran = 28, []
     model, processor = tiny("llava_onevision", layers=layers)
-    hooks = [layer.register_forward_hook(lambda *_: ran.append(1)) for layer in model.model.language_model.layers]
-    runner = PrefixRunner(model, tiny_inputs("llava_onevision", processor), exits=False)
-    runner.run(KnockoutConfig())
-    for after in range(0, layers + 1, 2):
-        runner.run(lv(after, layers) if after < layers else KnockoutConfig())
+
+    def note(module, args, kwargs, out):
+        ran.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in model.model.language_model.layers]
+    runner = PrefixRunner(model, tiny_inputs("llava_onevision", processor), exits=exits)
+    found = configurations(SweepConfig(settings=("global1",)), layers)
+    for entry in found.values():
+        runner.run(entry.config)
     for hook in hooks:
         hook.remove()
-    naive = layers * (1 + layers // 2 + 1)
-    assert runner.counts.layers_without == naive
-    # One call more than counted: the check of norm and head repeats the last layer.
-    assert len(ran) == runner.counts.layers + 1
-    assert runner.counts.saving >= 1.8
-    assert naive / len(ran) >= 1.8
+    frame = runner.layouts[0].frame
+    tokens, text = len(frame), int((frame < 0).sum())
+    assert (tokens, text) == (99, 35)
+    counts = runner.counts
+    assert counts.layers_without == layers * len(found) == 420
+    assert counts.rows_without == 420 * tokens
+    # Baseline, last layer again as a check, and 28 + 26 + ... + 2 layers.
+    assert counts.layers == len(ran) == 28 + 1 + 210
+    assert counts.saving == pytest.approx(1.757, abs=1e-3)
+    # What an exit leaves are the text rows; LV-K in all layers is none, as visual tokens need one layer.
+    whole = 28 + 1 + 28 if exits else counts.layers
+    assert counts.rows == sum(ran) == whole * tokens + (counts.layers - whole) * text
+    # 64 of 99 tokens are visual; with more of them it nears 420 / 57.
+    assert counts.rows_without / counts.rows == pytest.approx(3.461 if exits else 1.757, abs=1e-3)
 
 
 def test_exits_save_rows_on_top():

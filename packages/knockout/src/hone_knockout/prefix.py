@@ -26,7 +26,7 @@ class Counts:
     """Work done, and what it would be without reuse.
 
     Attributes:
-        layers: decoder layers evaluated.
+        layers: decoder layers evaluated, the repeated last one of the baseline's check among them.
         layers_without: the same, had every configuration run from the first layer.
         rows: token rows through a layer, which an exit makes fewer.
         rows_without: likewise.
@@ -142,7 +142,7 @@ class PrefixRunner:
         self.counts.layers += num_layers
         self.counts.rows += num_layers * tokens
         # What follows repeats the decoder's loop and head by hand; a class that does more there is refused here.
-        last = self._call(num_layers - 1, self._entering[-1][0])
+        last = self._layer(num_layers - 1, self._entering[-1][0])
         if not torch.allclose(self._logits(last), logits, atol=1e-3, rtol=1e-3):
             raise ValueError(
                 f"{type(self.model).__name__} does more between its last layer and its logits than norm and head; "
@@ -151,9 +151,11 @@ class PrefixRunner:
         self._baseline = logits
 
     def _layer(self, index: int, states: Tensor) -> Tensor:
+        states = self._call(index, states)
         self.counts.layers += 1
+        # Of what comes out: at an exit the layer gets every row and drops some before it begins.
         self.counts.rows += states.shape[1]
-        return self._call(index, states)
+        return states
 
     def _call(self, index: int, states: Tensor) -> Tensor:
         kwargs = self._entering[index][1]
