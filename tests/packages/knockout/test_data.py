@@ -16,6 +16,7 @@ from hone_knockout.data import (
     generated_items,
     load_items,
     questions,
+    read_clip,
     render,
 )
 from hone_lm.video import Clip
@@ -137,6 +138,51 @@ def test_own_questions(tmp_path):
 def test_bad_line_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         load_items(write(tmp_path / "qa.jsonl", [row]))
+
+
+def test_a_bad_line_costs_only_itself(tmp_path, caplog):
+    good = {"video": "a.mp4", "question": "a\u2028b?", "options": ["x", "y"], "answer": 0}
+    lines = [
+        json.dumps(good, ensure_ascii=False),
+        "{",
+        "[1]",
+        json.dumps(good | {"answer": 7}),
+        json.dumps({"video": 1}),
+    ]
+    lines += [json.dumps(good | {"id": "a.mp4#1"}), "", json.dumps(good | {"start": "x"}), json.dumps(good)]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    items = load_items(path)
+    assert [item.id for item in items if not item.error] == ["a.mp4#1", "a.mp4#9"]
+    assert [item.id for item in items if item.error] == [f"qa.jsonl:{number}" for number in (2, 3, 4, 5, 6, 8)]
+    causes = ("not JSON", "expected an object", "index of one of", "is missing", "occurs twice", "could not convert")
+    for item, cause in zip([item for item in items if item.error], causes, strict=True):
+        assert cause in item.error
+        assert f"{path}:" in item.error
+        assert cause in caplog.text
+        with pytest.raises(ValueError, match=cause):
+            read_clip(item, num_frames=2)
+    assert len(check_items(items)) == len(items)
+
+
+def test_a_bad_row_of_a_released_table_costs_only_itself(tmp_path):
+    row = {"videoID": "v", "question_id": "1", "question": "When?", "options": ["A. x", "B. y"], "answer": "B"}
+    files = {
+        "videomme": ("t.json", [{"videoID": "w"}, row, 3]),
+        "mvbench": (
+            "m.json",
+            [{"video": "w"}, {"video": "v", "question": "?", "candidates": ["x", "y"], "answer": "x"}, 3],
+        ),
+        "egoschema": (
+            "e.json",
+            [{"question": "?"}, {"q_uid": "u", "question": "?", "option 0": "x", "option 1": "y", "answer": 1}, 3],
+        ),
+    }
+    for format, (name, rows) in files.items():
+        items = load_items(write(tmp_path / name, rows), format=format)
+        assert [bool(item.error) for item in items] == [True, False, True], format
+    (tmp_path / "t.jsonl").write_text("{\n" + json.dumps(row))
+    assert [bool(item.error) for item in load_items(tmp_path / "t.jsonl", format="videomme")] == [True, False]
 
 
 def test_bad_files(tmp_path):

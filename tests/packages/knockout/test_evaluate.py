@@ -1,11 +1,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from hone_core.runs import Run, load_results
 from hone_knockout.config import KnockoutConfig
-from hone_knockout.data import Item, generated_items
+from hone_knockout.data import Item, generated_items, load_items
 from hone_knockout.evaluate import (
     BASELINE,
     SweepConfig,
@@ -151,6 +152,97 @@ def test_one_bad_prompt_does_not_take_its_batch_along(host, tmp_path, monkeypatc
     assert report.failed == {items[2].id: "a frame is torn"}
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, TypeError, KeyError, AttributeError])
+def test_whatever_a_question_raises_is_written_down(host, tmp_path, monkeypatch, kind):
+    items = generated_items(4, host.config.clip)
+    originals = {name: sweep.__globals__[name] for name in ("read_clip", "choice_inputs")}
+
+    def read(item, **more):
+        if item is items[0]:
+            raise kind("torn")
+        return originals["read_clip"](item, **more)
+
+    def picky(processor, prompts, clips):
+        if any(clip is items[2].clip for clip in clips):
+            raise kind("too long")
+        return originals["choice_inputs"](processor, prompts, clips)
+
+    monkeypatch.setitem(sweep.__globals__, "read_clip", read)
+    monkeypatch.setitem(sweep.__globals__, "choice_inputs", picky)
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=4)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert report.failed == {
+        items[0].id: f"{kind.__name__}: {kind('torn')}",
+        items[2].id: f"{kind.__name__}: {kind('too long')}",
+    }
+    lines = [json.loads(line) for line in (run.artifacts / "answers.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in lines if "error" in line] == [kind.__name__] * 2
+
+
+def test_a_batch_too_large_for_memory_is_halved(host, tmp_path, monkeypatch):
+    items = generated_items(8, host.config.clip)
+    original, sizes = sweep.__globals__["_run_all"], []
+
+    def small(model, inputs, *rest):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(model, inputs, *rest)
+
+    monkeypatch.setitem(sweep.__globals__, "_run_all", small)
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=8)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert (report.items, report.failed) == (8, {})
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+
+
+def test_a_line_that_cannot_be_read_counts_as_failed(host, tmp_path):
+    clip = generated_items(1, host.config.clip)[0].clip
+    np.save(tmp_path / "a.npy", clip.frames.permute(0, 2, 3, 1).numpy())
+    row = {"video": "a.npy", "question": "where is the white dot ?", "options": ["top-left", "top-right"], "answer": 0}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(row) + "\n{\n" + json.dumps(row | {"answer": 5}))
+    items = load_items(tmp_path / "qa.jsonl")
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=2, frames=4)
+    with start(cfg, tmp_path / "run") as run:
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert report.items == 1
+    assert list(report.failed) == ["qa.jsonl:2", "qa.jsonl:3"]
+    assert "not JSON" in report.failed["qa.jsonl:2"]
+    rows = {row["metric"]: row for row in load_results(run.path)["rows"]}
+    assert (rows["failed_items"]["value"], rows["failed_items"]["n"]) == (2, 3)
+
+
+def test_failed_questions_are_asked_again_on_resume(host, tmp_path, monkeypatch):
+    items = generated_items(4, host.config.clip)
+    original, broken = sweep.__globals__["read_clip"], {items[0].id, items[1].id}
+
+    def read(item, **more):
+        if item.id in broken:
+            raise OSError("the drive is away")
+        return original(item, **more)
+
+    monkeypatch.setitem(sweep.__globals__, "read_clip", read)
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=2)
+
+    def stopped():
+        with start(cfg, tmp_path / "run") as run:
+            assert set(sweep(host.model, host.processor, items, cfg, run, quiet=True).failed) == broken
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    broken.remove(items[0].id)
+    with start(cfg, tmp_path / "run") as run:
+        assert run.resumed
+        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+    assert report.items == 3
+    assert report.failed == {items[1].id: "the drive is away"}
+    rows = {row["metric"]: row["value"] for row in load_results(run.path)["rows"]}
+    assert rows["failed_items"] == 1
+
+
 def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
     model, processor = tiny("qwen2_5_vl", layers=2)
     processor.chat_template = (
@@ -198,8 +290,23 @@ def test_summary_by_hand(tmp_path):
     assert rows["performance_ratio", label] == pytest.approx(2 / 3)
     assert rows["accuracy_of_correct", label] == pytest.approx(1 / 3)
     assert rows["mcnemar_p", label] == 1.0
-    expected = 100 * (0 + 2 * (0.3 - 0.8) / 0.8 + (0.8 - 0.3) / 0.3) / 4
-    assert rows["p_right_change", label] == pytest.approx(expected)
+    # Of the three that the baseline has right.
+    assert rows["p_right_change", label] == pytest.approx(100 * (0 + 2 * (0.3 - 0.8) / 0.8) / 3)
+
+
+def test_a_hopeless_question_does_not_carry_the_relative_change(tmp_path):
+    label = "global2 LV 0"
+
+    def answer(base, knocked):
+        results = {name: {"p": [p, 1 - p], "mass": 1.0} for name, p in ((BASELINE, base), (label, knocked))}
+        return {"answer": 0, "category": "x", "results": results}
+
+    cfg = SweepConfig(settings=("global2",), kinds=("LV",))
+    with start(cfg, tmp_path / "run") as run:
+        summarise({"a": answer(0.8, 0.6), "b": answer(1e-6, 0.5)}, configurations(cfg, 1), run, num_layers=1)
+    (row,) = [row for row in run.rows if row.metric == "p_right_change" and row.split == "all"]
+    assert row.value == pytest.approx(-25)
+    assert row.n == 1
 
 
 def test_bad_settings():

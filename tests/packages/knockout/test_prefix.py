@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.evaluate import SweepConfig, configurations
 from hone_knockout.method import global_after, windows
 from hone_knockout.models import attach
 from hone_knockout.prefix import PrefixRunner, as_exit
@@ -31,23 +34,37 @@ def test_reuse_gives_what_a_whole_run_gives(family, exits):
     assert torch.equal(runner.run(KnockoutConfig()), model(**inputs, logits_to_keep=1).logits[:, -1])
 
 
-def test_global_1_takes_1_8_times_fewer_layers():
-    """The paper's two-stage sweep on 28 layers, counted."""
+@pytest.mark.parametrize("exits", [False, True])
+@torch.no_grad()
+def test_what_the_two_stage_sweep_takes(exits):
+    """The baseline and LV-K after every second of 28 layers, as ``eval --setting global1`` runs them."""
     layers, ran = 28, []
     model, processor = tiny("llava_onevision", layers=layers)
-    hooks = [layer.register_forward_hook(lambda *_: ran.append(1)) for layer in model.model.language_model.layers]
-    runner = PrefixRunner(model, tiny_inputs("llava_onevision", processor), exits=False)
-    runner.run(KnockoutConfig())
-    for after in range(0, layers + 1, 2):
-        runner.run(lv(after, layers) if after < layers else KnockoutConfig())
+
+    def note(module, args, kwargs, out):
+        ran.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in model.model.language_model.layers]
+    runner = PrefixRunner(model, tiny_inputs("llava_onevision", processor), exits=exits)
+    found = configurations(SweepConfig(settings=("global1",)), layers)
+    for entry in found.values():
+        runner.run(entry.config)
     for hook in hooks:
         hook.remove()
-    naive = layers * (1 + layers // 2 + 1)
-    assert runner.counts.layers_without == naive
-    # One call more than counted: the check of norm and head repeats the last layer.
-    assert len(ran) == runner.counts.layers + 1
-    assert runner.counts.saving >= 1.8
-    assert naive / len(ran) >= 1.8
+    frame = runner.layouts[0].frame
+    tokens, text = len(frame), int((frame < 0).sum())
+    assert (tokens, text) == (99, 35)
+    counts = runner.counts
+    assert counts.layers_without == layers * len(found) == 420
+    assert counts.rows_without == 420 * tokens
+    # Baseline, last layer again as a check, and 28 + 26 + ... + 2 layers.
+    assert counts.layers == len(ran) == 28 + 1 + 210
+    assert counts.saving == pytest.approx(1.757, abs=1e-3)
+    # What an exit leaves are the text rows; LV-K in all layers is none, as visual tokens need one layer.
+    whole = 28 + 1 + 28 if exits else counts.layers
+    assert counts.rows == sum(ran) == whole * tokens + (counts.layers - whole) * text
+    # 64 of 99 tokens are visual; with more of them it nears 420 / 57.
+    assert counts.rows_without / counts.rows == pytest.approx(3.461 if exits else 1.757, abs=1e-3)
 
 
 def test_exits_save_rows_on_top():
@@ -74,6 +91,28 @@ def test_which_configurations_are_exits():
     early = Knockout(kind="VT", layers=(0, 1))
     both = KnockoutConfig(knockouts=(early, Knockout(kind="LV", layers=global_after(2, LAYERS))))
     assert as_exit(both, LAYERS) == KnockoutConfig(knockouts=(early,), exit=2)
+
+
+@torch.no_grad()
+def test_sliding_windows_stay_knockouts():
+    """Layers 4 and 5 have a window: LV-K up to there cannot be an exit, from layer 6 on there is none."""
+    types = ["full_attention"] * 4 + ["sliding_attention"] * 2
+    assert as_exit(lv(2), LAYERS, layer_types=types) == lv(2)
+    assert as_exit(lv(2), LAYERS, layer_types=types[::-1]) == KnockoutConfig(exit=2)
+    made, processor = tiny("llava_onevision", layers=LAYERS)
+    config = copy.deepcopy(made.config)
+    config.text_config.layer_types, config.text_config.use_sliding_window = types, True
+    config.text_config.sliding_window = 16
+    model = type(made)(config).eval()
+    model.load_state_dict(made.state_dict())
+    inputs = tiny_inputs("llava_onevision", processor)
+    with pytest.raises(ValueError, match="sliding-window"):
+        attach(model, KnockoutConfig(exit=2))
+    runner = PrefixRunner(model, inputs)
+    assert not torch.allclose(runner.run(KnockoutConfig()), made(**inputs, logits_to_keep=1).logits[:, -1])
+    with attach(model, lv(2)):
+        whole = model(**inputs, logits_to_keep=1).logits[:, -1]
+    assert_close(runner.run(lv(2)), whole, what="LV-K before sliding windows")
 
 
 def test_a_model_with_more_after_its_layers_is_refused():

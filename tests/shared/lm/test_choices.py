@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
-from hone_lm.tiny import FAMILIES, build_tokenizer, random_video, tiny, tiny_inputs
+from hone_lm.tiny import FAMILIES, PROMPTS, build_tokenizer, random_video, tiny, tiny_inputs
 from hone_lm.video import Clip
 
 
@@ -74,3 +74,24 @@ def test_only_pixels_take_the_model_s_dtype():
     # In 16 bits the seconds of a frame, and with them its position, would be others.
     assert inputs["second_per_grid_ts"].dtype == torch.float32
     assert model(**inputs).logits.dtype == torch.bfloat16
+
+
+def test_times_of_a_part_of_a_video():
+    """Eight frames of the seconds from 40 to 48 of a video of 100 s."""
+    times = tuple(40.5 + index for index in range(8))
+    clip = Clip(random_video(8), times, 100.0, 25.0)
+    _, processor = tiny("qwen2_5_vl", layers=1)
+    prompt = PROMPTS["qwen2_5_vl"].format(question="What?")
+    inputs = choice_inputs(processor, [prompt], [clip])
+    # A grid step is two frames.
+    assert inputs["second_per_grid_ts"].tolist() == pytest.approx([2.0])
+    whole = Clip(clip.frames, tuple(100 / 8 * (index + 0.5) for index in range(8)), 100.0, 25.0)
+    assert choice_inputs(processor, [prompt], [whole])["second_per_grid_ts"].tolist() == pytest.approx([25.0])
+    for family, shown in (
+        ("qwen3_vl", ["<41.0 seconds>", "<47.0 seconds>"]),
+        ("smolvlm", ["00:40", "00:47", "0:01:40"]),
+    ):
+        _, processor = tiny(family, layers=1)
+        inputs = choice_inputs(processor, [PROMPTS[family].format(question="What?")], [clip])
+        text = processor.tokenizer.decode(inputs["input_ids"][0]).replace(" ", "")
+        assert all(part.replace(" ", "") in text for part in shown), text

@@ -47,6 +47,46 @@ def test_long_videos_are_sought(movie, monkeypatch):
     assert clip.frames.float().mean((1, 2, 3)).tolist() == pytest.approx([20, 70, 120, 170], abs=11)
 
 
+@pytest.fixture
+def cut(tmp_path):
+    """The first third of a file of 10 s, whose head still promises all of them."""
+    path = tmp_path / "cut.mkv"
+    writer = imageio_ffmpeg.write_frames(str(path), (64, 64), fps=10, macro_block_size=1, output_params=["-g", "5"])
+    writer.send(None)
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        writer.send(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8).tobytes())
+    writer.close()
+    whole = path.read_bytes()
+    assert len(read_video(path, num_frames=10).frames.flatten(1).unique(dim=0)) == 10
+    path.write_bytes(whole[: len(whole) // 3])
+    return path
+
+
+@pytest.mark.parametrize("seek_seconds", [120.0, 0.5])
+def test_a_file_cut_short_is_refused(cut, monkeypatch, seek_seconds):
+    monkeypatch.setattr("hone_lm.video.SEEK_SECONDS", seek_seconds)
+    with pytest.raises(ValueError, match=r"decoded \d+ of \d+ frames; the file is cut short"):
+        read_video(cut, num_frames=10)
+    # What is there can be read.
+    assert len(read_video(cut, num_frames=4, end=2.0).frames.flatten(1).unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize(("promised", "times"), [(2.1, 21), (2.2, 20)])
+def test_a_container_may_promise_a_little_more(movie, monkeypatch, promised, times):
+    monkeypatch.setattr("hone_lm.video._probe", lambda path: (promised, 10.0))
+    clip = read_video(movie, num_frames=64)
+    # One frame more is the last one again; the frames of a longer lack are not asked for.
+    assert len(clip.frames) == len(clip.times) == times
+    assert clip.frames[:20].float().mean((1, 2, 3)).tolist() == pytest.approx([10 * k for k in range(20)], abs=4)
+
+
+def test_ffmpeg_is_not_waited_for_for_ever(movie, monkeypatch):
+    monkeypatch.setattr("hone_lm.video.TIMEOUT_SECONDS", 1e-4)
+    with pytest.raises(ValueError, match="ffmpeg took longer than"):
+        read_video(movie)
+
+
 def test_fewer_frames_than_asked(movie):
     assert len(read_video(movie, num_frames=64).frames) == 20
 

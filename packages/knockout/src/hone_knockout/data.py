@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,8 @@ __all__ = [
     "render",
 ]
 
+log = logging.getLogger(__name__)
+
 Format = Literal["jsonl", "videomme", "mvbench", "egoschema", "tvbench"]
 
 
@@ -49,6 +53,8 @@ class Item:
         clip: frames in memory.
         start: seconds from which the question is about the video; None is its beginning.
         end: seconds up to which; None is its end.
+        error: why the line of a file could not be read. Such an item holds the place of its line, so that a sweep
+            counts it as failed; the rest of it is empty.
     """
 
     id: str
@@ -60,8 +66,11 @@ class Item:
     clip: Clip | None = None
     start: float | None = None
     end: float | None = None
+    error: str = ""
 
     def __post_init__(self) -> None:
+        if self.error:
+            return
         if not self.question.strip():
             raise ValueError(f"item {self.id}: the question is empty")
         if len(self.options) < 2 or not all(option.strip() for option in self.options):
@@ -75,7 +84,13 @@ class Item:
 
 
 def read_clip(item: Item, *, num_frames: int) -> Clip:
-    """Frames of an item; see ``hone_lm.read_video`` for errors."""
+    """Frames of an item; see ``hone_lm.read_video`` for errors.
+
+    Raises:
+        ValueError: The item stands for a line that could not be read.
+    """
+    if item.error:
+        raise ValueError(item.error)
     if item.clip is not None:
         return item.clip
     return read_video(item.video, num_frames=num_frames, start=item.start, end=item.end)
@@ -87,6 +102,8 @@ def read_clip(item: Item, *, num_frames: int) -> Clip:
 def load_items(path: str | Path, *, format: Format = "jsonl", videos: str | Path | None = None) -> list[Item]:
     """Read questions from a file.
 
+    A line that cannot be read is skipped with a warning; an item with its ``error`` stands in its place.
+
     Args:
         path: The file. ``jsonl``: a line ``{"video", "question", "options", "answer", "category"?, "start"?, "end"?}``
             per question, answer an index from 0 or a letter. ``videomme``: the released table as JSON, JSON lines or
@@ -97,7 +114,7 @@ def load_items(path: str | Path, *, format: Format = "jsonl", videos: str | Path
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line cannot be read, with its number and cause.
+        ValueError: No line can be read (with number and cause of the first), or the file is none of the format.
     """
     path = Path(path)
     if not path.exists():
@@ -106,25 +123,34 @@ def load_items(path: str | Path, *, format: Format = "jsonl", videos: str | Path
         raise ValueError(f"format must be one of {', '.join(_READERS)}; got {format!r}")
     folder = Path(videos) if videos is not None else (path if path.is_dir() else path.parent)
     items, seen = [], set()
-    for where, row in _READERS[format](path):
+    for where, make in _READERS[format](path):
         try:
+            row = make()
+            if row is None:
+                continue
             item = _item(row, where, folder)
-        except (KeyError, TypeError, ValueError) as error:
+            if item.id in seen:
+                raise ValueError(f"id {item.id} occurs twice")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             cause = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{where}: {cause}") from error
-        if item.id in seen:
-            raise ValueError(f"{where}: id {item.id} occurs twice")
+            log.warning("skipped %s: %s", where, cause)
+            item = Item(id=Path(where).name, question="", options=(), answer=0, error=f"{where}: {cause}")
         seen.add(item.id)
         items.append(item)
     if not items:
         raise ValueError(f"{path} holds no question")
+    if all(item.error for item in items):
+        raise ValueError(items[0].error)
     return items
 
 
 def check_items(items: Sequence[Item]) -> list[str]:
-    """Problems of videos that can be seen without decoding them, one line each."""
+    """Problems of lines and videos that can be seen without decoding a video, one line each."""
     problems = []
     for item in items:
+        if item.error:
+            problems.append(item.error)
+            continue
         if item.video is None:
             continue
         try:
@@ -135,7 +161,9 @@ def check_items(items: Sequence[Item]) -> list[str]:
 
 
 Row = dict[str, Any]
-_Reader = Callable[[Path], Iterator[tuple[str, Row]]]
+_Make = Callable[[], Row | None]
+"""Makes a question's row, in the columns of ``jsonl``; raises what is wrong with it. None: there is nothing to ask."""
+_Reader = Callable[[Path], Iterator[tuple[str, _Make]]]
 
 
 def _item(row: Row, where: str, folder: Path) -> Item:
@@ -180,17 +208,25 @@ def _answer_index(answer: Any, options: Sequence[str]) -> int:
     raise ValueError(f"answer {answer!r} is no index, no letter, and none of {list(options)}")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected an object; got {type(row).__name__}")
-        yield f"{path}:{number}", row
+def _json_lines(path: Path) -> Iterator[tuple[str, _Make]]:
+    # Not splitlines(): a text may hold other line separators than a newline.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", partial(_json_line, line)
+
+
+def _json_line(line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    return _object(row)
+
+
+def _object(row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object; got {type(row).__name__}")
+    return row
 
 
 def _json_list(path: Path) -> list[Row]:
@@ -203,75 +239,82 @@ def _json_list(path: Path) -> list[Row]:
     return data
 
 
-def _video_mme(path: Path) -> Iterator[tuple[str, Row]]:
+def _video_mme(path: Path) -> Iterator[tuple[str, _Make]]:
     """Columns ``videoID question_id question options answer task_type duration``."""
+    if path.suffix == ".jsonl":
+        for where, make in _json_lines(path):
+            yield where, partial(_video_mme_row, make)
+        return
     if path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
-        for row in rows:
-            row["options"] = json.loads(row["options"].replace("'", '"')) if row.get("options") else []
-    elif path.suffix == ".jsonl":
-        rows = [row for _, row in _json_lines(path)]
     else:
         rows = _json_list(path)
     for number, row in enumerate(rows, 1):
-        name = row.get("videoID", row.get("video_id"))
-        yield (
-            f"{path}:{number}",
-            {
-                "id": row["question_id"],
-                "video": f"{name}.mp4",
-                "question": row["question"],
-                "options": row["options"],
-                "answer": row["answer"],
-                "category": row.get("task_type", row.get("duration", "")),
-            },
-        )
+        yield f"{path}:{number}", partial(_video_mme_row, partial(_object, row))
 
 
-def _task_folder(path: Path) -> Iterator[tuple[str, Row]]:
+def _video_mme_row(make: Callable[[], Row]) -> Row:
+    row = make()
+    options = row["options"]
+    return {
+        "id": row["question_id"],
+        "video": f"{row.get('videoID', row.get('video_id'))}.mp4",
+        "question": row["question"],
+        # In CSV they are the text of a Python list.
+        "options": json.loads(options.replace("'", '"')) if isinstance(options, str) else options,
+        "answer": row["answer"],
+        "category": row.get("task_type", row.get("duration", "")),
+    }
+
+
+def _task_folder(path: Path) -> Iterator[tuple[str, _Make]]:
     """MVBench and TVBench: a JSON list per task with ``video question candidates answer`` and maybe ``start end``."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no JSON file of a task")
     for file in files:
         for number, row in enumerate(_json_list(file), 1):
-            yield (
-                f"{file}:{number}",
-                {
-                    "id": f"{file.stem}#{number}",
-                    "video": row["video"],
-                    "question": row["question"],
-                    "options": row["candidates"],
-                    "answer": row["answer"],
-                    "category": file.stem,
-                    "start": row.get("start"),
-                    "end": row.get("end"),
-                },
-            )
+            yield f"{file}:{number}", partial(_task_row, row, file.stem, number)
 
 
-def _egoschema(path: Path) -> Iterator[tuple[str, Row]]:
+def _task_row(row: Any, task: str, number: int) -> Row:
+    row = _object(row)
+    return {
+        "id": f"{task}#{number}",
+        "video": row["video"],
+        "question": row["question"],
+        "options": row["candidates"],
+        "answer": row["answer"],
+        "category": task,
+        "start": row.get("start"),
+        "end": row.get("end"),
+    }
+
+
+def _egoschema(path: Path) -> Iterator[tuple[str, _Make]]:
     """``q_uid question option 0 .. option 4``, with answers in the row or in ``subset_answers.json`` beside it."""
     beside = path.parent / "subset_answers.json"
     answers: Mapping[str, int] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     for number, row in enumerate(_json_list(path), 1):
-        name = row["q_uid"]
-        answer = row.get("answer", row.get("truth", answers.get(name)))
-        if answer is None:
-            # Only 500 of the 5000 questions have public answers.
-            continue
-        yield (
-            f"{path}:{number}",
-            {
-                "id": name,
-                "video": f"{name}.mp4",
-                "question": row["question"],
-                "options": [row[key] for key in sorted(row) if re.fullmatch(r"option ?\d", key)],
-                "answer": int(answer),
-                "category": "egoschema",
-            },
-        )
+        yield f"{path}:{number}", partial(_egoschema_row, row, answers)
+
+
+def _egoschema_row(row: Any, answers: Mapping[str, int]) -> Row | None:
+    row = _object(row)
+    name = row["q_uid"]
+    answer = row.get("answer", row.get("truth", answers.get(name)))
+    if answer is None:
+        # Only 500 of the 5000 questions have public answers.
+        return None
+    return {
+        "id": name,
+        "video": f"{name}.mp4",
+        "question": row["question"],
+        "options": [row[key] for key in sorted(row) if re.fullmatch(r"option ?\d", key)],
+        "answer": int(answer),
+        "category": "egoschema",
+    }
 
 
 _READERS: dict[str, _Reader] = {

@@ -14,12 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from hone_core.progress import progress_bar
 from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.decoders import find_decoder
+from hone_lm.video import Clip
 from torch import Tensor
 
 from .config import Control, Kind, Knockout, KnockoutConfig
@@ -193,15 +194,16 @@ def sweep(
 ) -> SweepReport:
     """Answer every question under every configuration.
 
-    A question that fails (a video that cannot be decoded, options that cannot be told apart) is written down with its
-    cause and left out.
+    A question that fails, for whatever reason (a video that cannot be decoded, options that cannot be told apart, too
+    little memory for it alone), is written down with its cause and left out.
 
     Args:
         model: A ``...ForConditionalGeneration``.
         processor: Of the model.
         items: Questions.
         cfg: Settings.
-        run: A started ``hone_core.runs.Run``; the same one again goes on where it was.
+        run: A started ``hone_core.runs.Run``. One that was stopped goes on where it was; questions that failed before
+            are asked again, since a file may be there now, or memory free.
         chosen: Configurations in place of those of ``cfg``; the baseline is always run.
         quiet: Show no progress.
 
@@ -213,9 +215,8 @@ def sweep(
     for entry in found.values():
         entry.config.check(decoder.num_layers, decoder.deepstack_layers)
     path = run.artifacts / ANSWERS
-    answers, failed = read_answers(run.path)
-    known = answers.keys() | failed.keys()
-    waiting = [item for item in items if item.id not in known]
+    answers, _ = read_answers(run.path)
+    waiting = [item for item in items if item.id not in answers]
     counts, started = Counts(), time.perf_counter()
     with path.open("a", encoding="utf-8") as file, progress_bar(len(items), desc="questions", quiet=quiet) as bar:
         bar.update(len(items) - len(waiting))
@@ -246,29 +247,65 @@ def _answer_batch(
     cfg: SweepConfig,
     counts: Counts,
 ) -> list[dict[str, Any]]:
-    """A line per item. What fails in a batch is run alone, so that it takes nobody with it."""
+    """A line per item."""
     lines, ready = [], []
     for item in items:
         try:
+            if item.error:
+                raise ValueError(item.error)
             order = _option_order(item, cfg)
             options = [item.options[index] for index in order]
             prompt = choice_prompt(processor, item.question, options, style=cfg.style)
             tokens = option_token_ids(processor.tokenizer, prompt, options, style=cfg.style)
-            ready.append((item, order, prompt, tokens, read_clip(item, num_frames=cfg.frames)))
-        except (ValueError, OSError) as error:
-            lines.append({"id": item.id, "error": " ".join(str(error).split())})
+            ready.append(_Ready(item, order, prompt, tokens, read_clip(item, num_frames=cfg.frames)))
+        except Exception as error:
+            lines.append(_failure(item, error))
+    return lines + _answer_ready(model, processor, ready, found, cfg, counts)
+
+
+class _Ready(NamedTuple):
+    """A question that can be asked."""
+
+    item: Item
+    order: list[int]
+    prompt: str
+    tokens: list[int]
+    clip: Clip
+
+
+def _answer_ready(
+    model: Any,
+    processor: Any,
+    ready: Sequence[_Ready],
+    found: Mapping[str, Configuration],
+    cfg: SweepConfig,
+    counts: Counts,
+) -> list[dict[str, Any]]:
+    """A line per question. A batch that fails is halved, so that one question, or memory for all, fails alone."""
     if not ready:
-        return lines
+        return []
+    failure = None
     try:
-        inputs = choice_inputs(processor, [entry[2] for entry in ready], [entry[4] for entry in ready])
+        inputs = choice_inputs(processor, [entry.prompt for entry in ready], [entry.clip for entry in ready])
         inputs = to_model(inputs, model)
         logits = _run_all(model, inputs, found, cfg, counts)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        failure = _failure(ready[0].item, error)
+    if failure is not None:
+        # Out here the traceback, which holds the tensors of the failed forward, is gone.
+        inputs = logits = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if len(ready) == 1:
-            return [*lines, {"id": ready[0][0].id, "error": " ".join(str(error).split())}]
-        return lines + [
-            line for entry in ready for line in _answer_batch(model, processor, [entry[0]], found, cfg, counts)
+            return [failure]
+        half = len(ready) // 2
+        log.info("a batch of %d failed and is halved: %s", len(ready), failure["error"])
+        return [
+            line
+            for part in (ready[:half], ready[half:])
+            for line in _answer_ready(model, processor, part, found, cfg, counts)
         ]
+    lines = []
     for row, (item, order, _, tokens, _) in enumerate(ready):
         results = {}
         for label, table in logits.items():
@@ -279,6 +316,15 @@ def _answer_batch(
             results[label] = {"p": probability, "mass": round(choices.mass, 6)}
         lines.append({"id": item.id, "answer": item.answer, "category": item.category, "results": results})
     return lines
+
+
+def _failure(item: Item, error: Exception) -> dict[str, Any]:
+    """Line of a question that could not be answered. Messages of ours say what is wrong; others need their type."""
+    log.debug("question %s", item.id, exc_info=error)
+    kind, text = type(error).__name__, " ".join(str(error).split())[:500]
+    if not (isinstance(error, (ValueError, OSError)) and text):
+        text = f"{kind}: {text}"
+    return {"id": item.id, "error": text, "type": kind}
 
 
 def _run_all(
@@ -312,7 +358,8 @@ def _option_order(item: Item, cfg: SweepConfig) -> list[int]:
 def read_answers(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Answers by question, and causes of the questions left out, from a run folder or an answers file.
 
-    A line that a crash left unfinished is dropped, and its question asked again.
+    A line that a crash left unfinished is dropped, and its question asked again. Of several lines of a question that
+    was asked again, an answer counts before a failure.
     """
     path = folder / "artifacts" / ANSWERS if folder.is_dir() else folder
     answers: dict[str, dict[str, Any]] = {}
@@ -329,7 +376,7 @@ def read_answers(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str
             failed[row["id"]] = row["error"]
         else:
             answers[row["id"]] = row
-    return answers, failed
+    return answers, {name: cause for name, cause in failed.items() if name not in answers}
 
 
 def is_right(answer: Mapping[str, Any], label: str) -> bool:
@@ -349,8 +396,8 @@ def summarise(
     """Write rows for all questions and per category.
 
     Per configuration: ``accuracy`` with interval, ``performance_ratio``, ``p_right`` (mean probability of the right
-    option), ``p_right_change`` (its relative change, the peers' measure), ``accuracy_change`` with a paired interval,
-    ``accuracy_of_correct`` (restricted to questions that the baseline has right, which can only show drops),
+    option), ``accuracy_change`` with a paired interval, ``accuracy_of_correct`` and ``p_right_change`` (of questions
+    that the baseline has right, which favours drops: accuracy, and the peers' measure, relative change of ``p_right``),
     ``to_wrong``, ``to_right`` and ``mcnemar_p``. Once per split: ``chance``.
     """
     categories = sorted({row["category"] for row in answers.values()} - {""})
@@ -377,10 +424,12 @@ def summarise(
             run.row("to_wrong", pair.to_wrong, better="lower", **common)
             run.row("to_right", pair.to_right, better="higher", **common)
             run.row("mcnemar_p", pair.p, better="none", **common)
-            relative = [100 * (now - then) / max(then, 1e-6) for now, then in zip(p, p_before, strict=True)]
-            run.row("p_right_change", sum(relative) / count, unit="%", better="higher", **common)
             if any(before):
                 run.row("performance_ratio", accuracy / (sum(before) / count), better="higher", **common)
                 kept = [now for now, then in zip(right, before, strict=True) if then]
                 of_correct = common | {"n": len(kept)}
                 run.row("accuracy_of_correct", sum(kept) / len(kept), better="higher", **of_correct)
+                # Right means at least 1 / options, so nothing here divides by next to nothing.
+                pairs = [pair for pair, then in zip(zip(p, p_before, strict=True), before, strict=True) if then]
+                relative = [100 * (now - then) / then for now, then in pairs]
+                run.row("p_right_change", sum(relative) / len(kept), unit="%", better="higher", **of_correct)

@@ -6,7 +6,7 @@ once and keeps the states that enter each layer; a configuration starts from tho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Counts:
     """Work done, and what it would be without reuse.
 
     Attributes:
-        layers: decoder layers evaluated.
+        layers: decoder layers evaluated, the repeated last one of the baseline's check among them.
         layers_without: the same, had every configuration run from the first layer.
         rows: token rows through a layer, which an exit makes fewer.
         rows_without: likewise.
@@ -43,10 +43,14 @@ class Counts:
         return self.layers_without / self.layers if self.layers else 1.0
 
 
-def as_exit(config: KnockoutConfig, num_layers: int, deepstack_layers: int = 0) -> KnockoutConfig:
+def as_exit(
+    config: KnockoutConfig, num_layers: int, deepstack_layers: int = 0, layer_types: Sequence[str] = ()
+) -> KnockoutConfig:
     """The exit that equals a configuration for every text row, where there is one; else the configuration.
 
-    LV-K in all layers from j on is an exit at j: visual rows from there on are read by nobody (section 2.5).
+    LV-K in all layers from j on is an exit at j: visual rows from there on are read by nobody (section 2.5). Before
+    sliding-window layers there can be no exit, so it stays a knockout; ``layer_types`` are those of the decoder's
+    config, if it has any.
     """
     if config.exit is not None:
         return config
@@ -56,7 +60,8 @@ def as_exit(config: KnockoutConfig, num_layers: int, deepstack_layers: int = 0) 
         plain = (item.kind, item.frames, item.control) == ("LV", None, "none")
         others = tuple(other for other in config.knockouts if other is not item)
         early = all(max(other.layers) < start for other in others)
-        if plain and whole and early and start >= max(1, deepstack_layers):
+        full = all(kind == "full_attention" for kind in layer_types[start:])
+        if plain and whole and early and full and start >= max(1, deepstack_layers):
             return KnockoutConfig(knockouts=others, exit=start, allow_empty=config.allow_empty)
     return config
 
@@ -102,7 +107,8 @@ class PrefixRunner:
         if not config.knockouts and config.exit in (None, num_layers):
             return self._baseline
         if self.exits:
-            config = as_exit(config, num_layers, self.decoder.deepstack_layers)
+            types = getattr(self.decoder.config, "layer_types", None) or ()
+            config = as_exit(config, num_layers, self.decoder.deepstack_layers, types)
         first = min([min(item.layers) for item in config.knockouts] + [config.exit or num_layers])
         with attach(self.model, config) as handle, handle.using(self.layouts):
             handle.start(self.layouts)
@@ -136,7 +142,7 @@ class PrefixRunner:
         self.counts.layers += num_layers
         self.counts.rows += num_layers * tokens
         # What follows repeats the decoder's loop and head by hand; a class that does more there is refused here.
-        last = self._call(num_layers - 1, self._entering[-1][0])
+        last = self._layer(num_layers - 1, self._entering[-1][0])
         if not torch.allclose(self._logits(last), logits, atol=1e-3, rtol=1e-3):
             raise ValueError(
                 f"{type(self.model).__name__} does more between its last layer and its logits than norm and head; "
@@ -145,9 +151,11 @@ class PrefixRunner:
         self._baseline = logits
 
     def _layer(self, index: int, states: Tensor) -> Tensor:
+        states = self._call(index, states)
         self.counts.layers += 1
+        # Of what comes out: at an exit the layer gets every row and drops some before it begins.
         self.counts.rows += states.shape[1]
-        return self._call(index, states)
+        return states
 
     def _call(self, index: int, states: Tensor) -> Tensor:
         kwargs = self._entering[index][1]

@@ -18,6 +18,10 @@ __all__ = ["Clip", "check_video", "read_video"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SEEK_SECONDS = 120.0
 """Stretches longer than this are read by seeking to each frame, shorter ones from end to end."""
+SLACK_SECONDS = 0.5
+"""A stretch may end so much before its container says, and by a tenth at most; with more missing it is cut short."""
+TIMEOUT_SECONDS = 300.0
+"""What a call of ffmpeg may take; a damaged file or a dead network drive can hold it for ever."""
 
 _PPM = re.compile(rb"P6\s(\d+)\s(\d+)\s255\s")
 
@@ -39,10 +43,16 @@ class Clip:
     fps: float
 
     def metadata(self) -> dict[str, Any]:
-        """What transformers' video processors take as ``video_metadata``."""
+        """What transformers' video processors take as ``video_metadata``.
+
+        They take a frame's time from its index, which counts from the start of the video, but the rate of the sampled
+        frames from ``total_num_frames``: so that is the length of the stretch that they stand for.
+        """
+        count = len(self.times)
+        seconds = self.duration if count < 2 else (self.times[-1] - self.times[0]) * count / (count - 1)
         return {
             "fps": self.fps,
-            "total_num_frames": max(1, round(self.duration * self.fps)),
+            "total_num_frames": max(count, round(seconds * self.fps)),
             "duration": self.duration,
             "frames_indices": [int(time * self.fps) for time in self.times],
             "height": int(self.frames.shape[2]),
@@ -79,7 +89,7 @@ def read_video(path: str | Path, *, num_frames: int = 32, start: float | None = 
 
     Raises:
         FileNotFoundError: There is no such video.
-        ValueError: It cannot be decoded, or there is no frame between ``start`` and ``end``.
+        ValueError: It cannot be decoded, is cut short, or has no frame between ``start`` and ``end``.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be positive; got {num_frames}")
@@ -138,16 +148,41 @@ def _read_file(path: Path, count: int, start: float | None, end: float | None) -
     duration, fps = _probe(path)
     begin, stop = _span(path, duration, start, end)
     count = min(count, max(1, round((stop - begin) * fps)))
-    times = [begin + (index + 0.5) * (stop - begin) / count for index in range(count)]
+    times = _middles(begin, stop, count)
     if stop - begin > SEEK_SECONDS:
-        frames = [_decode(path, time, 1)[0] for time in times]
+        frames = []
+        for time in times:
+            found = _decode(path, time, 1, needed=not frames)
+            if not found:
+                raise _cut_short(path, len(frames), count)
+            frames += found
     else:
-        # The small term undoes binary fractions such as int(0.3 * 10) == 2.
-        wanted = [int((time - begin) * fps + 1e-6) for time in times]
+        wanted = _wanted(times, begin, fps)
         found = _decode(path, begin, wanted[-1] + 1)
-        # A container may promise a frame more than it holds.
+        missing = wanted[-1] + 1 - len(found)
+        if missing > max(1, round(min(SLACK_SECONDS, 0.1 * (stop - begin)) * fps)):
+            raise _cut_short(path, len(found), wanted[-1] + 1)
+        if missing > 1:
+            # The container's length is that of its longest stream, sound for one: take the pictures that there are.
+            stop = begin + len(found) / fps
+            count = min(count, len(found))
+            times = _middles(begin, stop, count)
+            wanted = _wanted(times, begin, fps)
         frames = [found[min(index, len(found) - 1)] for index in wanted]
     return Clip(torch.stack(frames), tuple(times), duration, fps)
+
+
+def _middles(begin: float, stop: float, count: int) -> list[float]:
+    return [begin + (index + 0.5) * (stop - begin) / count for index in range(count)]
+
+
+def _wanted(times: list[float], begin: float, fps: float) -> list[int]:
+    # The small term undoes binary fractions such as int(0.3 * 10) == 2.
+    return [int((time - begin) * fps + 1e-6) for time in times]
+
+
+def _cut_short(path: Path, decoded: int, promised: int) -> ValueError:
+    return ValueError(f"{path}: decoded {decoded} of {promised} frames; the file is cut short")
 
 
 def _probe(path: Path) -> tuple[float, float]:
@@ -166,10 +201,10 @@ def _probe(path: Path) -> tuple[float, float]:
     return duration, fps
 
 
-def _decode(path: Path, time: float, count: int) -> list[Tensor]:
+def _decode(path: Path, time: float, count: int, *, needed: bool = True) -> list[Tensor]:
     """So many frames from a time on, ``[3, height, width]`` each; turned as the file says.
 
-    They come as PPM pictures, which carry their own size.
+    They come as PPM pictures, which carry their own size. None at all is an error where they are needed.
     """
     done = _ffmpeg(
         "-ss", f"{time:.3f}", "-i", str(path), "-frames:v", str(count), "-fps_mode", "passthrough",
@@ -180,10 +215,12 @@ def _decode(path: Path, time: float, count: int) -> list[Tensor]:
     while (head := _PPM.match(data, at)) is not None:
         width, height = int(head[1]), int(head[2])
         size, at = width * height * 3, head.end()
+        if at + size > len(data):
+            break
         pixels = np.frombuffer(data, np.uint8, count=size, offset=at).reshape(height, width, 3)
         frames.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
         at += size
-    if not frames:
+    if needed and not frames:
         said = _last_line(done.stderr.decode("utf-8", "replace"))
         raise ValueError(f"{path} could not be decoded as a video at {time:g} s: {said}")
     return frames
@@ -193,7 +230,10 @@ def _ffmpeg(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     from imageio_ffmpeg import get_ffmpeg_exe
 
     command = [get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments]
-    return subprocess.run(command, capture_output=True, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"ffmpeg took longer than {TIMEOUT_SECONDS:g} s: {' '.join(arguments)}") from error
 
 
 def _last_line(text: str) -> str:
