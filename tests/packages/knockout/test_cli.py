@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,14 @@ def test_eval_recommend_and_plot(capsys, folder, tmp_path):
     )
     assert code == 0, err
     assert "both together, on the reporting half" in out
+    # The same command again gives the same; another budget or another run in its place is refused.
+    again = ["--out", tmp_path / "rec", "--quiet"]
+    assert run(capsys, "recommend", "--run", tmp_path / "run", "--max-drop", 100, *again)[1] == out
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for argv in (["--run", tmp_path / "run", "--max-drop", 99], ["--run", tmp_path / "other", "--max-drop", 100]):
+        code, shown, err = run(capsys, "recommend", *argv, *again)
+        assert (code, shown) == (1, "")
+        assert "holds" in err
     code, out, _ = run(capsys, "plot", "--run", tmp_path / "run", "--save", tmp_path / "p.svg")
     assert code == 0
     assert Path(out.strip()).exists()

@@ -305,7 +305,7 @@ def recommend(
     from hone_core.config import load_config
 
     from .evaluate import BASELINE, Configuration, SweepConfig, SweepReport, configurations, read_answers, sweep
-    from .recommend import choose, halves
+    from .recommend import RecommendConfig, choose, halves
 
     if run is None:
         raise ValueError("which run? Give --run, the folder of a finished eval run")
@@ -330,7 +330,11 @@ def recommend(
     items = [item for item in _questions(cfg.source, cfg.seed) if item.id in set(second)]
     entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
     chosen = {BASELINE: found[BASELINE], recipe.config.label: entry}
-    with _start("recommend", cfg, out, seed) as inner:
+    # What is verified is the recipe: another run, budget or recipe is another command, and its folder is refused.
+    plan = RecommendConfig(
+        run=str(run), max_drop=max_drop, recipe=recipe.config, reported_on=len(second), sweep=cfg, seed=seed
+    )
+    with _start("recommend", plan, out, seed) as inner:
         if not inner.done:
             loaded, processor, _ = _loaded(cfg.source, device)
             sweep(loaded, processor, items, cfg, inner, chosen=chosen, quiet=quiet)

@@ -12,10 +12,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Knockout, KnockoutConfig
-from .evaluate import BASELINE, Configuration, is_right
+from .evaluate import BASELINE, Configuration, SweepConfig, is_right
 from .statistics import Paired, bootstrap_interval, paired
 
-__all__ = ["Recipe", "choose", "halves"]
+__all__ = ["Recipe", "RecommendConfig", "choose", "halves"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecommendConfig:
+    """What a verification runs; one that differs in any of it is another run."""
+
+    run: str
+    """Folder of the sweep that the recipe was chosen from."""
+    max_drop: float
+    """Budget in points of accuracy."""
+    recipe: KnockoutConfig
+    """What was chosen."""
+    reported_on: int
+    """Questions of the reporting half."""
+    sweep: SweepConfig
+    """Of the sweep: how questions are put, and where they come from."""
+    seed: int = 0
+    """Of the halves."""
 
 
 @dataclass(frozen=True)
