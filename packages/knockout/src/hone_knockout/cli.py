@@ -135,6 +135,7 @@ def generate(
     max_new_tokens: int = 64,
     start: float | None = None,
     end: float | None = None,
+    rounds: int = 3,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     dry_run: bool = False,
@@ -155,6 +156,7 @@ def generate(
         max_new_tokens: Length of a written answer.
         start: Seconds from which.
         end: Seconds up to which.
+        rounds: Turns that each variant gets after one that warms up; times are medians.
         device: auto, cpu, cuda or cuda:1.
         dtype: Of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
         dry_run: Check the settings against the model's config, print them and do nothing.
@@ -181,7 +183,7 @@ def generate(
             items.append(Knockout(kind="VT", layers=parse_layers(local, num_layers)))
         config = KnockoutConfig(knockouts=tuple(items), exit=exit)
     check_model(model, config)
-    cfg = _change(cfg, config=config)
+    cfg = _change(cfg, config=config, rounds=rounds)
     if dry_run:
         return _plan(cfg, None)
     from hone_core.devices import resolve_device, resolve_dtype
