@@ -173,7 +173,7 @@ def test_bad_layers_are_seen_before_the_weights(capsys, folder, tmp_path):
     ask = ["generate", "--model", tmp_path, "--video", folder / "0.npy", "--ask", "?"]
     for more, message in (
         (["--knock", "LV", "--layers", "3-9"], "layers are 0 .. 4"),
-        (["--exit", "6"], "exit must be at most 5"),
+        (["--exit", "5"], "exit must be at most 4"),
         (["--knock", "VT", "--layers", "4", "--exit", "2"], "have no visual tokens after the exit"),
     ):
         code, _, err = run(capsys, *ask, *more)

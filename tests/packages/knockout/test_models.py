@@ -335,6 +335,12 @@ class TestRefusals:
             attach(model, lv(6))
         assert not model._forward_pre_hooks
 
+    def test_exit_after_the_last_layer(self):
+        """It would change nothing, and ``rows`` would tell of rows that are all still there."""
+        model, _ = get("qwen2_vl")
+        with pytest.raises(ValueError, match="exit must be at most 5"):
+            attach(model, KnockoutConfig(exit=6))
+
     def test_exit_before_deepstack(self):
         model, _ = get("qwen3_vl")
         with pytest.raises(ValueError, match="exit must be at least 3; got 2"):
