@@ -184,6 +184,18 @@ def test_bad_layers_are_seen_before_the_weights(capsys, folder, tmp_path):
     assert json.loads(out)["config"]["config"]["exit"] == 3
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_eval_sees_a_window_that_does_not_fit_before_anything_is_made(capsys, folder, host_file, tmp_path, more):
+    """The folder of this model has a config and no weights."""
+    (tmp_path / "config.json").write_text((folder / "model" / "config.json").read_text())
+    out = tmp_path / "run"
+    for source in (["--model", tmp_path, "--data", folder / "qa.jsonl"], ["--host", host_file]):
+        code, _, err = run(capsys, "eval", *source, "--window", 50, "--out", out, *more)
+        assert code == 1
+        assert "expected 1 <= width <= 5" in err
+        assert not out.exists()
+
+
 def test_all_videos_missing(capsys, folder, tmp_path):
     code, _, err = run(
         capsys, "eval", "--model", folder / "model", "--data", folder / "qa.jsonl", "--videos", tmp_path, "--dry-run"

@@ -239,11 +239,11 @@ def evaluate(
         device: auto, cpu, cuda or cuda:1.
         dtype: Of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
         out: Run folder; the same folder resumes.
-        dry_run: Look for the questions and videos, print the settings and do nothing.
+        dry_run: Look for questions, videos and the model's config, print the settings and do nothing.
         quiet: Show no progress.
     """
     from . import plots
-    from .evaluate import SweepConfig, SweepReport, sweep
+    from .evaluate import SweepConfig, SweepReport, configurations, sweep
 
     source = _source(data=data, format=format, videos=videos, model=model, limit=limit, host=host, dtype=dtype)
     cfg = _load(SweepConfig, config)
@@ -265,12 +265,10 @@ def evaluate(
     if "model" not in source:
         cfg = _change(cfg, style="text", shuffle=False if config is None else None)
     items = _questions(source, cfg.seed)
+    # What does not fit the model is seen before a folder is made and the weights are read.
+    configurations(cfg, _num_layers(source))
     if dry_run:
         return _plan(cfg, out) | {"questions": len(items)}
-    if "model" in source:
-        from .models import check_model
-
-        check_model(source["model"])
     with _start("eval", cfg, out, cfg.seed) as run:
         if not run.done:
             loaded, processor, _ = _loaded(source, device)
@@ -604,6 +602,19 @@ def _questions(source: dict[str, str], seed: int) -> list[Any]:
     if len(problems) == len(items):
         raise ValueError(f"none of the {len(items)} videos can be read: {problems[0]} (--videos names their folder)")
     return items
+
+
+def _num_layers(source: dict[str, str]) -> int:
+    """Decoder layers of a source's model, without its weights.
+
+    Raises:
+        ValueError: The model cannot be taken.
+    """
+    if "model" in source:
+        from .models import check_model
+
+        return check_model(source["model"])
+    return _host(Path(source["host"]) if "host" in source else None, "cpu").config.layers
 
 
 def _loaded(source: dict[str, str], device: str) -> tuple[Any, Any, int]:
