@@ -149,6 +149,15 @@ def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
         (["generate", "--model", "M", "--video", "none.mp4", "--ask", "?"], "there is no video"),
         (["generate", "--model", "M", "--preset", "x"], "preset must be one of"),
         (["generate", "--model", "M", "--preset", "exit-7b", "--exit", "3"], "preset stands for"),
+        (["generate", "--model", "M", "--preset", "tiny", "--layers", "0-1"], "preset stands for"),
+        (["generate", "--model", "M", "--layers", "0-3"], "layers are those of --knock"),
+        (["generate", "--model", "M", "--option", "a", "b", "--max-new-tokens", "3"], "of a written answer"),
+        (["inspect", "--frames", "3"], "belong to --model"),
+        (["inspect", "--model", "M", "--host", "H"], "not both"),
+        (["eval", "--model", "M", "--data", "D", "--host", "H"], "not both"),
+        (["eval", "--dtype", "float32"], "dtype belong to --model"),
+        (["eval", "--videos", "V", "--format", "mvbench"], "format, videos belong to --model"),
+        (["eval", "--limit", "0"], "limit must be positive"),
         (["eval", "--data", "qa.jsonl"], "data and model belong together"),
         (["eval", "--data", "none.jsonl", "--model", "M"], "there is no question file"),
         (["recommend"], "which run?"),
@@ -194,6 +203,33 @@ def test_eval_sees_a_window_that_does_not_fit_before_anything_is_made(capsys, fo
         assert code == 1
         assert "expected 1 <= width <= 5" in err
         assert not out.exists()
+
+
+def test_flags_of_eval_change_the_source_of_a_config(capsys, folder, host_file, tmp_path):
+    def plan(*argv):
+        code, out, err = run(capsys, "eval", *argv, "--dry-run", "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    model, data = ["--model", folder / "model"], ["--data", folder / "qa.jsonl"]
+    made = plan(*model, *data, "--videos", folder, "--limit", 6, "--dtype", "float32")
+    assert made["questions"] == 6
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(made["config"]))
+    assert plan("--config", path) == made
+    changed = plan("--config", path, "--limit", 4, "--dtype", "bfloat16", "--format", "jsonl")
+    assert changed["questions"] == 4
+    assert changed["config"]["source"] == made["config"]["source"] | {
+        "limit": "4", "dtype": "bfloat16", "format": "jsonl",
+    }  # fmt: skip
+    code, _, err = run(capsys, "eval", "--config", path, "--videos", tmp_path, "--dry-run")
+    assert code == 1
+    assert "none of the 6 videos can be read" in err
+    # Another file has its own folder and format; a host has none of them.
+    assert "videos" not in plan("--config", path, *data)["config"]["source"]
+    assert plan("--config", path, "--host", host_file)["config"]["source"] == {
+        "host": str(host_file), "limit": "6", "dtype": "auto",
+    }  # fmt: skip
 
 
 def test_all_videos_missing(capsys, folder, tmp_path):

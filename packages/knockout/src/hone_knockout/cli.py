@@ -83,7 +83,7 @@ def inspect(
     model: str | None = None,
     video: Path | None = None,
     ask: str | None = None,
-    frames: int = 32,
+    frames: int | None = None,
     save: Path | None = None,
     host: Path | None = None,
 ) -> Any:
@@ -93,16 +93,18 @@ def inspect(
         model: Folder or hub address of a Video-LLM; the tiny host and a generated clip unless given.
         video: File, folder of pictures or .npy array.
         ask: Question.
-        frames: Frames to sample.
+        frames: Frames to sample (32).
         save: JSON file to write the layout to.
         host: A host.safetensors made by train-host.
     """
     from .data import generated_items
     from .sample import AskConfig, look
 
+    if model is not None and host is not None:
+        raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
     if model is None:
-        if video is not None or ask is not None:
-            raise ValueError("video and ask belong to --model; the tiny host is asked about a generated clip")
+        if (video, ask, frames) != (None, None, None):
+            raise ValueError("video, ask and frames belong to --model; the tiny host is asked about a generated clip")
         loaded = _host(host, "cpu")
         item = generated_items(1, loaded.config.clip)[0]
         cfg = AskConfig(model="host", video="generated", ask=item.question, options=item.options, style="text")
@@ -112,7 +114,7 @@ def inspect(
 
         from .models import check_model
 
-        cfg = _ask_config(model, video, ask, frames=frames)
+        cfg = _ask_config(model, video, ask, frames=32 if frames is None else frames)
         check_model(model)
         layout = look(AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model), cfg)
     if save is not None:
@@ -127,12 +129,12 @@ def generate(
     ask: str | None = None,
     option: tuple[str, ...] = (),
     knock: tuple[Literal["LV", "VT", "VS", "VV", "VT-strict"], ...] = (),
-    layers: str = "all",
+    layers: str | None = None,
     exit: int | None = None,
     local: str | None = None,
     preset: str | None = None,
     frames: int = 32,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     start: float | None = None,
     end: float | None = None,
     rounds: int = 3,
@@ -148,12 +150,12 @@ def generate(
         ask: Question.
         option: Options to score instead of writing an answer, each as a flag.
         knock: Knockouts in --layers.
-        layers: Layers of --knock, counted from 0, such as 0-7,12 or 8- or all.
+        layers: Layers of --knock, counted from 0, such as 0-7,12 or 8- (all).
         exit: Layer at which visual tokens leave, counted from 0: 18 keeps them in the first 18 layers.
         local: Layers in which frames read only themselves, such as 0-7.
         preset: Recipe by name, in place of the four flags above.
         frames: Frames to sample.
-        max_new_tokens: Length of a written answer.
+        max_new_tokens: Length of a written answer (64).
         start: Seconds from which.
         end: Seconds up to which.
         rounds: Turns that each variant gets after one that warms up; times are medians.
@@ -167,17 +169,22 @@ def generate(
 
     if model is None:
         raise ValueError("which model? Give --model, such as llava-hf/llava-onevision-qwen2-7b-ov-hf")
-    if preset is not None and (knock or exit is not None or local is not None):
-        raise ValueError("preset stands for knock, exit and local; give one or the other")
+    if preset is not None and (knock or (layers, exit, local) != (None, None, None)):
+        raise ValueError("preset stands for knock, layers, exit and local; give one or the other")
+    if layers is not None and not knock:
+        raise ValueError("layers are those of --knock, which was not given")
+    if max_new_tokens is not None and option:
+        raise ValueError("max-new-tokens is of a written answer; with --option none is written")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     # Everything that can be wrong is looked at before the weights are read.
-    cfg = _ask_config(model, video, ask, frames=frames, start=start, end=end, options=option, tokens=max_new_tokens)
+    cfg = _ask_config(model, video, ask, frames=frames, start=start, end=end, options=option)
+    cfg = _change(cfg, max_new_tokens=max_new_tokens)
     num_layers = check_model(model)
     if preset is not None:
         config = PRESETS[preset].config
     else:
-        chosen = parse_layers(layers, num_layers)
+        chosen = parse_layers("all" if layers is None else layers, num_layers)
         items = [Knockout(kind=kind, layers=chosen) for kind in knock]
         if local is not None:
             items.append(Knockout(kind="VT", layers=parse_layers(local, num_layers)))
@@ -212,7 +219,7 @@ def evaluate(
     config: Path | None = None,
     seed: int | None = None,
     device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     out: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -237,7 +244,7 @@ def evaluate(
         config: A run's config.json to start from; other flags change it.
         seed: Of option order, controls and bootstrap (0).
         device: auto, cpu, cuda or cuda:1.
-        dtype: Of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
+        dtype: Of the model's weights; auto is bfloat16 on a GPU, float32 on a CPU (auto).
         out: Run folder; the same folder resumes.
         dry_run: Look for questions, videos and the model's config, print the settings and do nothing.
         quiet: Show no progress.
@@ -245,10 +252,9 @@ def evaluate(
     from . import plots
     from .evaluate import SweepConfig, SweepReport, configurations, sweep
 
-    source = _source(data=data, format=format, videos=videos, model=model, limit=limit, host=host, dtype=dtype)
     cfg = _load(SweepConfig, config)
-    if config is not None and not (data or model or host):
-        source = cfg.source
+    flags = {"data": data, "format": format, "videos": videos, "model": model, "limit": limit, "host": host}
+    source = _source(cfg.source, **flags, dtype=dtype)
     cfg = _change(
         cfg,
         settings=setting,
@@ -547,7 +553,6 @@ def _ask_config(
     start: float | None = None,
     end: float | None = None,
     options: tuple[str, ...] = (),
-    tokens: int = 64,
 ) -> Any:
     from hone_lm.video import check_video
 
@@ -562,21 +567,33 @@ def _ask_config(
         ask=ask,
         options=options,
         frames=frames,
-        max_new_tokens=tokens,
         start=start,
         end=end,
     )
 
 
-def _source(**flags: Any) -> dict[str, str]:
-    """Where model and questions come from, as strings; what is not given is left out."""
-    if (flags["data"] is None) != (flags["model"] is None):
-        raise ValueError("data and model belong together: give both, or neither for the tiny host's generated clips")
-    if flags["model"] is not None and flags["host"] is not None:
+def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
+    """Where model and questions come from, as strings: what flags give, and of a config's source what they leave."""
+    given = {name: str(value) for name, value in flags.items() if value is not None}
+    if "model" in given and "host" in given:
         raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
-    if flags["limit"] is not None and flags["limit"] < 1:
-        raise ValueError(f"limit must be positive; got {flags['limit']}")
-    return {name: str(value) for name, value in flags.items() if value is not None}
+    gone: set[str] = set()
+    if "host" in given:
+        gone |= {"model", "data", "format", "videos", "dtype"}
+    if "model" in given or "data" in given:
+        gone |= {"host"}
+    if "data" in given:
+        # Format and folder are of the other question file.
+        gone |= {"format", "videos"}
+    source = {name: value for name, value in before.items() if name not in gone} | given
+    if ("data" in source) != ("model" in source):
+        raise ValueError("data and model belong together: give both, or neither for the tiny host's generated clips")
+    lost = sorted({"format", "videos", "dtype"} & given.keys())
+    if lost and "model" not in source:
+        raise ValueError(f"{', '.join(lost)} belong to --model and --data; the tiny host has its own")
+    if int(source.get("limit", 1)) < 1:
+        raise ValueError(f"limit must be positive; got {source['limit']}")
+    return {"dtype": "auto"} | source
 
 
 def _questions(source: dict[str, str], seed: int) -> list[Any]:
