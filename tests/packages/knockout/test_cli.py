@@ -99,6 +99,9 @@ def test_eval_recommend_and_plot(capsys, folder, tmp_path):
     )
     assert code == 0, err
     assert "both together, on the reporting half" in out
+    assert "exit and LV-K in the same layers differ by at most" in out
+    rows = json.loads((tmp_path / "rec" / "results.json").read_text())["rows"]
+    assert [row["value"] < 1e-3 for row in rows if row["metric"] == "exit_gap"] == [True]
     # The same command again gives the same; another budget or another run in its place is refused.
     again = ["--out", tmp_path / "rec", "--quiet"]
     assert run(capsys, "recommend", "--run", tmp_path / "run", "--max-drop", 100, *again)[1] == out

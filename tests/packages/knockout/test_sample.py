@@ -35,6 +35,24 @@ def test_written_answer_with_exit(host, case):
     assert all(value > 0 for value in report.milliseconds.values())
 
 
+def test_gap_between_exit_and_knockout(host, case, monkeypatch):
+    window = Knockout(kind="VT", layers=(0, 1))
+    cfg = AskConfig(config=KnockoutConfig(knockouts=(window,), exit=3), max_new_tokens=1, rounds=1, **case[1])
+    report = ask(host.model, host.processor, cfg)
+    assert report.exit_gap < 1e-3
+    assert "exit and LV-K in the same layers differ by at most" in str(report)
+    assert report.to_dict()["exit_gap"] == report.exit_gap
+    # An exit that also took something else from the text would show.
+    attach = sample.attach
+    monkeypatch.setattr(
+        sample, "attach", lambda model, config: attach(model, KnockoutConfig(exit=1) if config.exit else config)
+    )
+    assert ask(host.model, host.processor, cfg).exit_gap > 0.01
+    monkeypatch.undo()
+    without = AskConfig(config=KnockoutConfig(knockouts=(window,)), max_new_tokens=1, rounds=1, **case[1])
+    assert ask(host.model, host.processor, without).exit_gap is None
+
+
 def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch):
     """By this clock the first turn of each is slow, as on a cold machine, and the exit saves time in decoding."""
     clock, turns, attach = [0.0], [], sample.attach
@@ -57,7 +75,8 @@ def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch)
         report = ask(host.model, host.processor, cfg)
     finally:
         hook.remove()
-    assert turns == ["baseline", "exit 3"] * (1 + cfg.rounds)
+    # What follows is the gap to LV-K, which is not timed.
+    assert turns[: 2 * (1 + cfg.rounds)] == ["baseline", "exit 3"] * (1 + cfg.rounds)
     assert report.prefill_milliseconds == pytest.approx({"baseline": 20, "exit 3": 20})
     assert report.decode_milliseconds == pytest.approx({"baseline": 5, "exit 3": 3})
     assert report.milliseconds == pytest.approx({"baseline": 25, "exit 3": 23})

@@ -310,8 +310,9 @@ def recommend(
     """
     from hone_core.config import load_config
 
-    from .evaluate import BASELINE, Configuration, SweepConfig, SweepReport, configurations, read_answers, sweep
-    from .recommend import RecommendConfig, choose, halves
+    from .evaluate import BASELINE, Configuration, SweepConfig, configurations, read_answers, sweep
+    from .recommend import RecommendConfig, RecommendReport, choose, halves
+    from .sample import exit_gap
 
     if run is None:
         raise ValueError("which run? Give --run, the folder of a finished eval run")
@@ -331,7 +332,7 @@ def recommend(
         deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
     recipe = choose(answers, found, num_layers=num_layers, max_drop=max_drop, deepstack_layers=deepstack, seed=seed)
     if dry_run or not verify or not (recipe.exit is not None or recipe.window):
-        return str(recipe)
+        return RecommendReport(recipe)
     _, second = halves(list(answers), seed=seed)
     items = [item for item in _questions(cfg.source, cfg.seed) if item.id in set(second)]
     entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
@@ -344,7 +345,13 @@ def recommend(
         if not inner.done:
             loaded, processor, _ = _loaded(cfg.source, device)
             sweep(loaded, processor, items, cfg, inner, chosen=chosen, quiet=quiet)
-    return f"{recipe}\n\nboth together, on the reporting half:\n{SweepReport.of(inner)}"
+            # A sweep runs LV-K as the exit that it equals; here each runs as itself.
+            done, _ = read_answers(inner.path)
+            inputs = _inputs(loaded, processor, next(item for item in items if item.id in done), cfg)
+            gap = exit_gap(loaded, inputs, recipe.config)
+            if gap is not None:
+                inner.row("exit_gap", gap, better="lower", variant=recipe.config.label)
+    return RecommendReport.of(recipe, inner)
 
 
 def bench(
@@ -619,6 +626,16 @@ def _questions(source: dict[str, str], seed: int) -> list[Any]:
     if len(problems) == len(items):
         raise ValueError(f"none of the {len(items)} videos can be read: {problems[0]} (--videos names their folder)")
     return items
+
+
+def _inputs(model: Any, processor: Any, item: Any, cfg: Any) -> dict[str, Any]:
+    """Inputs of a question."""
+    from hone_lm.choices import choice_inputs, choice_prompt, to_model
+
+    from .data import read_clip
+
+    prompt = choice_prompt(processor, item.question, item.options, style=cfg.style)
+    return to_model(choice_inputs(processor, [prompt], [read_clip(item, num_frames=cfg.frames)]), model)
 
 
 def _num_layers(source: dict[str, str]) -> int:

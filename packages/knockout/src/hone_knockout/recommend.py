@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Knockout, KnockoutConfig
-from .evaluate import BASELINE, Configuration, SweepConfig, is_right
+from .evaluate import BASELINE, Configuration, SweepConfig, SweepReport, is_right
 from .statistics import Paired, bootstrap_interval, paired
 
-__all__ = ["Recipe", "RecommendConfig", "choose", "halves"]
+__all__ = ["Recipe", "RecommendConfig", "RecommendReport", "choose", "halves"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +88,36 @@ class Recipe:
                     f"McNemar p {change.p:.2g}"
                 )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RecommendReport:
+    """A recipe and, where it was run, what exit and window do together.
+
+    Attributes:
+        recipe: what was chosen.
+        together: its sweep on the reporting half, or None.
+        exit_gap: largest difference of the next token's logits between the exit and LV-K in the layers without video,
+            on the first question; None without an exit or a run.
+    """
+
+    recipe: Recipe
+    together: SweepReport | None = None
+    exit_gap: float | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, run: Any) -> RecommendReport:
+        """Return the report of a verification whose rows are written."""
+        gap = next((row.value for row in run.rows if row.metric == "exit_gap"), None)
+        return cls(recipe, SweepReport.of(run), gap)
+
+    def __str__(self) -> str:
+        text = str(self.recipe)
+        if self.together is not None:
+            text += f"\n\nboth together, on the reporting half:\n{self.together}"
+        if self.exit_gap is not None:
+            text += f"\nnext-token logits of exit and LV-K in the same layers differ by at most {self.exit_gap:.1e}"
+        return text
 
 
 def halves(names: Sequence[str], *, seed: int = 0) -> tuple[list[str], list[str]]:

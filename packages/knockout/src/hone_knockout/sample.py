@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
+from hone_lm.decoders import find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from hone_lm.video import Clip, read_video
 
-from .config import KnockoutConfig
+from .config import Knockout, KnockoutConfig
+from .method import global_after
 from .models import attach
 
-__all__ = ["AskConfig", "AskReport", "ask", "look"]
+__all__ = ["AskConfig", "AskReport", "ask", "exit_gap", "look"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,8 @@ class AskReport:
         decode_milliseconds: of each, the tokens after the first; 0 where options are scored.
         peak_bytes: of each on a GPU; None on a CPU.
         options: texts, where they were given.
+        exit_gap: largest difference of the next token's logits between the exit and LV-K in the layers without video;
+            None without an exit.
     """
 
     layout: TokenLayout
@@ -69,6 +73,7 @@ class AskReport:
     decode_milliseconds: dict[str, float]
     peak_bytes: dict[str, int | None]
     options: tuple[str, ...]
+    exit_gap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -80,6 +85,7 @@ class AskReport:
             "decode_milliseconds": self.decode_milliseconds,
             "peak_bytes": self.peak_bytes,
             "options": list(self.options),
+            "exit_gap": self.exit_gap,
         }
 
     def __str__(self) -> str:
@@ -95,6 +101,11 @@ class AskReport:
                 lines.append(f"  {answer}")
             else:
                 lines += [f"  {p:6.1%}  {text}" for p, text in zip(answer, self.options, strict=True)]
+        if self.exit_gap is not None:
+            lines += [
+                "",
+                f"next-token logits of exit and LV-K in the same layers differ by at most {self.exit_gap:.1e}",
+            ]
         return "\n".join(lines)
 
 
@@ -155,7 +166,30 @@ def ask(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) ->
         decode_milliseconds=median("decode"),
         peak_bytes={name: timed[-1].peak for name, timed in turns.items()},
         options=cfg.options,
+        exit_gap=exit_gap(model, inputs, cfg.config),
     )
+
+
+@torch.no_grad()
+def exit_gap(model: Any, inputs: dict[str, Any], config: KnockoutConfig) -> float | None:
+    """Largest difference of the next token's logits between an exit and LV-K in the layers from there on.
+
+    It is rounding, or the exit changed more than what text reads.
+
+    Args:
+        model: A ``...ForConditionalGeneration``.
+        inputs: Prompts, on the model's device.
+        config: Settings; None is returned for those without an exit.
+    """
+    if config.exit is None:
+        return None
+    late = Knockout(kind="LV", layers=global_after(config.exit, find_decoder(model).num_layers))
+    blocked = KnockoutConfig(knockouts=(*config.knockouts, late), allow_empty=config.allow_empty)
+    logits = []
+    for each in (config, blocked):
+        with attach(model, each):
+            logits.append(model(**inputs, logits_to_keep=1).logits[:, -1].float())
+    return float((logits[0] - logits[1]).abs().max())
 
 
 class _Turn(NamedTuple):
