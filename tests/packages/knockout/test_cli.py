@@ -102,6 +102,11 @@ def test_eval_recommend_and_plot(capsys, folder, tmp_path):
     assert "exit and LV-K in the same layers differ by at most" in out
     rows = json.loads((tmp_path / "rec" / "results.json").read_text())["rows"]
     assert [row["value"] < 1e-3 for row in rows if row["metric"] == "exit_gap"] == [True]
+    code, shown, _ = run(capsys, "recommend", "--run", tmp_path / "run", "--max-drop", 100, "--dry-run", "--json")
+    assert code == 0
+    found = json.loads(shown)
+    assert (found["recipe"]["exit"], found["recipe"]["window"], found["recipe"]["window_alone"]) == (1, 1, 5)
+    assert found["together"] is None
     # The same command again gives the same; another budget or another run in its place is refused.
     again = ["--out", tmp_path / "rec", "--quiet"]
     assert run(capsys, "recommend", "--run", tmp_path / "run", "--max-drop", 100, *again)[1] == out
