@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,22 @@ def test_eval_recommend_and_plot(capsys, folder, tmp_path):
     )
     assert code == 0, err
     assert "both together, on the reporting half" in out
+    assert "exit and LV-K in the same layers differ by at most" in out
+    rows = json.loads((tmp_path / "rec" / "results.json").read_text())["rows"]
+    assert [row["value"] < 1e-3 for row in rows if row["metric"] == "exit_gap"] == [True]
+    code, shown, _ = run(capsys, "recommend", "--run", tmp_path / "run", "--max-drop", 100, "--dry-run", "--json")
+    assert code == 0
+    found = json.loads(shown)
+    assert (found["recipe"]["exit"], found["recipe"]["window"], found["recipe"]["window_alone"]) == (1, 1, 5)
+    assert found["together"] is None
+    # The same command again gives the same; another budget or another run in its place is refused.
+    again = ["--out", tmp_path / "rec", "--quiet"]
+    assert run(capsys, "recommend", "--run", tmp_path / "run", "--max-drop", 100, *again)[1] == out
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for argv in (["--run", tmp_path / "run", "--max-drop", 99], ["--run", tmp_path / "other", "--max-drop", 100]):
+        code, shown, err = run(capsys, "recommend", *argv, *again)
+        assert (code, shown) == (1, "")
+        assert "holds" in err
     code, out, _ = run(capsys, "plot", "--run", tmp_path / "run", "--save", tmp_path / "p.svg")
     assert code == 0
     assert Path(out.strip()).exists()
@@ -140,6 +157,15 @@ def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
         (["generate", "--model", "M", "--video", "none.mp4", "--ask", "?"], "there is no video"),
         (["generate", "--model", "M", "--preset", "x"], "preset must be one of"),
         (["generate", "--model", "M", "--preset", "exit-7b", "--exit", "3"], "preset stands for"),
+        (["generate", "--model", "M", "--preset", "tiny", "--layers", "0-1"], "preset stands for"),
+        (["generate", "--model", "M", "--layers", "0-3"], "layers are those of --knock"),
+        (["generate", "--model", "M", "--option", "a", "b", "--max-new-tokens", "3"], "of a written answer"),
+        (["inspect", "--frames", "3"], "belong to --model"),
+        (["inspect", "--model", "M", "--host", "H"], "not both"),
+        (["eval", "--model", "M", "--data", "D", "--host", "H"], "not both"),
+        (["eval", "--dtype", "float32"], "dtype belong to --model"),
+        (["eval", "--videos", "V", "--format", "mvbench"], "format, videos belong to --model"),
+        (["eval", "--limit", "0"], "limit must be positive"),
         (["eval", "--data", "qa.jsonl"], "data and model belong together"),
         (["eval", "--data", "none.jsonl", "--model", "M"], "there is no question file"),
         (["recommend"], "which run?"),
@@ -164,7 +190,7 @@ def test_bad_layers_are_seen_before_the_weights(capsys, folder, tmp_path):
     ask = ["generate", "--model", tmp_path, "--video", folder / "0.npy", "--ask", "?"]
     for more, message in (
         (["--knock", "LV", "--layers", "3-9"], "layers are 0 .. 4"),
-        (["--exit", "6"], "exit must be at most 5"),
+        (["--exit", "5"], "exit must be at most 4"),
         (["--knock", "VT", "--layers", "4", "--exit", "2"], "have no visual tokens after the exit"),
     ):
         code, _, err = run(capsys, *ask, *more)
@@ -173,6 +199,45 @@ def test_bad_layers_are_seen_before_the_weights(capsys, folder, tmp_path):
     code, out, _ = run(capsys, *ask, "--exit", "3", "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["config"]["config"]["exit"] == 3
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_eval_sees_a_window_that_does_not_fit_before_anything_is_made(capsys, folder, host_file, tmp_path, more):
+    """The folder of this model has a config and no weights."""
+    (tmp_path / "config.json").write_text((folder / "model" / "config.json").read_text())
+    out = tmp_path / "run"
+    for source in (["--model", tmp_path, "--data", folder / "qa.jsonl"], ["--host", host_file]):
+        code, _, err = run(capsys, "eval", *source, "--window", 50, "--out", out, *more)
+        assert code == 1
+        assert "expected 1 <= width <= 5" in err
+        assert not out.exists()
+
+
+def test_flags_of_eval_change_the_source_of_a_config(capsys, folder, host_file, tmp_path):
+    def plan(*argv):
+        code, out, err = run(capsys, "eval", *argv, "--dry-run", "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    model, data = ["--model", folder / "model"], ["--data", folder / "qa.jsonl"]
+    made = plan(*model, *data, "--videos", folder, "--limit", 6, "--dtype", "float32")
+    assert made["questions"] == 6
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(made["config"]))
+    assert plan("--config", path) == made
+    changed = plan("--config", path, "--limit", 4, "--dtype", "bfloat16", "--format", "jsonl")
+    assert changed["questions"] == 4
+    assert changed["config"]["source"] == made["config"]["source"] | {
+        "limit": "4", "dtype": "bfloat16", "format": "jsonl",
+    }  # fmt: skip
+    code, _, err = run(capsys, "eval", "--config", path, "--videos", tmp_path, "--dry-run")
+    assert code == 1
+    assert "none of the 6 videos can be read" in err
+    # Another file has its own folder and format; a host has none of them.
+    assert "videos" not in plan("--config", path, *data)["config"]["source"]
+    assert plan("--config", path, "--host", host_file)["config"]["source"] == {
+        "host": str(host_file), "limit": "6", "dtype": "auto",
+    }  # fmt: skip
 
 
 def test_all_videos_missing(capsys, folder, tmp_path):

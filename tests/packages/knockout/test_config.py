@@ -44,8 +44,11 @@ def test_bad_config():
         KnockoutConfig(exit=4, knockouts=(Knockout(kind="VT", layers=(2, 5)),))
     with pytest.raises(ValueError, match=r"layers are 0 .. 3 \(1 .. 4 in the paper's count\)"):
         KnockoutConfig(knockouts=(Knockout(kind="VT", layers=(4,)),)).check(4)
-    with pytest.raises(ValueError, match="exit must be at most 4"):
-        KnockoutConfig(exit=5).check(4)
+    # An exit after the last layer would do nothing and pass for a result.
+    for exit in (4, 5):
+        with pytest.raises(ValueError, match="exit must be at most 3"):
+            KnockoutConfig(exit=exit).check(4)
+    KnockoutConfig(exit=3).check(4)
     with pytest.raises(ValueError, match="DeepStack"):
         KnockoutConfig(exit=2).check(8, deepstack_layers=3)
     KnockoutConfig(exit=3).check(8, deepstack_layers=3)

@@ -1,5 +1,6 @@
 """Knockouts and the exit inside real classes: the exact equivalences, decoding, padding, restoration."""
 
+import json
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from hone_core.testing import assert_close, requires_gpu
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.local_attention import RegularFrames, frame_local_attention, regular_frames
 from hone_knockout.method import blocked_pairs, causal_pairs
-from hone_knockout.models import attach, load_model
+from hone_knockout.models import attach, check_model, load_model
 from hone_lm.layouts import find_layouts, locate_spans
 from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 
@@ -335,6 +336,12 @@ class TestRefusals:
             attach(model, lv(6))
         assert not model._forward_pre_hooks
 
+    def test_exit_after_the_last_layer(self):
+        """It would change nothing, and ``rows`` would tell of rows that are all still there."""
+        model, _ = get("qwen2_vl")
+        with pytest.raises(ValueError, match="exit must be at most 5"):
+            attach(model, KnockoutConfig(exit=6))
+
     def test_exit_before_deepstack(self):
         model, _ = get("qwen3_vl")
         with pytest.raises(ValueError, match="exit must be at least 3; got 2"):
@@ -441,3 +448,17 @@ def test_exit_equals_lv_on_a_gpu():
         blocked = generated(model, inputs)
     with attach(model, KnockoutConfig(exit=3)):
         assert float((generated(model, inputs) - blocked).abs().max()) < 1e-4
+
+
+def test_layer_types_are_looked_at_before_the_weights(tmp_path):
+    config = tiny("qwen2_vl", layers=3)[0].config
+    config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    config.save_pretrained(tmp_path)
+    assert check_model(str(tmp_path), KnockoutConfig(exit=2)) == 3
+    with pytest.raises(ValueError, match="an exit before sliding-window layers"):
+        check_model(str(tmp_path), KnockoutConfig(exit=1))
+    text = json.loads((tmp_path / "config.json").read_text())
+    text["text_config"]["layer_types"][0] = "linear_attention"
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=r"hybrid decoder \(linear_attention\)"):
+        check_model(str(tmp_path))

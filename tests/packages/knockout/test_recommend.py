@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.evaluate import BASELINE, SweepConfig, configurations
@@ -27,6 +29,10 @@ def test_earliest_exit_and_widest_window_within_the_budget():
     assert recipe.exit_change.change == 0
     assert recipe.chosen_on + recipe.reported_on == 100
     assert "visual tokens leave before layer 3" in str(recipe)
+    assert "in the first 3 layers (up to the exit; 4 layers, alone): +0.0 points" in str(recipe)
+    shown = json.loads(json.dumps(recipe.to_dict()))
+    assert (shown["exit"], shown["window"], shown["window_alone"]) == (3, 3, 4)
+    assert shown["exit_change"]["change"] == 0
 
 
 def test_a_late_layer_that_is_needed_forbids_every_earlier_exit():

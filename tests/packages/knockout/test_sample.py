@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from hone_knockout import sample
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.data import generated_items
 from hone_knockout.sample import AskConfig, ask, look
@@ -34,6 +35,54 @@ def test_written_answer_with_exit(host, case):
     assert all(value > 0 for value in report.milliseconds.values())
 
 
+def test_gap_between_exit_and_knockout(host, case, monkeypatch):
+    window = Knockout(kind="VT", layers=(0, 1))
+    cfg = AskConfig(config=KnockoutConfig(knockouts=(window,), exit=3), max_new_tokens=1, rounds=1, **case[1])
+    report = ask(host.model, host.processor, cfg)
+    assert report.exit_gap < 1e-3
+    assert "exit and LV-K in the same layers differ by at most" in str(report)
+    assert report.to_dict()["exit_gap"] == report.exit_gap
+    # An exit that also took something else from the text would show.
+    attach = sample.attach
+    monkeypatch.setattr(
+        sample, "attach", lambda model, config: attach(model, KnockoutConfig(exit=1) if config.exit else config)
+    )
+    assert ask(host.model, host.processor, cfg).exit_gap > 0.01
+    monkeypatch.undo()
+    without = AskConfig(config=KnockoutConfig(knockouts=(window,)), max_new_tokens=1, rounds=1, **case[1])
+    assert ask(host.model, host.processor, without).exit_gap is None
+
+
+def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch):
+    """By this clock the first turn of each is slow, as on a cold machine, and the exit saves time in decoding."""
+    clock, turns, attach = [0.0], [], sample.attach
+
+    def noted(model, config):
+        turns.append(config.label)
+        return attach(model, config)
+
+    def tick(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            clock[0] += 1.0 if len(turns) <= 2 else 0.020
+        else:
+            clock[0] += 0.005 if turns[-1] == "baseline" else 0.003
+
+    monkeypatch.setattr(sample, "attach", noted)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
+    hook = host.model.register_forward_pre_hook(tick, with_kwargs=True)
+    try:
+        cfg = AskConfig(config=KnockoutConfig(exit=3), max_new_tokens=2, **case[1])
+        report = ask(host.model, host.processor, cfg)
+    finally:
+        hook.remove()
+    # What follows is the gap to LV-K, which is not timed.
+    assert turns[: 2 * (1 + cfg.rounds)] == ["baseline", "exit 3"] * (1 + cfg.rounds)
+    assert report.prefill_milliseconds == pytest.approx({"baseline": 20, "exit 3": 20})
+    assert report.decode_milliseconds == pytest.approx({"baseline": 5, "exit 3": 3})
+    assert report.milliseconds == pytest.approx({"baseline": 25, "exit 3": 23})
+    assert "25 ms: prefill 20, decode 5" in str(report)
+
+
 def test_look(host, case):
     layout = look(host.model, host.processor, AskConfig(**case[1]))
     assert layout.num_frames == 4
@@ -45,6 +94,7 @@ def test_bad_questions():
         ({"ask": " "}, "question is empty"),
         ({"ask": "?", "options": ("a",)}, "one option is no choice"),
         ({"ask": "?", "frames": 0}, "must be positive"),
+        ({"ask": "?", "rounds": 0}, "rounds must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             AskConfig(**where, **values)

@@ -83,7 +83,7 @@ def inspect(
     model: str | None = None,
     video: Path | None = None,
     ask: str | None = None,
-    frames: int = 32,
+    frames: int | None = None,
     save: Path | None = None,
     host: Path | None = None,
 ) -> Any:
@@ -93,16 +93,18 @@ def inspect(
         model: Folder or hub address of a Video-LLM; the tiny host and a generated clip unless given.
         video: File, folder of pictures or .npy array.
         ask: Question.
-        frames: Frames to sample.
+        frames: Frames to sample (32).
         save: JSON file to write the layout to.
         host: A host.safetensors made by train-host.
     """
     from .data import generated_items
     from .sample import AskConfig, look
 
+    if model is not None and host is not None:
+        raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
     if model is None:
-        if video is not None or ask is not None:
-            raise ValueError("video and ask belong to --model; the tiny host is asked about a generated clip")
+        if (video, ask, frames) != (None, None, None):
+            raise ValueError("video, ask and frames belong to --model; the tiny host is asked about a generated clip")
         loaded = _host(host, "cpu")
         item = generated_items(1, loaded.config.clip)[0]
         cfg = AskConfig(model="host", video="generated", ask=item.question, options=item.options, style="text")
@@ -112,7 +114,7 @@ def inspect(
 
         from .models import check_model
 
-        cfg = _ask_config(model, video, ask, frames=frames)
+        cfg = _ask_config(model, video, ask, frames=32 if frames is None else frames)
         check_model(model)
         layout = look(AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model), cfg)
     if save is not None:
@@ -127,14 +129,15 @@ def generate(
     ask: str | None = None,
     option: tuple[str, ...] = (),
     knock: tuple[Literal["LV", "VT", "VS", "VV", "VT-strict"], ...] = (),
-    layers: str = "all",
+    layers: str | None = None,
     exit: int | None = None,
     local: str | None = None,
     preset: str | None = None,
     frames: int = 32,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     start: float | None = None,
     end: float | None = None,
+    rounds: int = 3,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     dry_run: bool = False,
@@ -147,14 +150,15 @@ def generate(
         ask: Question.
         option: Options to score instead of writing an answer, each as a flag.
         knock: Knockouts in --layers.
-        layers: Layers of --knock, counted from 0, such as 0-7,12 or 8- or all.
+        layers: Layers of --knock, counted from 0, such as 0-7,12 or 8- (all).
         exit: Layer at which visual tokens leave, counted from 0: 18 keeps them in the first 18 layers.
         local: Layers in which frames read only themselves, such as 0-7.
         preset: Recipe by name, in place of the four flags above.
         frames: Frames to sample.
-        max_new_tokens: Length of a written answer.
+        max_new_tokens: Length of a written answer (64).
         start: Seconds from which.
         end: Seconds up to which.
+        rounds: Turns that each variant gets after one that warms up; times are medians.
         device: auto, cpu, cuda or cuda:1.
         dtype: Of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
         dry_run: Check the settings against the model's config, print them and do nothing.
@@ -165,23 +169,28 @@ def generate(
 
     if model is None:
         raise ValueError("which model? Give --model, such as llava-hf/llava-onevision-qwen2-7b-ov-hf")
-    if preset is not None and (knock or exit is not None or local is not None):
-        raise ValueError("preset stands for knock, exit and local; give one or the other")
+    if preset is not None and (knock or (layers, exit, local) != (None, None, None)):
+        raise ValueError("preset stands for knock, layers, exit and local; give one or the other")
+    if layers is not None and not knock:
+        raise ValueError("layers are those of --knock, which was not given")
+    if max_new_tokens is not None and option:
+        raise ValueError("max-new-tokens is of a written answer; with --option none is written")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     # Everything that can be wrong is looked at before the weights are read.
-    cfg = _ask_config(model, video, ask, frames=frames, start=start, end=end, options=option, tokens=max_new_tokens)
+    cfg = _ask_config(model, video, ask, frames=frames, start=start, end=end, options=option)
+    cfg = _change(cfg, max_new_tokens=max_new_tokens)
     num_layers = check_model(model)
     if preset is not None:
         config = PRESETS[preset].config
     else:
-        chosen = parse_layers(layers, num_layers)
+        chosen = parse_layers("all" if layers is None else layers, num_layers)
         items = [Knockout(kind=kind, layers=chosen) for kind in knock]
         if local is not None:
             items.append(Knockout(kind="VT", layers=parse_layers(local, num_layers)))
         config = KnockoutConfig(knockouts=tuple(items), exit=exit)
     check_model(model, config)
-    cfg = _change(cfg, config=config)
+    cfg = _change(cfg, config=config, rounds=rounds)
     if dry_run:
         return _plan(cfg, None)
     from hone_core.devices import resolve_device, resolve_dtype
@@ -210,7 +219,7 @@ def evaluate(
     config: Path | None = None,
     seed: int | None = None,
     device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     out: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -235,18 +244,17 @@ def evaluate(
         config: A run's config.json to start from; other flags change it.
         seed: Of option order, controls and bootstrap (0).
         device: auto, cpu, cuda or cuda:1.
-        dtype: Of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
+        dtype: Of the model's weights; auto is bfloat16 on a GPU, float32 on a CPU (auto).
         out: Run folder; the same folder resumes.
-        dry_run: Look for the questions and videos, print the settings and do nothing.
+        dry_run: Look for questions, videos and the model's config, print the settings and do nothing.
         quiet: Show no progress.
     """
     from . import plots
-    from .evaluate import SweepConfig, SweepReport, sweep
+    from .evaluate import SweepConfig, SweepReport, configurations, sweep
 
-    source = _source(data=data, format=format, videos=videos, model=model, limit=limit, host=host, dtype=dtype)
     cfg = _load(SweepConfig, config)
-    if config is not None and not (data or model or host):
-        source = cfg.source
+    flags = {"data": data, "format": format, "videos": videos, "model": model, "limit": limit, "host": host}
+    source = _source(cfg.source, **flags, dtype=dtype)
     cfg = _change(
         cfg,
         settings=setting,
@@ -263,12 +271,10 @@ def evaluate(
     if "model" not in source:
         cfg = _change(cfg, style="text", shuffle=False if config is None else None)
     items = _questions(source, cfg.seed)
+    # What does not fit the model is seen before a folder is made and the weights are read.
+    configurations(cfg, _num_layers(source))
     if dry_run:
         return _plan(cfg, out) | {"questions": len(items)}
-    if "model" in source:
-        from .models import check_model
-
-        check_model(source["model"])
     with _start("eval", cfg, out, cfg.seed) as run:
         if not run.done:
             loaded, processor, _ = _loaded(source, device)
@@ -304,8 +310,9 @@ def recommend(
     """
     from hone_core.config import load_config
 
-    from .evaluate import BASELINE, Configuration, SweepConfig, SweepReport, configurations, read_answers, sweep
-    from .recommend import choose, halves
+    from .evaluate import BASELINE, Configuration, SweepConfig, configurations, read_answers, sweep
+    from .recommend import RecommendConfig, RecommendReport, choose, halves
+    from .sample import exit_gap
 
     if run is None:
         raise ValueError("which run? Give --run, the folder of a finished eval run")
@@ -325,16 +332,26 @@ def recommend(
         deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
     recipe = choose(answers, found, num_layers=num_layers, max_drop=max_drop, deepstack_layers=deepstack, seed=seed)
     if dry_run or not verify or not (recipe.exit is not None or recipe.window):
-        return str(recipe)
+        return RecommendReport(recipe)
     _, second = halves(list(answers), seed=seed)
     items = [item for item in _questions(cfg.source, cfg.seed) if item.id in set(second)]
     entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
     chosen = {BASELINE: found[BASELINE], recipe.config.label: entry}
-    with _start("recommend", cfg, out, seed) as inner:
+    # What is verified is the recipe: another run, budget or recipe is another command, and its folder is refused.
+    plan = RecommendConfig(
+        run=str(run), max_drop=max_drop, recipe=recipe.config, reported_on=len(second), sweep=cfg, seed=seed
+    )
+    with _start("recommend", plan, out, seed) as inner:
         if not inner.done:
             loaded, processor, _ = _loaded(cfg.source, device)
             sweep(loaded, processor, items, cfg, inner, chosen=chosen, quiet=quiet)
-    return f"{recipe}\n\nboth together, on the reporting half:\n{SweepReport.of(inner)}"
+            # A sweep runs LV-K as the exit that it equals; here each runs as itself.
+            done, _ = read_answers(inner.path)
+            inputs = _inputs(loaded, processor, next(item for item in items if item.id in done), cfg)
+            gap = exit_gap(loaded, inputs, recipe.config)
+            if gap is not None:
+                inner.row("exit_gap", gap, better="lower", variant=recipe.config.label)
+    return RecommendReport.of(recipe, inner)
 
 
 def bench(
@@ -543,7 +560,6 @@ def _ask_config(
     start: float | None = None,
     end: float | None = None,
     options: tuple[str, ...] = (),
-    tokens: int = 64,
 ) -> Any:
     from hone_lm.video import check_video
 
@@ -558,21 +574,33 @@ def _ask_config(
         ask=ask,
         options=options,
         frames=frames,
-        max_new_tokens=tokens,
         start=start,
         end=end,
     )
 
 
-def _source(**flags: Any) -> dict[str, str]:
-    """Where model and questions come from, as strings; what is not given is left out."""
-    if (flags["data"] is None) != (flags["model"] is None):
-        raise ValueError("data and model belong together: give both, or neither for the tiny host's generated clips")
-    if flags["model"] is not None and flags["host"] is not None:
+def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
+    """Where model and questions come from, as strings: what flags give, and of a config's source what they leave."""
+    given = {name: str(value) for name, value in flags.items() if value is not None}
+    if "model" in given and "host" in given:
         raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
-    if flags["limit"] is not None and flags["limit"] < 1:
-        raise ValueError(f"limit must be positive; got {flags['limit']}")
-    return {name: str(value) for name, value in flags.items() if value is not None}
+    gone: set[str] = set()
+    if "host" in given:
+        gone |= {"model", "data", "format", "videos", "dtype"}
+    if "model" in given or "data" in given:
+        gone |= {"host"}
+    if "data" in given:
+        # Format and folder are of the other question file.
+        gone |= {"format", "videos"}
+    source = {name: value for name, value in before.items() if name not in gone} | given
+    if ("data" in source) != ("model" in source):
+        raise ValueError("data and model belong together: give both, or neither for the tiny host's generated clips")
+    lost = sorted({"format", "videos", "dtype"} & given.keys())
+    if lost and "model" not in source:
+        raise ValueError(f"{', '.join(lost)} belong to --model and --data; the tiny host has its own")
+    if int(source.get("limit", 1)) < 1:
+        raise ValueError(f"limit must be positive; got {source['limit']}")
+    return {"dtype": "auto"} | source
 
 
 def _questions(source: dict[str, str], seed: int) -> list[Any]:
@@ -598,6 +626,29 @@ def _questions(source: dict[str, str], seed: int) -> list[Any]:
     if len(problems) == len(items):
         raise ValueError(f"none of the {len(items)} videos can be read: {problems[0]} (--videos names their folder)")
     return items
+
+
+def _inputs(model: Any, processor: Any, item: Any, cfg: Any) -> dict[str, Any]:
+    """Inputs of a question."""
+    from hone_lm.choices import choice_inputs, choice_prompt, to_model
+
+    from .data import read_clip
+
+    prompt = choice_prompt(processor, item.question, item.options, style=cfg.style)
+    return to_model(choice_inputs(processor, [prompt], [read_clip(item, num_frames=cfg.frames)]), model)
+
+
+def _num_layers(source: dict[str, str]) -> int:
+    """Decoder layers of a source's model, without its weights.
+
+    Raises:
+        ValueError: The model cannot be taken.
+    """
+    if "model" in source:
+        from .models import check_model
+
+        return check_model(source["model"])
+    return _host(Path(source["host"]) if "host" in source else None, "cpu").config.layers
 
 
 def _loaded(source: dict[str, str], device: str) -> tuple[Any, Any, int]:

@@ -90,8 +90,8 @@ class KnockoutConfig:
         """Raise if a model with so many layers cannot take this.
 
         Raises:
-            ValueError: A layer does not exist, or visual tokens would leave before the model has added all visual
-                features to them (DeepStack).
+            ValueError: A layer does not exist, no layer is left without visual tokens, or they would leave before the
+                model has added all visual features to them (DeepStack).
         """
         for item in self.knockouts:
             if max(item.layers) >= num_layers:
@@ -99,8 +99,11 @@ class KnockoutConfig:
                     f"layers are 0 .. {num_layers - 1} (1 .. {num_layers} in the paper's count); "
                     f"{item.label} asks for {max(item.layers)}"
                 )
-        if self.exit is not None and self.exit > num_layers:
-            raise ValueError(f"exit must be at most {num_layers}, the number of layers; got {self.exit}")
+        if self.exit is not None and self.exit >= num_layers:
+            raise ValueError(
+                f"exit must be at most {num_layers - 1}, or the {num_layers} layers all run with visual tokens and "
+                f"nothing leaves; got {self.exit}"
+            )
         if self.exit is not None and self.exit < deepstack_layers:
             raise ValueError(
                 f"this model adds visual features after each of its first {deepstack_layers} layers (DeepStack): exit "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hone_lm.attention import AttentionTap, tap_attention
-from hone_lm.decoders import Decoder, find_decoder
+from hone_lm.decoders import SOFTMAX_LAYERS, Decoder, find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
@@ -74,10 +74,7 @@ class KnockoutHandle:
         for item in config.knockouts:
             for layer in item.layers:
                 self._by_layer[layer] = (*self._by_layer.get(layer, ()), item)
-        if config.exit is not None:
-            types = getattr(self.decoder.config, "layer_types", None) or []
-            if any(kind != "full_attention" for kind in types[config.exit :]):
-                raise ValueError("an exit before sliding-window layers is not supported: their caches drop positions")
+        _check_late_layers(self.decoder.config, config)
         self._given: list[TokenLayout] | None = None
         self._warned = False
         self._prompt: _Prompt | None = None
@@ -461,7 +458,7 @@ def check_model(path: str, config: KnockoutConfig | None = None) -> int:
         config: Settings that must fit the decoder.
 
     Raises:
-        ValueError: The checkpoint is no vision-language model, or the settings do not fit it.
+        ValueError: The checkpoint is no vision-language model, its decoder is a hybrid, or the settings do not fit it.
         OSError: There is no such checkpoint.
     """
     from transformers import AutoConfig
@@ -473,8 +470,16 @@ def check_model(path: str, config: KnockoutConfig | None = None) -> int:
             f"{path} is a {found.model_type} model without visual tokens; expected a video language model such as "
             "llava-hf/llava-onevision-qwen2-7b-ov-hf"
         )
-    num_layers = found.get_text_config().num_hidden_layers
+    text = found.get_text_config()
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_LAYERS))
+    if other:
+        raise ValueError(
+            f"{path} has a hybrid decoder ({', '.join(other)}): a pair cannot be blocked in a recurrent layer, and "
+            "video would flow around a knockout of the others. Use a decoder of attention layers only."
+        )
+    num_layers = text.num_hidden_layers
     if config is not None:
+        _check_late_layers(text, config)
         vision = getattr(found, "vision_config", None)
         config.check(num_layers, len(getattr(vision, "deepstack_visual_indexes", None) or ()))
     return num_layers
@@ -497,6 +502,13 @@ def load_model(path: str, *, device: torch.device | str = "cpu", dtype: torch.dt
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     return model.to(device).eval(), processor
+
+
+def _check_late_layers(text: Any, config: KnockoutConfig) -> None:
+    """Refuse an exit that some layer of a decoder with this config cannot take."""
+    types = getattr(text, "layer_types", None) or []
+    if config.exit is not None and any(kind != "full_attention" for kind in types[config.exit :]):
+        raise ValueError("an exit before sliding-window layers is not supported: their caches drop positions")
 
 
 def _rows_left(frame: Tensor) -> tuple[Tensor, Tensor, bool]:

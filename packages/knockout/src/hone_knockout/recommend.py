@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import Knockout, KnockoutConfig
-from .evaluate import BASELINE, Configuration, is_right
+from .evaluate import BASELINE, Configuration, SweepConfig, SweepReport, is_right
 from .statistics import Paired, bootstrap_interval, paired
 
-__all__ = ["Recipe", "choose", "halves"]
+__all__ = ["Recipe", "RecommendConfig", "RecommendReport", "choose", "halves"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecommendConfig:
+    """What a verification runs; one that differs in any of it is another run."""
+
+    run: str
+    """Folder of the sweep that the recipe was chosen from."""
+    max_drop: float
+    """Budget in points of accuracy."""
+    recipe: KnockoutConfig
+    """What was chosen."""
+    reported_on: int
+    """Questions of the reporting half."""
+    sweep: SweepConfig
+    """Of the sweep: how questions are put, and where they come from."""
+    seed: int = 0
+    """Of the halves."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,8 @@ class Recipe:
 
     Attributes:
         exit: layer at which visual tokens leave; None if none is within the budget.
-        window: first layers in which frames read only themselves; 0 if none.
+        window: first layers in which frames may read only themselves, by itself; 0 if none. With an exit before its end
+            what runs is ``used_window``.
         max_drop: budget in points of accuracy.
         baseline: accuracy on the reporting half.
         interval: of ``baseline``.
@@ -45,13 +64,31 @@ class Recipe:
     reported_on: int
 
     @property
+    def used_window(self) -> int:
+        """Layers of the window that still have visual tokens."""
+        return self.window if self.exit is None else min(self.window, self.exit)
+
+    @property
     def config(self) -> KnockoutConfig:
         """Settings for ``attach``; a window past the exit ends there."""
-        stop = self.window if self.exit is None else min(self.window, self.exit)
-        knockouts = (Knockout(kind="VT", layers=tuple(range(stop))),) if stop else ()
+        knockouts = (Knockout(kind="VT", layers=tuple(range(self.used_window))),) if self.window else ()
         return KnockoutConfig(knockouts=knockouts, exit=self.exit)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; ``window`` is what runs, ``window_alone`` what ``window_change`` was measured with."""
+        fields = {name: getattr(self, name) for name in ("exit", "max_drop", "baseline", "chosen_on", "reported_on")}
+        return fields | {
+            "window": self.used_window,
+            "window_alone": self.window,
+            "interval": list(self.interval),
+            "exit_change": None if self.exit_change is None else asdict(self.exit_change),
+            "window_change": None if self.window_change is None else asdict(self.window_change),
+        }
+
     def __str__(self) -> str:
+        window = f"frames read only themselves in the first {self.used_window} layers"
+        if self.used_window < self.window:
+            window += f" (up to the exit; {self.window} layers, alone)"
         lines = [
             f"chosen on {self.chosen_on} questions for at most {self.max_drop:g} points, reported on the other "
             f"{self.reported_on}",
@@ -59,7 +96,7 @@ class Recipe:
         ]
         for name, change, what in (
             ("exit", self.exit_change, f"visual tokens leave before layer {self.exit} (after {self.exit} layers)"),
-            ("window", self.window_change, f"frames read only themselves in the first {self.window} layers"),
+            ("window", self.window_change, window),
         ):
             if change is None:
                 lines.append(f"{name:<14} none within the budget")
@@ -70,6 +107,36 @@ class Recipe:
                     f"McNemar p {change.p:.2g}"
                 )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RecommendReport:
+    """A recipe and, where it was run, what exit and window do together.
+
+    Attributes:
+        recipe: what was chosen.
+        together: its sweep on the reporting half, or None.
+        exit_gap: largest difference of the next token's logits between the exit and LV-K in the layers without video,
+            on the first question; None without an exit or a run.
+    """
+
+    recipe: Recipe
+    together: SweepReport | None = None
+    exit_gap: float | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, run: Any) -> RecommendReport:
+        """Return the report of a verification whose rows are written."""
+        gap = next((row.value for row in run.rows if row.metric == "exit_gap"), None)
+        return cls(recipe, SweepReport.of(run), gap)
+
+    def __str__(self) -> str:
+        text = str(self.recipe)
+        if self.together is not None:
+            text += f"\n\nboth together, on the reporting half:\n{self.together}"
+        if self.exit_gap is not None:
+            text += f"\nnext-token logits of exit and LV-K in the same layers differ by at most {self.exit_gap:.1e}"
+        return text
 
 
 def halves(names: Sequence[str], *, seed: int = 0) -> tuple[list[str], list[str]]:

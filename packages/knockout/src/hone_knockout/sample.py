@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
+from hone_lm.decoders import find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from hone_lm.video import Clip, read_video
 
-from .config import KnockoutConfig
+from .config import Knockout, KnockoutConfig
+from .method import global_after
 from .models import attach
 
-__all__ = ["AskConfig", "AskReport", "ask", "look"]
+__all__ = ["AskConfig", "AskReport", "ask", "exit_gap", "look"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,8 @@ class AskConfig:
     start: float | None = None
     end: float | None = None
     style: Style = "letter"
+    rounds: int = 3
+    """Turns that each gets after one that warms up; times are their medians."""
 
     def __post_init__(self) -> None:
         if not self.ask.strip():
@@ -41,6 +46,8 @@ class AskConfig:
             raise ValueError("one option is no choice; give at least two, or none for a written answer")
         if self.frames < 1 or self.max_new_tokens < 1:
             raise ValueError(f"frames and max_new_tokens must be positive; got {self.frames}, {self.max_new_tokens}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be positive; got {self.rounds}")
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,23 @@ class AskReport:
     Attributes:
         layout: of the prompt.
         answers: ``baseline`` and the label of what was attached, to the written answer or the option probabilities.
-        milliseconds: of each, the whole answer.
+        milliseconds: of each, the whole answer: the median of warm turns that alternate.
+        prefill_milliseconds: of each, up to the logits of the first token, with the vision tower.
+        decode_milliseconds: of each, the tokens after the first; 0 where options are scored.
         peak_bytes: of each on a GPU; None on a CPU.
         options: texts, where they were given.
+        exit_gap: largest difference of the next token's logits between the exit and LV-K in the layers without video;
+            None without an exit.
     """
 
     layout: TokenLayout
     answers: dict[str, str | tuple[float, ...]]
     milliseconds: dict[str, float]
+    prefill_milliseconds: dict[str, float]
+    decode_milliseconds: dict[str, float]
     peak_bytes: dict[str, int | None]
     options: tuple[str, ...]
+    exit_gap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -67,20 +81,31 @@ class AskReport:
             "layout": self.layout.to_dict(),
             "answers": {name: list(a) if isinstance(a, tuple) else a for name, a in self.answers.items()},
             "milliseconds": self.milliseconds,
+            "prefill_milliseconds": self.prefill_milliseconds,
+            "decode_milliseconds": self.decode_milliseconds,
             "peak_bytes": self.peak_bytes,
             "options": list(self.options),
+            "exit_gap": self.exit_gap,
         }
 
     def __str__(self) -> str:
         lines = [str(self.layout), ""]
         for name, answer in self.answers.items():
             peak = self.peak_bytes[name]
-            cost = f"{self.milliseconds[name]:.0f} ms" + (f", {peak / 2**30:.2f} GiB" if peak else "")
+            cost = f"{self.milliseconds[name]:.0f} ms"
+            if isinstance(answer, str):
+                cost += f": prefill {self.prefill_milliseconds[name]:.0f}, decode {self.decode_milliseconds[name]:.0f}"
+            cost += f", {peak / 2**30:.2f} GiB" if peak else ""
             lines.append(f"{name} ({cost})")
             if isinstance(answer, str):
                 lines.append(f"  {answer}")
             else:
                 lines += [f"  {p:6.1%}  {text}" for p, text in zip(answer, self.options, strict=True)]
+        if self.exit_gap is not None:
+            lines += [
+                "",
+                f"next-token logits of exit and LV-K in the same layers differ by at most {self.exit_gap:.1e}",
+            ]
         return "\n".join(lines)
 
 
@@ -122,30 +147,97 @@ def ask(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) ->
     prompt, inputs = prompt_inputs(processor, cfg, clip)
     layout = find_layouts(model, inputs)[0]
     inputs = to_model(inputs, model)
-    answers: dict[str, str | tuple[float, ...]] = {}
-    milliseconds: dict[str, float] = {}
-    peaks: dict[str, int | None] = {}
+    configs = [KnockoutConfig()] + ([cfg.config] if cfg.config != KnockoutConfig() else [])
+    turns: dict[str, list[_Turn]] = {config.label: [] for config in configs}
+    # Whoever goes first pays for the start of the machine: nobody's first turn counts, and the others alternate.
+    for _ in range(1 + cfg.rounds):
+        for config in configs:
+            with attach(model, config):
+                turns[config.label].append(_turn(model, processor, cfg, prompt, inputs))
+
+    def median(field: str) -> dict[str, float]:
+        return {name: statistics.median(getattr(turn, field) for turn in timed[1:]) for name, timed in turns.items()}
+
+    return AskReport(
+        layout=layout,
+        answers={name: timed[0].answer for name, timed in turns.items()},
+        milliseconds=median("milliseconds"),
+        prefill_milliseconds=median("prefill"),
+        decode_milliseconds=median("decode"),
+        peak_bytes={name: timed[-1].peak for name, timed in turns.items()},
+        options=cfg.options,
+        exit_gap=exit_gap(model, inputs, cfg.config),
+    )
+
+
+@torch.no_grad()
+def exit_gap(model: Any, inputs: dict[str, Any], config: KnockoutConfig) -> float | None:
+    """Largest difference of the next token's logits between an exit and LV-K in the layers from there on.
+
+    It is rounding, or the exit changed more than what text reads.
+
+    Args:
+        model: A ``...ForConditionalGeneration``.
+        inputs: Prompts, on the model's device.
+        config: Settings; None is returned for those without an exit.
+    """
+    if config.exit is None:
+        return None
+    late = Knockout(kind="LV", layers=global_after(config.exit, find_decoder(model).num_layers))
+    blocked = KnockoutConfig(knockouts=(*config.knockouts, late), allow_empty=config.allow_empty)
+    logits = []
+    for each in (config, blocked):
+        with attach(model, each):
+            logits.append(model(**inputs, logits_to_keep=1).logits[:, -1].float())
+    return float((logits[0] - logits[1]).abs().max())
+
+
+class _Turn(NamedTuple):
+    """One answer; times in milliseconds."""
+
+    answer: str | tuple[float, ...]
+    milliseconds: float
+    prefill: float
+    decode: float
+    peak: int | None  # bytes on a GPU
+
+
+def _turn(model: Any, processor: Any, cfg: AskConfig, prompt: str, inputs: dict[str, Any]) -> _Turn:
+    """Answer once with what is attached."""
     gpu = model.device.type == "cuda"
-    runs = [KnockoutConfig()] + ([cfg.config] if cfg.config != KnockoutConfig() else [])
-    for config in runs:
-        with attach(model, config):
-            if gpu:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            begun = time.perf_counter()
-            if cfg.options:
-                logits = model(**inputs, logits_to_keep=1).logits[0, -1]
-                tokens = option_token_ids(processor.tokenizer, prompt, cfg.options, style=cfg.style)
-                answers[config.label] = read_choices(logits, tokens).probability
-            else:
-                out = model.generate(**inputs, max_new_tokens=cfg.max_new_tokens, do_sample=False)
-                new = out[0, inputs["input_ids"].shape[1] :]
-                answers[config.label] = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-            if gpu:
-                torch.cuda.synchronize()
-            milliseconds[config.label] = 1e3 * (time.perf_counter() - begun)
-            peaks[config.label] = torch.cuda.max_memory_allocated() if gpu else None
-    return AskReport(layout, answers, milliseconds, peaks, cfg.options)
+
+    def now() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        return 1e3 * time.perf_counter()
+
+    first: list[float] = []
+
+    def end(*_: Any) -> None:
+        # Only the first forward, the prefill, is waited for, so that decoding runs as it always does.
+        if not first:
+            first.append(now())
+
+    hook = model.register_forward_hook(end)
+    try:
+        begun = now()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if cfg.options:
+            logits = model(**inputs, logits_to_keep=1).logits[0, -1]
+            stop = now()
+            tokens = option_token_ids(processor.tokenizer, prompt, cfg.options, style=cfg.style)
+            answer: str | tuple[float, ...] = read_choices(logits, tokens).probability
+        else:
+            out = model.generate(**inputs, max_new_tokens=cfg.max_new_tokens, do_sample=False)
+            stop = now()
+            new = out[0, inputs["input_ids"].shape[1] :]
+            answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    finally:
+        hook.remove()
+    prefill = stop if cfg.options else first[0]
+    peak = torch.cuda.max_memory_allocated() if gpu else None
+    return _Turn(answer, stop - begun, prefill - begun, stop - prefill, peak)
 
 
 def save_layout(layout: TokenLayout, run: Any) -> Path:
