@@ -89,27 +89,38 @@ def test_rows(host, tmp_path):
 def test_a_sweep_goes_on_where_it_was(host, tmp_path, monkeypatch):
     items = generated_items(10, host.config.clip)
     cfg = dataclasses.replace(CFG, settings=("global2",), batch=2)
-    with start(cfg, tmp_path / "run") as run:
-        path = run.artifacts / "answers.jsonl"
-        sweep(host.model, host.processor, items[:4], cfg, run, quiet=True)
-        path.write_text(path.read_text() + '{"id": "cut')
-        raised = False
-    text = path.read_text()
-    with start(dataclasses.replace(cfg), tmp_path / "again") as run:
-        (run.artifacts / "answers.jsonl").write_text(text)
-        asked = []
-        original = sweep.__globals__["_answer_batch"]
+    original, asked, power = sweep.__globals__["_answer_batch"], [], [2]
 
-        def spy(model, processor, batch, *rest):
-            asked.extend(item.id for item in batch)
-            return original(model, processor, batch, *rest)
+    def spy(model, processor, batch, *rest):
+        if not power[0]:
+            raise MemoryError("the machine went down")
+        power[0] -= 1
+        asked.extend(item.id for item in batch)
+        return original(model, processor, batch, *rest)
 
-        monkeypatch.setitem(sweep.__globals__, "_answer_batch", spy)
-        sweep(host.model, host.processor, items, cfg, run, quiet=True)
-    assert not raised
+    def go():
+        with start(cfg, tmp_path / "run") as run:
+            sweep(host.model, host.processor, items, cfg, run, quiet=True)
+        return run
+
+    monkeypatch.setitem(sweep.__globals__, "_answer_batch", spy)
+    with pytest.raises(MemoryError):
+        go()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["status"] == "failed"
+    assert asked == [item.id for item in items[:4]]
+    path = tmp_path / "run" / "artifacts" / "answers.jsonl"
+    path.write_text(path.read_text() + '{"id": "cut')
+    asked.clear()
+    power[0] = 99
+    run = go()
+    assert run.resumed
     assert asked == [item.id for item in items[4:]]
-    answers, _ = read_answers(run.path)
-    assert len(answers) == 10
+    answers, failed = read_answers(run.path)
+    assert list(answers) == [item.id for item in items]
+    assert not failed
+    rows = {(row["metric"], row["variant"], row["split"]): row for row in load_results(run.path)["rows"]}
+    assert rows["accuracy", BASELINE, "all"]["n"] == 10
 
 
 def test_bad_items_are_written_down_and_left_out(host, tmp_path):
