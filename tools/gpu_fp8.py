@@ -32,7 +32,7 @@ from hone_kernels.attention import (
 from hone_kernels.attention.fp8_reference import attention_fp8_reference, quantize_reference
 from hone_kernels.attention.triton import Tiles
 from hone_kernels.attention.triton_fp8 import TILES, attention_fp8_forward
-from hone_kernels.attention.triton_quantize import PROLOGUE, Prologue, quantize_triton
+from hone_kernels.attention.triton_quantize import PROLOGUE, ROTATING, Prologue, quantize_triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -54,7 +54,11 @@ CANDIDATES = {
     ],
 }  # fmt: skip
 # Prologue's fields in order.
-SETTINGS = [(8, 128, 4), (8, 128, 1), (8, 128, 12), (8, 168, 4), (16, 64, 4), (16, 96, 4)]
+SETTINGS = {
+    # The last reuses nothing of V: all of it is read before any of it is rounded.
+    "plain": [(8, 80), (8, 64), (8, 128), (4, 128), (16, 64), (8, 80, 4, 32, 4 << 20), (8, 80, 4, 32, 1 << 40)],
+    "rope, order": [(8, 128), (8, 96), (16, 64), (8, 128, 1), (8, 128, 12), (16, 64, 6), (16, 64, 4, 64)],
+}
 
 
 def say(*words: object) -> None:
@@ -143,9 +147,7 @@ def tune(rounds: int) -> list[dict]:
         for kind, options in (("plain", (None, None, None)), ("rope, order", (*rope, order))):
             want = quantize_reference(*(y[:, :1] for y in (q, k, v)), *options, None, 128, 1, False)
             calls = {}
-            for numbers in SETTINGS:
-                if kind == "plain" and numbers[2] != 4:
-                    continue  # heads matter to rotation only
+            for numbers in SETTINGS[kind]:
                 settings = Prologue(*numbers)
 
                 def prologue(settings: Prologue = settings, options: tuple = options) -> tuple:
@@ -247,7 +249,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = (bench if args.mode == "bench" else tune)(args.rounds)
-    tiles = {f"forward d{dim}": str(t) for dim, t in TILES.items()} | {"prologue": str(PROLOGUE)}
+    tiles = {f"forward d{dim}": str(t) for dim, t in TILES.items()} | {"prologue": f"{PROLOGUE}, {ROTATING}"}
     result = dict(
         schema=1, package="hone-kernels", verb=f"attention_fp8 {args.mode}", environment=environment(), tiles=tiles
     )
