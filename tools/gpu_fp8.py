@@ -110,6 +110,15 @@ def cudnn(*x: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(*x)
 
 
+def kernel_times(call: Callable, n: int = 10) -> dict[str, float]:
+    """Milliseconds of each kernel in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n):
+            call()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / n / 1e3 for e in profile.key_averages() if e.self_device_time_total}
+
+
 def tune(rounds: int) -> list[dict]:
     rows = []
     for heads, tokens, dim in SHAPES.values():
@@ -159,6 +168,10 @@ def tune(rounds: int) -> list[dict]:
                 rate = 9 * q.numel() / t.ms_p50 / 1e6
                 say(f"prologue d{dim:<4} {kind:12} {name:50} {t.ms_p50:8.3f} ms {rate:6.0f} GB/s")
                 rows.append(dict(kernel="prologue", dim=dim, kind=kind, settings=name, ms=t.ms_p50, gbps=rate))
+            for settings, call in calls.items():
+                for name, ms in kernel_times(call).items():
+                    say(f"    {settings} {name[:60]} {ms:.3f} ms")
+                    rows.append(dict(kernel=name, dim=dim, kind=kind, settings=settings, ms=ms))
         gc.collect()
         torch.cuda.empty_cache()
     return rows

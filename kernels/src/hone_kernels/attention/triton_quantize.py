@@ -99,6 +99,7 @@ def _halves(words, dtype: tl.constexpr):
 
 @triton.jit
 def _words(even, odd, dtype: tl.constexpr):
+    """What ``_halves`` takes apart, rounded to ``dtype``."""
     even = even.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
     return even | (odd.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
 
@@ -142,7 +143,7 @@ def _values_of(piece, dtype: tl.constexpr):
 
 @triton.jit
 def _top(piece, dtype: tl.constexpr):
-    """The largest magnitude of each four words, in a form that ``_amax`` knows how to read.
+    """The largest magnitude of each four words, as bits that ``_amax`` reads.
 
     As integers, magnitudes are ordered as they are. The sign is shifted out, and a constant is added that makes what is
     not finite overflow, to less than it makes of zero. The even channel below an odd one decides between equals only.
@@ -340,7 +341,7 @@ def _values_kernel(
 def _even(x: Tensor) -> Tensor:
     """x, or a copy if two channels are not a word."""
     odd = x.data_ptr() % 4 or any(stride % 2 for stride in x.stride()[:3])
-    return x.contiguous().clone() if odd and x.dtype != torch.float32 else x
+    return x.clone(memory_format=torch.contiguous_format) if odd and x.dtype != torch.float32 else x
 
 
 def quantize_triton(
@@ -422,8 +423,9 @@ def quantize_triton(
     amax = torch.zeros(all_rows * (dim + 1), dtype=torch.int32, device=v.device)
     unit = min(all_rows, max(1, settings.reuse // (tokens_k * dim * v.element_size())))
     turns = 2 * triton.cdiv(all_rows, unit) + 2
+    # A cap of 88 gives 80 registers, as three programs on a multiprocessor need; one of 80 spills.
     _values_kernel[(turns * unit * parts,)](
         v, order, k_valid, amax, amax[all_rows * dim :], v8, v_scale, *_bhs(v), *_strides(k_valid, (0,)), heads_k,
-        tokens_k, all_rows, parts, unit, VALID=padded, num_warps=8, maxnreg=80, **keys,
+        tokens_k, all_rows, parts, unit, VALID=padded, num_warps=8, maxnreg=88, **keys,
     )  # fmt: skip
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
