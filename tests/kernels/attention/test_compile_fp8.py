@@ -91,3 +91,17 @@ def test_prologue_moves_whole_vectors(dim, everything, group):
             assert code.count(r"LDG\.E(?:\.EF)?\.128") >= 8, launch
         if launch.name == "_rows_kernel" and launch.arguments["STEP"] != "amax":
             assert code.count(r"STG\.E\.(?:64|128)") > 0, launch
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", FP8_SUPPORT["triton"].dtypes, ids=str)
+@pytest.mark.parametrize(("heads", "tokens"), [(1, 1), (2, 300)])
+def test_prologue_compiles_for_every_dtype(dtype, heads, tokens):
+    """Also where sizes are 1, which Triton makes constants of."""
+    q = torch.empty(1, tokens, heads, 64, dtype=dtype).transpose(1, 2)
+    table = torch.empty(tokens, 32)
+    with record_launches(prologue, *KERNELS) as recorded:
+        prologue.quantize_triton(q, q, q, table, table, None, None, 64, 1, False)
+        prologue.quantize_triton(q, q, q, None, None, None, None, 64, 1, True)
+    for launch in recorded:
+        compile_launch(launch)

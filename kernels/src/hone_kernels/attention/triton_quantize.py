@@ -92,9 +92,11 @@ def _finite(x):
 def _halves(words, dtype: tl.constexpr):
     """Even and odd channels as float32."""
     if dtype == tl.bfloat16:
-        return (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
-    even = words.to(tl.uint16).to(dtype, bitcast=True)
-    return even.to(tl.float32), (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        even, odd = (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        even = words.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        odd = (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return even, odd
 
 
 @triton.jit
@@ -114,31 +116,34 @@ def _piece(x_ptr, stride, slot, live, order_ptr, cos_ptr, sin_ptr, ROWS: tl.cons
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if dtype == tl.float32:
         x = _tokens(x_ptr, stride, slot, live, order_ptr, cos_ptr, sin_ptr, ROWS, DIM, ORDER, ROPE, KEEP)
-        return x.to(tl.uint32, bitcast=True)
-    HALF: tl.constexpr = DIM // 2
-    at = slot
-    if ORDER:
-        at = tl.load(order_ptr + slot, mask=live, other=0)
-    keep = live[:, None]
-    pair = tl.arange(0, HALF)[None, :]
-    word_ptr = x_ptr.to(tl.pointer_type(tl.uint32)) + (at.to(tl.int64) * (stride // 2))[:, None] + pair
-    x = tl.load(word_ptr, mask=keep, other=0, eviction_policy="" if KEEP else "evict_first")
-    if ROPE:
-        table = (at * HALF)[:, None] + pair
-        cos = tl.load(cos_ptr + table, mask=keep, other=0.0)
-        sin = tl.load(sin_ptr + table, mask=keep, other=0.0)
-        even, odd = _halves(x, dtype)
-        x = _words(even * cos - odd * sin, even * sin + odd * cos, dtype)
-    return x
+        words = x.to(tl.uint32, bitcast=True)
+    else:
+        HALF: tl.constexpr = DIM // 2
+        at = slot
+        if ORDER:
+            at = tl.load(order_ptr + slot, mask=live, other=0)
+        keep = live[:, None]
+        pair = tl.arange(0, HALF)[None, :]
+        word_ptr = x_ptr.to(tl.pointer_type(tl.uint32)) + (at.to(tl.int64) * (stride // 2))[:, None] + pair
+        words = tl.load(word_ptr, mask=keep, other=0, eviction_policy="" if KEEP else "evict_first")
+        if ROPE:
+            table = (at * HALF)[:, None] + pair
+            cos = tl.load(cos_ptr + table, mask=keep, other=0.0)
+            sin = tl.load(sin_ptr + table, mask=keep, other=0.0)
+            even, odd = _halves(words, dtype)
+            words = _words(even * cos - odd * sin, even * sin + odd * cos, dtype)
+    return words
 
 
 @triton.jit
 def _values_of(piece, dtype: tl.constexpr):
     """float32 ``[ROWS, DIM]`` of a piece."""
     if dtype == tl.float32:
-        return piece.to(tl.float32, bitcast=True)
-    even, odd = _halves(piece, dtype)
-    return tl.join(even, odd).reshape([piece.shape[0], 2 * piece.shape[1]])
+        values = piece.to(tl.float32, bitcast=True)
+    else:
+        even, odd = _halves(piece, dtype)
+        values = tl.join(even, odd).reshape([piece.shape[0], 2 * piece.shape[1]])
+    return values
 
 
 @triton.jit
@@ -166,8 +171,10 @@ def _amax(pieces, dtype: tl.constexpr):
     top = tl.max(top)
     bits = tl.where(top > LIFT, top - LIFT, 0) >> 1
     if dtype == tl.float32:
-        return bits.to(tl.float32, bitcast=True)
-    return (bits >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        amax = bits.to(tl.float32, bitcast=True)
+    else:
+        amax = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return amax
 
 
 @triton.jit
