@@ -55,10 +55,13 @@ CANDIDATES = {
 }  # fmt: skip
 # Prologue's fields in order.
 SETTINGS = {
-    # The last reuses nothing of V: all of it is read before any of it is rounded.
-    "plain": [(8, 80), (8, 64), (8, 128), (4, 128), (16, 64), (8, 80, 4, 32, 4 << 20), (8, 80, 4, 32, 1 << 40)],
+    # The last four: V reused in smaller units, not at all, and held by fewer warps.
+    "plain": [
+        (8, 80), (8, 64), (4, 128), (16, 64), (8, 80, 4, 32, 4 << 20), (8, 80, 4, 32, 1 << 40),
+        (8, 80, 4, 32, 8 << 20, (8, 80)), (8, 80, 4, 32, 8 << 20, (8, 96)),
+    ],
     "rope, order": [(8, 128), (8, 96), (16, 64), (8, 128, 1), (8, 128, 12), (16, 64, 6), (16, 64, 4, 64)],
-}
+}  # fmt: skip
 
 
 def say(*words: object) -> None:

@@ -84,8 +84,10 @@ def test_prologue_moves_whole_vectors(dim, everything, group):
     for launch in recorded:
         code = compile_launch(launch)
         assert code.spills == 0, launch
-        # Programs that share a multiprocessor (65,536 registers).
-        assert 65536 // (32 * launch.options["num_warps"] * code.registers) >= (2 if everything else 3), launch
+        # Warps that share a multiprocessor and its 65,536 registers.
+        assert 65536 // (32 * code.registers) >= (16 if everything else 24), launch
+        if launch.name == "_values_kernel":
+            assert code.count(r"LDSM\.16\.MT88\.4") > 0, launch
         if dim == 128:
             # Eight 16-byte loads bring a program's share of a tile of 128 tokens.
             assert code.count(r"LDG\.E(?:\.EF)?\.128") >= 8, launch

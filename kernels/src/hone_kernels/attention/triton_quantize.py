@@ -36,6 +36,7 @@ class Prologue:
             rotary tables in its cache.
         rows: Tokens that are rotated at a time: what that takes besides the block itself grows with them.
         reuse: Bytes of V between its first and second reading, so that the second finds them in the L2 cache.
+        values: Warps, and cap of registers, of a program that holds a part of V.
     """
 
     warps: int = 8
@@ -43,6 +44,7 @@ class Prologue:
     heads: int = 4
     rows: int = 32
     reuse: int = 8 << 20
+    values: tuple[int, int] = (16, 64)
 
 
 PROLOGUE = Prologue()
@@ -304,7 +306,6 @@ def _values_kernel(
     whose values are then still in the L2 cache. Those that round wait until ``done`` counts all parts of their head:
     programs start in the order of their numbers, so what they wait for is running or over.
     """
-    dtype: tl.constexpr = v_ptr.dtype.element_ty
     program = tl.program_id(0)
     turn = program // (unit * parts)
     within = program % (unit * parts)
@@ -322,14 +323,15 @@ def _values_kernel(
             key = (place & -16) | ((place & 2) << 2) | ((place & 12) >> 1) | (place & 1)
             slot = part * _V_ROWS + key
             live = _exists(slot, tokens, valid_ptr, batch * sval, BLOCK, VALID)
-            words = _piece(v_ptr, svs, slot, live, order_ptr, None, None, _V_ROWS, DIM, ORDER, False, False)
+            # No words: what the compiler transposes is 16-bit, by its own instruction, and not bytes one at a time.
+            values = _tokens(v_ptr, svs, slot, live, order_ptr, None, None, _V_ROWS, DIM, ORDER, False, False)
             while tl.atomic_add(done_ptr + row, 0, sem="acquire") < parts:
                 pass
             amax = tl.load(amax_ptr + row * DIM + dim).to(tl.float32, bitcast=True)
             amax = tl.maximum(amax, _AMAX_MIN)
             if part == 0:
                 tl.store(scale_ptr + row * DIM + dim, tl.div_rn(amax, _MAX))
-            v8 = tl.trans(_cast(_values_of(words, dtype), tl.div_rn(_MAX, amax)[None, :]))
+            v8 = tl.trans(_cast(values.to(tl.float32), tl.div_rn(_MAX, amax)[None, :]))
             out = v8_ptr + (row.to(tl.int64) * DIM + dim)[:, None] * (parts * _V_ROWS)
             tl.store(out + (part * _V_ROWS + place)[None, :], v8)
         else:
@@ -367,7 +369,7 @@ def quantize_triton(
     """As ``quantize_reference``; with the shipped settings if None."""
     if settings is None:
         settings = PROLOGUE if cos is None and not smooth_k else ROTATING
-    q, k, v = _even(q), _even(k), _even(v)
+    q, k = _even(q), _even(k)
     batch, heads, tokens_q, dim = q.shape
     heads_k, tokens_k = k.shape[1:3]
     if order is not None:
@@ -430,9 +432,9 @@ def quantize_triton(
     amax = torch.zeros(all_rows * (dim + 1), dtype=torch.int32, device=v.device)
     unit = min(all_rows, max(1, settings.reuse // (tokens_k * dim * v.element_size())))
     turns = 2 * triton.cdiv(all_rows, unit) + 2
-    # A cap of 88 gives 80 registers, as three programs on a multiprocessor need; one of 80 spills.
     _values_kernel[(turns * unit * parts,)](
         v, order, k_valid, amax, amax[all_rows * dim :], v8, v_scale, *_bhs(v), *_strides(k_valid, (0,)), heads_k,
-        tokens_k, all_rows, parts, unit, VALID=padded, num_warps=8, maxnreg=88, **keys,
+        tokens_k, all_rows, parts, unit, VALID=padded, num_warps=settings.values[0],
+        maxnreg=settings.values[1], **keys,
     )  # fmt: skip
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
