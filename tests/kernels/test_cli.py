@@ -38,7 +38,7 @@ def test_table_compares_with_the_fastest_dense_provider():
 
 def test_plot_is_a_picture_or_says_what_is_missing(tmp_path):
     if importlib.util.find_spec("matplotlib") is None:  # the extra bench is not installed
-        with pytest.raises(ValueError, match="hone-kernels.bench."):
+        with pytest.raises(ValueError, match="pip install"):
             cli._plot(ROWS, tmp_path / "rate.png")
         return
     cli._plot(ROWS, tmp_path / "rate.png")
