@@ -3,12 +3,13 @@
 A program holds one producer warp, which only starts tensor-memory copies, and one or two consumer warpgroups of 64
 queries each that share the keys and values it brings. Programs stay for the whole call and claim rows (a block of
 queries of one head) from a schedule that two small kernels write first: long rows first, so that no program starts a
-long one when the others are done; rows of about one length in the order of their heads, so that programs running side by
-side find each other's keys in the L2 cache.
+long one when the others are done; rows of about one length in the order of their heads, so that programs running side
+by side find each other's keys in the L2 cache.
 
 A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks from the last to the first. What needs a
 mask or a bias (pooled keys, the ragged last block) so comes first, and every step after it carries neither; with
-``k_valid`` all steps carry a mask. Two listed blocks of 64 keys make one step of 128; one block of 128 keys may make two steps of 64.
+``k_valid`` all steps carry a mask. Two listed blocks of 64 keys make one step of 128; one block of 128 keys may make
+two steps of 64.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale); the log-sum-exp that leaves is natural.
 
