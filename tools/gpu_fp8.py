@@ -32,7 +32,7 @@ from hone_kernels.attention import (
 from hone_kernels.attention.fp8_reference import attention_fp8_reference, quantize_reference
 from hone_kernels.attention.triton import Tiles
 from hone_kernels.attention.triton_fp8 import TILES, attention_fp8_forward
-from hone_kernels.attention.triton_quantize import PROLOGUE, Prologue, quantize_triton
+from hone_kernels.attention.triton_quantize import PROLOGUE, ROTATING, Prologue, quantize_triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -54,7 +54,14 @@ CANDIDATES = {
     ],
 }  # fmt: skip
 # Prologue's fields in order.
-SETTINGS = [(8, 128, 4), (8, 128, 1), (8, 128, 12), (8, 168, 4), (16, 64, 4), (16, 96, 4)]
+SETTINGS = {
+    # The last of each: V reused in smaller units, not at all, and held by fewer warps.
+    "plain": [
+        (8, 80), (8, 64), (4, 128), (8, 80, 4, 32, 4 << 20), (8, 80, 4, 32, 1 << 40), (8, 80, 4, 32, 8 << 20, (16, 64)),
+        (8, 80, 4, 32, 8 << 20, (8, 64)), (8, 80, 4, 32, 8 << 20, (4, 168)), (8, 80, 4, 32, 8 << 20, (4, 128)),
+    ],
+    "rope, order": [(8, 128), (8, 96), (8, 80), (8, 128, 6), (16, 64, 4, 64), (8, 96, 4, 16), (4, 168)],
+}  # fmt: skip
 
 
 def say(*words: object) -> None:
@@ -106,6 +113,15 @@ def cudnn(*x: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(*x)
 
 
+def kernel_times(call: Callable, n: int = 10) -> dict[str, float]:
+    """Milliseconds of each kernel in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n):
+            call()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / n / 1e3 for e in profile.key_averages() if e.self_device_time_total}
+
+
 def tune(rounds: int) -> list[dict]:
     rows = []
     for heads, tokens, dim in SHAPES.values():
@@ -143,9 +159,7 @@ def tune(rounds: int) -> list[dict]:
         for kind, options in (("plain", (None, None, None)), ("rope, order", (*rope, order))):
             want = quantize_reference(*(y[:, :1] for y in (q, k, v)), *options, None, 128, 1, False)
             calls = {}
-            for numbers in SETTINGS:
-                if kind == "plain" and numbers[2] != 4:
-                    continue  # heads matter to rotation only
+            for numbers in SETTINGS[kind]:
                 settings = Prologue(*numbers)
 
                 def prologue(settings: Prologue = settings, options: tuple = options) -> tuple:
@@ -157,6 +171,10 @@ def tune(rounds: int) -> list[dict]:
                 rate = 9 * q.numel() / t.ms_p50 / 1e6
                 say(f"prologue d{dim:<4} {kind:12} {name:50} {t.ms_p50:8.3f} ms {rate:6.0f} GB/s")
                 rows.append(dict(kernel="prologue", dim=dim, kind=kind, settings=name, ms=t.ms_p50, gbps=rate))
+            for settings, call in calls.items():
+                for name, ms in kernel_times(call).items():
+                    say(f"    {settings} {name[:60]} {ms:.3f} ms")
+                    rows.append(dict(kernel=name, dim=dim, kind=kind, settings=settings, ms=ms))
         gc.collect()
         torch.cuda.empty_cache()
     return rows
@@ -247,7 +265,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = (bench if args.mode == "bench" else tune)(args.rounds)
-    tiles = {f"forward d{dim}": str(t) for dim, t in TILES.items()} | {"prologue": str(PROLOGUE)}
+    tiles = {f"forward d{dim}": str(t) for dim, t in TILES.items()} | {"prologue": f"{PROLOGUE}, {ROTATING}"}
     result = dict(
         schema=1, package="hone-kernels", verb=f"attention_fp8 {args.mode}", environment=environment(), tiles=tiles
     )

@@ -207,6 +207,42 @@ def test_prologue_interpreted(options, dtype):
     compare_prologue("cpu", dtype, *options)
 
 
+def check_odd_strides(device, dtype):
+    """Two channels are read as a word, where they are one."""
+    from hone_kernels.attention.triton_quantize import quantize_triton
+
+    wide = torch.randn(1, 2, 100, 65, device=device).to(dtype)
+    args = (wide[..., 1:], wide[..., :64], wide[..., 1:], None, None, None, None, 64, 1, False)
+    for mine, theirs in zip(quantize_triton(*args)[:6], quantize_reference(*args), strict=False):
+        assert torch.equal(mine.float(), theirs.float())
+
+
+@pytest.mark.interpret
+def test_odd_strides_interpreted():
+    check_odd_strides("cpu", torch.float16)
+
+
+@requires_gpu(min_sm=MIN_SM)
+def test_odd_strides():
+    check_odd_strides("cuda", torch.bfloat16)
+
+
+@requires_gpu(min_sm=MIN_SM)
+@pytest.mark.parametrize("heads", [3, 40])
+def test_values_wait_for_their_scales(heads):
+    """Both readings of V in one launch, many times: of several heads at a time, of one, and of all."""
+    from hone_kernels.attention.triton_quantize import Prologue, quantize_triton
+
+    q, k, v = (torch.randn(2, heads, 5000, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    options = (None, None, None, None, 128, 1, False)
+    want = quantize_reference(q, k, v, *options)
+    for reuse in (1, 8 << 20, 1 << 40):
+        for _ in range(20):
+            got = quantize_triton(q, k, v, *options, Prologue(reuse=reuse))
+            assert torch.equal(got[5], want[5])
+            assert torch.equal(got[2].view(torch.uint8), want[2].view(torch.uint8))
+
+
 @requires_gpu(min_sm=MIN_SM)
 @pytest.mark.parametrize("options", PROLOGUES, ids=str)
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 32)], ids=str)
