@@ -73,6 +73,7 @@ def test_inspect(capsys, host_file, folder, tmp_path):
     )
     assert code == 0
     assert "4 frames of 9 tokens" in again
+    assert "4 frames sampled" in again
 
 
 def test_generate(capsys, folder):
@@ -118,6 +119,24 @@ def test_eval_recommend_and_plot(capsys, folder, tmp_path):
     code, out, _ = run(capsys, "plot", "--run", tmp_path / "run", "--save", tmp_path / "p.svg")
     assert code == 0
     assert Path(out.strip()).exists()
+
+
+def test_tokens_per_frame_on_the_command_line(capsys, folder, tmp_path):
+    ask = ["--model", folder / "model", "--video", folder / "0.npy", "--ask", "what shape is the red one ?"]
+    code, out, err = run(capsys, "inspect", *ask, "--tokens-per-frame", 6)
+    assert code == 0, err
+    assert "6 frames of 6 tokens" in out
+    code, _, err = run(capsys, "inspect", *ask, "--tokens-per-frame", 7)
+    assert code == 1
+    assert "tokens_per_frame=7 does not divide a run of 36 video tokens" in err
+    code, out, err = run(capsys, "generate", *ask, "--tokens-per-frame", 6, "--knock", "VT", "--max-new-tokens", 1)
+    assert code == 0, err
+    assert "6 frames of 6 tokens" in out
+    data = ["--model", folder / "model", "--data", folder / "qa.jsonl", "--setting", "global2", "--knock", "VT"]
+    data += ["--frames", 4, "--tokens-per-frame", 6, "--out", tmp_path / "run", "--quiet"]
+    code, _, err = run(capsys, "eval", *data)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tokens_per_frame"] == 6
 
 
 def test_eval_of_the_host(capsys, host_file, tmp_path):

@@ -84,6 +84,7 @@ def inspect(
     video: Path | None = None,
     ask: str | None = None,
     frames: int | None = None,
+    tokens_per_frame: int | None = None,
     save: Path | None = None,
     host: Path | None = None,
 ) -> Any:
@@ -93,7 +94,9 @@ def inspect(
         model: Folder or hub address of a Video-LLM; the tiny host and a generated clip unless given.
         video: File, folder of pictures or .npy array.
         ask: Question.
-        frames: Frames to sample (32).
+        frames: Frames to sample, before a model fuses any: at 32, Qwen's layout has 16 (32).
+        tokens_per_frame: Cut the video into frames of so many tokens, in place of the rule of the model's class; needed
+            for a class without one whose frames follow each other without text.
         save: JSON file to write the layout to.
         host: A host.safetensors made by train-host.
     """
@@ -103,8 +106,10 @@ def inspect(
     if model is not None and host is not None:
         raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
     if model is None:
-        if (video, ask, frames) != (None, None, None):
-            raise ValueError("video, ask and frames belong to --model; the tiny host is asked about a generated clip")
+        if (video, ask, frames, tokens_per_frame) != (None, None, None, None):
+            raise ValueError(
+                "video, ask, frames and tokens-per-frame belong to --model; the tiny host is asked about a clip of its own"
+            )
         loaded = _host(host, "cpu")
         item = generated_items(1, loaded.config.clip)[0]
         cfg = AskConfig(model="host", video="generated", ask=item.question, options=item.options, style="text")
@@ -114,7 +119,7 @@ def inspect(
 
         from .models import check_model
 
-        cfg = _ask_config(model, video, ask, frames=32 if frames is None else frames)
+        cfg = _ask_config(model, video, ask, frames=32 if frames is None else frames, tokens_per_frame=tokens_per_frame)
         check_model(model)
         layout = look(AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model), cfg)
     if save is not None:
@@ -134,6 +139,7 @@ def generate(
     local: str | None = None,
     preset: str | None = None,
     frames: int = 32,
+    tokens_per_frame: int | None = None,
     max_new_tokens: int | None = None,
     start: float | None = None,
     end: float | None = None,
@@ -154,7 +160,8 @@ def generate(
         exit: Layer at which visual tokens leave, counted from 0: 18 keeps them in the first 18 layers.
         local: Layers in which frames read only themselves, such as 0-7.
         preset: Recipe by name, in place of the four flags above.
-        frames: Frames to sample.
+        frames: Frames to sample, before a model fuses any: at 32, Qwen's layout has 16.
+        tokens_per_frame: Cut the video into frames of so many tokens, in place of the rule of the model's class.
         max_new_tokens: Length of a written answer (64).
         start: Seconds from which.
         end: Seconds up to which.
@@ -178,7 +185,9 @@ def generate(
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     # Everything that can be wrong is looked at before the weights are read.
-    cfg = _ask_config(model, video, ask, frames=frames, start=start, end=end, options=option)
+    cfg = _ask_config(
+        model, video, ask, frames=frames, tokens_per_frame=tokens_per_frame, start=start, end=end, options=option
+    )
     cfg = _change(cfg, max_new_tokens=max_new_tokens)
     num_layers = check_model(model)
     if preset is not None:
@@ -213,6 +222,7 @@ def evaluate(
     step: int | None = None,
     random_control: bool = False,
     frames: int | None = None,
+    tokens_per_frame: int | None = None,
     batch: int | None = None,
     limit: int | None = None,
     host: Path | None = None,
@@ -237,7 +247,8 @@ def evaluate(
         stride: Between windows: 1 slides, 4 tiles (4).
         step: Between the layers of global1 and local (2).
         random_control: Add a control of as many random pairs to global2.
-        frames: Frames to sample (32).
+        frames: Frames to sample, before a model fuses any: at 32, Qwen's decoder sees 16 (32).
+        tokens_per_frame: Cut the video into frames of so many tokens, in place of the rule of the model's class.
         batch: Questions run together (1).
         limit: Ask only so many questions.
         host: A host.safetensors made by train-host.
@@ -264,6 +275,7 @@ def evaluate(
         step=step,
         controls=("none", "random") if random_control else None,
         frames=frames,
+        tokens_per_frame=tokens_per_frame,
         batch=batch,
         seed=seed,
         source=source,
@@ -348,7 +360,7 @@ def recommend(
             # A sweep runs LV-K as the exit that it equals; here each runs as itself.
             done, _ = read_answers(inner.path)
             inputs = _inputs(loaded, processor, next(item for item in items if item.id in done), cfg)
-            gap = exit_gap(loaded, inputs, recipe.config)
+            gap = exit_gap(loaded, inputs, recipe.config, tokens_per_frame=cfg.tokens_per_frame)
             if gap is not None:
                 inner.row("exit_gap", gap, better="lower", variant=recipe.config.label)
     return RecommendReport.of(recipe, inner)
@@ -371,7 +383,7 @@ def bench(
 
     Args:
         arch: Shape of the model; tiny for a CPU (llava-onevision-7b).
-        frames: Frames of the video (8 16 32 64).
+        frames: Frames sampled, before the architecture fuses any (8 16 32 64).
         rounds: Turns that each variant gets (3).
         config: A run's config.json to start from; other flags change it.
         seed: Of weights and inputs (0).
@@ -557,6 +569,7 @@ def _ask_config(
     ask: str | None,
     *,
     frames: int,
+    tokens_per_frame: int | None = None,
     start: float | None = None,
     end: float | None = None,
     options: tuple[str, ...] = (),
@@ -574,6 +587,7 @@ def _ask_config(
         ask=ask,
         options=options,
         frames=frames,
+        tokens_per_frame=tokens_per_frame,
         start=start,
         end=end,
     )
