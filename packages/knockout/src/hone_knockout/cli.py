@@ -108,7 +108,8 @@ def inspect(
     if model is None:
         if (video, ask, frames, tokens_per_frame) != (None, None, None, None):
             raise ValueError(
-                "video, ask, frames and tokens-per-frame belong to --model; the tiny host is asked about a clip of its own"
+                "video, ask, frames and tokens-per-frame belong to --model; "
+                "the tiny host is asked about a generated clip"
             )
         loaded = _host(host, "cpu")
         item = generated_items(1, loaded.config.clip)[0]

@@ -32,8 +32,8 @@ class AskConfig:
     """If given, the options are scored instead of an answer being written."""
     config: KnockoutConfig = field(default_factory=KnockoutConfig)
     frames: int = 32
-    """Frames sampled from the video, all it has if it has fewer. A class that fuses two of them (Qwen) shows the decoder
-    half as many: those are the frames of a layout."""
+    """Frames sampled from the video, all it has if it has fewer. A class that fuses two of them (Qwen) shows the
+    decoder half as many: those are the frames of a layout."""
     tokens_per_frame: int | None = None
     """As in ``attach``; None is the rule of the model's class."""
     max_new_tokens: int = 64

@@ -323,9 +323,9 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
         model: The model, or its config.
         inputs: What the processor made: ``input_ids`` ``[batch, tokens]``, and where the class has them
             ``attention_mask`` and ``video_grid_thw``.
-        tokens_per_frame: Cut runs of video placeholders into frames of so many tokens, in place of the class's own rule;
-            in a prompt without any, those of image placeholders, which some classes use for video. Needed for a class
-            without a rule whose frames follow each other without text between.
+        tokens_per_frame: Cut runs of video placeholders into frames of so many tokens, in place of the class's own
+            rule; in a prompt without any, those of image placeholders, which some classes use for video. Needed for a
+            class without a rule whose frames follow each other without text between.
 
     Raises:
         ValueError: A prompt has no visual token, a run of them is no whole number of frames, or ``tokens_per_frame``
