@@ -238,9 +238,10 @@ def evaluate(
     """Answer a set of questions under many knockouts: accuracy, intervals, flips, McNemar, per category, plots.
 
     Args:
-        data: Question file; generated clips for the tiny host unless given.
+        data: Question file, or the folder of MVBench or TVBench; generated clips for the tiny host unless given.
         format: Of the file (jsonl: a line {"video", "question", "options", "answer", "category"} each).
-        videos: Folder that video names are relative to; the file's own unless given.
+        videos: Folder of the videos; the file's own unless given. Those of Video-MME, MVBench and TVBench are found in
+            its subfolders.
         model: Folder or hub address of a Video-LLM; the tiny host unless given.
         setting: global1 (LV-K after layer i), global2 (all layers), window, local (VT-K in the first layers).
         knock: Kinds of global2 and window (LV VT VS).
