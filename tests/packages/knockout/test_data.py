@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hone_core.errors import MissingExtraError
 from hone_knockout.data import (
     COLORS,
     CORNERS,
@@ -23,7 +24,6 @@ from hone_knockout.data import (
     read_clip,
     render,
 )
-from hone_core.errors import MissingExtraError
 from hone_lm.video import Clip
 from PIL import Image
 
@@ -325,7 +325,7 @@ def test_answers_by_letter_and_text(tmp_path, answer, index):
     row = {"video": "v.mp4", "question": "?", "options": ["dog", "A", "x"], "answer": answer}
     path = write(tmp_path / "qa.jsonl", [row])
     if index is None:
-        with pytest.raises(ValueError, match="is the text of option . and the letter of option"):
+        with pytest.raises(ValueError, match=r"is the text of option \d and the letter of option \d"):
             load_items(path)
     else:
         assert load_items(path)[0].answer == index

@@ -322,6 +322,9 @@ def recommend(
         dry_run: Only read the run; load nothing.
         quiet: Show no progress.
     """
+    import dataclasses
+    import os
+
     from hone_core.config import load_config
 
     from .evaluate import BASELINE, Configuration, SweepConfig, configurations, read_answers, sweep
@@ -333,6 +336,9 @@ def recommend(
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run folder; expected one that hone-knockout eval wrote")
     cfg = load_config(SweepConfig, run / "config.json")
+    # Another directory is no other run.
+    run = Path(os.path.abspath(run))
+    cfg = dataclasses.replace(cfg, source=_found(cfg.source, run, ("model",)))
     answers, _ = read_answers(run)
     if not answers:
         raise ValueError(f"{run} holds no answers; let the eval run finish first")
@@ -347,6 +353,7 @@ def recommend(
     recipe = choose(answers, found, num_layers=num_layers, max_drop=max_drop, deepstack_layers=deepstack, seed=seed)
     if dry_run or not verify or not (recipe.exit is not None or recipe.window):
         return RecommendReport(recipe)
+    cfg = dataclasses.replace(cfg, source=_found(cfg.source, run))
     _, second = halves(list(answers), seed=seed)
     items = [item for item in _questions(cfg.source, cfg.seed) if item.id in set(second)]
     entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
@@ -596,8 +603,11 @@ def _ask_config(
 
 
 def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
-    """Where model and questions come from, as strings: what flags give, and of a config's source what they leave."""
-    given = {name: str(value) for name, value in flags.items() if value is not None}
+    """Where model and questions come from, as strings: what flags give, and of a config's source what they leave.
+
+    Paths are absolute, so that a run can be repeated from any directory.
+    """
+    given = {name: _absolute(name, str(value)) for name, value in flags.items() if value is not None}
     if "model" in given and "host" in given:
         raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
     gone: set[str] = set()
@@ -608,7 +618,7 @@ def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
     if "data" in given:
         # Format and folder are of the other question file.
         gone |= {"format", "videos"}
-    source = {name: value for name, value in before.items() if name not in gone} | given
+    source = {name: _absolute(name, value) for name, value in before.items() if name not in gone} | given
     if ("data" in source) != ("model" in source):
         raise ValueError("data and model belong together: give both, or neither for the tiny host's generated clips")
     lost = sorted({"format", "videos", "dtype"} & given.keys())
@@ -617,6 +627,36 @@ def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
     if int(source.get("limit", 1)) < 1:
         raise ValueError(f"limit must be positive; got {source['limit']}")
     return {"dtype": "auto"} | source
+
+
+_PATHS = ("data", "videos", "host", "model")
+"""What is a path in a source; a model that is no folder here is an address on the hub."""
+
+
+def _absolute(name: str, value: str) -> str:
+    import os
+
+    return os.path.abspath(value) if name in _PATHS and (name != "model" or Path(value).exists()) else value
+
+
+def _found(source: dict[str, str], run: Path, names: tuple[str, ...] = _PATHS) -> dict[str, str]:
+    """The source of a run, with what is named by a path looked for: where it says, else from the run's folder.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    found = dict(source)
+    for name in source.keys() & set(names):
+        value = source[name]
+        there = next((place for place in (Path(value), run / value) if place.exists()), None)
+        if there is not None:
+            found[name] = _absolute(name, str(there))
+        elif name != "model" or Path(value).is_absolute():
+            raise FileNotFoundError(
+                f"{name} of the run {run} was expected at {value} and is not there. If it was moved, put it back, or "
+                f"write its place into source.{name} of {run / 'config.json'}"
+            )
+    return found
 
 
 def _questions(source: dict[str, str], seed: int) -> list[Any]:

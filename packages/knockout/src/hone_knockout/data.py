@@ -469,11 +469,11 @@ _PLACES = {
     "episodic_reasoning": "tvqa/frames_fps3_hq",
     "counterfactual_inference": "clevrer/video_validation",
 }
-"""MVBench's task to the subfolder of its videos, as in the evaluation that its authors published."""
+"""MVBench's task to the subfolder of its videos, as in evaluation scripts in public use; not checked on a download."""
 
 
 def _mvbench(path: Path) -> Iterator[tuple[str, _Make]]:
-    """Frames of ``episodic_reasoning`` lie in a folder per video, three for a second."""
+    """Frames of ``episodic_reasoning`` lie in a folder per video, three for a second, as the scripts read them."""
     return _tasks(path, _PLACES, folder_fps=3.0)
 
 
