@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hone_lm.layouts import TokenLayout, find_layouts, locate_spans, stack_frames
+from hone_lm.layouts import RULES, TokenLayout, find_layouts, locate_spans, stack_frames
 from hone_lm.tiny import FAMILIES, PROMPTS, random_video, tiny, tiny_inputs
 
 # Tokens per frame and decoder frames of a 4-frame, 56 x 56 video, worked out by hand from each class's patch sizes:
@@ -79,6 +79,12 @@ def test_text_around_the_video_is_found(case):
             "video_llama_3": r"(,Time \d.\ds:){3}",
         }.get(family, "")
         assert re.fullmatch(pattern, between), between
+
+
+def test_every_class_has_a_rule_of_its_own():
+    assert set(RULES) == set(FAMILIES) == set(EXPECTED)
+    # Timestamps stand between frames of both, although their grids tell of all frames at once.
+    assert RULES["qwen3_vl_moe"] is RULES["qwen3_vl"]
 
 
 def test_padding_is_no_text(case):
