@@ -73,6 +73,7 @@ def test_inspect(capsys, host_file, folder, tmp_path):
     )
     assert code == 0
     assert "4 frames of 9 tokens" in again
+    assert "4 frames sampled" in again
 
 
 def test_generate(capsys, folder):
@@ -118,6 +119,72 @@ def test_eval_recommend_and_plot(capsys, folder, tmp_path):
     code, out, _ = run(capsys, "plot", "--run", tmp_path / "run", "--save", tmp_path / "p.svg")
     assert code == 0
     assert Path(out.strip()).exists()
+
+
+@pytest.mark.parametrize("source", ["model", "host"])
+def test_recommend_from_another_directory(capsys, folder, host_file, tmp_path, monkeypatch, source):
+    """The eval run names everything from the directory that it was started in."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    shutil.copytree(folder, here)
+    shutil.copy(host_file, here / "host.safetensors")
+    monkeypatch.chdir(here)
+    data = ["--model", "model", "--data", "qa.jsonl", "--videos", ".", "--frames", 4]
+    flags = data if source == "model" else ["--host", "host.safetensors", "--limit", 8]
+    argv = ["eval", *flags, "--setting", "global1", "--step", 2, "--batch", 4, "--out", "run", "--quiet"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    stored = json.loads((here / "run" / "config.json").read_text())["source"]
+    paths = {name: value for name, value in stored.items() if name in ("model", "data", "videos", "host")}
+    assert paths
+    assert all(Path(value).is_absolute() for value in paths.values())
+    monkeypatch.chdir(there)
+    rest = ["--max-drop", 100, "--out", tmp_path / "rec", "--quiet"]
+    code, out, err = run(capsys, "recommend", "--run", "../here/run", *rest)
+    assert code == 0, err
+    assert "both together, on the reporting half" in out
+    # The same run under another name is the same command.
+    monkeypatch.chdir(here)
+    assert run(capsys, "recommend", "--run", "run", *rest) == (0, out, "")
+    moved = {"model": "qa.jsonl", "host": "host.safetensors"}[source]
+    (here / moved).rename(here / "moved")
+    code, out, err = run(capsys, "recommend", "--run", here / "run", *rest[:2], "--out", tmp_path / "again")
+    assert (code, out) == (1, "")
+    assert f"was expected at {here / moved} and is not there" in err
+    assert "config.json" in err
+    # What is read of the run alone still is.
+    assert run(capsys, "recommend", "--run", here / "run", *rest[:2], "--dry-run")[0] == 0
+    if source == "model":
+        (here / "model").rename(here / "model2")
+        code, _, err = run(capsys, "recommend", "--run", here / "run", "--dry-run")
+        assert code == 1
+        assert f"model of the run {here / 'run'} was expected at {here / 'model'}" in err
+
+
+def test_a_source_is_looked_for_in_the_run_s_folder_too(tmp_path):
+    (tmp_path / "qa.jsonl").touch()
+    source = {"data": "qa.jsonl", "model": "llava-hf/llava-onevision-qwen2-7b-ov-hf", "limit": "3"}
+    assert cli._found(source, tmp_path) == source | {"data": str(tmp_path / "qa.jsonl")}
+    with pytest.raises(FileNotFoundError, match="data of the run"):
+        cli._found(source | {"data": "none.jsonl"}, tmp_path)
+
+
+def test_tokens_per_frame_on_the_command_line(capsys, folder, tmp_path):
+    ask = ["--model", folder / "model", "--video", folder / "0.npy", "--ask", "what shape is the red one ?"]
+    code, out, err = run(capsys, "inspect", *ask, "--tokens-per-frame", 6)
+    assert code == 0, err
+    assert "6 frames of 6 tokens" in out
+    code, _, err = run(capsys, "inspect", *ask, "--tokens-per-frame", 7)
+    assert code == 1
+    assert "tokens_per_frame=7 does not divide a run of 36 video tokens" in err
+    code, out, err = run(capsys, "generate", *ask, "--tokens-per-frame", 6, "--knock", "VT", "--max-new-tokens", 1)
+    assert code == 0, err
+    assert "6 frames of 6 tokens" in out
+    data = ["--model", folder / "model", "--data", folder / "qa.jsonl", "--setting", "global2", "--knock", "VT"]
+    data += ["--frames", 4, "--tokens-per-frame", 6, "--out", tmp_path / "run", "--quiet"]
+    code, _, err = run(capsys, "eval", *data)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tokens_per_frame"] == 6
 
 
 def test_eval_of_the_host(capsys, host_file, tmp_path):

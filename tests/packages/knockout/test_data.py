@@ -1,7 +1,12 @@
+import csv
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hone_core.errors import MissingExtraError
 from hone_knockout.data import (
     COLORS,
     CORNERS,
@@ -20,6 +25,7 @@ from hone_knockout.data import (
     render,
 )
 from hone_lm.video import Clip
+from PIL import Image
 
 CFG = ClipConfig()
 
@@ -210,6 +216,196 @@ def test_video_mme(tmp_path):
     table += "abc,001-1,When?,\"['A. x', 'B. y']\",B,Counting\n"
     (tmp_path / "t.csv").write_text(table)
     assert load_items(tmp_path / "t.csv", format="videomme")[0].options == ("x", "y")
+
+
+MME = {
+    "video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History",
+    "url": "https://www.youtube.com/watch?v=fFjv93ACGo8", "videoID": "fFjv93ACGo8", "question_id": "001-1",
+    "task_type": "Counting Problem", "question": "When?", "options": ["A. C.", "B. It's red.", "C. A", "D. All."],
+    "answer": "C",
+}  # fmt: skip
+
+
+def test_video_mme_as_released(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([MME, MME | {"question_id": "001-2"}]), tmp_path / "test.parquet")
+    items = load_items(tmp_path / "test.parquet", format="videomme")
+    assert [item.id for item in items] == ["001-1", "001-2"]
+    assert items[0].options == ("C.", "It's red.", "A", "All.")
+    (tmp_path / "none.parquet").write_text("no table")
+    with pytest.raises(ValueError, match=r"none.parquet: not a parquet file"):
+        load_items(tmp_path / "none.parquet", format="videomme")
+
+
+def test_video_mme_rows_of_a_parquet_reader(tmp_path, monkeypatch):
+    """What pyarrow hands over, where it is not installed."""
+    pyarrow, parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
+    pyarrow.parquet, pyarrow.ArrowException = parquet, OSError
+    parquet.read_table = lambda path: SimpleNamespace(to_pylist=lambda: [MME])
+    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    (tmp_path / "test.parquet").touch()
+    (item,) = load_items(tmp_path / "test.parquet", format="videomme", videos=tmp_path)
+    assert item.options == ("C.", "It's red.", "A", "All.")
+    # The letter C, although an option reads so.
+    assert item.answer == 2
+
+
+def test_parquet_without_its_reader_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "test.parquet").touch()
+    with pytest.raises(MissingExtraError, match=r"converted to JSON lines.*pip install 'hone-knockout\[parquet\]'"):
+        load_items(tmp_path / "test.parquet", format="videomme")
+
+
+@pytest.mark.parametrize("place", ["fFjv93ACGo8.mp4", "data/fFjv93ACGo8.mp4", "chunk_01/fFjv93ACGo8.MKV"])
+def test_videos_of_video_mme_are_found(tmp_path, place):
+    video = tmp_path / "videos" / place
+    video.parent.mkdir(parents=True)
+    video.write_text("x")
+    (tmp_path / "videos" / "subtitle").mkdir()
+    (tmp_path / "videos" / "subtitle" / "fFjv93ACGo8.srt").write_text("x")
+    (item,) = load_items(write(tmp_path / "t.json", [MME]), format="videomme", videos=tmp_path / "videos")
+    assert item.video == video
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "['A. It's raining', 'B. a, b', \"C. rock 'n' roll\"]",
+        repr(["A. It's raining", "B. a, b", "C. rock 'n' roll"]),
+        json.dumps(["A. It's raining", "B. a, b", "C. rock 'n' roll"]),
+        "['A. It's raining', 'B. a, b', 'C. rock 'n' roll']",
+        "[\"A. It's raining\" 'B. a, b'\n \"C. rock 'n' roll\"]",
+    ],
+    ids=["mixed", "python", "json", "unescaped", "numpy"],
+)
+def test_options_written_as_text_keep_their_apostrophes(tmp_path, written):
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, MME)
+        table.writeheader()
+        table.writerow(MME | {"options": written})
+    (item,) = load_items(tmp_path / "t.csv", format="videomme")
+    assert item.options == ("It's raining", "a, b", "rock 'n' roll")
+    assert item.answer == 2
+
+
+@pytest.mark.parametrize("written", ["A. x, B. y", "[A. x, B. y]", "['A. x', 'B. y' oops]", "[1, 2]", "[]"])
+def test_options_that_are_no_list_are_refused(tmp_path, written):
+    with pytest.raises(ValueError, match="options must be a list"):
+        load_items(write(tmp_path / "t.json", [MME | {"options": written}]), format="videomme")
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        (["A. dog", "(B) cat", "C: A man", "D) x"], ("dog", "cat", "A man", "x")),
+        (["A man walks", "B side"], None),
+        (["A. Lincoln", "J. Smith"], None),
+        (["C. Elegans", "A. Thaliana"], None),
+        (["A.M.", "B.C."], None),
+        (["A-flat", "B-flat"], None),
+        (["Apples", "Berries"], None),
+        (["A. dog", "cat"], None),
+    ],
+)
+def test_only_a_letter_of_the_list_is_dropped(tmp_path, options, plain):
+    row = {"video": "v.mp4", "question": "?", "options": options, "answer": options[1]}
+    (item,) = load_items(write(tmp_path / "qa.jsonl", [row]))
+    assert item.options == (plain or tuple(options))
+    assert item.answer == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "index"), [("B", 1), ("(B)", 1), ("B.", 1), ("C: x", 2), ("x", 2), ("B. dog", None), ("A", None)]
+)
+def test_answers_by_letter_and_text(tmp_path, answer, index):
+    row = {"video": "v.mp4", "question": "?", "options": ["dog", "A", "x"], "answer": answer}
+    path = write(tmp_path / "qa.jsonl", [row])
+    if index is None:
+        with pytest.raises(ValueError, match=r"is the text of option \d and the letter of option \d"):
+            load_items(path)
+    else:
+        assert load_items(path)[0].answer == index
+
+
+def released(tmp_path, task, video, **more):
+    """A task's file and video as in the release of MVBench or TVBench."""
+    (tmp_path / "json").mkdir(exist_ok=True)
+    row = {"video": video, "question": "What?", "candidates": ["2", "1", "A"], "answer": "1"} | more
+    write(tmp_path / "json" / f"{task}.json", [row])
+    return tmp_path / "video"
+
+
+def movie(path):
+    path.parent.mkdir(parents=True)
+    path.write_text("x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("format", "task", "place"),
+    [
+        ("mvbench", "action_sequence", "star/Charades_v1_480/v.mp4"),
+        ("mvbench", "action_sequence", "data0613/star/Charades_v1_480/v.mp4"),
+        ("tvbench", "action_sequence", "action_sequence/v.mp4"),
+    ],
+)
+def test_videos_of_a_task_are_found_in_their_folders(tmp_path, format, task, place):
+    root = released(tmp_path, task, "v.mp4", start=1, end=2)
+    video = movie(root / place)
+    for path, videos in (
+        (tmp_path, None),
+        (tmp_path / "json", None),
+        (tmp_path / "json" / f"{task}.json", None),
+        (tmp_path / "json", root),
+        (tmp_path / "json", tmp_path),
+    ):
+        (item,) = load_items(path, format=format, videos=videos)
+        assert item.video == video
+        assert (item.answer, item.start, item.end, item.fps) == (1, 1.0, 2.0, None)
+
+
+def test_the_published_folder_counts_before_others_of_the_name(tmp_path):
+    root = released(tmp_path, "action_count", "v.mp4")
+    first = movie(root / "other" / "v.mp4")
+    video = movie(root / "perception" / "videos" / "v.mp4")
+    assert load_items(tmp_path, format="mvbench")[0].video == video
+    with pytest.raises(ValueError, match=r"2 videos in .* are named v.mp4: .*other.*perception"):
+        load_items(tmp_path, format="tvbench")
+    first.unlink()
+    assert load_items(tmp_path, format="tvbench")[0].video == video
+    # One that is nowhere is told of by name.
+    video.unlink()
+    (item,) = load_items(tmp_path, format="mvbench")
+    assert "there is no video" in check_items([item])[0]
+
+
+def test_a_name_with_folders_is_looked_for_with_them(tmp_path):
+    root = released(tmp_path, "state_change", "b/v.mp4")
+    movie(root / "x" / "a" / "v.mp4")
+    video = movie(root / "x" / "b" / "v.mp4")
+    assert load_items(tmp_path, format="mvbench")[0].video == video
+
+
+@pytest.mark.parametrize("place", ["tvqa/frames_fps3_hq", "elsewhere"])
+def test_frames_of_mvbench_are_three_a_second(tmp_path, place):
+    root = released(tmp_path, "episodic_reasoning", "clip_1", start=1.0, end=3.0)
+    folder = root / place / "clip_1"
+    folder.mkdir(parents=True)
+    for index in range(12):
+        Image.fromarray(np.full((8, 8, 3), 20 * index, np.uint8)).save(folder / f"{index + 1:05d}.jpg", quality=100)
+    (item,) = load_items(tmp_path, format="mvbench")
+    assert item.video == folder
+    clip = read_clip(item, num_frames=6)
+    # Seconds 1 to 3 are the frames 3 to 8 of the twelve.
+    assert clip.frames[:, 0, 0, 0].tolist() == pytest.approx([20 * k for k in range(3, 9)], abs=3)
+    assert clip.times[0] == 1.0
+    row = {"video": str(folder), "question": "?", "options": ["x", "y"], "answer": 0, "fps": 2}
+    (own,) = load_items(write(tmp_path / "qa.jsonl", [row]))
+    assert read_clip(own, num_frames=4).duration == 6.0
 
 
 def test_mvbench_and_tvbench(tmp_path):

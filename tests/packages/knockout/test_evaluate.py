@@ -209,6 +209,21 @@ def test_a_batch_too_large_for_memory_is_halved(host, tmp_path, monkeypatch):
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 
 
+@pytest.mark.parametrize("reuse", [True, False])
+def test_tokens_per_frame_of_a_sweep(host, tmp_path, monkeypatch, reuse):
+    """With all of the clip as one frame, no frame reads another, and VT-K has nothing to block."""
+    items = generated_items(2, host.config.clip)
+    cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("VT",), reuse=reuse)
+    whole = dataclasses.replace(cfg, tokens_per_frame=host.config.tokens)
+    with start(cfg, tmp_path / "frames") as run:
+        assert not sweep(host.model, host.processor, items, cfg, run, quiet=True).failed
+    with start(whole, tmp_path / "whole") as run, pytest.raises(ValueError, match="blocks no pair"):
+        sweep(host.model, host.processor, items, whole, run, quiet=True)
+    assert json.loads((run.path / "config.json").read_text())["tokens_per_frame"] == host.config.tokens
+    with pytest.raises(ValueError, match="tokens_per_frame must be positive"):
+        dataclasses.replace(cfg, tokens_per_frame=0)
+
+
 def test_a_line_that_cannot_be_read_counts_as_failed(host, tmp_path):
     clip = generated_items(1, host.config.clip)[0].clip
     np.save(tmp_path / "a.npy", clip.frames.permute(0, 2, 3, 1).numpy())

@@ -10,7 +10,7 @@ from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.local_attention import RegularFrames, frame_local_attention, regular_frames
 from hone_knockout.method import blocked_pairs, causal_pairs
 from hone_knockout.models import attach, check_model, load_model
-from hone_lm.layouts import find_layouts, locate_spans
+from hone_lm.layouts import RULES, find_layouts, locate_spans
 from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 
 LAYERS = 6
@@ -48,7 +48,7 @@ def generated(model, inputs, **options):
 def test_exit_equals_lv_after_it_for_every_text_row(family, questions):
     """The claim of the exit (2.5): text cannot tell tokens that left from tokens it may not read."""
     model, inputs = get(family, questions)
-    first = 3 if family == "qwen3_vl" else 1
+    first = 3 if family.startswith("qwen3_vl") else 1
     for exit in range(first, LAYERS):
         with attach(model, lv(*range(exit, LAYERS))):
             blocked = model(**inputs).logits
@@ -327,6 +327,35 @@ class TestLocalAttention:
         with attach(model, lv(0, 1)):
             model(**inputs)
         assert not caplog.records
+
+
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
+def test_tokens_per_frame_reaches_the_masks(family):
+    """InternVL has an image id only: its video is found by that."""
+    model, inputs = get(family)
+    (layout,) = find_layouts(model, inputs, tokens_per_frame=2)
+    assert layout.num_frames == layout.num_visual // 2
+    allowed = causal_pairs(len(layout.frame)) & ~blocked_pairs("VT", layout.frame)
+    with attach(model, Knockout(kind="VT", layers=tuple(range(LAYERS))), tokens_per_frame=2) as handle:
+        knocked = model(**inputs).logits
+        assert handle.layouts[0].num_frames == layout.num_frames
+    assert_close(knocked, model(**inputs | {"attention_mask": allowed[None, None]}).logits)
+    with (
+        attach(model, lv(1), tokens_per_frame=3),
+        pytest.raises(ValueError, match="tokens_per_frame=3 does not divide"),
+    ):
+        model(**inputs)
+
+
+def test_a_class_without_a_rule_is_taken_by_tokens_per_frame(monkeypatch):
+    model, inputs = get("llava_next_video")
+    with attach(model, Knockout(kind="VT", layers=(1, 2))):
+        known = model(**inputs).logits
+    monkeypatch.delitem(RULES, "llava_next_video")
+    with attach(model, Knockout(kind="VT", layers=(1, 2))), pytest.raises(ValueError, match="pass tokens_per_frame"):
+        model(**inputs)
+    with attach(model, Knockout(kind="VT", layers=(1, 2)), tokens_per_frame=4):
+        assert torch.equal(model(**inputs).logits, known)
 
 
 class TestRefusals:

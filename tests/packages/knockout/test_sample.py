@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hone_knockout import sample
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.data import generated_items
 from hone_knockout.sample import AskConfig, ask, look
+from hone_lm.tiny import tiny
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_gap_between_exit_and_knockout(host, case, monkeypatch):
     # An exit that also took something else from the text would show.
     attach = sample.attach
     monkeypatch.setattr(
-        sample, "attach", lambda model, config: attach(model, KnockoutConfig(exit=1) if config.exit else config)
+        sample, "attach", lambda model, config, **_: attach(model, KnockoutConfig(exit=1) if config.exit else config)
     )
     assert ask(host.model, host.processor, cfg).exit_gap > 0.01
     monkeypatch.undo()
@@ -57,9 +60,9 @@ def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch)
     """By this clock the first turn of each is slow, as on a cold machine, and the exit saves time in decoding."""
     clock, turns, attach = [0.0], [], sample.attach
 
-    def noted(model, config):
+    def noted(model, config, **more):
         turns.append(config.label)
-        return attach(model, config)
+        return attach(model, config, **more)
 
     def tick(module, args, kwargs):
         if kwargs["input_ids"].shape[1] > 1:
@@ -86,6 +89,29 @@ def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch)
 def test_look(host, case):
     layout = look(host.model, host.processor, AskConfig(**case[1]))
     assert layout.num_frames == 4
+    cut = AskConfig(tokens_per_frame=3, **case[1])
+    assert look(host.model, host.processor, cut).num_frames == 12
+    knockout = KnockoutConfig(knockouts=(Knockout(kind="VT", layers=(0,)),), exit=3)
+    report = ask(host.model, host.processor, replace(cut, config=knockout, max_new_tokens=1, rounds=1))
+    assert report.layout.num_frames == 12
+    with pytest.raises(ValueError, match="tokens_per_frame=5 does not divide a run of 36"):
+        look(host.model, host.processor, replace(cut, tokens_per_frame=5))
+
+
+def test_sampled_frames_are_told_from_those_of_the_layout(host, case, tmp_path):
+    layout = look(host.model, host.processor, AskConfig(**case[1], frames=32))
+    # The clip has only four.
+    assert layout.sampled == 4
+    assert "4 frames sampled" in str(layout)
+    assert "fused" not in str(layout)
+    model, processor = tiny("qwen2_5_vl", layers=1)
+    np.save(tmp_path / "long.npy", np.random.default_rng(0).integers(0, 255, (20, 56, 56, 3), dtype=np.uint8))
+    for frames, left in ((8, 4), (7, 4)):
+        cfg = AskConfig(model="m", video=str(tmp_path / "long.npy"), ask="What?", frames=frames)
+        layout = look(model, processor, cfg)
+        assert (layout.sampled, layout.num_frames) == (frames, left)
+        assert f"{frames} frames sampled, 2 fused into each of the 4" in str(layout)
+        assert "expected" not in str(layout)
 
 
 def test_bad_questions():
@@ -95,6 +121,7 @@ def test_bad_questions():
         ({"ask": "?", "options": ("a",)}, "one option is no choice"),
         ({"ask": "?", "frames": 0}, "must be positive"),
         ({"ask": "?", "rounds": 0}, "rounds must be positive"),
+        ({"ask": "?", "tokens_per_frame": 0}, "tokens_per_frame must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             AskConfig(**where, **values)

@@ -1,11 +1,12 @@
 """Layouts against the decoded prompt, for every class, through its real processor."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hone_lm.layouts import TokenLayout, find_layouts, locate_spans, stack_frames
+from hone_lm.layouts import RULES, TokenLayout, find_layouts, locate_spans, stack_frames
 from hone_lm.tiny import FAMILIES, PROMPTS, random_video, tiny, tiny_inputs
 
 # Tokens per frame and decoder frames of a 4-frame, 56 x 56 video, worked out by hand from each class's patch sizes:
@@ -15,6 +16,7 @@ EXPECTED = {
     "qwen2_vl": (4, 2),
     "qwen2_5_vl": (4, 2),
     "qwen3_vl": (4, 2),
+    "qwen3_vl_moe": (4, 2),
     "llava_onevision": (16, 4),
     "llava_next_video": (4, 4),
     "internvl": (4, 4),
@@ -71,11 +73,18 @@ def test_text_around_the_video_is_found(case):
         between = decode(ids[list(layout.between)])
         pattern = {
             "qwen3_vl": r"<\|vision_end\|><1.2 seconds><\|vision_start\|>",
+            "qwen3_vl_moe": r"<\|vision_end\|><1.2 seconds><\|vision_start\|>",
             "internvl": r"(</img>\nFrame\d: <img>){3}",
             "smolvlm": r"(<fake_token_around_image>\nFrame from 00:0\d:<fake_token_around_image><global-img>){3}",
             "video_llama_3": r"(,Time \d.\ds:){3}",
         }.get(family, "")
         assert re.fullmatch(pattern, between), between
+
+
+def test_every_class_has_a_rule_of_its_own():
+    assert set(RULES) == set(FAMILIES) == set(EXPECTED)
+    # Timestamps stand between frames of both, although their grids tell of all frames at once.
+    assert RULES["qwen3_vl_moe"] is RULES["qwen3_vl"]
 
 
 def test_padding_is_no_text(case):
@@ -164,12 +173,67 @@ class TestGeneric:
     def test_one_run_of_unknown_frames_is_refused(self):
         with pytest.raises(ValueError, match="pass tokens_per_frame"):
             find_layouts(self.CONFIG, {"input_ids": self.ids(6)})
-        with pytest.raises(ValueError, match="is no multiple"):
+        with pytest.raises(ValueError, match="tokens_per_frame=4 does not divide a run of 6 video tokens"):
             find_layouts(self.CONFIG, {"input_ids": self.ids(6)}, tokens_per_frame=4)
+        with pytest.raises(ValueError, match="must be positive; got 0"):
+            find_layouts(self.CONFIG, {"input_ids": self.ids(6)}, tokens_per_frame=0)
+
+    def test_an_image_id_stands_for_frames_where_there_is_no_other(self):
+        config = SimpleNamespace(model_type="new", image_token_id=9)
+        (layout,) = find_layouts(config, {"input_ids": self.ids(6)}, tokens_per_frame=2)
+        assert layout.frame.tolist() == [-1, 0, 0, 1, 1, 2, 2, -1]
+        with pytest.raises(ValueError, match="its 6 image tokens follow each other"):
+            find_layouts(config, {"input_ids": self.ids(6)})
+        with pytest.raises(ValueError, match="tokens_per_frame=4 does not divide a run of 6 image tokens"):
+            find_layouts(config, {"input_ids": self.ids(6)}, tokens_per_frame=4)
+        # Also where the class has an id for video, which this prompt does not hold; beside one an image is left whole.
+        both = SimpleNamespace(model_type="new", image_token_id=9, video_token_id=8)
+        (layout,) = find_layouts(both, {"input_ids": self.ids(6)}, tokens_per_frame=3)
+        assert layout.tokens_per_frame == (3, 3)
+        ids = torch.tensor([[1, 9, 9, 9, 2, 8, 8, 8, 8, 2]])
+        (layout,) = find_layouts(both, {"input_ids": ids}, tokens_per_frame=2)
+        assert layout.tokens_per_frame == (3, 2, 2)
+
+    @pytest.mark.parametrize("runs", [(12,), (4, 4, 4)], ids=["one run", "a run per frame"])
+    def test_grid_of_one_run_or_of_a_run_per_frame(self, runs):
+        config = SimpleNamespace(
+            model_type="new", video_token_id=9, vision_config=SimpleNamespace(spatial_merge_size=2)
+        )
+        grid = torch.tensor([[3, 4, 4], [1, 2, 2]])
+        (layout,) = find_layouts(config, {"input_ids": self.ids(*runs, 1), "video_grid_thw": grid})
+        assert layout.tokens_per_frame == (4, 4, 4, 1)
+        with pytest.raises(ValueError, match="takes 12 tokens, 4 per frame; the prompt has a run of 6"):
+            find_layouts(config, {"input_ids": self.ids(6), "video_grid_thw": grid})
+        (layout,) = find_layouts(config, {"input_ids": self.ids(1), "video_grid_thw": grid[1:]})
+        assert layout.num_frames == 1
 
     def test_config_without_placeholder_is_refused(self):
         with pytest.raises(ValueError, match="names no image or video token"):
             find_layouts(SimpleNamespace(model_type="gpt2"), {"input_ids": self.ids(6)})
+
+
+def test_tokens_per_frame_comes_before_the_rule_of_the_class():
+    for family, each, frames in (("llava_onevision", 8, 8), ("internvl", 2, 8), ("qwen2_5_vl", 8, 1)):
+        model, processor = tiny(family, layers=1)
+        (layout,) = find_layouts(model, tiny_inputs(family, processor), tokens_per_frame=each)
+        assert layout.tokens_per_frame == (each,) * frames
+        # The newline after a video stays a separator.
+        assert len(layout.separators) == (family == "llava_onevision")
+    model, processor = tiny("llava_onevision", layers=1)
+    with pytest.raises(ValueError, match="does not divide a run of 64 video tokens and 1 separator"):
+        find_layouts(model, tiny_inputs("llava_onevision", processor), tokens_per_frame=5)
+
+
+def test_sampled_and_fused_frames_are_told_apart(tmp_path):
+    model, processor = tiny("qwen2_5_vl", layers=1)
+    (layout,) = find_layouts(model, tiny_inputs("qwen2_5_vl", processor))
+    assert "each frame is 2 sampled ones" in str(layout)
+    known = replace(layout, sampled=4)
+    assert "4 frames sampled, 2 fused into each of the 2 that the decoder sees" in str(known)
+    assert known.to_dict()["sampled"] == 4
+    assert TokenLayout.load(known.save(tmp_path / "l.json")).sampled == 4
+    assert "expected" not in str(replace(layout, sampled=3))
+    assert "expected 4 in the layout, the processor made 2" in str(replace(layout, sampled=8))
 
 
 def test_spans():

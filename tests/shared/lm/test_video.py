@@ -104,6 +104,39 @@ def test_array_and_folder(tmp_path):
         assert clip.times == (1.0, 3.0, 5.0)
 
 
+def test_pictures_are_in_order_of_number_at_their_own_rate(tmp_path):
+    for index, frame in enumerate(ramp(12)):
+        Image.fromarray(frame).save(tmp_path / f"frame{index + 1}.jpg", quality=100)
+    (tmp_path / "._frame1.jpg").write_text("left by a file manager")
+    clip = read_video(tmp_path, num_frames=12, fps=3)
+    assert clip.frames[:, 0, 0, 0].tolist() == pytest.approx([10 * k for k in range(12)], abs=2)
+    assert (clip.duration, clip.fps) == (4.0, 3.0)
+    clip = read_video(tmp_path, num_frames=2, start=1.0, end=3.0, fps=3)
+    # Frames 3 to 8 in two parts: middles 4 and 7.
+    assert clip.frames[:, 0, 0, 0].tolist() == pytest.approx([40, 70], abs=2)
+    assert clip.times == pytest.approx((4 / 3, 7 / 3))
+    assert clip.metadata()["frames_indices"] == [4, 7]
+    assert len(read_video(tmp_path, num_frames=4, start=3.9, fps=3).frames) == 1
+    with pytest.raises(ValueError, match="no frame between 5 s and 4 s"):
+        read_video(tmp_path, start=5.0, fps=3)
+    with pytest.raises(ValueError, match="fps must be positive; got 0"):
+        read_video(tmp_path, fps=0)
+
+
+def test_only_sampled_pictures_are_read(tmp_path):
+    for index, frame in enumerate(ramp(4)):
+        Image.fromarray(frame).save(tmp_path / f"{index}.png")
+    (tmp_path / "0.png").write_text("no picture")
+    assert read_video(tmp_path, num_frames=1).frames[0, 0, 0, 0] == 20
+    with pytest.raises(ValueError, match=r"0.png could not be decoded"):
+        read_video(tmp_path, num_frames=4)
+
+
+def test_a_file_has_its_own_rate(movie):
+    with pytest.raises(ValueError, match="is a file, which has its own"):
+        read_video(movie, fps=3)
+
+
 def test_what_is_no_video(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no video"):
         read_video(tmp_path / "none.mp4")

@@ -103,7 +103,7 @@ class BenchConfig:
 
     arch: Arch = "llava-onevision-7b"
     frames: tuple[int, ...] = (8, 16, 32, 64)
-    """Frames of the video."""
+    """Frames sampled; an architecture that fuses two (Qwen) shows the decoder half as many."""
     decode_tokens: int = 32
     rounds: int = 3
     """Turns that each variant gets, one after the other."""

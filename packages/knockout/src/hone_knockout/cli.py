@@ -84,6 +84,7 @@ def inspect(
     video: Path | None = None,
     ask: str | None = None,
     frames: int | None = None,
+    tokens_per_frame: int | None = None,
     save: Path | None = None,
     host: Path | None = None,
 ) -> Any:
@@ -93,7 +94,9 @@ def inspect(
         model: Folder or hub address of a Video-LLM; the tiny host and a generated clip unless given.
         video: File, folder of pictures or .npy array.
         ask: Question.
-        frames: Frames to sample (32).
+        frames: Frames to sample, before a model fuses any: at 32, Qwen's layout has 16 (32).
+        tokens_per_frame: Cut the video into frames of so many tokens, in place of the rule of the model's class; needed
+            for a class without one whose frames follow each other without text.
         save: JSON file to write the layout to.
         host: A host.safetensors made by train-host.
     """
@@ -103,8 +106,11 @@ def inspect(
     if model is not None and host is not None:
         raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
     if model is None:
-        if (video, ask, frames) != (None, None, None):
-            raise ValueError("video, ask and frames belong to --model; the tiny host is asked about a generated clip")
+        if (video, ask, frames, tokens_per_frame) != (None, None, None, None):
+            raise ValueError(
+                "video, ask, frames and tokens-per-frame belong to --model; "
+                "the tiny host is asked about a generated clip"
+            )
         loaded = _host(host, "cpu")
         item = generated_items(1, loaded.config.clip)[0]
         cfg = AskConfig(model="host", video="generated", ask=item.question, options=item.options, style="text")
@@ -114,7 +120,7 @@ def inspect(
 
         from .models import check_model
 
-        cfg = _ask_config(model, video, ask, frames=32 if frames is None else frames)
+        cfg = _ask_config(model, video, ask, frames=32 if frames is None else frames, tokens_per_frame=tokens_per_frame)
         check_model(model)
         layout = look(AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model), cfg)
     if save is not None:
@@ -134,6 +140,7 @@ def generate(
     local: str | None = None,
     preset: str | None = None,
     frames: int = 32,
+    tokens_per_frame: int | None = None,
     max_new_tokens: int | None = None,
     start: float | None = None,
     end: float | None = None,
@@ -154,7 +161,8 @@ def generate(
         exit: Layer at which visual tokens leave, counted from 0: 18 keeps them in the first 18 layers.
         local: Layers in which frames read only themselves, such as 0-7.
         preset: Recipe by name, in place of the four flags above.
-        frames: Frames to sample.
+        frames: Frames to sample, before a model fuses any: at 32, Qwen's layout has 16.
+        tokens_per_frame: Cut the video into frames of so many tokens, in place of the rule of the model's class.
         max_new_tokens: Length of a written answer (64).
         start: Seconds from which.
         end: Seconds up to which.
@@ -178,7 +186,9 @@ def generate(
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     # Everything that can be wrong is looked at before the weights are read.
-    cfg = _ask_config(model, video, ask, frames=frames, start=start, end=end, options=option)
+    cfg = _ask_config(
+        model, video, ask, frames=frames, tokens_per_frame=tokens_per_frame, start=start, end=end, options=option
+    )
     cfg = _change(cfg, max_new_tokens=max_new_tokens)
     num_layers = check_model(model)
     if preset is not None:
@@ -213,6 +223,7 @@ def evaluate(
     step: int | None = None,
     random_control: bool = False,
     frames: int | None = None,
+    tokens_per_frame: int | None = None,
     batch: int | None = None,
     limit: int | None = None,
     host: Path | None = None,
@@ -227,9 +238,10 @@ def evaluate(
     """Answer a set of questions under many knockouts: accuracy, intervals, flips, McNemar, per category, plots.
 
     Args:
-        data: Question file; generated clips for the tiny host unless given.
+        data: Question file, or the folder of MVBench or TVBench; generated clips for the tiny host unless given.
         format: Of the file (jsonl: a line {"video", "question", "options", "answer", "category"} each).
-        videos: Folder that video names are relative to; the file's own unless given.
+        videos: Folder of the videos; the file's own unless given. Those of Video-MME, MVBench and TVBench are found in
+            its subfolders.
         model: Folder or hub address of a Video-LLM; the tiny host unless given.
         setting: global1 (LV-K after layer i), global2 (all layers), window, local (VT-K in the first layers).
         knock: Kinds of global2 and window (LV VT VS).
@@ -237,7 +249,8 @@ def evaluate(
         stride: Between windows: 1 slides, 4 tiles (4).
         step: Between the layers of global1 and local (2).
         random_control: Add a control of as many random pairs to global2.
-        frames: Frames to sample (32).
+        frames: Frames to sample, before a model fuses any: at 32, Qwen's decoder sees 16 (32).
+        tokens_per_frame: Cut the video into frames of so many tokens, in place of the rule of the model's class.
         batch: Questions run together (1).
         limit: Ask only so many questions.
         host: A host.safetensors made by train-host.
@@ -264,6 +277,7 @@ def evaluate(
         step=step,
         controls=("none", "random") if random_control else None,
         frames=frames,
+        tokens_per_frame=tokens_per_frame,
         batch=batch,
         seed=seed,
         source=source,
@@ -308,6 +322,9 @@ def recommend(
         dry_run: Only read the run; load nothing.
         quiet: Show no progress.
     """
+    import dataclasses
+    import os
+
     from hone_core.config import load_config
 
     from .evaluate import BASELINE, Configuration, SweepConfig, configurations, read_answers, sweep
@@ -319,6 +336,9 @@ def recommend(
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"{run} is no run folder; expected one that hone-knockout eval wrote")
     cfg = load_config(SweepConfig, run / "config.json")
+    # Another directory is no other run.
+    run = Path(os.path.abspath(run))
+    cfg = dataclasses.replace(cfg, source=_found(cfg.source, run, ("model",)))
     answers, _ = read_answers(run)
     if not answers:
         raise ValueError(f"{run} holds no answers; let the eval run finish first")
@@ -333,6 +353,7 @@ def recommend(
     recipe = choose(answers, found, num_layers=num_layers, max_drop=max_drop, deepstack_layers=deepstack, seed=seed)
     if dry_run or not verify or not (recipe.exit is not None or recipe.window):
         return RecommendReport(recipe)
+    cfg = dataclasses.replace(cfg, source=_found(cfg.source, run))
     _, second = halves(list(answers), seed=seed)
     items = [item for item in _questions(cfg.source, cfg.seed) if item.id in set(second)]
     entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
@@ -348,7 +369,7 @@ def recommend(
             # A sweep runs LV-K as the exit that it equals; here each runs as itself.
             done, _ = read_answers(inner.path)
             inputs = _inputs(loaded, processor, next(item for item in items if item.id in done), cfg)
-            gap = exit_gap(loaded, inputs, recipe.config)
+            gap = exit_gap(loaded, inputs, recipe.config, tokens_per_frame=cfg.tokens_per_frame)
             if gap is not None:
                 inner.row("exit_gap", gap, better="lower", variant=recipe.config.label)
     return RecommendReport.of(recipe, inner)
@@ -371,7 +392,7 @@ def bench(
 
     Args:
         arch: Shape of the model; tiny for a CPU (llava-onevision-7b).
-        frames: Frames of the video (8 16 32 64).
+        frames: Frames sampled, before the architecture fuses any (8 16 32 64).
         rounds: Turns that each variant gets (3).
         config: A run's config.json to start from; other flags change it.
         seed: Of weights and inputs (0).
@@ -557,6 +578,7 @@ def _ask_config(
     ask: str | None,
     *,
     frames: int,
+    tokens_per_frame: int | None = None,
     start: float | None = None,
     end: float | None = None,
     options: tuple[str, ...] = (),
@@ -574,14 +596,18 @@ def _ask_config(
         ask=ask,
         options=options,
         frames=frames,
+        tokens_per_frame=tokens_per_frame,
         start=start,
         end=end,
     )
 
 
 def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
-    """Where model and questions come from, as strings: what flags give, and of a config's source what they leave."""
-    given = {name: str(value) for name, value in flags.items() if value is not None}
+    """Where model and questions come from, as strings: what flags give, and of a config's source what they leave.
+
+    Paths are absolute, so that a run can be repeated from any directory.
+    """
+    given = {name: _absolute(name, str(value)) for name, value in flags.items() if value is not None}
     if "model" in given and "host" in given:
         raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
     gone: set[str] = set()
@@ -592,7 +618,7 @@ def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
     if "data" in given:
         # Format and folder are of the other question file.
         gone |= {"format", "videos"}
-    source = {name: value for name, value in before.items() if name not in gone} | given
+    source = {name: _absolute(name, value) for name, value in before.items() if name not in gone} | given
     if ("data" in source) != ("model" in source):
         raise ValueError("data and model belong together: give both, or neither for the tiny host's generated clips")
     lost = sorted({"format", "videos", "dtype"} & given.keys())
@@ -601,6 +627,36 @@ def _source(before: dict[str, str], **flags: Any) -> dict[str, str]:
     if int(source.get("limit", 1)) < 1:
         raise ValueError(f"limit must be positive; got {source['limit']}")
     return {"dtype": "auto"} | source
+
+
+_PATHS = ("data", "videos", "host", "model")
+"""What is a path in a source; a model that is no folder here is an address on the hub."""
+
+
+def _absolute(name: str, value: str) -> str:
+    import os
+
+    return os.path.abspath(value) if name in _PATHS and (name != "model" or Path(value).exists()) else value
+
+
+def _found(source: dict[str, str], run: Path, names: tuple[str, ...] = _PATHS) -> dict[str, str]:
+    """The source of a run, with what is named by a path looked for: where it says, else from the run's folder.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    found = dict(source)
+    for name in source.keys() & set(names):
+        value = source[name]
+        there = next((place for place in (Path(value), run / value) if place.exists()), None)
+        if there is not None:
+            found[name] = _absolute(name, str(there))
+        elif name != "model" or Path(value).is_absolute():
+            raise FileNotFoundError(
+                f"{name} of the run {run} was expected at {value} and is not there. If it was moved, put it back, or "
+                f"write its place into source.{name} of {run / 'config.json'}"
+            )
+    return found
 
 
 def _questions(source: dict[str, str], seed: int) -> list[Any]:

@@ -25,7 +25,8 @@ class Knockout:
     keep_self: bool = True
     """Whether a visual token may still read itself under VS and VV. The paper does not say."""
     frames: tuple[int, ...] | None = None
-    """Only pairs whose key lies in these frames, counted from 0; every frame if None."""
+    """Only pairs whose key lies in these frames of the layout, counted from 0; every frame if None. Where a class fuses
+    sampled frames (Qwen: two), frame 0 is the first two sampled."""
     source: str = ""
     """Span that is read (the keys) of ``kind="span"``: visual, text, between, prefix, suffix, last, or one located."""
     target: str = ""

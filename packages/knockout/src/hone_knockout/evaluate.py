@@ -58,7 +58,9 @@ class SweepConfig:
     controls: tuple[Control, ...] = ("none",)
     """``random`` adds a control of as many random pairs to every ``global2`` configuration."""
     frames: int = 32
-    """Frames sampled from a video."""
+    """Frames sampled from a video, before a class fuses any: at 32, the decoder of a Qwen sees 16."""
+    tokens_per_frame: int | None = None
+    """As in ``attach``; None is the rule of the model's class."""
     batch: int = 1
     """Questions run together."""
     style: Style = "letter"
@@ -79,6 +81,8 @@ class SweepConfig:
         for name in ("width", "stride", "step", "frames", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.tokens_per_frame is not None and self.tokens_per_frame < 1:
+            raise ValueError(f"tokens_per_frame must be positive; got {self.tokens_per_frame}")
 
 
 @dataclass(frozen=True)
@@ -335,7 +339,7 @@ def _run_all(
     counts: Counts,
 ) -> dict[str, Tensor]:
     if cfg.reuse:
-        runner = PrefixRunner(model, inputs)
+        runner = PrefixRunner(model, inputs, tokens_per_frame=cfg.tokens_per_frame)
         logits = {label: runner.run(entry.config).cpu() for label, entry in found.items()}
         for name, value in vars(runner.counts).items():
             setattr(counts, name, getattr(counts, name) + value)
@@ -343,7 +347,7 @@ def _run_all(
     logits = {}
     with torch.no_grad():
         for label, entry in found.items():
-            with attach(model, entry.config):
+            with attach(model, entry.config, tokens_per_frame=cfg.tokens_per_frame):
                 logits[label] = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].cpu()
     return logits
 

@@ -61,13 +61,14 @@ class KnockoutHandle:
 
     Attributes:
         config: the settings.
+        tokens_per_frame: of ``attach``.
         rows: ``[batch, rows]`` positions of the prompt that the last prefill returned logits for, where there is an
             exit; rows of a batch that keep fewer are filled at the left with position 0.
         layouts: of the last prefill.
     """
 
-    def __init__(self, model: nn.Module, config: KnockoutConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: nn.Module, config: KnockoutConfig, tokens_per_frame: int | None = None) -> None:
+        self.model, self.config, self.tokens_per_frame = model, config, tokens_per_frame
         self.decoder: Decoder = find_decoder(model)
         config.check(self.decoder.num_layers, self.decoder.deepstack_layers)
         self._by_layer: dict[int, tuple[Knockout, ...]] = {}
@@ -149,7 +150,7 @@ class KnockoutHandle:
             if getattr(cache, "is_compileable", False):
                 raise ValueError("the exit makes caches of different lengths, which a static cache cannot hold")
         if self._given is None:
-            self.start(find_layouts(module, inputs))
+            self.start(find_layouts(module, inputs, tokens_per_frame=self.tokens_per_frame))
         elif self._prompt is None or self._prompt.layouts is not self._given:
             self.start(self._given)
 
@@ -424,7 +425,12 @@ class KnockoutHandle:
                     )
 
 
-def attach(model: nn.Module, config: KnockoutConfig | Knockout | Sequence[Knockout] | str) -> KnockoutHandle:
+def attach(
+    model: nn.Module,
+    config: KnockoutConfig | Knockout | Sequence[Knockout] | str,
+    *,
+    tokens_per_frame: int | None = None,
+) -> KnockoutHandle:
     """Attach knockouts and an exit to a transformers Video-LLM.
 
     Works in prefill, in cached decoding, in left- or right-padded batches, with eager, sdpa and flex attention. With an
@@ -433,6 +439,8 @@ def attach(model: nn.Module, config: KnockoutConfig | Knockout | Sequence[Knocko
     Args:
         model: A ``...ForConditionalGeneration`` with a decoder of attention layers.
         config: Settings, one or more knockouts, or the name of a preset.
+        tokens_per_frame: Cut the video into frames of so many tokens, in place of the class's rule; needed for a class
+            without one whose frames follow each other without text (``hone_lm.find_layouts``).
 
     Raises:
         ValueError: Layers are out of range, the exit comes before DeepStack's last layer, the decoder is a hybrid, the
@@ -447,7 +455,7 @@ def attach(model: nn.Module, config: KnockoutConfig | Knockout | Sequence[Knocko
         config = KnockoutConfig(knockouts=(config,))
     elif not isinstance(config, KnockoutConfig):
         config = KnockoutConfig(knockouts=tuple(config))
-    return KnockoutHandle(model, config)
+    return KnockoutHandle(model, config, tokens_per_frame)
 
 
 def check_model(path: str, config: KnockoutConfig | None = None) -> int:

@@ -73,6 +73,7 @@ class PrefixRunner:
         model: A ``...ForConditionalGeneration``, in evaluation mode.
         inputs: What the processor made.
         layouts: Of the prompts; found in the inputs if None.
+        tokens_per_frame: As in ``attach``, for finding them.
         exits: Run LV-K in all layers from some on as the exit that it equals.
 
     Attributes:
@@ -85,10 +86,12 @@ class PrefixRunner:
         inputs: Mapping[str, Any],
         *,
         layouts: list[TokenLayout] | None = None,
+        tokens_per_frame: int | None = None,
         exits: bool = True,
     ) -> None:
         self.model, self.inputs, self.exits = model, dict(inputs), exits
-        self.layouts = find_layouts(model, inputs) if layouts is None else list(layouts)
+        found = find_layouts(model, inputs, tokens_per_frame=tokens_per_frame) if layouts is None else layouts
+        self.layouts = list(found)
         self.decoder = find_decoder(model)
         self.counts = Counts()
         self._entering: list[tuple[Tensor, dict[str, Any]]] = []

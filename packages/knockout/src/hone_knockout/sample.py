@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ class AskConfig:
     """If given, the options are scored instead of an answer being written."""
     config: KnockoutConfig = field(default_factory=KnockoutConfig)
     frames: int = 32
+    """Frames sampled from the video, all it has if it has fewer. A class that fuses two of them (Qwen) shows the
+    decoder half as many: those are the frames of a layout."""
+    tokens_per_frame: int | None = None
+    """As in ``attach``; None is the rule of the model's class."""
     max_new_tokens: int = 64
     start: float | None = None
     end: float | None = None
@@ -46,6 +50,8 @@ class AskConfig:
             raise ValueError("one option is no choice; give at least two, or none for a written answer")
         if self.frames < 1 or self.max_new_tokens < 1:
             raise ValueError(f"frames and max_new_tokens must be positive; got {self.frames}, {self.max_new_tokens}")
+        if self.tokens_per_frame is not None and self.tokens_per_frame < 1:
+            raise ValueError(f"tokens_per_frame must be positive; got {self.tokens_per_frame}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be positive; got {self.rounds}")
 
@@ -130,7 +136,12 @@ def look(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) -
     """
     clip = clip or read_video(cfg.video, num_frames=cfg.frames, start=cfg.start, end=cfg.end)
     _, inputs = prompt_inputs(processor, cfg, clip)
-    return find_layouts(model, inputs)[0]
+    return _layout(model, inputs, cfg, clip)
+
+
+def _layout(model: Any, inputs: dict[str, Any], cfg: AskConfig, clip: Clip) -> TokenLayout:
+    (layout,) = find_layouts(model, inputs, tokens_per_frame=cfg.tokens_per_frame)
+    return replace(layout, sampled=len(clip.frames))
 
 
 @torch.no_grad()
@@ -145,14 +156,14 @@ def ask(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) ->
     """
     clip = clip or read_video(cfg.video, num_frames=cfg.frames, start=cfg.start, end=cfg.end)
     prompt, inputs = prompt_inputs(processor, cfg, clip)
-    layout = find_layouts(model, inputs)[0]
+    layout = _layout(model, inputs, cfg, clip)
     inputs = to_model(inputs, model)
     configs = [KnockoutConfig()] + ([cfg.config] if cfg.config != KnockoutConfig() else [])
     turns: dict[str, list[_Turn]] = {config.label: [] for config in configs}
     # Whoever goes first pays for the start of the machine: nobody's first turn counts, and the others alternate.
     for _ in range(1 + cfg.rounds):
         for config in configs:
-            with attach(model, config):
+            with attach(model, config, tokens_per_frame=cfg.tokens_per_frame):
                 turns[config.label].append(_turn(model, processor, cfg, prompt, inputs))
 
     def median(field: str) -> dict[str, float]:
@@ -166,12 +177,14 @@ def ask(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) ->
         decode_milliseconds=median("decode"),
         peak_bytes={name: timed[-1].peak for name, timed in turns.items()},
         options=cfg.options,
-        exit_gap=exit_gap(model, inputs, cfg.config),
+        exit_gap=exit_gap(model, inputs, cfg.config, tokens_per_frame=cfg.tokens_per_frame),
     )
 
 
 @torch.no_grad()
-def exit_gap(model: Any, inputs: dict[str, Any], config: KnockoutConfig) -> float | None:
+def exit_gap(
+    model: Any, inputs: dict[str, Any], config: KnockoutConfig, *, tokens_per_frame: int | None = None
+) -> float | None:
     """Largest difference of the next token's logits between an exit and LV-K in the layers from there on.
 
     It is rounding, or the exit changed more than what text reads.
@@ -180,6 +193,7 @@ def exit_gap(model: Any, inputs: dict[str, Any], config: KnockoutConfig) -> floa
         model: A ``...ForConditionalGeneration``.
         inputs: Prompts, on the model's device.
         config: Settings; None is returned for those without an exit.
+        tokens_per_frame: As in ``attach``.
     """
     if config.exit is None:
         return None
@@ -187,7 +201,7 @@ def exit_gap(model: Any, inputs: dict[str, Any], config: KnockoutConfig) -> floa
     blocked = KnockoutConfig(knockouts=(*config.knockouts, late), allow_empty=config.allow_empty)
     logits = []
     for each in (config, blocked):
-        with attach(model, each):
+        with attach(model, each, tokens_per_frame=tokens_per_frame):
             logits.append(model(**inputs, logits_to_keep=1).logits[:, -1].float())
     return float((logits[0] - logits[1]).abs().max())
 

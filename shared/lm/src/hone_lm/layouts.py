@@ -2,7 +2,8 @@
 
 A processor expands one video placeholder into hundreds of ids. What a run of them means differs per model class: all
 frames in one block (LLaVA, Qwen2-VL), or a block per frame with text such as timestamps between (Qwen3-VL, InternVL,
-SmolVLM, VideoLLaMA3). "Frame" is what the decoder sees as one: Qwen fuses two source frames into one temporal patch.
+SmolVLM, VideoLLaMA3). "Frame" of a layout is what the decoder sees as one. Where a class fuses several sampled frames
+into one before the decoder (Qwen: two), a layout has that many times fewer frames than were sampled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ class TokenLayout:
         frame: ``[tokens]``, the frame that a visual position shows, counted from 0; -1 is text or padding.
         real: ``[tokens]``, False where the batch is padded.
         separators: positions that carry a placeholder id and show no frame (LLaVA-OneVision's newline embedding).
-        source_frames: frames of the video behind one frame of the decoder.
+        source_frames: sampled frames that the class fuses into one frame of the layout.
+        sampled: frames that were sampled from the video and given to the processor; None where that is not known.
         spans: name to [start, stop): ``prefix``, ``video``, ``suffix``, ``last``, and what ``locate_spans`` adds.
     """
 
@@ -46,11 +49,12 @@ class TokenLayout:
     real: Bool[Tensor, " tokens"]
     separators: tuple[int, ...] = ()
     source_frames: int = 1
+    sampled: int | None = None
     spans: dict[str, Span] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> int:
-        """Frames that the decoder tells apart."""
+        """Frames that the decoder tells apart: those after fusing, not those sampled."""
         return int(self.frame.max()) + 1
 
     @property
@@ -111,13 +115,27 @@ class TokenLayout:
                 raise ValueError(f"span {name} must lie in [0, {len(self.frame)}); got [{start}, {stop})")
         return replace(self, spans=self.spans | dict(spans))
 
+    def _sampling(self) -> str:
+        """How the frames that were sampled became those of the layout."""
+        fused, sampled = self.source_frames, self.sampled
+        if sampled is None:
+            return f"each frame is {fused} sampled ones, fused before the decoder"
+        line = f"{sampled} frames sampled"
+        if fused > 1:
+            line += f", {fused} fused into each of the {self.num_frames} that the decoder sees"
+        # A last group that is not full is filled up by the processor.
+        if math.ceil(sampled / fused) != self.num_frames:
+            line += f"; expected {math.ceil(sampled / fused)} in the layout, the processor made {self.num_frames}"
+        return line
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types; frames are run-length encoded as [frame, count]."""
         return {
             "model_type": self.model_type,
             "tokens": len(self.frame),
-            "frames": self.num_frames,
+            "sampled": self.sampled,
             "source_frames": self.source_frames,
+            "frames": self.num_frames,
             "tokens_per_frame": list(self.tokens_per_frame),
             "padding": int((~self.real).sum()),
             "separators": list(self.separators),
@@ -137,6 +155,7 @@ class TokenLayout:
             real=torch.tensor(real),
             separators=tuple(data["separators"]),
             source_frames=data["source_frames"],
+            sampled=data.get("sampled"),
             spans={name: (int(a), int(b)) for name, (a, b) in data["spans"].items()},
         )
 
@@ -156,8 +175,8 @@ class TokenLayout:
             f"{self.model_type}: {len(self.frame)} positions, {self.num_frames} frames of {each} tokens, "
             f"{self.num_text} text" + (f", {int((~self.real).sum())} padding" if not self.real.all() else "")
         ]
-        if self.source_frames > 1:
-            lines.append(f"each frame is {self.source_frames} frames of the video, fused before the decoder")
+        if self.sampled is not None or self.source_frames > 1:
+            lines.append(self._sampling())
         if self.separators:
             lines.append(f"separators (placeholder id, no frame) at {', '.join(map(str, self.separators))}")
         if self.between:
@@ -171,8 +190,8 @@ class _Row:
     """One prompt as a rule sees it: ``grids`` hands out a (T, H, W) per video run and per image run."""
 
     config: Any
-    inputs: Mapping[str, Any]
-    grids: Mapping[str, Iterator[Tensor]]
+    grids: dict[str, Iterator[Any]]
+    gridded: bool  # whether the grids can cut a run
     tokens_per_frame: int | None
 
 
@@ -208,6 +227,10 @@ def _patches(vision: Any) -> int:
     return _side(vision.image_size) // _side(vision.patch_size)
 
 
+_TRAILING = {"llava_onevision": 1}
+"""``model_type`` to the separators that end a video's run."""
+
+
 def _llava_onevision(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
     """Frames pooled to ceil(side / 2) squared tokens, and one newline at the end of a video."""
     if kind == "image":
@@ -236,10 +259,25 @@ def _video_llava(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
 
 
 def _generic(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
-    """Split by a grid, else by ``tokens_per_frame``, else a run is a frame if there are several runs."""
-    if row.inputs.get(f"{kind}_grid_thw") is not None:
-        return _grid(row, kind, length)
-    return [length], 0
+    """A grid says whether a run is all frames of a video or one of them; without one it is a frame.
+
+    ``tokens_per_frame`` comes before this rule, as before every other.
+    """
+    grid = next(row.grids[kind], None) if row.gridded else None
+    if grid is None:
+        return [length], 0
+    time, height, width = (int(value) for value in grid)
+    each = height * width // row.config.vision_config.spatial_merge_size**2
+    if length == time * each:
+        return [each] * time, 0
+    if length == each:
+        # A run per frame, with text between, as in Qwen3-VL: the next runs are the other frames of this video.
+        row.grids[kind] = chain(repeat((1, height, width), time - 1), row.grids[kind])
+        return [each], 0
+    raise ValueError(
+        f"a {kind} of grid {time} x {height} x {width} takes {time * each} tokens, {each} per frame; the prompt has a "
+        f"run of {length}. Pass tokens_per_frame if the class has other frames"
+    )
 
 
 def _split(length: int, each: int, name: str) -> list[int]:
@@ -251,10 +289,23 @@ def _split(length: int, each: int, name: str) -> list[int]:
     return [each] * (length // each)
 
 
+def _cut(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
+    """Frames of ``row.tokens_per_frame``, and the separators that the class puts after them."""
+    trailing = _TRAILING.get(getattr(row.config, "model_type", ""), 0) if kind == "video" else 0
+    each, body = row.tokens_per_frame, length - trailing
+    if body < each or body % each:
+        after = f" and {trailing} separator" if trailing else ""
+        raise ValueError(
+            f"tokens_per_frame={each} does not divide a run of {body} {kind} tokens{after}; give a divisor of {body}"
+        )
+    return [each] * (body // each), trailing
+
+
 RULES: dict[str, Rule] = {
     "qwen2_vl": _grid,
     "qwen2_5_vl": _grid,
     "qwen3_vl": _one_frame,
+    "qwen3_vl_moe": _one_frame,
     "llava_onevision": _llava_onevision,
     "llava_next_video": _llava_next_video,
     "internvl": _one_frame,
@@ -272,12 +323,16 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
         model: The model, or its config.
         inputs: What the processor made: ``input_ids`` ``[batch, tokens]``, and where the class has them
             ``attention_mask`` and ``video_grid_thw``.
-        tokens_per_frame: Cut video runs into frames of so many tokens, in place of the class's own rule. Needed for a
-            class without one whose frames follow each other without text between.
+        tokens_per_frame: Cut runs of video placeholders into frames of so many tokens, in place of the class's own
+            rule; in a prompt without any, those of image placeholders, which some classes use for video. Needed for a
+            class without a rule whose frames follow each other without text between.
 
     Raises:
-        ValueError: A prompt has no visual token, or a run of them is no whole number of frames.
+        ValueError: A prompt has no visual token, a run of them is no whole number of frames, or ``tokens_per_frame``
+            is not positive or does not divide a run.
     """
+    if tokens_per_frame is not None and tokens_per_frame < 1:
+        raise ValueError(f"tokens_per_frame must be positive; got {tokens_per_frame}")
     config = getattr(model, "config", model)
     ids = inputs.get("input_ids")
     if ids is None:
@@ -289,7 +344,9 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
     if isinstance(padding, Tensor) and padding.dim() == 2:
         real = padding.detach().to("cpu").bool()
     grids = {kind: iter(_rows(inputs.get(f"{kind}_grid_thw"))) for kind in ("image", "video")}
-    row = _Row(config, inputs, grids, tokens_per_frame)
+    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    gridded = isinstance(merge, int) and any(inputs.get(f"{kind}_grid_thw") is not None for kind in grids)
+    row = _Row(config, grids, gridded, tokens_per_frame)
     return [_layout(row, ids[index], real[index], placeholders) for index in range(len(ids))]
 
 
@@ -378,21 +435,24 @@ def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) 
         )
     model_type = getattr(row.config, "model_type", "")
     rule = RULES.get(model_type, _generic)
+    frames_of = "video" if any(kind == "video" for kind, _, _ in runs) else "image"
     count = 0
     for kind, start, stop in runs:
-        if row.tokens_per_frame is not None and kind == "video":
-            sizes, trailing = _split(stop - start, row.tokens_per_frame, "tokens_per_frame"), 0
-        else:
-            sizes, trailing = rule(row, kind, stop - start)
+        cut = row.tokens_per_frame is not None and kind == frames_of
+        sizes, trailing = (_cut if cut else rule)(row, kind, stop - start)
         at = start
         for size in sizes:
             frame[at : at + size] = count
             at, count = at + size, count + 1
         separators += range(stop - trailing, stop)
-    if rule is _generic and row.tokens_per_frame is None and len(runs) == 1 and runs[0][0] == "video" and count == 1:
+    # An image id stands for frames too where a class has no other.
+    video_like = "video" if "video" in placeholders.values() else "image"
+    unknown = rule is _generic and row.tokens_per_frame is None and not row.gridded
+    if unknown and len(runs) == 1 and runs[0][0] == video_like:
+        length = runs[0][2] - runs[0][1]
         raise ValueError(
-            f"{model_type or 'this class'} has no layout rule, and its {runs[0][2] - runs[0][1]} video tokens follow "
-            "each other without text: pass tokens_per_frame"
+            f"{model_type or 'this class'} has no layout rule, and its {length} {video_like} tokens follow each other "
+            f"without text: pass tokens_per_frame (--tokens-per-frame), {length} for a single frame"
         )
     visual = (frame >= 0).nonzero().flatten()
     first, last = int(visual[0]), int(visual[-1])
@@ -400,8 +460,10 @@ def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) 
     begin, end = int(ends[0]), int(ends[-1]) + 1
     after = max([last, *separators]) + 1
     spans = {"prefix": (begin, first), "video": (first, last + 1), "suffix": (after, end), "last": (end - 1, end)}
-    # Two source frames are fused by the patch embedding of these classes.
+    # The patch embedding of Qwen's classes fuses two sampled frames.
     fused = getattr(getattr(row.config, "vision_config", None), "temporal_patch_size", 1)
+    if isinstance(fused, (list, tuple)):
+        fused = fused[0]
     return TokenLayout(
         model_type=model_type,
         frame=frame,

@@ -41,6 +41,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     SiglipVisionConfig,
@@ -164,11 +166,11 @@ def _qwen2_5_vl(layers: int) -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def _qwen3_vl(layers: int) -> tuple[Any, Any]:
+def _qwen3(config: type, model: type, layers: int, **text: Any) -> tuple[Any, Any]:
     tokenizer, ids = _qwen_tokens()
     rope = _MROPE | {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    config = Qwen3VLConfig(
-        text_config=_text(len(tokenizer), layers) | {"head_dim": 16, "rope_parameters": rope},
+    settings = config(
+        text_config=_text(len(tokenizer), layers) | {"head_dim": 16, "rope_parameters": rope} | text,
         vision_config={
             "depth": 3,
             "hidden_size": 32,
@@ -183,7 +185,16 @@ def _qwen3_vl(layers: int) -> tuple[Any, Any]:
     )
     video = Qwen3VLVideoProcessor(size=dict(_SMALL), patch_size=14, do_sample_frames=False, cap_pixels_per_frame=False)
     processor = Qwen3VLProcessor(Qwen2VLImageProcessorPil(size=dict(_SMALL)), tokenizer, video)
-    return Qwen3VLForConditionalGeneration(config), processor
+    return model(settings), processor
+
+
+def _qwen3_vl(layers: int) -> tuple[Any, Any]:
+    return _qwen3(Qwen3VLConfig, Qwen3VLForConditionalGeneration, layers)
+
+
+def _qwen3_vl_moe(layers: int) -> tuple[Any, Any]:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return _qwen3(Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, layers, **experts)
 
 
 def _llava_onevision(layers: int) -> tuple[Any, Any]:
@@ -349,6 +360,7 @@ FAMILIES: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
     "llava_onevision": _llava_onevision,
     "llava_next_video": _llava_next_video,
     "internvl": _internvl,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Clip:
             "fps": self.fps,
             "total_num_frames": max(count, round(seconds * self.fps)),
             "duration": self.duration,
-            "frames_indices": [int(time * self.fps) for time in self.times],
+            "frames_indices": [int(time * self.fps + 1e-6) for time in self.times],
             "height": int(self.frames.shape[2]),
             "width": int(self.frames.shape[3]),
         }
@@ -77,25 +78,38 @@ def check_video(path: str | Path) -> Path:
     return path
 
 
-def read_video(path: str | Path, *, num_frames: int = 32, start: float | None = None, end: float | None = None) -> Clip:
+def read_video(
+    path: str | Path,
+    *,
+    num_frames: int = 32,
+    start: float | None = None,
+    end: float | None = None,
+    fps: float | None = None,
+) -> Clip:
     """Read evenly spaced frames, each from the middle of its part of the video.
 
     Args:
-        path: A file that ffmpeg reads, a folder of pictures in order of name (one per second), or a ``.npy`` array of
-            bytes ``[frames, height, width, 3]`` (one frame per second).
-        num_frames: Frames to take; a video with fewer gives all it has.
+        path: A file that ffmpeg reads, a folder of pictures in order of the numbers in their names, or a ``.npy`` array
+            of bytes ``[frames, height, width, 3]``.
+        num_frames: Frames to sample; a video with fewer gives all it has.
         start: Seconds from which; the beginning if None.
         end: Seconds up to which; the end if None.
+        fps: Frames per second of a folder or an array, which do not say; 1 if None. A file has its own.
 
     Raises:
         FileNotFoundError: There is no such video.
-        ValueError: It cannot be decoded, is cut short, or has no frame between ``start`` and ``end``.
+        ValueError: It cannot be decoded, is cut short, or has no frame between ``start`` and ``end``; or ``fps`` is not
+            positive, or given for a file.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be positive; got {num_frames}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive; got {fps}")
     path = check_video(path)
     if path.is_dir():
-        return _sample(_read_pictures(_pictures(path)), 1.0, num_frames, start, end, path)
+        files = _pictures(path)
+        picks, times, rate = _picks(len(files), fps, num_frames, start, end, path)
+        return Clip(_read_pictures([files[pick] for pick in picks]), times, len(files) / rate, rate)
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
@@ -105,12 +119,23 @@ def read_video(path: str | Path, *, num_frames: int = 32, start: float | None = 
             raise ValueError(
                 f"{path}: expected bytes [frames, height, width, 3]; got {array.dtype} {list(array.shape)}"
             )
-        return _sample(torch.from_numpy(array).permute(0, 3, 1, 2), 1.0, num_frames, start, end, path)
+        picks, times, rate = _picks(len(array), fps, num_frames, start, end, path)
+        return Clip(torch.from_numpy(array[picks]).permute(0, 3, 1, 2).contiguous(), times, len(array) / rate, rate)
+    if fps is not None:
+        raise ValueError(f"fps is of a folder of pictures or an array; {path} is a file, which has its own")
     return _read_file(path, num_frames, start, end)
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    """Pictures of a folder, 2.png before 10.png."""
+    found = (file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
+    return sorted(found, key=_in_order)
+
+
+def _in_order(file: Path) -> tuple[list[Any], str]:
+    parts = re.split(r"(\d+)", file.stem)
+    # Every other part is a number. Names of equal numbers, such as 1.png and 01.png, go by their letters.
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], file.name
 
 
 def _read_pictures(files: list[Path]) -> Tensor:
@@ -135,13 +160,18 @@ def _span(path: Path, duration: float, start: float | None, end: float | None) -
     return begin, stop
 
 
-def _sample(frames: Tensor, fps: float, count: int, start: float | None, end: float | None, path: Path) -> Clip:
-    duration = len(frames) / fps
-    begin, stop = _span(path, duration, start, end)
-    first, last = int(begin * fps), max(int(begin * fps) + 1, round(stop * fps))
+def _picks(
+    total: int, fps: float | None, count: int, start: float | None, end: float | None, path: Path
+) -> tuple[list[int], tuple[float, ...], float]:
+    """Indices and times of the frames to take from so many, and frames per second."""
+    fps = 1.0 if fps is None else float(fps)
+    begin, stop = _span(path, total / fps, start, end)
+    # The small term undoes binary fractions such as 0.29 * 100 == 28.999....
+    first = min(int(begin * fps + 1e-6), total - 1)
+    last = min(max(first + 1, round(stop * fps)), total)
     count = min(count, last - first)
     picks = [first + int((index + 0.5) * (last - first) / count) for index in range(count)]
-    return Clip(frames[picks].contiguous(), tuple(pick / fps for pick in picks), duration, fps)
+    return picks, tuple(pick / fps for pick in picks), fps
 
 
 def _read_file(path: Path, count: int, start: float | None, end: float | None) -> Clip:
