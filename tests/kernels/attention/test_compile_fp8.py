@@ -84,8 +84,9 @@ def test_prologue_moves_whole_vectors(dim, everything, group):
     for launch in recorded:
         code = compile_launch(launch)
         assert code.spills == 0, launch
-        # Warps that share a multiprocessor and its 65,536 registers.
-        assert 65536 // (32 * code.registers) >= (16 if everything else 24), launch
+        # Warps that share a multiprocessor and its 65,536 registers. Of V, few warps with many loads each are fastest.
+        least = 12 if launch.name == "_values_kernel" else 16 if everything else 24
+        assert 65536 // (32 * code.registers) >= least, launch
         if launch.name == "_values_kernel":
             assert code.count(r"LDSM\.16\.MT88\.4") > 0, launch
         if dim == 128:

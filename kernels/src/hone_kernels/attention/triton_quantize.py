@@ -44,11 +44,11 @@ class Prologue:
     heads: int = 4
     rows: int = 32
     reuse: int = 8 << 20
-    values: tuple[int, int] = (8, 80)
+    values: tuple[int, int] = (4, 168)
 
 
 PROLOGUE = Prologue()
-ROTATING = Prologue(registers=128)
+ROTATING = Prologue(registers=128, heads=6)
 """With rotary tables or a mean, which need registers too."""
 
 
