@@ -13,6 +13,10 @@ from hone_knockout.models import attach, check_model, load_model
 from hone_lm.layouts import find_layouts, locate_spans
 from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 
+# transformers' masking_utils.flex_attention_mask passes _compile=True, which torch is about to drop.
+FLEX_MASKS_OF_TRANSFORMERS = "ignore:_compile flag on create_block_mask was:DeprecationWarning"
+# Which imports inductor, whose parts are of torch.jit.
+INDUCTOR = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 LAYERS = 6
 ONE, TWO = ["What moves?"], ["What moves?", "Which of the two is first?"]
 MODELS = {}
@@ -225,6 +229,7 @@ def test_padding_changes_nothing():
         assert_close(batch[:1], single, atol=1e-4)
 
 
+@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, INDUCTOR)
 def test_bases_agree():
     questions, results = TWO, {}
     configs = {
@@ -237,7 +242,6 @@ def test_bases_agree():
     # Compiled flex attention needs a GPU; the stance runs the same call uncompiled.
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
         for base in ("sdpa", "eager", "flex_attention"):
             model, inputs = get("llava_onevision", questions, base)
             for name, config in configs.items():
@@ -420,6 +424,7 @@ def test_text_model_is_refused_before_its_weights_are_read(tmp_path):
 
 
 @requires_gpu(min_sm=80)
+@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, INDUCTOR)
 @pytest.mark.parametrize("base", ["sdpa", "eager", "flex_attention"])
 def test_on_a_gpu(base):
     model, processor = tiny("llava_onevision", layers=LAYERS)

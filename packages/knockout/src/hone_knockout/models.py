@@ -561,6 +561,5 @@ def _flex_mask(
         allowed = keep(b, q, k)
         return allowed if old is None else allowed & old(b, h, q, k)
 
-    return create_block_mask(
-        both, B=batch, H=None, Q_LEN=queries, KV_LEN=keys, device=device or mask.kv_indices.device, _compile=False
-    )
+    device = device or mask.kv_indices.device
+    return create_block_mask(both, B=batch, H=None, Q_LEN=queries, KV_LEN=keys, device=device)
