@@ -1,8 +1,12 @@
+import time
+
 import pytest
 import torch
 from hone_core.runs import Run
 from hone_core.testing import requires_gpu
 from hone_knockout.bench import WORKLOADS, BenchConfig, BenchReport, bench, bound, check_kernel, layout_of, variants
+from hone_knockout.models import KnockoutHandle
+from hone_lm.layouts import find_layouts
 
 
 def test_tiny(tmp_path):
@@ -15,6 +19,48 @@ def test_tiny(tmp_path):
     assert rows["decode", "exit"] > 0
     assert "exit + window" in str(report)
     assert str(BenchReport.of(run)) == str(report)
+
+
+def test_what_starts_a_prefill_is_timed(tmp_path, monkeypatch):
+    """Layout and masks are made in every timed prefill of a variant; the baseline has nothing attached."""
+    from hone_knockout import bench as module
+
+    slow, calls = 0.4, []
+    start, find = KnockoutHandle.start, module.find_layouts
+
+    def slowly(self, *args):
+        calls.append("start")
+        time.sleep(slow)
+        return start(self, *args)
+
+    def find_slowly(*args, **more):
+        calls.append("find")
+        time.sleep(slow)
+        return find(*args, **more)
+
+    monkeypatch.setattr(KnockoutHandle, "start", slowly)
+    monkeypatch.setattr(module, "find_layouts", find_slowly)
+    monkeypatch.setattr(module, "check", lambda *args: None)
+    cfg = BenchConfig(arch="tiny", frames=(8,), rounds=1, repeats=2, decode_tokens=1)
+    with Run.start(package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run") as run:
+        bench(cfg, run, device="cpu", quiet=True)
+    prefill = {row.variant: row.value for row in run.rows if row.metric == "prefill"}
+    assert prefill.pop("baseline") < 1000 * 2 * slow
+    assert len(prefill) == 3
+    assert min(prefill.values()) > 1000 * 2 * slow
+    # A warm-up, two timed ones and that of the decode steps, for each of three variants.
+    assert calls == ["find", "start"] * 12
+
+
+def test_layout_that_is_timed_is_that_of_the_workload():
+    from hone_knockout.bench import _token_ids, build
+
+    work, device = WORKLOADS["tiny"], torch.device("cpu")
+    layout = layout_of(work, 8)
+    model = build(BenchConfig(arch="tiny"), device, torch.float32)
+    inputs = {"input_ids": _token_ids(layout, work, device)}
+    (found,) = find_layouts(model, inputs, tokens_per_frame=work.tokens_per_frame)
+    assert torch.equal(found.frame, layout.frame)
 
 
 @pytest.mark.parametrize("frames", [8, 32, 64])

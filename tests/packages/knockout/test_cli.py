@@ -187,6 +187,39 @@ def test_tokens_per_frame_on_the_command_line(capsys, folder, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["tokens_per_frame"] == 6
 
 
+def test_failed_questions_are_counted_and_asked_again(capsys, folder, tmp_path):
+    for name in ("qa.jsonl", *(f"{index}.npy" for index in range(8))):
+        shutil.copy(folder / name, tmp_path / name)
+    (tmp_path / "3.npy").rename(tmp_path / "away.npy")
+    argv = ["eval", "--model", folder / "model", "--data", tmp_path / "qa.jsonl", "--setting", "global2"]
+    argv += ["--knock", "LV", "--frames", 4, "--out", tmp_path / "run", "--quiet"]
+    hint = f"1 of 8 questions failed; the same command with --out {tmp_path / 'run'} --retry-failed asks them again"
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "; 7 questions" in out
+    assert hint in err
+    chart = tmp_path / "run" / "figures" / "sweep.png"
+    first = chart.read_bytes()
+    # Still away, then there but not asked for, then asked for.
+    assert run(capsys, *argv, "--retry-failed")[1] == out
+    (tmp_path / "away.npy").rename(tmp_path / "3.npy")
+    code, again, err = run(capsys, *argv)
+    assert (code, again) == (0, out)
+    assert hint in err
+    code, whole, err = run(capsys, *argv, "--retry-failed")
+    assert code == 0, err
+    assert "; 8 questions" in whole
+    assert "left out" not in whole
+    assert "failed" not in err
+    assert chart.read_bytes() != first
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert [row["value"] for row in rows if row["metric"] == "failed_items"] == [0]
+    answers = (tmp_path / "run" / "artifacts" / "answers.jsonl").read_text().splitlines()
+    assert len([line for line in answers if "results" in json.loads(line)]) == 8
+    # Nothing is left to ask.
+    assert run(capsys, *argv, "--retry-failed")[1] == whole
+
+
 def test_eval_of_the_host(capsys, host_file, tmp_path):
     code, out, err = run(
         capsys, "eval", "--host", host_file, "--limit", 8, "--setting", "global2", "--knock", "LV", "--random-control",
@@ -232,6 +265,7 @@ def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
         (["eval", "--model", "M", "--data", "D", "--host", "H"], "not both"),
         (["eval", "--dtype", "float32"], "dtype belong to --model"),
         (["eval", "--videos", "V", "--format", "mvbench"], "format, videos belong to --model"),
+        (["eval", "--retry-failed"], "goes with --out"),
         (["eval", "--limit", "0"], "limit must be positive"),
         (["eval", "--data", "qa.jsonl"], "data and model belong together"),
         (["eval", "--data", "none.jsonl", "--model", "M"], "there is no question file"),

@@ -65,6 +65,32 @@ def test_sweep_with_and_without_reuse(host, tmp_path):
     assert "chance level" in str(report)
 
 
+@pytest.mark.parametrize("reuse", [True, False])
+def test_batches_change_no_answer(host, tmp_path, reuse):
+    """Random controls among them: their pairs belong to the question, wherever it stands and however it is padded."""
+    items = generated_items(8, host.config.clip)
+    cfg = dataclasses.replace(CFG, settings=("global2",), controls=("none", "random"), reuse=reuse)
+    tables = []
+    for batch in (1, 4):
+        each = dataclasses.replace(cfg, batch=batch)
+        with start(each, tmp_path / str(batch)) as run:
+            sweep(host.model, host.processor, items, each, run, quiet=True)
+        answers, _ = read_answers(run.path)
+        tables.append({(n, label): r["p"] for n, row in answers.items() for label, r in row["results"].items()})
+    assert tables[0].keys() == tables[1].keys()
+    for key, p in tables[0].items():
+        assert p == pytest.approx(tables[1][key], abs=2e-5), key
+
+
+def test_a_spread_model_is_refused_before_any_question(tmp_path):
+    model, processor = tiny("llava_onevision", layers=3)
+    model.model.language_model.layers[2].to("meta")
+    cfg = dataclasses.replace(CFG, settings=("global2",))
+    with start(cfg, tmp_path / "run") as run, pytest.raises(ValueError, match="all on one device"):
+        sweep(model, processor, generated_items(2), cfg, run, quiet=True)
+    assert not (run.path / "artifacts" / "answers.jsonl").exists()
+
+
 def test_rows(host, tmp_path):
     items = generated_items(16, host.config.clip)
     with start(CFG, tmp_path / "run") as run:

@@ -9,10 +9,15 @@ from hone_core.testing import assert_close, requires_gpu
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.local_attention import RegularFrames, frame_local_attention, regular_frames
 from hone_knockout.method import blocked_pairs, causal_pairs
-from hone_knockout.models import attach, check_model, load_model
+from hone_knockout.models import attach, check_model, find_licence, load_model
+from hone_knockout.prefix import PrefixRunner
 from hone_lm.layouts import RULES, find_layouts, locate_spans
 from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 
+# transformers' masking_utils.flex_attention_mask passes _compile=True, which torch is about to drop.
+FLEX_MASKS_OF_TRANSFORMERS = "ignore:_compile flag on create_block_mask was:DeprecationWarning"
+# Which imports inductor, whose parts are of torch.jit.
+INDUCTOR = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 LAYERS = 6
 ONE, TWO = ["What moves?"], ["What moves?", "Which of the two is first?"]
 MODELS = {}
@@ -225,6 +230,7 @@ def test_padding_changes_nothing():
         assert_close(batch[:1], single, atol=1e-4)
 
 
+@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, INDUCTOR)
 def test_bases_agree():
     questions, results = TWO, {}
     configs = {
@@ -237,7 +243,6 @@ def test_bases_agree():
     # Compiled flex attention needs a GPU; the stance runs the same call uncompiled.
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
         for base in ("sdpa", "eager", "flex_attention"):
             model, inputs = get("llava_onevision", questions, base)
             for name, config in configs.items():
@@ -257,6 +262,32 @@ def test_random_control_blocks_as_much_and_somewhere_else():
     assert drawn.sum() == blocked_pairs("LV", frame).sum()
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "video_llama_3"])
+def test_random_control_of_a_prompt_is_the_same_in_any_batch(family):
+    """Padded, in another row, and while generating, where rows are drawn as they come."""
+    prompts = ["What moves?", "Which of the two is first?", "What is it?"]
+    for knockout in (lv(2, 3, control="random"), Knockout(kind="VT", layers=(1,), control="random", seed=4)):
+        model, inputs = get(family, prompts)
+        with attach(model, knockout):
+            batch = generated(model, inputs)
+        for row, prompt in enumerate(prompts):
+            # Each row of a batch has a video of its own.
+            model, alone = get(family, [prompt], seed=row)
+            with attach(model, knockout):
+                assert_close(batch[row : row + 1], generated(model, alone), what=prompt, atol=1e-4)
+
+
+def test_random_controls_of_two_prompts_differ_also_where_their_layouts_do_not():
+    model, inputs = get("llava_onevision", ["What moves?", "What turns?", "What moves?"])
+    with attach(model, lv(2, control="random")) as handle:
+        model(**inputs)
+        tables = [handle._drawn[0, row] for row in range(3)]
+    assert len(tables[0]) == len(tables[1])
+    assert int(tables[0].sum()) == int(tables[1].sum())
+    assert torch.equal(tables[0], tables[2])
+    assert not torch.equal(tables[0], tables[1])
 
 
 def test_located_spans():
@@ -410,6 +441,27 @@ class TestRefusals:
             with pytest.raises(ValueError, match="static cache"):
                 model.generate(**inputs, max_new_tokens=2, cache_implementation="static", disable_compile=True)
 
+    @pytest.mark.parametrize("layer", [0, 3])
+    def test_decoder_on_several_devices(self, layer):
+        """As accelerate leaves it: a layer elsewhere, or its weights on meta."""
+        model, processor = tiny("llava_onevision", layers=LAYERS)
+        model.model.language_model.layers[layer].to("meta")
+        model.hf_device_map = {"": 0, f"model.language_model.layers.{layer}": "disk"}
+        others = "1-5" if layer == 0 else "0-2,4-5"
+        match = rf"meta: layers {layer}.*device_map"
+        with pytest.raises(ValueError, match=match) as error:
+            attach(model, KnockoutConfig(exit=4))
+        assert f"cpu: layers {others}" in str(error.value)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        with pytest.raises(ValueError, match=match):
+            PrefixRunner(model, tiny_inputs("llava_onevision", processor))
+
+    def test_vision_tower_elsewhere_is_no_matter(self):
+        model, _ = tiny("llava_onevision", layers=2)
+        model.model.vision_tower.to("meta")
+        model.hf_device_map = {"model.vision_tower": "cpu", "model.language_model": 0, "lm_head": 0}
+        attach(model, lv(1)).detach()
+
     def test_twice(self):
         model, _ = get("qwen2_vl")
         with attach(model, lv(1)), pytest.raises(ValueError, match="tapped already"):
@@ -440,6 +492,41 @@ def test_checkpoint_folder_round_trip(tmp_path):
         loaded(**inputs)
 
 
+@pytest.mark.parametrize(
+    ("card", "said", "level"),
+    [
+        (None, "unknown, neither", "INFO"),
+        ("A model card.", "unknown, neither", "INFO"),
+        ("---\ntags: [video]\n---\nlicense: mit, says the text", "unknown, neither", "INFO"),
+        ("---\ntags:\n- video\nlicense: apache-2.0\n---\n# A model", "apache-2.0", "INFO"),
+        ("---\nlicense: cc-by-nc-4.0  # their words\n---\n", "cc-by-nc-4.0 (no commercial use)", "WARNING"),
+        (
+            '---\nlicense: other\nlicense_name: "lab-research"\nlicense_link: https://lab.example/LICENSE\n---\n',
+            "other, lab-research, https://lab.example/LICENSE",
+            "INFO",
+        ),
+    ],
+)
+def test_licence_is_said_once_at_load(tmp_path, caplog, card, said, level):
+    model, processor = tiny("qwen2_vl", layers=1)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    with caplog.at_level("INFO", "hone_knockout"):
+        load_model(str(tmp_path))
+    (record,) = [record for record in caplog.records if "licence" in record.message]
+    assert record.levelname == level
+    assert record.message.startswith(f"licence of {tmp_path}: {said}")
+
+
+def test_licence_in_a_config(tmp_path):
+    config = tiny("qwen2_vl", layers=1)[0].config
+    config.license = "mit"
+    config.save_pretrained(tmp_path)
+    assert find_licence(str(tmp_path)) == "mit"
+
+
 def test_text_model_is_refused_before_its_weights_are_read(tmp_path):
     from transformers import Qwen2Config
 
@@ -449,6 +536,7 @@ def test_text_model_is_refused_before_its_weights_are_read(tmp_path):
 
 
 @requires_gpu(min_sm=80)
+@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, INDUCTOR)
 @pytest.mark.parametrize("base", ["sdpa", "eager", "flex_attention"])
 def test_on_a_gpu(base):
     model, processor = tiny("llava_onevision", layers=LAYERS)

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -65,6 +66,53 @@ def test_what_the_two_stage_sweep_takes(exits):
     assert counts.rows == sum(ran) == whole * tokens + (counts.layers - whole) * text
     # 64 of 99 tokens are visual; with more of them it nears 420 / 57.
     assert counts.rows_without / counts.rows == pytest.approx(3.461 if exits else 1.757, abs=1e-3)
+
+
+@torch.no_grad()
+def test_only_states_that_a_later_configuration_needs_are_kept():
+    model, processor = tiny("qwen3_vl", layers=LAYERS)
+    inputs = tiny_inputs("qwen3_vl", processor, ["What?", "And which of the two?"])
+    early, late = lv(2), KnockoutConfig(knockouts=(Knockout(kind="VT", layers=(4,)),), exit=5)
+    configs = [KnockoutConfig(), early, late, early]
+    entering = []
+
+    def note(module, args, kwargs):
+        entering.append(weakref.ref(args[0] if args else kwargs["hidden_states"]))
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in model.model.language_model.layers]
+    runner, seen = PrefixRunner(model, inputs, configs), []
+    for config in configs:
+        logits = runner.run(config)
+        with attach(model, config):
+            assert_close(logits, model(**inputs, logits_to_keep=1).logits[:, -1], what=config.label)
+        seen.append(runner.kept_layers)
+        if not config.knockouts:
+            size = inputs["input_ids"].numel() * model.config.text_config.hidden_size * 4
+            assert runner.kept_bytes == 2 * size
+            # No other reference to a state of the baseline is left, such as among its keyword arguments.
+            alive = [index for index, ref in enumerate(entering[:LAYERS]) if ref() is not None]
+            assert alive == [2, 4]
+    for hook in hooks:
+        hook.remove()
+    assert seen == [(2, 4), (2, 4), (2,), ()]
+    assert runner.kept_bytes == 0
+    assert not any(ref() is not None for ref in entering[:LAYERS])
+    for config in (early, lv(1)):
+        with pytest.raises(ValueError, match=r"states that enter layer \d are not kept"):
+            runner.run(config)
+    assert PrefixRunner(model, inputs).kept_layers == ()
+
+
+@torch.no_grad()
+def test_last_layer_is_kept_where_a_configuration_starts_there():
+    model, processor = tiny("llava_onevision", layers=LAYERS)
+    inputs = tiny_inputs("llava_onevision", processor)
+    runner = PrefixRunner(model, inputs, [lv(LAYERS - 1)])
+    with attach(model, lv(LAYERS - 1)):
+        whole = model(**inputs, logits_to_keep=1).logits[:, -1]
+    runner.run(KnockoutConfig())
+    assert runner.kept_layers == (LAYERS - 1,)
+    assert_close(runner.run(lv(LAYERS - 1)), whole, what="last layer")
 
 
 def test_exits_save_rows_on_top():

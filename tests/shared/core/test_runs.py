@@ -109,6 +109,23 @@ def test_finished_run_is_returned_untouched(tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_finished_run_is_taken_up_again(tmp_path):
+    with start(tmp_path / "run") as run:
+        run.row("psnr", 30, better="higher")
+        run.row("failed", 2, better="lower")
+    again = start(tmp_path / "run")
+    again.reopen()
+    with again:
+        assert load_results(again.path)["status"] == "running"
+        again.row("failed", 0, better="lower")
+        with pytest.raises(RuntimeError, match="holds no finished run"):
+            again.reopen()
+    results = load_results(again.path)
+    assert results["status"] == "done"
+    assert {row["metric"]: row["value"] for row in results["rows"]} == {"psnr": 30, "failed": 0}
+    assert start(tmp_path / "run").done
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

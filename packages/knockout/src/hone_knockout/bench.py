@@ -1,7 +1,8 @@
 """Exit and window at real sizes: prefill and decode time and memory beside what the operations allow.
 
 Random weights of the published shapes. Only the decoder is timed, from embeddings to the logits of the last position:
-the vision tower runs before it and is the same in every variant.
+the vision tower runs before it and is the same in every variant. A variant's prefill includes what it does once per
+prompt (finding the layout, checking and building masks); the baseline is the model with nothing attached.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,14 +21,14 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.progress import progress_bar
 from hone_core.timing import measure
 from hone_lm.decoders import find_decoder
-from hone_lm.layouts import TokenLayout
+from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
 from .config import Knockout, KnockoutConfig
 from .flops import DecoderShape, Flops, prefill_flops
 from .local_attention import RegularFrames, frame_local_attention
 from .method import blocked_pairs, causal_pairs, global_after
-from .models import attach
+from .models import KnockoutHandle, attach
 
 __all__ = ["WORKLOADS", "BenchConfig", "BenchReport", "Workload", "bench"]
 
@@ -48,6 +50,7 @@ class Workload:
         suffix: text after it, separators included.
         exit: layer at which visual tokens leave, the paper's 18 of 28.
         window: first layers in which frames read only themselves.
+        newline: whether the suffix begins with a separator that has the id of a video token.
     """
 
     shape: DecoderShape
@@ -58,8 +61,10 @@ class Workload:
     suffix: int
     exit: int
     window: int
+    newline: bool = True
 
 
+_VIDEO_ID = 6
 _QWEN2_7B = DecoderShape(layers=28, width=3584, intermediate=18944, heads=28, heads_k=4, head_dim=128)
 WORKLOADS: dict[str, Workload] = {
     # 384 px: 27 x 27 patches pooled to 14 x 14, one newline at the end.
@@ -83,6 +88,7 @@ WORKLOADS: dict[str, Workload] = {
         suffix=46,
         exit=18,
         window=8,
+        newline=False,
     ),
     "tiny": Workload(
         shape=DecoderShape(layers=8, width=128, intermediate=256, heads=4, heads_k=2, head_dim=32),
@@ -225,7 +231,7 @@ def build(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> nn.Modu
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
         vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": shape.width, "intermediate_size": 64}
         vision |= {"num_heads": 2, "fullatt_block_indexes": [0]}
-        ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+        ids = {"image_token_id": 5, "video_token_id": _VIDEO_ID, "vision_start_token_id": 7, "vision_end_token_id": 8}
         config = Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **ids)
         kind = Qwen2_5_VLForConditionalGeneration
     else:
@@ -234,7 +240,7 @@ def build(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> nn.Modu
         vision = SiglipVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
         text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
         config = LlavaOnevisionConfig(
-            text_config=Qwen2Config(**text), vision_config=vision, image_token_index=5, video_token_index=6
+            text_config=Qwen2Config(**text), vision_config=vision, image_token_index=5, video_token_index=_VIDEO_ID
         )
         kind = LlavaOnevisionForConditionalGeneration
     before = torch.get_default_dtype()
@@ -275,20 +281,22 @@ def bench(cfg: BenchConfig, run: Any, *, device: str = "auto", quiet: bool = Fal
     with progress_bar(len(cfg.frames) * cfg.rounds * len(plans), desc=cfg.arch, quiet=quiet) as bar:
         for frames in cfg.frames:
             layout = layout_of(work, frames)
-            inputs = _embeddings(layout, work, target, dtype, cfg.seed)
+            inputs, ids = _embeddings(layout, work, target, dtype, cfg.seed), _token_ids(layout, work, target)
             prefills: dict[str, list[float]] = {name: [] for name in plans}
             decodes: dict[str, list[float]] = {name: [] for name in plans}
             peaks: dict[str, int | None] = dict.fromkeys(plans)
             # Variants take turns, so that clocks and heat fall on all alike.
             for _ in range(cfg.rounds):
                 for name, config in plans.items():
-                    with attach(model, config) as handle, handle.using([layout]):
-                        call = partial(model, inputs_embeds=inputs, logits_to_keep=1)
+                    with _attached(model, config) as handle:
+                        call = partial(_prefill, model, handle, inputs, ids, work)
                         timing = measure(call, warmup=1, repeats=cfg.repeats, device=target)
                         prefills[name].append(timing.ms_p50)
                         if timing.peak_bytes is not None:
                             peaks[name] = max(timing.peak_bytes, peaks[name] or 0)
-                        decodes[name].append(_decode_rate(model, inputs, cfg.decode_tokens))
+                        out = _prefill(model, handle, inputs, ids, work, use_cache=True)
+                        decodes[name].append(_decode_rate(model, out, inputs[:, -1:], cfg.decode_tokens))
+                        del out
                     bar.update()
             base = bound(work, frames, plans["baseline"]).total
             labels = {"arch": cfg.arch, "frames": frames, "tokens": len(layout.frame)}
@@ -351,9 +359,7 @@ def check(model: nn.Module, work: Workload, device: torch.device, dtype: torch.d
     def logits(config: KnockoutConfig, *, masked: bool = False) -> Tensor:
         with attach(model, config) as handle, handle.using([layout]):
             if masked:
-                # Without a regular layout the handle has only its mask.
-                handle.start([layout])
-                handle._prompt = handle._prompt._replace(regular=None, layouts=handle._given)
+                handle._is_local = lambda *_: False
             return model(inputs_embeds=inputs, logits_to_keep=1).logits.float()
 
     exit = logits(KnockoutConfig(exit=work.exit))
@@ -380,20 +386,43 @@ def _embeddings(layout: TokenLayout, work: Workload, device: torch.device, dtype
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
 
-def _decode_rate(model: nn.Module, inputs: Tensor, tokens: int) -> float:
-    """Tokens per second after a prefill."""
-    out = model(inputs_embeds=inputs, logits_to_keep=1, use_cache=True)
-    cache, token = out.past_key_values, inputs[:, -1:]
-    gpu = inputs.device.type == "cuda"
+def _token_ids(layout: TokenLayout, work: Workload, device: torch.device) -> Tensor:
+    """Ids ``[1, tokens]`` with the placeholder of ``build`` at visual positions and a newline after them."""
+    ids = torch.where(layout.frame >= 0, _VIDEO_ID, 3)
+    if work.newline:
+        ids[layout.spans["video"][1]] = _VIDEO_ID
+    return ids[None].to(device)
+
+
+def _attached(model: nn.Module, config: KnockoutConfig) -> AbstractContextManager[KnockoutHandle | None]:
+    """What a variant attaches: nothing, if it is the baseline."""
+    return nullcontext() if config == KnockoutConfig() else attach(model, config)
+
+
+def _prefill(
+    model: nn.Module, handle: KnockoutHandle | None, inputs: Tensor, ids: Tensor, work: Workload, **options: Any
+) -> Any:
+    """A prefill as a user pays for it: the layout is read off the ids, as it is where a prompt comes as such."""
+    call = partial(model, inputs_embeds=inputs, logits_to_keep=1, **options)
+    if handle is None:
+        return call()
+    with handle.using(find_layouts(model, {"input_ids": ids}, tokens_per_frame=work.tokens_per_frame)):
+        return call()
+
+
+def _decode_rate(model: nn.Module, out: Any, token: Tensor, tokens: int) -> float:
+    """Tokens per second after a prefill that gave ``out``, each with the embedding ``token``."""
+    cache = out.past_key_values
+    gpu = token.device.type == "cuda"
     for step in range(tokens + 1):
         if step == 1:
             # The first step is not counted.
             if gpu:
-                torch.cuda.synchronize(inputs.device)
+                torch.cuda.synchronize(token.device)
             begun = time.perf_counter()
         model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1, use_cache=True)
     if gpu:
-        torch.cuda.synchronize(inputs.device)
+        torch.cuda.synchronize(token.device)
     return tokens / (time.perf_counter() - begun)
 
 

@@ -232,6 +232,7 @@ def evaluate(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
     out: Path | None = None,
+    retry_failed: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Any:
@@ -259,12 +260,17 @@ def evaluate(
         device: auto, cpu, cuda or cuda:1.
         dtype: Of the model's weights; auto is bfloat16 on a GPU, float32 on a CPU (auto).
         out: Run folder; the same folder resumes.
+        retry_failed: Ask the questions that failed in a finished run again. An unfinished one does so anyway.
         dry_run: Look for questions, videos and the model's config, print the settings and do nothing.
         quiet: Show no progress.
     """
-    from . import plots
-    from .evaluate import SweepConfig, SweepReport, configurations, sweep
+    import logging
 
+    from . import plots
+    from .evaluate import SweepConfig, SweepReport, configurations, read_answers, sweep
+
+    if retry_failed and out is None:
+        raise ValueError("which run? --retry-failed goes with --out, the folder of the run whose questions failed")
     cfg = _load(SweepConfig, config)
     flags = {"data": data, "format": format, "videos": videos, "model": model, "limit": limit, "host": host}
     source = _source(cfg.source, **flags, dtype=dtype)
@@ -289,14 +295,27 @@ def evaluate(
     configurations(cfg, _num_layers(source))
     if dry_run:
         return _plan(cfg, out) | {"questions": len(items)}
-    with _start("eval", cfg, out, cfg.seed) as run:
+    run = _start("eval", cfg, out, cfg.seed)
+    if run.done and retry_failed and read_answers(run.path)[1]:
+        run.reopen()
+    with run:
+        chart = run.figures / "sweep.png"
         if not run.done:
             loaded, processor, _ = _loaded(source, device)
             sweep(loaded, processor, items, cfg, run, quiet=quiet)
-    chart = run.figures / "sweep.png"
+            # That of a run taken up again is of fewer answers.
+            chart.unlink(missing_ok=True)
     if not chart.exists():
         plots.sweep_chart(run.results(), chart)
-    return SweepReport.of(run)
+    report = SweepReport.of(run)
+    if report.failed:
+        logging.getLogger(__name__).warning(
+            "%d of %d questions failed; the same command with --out %s --retry-failed asks them again",
+            len(report.failed),
+            report.items + len(report.failed),
+            run.path,
+        )
+    return report
 
 
 def recommend(

@@ -26,7 +26,7 @@ from torch import Tensor
 from .config import Control, Kind, Knockout, KnockoutConfig
 from .data import Item, read_clip
 from .method import global_after, windows
-from .models import attach
+from .models import attach, check_devices
 from .prefix import Counts, PrefixRunner
 from .statistics import bootstrap_interval, paired
 
@@ -212,9 +212,10 @@ def sweep(
         quiet: Show no progress.
 
     Raises:
-        ValueError: Every question failed.
+        ValueError: Every question failed, or the decoder is spread over devices.
     """
     decoder = find_decoder(model)
+    check_devices(decoder)
     found = configurations(cfg, decoder.num_layers) if chosen is None else dict(chosen)
     for entry in found.values():
         entry.config.check(decoder.num_layers, decoder.deepstack_layers)
@@ -339,7 +340,8 @@ def _run_all(
     counts: Counts,
 ) -> dict[str, Tensor]:
     if cfg.reuse:
-        runner = PrefixRunner(model, inputs, tokens_per_frame=cfg.tokens_per_frame)
+        configs = [entry.config for entry in found.values()]
+        runner = PrefixRunner(model, inputs, configs, tokens_per_frame=cfg.tokens_per_frame)
         logits = {label: runner.run(entry.config).cpu() for label, entry in found.items()}
         for name, value in vars(runner.counts).items():
             setattr(counts, name, getattr(counts, name) + value)

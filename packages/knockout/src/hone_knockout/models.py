@@ -7,10 +7,13 @@ that are left. Nothing is replaced; ``detach`` gives back the model of before, b
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -20,11 +23,11 @@ from hone_lm.decoders import SOFTMAX_LAYERS, Decoder, find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
-from .config import PRESETS, Knockout, KnockoutConfig
+from .config import PRESETS, Knockout, KnockoutConfig, format_layers
 from .local_attention import RegularFrames, frame_local_attention, regular_frames
 from .method import PairRule, Roles, causal_pairs, keep_frames, opposite_rule, pair_rule, random_pairs, span_rule
 
-__all__ = ["KnockoutHandle", "attach", "check_model", "load_model"]
+__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model", "find_licence", "load_model"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class _Prompt(NamedTuple):
     kept_real: Tensor | None  # [B, T'] False for fillers
     even: bool  # no fillers: every row keeps as many
     regular: RegularFrames | None  # frames of one size that follow each other, no padding
+    ids: Tensor | None  # [B, S] token ids, if the prompts came as such
 
 
 class _Step(NamedTuple):
@@ -70,6 +74,7 @@ class KnockoutHandle:
     def __init__(self, model: nn.Module, config: KnockoutConfig, tokens_per_frame: int | None = None) -> None:
         self.model, self.config, self.tokens_per_frame = model, config, tokens_per_frame
         self.decoder: Decoder = find_decoder(model)
+        check_devices(self.decoder)
         config.check(self.decoder.num_layers, self.decoder.deepstack_layers)
         self._by_layer: dict[int, tuple[Knockout, ...]] = {}
         for item in config.knockouts:
@@ -149,10 +154,10 @@ class KnockoutHandle:
                 )
             if getattr(cache, "is_compileable", False):
                 raise ValueError("the exit makes caches of different lengths, which a static cache cannot hold")
-        if self._given is None:
-            self.start(find_layouts(module, inputs, tokens_per_frame=self.tokens_per_frame))
-        elif self._prompt is None or self._prompt.layouts is not self._given:
-            self.start(self._given)
+        layouts = self._given
+        if layouts is None:
+            layouts = find_layouts(module, inputs, tokens_per_frame=self.tokens_per_frame)
+        self.start(layouts, inputs.get("input_ids"))
 
     def _refuse_late_video(self, inputs: Mapping[str, Any]) -> None:
         if self._prompt is None:
@@ -161,11 +166,13 @@ class KnockoutHandle:
         if pixels:
             raise ValueError(f"{pixels[0]} came with a filled cache: pass the whole prompt in one forward")
 
-    def start(self, layouts: list[TokenLayout]) -> None:
+    def start(self, layouts: list[TokenLayout], ids: Tensor | None = None) -> None:
         """Take up a batch of prompts; the forward hooks call this themselves.
 
         Args:
             layouts: One per row of the batch, of equal padded length.
+            ids: ``[batch, tokens]`` token ids, if there are any: a random control differs between prompts of one
+                layout by them.
 
         Raises:
             ValueError: A knockout blocks no pair of a prompt, or leaves a token without any key.
@@ -179,7 +186,7 @@ class KnockoutHandle:
             kept, kept_real, even = _rows_left(frame)
         self._drawn = {}
         regular = regular_frames(layouts)
-        self._prompt = _Prompt(layouts, Roles.of(frame), real, frame.shape[1], kept, kept_real, even, regular)
+        self._prompt = _Prompt(layouts, Roles.of(frame), real, frame.shape[1], kept, kept_real, even, regular, ids)
         self._check_pairs()
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -376,20 +383,24 @@ class KnockoutHandle:
         return rows.to(self._prompt.real.device)
 
     def _random(self, item: Knockout, rule: PairRule, tokens: int) -> PairRule:
-        """Drawn once per prompt and knockout, the same in all its layers; generated rows are drawn as they come."""
+        """Drawn once per prompt and knockout, the same in all its layers; generated rows are drawn as they come.
+
+        The draw is a matter of seed and prompt: neither its row in a batch nor padding changes it.
+        """
         prompt = self._prompt
         drawn = []
-        for row in range(len(prompt.layouts)):
+        for row, layout in enumerate(prompt.layouts):
+            seed = _draw_seed(item.seed, layout, None if prompt.ids is None else prompt.ids[row])
             key = (self.config.knockouts.index(item), row)
             if key not in self._drawn:
                 b = torch.full((1, 1), row, device=prompt.real.device)
                 at = torch.arange(prompt.tokens, device=prompt.real.device)
                 blocked = rule(b, at[:, None], at[None, :]) & causal_pairs(prompt.tokens, at.device)
                 blocked &= prompt.real[row][:, None] & prompt.real[row][None, :]
-                self._drawn[key] = random_pairs(blocked, seed=item.seed + row, real=prompt.real[row])
+                self._drawn[key] = random_pairs(blocked, seed=seed, real=prompt.real[row])
             table = self._drawn[key]
             while len(table) < tokens:
-                table = _one_more_row(table, rule, row, prompt.real[row], item.seed)
+                table = _one_more_row(table, rule, row, prompt.real[row], seed)
             self._drawn[key] = table
             drawn.append(table[:tokens, :tokens])
         pairs = torch.stack(drawn)
@@ -401,6 +412,8 @@ class KnockoutHandle:
 
     def _check_pairs(self) -> None:
         """Refuse a knockout that blocks nothing in some prompt, and a layer that leaves a token without any key."""
+        if not self._by_layer:
+            return
         prompt = self._prompt
         at = torch.arange(prompt.tokens, device=prompt.real.device)
         for row, layout in enumerate(prompt.layouts):
@@ -444,7 +457,8 @@ def attach(
 
     Raises:
         ValueError: Layers are out of range, the exit comes before DeepStack's last layer, the decoder is a hybrid, the
-            attention implementation takes no mask, or something is attached already.
+            attention implementation takes no mask, the decoder is spread over devices, or something is attached
+            already.
         TypeError: The model has no decoder.
     """
     if isinstance(config, str):
@@ -456,6 +470,32 @@ def attach(
     elif not isinstance(config, KnockoutConfig):
         config = KnockoutConfig(knockouts=tuple(config))
     return KnockoutHandle(model, config, tokens_per_frame)
+
+
+def check_devices(decoder: Decoder) -> None:
+    """Refuse a decoder that is not on one device: layouts and masks are made on one.
+
+    The vision tower may be elsewhere.
+
+    Raises:
+        ValueError: Its layers are on several devices, or some are offloaded or without weights (``meta``).
+    """
+    where: dict[str, list[int]] = {}
+    for index, layer in enumerate(decoder.layers):
+        for device in sorted({str(parameter.device) for parameter in layer.parameters()}):
+            where.setdefault(device, []).append(index)
+    for parameter in decoder.model.parameters():
+        where.setdefault(str(parameter.device), [])
+    if len(where) > 1 or "meta" in where:
+        shown = "; ".join(
+            f"{device}: " + (f"layers {format_layers(tuple(layers))}" if layers else "embeddings or norm")
+            for device, layers in where.items()
+        )
+        raise ValueError(
+            "knockouts and exit need a decoder whose weights are all on one device; accelerate has offloaded or spread "
+            f"this one ({shown}). Load it with device_map={{'': 0}}, or without a device_map and move it with "
+            "model.to('cuda'); a smaller dtype may help it to fit"
+        )
 
 
 def check_model(path: str, config: KnockoutConfig | None = None) -> int:
@@ -494,7 +534,7 @@ def check_model(path: str, config: KnockoutConfig | None = None) -> int:
 
 
 def load_model(path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Load a Video-LLM and its processor from a folder or the hub.
+    """Load a Video-LLM and its processor from a folder or the hub. What licence its weights have is logged.
 
     Args:
         path: What ``from_pretrained`` takes.
@@ -507,9 +547,44 @@ def load_model(path: str, *, device: torch.device | str = "cpu", dtype: torch.dt
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     check_model(path)
+    licence = find_licence(path)
+    restricted = licence is not None and re.search(r"(^|[-_ ])(nc|non-?commercial)([-_ ]|$)", licence.lower())
+    log.log(
+        logging.WARNING if restricted else logging.INFO,
+        "licence of %s: %s",
+        path,
+        "unknown, neither its config nor its model card names one; read its page before you use it"
+        if licence is None
+        else licence + (" (no commercial use)" if restricted else ""),
+    )
     processor = AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     return model.to(device).eval(), processor
+
+
+def find_licence(path: str) -> str | None:
+    """Licence that a checkpoint's config or model card names, or None.
+
+    Args:
+        path: What ``from_pretrained`` takes; the card is the README.md beside the config.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    named = getattr(AutoConfig.from_pretrained(path), "license", None)
+    if isinstance(named, str) and named:
+        return named
+    try:
+        card = Path(cached_file(path, "README.md")).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    header = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    if header is None:
+        return None
+    fields = dict(re.findall(r"^(license(?:_name|_link)?):[ \t]*[\"']?([^\"'\n#]+)", header[1], re.MULTILINE))
+    # "other" is named by the two fields after it.
+    parts = [fields.get(name, "").strip() for name in ("license", "license_name", "license_link")]
+    return ", ".join(part for part in parts if part) or None
 
 
 def _check_late_layers(text: Any, config: KnockoutConfig) -> None:
@@ -538,6 +613,15 @@ def _take_rows(table: Tensor, rows: Tensor) -> Tensor:
     return table.gather(-2, index)
 
 
+def _draw_seed(seed: int, layout: TokenLayout, ids: Tensor | None) -> int:
+    """Seed of a random control for one prompt, from what its real positions are: frames and, if known, tokens."""
+    digest = hashlib.sha256(str(seed).encode())
+    for row in (layout.frame, ids):
+        if row is not None:
+            digest.update(row.cpu()[layout.real].long().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:6], "big")
+
+
 def _one_more_row(table: Tensor, rule: PairRule, row: int, real: Tensor, seed: int) -> Tensor:
     """A drawn table with one generated token more, which blocks as many keys as its rule does."""
     size = len(table)
@@ -547,7 +631,8 @@ def _one_more_row(table: Tensor, rule: PairRule, row: int, real: Tensor, seed: i
     b = torch.full_like(at, row)
     count = int((rule(b, torch.full_like(at, size), at) & there).sum())
     places = there.nonzero().flatten()
-    generator = torch.Generator().manual_seed(seed + size)
+    # Counted in real tokens, which padding does not change.
+    generator = torch.Generator().manual_seed(seed + len(places))
     chosen = torch.randperm(len(places), generator=generator)[:count].to(places.device)
     larger[size, places[chosen]] = True
     return larger
@@ -569,4 +654,5 @@ def _flex_mask(
         allowed = keep(b, q, k)
         return allowed if old is None else allowed & old(b, h, q, k)
 
-    return create_block_mask(both, B=batch, H=None, Q_LEN=queries, KV_LEN=keys, device=device or mask.kv_indices.device)
+    device = device or mask.kv_indices.device
+    return create_block_mask(both, B=batch, H=None, Q_LEN=queries, KV_LEN=keys, device=device)

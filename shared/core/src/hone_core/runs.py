@@ -203,6 +203,16 @@ class Run:
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
         return row
 
+    def reopen(self) -> None:
+        """Take up a finished run again, to add to its rows or replace some; call it before entering the run.
+
+        Raises:
+            RuntimeError: The run is not finished.
+        """
+        if not self.done:
+            raise RuntimeError(f"{self.path} holds no finished run; an unfinished one is resumed by starting it")
+        self.done, self.resumed = False, True
+
     def results(self) -> dict[str, Any]:
         """The content of ``results.json`` as it stands on disk."""
         return load_results(self.path)
