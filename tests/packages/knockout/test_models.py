@@ -16,6 +16,8 @@ from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 
 # transformers' masking_utils.flex_attention_mask passes _compile=True, which torch is about to drop.
 FLEX_MASKS_OF_TRANSFORMERS = "ignore:_compile flag on create_block_mask was:DeprecationWarning"
+# Which torch.compile then meets inside vmap, and torch.autograd instantiates a Function there.
+VMAP = "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
 # Which imports inductor, whose parts are of torch.jit.
 INDUCTOR = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 LAYERS = 6
@@ -230,7 +232,7 @@ def test_padding_changes_nothing():
         assert_close(batch[:1], single, atol=1e-4)
 
 
-@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, INDUCTOR)
+@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, VMAP, INDUCTOR)
 def test_bases_agree():
     questions, results = TWO, {}
     configs = {
@@ -536,7 +538,7 @@ def test_text_model_is_refused_before_its_weights_are_read(tmp_path):
 
 
 @requires_gpu(min_sm=80)
-@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, INDUCTOR)
+@pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, VMAP, INDUCTOR)
 @pytest.mark.parametrize("base", ["sdpa", "eager", "flex_attention"])
 def test_on_a_gpu(base):
     model, processor = tiny("llava_onevision", layers=LAYERS)
