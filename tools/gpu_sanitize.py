@@ -3,7 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tools/gpu_sanitize.py
 
 and the same with ``racecheck`` and ``synccheck``. Without PyTorch's caching allocator every tensor is an allocation of
-its own, so that a read past its end is seen. Values are compared with the reference as well.
+its own, so that a read past its end is seen. Values are compared with the reference as well. racecheck does not follow
+``mbarrier`` between the warps of the Gluon kernel and reports hazards there: see kernels/LOG.md.
 """
 
 from __future__ import annotations

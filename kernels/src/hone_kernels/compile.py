@@ -58,6 +58,7 @@ class Compiled:
         spills: Bytes of local memory stored and loaded by register spills.
         shared_bytes: Shared memory of a program.
         serialized: Whether the assembler had to wait after each warpgroup matrix product (its warning C7510 or C7512).
+        ptx: What the machine code was assembled from.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Compiled:
     spills: int
     shared_bytes: int
     serialized: bool
+    ptx: str
 
     def count(self, instruction: str) -> int:
         """How often an instruction (``HGMMA``, ``UTMALDG`` ...) stands in the machine code."""
@@ -139,7 +141,7 @@ def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
         sass = _run(tools / "nvdisasm", cubin)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    return Compiled(launch.name, sass, registers, spills, built.metadata.shared, "wgmma" in report)
+    return Compiled(launch.name, sass, registers, spills, built.metadata.shared, "wgmma" in report, built.asm["ptx"])
 
 
 def _run(*command: str | Path) -> str:

@@ -105,6 +105,31 @@ def check_gluon(code, dim, block_q, keys):
     assert code.count("USETMAXREG") > 0
     # What a multiprocessor gives one program of two consumers, or each of two of one.
     assert code.shared_bytes <= (227 if block_q == 128 else 113) * 1024
+    assert hand_overs(code.ptx) >= 4 * (block_q // 64)
+
+
+def hand_overs(ptx):
+    """Count the arrivals by which warps hand memory to those of another role.
+
+    One thread arrives for all, so a barrier has to lie between what the others read and wrote and the arrival.
+    """
+    count, waited = 0, False
+    for line in ptx.splitlines():
+        if "bar.sync" in line or "bar.warp.sync" in line or "barrier.sync" in line:
+            waited = True
+        elif any(access in line for access in ("ld.shared", "st.shared", "ldmatrix", "stmatrix", "wgmma.mma_async")):
+            waited = False
+        elif "mbarrier.arrive.shared::cta" in line:
+            assert waited, line
+            count += 1
+    return count
+
+
+def test_an_arrival_without_a_barrier_is_seen():
+    write, arrive = "st.shared.b32 [%r1], %r2;", "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];"
+    assert hand_overs("\n".join([write, "bar.warp.sync -1;", arrive])) == 1
+    with pytest.raises(AssertionError):
+        hand_overs("\n".join(["bar.sync 0, 128;", write, arrive]))
 
 
 @pytest.mark.compile
