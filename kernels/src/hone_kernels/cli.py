@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -221,31 +222,39 @@ def _pyplot() -> Any:
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Rate on computed pairs against density, a panel per shape: a flat line means time in proportion to density."""
+    """Rate on computed pairs against density: a flat line means time in proportion to density.
+
+    A row of panels per dtype, a column per shape.
+    """
     pyplot = _pyplot()
     rows = [row for row in rows if row["mode"] == "forward"] or [row for row in rows if "tflops" in row]
-    panels = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=True, squeeze=False)
-    for axis, (shape, dtype) in zip(axes[0], panels, strict=True):
+    shapes, dtypes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("shape", "dtype"))
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    size = (3.6 * len(shapes) + 1.8, 3.2 * len(dtypes))
+    figure, axes = pyplot.subplots(
+        len(dtypes), len(shapes), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    entries = {}
+    for (i, dtype), (j, shape) in itertools.product(enumerate(dtypes), enumerate(shapes)):
+        axis = axes[i][j]
         mine = [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
         for provider in dict.fromkeys(row["provider"] for row in mine):
             points = sorted((row["density"], row["tflops"]) for row in mine if row["provider"] == provider)
             if provider.endswith(" dense"):
-                axis.axhline(points[0][1], linestyle="--", linewidth=1, color="gray", label=provider)
+                entries[provider] = axis.axhline(points[0][1], linestyle="--", linewidth=1, color="gray")
             else:
-                axis.plot(*zip(*points, strict=True), marker="o", label=provider)
+                color = f"C{providers.index(provider)}"
+                (entries[provider],) = axis.plot(*zip(*points, strict=True), marker="o", color=color)
         axis.set_xscale("log")
-        ticks = sorted({row["density"] for row in mine})
+        ticks = sorted({row["density"] for row in rows})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_title(f"{shape}, {dtype}", fontsize=9)
-        axis.set_xlabel("density (blocks computed)")
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("TFLOP/s on computed pairs")
-    # Not every panel has every provider.
-    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0][-1].legend(entries.values(), entries.keys(), fontsize=8, loc="lower right")
-    figure.tight_layout()
+    # The axis is shared: its limit is set when every panel has its lines.
+    axes[0][0].set_ylim(0, 1.05 * max(row["tflops"] for row in rows))
+    figure.supxlabel("density (blocks computed)", fontsize=9)
+    figure.supylabel("TFLOP/s on computed pairs", fontsize=9)
+    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
