@@ -55,7 +55,7 @@ CANDIDATES = {
 }  # fmt: skip
 # Prologue's fields in order.
 SETTINGS = {
-    # The last of each: V reused in smaller units, not at all, and held by fewer warps.
+    # The last six: V reused in smaller units, not at all, and held by other numbers of warps.
     "plain": [
         (8, 80), (8, 64), (4, 128), (8, 80, 4, 32, 4 << 20), (8, 80, 4, 32, 1 << 40), (8, 80, 4, 32, 8 << 20, (16, 64)),
         (8, 80, 4, 32, 8 << 20, (8, 64)), (8, 80, 4, 32, 8 << 20, (4, 168)), (8, 80, 4, 32, 8 << 20, (4, 128)),

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RESULTS = sorted((ROOT / "results" / "kernels").glob("*.json"))
+RESULTS = [
+    path for path in sorted((ROOT / "results" / "kernels").glob("*.json")) if '"tiles"' in path.read_text("utf-8")
+]
 README = ROOT / "kernels" / "README.md"
 
 
@@ -31,8 +33,6 @@ def unexplained(op, recorded, name, text):
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_recorded_tiles_ship_or_the_readme_says_otherwise(file):
     document = json.loads(file.read_text(encoding="utf-8"))
-    if "tiles" not in document:
-        pytest.skip("records no tiles")
     op = document["verb"].split()[0]
     assert not unexplained(op, document["tiles"], file.name, README.read_text(encoding="utf-8"))
 

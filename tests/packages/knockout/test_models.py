@@ -259,7 +259,7 @@ def test_random_control_blocks_as_much_and_somewhere_else():
     for seed in (0, 0, 1):
         with attach(model, lv(2, 3, control="random", seed=seed)) as handle:
             outputs.append(model(**inputs).logits)
-            drawn = handle._drawn[0, 0]
+            drawn = handle._drawn[0, 0][0]
     frame = find_layouts(model, inputs)[0].frame
     assert drawn.sum() == blocked_pairs("LV", frame).sum()
     assert torch.equal(outputs[0], outputs[1])
@@ -285,7 +285,7 @@ def test_random_controls_of_two_prompts_differ_also_where_their_layouts_do_not()
     model, inputs = get("llava_onevision", ["What moves?", "What turns?", "What moves?"])
     with attach(model, lv(2, control="random")) as handle:
         model(**inputs)
-        tables = [handle._drawn[0, row] for row in range(3)]
+        tables = [handle._drawn[0, row][0] for row in range(3)]
     assert len(tables[0]) == len(tables[1])
     assert int(tables[0].sum()) == int(tables[1].sum())
     assert torch.equal(tables[0], tables[2])

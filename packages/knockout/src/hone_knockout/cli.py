@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,8 +267,6 @@ def evaluate(
         dry_run: Look for questions, videos and the model's config, print the settings and do nothing.
         quiet: Show no progress.
     """
-    import logging
-
     from . import plots
     from .evaluate import SweepConfig, SweepReport, configurations, read_answers, sweep
 
@@ -341,9 +342,6 @@ def recommend(
         dry_run: Only read the run; load nothing.
         quiet: Show no progress.
     """
-    import dataclasses
-    import os
-
     from hone_core.config import load_config
 
     from .evaluate import BASELINE, Configuration, SweepConfig, configurations, read_answers, sweep
@@ -566,8 +564,6 @@ def _load(kind: type, path: Path | None) -> Any:
 
 def _change(cfg: Any, **changes: Any) -> Any:
     """Replace the fields that a flag was given for."""
-    import dataclasses
-
     return dataclasses.replace(cfg, **{name: value for name, value in changes.items() if value is not None})
 
 
@@ -653,7 +649,6 @@ _PATHS = ("data", "videos", "host", "model")
 
 
 def _absolute(name: str, value: str) -> str:
-    import os
 
     return os.path.abspath(value) if name in _PATHS and (name != "model" or Path(value).exists()) else value
 
@@ -684,8 +679,6 @@ def _questions(source: dict[str, str], seed: int) -> list[Any]:
     Raises:
         ValueError: No video of them is there.
     """
-    import logging
-
     from .data import check_items, generated_items, load_items
 
     limit = int(source["limit"]) if "limit" in source else None

@@ -86,7 +86,7 @@ class KnockoutHandle:
         self._prompt: _Prompt | None = None
         self._step: _Step | None = None
         self._masks: dict[Any, Any] = {}
-        self._drawn: dict[tuple[int, int], Tensor] = {}
+        self._drawn: dict[tuple[int, int], tuple[Tensor, int]] = {}  # the pairs of (knockout, row), and their seed
         self._signature = inspect.signature(model.forward)
         self._tap: AttentionTap | None = tap_attention(self.decoder, self._attend)
         self._hooks = [
@@ -390,18 +390,18 @@ class KnockoutHandle:
         prompt = self._prompt
         drawn = []
         for row, layout in enumerate(prompt.layouts):
-            seed = _draw_seed(item.seed, layout, None if prompt.ids is None else prompt.ids[row])
             key = (self.config.knockouts.index(item), row)
             if key not in self._drawn:
+                seed = _draw_seed(item.seed, layout, None if prompt.ids is None else prompt.ids[row])
                 b = torch.full((1, 1), row, device=prompt.real.device)
                 at = torch.arange(prompt.tokens, device=prompt.real.device)
                 blocked = rule(b, at[:, None], at[None, :]) & causal_pairs(prompt.tokens, at.device)
                 blocked &= prompt.real[row][:, None] & prompt.real[row][None, :]
-                self._drawn[key] = random_pairs(blocked, seed=seed, real=prompt.real[row])
-            table = self._drawn[key]
+                self._drawn[key] = random_pairs(blocked, seed=seed, real=prompt.real[row]), seed
+            table, seed = self._drawn[key]
             while len(table) < tokens:
                 table = _one_more_row(table, rule, row, prompt.real[row], seed)
-            self._drawn[key] = table
+            self._drawn[key] = table, seed
             drawn.append(table[:tokens, :tokens])
         pairs = torch.stack(drawn)
 
