@@ -28,6 +28,8 @@ from hone_kernels.attention import (
 from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_select import select_blocks
 
+PARTS = ("attention", "fp8", "scores")
+
 
 def close(what: str, got: torch.Tensor, want: torch.Tensor, limit: float) -> None:
     seen = want != -math.inf
@@ -114,17 +116,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     backends = [name for name, support in SUPPORT.items() if support.min_sm is not None]
     parser.add_argument("--backends", nargs="+", default=backends, choices=backends)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args()
     torch.manual_seed(0)
     for backend in args.backends:
-        attention(backend)
-        print(f"attention {backend}: values right", flush=True)
-        if backend in FP8_SUPPORT:
+        if "attention" in args.parts:
+            attention(backend)
+            print(f"attention {backend}: values right", flush=True)
+        if "fp8" in args.parts and backend in FP8_SUPPORT:
             attention_fp8(backend)
             print(f"attention_fp8 {backend}: values right", flush=True)
-    scores_and_selection()
-    torch.cuda.synchronize()
-    print("block_scores, block_select: values right", flush=True)
+    if "scores" in args.parts:
+        scores_and_selection()
+        torch.cuda.synchronize()
+        print("block_scores, block_select: values right", flush=True)
 
 
 if __name__ == "__main__":
