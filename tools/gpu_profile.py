@@ -28,14 +28,13 @@ CASES = {
     for kind in ("gluon", "triton", "fp8 triton")
     for density in (1.0, 0.1)
 }
-KEPT = (
-    "tensor",
-    "sm__throughput",
-    "dram__throughput",
-    "lts__throughput",
-    "gpu__time_duration",
-    "sm__cycles_active.avg",
-)
+# Percent of what the hardware can sustain; the duration is in nanoseconds.
+COUNTERS = {
+    "matrix_units": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "multiprocessors": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "duration_ns": "gpu__time_duration.sum",
+}
 
 
 def run_case(name: str) -> None:
@@ -66,14 +65,8 @@ def profile(name: str) -> dict[str, float]:
     if done.returncode or len(table) < 3:
         sys.exit(f"ncu failed on {name!r}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     names, _units, values = csv.reader(io.StringIO("\n".join(table[:3])))
-    found = {}
-    for metric, value in zip(names, values, strict=True):
-        if any(part in metric for part in KEPT):
-            try:
-                found[metric] = float(value.replace(",", ""))
-            except ValueError:
-                continue
-    return found
+    found = dict(zip(names, values, strict=True))
+    return {name: float(found[metric].replace(",", "")) for name, metric in COUNTERS.items()}
 
 
 def main() -> None:
@@ -94,8 +87,8 @@ def main() -> None:
     for name in args.cases:
         shape, kind, density = CASES[name]
         counters = profile(name)
-        print(name, {k: round(v, 1) for k, v in counters.items() if "tensor" in k}, flush=True)
-        rows.append({"op": "attention", "shape": shape, "provider": kind, "density": density, "counters": counters})
+        print(name, counters, flush=True)
+        rows.append({"op": "attention", "shape": shape, "provider": kind, "density": density, **counters})
     result = {
         "schema": 1, "package": "hone-kernels", "verb": "attention profile", "environment": environment(), "rows": rows,
     }  # fmt: skip

@@ -240,6 +240,13 @@ def test_bench_and_train(capsys, tmp_path, small):
     assert json.loads(out)["config"]["steps"] == 3
 
 
+def test_hosts_of_reproduce_are_named_for_any_directory(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "reproduce", "--host", "a.safetensors", "b.safetensors", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["config"]["hosts"] == [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+
+
 @pytest.mark.parametrize("verb", ["demo", "bench", "reproduce", "train-host"])
 def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

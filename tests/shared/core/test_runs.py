@@ -216,10 +216,21 @@ def test_export_joins_results_and_environment(tmp_path, monkeypatch):
     assert data["rows"][0]["value"] == 1.0
     assert data["environment"]["python"]
     assert data["config"]["block"] == 128
+    assert data["config"]["layers"] == [1, 2]
     with pytest.raises(KeyError), start(tmp_path / "bad") as bad:
         raise KeyError("x")
     with pytest.raises(ValueError, match="its status is failed"):
         export_results(bad.path, tmp_path / "bad.json")
+
+
+def test_export_cuts_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "0123456789abcdef", "dirty": False})
+    paths = {"hosts": [str(tmp_path / "a.safetensors"), "b/c.json"], "source": {"model": str(tmp_path / "m")}, "n": 1}
+    with start(tmp_path / "run", config=paths) as run:
+        pass
+    data = json.loads(export_results(run.path, tmp_path / "out.json").read_text())
+    assert data["config"] == {"hosts": ["a.safetensors", "b/c.json"], "source": {"model": "m"}, "n": 1}
+    assert json.loads((run.path / "config.json").read_text()) == paths
 
 
 def test_load_results_refuses_other_files(tmp_path):

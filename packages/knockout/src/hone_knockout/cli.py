@@ -457,7 +457,7 @@ def reproduce(
     from .reproduce import ReproduceConfig, ReproduceReport
     from .reproduce import reproduce as test
 
-    hosts = None if host is None else tuple(str(path) for path in host)
+    hosts = None if host is None else tuple(_absolute("host", str(path)) for path in host)
     cfg = _change(_load(ReproduceConfig, config), hosts=hosts, items=limit, max_drop=max_drop, seed=seed)
     if dry_run:
         return _plan(cfg, out)

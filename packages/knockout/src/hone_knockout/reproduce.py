@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hone_core.io import atomic_write_json
 from hone_core.runs import Run, load_results
 
@@ -26,10 +27,10 @@ from .data import generated_items
 from .evaluate import BASELINE, Configuration, SweepConfig, configurations, is_right, read_answers, sweep
 from .host import Host, load_host
 from .recommend import choose, halves
-from .statistics import paired
+from .statistics import bootstrap_accuracies, paired
 from .train import GATES, grade_host
 
-__all__ = ["RULES", "ReproduceConfig", "ReproduceReport", "judge", "reproduce"]
+__all__ = ["RULES", "ReproduceConfig", "ReproduceReport", "judge", "reproduce", "verdict_over_seeds"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ RULES = {
     "finding_2": "accuracy lost by LV-K in all layers more than 3 times that of VT-K, and of VS-K, over the mix",
     "finding_3": "the worst LV-K window of 4 costs more than 3 times the median window",
 }
+KEPT, LATEST = 0.98, 0.70  # of finding 1
 MIXES = {
     "all": ("shape", "place", "order", "direction"),
     "static only": ("shape", "place"),
@@ -150,15 +152,24 @@ def reproduce(
         mixes = {}
         for mix, kinds in MIXES.items():
             rows = [row for row in answers.values() if row["category"] in kinds]
-            mixes[mix] = judge(rows, found, num_layers=host.config.layers)
+            mixes[mix] = judge(rows, found, num_layers=host.config.layers, seed=cfg.seed)
             for finding, numbers in mixes[mix].items():
                 for key, value in numbers.items():
-                    if isinstance(value, (int, float)):
-                        labels = {"finding": finding}
-                        run.row(key, value, better="none", n=len(rows), variant=name, split=mix, labels=labels)
+                    if not isinstance(value, float):
+                        continue
+                    run.row(
+                        key,
+                        value,
+                        better="none",
+                        n=len(rows),
+                        variant=name,
+                        split=mix,
+                        labels={"finding": finding} | ({"holds": numbers["holds"]} if key == "margin" else {}),
+                        interval=tuple(numbers["interval"]) if key == "margin" else None,
+                    )
         hosts.append({"name": name, "path": path or "packaged", "gates": grades, "mixes": mixes})
         recipes.append(_recipe(cfg, run, host, name, index, answers, found, quiet))
-    findings = {name: _verdict([host["mixes"]["all"][name]["holds"] for host in hosts]) for name in RULES}
+    findings = {name: verdict_over_seeds([host["mixes"]["all"][name]["holds"] for host in hosts]) for name in RULES}
     if len(hosts) < SEEDS:
         notes.append(f"{len(hosts)} host(s); a verdict wants {SEEDS} seeds (--host, several times)")
     verdict = {
@@ -175,46 +186,72 @@ def reproduce(
 
 
 def judge(
-    rows: Sequence[Mapping[str, Any]], found: Mapping[str, Configuration], *, num_layers: int
+    rows: Sequence[Mapping[str, Any]], found: Mapping[str, Configuration], *, num_layers: int, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """Apply the three rules to the answers of one host.
+
+    Each rule is a margin that must be above zero. Its 95 % interval comes from drawing the questions anew, with their
+    answers under every configuration (ours; the rules themselves are points). An interval that holds zero decides
+    nothing.
 
     Args:
         rows: Lines of the answers file.
         found: Configurations of the sweep.
         num_layers: Of the decoder.
+        seed: Of the draws.
 
     Returns:
-        Finding to its numbers and ``holds``; accuracy losses in points.
+        Finding to its numbers: accuracy losses and margins in points, ``interval`` of the margin, ``holds``: yes, no
+        or undecided.
     """
-
-    def accuracy(label: str) -> float:
-        return sum(is_right(row, label) for row in rows) / len(rows)
-
-    base = accuracy(BASELINE)
-
-    def loss(label: str) -> float:
-        return 100 * (base - accuracy(label))
-
-    curve = sorted(
-        (entry.first / num_layers, accuracy(label) / max(base, 1e-9))
-        for label, entry in found.items()
+    labels = list(found)
+    right = [[is_right(row, label) for label in labels] for row in rows]
+    accuracies = np.concatenate([np.mean(right, 0, keepdims=True), bootstrap_accuracies(right, seed=seed)])
+    accuracy = dict(zip(labels, accuracies.T, strict=True))  # [1 + draws]: the questions as they are, then drawn
+    base = accuracy[BASELINE]
+    loss = {label: 100 * (base - accuracy[label]) for label in labels}
+    performance = {
+        entry.first / num_layers: accuracy[label] / np.maximum(base, 1e-9)
+        for label, entry in sorted(found.items(), key=lambda pair: pair[1].first)
         if entry.setting == "global1"
-    )
-    ratio = 1.0
-    for layer_ratio, performance in reversed(curve):
-        if performance < 0.98:
-            break
-        ratio = layer_ratio
-    lost = {entry.kind: loss(label) for label, entry in found.items() if entry.setting == "global2"}
-    windows = [loss(label) for label, entry in found.items() if entry.setting == "window" and entry.kind == "LV"]
-    worst, median = max(windows), statistics.median(windows)
-    first = {"layer_ratio": ratio, "performance_at_0": curve[0][1], "holds": ratio <= 0.70}
-    second = {f"lost_{kind.replace(' ', '_')}": value for kind, value in lost.items()}
+    }
+    free = [ratio for ratio in performance if all(p[0] >= KEPT for r, p in performance.items() if r >= ratio)]
+    must = max((ratio for ratio in performance if ratio <= LATEST), default=min(performance))
+    kept = np.min([p for ratio, p in performance.items() if ratio >= must], 0)
+    lost = {entry.kind: loss[label] for label, entry in found.items() if entry.setting == "global2"}
+    windows = [loss[label] for label, entry in found.items() if entry.setting == "window" and entry.kind == "LV"]
+    worst, median = np.max(windows, 0), np.median(windows, 0)
     # Over a loss of nothing any loss is three times as much, as long as there is one.
-    holds = lost["LV"] > 0 and all(lost["LV"] > 3 * max(lost[kind], 0.0) for kind in ("VT", "VS"))
-    third = {"worst_window": worst, "median_window": median, "holds": worst > 0 and worst > 3 * max(median, 0.0)}
-    return {"finding_1": first, "finding_2": {**second, "holds": holds}, "finding_3": third}
+    more = lost["LV"] - 3 * np.maximum(np.maximum(lost["VT"], lost["VS"]), 0)
+    return {
+        "finding_1": {
+            "layer_ratio": min(free, default=1.0),
+            "performance_at_0": float(performance[0.0][0]),
+            # Kept exactly is kept: the rule says "at least".
+            **_decided(100 * (kept - KEPT), inclusive=True),
+        },
+        "finding_2": {
+            **{f"lost_{kind.replace(' ', '_')}": float(value[0]) for kind, value in lost.items()},
+            **_decided(more, inclusive=False),
+        },
+        "finding_3": {
+            "worst_window": float(worst[0]),
+            "median_window": float(median[0]),
+            **_decided(worst - 3 * np.maximum(median, 0), inclusive=False),
+        },
+    }
+
+
+def _decided(margins: np.ndarray[Any, Any], *, inclusive: bool) -> dict[str, Any]:
+    """The margin, its interval over the draws, and what they say."""
+    low, high = (float(value) for value in np.percentile(margins[1:], [2.5, 97.5]))
+    if low > 0 or (inclusive and low >= 0):
+        holds = "yes"
+    elif high < 0 or (not inclusive and high <= 0):
+        holds = "no"
+    else:
+        holds = "undecided"
+    return {"margin": float(margins[0]), "interval": [low, high], "holds": holds}
 
 
 def _answers(cfg: ReproduceConfig, run: Any, host: Host, name: str, index: int, quiet: bool) -> dict[str, Any]:
@@ -277,10 +314,14 @@ def _recipe(
     )
 
 
-def _verdict(holds: Sequence[bool]) -> str:
-    if all(holds):
-        return "CONFIRMED"
-    return "REFUTED" if not any(holds) else f"MIXED ({sum(holds)} of {len(holds)} hosts)"
+def verdict_over_seeds(holds: Sequence[str]) -> str:
+    """Over the seeds: a rule is confirmed or refuted where there are enough of them and all say so."""
+    counts = ", ".join(f"{word} on {holds.count(word)}" for word in ("yes", "no", "undecided") if word in holds)
+    if len(holds) < SEEDS:
+        return f"UNDECIDED, {len(holds)} of {SEEDS} seeds ({counts})"
+    if len(set(holds)) == 1 and holds[0] != "undecided":
+        return f"{'CONFIRMED' if holds[0] == 'yes' else 'REFUTED'} ({counts})"
+    return f"{'MIXED' if {'yes', 'no'} <= set(holds) else 'UNDECIDED'} ({counts})"
 
 
 def _disagreement(hosts: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Paired", "bootstrap_interval", "mcnemar", "paired"]
+__all__ = ["Paired", "bootstrap_accuracies", "bootstrap_interval", "mcnemar", "paired"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +50,31 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0, draws: int = 2
     )
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def bootstrap_accuracies(
+    right: Sequence[Sequence[bool]], *, seed: int = 0, draws: int = 2000
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Accuracies of several configurations on the same drawn items, for intervals of what is computed from them.
+
+    Args:
+        right: ``[items, configurations]``, whether each answer is right.
+        seed: Of the draws.
+        draws: Bootstrap samples.
+
+    Returns:
+        ``[draws, configurations]``, in [0, 1].
+
+    Raises:
+        ValueError: There are no items.
+    """
+    data = np.asarray(right, dtype=np.float64)
+    items = len(data)
+    if not items:
+        raise ValueError("an interval needs at least one item")
+    # How often each item is drawn is multinomial.
+    drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=draws)
+    return drawn @ data / items
 
 
 def mcnemar(to_wrong: int, to_right: int) -> float:

@@ -319,6 +319,8 @@ def load_results(path: str | Path) -> dict[str, Any]:
 def export_results(run: str | Path, target: str | Path, *, allow_dirty: bool = False) -> Path:
     """Write a finished run as one file for ``results/<package>/``: its results with its environment inside.
 
+    Absolute paths in its settings are cut to their last part: they mean nothing on another machine.
+
     Args:
         run: The run's folder.
         target: File to write.
@@ -339,8 +341,16 @@ def export_results(run: str | Path, target: str | Path, *, allow_dirty: bool = F
             f"{run}: expected a run of committed code; its checkout had changes on top of commit "
             f"{(data['environment'].get('commit') or 'none')[:10]}. Commit and run again, or pass allow_dirty=True"
         )
-    data["config"] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    data["config"] = _without_places(json.loads((run / "config.json").read_text(encoding="utf-8")))
     return atomic_write_json(target, data)
+
+
+def _without_places(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _without_places(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_without_places(value) for value in config]
+    return Path(config).name if isinstance(config, str) and Path(config).is_absolute() else config
 
 
 class _Absent:
