@@ -344,4 +344,6 @@ def _disagreement(hosts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
