@@ -247,6 +247,23 @@ def test_hosts_of_reproduce_are_named_for_any_directory(capsys, tmp_path, monkey
     assert json.loads(out)["config"]["hosts"] == [str(tmp_path / f"{name}.safetensors") for name in "ab"]
 
 
+def test_a_flag_of_many_values_may_be_repeated(capsys, folder, host_file):
+    code, out, err = run(capsys, "bench", "--frames", 8, "--frames", 16, "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"]["frames"] == [8, 16]
+    ask = ["generate", "--model", folder / "model", "--video", folder / "0.npy", "--ask", "where ?", "--dry-run"]
+    more = ["--option", "up", "--option", "down", "left", "--knock", "VT", "--knock", "VS", "--layers", "0-1"]
+    code, out, err = run(capsys, *ask, *more, "--json")
+    assert code == 0, err
+    cfg = json.loads(out)["config"]
+    assert cfg["options"] == ["up", "down", "left"]
+    assert [item["kind"] for item in cfg["config"]["knockouts"]] == ["VT", "VS"]
+    flags = ["--host", host_file, "--setting", "global1", "--setting", "local", "--limit", 8]
+    code, out, err = run(capsys, "eval", *flags, "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"]["settings"] == ["global1", "local"]
+
+
 @pytest.mark.parametrize("verb", ["demo", "bench", "reproduce", "train-host"])
 def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

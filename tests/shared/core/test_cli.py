@@ -179,6 +179,63 @@ def test_wrong_flags_are_usage_errors(call, argv):
     assert call(*argv)[0] == 2
 
 
+def many(
+    *,
+    host: tuple[Path, ...] | None = None,
+    num_frames: tuple[int, ...] = (),
+    part: tuple[Literal["a", "b"], ...] = (),
+    name: list[str] | None = None,
+    size: tuple[int, int] = (1, 1),
+    seed: int = 0,
+    fast: bool = False,
+):
+    """Take many values."""
+    return {"host": host, "num_frames": num_frames, "part": part, "name": name, "size": size, "seed": seed}
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "values"),
+    [
+        ("--host x y", "host", ["x", "y"]),
+        ("--host x --host y", "host", ["x", "y"]),
+        ("--host x --seed 1 --host y z --fast", "host", ["x", "y", "z"]),
+        ("--host=x --host=y", "host", ["x", "y"]),
+        ("--host=x --host y", "host", ["x", "y"]),
+        ("--num-frames 8 --num_frames -1 --fast --num-frames=4 2", "num_frames", [8, -1, 4, 2]),
+        ("--part a --part b", "part", ["a", "b"]),
+        ("--name a --name b", "name", ["a", "b"]),
+        ("--fast --fast --seed 3", "seed", 3),
+        ("--size 3 4", "size", [3, 4]),
+    ],
+)
+def test_values_after_one_flag_or_a_flag_each(capsys, argv, flag, values):
+    with pytest.raises(SystemExit) as exit:
+        run_cli("hone-core", {"many": many}, "", ["many", *argv.split(), "--json"])
+    out, err = capsys.readouterr()
+    assert (exit.value.code, err) == (0, "")
+    assert json.loads(out)[flag] == values
+
+
+@pytest.mark.parametrize("argv", ["--seed 1 --seed 2", "--seed=1 --host x --seed=1", "--size 1 2 --size 3 4"])
+def test_a_flag_of_one_value_given_twice_is_a_usage_error(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        run_cli("hone-core", {"many": many}, "", ["many", *argv.split()])
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "")
+    assert err == f"hone-core many: error: {argv[:6]} takes one value and is given twice\n"
+
+
+def test_empty_values_are_shown(capsys):
+    with pytest.raises(SystemExit):
+        run_cli("hone-core", {"show": show_empty}, "", ["show"])
+    assert capsys.readouterr().out == "a  b -, c -, d -, e 0\nf  -\n"
+
+
+def show_empty():
+    """Return nothing much."""
+    return {"a": {"b": [], "c": "", "d": {}, "e": 0}, "f": ()}
+
+
 def test_lazy_verb_reports_a_broken_module(call):
     code, _, err = call("far")
     assert code == 1

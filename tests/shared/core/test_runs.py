@@ -143,6 +143,14 @@ def test_another_command_is_refused(tmp_path, change, message):
         start(tmp_path, **change)
 
 
+@pytest.mark.parametrize(("count", "end"), [(5, r"here\)"), (7, r"here, and 2 more\)")])
+def test_a_refusal_counts_the_differences_that_it_does_not_name(tmp_path, count, end):
+    with start(tmp_path, config={f"k{index}": 0 for index in range(count)}):
+        pass
+    with pytest.raises(FileExistsError, match=rf"config\.k4 0 there, 1 {end}"):
+        start(tmp_path, config={f"k{index}": 1 for index in range(count)})
+
+
 def test_foreign_folder_and_file_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty and holds no run"):

@@ -158,7 +158,7 @@ def generate(
         model: Folder or hub address of a Video-LLM.
         video: File, folder of pictures or .npy array.
         ask: Question.
-        option: Options to score instead of writing an answer, each as a flag.
+        option: Options to score instead of writing an answer, as in --option up down.
         knock: Knockouts in --layers.
         layers: Layers of --knock, counted from 0, such as 0-7,12 or 8- (all).
         exit: Layer at which visual tokens leave, counted from 0: 18 keeps them in the first 18 layers.

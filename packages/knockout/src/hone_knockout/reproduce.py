@@ -171,7 +171,7 @@ def reproduce(
         recipes.append(_recipe(cfg, run, host, name, index, answers, found, quiet))
     findings = {name: verdict_over_seeds([host["mixes"]["all"][name]["holds"] for host in hosts]) for name in RULES}
     if len(hosts) < SEEDS:
-        notes.append(f"{len(hosts)} host(s); a verdict wants {SEEDS} seeds (--host, several times)")
+        notes.append(f"{len(hosts)} host(s); a verdict wants {SEEDS} seeds (--host A B C)")
     verdict = {
         "items": cfg.items,
         "rules": RULES,

@@ -57,6 +57,9 @@ def run_cli(
     verb that declares ``json``, ``quiet`` or ``verbose`` itself gets the value passed on. A flag whose default is None
     shows no default of its own; its line in the docstring says what holds then, as in ``(default: 8)``.
 
+    A flag of many values (``tuple[T, ...]``, ``list[T]``) takes them after one flag, ``--host A B``, or with a flag
+    each, ``--host A --host B``. Any other flag that is given twice is wrong usage.
+
     What a verb returns is its result, printed on stdout: a string as it is, a mapping or dataclass as lines (a
     dataclass with its own ``__str__``: that) or, with ``--json``, as JSON. None prints nothing. An object with a
     ``to_dict`` method gives its JSON by that.
@@ -94,13 +97,16 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
     show_traceback = "--verbose" in args or os.environ.get("HONE_TRACEBACK", "") not in ("", "0")
     try:
         fn = verb.load() if isinstance(verb, Verb) else verb
-        call, common = tyro.cli(_with_common_flags(fn), args=args, prog=prog)
+        call, common = tyro.cli(_with_common_flags(fn), args=_gather_repeats(fn, args), prog=prog)
         _set_up_logging(quiet=common["quiet"], verbose=common["verbose"])
         _print_result(call(), as_json=common["json"])
         return OK
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    except _UsageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return USAGE
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
@@ -110,6 +116,51 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
             message = f"{type(error).__name__}: {message} (HONE_TRACEBACK=1 shows where)"
         print(f"{prog}: error: {message}", file=sys.stderr)
         return USAGE if isinstance(error, MissingExtraError) else FAILED
+
+
+class _UsageError(Exception):
+    """What is wrong with the flags, where tyro says nothing."""
+
+
+def _gather_repeats(fn: Callable[..., Any], args: list[str]) -> list[str]:
+    """Arguments with all values of a repeated flag after its first occurrence; tyro would drop all but the last.
+
+    Raises:
+        _UsageError: A flag of one value is given twice.
+    """
+    import typing
+
+    hints = typing.get_type_hints(fn)
+    hints = {f"--{name.replace('_', '-')}": hints.get(name) for name in inspect.signature(fn).parameters}
+    group: list[str] = []
+    groups, first = [group], {}
+    for arg in args:
+        head, equals, value = arg.partition("=")
+        flag = head.replace("_", "-")
+        if not arg.startswith("--"):
+            group.append(arg)
+        elif flag in first and _takes_many(hints[flag]):
+            group = first[flag]
+            group += [value] if equals else []
+        elif flag in first and hints[flag] is not bool:
+            raise _UsageError(f"{flag} takes one value and is given twice")
+        else:
+            group = [arg]
+            groups.append(group)
+            if flag in hints:
+                first[flag] = group
+    return [arg for group in groups for arg in group]
+
+
+def _takes_many(hint: Any) -> bool:
+    """Whether a flag of this type has any number of values."""
+    import types
+    import typing
+
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(map(_takes_many, args))
+    return origin is list or (origin is tuple and args[-1:] == (Ellipsis,))
 
 
 _COMMON = {
@@ -231,6 +282,8 @@ def _plain(value: Any) -> Any:
 
 
 def _inline(value: Any) -> str:
+    if value in ("", [], {}):
+        return "-"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
     if isinstance(value, list):

@@ -264,6 +264,7 @@ class Run:
         changed = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
         if changed:
             shown = ", ".join(f"{k} {before.get(k, _ABSENT)} there, {now.get(k, _ABSENT)} here" for k in changed[:5])
+            shown += f", and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise FileExistsError(
                 f"{self.path} holds a run of another command ({shown}); "
                 "choose another --out, or repeat the same command to resume"
