@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from hone_core.testing import assert_close, requires_gpu
-from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.config import KINDS, Knockout, KnockoutConfig
 from hone_knockout.local_attention import RegularFrames, frame_local_attention, regular_frames
 from hone_knockout.method import blocked_pairs, causal_pairs
 from hone_knockout.models import attach, check_model, find_licence, load_model
@@ -329,6 +329,19 @@ class TestLocalAttention:
         want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         assert_close(frame_local_attention(q, k, v, where), want)
 
+    @pytest.mark.parametrize(
+        ("keys", "heads_k", "where", "message"),
+        [
+            (30, 2, RegularFrames(5, 4, 5), "Cut a cache to the prompt"),
+            (25, 3, RegularFrames(5, 4, 5), "a multiple of theirs"),
+            (25, 2, RegularFrames(6, 4, 5), "end at 26; there are 25"),
+        ],
+    )
+    def test_keys_that_are_not_those_of_the_prompt(self, keys, heads_k, where, message):
+        q, k = torch.randn(1, 4, 25, 8), torch.randn(1, heads_k, keys, 8)
+        with pytest.raises(ValueError, match=message):
+            frame_local_attention(q, k, k, where)
+
     def test_which_layouts_are_regular(self):
         model, inputs = get("llava_onevision")
         (layout,) = find_layouts(model, inputs)
@@ -475,9 +488,19 @@ class TestRefusals:
             attach(model, "exit-8b")
 
 
-def test_static_cache_with_a_knockout():
-    model, inputs = get("llava_next_video")
-    with attach(model, lv(2, 3)):
+STATIC = {kind: Knockout(kind=kind, layers=(2, 3)) for kind in KINDS if kind != "span"} | {
+    "span": Knockout(kind="span", source="visual", target="last", layers=(2, 3)),
+    "frames": Knockout(kind="LV", layers=(2, 3), frames=(0,)),
+    "random": Knockout(kind="VT", layers=(2, 3), control="random"),
+    "opposite": Knockout(kind="LV", layers=(2, 3), control="opposite"),
+}
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", STATIC)
+def test_static_cache_with_a_knockout(name, base):
+    model, inputs = get("llava_next_video", base=base)
+    with attach(model, STATIC[name]):
         dynamic = generated(model, inputs)
         static = generated(model, inputs, cache_implementation="static", disable_compile=True)
     assert_close(static, dynamic)

@@ -61,11 +61,21 @@ def frame_local_attention(
 
     Returns:
         What masked attention over ``blocked_pairs("VT", frame)`` gives.
+
+    Raises:
+        ValueError: Keys or values are not those of the queries' positions, or the frames do not fit.
     """
     batch, heads, tokens, dim = query.shape
     heads_k = key.shape[1]
     prefix, frames, each = where
     end = prefix + frames * each
+    if key.shape != (batch, heads_k, tokens, dim) or value.shape[:3] != key.shape[:3] or heads % heads_k:
+        raise ValueError(
+            "expected a key and a value per query, and heads that are a multiple of theirs; got query "
+            f"{list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}. Cut a cache to the prompt first"
+        )
+    if end > tokens:
+        raise ValueError(f"{frames} frames of {each} tokens after {prefix} end at {end}; there are {tokens} tokens")
     gqa = {"enable_gqa": heads != heads_k}
     parts = []
     if prefix:

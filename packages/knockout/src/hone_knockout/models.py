@@ -258,21 +258,27 @@ class KnockoutHandle:
             )
         elif layer in self._by_layer:
             items = self._by_layer[layer]
-            if self._is_local(items, module, attention_mask, kwargs):
-                out = frame_local_attention(query, key, value, self._prompt.regular, scale=kwargs.get("scaling"))
+            if self._is_local(items, module, attention_mask, keys, kwargs):
+                # A static cache hands over its spare room after the prompt.
+                own = slice(0, self._prompt.tokens)
+                out = frame_local_attention(
+                    query, key[:, :, own], value[:, :, own], self._prompt.regular, scale=kwargs.get("scaling")
+                )
                 return out.transpose(1, 2).contiguous(), None
             attention_mask = self._cached(
                 (items, keys, id(attention_mask)), lambda: self._knocked(attention_mask, items, query, keys)
             )
         return base(module, query, key, value, attention_mask, **kwargs)
 
-    def _is_local(self, items: tuple[Knockout, ...], module: nn.Module, mask: Any, kwargs: Mapping[str, Any]) -> bool:
+    def _is_local(
+        self, items: tuple[Knockout, ...], module: nn.Module, mask: Any, keys: int, kwargs: Mapping[str, Any]
+    ) -> bool:
         """Whether this call is VT-K alone over a whole regular prompt, for which no mask is needed."""
         return (
             self._tap.base == "sdpa"
             and mask is None
             and self._step.prefill
-            and self._step.queries == self._prompt.tokens
+            and self._step.queries == self._prompt.tokens <= keys
             and self._prompt.regular is not None
             and all((item.kind, item.frames, item.control) == ("VT", None, "none") for item in items)
             and not module.training
