@@ -1,3 +1,5 @@
+import wave
+
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -31,6 +33,16 @@ def test_frames_come_from_the_middle_of_equal_parts(movie):
     assert clip.frames.float().mean((1, 2, 3)).tolist() == pytest.approx([20, 70, 120, 170], abs=4)
     assert clip.metadata()["total_num_frames"] == 20
     assert clip.metadata()["frames_indices"] == [2, 7, 12, 17]
+
+
+def test_a_file_with_only_sound(tmp_path):
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(16_000))
+    with pytest.raises(ValueError, match=r"sound\.wav has no video stream, only sound"):
+        read_video(tmp_path / "sound.wav")
 
 
 def test_part_of_a_video(movie):

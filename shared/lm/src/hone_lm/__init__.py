@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = _lazy(
         "attention": ["AttentionTap", "tap_attention"],
         "choices": ["Choices", "option_token_ids", "read_choices"],
         "decoders": ["Decoder", "find_decoder"],
-        "layouts": ["TokenLayout", "find_layouts", "locate_spans", "stack_frames"],
+        "layouts": ["TokenLayout", "find_layouts", "locate_spans"],
         "tiny": ["tiny", "tiny_inputs"],
         "video": ["Clip", "read_video"],
     },

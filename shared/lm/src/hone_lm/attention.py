@@ -13,8 +13,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoders import Decoder
 
@@ -91,6 +89,10 @@ def tap_attention(decoder: Decoder, attend: Attend) -> AttentionTap:
 
 
 def _register() -> None:
+    # These cost seconds, which what is refused before a model is loaded does not need.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     for base in BASES:
         name = _PREFIX + base
         if name not in ALL_ATTENTION_FUNCTIONS:
@@ -117,5 +119,7 @@ def _tapped(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 def _base(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The base function; each modeling file has its own eager one."""
     if name != "eager":
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
         return ALL_ATTENTION_FUNCTIONS[name]
     return sys.modules[type(module).__module__].eager_attention_forward

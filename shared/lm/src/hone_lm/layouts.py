@@ -21,7 +21,7 @@ from hone_core.io import atomic_write_json
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-__all__ = ["RULES", "TEXT", "TokenLayout", "find_layouts", "locate_spans", "stack_frames"]
+__all__ = ["RULES", "TEXT", "TokenLayout", "find_layouts", "locate_spans"]
 
 TEXT = -1
 """Frame of a position that shows no frame."""
@@ -348,18 +348,6 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
     gridded = isinstance(merge, int) and any(inputs.get(f"{kind}_grid_thw") is not None for kind in grids)
     row = _Row(config, grids, gridded, tokens_per_frame)
     return [_layout(row, ids[index], real[index], placeholders) for index in range(len(ids))]
-
-
-def stack_frames(layouts: Sequence[TokenLayout]) -> Int[Tensor, "batch tokens"]:
-    """Frames of a batch as one tensor.
-
-    Raises:
-        ValueError: The layouts differ in length.
-    """
-    lengths = {len(layout.frame) for layout in layouts}
-    if len(lengths) != 1:
-        raise ValueError(f"layouts of a batch share one padded length; got {sorted(lengths)}")
-    return torch.stack([layout.frame for layout in layouts])
 
 
 def locate_spans(

@@ -220,6 +220,8 @@ def _probe(path: Path) -> tuple[float, float]:
     done = _ffmpeg("-i", str(path))
     said = done.stderr.decode("utf-8", "replace")
     stream = re.search(r"Stream #\S+.*: Video:.*", said)
+    if stream is None and "Audio:" in said:
+        raise ValueError(f"{path} has no video stream, only sound")
     if stream is None:
         raise ValueError(f"{path} could not be decoded as a video: {_last_line(said)}")
     length = re.search(r"Duration: (\d+):(\d+):(\d+(?:\.\d+)?)", said)
