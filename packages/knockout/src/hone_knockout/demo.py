@@ -5,7 +5,9 @@ Runs on the packaged tiny host on a two-core CPU and downloads nothing.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,23 @@ from typing import Any
 import torch
 from hone_core.timing import measure
 from hone_lm.choices import choice_inputs, choice_prompt
+from hone_lm.decoders import find_decoder
+from hone_lm.layouts import TokenLayout, find_layouts
 
 from . import plots
 from .config import Knockout, KnockoutConfig
 from .data import KINDS, Item, generated_items
 from .evaluate import BASELINE, SweepConfig, SweepReport, configurations, is_right, read_answers, rows_of, sweep
+from .flops import DecoderShape, prefill_flops
 from .host import Host
 from .method import global_after
 from .models import attach
 from .recommend import Recipe, choose
 
 __all__ = ["DemoConfig", "DemoReport", "demo", "time_recipe"]
+
+TIMED_ITEMS, TIMED_TURNS = 32, 20
+"""Prompts of a timed prefill, and turns that each variant gets after two that warm up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +110,7 @@ def demo(cfg: DemoConfig, run: Any, host: Host, *, quiet: bool = False) -> DemoR
     layers = host.config.layers
     found = configurations(cfg.sweep, layers)
     recipe = choose(answers, found, num_layers=layers, max_drop=cfg.max_drop, seed=cfg.seed)
-    timing = time_recipe(host, items[:8], recipe, run)
+    timing = time_recipe(host, items[:TIMED_ITEMS], recipe, run)
     (run.artifacts / "recipe.txt").write_text(f"{recipe}\n{timing}", encoding="utf-8")
     chart = plots.sweep_chart({"rows": rows_of(run)}, run.figures / "sweep.png", title="tiny host, generated clips")
     sheet = _sheet(items, answers, layers, run.figures / "clips.png")
@@ -115,15 +123,33 @@ def time_recipe(host: Host, items: Sequence[Item], recipe: Recipe, run: Any) -> 
     prompts = [choice_prompt(host.processor, item.question, item.options, style="text") for item in items]
     inputs = choice_inputs(host.processor, prompts, [item.clip for item in items])
     inputs = {name: value.to(host.device) for name, value in inputs.items()}
-    before = measure(lambda: host.model(**inputs, logits_to_keep=1), warmup=2, repeats=7, device=host.device)
-    run.row("prefill", before.ms_p50, unit="ms", better="lower", n=before.n, variant=BASELINE)
-    if recipe.exit is None and not recipe.window:
-        return f"prefill of {len(items)} prompts {before.ms_p50:.0f} ms; nothing to save within the budget"
-    text = f"prefill of {len(items)} prompts {before.ms_p50:.0f} ms"
-    with attach(host.model, recipe.config):
-        after = measure(lambda: host.model(**inputs, logits_to_keep=1), warmup=2, repeats=7, device=host.device)
-    run.row("prefill", after.ms_p50, unit="ms", better="lower", n=after.n, variant=recipe.config.label)
-    text += f", {after.ms_p50:.0f} ms with {recipe.config.label}"
+    saves = recipe.exit is not None or recipe.window > 0
+    configs = {BASELINE: None} | ({recipe.config.label: recipe.config} if saves else {})
+    times: dict[str, list[float]] = {name: [] for name in configs}
+    # They alternate, so that other load on the machine falls on both alike.
+    for turn in range(2 + TIMED_TURNS):
+        for name, config in configs.items():
+            with nullcontext() if config is None else attach(host.model, config):
+                once = measure(
+                    lambda: host.model(**inputs, logits_to_keep=1), warmup=0, repeats=1, device=host.device
+                ).ms_p50
+            if turn >= 2:
+                times[name].append(once)
+    shown = {}
+    for name, each in times.items():
+        low, middle, high = (statistics.quantiles(each, n=10, method="inclusive")[place] for place in (1, 4, 7))
+        shown[name] = f"{middle:.0f} ms [{low:.0f}, {high:.0f}]"
+        spread = statistics.stdev(each)
+        run.row("prefill", middle, unit="ms", better="lower", n=len(each), spread=spread, variant=name)
+    text = f"prefill of {len(items)} prompts {shown[BASELINE]}"
+    if not saves:
+        return f"{text}; nothing to save within the budget"
+    bound = _bound(host, find_layouts(host.model, inputs), recipe)
+    run.row("flop_bound", bound, better="none", variant=recipe.config.label)
+    text += (
+        f", {shown[recipe.config.label]} with {recipe.config.label} (medians, 20th and 80th percentiles); the "
+        f"decoder's operations allow {bound:.2f} times as fast"
+    )
     if recipe.exit is not None and recipe.exit < host.config.layers:
         with attach(host.model, KnockoutConfig(exit=recipe.exit)):
             left = host.model(**inputs, logits_to_keep=1).logits
@@ -133,6 +159,22 @@ def time_recipe(host: Host, items: Sequence[Item], recipe: Recipe, run: Any) -> 
         run.row("exit_gap", gap, better="lower", n=len(items), variant=f"exit {recipe.exit}")
         text += f"; logits of exit and LV-K differ by at most {gap:.1e}"
     return text
+
+
+def _bound(host: Host, layouts: Sequence[TokenLayout], recipe: Recipe) -> float:
+    """Operations of the decoder as it is over those under a recipe."""
+    shape = DecoderShape.of(find_decoder(host.model).config)
+    totals = []
+    for exit, window in ((None, 0), (recipe.exit, recipe.used_window)):
+        total = 0.0
+        for layout in layouts:
+            prefix = int(layout.real[: layout.spans["video"][0]].sum())
+            frames, each = layout.num_frames, layout.tokens_per_frame[0]
+            suffix = int(layout.real.sum()) - prefix - frames * each
+            sizes = {"prefix": prefix, "frames": frames, "tokens_per_frame": each, "suffix": suffix}
+            total += prefill_flops(shape, **sizes, exit=exit, window=window).total
+        totals.append(total)
+    return totals[0] / totals[1]
 
 
 def _sheet(items: Sequence[Item], answers: dict[str, Any], layers: int, path: Path) -> Path:
