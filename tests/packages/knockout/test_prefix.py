@@ -38,7 +38,7 @@ def test_reuse_gives_what_a_whole_run_gives(family, exits):
 @pytest.mark.parametrize("exits", [False, True])
 @torch.no_grad()
 def test_what_the_two_stage_sweep_takes(exits):
-    """The baseline and LV-K after every second of 28 layers, as ``eval --setting global1`` runs them."""
+    """The baseline and LV-K after every second of 28 layers, as ``eval --setting global1`` runs them; then i = L."""
     layers, ran = 28, []
     model, processor = tiny("llava_onevision", layers=layers)
 
@@ -66,6 +66,11 @@ def test_what_the_two_stage_sweep_takes(exits):
     assert counts.rows == sum(ran) == whole * tokens + (counts.layers - whole) * text
     # 64 of 99 tokens are visual; with more of them it nears 420 / 57.
     assert counts.rows_without / counts.rows == pytest.approx(3.461 if exits else 1.757, abs=1e-3)
+    # The paper's i runs to L, where nothing is blocked: one run more without reuse, none with it.
+    runner.run(KnockoutConfig(knockouts=(), exit=layers))
+    assert counts.layers_without == 448
+    assert counts.layers == len(ran) == 239
+    assert counts.saving == pytest.approx(1.874, abs=1e-3)
 
 
 @torch.no_grad()

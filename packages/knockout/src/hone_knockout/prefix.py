@@ -29,11 +29,14 @@ __all__ = ["Counts", "PrefixRunner", "as_exit"]
 
 @dataclass
 class Counts:
-    """Work done, and what it would be without reuse.
+    """Work done, and what it would be without reuse: every configuration from the first layer, as often as it is run.
+
+    The paper's Global 1 over L layers runs i = 0, 2, ..., L beside the run without a knockout. Its i = L blocks nothing
+    and is that run again, which costs nothing here; a sweep that leaves it out saves less by one run.
 
     Attributes:
         layers: decoder layers evaluated, the repeated last one of the baseline's check among them.
-        layers_without: the same, had every configuration run from the first layer.
+        layers_without: the same without reuse.
         rows: token rows through a layer, which an exit makes fewer.
         rows_without: likewise.
     """
