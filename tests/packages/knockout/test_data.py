@@ -35,6 +35,19 @@ def scenes(count=64, seed=0):
     return drawn, render(drawn, ClipConfig(noise=0.0), generator)
 
 
+def test_a_category_may_not_have_the_name_of_the_total(tmp_path):
+    rows = [
+        {"video": "a.mp4", "question": "?", "options": ["x", "y"], "answer": 0, "category": c} for c in ("all", "b")
+    ]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = load_items(tmp_path / "qa.jsonl")
+    assert "category 'all' is the name of the total; rename it" in first.error
+    assert (second.error, second.category) == ("", "b")
+    (tmp_path / "qa.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match="is the name of the total"):
+        load_items(tmp_path / "qa.jsonl")
+
+
 def test_labels_can_be_read_off_the_pixels():
     drawn, video = scenes()
     palette = torch.tensor(list(COLORS.values()))

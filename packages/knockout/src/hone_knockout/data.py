@@ -52,7 +52,7 @@ class Item:
         question: text.
         options: texts, without letters.
         answer: index of the right one.
-        category: kind of question, for the breakdown.
+        category: kind of question, for the breakdown; ``all`` is the total's name.
         video: path, or None where ``clip`` is given.
         clip: frames in memory.
         start: seconds from which the question is about the video; None is its beginning.
@@ -85,6 +85,8 @@ class Item:
             raise ValueError(
                 f"item {self.id}: answer must be the index of one of {len(self.options)} options; got {self.answer}"
             )
+        if self.category == "all":
+            raise ValueError(f"item {self.id}: category 'all' is the name of the total; rename it")
         if (self.video is None) == (self.clip is None):
             raise ValueError(f"item {self.id}: expected a video or a clip, one of them")
 
