@@ -264,6 +264,104 @@ def test_a_flag_of_many_values_may_be_repeated(capsys, folder, host_file):
     assert json.loads(out)["config"]["settings"] == ["global1", "local"]
 
 
+def test_reproduce_looks_for_every_host_before_it_starts(capsys, host_file, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = run(capsys, "reproduce", "--host", host_file, tmp_path / "b.safetensors", "--out", out)
+    assert code == 1
+    assert f"there is no trained host at {tmp_path / 'b.safetensors'}" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--video", "bad.mp4"], "could not be decoded as a video"),
+        (["--start", "99"], "no frame between 99 s"),
+        (["--tokens-per-frame", "7"], "does not divide a run of 36"),
+        (["--option", *map(str, range(27))], "there are letters for 26 options; got 27"),
+        (["--option", "up", "up"], "options must differ"),
+        (["--option", "up"], "one option is no choice"),
+        (["--knock", "LV", "LV"], "named twice in --knock LV LV"),
+    ],
+)
+def test_generate_looks_at_video_and_options_before_the_weights(capsys, folder, tmp_path, monkeypatch, more, message):
+    """The folder of this model has no weights."""
+    shutil.copytree(folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    monkeypatch.chdir(tmp_path)
+    video = [] if "--video" in more else ["--video", folder / "0.npy"]
+    code, out, err = run(capsys, "generate", "--model", "model", *video, "--ask", "where ?", *more)
+    assert (code, out) == (1, "")
+    assert message in err
+
+
+def test_options_that_begin_alike_are_seen_before_the_weights(capsys, folder, monkeypatch):
+    def clash(*_, **__):
+        raise ValueError("cannot be told apart")
+
+    monkeypatch.setattr("hone_knockout.sample.option_token_ids", clash)
+    monkeypatch.setattr("hone_knockout.models.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    ask = ["--model", folder / "model", "--video", folder / "0.npy", "--ask", "where ?", "--option", "up", "down"]
+    code, _, err = run(capsys, "generate", *ask)
+    assert code == 1
+    assert "cannot be told apart" in err
+
+
+def test_dry_run_of_generate_names_no_folder(capsys, folder):
+    ask = ["generate", "--model", folder / "model", "--video", folder / "0.npy", "--ask", "where ?", "--dry-run"]
+    code, out, _ = run(capsys, *ask)
+    assert code == 0
+    assert "options -," in out
+    assert "runs/" not in out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "--model", "M", "--video", "none.mp4", "--ask", "?"],
+        ["inspect", "--model", "M", "--video", "none.mp4", "--ask", "?"],
+        ["eval", "--model", "M", "--data", "none.jsonl"],
+        ["eval", "--host", "none.safetensors"],
+        ["reproduce", "--host", "none.safetensors"],
+        ["reproduce", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_torch_loads_none(argv):
+    script = (
+        "import sys\nfrom hone_knockout import cli\n"
+        f"try:\n    cli.run_cli('hone-knockout', cli.VERBS, '', {argv})\n"
+        "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    code = 0 if "--dry-run" in argv else 1
+    assert done.stdout.splitlines()[-1] == f"{code} False", done.stderr
+
+
+def test_plot_of_a_run_that_is_not_finished(capsys, tmp_path):
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "results.json").write_text(json.dumps({"schema": 1, "status": "failed", "rows": []}))
+    code, _, err = run(capsys, "plot", "--run", run_folder)
+    assert code == 1
+    assert "is not finished; resume it" in err
+
+
+def test_hub_that_cannot_be_reached(capsys, folder, monkeypatch):
+    from transformers import AutoConfig
+
+    def lost(path):
+        raise OSError("We couldn't connect to the hub. Check your connection.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lost)
+    code, _, err = run(
+        capsys, "generate", "--model", "lab/no-such-model", "--video", folder / "0.npy", "--ask", "?", "--dry-run"
+    )
+    assert code == 1
+    for part in ("there is no folder lab/no-such-model here", "We couldn't connect to the hub)", "--model", "network"):
+        assert part in err
+
+
 @pytest.mark.parametrize("verb", ["demo", "bench", "reproduce", "train-host"])
 def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -293,6 +391,8 @@ def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
         (["eval", "--limit", "0"], "limit must be positive"),
         (["eval", "--data", "qa.jsonl"], "data and model belong together"),
         (["eval", "--data", "none.jsonl", "--model", "M"], "there is no question file"),
+        (["eval", "--knock", "LV", "LV"], "kinds must differ"),
+        (["eval", "--setting", "local", "local"], "settings must differ"),
         (["recommend"], "which run?"),
         (["recommend", "--run", "none"], "is no run folder"),
         (["plot"], "which run?"),

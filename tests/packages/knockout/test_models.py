@@ -448,6 +448,14 @@ class TestRefusals:
             with pytest.raises(ValueError, match="pass the whole prompt in one forward"):
                 model(**inputs, past_key_values=cache)
 
+    @pytest.mark.parametrize("size", [8, 200])
+    def test_prefill_in_chunks(self, size):
+        """With 200 the prompt is one piece, from which generate drops the pixels all the same."""
+        model, inputs = get("llava_onevision")
+        for config in (KnockoutConfig(exit=3), lv(2)):
+            with attach(model, config), pytest.raises(ValueError, match="generate without prefill_chunk_size"):
+                model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=size)
+
     def test_labels_and_static_cache(self):
         model, inputs = get("qwen2_vl")
         with attach(model, KnockoutConfig(exit=2)):

@@ -40,7 +40,7 @@ def test_rules_hold_and_fail():
     found = judge(rows(GOOD), FOUND, num_layers=LAYERS)
     assert found["finding_1"]["layer_ratio"] == 0.5
     assert found["finding_1"]["margin"] == pytest.approx(2)
-    assert all(numbers["holds"] == "yes" for numbers in found.values())
+    assert all((numbers["rule"], numbers["holds"]) == ("yes", "yes") for numbers in found.values())
     assert found["finding_2"]["margin"] == pytest.approx(70 - 3 * 10)
     assert found["finding_3"]["worst_window"] == pytest.approx(50)
     late = judge(rows(GOOD | {"global1 LV 8-9": 0.9}), FOUND, num_layers=LAYERS)["finding_1"]
@@ -48,7 +48,8 @@ def test_rules_hold_and_fail():
     assert holds(GOOD | {"global2 VT 0-9": 0.6}, "finding_2") == "no"
     assert holds(GOOD | {f"window LV {i}-{i + 3}": 0.6 for i in range(7)}, "finding_3") == "no"
     nothing = judge(rows({}), FOUND, num_layers=LAYERS)
-    assert [nothing[name]["holds"] for name in RULES] == ["yes", "no", "no"]
+    for word in ("rule", "holds"):
+        assert [nothing[name][word] for name in RULES] == ["yes", "no", "no"]
 
 
 def test_layer_ratio_of_seventy_percent_is_the_last_that_counts():
@@ -62,7 +63,7 @@ def test_few_questions_decide_less(vt, count, want):
     found = judge(rows(GOOD | {"global2 VT 0-9": vt}, count), FOUND, num_layers=LAYERS)["finding_2"]
     assert found["margin"] == pytest.approx(4, abs=0.1)
     assert found["interval"][0] < found["margin"] < found["interval"][1]
-    assert found["holds"] == want
+    assert (found["rule"], found["holds"]) == ("yes", want)
 
 
 def test_interval_is_of_the_margin():
@@ -99,6 +100,27 @@ def test_a_host_that_has_not_learned_is_refused(host_file, tmp_path):
         reproduce(cfg, run, quiet=True)
 
 
+@pytest.mark.parametrize("second", ["unlearned", "missing"])
+def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, monkeypatch, second):
+    graded = []
+
+    def grade(host, **_):
+        graded.append(host)
+        return dict.fromkeys(("shape", "place"), 1.0 if len(graded) == 1 else 0.5)
+
+    monkeypatch.setattr("hone_knockout.reproduce.GATES", dict.fromkeys(("shape", "place"), 0.9))
+    monkeypatch.setattr("hone_knockout.reproduce.grade_host", grade)
+    monkeypatch.setattr("hone_knockout.reproduce.sweep", lambda *_, **__: pytest.fail("a sweep began"))
+    other = host_file if second == "unlearned" else tmp_path / "none.safetensors"
+    cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(str(host_file), str(other)))
+    message = "host 1 .* misses its gates" if second == "unlearned" else "there is no trained host"
+    with (
+        pytest.raises(ValueError, match=message),
+        Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run") as run,
+    ):
+        reproduce(cfg, run, quiet=True)
+
+
 def test_the_whole_of_it(host_file, tmp_path, monkeypatch):
     # Untrained hosts pass no gate, and this is about the machinery.
     monkeypatch.setattr("hone_knockout.reproduce.GATES", dict.fromkeys(("shape", "place"), 0.0))
@@ -115,6 +137,8 @@ def test_the_whole_of_it(host_file, tmp_path, monkeypatch):
     assert "VT-K in all layers costs" in report.verdict["disagreement"]
     assert set(report.verdict["hosts"][0]["mixes"]) == {"all", "static only", "temporal only", "order only"}
     assert "finding_2: UNDECIDED, 2 of 3 seeds" in str(report)
+    rule = report.verdict["hosts"][0]["mixes"]["all"]["finding_2"]["rule"]
+    assert f"rule {rule}, interval [" in str(report)
     margins = [row for row in load_results(tmp_path / "run")["rows"] if row["metric"] == "margin"]
     assert len(margins) == 2 * len(RULES) * len(report.verdict["hosts"][0]["mixes"])
     for row in margins:

@@ -103,11 +103,13 @@ def inspect(
         save: JSON file to write the layout to.
         host: A host.safetensors made by train-host.
     """
+    if model is not None and host is not None:
+        raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
+    if model is not None:
+        _check_asked(video, ask)
     from .data import generated_items
     from .sample import AskConfig, look
 
-    if model is not None and host is not None:
-        raise ValueError("give model, a Video-LLM, or host, a tiny host; not both")
     if model is None:
         if (video, ask, frames, tokens_per_frame) != (None, None, None, None):
             raise ValueError(
@@ -175,8 +177,6 @@ def generate(
         dry_run: Check the settings against the model's config, print them and do nothing.
     """
     from .config import PRESETS, Knockout, KnockoutConfig, parse_layers
-    from .models import check_model, load_model
-    from .sample import ask as answer
 
     if model is None:
         raise ValueError("which model? Give --model, such as llava-hf/llava-onevision-qwen2-7b-ov-hf")
@@ -184,11 +184,23 @@ def generate(
         raise ValueError("preset stands for knock, layers, exit and local; give one or the other")
     if layers is not None and not knock:
         raise ValueError("layers are those of --knock, which was not given")
+    if len(set(knock)) != len(knock):
+        raise ValueError(f"a knockout is named twice in --knock {' '.join(knock)}")
     if max_new_tokens is not None and option:
         raise ValueError("max-new-tokens is of a written answer; with --option none is written")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    # Everything that can be wrong is looked at before the weights are read.
+    # Everything that can be wrong is looked at before the weights are read, and files before anything is imported.
+    _check_asked(video, ask)
+    from hone_core.config import to_dict
+    from hone_core.devices import resolve_device, resolve_dtype
+    from hone_lm.video import read_video
+    from transformers import AutoConfig, AutoProcessor
+
+    from .models import check_model, load_model
+    from .sample import ask as answer
+    from .sample import check_question
+
     cfg = _ask_config(
         model, video, ask, frames=frames, tokens_per_frame=tokens_per_frame, start=start, end=end, options=option
     )
@@ -205,12 +217,12 @@ def generate(
     check_model(model, config)
     cfg = _change(cfg, config=config, rounds=rounds)
     if dry_run:
-        return _plan(cfg, None)
-    from hone_core.devices import resolve_device, resolve_dtype
-
+        return {"config": to_dict(cfg)}
+    clip = read_video(video, num_frames=frames, start=start, end=end)
+    check_question(AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model), cfg, clip)
     target = resolve_device(device)
     loaded, processor = load_model(model, device=target, dtype=resolve_dtype(dtype, target))
-    return answer(loaded, processor, cfg)
+    return answer(loaded, processor, cfg, clip)
 
 
 def evaluate(
@@ -267,14 +279,18 @@ def evaluate(
         dry_run: Look for questions, videos and the model's config, print the settings and do nothing.
         quiet: Show no progress.
     """
-    from . import plots
-    from .evaluate import SweepConfig, SweepReport, configurations, read_answers, sweep
-
     if retry_failed and out is None:
         raise ValueError("which run? --retry-failed goes with --out, the folder of the run whose questions failed")
-    cfg = _load(SweepConfig, config)
     flags = {"data": data, "format": format, "videos": videos, "model": model, "limit": limit, "host": host}
-    source = _source(cfg.source, **flags, dtype=dtype)
+    flags["dtype"] = dtype
+    if config is None:
+        # Files are looked for before anything is imported.
+        _check_files(_source({}, **flags))
+    from .evaluate import SweepConfig, SweepReport, configurations, read_answers, sweep
+
+    cfg = _load(SweepConfig, config)
+    source = _source(cfg.source, **flags)
+    _check_files(source)
     cfg = _change(
         cfg,
         settings=setting,
@@ -296,6 +312,8 @@ def evaluate(
     configurations(cfg, _num_layers(source))
     if dry_run:
         return _plan(cfg, out) | {"questions": len(items)}
+    from . import plots
+
     run = _start("eval", cfg, out, cfg.seed)
     if run.done and retry_failed and read_answers(run.path)[1]:
         run.reopen()
@@ -454,14 +472,17 @@ def reproduce(
         dry_run: Print the settings and do nothing.
         quiet: Show no progress.
     """
-    from .reproduce import ReproduceConfig, ReproduceReport
-    from .reproduce import reproduce as test
+    from .config import ReproduceConfig
 
     hosts = None if host is None else tuple(_absolute("host", str(path)) for path in host)
     cfg = _change(_load(ReproduceConfig, config), hosts=hosts, items=limit, max_drop=max_drop, seed=seed)
     if dry_run:
         return _plan(cfg, out)
+    _check_hosts(cfg.hosts)
     from hone_core.devices import resolve_device
+
+    from .reproduce import ReproduceReport
+    from .reproduce import reproduce as test
 
     target = resolve_device(device)
     with _start("reproduce", cfg, out, cfg.seed) as run:
@@ -478,12 +499,15 @@ def plot(*, run: Path | None = None, save: Path | None = None, title: str = "") 
     """
     from hone_core.runs import load_results
 
-    from .plots import sweep_chart
-
     if run is None:
         raise ValueError("which run? Give --run, the folder of an eval or demo run")
     folder = run if run.is_dir() else run.parent
-    return str(sweep_chart(load_results(run), save or folder / "figures" / "sweep.png", title=title))
+    results = load_results(run)
+    if results.get("status", "done") != "done":
+        raise ValueError(f"{run} is not finished; resume it with the command that started it, then plot")
+    from .plots import sweep_chart
+
+    return str(sweep_chart(results, save or folder / "figures" / "sweep.png", title=title))
 
 
 def train_host(
@@ -587,6 +611,35 @@ def _host(path: Path | None, device: str) -> Any:
     return load_host(resolve_device(device), path=path)
 
 
+def _check_asked(video: Path | None, ask: str | None) -> None:
+    """What can be said of a video and a question without importing torch."""
+    if video is None or ask is None:
+        raise ValueError("a model needs a video and a question; give --video and --ask")
+    if not video.exists():
+        raise FileNotFoundError(f"there is no video {video}")
+
+
+def _check_files(source: dict[str, str]) -> None:
+    """Likewise of a source's files."""
+    for name, what in (("data", "question file"), ("videos", "folder of videos")):
+        if name in source and not Path(source[name]).exists():
+            raise FileNotFoundError(f"there is no {what} {source[name]}")
+    if "host" in source:
+        _check_hosts((source["host"],))
+
+
+def _check_hosts(paths: tuple[str, ...]) -> None:
+    """Likewise of hosts."""
+    from hone_core.errors import CheckpointError
+
+    for path in paths:
+        if not Path(path).is_file():
+            raise CheckpointError(
+                f"there is no trained host at {path}; train one with {PACKAGE} train-host, and name its "
+                "host.safetensors with --host"
+            )
+
+
 def _ask_config(
     model: str,
     video: Path | None,
@@ -598,12 +651,11 @@ def _ask_config(
     end: float | None = None,
     options: tuple[str, ...] = (),
 ) -> Any:
+    _check_asked(video, ask)
     from hone_lm.video import check_video
 
     from .sample import AskConfig
 
-    if video is None or ask is None:
-        raise ValueError("a model needs a video and a question; give --video and --ask")
     check_video(video)
     return AskConfig(
         model=model,
@@ -649,7 +701,6 @@ _PATHS = ("data", "videos", "host", "model")
 
 
 def _absolute(name: str, value: str) -> str:
-
     return os.path.abspath(value) if name in _PATHS and (name != "model" or Path(value).exists()) else value
 
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
-__all__ = ["KINDS", "PRESETS", "Control", "Kind", "Knockout", "KnockoutConfig", "Preset", "parse_layers"]
+if TYPE_CHECKING:
+    from .evaluate import SweepConfig
+
+__all__ = [
+    "KINDS",
+    "PRESETS",
+    "Control",
+    "Kind",
+    "Knockout",
+    "KnockoutConfig",
+    "Preset",
+    "ReproduceConfig",
+    "parse_layers",
+]
 
 Kind = Literal["LV", "VT", "VS", "VV", "VT-strict", "span"]
 Control = Literal["none", "random", "opposite"]
@@ -128,13 +141,11 @@ class Preset:
         config: the settings.
         model: what they are for.
         provenance: published, or ours.
-        expected: known figures.
     """
 
     config: KnockoutConfig
     model: str
     provenance: str
-    expected: dict[str, float] = field(default_factory=dict)
 
 
 def _recipe(exit: int, window: int) -> KnockoutConfig:
@@ -142,18 +153,55 @@ def _recipe(exit: int, window: int) -> KnockoutConfig:
     return KnockoutConfig(knockouts=knockouts, exit=exit)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """How the findings are put to the test."""
+
+    items: int = 400
+    """Questions per host, the four kinds in turn."""
+    batch: int = 40
+    max_drop: float = 1.0
+    """Budget of the exit and window recipe, in points on the choosing half."""
+    gate_clips: int = 512
+    hosts: tuple[str, ...] = ()
+    """Checkpoints, one per seed; the packaged one if none is given."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.items < 16 or self.batch < 1 or self.gate_clips < 1:
+            raise ValueError(
+                f"expected at least 16 questions and positive batch and gate_clips; got {self.items}, {self.batch}, "
+                f"{self.gate_clips}"
+            )
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """The sweep that every host is put through."""
+        from .evaluate import SweepConfig
+
+        return SweepConfig(
+            settings=("global1", "global2", "window", "local"),
+            kinds=("LV", "VT", "VS"),
+            stride=1,
+            step=1,
+            controls=("none", "random"),
+            batch=self.batch,
+            style="text",
+            shuffle=False,
+            seed=self.seed,
+        )
+
+
 PRESETS: dict[str, Preset] = {
     "exit-7b": Preset(
         config=_recipe(18, 0),
         model="28-layer 7B decoders (LLaVA-OneVision-7B, LLaVA-Video-7B), 32 frames",
         provenance="Paper, efficiency table: visual tokens leave after layer 18 of 28.",
-        expected={"attention_flops": 0.643, "mvbench_drop": 1.0, "videomme_drop": 0.9},
     ),
     "exit-window-7b": Preset(
         config=_recipe(18, 8),
         model="28-layer 7B decoders (LLaVA-OneVision-7B, LLaVA-Video-7B), 32 frames",
         provenance="Paper, efficiency table: exit after layer 18, attention within a frame in the first 8 layers.",
-        expected={"attention_flops": 0.375, "mvbench_drop": 0.7, "videomme_drop": 1.1},
     ),
     "tiny": Preset(
         config=_recipe(8, 2),

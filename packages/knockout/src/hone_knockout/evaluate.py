@@ -76,6 +76,9 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.settings or any(value not in get_args(Setting) for value in self.settings):
             raise ValueError(f"settings must be some of {', '.join(get_args(Setting))}; got {self.settings}")
+        for name in ("settings", "kinds", "controls"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"{name} must differ; got {getattr(self, name)}")
         if "span" in self.kinds:
             raise ValueError("a sweep has no span targets; use attach")
         for name in ("width", "stride", "step", "frames", "batch"):

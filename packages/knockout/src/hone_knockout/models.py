@@ -156,13 +156,14 @@ class KnockoutHandle:
                 raise ValueError("the exit makes caches of different lengths, which a static cache cannot hold")
         layouts = self._given
         if layouts is None:
+            _refuse_chunks(inputs)
             layouts = find_layouts(module, inputs, tokens_per_frame=self.tokens_per_frame)
         self.start(layouts, inputs.get("input_ids"))
 
     def _refuse_late_video(self, inputs: Mapping[str, Any]) -> None:
         if self._prompt is None:
             raise ValueError("the cache was filled before this was attached; attach first, then run the whole prompt")
-        pixels = [name for name in ("pixel_values", "pixel_values_videos") if inputs.get(name) is not None]
+        pixels = _pixels(inputs)
         if pixels:
             raise ValueError(f"{pixels[0]} came with a filled cache: pass the whole prompt in one forward")
 
@@ -517,7 +518,16 @@ def check_model(path: str, config: KnockoutConfig | None = None) -> int:
     """
     from transformers import AutoConfig
 
-    found = AutoConfig.from_pretrained(path)
+    try:
+        found = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        cause = " ".join(str(error).split()).partition(". ")[0]
+        raise OSError(
+            f"there is no folder {path} here, and the hub does not give its config ({cause}). Expected of --model: the "
+            "folder of a checkpoint, or an address on the hub, which needs the network where it was not fetched before"
+        ) from error
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     if not any(isinstance(getattr(found, name, None), int) for name in names):
         raise ValueError(
@@ -598,6 +608,19 @@ def _check_late_layers(text: Any, config: KnockoutConfig) -> None:
     types = getattr(text, "layer_types", None) or []
     if config.exit is not None and any(kind != "full_attention" for kind in types[config.exit :]):
         raise ValueError("an exit before sliding-window layers is not supported: their caches drop positions")
+
+
+def _pixels(inputs: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in inputs.items() if name.startswith("pixel_values") and value is not None]
+
+
+def _refuse_chunks(inputs: Mapping[str, Any]) -> None:
+    """Refuse a prompt that generate hands over in pieces: it leaves the pixels out, and a piece is not the layout."""
+    if inputs.get("past_key_values") is not None and inputs.get("input_ids") is not None and not _pixels(inputs):
+        raise ValueError(
+            f"a prompt of {inputs['input_ids'].shape[1]} tokens came with a cache and without pixels, as in chunked "
+            "prefill, which drops the video. Call generate without prefill_chunk_size"
+        )
 
 
 def _rows_left(frame: Tensor) -> tuple[Tensor, Tensor, bool]:

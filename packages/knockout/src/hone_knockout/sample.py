@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from .config import Knockout, KnockoutConfig
 from .method import global_after
 from .models import attach
 
-__all__ = ["AskConfig", "AskReport", "ask", "exit_gap", "look"]
+__all__ = ["AskConfig", "AskReport", "ask", "check_question", "exit_gap", "look"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +48,10 @@ class AskConfig:
             raise ValueError("the question is empty")
         if len(self.options) == 1:
             raise ValueError("one option is no choice; give at least two, or none for a written answer")
+        if len(set(self.options)) != len(self.options):
+            raise ValueError(f"options must differ; got {list(self.options)}")
+        if self.style == "letter" and len(self.options) > len(ascii_uppercase):
+            raise ValueError(f"there are letters for {len(ascii_uppercase)} options; got {len(self.options)}")
         if self.frames < 1 or self.max_new_tokens < 1:
             raise ValueError(f"frames and max_new_tokens must be positive; got {self.frames}, {self.max_new_tokens}")
         if self.tokens_per_frame is not None and self.tokens_per_frame < 1:
@@ -137,6 +141,24 @@ def look(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) -
     clip = clip or read_video(cfg.video, num_frames=cfg.frames, start=cfg.start, end=cfg.end)
     _, inputs = prompt_inputs(processor, cfg, clip)
     return _layout(model, inputs, cfg, clip)
+
+
+def check_question(model: Any, processor: Any, cfg: AskConfig, clip: Clip) -> None:
+    """Look for what is wrong with a question before the weights are read.
+
+    Args:
+        model: Or its config.
+        processor: Of the model.
+        cfg: Video and question.
+        clip: Frames of the video.
+
+    Raises:
+        ValueError: Options cannot be told apart, or the prompt has no visual token or no whole number of frames.
+    """
+    prompt, inputs = prompt_inputs(processor, cfg, clip)
+    if cfg.options:
+        option_token_ids(processor.tokenizer, prompt, cfg.options, style=cfg.style)
+    _layout(model, inputs, cfg, clip)
 
 
 def _layout(model: Any, inputs: dict[str, Any], cfg: AskConfig, clip: Clip) -> TokenLayout:
@@ -252,8 +274,3 @@ def _turn(model: Any, processor: Any, cfg: AskConfig, prompt: str, inputs: dict[
     prefill = stop if cfg.options else first[0]
     peak = torch.cuda.max_memory_allocated() if gpu else None
     return _Turn(answer, stop - begun, prefill - begun, stop - prefill, peak)
-
-
-def save_layout(layout: TokenLayout, run: Any) -> Path:
-    """Write a layout into a run's artifacts."""
-    return layout.save(run.artifacts / "layout.json")
