@@ -324,6 +324,7 @@ def test_dry_run_of_generate_names_no_folder(capsys, folder):
         ["eval", "--host", "none.safetensors"],
         ["reproduce", "--host", "none.safetensors"],
         ["reproduce", "--dry-run"],
+        ["reproduce", "--host", "a", "b", "c", "--dry-run"],
     ],
     ids=" ".join,
 )

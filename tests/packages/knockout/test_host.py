@@ -5,7 +5,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.testing import assert_close
 from hone_knockout.data import fake_batch, generated_items
-from hone_knockout.host import HostConfig, build_host, host_is_packaged, load_host, pixel_values
+from hone_knockout.host import HostConfig, build_host, host_config, host_is_packaged, load_host, pixel_values
 from hone_knockout.models import load_model
 from hone_lm.choices import choice_inputs, choice_prompt
 from hone_lm.layouts import find_layouts, locate_spans
@@ -15,6 +15,13 @@ def inputs_of(host, count=4):
     items = generated_items(count, host.config.clip)
     prompts = [choice_prompt(host.processor, item.question, item.options, style="text") for item in items]
     return items, choice_inputs(host.processor, prompts, [item.clip for item in items])
+
+
+def test_config_of_a_host_without_its_weights(host_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("hone_knockout.host.build_host", lambda *_: pytest.fail("a model was built"))
+    assert host_config(host_file).layers == 5
+    with pytest.raises(CheckpointError, match="there is no trained host"):
+        host_config(tmp_path / "none.safetensors")
 
 
 def test_default_host_is_small_and_of_the_real_class():

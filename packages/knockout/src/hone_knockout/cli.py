@@ -734,10 +734,10 @@ def _questions(source: dict[str, str], seed: int) -> list[Any]:
 
     limit = int(source["limit"]) if "limit" in source else None
     if "data" not in source:
-        from .host import load_host
+        from .host import host_config
 
         path = Path(source["host"]) if "host" in source else None
-        return generated_items(limit or 256, load_host(path=path).config.clip, seed=2000 + seed)
+        return generated_items(limit or 256, host_config(path).clip, seed=2000 + seed)
     items = load_items(source["data"], format=source.get("format", "jsonl"), videos=source.get("videos"))[:limit]
     problems = check_items(items)
     for problem in problems[:5]:
@@ -767,7 +767,9 @@ def _num_layers(source: dict[str, str]) -> int:
         from .models import check_model
 
         return check_model(source["model"])
-    return _host(Path(source["host"]) if "host" in source else None, "cpu").config.layers
+    from .host import host_config
+
+    return host_config(Path(source["host"]) if "host" in source else None).layers
 
 
 def _loaded(source: dict[str, str], device: str) -> tuple[Any, Any, int]:

@@ -11,28 +11,21 @@ import json
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
-from hone_lm.tiny import build_tokenizer
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessorPil,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
 
 from .data import COLORS, CORNERS, DIRECTIONS, SHAPES, ClipConfig
 
-__all__ = ["Host", "HostConfig", "build_host", "host_is_packaged", "load_host", "save_host"]
+if TYPE_CHECKING:
+    from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
+
+__all__ = ["Host", "HostConfig", "build_host", "host_config", "host_is_packaged", "load_host", "save_host"]
 
 _QUESTION_WORDS = (
     *("what", "shape", "is", "the", "one", "where", "does", "move"),
@@ -95,6 +88,18 @@ def build_host(cfg: HostConfig | None = None, *, seed: int = 0) -> Host:
         cfg: Architecture.
         seed: Of the weights; the global generator is left as it was.
     """
+    # These cost seconds, which a host's config does not need.
+    from hone_lm.tiny import build_tokenizer
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessorPil,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
     cfg = cfg or HostConfig()
     size = cfg.clip.size
     tokenizer = build_tokenizer(("<image>", "<video>"), words=WORDS)
@@ -161,6 +166,11 @@ def host_is_packaged() -> bool:
     return (files("hone_knockout") / "assets" / "host.safetensors").is_file()
 
 
+def host_config(path: Path | None = None) -> HostConfig:
+    """Architecture of a trained host, without its weights; arguments and errors are those of ``load_host``."""
+    return _read_host(path, weights=False)[0]
+
+
 def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -> Host:
     """Load a trained host.
 
@@ -171,6 +181,17 @@ def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -
     Raises:
         CheckpointError: The file is missing or is no such checkpoint.
     """
+    cfg, tensors = _read_host(path)
+    host = build_host(cfg)
+    try:
+        host.model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path or 'the packaged host'} does not fit its own config: {error}") from error
+    host.model.to(device)
+    return host
+
+
+def _read_host(path: Path | None, *, weights: bool = True) -> tuple[HostConfig, dict[str, Tensor]]:
     found = Path(str(files("hone_knockout") / "assets" / "host.safetensors")) if path is None else Path(path)
     if not found.is_file():
         hint = "train one with hone-knockout train-host, and name its host.safetensors with --host"
@@ -178,16 +199,11 @@ def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -
     try:
         with safe_open(found, "pt") as file:
             cfg = from_dict(HostConfig, json.loads((file.metadata() or {})["config"]))
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = file.keys() if weights else ()
+            tensors = {name: file.get_tensor(name).float() for name in names}
     except Exception as error:
         raise CheckpointError(f"{found} is no checkpoint of a tiny host: {error}") from error
-    host = build_host(cfg)
-    try:
-        host.model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{found} does not fit its own config: {error}") from error
-    host.model.to(device)
-    return host
+    return cfg, tensors
 
 
 def describe_host(path: Path | None = None) -> dict[str, Any]:

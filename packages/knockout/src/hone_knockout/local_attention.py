@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 __all__ = ["RegularFrames", "frame_local_attention", "regular_frames"]
 
@@ -65,6 +64,9 @@ def frame_local_attention(
     Raises:
         ValueError: Keys or values are not those of the queries' positions, or the frames do not fit.
     """
+    # This imports dynamo, which takes seconds.
+    from torch.nn.attention.bias import causal_lower_right
+
     batch, heads, tokens, dim = query.shape
     heads_k = key.shape[1]
     prefix, frames, each = where
