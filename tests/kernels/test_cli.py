@@ -121,5 +121,5 @@ def test_bench_on_a_gpu(capsys, tmp_path):
     assert ("4x1000x128", "prologue", "hone triton") in seen
     assert all(0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] for r in result["rows"])
     ours = [r for r in result["rows"] if r["provider"].startswith("hone")]
-    assert all(0 < r["error"] < 0.1 for r in ours)
+    assert all(0 < r["error"] < (0.2 if r["dtype"] == "float8_e4m3fn" else 0.01) for r in ours)
     assert all(r["speedup_over_dense"] > 0 for r in ours if r["mode"] != "prologue")
