@@ -29,7 +29,7 @@ SETTINGS = {
 }
 PROLOGUES = ("PROLOGUE", "ROTATING")
 # Verbs whose files record no settings: they time what the op chooses by itself.
-WITHOUT = {"bench attention", "attention profile", "attention sanitize"}
+WITHOUT = {"bench attention", "attention profile", "sanitize"}
 
 
 def module(name):
