@@ -9,29 +9,21 @@ wrong value ends the run. What ships is timed by ``hone-kernels bench attention`
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from hone_core.environment import environment
 from hone_core.timing import measure_interleaved
-from hone_kernels.attention import BlockLayout
+from hone_kernels.attention import BlockLayout, bench
+from hone_kernels.attention.bench import flex, random_layout
 from hone_kernels.attention.reference import attention_reference
 from hone_kernels.attention.triton import TILES, Tiles, attention_backward, attention_forward
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-# heads, tokens, head size: Wan2.1-1.3B and CogVideoX-5B at 480p, cut to a multiple of 128 and whole.
-SHAPES = {
-    "wan-1.3b 480p": (12, 32768, 128),
-    "wan-1.3b 480p ragged": (12, 32760, 128),
-    "cogvideox-5b": (48, 17792, 64),
-    "cogvideox-5b ragged": (48, 17776, 64),
-}
+# heads, tokens, head size
+SHAPES = {name: (shape.heads, shape.tokens, shape.dim) for name, shape in bench.SHAPES.items()}
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
 
 # Tiles' fields in order.
@@ -59,42 +51,27 @@ def inputs(heads: int, tokens: int, dim: int, n: int = 3) -> list[torch.Tensor]:
     return [torch.randn(1, heads, tokens, dim, device="cuda", dtype=torch.bfloat16) for _ in range(n)]
 
 
-def random_layout(heads: int, tokens: int, density: float, block: int = 128) -> BlockLayout:
-    cols = -(-tokens // block)
-    scores = torch.rand(1, heads, cols, cols, device="cuda")
-    return BlockLayout.from_topk(scores, max(1, round(cols * density)), tokens, tokens, block_q=block, block_k=block)
-
-
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def check_error(name: str, error: float, limit: float) -> None:
+    if not error < limit:
+        sys.exit(f"{name}: error {error:.2e} is not under {limit}; no speed is reported")
+
+
 def check(name: str, got: tuple, want: tuple, limit: float) -> None:
-    worst = max(relative(g, w) for g, w in zip(got, want, strict=True))
-    if not worst < limit:
-        sys.exit(f"{name}: relative error {worst:.2e} is not under {limit}; no speed is reported")
+    for g, w in zip(got, want, strict=True):
+        check_error(name, relative(g, w), limit)
 
 
 def flops(layout: BlockLayout, heads: int, dim: int) -> float:
-    return 4.0 * dim * heads * layout.tokens_q * layout.tokens_k * layout.density().item()
+    """Of the listed pairs."""
+    return layout.density().item() * dense_flops(heads, layout.tokens_q, dim)
 
 
-def cudnn(*x: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return scaled_dot_product_attention(*x)
-
-
-@functools.cache
-def compiled_flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def flex(layout: BlockLayout) -> Callable:
-    mask = layout.to_block_mask()
-    return lambda q, k, v: compiled_flex()(q, k, v, block_mask=mask)
+def dense_flops(heads: int, tokens: int, dim: int) -> float:
+    return 4.0 * dim * heads * tokens * tokens
 
 
 def tune(rounds: int) -> list[dict]:

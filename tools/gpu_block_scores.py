@@ -14,21 +14,20 @@ import argparse
 import gc
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import torch
+from gpu_attention import check_error, say
 from hone_blade.config import BladeConfig
 from hone_blade.method import adaptive_sparse_attention, pool_tokens, select_blocks
 from hone_blade.prober import probe, sample_index
 from hone_core.environment import environment
 from hone_core.timing import measure_interleaved
 from hone_kernels.attention import BlockLayout, block_sparse_attention
+from hone_kernels.attention.bench import cudnn
 from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_scores.triton import TILES, Tile, block_scores_triton
 from hone_kernels.block_select import select_blocks as select
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 # batch, heads, video tokens, text tokens, head size; most blocks kept, pooling
 SHAPES = {
@@ -45,20 +44,11 @@ CANDIDATES = [
 ]
 
 
-def say(*words: object) -> None:
-    print(*words, flush=True)
-
-
 def inputs(shape: str, n: int = 3) -> list[torch.Tensor]:
     """Tensors of the shape that models hand over: heads inside tokens."""
     batch, heads, video, text, dim = SHAPES[shape][:5]
     make = (batch, video + text, heads, dim)
     return [torch.randn(make, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(n)]
-
-
-def fail(what: str, error: float, limit: float) -> None:
-    if not error < limit:
-        sys.exit(f"{what}: {error:.2e} is not under {limit}; no speed is reported")
 
 
 def check_values() -> None:
@@ -71,11 +61,13 @@ def check_values() -> None:
         index = [sample_index(3000, 128, 128 if kind == "mean" else 16, "strided", device="cuda")] * 2
         got = block_scores(q, k, *index, kind=kind, backend="triton")
         want = block_scores(q.double(), k.double(), *index, kind=kind, backend="reference")
-        fail(f"block_scores {kind} {dtype} {dim}", float((got - want).abs().max() / want.max()), 1e-4)
+        check_error(f"block_scores {kind} {dtype} {dim}", float((got - want).abs().max() / want.max()), 1e-4)
         for mass, forced in itertools.product((None, 0.9), (0, 2)):
             rule = {"min_keep": 2, "max_keep": 6, "mass": mass, "keep_diagonal": True, "forced": forced}
             mine, theirs = (select(got, backend=name, **rule).kv_num for name in ("triton", "reference"))
-            fail(f"select_blocks {mass} {forced}: rows cut elsewhere", float((mine != theirs).float().mean()), 0.01)
+            check_error(
+                f"select_blocks {mass} {forced}: rows cut elsewhere", float((mine != theirs).float().mean()), 0.01
+            )
     say("values: ok")
 
 
@@ -100,7 +92,7 @@ def tune(rounds: int, shapes: list[str]) -> list[dict]:
             except Exception as error:
                 say(shape, tile, "fails:", str(error).splitlines()[0][:100])
                 continue
-            fail(f"{shape} {tile}", float((got - want).abs().max() / want.max()), 1e-4)
+            check_error(f"{shape} {tile}", float((got - want).abs().max() / want.max()), 1e-4)
             calls[str(tile)] = lambda tile=tile: block_scores_triton(q, k, *index, kind, scale, tile)
         for name, t in sorted(measure_interleaved(calls, rounds=rounds).items(), key=lambda item: item[1].ms_p50):
             say(f"{shape:16} {kind:9} {samples:3} {name:50} {t.ms_p50:8.4f} ms")
@@ -135,12 +127,7 @@ def bench(rounds: int, shapes: list[str]) -> list[dict]:
             "attention ASA_G": lambda: block_sparse_attention(q, k, v, layout, pooled=pooled),
             "whole ASA_G": lambda: adaptive_sparse_attention(q, k, v, cfg=base, text_tokens=text),
         }
-
-        def cudnn() -> torch.Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return scaled_dot_product_attention(q, k, v)
-
-        calls["dense cudnn"] = cudnn
+        calls["dense cudnn"] = lambda: cudnn(q, k, v)
         times = measure_interleaved(calls, rounds=rounds)
         density = float(layout.density())
         for name, t in times.items():

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu_attention import DENSITIES, check_error, dense_flops, flops, relative, say
+from gpu_attention import SHAPES as ATTENTION_SHAPES
 from hone_core.environment import environment
 from hone_core.timing import measure_interleaved
 from hone_kernels.attention import (
@@ -29,18 +30,16 @@ from hone_kernels.attention import (
     fp8_block_sparse_attention,
     quantize_qkv,
 )
+from hone_kernels.attention.bench import cudnn, random_layout
 from hone_kernels.attention.fp8_reference import attention_fp8_reference, quantize_reference
 from hone_kernels.attention.triton import Tiles
 from hone_kernels.attention.triton_fp8 import TILES, attention_fp8_forward
 from hone_kernels.attention.triton_quantize import PROLOGUE, ROTATING, Prologue, quantize_triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-# heads, tokens, head size: Wan2.1-1.3B and CogVideoX-5B at 480p, cut to a multiple of 128.
-SHAPES = {"wan-1.3b 480p": (12, 32768, 128), "cogvideox-5b": (48, 17792, 64)}
+# heads, tokens, head size
+SHAPES = {name: ATTENTION_SHAPES[name] for name in ("wan-1.3b 480p", "cogvideox-5b")}
 # The prologue too of Wan2.1-14B at 720p, whose tensors do not fit in a cache.
 PROLOGUES = {**SHAPES, "wan-14b 720p": (40, 75600, 128)}
-DENSITIES = (1.0, 0.5, 0.2, 0.1)
 
 # Tiles' fields in order.
 CANDIDATES = {
@@ -64,39 +63,16 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def say(*words: object) -> None:
-    print(*words, flush=True)
-
-
 def inputs(heads: int, tokens: int, dim: int, n: int = 3) -> list[torch.Tensor]:
     """Views of ``[B, S, H, D]``, as models lay their tensors out."""
     shape = (1, tokens, heads, dim)
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(n)]
 
 
-def random_layout(heads: int, tokens: int, density: float) -> BlockLayout:
-    cols = -(-tokens // 128)
-    scores = torch.rand(1, heads, cols, cols, device="cuda")
-    return BlockLayout.from_topk(scores, max(1, round(cols * density)), tokens, tokens)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def check(name: str, error: float, limit: float) -> None:
-    if not error < limit:
-        sys.exit(f"{name}: relative error {error:.2e} is not under {limit}; no speed is reported")
-
-
 def check_prologue(name: str, got: tuple, want: tuple) -> None:
     for field, g, w in zip(("q8", "k8", "v8", "q_scale", "k_scale", "v_scale"), got, want, strict=False):
         # A rotation that differs in its last bit may round the other way.
-        check(f"{name} {field}", relative(g.float(), w.float()), 2e-3)
-
-
-def flops(layout: BlockLayout, heads: int, dim: int) -> float:
-    return 4.0 * dim * heads * layout.tokens_q * layout.tokens_k * layout.density().item()
+        check_error(f"{name} {field}", relative(g.float(), w.float()), 2e-3)
 
 
 def rope_and_order(tokens: int, dim: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -106,11 +82,6 @@ def rope_and_order(tokens: int, dim: int) -> tuple[tuple[torch.Tensor, torch.Ten
     row, column = place // 52, place % 52
     order = ((row // 4 * 13 + column // 4) * 16 + row % 4 * 4 + column % 4).argsort().to(torch.int32)
     return (angle.cos(), angle.sin()), order
-
-
-def cudnn(*x: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return scaled_dot_product_attention(*x)
 
 
 def kernel_times(call: Callable, n: int = 10) -> dict[str, float]:
@@ -144,7 +115,7 @@ def tune(rounds: int) -> list[dict]:
                 say("forward", dim, numbers, "fails:", str(error).splitlines()[0][:100])
                 continue
             want = attention_fp8_reference(*small.dequantize(), few, dim**-0.5, tile=tiles.k)
-            check(f"forward {numbers}", relative(got[0], want[0]), 2e-2)
+            check_error(f"forward {numbers}", relative(got[0], want[0]), 2e-2)
             good.append(tiles)
         for density in (1.0, 0.1):
             layout = random_layout(heads, tokens, density)
@@ -183,9 +154,11 @@ def tune(rounds: int) -> list[dict]:
 def bench(rounds: int) -> list[dict]:
     rows = []
 
-    def note(calls: dict[str, Callable], unit: str, work: float, **fields: object) -> None:
+    def note(calls: dict[str, Callable], unit: str, work: float, dense: float = 0.0, **fields: object) -> None:
+        """Rates of ``work``, those of dense providers of ``dense``."""
         for name, t in measure_interleaved(calls, warmup=3, rounds=rounds).items():
-            rate = work / t.ms_p50 / (1e9 if unit == "tflops" else 1e6)
+            done = dense if name.endswith(" dense") else work
+            rate = done / t.ms_p50 / (1e9 if unit == "tflops" else 1e6)
             say(f"{fields} {name:18} {t.ms_p50:8.3f} ms {rate:6.0f} {unit}")
             times = dict(ms_p20=t.ms_p20, ms_p50=t.ms_p50, ms_p80=t.ms_p80, n=t.n)
             rows.append(dict(fields, provider=name, **times, **{unit: rate}))
@@ -201,7 +174,7 @@ def bench(rounds: int) -> list[dict]:
         for name in fp8:
             error = relative(fp8_block_sparse_attention(small, few, backend=name), exact)
             say(f"{shape} {name}: relative error {error:.4f}, emulation {emulated:.4f}")
-            check(f"{shape} {name}", error, 1.3 * emulated)
+            check_error(f"{shape} {name}", error, 1.3 * emulated)
         x = quantize_qkv(q, k, v)
         leaves = [y.detach().requires_grad_() for y in (q, k, v)]
         for density in DENSITIES:
@@ -211,7 +184,8 @@ def bench(rounds: int) -> list[dict]:
             calls |= {f"bf16 {b}": lambda b=b, at=layout: block_sparse_attention(q, k, v, at, backend=b) for b in half}
             calls["prologue + fp8"] = lambda at=layout: fp8_block_sparse_attention(quantize_qkv(q, k, v), at)
             calls["cudnn dense"] = lambda: cudnn(q, k, v)
-            note(calls, "tflops", flops(layout, heads, dim), **fields, mode="forward")
+            work, dense = flops(layout, heads, dim), dense_flops(heads, tokens, dim)
+            note(calls, "tflops", work, dense, **fields, mode="forward")
             if density in (0.5, 0.1):
                 outs = {
                     f"fp8, delta {d}": block_sparse_attention_fp8(*leaves, layout, delta=d)
@@ -222,7 +196,7 @@ def bench(rounds: int) -> list[dict]:
                     name: lambda o=o: torch.autograd.grad(o, leaves, dout, retain_graph=True)
                     for name, o in outs.items()
                 }
-                note(calls, "tflops", 2.5 * flops(layout, heads, dim), **fields, mode="backward")
+                note(calls, "tflops", 2.5 * work, **fields, mode="backward")
                 del outs, calls
             gc.collect()
             torch.cuda.empty_cache()

@@ -21,10 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gpu_attention import DENSITIES, SHAPES, check, cudnn, flex, flops, inputs, random_layout, relative, say
+from gpu_attention import DENSITIES, SHAPES, check, dense_flops, flops, inputs, relative, say
 from hone_core.environment import environment
 from hone_core.timing import measure_interleaved
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention.bench import cudnn, flex, random_layout
 from hone_kernels.attention.gluon_sm90 import CONFIGS, Config, attention_forward
 from hone_kernels.attention.reference import attention_reference
 
@@ -178,7 +179,7 @@ def tune(rounds: int, shapes: list[str], blocks: list[str], with_flex: bool) -> 
             work = flops(layout, heads, dim)
             calls["cudnn dense"] = lambda: cudnn(q, k, v)
             times = measure_interleaved(calls, warmup=2, rounds=rounds)
-            dense = 4.0 * dim * heads * tokens * tokens / times["cudnn dense"].ms_p50 / 1e9
+            dense = dense_flops(heads, tokens, dim) / times["cudnn dense"].ms_p50 / 1e9
             for name, t in times.items():
                 rate = dense if name == "cudnn dense" else work / t.ms_p50 / 1e9
                 say(f"{shape:22} {fields} {name:64} {t.ms_p50:8.3f} ms {rate:5.0f} {rate / dense:5.2f}x")

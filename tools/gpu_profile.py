@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 import torch
-from gpu_attention import SHAPES, inputs, random_layout
+from gpu_attention import SHAPES, inputs
 from hone_core.environment import environment
 from hone_kernels.attention import block_sparse_attention, fp8_block_sparse_attention, quantize_qkv
+from hone_kernels.attention.bench import random_layout
 
 CASES = {
     f"{shape}, {kind}, keep {density:g}": (shape, kind, density)

@@ -1,21 +1,33 @@
-"""Every kernel once on small odd shapes, for compute-sanitizer to watch.
+"""Every kernel once on small odd shapes, with compute-sanitizer watching.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tools/gpu_sanitize.py
+    python tools/gpu_sanitize.py --out results/kernels/sanitize_h200.json
 
-and the same with ``racecheck`` and ``synccheck``. Without PyTorch's caching allocator every tensor is an allocation of
-its own, so that a read past its end is seen. Values are compared with the reference as well. racecheck does not follow
-``mbarrier`` between the warps of the Gluon kernel and reports hazards there: see kernels/LOG.md.
+runs itself under each tool (memcheck, synccheck, racecheck) for each backend and part, writes what the tools counted,
+and fails if that is not nothing. Without PyTorch's caching allocator every tensor is an allocation of its own, so that
+a read past its end is seen. Values are compared with the reference as well. racecheck does not follow ``mbarrier``
+between the warps of the Gluon kernel and reports hazards there (kernels/LOG.md): they are counted and do not fail.
+Without ``--out`` it runs the kernels and no tool.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import itertools
+import json
 import math
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import torch
+from hone_core.environment import environment
 from hone_kernels.attention import (
     FP8_SUPPORT,
     SUPPORT,
@@ -29,6 +41,9 @@ from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_select import select_blocks
 
 PARTS = ("attention", "fp8", "scores")
+TOOLS = ("memcheck", "synccheck", "racecheck")
+FOUND = 9
+"""Exit code that compute-sanitizer is told to give where it reports something."""
 
 
 def close(what: str, got: torch.Tensor, want: torch.Tensor, limit: float) -> None:
@@ -112,24 +127,116 @@ def scores_and_selection() -> None:
             select_blocks(got, backend="triton", min_keep=1, max_keep=4, mass=mass, keep_diagonal=True, forced=1)
 
 
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH, or of an installed CUDA toolkit."""
+    return shutil.which("compute-sanitizer") or next(
+        iter(sorted(glob.glob("/usr/local/cuda*/bin/compute-sanitizer"))), None
+    )
+
+
+def counts(tool: str, output: str) -> dict[str, int]:
+    """What a tool says that it found.
+
+    Raises:
+        ValueError: It says nothing: it did not come to its end.
+    """
+    if tool == "racecheck":
+        pattern = r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)"
+        names = ("hazards", "errors", "warnings")
+    else:
+        pattern, names = r"ERROR SUMMARY: (\d+) errors?", ("errors",)
+    found = re.findall(pattern, output)
+    if not found:
+        raise ValueError(f"{tool} gave no summary")
+    # One line per process that it watched.
+    lines = [line if isinstance(line, tuple) else (line,) for line in found]
+    return {name: sum(int(line[i]) for line in lines) for i, name in enumerate(names)}
+
+
+def cases(tools: list[str], backends: list[str], parts: list[str]) -> list[tuple[str, str, str]]:
+    """Tool, backend and part; the FP8 and score kernels are Triton's alone."""
+    known = [(b, part) for b, part in itertools.product(backends, parts) if part == "attention" or b == "triton"]
+    return [(tool, *case) for tool, case in itertools.product(tools, known)]
+
+
+def clean(row: dict) -> bool:
+    """Whether a row holds nothing, or only what is known of racecheck and mbarriers."""
+    known = row["tool"] == "racecheck" and row["backend"] == "gluon"
+    return known or not (row["errors"] or row.get("hazards"))
+
+
+def sanitize(tool: str, backend: str, part: str, seconds: float) -> dict:
+    """One part under one tool, as a row of results. What goes wrong beside the tool's findings ends the run."""
+    command = [
+        find_sanitizer(), "--tool", tool, "--error-exitcode", str(FOUND), sys.executable,
+        *(["-P"] if sys.flags.safe_path else []), __file__, "--backends", backend, "--parts", part,
+    ]  # fmt: skip
+    what = f"{tool}, {backend}, {part}"
+    begun = time.perf_counter()
+    # A session of its own: the tool and the Python under it end together.
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        sys.exit(f"{what}: not done after {seconds:g} s\n{process.communicate()[0][-4000:]}")
+    try:
+        found = counts(tool, output)
+    except ValueError as error:
+        sys.exit(f"{what}: {error}, exit code {process.returncode}\n{output[-4000:]}")
+    reported = bool(found["errors"] or found.get("hazards"))
+    if "values right" not in output or process.returncode not in ((0, FOUND) if reported else (0,)):
+        sys.exit(f"{what}: {found}, exit code {process.returncode}\n{output[-4000:]}")
+    row = {"tool": tool, "backend": backend, "part": part, **found, "seconds": round(time.perf_counter() - begun, 1)}
+    if not clean(row):
+        print(output[-4000:], flush=True)
+    return row
+
+
+def run_kernels(backends: list[str], parts: list[str]) -> None:
+    for backend in backends:
+        if "attention" in parts:
+            attention(backend)
+            print(f"attention {backend}: values right", flush=True)
+        if "fp8" in parts and backend in FP8_SUPPORT:
+            attention_fp8(backend)
+            print(f"attention_fp8 {backend}: values right", flush=True)
+    if "scores" in parts:
+        scores_and_selection()
+        torch.cuda.synchronize()
+        print("block_scores, block_select: values right", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     backends = [name for name, support in SUPPORT.items() if support.min_sm is not None]
     parser.add_argument("--backends", nargs="+", default=backends, choices=backends)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS, help="with --out")
+    parser.add_argument("--out", type=Path, help="JSON file to write; runs the parts under the tools")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one part under one tool")
     args = parser.parse_args()
     torch.manual_seed(0)
-    for backend in args.backends:
-        if "attention" in args.parts:
-            attention(backend)
-            print(f"attention {backend}: values right", flush=True)
-        if "fp8" in args.parts and backend in FP8_SUPPORT:
-            attention_fp8(backend)
-            print(f"attention_fp8 {backend}: values right", flush=True)
-    if "scores" in args.parts:
-        scores_and_selection()
-        torch.cuda.synchronize()
-        print("block_scores, block_select: values right", flush=True)
+    if args.out is None:
+        run_kernels(args.backends, args.parts)
+        return
+    if find_sanitizer() is None:
+        sys.exit("compute-sanitizer is neither on the PATH nor under /usr/local/cuda*/bin")
+    rows = []
+    for case in cases(args.tools, args.backends, args.parts):
+        rows.append(sanitize(*case, args.timeout))
+        print(rows[-1], flush=True)
+    result = {
+        "schema": 1, "package": "hone-kernels", "verb": "sanitize", "environment": environment(),
+        "rows": rows,
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if bad := [row for row in rows if not clean(row)]:
+        sys.exit(f"{len(bad)} of {len(rows)} reported something")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Backend", "choose", "gluon_reason", "triton_reason"]
+__all__ = ["Backend", "choose", "gluon_reason", "triton_reason", "warn_once"]
 
 Backend = Literal["auto", "reference", "triton", "gluon"]
 
@@ -31,6 +31,13 @@ def _capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def warn_once(op: str, message: str) -> None:
+    """Log a warning that concerns every later call too."""
+    if not torch.compiler.is_compiling() and (op, message) not in _warned:
+        _warned.add((op, message))
+        _log.warning("%s: %s", op, message)
+
+
 def triton_reason(device: torch.device, min_sm: int) -> str | None:
     """Why Triton kernels that need compute capability ``min_sm / 10`` cannot run on this device, or None."""
     if not _HAS_TRITON:
@@ -39,6 +46,8 @@ def triton_reason(device: torch.device, min_sm: int) -> str | None:
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device (or TRITON_INTERPRET=1 before the import); the tensors are on {device}"
+    if torch.version.hip:
+        return "it needs an NVIDIA GPU"
     sm = _capability(device)
     if sm < min_sm:
         return f"it needs compute capability {min_sm / 10}; {device} has {sm / 10}"
@@ -63,10 +72,15 @@ def gluon_reason(device: torch.device, min_sm: int, max_sm: int) -> str | None:
         return f"it needs a CUDA device; the tensors are on {device}"
     if _INTERPRETED:
         return "Gluon kernels cannot be interpreted; unset TRITON_INTERPRET"
+    if torch.version.hip:
+        return "it needs an NVIDIA GPU"
     sm = _capability(device)
     if not min_sm <= sm <= max_sm:
         return f"it needs compute capability {min_sm / 10} to {max_sm / 10}; {device} has {sm / 10}"
-    return _gluon_error()
+    error = _gluon_error()
+    if error is not None:
+        warn_once("gluon", f"{error}; until then Triton's kernels run, which are slower on this GPU")
+    return error
 
 
 def choose(
@@ -98,9 +112,7 @@ def choose(
                 reason = why_not(name)
                 if reason is None:
                     return name
-            if not torch.compiler.is_compiling() and (op, reason) not in _warned:
-                _warned.add((op, reason))
-                _log.warning("%s uses the slow reference backend: %s cannot run, since %s", op, kernels[-1], reason)
+            warn_once(op, f"uses the slow reference backend: {kernels[-1]} cannot run, since {reason}")
     reason = why_not(backend)
     if reason is not None:
         remedy = "" if backend == "reference" else ". backend='auto' chooses one that can"

@@ -23,6 +23,10 @@ VERBS = {
 }
 
 
+class _UsageError(ValueError):
+    """Arguments that no machine could follow, or a missing extra."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 done, 1 failed, 2 wrong usage.
 
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (_info if args[0] == "info" else _bench)(parsed)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"hone-kernels {args[0]}: error: {error}", file=sys.stderr)
-        raise SystemExit(FAILED) from None
+        raise SystemExit(USAGE if isinstance(error, _UsageError) else FAILED) from None
     raise SystemExit(OK)
 
 
@@ -129,25 +133,37 @@ def _available(backends: list[str]) -> dict[str, str | None]:
 def _bench(args: argparse.Namespace) -> None:
     import torch
 
-    from hone_kernels.attention.bench import SHAPES, Shape, bench
+    from hone_kernels.attention.bench import MODES, SHAPES, Shape, bench, check_settings, measured
 
-    for path in (args.out, args.plot):
-        if path is not None and not path.parent.is_dir():
-            raise OSError(f"the folder {path.parent} of {path} does not exist; make it first")
-    if args.plot is not None:
-        _pyplot()
-    backends = getattr(args, "backends", None)
-    if backends is None:
-        available = _available(["gluon", "triton"]) if torch.cuda.is_available() else {}
-        backends = [name for name, reason in available.items() if reason is None]
-    rows = bench(
-        [Shape.parse(text) for text in getattr(args, "shapes", SHAPES)],
+    settings = dict(
         densities=args.densities,
         dtypes=[getattr(torch, name) for name in args.dtypes],
-        backends=backends,
-        modes=getattr(args, "modes", None),
+        backends=getattr(args, "backends", []),
+        modes=getattr(args, "modes", list(MODES)),
         block=args.block,
         rounds=args.rounds,
+    )
+    try:
+        shapes = [Shape.parse(text) for text in getattr(args, "shapes", SHAPES)]
+        check_settings(**settings)
+    except ValueError as error:
+        raise _UsageError(str(error)) from None
+    for path in (args.out, args.plot):
+        if path is not None and not path.parent.is_dir():
+            raise _UsageError(f"the folder {path.parent} of {path} does not exist; make it first")
+        if path is not None and path.is_dir():
+            raise _UsageError(f"{path} is a folder; name a file")
+    if args.plot is not None:
+        timed = {mode for dtype in settings["dtypes"] for mode in measured(dtype, settings["modes"])}
+        if timed == {"prologue"}:
+            raise _UsageError("--plot draws rates of attention, and 'prologue' has none; add a mode or drop --plot")
+        _pyplot()
+    if not hasattr(args, "backends"):
+        available = _available(["gluon", "triton"]) if torch.cuda.is_available() else {}
+        settings["backends"] = [name for name, reason in available.items() if reason is None]
+    rows = bench(
+        shapes,
+        **settings,
         seed=args.seed,
         say=(lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr, flush=True)),
     )
@@ -160,9 +176,9 @@ def _bench(args: argparse.Namespace) -> None:
     }
     if args.out is not None:
         _write(args.out, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=2) if args.json else table(rows), flush=True)
     if args.plot is not None:
         _plot(rows, args.plot)
-    print(json.dumps(result, indent=2) if args.json else table(rows))
 
 
 def environment() -> dict[str, Any]:
@@ -171,7 +187,7 @@ def environment() -> dict[str, Any]:
 
     has_gpu = torch.cuda.is_available()
     versions = {}
-    for name in ("hone-kernels", "triton", "flash-attn", "sageattention"):
+    for name in ("hone-kernels", "triton", "flash-attn", "flash-attn-3", "sageattention"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -187,17 +203,13 @@ def environment() -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text: time, rate, and how many times faster than the fastest dense provider that ran beside."""
-    from hone_kernels.attention.bench import DENSE
-
+    """The rows as text: time, rate, how many times faster than cuDNN's dense attention beside it, and error."""
     form = "{:<22}{:<15}{:<16}{:>8}  {:<26}{:>9}{:>15}{:>9}{:>10}"
-    lines = [form.format("shape", "dtype", "mode", "density", "provider", "ms", "rate", "x dense", "error")]
+    lines = [form.format("shape", "dtype", "mode", "density", "provider", "ms", "rate", "x cuDNN", "error")]
     for row in rows:
-        same = [r for r in rows if all(r[key] == row[key] for key in ("shape", "dtype", "mode", "density"))]
-        dense = [r["ms_p50"] for r in same if r["provider"] in DENSE]
         rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gbps']:.0f} GB/s"
-        gain = f"{min(dense) / row['ms_p50']:.2f}" if dense else "-"
-        error = f"{row['error']:.1e}" if row.get("error") else "-"
+        gain = "-" if row["speedup_over_dense"] is None else f"{row['speedup_over_dense']:.2f}"
+        error = "-" if row["error"] is None else f"{row['error']:.1e}"
         names = (row["shape"], row["dtype"], row["mode"], f"{row['density']:.2f}", row["provider"])
         lines.append(form.format(*names, f"{row['ms_p50']:.3f}", rate, gain, error))
     return "\n".join(lines)
@@ -214,7 +226,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'hone-kernels[bench]'") from None
+        raise _UsageError("--plot needs matplotlib: pip install 'hone-kernels[bench]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -108,3 +108,19 @@ def test_prologue_compiles_for_every_dtype(dtype, heads, tokens):
         prologue.quantize_triton(q, q, q, None, None, None, None, 64, 1, True)
     for launch in recorded:
         compile_launch(launch)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dtype", FP8_SUPPORT["triton"].dtypes, ids=str)
+def test_dequantize_moves_whole_vectors(dim, dtype):
+    q8, v8 = (torch.empty(shape, dtype=torch.float8_e4m3fn) for shape in ((1, 2, 2056, dim), (1, 2, dim, 2176)))
+    scale, v_scale = torch.empty(1, 2, 17), torch.empty(1, 2, dim)
+    with record_launches(prologue, "_dequantize_kernel") as recorded:
+        prologue.dequantize_triton(q8, q8, v8, scale, scale, v_scale, 128, dtype)
+    assert len(recorded) == 3
+    for launch in recorded:
+        code = compile_launch(launch)
+        assert code.spills == 0, launch
+        assert code.count(r"LDG\.E(?:\.EF)?\.(?:64|128)") > 0, launch
+        assert code.count(r"STG\.E\.(?:64|128)") > 0, launch

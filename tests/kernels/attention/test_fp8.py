@@ -205,7 +205,7 @@ def test_representable_values_are_exact():
     x = quantize_qkv(grid, grid / 4, v)
     for rounded, given in zip(x.dequantize(), (grid, grid / 4, v), strict=True):
         assert torch.equal(rounded, given)
-    out, lse = fp8_block_sparse_attention(x, layout, scale=0.0, return_lse=True, out_dtype=torch.float64)
+    out, lse = fp8_block_sparse_attention(x, layout, scale=1e-30, return_lse=True, out_dtype=torch.float64)
     assert_close(out, v.double().mean(2, keepdim=True).expand_as(out))
     assert_close(lse, torch.full_like(lse, math.log(200)))
     out = fp8_block_sparse_attention(x, layout, scale=0.001, out_dtype=torch.float64)
@@ -317,6 +317,7 @@ def test_autocast_changes_nothing(smooth_k):
         ({"order": torch.ones(100)}, ValueError, "order must be"),
         ({"k_valid": torch.ones(1, 3, dtype=torch.int32)}, ValueError, "one count per block of 128 keys"),
         ({"k_valid": torch.ones(1, 1)}, TypeError, "k_valid must be int32"),
+        ({"rope": (torch.ones(100, 32),)}, ValueError, r"rope must be a pair of tables \(cos, sin\); got 1"),
         ({"backend": "triton"}, ValueError, "cannot run this call"),
     ],
 )
@@ -339,6 +340,12 @@ def test_bad_tensors():
     x = quantize_qkv(q, k, v)
     with pytest.raises(ValueError, match="build the layout for these lengths"):
         fp8_block_sparse_attention(x, BlockLayout.dense(100, 90))
+    with pytest.raises(TypeError, match="operands must be FP8Operands, from quantize_qkv; got tuple"):
+        fp8_block_sparse_attention((x.q8, x.k8, x.v8), layout)
+    with pytest.raises(TypeError, match="out_dtype must be float64"):
+        fp8_block_sparse_attention(x, layout, out_dtype=torch.int32)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        fp8_block_sparse_attention(x, layout, scale=0.0)
     with pytest.raises(TypeError, match="q8 must be float8_e4m3fn"):
         FP8Operands(q, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale, 128)
     with pytest.raises(ValueError, match=r"v8 must be \[1, 2, 64, 128\]"):

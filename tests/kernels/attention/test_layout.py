@@ -130,6 +130,27 @@ def test_flex_round_trip(padded):
     ]
 
 
+def test_scores_of_other_blocks_are_refused():
+    # Sixteen blocks where there are three: the lists would point past the keys.
+    with pytest.raises(ValueError, match=r"scores must end in \[NQ, NK\] = \[3, 3\] .* got \[1, 4, 3, 16\]"):
+        BlockLayout.from_topk(torch.rand(1, 4, 3, 16), 3, 300, 300)
+    with pytest.raises(ValueError, match="scores must be"):
+        BlockLayout.from_topk(torch.rand(3, 3), 2, 300, 300)
+
+
+@pytest.mark.parametrize("sizes", [{"block_q": 0}, {"block_k": -1}])
+def test_blocks_must_have_a_size(sizes):
+    for build in (BlockLayout.dense, lambda *n, **s: BlockLayout.from_topk(torch.rand(1, 1, 3, 3), 1, *n, **s)):
+        with pytest.raises(ValueError, match=r"block_. must be positive"):
+            build(300, 300, **sizes)
+
+
+def test_layouts_can_be_compared_and_kept_in_sets():
+    layout = BlockLayout.dense(100, 100)
+    assert layout != BlockLayout.dense(100, 100)
+    assert len({layout, layout}) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

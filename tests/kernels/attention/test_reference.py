@@ -139,6 +139,7 @@ def test_gradients_through_output_and_lse():
         (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), ValueError, "build the layout for these lengths"),
         (lambda q, k, v: (q[:1], k[:1], v[:1]), ValueError, "batch axis must be 1 or 1"),
         (lambda q, k, v: (q[:1], k, v), ValueError, "share the batch size"),
+        (lambda q, k, v: (q[:0], k[:0], v[:0]), ValueError, "q must have an entry along every axis"),
     ],
 )
 def test_bad_tensors(change, error, message):
@@ -161,5 +162,8 @@ def test_bad_options():
         block_sparse_attention(q, k, v, torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"pooled\.k must be"):
         block_sparse_attention(q, k, v, layout, pooled=PooledKV(k[..., :2], v))
+    for scale in (0.0, -0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            block_sparse_attention(q, k, v, layout, scale=scale)
     with pytest.raises(ValueError, match=r"pooled\.bias must broadcast"):
         block_sparse_attention(q, k, v, layout, pooled=PooledKV(k, v, torch.zeros(3)))

@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: interpreted on a CPU, compiled on a GPU, over one table of cases."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -164,6 +164,71 @@ def test_nan_stays_nan_interpreted(dtype):
 @pytest.mark.parametrize("dtype", SUPPORT["triton"].dtypes, ids=str)
 def test_nan_stays_nan(dtype):
     check_nan("cuda", dtype)
+
+
+def strewn(x):
+    """The same values, neighbours along the last axis two apart."""
+    return torch.stack([x, torch.full_like(x, 7)], -1)[..., 0]
+
+
+def check_lists_with_gaps(device, dtype, backend):
+    """Lists that are views of wider tensors; every builder's are not, a caller's may be."""
+    leaves, layout, pooled = build(Case(batch=2, queries=200, keys=260, padded=True), dtype, device)
+    lists = {name: strewn(getattr(layout, name)) for name in ("kv_num", "kv_idx", "k_valid")}
+    assert all(x.stride(-1) == 2 for x in lists.values())
+    dout, dlse = torch.randn_like(leaves[0]), torch.randn(leaves[0].shape[:3], device=device)
+    want = evaluate(leaves, layout, pooled, backend, dout, dlse)
+    for name in lists:
+        got = evaluate(leaves, replace(layout, **{name: lists[name]}), pooled, backend, dout, dlse)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.interpret
+def test_lists_with_gaps_interpreted():
+    check_lists_with_gaps("cpu", torch.float32, "triton")
+
+
+@requires_gpu(min_sm=SUPPORT["triton"].min_sm)
+def test_lists_with_gaps():
+    check_lists_with_gaps("cuda", torch.bfloat16, "triton")
+
+
+@requires_gpu(min_sm=SUPPORT["gluon"].min_sm)
+def test_lists_with_gaps_in_gluon():
+    check_lists_with_gaps("cuda", torch.bfloat16, "gluon")
+
+
+@requires_gpu(min_sm=SUPPORT["triton"].min_sm)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_axes_that_repeat_themselves(dim):
+    """Heads and batches that share keys by ``expand``, and the gradient of a mean over queries."""
+    q = torch.randn(2, 4, 300, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 1, 300, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    layout = BlockLayout.dense(300, 300, device="cuda")
+    results = []
+    for backend in ("triton", "reference"):
+        out = block_sparse_attention(q, *(x.expand(2, 4, 300, dim) for x in (k, v)), layout, backend=backend)
+        results.append((out, *torch.autograd.grad(out.mean(2).square().sum(), (q, k, v))))
+    for name, got, want in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_close(got / want.abs().max(), want / want.abs().max(), dtype=torch.bfloat16, what=name)
+
+
+@requires_gpu(min_sm=SUPPORT["triton"].min_sm)
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_tensors_on_another_device(backend):
+    """The current device is the first, the tensors are on the last; with one GPU they are the same."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    assert torch.cuda.current_device() == 0
+    leaves, layout, pooled = build(Case(queries=300, keys=300, dim=128, block_q=128, block_k=128, pooled=20, bias=True),
+                                   torch.bfloat16, device)  # fmt: skip
+    dout, dlse = torch.randn_like(leaves[0]), torch.randn(leaves[0].shape[:3], device=device)
+    got = evaluate(leaves, layout, pooled, backend, dout, dlse)
+    want = evaluate(leaves, layout, pooled, "reference", dout, dlse)
+    torch.cuda.synchronize(device)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.device == device
+        assert_close(mine / theirs.abs().max(), theirs / theirs.abs().max(), dtype=torch.bfloat16)
+    assert torch.cuda.current_device() == 0
 
 
 def check_op(device, dtype):

@@ -1,7 +1,7 @@
 """The FP8 kernels against the emulation: interpreted on a CPU, compiled on a GPU, over one table of cases."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -215,6 +215,102 @@ def check_odd_strides(device, dtype):
     args = (wide[..., 1:], wide[..., :64], wide[..., 1:], None, None, None, None, 64, 1, False)
     for mine, theirs in zip(quantize_triton(*args)[:6], quantize_reference(*args), strict=False):
         assert torch.equal(mine.float(), theirs.float())
+
+
+def check_lists_with_gaps(device, dtype):
+    """An order, counts and lists that are columns of wider tensors."""
+    q, k, v = (torch.randn(2, 2, 200, 64, device=device).to(dtype) for _ in range(3))
+    order = torch.stack([torch.randperm(200), torch.zeros(200, dtype=torch.long)], 1).to(device)[:, 0]
+    valid = torch.tensor([[64, 9, 50, 33, 8, 9, 64, 9], [50, 9, 64, 9, 1, 9, 8, 9]], device=device, dtype=torch.int32)
+    valid = valid[:, ::2]
+    assert order.stride(0) == valid.stride(1) == 2
+    mask = torch.rand(2, 2, 4, 4, device=device) < 0.6
+    layout = BlockLayout.from_mask(mask, 200, 200, block_q=64, block_k=64, k_valid=valid)
+    results = []
+    for copy in (False, True):
+        of = torch.Tensor.contiguous if copy else (lambda x: x)
+        x = quantize_qkv(q, k, v, block=64, order=of(order), k_valid=of(valid), backend="triton")
+        gaps = replace(layout, k_valid=of(layout.k_valid))
+        fields = [getattr(x, name).float() for name in ("q8", "k8", "v8", "q_scale", "k_scale", "v_scale")]
+        results.append([*fields, *fp8_block_sparse_attention(x, gaps, return_lse=True, backend="triton")])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.interpret
+def test_lists_with_gaps_interpreted():
+    check_lists_with_gaps("cpu", torch.float16)
+
+
+@requires_gpu(min_sm=MIN_SM)
+def test_lists_with_gaps():
+    check_lists_with_gaps("cuda", torch.bfloat16)
+
+
+def check_dequantize(device, dtype, dim, block, tokens):
+    from hone_kernels.attention.fp8_reference import dequantize
+    from hone_kernels.attention.triton_quantize import dequantize_triton
+
+    q, k, v = torch.randn(2, 4, tokens, dim, device=device), *torch.randn(2, 2, 2, tokens, dim, device=device)
+    fields = quantize_reference(q, k, v, None, None, None, None, block, 1, False)[:6]
+    for mine, theirs in zip(dequantize_triton(*fields, block, dtype), dequantize(*fields, block, dtype), strict=True):
+        assert mine.is_contiguous()
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("dim", "block", "tokens"), [(32, 64, 1), (64, 128, 200), (128, 64, 130)])
+def test_dequantize_interpreted(dim, block, tokens):
+    check_dequantize("cpu", torch.float16, dim, block, tokens)
+
+
+@requires_gpu(min_sm=MIN_SM)
+@pytest.mark.parametrize("dtype", FP8_SUPPORT["triton"].dtypes, ids=str)
+@pytest.mark.parametrize(("dim", "block", "tokens"), [(32, 64, 1), (64, 128, 200), (128, 64, 130), (128, 128, 5000)])
+def test_dequantize(dim, block, tokens, dtype):
+    check_dequantize("cuda", dtype, dim, block, tokens)
+
+
+def check_nan_in_padding(device, dtype):
+    """What stands where no key exists is rounded to zero, and reaches nothing; in the reference neither."""
+    leaves = [torch.randn(1, 2, 128, 64, device=device).to(dtype) for _ in range(3)]
+    valid = torch.tensor([[64, 40]], device=device, dtype=torch.int32)
+    layout = replace(BlockLayout.dense(128, 128, block_q=64, block_k=64, device=device), k_valid=valid)
+    for x in leaves[1:]:
+        x[:, :, 104:] = torch.nan
+    for backend in ("triton", "reference"):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        out = block_sparse_attention_fp8(*inputs, layout, backend=backend)
+        dq, dk, dv = torch.autograd.grad(out.float().square().sum(), inputs)
+        assert all(x.isfinite().all() for x in (out, dq, dk, dv))
+        assert not dk[:, :, 104:].any()
+        assert not dv[:, :, 104:].any()
+
+
+@pytest.mark.interpret
+def test_nan_in_padding_interpreted():
+    check_nan_in_padding("cpu", torch.float16)
+
+
+@requires_gpu(min_sm=MIN_SM)
+def test_nan_in_padding():
+    check_nan_in_padding("cuda", torch.bfloat16)
+
+
+@requires_gpu(min_sm=MIN_SM)
+def test_tensors_on_another_device():
+    """The current device is the first, the tensors are on the last; with one GPU they are the same."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    assert torch.cuda.current_device() == 0
+    leaves = [torch.randn(1, 2, 300, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    layout = BlockLayout.dense(300, 300, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        out = block_sparse_attention_fp8(*leaves, layout, smooth_k=True, backend=backend)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    torch.cuda.synchronize(device)
+    for got, want in zip(*results, strict=True):
+        assert got.device == device
+        assert ((got - want).norm() / want.norm()).item() < 0.06
 
 
 @pytest.mark.interpret

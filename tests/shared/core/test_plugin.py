@@ -40,10 +40,27 @@ def test_plain():
 """
 
 
-def session(folder, *options):
+HUNG_FILE = """
+import ctypes
+import pytest
+from hone_core.testing import hardware
+
+hardware.missing_gpu = lambda **wanted: None
+
+@pytest.mark.gpu
+{mark}
+def test_hangs_outside_python():
+    lock, threads = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+    threads.pthread_mutex_init(lock, None)
+    for _ in range(2):  # the second waits for the first, as a device that never answers is waited for
+        threads.pthread_mutex_lock(lock)
+"""
+
+
+def session(folder, *options, timeout=None):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     command = [sys.executable, "-P", "-m", "pytest", "--strict-markers", "-p", "no:cacheprovider", "-rs", *options]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=timeout)
 
 
 @needs_no_gpu
@@ -62,6 +79,23 @@ def test_gpu_tests_skip_with_a_reason_and_fail_when_required(tmp_path):
     deselected = session(tmp_path, "--require-gpu", "-m", "not gpu")
     assert deselected.returncode == 1
     assert "no GPU test passed" in deselected.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks by POSIX threads")
+@pytest.mark.parametrize(
+    ("mark", "limit"),
+    [
+        ("", "--timeout=2"),
+        ("@pytest.mark.timeout(2)", "--timeout=300"),
+        ("@pytest.mark.timeout(timeout=2, func_only=True, method='signal')", "--timeout=300"),
+    ],
+)
+def test_a_gpu_test_that_hangs_outside_python_is_ended(tmp_path, mark, limit):
+    (tmp_path / "test_a.py").write_text(HUNG_FILE.format(mark=mark))
+    done = session(tmp_path, limit, timeout=120)
+    assert done.returncode == 1
+    assert "Timeout" in done.stdout + done.stderr
+    assert "pthread_mutex_lock" in done.stdout + done.stderr  # where it hung
 
 
 def test_run_interpreted_runs_the_marked_tests_only(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ SUPPORT: dict[str, Support] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PooledKV:
     """Further keys and values that every query reads, such as mean-pooled ones.
 
@@ -83,6 +84,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
+        if not all(x.shape):
+            raise ValueError(f"{name} must have an entry along every axis [B, H, S, D]; got {list(x.shape)}")
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must share a dtype; got {q.dtype} for q and {x.dtype} for {name}")
         if x.device != q.device:
@@ -141,6 +144,16 @@ def _check_pooled(pooled: PooledKV, k: Tensor) -> None:
             raise ValueError(f"pooled.bias must broadcast to [B, HK, G] = {list(want)}; got {list(pooled.bias.shape)}")
 
 
+def _check_scale(scale: float | None, dim: int) -> float:
+    """The factor on the logits, ``dim ** -0.5`` if None."""
+    if scale is None:
+        return dim**-0.5
+    scale = float(scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite; got {scale}. Negate q for a negative one")
+    return scale
+
+
 def why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
     """Why this backend cannot take these inputs, or None."""
     support = SUPPORT[backend]
@@ -177,7 +190,7 @@ def block_sparse_attention(
         k: ``[B, HK, TK, D]``, H a multiple of HK: query head h reads key head ``h // (H // HK)``.
         v: ``[B, HK, TK, D]``.
         layout: Which key blocks each query block of each head reads.
-        scale: Factor on the logits; ``D ** -0.5`` if None.
+        scale: Factor on the logits, positive; ``D ** -0.5`` if None.
         pooled: Further keys that every query reads.
         return_lse: Whether to return the log-sum-exp too.
         backend: ``"gluon"`` for Hopper GPUs, ``"triton"`` for any (or Triton's interpreter), ``"reference"`` for any
@@ -194,8 +207,11 @@ def block_sparse_attention(
     _check_tensors(q, k, v, layout)
     if pooled is not None:
         _check_pooled(pooled, k)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = _check_scale(scale, q.shape[3])
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
+    if backend == "auto" and pooled is not None and q.shape[3] == 64 and why_not("triton", q, layout) is None:
+        # Pooled steps need their biases in registers: there Gluon is up to 6 % behind (README, "Speed").
+        backend = "triton" if q.is_cuda else backend
     backend = choose(
         "block_sparse_attention", backend, q.device, lambda name: why_not(name, q, layout), ("gluon", "triton")
     )
@@ -206,9 +222,7 @@ def block_sparse_attention(
         bias = bias.float().expand(pooled_k.shape[:3])
     out, lse = _attention_op(
         *(_unit_last(x) for x in (q, k, v)),
-        layout.kv_num,
-        layout.kv_idx,
-        layout.k_valid,
+        *_lists(layout),
         None if pooled_k is None else _unit_last(pooled_k),
         None if pooled_v is None else _unit_last(pooled_v),
         bias,
@@ -222,6 +236,17 @@ def block_sparse_attention(
 
 def _unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _expanded(dout: Tensor) -> Tensor:
+    """A gradient with every value in memory: a mean's repeats one along an axis, which the copy engine cannot."""
+    return dout if all(dout.stride()) and dout.stride(-1) == 1 else dout.contiguous()
+
+
+def _lists(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``kv_num``, ``kv_idx`` and ``k_valid``, each as the kernels read it: neighbours side by side."""
+    k_valid = None if layout.k_valid is None else _unit_last(layout.k_valid)
+    return _unit_last(layout.kv_num), _unit_last(layout.kv_idx), k_valid
 
 
 @torch.library.custom_op("hone::block_sparse_attention", mutates_args=())
@@ -245,7 +270,10 @@ def _attention_op(
     else:
         from .triton import attention_forward
 
-    return attention_forward(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale)
+    with torch.cuda.device_of(q):
+        return attention_forward(
+            q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale
+        )
 
 
 @_attention_op.register_fake
@@ -274,12 +302,12 @@ def _attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton import attention_backward
 
-    layout = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k)
-    columns = layout.transpose()
-    grads = attention_backward(
-        _unit_last(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx, k_valid,
-        pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
-    )  # fmt: skip
+    columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k).transpose()
+    with torch.cuda.device_of(q):
+        grads = attention_backward(
+            _expanded(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
+            k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
+        )  # fmt: skip
     # A custom op returns tensors only: an absent gradient is an empty one.
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 

@@ -3,6 +3,10 @@
 One row per shape, mode, density, data type and provider. Rates count the query-key pairs of listed blocks only, so a
 rate that holds at low density means time in proportion to density. Dense providers ignore the lists: their time is what
 a sparse one has to beat, and their rate is that of the dense product, whatever the density beside which they ran.
+
+Every call of ours is compared with the reference, at its own density and mode, before it is timed. A row's ``error`` is
+what that gave, ``speedup_over_dense`` how many times faster than cuDNN's dense attention of that run the call is; both
+are None where there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -10,9 +14,8 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
-import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,25 +28,40 @@ from hone_kernels.timing import Times, interleaved
 
 from .api import SUPPORT, PooledKV, block_sparse_attention, why_not
 from .fp8 import block_sparse_attention_fp8, fp8_block_sparse_attention, fp8_why_not, quantize_qkv
+from .fp8_reference import attention_fp8_reference
 from .layout import BlockLayout
 
-__all__ = ["DENSE", "MODES", "SHAPES", "Shape", "bench", "providers"]
+__all__ = ["MODES", "SHAPES", "Shape", "bench", "check_settings", "cudnn", "flex", "measured", "providers",
+           "random_layout"]  # fmt: skip
 
 MODES = ("forward", "forward pooled", "backward", "prologue")
 """``prologue`` is what FP8 needs before its forward: rounding q, k and v. Pooled keys are 16-bit only."""
 
 FP8 = torch.float8_e4m3fn
 
-DENSE = ("cudnn dense", "flash-attn dense", "sageattention dense")
-"""Providers that compute every pair."""
+_CUDNN = "cudnn dense"
+"""The provider that ``speedup_over_dense`` compares with. A name that ends in "dense" computes every pair."""
+
+_PEERS = {
+    "flash-attn 3 dense": ("flash_attn_interface", "flash_attn_func", True),
+    "flash-attn 2 dense": ("flash_attn", "flash_attn_func", True),
+    "sageattention dense": ("sageattention", "sageattn", False),
+}
+"""Dense providers of 16-bit inputs that may be installed: module, function, whether it has gradients."""
 
 _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-"""Relative error (norm) against the float32 reference above which no time is reported."""
+"""Relative error (norm) against the reference above which no time is reported."""
 
 _DEVICE = "cuda"
 
 _HEADS_CHECKED = 2
 """Heads whose values are compared: the reference is slow."""
+
+_PAIRS_CHECKED = 1 << 31
+"""Pairs of a query and a key in a comparison: two heads of 32,768 tokens. Of more, as many queries as that allows."""
+
+_PAIRS_AT_ONCE = 1 << 24
+"""Pairs that the reference holds in memory."""
 
 
 @dataclass(frozen=True)
@@ -120,22 +138,23 @@ def bench(
         say: Gets a line per row as it is measured.
 
     Raises:
-        RuntimeError: There is no CUDA device, or a backend's values are wrong; no time is reported then.
-        ValueError: A density, mode or backend is not one.
+        RuntimeError: There is no CUDA device, nothing can run, or a backend's values are wrong; no time is reported
+            then.
+        ValueError: A setting is not one, see ``check_settings``.
     """
+    modes = list(MODES) if modes is None else modes
+    check_settings(densities=densities, dtypes=dtypes, backends=backends, modes=modes, block=block, rounds=rounds)
     if not torch.cuda.is_available():
         raise RuntimeError("attention is timed on a CUDA device; torch finds none here")
-    for density in densities:
-        if not 0 < density <= 1:
-            raise ValueError(f"a density lies in (0, 1]; got {density}")
-    for kind, got, known in (("mode", modes or [], MODES), ("backend", backends, SUPPORT)):
-        if unknown := sorted(set(got) - set(known)):
-            raise ValueError(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+    if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
+        for name in _PEERS:
+            if isinstance(found := _peer(name), str):
+                say(f"{name} is left out: {found}")
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         for dtype in dtypes:
             torch.manual_seed(seed)
-            layouts = {density: _random_layout(shape, density, block) for density in densities}
+            layouts = {density: random_layout(shape.heads, shape.tokens, density, block) for density in densities}
             q, k, v = _inputs(shape, torch.bfloat16 if dtype == FP8 else dtype)
             usable = []
             for name in backends:
@@ -146,18 +165,13 @@ def bench(
                     usable.append(name)
                 else:
                     say(f"{shape.name}, {dtype}: no backend {name!r}, since {reason}")
-            check = _fp8_error if dtype == FP8 else _error
-            errors = {name: check(name, q, k, v, layouts[min(densities)]) for name in usable}
-            for mode in modes or MODES:
-                if mode == ("forward pooled" if dtype == FP8 else "prologue"):
-                    continue
+            for mode in measured(dtype, modes):
                 measure = _prologue if mode == "prologue" else _attention
                 for fields, times in measure(mode, shape, dtype, layouts, (q, k, v), usable, rounds, seed):
                     row = dict(
                         op="attention", shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
                         dtype=str(dtype).removeprefix("torch."), block=block, mode=mode, **fields, **asdict(times),
                     )  # fmt: skip
-                    row["error"] = errors.get(row["provider"].removeprefix("hone ").removesuffix(" and prologue"))
                     rate = f"{row['tflops']:6.0f} TFLOP/s" if "tflops" in row else f"{row['gbps']:6.0f} GB/s"
                     say(
                         f"{shape.name}  {row['dtype']}  {mode}  {row['provider']:22} {row['density']:5.2f} "
@@ -166,7 +180,46 @@ def bench(
                     rows.append(row)
                 gc.collect()
                 torch.cuda.empty_cache()
+    if not rows:
+        raise RuntimeError("nothing was timed: none of these backends, and no other provider, takes these inputs here")
     return rows
+
+
+def measured(dtype: torch.dtype, modes: Sequence[str]) -> list[str]:
+    """Those of ``modes`` that a data type has."""
+    absent = "forward pooled" if dtype == FP8 else "prologue"
+    return [mode for mode in modes if mode != absent]
+
+
+def check_settings(
+    *,
+    densities: Sequence[float],
+    dtypes: Sequence[torch.dtype],
+    backends: Sequence[str],
+    modes: Sequence[str],
+    block: int,
+    rounds: int,
+) -> None:
+    """Refuse what ``bench`` cannot measure, on any machine.
+
+    Raises:
+        ValueError: A density, mode, backend, block size or number of rounds is not one, or no data type has a mode.
+    """
+    for density in densities:
+        if not 0 < density <= 1:
+            raise ValueError(f"a density lies in (0, 1]; got {density}")
+    for kind, got, known in (("mode", modes, MODES), ("backend", backends, SUPPORT)):
+        if unknown := sorted(set(got) - set(known)):
+            raise ValueError(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+    for name, value in (("block", block), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    if not any(measured(dtype, modes) for dtype in dtypes):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"nothing to measure: no dtype in [{names}] has a mode in [{', '.join(modes)}]. 'prologue' is of "
+            "float8_e4m3fn, 'forward pooled' of the others"
+        )
 
 
 def _attention(
@@ -188,27 +241,38 @@ def _attention(
     leaves = [x.detach().requires_grad_(backward) for x in qkv]
     dout = torch.randn_like(qkv[0])
     calls: dict[str, Callable[[], object]] = {}
-    facts: dict[str, tuple[str, float]] = {}
+    facts: dict[str, tuple[str, float, float | None]] = {}
     for density, layout in layouts.items():
         if dtype == FP8:
             found = _fp8_providers(layout, qkv, backends, backward)
         else:
             found = providers(layout, dtype, backends, pooled=pooled, backward=backward)
+        check = None
         for name, attend in found.items():
             key = f"{name} {density}"
-            facts[key] = (name, density)
             if backward:
                 out = attend(*leaves)
                 calls[key] = functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
             else:
                 calls[key] = functools.partial(attend, *leaves)
+            error = None
+            if name.startswith("hone "):
+                check = check or _Check(dtype, qkv, layout, pooled, dout if backward else None)
+                got = torch.autograd.grad(out, leaves, check.dout, retain_graph=True) if backward else [calls[key]()]
+                error = check(f"{name}, {mode}", got)
+            facts[key] = (name, density, error)
     pairs = {density: layout.density().item() * shape.tokens**2 for density, layout in layouts.items()}
-    for key, times in interleaved(calls, rounds=rounds, seed=seed).items():
-        name, density = facts[key]
-        seen = shape.tokens**2 if name in DENSE else pairs[density] + shape.tokens * groups
+    found_times = interleaved(calls, rounds=rounds, seed=seed)
+    for key, times in found_times.items():
+        name, density, error = facts[key]
+        seen = shape.tokens**2 if name.endswith(" dense") else pairs[density] + shape.tokens * groups
         # Two matrix products forward, five backward, two operations a multiply-add.
         work = (10 if backward else 4) * shape.dim * shape.heads * seen
-        yield dict(density=density, provider=name, tflops=work / times.ms_p50 / 1e9), times
+        dense = found_times.get(f"{_CUDNN} {density}")
+        yield dict(
+            density=density, provider=name, tflops=work / times.ms_p50 / 1e9, error=error,
+            speedup_over_dense=None if dense is None else dense.ms_p50 / times.ms_p50,
+        ), times  # fmt: skip
 
 
 def _prologue(
@@ -226,12 +290,20 @@ def _prologue(
     calls: dict[str, Callable[[], object]] = {
         f"hone {name}": functools.partial(quantize_qkv, q, k, v, backend=name) for name in backends
     }
+    errors = {}
+    if calls:
+        part = _first_heads((q, k, v))
+        emulated = quantize_qkv(*part, backend="reference").dequantize()
+        for name, call in calls.items():
+            got = _first_heads(call().dequantize())
+            errors[name] = _checked(f"{name}, {mode}", got, part, 1.3 * _relative(emulated, part), q)
     moved = 3 * sum(x.numel() for x in (q, k, v))
     source = torch.empty(moved // 2, dtype=torch.uint8, device=_DEVICE)
     target = torch.empty_like(source)
     calls["device copy"] = lambda: target.copy_(source)
     for name, times in interleaved(calls, rounds=rounds, seed=seed).items():
-        yield dict(density=1.0, provider=name, gbps=moved / times.ms_p50 / 1e6), times
+        rate = moved / times.ms_p50 / 1e6
+        yield dict(density=1.0, provider=name, gbps=rate, error=errors.get(name), speedup_over_dense=None), times
 
 
 def _fp8_providers(
@@ -254,7 +326,7 @@ def _fp8_providers(
     else:
         found = {f"hone {name}": forward(name) for name in backends}
         found |= {f"hone {name} and prologue": whole(name) for name in backends}
-    return found | {"cudnn dense": _cudnn}
+    return found | {_CUDNN: cudnn}
 
 
 def providers(
@@ -280,40 +352,52 @@ def providers(
 
     found = {f"hone {name}": ours(name) for name in backends}
     if dtype in (torch.bfloat16, torch.float16):
-        found["cudnn dense"] = _cudnn
-        if importlib.util.find_spec("flash_attn_interface"):
-            found["flash-attn dense"] = _flash_attn
-        if importlib.util.find_spec("sageattention") and not backward:
-            found["sageattention dense"] = _sageattention
+        found[_CUDNN] = cudnn
+        peers = {name: _peer(name) for name, (_, _, has_gradients) in _PEERS.items() if has_gradients or not backward}
+        found |= {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
     # FlexAttention compiles another kernel for a ragged end, its tiles at head size 128 do not fit blocks of 64, and
     # pooled keys are beyond a block mask.
     whole = not (layout.tokens_q % layout.block_q or layout.tokens_k % layout.block_k)
     if pooled is None and whole and layout.block_q % 128 == layout.block_k % 128 == 0:
-        mask = layout.to_block_mask()
-        found["flex"] = lambda q, k, v: _flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        found["flex"] = flex(layout)
     return found
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention by cuDNN."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = importlib.import_module("flash_attn_interface").flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
-    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+def _peer(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | str:
+    """An installed peer on ``[B, H, S, D]``, or why there is none."""
+    module, function, _ = _PEERS[name]
+    try:
+        attend = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    if module == "sageattention":
+        return functools.partial(attend, tensor_layout="HND")
 
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(*(x.transpose(1, 2) for x in (q, k, v)))  # [B, S, H, D]
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-def _sageattention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return importlib.import_module("sageattention").sageattn(q, k, v, tensor_layout="HND")
+    return flash
 
 
 @functools.cache
-def _flex() -> Callable[..., Tensor]:
+def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention over the same lists, compiled."""
+    mask = layout.to_block_mask()
+    return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, tokens_k: int | None = None) -> list[Tensor]:
@@ -322,51 +406,122 @@ def _inputs(shape: Shape, dtype: torch.dtype, tokens_k: int | None = None) -> li
     return [torch.randn(1, heads, tokens, shape.dim, device=_DEVICE, dtype=dtype) for heads, tokens in sizes]
 
 
-def _random_layout(shape: Shape, density: float, block: int) -> BlockLayout:
-    cols = math.ceil(shape.tokens / block)
-    scores = torch.rand(1, shape.heads, cols, cols, device=_DEVICE)
-    keep = max(1, round(cols * density))
-    return BlockLayout.from_topk(scores, keep, shape.tokens, shape.tokens, block_q=block, block_k=block)
+def random_layout(heads: int, tokens: int, density: float, block: int = 128) -> BlockLayout:
+    """Lists of as many random blocks in every row, own ones per head."""
+    cols = math.ceil(tokens / block)
+    scores = torch.rand(1, heads, cols, cols, device=_DEVICE)
+    return BlockLayout.from_topk(scores, max(1, round(cols * density)), tokens, tokens, block_q=block, block_k=block)
 
 
-def _few(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout
-) -> tuple[tuple[Tensor, Tensor, Tensor], BlockLayout, Tensor]:
-    """The first heads, their lists, and their output by the float32 reference."""
+def _first_heads(qkv: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The heads of q, k and v whose values are compared."""
+    q, k, v = qkv
     group = q.shape[1] // k.shape[1]
     heads_k = -(-_HEADS_CHECKED // group)
-    few = BlockLayout(
-        layout.kv_num[:, : heads_k * group], layout.kv_idx[:, : heads_k * group], layout.tokens_q, layout.tokens_k,
-        layout.block_q, layout.block_k,
-    )  # fmt: skip
-    part = (q[:, : heads_k * group], k[:, :heads_k], v[:, :heads_k])
-    return part, few, block_sparse_attention(*(x.float() for x in part), few, backend="reference")
+    return q[:, : heads_k * group], k[:, :heads_k], v[:, :heads_k]
 
 
-def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> float:
-    """Relative error (norm) of the first heads against the float32 reference.
+class _Check:
+    """What the first heads have to give: the output of queries spread over the sequence, or the gradients through them.
 
-    Raises:
-        RuntimeError: It is above the limit of the data type.
+    Attributes:
+        dout: For gradients, ``dout`` with zeros at the queries that do not take part.
     """
-    part, few, want = _few(q, k, v, layout)
-    got = block_sparse_attention(*part, few, backend=backend)
-    return _checked(backend, got, want, _LIMITS[q.dtype], q)
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        layout: BlockLayout,
+        pooled: PooledKV | None,
+        dout: Tensor | None,
+    ) -> None:
+        # Rounding in float32 would count against a float32 kernel.
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        few = _first_heads(qkv)
+        self.heads, self.q, self.dout = few[0].shape[1], qkv[0], dout
+        self.chunks = list(_chunks(layout, self.heads))
+        self.queries = torch.cat([queries for queries, _ in self.chunks])
+        if dout is not None:
+            taken = torch.zeros(layout.tokens_q, 1, device=dout.device, dtype=dout.dtype)
+            taken[self.queries] = 1
+            self.dout = dout * taken
+        if pooled is not None:
+            heads_k = few[1].shape[1]
+            pooled = PooledKV(pooled.k[:, :heads_k].to(wide), pooled.v[:, :heads_k].to(wide), pooled.bias)
+
+        def exact(q: Tensor, k: Tensor, v: Tensor, lists: BlockLayout) -> Tensor:
+            return block_sparse_attention(q, k, v, lists, pooled=pooled, backend="reference")
+
+        def rounded(q: Tensor, k: Tensor, v: Tensor, lists: BlockLayout) -> Tensor:
+            return attention_fp8_reference(q, k, v, lists, q.shape[3] ** -0.5)[0]
+
+        self.want = self._reference(exact, tuple(x.to(wide) for x in few))
+        if dtype == FP8:
+            # It may be off by 1.3 times as much as its emulation, whose gradient is the exact one at rounded operands.
+            operands = quantize_qkv(*few, backend="reference").dequantize()
+            emulated = self._reference(rounded if dout is None else exact, operands)
+            self.limit = 1.3 * _relative(emulated, self.want)
+        else:
+            self.limit = _LIMITS[dtype]
+
+    def _reference(
+        self, attend: Callable[[Tensor, Tensor, Tensor, BlockLayout], Tensor], qkv: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """The output, or the gradients of q, k and v, some rows at a time."""
+        q, k, v = qkv
+        if self.dout is None:
+            return [torch.cat([attend(q[:, :, at], k, v, lists) for at, lists in self.chunks], dim=2)]
+        k, v = (x.detach().requires_grad_() for x in (k, v))
+        dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+        for at, lists in self.chunks:
+            rows = q[:, :, at].detach().requires_grad_()
+            dout = self.dout[:, : self.heads, at].to(rows.dtype)
+            grads = torch.autograd.grad(attend(rows, k, v, lists), (rows, k, v), dout)
+            dq.append(grads[0])
+            dk += grads[1]
+            dv += grads[2]
+        return [torch.cat(dq, dim=2), dk, dv]
+
+    def __call__(self, what: str, got: Sequence[Tensor]) -> float:
+        """The largest relative error of what a call over all heads gave.
+
+        Raises:
+            RuntimeError: It is above the limit.
+        """
+        rows = got[0][:, : self.heads, self.queries]
+        rest = [x[:, : want.shape[1]] for x, want in zip(got[1:], self.want[1:], strict=True)]
+        return _checked(what, [rows, *rest], self.want, self.limit, self.q)
 
 
-def _fp8_error(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> float:
-    """The same of FP8, which may be off by 1.3 times as much as its emulation."""
-    part, few, want = _few(q, k, v, layout)
-    operands = quantize_qkv(*part, backend=backend)
-    got, emulated = (fp8_block_sparse_attention(operands, few, backend=name) for name in (backend, "reference"))
-    return _checked(backend, got, want, 1.3 * float((emulated.float() - want).norm() / want.norm()), q)
+def _chunks(layout: BlockLayout, heads: int) -> Iterator[tuple[Tensor, BlockLayout]]:
+    """Queries and their lists for the first heads, in parts that fit in memory: all, or as many as ``_PAIRS_CHECKED``.
+
+    Rows of blocks are spread evenly over the sequence, the first and the last among them.
+    """
+    pairs = heads * layout.block_q * layout.tokens_k
+    last = layout.num_q_blocks - 1
+    count = min(last + 1, max(2, _PAIRS_CHECKED // pairs))
+    rows = torch.arange(count, device=layout.device) * last // max(1, count - 1)
+    within = torch.arange(layout.block_q, device=layout.device)
+    for part in rows.split(max(1, _PAIRS_AT_ONCE // pairs)):
+        queries = (part[:, None] * layout.block_q + within).flatten()
+        queries = queries[queries < layout.tokens_q]
+        lists = layout.kv_num[:, :heads, part], layout.kv_idx[:, :heads, part]
+        yield queries, BlockLayout(*lists, len(queries), layout.tokens_k, layout.block_q, layout.block_k)
 
 
-def _checked(backend: str, got: Tensor, want: Tensor, limit: float, q: Tensor) -> float:
-    error = float((got.float() - want).norm() / want.norm())
+def _relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """The largest relative error (norm); NaN if one is."""
+    pairs = [(g.double(), w.double()) for g, w in zip(got, want, strict=True)]
+    return float(torch.stack([(g - w).norm() / w.norm() for g, w in pairs]).max())
+
+
+def _checked(what: str, got: Sequence[Tensor], want: Sequence[Tensor], limit: float, q: Tensor) -> float:
+    error = _relative(got, want)
     if not error < limit:
         raise RuntimeError(
-            f"backend {backend!r} is wrong at {list(q.shape)}, {q.dtype}: relative error {error:.2e}, expected below "
-            f"{limit:.2e}. No time is reported; run the tests of hone-kernels on this device."
+            f"{what} is wrong at {list(q.shape)}, {q.dtype}: relative error {error:.2e}, expected below {limit:.2e}. "
+            "No time is reported; run the tests of hone-kernels on this device."
         )
     return error

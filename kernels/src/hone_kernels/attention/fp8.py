@@ -18,9 +18,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hone_kernels.backends import Backend, choose, triton_reason
+from hone_kernels.backends import Backend, choose, triton_reason, warn_once
 
-from .api import Support, _check_tensors, _unit_last
+from .api import Support, _check_scale, _check_tensors, _expanded, _lists, _unit_last, why_not
 from .fp8_reference import V_PADDING, attention_fp8_reference, dequantize, quantize_reference
 from .layout import BlockLayout
 from .reference import attention_reference
@@ -54,7 +54,7 @@ Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """``FP8Operands`` without ``block``, as an operator returns it: what is absent is empty."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FP8Operands:
     """q, k and v rounded to E4M3, with the factors that scale them back.
 
@@ -131,6 +131,8 @@ def _check_block(block: int, group: int) -> None:
 
 def _tables(rope: tuple[Tensor, Tensor], tokens: int, dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[S, D/2]`` from one of the accepted forms."""
+    if len(rope) != 2:
+        raise ValueError(f"rope must be a pair of tables (cos, sin); got {len(rope)}")
     tables = []
     for name, x, first in (("cos", rope[0], 0), ("sin", rope[1], 1)):
         if x.numel() == tokens * dim:
@@ -190,6 +192,7 @@ def quantize_qkv(
     _check_quantize(q, k, v, rope, order, k_valid, block, group)
     cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3])
     q, k, v = (_unit_last(x.detach()) for x in (q, k, v))
+    order, k_valid = (None if x is None else _unit_last(x) for x in (order, k_valid))
     args = (q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
     if choose("quantize_qkv", backend, q.device, lambda name: fp8_why_not(name, q, (block,))) == "reference":
         *tensors, k_mean, q_dot_mean = quantize_reference(*args)
@@ -276,7 +279,7 @@ def fp8_block_sparse_attention(
     Args:
         operands: From ``quantize_qkv``; with padded keys, of the same ``k_valid`` as the layout.
         layout: Which key blocks each query block of each head reads.
-        scale: Factor on the logits; ``D ** -0.5`` if None.
+        scale: Factor on the logits, positive; ``D ** -0.5`` if None.
         return_lse: Whether to return the log-sum-exp too.
         out_dtype: Of the output. The reference computes in float64 for float64, else in float32.
         backend: As for ``quantize_qkv``.
@@ -292,8 +295,12 @@ def fp8_block_sparse_attention(
 
     Source: FPSAttention (arXiv 2506.04648), section 3.
     """
+    if not isinstance(operands, FP8Operands):
+        raise TypeError(f"operands must be FP8Operands, from quantize_qkv; got {type(operands).__name__}")
     _check_tensors(operands.q8, operands.k8, operands.k8, layout)
-    scale = operands.q8.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = _check_scale(scale, operands.q8.shape[3])
+    if not out_dtype.is_floating_point or out_dtype.itemsize == 1:
+        raise TypeError(f"out_dtype must be float64, float32, bfloat16 or float16; got {out_dtype}")
     blocks = (layout.block_q, layout.block_k)
     q8 = operands.q8
     backend = choose("fp8_block_sparse_attention", backend, q8.device, lambda name: fp8_why_not(name, q8, blocks))
@@ -303,8 +310,8 @@ def fp8_block_sparse_attention(
         out = out.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
     else:
         out, lse = _forward_op(
-            q8, operands.k8, operands.v8, operands.q_scale, operands.k_scale, operands.v_scale, layout.kv_num,
-            layout.kv_idx, layout.k_valid, operands.block, *blocks, scale, out_dtype,
+            q8, operands.k8, operands.v8, operands.q_scale, operands.k_scale, operands.v_scale,
+            *_lists(layout), operands.block, *blocks, scale, out_dtype,
         )  # fmt: skip
     if not return_lse:
         return out
@@ -334,7 +341,7 @@ def block_sparse_attention_fp8(
         k: ``[B, HK, TK, D]``, H a multiple of HK.
         v: ``[B, HK, TK, D]``.
         layout: Which key blocks each query block of each head reads.
-        scale: Factor on the logits; ``D ** -0.5`` if None.
+        scale: Factor on the logits, positive; ``D ** -0.5`` if None.
         smooth_k: See ``quantize_qkv``.
         group: Blocks that share a scale: of 128 tokens, or where the layout has ``k_valid`` of its ``block_k``.
         delta: What the softmax gradient subtracts, ``sum(dout * out)`` per query, takes ``out`` from: ``"exact"``, the
@@ -359,7 +366,7 @@ def block_sparse_attention_fp8(
         raise ValueError(f"delta must be one of {get_args(Delta)}; got {delta!r}")
     block = 128 if layout.k_valid is None else layout.block_k
     _check_block(block, group)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = _check_scale(scale, q.shape[3])
     blocks = (layout.block_q, layout.block_k)
     if (
         choose("block_sparse_attention_fp8", backend, q.device, lambda name: fp8_why_not(name, q, blocks))
@@ -368,8 +375,7 @@ def block_sparse_attention_fp8(
         out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
         return (out, lse) if return_lse else out
     out, lse, *_, q_dot_mean = _straight_through_op(
-        *(_unit_last(x) for x in (q, k, v)), layout.kv_num, layout.kv_idx, layout.k_valid, block, *blocks, scale, group,
-        smooth_k, delta,
+        *(_unit_last(x) for x in (q, k, v)), *_lists(layout), block, *blocks, scale, group, smooth_k, delta,
     )  # fmt: skip
     if not return_lse:
         return out
@@ -387,8 +393,13 @@ def _straight_through_reference(
         q, k, v, block=block, group=group, smooth_k=smooth_k, k_valid=layout.k_valid, backend="reference"
     )
     rounded = operands.dequantize(dtype)
-    q = q.to(dtype)
-    through = [x + (r - x).detach() for x, r in zip((q, k.to(dtype), v.to(dtype)), rounded, strict=True)]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if layout.k_valid is not None:
+        # Keys that do not exist were rounded to zero whatever they hold, and NaN minus NaN is none.
+        at = torch.arange(layout.tokens_k, device=k.device)
+        absent = (at % block >= layout.k_valid[:, at // block])[:, None, :, None]
+        k, v = k.masked_fill(absent, 0), v.masked_fill(absent, 0)
+    through = [x + (r - x).detach() for x, r in zip((q, k, v), rounded, strict=True)]
     out, lse = attention_reference(*through, layout, scale)
     lossy, lossy_lse = attention_fp8_reference(*rounded, layout, scale)
     error = (lossy - out).detach()
@@ -431,8 +442,14 @@ def _quantize(q, k, v, cos, sin, order, k_valid, block, group, smooth_k) -> Fiel
     from .triton_fp8 import has_e4m3
     from .triton_quantize import quantize_triton
 
-    run = quantize_triton if has_e4m3(q) else quantize_reference
-    fields = run(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+    if has_e4m3(q):
+        with torch.cuda.device_of(q):
+            fields = quantize_triton(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+    else:
+        warn_once(
+            "quantize_qkv", f"{q.device} has no E4M3 (compute capability 8.9): rounding in torch, products in bfloat16"
+        )
+        fields = quantize_reference(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
     # A custom op returns tensors only: an absent one is empty.
     return tuple(q.new_empty(0, dtype=torch.float32) if x is None else x for x in fields)
 
@@ -473,9 +490,10 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     from .triton_fp8 import attention_fp8_forward
 
-    return attention_fp8_forward(
-        q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype
-    )
+    with torch.cuda.device_of(q8):
+        return attention_fp8_forward(
+            q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype
+        )
 
 
 @_forward_op.register_fake
@@ -509,7 +527,8 @@ def _straight_through_op(
     from .triton_fp8 import attention_fp8_forward
 
     fields = _quantize(q, k, v, None, None, None, k_valid, block, group, smooth_k)
-    out, lse = attention_fp8_forward(*fields[:6], kv_num, kv_idx, k_valid, block, block_q, block_k, scale, q.dtype)
+    with torch.cuda.device_of(q):
+        out, lse = attention_fp8_forward(*fields[:6], kv_num, kv_idx, k_valid, block, block_q, block_k, scale, q.dtype)
     return out, lse, *fields
 
 
@@ -540,16 +559,27 @@ def _straight_through_backward_op(
     delta: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .triton import attention_backward, attention_forward
+    from .triton_fp8 import has_e4m3
 
-    q, k, v = dequantize(q8, k8, v8, q_scale, k_scale, v_scale, block, dout.dtype)
+    operands = (q8, k8, v8, q_scale, k_scale, v_scale, block, dout.dtype)
+    layout = BlockLayout(kv_num, kv_idx, q8.shape[2], k8.shape[2], block_q, block_k)
+    columns = layout.transpose()
     no_pooled = (None, None, None)
-    if delta == "exact":
-        out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, *no_pooled, block_q, block_k, scale)
-    columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k).transpose()
-    return attention_backward(
-        _unit_last(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx, k_valid,
-        *no_pooled, block_q, block_k, scale,
-    )[:3]  # fmt: skip
+    with torch.cuda.device_of(q8):
+        if has_e4m3(q8):
+            from .triton_quantize import dequantize_triton
+
+            q, k, v = dequantize_triton(*operands)
+        else:
+            q, k, v = dequantize(*operands)
+        if delta == "exact":
+            if why_not("gluon", q, layout) is None:
+                from .gluon_sm90 import attention_forward
+            out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, *no_pooled, block_q, block_k, scale)
+        return attention_backward(
+            _expanded(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
+            k_valid, *no_pooled, block_q, block_k, scale,
+        )[:3]  # fmt: skip
 
 
 @_straight_through_backward_op.register_fake

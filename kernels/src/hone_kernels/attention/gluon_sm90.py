@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .triton import LN2, LOG2E
+from .triton import LN2, LOG2E, _describable, _descriptor_strides, _strides
 
 __all__ = ["CONFIGS", "Config", "attention_forward", "config_for", "schedule"]
 
@@ -601,29 +601,16 @@ def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _strides(x: Tensor | None, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides along ``axes``; 0 where the tensor is absent or broadcast."""
-    return tuple(0 if x is None or x.shape[a] == 1 else x.stride(a) for a in axes)
-
-
 def _addressable(x: Tensor) -> Tensor:
-    """``x``, or a copy where the copy engine cannot address it.
-
-    It wants a base and strides of whole 16 bytes, and no axis that repeats itself.
-    """
-    fits = all(
-        size == 1 or (step and step * x.element_size() % 16 == 0)
-        for size, step in zip(x.shape[:3], x.stride(), strict=False)
-    )
+    """``x``, or a copy where the copy engine cannot address it."""
     # A clone even of what is contiguous: its base may be the reason.
-    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if _describable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _describe(x: Tensor, rows: int) -> TensorDescriptor:
     dim = x.shape[3]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
-    strides = [dim if size == 1 else step for size, step in zip(x.shape[:3], x.stride(), strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim], layout)
+    return TensorDescriptor(x, list(x.shape), _descriptor_strides(x), [1, 1, rows, dim], layout)
 
 
 def schedule(kv_num: Tensor, batch: int, heads: int) -> Tensor:

@@ -18,13 +18,35 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _grid(tokens_q: int, tokens_k: int, block_q: int, block_k: int) -> tuple[int, int]:
+    """Blocks of queries and of keys.
+
+    Raises:
+        ValueError: A number is not positive.
+    """
+    numbers = {"tokens_q": tokens_q, "tokens_k": tokens_k, "block_q": block_q, "block_k": block_k}
+    for name, value in numbers.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive; got {value}")
+    return _ceil_div(tokens_q, block_q), _ceil_div(tokens_k, block_k)
+
+
 def _block_sizes(tokens: int, block: int, device: torch.device) -> Tensor:
     """True token count of each block of a sequence: ``[N]`` int32; only the last one may be short."""
     starts = torch.arange(0, tokens, block, device=device, dtype=torch.int32)
     return (tokens - starts).clamp(max=block).to(torch.int32)
 
 
-@dataclass(frozen=True)
+def _check_grid(name: str, x: Tensor, tokens_q: int, tokens_k: int, block_q: int, block_k: int) -> None:
+    want = _grid(tokens_q, tokens_k, block_q, block_k)
+    if x.shape[-2:] != want:
+        raise ValueError(
+            f"{name} must end in [NQ, NK] = {list(want)} for {tokens_q} queries and {tokens_k} keys in blocks of "
+            f"{block_q} and {block_k}; got {list(x.shape)}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class BlockLayout:
     """A block-sparse attention pattern as ascending lists of key blocks.
 
@@ -40,7 +62,8 @@ class BlockLayout:
         block_q: Queries in a query block.
         block_k: Keys in a key block.
         k_valid: ``[B or 1, NK]`` int32 or None. Keys that exist at the head of each key block; those behind them
-            (padding of a batch, of a ragged tile) are never read. None: every key below ``tokens_k`` exists.
+            (padding of a batch, of a ragged tile) get no weight and no gradient. They must be finite all the same,
+            since no weight times NaN is NaN. None: every key below ``tokens_k`` exists.
     """
 
     kv_num: Tensor
@@ -52,11 +75,8 @@ class BlockLayout:
     k_valid: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tokens_q", "tokens_k", "block_q", "block_k"):
-            value = getattr(self, name)
-            if value <= 0:
-                raise ValueError(f"{name} must be positive; got {value}")
-        lead, rows = self.kv_num.shape[:-1], self.num_q_blocks
+        rows, _ = _grid(self.tokens_q, self.tokens_k, self.block_q, self.block_k)
+        lead = self.kv_num.shape[:-1]
         if self.kv_num.dim() != 3 or self.kv_num.shape[-1] != rows:
             raise ValueError(
                 f"kv_num must be [B or 1, H or 1, {rows}] (NQ = ceil({self.tokens_q} / {self.block_q})); "
@@ -108,7 +128,7 @@ class BlockLayout:
         device: torch.device | str | None = None,
     ) -> BlockLayout:
         """Every query block reads every key block."""
-        rows, cols = _ceil_div(tokens_q, block_q), _ceil_div(tokens_k, block_k)
+        rows, cols = _grid(tokens_q, tokens_k, block_q, block_k)
         num = torch.full((1, 1, rows), cols, dtype=torch.int32, device=device)
         idx = torch.arange(cols, dtype=torch.int32, device=device).expand(1, 1, rows, cols).contiguous()
         return cls(num, idx, tokens_q, tokens_k, block_q, block_k)
@@ -170,19 +190,14 @@ class BlockLayout:
         """
         if mask.dim() != 4 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool [B or 1, H or 1, NQ, NK]; got {mask.dtype} {list(mask.shape)}")
-        want = (_ceil_div(tokens_q, block_q), _ceil_div(tokens_k, block_k))
-        if mask.shape[-2:] != want:
-            raise ValueError(
-                f"mask must end in [NQ, NK] = {list(want)} for {tokens_q} queries and {tokens_k} keys in blocks of "
-                f"{block_q} and {block_k}; got {list(mask.shape)}"
-            )
+        _check_grid("mask", mask, tokens_q, tokens_k, block_q, block_k)
         cols = mask.shape[-1]
         width = cols if width is None else width
         num = mask.sum(-1, dtype=torch.int32)
         if width < cols:
             torch._assert_async((num <= width).all(), "BlockLayout.from_mask: a row keeps more blocks than width")
         # A kept block goes to the slot that counts the kept ones before it; everything else goes to a spare last slot.
-        slot = torch.where(mask, mask.cumsum(-1) - 1, width)
+        slot = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width)
         idx = mask.new_zeros((*mask.shape[:-1], width + 1), dtype=torch.int32)
         columns = torch.arange(cols, dtype=torch.int32, device=mask.device).expand(mask.shape)
         idx.scatter_(-1, slot, columns)
@@ -213,6 +228,9 @@ class BlockLayout:
             k_valid: See the class.
             forced: bool, broadcastable to ``scores``: block pairs kept whatever their score, beyond ``keep``.
         """
+        if scores.dim() != 4:
+            raise ValueError(f"scores must be [B, H, NQ, NK]; got {list(scores.shape)}")
+        _check_grid("scores", scores, tokens_q, tokens_k, block_q, block_k)
         cols = scores.shape[-1]
         if not 1 <= keep <= cols:
             raise ValueError(f"keep must lie in [1, {cols}], the number of key blocks; got {keep}")

@@ -240,8 +240,7 @@ def _forward_kernel(
 
 @triton.jit
 def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, log2_ptr, delta_ptr, sob, soh, sos, sdb, sdh, sds, tokens,
-padded,
-                 DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                 padded, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """What the other backward kernels need of each query, padded to whole tiles so that they need no mask.
 
     ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
@@ -434,15 +433,22 @@ def _bhs(x: Tensor | None) -> tuple[int, ...]:
 
 
 def _describable(*tensors: Tensor | None) -> bool:
-    """Whether the copy engine can address these: 16-byte aligned base and strides."""
+    """Whether the copy engine can address these: base and strides of whole 16 bytes, no axis that repeats itself."""
     return all(
-        x is None or (x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3]))
+        x.data_ptr() % 16 == 0
+        and all(n == 1 or (s and s * x.element_size() % 16 == 0) for n, s in zip(x.shape[:3], x.stride(), strict=False))
         for x in tensors
+        if x is not None
     )
 
 
+def _descriptor_strides(x: Tensor) -> list[int]:
+    """Strides, with a lawful one where an axis of length 1 has any."""
+    return [*(x.shape[3] if n == 1 else s for n, s in zip(x.shape[:3], x.stride(), strict=False)), 1]
+
+
 def _describe(x: Tensor | None, rows: int) -> TensorDescriptor | None:
-    return None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, x.shape[3]])
+    return None if x is None else TensorDescriptor(x, list(x.shape), _descriptor_strides(x), [1, 1, rows, x.shape[3]])
 
 
 def _precision(x: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The prologue of FP8 attention in Triton: rotate, permute, scale, round and, for V, transpose.
+"""The prologue of FP8 attention in Triton: rotate, permute, scale, round and, for V, transpose; and back again.
 
 Q and K are read once and written once, in one launch, by programs that hold a whole block; V is read twice, since its
 scales span the sequence. Memory brings an element in the time of some twenty instructions, so these count as bytes do:
@@ -18,7 +18,7 @@ from torch import Tensor
 from .fp8_reference import AMAX_MIN, E4M3_MAX, V_PADDING, scales
 from .triton import _bhs, _strides
 
-__all__ = ["PROLOGUE", "ROTATING", "Prologue", "quantize_triton"]
+__all__ = ["PROLOGUE", "ROTATING", "Prologue", "dequantize_triton", "quantize_triton"]
 
 _AMAX_MIN = tl.constexpr(AMAX_MIN)
 _MAX = tl.constexpr(E4M3_MAX)
@@ -438,3 +438,45 @@ def quantize_triton(
         maxnreg=settings.values[1], **keys,
     )  # fmt: skip
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
+
+
+@triton.jit
+def _dequantize_kernel(x8_ptr, scale_ptr, out_ptr, tokens, padded, BLOCK: tl.constexpr, DIM: tl.constexpr,
+                       ROWS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
+    """``ROWS`` tokens of one head. V is transposed, has its keys in another order, and rows of ``padded``."""
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, DIM)
+    at = part * ROWS + tl.arange(0, ROWS)
+    if VALUES:
+        x = tl.trans(tl.load(x8_ptr + (row * DIM + dim)[:, None] * padded + at[None, :]).to(tl.float32))
+        x *= tl.load(scale_ptr + row * DIM + dim)[None, :]
+        # Place 4 t + 2 j + e of 16 holds key 8 j + 2 t + e.
+        at = at // 16 * 16 + at % 4 // 2 * 8 + at % 16 // 4 * 2 + at % 2
+        keep = (at < tokens)[:, None]
+    else:
+        keep = (at < tokens)[:, None]
+        x = tl.load(x8_ptr + (row * tokens + at)[:, None] * DIM + dim[None, :], mask=keep, other=0.0).to(tl.float32)
+        x *= tl.load(scale_ptr + row * tl.cdiv(tokens, BLOCK) + part * ROWS // BLOCK)
+    tl.store(out_ptr + (row * tokens + at)[:, None] * DIM + dim[None, :], x.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def dequantize_triton(
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    block: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``dequantize``, bit for bit."""
+    dim = k8.shape[3]
+    q, k, v = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q8, k8, k8))
+    for x8, scale, out, values in ((q8, q_scale, q, False), (k8, k_scale, k, False), (v8, v_scale, v, True)):
+        batch, heads, tokens = out.shape[:3]
+        _dequantize_kernel[triton.cdiv(tokens, 64), batch * heads](
+            x8, scale, out, tokens, v8.shape[3], BLOCK=block, DIM=dim, ROWS=64, VALUES=values, num_warps=4
+        )
+    return q, k, v

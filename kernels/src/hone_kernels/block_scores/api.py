@@ -138,7 +138,8 @@ def _block_scores(
         return block_scores_reference(q, k, q_index, k_index, kind, scale)
     from .triton import block_scores_triton  # needs Triton
 
-    return block_scores_triton(q, k, q_index, k_index, kind, scale)
+    with torch.cuda.device_of(q):
+        return block_scores_triton(q, k, q_index, k_index, kind, scale)
 
 
 @_block_scores.register_fake

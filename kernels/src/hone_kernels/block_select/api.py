@@ -111,7 +111,8 @@ def _select_blocks(
         return select_blocks_reference(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced)
     from .triton import select_blocks_triton  # needs Triton
 
-    return select_blocks_triton(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced)
+    with torch.cuda.device_of(scores):
+        return select_blocks_triton(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced)
 
 
 @_select_blocks.register_fake

@@ -1,4 +1,4 @@
-"""Pytest plugin: the marks of the repository, ``--require-gpu``, and the skip behind ``requires_gpu``.
+"""Pytest plugin: the marks of the repository, ``--require-gpu``, the skip behind ``requires_gpu`` and its time limit.
 
 It is imported at the start of every test session where hone-core is installed, so it imports nothing heavy.
 """
@@ -31,6 +31,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", mark)
     if config.getoption("require_gpu"):
         config.pluginmanager.register(RequireGpu(config))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let a thread watch the time limit of ``gpu`` tests, whatever their limit is.
+
+    A signal, pytest-timeout's way elsewhere, is answered between two instructions of Python, and a hung kernel holds
+    the test inside ``torch.cuda.synchronize()``. The thread ends the whole session: such a device serves no other test.
+    """
+    if not config.pluginmanager.hasplugin("timeout"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            own = item.get_closest_marker("timeout")
+            limit = own.args[:1] if own else ()
+            rest = {name: value for name, value in own.kwargs.items() if name != "method"} if own else {}
+            item.add_marker(pytest.mark.timeout(*limit, **rest, method="thread"), append=False)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
