@@ -1,5 +1,7 @@
 """Every shipped configuration compiled for sm_90 without a GPU, and its machine code read."""
 
+import re
+
 import pytest
 import torch
 from hone_kernels.attention import BlockLayout
@@ -108,28 +110,105 @@ def check_gluon(code, dim, block_q, keys):
     assert hand_overs(code.ptx) >= 4 * (block_q // 64)
 
 
+# What hand_overs follows: one line of PTX, its predicate and its comment taken off.
+LABEL, BRANCH = re.compile(r"(\$L\w+):"), re.compile(r"(@!?%p\d+\s+)?(bra|brx\.idx|ret|exit)\b.*?(\$L\w+)?;")
+TABLE = re.compile(r"(\$L\w+):\s*\.branchtargets([^;]*);")
+
+
 def hand_overs(ptx):
-    """Count the arrivals by which warps hand memory to those of another role.
+    """Count the arrivals by which warps hand memory to those of another role, and check what stands before each.
 
-    One thread arrives for all, so a barrier has to lie between what the others read and wrote and the arrival.
+    One thread arrives for all. So on every path to an arrival
+
+    - a barrier of the warps lies behind what they read from and wrote to shared memory, and
+    - a ``wgmma.wait_group 0`` lies behind every matrix product, and behind that wait, since each warp waits for its own
+      products only, a barrier of more than one warp.
+
+    It follows branches (``bra``, ``brx.idx``), loops with their second and later turns included. It does not know which
+    buffer a product or an arrival is about, nor how many threads a barrier is for: a product in flight forbids every
+    arrival, also one that releases another buffer, and any ``bar.sync`` counts. It does not look into the loops of
+    inline assembly, in which a warp waits for an ``mbarrier``, and what the tensor-memory engine reads is none of its
+    business: ``cp.async.bulk`` has waits of its own.
     """
-    count, waited = 0, False
-    for line in ptx.splitlines():
-        if "bar.sync" in line or "bar.warp.sync" in line or "barrier.sync" in line:
-            waited = True
-        elif any(access in line for access in ("ld.shared", "st.shared", "ldmatrix", "stmatrix", "wgmma.mma_async")):
-            waited = False
+    ptx = TABLE.sub(lambda x: f"{x[1]}: .branchtargets {' '.join(x[2].split())};", re.sub("//.*", "", ptx))
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {x[1]: i for i, line in enumerate(lines) if (x := LABEL.match(line))}
+    # Products not committed, groups in flight, products without a barrier, accesses without one. More is worse, so
+    # where paths meet the worst of each counts.
+    states = {0: (0, 0, 0, 1)}
+    queue, arrivals = [0], set()
+    while queue:
+        at = queue.pop()
+        line, (open_, groups, products, accesses) = lines[at], states[at]
+        if "wgmma.mma_async" in line:
+            open_, products = 1, 1
+        elif "wgmma.commit_group" in line:
+            open_, groups = 0, min(groups + 1, 8)
+        elif wait := re.search(r"wgmma\.wait_group\S*\s+(\d+)", line):
+            products, groups = max(products, min(groups, 1)), min(groups, int(wait[1]))
+        elif "bar.warp.sync" in line:
+            accesses = 0
+        elif "bar.sync" in line or "barrier.sync" in line:
+            products = accesses = 0
+        elif any(x in line for x in ("ld.shared", "st.shared", "ldmatrix", "stmatrix")):
+            accesses = 1
         elif "mbarrier.arrive.shared::cta" in line:
-            assert waited, line
-            count += 1
-    return count
+            assert not (open_ or groups or products or accesses), f"line {at + 1}: {line}"
+            arrivals.add(at)
+        after, branch = [at + 1], BRANCH.match(line)
+        if branch:
+            after = after if branch[1] else []
+            if branch[2] == "brx.idx":
+                after += [labels[x.strip(" ;")] for x in lines[labels[branch[3]]].split(".branchtargets")[1].split(",")]
+            elif branch[3]:
+                after.append(labels[branch[3]])
+        for x in after:
+            state = (open_, groups, products, accesses)
+            worst = tuple(map(max, state, states.get(x, state)))
+            if x < len(lines) and states.get(x) != worst:
+                states[x] = worst
+                queue.append(x)
+    return len(arrivals)
 
 
-def test_an_arrival_without_a_barrier_is_seen():
-    write, arrive = "st.shared.b32 [%r1], %r2;", "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];"
-    assert hand_overs("\n".join([write, "bar.warp.sync -1;", arrive])) == 1
-    with pytest.raises(AssertionError):
-        hand_overs("\n".join(["bar.sync 0, 128;", write, arrive]))
+WRITE, PRODUCT = "st.shared.b32 [%r1], %r2;", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2;"
+COMMIT, BARRIER = "wgmma.commit_group.sync.aligned;", "bar.sync 0, 128;"
+WAIT, WAIT_1 = "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;"
+ARRIVE = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [WRITE, "bar.warp.sync -1;", ARRIVE],
+        [PRODUCT, COMMIT, WAIT, BARRIER, ARRIVE],
+        [PRODUCT, COMMIT, PRODUCT, COMMIT, WAIT_1, WAIT, BARRIER, ARRIVE],
+        [PRODUCT, COMMIT, "@%p2 bra $L_2;", WAIT, "bra.uni $L_1;", "$L_2:", WAIT, "$L_1:", BARRIER, ARRIVE],
+    ],
+)
+def test_hand_overs_with_waits_and_barriers_are_counted(lines):
+    assert hand_overs("\n".join(lines)) == 1
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [BARRIER, WRITE, ARRIVE],
+        [PRODUCT, COMMIT, BARRIER, ARRIVE],  # the product still reads
+        [PRODUCT, COMMIT, WAIT_1, BARRIER, ARRIVE],
+        [PRODUCT, WAIT, BARRIER, ARRIVE],  # never committed, so not awaited
+        [PRODUCT, COMMIT, BARRIER, WAIT, ARRIVE],  # awaited by the arriving thread's warp only
+        [PRODUCT, COMMIT, WAIT, "bar.warp.sync -1;", ARRIVE],
+        [PRODUCT, COMMIT, WAIT, BARRIER, PRODUCT, COMMIT, ARRIVE],
+        [PRODUCT, COMMIT, "@%p2 bra $L_1;", WAIT, "$L_1:", BARRIER, ARRIVE],  # one path leaves the wait out
+        [BARRIER, "$L_1:", BARRIER, ARRIVE, PRODUCT, COMMIT, "@%p2 bra $L_1;", WAIT],  # of the turn before
+        [PRODUCT, COMMIT, "$L_0: .branchtargets", "$L_1,", "$L_2;", "brx.idx %r1, $L_0;", "$L_2:", WAIT, "$L_1:",
+         BARRIER, ARRIVE],
+    ],
+)  # fmt: skip
+def test_hand_overs_without_a_wait_or_a_barrier_are_seen(lines):
+    with pytest.raises(AssertionError, match="mbarrier.arrive"):
+        hand_overs("\n".join(lines))
 
 
 @pytest.mark.compile
