@@ -6,11 +6,12 @@ units it is meant to use, and that nothing spills.
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -131,13 +132,19 @@ def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
             signature[param.name] = "fp32"
     make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = make(launch.kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
+    report = log.getvalue()
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        ptx.write_text(built.asm["ptx"])
-        arch = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
-        report = _run(tools / "ptxas", "-v", "--gpu-name", arch, ptx, "-o", cubin)
+        cubin.write_bytes(built.asm["cubin"])
+        if "registers" not in report:  # it came from Triton's cache, and the assembler did not run
+            ptx.write_text(built.asm["ptx"])
+            arch = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
+            report = _run(tools / "ptxas", "-lineinfo", "-v", "--gpu-name", arch, ptx, "-o", cubin)
         sass = _run(tools / "nvdisasm", cubin)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     registers = int(re.search(r"Used (\d+) registers", report).group(1))

@@ -56,7 +56,7 @@ TILES: dict[tuple[str, int, int], Tiles] = {
     ("forward", 2, 32): Tiles(64, 128, 4, 2, True),
     ("forward", 2, 64): Tiles(64, 128, 4, 2, True, registers=168, describe_q=False),
     ("forward", 2, 128): Tiles(64, 64, 4, 1, True, registers=128),
-    ("forward", 4, 32): Tiles(64, 32, 4, 2),
+    ("forward", 4, 32): Tiles(64, 32, 4, 1),
     ("forward", 4, 64): Tiles(32, 32, 8, 1),
     ("forward", 4, 128): Tiles(32, 16, 8, 1),
     ("dq", 2, 32): Tiles(64, 64, 4, 2, True),
