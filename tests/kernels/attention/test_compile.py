@@ -1,39 +1,27 @@
-"""Every shipped configuration compiled for sm_90 without a GPU, and its machine code read."""
+"""Kernels compiled ahead of time, without a GPU, and their machine code read.
+
+Each kernel, dtype and head size is compiled here for compute capability 9.0, and a selection for 8.0: the combinations
+of blocks, masks and pooled keys that need most registers. tools/kernel_spills.py compiles any other.
+"""
 
 import re
 
 import pytest
 import torch
-from hone_kernels.attention import BlockLayout
-from hone_kernels.compile import compile_launch, record_launches
+from hone_kernels.compile import attention_launches, compile_launch, gluon_launches
 
 triton_kernels = pytest.importorskip("hone_kernels.attention.triton", reason="Triton is for Linux only")
 gluon_kernels = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = ("_forward_kernel", "_rows_kernel", "_dq_kernel", "_dkv_kernel")
-
-
-def launches(monkeypatch, dim, dtype, tokens, pooled, padded, tiles=None, sm=90):
-    monkeypatch.setattr(triton_kernels, "_sm", lambda x: sm)
-    q = torch.empty(1, 2, tokens, dim, dtype=dtype)
-    lse = torch.empty(1, 2, tokens)
-    layout = BlockLayout.dense(tokens, tokens)
-    columns = layout.transpose()
-    valid = torch.ones(1, layout.num_k_blocks, dtype=torch.int32) if padded else None
-    extra = (torch.empty(1, 2, 100, dim, dtype=dtype),) * 2 + (torch.empty(1, 2, 100),) if pooled else (None,) * 3
-    lists = (layout.kv_num, layout.kv_idx)
-    with record_launches(triton_kernels, *KERNELS) as recorded:
-        triton_kernels.attention_forward(q, q, q, *lists, valid, *extra, 128, 128, 0.1, tiles)
-        triton_kernels.attention_backward(
-            q, lse, q, q, q, q, lse, *lists, columns.kv_num, columns.kv_idx, valid, *extra, 128, 128, 0.1
-        )
-    return recorded
+SHAPES = [(False, False), (True, False), (False, True), (True, True)]  # pooled, padded
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
-@pytest.mark.parametrize(("pooled", "padded"), [(False, False), (True, False), (False, True)])
-def test_half_precision_uses_the_matrix_units(monkeypatch, dim, pooled, padded):
-    recorded = launches(monkeypatch, dim, torch.bfloat16, 2056, pooled, padded)
+@pytest.mark.parametrize(("pooled", "padded"), SHAPES)
+def test_half_precision_uses_the_matrix_units(dim, pooled, padded):
+    recorded = attention_launches(BF16, dim, pooled=pooled, padded=padded)
     assert [x.name for x in recorded] == [*KERNELS] + ["_dkv_kernel"] * pooled
     for launch in recorded:
         code = compile_launch(launch)
@@ -45,57 +33,77 @@ def test_half_precision_uses_the_matrix_units(monkeypatch, dim, pooled, padded):
 
 
 @pytest.mark.compile
-def test_whole_blocks_and_float16(monkeypatch):
-    for launch in launches(monkeypatch, 128, torch.float16, 2048, False, False):
+def test_whole_blocks_and_float16():
+    for launch in attention_launches(FP16, 128, tokens=2048):
         code = compile_launch(launch)
         assert code.spills == 0
         assert not code.serialized
 
 
+# (sm, dtype, head size, block_q, block_k, pooled, padded) -> bytes that kernels may spill; kernels not named: none.
+SPILLS = {
+    (90, BF16, 128, 64, 64, False, False): {"forward": 12},
+    (90, BF16, 128, 64, 64, True, False): {"forward": 12},
+    (90, BF16, 128, 64, 64, True, True): {"forward": 16},
+    (90, BF16, 128, 32, 32, True, False): {},
+    (90, BF16, 128, 32, 128, True, True): {},
+    (90, BF16, 128, 128, 32, True, False): {},
+    (90, BF16, 64, 64, 64, True, True): {},
+    (90, BF16, 64, 32, 128, True, False): {},
+    (90, FP32, 32, 128, 128, True, True): {},
+    (90, FP32, 32, 32, 32, True, True): {"dq": 8},
+    (90, FP32, 64, 128, 128, True, False): {},
+    (90, FP32, 96, 128, 128, True, True): {},
+    (90, FP32, 128, 128, 128, False, False): {},
+    (90, FP32, 128, 128, 128, True, False): {},
+    (90, FP32, 128, 32, 32, True, True): {},
+    (80, BF16, 32, 128, 128, True, False): {"dq": 8},
+    (80, BF16, 64, 128, 128, False, False): {},
+    (80, BF16, 64, 128, 128, True, False): {"forward": 24, "dq": 32},
+    (80, BF16, 64, 128, 64, True, True): {"dq": 24},
+    (80, BF16, 64, 32, 128, True, False): {"forward": 8},
+    (80, BF16, 96, 128, 128, True, False): {},
+    (80, BF16, 128, 128, 128, False, False): {},
+    (80, BF16, 128, 128, 128, True, True): {},
+    (80, BF16, 128, 128, 32, False, True): {"dq": 8},
+    (80, BF16, 128, 32, 32, True, False): {},
+    (80, FP32, 128, 128, 128, True, True): {"forward": 12},
+}
+
+
 @pytest.mark.compile
-def test_the_lane_sees_spills_and_serialised_matrix_products(monkeypatch):
+@pytest.mark.parametrize(("sm", "dtype", "dim", "block_q", "block_k", "pooled", "padded"), list(SPILLS), ids=str)
+def test_what_spills(sm, dtype, dim, block_q, block_k, pooled, padded):
+    allowed = SPILLS[sm, dtype, dim, block_q, block_k, pooled, padded]
+    for launch in attention_launches(dtype, dim, block_q, block_k, pooled=pooled, padded=padded, sm=sm):
+        code = compile_launch(launch, sm)
+        assert code.spills <= allowed.get(launch.label, 0), launch
+        assert not code.serialized, launch
+        # What consumer GPUs before Hopper give a program, and Hopper itself.
+        assert code.shared_bytes <= (227 if sm >= 90 else 99) * 1024, launch
+
+
+@pytest.mark.compile
+def test_the_lane_sees_spills_and_serialised_matrix_products():
     """Configurations known to be bad are reported as such, so that the tests above can fail."""
     serialised = triton_kernels.Tiles(128, 128, 4, 3)
-    assert compile_launch(launches(monkeypatch, 64, torch.bfloat16, 2048, False, False, serialised)[0]).serialized
+    assert compile_launch(attention_launches(BF16, 64, tokens=2048, tiles=serialised)[0]).serialized
     spilling = triton_kernels.Tiles(64, 64, 4, 2, descriptors=True, registers=96)
-    assert compile_launch(launches(monkeypatch, 128, torch.bfloat16, 2048, False, False, spilling)[0]).spills > 0
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("dim", [64, 128])
-def test_older_gpus_fit_in_shared_memory(monkeypatch, dim):
-    for launch in launches(monkeypatch, dim, torch.bfloat16, 2056, False, False, sm=80):
-        code = compile_launch(launch, sm=80)
-        assert code.spills == 0, launch
-        assert code.shared_bytes <= 99 * 1024, launch  # what consumer GPUs of that generation give a program
-
-
-def gluon_launches(monkeypatch, dim, block_q, block_k, pooled=False, padded=False, dtype=torch.bfloat16, config=None):
-    monkeypatch.setattr(gluon_kernels, "_multiprocessors", lambda x: 132)
-    q = torch.empty(1, 4, 1000, dim, dtype=dtype)
-    k = torch.empty(1, 2, 1000, dim, dtype=dtype)
-    layout = BlockLayout.dense(1000, 1000, block_q=block_q, block_k=block_k)
-    valid = torch.ones(1, layout.num_k_blocks, dtype=torch.int32) if padded else None
-    extra = (torch.empty(1, 2, 100, dim, dtype=dtype),) * 2 + (torch.empty(1, 2, 100),) if pooled else (None,) * 3
-    lists = (layout.kv_num, layout.kv_idx)
-    with record_launches(
-        gluon_kernels, "_count_kernel", "_schedule_kernel", "_bias_kernel", "_forward_kernel"
-    ) as recorded:
-        gluon_kernels.attention_forward(q, k, k, *lists, valid, *extra, block_q, block_k, 0.1, config)
-    return recorded
+    assert compile_launch(attention_launches(BF16, 128, tokens=2048, tiles=spilling)[0]).spills > 0
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize(("dim", "block_q"), list(gluon_kernels.CONFIGS))
 @pytest.mark.parametrize("block_k", [128, 64])
-@pytest.mark.parametrize(("pooled", "padded"), [(False, False), (True, False), (True, True)])
-def test_gluon(monkeypatch, dim, block_q, block_k, pooled, padded):
-    *helpers, launch = gluon_launches(monkeypatch, dim, block_q, block_k, pooled, padded)
+@pytest.mark.parametrize(("pooled", "padded"), SHAPES)
+def test_gluon(dim, block_q, block_k, pooled, padded):
+    *helpers, launch = gluon_launches(BF16, dim, block_q, block_k, pooled=pooled, padded=padded)
     assert [x.name for x in helpers] == ["_count_kernel", "_schedule_kernel"] + ["_bias_kernel"] * pooled
     code = compile_launch(launch)
     check_gluon(code, dim, block_q, launch.arguments["BN"])
-    # Masks and biases at once leave a scalar of a consumer without a register.
-    assert code.spills <= (16 if pooled and padded else 0)
+    # Masks and biases at once leave a scalar or two of a consumer without a register.
+    most = {(128, 128, 128): 8, (128, 128, 64): 16} if pooled and padded else {}
+    assert code.spills <= most.get((dim, block_q, block_k), 0)
 
 
 def check_gluon(code, dim, block_q, keys):
@@ -153,7 +161,7 @@ def hand_overs(ptx):
         elif any(x in line for x in ("ld.shared", "st.shared", "ldmatrix", "stmatrix")):
             accesses = 1
         elif "mbarrier.arrive.shared::cta" in line:
-            assert not (open_ or groups or products or accesses), f"line {at + 1}: {line}"
+            assert (open_, groups, products, accesses) == (0, 0, 0, 0), f"line {at + 1}: {line}"
             arrivals.add(at)
         after, branch = [at + 1], BRANCH.match(line)
         if branch:
@@ -207,19 +215,18 @@ def test_hand_overs_with_waits_and_barriers_are_counted(lines):
     ],
 )  # fmt: skip
 def test_hand_overs_without_a_wait_or_a_barrier_are_seen(lines):
-    with pytest.raises(AssertionError, match="mbarrier.arrive"):
+    with pytest.raises(AssertionError, match=r"mbarrier\.arrive"):
         hand_overs("\n".join(lines))
 
 
 @pytest.mark.compile
-def test_gluon_float16_and_padded(monkeypatch):
-    launch = gluon_launches(monkeypatch, 128, 128, 128, padded=True, dtype=torch.float16)[-1]
-    code = compile_launch(launch)
+def test_gluon_float16_and_padded():
+    code = compile_launch(gluon_launches(FP16, 128, padded=True)[-1])
     check_gluon(code, 128, 128, 128)
     assert code.spills == 0
 
 
 @pytest.mark.compile
-def test_gluon_helpers(monkeypatch):
-    for launch in gluon_launches(monkeypatch, 64, 128, 128, pooled=True)[:-1]:
+def test_gluon_helpers():
+    for launch in gluon_launches(BF16, 64, pooled=True)[:-1]:
         assert compile_launch(launch).spills == 0
