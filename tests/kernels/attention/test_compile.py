@@ -68,6 +68,7 @@ SPILLS = {
     (80, BF16, 128, 128, 32, False, True): {"dq": 8},
     (80, BF16, 128, 32, 32, True, False): {},
     (80, FP32, 128, 128, 128, True, True): {"forward": 12},
+    (80, FP32, 128, 128, 128, False, True): {"dq": 24},
 }
 
 
