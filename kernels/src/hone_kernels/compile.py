@@ -6,15 +6,17 @@ units it is meant to use, and that nothing spills.
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -24,7 +26,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Compiled", "Launch", "compile_launch", "record_launches"]
+__all__ = ["Compiled", "Launch", "attention_launches", "compile_launch", "gluon_launches", "record_launches"]
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -45,6 +47,11 @@ class Launch:
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """``forward``, ``dq`` ...; ``dkv pooled`` for the gradients of pooled keys."""
+        return self.name.strip("_").removesuffix("_kernel") + " pooled" * bool(self.arguments.get("DENSE"))
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,82 @@ def record_launches(module: ModuleType, *kernels: str) -> Iterator[list[Launch]]
             setattr(module, name, kernel)
 
 
+def _inputs(
+    dtype: torch.dtype, dim: int, block_q: int, block_k: int, heads_k: int, tokens: int, pooled: bool, padded: bool
+) -> tuple[Any, ...]:
+    from .attention import BlockLayout
+
+    q, k = (torch.empty(1, heads, tokens, dim, dtype=dtype) for heads in (4, heads_k))
+    layout = BlockLayout.dense(tokens, tokens, block_q=block_q, block_k=block_k)
+    valid = torch.ones(1, layout.num_k_blocks, dtype=torch.int32) if padded else None
+    extra = (None,) * 3
+    if pooled:
+        extra = (*(torch.empty(1, heads_k, 100, dim, dtype=dtype),) * 2, torch.empty(1, heads_k, 100))
+    return q, k, layout, valid, extra
+
+
+def attention_launches(
+    dtype: torch.dtype,
+    dim: int,
+    block_q: int = 128,
+    block_k: int = 128,
+    *,
+    tokens: int = 2056,
+    pooled: bool = False,
+    padded: bool = False,
+    sm: int = 90,
+    tiles: Any = None,
+) -> list[Launch]:
+    """What the Triton attention launches, forward and backward, for inputs of this kind.
+
+    Args:
+        dtype: Of q, k and v.
+        dim: Head size.
+        block_q: Queries in a block.
+        block_k: Keys in a block.
+        tokens: Of queries and of keys; a last block that is not full is masked.
+        pooled: With pooled keys and their bias.
+        padded: With ``k_valid``.
+        sm: Compute capability times ten.
+        tiles: Of the forward, instead of the shipped ones.
+    """
+    from .attention import triton as module
+
+    q, k, layout, valid, extra = _inputs(dtype, dim, block_q, block_k, 4, tokens, pooled, padded)
+    lse = torch.empty(q.shape[:3])
+    columns = layout.transpose()
+    lists, blocks = (layout.kv_num, layout.kv_idx), (block_q, block_k, 0.1)
+    kernels = ("_forward_kernel", "_rows_kernel", "_dq_kernel", "_dkv_kernel")
+    with mock.patch.object(module, "_sm", return_value=sm), record_launches(module, *kernels) as launches:
+        module.attention_forward(q, k, k, *lists, valid, *extra, *blocks, tiles)
+        module.attention_backward(
+            q, lse, q, k, k, q, lse, *lists, columns.kv_num, columns.kv_idx, valid, *extra, *blocks
+        )
+    return launches
+
+
+def gluon_launches(
+    dtype: torch.dtype,
+    dim: int,
+    block_q: int = 128,
+    block_k: int = 128,
+    *,
+    tokens: int = 1000,
+    pooled: bool = False,
+    padded: bool = False,
+    sm: int = 90,
+    config: Any = None,
+) -> list[Launch]:
+    """What the Gluon forward launches; arguments as for :func:`attention_launches`."""
+    from .attention import gluon_sm90 as module
+
+    q, k, layout, valid, extra = _inputs(dtype, dim, block_q, block_k, 2, tokens, pooled, padded)
+    kernels = ("_count_kernel", "_schedule_kernel", "_bias_kernel", "_forward_kernel")
+    with mock.patch.object(module, "_multiprocessors", return_value=132), record_launches(module, *kernels) as launches:
+        module.attention_forward(q, k, k, layout.kv_num, layout.kv_idx, valid, *extra, block_q, block_k, 0.1, config)
+    return launches
+
+
 def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
     """Compile one recorded launch for compute capability ``sm / 10``."""
     signature: dict[str, str] = {}
@@ -131,13 +214,19 @@ def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
             signature[param.name] = "fp32"
     make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = make(launch.kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
+    report = log.getvalue()
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        ptx.write_text(built.asm["ptx"])
-        arch = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
-        report = _run(tools / "ptxas", "-v", "--gpu-name", arch, ptx, "-o", cubin)
+        cubin.write_bytes(built.asm["cubin"])
+        if "registers" not in report:  # it came from Triton's cache, and the assembler did not run
+            ptx.write_text(built.asm["ptx"])
+            arch = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
+            report = _run(tools / "ptxas", "-lineinfo", "-v", "--gpu-name", arch, ptx, "-o", cubin)
         sass = _run(tools / "nvdisasm", cubin)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     registers = int(re.search(r"Used (\d+) registers", report).group(1))

@@ -52,25 +52,26 @@ class Tiles:
 # (kernel, bytes per element, padded head size) -> configuration on compute capability 9.0 and later, measured on an
 # H200 with tools/gpu_attention.py; below it the same tiles without descriptors and caps, see tiles_for. Small tiles win
 # there: three programs of four warps on a multiprocessor hide each other's softmax, where two warpgroups of one do not.
+# Float32 has no matrix unit: its tiles, not measured, are those whose operands fit in registers without spills.
 TILES: dict[tuple[str, int, int], Tiles] = {
     ("forward", 2, 32): Tiles(64, 128, 4, 2, True),
     ("forward", 2, 64): Tiles(64, 128, 4, 2, True, registers=168, describe_q=False),
     ("forward", 2, 128): Tiles(64, 64, 4, 1, True, registers=128),
-    ("forward", 4, 32): Tiles(64, 32, 4, 2),
-    ("forward", 4, 64): Tiles(64, 32, 4, 2),
-    ("forward", 4, 128): Tiles(64, 32, 4, 2),
+    ("forward", 4, 32): Tiles(64, 32, 4, 1),
+    ("forward", 4, 64): Tiles(32, 32, 8, 1),
+    ("forward", 4, 128): Tiles(32, 16, 8, 1),
     ("dq", 2, 32): Tiles(64, 64, 4, 2, True),
     ("dq", 2, 64): Tiles(64, 64, 4, 2, True),
     ("dq", 2, 128): Tiles(64, 64, 4, 2, True),
     ("dq", 4, 32): Tiles(64, 32, 4, 1),
-    ("dq", 4, 64): Tiles(64, 32, 4, 1),
-    ("dq", 4, 128): Tiles(32, 32, 4, 1),
+    ("dq", 4, 64): Tiles(32, 32, 8, 1),
+    ("dq", 4, 128): Tiles(32, 16, 8, 1),
     ("dkv", 2, 32): Tiles(64, 64, 4, 2, True),
     ("dkv", 2, 64): Tiles(64, 64, 4, 2, True, registers=168),
     ("dkv", 2, 128): Tiles(64, 64, 4, 2, True),
-    ("dkv", 4, 32): Tiles(32, 64, 4, 1),
-    ("dkv", 4, 64): Tiles(32, 64, 4, 1),
-    ("dkv", 4, 128): Tiles(32, 32, 4, 1),
+    ("dkv", 4, 32): Tiles(32, 64, 8, 1),
+    ("dkv", 4, 64): Tiles(32, 32, 8, 1),
+    ("dkv", 4, 128): Tiles(16, 32, 8, 1),
 }
 
 
@@ -88,7 +89,9 @@ def tiles_for(kernel: str, dtype: torch.dtype, dim: int, block_q: int, block_k: 
     dim_pad = triton.next_power_of_2(dim)
     best = TILES[kernel, dtype.itemsize, dim_pad]
     hopper = sm >= 90 and dim == dim_pad
-    if not hopper and dtype.itemsize == 2:
+    # Fewer than 64 queries make no warpgroup product: operands then take registers, and at head size 128 too many.
+    wide = hopper and (dim_pad < 128 or block_q >= 64 or kernel == "dkv")
+    if not wide and dtype.itemsize == 2:
         # Addresses of pointer loads, and before 9.0 operands too, take the registers that wide tiles would need.
         narrow = 32 if dim_pad == 128 else 64
         if kernel == "dkv":
@@ -100,7 +103,7 @@ def tiles_for(kernel: str, dtype: torch.dtype, dim: int, block_q: int, block_k: 
         q=min(best.q, block_q),
         k=min(best.k, block_k),
         descriptors=best.descriptors and hopper,
-        registers=best.registers if hopper else None,
+        registers=best.registers if wide else None,
     )
 
 
