@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time, without a GPU, and their machine code read.
 
-Each kernel, dtype and head size is compiled here for compute capability 9.0, and a selection for 8.0: the combinations
-of blocks, masks and pooled keys that need most registers. tools/kernel_spills.py compiles any other.
+Every head size in bfloat16 for compute capability 9.0, and of the other blocks, float32 and 8.0 a selection, SPILLS.
+tools/kernel_spills.py compiles any other combination.
 """
 
 import re
