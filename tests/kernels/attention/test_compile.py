@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time, without a GPU, and their machine code read.
 
 Every head size in bfloat16 for compute capability 9.0, and of the other blocks, float32 and 8.0 a selection, SPILLS.
-tools/kernel_spills.py compiles any other combination.
+tools/gpu_spills.py compiles any other combination.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Compile configurations of the attention kernels without a GPU and print what spills.
 
-    uv run --all-packages python tools/kernel_spills.py --sm 90 --dtypes float32 --dims 128 --blocks 128x128,32x32
+    uv run --all-packages python tools/gpu_spills.py --sm 90 --dtypes float32 --dims 128 --blocks 128x128,32x32
 
 Every combination of what is named is compiled: forward, dq and dkv, with and without pooled keys, of whole, ragged and
 padded sequences. A combination takes one to ten seconds; the tests compile a selection (test_compile.py).
