@@ -97,7 +97,7 @@ def choose(
         backend: As the caller gave it.
         device: Of the tensors.
         why_not: Says of a backend why it cannot take the call, or None.
-        kernels: Backends of the op beside the reference, the preferred one first and the most portable one last.
+        kernels: Backends of the op beside the reference, the preferred one first. ``"triton"`` is among them.
 
     Raises:
         ValueError: The backend is unknown, or it is named and cannot run: a named backend never gives way to another.
@@ -109,10 +109,9 @@ def choose(
         backend = "reference"
         if device.type == "cuda":
             for name in kernels:
-                reason = why_not(name)
-                if reason is None:
+                if why_not(name) is None:
                     return name
-            warn_once(op, f"uses the slow reference backend: {kernels[-1]} cannot run, since {reason}")
+            warn_once(op, f"uses the slow reference backend: triton cannot run, since {why_not('triton')}")
     reason = why_not(backend)
     if reason is not None:
         remedy = "" if backend == "reference" else ". backend='auto' chooses one that can"

@@ -315,6 +315,7 @@ def test_autocast_changes_nothing(smooth_k):
         ({"group": 0}, ValueError, "group counts the blocks"),
         ({"rope": (torch.ones(100, 16), torch.ones(100, 32))}, ValueError, r"rope's cos must be .* = \[100, 32\]"),
         ({"order": torch.ones(100)}, ValueError, "order must be"),
+        ({"order": torch.ones(0, dtype=torch.int32)}, ValueError, "order must be"),
         ({"k_valid": torch.ones(1, 3, dtype=torch.int32)}, ValueError, "one count per block of 128 keys"),
         ({"k_valid": torch.ones(1, 1)}, TypeError, "k_valid must be int32"),
         ({"rope": (torch.ones(100, 32),)}, ValueError, r"rope must be a pair of tables \(cos, sin\); got 1"),
@@ -331,6 +332,8 @@ def test_bad_tensors():
     layout = BlockLayout.dense(100, 100)
     with pytest.raises(TypeError, match="share dtype"):
         quantize_qkv(q, k.half(), v)
+    with pytest.raises(ValueError, match="k must have an entry along every axis"):
+        quantize_qkv(q, k[:, :0], v[:, :0])
     with pytest.raises(ValueError, match="H must be a multiple"):
         quantize_qkv(q, k[..., :32], v)
     with pytest.raises(ValueError, match="as many queries as keys"):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hone_core.testing import assert_close, gradcheck
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention.api import preference
+from hone_kernels.backends import choose
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -162,8 +164,31 @@ def test_bad_options():
         block_sparse_attention(q, k, v, torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"pooled\.k must be"):
         block_sparse_attention(q, k, v, layout, pooled=PooledKV(k[..., :2], v))
+    with pytest.raises(TypeError, match="scale must be a number"):
+        block_sparse_attention(q, k, v, layout, scale=torch.tensor(0.5))
     for scale in (0.0, -0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match="scale must be positive and finite"):
             block_sparse_attention(q, k, v, layout, scale=scale)
     with pytest.raises(ValueError, match=r"pooled\.bias must broadcast"):
         block_sparse_attention(q, k, v, layout, pooled=PooledKV(k, v, torch.zeros(3)))
+
+
+@pytest.mark.parametrize(
+    ("dim", "pooled", "works", "want"),
+    [
+        (64, False, ("gluon", "triton"), "gluon"),
+        (64, True, ("gluon", "triton"), "triton"),
+        (128, True, ("gluon", "triton"), "gluon"),
+        (64, True, ("gluon",), "gluon"),
+        (64, False, ("triton",), "triton"),
+        (64, True, (), "reference"),
+    ],
+)
+def test_auto_asks_the_kernels_in_turn(dim, pooled, works, want):
+    def why_not(name):
+        return None if name in (*works, "reference") else f"{name} is not here"
+
+    kernels = preference(dim, pooled)
+    assert choose("test", "auto", torch.device("cuda"), why_not, kernels) == want
+    if works:
+        assert choose("test", works[0], torch.device("cuda"), why_not, kernels) == works[0]

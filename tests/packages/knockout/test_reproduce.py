@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from hone_core.runs import Run, load_results
@@ -11,6 +12,7 @@ from hone_knockout.reproduce import (
     reproduce,
     verdict_over_seeds,
 )
+from hone_knockout.statistics import bootstrap_accuracies
 
 LAYERS = 10
 FOUND = configurations(SweepConfig(settings=("global1", "global2", "window"), stride=1, step=1), LAYERS)
@@ -91,6 +93,22 @@ def test_verdict_over_seeds(words, verdict):
     assert verdict_over_seeds(words) == verdict
 
 
+def test_one_host_is_not_three_seeds():
+    with pytest.raises(ValueError, match="one is named twice: a, b, a"):
+        ReproduceConfig(hosts=("a", "b", "a"))
+
+
+def test_kinds_of_questions_are_drawn_apart():
+    """The share of each kind is fixed: where answers are a matter of the kind alone, nothing is left to chance."""
+    kinds = ["shape"] * 30 + ["order"] * 10
+    drawn = bootstrap_accuracies([[kind == "shape", True] for kind in kinds], kinds)
+    assert (drawn == [0.75, 1.0]).all()
+    mixed = bootstrap_accuracies([[index % 2 == 0] for index in range(40)], kinds)
+    assert mixed.std() == pytest.approx((0.25 / 40) ** 0.5, rel=0.1)
+    with pytest.raises(ValueError, match="a stratum for each of 40 items; got 39"):
+        bootstrap_accuracies([[True]] * 40, kinds[1:])
+
+
 def test_a_host_that_has_not_learned_is_refused(host_file, tmp_path):
     cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(str(host_file),))
     with (
@@ -111,7 +129,9 @@ def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, mon
     monkeypatch.setattr("hone_knockout.reproduce.GATES", dict.fromkeys(("shape", "place"), 0.9))
     monkeypatch.setattr("hone_knockout.reproduce.grade_host", grade)
     monkeypatch.setattr("hone_knockout.reproduce.sweep", lambda *_, **__: pytest.fail("a sweep began"))
-    other = host_file if second == "unlearned" else tmp_path / "none.safetensors"
+    other = tmp_path / "other.safetensors"
+    if second == "unlearned":
+        shutil.copy(host_file, other)
     cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(str(host_file), str(other)))
     message = "host 1 .* misses its gates" if second == "unlearned" else "there is no trained host"
     with (
@@ -124,7 +144,8 @@ def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, mon
 def test_the_whole_of_it(host_file, tmp_path, monkeypatch):
     # Untrained hosts pass no gate, and this is about the machinery.
     monkeypatch.setattr("hone_knockout.reproduce.GATES", dict.fromkeys(("shape", "place"), 0.0))
-    cfg = ReproduceConfig(items=16, batch=8, gate_clips=8, hosts=(str(host_file), str(host_file)))
+    twin = shutil.copy(host_file, tmp_path / "twin.safetensors")
+    cfg = ReproduceConfig(items=16, batch=8, gate_clips=8, hosts=(str(host_file), str(twin)))
 
     def start():
         return Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run")

@@ -374,8 +374,8 @@ def _peer(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | str:
     module, function, _ = _PEERS[name]
     try:
         attend = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        return str(error)
+    except Exception as error:  # a shared library that does not load raises what it likes
+        return f"{type(error).__name__}: {error}"
     if module == "sageattention":
         return functools.partial(attend, tensor_layout="HND")
 

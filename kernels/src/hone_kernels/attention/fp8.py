@@ -47,6 +47,8 @@ FP8_SUPPORT: dict[str, Support] = {
     ),
 }
 
+_INDICES = (torch.int32, torch.int64)
+
 BLOCKS = (64, 128)
 """Tokens that a scale may be for, before ``group``."""
 
@@ -215,6 +217,8 @@ def _check_quantize(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
+        if not torch.compiler.is_compiling() and 0 in x.shape:
+            raise ValueError(f"{name} must have an entry along every axis [B, H, S, D]; got {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise TypeError(
                 f"q, k and v must share dtype and device; got {q.dtype} on {q.device} for q and {x.dtype} on "
@@ -231,10 +235,10 @@ def _check_quantize(
         raise ValueError(f"rope rotates pairs of channels; got an odd head_dim {q.shape[3]}")
     tokens = k.shape[2]
     if order is not None:
-        if order.dim() != 1 or order.dtype not in (torch.int32, torch.int64) or order.device != q.device:
+        if order.shape == (0,) or order.dim() != 1 or order.dtype not in _INDICES or order.device != q.device:
             raise ValueError(
-                f"order must be [T] int32 or int64 on {q.device}; got {order.dtype} {list(order.shape)} on "
-                f"{order.device}"
+                f"order must be [T] with T >= 1, int32 or int64 on {q.device}; got {order.dtype} {list(order.shape)} "
+                f"on {order.device}"
             )
         tokens = order.shape[0]
     if k_valid is not None:
@@ -349,7 +353,8 @@ def block_sparse_attention_fp8(
             the rounded output that is there already. Only with the first do the gradients of a query's logits sum to
             zero; with the second the rounding of P leaks into dq and dk as an error common to all keys of a query.
         return_lse: Whether to return the log-sum-exp too.
-        backend: As for ``quantize_qkv``.
+        backend: As for ``quantize_qkv``. It names the FP8 kernels; the 16-bit forward of ``delta="exact"`` is Gluon's
+            where that can run.
 
     Returns:
         As ``fp8_block_sparse_attention``, in q's dtype.

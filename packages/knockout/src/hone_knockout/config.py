@@ -173,6 +173,8 @@ class ReproduceConfig:
                 f"expected at least 16 questions and positive batch and gate_clips; got {self.items}, {self.batch}, "
                 f"{self.gate_clips}"
             )
+        if len(set(self.hosts)) < len(self.hosts):
+            raise ValueError(f"expected hosts of different seeds; one is named twice: {', '.join(self.hosts)}")
 
     @property
     def sweep(self) -> SweepConfig:

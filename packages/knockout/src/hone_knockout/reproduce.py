@@ -162,10 +162,11 @@ def judge(
 ) -> dict[str, dict[str, Any]]:
     """Apply the three rules to the answers of one host.
 
-    Each rule is a margin that must be above zero. Its 95 % interval comes from drawing the questions anew, with their
-    answers under every configuration (ours; the rules themselves are points). An interval that holds zero decides
-    nothing. A minimum over layer ratios falls with noise and a maximum over windows rises with it, and drawing anew
-    adds noise: the interval of finding 1 leans to no, that of finding 3 to yes.
+    Each rule is a margin that must be above zero. Its 95 % interval comes from drawing the questions of each kind anew,
+    with their answers under every configuration (ours; the rules themselves are points). An interval that holds zero
+    decides nothing. A minimum falls with noise and a maximum rises with it, and drawing anew adds noise: the interval
+    of finding 1 (minimum over layer ratios) leans to no, that of finding 2 too where VT-K and VS-K cost alike (the
+    larger of the two counts), that of finding 3 (maximum over windows) to yes.
 
     Args:
         rows: Lines of the answers file.
@@ -179,7 +180,8 @@ def judge(
     """
     labels = list(found)
     right = [[is_right(row, label) for label in labels] for row in rows]
-    accuracies = np.concatenate([np.mean(right, 0, keepdims=True), bootstrap_accuracies(right, seed=seed)])
+    kinds = [row["category"] for row in rows]
+    accuracies = np.concatenate([np.mean(right, 0, keepdims=True), bootstrap_accuracies(right, kinds, seed=seed)])
     accuracy = dict(zip(labels, accuracies.T, strict=True))  # [1 + draws]: the questions as they are, then drawn
     base = accuracy[BASELINE]
     loss = {label: 100 * (base - accuracy[label]) for label in labels}

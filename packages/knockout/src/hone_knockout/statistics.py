@@ -53,12 +53,13 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0, draws: int = 2
 
 
 def bootstrap_accuracies(
-    right: Sequence[Sequence[bool]], *, seed: int = 0, draws: int = 2000
+    right: Sequence[Sequence[bool]], strata: Sequence[str], *, seed: int = 0, draws: int = 2000
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Accuracies of several configurations on the same drawn items, for intervals of what is computed from them.
 
     Args:
         right: ``[items, configurations]``, whether each answer is right.
+        strata: Of each item. As many are drawn of each as there are: how many was a choice, not chance.
         seed: Of the draws.
         draws: Bootstrap samples.
 
@@ -66,15 +67,22 @@ def bootstrap_accuracies(
         ``[draws, configurations]``, in [0, 1].
 
     Raises:
-        ValueError: There are no items.
+        ValueError: There are no items, or not as many strata.
     """
     data = np.asarray(right, dtype=np.float64)
     items = len(data)
     if not items:
         raise ValueError("an interval needs at least one item")
-    # How often each item is drawn is multinomial.
-    drawn = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=draws)
-    return drawn @ data / items
+    if len(strata) != items:
+        raise ValueError(f"expected a stratum for each of {items} items; got {len(strata)}")
+    rng = np.random.default_rng(seed)
+    kinds = np.asarray(strata)
+    total = np.zeros((draws, data.shape[1]))
+    for kind in np.unique(kinds):
+        part = data[kinds == kind]
+        # How often each item is drawn is multinomial.
+        total += rng.multinomial(len(part), np.full(len(part), 1 / len(part)), size=draws) @ part
+    return total / items
 
 
 def mcnemar(to_wrong: int, to_right: int) -> float:

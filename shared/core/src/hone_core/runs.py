@@ -351,7 +351,8 @@ def _without_places(config: Any) -> Any:
         return {key: _without_places(value) for key, value in config.items()}
     if isinstance(config, list):
         return [_without_places(value) for value in config]
-    return Path(config).name if isinstance(config, str) and Path(config).is_absolute() else config
+    is_path = isinstance(config, str) and Path(config).is_absolute() and not any(map(str.isspace, config))
+    return (Path(config).name or config) if is_path else config
 
 
 class _Absent:
