@@ -444,8 +444,8 @@ def quantize_triton(
 def _dequantize_kernel(x8_ptr, scale_ptr, out_ptr, tokens, padded, BLOCK: tl.constexpr, DIM: tl.constexpr,
                        ROWS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """``ROWS`` tokens of one head. V is transposed, has its keys in another order, and rows of ``padded``."""
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     dim = tl.arange(0, DIM)
     at = part * ROWS + tl.arange(0, ROWS)
     if VALUES:
@@ -476,7 +476,7 @@ def dequantize_triton(
     q, k, v = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q8, k8, k8))
     for x8, scale, out, values in ((q8, q_scale, q, False), (k8, k_scale, k, False), (v8, v_scale, v, True)):
         batch, heads, tokens = out.shape[:3]
-        _dequantize_kernel[batch * heads, triton.cdiv(tokens, 64)](
+        _dequantize_kernel[triton.cdiv(tokens, 64), batch * heads](
             x8, scale, out, tokens, v8.shape[3], BLOCK=block, DIM=dim, ROWS=64, VALUES=values, num_warps=4
         )
     return q, k, v
