@@ -1,9 +1,9 @@
 """Every kernel once on small odd shapes, with compute-sanitizer watching.
 
-    python tools/gpu_sanitize.py --out results/kernels/sanitize_h200.json
+    python tools/gpu_sanitize.py --tools memcheck --out results/kernels/sanitize_memcheck_h200.json
 
-runs itself under each tool (memcheck, synccheck, racecheck) for each backend and part, writes what the tools counted,
-and fails if that is not nothing. Without PyTorch's caching allocator every tensor is an allocation of its own, so that
+runs itself under each of --tools (all three unless given) for each backend and part, writes what the tools counted, and
+fails if that is not nothing. Without PyTorch's caching allocator every tensor is an allocation of its own, so that
 a read past its end is seen. Values are compared with the reference as well. racecheck does not follow ``mbarrier``
 between the warps of the Gluon kernel and reports hazards there (kernels/LOG.md): they are counted and do not fail.
 Without ``--out`` it runs the kernels and no tool.

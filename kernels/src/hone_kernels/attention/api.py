@@ -80,13 +80,17 @@ class PooledKV:
     bias: Tensor | None = None
 
 
+def _check_axes(name: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
+    # A compiler may not know the sizes yet.
+    if not torch.compiler.is_compiling() and 0 in x.shape:
+        raise ValueError(f"{name} must have an entry along every axis [B, H, S, D]; got {list(x.shape)}")
+
+
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
-        # A compiler may not know the sizes yet.
-        if not torch.compiler.is_compiling() and 0 in x.shape:
-            raise ValueError(f"{name} must have an entry along every axis [B, H, S, D]; got {list(x.shape)}")
+        _check_axes(name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must share a dtype; got {q.dtype} for q and {x.dtype} for {name}")
         if x.device != q.device:
@@ -197,7 +201,8 @@ def block_sparse_attention(
         pooled: Further keys that every query reads.
         return_lse: Whether to return the log-sum-exp too.
         backend: ``"gluon"`` for Hopper GPUs, ``"triton"`` for any (or Triton's interpreter), ``"reference"`` for any
-            device, ``"auto"`` for the first of these that can. A named backend never gives way to another.
+            device, ``"auto"`` for the first of these that can (see ``preference``). A named backend never gives way to
+            another.
 
     Returns:
         ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64

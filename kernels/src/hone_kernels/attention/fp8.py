@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, choose, triton_reason, warn_once
 
-from .api import Support, _check_scale, _check_tensors, _expanded, _lists, _unit_last, why_not
-from .fp8_reference import V_PADDING, attention_fp8_reference, dequantize, quantize_reference
+from .api import Support, _check_axes, _check_scale, _check_tensors, _expanded, _lists, _unit_last, why_not
+from .fp8_reference import V_PADDING, absent_keys, attention_fp8_reference, dequantize, quantize_reference
 from .layout import BlockLayout
 from .reference import attention_reference
 
@@ -215,10 +215,7 @@ def _check_quantize(
 ) -> None:
     _check_block(block, group)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
-        if not torch.compiler.is_compiling() and 0 in x.shape:
-            raise ValueError(f"{name} must have an entry along every axis [B, H, S, D]; got {list(x.shape)}")
+        _check_axes(name, x)
         if x.dtype != q.dtype or x.device != q.device:
             raise TypeError(
                 f"q, k and v must share dtype and device; got {q.dtype} on {q.device} for q and {x.dtype} on "
@@ -401,8 +398,7 @@ def _straight_through_reference(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if layout.k_valid is not None:
         # Keys that do not exist were rounded to zero whatever they hold, and NaN minus NaN is none.
-        at = torch.arange(layout.tokens_k, device=k.device)
-        absent = (at % block >= layout.k_valid[:, at // block])[:, None, :, None]
+        absent = absent_keys(layout.k_valid, layout.tokens_k, block)
         k, v = k.masked_fill(absent, 0), v.masked_fill(absent, 0)
     through = [x + (r - x).detach() for x, r in zip((q, k, v), rounded, strict=True)]
     out, lse = attention_reference(*through, layout, scale)

@@ -71,8 +71,7 @@ def quantize_reference(
     q, k, v = q.float(), k.float(), v.float()
     tokens = k.shape[2]
     if k_valid is not None:
-        at = torch.arange(tokens, device=k.device)
-        absent = (at % block >= k_valid[:, at // block])[:, None, :, None]  # [B or 1, 1, TK, 1]
+        absent = absent_keys(k_valid, tokens, block)
         k, v = k.masked_fill(absent, 0), v.masked_fill(absent, 0)
         if order is not None:
             q = q.masked_fill(absent, 0)
@@ -90,6 +89,12 @@ def quantize_reference(
     v = torch.nn.functional.pad(v, (0, 0, 0, -tokens % V_PADDING))
     v8 = _to_v_order(_cast(v, v_factor.unsqueeze(2)).transpose(-1, -2))
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
+
+
+def absent_keys(k_valid: Tensor, tokens: int, block: int) -> Tensor:
+    """Where no key exists: ``[B or 1, 1, tokens, 1]`` bool."""
+    at = torch.arange(tokens, device=k_valid.device)
+    return (at % block >= k_valid[:, at // block])[:, None, :, None]
 
 
 def _to_v_order(x: Tensor) -> Tensor:
