@@ -3,10 +3,13 @@
     python tools/constraints.py            write it
     python tools/constraints.py --check    fail if it differs from the resolution
 
-It takes the place of a committed lock file, which would record index addresses (see CONTRIBUTING.md).
+It takes the place of a committed lock file, which would record index addresses (see CONTRIBUTING.md). Its first line
+says on which day it was exported, and ``exclude-newer`` of the root pyproject lies at least two weeks before that day:
+an index may show a file days after its upload date, and a resolution made then would differ.
 """
 
 import argparse
+import datetime
 import re
 import shutil
 import subprocess
@@ -15,11 +18,13 @@ from pathlib import Path
 from workspace import ROOT, load_root, report
 
 FILE = "constraints.txt"
+SETTLED = datetime.timedelta(days=14)
+HEADER = re.compile(r"# Exported on (\d{4}-\d{2}-\d{2})\.\n")
 PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;\\]+)", re.M)
 
 
 def export(root: Path = ROOT) -> str:
-    """What the file should hold.
+    """What the file should hold below its first line.
 
     Raises:
         SystemExit: uv is missing or cannot resolve.
@@ -44,14 +49,23 @@ def pins(text: str) -> dict[str, set[str]]:
 
 
 def disagreements(root: Path = ROOT) -> list[str]:
-    """Where constraint-dependencies of the root pyproject and the committed file differ."""
-    committed = pins((root / FILE).read_text(encoding="utf-8"))
-    wanted = pins("\n".join(load_root(root)["tool"]["uv"].get("constraint-dependencies", [])))
-    return [
-        f"{FILE}: {name} is {_show(committed.get(name))}; pyproject.toml pins {_show(versions)}"
+    """Where the root pyproject and the committed file differ: in exact pins, or in dates that lie too close."""
+    committed = (root / FILE).read_text(encoding="utf-8")
+    settings = load_root(root)["tool"]["uv"]
+    found, wanted = pins(committed), pins("\n".join(settings.get("constraint-dependencies", [])))
+    problems = [
+        f"{FILE}: {name} is {_show(found.get(name))}; pyproject.toml pins {_show(versions)}"
         for name, versions in wanted.items()
-        if committed.get(name) != versions
+        if found.get(name) != versions
     ]
+    if (header := HEADER.match(committed)) is None:
+        return [*problems, f"{FILE}: expected a first line '# Exported on YYYY-MM-DD.'"]
+    exported, newest = datetime.date.fromisoformat(header[1]), settings["exclude-newer"].partition("T")[0]
+    if datetime.date.fromisoformat(newest) > exported - SETTLED:
+        problems.append(
+            f"{FILE}: exported on {exported}; exclude-newer must be {exported - SETTLED} or earlier, it is {newest}"
+        )
+    return problems
 
 
 def _show(versions: set[str] | None) -> str:
@@ -63,7 +77,7 @@ def check(root: Path = ROOT) -> list[str]:
     if not (root / FILE).exists():
         return [f"{FILE} is missing; run python tools/constraints.py"]
     problems = disagreements(root)
-    committed, fresh = (root / FILE).read_text(encoding="utf-8"), export(root)
+    committed, fresh = HEADER.sub("", (root / FILE).read_text(encoding="utf-8"), count=1), export(root)
     if committed != fresh:
         here, there = pins(committed), pins(fresh)
         changed = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
@@ -80,7 +94,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.check:
         return report(check(args.root), "constraints")
-    (args.root / FILE).write_text(export(args.root), encoding="utf-8")
+    header = f"# Exported on {datetime.datetime.now(datetime.UTC).date()}.\n"
+    (args.root / FILE).write_text(header + export(args.root), encoding="utf-8")
     return report(disagreements(args.root), "constraints")
 
 

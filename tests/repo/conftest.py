@@ -16,6 +16,7 @@ def root():
 
 ROOT_PYPROJECT = """
 [tool.uv]
+exclude-newer = "2026-01-01T00:00:00Z"
 constraint-dependencies = ["torch==2.0"]
 [tool.uv.workspace]
 members = ["packages/*", "shared/*", "kernels"]

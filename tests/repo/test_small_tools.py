@@ -62,10 +62,20 @@ def test_constraints_pins_are_read():
 
 
 def test_constraints_disagree_with_pyproject(tree):
-    tree.write("constraints.txt", "torch==2.0\n")
+    tree.write("constraints.txt", "# Exported on 2026-01-15.\ntorch==2.0\n")
     assert constraints.disagreements(tree.path) == []
-    tree.write("constraints.txt", "torch==2.1\n")
+    tree.write("constraints.txt", "# Exported on 2026-01-15.\ntorch==2.1\n")
     assert constraints.disagreements(tree.path) == ["constraints.txt: torch is 2.1; pyproject.toml pins 2.0"]
+
+
+def test_constraints_are_exported_two_weeks_after_the_newest_file(tree):
+    tree.write("constraints.txt", "# Exported on 2026-01-14.\ntorch==2.0\n")
+    (problem,) = constraints.disagreements(tree.path)
+    assert problem.endswith("exclude-newer must be 2025-12-31 or earlier, it is 2026-01-01")
+    tree.write("constraints.txt", "torch==2.0\n")
+    assert constraints.disagreements(tree.path) == [
+        "constraints.txt: expected a first line '# Exported on YYYY-MM-DD.'"
+    ]
 
 
 @pytest.mark.parametrize(
