@@ -1,6 +1,6 @@
 """Check who imports whom.
 
-    python tools/boundaries.py --check
+    python tools/boundaries.py
 
 packages may import shared and kernels, never each other; shared may import core and kernels; kernels import nothing of
 ours; core imports nothing of ours. There are no circles, neither between members nor between modules, and every
@@ -152,7 +152,6 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
 def main() -> int:
     """Run the check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="the only mode; there is nothing to write")
     parser.add_argument("--root", type=Path, default=ROOT, help="tree to check")
     return report(check(parser.parse_args().root.resolve()), "boundaries")
 

@@ -33,15 +33,15 @@ class Step:
 STEPS = {
     "format": Step(["ruff", "format", "--check", "."], ["ruff", "format", "."]),
     "lint": Step(["ruff", "check", "."], ["ruff", "check", "--fix", "."]),
-    "layout": Step(_tool("layout", "--check")),
-    "boundaries": Step(_tool("boundaries", "--check")),
-    "tracked": Step(_tool("tracked", "--check")),
+    "layout": Step(_tool("layout")),
+    "boundaries": Step(_tool("boundaries")),
+    "tracked": Step(_tool("tracked")),
     "tables": Step(_tool("tables", "--check"), _tool("tables")),
     "constraints": Step(_tool("constraints", "--check"), _tool("constraints")),
     "siblings": Step(_tool("pip_install", "--check")),
     "tests": Step(PYTEST),
     "slow": Step([*PYTEST, "-m", "slow and not gpu"], extra=True),
-    "isolation": Step(_tool("isolation", "--check", "--tests", "all"), extra=True),
+    "isolation": Step(_tool("isolation", "--tests", "all"), extra=True),
 }
 
 

@@ -111,7 +111,6 @@ def main() -> int:
     parser.add_argument(
         "--tests", choices=("none", "smoke", "all"), default="smoke", help="how much of the tests to run"
     )
-    parser.add_argument("--check", action="store_true", help="the only mode; there is nothing to write")
     args = parser.parse_args()
     if shutil.which("uv") is None:
         raise SystemExit("uv is not on the PATH; pip install uv")

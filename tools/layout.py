@@ -1,6 +1,6 @@
 """Check that every member has the files that its kind has, and nothing that it should not have.
 
-    python tools/layout.py --check
+    python tools/layout.py
 
 The rules are those of docs/adding_a_method.md.
 """
@@ -170,7 +170,6 @@ def _tests(root: Path, found: list[Member]) -> list[str]:
 def main() -> int:
     """Run the check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="the only mode; there is nothing to write")
     parser.add_argument("--root", type=Path, default=ROOT, help="tree to check")
     return report(check(parser.parse_args().root.resolve()), "layout")
 

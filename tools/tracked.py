@@ -1,6 +1,6 @@
 """Check what must not be committed: registry addresses, paths of one machine, lock files, large files.
 
-python tools/tracked.py --check
+python tools/tracked.py
 """
 
 import argparse
@@ -44,7 +44,6 @@ def check(root: Path = ROOT) -> list[str]:
 def main() -> int:
     """Run the check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="the only mode; there is nothing to write")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     return report(check(parser.parse_args().root), "tracked")
 

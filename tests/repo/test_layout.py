@@ -66,7 +66,7 @@ def test_large_assets(tree):
 
 
 def test_main_exit_code(tree, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["layout.py", "--check", "--root", str(tree.path)])
+    monkeypatch.setattr("sys.argv", ["layout.py", "--root", str(tree.path)])
     assert layout.main() == 0
     tree.remove(f"{ALPHA}/method.py")
     assert layout.main() == 1
