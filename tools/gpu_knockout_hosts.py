@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from hone_core.runs import Run, export_results
-from hone_knockout.data import ClipConfig
+from hone_knockout.config import ClipConfig
 from hone_knockout.host import HostConfig
 from hone_knockout.reproduce import ReproduceConfig, reproduce
 from hone_knockout.train import TrainConfig, train_host

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hone_knockout.data import ClipConfig
+from hone_knockout.config import ClipConfig
 from hone_knockout.host import HostConfig, build_host, save_host
 
 SMALL = HostConfig(

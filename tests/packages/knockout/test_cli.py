@@ -300,7 +300,7 @@ def test_options_that_begin_alike_are_seen_before_the_weights(capsys, folder, mo
         raise ValueError("cannot be told apart")
 
     monkeypatch.setattr("hone_knockout.sample.option_token_ids", clash)
-    monkeypatch.setattr("hone_knockout.models.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("hone_lm.checkpoints.load_model", lambda *_, **__: pytest.fail("weights were read"))
     ask = ["--model", folder / "model", "--video", folder / "0.npy", "--ask", "where ?", "--option", "up", "down"]
     code, _, err = run(capsys, "generate", *ask)
     assert code == 1

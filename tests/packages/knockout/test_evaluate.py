@@ -6,7 +6,7 @@ import pytest
 import torch
 from hone_core.runs import Run, load_results
 from hone_knockout.config import KnockoutConfig
-from hone_knockout.data import Item, generated_items, load_items
+from hone_knockout.data import generated_items
 from hone_knockout.evaluate import (
     BASELINE,
     SweepConfig,
@@ -17,6 +17,7 @@ from hone_knockout.evaluate import (
     summarise,
     sweep,
 )
+from hone_lm.question_sets import Item, load_items
 from hone_lm.tiny import tiny
 
 CFG = SweepConfig(

@@ -6,7 +6,7 @@ from hone_core.errors import CheckpointError
 from hone_core.testing import assert_close
 from hone_knockout.data import fake_batch, generated_items
 from hone_knockout.host import HostConfig, build_host, host_config, host_is_packaged, load_host, pixel_values
-from hone_knockout.models import load_model
+from hone_lm.checkpoints import load_model
 from hone_lm.choices import choice_inputs, choice_prompt
 from hone_lm.layouts import find_layouts, locate_spans
 

@@ -1,6 +1,5 @@
 """Knockouts and the exit inside real classes: the exact equivalences, decoding, padding, restoration."""
 
-import json
 import warnings
 
 import pytest
@@ -9,7 +8,7 @@ from hone_core.testing import assert_close, requires_gpu
 from hone_knockout.config import KINDS, Knockout, KnockoutConfig
 from hone_knockout.local_attention import RegularFrames, frame_local_attention, regular_frames
 from hone_knockout.method import blocked_pairs, causal_pairs
-from hone_knockout.models import attach, check_model, find_licence, load_model
+from hone_knockout.models import attach, check_model
 from hone_knockout.prefix import PrefixRunner
 from hone_lm.layouts import RULES, find_layouts, locate_spans
 from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
@@ -514,60 +513,6 @@ def test_static_cache_with_a_knockout(name, base):
     assert_close(static, dynamic)
 
 
-def test_checkpoint_folder_round_trip(tmp_path):
-    model, processor = tiny("llava_onevision", layers=2)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    loaded, reader = load_model(str(tmp_path))
-    inputs = tiny_inputs("llava_onevision", reader)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    with attach(loaded, KnockoutConfig(exit=1)):
-        loaded(**inputs)
-
-
-@pytest.mark.parametrize(
-    ("card", "said", "level"),
-    [
-        (None, "unknown, neither", "INFO"),
-        ("A model card.", "unknown, neither", "INFO"),
-        ("---\ntags: [video]\n---\nlicense: mit, says the text", "unknown, neither", "INFO"),
-        ("---\ntags:\n- video\nlicense: apache-2.0\n---\n# A model", "apache-2.0", "INFO"),
-        ("---\nlicense: cc-by-nc-4.0  # their words\n---\n", "cc-by-nc-4.0 (no commercial use)", "WARNING"),
-        (
-            '---\nlicense: other\nlicense_name: "lab-research"\nlicense_link: https://lab.example/LICENSE\n---\n',
-            "other, lab-research, https://lab.example/LICENSE",
-            "INFO",
-        ),
-    ],
-)
-def test_licence_is_said_once_at_load(tmp_path, caplog, card, said, level):
-    model, processor = tiny("qwen2_vl", layers=1)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    if card is not None:
-        (tmp_path / "README.md").write_text(card)
-    with caplog.at_level("INFO", "hone_knockout"):
-        load_model(str(tmp_path))
-    (record,) = [record for record in caplog.records if "licence" in record.message]
-    assert record.levelname == level
-    assert record.message.startswith(f"licence of {tmp_path}: {said}")
-
-
-def test_licence_in_a_config(tmp_path):
-    config = tiny("qwen2_vl", layers=1)[0].config
-    config.license = "mit"
-    config.save_pretrained(tmp_path)
-    assert find_licence(str(tmp_path)) == "mit"
-
-
-def test_text_model_is_refused_before_its_weights_are_read(tmp_path):
-    from transformers import Qwen2Config
-
-    Qwen2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a qwen2 model without visual tokens"):
-        load_model(str(tmp_path))
-
-
 @requires_gpu(min_sm=80)
 @pytest.mark.filterwarnings(FLEX_MASKS_OF_TRANSFORMERS, VMAP, INDUCTOR)
 @pytest.mark.parametrize("base", ["sdpa", "eager", "flex_attention"])
@@ -610,8 +555,3 @@ def test_layer_types_are_looked_at_before_the_weights(tmp_path):
     assert check_model(str(tmp_path), KnockoutConfig(exit=2)) == 3
     with pytest.raises(ValueError, match="an exit before sliding-window layers"):
         check_model(str(tmp_path), KnockoutConfig(exit=1))
-    text = json.loads((tmp_path / "config.json").read_text())
-    text["text_config"]["layer_types"][0] = "linear_attention"
-    (tmp_path / "config.json").write_text(json.dumps(text))
-    with pytest.raises(ValueError, match=r"hybrid decoder \(linear_attention\)"):
-        check_model(str(tmp_path))

@@ -194,10 +194,11 @@ def generate(
     _check_asked(video, ask)
     from hone_core.config import to_dict
     from hone_core.devices import resolve_device, resolve_dtype
+    from hone_lm.checkpoints import load_model
     from hone_lm.video import read_video
     from transformers import AutoConfig, AutoProcessor
 
-    from .models import check_model, load_model
+    from .models import check_model
     from .sample import ask as answer
     from .sample import check_question
 
@@ -730,7 +731,9 @@ def _questions(source: dict[str, str], seed: int) -> list[Any]:
     Raises:
         ValueError: No video of them is there.
     """
-    from .data import check_items, generated_items, load_items
+    from hone_lm.question_sets import check_items, load_items
+
+    from .data import generated_items
 
     limit = int(source["limit"]) if "limit" in source else None
     if "data" not in source:
@@ -750,8 +753,7 @@ def _questions(source: dict[str, str], seed: int) -> list[Any]:
 def _inputs(model: Any, processor: Any, item: Any, cfg: Any) -> dict[str, Any]:
     """Inputs of a question."""
     from hone_lm.choices import choice_inputs, choice_prompt, to_model
-
-    from .data import read_clip
+    from hone_lm.question_sets import read_clip
 
     prompt = choice_prompt(processor, item.question, item.options, style=cfg.style)
     return to_model(choice_inputs(processor, [prompt], [read_clip(item, num_frames=cfg.frames)]), model)
@@ -778,8 +780,9 @@ def _loaded(source: dict[str, str], device: str) -> tuple[Any, Any, int]:
         host = _host(Path(source["host"]) if "host" in source else None, device)
         return host.model, host.processor, host.config.layers
     from hone_core.devices import resolve_device, resolve_dtype
+    from hone_lm.checkpoints import load_model
 
-    from .models import check_model, load_model
+    from .models import check_model
 
     target = resolve_device(device)
     layers = check_model(source["model"])

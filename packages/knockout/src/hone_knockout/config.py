@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS",
     "PRESETS",
+    "QUESTIONS",
+    "ClipConfig",
     "Control",
     "Kind",
     "Knockout",
@@ -23,6 +25,8 @@ __all__ = [
 Kind = Literal["LV", "VT", "VS", "VV", "VT-strict", "span"]
 Control = Literal["none", "random", "opposite"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+QUESTIONS = ("shape", "place", "order", "direction")
+"""Kinds of questions on generated clips. The first two need one frame, the last two need several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +155,36 @@ class Preset:
 def _recipe(exit: int, window: int) -> KnockoutConfig:
     knockouts = (Knockout(kind="VT", layers=tuple(range(window))),) if window else ()
     return KnockoutConfig(knockouts=knockouts, exit=exit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipConfig:
+    """Size of a generated clip, in which two shapes of the size of a cell move a cell every other frame."""
+
+    frames: int = 8
+    grid: int = 5
+    """Cells along a side."""
+    cell: int = 8
+    """Pixels along a side of a cell."""
+    noise: float = 0.05
+    """Standard deviation of pixel noise, of the range [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 4 or self.grid < self.steps + 2:
+            raise ValueError(
+                f"expected at least 4 frames and a grid of {self.steps + 2} cells for them; got {self.frames} and "
+                f"{self.grid}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Cells that a shape moves in a clip."""
+        return (self.frames - 1) // 2
+
+    @property
+    def size(self) -> int:
+        """Pixels along a side of a frame."""
+        return self.grid * self.cell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

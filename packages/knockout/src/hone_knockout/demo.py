@@ -17,10 +17,11 @@ from hone_core.timing import measure
 from hone_lm.choices import choice_inputs, choice_prompt
 from hone_lm.decoders import find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
+from hone_lm.question_sets import Item
 
 from . import plots
-from .config import Knockout, KnockoutConfig
-from .data import KINDS, Item, generated_items
+from .config import QUESTIONS, Knockout, KnockoutConfig
+from .data import generated_items
 from .evaluate import BASELINE, SweepConfig, SweepReport, configurations, is_right, read_answers, rows_of, sweep
 from .flops import DecoderShape, prefill_flops
 from .host import Host
@@ -46,8 +47,10 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.items < 2 * len(KINDS):
-            raise ValueError(f"the demo needs at least {2 * len(KINDS)} questions, two of each kind; got {self.items}")
+        if self.items < 2 * len(QUESTIONS):
+            raise ValueError(
+                f"the demo needs at least {2 * len(QUESTIONS)} questions, two of each kind; got {self.items}"
+            )
         if self.batch < 1:
             raise ValueError(f"batch must be positive; got {self.batch}")
 
@@ -179,7 +182,7 @@ def _bound(host: Host, layouts: Sequence[TokenLayout], recipe: Recipe) -> float:
 
 def _sheet(items: Sequence[Item], answers: dict[str, Any], layers: int, path: Path) -> Path:
     """A clip of each kind with what the model says under each knockout."""
-    shown = {kind: next(item for item in items if item.category == kind) for kind in KINDS}
+    shown = {kind: next(item for item in items if item.category == kind) for kind in QUESTIONS}
     everywhere = f"0-{layers - 1}"
     labels = [BASELINE] + [f"global2 {kind} {everywhere}" for kind in ("LV", "VT", "VS")]
     lines = []

@@ -20,11 +20,11 @@ import torch
 from hone_core.progress import progress_bar
 from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.decoders import find_decoder
+from hone_lm.question_sets import Item, read_clip
 from hone_lm.video import Clip
 from torch import Tensor
 
 from .config import Control, Kind, Knockout, KnockoutConfig
-from .data import Item, read_clip
 from .method import global_after, windows
 from .models import attach, check_devices
 from .prefix import Counts, PrefixRunner

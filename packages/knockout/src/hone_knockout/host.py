@@ -20,7 +20,8 @@ from hone_core.io import save_safetensors
 from safetensors import safe_open
 from torch import Tensor
 
-from .data import COLORS, CORNERS, DIRECTIONS, SHAPES, ClipConfig
+from .config import ClipConfig
+from .data import COLORS, CORNERS, DIRECTIONS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor

@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from hone_lm.attention import AttentionTap, tap_attention
-from hone_lm.decoders import SOFTMAX_LAYERS, Decoder, find_decoder
+from hone_lm.checkpoints import read_config
+from hone_lm.decoders import Decoder, deepstack_layers, find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from .config import PRESETS, Knockout, KnockoutConfig, format_layers
 from .local_attention import RegularFrames, frame_local_attention, regular_frames
 from .method import PairRule, Roles, causal_pairs, keep_frames, opposite_rule, pair_rule, random_pairs, span_rule
 
-__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model", "find_licence", "load_model"]
+__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model"]
 
 log = logging.getLogger(__name__)
 
@@ -516,91 +515,12 @@ def check_model(path: str, config: KnockoutConfig | None = None) -> int:
         ValueError: The checkpoint is no vision-language model, its decoder is a hybrid, or the settings do not fit it.
         OSError: There is no such checkpoint.
     """
-    from transformers import AutoConfig
-
-    try:
-        found = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        if Path(path).is_dir():
-            raise
-        cause = " ".join(str(error).split()).partition(". ")[0]
-        raise OSError(
-            f"there is no folder {path} here, and the hub does not give its config ({cause}). Expected of --model: the "
-            "folder of a checkpoint, or an address on the hub, which needs the network where it was not fetched before"
-        ) from error
-    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-    if not any(isinstance(getattr(found, name, None), int) for name in names):
-        raise ValueError(
-            f"{path} is a {found.model_type} model without visual tokens; expected a video language model such as "
-            "llava-hf/llava-onevision-qwen2-7b-ov-hf"
-        )
+    found = read_config(path)
     text = found.get_text_config()
-    other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_LAYERS))
-    if other:
-        raise ValueError(
-            f"{path} has a hybrid decoder ({', '.join(other)}): a pair cannot be blocked in a recurrent layer, and "
-            "video would flow around a knockout of the others. Use a decoder of attention layers only."
-        )
-    num_layers = text.num_hidden_layers
     if config is not None:
         _check_late_layers(text, config)
-        vision = getattr(found, "vision_config", None)
-        config.check(num_layers, len(getattr(vision, "deepstack_visual_indexes", None) or ()))
-    return num_layers
-
-
-def load_model(path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Load a Video-LLM and its processor from a folder or the hub. What licence its weights have is logged.
-
-    Args:
-        path: What ``from_pretrained`` takes.
-        device: Where the model goes.
-        dtype: Of the weights; the checkpoint's own if None.
-
-    Raises:
-        ValueError: The checkpoint is no vision-language model. Known before its weights are read.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    check_model(path)
-    licence = find_licence(path)
-    restricted = licence is not None and re.search(r"(^|[-_ ])(nc|non-?commercial)([-_ ]|$)", licence.lower())
-    log.log(
-        logging.WARNING if restricted else logging.INFO,
-        "licence of %s: %s",
-        path,
-        "unknown, neither its config nor its model card names one; read its page before you use it"
-        if licence is None
-        else licence + (" (no commercial use)" if restricted else ""),
-    )
-    processor = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
-    return model.to(device).eval(), processor
-
-
-def find_licence(path: str) -> str | None:
-    """Licence that a checkpoint's config or model card names, or None.
-
-    Args:
-        path: What ``from_pretrained`` takes; the card is the README.md beside the config.
-    """
-    from transformers import AutoConfig
-    from transformers.utils import cached_file
-
-    named = getattr(AutoConfig.from_pretrained(path), "license", None)
-    if isinstance(named, str) and named:
-        return named
-    try:
-        card = Path(cached_file(path, "README.md")).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
-    header = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
-    if header is None:
-        return None
-    fields = dict(re.findall(r"^(license(?:_name|_link)?):[ \t]*[\"']?([^\"'\n#]+)", header[1], re.MULTILINE))
-    # "other" is named by the two fields after it.
-    parts = [fields.get(name, "").strip() for name in ("license", "license_name", "license_link")]
-    return ", ".join(part for part in parts if part) or None
+        config.check(text.num_hidden_layers, deepstack_layers(found))
+    return text.num_hidden_layers
 
 
 def _check_late_layers(text: Any, config: KnockoutConfig) -> None:

@@ -24,7 +24,8 @@ from hone_core.io import atomic_path, atomic_write_json
 from hone_lm.choices import choice_inputs, choice_prompt
 from torch import Tensor, nn
 
-from .data import COLORS, CORNERS, DIRECTIONS, KINDS, SHAPES, ClipConfig, Scenes, draw_scenes, generated_items, render
+from .config import QUESTIONS, ClipConfig
+from .data import COLORS, CORNERS, DIRECTIONS, SHAPES, Scenes, draw_scenes, generated_items, render
 from .host import WORDS, Host, HostConfig, build_host, load_host, pixel_values, save_host
 
 __all__ = ["GATES", "TrainConfig", "TrainReport", "Turns", "train_host"]
@@ -232,7 +233,7 @@ def train_host(
             bar.update()
             if values is not None:
                 run.log(step=step, **values)
-                bar.show(**{name: f"{value:.3f}" for name, value in values.items() if name in ("loss", *KINDS)})
+                bar.show(**{name: f"{value:.3f}" for name, value in values.items() if name in ("loss", *QUESTIONS)})
                 log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     state.save()
     seconds = round(state.elapsed(), 1)
@@ -272,7 +273,7 @@ def grade_host(host: Host, *, clips: int, seed: int, batch: int = 256) -> dict[s
     device = host.device
     generator = torch.Generator(device).manual_seed(seed)
     turns = Turns(host, device)
-    right: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    right: dict[str, list[Tensor]] = {kind: [] for kind in QUESTIONS}
     for start in range(0, clips, batch):
         scenes = draw_scenes(min(batch, clips - start), host.config.clip, generator)
         pixels = pixel_values(render(scenes, host.config.clip, generator))

@@ -1,7 +1,7 @@
 """Video language models of transformers: what their token sequence holds, and how to reach into them.
 
 Token layouts (which position shows which frame), attention interception through transformers' registry, tiny models of
-the real classes, multiple-choice scoring and video decoding.
+the real classes, published checkpoints, question sets, multiple-choice scoring and video decoding.
 """
 
 from hone_core.lazy import attach as _lazy
@@ -10,9 +10,11 @@ __getattr__, __dir__, __all__ = _lazy(
     __name__,
     {
         "attention": ["AttentionTap", "tap_attention"],
+        "checkpoints": ["load_model"],
         "choices": ["Choices", "option_token_ids", "read_choices"],
         "decoders": ["Decoder", "find_decoder"],
         "layouts": ["TokenLayout", "find_layouts", "locate_spans"],
+        "question_sets": ["Item", "load_items"],
         "tiny": ["tiny", "tiny_inputs"],
         "video": ["Clip", "read_video"],
     },

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Decoder", "find_decoder"]
+__all__ = ["Decoder", "deepstack_layers", "find_decoder"]
 
 SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 """``layer_types`` whose attention is a softmax over pairs, so that a pair can be blocked."""
@@ -67,6 +67,10 @@ def find_decoder(model: nn.Module) -> Decoder:
             "and video would flow around a knockout of the others. Use a decoder of attention layers only."
         )
     head = getattr(model, "lm_head", None)
-    vision = getattr(getattr(model, "config", None), "vision_config", None)
-    deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    return Decoder(decoder, layers, config, head, deepstack)
+    return Decoder(decoder, layers, config, head, deepstack_layers(getattr(model, "config", None)))
+
+
+def deepstack_layers(config: Any) -> int:
+    """First layers after which visual features are added to visual rows (DeepStack), by a model's config."""
+    vision = getattr(config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
