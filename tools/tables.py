@@ -3,27 +3,21 @@
     python tools/tables.py            write them
     python tools/tables.py --check    fail where a file differs from its results
 
-A table stands between two comments; the first holds its name and what to show, in TOML:
+The README of a member holds ``<!-- table: NAME -->``, the rows, and ``<!-- /table -->``; what to show stands under that
+name in results/<folder of the member>/tables.toml:
 
-    <!-- table: attention-forward
-    files = ["results/kernels/attention_h200.json"]
+    [attention-forward]
+    files = ["attention_h200.json"]
     where = { mode = "forward" }
     rows = ["shape", "density"]
+    each = { value = "ms_p50", unit = "ms" }
+    columns = [
+      { title = "ours", where = { provider = "hone" } },
+      { title = "torch, {}", pivot = "provider", values = { "sdpa cudnn" = "cuDNN", "sdpa flash" = "flash" } },
+      { title = "speed-up", speedup = { baseline = { provider = "sdpa cudnn" }, method = { provider = "hone" } } },
+    ]
 
-    [[columns]]
-    title = "ours"
-    where = { provider = "hone" }
-    value = "ms_p50"
-    unit = "ms"
-
-    [[columns]]
-    title = "speed-up"
-    value = "ms_p50"
-    speedup = { baseline = { provider = "cudnn dense" }, method = { provider = "hone" } }
-    -->
-    <!-- /table -->
-
-- files: results files (paths from the root; * matches names). Their rows are read together.
+- files: results files beside tables.toml (* matches names). Their rows are read together.
 - where: the rows that take part. A value is one that the field must equal, or a list of such values.
 - rows: fields whose values make the table's rows, in the order in which the files list them. ``{ field = "variant",
   title = "mask" }`` gives the column a title of its own, ``names = { asa_g = "ASA-G" }`` other words for its values.
@@ -31,10 +25,14 @@ A table stands between two comments; the first holds its name and what to show, 
   decimals (2), ``unit`` a suffix (the row's own unit unless said; "" for none), ``scale`` a factor for the shown
   number, ``spread = true`` adds the spread, ``interval = true`` the 95 % interval. ``speedup`` divides the baseline's
   value by the method's.
+- A column with ``pivot`` stands for one per value of that field; ``{}`` in its title is the value. ``values`` says
+  which, in which order and under which names; unless said, all.
+- each: what holds of every column that does not say otherwise.
 - caption = false leaves out the line under the table that names hardware, commit and file.
 
-Fields are those of the results' rows; a row's labels count as fields. A value that was not measured shows as a dash;
-two results for one cell are an error.
+Fields are those of the results' rows; a row's labels count as fields. A value that was not measured shows as a dash, a
+positive one that would round to zero as less than the smallest number with these digits. Two results for one cell are
+an error, and so is a table that no README shows.
 """
 
 import argparse
@@ -46,22 +44,26 @@ from typing import Any
 
 from workspace import ROOT, report, tracked_files
 
-MARKER = re.compile(r"^<!-- table: (?P<name>[\w.-]+)\n(?P<spec>.*?)^-->\n(?P<body>.*?)^<!-- /table -->$", re.M | re.S)
+SPECS = "tables.toml"
+MARKER = re.compile(r"^<!-- table: (?P<name>[\w.-]+) -->\n(?P<body>.*?)^<!-- /table -->$", re.M | re.S)
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.M | re.S)
 KEYS = {
-    "table": {"files", "where", "rows", "columns", "caption"},
+    "table": {"files", "where", "rows", "columns", "each", "caption"},
     "row": {"field", "title", "names"},
-    "column": {"title", "where", "value", "digits", "unit", "scale", "spread", "interval", "speedup"},
+    "column": {
+        *("title", "where", "value", "digits", "unit", "scale", "spread", "interval", "speedup"),
+        *("pivot", "values"),
+    },
     "speedup": {"baseline", "method"},
 }
 
 
 class TableError(Exception):
-    """A table cannot be made from what its marker says."""
+    """A table cannot be made from what its specification says."""
 
 
-def render(spec: dict[str, Any], root: Path = ROOT) -> str:
-    """The table of one marker, in Markdown.
+def render(spec: dict[str, Any], folder: Path, root: Path = ROOT) -> str:
+    """The table of one specification, in Markdown; its files lie in ``folder``.
 
     Raises:
         TableError: The spec is wrong, a file is missing, or two results fit one cell.
@@ -70,7 +72,7 @@ def render(spec: dict[str, Any], root: Path = ROOT) -> str:
     for key in ("files", "rows", "columns"):
         if not spec.get(key):
             raise TableError(f"{key} is missing")
-    documents = _documents(spec["files"], root)
+    documents = _documents(spec["files"], folder, root)
     rows = [_fields(row) for document in documents.values() for row in document["rows"]]
     chosen = [row for row in rows if _fits(row, spec.get("where", {}))]
     if not chosen:
@@ -82,14 +84,15 @@ def render(spec: dict[str, Any], root: Path = ROOT) -> str:
     for row in chosen:
         groups.setdefault(tuple(row.get(key["field"], "") for key in keys), []).append(row)
 
-    lines = [[key.get("title", key["field"]) for key in keys] + [column.get("title", "") for column in spec["columns"]]]
+    columns = [made for column in spec["columns"] for made in _columns(spec.get("each", {}) | column, chosen)]
+    lines = [[key.get("title", key["field"]) for key in keys] + [column.get("title", "") for column in columns]]
     for values, members in groups.items():
         cells = [str(key.get("names", {}).get(str(value), value)) for key, value in zip(keys, values, strict=True)]
-        shown = [_cell(members, column, " ".join(cells)) for column in spec["columns"]]
+        shown = [_cell(members, column, " ".join(cells)) for column in columns]
         # A group in which no column finds anything belongs to another table.
         if any(text != _DASH for text in shown):
             lines.append(cells + shown)
-    align = ["---"] * len(keys) + ["---:"] * len(spec["columns"])
+    align = ["---"] * len(keys) + ["---:"] * len(columns)
     text = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], align, *lines[1:]]) + "\n"
     return text + (f"\n{_caption(documents)}\n" if spec.get("caption", True) else "")
 
@@ -97,8 +100,25 @@ def render(spec: dict[str, Any], root: Path = ROOT) -> str:
 _DASH = "-"
 
 
-def _cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
+def _columns(column: dict[str, Any], rows: list[dict]) -> list[dict[str, Any]]:
+    """The column, or with ``pivot`` one for each value of that field."""
     _only(column, "column", "columns")
+    if "pivot" not in column:
+        return [column]
+    field, where = column["pivot"], column.get("where", {})
+    found = dict.fromkeys(row[field] for row in rows if field in row and _fits(row, where))
+    values = column.get("values", list(found))
+    names = values if isinstance(values, dict) else {value: value for value in values}
+    if unknown := [value for value in names if value not in found]:
+        raise TableError(f"no result has {field} = {unknown[0]!r}; expected some of {list(found)}")
+    rest = {key: value for key, value in column.items() if key not in ("pivot", "values")}
+    return [
+        rest | {"title": column.get("title", "{}").replace("{}", str(name)), "where": where | {field: value}}
+        for value, name in names.items()
+    ]
+
+
+def _cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
     field, digits, scale = column.get("value", "value"), column.get("digits", 2), column.get("scale", 1)
     place = f"{where}, column {column.get('title', '')!r}"
     picked = [row for row in rows if _fits(row, column.get("where", {}))]
@@ -115,6 +135,8 @@ def _cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
     if isinstance(value, str | bool):
         return str(value)
     text = f"{value * scale:.{digits}f}"
+    if value * scale > 0 and float(text) == 0:
+        text = f"< {10**-digits:.{digits}f}"
     if column.get("spread") and row.get("spread") is not None:
         text += f" ± {row['spread'] * scale:.{digits}f}"
     if column.get("interval") and row.get("interval"):
@@ -143,12 +165,12 @@ def _only(given: dict, kind: str, where: str) -> None:
         raise TableError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(KEYS[kind]))}")
 
 
-def _documents(patterns: list[str], root: Path) -> dict[str, dict]:
+def _documents(patterns: list[str], folder: Path, root: Path) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for pattern in patterns:
-        paths = sorted(root.glob(pattern))
+        paths = sorted(folder.glob(pattern))
         if not paths:
-            raise TableError(f"there is no file {pattern}")
+            raise TableError(f"there is no file {(folder / pattern).relative_to(root)}")
         for path in paths:
             document = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
@@ -172,7 +194,7 @@ def _caption(documents: dict[str, dict]) -> str:
     return " ".join(f"*Measured on {what}; from {', '.join(files)}.*" for what, files in sentences.items())
 
 
-def update(text: str, root: Path = ROOT) -> str:
+def update(text: str, specs: dict[str, Any], folder: Path, root: Path = ROOT) -> str:
     """The text with every table written anew; tables inside code fences are examples and stay.
 
     Raises:
@@ -181,31 +203,46 @@ def update(text: str, root: Path = ROOT) -> str:
     fences = [match.span() for match in FENCE.finditer(text)]
 
     def write(match: re.Match[str]) -> str:
-        if any(start < match.start() < end for start, end in fences):
+        if _inside(match, fences):
             return match[0]
+        name = match["name"]
+        if name not in specs:
+            raise TableError(f"{(folder / SPECS).relative_to(root)} has no table {name}; it has {', '.join(specs)}")
         try:
-            table = render(tomllib.loads(match["spec"]), root)
-        except (TableError, tomllib.TOMLDecodeError) as error:
-            raise TableError(f"table {match['name']}: {error}") from error
-        return f"<!-- table: {match['name']}\n{match['spec']}-->\n{table}<!-- /table -->"
+            table = render(specs[name], folder, root)
+        except TableError as error:
+            raise TableError(f"table {name}: {error}") from error
+        return f"<!-- table: {name} -->\n{table}<!-- /table -->"
 
-    opened = sum(1 for m in re.finditer(r"^<!-- table:", text, re.M) if not any(a < m.start() < b for a, b in fences))
-    closed = sum(1 for m in MARKER.finditer(text) if not any(a < m.start() < b for a, b in fences))
-    if opened != closed:
+    if (opened := len(_names(text))) != (closed := sum(not _inside(match, fences) for match in MARKER.finditer(text))):
         raise TableError(f"{opened} tables are opened and {closed} are closed by <!-- /table -->")
     return MARKER.sub(write, text)
+
+
+def _names(text: str) -> list[str]:
+    """Names of the tables that a page opens."""
+    fences = [match.span() for match in FENCE.finditer(text)]
+    opened = re.finditer(r"^<!-- table:\s*([\w.-]*)", text, re.M)
+    return [match[1] for match in opened if not _inside(match, fences)]
+
+
+def _inside(match: re.Match[str], spans: list[tuple[int, int]]) -> bool:
+    return any(start < match.start() < end for start, end in spans)
 
 
 def run(root: Path = ROOT, *, write: bool) -> list[str]:
     """Write or compare the tables of every tracked Markdown file; returns the problems."""
     problems = []
+    shown: dict[Path, list[str]] = {}
     for name in tracked_files(root):
-        if name.suffix != ".md":
+        text = (root / name).read_text(encoding="utf-8") if name.suffix == ".md" else ""
+        if not (names := _names(text)):
             continue
-        text = (root / name).read_text(encoding="utf-8")
+        folder = root / "results" / name.parent.name
+        shown.setdefault(folder, []).extend(names)
         try:
-            fresh = update(text, root)
-        except TableError as error:
+            fresh = update(text, _specs(folder), folder, root)
+        except (TableError, tomllib.TOMLDecodeError, FileNotFoundError) as error:
             problems.append(f"{name}: {error}")
             continue
         if fresh != text and write:
@@ -213,7 +250,14 @@ def run(root: Path = ROOT, *, write: bool) -> list[str]:
             print(f"{name}: written")
         elif fresh != text:
             problems.append(f"{name}: differs from results/; run python tools/tables.py")
+    for file in sorted(root.glob(f"results/*/{SPECS}")):
+        if unused := [name for name in _specs(file.parent) if name not in shown.get(file.parent, [])]:
+            problems.append(f"{file.relative_to(root)}: no README shows {', '.join(unused)}")
     return problems
+
+
+def _specs(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / SPECS).read_text(encoding="utf-8"))
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ def shipped(verb):
 
 def unexplained(verb, recorded, name, text):
     """Shipped settings that differ from the recorded ones and that no paragraph below a table of this file names."""
-    tables = rf"^<!-- table: [^>]*{re.escape(name)}.*?^<!-- /table -->\n\n(.*?)\n\n"
+    tables = rf"^\*Measured on [^\n]*/{re.escape(name)}`[^\n]*\n<!-- /table -->\n\n(.*?)\n\n"
     below = " ".join(re.findall(tables, text, re.M | re.S))
     known = shipped(verb)
     return [
@@ -79,7 +79,7 @@ def test_recorded_settings_ship_or_the_readme_says_otherwise(file):
 )
 def test_a_setting_that_no_longer_ships_is_noticed(verb, key, words):
     recorded = {name: setting for name, (setting, _) in shipped(verb).items()}
-    text = '<!-- table: x\nfiles = ["a.json"]\n-->\n<!-- /table -->\n\nNothing.\n\n'
+    text = "*Measured on x; from `results/kernels/a.json`.*\n<!-- /table -->\n\nNothing.\n\n"
     assert not unexplained(verb, recorded, "a.json", text)
     assert len(unexplained(verb, {**recorded, "9 bytes d9": "Tile()"}, "a.json", text)) == 1
     recorded[key] = "another"

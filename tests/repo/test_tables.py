@@ -1,5 +1,6 @@
 import json
 import subprocess
+import tomllib
 
 import pytest
 import tables
@@ -14,27 +15,22 @@ ROWS = [
 
 README = """# T
 
-<!-- table: quality
-files = ["results/a/*.json"]
-where = { metric = ["psnr", "time"] }
-rows = [{ field = "variant", title = "mask", names = { asa = "ASA" } }]
-
-[[columns]]
-title = "PSNR"
-where = { metric = "psnr" }
-digits = 1
-spread = true
-
-[[columns]]
-title = "time"
-where = { metric = "time" }
-scale = 1000
-unit = "ms"
-digits = 0
--->
+<!-- table: quality -->
 <!-- /table -->
 
 End.
+"""
+
+SPECS = """
+[quality]
+files = ["*.json"]
+where = { metric = ["psnr", "time"] }
+rows = [{ field = "variant", title = "mask", names = { asa = "ASA" } }]
+each = { digits = 1 }
+columns = [
+  { title = "PSNR", where = { metric = "psnr" }, spread = true },
+  { title = "time", where = { metric = "time" }, scale = 1000, unit = "ms", digits = 0 },
+]
 """
 
 
@@ -42,13 +38,22 @@ End.
 def repo(tmp_path):
     (tmp_path / "results" / "a").mkdir(parents=True)
     (tmp_path / "results" / "a" / "x.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": ROWS}))
+    (tmp_path / "results" / "a" / "tables.toml").write_text(SPECS)
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     return tmp_path
 
 
+def render(repo, **changes):
+    return tables.render(spec(**changes), repo / "results" / "a", repo)
+
+
+def update(repo, text=README):
+    return tables.update(text, tomllib.loads(SPECS), repo / "results" / "a", repo)
+
+
 def spec(**changes):
     base = {
-        "files": ["results/a/x.json"],
+        "files": ["x.json"],
         "rows": ["variant"],
         "columns": [{"title": "t", "where": {"metric": "time"}}],
     }
@@ -56,7 +61,7 @@ def spec(**changes):
 
 
 def test_renders_groups_units_spread_scale_and_caption(repo):
-    assert tables.update(README, repo).splitlines()[-9:] == [
+    assert update(repo).splitlines()[-9:] == [
         "| mask | PSNR | time |",
         "| --- | ---: | ---: |",
         "| ASA | 31.2 ± 0.5 dB | 250 ms |",
@@ -70,8 +75,8 @@ def test_renders_groups_units_spread_scale_and_caption(repo):
 
 
 def test_update_is_stable(repo):
-    once = tables.update(README, repo)
-    assert tables.update(once, repo) == once
+    once = update(repo)
+    assert update(repo, once) == once
 
 
 def test_speedup_is_baseline_over_method(repo):
@@ -80,7 +85,7 @@ def test_speedup_is_baseline_over_method(repo):
         "where": {"metric": "time"},
         "speedup": {"baseline": {"variant": "dense"}, "method": {"variant": "asa"}},
     }
-    text = tables.render(spec(rows=["metric"], columns=[column]), repo)
+    text = render(repo, rows=["metric"], columns=[column])
     assert text.splitlines()[2:] == ["| time | 4.00x |"]
 
 
@@ -88,7 +93,34 @@ def test_interval_is_shown_on_request(repo):
     row = {"metric": "acc", "value": 0.5, "interval": [0.4, 0.625], "variant": "asa"}
     (repo / "results/a/x.json").write_text(json.dumps({"rows": [row]}))
     columns = [{"title": "accuracy", "scale": 100, "unit": "%", "digits": 1, "interval": True}]
-    assert tables.render(spec(columns=columns), repo).splitlines()[2:] == ["| asa | 50.0 [40.0, 62.5]% |"]
+    assert render(repo, columns=columns).splitlines()[2:] == ["| asa | 50.0 [40.0, 62.5]% |"]
+
+
+def test_pivot_makes_a_column_of_each_value(repo):
+    column = {"title": "{}, time", "pivot": "variant", "where": {"metric": "time"}, "unit": "s"}
+    text = render(repo, rows=["metric"], columns=[column])
+    assert text.splitlines()[::2] == ["| metric | asa, time | dense, time |", "| time | 0.25 s | 1.00 s |"]
+    column = {"pivot": "variant", "values": {"dense": "all pairs"}}
+    text = render(repo, rows=["metric"], where={"metric": "time"}, columns=[column])
+    assert text.splitlines()[::2] == ["| metric | all pairs |", "| time | 1.00 s |"]
+    with pytest.raises(
+        tables.TableError, match=r"no result has variant = 'sparse'; expected some of \['asa', 'dense'\]"
+    ):
+        render(repo, rows=["metric"], columns=[{"pivot": "variant", "values": ["sparse"]}])
+
+
+def test_what_each_column_is_unless_it_says_otherwise(repo):
+    columns = [{"title": "a"}, {"title": "b", "digits": 3, "unit": "second"}]
+    text = render(repo, where={"metric": "time"}, each={"digits": 0, "unit": "s", "scale": 10}, columns=columns)
+    assert text.splitlines()[2:] == ["| asa | 2 s | 2.500 second |", "| dense | 10 s | 10.000 second |"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(4e-5, "< 0.0001"), (6e-5, "0.0001"), (0.0, "0.0000"), (-4e-5, "-0.0000"), (1.0, "1.0000")]
+)
+def test_a_small_value_is_never_shown_as_zero(repo, value, shown):
+    (repo / "results/a/x.json").write_text(json.dumps({"rows": [{"metric": "p", "value": value, "variant": "asa"}]}))
+    assert render(repo, columns=[{"title": "p", "digits": 4}]).splitlines()[2:] == [f"| asa | {shown} |"]
 
 
 def test_rows_with_fields_of_their_own(repo):
@@ -106,19 +138,19 @@ def test_rows_with_fields_of_their_own(repo):
             "speedup": {"baseline": {"provider": "cudnn"}, "method": {"provider": "hone"}},
         },
     ]
-    text = tables.render(spec(rows=["shape", "density"], columns=columns), repo)
+    text = render(repo, rows=["shape", "density"], columns=columns)
     assert text.splitlines()[2:] == ["| 480p | 0.5 | 2.00 ms | 400 | 1.50x |", "| 480p | 0.1 | 0.50 ms | 400 | 6.00x |"]
 
 
 def test_labels_are_fields_and_empty_groups_are_left_out(repo):
-    text = tables.render(spec(rows=["shape"], columns=[{"title": "t", "where": {"metric": "ms"}}]), repo)
+    text = render(repo, rows=["shape"], columns=[{"title": "t", "where": {"metric": "ms"}}])
     assert text.splitlines()[2:] == ["| 480p | 3.00 ms |"]
 
 
 def test_local_changes_and_missing_environment_are_said(repo):
     (repo / "results/a/y.json").write_text(json.dumps({"environment": ENVIRONMENT | {"dirty": True}, "rows": []}))
     (repo / "results/a/z.json").write_text(json.dumps({"rows": []}))
-    text = tables.render(spec(files=["results/a/*.json"], caption=True), repo)
+    text = render(repo, files=["*.json"], caption=True)
     assert "commit 0123456789 with local changes; from `results/a/y.json`" in text
     assert "Measured on hardware not recorded, commit not recorded; from `results/a/z.json`" in text
 
@@ -126,7 +158,7 @@ def test_local_changes_and_missing_environment_are_said(repo):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"files": ["results/none.json"]}, "there is no file results/none.json"),
+        ({"files": ["none.json"]}, "there is no file results/a/none.json"),
         ({"where": {"metric": "none"}}, "no result fits"),
         ({"colums": []}, "unknown colums; expected"),
         ({"columns": [{"titel": "x"}]}, "unknown titel"),
@@ -136,29 +168,48 @@ def test_local_changes_and_missing_environment_are_said(repo):
 )
 def test_bad_spec(repo, changes, message):
     with pytest.raises(tables.TableError, match=message):
-        tables.render(spec(**changes), repo)
+        render(repo, **changes)
 
 
-def test_unfinished_run_and_unclosed_marker(repo):
+def test_unfinished_run_unclosed_marker_and_unknown_table(repo):
+    with pytest.raises(tables.TableError, match="1 tables are opened and 0 are closed"):
+        update(repo, README.replace("<!-- /table -->", ""))
+    with pytest.raises(tables.TableError, match=r"results/a/tables\.toml has no table qualities; it has quality"):
+        update(repo, README.replace("quality", "qualities"))
     (repo / "results/a/x.json").write_text(json.dumps({"status": "failed", "rows": ROWS}))
     with pytest.raises(tables.TableError, match=r"table quality: results/a/x\.json: its run is failed"):
-        tables.update(README, repo)
-    with pytest.raises(tables.TableError, match="1 tables are opened and 0 are closed"):
-        tables.update(README.replace("<!-- /table -->", ""), repo)
+        update(repo)
 
 
 def test_examples_in_fences_stay(repo):
-    text = "```\n" + README.replace("results/a", "results/none") + "\n```\n"
-    assert tables.update(text, repo) == text
+    text = "```\n" + README.replace("quality", "none") + "\n```\n"
+    assert update(repo, text) == text
 
 
 def test_check_fails_on_a_difference_and_writing_mends_it(repo, monkeypatch, capsys):
-    (repo / "README.md").write_text(README)
-    monkeypatch.setattr("sys.argv", ["tables.py", "--check", "--root", str(repo)])
-    assert tables.main() == 1
-    assert "README.md: differs from results/" in capsys.readouterr().out
-    assert (repo / "README.md").read_text() == README
-    monkeypatch.setattr("sys.argv", ["tables.py", "--root", str(repo)])
-    assert tables.main() == 0
-    monkeypatch.setattr("sys.argv", ["tables.py", "--check", "--root", str(repo)])
-    assert tables.main() == 0
+    readme = repo / "packages" / "a" / "README.md"
+    readme.parent.mkdir(parents=True)
+    readme.write_text(README)
+
+    def main(*options):
+        monkeypatch.setattr("sys.argv", ["tables.py", *options, "--root", str(repo)])
+        return tables.main(), capsys.readouterr().out
+
+    code, out = main("--check")
+    assert code == 1
+    assert "packages/a/README.md: differs from results/" in out
+    assert readme.read_text() == README
+    assert main()[0] == 0
+    assert main("--check")[0] == 0
+    readme.write_text(readme.read_text().replace("31.2", "31.3"))
+    assert main("--check")[0] == 1
+
+
+def test_a_table_that_no_readme_shows_is_a_problem(repo):
+    (repo / "README.md").write_text("# T\n")
+    assert tables.run(repo, write=False) == ["results/a/tables.toml: no README shows quality"]
+    (repo / "b").mkdir()
+    (repo / "b" / "README.md").write_text(README)
+    (problem, _) = tables.run(repo, write=False)
+    assert problem.startswith("b/README.md: ")
+    assert "results/b/tables.toml" in problem
