@@ -3,7 +3,7 @@
 What `hone-blade eval` does, repeated: every density, with and without dense first steps, for three seeds of prompts and
 noise. Each setting is a run of its own, exported as soon as it is measured, so a call that is cut off keeps what it
 has, and the same call again goes on with the next setting. Needs no command-line dependencies (tyro). From the
-repository root, with PYTHONPATH=packages/blade/src:shared/core/src:kernels/src.
+repository root, with PYTHONPATH=packages/blade/src:shared/video/src:shared/core/src:kernels/src.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from hone_blade.data import random_labels
 from hone_blade.evaluate import Comparison, Outcome, compare, write_mean
 from hone_blade.host import Host, load_host
 from hone_core.runs import Run, export_results
+from hone_video.clips import random_labels
 
 SETTINGS = {
     "0.5": Comparison(density=0.5),

@@ -1,7 +1,7 @@
 """Train BLADE's tiny host on a GPU machine that lacks the command line's dependencies (tyro).
 
 Does what `hone-blade train-host` does; --out becomes the run folder. From the repository root, with
-PYTHONPATH=packages/blade/src:shared/core/src:kernels/src.
+PYTHONPATH=packages/blade/src:shared/video/src:shared/core/src:kernels/src.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from pathlib import Path
 from workspace import ROOT, Member, load_root, members, report
 
 REQUIRED = {
-    "packages": ("__init__.py", "py.typed", "method.py", "config.py", "models.py", "data.py", "cli.py"),
+    "packages": ("__init__.py", "py.typed", "method.py", "config.py", "models.py", "cli.py"),
     "shared": ("__init__.py", "py.typed"),
     "kernels": ("__init__.py", "py.typed", "cli.py"),
 }

@@ -10,9 +10,10 @@ import torch
 from hone_blade import bench as bench_module
 from hone_blade.bench import WORKLOADS, BenchConfig, bench
 from hone_blade.config import PRESETS, Preset
-from hone_blade.models import FULL_SIZE, attach
+from hone_blade.models import attach
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
+from hone_video.architectures import FULL_SIZE
 
 SMALL = {"rounds": 2, "forward_rounds": 2, "steps": 4, "few_steps": 2, "repeats": 2}
 KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])

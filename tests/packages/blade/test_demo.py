@@ -122,11 +122,11 @@ def test_the_packaged_host_draws_the_same_clip_as_ever():
 
 @pytest.mark.slow
 def test_the_packaged_host_draws_what_it_is_asked_for(tmp_path):
-    from hone_blade.data import parse_prompt
-    from hone_blade.evaluate import grade
+    from hone_video.clips import parse_prompt
+    from hone_video.grader import grade
 
     host = load_host()
     assert host.meta["passed"]
     labels = torch.tensor([parse_prompt(prompt) for prompt in PROMPTS])
     clips = host.sample(host.encode_prompt(PROMPTS), host.noise(len(PROMPTS), 0))
-    assert grade(host, clips, labels)["accuracy"].mean() >= 0.8
+    assert grade(host.classifier, clips, labels)["accuracy"].mean() >= 0.8

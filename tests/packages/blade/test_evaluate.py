@@ -1,9 +1,7 @@
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.data import fake_batch, random_labels
 from hone_blade.evaluate import (
     VARIANTS,
     Comparison,
@@ -15,13 +13,11 @@ from hone_blade.evaluate import (
     compare,
     comparison_table,
     evaluate,
-    grade,
-    psnr,
-    ssim,
     write_rows,
 )
 from hone_blade.host import Host, HostConfig
 from hone_core.runs import Run, load_results
+from hone_video.clips import random_labels
 
 # 64 tokens in 4 blocks of 16
 TINY = HostConfig(
@@ -55,30 +51,6 @@ def host():
     return host
 
 
-def test_psnr_by_hand():
-    reference = torch.zeros(3, 3, 2, 11, 11)
-    clips = reference.clone()
-    clips[0] = 0.1
-    clips[1, :, 0] = 0.2  # half of the pixels off by 0.2: mean square 0.02
-    assert psnr(clips, reference).tolist() == pytest.approx([20.0, -10 * math.log10(0.02), 100.0], rel=1e-5)
-
-
-def test_ssim_by_hand():
-    reference = torch.full((2, 3, 2, 16, 16), 0.25)
-    clips = reference.clone()
-    clips[0, :, 1] = 0.75
-    # flat images: SSIM is (2 a b + c1) / (a^2 + b^2 + c1), c1 = 0.01^2; the other frame is equal
-    flat = (2 * 0.25 * 0.75 + 1e-4) / (0.25**2 + 0.75**2 + 1e-4)
-    assert ssim(clips, reference).tolist() == pytest.approx([(1 + flat) / 2, 1.0], abs=1e-3)
-
-
-def test_pairs_must_match():
-    with pytest.raises(ValueError, match=r"must both be \[B, 3, F, H, W\]"):
-        psnr(torch.zeros(1, 3, 2, 4, 4), torch.zeros(1, 3, 4, 4, 2))
-    with pytest.raises(ValueError, match=r"must both be \[B, 3, F, H, W\]"):
-        ssim(torch.zeros(3, 2, 16, 16), torch.zeros(3, 2, 16, 16))
-
-
 def test_bootstrap_of_a_proportion():
     values = torch.tensor([1.0] * 80 + [0.0] * 20)
     low, high = bootstrap(values)
@@ -89,33 +61,6 @@ def test_bootstrap_of_a_proportion():
     assert bootstrap(torch.ones(5)) == (1.0, 1.0)
     with pytest.raises(ValueError, match="non-empty"):
         bootstrap(torch.ones(0))
-
-
-class Reads(torch.nn.Module):
-    """A classifier that says what it was told."""
-
-    def __init__(self, digit, color):
-        super().__init__()
-        self.answer = digit, color
-
-    def classify(self, clips):
-        return self.answer
-
-
-def test_grades(host):
-    batch = fake_batch(seed=2, count=4)
-    labels = batch.labels.clone()
-    knowing = Host(TINY, host.transformer, host.words, Reads(labels[:, 0].clone(), labels[:, 1].clone()))
-    labels[0, 0] = (labels[0, 0] + 1) % 10
-    labels[1, 2] = (labels[1, 2] + 1) % 8
-    clips = batch.clips.clone()
-    clips[2] = 0.1  # nothing is drawn
-    grades = grade(knowing, clips, labels)
-    assert grades["digit"].tolist() == [0, 1, 1, 1]
-    assert grades["color"].tolist() == [1, 1, 1, 1]
-    assert grades["direction"].tolist() == [1, 0, 0, 1]
-    assert grades["speed"].tolist() == [1, 1, 0, 1]
-    assert grades["accuracy"].tolist() == [0, 0, 0, 1]
 
 
 def test_variants_compute_equally_many_pairs(host):

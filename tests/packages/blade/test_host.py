@@ -1,15 +1,11 @@
 import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.data import DIRECTIONS, NUM_WORDS, fake_batch
 from hone_blade.host import (
-    ClipClassifier,
     Host,
     HostConfig,
-    estimate_motion,
     load_host,
     make_scheduler,
     save_host,
@@ -17,6 +13,7 @@ from hone_blade.host import (
     to_latents,
 )
 from hone_core.errors import CheckpointError
+from hone_video.clips import NUM_WORDS
 
 TINY = HostConfig(
     frames=4,
@@ -176,45 +173,6 @@ def test_casting_leaves_norms_and_tables_in_float32():
     made = host.sample(host.encode_null(1), host.noise(1, 0), steps=1)
     assert made.dtype == torch.float32
     assert made.isfinite().all()
-
-
-def test_motion_is_read_off_clips():
-    batch = fake_batch(seed=4, count=48)
-    motion = estimate_motion(batch.clips)
-    assert motion.seen.all()
-    assert torch.equal(motion.direction, batch.labels[:, 2])
-    assert torch.equal(motion.speed, batch.labels[:, 3])
-    true = batch.centers[:, 1] - batch.centers[:, 0]
-    assert (motion.velocity - true).abs().max() < 0.06
-    assert motion.residual.max() < 0.5
-
-
-def test_motion_of_a_crooked_path_has_a_residual():
-    clip = torch.zeros(1, 3, 4, 16, 16)
-    for frame, (x, y) in enumerate([(3, 3), (5, 5), (7, 3), (9, 5)]):
-        clip[0, :, frame, y - 2 : y + 2, x - 2 : x + 2] = 1.0
-    motion = estimate_motion(clip)
-    # y = 3 5 3 5 over t = -1.5 -0.5 0.5 1.5: slope 2 / 5, residuals -0.4 1.2 -1.2 0.4
-    assert motion.velocity[0].tolist() == pytest.approx([2.0, 0.4], abs=1e-5)
-    assert motion.residual[0].item() == pytest.approx(math.sqrt((0.16 + 1.44) / 2), abs=1e-5)
-    assert list(DIRECTIONS)[motion.direction[0]] == "right"
-
-
-def test_an_empty_clip_shows_no_digit():
-    motion = estimate_motion(torch.full((2, 3, 4, 16, 16), 0.3))
-    assert not motion.seen.any()
-
-
-def test_classifier_averages_over_frames():
-    classifier = ClipClassifier(8).eval()
-    clips = fake_batch(seed=0, count=3).clips
-    digit, color = classifier.classify(clips)
-    assert digit.shape == color.shape == (3,)
-    flipped, _ = classifier.classify(clips.flip(2))
-    assert torch.equal(digit, flipped)
-    with torch.no_grad():
-        logits = [classifier(clips[:, :, frame])[0].log_softmax(-1) for frame in range(16)]
-    assert torch.equal(digit, torch.stack(logits).mean(0).argmax(-1))
 
 
 def test_ranges_round_trip():

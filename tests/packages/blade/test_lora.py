@@ -3,8 +3,9 @@ import pytest
 import torch
 from hone_blade.config import BladeConfig
 from hone_blade.lora import FILE_NAME, expected_keys, load_blade_lora, save_blade_lora
-from hone_blade.models import FULL_SIZE, attach, full_size, tiny
+from hone_blade.models import attach
 from hone_core.errors import CheckpointError
+from hone_video.architectures import FULL_SIZE, full_size, tiny
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 

@@ -13,10 +13,10 @@ from hone_blade.method import (
     select_blocks,
     sparse_layout,
 )
-from hone_blade.ordering import inverse_order, reorder, token_order
 from hone_blade.static import random_scores, window_scores
 from hone_core.testing import assert_close, gradcheck, no_host_sync, requires_gpu
 from hone_kernels.attention import block_sparse_attention
+from hone_video.orders import inverse_order, reorder, token_order
 
 SMALL = BladeConfig(block=16, samples=4, max_density=0.5, min_density=0.2)
 

@@ -9,8 +9,9 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from hone_blade import models as blade_models
 from hone_blade.config import PRESETS, BladeConfig
-from hone_blade.models import SUPPORTED, BladeHandle, attach, tiny
-from hone_blade.ordering import token_order
+from hone_blade.models import SUPPORTED, BladeHandle, attach
+from hone_video.architectures import FULL_SIZE, full_size, tiny
+from hone_video.orders import token_order
 from torch import nn
 
 DENSE = BladeConfig(block=32, max_density=1.0, min_density=1.0)
@@ -695,26 +696,13 @@ def test_two_transformers_count_the_steps_of_one_video():
         attach(pipe, config)
 
 
-@pytest.mark.parametrize("kind", ["wan", "cogvideox"])
-def test_tiny_is_reproducible_and_leaves_the_global_generator_alone(kind):
-    torch.manual_seed(7)
-    state = torch.random.get_rng_state()
-    a, b, other = tiny(kind, 3), tiny(kind, 3), tiny(kind, 4)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert not torch.equal(next(iter(a.parameters())), next(iter(other.parameters())))
-    assert sum(p.numel() for p in a.parameters()) < 300_000
-    with pytest.raises(ValueError, match="kind must be one of wan, cogvideox; got 'hunyuan'"):
-        tiny("hunyuan")
-
-
 @KINDS
 def test_full_size_models_run_in_low_precision(kind, monkeypatch):
     """The builder on a small config: mixed dtypes as diffusers loads them, and attention attached."""
     small = tiny(kind)
     config = {k: v for k, v in small.config.items() if not k.startswith("_")}
-    monkeypatch.setitem(blade_models.FULL_SIZE, "small", (type(small), config))
-    model = blade_models.full_size("small", device="cpu")
+    monkeypatch.setitem(FULL_SIZE, "small", (type(small), config))
+    model = full_size("small", device="cpu")
     arguments = {
         name: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in inputs(kind).items()

@@ -21,11 +21,12 @@ from diffusers import (
 from hone_blade.config import PRESETS, BladeConfig
 from hone_blade.inspection import inspect_pipeline
 from hone_blade.lora import load_blade_lora, save_blade_lora
-from hone_blade.models import attach, tiny
+from hone_blade.models import attach
 from hone_blade.sample import GenerateConfig, find_inputs, generate
 from hone_blade.scheduler import TDMScheduler
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
+from hone_video.architectures import tiny
 from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.data import fake_batch
 from hone_blade.host import Host, HostConfig, load_host, to_latents
 from hone_blade.train import (
     PatchLinear,
@@ -17,6 +16,7 @@ from hone_blade.train import (
 )
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
+from hone_video.clips import fake_batch, segment_glyphs
 
 SMOKE = TrainConfig(
     host=HostConfig(
@@ -109,8 +109,6 @@ def test_a_run_exports_a_host_that_samples(tmp_path):
 
 def batches(cfg, steps, path, *, stop=None):
     """Train a fresh state and return its weights and losses; with ``stop``, in two parts."""
-    from hone_blade.data import segment_glyphs
-
     losses = []
     for last in [stop, steps] if stop else [steps]:
         generator = torch.Generator().manual_seed(cfg.seed)
@@ -208,17 +206,3 @@ def test_wrong_settings_are_refused():
         TrainConfig(steps=0)
     with pytest.raises(ValueError, match="drop must be in"):
         TrainConfig(drop=1.0)
-
-
-@pytest.mark.slow
-def test_the_grader_learns_handwritten_digits():
-    pytest.importorskip("sklearn")
-    from hone_blade.data import load_glyphs
-    from hone_blade.train import classifier_accuracy, train_classifier
-
-    cfg = TrainConfig(classifier_steps=150, classifier_batch=64)
-    host = Host.untrained(cfg.host)
-    train_classifier(cfg, host.classifier, load_glyphs("train"), torch.Generator().manual_seed(0))
-    real = classifier_accuracy(host, load_glyphs("held_out"), clips=64, generator=torch.Generator().manual_seed(1))
-    assert real["digit"].mean() > 0.8
-    assert real["direction"].mean() == 1.0

@@ -25,14 +25,15 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Row, Run
 from hone_core.timing import Timing, measure_interleaved
 from hone_kernels.attention import block_sparse_attention
+from hone_video.architectures import FULL_SIZE, full_size, tiny
+from hone_video.orders import inverse_order, token_order
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import PRESETS, BladeConfig
 from .method import adaptive_sparse_attention, pool_tokens, select_blocks, sparse_layout
-from .models import FULL_SIZE, attach, full_size, tiny
-from .ordering import inverse_order, token_order
+from .models import attach
 from .prober import probe
 from .scheduler import TDMScheduler
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
-__all__ = ["ORDERS", "PRESETS", "BladeConfig", "Mask", "Offsets", "Order", "Preset", "Score", "Selection"]
+from hone_video.grids import ORDERS, Order
+
+__all__ = ["PRESETS", "BladeConfig", "Mask", "Offsets", "Preset", "Score", "Selection"]
 
 Score = Literal["paper", "official", "mean", "lse"]
 Offsets = Literal["seeded", "strided", "random"]
 Selection = Literal["threshold", "topk"]
-Order = Literal["gilbert", "morton", "tile", "raster"]
 Mask = Literal["adaptive", "window", "random", "dense"]
 Backend = Literal["auto", "reference", "triton", "gluon"]
-
-ORDERS: tuple[Order, ...] = get_args(Order)
 
 _KINDS = {
     bool: "True or False",

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hone_video.clips import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
+from hone_video.grader import estimate_motion
 
 from . import plots
-from .data import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
 from .evaluate import Comparison, Outcome, compare, comparison_table, means, write_rows
-from .host import Host, estimate_motion
+from .host import Host
 
 __all__ = ["PROMPTS", "DemoConfig", "DemoReport", "demo"]
 

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from hone_core.progress import progress_bar
+from hone_video.clips import random_labels
+from hone_video.grader import grade
+from hone_video.grids import Order
+from hone_video.quality import psnr, ssim
 from torch import Tensor
 
-from .config import BladeConfig, Order, Score
-from .data import FIELDS, random_labels
-from .host import Host, estimate_motion
+from .config import BladeConfig, Score
+from .host import Host
 from .models import BladeHandle, LayerStats, attach
 
 log = logging.getLogger(__name__)
@@ -37,10 +40,7 @@ __all__ = [
     "compare",
     "comparison_table",
     "evaluate",
-    "grade",
     "means",
-    "psnr",
-    "ssim",
     "write_mean",
     "write_rows",
 ]
@@ -53,8 +53,6 @@ VARIANTS = {
     "random": "random blocks",
 }
 """Name -> what it is. The sparse ones compute equally many query-key pairs, ASA_G up to a block fewer in a row."""
-
-PSNR_CEILING = 100.0
 
 FOOTNOTE = """\
   recall: dense attention's probability on the kept pairs; ASA_G's pooled keys are in the density and not in here.
@@ -198,7 +196,7 @@ class Outcome:
 
     Attributes:
         clips: ``[N, 3, F, H, W]`` in [0, 1], on the CPU.
-        grades: name -> ``[N]``, see :func:`grade`.
+        grades: name -> ``[N]``, see :func:`hone_video.grader.grade`.
         psnr: ``[N]`` dB to the dense clips.
         ssim: ``[N]`` to the dense clips.
         density: query-key pairs computed over all pairs, pooled keys included.
@@ -216,62 +214,6 @@ class Outcome:
     recall: float
     seconds: float | None
     attention_gflop: float
-
-
-def psnr(clips: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each clip over all its pixels, ``[B]`` in dB; 100, the ceiling, for equal clips.
-
-    Args:
-        clips: ``[B, 3, F, H, W]`` in [0, 1].
-        reference: likewise.
-    """
-    _check_pair(clips, reference)
-    error = (clips.double() - reference.double()).square().flatten(1).mean(1)
-    return (-10 * torch.log10(error)).clamp(max=PSNR_CEILING).float()
-
-
-def ssim(clips: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each clip, ``[B]``: the mean over its frames, torchmetrics' 11 x 11 Gaussian window.
-
-    Args:
-        clips: ``[B, 3, F, H, W]`` in [0, 1], frames of at least 11 x 11 pixels.
-        reference: likewise.
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    _check_pair(clips, reference)
-    batch, _, frames = clips.shape[:3]
-    flat = [x.transpose(1, 2).flatten(0, 1).float() for x in (clips, reference)]
-    values = structural_similarity_index_measure(*flat, data_range=1.0, reduction="none")
-    return values.view(batch, frames).mean(1)
-
-
-def grade(host: Host, clips: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Compare what clips show with what was asked for.
-
-    Args:
-        host: its classifier reads digit and color.
-        clips: ``[B, 3, F, H, W]`` in [0, 1].
-        labels: ``[B, 5]``.
-
-    Returns:
-        Per clip, ``[B]`` float (1 right, 0 wrong): ``digit``, ``color``, ``direction``, ``speed``, and ``accuracy``,
-        which is 1 where digit and direction are both right; ``residual_px``, the root mean square distance of the
-        digit's centers from a straight line.
-    """
-    clips = clips.to(host.device)
-    labels = labels.to(host.device)
-    digit, color = host.classifier.classify(clips)
-    motion = estimate_motion(clips)
-
-    def right(name: str, value: Tensor) -> Tensor:
-        return (value == labels[:, FIELDS.index(name)]).float()
-
-    grades = {"digit": right("digit", digit), "color": right("color", color)}
-    grades["direction"] = right("direction", motion.direction) * motion.seen
-    grades["speed"] = right("speed", motion.speed) * motion.seen
-    grades["accuracy"] = grades["digit"] * grades["direction"]
-    return grades | {"residual_px": motion.residual}
 
 
 def bootstrap(values: Tensor, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -367,7 +309,7 @@ def compare(
             dense = clips if dense is None else dense
             outcomes[name] = Outcome(
                 clips=clips,
-                grades={key: value.cpu() for key, value in grade(host, clips, labels).items()},
+                grades={key: value.cpu() for key, value in grade(host.classifier, clips, labels).items()},
                 psnr=psnr(clips, dense),
                 ssim=ssim(clips, dense),
                 density=density,
@@ -613,10 +555,3 @@ class _Sampler:
     def _wait(self) -> None:
         if self.host.device.type == "cuda":
             torch.cuda.synchronize(self.host.device)
-
-
-def _check_pair(clips: Tensor, reference: Tensor) -> None:
-    if clips.shape != reference.shape or clips.ndim != 5:
-        raise ValueError(
-            f"clips and reference must both be [B, 3, F, H, W]; got {list(clips.shape)} and {list(reference.shape)}"
-        )

@@ -21,22 +21,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
+from hone_video.clips import FIELDS, NUM_WORDS, ClipConfig, label_words, parse_prompt
+from hone_video.grader import ClipClassifier
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .data import COLORS, DIRECTIONS, FIELDS, NUM_WORDS, SPEEDS, ClipConfig, label_words, parse_prompt
-
 __all__ = [
-    "ClipClassifier",
     "Host",
     "HostConfig",
-    "Motion",
     "build_transformer",
-    "estimate_motion",
     "load_host",
     "make_scheduler",
     "save_host",
@@ -153,106 +149,6 @@ def build_transformer(cfg: HostConfig, *, seed: int = 0) -> nn.Module:
     return model
 
 
-class ClipClassifier(nn.Module):
-    """Small convolutional net that reads digit and color from frames.
-
-    Args:
-        channels: width of the first layer.
-    """
-
-    def __init__(self, channels: int = 32) -> None:
-        super().__init__()
-        widths = (channels, 2 * channels, 3 * channels, 4 * channels)
-        layers: list[nn.Module] = []
-        previous = 3
-        for index, width in enumerate(widths):
-            layers += [
-                nn.Conv2d(previous, width, 3, stride=1 if index in (0, 2) else 2, padding=1, bias=False),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-            ]
-            previous = width
-        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(2), nn.Flatten())
-        self.digit = nn.Linear(4 * previous, 10)
-        self.color = nn.Linear(4 * previous, len(COLORS))
-
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of digit ``[N, 10]`` and color ``[N, 7]``.
-
-        Args:
-            frames: ``[N, 3, H, W]`` in [0, 1].
-        """
-        features = self.features(frames * 2 - 1)
-        return self.digit(features), self.color(features)
-
-    @torch.no_grad()
-    def classify(self, clips: Tensor) -> tuple[Tensor, Tensor]:
-        """Return digit ``[B]`` and color ``[B]`` of clips by the mean log-probability over their frames.
-
-        Args:
-            clips: ``[B, 3, F, H, W]`` in [0, 1].
-        """
-        batch, _, frames = clips.shape[:3]
-        flat = clips.transpose(1, 2).flatten(0, 1).to(self.digit.weight.dtype)
-        digit, color = (F.log_softmax(logits.float(), -1).view(batch, frames, -1).mean(1) for logits in self(flat))
-        return digit.argmax(-1), color.argmax(-1)
-
-
-@dataclass(frozen=True)
-class Motion:
-    """Motion read off clips.
-
-    Attributes:
-        seen: ``[B]`` bool, whether a digit was there in at least three quarters of the frames; without one the rest
-            means nothing.
-        direction: ``[B]`` index into ``DIRECTIONS``.
-        speed: ``[B]`` index into ``SPEEDS``.
-        velocity: ``[B, 2]`` pixels per frame, (x, y).
-        residual: ``[B]`` root mean square distance of the centers from the fitted line, in pixels.
-    """
-
-    seen: Tensor
-    direction: Tensor
-    speed: Tensor
-    velocity: Tensor
-    residual: Tensor
-
-
-def estimate_motion(clips: Tensor, *, threshold: float = 0.5) -> Motion:
-    """Fit a straight line to the digit's centers.
-
-    A pixel belongs to the digit as far as its brightest channel exceeds ``threshold`` (backgrounds stay under 0.4).
-
-    Args:
-        clips: ``[B, 3, F, H, W]`` in [0, 1].
-        threshold: brightness of the strongest channel where the digit starts.
-    """
-    weight = (clips.float().amax(1) - threshold).clamp(min=0)  # [B, F, H, W]
-    mass = weight.sum((-2, -1))
-    y = torch.arange(clips.shape[-2], device=clips.device) + 0.5
-    x = torch.arange(clips.shape[-1], device=clips.device) + 0.5
-    centers = (
-        torch.stack([(weight.sum(-2) * x).sum(-1), (weight.sum(-1) * y).sum(-1)], -1) / mass.clamp(min=1e-6)[..., None]
-    )
-    seen = (mass > 3.0).float()  # a digit covers 30 to 90 of the 1,024 pixels; three bright ones are noise
-    count = seen.sum(1).clamp(min=1)
-    time = torch.arange(clips.shape[2], device=clips.device, dtype=torch.float32).expand_as(seen)
-    mean_time = (time * seen).sum(1) / count
-    offset = (time - mean_time[:, None]) * seen
-    mean_center = (centers * seen[..., None]).sum(1) / count[:, None]
-    deviation = (centers - mean_center[:, None]) * seen[..., None]
-    velocity = (offset[..., None] * deviation).sum(1) / offset.square().sum(1).clamp(min=1e-6)[:, None]
-    error = deviation - offset[..., None] * velocity[:, None]
-    residual = (error.square().sum(-1).sum(1) / count).sqrt()
-
-    angles = torch.tensor([math.atan2(dy, dx) for dx, dy in DIRECTIONS.values()], device=clips.device)
-    gap = torch.atan2(velocity[:, 1], velocity[:, 0])[:, None] - angles
-    direction = torch.cos(gap).argmax(1)
-    speeds = torch.tensor(list(SPEEDS.values()), device=clips.device)
-    speed = (velocity.abs().amax(1, keepdim=True) - speeds).abs().argmin(1)
-    return Motion(seen.mean(1) >= 0.75, direction, speed, velocity, residual)
-
-
 def to_latents(clips: Tensor) -> Tensor:
     """Map clips from [0, 1] to the model's [-1, 1]."""
     return clips * 2 - 1
@@ -351,7 +247,7 @@ class Host:
         """Return the "text" tokens ``[B, 5, text_dim]`` of labels ``[B, 5]``.
 
         Args:
-            labels: as in ``hone_blade.data.FIELDS``.
+            labels: as in ``hone_video.clips.FIELDS``.
             drop: ``[B]`` bool, rows to encode as "no prompt".
         """
         ids = label_words(labels.to(self.words.device))

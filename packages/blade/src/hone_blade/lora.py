@@ -17,10 +17,10 @@ from diffusers.utils.torch_utils import is_compiled_module
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
+from hone_video.architectures import full_size
 from torch import nn
 
 from .config import BladeConfig
-from .models import full_size
 
 __all__ = ["FILE_NAME", "LoraReport", "expected_keys", "find_lora", "load_blade_lora", "save_blade_lora"]
 
@@ -69,7 +69,7 @@ def expected_keys(model: nn.Module | str, rank: int = 64) -> dict[str, tuple[int
     """Names and shapes of the layout for one model.
 
     Args:
-        model: A transformer, or the name of one in ``hone_blade.models.FULL_SIZE``.
+        model: A transformer, or the name of one in ``hone_video.architectures.FULL_SIZE``.
         rank: Of the LoRA; 64 is published.
 
     Returns:

@@ -1,8 +1,8 @@
 """BLADE's adaptive block-sparse attention (arXiv 2508.10774): probe, select, attend.
 
-A video is cut into blocks of consecutive tokens along a space-filling curve (``ordering``). A few tokens of every block
-are compared (``prober``); each query block keeps the key blocks that matter to it (``select_blocks``); softmax
-attention runs over those (ASA) and, in the same softmax, over mean-pooled tokens of the whole sequence (ASA_G).
+A video is cut into blocks of consecutive tokens along a space-filling curve (``hone_video.orders``). A few tokens of
+every block are compared (``prober``); each query block keeps the key blocks that matter to it (``select_blocks``);
+softmax attention runs over those (ASA) and, in the same softmax, over mean-pooled tokens of the whole sequence (ASA_G).
 Selection has no gradient; attention and pooling have exact ones.
 
 Everywhere ``q, k, v`` hold the video tokens first, in curve order, and then the text tokens, if text is in the

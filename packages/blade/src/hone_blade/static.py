@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from hone_video.orders import token_order
 from jaxtyping import Float
 from torch import Tensor
 
 from .config import BladeConfig
-from .ordering import token_order
 from .prober import hash_numbers
 
 __all__ = ["random_scores", "static_scores", "window_scores"]

@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from hone_video.clips import COLORS, FIELDS, Glyphs, load_glyphs, random_labels, render, segment_glyphs
+from hone_video.grader import grade, train_classifier
 from torch import Tensor, nn
 
-from .data import COLORS, FIELDS, ClipConfig, Glyphs, load_glyphs, random_labels, render, segment_glyphs
-from .evaluate import grade, write_mean
+from .evaluate import write_mean
 from .host import (
     NUM_TRAIN_TIMESTEPS,
-    ClipClassifier,
     Host,
     HostConfig,
     Solver,
@@ -173,41 +173,14 @@ def flow_loss(transformer: nn.Module, latents: Tensor, text: Tensor, sigma: Tens
     return F.mse_loss(velocity.float(), noise - latents)
 
 
-def train_classifier(cfg: TrainConfig, classifier: ClipClassifier, glyphs: Glyphs, generator: torch.Generator) -> None:
-    """Train the grader on distorted single frames, in place.
-
-    Args:
-        cfg: run; ``classifier_steps`` and ``classifier_batch`` are used.
-        classifier: on the glyphs' device.
-        glyphs: training glyphs.
-        generator: of the same device.
-    """
-    device = glyphs.images.device
-    clip = cfg.host.clip
-    still = ClipConfig(frames=2, height=clip.height, width=clip.width, glyph_px=clip.glyph_px)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=cfg.classifier_steps)
-    classifier.train()
-    for _ in range(cfg.classifier_steps):
-        labels = random_labels(cfg.classifier_batch, generator, device)
-        frames = _distort(render(glyphs, labels, still, generator).clips[:, :, 0], generator)
-        digit, color = classifier(frames)
-        loss = F.cross_entropy(digit, labels[:, 0], label_smoothing=0.05) + F.cross_entropy(color, labels[:, 1])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    classifier.eval()
-
-
 @torch.no_grad()
 def classifier_accuracy(host: Host, glyphs: Glyphs, *, clips: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Grade real renders; see :func:`hone_blade.evaluate.grade`."""
+    """Grade real renders; see :func:`hone_video.grader.grade`."""
     parts = []
     for start in range(0, clips, 256):
         labels = random_labels(min(256, clips - start), generator, glyphs.images.device)
         batch = render(glyphs, labels, host.config.clip, generator)
-        parts.append(grade(host, batch.clips, labels))
+        parts.append(grade(host.classifier, batch.clips, labels))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -218,7 +191,7 @@ def grade_samples(
     """Sample clips for random prompts and grade them.
 
     Returns:
-        The columns of :func:`hone_blade.evaluate.grade`, and the first 16 clips.
+        The columns of :func:`hone_video.grader.grade`, and the first 16 clips.
     """
     labels = random_labels(clips, torch.Generator().manual_seed(seed))
     noise = host.noise(clips, seed)
@@ -226,7 +199,7 @@ def grade_samples(
     for start in range(0, clips, chunk):
         rows = slice(start, start + chunk)
         made = host.sample(host.encode_labels(labels[rows]), noise[rows], steps=steps, solver=solver, guidance=guidance)
-        parts.append(grade(host, made, labels[rows]))
+        parts.append(grade(host.classifier, made, labels[rows]))
         shown.append(made[:16])
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, torch.cat(shown)[:16].cpu()
 
@@ -270,7 +243,14 @@ def train_host(
     state = _TrainState(cfg, host, checkpoint or run.artifacts / "checkpoint.pt", generator)
     if not state.resume():
         started = time.perf_counter()
-        train_classifier(cfg, host.classifier, glyphs, generator)
+        train_classifier(
+            host.classifier,
+            glyphs,
+            cfg.host.clip,
+            steps=cfg.classifier_steps,
+            batch=cfg.classifier_batch,
+            generator=generator,
+        )
         log.info("classifier trained in %.0f s", time.perf_counter() - started)
     real = classifier_accuracy(
         host, held_out, clips=4 * cfg.eval_clips, generator=torch.Generator(device).manual_seed(1)
@@ -443,25 +423,6 @@ def _start_from(host: Host, earlier: Host, path: Path) -> None:
         raise CheckpointError(f"{path} has another architecture: {earlier.config}; this run trains {host.config}")
     host.transformer.load_state_dict(earlier.transformer.state_dict())
     host.words = earlier.words
-
-
-def _distort(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate, scale, shear, blur and add noise, so that such flaws of a generator alone change no grade."""
-    count, device = len(frames), frames.device
-
-    def spread(width: float) -> Tensor:
-        return (torch.rand(count, generator=generator, device=device) * 2 - 1) * width
-
-    angle, scale, shear = spread(0.15), 1 + spread(0.12), spread(0.12)
-    cos, sin, zero = torch.cos(angle) * scale, torch.sin(angle) * scale, torch.zeros_like(scale)
-    matrix = torch.stack([cos, shear - sin, zero, sin, cos, zero], 1).view(count, 2, 3)
-    grid = F.affine_grid(matrix, list(frames.shape), align_corners=False)
-    frames = F.grid_sample(frames, grid, padding_mode="reflection", align_corners=False)
-    blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    mix = (torch.rand(count, generator=generator, device=device) * 0.7).view(-1, 1, 1, 1)
-    level = (torch.rand(count, generator=generator, device=device) * 0.12).view(-1, 1, 1, 1)
-    noise = torch.randn(frames.shape, generator=generator, device=device)
-    return (frames + mix * (blurred - frames) + level * noise).clamp(0, 1)
 
 
 def _grade_export(cfg: TrainConfig, run: Any, path: Path, device: torch.device) -> tuple[dict[str, float], Tensor]:

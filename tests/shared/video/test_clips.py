@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hone_blade.data import (
+from hone_video.clips import (
     COLORS,
     DIRECTIONS,
     FIELDS,

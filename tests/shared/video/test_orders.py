@@ -3,8 +3,8 @@ import time
 
 import pytest
 import torch
-from hone_blade import ordering
-from hone_blade.ordering import (
+from hone_video import orders
+from hone_video.orders import (
     gilbert_order,
     inverse_order,
     morton_order,
@@ -160,10 +160,10 @@ def test_token_order_is_kept_and_undone(name):
 
 
 def test_orders_kept_are_few(monkeypatch):
-    monkeypatch.setattr(ordering, "_kept", {})
+    monkeypatch.setattr(orders, "_kept", {})
     for width in range(1, 100):
         token_order("raster", 1, 1, width)
-    assert len(ordering._kept) == 64
+    assert len(orders._kept) == 64
     assert len(token_order("raster", 1, 1, 1)) == 1
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import ORDERS, Order
+from .grids import ORDERS, Order
 
 __all__ = ["gilbert_order", "inverse_order", "morton_order", "raster_order", "reorder", "tile_order", "token_order"]
 
@@ -237,7 +237,7 @@ def _token_order(
     return _kept[key]
 
 
-@torch.library.custom_op("hone_blade::token_order", mutates_args=())
+@torch.library.custom_op("hone_video::token_order", mutates_args=())
 def _token_order_op(name: str, frames: int, height: int, width: int, tile: list[int], device: torch.device) -> Tensor:
     """For ``torch.compile``, which cannot trace through the curve and may overwrite what an op returns."""
     return _token_order(name, frames, height, width, (tile[0], tile[1], tile[2]), device).clone()

@@ -1,4 +1,4 @@
-"""Generated, labelled clips of one moving digit: the data of the tiny host.
+"""Generated, labelled clips of one moving digit: the data of tiny hosts.
 
 Every clip is drawn from five labels (digit, color, direction, speed, background), so that what a model made of a
 prompt can be checked without a judge. A glyph keeps its handwriting through the clip and never leaves the frame; its
@@ -174,7 +174,7 @@ def load_glyphs(split: Literal["train", "held_out"], device: torch.device | str 
     except ImportError as error:
         from hone_core.errors import MissingExtraError
 
-        raise MissingExtraError("train", "hone-blade", "the handwritten digits that clips are made of") from error
+        raise MissingExtraError("digits", "hone-video", "the handwritten digits that clips are made of") from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float() / 16
     digits = torch.from_numpy(bunch.target).long()

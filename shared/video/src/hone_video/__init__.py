@@ -1,0 +1,19 @@
+"""Video diffusion transformers of diffusers: what the methods that change their attention share.
+
+Token orders, tiny models of the real classes, generated clips with a grader, and quality metrics.
+"""
+
+from hone_core.lazy import attach as _lazy
+
+__getattr__, __dir__, __all__ = _lazy(
+    __name__,
+    {
+        "architectures": ["FULL_SIZE", "full_size", "tiny"],
+        "clips": ["ClipConfig", "fake_batch", "load_glyphs", "render"],
+        "grader": ["ClipClassifier", "estimate_motion", "grade"],
+        "grids": ["ORDERS", "Grid", "Order"],
+        "orders": ["inverse_order", "reorder", "token_order"],
+        "quality": ["psnr", "ssim"],
+    },
+)
+__version__ = "0.1.0"
