@@ -1,7 +1,10 @@
+import math
 import time
 
 import pytest
-from hone_core.timing import _percentile, measure, measure_interleaved
+import torch
+from hone_core.testing import requires_gpu
+from hone_core.timing import Stopwatch, _percentile, check_values, measure, measure_interleaved
 
 
 def test_percentiles_by_hand():
@@ -47,3 +50,39 @@ def test_bad_arguments():
         measure(lambda: None, repeats=0, device="cpu")
     with pytest.raises(ValueError, match="cold_l2 needs a CUDA device; got cpu"):
         measure(lambda: None, cold_l2=True, device="cpu")
+
+
+def test_stopwatch():
+    with Stopwatch("cpu") as watch:
+        time.sleep(0.01)
+    assert 0.01 <= watch.seconds < 5
+    assert watch.peak_bytes is None
+    with pytest.raises(KeyError), Stopwatch("cpu"):
+        raise KeyError
+
+
+@requires_gpu()
+def test_stopwatch_waits_for_the_device_and_sees_its_memory():
+    x = torch.zeros(2**20, device="cuda")
+    with Stopwatch("cuda") as watch:
+        torch.cuda._sleep(200_000_000)
+        y = x + 1
+        del y
+    # 0.2 s at 1 GHz; GPUs run at most at 2.5
+    assert watch.seconds > 0.05
+    assert watch.peak_bytes >= 2 * 4 * 2**20
+
+
+def test_values_come_before_times():
+    want = torch.tensor([3.0, 4.0])
+    got = torch.tensor([3.0, 4.5])
+    assert check_values("it", got, want, tolerance=0.2) == pytest.approx(0.1)
+    assert check_values("it", got.double(), want, tolerance=0.2) == pytest.approx(0.1)
+    assert check_values("it", want.bfloat16(), want, tolerance=1e-6) == 0
+    with pytest.raises(RuntimeError, match=r"asa is wrong on cpu: relative error 1.00e-01, .*No time is reported"):
+        check_values("asa", got, want, tolerance=0.1)
+    for broken in (torch.tensor([3.0, math.nan]), torch.tensor([3.0, math.inf])):
+        with pytest.raises(RuntimeError, match="is wrong on cpu"):
+            check_values("it", broken, want, tolerance=0.1)
+    with pytest.raises(RuntimeError, match=r"has the shape \[1\] and its reference \[2\]"):
+        check_values("it", torch.zeros(1), want, tolerance=0.1)

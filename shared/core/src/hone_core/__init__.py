@@ -18,10 +18,11 @@ __getattr__, __dir__, __all__ = attach(
         "handles": ["CallState", "Handle", "Hooks", "resolve"],
         "io": ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"],
         "lazy": [],
+        "plots": ["Sheet", "drawing"],
         "progress": ["progress_bar", "track"],
         "runs": ["Row", "Run", "export_results", "load_results"],
         "statistics": ["Paired", "bootstrap_accuracies", "bootstrap_interval", "mcnemar", "paired"],
         "testing": [],
-        "timing": ["Timing", "measure", "measure_interleaved"],
+        "timing": ["Stopwatch", "Timing", "check_values", "measure", "measure_interleaved"],
     },
 )

@@ -1,16 +1,20 @@
-"""One timer for every speed figure: warm-up, percentiles, cold L2, peak memory, interleaved variants."""
+"""One timer for every speed figure: warm-up, percentiles, cold L2, peak memory, interleaved variants.
+
+Values come before times: ``check_values`` first, then ``measure_interleaved``, or a ``Stopwatch`` for what runs once.
+"""
 
 import math
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Timing", "measure", "measure_interleaved"]
+__all__ = ["Stopwatch", "Timing", "check_values", "measure", "measure_interleaved"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +114,86 @@ def measure_interleaved(
         )
         for name, values in samples.items()
     }
+
+
+class Stopwatch:
+    """Wall clock and peak memory of a block, which begins and ends with the device idle.
+
+    For what runs once or a few times, such as a whole video: it synchronises twice, which a short call would feel.
+
+    Attributes:
+        seconds: Length of the block, once it has ended.
+        peak_bytes: The most memory that torch's allocator held in it (None on the CPU, where torch does not count).
+
+    Example:
+        ``with Stopwatch(device) as watch: pipe(...)``, then ``watch.seconds``
+    """
+
+    seconds: float
+    peak_bytes: int | None
+
+    def __init__(self, device: "str | torch.device") -> None:
+        import torch
+
+        self._device = torch.device(device)
+
+    def __enter__(self) -> Self:
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        import torch
+
+        if error is not None:
+            # Waiting for a device that failed would raise in place of the error.
+            return
+        gpu = self._device.type == "cuda"
+        if gpu:
+            torch.cuda.synchronize(self._device)
+        self.seconds = time.perf_counter() - self._start
+        self.peak_bytes = torch.cuda.max_memory_allocated(self._device) if gpu else None
+
+
+def check_values(
+    what: str, got: "torch.Tensor", want: "torch.Tensor", *, tolerance: float, advice: str = "Run its tests here"
+) -> float:
+    """Compare a result with its reference, so that what is wrong is never timed.
+
+    Args:
+        what: Is compared, such as "asa attention"; the message begins with it.
+        got: The result.
+        want: The reference, of the same shape.
+        tolerance: Relative error from which it is wrong: the norm of the difference over that of ``want``.
+        advice: What to do then.
+
+    Returns:
+        The relative error, computed in float32 (float64 where one of the two is).
+
+    Raises:
+        RuntimeError: The shapes differ, or the error is not below ``tolerance``, as with a NaN.
+    """
+    import torch
+
+    if got.shape != want.shape:
+        raise RuntimeError(
+            f"{what} has the shape {list(got.shape)} and its reference {list(want.shape)}. No time is reported"
+        )
+    wide = torch.promote_types(torch.promote_types(got.dtype, want.dtype), torch.float32)
+    expected = want.to(wide)
+    error = float((got.to(wide) - expected).norm() / expected.norm())
+    if not error < tolerance:
+        raise RuntimeError(
+            f"{what} is wrong on {got.device}: relative error {error:.2e}, expected below {tolerance:g}. "
+            f"No time is reported. {advice}"
+        )
+    return error
 
 
 class _CpuClock:
