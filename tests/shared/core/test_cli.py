@@ -1,13 +1,16 @@
+import dataclasses
 import json
 import logging
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from hone_core import runs
 from hone_core.cli import Verb, run_cli
+from hone_core.config import flag
 from hone_core.errors import MissingExtraError
 
 
@@ -69,7 +72,7 @@ VERBS = {
     "nothing": nothing,
     "broken": broken,
     "odd": odd,
-    "far": Verb("hone_core.no_such_module:run", "Lives far away."),
+    "far": Verb(run="hone_core.no_such_module:run", help="Lives far away."),
 }
 
 
@@ -263,7 +266,7 @@ def test_values_that_json_lacks_become_strings(call):
 
 
 def test_importing_core_loads_no_torch():
-    modules = ["cli", "config", "devices", "environment", "errors", "io", "lazy", "progress", "runs", "timing"]
+    modules = ["cli", "config", "devices", "environment", "errors", "flags", "io", "lazy", "progress", "runs", "timing"]
     code = f"import sys, {', '.join(f'hone_core.{m}' for m in modules)}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -304,3 +307,306 @@ def test_help_of_flags_that_may_be_left_out(capsys):
         run_cli("hone-core", {"sample": sample}, "", argv)
     shown = json.loads(capsys.readouterr().out)
     assert shown == {"prompt": ["a", "b"], "steps": None, "folder": None, "kind": "asa"}
+
+
+# Verbs with a config.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    steps: int = 8
+    """Denoising steps."""
+    seed: int = 0
+    """Of the noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawConfig:
+    """What to draw."""
+
+    prompts: tuple[str, ...] = field(default=("a fox",), metadata=flag("prompt"))
+    """What to draw; a word such as ``fox``."""
+    size: tuple[int, int] = (2, 3)
+    """Height and width."""
+    limit: int | None = None
+    """Only so many prompts (default: all)."""
+    kind: Literal["dense", "asa"] = "asa"
+    """Attention."""
+    weights: Path | None = None
+    """File to look for."""
+    noise: Noise = field(default_factory=Noise)
+    compile: bool = True
+    """Compile blocks."""
+    control: bool = False
+    """Add a control."""
+    table: dict[str, int] = field(default_factory=dict, metadata=flag(hidden=True))
+    crash: bool = field(default=False, metadata=flag(stored=False))
+    """Fail half way."""
+    again: bool = field(default=False, metadata=flag(stored=False))
+    """Add to a finished run."""
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1; got {self.limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawReport(runs.Report):
+    mean: float
+
+    @classmethod
+    def of(cls, run):
+        return cls(path=run.path, rows=tuple(run.rows), mean=run.rows[-1].value)
+
+    def __str__(self):
+        return f"mean {self.mean} of {len(self.rows)} in {self.path.name}"
+
+
+def prepare(cfg: DrawConfig) -> DrawConfig:
+    if cfg.weights is not None and not cfg.weights.exists():
+        raise FileNotFoundError(f"there is no file {cfg.weights}")
+    return dataclasses.replace(cfg, prompts=cfg.prompts[: cfg.limit], limit=None)
+
+
+def opened(cfg, run):
+    if cfg.again and run.done:
+        run.reopen()
+
+
+CALLS = []
+
+
+def draw(cfg: DrawConfig, run: runs.Run) -> DrawReport:
+    CALLS.append((cfg, run.device, run.quiet, run.command, run.resumed))
+    run.row("first", 1.0, better="none")
+    if cfg.crash:
+        raise ValueError("the pen broke")
+    run.row("mean", cfg.noise.steps / 4, better="none", variant=cfg.kind)
+    return DrawReport.of(run)
+
+
+def whole(cfg: DrawConfig, run: runs.Run) -> "runs.Report":
+    run.row("time", 1.25, unit="ms", better="lower", spread=0.5, variant="dense", labels={"frames": 8})
+    return runs.Report.of(run)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedyConfig:
+    model: str
+    """Folder of a model."""
+    steps: int = 4
+    """Steps."""
+
+
+def needy(cfg: NeedyConfig, run: runs.Run) -> runs.Report:
+    return runs.Report.of(run)
+
+
+TABLE = {
+    "draw": Verb(
+        run=f"{__name__}:draw",
+        help="Draw something.",
+        config=f"{__name__}:DrawConfig",
+        prepare=f"{__name__}:prepare",
+        opened=f"{__name__}:opened",
+    ),
+    "whole": Verb(run=f"{__name__}:whole", help="Report rows.", config=f"{__name__}:DrawConfig"),
+    "needy": Verb(run=f"{__name__}:needy", help="Need a model.", config=f"{__name__}:NeedyConfig"),
+}
+
+
+@pytest.fixture
+def table(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    CALLS.clear()
+
+    def run(argv):
+        with pytest.raises(SystemExit) as caught:
+            run_cli("hone-core", TABLE, "Core things.", argv.split())
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return run
+
+
+def plan(table, argv):
+    code, out, err = table(f"{argv} --dry-run --json --quiet")
+    assert code == 0, err
+    return json.loads(out)["config"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "path", "value"),
+    [
+        ("--prompt a b", ("prompts",), ["a", "b"]),
+        ("--prompt a --prompt b", ("prompts",), ["a", "b"]),
+        ("--prompt=a", ("prompts",), ["a"]),
+        ("--size 4 5", ("size",), [4, 5]),
+        ("--kind dense", ("kind",), "dense"),
+        ("--steps 2", ("noise", "steps"), 2),
+        ("--weights here", ("weights",), "here"),
+        ("--compile", ("compile",), True),
+        ("--no-compile", ("compile",), False),
+        ("--control", ("control",), True),
+        ("--no-control", ("control",), False),
+    ],
+)
+@pytest.mark.parametrize("file", [False, True])
+def test_flags_of_every_kind_change_defaults_and_a_file(table, tmp_path, argv, path, value, file):
+    (tmp_path / "here").touch()
+    if file:
+        stored = {"prompts": ["x"], "size": [9, 9], "kind": "asa", "noise": {"steps": 5}, "table": {"a": 1}}
+        # A switch of the file is what the flag is not, so that a flag that is dropped shows.
+        stored |= {"compile": argv == "--no-compile", "control": argv == "--no-control"}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        argv += " --config config.json"
+    got = plan(table, f"draw {argv}")
+    if file:
+        assert got["table"] == {"a": 1}
+        assert got["noise"]["steps"] == (2 if "--steps" in argv else 5)
+        assert got["prompts"] == (["x"] if "--prompt" not in argv else value)
+    for name in path:
+        got = got[name]
+    assert got == value
+
+
+def test_dry_run_prints_the_prepared_plan_and_makes_nothing(table, tmp_path):
+    code, out, _ = table("draw --prompt a b c --limit 2 --out run --dry-run --json")
+    assert code == 0
+    assert json.loads(out)["config"]["prompts"] == ["a", "b"]
+    assert json.loads(out)["out"] == "run"
+    assert json.loads(table("draw --dry-run --json")[1])["out"] == "runs/hone-core/draw/..."
+    code, _, err = table("draw --weights absent --dry-run")
+    assert (code, err) == (1, "hone-core draw: error: there is no file absent\n")
+    assert not CALLS
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_gets_what_is_no_part_of_its_config(table):
+    assert table("draw --out run --device cuda:1 --quiet --steps 2")[:2] == (0, "mean 0.5 of 2 in run\n")
+    ((cfg, device, quiet, command, resumed),) = CALLS
+    assert cfg == DrawConfig(noise=Noise(steps=2))
+    assert (device, quiet, resumed) == ("cuda:1", True, False)
+    assert command == "hone-core draw --out run --device cuda:1 --quiet --steps 2"
+
+
+def test_a_finished_run_prints_the_same_and_runs_nothing(table, tmp_path):
+    first = table("draw --out run")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    assert first[0] == 0
+    assert table("draw --out run") == first
+    assert table("draw --out run --config run/config.json")[:2] == first[:2]
+    assert len(CALLS) == 1
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    shown = json.loads(table("draw --out run --json")[1])
+    assert (shown["path"], shown["mean"], shown["rows"][1]["variant"]) == ("run", 2.0, "asa")
+    code, out, err = table("draw --out run --steps 3")
+    assert (code, out) == (1, "")
+    assert "config.noise.steps 8 there, 3 here" in err
+
+
+def test_a_failed_run_is_resumed(table):
+    code, out, err = table("draw --out run --crash --quiet")
+    assert (code, out, err) == (1, "", "hone-core draw: error: the pen broke\n")
+    assert runs.load_results("run")["status"] == "failed"
+    assert table("draw --out run")[:2] == (0, "mean 2.0 of 2 in run\n")
+    assert [resumed for *_, resumed in CALLS] == [False, True]
+
+
+def test_a_finished_run_can_be_opened_again(table):
+    table("draw --out run")
+    assert table("draw --out run --again")[0] == 0
+    assert [resumed for *_, resumed in CALLS] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("argv", "preset", "seed"),
+    [("", "default", 0), ("--seed 3", "default", 3), ("--steps 2 --seed 1", None, 1), ("--prompt a", None, 0)],
+)
+def test_seed_and_preset_are_those_of_the_config(table, argv, preset, seed):
+    table(f"draw --out run {argv}")
+    results = runs.load_results("run")
+    assert (results["preset"], results["seed"], results["verb"]) == (preset, seed, "draw")
+
+
+def test_the_plain_report_is_a_line_per_row(table):
+    code, out, _ = table("whole --out run")
+    assert code == 0
+    assert out == "time           dense              1.25 ms +- 0.5   (frames 8)\nresults  run/results.json\n"
+    assert table("whole --out run")[1] == out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--kind other",
+        "--size 1",
+        "--table 1",
+        "--limit x",
+        "--sead 1",
+        "--kind asa --kind asa",
+        "--no-limit",
+        "--config",
+    ],
+)
+def test_wrong_flags_of_a_config_are_usage_errors(table, tmp_path, argv):
+    code, out, err = table(f"draw {argv}")
+    assert (code, out) == (2, "")
+    assert err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "absent.json: expected a JSON config, but it cannot be read (No such file or directory)."),
+        ("{", "absent.json: expected a JSON config; "),
+        ('{"nois": {}}', "absent.json: DrawConfig: unknown key 'nois'; did you mean 'noise'?"),
+        ('{"noise": {"steps": 1.5}}', "absent.json: noise.steps: expected a whole number; got 1.5"),
+        ('{"limit": 0}', "limit must be at least 1; got 0"),
+    ],
+)
+def test_a_config_file_that_does_not_fit_is_one_line(table, tmp_path, content, line):
+    if content is not None:
+        (tmp_path / "absent.json").write_text(content)
+    code, out, err = table("draw --config absent.json")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"hone-core draw: error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_a_field_without_default_must_be_given(table, tmp_path):
+    code, out, err = table("needy")
+    assert (code, out, err) == (2, "", "hone-core needy: error: --model is needed: Folder of a model.\n")
+    assert plan(table, "needy --model m") == {"model": "m", "steps": 4}
+    (tmp_path / "config.json").write_text('{"model": "there"}')
+    assert plan(table, "needy --config config.json --steps 2") == {"model": "there", "steps": 2}
+
+
+def test_help_of_a_config(table, tmp_path):
+    def text(argv):
+        code, out, _ = table(argv)
+        assert code == 0
+        return " ".join(out.replace("│", " ").split())
+
+    shown = text("draw --help")
+    assert "None" not in shown
+    for part in (
+        "Draw something.",
+        "--prompt [STR [STR ...]] What to draw; a word such as fox. (default: 'a fox')",
+        "--limit INT Only so many prompts (default: all). --kind {dense,asa} Attention. (default: asa)",
+        "--compile, --no-compile Compile blocks. (default: True)",
+        "--weights PATH File to look for.",
+        "--config PATH A run's config.json to start from",
+        "--dry-run",
+        "--device STR auto, cpu, cuda or cuda:1. (default: auto)",
+        "--quiet Only warnings and errors on stderr.",
+    ):
+        assert part in shown, part
+    assert "--table" not in shown
+    assert "--no-dry-run" not in shown
+    (tmp_path / "config.json").write_text('{"noise": {"steps": 5}, "compile": false}')
+    shown = text("draw --help --config config.json")
+    assert "Denoising steps. (default: 5)" in shown
+    assert "Compile blocks. (default: False)" in shown
+    assert "Folder of a model. (required)" in text("needy --help")

@@ -4,9 +4,9 @@ A cheap probe of queries and keys decides, per head and block of queries, which 
 skipped, or seen through mean-pooled tokens. Paper: arXiv 2508.10774.
 """
 
-from hone_core.lazy import attach as _lazy
+from hone_core.lazy import lazy_names as _lazy_names
 
-__getattr__, __dir__, __all__ = _lazy(
+__getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["BladeConfig", "PRESETS"],

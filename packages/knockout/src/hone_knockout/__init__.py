@@ -4,9 +4,9 @@ Block chosen query-key pairs (text to video, frame to frame, within a frame) in 
 costs, and let visual tokens leave where nothing reads them any more. Paper: arXiv 2508.15360.
 """
 
-from hone_core.lazy import attach as _lazy
+from hone_core.lazy import lazy_names as _lazy_names
 
-__getattr__, __dir__, __all__ = _lazy(
+__getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["PRESETS", "Knockout", "KnockoutConfig"],

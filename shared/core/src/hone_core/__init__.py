@@ -3,24 +3,25 @@
 Import the submodules (``from hone_core.runs import Run``); none of them loads torch until something needs it.
 """
 
-from hone_core.lazy import attach
+from hone_core.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = attach(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "cli": ["Verb", "run_cli"],
-        "config": ["from_dict", "load_config", "save_config", "to_dict"],
-        "devices": ["resolve_device", "resolve_dtype", "seed_everything"],
+        "config": ["flag", "from_dict", "load_config", "to_dict"],
+        "devices": ["resolve_device", "resolve_dtype"],
         "environment": [],
         "errors": ["CheckpointError", "MissingExtraError", "UnsupportedHardwareError"],
+        "flags": ["Flag", "flags_of"],
         "handles": ["CallState", "Handle", "Hooks", "resolve"],
         "io": ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"],
         "lazy": [],
         "plots": ["Sheet", "drawing"],
-        "progress": ["progress_bar", "track"],
-        "runs": ["Row", "Run", "export_results", "load_results"],
+        "progress": ["progress_bar"],
+        "runs": ["Report", "Row", "Run", "export_results", "load_results"],
         "statistics": ["Paired", "bootstrap_accuracies", "bootstrap_interval", "mcnemar", "paired"],
         "testing": [],
         "timing": ["Stopwatch", "Timing", "check_values", "measure", "measure_interleaved"],

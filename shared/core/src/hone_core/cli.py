@@ -1,10 +1,11 @@
-"""Verbs of a command line, from functions to tyro.
+"""Verbs of a command line, from config dataclasses (or functions) to tyro.
 
-A package's ``cli.py`` is a dict of verbs and one call of ``run_cli``. Each verb is a function whose keyword arguments
-are its flags; heavy imports stay inside it, so that ``--help`` takes well under a second.
+A package's ``cli.py`` is a table of verbs and one call of ``run_cli``. The flags of a verb are the fields of its
+config; nothing but the config's module is imported for ``--help``, which takes well under a second.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -12,13 +13,16 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 from hone_core.errors import MissingExtraError, UnsupportedHardwareError
+from hone_core.flags import RUN_FLAGS, Flag, apply, flags_of, is_default
 
 __all__ = ["FAILED", "OK", "USAGE", "Verb", "run_cli"]
 
@@ -28,20 +32,35 @@ OK, FAILED, USAGE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A verb whose module is imported only when the verb is called.
+    """A verb, by the names of what it is made of; each is imported only when the verb is called.
+
+    With a config, its flags are the config's fields (see ``hone_core.flags``) and those of every run: ``--config`` (a
+    file in place of the defaults; a flag that is given overrides it), ``--out``, ``--device`` and ``--dry-run``. It
+    runs in a run folder: a finished run of the same command is only reported, an unfinished one is resumed. The printed
+    report is ``Report.of(run)``, made from what the folder holds, of the class that ``run`` is annotated to return.
 
     Args:
-        target: ``"package.module:function"``.
+        run: ``"package.module:function"``. With a config ``function(cfg, run) -> Report``, of a ``hone_core.runs.Run``
+            and a subclass of ``hone_core.runs.Report``; else a function whose keyword arguments are the flags.
         help: One line for the list of verbs.
+        config: ``"package.module:Class"`` of a frozen dataclass, in a module that imports no torch. Fields ``seed`` and
+            ``preset`` are the run's; a run of nothing but defaults has the preset ``default``.
+        prepare: ``"package.module:function"``, ``function(cfg) -> cfg``, called before the run folder is opened and
+            before ``--dry-run`` prints: it looks for inputs and completes the config. Doing so twice is as once.
+        opened: ``"package.module:function"``, ``function(cfg, run) -> None``, called with the run before it is entered;
+            it may ``reopen`` a finished one, or refuse.
     """
 
-    target: str
+    run: str
     help: str
+    config: str | None = None
+    prepare: str | None = None
+    opened: str | None = None
 
-    def load(self) -> Callable[..., Any]:
-        """Import the module and return the function."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+
+def _import(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def run_cli(
@@ -52,10 +71,11 @@ def run_cli(
 ) -> None:
     """Run one verb and exit.
 
-    Each verb gets the flags that its signature declares and, on top, ``--json`` (the result as JSON on stdout),
-    ``--quiet`` (only warnings and errors on stderr) and ``--verbose`` (debug lines, and the traceback of an error). A
-    verb that declares ``json``, ``quiet`` or ``verbose`` itself gets the value passed on. A flag whose default is None
-    shows no default of its own; its line in the docstring says what holds then, as in ``(default: 8)``.
+    Each verb gets the flags of its config (see ``Verb``), or those that its signature declares, and on top ``--json``
+    (the result as JSON on stdout), ``--quiet`` (only warnings and errors on stderr) and ``--verbose`` (debug lines, and
+    the traceback of an error). A function that declares ``json``, ``quiet`` or ``verbose`` itself gets the value passed
+    on. A flag whose default is None or empty shows no default of its own; its line of help says what holds then, as in
+    ``(default: 8)``.
 
     A flag of many values (``tuple[T, ...]``, ``list[T]``) takes them after one flag, ``--host A B``, or with a flag
     each, ``--host A --host B``. Any other flag that is given twice is wrong usage.
@@ -96,7 +116,7 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
 
     show_traceback = "--verbose" in args or os.environ.get("HONE_TRACEBACK", "") not in ("", "0")
     try:
-        fn = verb.load() if isinstance(verb, Verb) else verb
+        fn = _function_of(prog, verb, args)
         call, common = tyro.cli(_with_common_flags(fn), args=_gather_repeats(fn, args), prog=prog)
         _set_up_logging(quiet=common["quiet"], verbose=common["verbose"])
         _print_result(call(), as_json=common["json"])
@@ -120,6 +140,113 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
 
 class _UsageError(Exception):
     """What is wrong with the flags, where tyro says nothing."""
+
+
+def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> Callable[..., Any]:
+    """The function whose keyword arguments are the verb's flags."""
+    if not isinstance(verb, Verb):
+        return verb
+    if verb.config is None:
+        return _import(verb.run)
+    import tyro
+
+    from hone_core.config import read_config
+
+    cls, file = _import(verb.config), _value_of("--config", args)
+    values = None if file is None else read_config(file)
+    try:
+        flags = flags_of(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    given = _given(args)
+
+    def call(*, config: Path | None, out: Path | None, device: str, dry_run: bool, quiet: bool, **parsed: Any) -> Any:
+        for flag in flags:
+            if flag.required and flag.name not in given:
+                raise _UsageError(f"--{flag.name.replace('_', '-')} is needed: {flag.help}")
+        cfg = apply(cls, values, {flag: parsed[flag.name] for flag in flags if flag.name in given})
+        if verb.prepare is not None:
+            cfg = _import(verb.prepare)(cfg)
+        package, name = prog.split()
+        if dry_run:
+            from hone_core.config import to_dict
+
+            return {"config": to_dict(cfg), "out": str(out or f"runs/{package}/{name}/...")}
+        return _run_folder(
+            verb,
+            cfg,
+            package=package,
+            verb=name,
+            out=out,
+            preset=getattr(cfg, "preset", None) or ("default" if is_default(cfg) else None),
+            seed=_seed_of(cfg, flags),
+            device=device,
+            quiet=quiet,
+            command=shlex.join([package, name, *args]),
+        )
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            flag.name,
+            keyword,
+            default=None if flag.required else flag.default,
+            annotation=Optional[flag.kind] if flag.required else flag.kind,  # noqa: UP045 - of a type at run time
+        )
+        for flag in flags
+    ]
+    of_run = {"config": (Path | None, None), "out": (Path | None, None), "device": (str, "auto")}
+    switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+    of_run |= {"dry_run": (switch, False), "quiet": (switch, False)}
+    parameters += [
+        inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in of_run.items()
+    ]
+    lines = {flag.name: flag.help + " (required)" * flag.required for flag in flags} | RUN_FLAGS
+    lines["quiet"] = _COMMON["quiet"]
+    call.__signature__ = inspect.Signature(parameters)
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__doc__ = f"{verb.help}\n\nArgs:\n" + "\n".join(f"    {name}: {text}" for name, text in lines.items())
+    return call
+
+
+def _run_folder(table: Verb, cfg: Any, **start: Any) -> Any:
+    """Open the run folder, run the verb in it unless it has run, and report what is there."""
+    from hone_core.runs import Run
+
+    function = _import(table.run)
+    report = function.__annotations__["return"]
+    if isinstance(report, str):
+        report = eval(report, function.__globals__)
+    run = Run.start(config=cfg, **start)
+    if table.opened is not None:
+        _import(table.opened)(cfg, run)
+    if not run.done:
+        with run:
+            function(cfg, run)
+    return report.of(run)
+
+
+def _seed_of(cfg: Any, flags: list[Flag]) -> int:
+    """Value of the field ``seed`` that lies least deep; 0 where there is none."""
+    for flag in sorted(flags, key=lambda flag: len(flag.path)):
+        if flag.path[-1] == "seed":
+            return functools.reduce(getattr, flag.path, cfg)
+    return getattr(cfg, "seed", 0)
+
+
+def _value_of(name: str, args: list[str]) -> str | None:
+    """Value of a flag on the command line, before its parser is built."""
+    for arg, after in zip(args, [*args, None][1:], strict=True):
+        head, equals, value = arg.partition("=")
+        if head == name:
+            return value if equals else after
+    return None
+
+
+def _given(args: list[str]) -> set[str]:
+    """Names of the flags on a command line; ``--no-x`` gives ``x``."""
+    heads = {arg.partition("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
+    return heads | {head.removeprefix("no_") for head in heads}
 
 
 def _gather_repeats(fn: Callable[..., Any], args: list[str]) -> list[str]:
@@ -195,8 +322,8 @@ def _with_common_flags(fn: Callable[..., Any]) -> Callable[..., tuple[Callable[[
     hints = typing.get_type_hints(fn, include_extras=True)
     hints.pop("return", None)
     for name, parameter in signature.parameters.items():
-        if parameter.default is None and name in hints:
-            # None only says that the flag was left out: it is no value to type, and what then holds stands in the text.
+        if (parameter.default is None or parameter.default in ((), [], "")) and name in hints:
+            # This only says that the flag was left out: it is no value to show, and what then holds stands in the text.
             shown = tyro.conf.arg(metavar=_metavar(hints[name]), help_behavior_hint="")
             hints[name] = typing.Annotated[hints[name], shown]
     parsed.__annotations__ = hints | {parameter.name: switch for parameter in extra}

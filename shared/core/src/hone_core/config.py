@@ -1,7 +1,7 @@
 """Configs: frozen dataclasses to JSON and back, with nothing guessed.
 
 A field that is missing, unknown or of the wrong type is an error that names the field, so that an old or mistyped
-config file never runs as something else.
+config file never runs as something else. ``hone_core.flags`` makes the flags of a command line from the same classes.
 """
 
 import dataclasses
@@ -15,9 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hone_core.io import atomic_write_json
-
-__all__ = ["from_dict", "load_config", "save_config", "to_dict"]
+__all__ = ["decode", "encode", "flag", "from_dict", "known_fields", "load_config", "read_config", "to_dict"]
 
 T = TypeVar("T")
 
@@ -25,17 +23,48 @@ T = TypeVar("T")
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
+FLAG = "hone_core.flag"
+"""Key of a field's metadata that ``flag`` fills."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FlagOptions:
+    """What a field says of its flag; see ``flag``."""
+
+    name: str | None = None
+    hidden: bool = False
+    instead_of: tuple[str, ...] = ()
+    stored: bool = True
+
+
+def flag(
+    name: str | None = None, *, hidden: bool = False, instead_of: tuple[str, ...] = (), stored: bool = True
+) -> dict[str, Any]:
+    """Metadata of a field whose flag is not simply the field's: ``prompts: int = field(metadata=flag("limit"))``.
+
+    Args:
+        name: Of the flag, without dashes; the field's own unless given.
+        hidden: The field has no flag, and is set from Python or by ``--config`` only.
+        instead_of: Fields of the same dataclass that this one stands for: when the flag is given, their values in a
+            ``--config`` file no longer count.
+        stored: False for a field that says how to go about a run and not what it is: it is left out of
+            ``config.json``, so that the command is the same with another value.
+    """
+    return {FLAG: FlagOptions(name=name, hidden=hidden, instead_of=instead_of, stored=stored)}
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Turn a config dataclass into plain JSON types.
 
-    Tuples become lists, paths and enums strings, and non-finite floats the strings "inf", "-inf" and "nan".
+    Tuples become lists, paths and enums strings, and non-finite floats the strings "inf", "-inf" and "nan". Fields that
+    are not stored (see ``flag``) are left out.
 
     Raises:
         TypeError: ``cfg`` is not a dataclass instance, or holds a value with no JSON form.
     """
     if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
         raise TypeError(f"cfg must be a dataclass instance; got {type(cfg).__name__}")
-    return {f.name: _encode(getattr(cfg, f.name), f.name) for f in dataclasses.fields(cfg) if f.init}
+    return _encode_fields(cfg, "")
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
@@ -55,22 +84,31 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     return _decode_dataclass(cls, data, "")
 
 
-def save_config(cfg: Any, path: str | Path) -> Path:
-    """Write a config as JSON, atomically, and return the path."""
-    return atomic_write_json(path, to_dict(cfg))
-
-
 def load_config(cls: type[T], path: str | Path) -> T:
-    """Read a config that ``save_config`` (or any run) wrote.
+    """Read a config from JSON, such as the ``config.json`` of a run.
 
     Raises:
         FileNotFoundError: There is no such file.
         OSError: It cannot be read.
         ValueError: The file is not JSON, or does not describe a ``cls``.
     """
+    data = read_config(path)
+    try:
+        return from_dict(cls, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_config(path: str | Path) -> Any:
+    """The JSON of a config file, not looked at yet.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: The file is not JSON.
+    """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise type(error)(
             f"{path}: expected a JSON config, but it cannot be read ({error.strerror}). Pass the config.json of a run, "
@@ -78,19 +116,22 @@ def load_config(cls: type[T], path: str | Path) -> T:
         ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a JSON config; {error}") from error
-    try:
-        return from_dict(cls, data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
-def _encode(value: Any, where: str) -> Any:
+def _encode_fields(value: Any, prefix: str) -> dict[str, Any]:
+    return {
+        f.name: encode(getattr(value, f.name), f"{prefix}{f.name}")
+        for f in dataclasses.fields(value)
+        if f.init and f.metadata.get(FLAG, FlagOptions()).stored
+    }
+
+
+def encode(value: Any, where: str) -> Any:
+    """The JSON form of a field's value; see ``to_dict``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _encode(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value) if f.init
-        }
+        return _encode_fields(value, f"{where}.")
     if isinstance(value, enum.Enum):
-        return _encode(value.value, where)
+        return encode(value.value, where)
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -98,44 +139,68 @@ def _encode(value: Any, where: str) -> Any:
     if isinstance(value, Path):
         return value.as_posix()
     if isinstance(value, (list, tuple)):
-        return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise TypeError(f"{where}: dict keys must be strings; got {sorted({type(k).__name__ for k in value})}")
-        return {key: _encode(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
     raise TypeError(
         f"{where}: {type(value).__name__} has no JSON form; use numbers, strings, paths, tuples or dataclasses"
     )
 
 
-def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
+def known_fields(cls: type, data: Any, where: str = "") -> dict[str, dataclasses.Field]:
+    """Fields of a dataclass by name, once every key of ``data`` is known to be one.
+
+    Args:
+        cls: The dataclass.
+        data: An object of JSON.
+        where: Its place, for the message.
+
+    Raises:
+        ValueError: ``data`` is no object, or has a key that no field has.
+    """
     label = where or cls.__name__
     if not isinstance(data, Mapping):
         raise ValueError(f"{label}: expected an object with the fields of {cls.__name__}; got {data!r}")
-    hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(fields)}"
             raise ValueError(f"{label}: unknown key {key!r}{hint}")
+    return fields
+
+
+def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
+    fields = known_fields(cls, data, where)
     required = {
         name
         for name, f in fields.items()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - data.keys()):
-        raise ValueError(f"{label}: missing {', '.join(missing)}")
-    prefix = f"{where}." if where else ""
-    return cls(**{key: _decode(hints[key], value, f"{prefix}{key}") for key, value in data.items()})
+        raise ValueError(f"{where or cls.__name__}: missing {', '.join(missing)}")
+    hints, prefix = typing.get_type_hints(cls), f"{where}." if where else ""
+    return cls(**{key: decode(hints[key], value, f"{prefix}{key}") for key, value in data.items()})
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """A field's value from its JSON form; see ``from_dict``.
+
+    Args:
+        kind: The field's type.
+        value: Of plain JSON types.
+        where: The field's place, for the message.
+
+    Raises:
+        ValueError: The value does not fit.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
     if origin is typing.Annotated:
-        return _decode(args[0], value, where)
+        return decode(args[0], value, where)
     if origin is typing.Literal:
         # `1 == True`, so the type has to agree as well.
         if not any(value == option and type(value) is type(option) for option in args):
@@ -148,11 +213,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin is list:
         if not isinstance(value, list):
             raise _mismatch(where, "a list", value)
-        return [_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise _mismatch(where, "an object", value)
-        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, where)
     return _decode_scalar(kind, value, where)
@@ -166,7 +231,7 @@ def _decode_union(options: tuple, value: Any, where: str) -> Any:
         if option is types.NoneType:
             continue
         try:
-            return _decode(option, value, where)
+            return decode(option, value, where)
         except ValueError as error:
             problems.append(str(error))
     raise ValueError("; ".join(problems))
@@ -176,10 +241,10 @@ def _decode_tuple(args: tuple, value: Any, where: str) -> tuple:
     if not isinstance(value, (list, tuple)):
         raise _mismatch(where, "a list", value)
     if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if len(value) != len(args):
         raise _mismatch(where, f"a list of {len(args)} values", value)
-    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, value, strict=True)))
+    return tuple(decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, value, strict=True)))
 
 
 def _decode_scalar(kind: Any, value: Any, where: str) -> Any:

@@ -7,7 +7,7 @@ from hone_core.errors import UnsupportedHardwareError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["resolve_device", "resolve_dtype", "seed_everything"]
+__all__ = ["resolve_device", "resolve_dtype"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,21 +55,3 @@ def resolve_dtype(name: "str | torch.dtype" = "auto", device: "str | torch.devic
     if text not in _DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}; got {text!r}")
     return getattr(torch, text)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators.
-
-    Raises:
-        ValueError: ``seed`` is negative or at least 2**32 (NumPy's limit).
-    """
-    import random
-
-    import numpy as np
-    import torch
-
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in 0 .. 2**32 - 1; got {seed}")
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries that draw from the global generator must repeat too
-    torch.manual_seed(seed)

@@ -7,10 +7,10 @@ import importlib
 import sys
 from collections.abc import Callable
 
-__all__ = ["attach"]
+__all__ = ["lazy_names"]
 
 
-def attach(
+def lazy_names(
     package: str, names: dict[str, str | list[str]]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
     """Make names of submodules available on a package without importing the submodules.
@@ -24,7 +24,7 @@ def attach(
         ``__getattr__``, ``__dir__`` and ``__all__`` for the package's namespace.
 
     Example:
-        ``__getattr__, __dir__, __all__ = attach(__name__, {"config": "BladeConfig", "method": ["select_blocks"]})``
+        ``__getattr__, __dir__, __all__ = lazy_names(__name__, {"config": "BladeConfig", "method": ["select_blocks"]})``
     """
     where: dict[str, tuple[str, bool]] = {}
     for module, provided in names.items():

@@ -3,13 +3,12 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-__all__ = ["Progress", "progress_bar", "track"]
+__all__ = ["Progress", "progress_bar"]
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 10.0
@@ -24,23 +23,6 @@ class Progress(Protocol):
 
     def show(self, **values: object) -> None:
         """Set the values that stand beside the bar, for example ``loss="0.31"``."""
-
-
-def track(iterable: Iterable[T], *, desc: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
-    """Iterate with progress.
-
-    Args:
-        iterable: The items.
-        desc: What is being done, a word or two.
-        total: Number of items, where ``len(iterable)`` does not say.
-        quiet: Show nothing.
-    """
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
-    with progress_bar(total, desc=desc, quiet=quiet) as bar:
-        for item in iterable:
-            yield item
-            bar.update()
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from hone_core.config import to_dict
 from hone_core.environment import environment
 from hone_core.io import atomic_write_json
 
-__all__ = ["SCHEMA", "Row", "Run", "export_results", "load_results"]
+__all__ = ["SCHEMA", "Report", "Row", "Run", "export_results", "load_results"]
 
 SCHEMA = 1
 """Version of the ``results.json`` layout."""
@@ -78,6 +78,9 @@ class Run:
     Attributes:
         path: The run's folder.
         seed: The seed it was started with.
+        device: Where it was asked to run, as given: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        quiet: Whether progress is to be kept off stderr.
+        command: The command line, as typed.
         rows: Rows so far.
         resumed: The folder held an unfinished run of the same command, which this one continues.
         done: The folder holds a finished run of the same command: its rows are in ``rows``, and there is nothing
@@ -87,6 +90,7 @@ class Run:
     def __init__(self, path: Path, header: dict[str, Any], config: dict[str, Any]) -> None:
         self.path = path
         self.seed: int = header["seed"]
+        self.device, self.quiet, self.command = "auto", False, ""
         self.rows: list[Row] = []
         self.resumed = self.done = False
         self._header, self._config = header, config
@@ -105,6 +109,9 @@ class Run:
         out: str | Path | None = None,
         preset: str | None = None,
         seed: int = 0,
+        device: str = "auto",
+        quiet: bool = False,
+        command: str = "",
     ) -> "Run":
         """Open the folder of a run.
 
@@ -122,6 +129,9 @@ class Run:
                 always new.
             preset: Name of the preset that the config came from.
             seed: Of the run.
+            device: Where to run; no part of what is compared, like the next two.
+            quiet: Keep progress off stderr.
+            command: The command line, as typed.
 
         Raises:
             FileExistsError: ``out`` holds another command's run, or files that are no run.
@@ -143,6 +153,7 @@ class Run:
                 Path("runs") / package / verb, f"{datetime.now():%Y%m%d-%H%M%S}-{preset or 'custom'}-{seed}"
             )
         run = cls(Path(out), header, settings)
+        run.device, run.quiet, run.command = device, quiet, command
         run._adopt()
         return run
 
@@ -295,6 +306,35 @@ class Run:
                 f"{self.path} holds a finished run of this command; "
                 "check run.done first, or choose another --out to repeat it"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run found, made from what its folder holds, so that a repeated command prints the same.
+
+    A verb's own report adds fields, fills them in ``of``, and says in ``__str__`` what a person wants to read.
+
+    Attributes:
+        path: The run's folder.
+        rows: What ``results.json`` holds.
+    """
+
+    path: Path
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose rows are written."""
+        return cls(path=run.path, rows=tuple(run.rows))
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.rows:
+            spread = "" if row.spread is None else f" +- {row.spread:.3g}"
+            notes = ", ".join(f"{key} {value}" for key, value in row.labels.items())
+            line = f"{row.split:<10} {row.metric:<14} {row.variant:<12} {row.value:>10.4g} {row.unit}{spread}"
+            lines.append(line.strip() + (f"   ({notes})" if notes else ""))
+        return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
 
 def load_results(path: str | Path) -> dict[str, Any]:

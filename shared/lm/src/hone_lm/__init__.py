@@ -4,9 +4,9 @@ Token layouts (which position shows which frame), attention interception through
 the real classes, published checkpoints, question sets, multiple-choice scoring and video decoding.
 """
 
-from hone_core.lazy import attach as _lazy
+from hone_core.lazy import lazy_names as _lazy_names
 
-__getattr__, __dir__, __all__ = _lazy(
+__getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "attention": ["AttentionTap", "tap_attention"],

@@ -3,9 +3,9 @@
 The names resolve lazily, because the pytest plugin beside them is imported at the start of every test session.
 """
 
-from hone_core.lazy import attach
+from hone_core.lazy import lazy_names
 
-__getattr__, __dir__, __all__ = attach(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "compare": ["TOLERANCES", "Tolerance", "assert_close"],
