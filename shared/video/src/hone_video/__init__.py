@@ -3,9 +3,9 @@
 Token orders, tiny models of the real classes, generated clips with a grader, and quality metrics.
 """
 
-from hone_core.lazy import attach as _lazy
+from hone_core.lazy import lazy_names as _lazy_names
 
-__getattr__, __dir__, __all__ = _lazy(
+__getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "architectures": ["FULL_SIZE", "full_size", "tiny"],
