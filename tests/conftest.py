@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_WORKERS) if cores > 1 else 0
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """With ``--durations``, seconds per member too: set-up included, summed over processes."""
+    if config.option.durations is None:
+        return
+    seconds: dict[str, float] = {}
+    for report in [report for reports in terminalreporter.stats.values() for report in reports]:
+        if hasattr(report, "duration"):
+            parts = Path(report.nodeid.partition("::")[0]).parts[1:-1]
+            member = "/".join(parts[: 2 if parts[:1] in (("packages",), ("shared",)) else 1])
+            seconds[member] = seconds.get(member, 0.0) + report.duration
+    terminalreporter.section("seconds per member")
+    for member, total in sorted(seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{total:7.1f} {member}")
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ STEPS = {
     "constraints": Step(_tool("constraints", "--check"), _tool("constraints")),
     "siblings": Step(_tool("pip_install", "--check")),
     "tests": Step(PYTEST),
-    "slow": Step([*PYTEST, "-m", "slow and not gpu"], extra=True),
+    "slow": Step([*PYTEST, "-m", "slow and not gpu and not interpret"], extra=True),
     "isolation": Step(_tool("isolation", "--tests", "all"), extra=True),
 }
 
