@@ -1,0 +1,432 @@
+"""Who writes the next token, and the settings of every verb."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+__all__ = [
+    "LARGE",
+    "PRESETS",
+    "SMALL",
+    "CalibrateConfig",
+    "DemoConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "HostConfig",
+    "Preset",
+    "ReproduceConfig",
+    "SimulateConfig",
+    "StitchConfig",
+    "TrainHostConfig",
+]
+
+SMALL, LARGE = 0, 1
+"""Names of the two models wherever an integer says who."""
+
+Policy = Literal["stitch", "one-token", "random", "small", "large"]
+GateSignal = Literal["entropy", "confidence"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StitchConfig:
+    """Policy and gate of one request."""
+
+    policy: Policy = "stitch"
+    """``stitch``: the gate in both directions. ``one-token``: the large model hands back after each token. ``random``:
+    drawn, see ``share``. ``small`` and ``large``: that model alone."""
+    gate: GateSignal = "entropy"
+    """``entropy``: of the next token over ln V (the paper from v3 on). ``confidence``: its largest probability (v1)."""
+    tau: float = 0.02
+    """Threshold: the small model's token is thrown away at entropy > tau (confidence < tau). Entropies of vocabularies
+    of different sizes are no more comparable than the models: choose it with ``calibrate``."""
+    tau_back: float | None = None
+    """Threshold at which the large model hands back, on the certain side of ``tau``; ``tau`` itself if None."""
+    window: int = 1
+    """Tokens over which the gate's signal is averaged, this one included; 1 is the paper."""
+    min_large_run: int = 1
+    """Tokens that the large model writes at least before it hands back."""
+    entropy_on: Literal["raw", "processed"] = "raw"
+    """``raw``: hard masks are applied and nothing else. ``processed``: temperature, top-k and top-p too, which makes a
+    model look surer than it is, and under top-k 1 always sure."""
+    share: float | None = None
+    """``random``: share of tokens that the large model writes."""
+    run_length: float | None = None
+    """``random``: mean run of large tokens; each token is drawn by itself if None."""
+    prefill: Literal["lazy", "both"] = "lazy"
+    """When the large model reads the prompt: at its first token, or at the start, which spares that token the wait."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("policy", Policy), ("gate", GateSignal)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        if not math.isfinite(self.tau) or (self.tau_back is not None and not math.isfinite(self.tau_back)):
+            raise ValueError(f"tau and tau_back must be finite; got {self.tau} and {self.tau_back}")
+        back = self.tau if self.tau_back is None else self.tau_back
+        if (back > self.tau) if self.gate == "entropy" else (back < self.tau):
+            side = "at most" if self.gate == "entropy" else "at least"
+            raise ValueError(f"tau_back must be {side} tau, the more certain side; got {back} and {self.tau}")
+        if self.window < 1 or self.min_large_run < 1:
+            raise ValueError(
+                f"window and min_large_run must be at least 1; got {self.window} and {self.min_large_run}"
+            )
+        if (self.policy == "random") != (self.share is not None):
+            raise ValueError(
+                "share belongs to policy='random', which needs it; "
+                f"got policy {self.policy!r} and share {self.share}"
+            )
+        if self.share is None:
+            if self.run_length is not None:
+                raise ValueError("run_length belongs to policy='random'")
+            return
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must lie in [0, 1]; got {self.share}")
+        shortest = max(1.0, self.share / (1 - self.share)) if self.share < 1 else 1.0
+        if self.run_length is not None and not self.run_length >= shortest:
+            raise ValueError(
+                f"large runs of a share of {self.share} have a mean of at least {shortest:.4g}; got {self.run_length}"
+            )
+
+    def uncertain(self, signal: float) -> bool:
+        """Whether the small model's token is thrown away."""
+        return signal > self.tau if self.gate == "entropy" else signal < self.tau
+
+    def certain(self, signal: float) -> bool:
+        """Whether the large model hands back."""
+        tau = self.tau if self.tau_back is None else self.tau_back
+        return signal <= tau if self.gate == "entropy" else signal >= tau
+
+    @property
+    def label(self) -> str:
+        """Short name, such as ``tau 0.02``."""
+        if self.policy in ("small", "large"):
+            return self.policy
+        if self.policy == "random":
+            runs = "" if self.run_length is None else f", runs of {self.run_length:.3g}"
+            return f"random {self.share:.3g}{runs}"
+        text = f"{'tau' if self.gate == 'entropy' else 'confidence'} {self.tau:g}"
+        text += "" if self.tau_back is None else f", back {self.tau_back:g}"
+        text += "" if self.window == 1 else f", window {self.window}"
+        text += "" if self.min_large_run == 1 else f", runs from {self.min_large_run}"
+        return text if self.policy == "stitch" else f"one-token {text}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A named gate and where it comes from.
+
+    Attributes:
+        config: the settings.
+        models: what they are for.
+        provenance: published, or ours.
+    """
+
+    config: StitchConfig
+    models: str
+    provenance: str
+
+
+_PAIRS = "L1-1.5B-Short with R1-Distill-Qwen-7B, R1-Distill-Qwen-14B or QwQ-32B"
+_V1 = "Qwen2.5-Math-1.5B-Oat-Zero with R1-Distill-Qwen-7B"
+
+PRESETS: dict[str, Preset] = {
+    "accurate": Preset(
+        config=StitchConfig(tau=0.001), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.001."
+    ),
+    "balanced": Preset(
+        config=StitchConfig(tau=0.02), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.02."
+    ),
+    "fast": Preset(
+        config=StitchConfig(tau=0.03), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.03."
+    ),
+    "v1-fast": Preset(
+        config=StitchConfig(gate="confidence", tau=0.6), models=_V1, provenance="Paper v1, Table 1: threshold 0.6."
+    ),
+    "v1-accurate": Preset(
+        config=StitchConfig(gate="confidence", tau=0.8), models=_V1, provenance="Paper v1, Table 1: threshold 0.8."
+    ),
+    "tiny": Preset(
+        config=StitchConfig(tau=0.03),
+        models="The packaged pair of the demo (16 characters)",
+        provenance="Ours: see the README's curve.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture of one model of the tiny pair: a Qwen2 decoder over single characters."""
+
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    heads_k: int = 2
+    intermediate: int = 128
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.heads % self.heads_k:
+            raise ValueError(
+                "width must be a multiple of heads, and heads of heads_k; "
+                f"got {self.width}, {self.heads}, {self.heads_k}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainHostConfig:
+    """Training of the tiny pair: a small model, a large one, and the large one taught to check itself."""
+
+    seed: int = 0
+    small: HostConfig = field(default_factory=lambda: HostConfig(width=40, intermediate=80))
+    large: HostConfig = field(default_factory=HostConfig)
+    small_steps: int = 2400
+    large_steps: int = 3600
+    verbose_steps: int = 400
+    """Steps in which the large model, once trained, learns to check itself before it answers."""
+    batch: int = 128
+    lr: float = 6e-3
+    """Peak learning rate of the matrices, under Muon."""
+    adamw_lr: float = 3e-3
+    """Peak learning rate of everything else, under AdamW."""
+    warmup_steps: int = 100
+    decay: float = 0.4
+    """Share of the steps over which the learning rate falls to zero."""
+    held_out: int = 512
+    """Problems of the final grade, none of which is trained on."""
+    log_every: int = 50
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if min(self.small_steps, self.large_steps, self.verbose_steps, self.batch, self.held_out) < 1:
+            raise ValueError("steps, batch and held_out must be at least 1")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay is a share; got {self.decay}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo asks the tiny pair."""
+
+    items: int = 200
+    """Problems of each point of the curve."""
+    taus: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
+    """Thresholds of the curve; the answers shown are those of the preset ``tiny``."""
+    shown: int = 6
+    """Answers printed."""
+    batch: int = 128
+    host: int = 0
+    """Which of the packaged pairs: the seed that it was trained with."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.items < 2 or not 1 <= self.shown <= self.items or self.batch < 1:
+            raise ValueError(
+                f"expected at least 2 items, 1 .. items shown and a positive batch; got {self.items}, {self.shown}, "
+                f"{self.batch}"
+            )
+        _check_taus(self.taus)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelsConfig:
+    """Two models and what they share."""
+
+    small: str | None = None
+    """Folder or hub address of the small model; the packaged tiny pair unless both are given."""
+    large: str | None = None
+    """Folder or hub address of the large model."""
+    host: int = 0
+    """Which of the packaged pairs: the seed that it was trained with."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
+    small_prompt: str = "{question}"
+    """What the small model is asked, where it wants more than the question (L1: a length instruction)."""
+    large_prompt: str = "{question}"
+    """What the large model is asked."""
+    chat: bool = True
+    """Put prompts through each model's chat template, where it has one."""
+
+    def __post_init__(self) -> None:
+        if (self.small is None) != (self.large is None):
+            raise ValueError("give small and large, or neither for the packaged pair")
+        for name in ("small_prompt", "large_prompt"):
+            if "{question}" not in getattr(self, name):
+                raise ValueError(f"{name} must hold {{question}}; got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How tokens are drawn; the same for both models."""
+
+    max_new_tokens: int = 64
+    """Emitted tokens at most, thrown-away ones not counted."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got "
+                f"{self.max_new_tokens}, {self.temperature}, {self.top_p}, {self.top_k}"
+            )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError("top_p and top_k change nothing when temperature is 0; give a temperature")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """One prompt, one answer."""
+
+    ask: str = ""
+    """The question; for the tiny pair a product such as 123*45."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    stitch: StitchConfig = field(default_factory=StitchConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.ask.strip():
+            raise ValueError("what is the question? Give --ask")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Accuracy, shares and cost over a set of problems, for a curve of thresholds and its baselines."""
+
+    data: Path | None = None
+    """JSON lines with question and answer (or problem and solution); generated products if None."""
+    format: Literal["number", "math"] = "number"
+    """How an answer is graded: ``number`` compares the last number of the text, ``math`` uses math-verify (extra)."""
+    limit: int | None = None
+    """Problems at most; 500 generated ones if None."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    stitch: StitchConfig = field(default_factory=StitchConfig)
+    """Gate of the curve; its tau is replaced by each of ``taus``."""
+    taus: tuple[float, ...] = (0.001, 0.02, 0.03)
+    baselines: tuple[Literal["small", "large", "random", "cascade"], ...] = ("small", "large", "random", "cascade")
+    """``random``: at the share that each threshold came to. ``cascade``: the small model answers, and the large one
+    answers anew where the small one was once unsure."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    samples: int = 1
+    """Answers per problem; more than one needs a temperature."""
+    batch: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_taus(self.taus)
+        if self.samples < 1 or self.batch < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError("samples, batch and limit must be at least 1")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError("several greedy samples of a problem are the same one; give a temperature")
+        if self.stitch.policy not in ("stitch", "one-token"):
+            raise ValueError(f"a curve over tau needs a gated policy; got {self.stitch.policy!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateConfig:
+    """Choose tau for a wanted share of large tokens, or for a wanted time per token."""
+
+    data: Path | None = None
+    """JSON lines with a question each; generated products if None. Not the set that is reported on."""
+    limit: int = 100
+    share: float | None = None
+    """Wanted share of tokens that the large model writes."""
+    time: float | None = None
+    """Wanted time per token over the large model's alone, with ``time_ratio``."""
+    time_ratio: float = 4.0
+    """Time of a large step over that of a small one."""
+    tolerance: float = 0.01
+    """How near to the wanted value is near enough."""
+    rounds: int = 12
+    """Runs at most; each halves the interval."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    stitch: StitchConfig = field(default_factory=StitchConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.time is None):
+            raise ValueError("give one target: share or time")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share must lie in (0, 1); got {self.share}")
+        if self.time is not None and not 0 < self.time < 2:
+            raise ValueError(f"time is a multiple of the large model's, in (0, 2); got {self.time}")
+        if self.time_ratio <= 0 or self.tolerance <= 0 or self.rounds < 1 or self.limit < 1 or self.batch < 1:
+            raise ValueError("time_ratio, tolerance, rounds, limit and batch must be positive")
+        if self.stitch.policy not in ("stitch", "one-token"):
+            raise ValueError(f"only a gated policy has a tau; got {self.stitch.policy!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """How the paper's claims are put to the test on tiny pairs of several seeds."""
+
+    hosts: tuple[int, ...] = (0, 1, 2)
+    """Packaged pairs, by the seed that they were trained with."""
+    folders: tuple[Path, ...] = ()
+    """Folders made by train-host, in place of the packaged pairs."""
+    items: int = 500
+    """Held-out problems per pair."""
+    taus: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
+    judged: float = 0.03
+    """Threshold at which the claims are judged; chosen before any pair was run (the paper's largest)."""
+    window: int = 8
+    """Of the smoothed gate that is compared with the plain one."""
+    batch: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_taus(self.taus)
+        if self.judged not in self.taus:
+            raise ValueError(f"judged must be one of taus; got {self.judged}")
+        if self.items < 2 or self.batch < 1 or self.window < 2:
+            raise ValueError("expected items and window of at least 2 and a positive batch")
+        for name in ("hosts", "folders"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: one is named twice")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulateConfig:
+    """Two models that serve requests at different points of their texts, in time steps."""
+
+    requests: tuple[int, ...] = (1, 2, 3, 4)
+    """Requests in flight; a finished one is replaced at once."""
+    p: float = 0.35
+    """Chance that a step of the small model ends in a call of the large one."""
+    q: float = 1.0
+    """Chance that the large model hands back after a token; 1 is one-token routing (R2R)."""
+    discard: bool = True
+    """The step of the small model that calls the large one leaves no token."""
+    small_ms: float = 6.0
+    large_ms: float = 27.9
+    small_batch: int = 1
+    """The small model starts when so many requests wait for it."""
+    large_batches: tuple[int, ...] = (1, 2, 3, 4)
+    """The large model starts when so many wait for it; each is tried that cannot deadlock."""
+    shared: bool = False
+    """Both models are on one device and run one at a time, in turn."""
+    tokens: int = 200_000
+    """Tokens simulated per setting."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1 or not 0 < self.q <= 1:
+            raise ValueError(f"expected p in [0, 1] and q in (0, 1]; got {self.p} and {self.q}")
+        if min(self.small_ms, self.large_ms) <= 0 or self.small_batch < 1 or self.tokens < 1:
+            raise ValueError("times, small_batch and tokens must be positive")
+        if min(self.requests, default=0) < 1 or min(self.large_batches, default=0) < 1:
+            raise ValueError("requests and large_batches are lists of numbers from 1")
+
+
+def _check_taus(taus: tuple[float, ...]) -> None:
+    if not taus or len(set(taus)) < len(taus) or not all(map(math.isfinite, taus)):
+        raise ValueError(f"taus must be distinct finite numbers, at least one; got {taus}")
