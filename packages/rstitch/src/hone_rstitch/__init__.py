@@ -4,9 +4,9 @@ The small model writes; where the entropy of its next token is high, the large m
 hands back. Paper: arXiv 2507.17307.
 """
 
-from hone_core.lazy import attach as _lazy
+from hone_core.lazy import lazy_names as _lazy_names
 
-__getattr__, __dir__, __all__ = _lazy(
+__getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["PRESETS", "StitchConfig"],

@@ -69,13 +69,10 @@ class StitchConfig:
             side = "at most" if self.gate == "entropy" else "at least"
             raise ValueError(f"tau_back must be {side} tau, the more certain side; got {back} and {self.tau}")
         if self.window < 1 or self.min_large_run < 1:
-            raise ValueError(
-                f"window and min_large_run must be at least 1; got {self.window} and {self.min_large_run}"
-            )
+            raise ValueError(f"window and min_large_run must be at least 1; got {self.window} and {self.min_large_run}")
         if (self.policy == "random") != (self.share is not None):
             raise ValueError(
-                "share belongs to policy='random', which needs it; "
-                f"got policy {self.policy!r} and share {self.share}"
+                f"share belongs to policy='random', which needs it; got policy {self.policy!r} and share {self.share}"
             )
         if self.share is None:
             if self.run_length is not None:
@@ -138,9 +135,7 @@ PRESETS: dict[str, Preset] = {
     "balanced": Preset(
         config=StitchConfig(tau=0.02), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.02."
     ),
-    "fast": Preset(
-        config=StitchConfig(tau=0.03), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.03."
-    ),
+    "fast": Preset(config=StitchConfig(tau=0.03), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.03."),
     "v1-fast": Preset(
         config=StitchConfig(gate="confidence", tau=0.6), models=_V1, provenance="Paper v1, Table 1: threshold 0.6."
     ),
@@ -180,8 +175,8 @@ class TrainHostConfig:
     seed: int = 0
     small: HostConfig = field(default_factory=lambda: HostConfig(width=40, intermediate=80))
     large: HostConfig = field(default_factory=HostConfig)
-    small_steps: int = 2400
-    large_steps: int = 3600
+    small_steps: int = 1000
+    large_steps: int = 2400
     verbose_steps: int = 400
     """Steps in which the large model, once trained, learns to check itself before it answers."""
     batch: int = 128

@@ -221,7 +221,9 @@ def stitch_generate(
         kwargs["stopping_criteria"] = criteria
     if streamer is not None:
         if input_ids.shape[0] != 1:
-            raise ValueError(f"a streamer shows one row; got {input_ids.shape[0]}. Use on_token, which says whose it is")
+            raise ValueError(
+                f"a streamer shows one row; got {input_ids.shape[0]}. Use on_token, which says whose it is"
+            )
         streamer.put(input_ids.cpu())
         told = on_token
 
@@ -253,7 +255,7 @@ def stitch_decoding(
     on_token: Callable[[StitchToken], None] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | StitchOutput:
-    """R-Stitch as transformers' ``custom_generate``: ``large.generate(ids, custom_generate=stitch_decoding, slm=small)``.
+    """R-Stitch as a decoding method: ``large.generate(ids, custom_generate=stitch_decoding, slm=small)``.
 
     Args:
         model: The large model.
@@ -301,9 +303,7 @@ def stitch_decoding(
     limit = getattr(slm.config.get_text_config(), "max_position_embeddings", None)
     budget = (generation_config.max_length or 0) - input_ids.shape[1]
     if limit is not None and max(map(len, small_prompts)) + budget > limit:
-        log.warning(
-            "the small model has positions for %d tokens, fewer than its prompt and %d new ones", limit, budget
-        )
+        log.warning("the small model has positions for %d tokens, fewer than its prompt and %d new ones", limit, budget)
     cache = next((model_kwargs[name] for name in CACHES if model_kwargs.get(name) is not None), None)
     loop = _Loop(
         models=(slm, model),
@@ -654,7 +654,9 @@ def _counts(positions: Tensor, prompts: Sequence[list[int]]) -> bool:
     """Whether positions are those of ``_Side``; of padded places they may be anything."""
     if positions.dim() != 2:
         return False
-    tails = [row[len(row) - min(len(prompt), len(row)) :].tolist() for row, prompt in zip(positions, prompts, strict=True)]
+    tails = [
+        row[len(row) - min(len(prompt), len(row)) :].tolist() for row, prompt in zip(positions, prompts, strict=True)
+    ]
     return all(
         tail == list(range(len(prompt) - len(tail), len(prompt))) for tail, prompt in zip(tails, prompts, strict=True)
     )
@@ -677,7 +679,9 @@ def _check_options(config: Any, processors: LogitsProcessorList, model_kwargs: d
         raise ValueError("use_cache=False: each model must keep what it has read; leave it out")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
-            raise ValueError(f"{name} is not supported: two models answer. entropy, confidence and logprobs are returned")
+            raise ValueError(
+                f"{name} is not supported: two models answer. entropy, confidence and logprobs are returned"
+            )
     unknown = [name for name, value in model_kwargs.items() if name not in (*PLUMBING, *CACHES) and value is not None]
     if unknown:
         raise ValueError(f"the prompts are text, and the small model would not get {', '.join(unknown)}")

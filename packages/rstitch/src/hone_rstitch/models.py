@@ -91,9 +91,7 @@ class Pair:
         tokenizers = [AutoTokenizer.from_pretrained(name) for name in (cfg.small, cfg.large)]
         dtype = resolve_dtype(cfg.dtype, device)
         models = [AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device) for name in (cfg.small, cfg.large)]
-        return cls.of(
-            *models, *tokenizers, small_prompt=cfg.small_prompt, large_prompt=cfg.large_prompt, chat=cfg.chat
-        )
+        return cls.of(*models, *tokenizers, small_prompt=cfg.small_prompt, large_prompt=cfg.large_prompt, chat=cfg.chat)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,157 @@
+"""Problems: generated products with their working, and JSON lines of real sets, each with a grader."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hone_core.errors import MissingExtraError
+from torch import Tensor
+
+__all__ = ["CHARACTERS", "CHECKS", "Problem", "grade", "product_batch", "products", "read_jsonl", "working"]
+
+CHARACTERS = "0123456789*+=#?."
+"""All that a worked product is written with."""
+CHECKS = 2
+"""Times that the verbose model works a product out before it answers."""
+FIELDS = {"question": ("question", "problem", "prompt"), "answer": ("answer", "solution", "target")}
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question with its right answer.
+
+    Attributes:
+        id: names it within its set.
+        question: what is asked.
+        answer: as the set gives it.
+    """
+
+    id: str
+    question: str
+    answer: str
+
+
+def working(a: int, b: int, *, checks: int = 0) -> str:
+    """What is written after ``a*b=``: partial products, and the sum after a hash mark.
+
+    Args:
+        a: Three digits.
+        b: Two digits.
+        checks: Times that everything up to the sum is written before, each with a question mark.
+    """
+    parts = f"{a * (b % 10)}+{a * (b - b % 10)}="
+    return f"{parts}{a * b}?" * checks + f"{parts}#{a * b}."
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """A tenth of all products, by a hash; none of them is trained on."""
+    return (a * 7919 + b * 104729) * 2654435761 % 2**32 < 2**32 // 10
+
+
+def products(count: int, *, seed: int = 0) -> list[Problem]:
+    """Held-out products, three digits by two, no two alike.
+
+    Args:
+        count: How many, at most 8000.
+        seed: Of the draw.
+    """
+    held = [(a, b) for a in range(100, 1000) for b in range(10, 100) if is_held_out(a, b)]
+    if not 1 <= count <= len(held):
+        raise ValueError(f"there are {len(held)} held-out products; got {count}")
+    return [Problem(f"{a}*{b}", f"{a}*{b}", str(a * b)) for a, b in random.Random(seed).sample(held, count)]
+
+
+def product_batch(count: int, key: Sequence[int], *, eos: int, pad: int, verbose: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Training products as ids, a function of ``key`` alone, so that a resumed run sees what it would have seen.
+
+    Args:
+        count: Rows.
+        key: Numbers that name the batch, such as seed, stage and step.
+        eos: Id that ends a text.
+        pad: Id that fills a row.
+        verbose: Share of rows that check themselves first.
+
+    Returns:
+        Ids ``[count, tokens]``, and the same with -100 over questions and padding.
+    """
+    rng = random.Random(",".join(map(str, key)))
+    rows: list[tuple[int, str]] = []
+    while len(rows) < count:
+        a, b = rng.randrange(100, 1000), rng.randrange(10, 100)
+        if not is_held_out(a, b):
+            question = f"{a}*{b}="
+            rows.append((len(question), question + working(a, b, checks=CHECKS * (rng.random() < verbose))))
+    width = max(len(text) for _, text in rows) + 1
+    ids = torch.full((count, width), pad)
+    targets = torch.full((count, width), -100)
+    for at, (asked, text) in enumerate(rows):
+        ids[at, : len(text) + 1] = torch.tensor([*map(CHARACTERS.index, text), eos])
+        targets[at, asked : len(text) + 1] = ids[at, asked : len(text) + 1]
+    return ids, targets
+
+
+def read_jsonl(path: Path, *, limit: int | None = None) -> list[Problem]:
+    """Read a problem per line.
+
+    The question is ``question``, ``problem`` or ``prompt``, the answer ``answer``, ``solution`` or ``target``, and the
+    name ``id`` where there is one.
+
+    Args:
+        path: JSON lines.
+        limit: Problems at most.
+
+    Raises:
+        ValueError: A line is no such object, or two problems have one id.
+        FileNotFoundError: There is no such file.
+    """
+    problems: list[Problem] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+        values = {}
+        for field, names in FIELDS.items():
+            found = [row[name] for name in names if isinstance(row, dict) and row.get(name) not in (None, "")]
+            if not found:
+                raise ValueError(f"{path}:{number}: expected one of {', '.join(names)}")
+            values[field] = str(found[0])
+        problems.append(Problem(str(row.get("id", number)), **values))
+    if len({problem.id for problem in problems}) < len(problems):
+        raise ValueError(f"{path}: two problems have one id")
+    if not problems:
+        raise ValueError(f"{path} holds no problem")
+    return problems[:limit]
+
+
+def grade(text: str, answer: str, format: Literal["number", "math"] = "number") -> bool:
+    """Whether a written answer is right.
+
+    Args:
+        text: What was written.
+        answer: The right answer.
+        format: ``number``: the last number of both is the same. ``math``: math-verify finds them equal.
+
+    Raises:
+        MissingExtraError: ``math`` without the extra.
+    """
+    if format == "math":
+        try:
+            from math_verify import parse, verify
+        except ImportError as error:
+            raise MissingExtraError("math", "hone-rstitch", "Grading by math-verify") from error
+        # Its own timeouts are signals, which only a process's main thread may set.
+        options: dict[str, Any] = {"parsing_timeout": None}
+        return bool(verify(parse(answer, **options), parse(text, **options), timeout_seconds=None))
+    found = [NUMBER.findall(words) for words in (text, answer)]
+    return all(found) and float(found[0][-1].replace(",", "")) == float(found[1][-1].replace(",", ""))

@@ -1,0 +1,135 @@
+"""The tiny pair: two Qwen2 decoders over single characters that multiply, trained on generated products.
+
+Their vocabularies are of one family, as those of published pairs are: the same characters, other special tokens, and
+padding on the large model's side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hone_core.errors import CheckpointError
+from hone_core.hosts import StoredHost, open_host, packaged_host
+
+from .config import HostConfig
+from .data import CHARACTERS
+from .models import Pair
+
+__all__ = ["PACKAGE", "PairConfig", "build_model", "build_tokenizer", "load_pair", "open_pair", "packaged_pair"]
+
+PACKAGE = "hone-rstitch"
+UNKNOWN = "<unk>"
+SPECIAL = {"small": ("<eos>", "<pad>"), "large": ("<pad>", "<bos>", "<eos>")}
+ROWS = {"small": len(CHARACTERS) + 3, "large": 24}
+"""Logits of each model; the large one's last four are no tokens."""
+
+Role = Literal["small", "large"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairConfig:
+    """Architecture of both models."""
+
+    small: HostConfig = field(default_factory=lambda: HostConfig(width=40, intermediate=80))
+    large: HostConfig = field(default_factory=HostConfig)
+
+
+def build_tokenizer(role: Role) -> Any:
+    """Tokenizer of one of the models: characters, then its special tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: id for id, word in enumerate([*CHARACTERS, UNKNOWN])}
+    core = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL[role]])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def build_model(cfg: HostConfig, role: Role, *, seed: int = 0) -> Any:
+    """An untrained model; the global generator is left as it was."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    special = {token: len(CHARACTERS) + 1 + at for at, token in enumerate(SPECIAL[role])}
+    config = Qwen2Config(
+        vocab_size=ROWS[role],
+        hidden_size=cfg.width,
+        intermediate_size=cfg.intermediate,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads_k,
+        max_position_embeddings=256,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        pad_token_id=special["<pad>"],
+        bos_token_id=special.get("<bos>"),
+        eos_token_id=special["<eos>"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config).eval()
+
+
+def packaged_pair(seed: int) -> Path:
+    """Where the pair of a seed lies, whether or not it ships."""
+    return packaged_host(PACKAGE).with_name(f"pair-{seed}.safetensors")
+
+
+def open_pair(seed: int = 0, *, path: Path | None = None) -> StoredHost[PairConfig]:
+    """Read what a pair is, without its weights.
+
+    Args:
+        seed: Of a packaged pair.
+        path: A ``host.safetensors`` made by train-host, in its place.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = packaged_pair(seed) if path is None else path
+    if not path.is_file():
+        shipped = sorted(int(file.stem.partition("-")[2]) for file in path.parent.glob("pair-*.safetensors"))
+        known = f"; the packaged pairs are of seeds {', '.join(map(str, shipped))}" if shipped else ""
+        raise CheckpointError(f"there is no tiny pair at {path}{known}. Train one with {PACKAGE} train-host.")
+    return open_host(PairConfig, PACKAGE, path)
+
+
+def load_pair(
+    seed: int = 0, *, path: Path | None = None, verbose: bool = False, device: torch.device | str = "cpu"
+) -> Pair:
+    """Load a pair; weights are float32.
+
+    Args:
+        seed: Of a packaged pair.
+        path: A ``host.safetensors`` made by train-host, in its place.
+        verbose: The large model is the one that checks itself before it answers.
+        device: Where both models go.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    stored = open_pair(seed, path=path)
+    models = {
+        "small.": build_model(stored.config.small, "small"),
+        "large.": build_model(stored.config.large, "large"),
+        "verbose.": build_model(stored.config.large, "large"),
+    }
+    stored.load(models)
+    large = models["verbose." if verbose else "large."]
+    return pair_of(models["small."].to(device), large.to(device))
+
+
+def pair_of(small: Any, large: Any) -> Pair:
+    """Pair two models of ``build_model``; a question is a product, such as 123*45."""
+    prompt = "{question}="
+    return Pair.of(
+        small,
+        large,
+        build_tokenizer("small"),
+        build_tokenizer("large"),
+        small_prompt=prompt,
+        large_prompt=prompt,
+    )
