@@ -14,8 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from hone_blade.bench import WORKLOADS, BenchConfig, bench
+from hone_blade.bench import BenchConfig, bench
 from hone_core.runs import Run, export_results
+from hone_video.workloads import WORKLOADS
 
 
 def main() -> None:

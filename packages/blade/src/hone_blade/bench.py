@@ -27,6 +27,7 @@ from hone_core.timing import Timing, measure_interleaved
 from hone_kernels.attention import block_sparse_attention
 from hone_video.architectures import FULL_SIZE, full_size, tiny
 from hone_video.orders import inverse_order, token_order
+from hone_video.workloads import WORKLOADS, Workload
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -37,65 +38,21 @@ from .models import attach
 from .prober import probe
 from .scheduler import TDMScheduler
 
-__all__ = ["WORKLOADS", "BenchConfig", "BenchReport", "Workload", "bench"]
+__all__ = ["BenchConfig", "BenchReport", "bench"]
 
 Part = Literal["attention", "forward", "e2e"]
 
 _SPARSE_EVERYWHERE: dict[str, Any] = {"dense_layers": (), "dense_steps": 0, "min_tokens": 0}
 """What makes no layer, step or length dense."""
 
+
+def _own_preset(model: str) -> str:
+    """Attention settings that go with a model."""
+    return "tiny" if model.startswith("tiny") else model
+
+
 _TOLERANCE = 2e-2
 """Relative error (norm) of bfloat16 attention against the float32 reference that still passes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """A model at the size of its usual video.
-
-    Attributes:
-        model: Name in ``FULL_SIZE``, or ``tiny-wan`` or ``tiny-cogvideox``.
-        kind: Which family.
-        preset: Attention settings that go with it.
-        grid: Video tokens along (frames, height, width).
-        text_tokens: Length of the text; in CogVideoX part of the sequence.
-    """
-
-    model: str
-    kind: Literal["wan", "cogvideox"]
-    preset: str
-    grid: tuple[int, int, int]
-    text_tokens: int
-
-    @property
-    def joint_text(self) -> int:
-        """Text tokens inside self-attention."""
-        return self.text_tokens if self.kind == "cogvideox" else 0
-
-    @property
-    def tokens(self) -> int:
-        """Length of the self-attention sequence."""
-        return math.prod(self.grid) + self.joint_text
-
-    @property
-    def size(self) -> dict[str, int]:
-        """Frames, height and width of the video, as the pipelines name them."""
-        frames, height, width = self.grid
-        return {"num_frames": 4 * (frames - 1) + 1, "height": 16 * height, "width": 16 * width}
-
-
-def _workload(name: str, kind: Literal["wan", "cogvideox"], grid: tuple[int, int, int], text: int) -> Workload:
-    preset = "tiny" if name.startswith("tiny") else name
-    return Workload(model=name, kind=kind, preset=preset, grid=grid, text_tokens=text)
-
-
-WORKLOADS: dict[str, Workload] = {
-    "wan2.1-1.3b": _workload("wan2.1-1.3b", "wan", (21, 30, 52), 512),
-    "wan2.1-14b": _workload("wan2.1-14b", "wan", (21, 30, 52), 512),
-    "cogvideox-5b": _workload("cogvideox-5b", "cogvideox", (13, 30, 45), 226),
-    "tiny-wan": _workload("tiny-wan", "wan", (3, 8, 10), 8),
-    "tiny-cogvideox": _workload("tiny-cogvideox", "cogvideox", (3, 8, 10), 8),
-}
-"""480p videos of 81 (Wan) and 49 (CogVideoX) frames, and two for a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +102,7 @@ class BenchConfig:
             raise ValueError(f"few_steps must differ from steps, the undistilled model's; got {self.steps} for both")
         dense_steps = self.attention.dense_steps
         if "e2e" in self.parts and dense_steps:
-            name = self.preset or WORKLOADS[self.model].preset
+            name = self.preset or _own_preset(self.model)
             if dense_steps >= self.few_steps:
                 raise ValueError(
                     f"few_steps must be above the {dense_steps} first steps that preset {name} leaves dense, or whole "
@@ -162,12 +119,12 @@ class BenchConfig:
     @property
     def attention(self) -> BladeConfig:
         """The attention settings in use."""
-        return PRESETS[self.preset or WORKLOADS[self.model].preset].config
+        return PRESETS[self.preset or _own_preset(self.model)].config
 
     @property
     def variants(self) -> dict[str, BladeConfig | None]:
         """Settings of each variant by name; None is dense. A preset without pooling takes that of the model's own."""
-        pool = self.attention.pool or PRESETS[WORKLOADS[self.model].preset].config.pool
+        pool = self.attention.pool or PRESETS[_own_preset(self.model)].config.pool
         return {"dense": None, "asa": replace(self.attention, pool=0), "asa_g": replace(self.attention, pool=pool)}
 
 

@@ -6,7 +6,6 @@ whole or not at all, so the same command with the same run folder goes on where 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -18,19 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import (
-    CogVideoXDPMScheduler,
-    CogVideoXPipeline,
-    DiffusionPipeline,
-    UniPCMultistepScheduler,
-    WanPipeline,
-)
 from diffusers.utils import export_to_video
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.errors import CheckpointError
 from hone_core.io import atomic_path
 from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Run
+from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
 
 from .config import PRESETS, BladeConfig
 from .lora import _read_config, _read_header, find_lora, load_blade_lora
@@ -151,19 +143,8 @@ class Inputs:
     lora: str | None
 
 
-@dataclass(frozen=True)
-class _Kind:
-    pipeline: type[DiffusionPipeline]
-    family: str
-    preset: str
-    fps: int
-    schedulers: tuple[str, ...]
-
-
-_KINDS = {
-    "WanPipeline": _Kind(WanPipeline, "wan", "wan2.1-1.3b", 16, ("tdm", "unipc", "default")),
-    "CogVideoXPipeline": _Kind(CogVideoXPipeline, "cogvideox", "cogvideox-5b", 8, ("tdm", "dpm", "default")),
-}
+_DEFAULT_PRESET = {"wan": "wan2.1-1.3b", "cogvideox": "cogvideox-5b"}
+"""By family of the pipeline."""
 
 
 def find_inputs(cfg: GenerateConfig) -> Inputs:
@@ -179,21 +160,18 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     prompts = _prompts(cfg)
     if cfg.preset is not None or cfg.attention is not None:
         _sparse_steps(cfg, *_attention(cfg, None, None))
-    name = _find_pipeline(cfg.model, local_files_only=cfg.local_files_only).get("_class_name")
-    if name not in _KINDS:
-        raise CheckpointError(f"{cfg.model} is a {name}; expected {' or '.join(_KINDS)}")
-    if cfg.scheduler not in _KINDS[name].schedulers:
-        raise ValueError(
-            f"scheduler must be one of {', '.join(_KINDS[name].schedulers)} for a {name}; got {cfg.scheduler!r}"
-        )
-    kind, families = _KINDS[name], {kind.family for kind in _KINDS.values()}
-    own = {family for family in families if cfg.preset is not None and cfg.preset.startswith(family)}
-    if own and kind.family not in own:
-        fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {kind.family}))]
+    name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
+    schedulers, family = ("tdm", *PIPELINES[name].schedulers), PIPELINES[name].family
+    if cfg.scheduler not in schedulers:
+        raise ValueError(f"scheduler must be one of {', '.join(schedulers)} for a {name}; got {cfg.scheduler!r}")
+    families = {kind.family for kind in PIPELINES.values()}
+    own = {other for other in families if cfg.preset is not None and cfg.preset.startswith(other)}
+    if own and family not in own:
+        fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {family}))]
         raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
     lora = None if cfg.lora is None else find_lora(cfg.lora, local_files_only=cfg.local_files_only)
     stated = None if lora is None else _stated(lora)
-    _sparse_steps(cfg, *_attention(cfg, kind, stated))
+    _sparse_steps(cfg, *_attention(cfg, family, stated))
     return Inputs(
         config=replace(cfg, prompts=prompts, prompt_file=None), pipeline=name, lora=None if lora is None else str(lora)
     )
@@ -224,7 +202,7 @@ def generate(
     targets = [folder / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
     todo = [] if run.done else [i for i, target in enumerate(targets) if not target.is_file()]
     stated = None if inputs.lora is None else _stated(Path(inputs.lora))
-    attention, settings = _attention(cfg, _KINDS[inputs.pipeline], stated)
+    attention, settings = _attention(cfg, PIPELINES[inputs.pipeline].family, stated)
     notices: tuple[str, ...] = ()
     if todo:
         sampler = Sampler.load(inputs, device)
@@ -260,7 +238,7 @@ class Sampler:
     """
 
     def __init__(self, inputs: Inputs, pipe: Any, device: torch.device) -> None:
-        kind = _KINDS[inputs.pipeline]
+        kind = PIPELINES[inputs.pipeline]
         self.config, self.pipe, self.device = inputs.config, pipe, device
         self.fps = inputs.config.fps or kind.fps
         self.notices: tuple[str, ...] = ()
@@ -268,7 +246,7 @@ class Sampler:
         if inputs.lora is not None:
             report = load_blade_lora(pipe, inputs.lora)
             self.notices, stated = (report.licence,), report.config
-        self.attention_name, self.attention = _attention(inputs.config, kind, stated)
+        self.attention_name, self.attention = _attention(inputs.config, kind.family, stated)
         self.sparse_steps = _sparse_steps(inputs.config, self.attention_name, self.attention)
 
     @classmethod
@@ -280,9 +258,19 @@ class Sampler:
             ValueError: The model cannot make the size that is asked for.
         """
         cfg, device = inputs.config, resolve_device(device)
-        pipe = _load(cfg, inputs, device)
-        _check_size(cfg, pipe)
-        pipe.scheduler = _scheduler(cfg, pipe)
+        pipe = load_pipeline(
+            cfg.model,
+            inputs.pipeline,
+            device=device,
+            dtype=resolve_dtype(cfg.dtype, device),
+            offload=cfg.offload,
+            local_files_only=cfg.local_files_only,
+        )
+        check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
+        if cfg.scheduler != "tdm":
+            pipe.scheduler = make_scheduler(cfg.scheduler, pipe)
+        elif not isinstance(pipe.scheduler, TDMScheduler):
+            pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
         if inputs.lora is None and cfg.scheduler == "tdm":
             log.warning(
                 "no LoRA: a model that was not distilled makes poor videos in %d steps of the TDM rollout; pass a "
@@ -379,15 +367,15 @@ def _sparse_steps(cfg: GenerateConfig, name: str, settings: BladeConfig | None) 
     return cfg.steps - settings.dense_steps
 
 
-def _attention(cfg: GenerateConfig, kind: _Kind | None, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
-    """Name and settings of the attention; ``stated`` is what a LoRA file says, ``kind`` gives the default."""
+def _attention(cfg: GenerateConfig, family: str | None, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
+    """Name and settings of the attention; ``stated`` is what a LoRA file says, ``family`` gives the default."""
     if cfg.dense:
         return "dense", None
     if cfg.attention is not None:
         return "custom", cfg.attention
     if cfg.preset is None and stated is not None:
         return "custom", stated
-    name = kind.preset if cfg.preset is None else cfg.preset
+    name = _DEFAULT_PRESET[family] if cfg.preset is None else cfg.preset
     return name, PRESETS[name].config
 
 
@@ -406,121 +394,3 @@ def _prompts(cfg: GenerateConfig) -> tuple[str, ...]:
 def _slug(prompt: str) -> str:
     """A file name that a person recognises."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "video"
-
-
-def _find_pipeline(model: str, *, local_files_only: bool) -> dict[str, Any]:
-    """The ``model_index.json`` of a folder or hub address."""
-    path = Path(model)
-    if path.is_dir():
-        return _read_folder(path)
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; expected the folder of a diffusers pipeline")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise CheckpointError(
-            f"{model} does not exist; expected the folder of a diffusers pipeline, or a hub address owner/repository"
-        )
-    import huggingface_hub
-
-    try:
-        cached = huggingface_hub.hf_hub_download(model, "model_index.json", local_files_only=local_files_only)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{model} is no local folder, and the hub repository of that name could not be reached "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Download it where there is a connection "
-            f"(hf download {model} --local-dir FOLDER) and pass the folder."
-        ) from error
-    # Of a repository that is only partly in the cache, diffusers fetches the rest.
-    return _read_index(Path(cached))
-
-
-def _read_index(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-
-
-_WEIGHTS = ("*.safetensors", "*.bin")
-
-
-def _read_folder(folder: Path) -> dict[str, Any]:
-    """The index of a local pipeline whose parts are all there."""
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} holds no model_index.json; expected the folder of a whole diffusers pipeline (transformer, vae, "
-            "text_encoder, tokenizer, scheduler)"
-        )
-    index = _read_index(file)
-    for part, source in index.items():
-        if part.startswith("_") or not isinstance(source, list) or source[0] is None:
-            continue
-        inside = folder / part
-        if not inside.is_dir():
-            raise CheckpointError(f"{folder} is not whole: there is no folder {part}")
-        if (inside / "config.json").is_file() and not any(file for p in _WEIGHTS for file in inside.glob(p)):
-            raise CheckpointError(f"{inside} holds no weights ({' or '.join(_WEIGHTS)})")
-        _check_shards(inside)
-    return index
-
-
-def _check_shards(folder: Path) -> None:
-    for file in folder.glob("*.safetensors.index.json"):
-        shards = set(_read_index(file).get("weight_map", {}).values())
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-        if missing:
-            raise CheckpointError(
-                f"{folder} is not whole: {len(missing)} of {len(shards)} shards missing: {missing[0]}"
-            )
-
-
-def _load(cfg: GenerateConfig, inputs: Inputs, device: torch.device) -> Any:
-    kind, dtype = _KINDS[inputs.pipeline], resolve_dtype(cfg.dtype, device)
-    dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.pipeline is WanPipeline else dtype
-    log.info("loading %s from %s", inputs.pipeline, cfg.model)
-    try:
-        pipe = kind.pipeline.from_pretrained(
-            cfg.model, torch_dtype=dtypes, local_files_only=cfg.local_files_only or Path(cfg.model).is_dir()
-        )
-    except OSError as error:
-        raise CheckpointError(f"{cfg.model} could not be loaded: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    if cfg.offload and device.type == "cuda":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    return pipe
-
-
-def _scheduler(cfg: GenerateConfig, pipe: Any) -> Any:
-    own = pipe.scheduler
-    if cfg.scheduler == "tdm":
-        return own if isinstance(own, TDMScheduler) else TDMScheduler.from_config(own.config)
-    if cfg.scheduler == "unipc":
-        shift = own.config.get("flow_shift", own.config.get("shift", 3.0))
-        return UniPCMultistepScheduler.from_config(
-            own.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-        )
-    if cfg.scheduler == "dpm":
-        return CogVideoXDPMScheduler.from_config(own.config, timestep_spacing="trailing")
-    return own
-
-
-def _check_size(cfg: GenerateConfig, pipe: Any) -> None:
-    """Refuse what the pipeline would round."""
-    patch = pipe.transformer.config.patch_size
-    spatial = pipe.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1])
-    # WanPipeline itself asks for multiples of 16, whatever its VAE.
-    multiple = max(spatial, 16) if isinstance(pipe, WanPipeline) else spatial
-    for name in ("height", "width"):
-        value = getattr(cfg, name)
-        if value is not None and value % multiple:
-            raise ValueError(f"{name} must be a multiple of {multiple} for this model; got {value}")
-    # CogVideoX decodes an even number of latent frames to more frames than were asked for.
-    temporal = pipe.vae_scale_factor_temporal * (2 if isinstance(pipe, CogVideoXPipeline) else 1)
-    if cfg.frames is not None and cfg.frames % temporal != 1 % temporal:
-        below = max(1, (cfg.frames - 1) // temporal * temporal + 1)
-        raise ValueError(
-            f"frames must be a multiple of {temporal} plus 1 for this model; got {cfg.frames}. Take {below} or "
-            f"{below + temporal}."
-        )

@@ -1,6 +1,6 @@
 """Video diffusion transformers of diffusers: what the methods that change their attention share.
 
-Token orders, tiny models of the real classes, generated clips with a grader, and quality metrics.
+Token orders, pipelines and sizes, tiny models of the real classes, generated clips with a grader, and quality metrics.
 """
 
 from hone_core.lazy import lazy_names as _lazy_names
@@ -8,12 +8,14 @@ from hone_core.lazy import lazy_names as _lazy_names
 __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
-        "architectures": ["FULL_SIZE", "full_size", "tiny"],
+        "architectures": ["FULL_SIZE", "full_size", "tiny", "tiny_pipeline"],
         "clips": ["ClipConfig", "fake_batch", "load_glyphs", "render"],
         "grader": ["ClipClassifier", "estimate_motion", "grade"],
         "grids": ["ORDERS", "Grid", "Order"],
         "orders": ["inverse_order", "reorder", "token_order"],
+        "pipelines": ["PIPELINES", "find_pipeline", "load_pipeline"],
         "quality": ["psnr", "ssim"],
+        "workloads": ["WORKLOADS", "Workload"],
     },
 )
 __version__ = "0.1.0"
