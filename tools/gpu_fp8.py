@@ -21,20 +21,14 @@ from gpu_attention import DENSITIES, check_error, dense_flops, flops, relative, 
 from gpu_attention import SHAPES as ATTENTION_SHAPES
 from hone_core.environment import environment
 from hone_core.timing import measure_interleaved
-from hone_kernels.attention import (
-    FP8_SUPPORT,
-    SUPPORT,
-    BlockLayout,
-    block_sparse_attention,
-    block_sparse_attention_fp8,
-    fp8_block_sparse_attention,
-    quantize_qkv,
-)
+from hone_kernels.attention import SUPPORT, BlockLayout, block_sparse_attention
 from hone_kernels.attention.bench import cudnn, random_layout
-from hone_kernels.attention.fp8_reference import attention_fp8_reference, quantize_reference
 from hone_kernels.attention.triton import Tiles
-from hone_kernels.attention.triton_fp8 import TILES, attention_fp8_forward
-from hone_kernels.attention.triton_quantize import PROLOGUE, ROTATING, Prologue, quantize_triton
+from hone_kernels.attention_fp8 import SUPPORT as FP8_SUPPORT
+from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
+from hone_kernels.attention_fp8.reference import attention_fp8_reference, quantize_reference
+from hone_kernels.attention_fp8.triton import TILES, attention_fp8_forward
+from hone_kernels.attention_fp8.triton_quantize import PROLOGUE, ROTATING, Prologue, quantize_triton
 
 # heads, tokens, head size
 SHAPES = {name: ATTENTION_SHAPES[name] for name in ("wan-1.3b 480p", "cogvideox-5b")}
@@ -170,9 +164,9 @@ def bench(rounds: int) -> list[dict]:
         few = random_layout(2, tokens, 0.1)
         exact = block_sparse_attention(*(y.float() for y in part), few, backend="reference")
         small = quantize_qkv(*part)
-        emulated = relative(fp8_block_sparse_attention(small, few, backend="reference"), exact)
+        emulated = relative(quantized_attention(small, few, backend="reference"), exact)
         for name in fp8:
-            error = relative(fp8_block_sparse_attention(small, few, backend=name), exact)
+            error = relative(quantized_attention(small, few, backend=name), exact)
             say(f"{shape} {name}: relative error {error:.4f}, emulation {emulated:.4f}")
             check_error(f"{shape} {name}", error, 1.3 * emulated)
         x = quantize_qkv(q, k, v)
@@ -180,15 +174,15 @@ def bench(rounds: int) -> list[dict]:
         for density in DENSITIES:
             layout = random_layout(heads, tokens, density)
             fields = dict(op="attention_fp8", shape=shape, heads=heads, tokens=tokens, dim=dim, density=density)
-            calls = {f"fp8 {b}": lambda b=b, at=layout: fp8_block_sparse_attention(x, at, backend=b) for b in fp8}
+            calls = {f"fp8 {b}": lambda b=b, at=layout: quantized_attention(x, at, backend=b) for b in fp8}
             calls |= {f"bf16 {b}": lambda b=b, at=layout: block_sparse_attention(q, k, v, at, backend=b) for b in half}
-            calls["prologue + fp8"] = lambda at=layout: fp8_block_sparse_attention(quantize_qkv(q, k, v), at)
+            calls["prologue + fp8"] = lambda at=layout: quantized_attention(quantize_qkv(q, k, v), at)
             calls["cudnn dense"] = lambda: cudnn(q, k, v)
             work, dense = flops(layout, heads, dim), dense_flops(heads, tokens, dim)
             note(calls, "tflops", work, dense, **fields, mode="forward")
             if density in (0.5, 0.1):
                 outs = {
-                    f"fp8, delta {d}": block_sparse_attention_fp8(*leaves, layout, delta=d)
+                    f"fp8, delta {d}": straight_through_attention(*leaves, layout, delta=d)
                     for d in ("exact", "forward")
                 }
                 outs["bf16"] = block_sparse_attention(*leaves, layout)

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from gpu_attention import SHAPES, inputs
 from hone_core.environment import environment
-from hone_kernels.attention import block_sparse_attention, fp8_block_sparse_attention, quantize_qkv
+from hone_kernels.attention import block_sparse_attention
 from hone_kernels.attention.bench import random_layout
+from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
 
 CASES = {
     f"{shape}, {kind}, keep {density:g}": (shape, kind, density)
@@ -46,7 +47,7 @@ def run_case(name: str) -> None:
     layout = random_layout(heads, tokens, density)
     if kind == "fp8 triton":
         operands = quantize_qkv(q, k, v)
-        call = lambda: fp8_block_sparse_attention(operands, layout, backend="triton")  # noqa: E731
+        call = lambda: quantized_attention(operands, layout, backend="triton")  # noqa: E731
     else:
         call = lambda: block_sparse_attention(q, k, v, layout, backend=kind)  # noqa: E731
     for _ in range(3):

@@ -28,15 +28,9 @@ from pathlib import Path
 
 import torch
 from hone_core.environment import environment
-from hone_kernels.attention import (
-    FP8_SUPPORT,
-    SUPPORT,
-    BlockLayout,
-    PooledKV,
-    block_sparse_attention,
-    fp8_block_sparse_attention,
-    quantize_qkv,
-)
+from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention_fp8 import SUPPORT as FP8_SUPPORT
+from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
 from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_select import select_blocks
 
@@ -107,7 +101,7 @@ def attention_fp8(backend: str) -> None:
             x = quantize_qkv(*(y.to(device) for y in (q, k, v)), block=block, backend=name, **options)
             sizes = dict(block_q=block, block_k=block, k_valid=options.get("k_valid"))
             layout = BlockLayout.from_mask(mask.to(device), 301, 301, **sizes)
-            out, lse = fp8_block_sparse_attention(x, layout, return_lse=True, backend=name)
+            out, lse = quantized_attention(x, layout, return_lse=True, backend=name)
             results.append([y.double().cpu() for y in (*x.dequantize(), out, lse)])
         what = f"attention_fp8 {backend} d{dim} block {block} everything {everything}"
         for i, (got, want) in enumerate(zip(*results, strict=True)):

@@ -22,9 +22,12 @@ SETTINGS = {
     "attention_fp8": lambda: {
         **{
             f"forward d{dim}": (str(tile), f"{tile.q} x {tile.k}")
-            for dim, tile in module("attention.triton_fp8").TILES.items()
+            for dim, tile in module("attention_fp8.triton").TILES.items()
         },
-        "prologue": (", ".join(str(getattr(module("attention.triton_quantize"), name)) for name in PROLOGUES), None),
+        "prologue": (
+            ", ".join(str(getattr(module("attention_fp8.triton_quantize"), name)) for name in PROLOGUES),
+            None,
+        ),
     },
 }
 PROLOGUES = ("PROLOGUE", "ROTATING")

@@ -121,13 +121,11 @@ def _available(backends: list[str]) -> dict[str, str | None]:
     """Backend to why it cannot run bfloat16 attention of head size 128 here, or None."""
     import torch
 
-    from hone_kernels.attention import BlockLayout
-    from hone_kernels.attention.api import why_not
+    from hone_kernels.attention import SUPPORT
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    q = torch.empty(1, 1, 128, 128, dtype=torch.bfloat16, device=device)
-    layout = BlockLayout.dense(128, 128, block_q=128, block_k=128, device=device)
-    return {name: why_not(name, q, layout) for name in backends}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = dict(head_dim=128, block_q=128, block_k=128)
+    return {name: SUPPORT[name].reason(device, torch.bfloat16, **sizes) for name in backends}
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -112,17 +112,17 @@ def test_a_wrong_value_of_any_mode_ends_the_run_before_it_is_timed(on_cpu, mode)
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "prologue"])
 def test_wrong_fp8_values_end_the_run(on_cpu, mode):
-    good = {name: getattr(bench_module, name) for name in ("quantize_qkv", "block_sparse_attention_fp8")}
+    good = {name: getattr(bench_module, name) for name in ("quantize_qkv", "straight_through_attention")}
     whole = SMALL.heads
 
     def quantize(q, k, v, *, backend):
         return good["quantize_qkv"](spoiled(q, (0, 0)) if q.shape[1] == whole else q, k, v, backend=backend)
 
     def train(q, k, v, layout, *, backend):
-        return good["block_sparse_attention_fp8"](q, k * 1.1, v, layout, backend=backend)
+        return good["straight_through_attention"](q, k * 1.1, v, layout, backend=backend)
 
     on_cpu.setattr(bench_module, "quantize_qkv", quantize)
-    on_cpu.setattr(bench_module, "block_sparse_attention_fp8", train)
+    on_cpu.setattr(bench_module, "straight_through_attention", train)
     with pytest.raises(RuntimeError, match=f"hone reference.*, {mode} is wrong"):
         run([FP8], modes=[mode])
 

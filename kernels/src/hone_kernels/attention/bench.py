@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from hone_kernels.attention_fp8 import SUPPORT as FP8_SUPPORT
+from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
+from hone_kernels.attention_fp8.reference import attention_fp8_reference
 from hone_kernels.timing import Times, interleaved
 
-from .api import SUPPORT, PooledKV, block_sparse_attention, why_not
-from .fp8 import block_sparse_attention_fp8, fp8_block_sparse_attention, fp8_why_not, quantize_qkv
-from .fp8_reference import attention_fp8_reference
+from .api import SUPPORT, PooledKV, block_sparse_attention
 from .layout import BlockLayout
 
 __all__ = ["MODES", "SHAPES", "Shape", "bench", "check_settings", "cudnn", "flex", "measured", "providers",
@@ -158,9 +159,10 @@ def bench(
             q, k, v = _inputs(shape, torch.bfloat16 if dtype == FP8 else dtype)
             usable = []
             for name in backends:
-                reason = (
-                    fp8_why_not(name, q, (block, block)) if dtype == FP8 else why_not(name, q, layouts[densities[0]])
-                )
+                support = (FP8_SUPPORT if dtype == FP8 else SUPPORT).get(name)
+                reason = "it has no FP8 kernel"
+                if support is not None:
+                    reason = support.reason(q.device, q.dtype, head_dim=shape.dim, block_q=block, block_k=block)
                 if reason is None:
                     usable.append(name)
                 else:
@@ -312,14 +314,14 @@ def _fp8_providers(
     """The FP8 forward on operands that are there, the same with its prologue, or the training op; cuDNN in bfloat16."""
 
     def train(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: block_sparse_attention_fp8(q, k, v, layout, backend=name)
+        return lambda q, k, v: straight_through_attention(q, k, v, layout, backend=name)
 
     def forward(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         operands = quantize_qkv(*qkv, backend=name)
-        return lambda q, k, v: fp8_block_sparse_attention(operands, layout, backend=name)
+        return lambda q, k, v: quantized_attention(operands, layout, backend=name)
 
     def whole(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: fp8_block_sparse_attention(quantize_qkv(q, k, v, backend=name), layout, backend=name)
+        return lambda q, k, v: quantized_attention(quantize_qkv(q, k, v, backend=name), layout, backend=name)
 
     if backward:
         found = {f"hone {name}": train(name) for name in backends}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hone_kernels.checks import unit_last
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -308,6 +310,11 @@ class BlockLayout:
             block_q=self.block_k,
             block_k=self.block_q,
         )
+
+    def lists(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``kv_num``, ``kv_idx`` and ``k_valid``, each as the kernels read it: neighbours side by side."""
+        k_valid = None if self.k_valid is None else unit_last(self.k_valid)
+        return unit_last(self.kv_num), unit_last(self.kv_idx), k_valid
 
     def key_counts(self) -> Tensor:
         """Keys that exist in each key block: ``[B or 1, NK]`` int32."""

@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 import torch
 from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
-from hone_kernels.attention import (
-    FP8_SUPPORT,
-    BlockLayout,
-    block_sparse_attention,
-    block_sparse_attention_fp8,
-    fp8_block_sparse_attention,
-    quantize_qkv,
-)
-from hone_kernels.attention.fp8 import _forward_op, _quantize_op, _straight_through_backward_op, _straight_through_op
-from hone_kernels.attention.fp8_reference import attention_fp8_reference, quantize_reference
+from hone_kernels.attention import BlockLayout, block_sparse_attention
+from hone_kernels.attention_fp8 import SUPPORT, quantize_qkv, quantized_attention, straight_through_attention
+from hone_kernels.attention_fp8.api import _forward_op, _straight_through_backward_op, _straight_through_op
+from hone_kernels.attention_fp8.quantize import _quantize_op
+from hone_kernels.attention_fp8.reference import attention_fp8_reference, quantize_reference
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -104,7 +99,7 @@ def build(case, dtype, device):
 def tile_of(case):
     """Keys that the kernel reads at a time."""
     from hone_kernels.attention.triton import _sm
-    from hone_kernels.attention.triton_fp8 import tiles_for
+    from hone_kernels.attention_fp8.triton import tiles_for
 
     return tiles_for(case.dim, case.block_q, case.block_k, case.block_k, _sm(torch.empty(0))).k
 
@@ -117,7 +112,7 @@ def compare_forward(case, dtype, device, limit):
     inputs, layout = build(case, dtype, device)
     options = dict(block=case.block_k, group=case.group, smooth_k=case.smooth_k, k_valid=layout.k_valid)
     x = quantize_qkv(*inputs, **options, backend="triton")
-    out, lse = fp8_block_sparse_attention(x, layout, return_lse=True, out_dtype=torch.float32, backend="triton")
+    out, lse = quantized_attention(x, layout, return_lse=True, out_dtype=torch.float32, backend="triton")
     scale = case.dim**-0.5
     want, want_lse = attention_fp8_reference(*x.dequantize(torch.float64), layout, scale, tile=tile_of(case))
     assert relative(out, want) <= limit
@@ -137,7 +132,7 @@ def test_forward_interpreted(case, dtype):
 
 
 @requires_gpu(min_sm=MIN_SM)
-@pytest.mark.parametrize("dtype", FP8_SUPPORT["triton"].dtypes, ids=str)
+@pytest.mark.parametrize("dtype", SUPPORT["triton"].dtypes, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case, dtype):
     # An error of 1e-3 in a logit, from sums of 14 bits, turns one in a hundred roundings of P, by a tenth each.
@@ -145,9 +140,9 @@ def test_forward(case, dtype):
 
 
 @requires_gpu(min_sm=MIN_SM)
-@pytest.mark.parametrize("dim", FP8_SUPPORT["triton"].head_dims)
-@pytest.mark.parametrize("block_q", FP8_SUPPORT["triton"].blocks)
-@pytest.mark.parametrize("block_k", FP8_SUPPORT["triton"].blocks)
+@pytest.mark.parametrize("dim", SUPPORT["triton"].head_dims)
+@pytest.mark.parametrize("block_q", SUPPORT["triton"].blocks)
+@pytest.mark.parametrize("block_k", SUPPORT["triton"].blocks)
 @pytest.mark.parametrize("padded", [False, True])
 def test_support_matrix(dim, block_q, block_k, padded):
     case = Case(queries=300, keys=523, dim=dim, block_q=block_q, block_k=block_k, padded=padded)
@@ -158,7 +153,7 @@ FIELDS = ("q8", "k8", "v8", "q_scale", "k_scale", "v_scale", "k_mean", "q_dot_me
 
 
 def compare_prologue(device, dtype, block, group, smooth_k, rope, order, padded, dim=64):
-    from hone_kernels.attention.triton_quantize import quantize_triton
+    from hone_kernels.attention_fp8.triton_quantize import quantize_triton
 
     q, k, v = build(Case(batch=2, heads=6, kv_heads=3, queries=200, keys=200, dim=dim), dtype, device)[0]
     q[0, 0, 0, 0], k[1, 0, 3, 3], q[0, 1] = torch.inf, torch.nan, 0
@@ -209,7 +204,7 @@ def test_prologue_interpreted(options, dtype):
 
 def check_odd_strides(device, dtype):
     """Two channels are read as a word, where they are one."""
-    from hone_kernels.attention.triton_quantize import quantize_triton
+    from hone_kernels.attention_fp8.triton_quantize import quantize_triton
 
     wide = torch.randn(1, 2, 100, 65, device=device).to(dtype)
     args = (wide[..., 1:], wide[..., :64], wide[..., 1:], None, None, None, None, 64, 1, False)
@@ -232,7 +227,7 @@ def check_lists_with_gaps(device, dtype):
         x = quantize_qkv(q, k, v, block=64, order=of(order), k_valid=of(valid), backend="triton")
         gaps = replace(layout, k_valid=of(layout.k_valid))
         fields = [getattr(x, name).float() for name in ("q8", "k8", "v8", "q_scale", "k_scale", "v_scale")]
-        results.append([*fields, *fp8_block_sparse_attention(x, gaps, return_lse=True, backend="triton")])
+        results.append([*fields, *quantized_attention(x, gaps, return_lse=True, backend="triton")])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -247,8 +242,8 @@ def test_lists_with_gaps():
 
 
 def check_dequantize(device, dtype, dim, block, tokens):
-    from hone_kernels.attention.fp8_reference import dequantize
-    from hone_kernels.attention.triton_quantize import dequantize_triton
+    from hone_kernels.attention_fp8.reference import dequantize
+    from hone_kernels.attention_fp8.triton_quantize import dequantize_triton
 
     q, k, v = torch.randn(2, 4, tokens, dim, device=device), *torch.randn(2, 2, 2, tokens, dim, device=device)
     fields = quantize_reference(q, k, v, None, None, None, None, block, 1, False)[:6]
@@ -264,7 +259,7 @@ def test_dequantize_interpreted(dim, block, tokens):
 
 
 @requires_gpu(min_sm=MIN_SM)
-@pytest.mark.parametrize("dtype", FP8_SUPPORT["triton"].dtypes, ids=str)
+@pytest.mark.parametrize("dtype", SUPPORT["triton"].dtypes, ids=str)
 @pytest.mark.parametrize(("dim", "block", "tokens"), [(32, 64, 1), (64, 128, 200), (128, 64, 130), (128, 128, 5000)])
 def test_dequantize(dim, block, tokens, dtype):
     check_dequantize("cuda", dtype, dim, block, tokens)
@@ -279,7 +274,7 @@ def check_nan_in_padding(device, dtype):
         x[:, :, 104:] = torch.nan
     for backend in ("triton", "reference"):
         inputs = [x.clone().requires_grad_() for x in leaves]
-        out = block_sparse_attention_fp8(*inputs, layout, backend=backend)
+        out = straight_through_attention(*inputs, layout, backend=backend)
         dq, dk, dv = torch.autograd.grad(out.float().square().sum(), inputs)
         assert all(x.isfinite().all() for x in (out, dq, dk, dv))
         assert not dk[:, :, 104:].any()
@@ -305,7 +300,7 @@ def test_tensors_on_another_device():
     layout = BlockLayout.dense(300, 300, device=device)
     results = []
     for backend in ("triton", "reference"):
-        out = block_sparse_attention_fp8(*leaves, layout, smooth_k=True, backend=backend)
+        out = straight_through_attention(*leaves, layout, smooth_k=True, backend=backend)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
     torch.cuda.synchronize(device)
     for got, want in zip(*results, strict=True):
@@ -327,7 +322,7 @@ def test_odd_strides():
 @pytest.mark.parametrize("heads", [3, 40])
 def test_values_wait_for_their_scales(heads):
     """Both readings of V in one launch, many times: of several heads at a time, of one, and of all."""
-    from hone_kernels.attention.triton_quantize import Prologue, quantize_triton
+    from hone_kernels.attention_fp8.triton_quantize import Prologue, quantize_triton
 
     q, k, v = (torch.randn(2, heads, 5000, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     options = (None, None, None, None, 128, 1, False)
@@ -355,7 +350,7 @@ def compare_training(case, dtype, device, delta):
     for backend in ("triton", "reference"):
         leaves = [x.detach().requires_grad_() for x in inputs]
         options = dict(smooth_k=case.smooth_k, group=case.group, delta=delta, return_lse=True, backend=backend)
-        out, lse = block_sparse_attention_fp8(*leaves, layout, **options)
+        out, lse = straight_through_attention(*leaves, layout, **options)
         scalar = (out * dout).float().sum() + (lse.masked_fill(lse == -math.inf, 0) * dlse).sum()
         results.append((out, lse, *torch.autograd.grad(scalar, leaves)))
         assert out.dtype == dtype
@@ -425,7 +420,7 @@ def test_compiles_without_a_graph_break_interpreted():
     leaves = [x.detach().requires_grad_() for x in leaves]
 
     def call(q, k, v):
-        out, lse = block_sparse_attention_fp8(q, k, v, layout, smooth_k=True, return_lse=True, backend="triton")
+        out, lse = straight_through_attention(q, k, v, layout, smooth_k=True, return_lse=True, backend="triton")
         return out * 2 + lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)
 
     got, want = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves), call(*leaves)
@@ -442,14 +437,14 @@ def test_inference_compiles_without_a_graph_break_interpreted():
     def call(q, k, v):
         rope = (angle.cos(), angle.sin())
         x = quantize_qkv(q, k, v, smooth_k=True, group=2, rope=rope, order=order, backend="triton")
-        return fp8_block_sparse_attention(x, layout, out_dtype=torch.float32, backend="triton") * 2
+        return quantized_attention(x, layout, out_dtype=torch.float32, backend="triton") * 2
 
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs))
 
 
 def check_poison(device):
     """Every element of every output is written, and what is not finite reaches the queries that read it only."""
-    from hone_kernels.attention.triton_fp8 import attention_fp8_forward
+    from hone_kernels.attention_fp8.triton import attention_fp8_forward
 
     (q, k, v), layout = build(Case(queries=200, keys=300), torch.float16, device)
     k[:, :, 70] = torch.nan
@@ -488,8 +483,8 @@ def test_error_is_that_of_the_format(dim, keep):
     )
     exact = block_sparse_attention(q.double(), k.double(), v.double(), layout, backend="reference")
     x = quantize_qkv(q, k, v)
-    emulated = fp8_block_sparse_attention(x, layout, backend="reference")
-    got = fp8_block_sparse_attention(x, layout, backend="triton")
+    emulated = quantized_attention(x, layout, backend="reference")
+    got = quantized_attention(x, layout, backend="triton")
     assert relative(got, exact) <= 1.3 * relative(emulated, exact)
     assert relative(emulated, exact) < 0.06
 
@@ -503,7 +498,7 @@ def test_long_rows_lose_nothing(dim):
     v = torch.rand(1, 1, tokens, dim, device="cuda").to(torch.bfloat16)
     x = quantize_qkv(q, k, v)
     layout = BlockLayout.dense(128, tokens, device="cuda")
-    out = fp8_block_sparse_attention(x, layout, out_dtype=torch.float32, backend="triton")
+    out = quantized_attention(x, layout, out_dtype=torch.float32, backend="triton")
     # 128 products in 14 bits may fall short by a thousandth; 65,536 would by a good part of the whole.
     assert_close(out, x.dequantize(torch.float64)[2].mean(2, keepdim=True).expand_as(out), atol=0, rtol=5e-3)
 
@@ -517,7 +512,7 @@ def test_runs_are_identical(dim):
     dout = torch.randn_like(leaves[0])
 
     def run():
-        out, lse = block_sparse_attention_fp8(*leaves, layout, smooth_k=True, return_lse=True)
+        out, lse = straight_through_attention(*leaves, layout, smooth_k=True, return_lse=True)
         return out, lse, *torch.autograd.grad(out, leaves, dout)
 
     first = run()
@@ -535,7 +530,7 @@ def test_no_wait_graph_and_compile():
 
     def call(q, k, v):
         x = quantize_qkv(q, k, v, smooth_k=True, group=2, rope=tables, order=order)
-        return fp8_block_sparse_attention(x, layout)
+        return quantized_attention(x, layout)
 
     expected = call(*inputs)  # compiles the kernels
     with no_host_sync():
@@ -549,9 +544,9 @@ def test_no_wait_graph_and_compile():
     assert torch.equal(captured, expected)
     assert torch.equal(torch.compile(call, fullgraph=True)(*inputs), expected)
     leaves = [x.detach().requires_grad_() for x in inputs]
-    train = torch.compile(lambda q, k, v: block_sparse_attention_fp8(q, k, v, layout) * 2, fullgraph=True)
+    train = torch.compile(lambda q, k, v: straight_through_attention(q, k, v, layout) * 2, fullgraph=True)
     out = train(*leaves)
-    want = block_sparse_attention_fp8(*leaves, layout) * 2
+    want = straight_through_attention(*leaves, layout) * 2
     assert torch.equal(out, want)
     for mine, theirs in zip(*(torch.autograd.grad(x.float().sum(), leaves) for x in (out, want)), strict=True):
         assert torch.equal(mine, theirs)
@@ -567,7 +562,7 @@ def test_offsets_beyond_32_bits():
     mask[..., :, 588:] = True
     layout = BlockLayout.from_mask(mask, tokens, tokens, width=3)
     x = quantize_qkv(q, q, q)
-    out = fp8_block_sparse_attention(x, layout)
+    out = quantized_attention(x, layout)
     last = q[-1:, -1:, 588 * 128 :]
     small = quantize_qkv(last, last, last)
     assert torch.equal(x.q8[-1:, -1:, 588 * 128 :].float(), small.q8.float())

@@ -5,15 +5,9 @@ import math
 import pytest
 import torch
 from hone_core.testing import assert_close
-from hone_kernels.attention import (
-    BlockLayout,
-    FP8Operands,
-    block_sparse_attention,
-    block_sparse_attention_fp8,
-    fp8_block_sparse_attention,
-    quantize_qkv,
-)
-from hone_kernels.attention.fp8_reference import attention_fp8_reference
+from hone_kernels.attention import BlockLayout, block_sparse_attention
+from hone_kernels.attention_fp8 import FP8Operands, quantize_qkv, quantized_attention, straight_through_attention
+from hone_kernels.attention_fp8.reference import attention_fp8_reference
 from torch.nn.functional import scaled_dot_product_attention
 
 E4M3 = torch.float8_e4m3fn
@@ -168,7 +162,7 @@ def test_matches_loops(padded):
         got = attention_fp8_reference(*x.dequantize(torch.float64), layout, 0.3, tile=tile)
         for name, mine, theirs in zip(("out", "lse"), got, brute_force(x, layout, 0.3, tile), strict=True):
             assert_close(mine, theirs, what=f"{name} {tile}")
-    out, lse = fp8_block_sparse_attention(x, layout, scale=0.3, return_lse=True, out_dtype=torch.float64)
+    out, lse = quantized_attention(x, layout, scale=0.3, return_lse=True, out_dtype=torch.float64)
     assert torch.equal(out, attention_fp8_reference(*x.dequantize(torch.float64), layout, 0.3, tile=64)[0])
     assert (out[:, 1, 64:128] == 0).all()
     assert (lse[:, 1, 64:128] == -math.inf).all()
@@ -180,7 +174,7 @@ def test_published_errors():
     layout = BlockLayout.dense(512, 3840)
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
     x = quantize_qkv(q, k, v)
-    out = fp8_block_sparse_attention(x, layout, out_dtype=torch.float64)
+    out = quantized_attention(x, layout, out_dtype=torch.float64)
     assert relative(out, exact) == pytest.approx(0.055, abs=0.002)
     # What rounding P adds to the rounding of the operands.
     rounded = scaled_dot_product_attention(*x.dequantize(torch.float64))
@@ -189,7 +183,7 @@ def test_published_errors():
     k = k + 8 * torch.randn(128)
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
     plain, smooth = (
-        relative(fp8_block_sparse_attention(quantize_qkv(q, k, v, smooth_k=s), layout), exact) for s in (False, True)
+        relative(quantized_attention(quantize_qkv(q, k, v, smooth_k=s), layout), exact) for s in (False, True)
     )
     assert smooth < 0.06
     assert plain > 1.5 * smooth
@@ -205,14 +199,14 @@ def test_representable_values_are_exact():
     x = quantize_qkv(grid, grid / 4, v)
     for rounded, given in zip(x.dequantize(), (grid, grid / 4, v), strict=True):
         assert torch.equal(rounded, given)
-    out, lse = fp8_block_sparse_attention(x, layout, scale=1e-30, return_lse=True, out_dtype=torch.float64)
+    out, lse = quantized_attention(x, layout, scale=1e-30, return_lse=True, out_dtype=torch.float64)
     assert_close(out, v.double().mean(2, keepdim=True).expand_as(out))
     assert_close(lse, torch.full_like(lse, math.log(200)))
-    out = fp8_block_sparse_attention(x, layout, scale=0.001, out_dtype=torch.float64)
+    out = quantized_attention(x, layout, scale=0.001, out_dtype=torch.float64)
     want = scaled_dot_product_attention(grid.double(), grid.double() / 4, v.double(), scale=0.001)
     assert relative(out, want) < 0.03  # of P alone
     one = quantize_qkv(grid[:, :, :1], grid[:, :, :1], v[:, :, 1:2])
-    assert torch.equal(fp8_block_sparse_attention(one, BlockLayout.dense(1, 1), out_dtype=torch.float32), v[:, :, 1:2])
+    assert torch.equal(quantized_attention(one, BlockLayout.dense(1, 1), out_dtype=torch.float32), v[:, :, 1:2])
 
 
 def test_smoothing_leaves_the_log_sum_exp_of_the_keys_as_they_were():
@@ -220,8 +214,8 @@ def test_smoothing_leaves_the_log_sum_exp_of_the_keys_as_they_were():
     k = k[:, :1] + 10 * torch.randn(64)
     layout = BlockLayout.dense(200, 200)
     _, want = block_sparse_attention(q, k, v[:, :1], layout, return_lse=True)
-    _, got = fp8_block_sparse_attention(quantize_qkv(q, k, v[:, :1], smooth_k=True), layout, return_lse=True)
-    _, rough = fp8_block_sparse_attention(quantize_qkv(q, k, v[:, :1]), layout, return_lse=True)
+    _, got = quantized_attention(quantize_qkv(q, k, v[:, :1], smooth_k=True), layout, return_lse=True)
+    _, rough = quantized_attention(quantize_qkv(q, k, v[:, :1]), layout, return_lse=True)
     assert (got - want).abs().max() < 0.1
     assert (rough - want).abs().max() > 0.5
 
@@ -253,7 +247,7 @@ def test_gradient_is_straight_through(smooth_k, padded, dtype):
     mask[..., 0] = True
     valid = torch.tensor([[64, 9, 2], [20, 64, 0]], dtype=torch.int32) if padded else None
     layout = BlockLayout.from_mask(mask, 100, 130, block_q=64, block_k=64, k_valid=valid)
-    out, lse = block_sparse_attention_fp8(*leaves, layout, scale=0.2, smooth_k=smooth_k, return_lse=True)
+    out, lse = straight_through_attention(*leaves, layout, scale=0.2, smooth_k=smooth_k, return_lse=True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     got = torch.autograd.grad((out * dout).sum() + (lse * dlse).sum(), leaves)
     smooth_out, smooth_lse, *_ = straight_through(*leaves, layout, 0.2, smooth_k)
@@ -261,7 +255,7 @@ def test_gradient_is_straight_through(smooth_k, padded, dtype):
     for name, g, w in zip("qkv", got, want, strict=True):
         assert_close(g, w, what=f"d{name}")
     x = quantize_qkv(*leaves, smooth_k=smooth_k, block=64 if padded else 128, k_valid=valid)
-    value, value_lse = fp8_block_sparse_attention(x, layout, scale=0.2, return_lse=True, out_dtype=dtype)
+    value, value_lse = quantized_attention(x, layout, scale=0.2, return_lse=True, out_dtype=dtype)
     assert_close(out, value)
     assert_close(lse, value_lse, dtype=torch.float32)  # in which q . k_mean is kept
 
@@ -270,7 +264,7 @@ def test_delta_of_the_forward_output():
     """dS = P * (dP - sum(dout * out)) with the rounded output, written out."""
     leaves = [x.requires_grad_() for x in tensors(1, 2, 70, 16, dtype=torch.float64)]
     layout = BlockLayout.dense(70, 70, block_q=64, block_k=64)
-    out = block_sparse_attention_fp8(*leaves, layout, scale=0.3, delta="forward")
+    out = straight_through_attention(*leaves, layout, scale=0.3, delta="forward")
     dout = torch.randn_like(out)
     got = torch.autograd.grad((out * dout).sum(), leaves)
     _, _, logits, v = straight_through(*leaves, layout, 0.3, False)
@@ -285,7 +279,7 @@ def test_delta_of_the_forward_output():
 
 def test_output_lies_as_the_projection_reads_it():
     x = quantize_qkv(*tensors(2, 3, 100, 64))
-    out = fp8_block_sparse_attention(x, BlockLayout.dense(100, 100))
+    out = quantized_attention(x, BlockLayout.dense(100, 100))
     assert out.dtype == torch.bfloat16
     assert out.transpose(1, 2).is_contiguous()
 
@@ -297,8 +291,8 @@ def test_autocast_changes_nothing(smooth_k):
 
     def attend():
         operands = quantize_qkv(q, k, v, smooth_k=smooth_k)
-        apart = fp8_block_sparse_attention(operands, layout, return_lse=True, out_dtype=torch.float32)
-        return (*apart, *block_sparse_attention_fp8(q, k, v, layout, smooth_k=smooth_k, return_lse=True))
+        apart = quantized_attention(operands, layout, return_lse=True, out_dtype=torch.float32)
+        return (*apart, *straight_through_attention(q, k, v, layout, smooth_k=smooth_k, return_lse=True))
 
     want = attend()
     with torch.autocast("cpu", torch.bfloat16):
@@ -330,25 +324,27 @@ def test_bad_options(options, error, message):
 def test_bad_tensors():
     q, k, v = tensors(1, 2, 100, 64)
     layout = BlockLayout.dense(100, 100)
-    with pytest.raises(TypeError, match="share dtype"):
+    with pytest.raises(TypeError, match="share a dtype"):
         quantize_qkv(q, k.half(), v)
     with pytest.raises(ValueError, match="k must have an entry along every axis"):
         quantize_qkv(q, k[:, :0], v[:, :0])
-    with pytest.raises(ValueError, match="H must be a multiple"):
+    with pytest.raises(ValueError, match="k and v must have the same shape"):
         quantize_qkv(q, k[..., :32], v)
+    with pytest.raises(ValueError, match="multiple of key heads; got 2 and 3"):
+        quantize_qkv(q, *tensors(1, 3, 100, 64, n=2))
     with pytest.raises(ValueError, match="as many queries as keys"):
         quantize_qkv(q[:, :, :50], k, v, order=torch.arange(100))
     with pytest.raises(ValueError, match="delta must be one of"):
-        block_sparse_attention_fp8(q, k, v, layout, delta="none")
+        straight_through_attention(q, k, v, layout, delta="none")
     x = quantize_qkv(q, k, v)
     with pytest.raises(ValueError, match="build the layout for these lengths"):
-        fp8_block_sparse_attention(x, BlockLayout.dense(100, 90))
+        quantized_attention(x, BlockLayout.dense(100, 90))
     with pytest.raises(TypeError, match="operands must be FP8Operands, from quantize_qkv; got tuple"):
-        fp8_block_sparse_attention((x.q8, x.k8, x.v8), layout)
+        quantized_attention((x.q8, x.k8, x.v8), layout)
     with pytest.raises(TypeError, match="out_dtype must be float64"):
-        fp8_block_sparse_attention(x, layout, out_dtype=torch.int32)
+        quantized_attention(x, layout, out_dtype=torch.int32)
     with pytest.raises(ValueError, match="scale must be positive"):
-        fp8_block_sparse_attention(x, layout, scale=0.0)
+        quantized_attention(x, layout, scale=0.0)
     with pytest.raises(TypeError, match="q8 must be float8_e4m3fn"):
         FP8Operands(q, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale, 128)
     with pytest.raises(ValueError, match=r"v8 must be \[1, 2, 64, 128\]"):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hone_kernels.attention import FP8_SUPPORT, BlockLayout
+from hone_kernels.attention import BlockLayout
+from hone_kernels.attention_fp8 import SUPPORT
 from hone_kernels.compile import compile_launch, record_launches
 
-forward = pytest.importorskip("hone_kernels.attention.triton_fp8", reason="Triton is for Linux only")
-prologue = pytest.importorskip("hone_kernels.attention.triton_quantize", reason="Triton is for Linux only")
+forward = pytest.importorskip("hone_kernels.attention_fp8.triton", reason="Triton is for Linux only")
+prologue = pytest.importorskip("hone_kernels.attention_fp8.triton_quantize", reason="Triton is for Linux only")
 
-DIMS = FP8_SUPPORT["triton"].head_dims
+DIMS = SUPPORT["triton"].head_dims
 
 
 def forward_launch(monkeypatch, dim, tokens, padded, block=128, tiles=None, sm=90):
@@ -31,7 +32,7 @@ def forward_launch(monkeypatch, dim, tokens, padded, block=128, tiles=None, sm=9
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("block", FP8_SUPPORT["triton"].blocks)
+@pytest.mark.parametrize("block", SUPPORT["triton"].blocks)
 @pytest.mark.parametrize(("tokens", "padded"), [(2048, False), (2056, False), (2056, True)])
 def test_forward_uses_the_fp8_units(monkeypatch, dim, block, tokens, padded):
     code = compile_launch(forward_launch(monkeypatch, dim, tokens, padded, block))
@@ -97,7 +98,7 @@ def test_prologue_moves_whole_vectors(dim, everything, group):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("dtype", FP8_SUPPORT["triton"].dtypes, ids=str)
+@pytest.mark.parametrize("dtype", SUPPORT["triton"].dtypes, ids=str)
 @pytest.mark.parametrize(("heads", "tokens"), [(1, 1), (2, 300)])
 def test_prologue_compiles_for_every_dtype(dtype, heads, tokens):
     """Also where sizes are 1, which Triton makes constants of."""
@@ -112,7 +113,7 @@ def test_prologue_compiles_for_every_dtype(dtype, heads, tokens):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("dtype", FP8_SUPPORT["triton"].dtypes, ids=str)
+@pytest.mark.parametrize("dtype", SUPPORT["triton"].dtypes, ids=str)
 def test_dequantize_moves_whole_vectors(dim, dtype):
     q8, v8 = (torch.empty(shape, dtype=torch.float8_e4m3fn) for shape in ((1, 2, 2056, dim), (1, 2, dim, 2176)))
     scale, v_scale = torch.empty(1, 2, 17), torch.empty(1, 2, dim)

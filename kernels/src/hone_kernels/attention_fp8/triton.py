@@ -1,8 +1,8 @@
 """FP8 block-sparse attention in Triton: the forward on E4M3 operands. triton_quantize.py makes them.
 
-The forward is the one of ``triton.py`` with E4M3 matrix products. The factor 448 of P is folded into the running
-maximum: with ``top = max - log2(448)`` the exponential is ``448 * p`` itself, and ``448 * l`` and ``top + log2(448 *
-l)`` are what the output and the log-sum-exp need.
+The forward is the one of ``attention/triton.py`` with E4M3 matrix products. The factor 448 of P is folded into the
+running maximum: with ``top = max - log2(448)`` the exponential is ``448 * p`` itself, and ``448 * l`` and ``top +
+log2(448 * l)`` are what the output and the log-sum-exp need.
 """
 
 from __future__ import annotations
@@ -15,15 +15,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fp8_reference import dequantize
-from .triton import LN2, LOG2E, Tiles, _bhs, _describe, _listed, _sm, _strides, _tile, attention_forward
+from hone_kernels.attention.triton import (
+    LN2,
+    LOG2E,
+    Tiles,
+    _bhs,
+    _describe,
+    _listed,
+    _sm,
+    _strides,
+    _tile,
+    attention_forward,
+)
+
+from .reference import dequantize
 
 __all__ = ["TILES", "attention_fp8_forward", "has_e4m3", "tiles_for"]
 
 LOG2_MAX = tl.constexpr(8.807354922057604)  # log2(448)
 
 # Head size -> configuration on compute capability 9.0 and later. The caps let three (128) and four programs share a
-# multiprocessor, as in triton.py (LOG.md).
+# multiprocessor, as in attention/triton.py (LOG.md).
 TILES: dict[int, Tiles] = {
     32: Tiles(64, 128, 4, 2, True, registers=128),
     64: Tiles(64, 128, 4, 2, True, registers=128),

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8_reference import AMAX_MIN, E4M3_MAX, V_PADDING, scales
-from .triton import _bhs, _strides
+from hone_kernels.attention.triton import _bhs, _strides
+
+from .reference import AMAX_MIN, E4M3_MAX, V_PADDING, scales
 
 __all__ = ["PROLOGUE", "ROTATING", "Prologue", "dequantize_triton", "quantize_triton"]
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hone_kernels.attention.layout import BlockLayout
 from hone_kernels.precision import without_autocast
-
-from .layout import BlockLayout
 
 __all__ = [
     "AMAX_MIN",
