@@ -122,8 +122,8 @@ def test_the_packaged_host_draws_the_same_clip_as_ever():
 
 @pytest.mark.slow
 def test_the_packaged_host_draws_what_it_is_asked_for(tmp_path):
-    from hone_video.clips import parse_prompt
     from hone_video.grader import grade
+    from hone_video.prompts import parse_prompt
 
     host = load_host()
     assert host.meta["passed"]

@@ -13,7 +13,7 @@ from hone_blade.host import (
     to_latents,
 )
 from hone_core.errors import CheckpointError
-from hone_video.clips import NUM_WORDS
+from hone_video.prompts import NUM_WORDS
 
 TINY = HostConfig(
     frames=4,

@@ -500,7 +500,7 @@ def _inspect_host(settings: dict[str, Any], device: str, out: Path | None, *, dr
     preset, prompt, seed = settings["preset"], settings["prompt"], settings["seed"]
     _positive("steps", settings["steps"])
     _known_preset(preset)
-    from hone_video.clips import parse_prompt
+    from hone_video.prompts import parse_prompt
 
     parse_prompt(prompt)
     if dry_run:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hone_video.clips import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
 from hone_video.grader import estimate_motion
+from hone_video.prompts import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
 
 from . import plots
 from .evaluate import Comparison, Outcome, compare, comparison_table, means, write_rows

@@ -24,8 +24,9 @@ import torch
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
-from hone_video.clips import FIELDS, NUM_WORDS, ClipConfig, label_words, parse_prompt
+from hone_video.clips import label_words
 from hone_video.grader import ClipClassifier
+from hone_video.prompts import FIELDS, NUM_WORDS, ClipConfig, parse_prompt
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -247,7 +248,7 @@ class Host:
         """Return the "text" tokens ``[B, 5, text_dim]`` of labels ``[B, 5]``.
 
         Args:
-            labels: as in ``hone_video.clips.FIELDS``.
+            labels: as in ``hone_video.prompts.FIELDS``.
             drop: ``[B]`` bool, rows to encode as "no prompt".
         """
         ids = label_words(labels.to(self.words.device))

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from hone_video.clips import COLORS, FIELDS, Glyphs, load_glyphs, random_labels, render, segment_glyphs
+from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.grader import grade, train_classifier
+from hone_video.prompts import COLORS, FIELDS
 from torch import Tensor, nn
 
 from .evaluate import write_mean

@@ -9,11 +9,12 @@ __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "architectures": ["FULL_SIZE", "full_size", "tiny", "tiny_pipeline"],
-        "clips": ["ClipConfig", "fake_batch", "load_glyphs", "render"],
+        "clips": ["fake_batch", "load_glyphs", "render"],
         "grader": ["ClipClassifier", "estimate_motion", "grade"],
         "grids": ["ORDERS", "Grid", "Order"],
         "orders": ["inverse_order", "reorder", "token_order"],
         "pipelines": ["PIPELINES", "find_pipeline", "load_pipeline"],
+        "prompts": ["ClipConfig", "describe", "parse_prompt"],
         "quality": ["psnr", "ssim"],
         "workloads": ["WORKLOADS", "Workload"],
     },
