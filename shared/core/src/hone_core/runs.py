@@ -77,6 +77,7 @@ class Run:
 
     Attributes:
         path: The run's folder.
+        package: Distribution that runs.
         seed: The seed it was started with.
         device: Where it was asked to run, as given: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         quiet: Whether progress is to be kept off stderr.
@@ -89,6 +90,7 @@ class Run:
 
     def __init__(self, path: Path, header: dict[str, Any], config: dict[str, Any]) -> None:
         self.path = path
+        self.package: str = header["package"]
         self.seed: int = header["seed"]
         self.device, self.quiet, self.command = "auto", False, ""
         self.rows: list[Row] = []
