@@ -195,7 +195,11 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
         )
         for flag in flags
     ]
-    of_run = {"config": (Path | None, None), "out": (Path | None, None), "device": (str, "auto")}
+    of_run: dict[str, tuple[Any, Any]] = {
+        "config": (Path | None, None),
+        "out": (Path | None, None),
+        "device": (str, "auto"),
+    }
     switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
     of_run |= {"dry_run": (switch, False), "quiet": (switch, False)}
     parameters += [
@@ -203,7 +207,7 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
     ]
     lines = {flag.name: flag.help + " (required)" * flag.required for flag in flags} | RUN_FLAGS
     lines["quiet"] = _COMMON["quiet"]
-    call.__signature__ = inspect.Signature(parameters)
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # tyro reads it
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__doc__ = f"{verb.help}\n\nArgs:\n" + "\n".join(f"    {name}: {text}" for name, text in lines.items())
     return call
@@ -260,7 +264,8 @@ def _gather_repeats(fn: Callable[..., Any], args: list[str]) -> list[str]:
     hints = typing.get_type_hints(fn)
     hints = {f"--{name.replace('_', '-')}": hints.get(name) for name in inspect.signature(fn).parameters}
     group: list[str] = []
-    groups, first = [group], {}
+    groups = [group]
+    first: dict[str, list[str]] = {}
     for arg in args:
         head, equals, value = arg.partition("=")
         flag = head.replace("_", "-")
@@ -316,7 +321,7 @@ def _with_common_flags(fn: Callable[..., Any]) -> Callable[..., tuple[Callable[[
         common = {name: kwargs[name] if name in own else kwargs.pop(name) for name in _COMMON}
         return (lambda: fn(*args, **kwargs)), common
 
-    parsed.__signature__ = signature.replace(
+    parsed.__signature__ = signature.replace(  # type: ignore[attr-defined]  # tyro reads it
         parameters=[*signature.parameters.values(), *extra], return_annotation=inspect.Signature.empty
     )
     hints = typing.get_type_hints(fn, include_extras=True)

@@ -102,7 +102,7 @@ def _walk(cls: type, values: Any, path: tuple[str, ...], defaults: Any) -> Itera
             continue
         kind, here = hints[name], (*path, name)
         default = _default(field) if defaults is None else getattr(defaults, name)
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             inner = None if name in values or default is dataclasses.MISSING else default
             yield from _walk(kind, values.get(name, {}), here, inner)
             continue

@@ -156,8 +156,8 @@ def save_host(
     }
     save_safetensors(stored, path)
     data = path.read_bytes()
-    head = {"format": FORMAT, "package": package, "config": to_dict(config)}
-    head |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    head = {"format": FORMAT, "package": package, "config": to_dict(config), "bytes": len(data)}
+    head["sha256"] = hashlib.sha256(data).hexdigest()
     atomic_write_json(_sidecar(path), head | ({} if facts is None else to_dict(facts)))
     return path
 

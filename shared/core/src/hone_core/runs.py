@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TextIO, get_args
 
 from hone_core.config import to_dict
 from hone_core.environment import environment
@@ -99,7 +99,7 @@ class Run:
         self._spent = 0.0
         self._clock = time.perf_counter()
         self._message: str | None = None
-        self._metrics = None
+        self._metrics: TextIO | None = None
 
     @classmethod
     def start(
@@ -210,7 +210,7 @@ class Run:
             variant=variant,
             split=split,
             paper_value=None if paper_value is None else float(paper_value),
-            interval=None if interval is None else tuple(map(float, interval)),
+            interval=None if interval is None else (float(interval[0]), float(interval[1])),
             labels=dict(labels or {}),
         )
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
