@@ -8,7 +8,6 @@ does not lose.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from hone_core.progress import progress_bar
+from hone_core.statistics import bootstrap_interval
+from hone_core.timing import Stopwatch
 from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.grids import Order
@@ -216,26 +217,16 @@ class Outcome:
     attention_gflop: float
 
 
-def bootstrap(values: Tensor, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, (low, high).
+def bootstrap(values: Tensor) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean, (low, high).
+
+    The samples are drawn as they were for the results that are committed: by torch, seed 0.
 
     Args:
         values: ``[N]`` one per clip.
-        level: coverage.
-        draws: resamples.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: if there are no values.
     """
-    values = torch.as_tensor(values, dtype=torch.float64).cpu()
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must be a non-empty list of numbers; got shape {list(values.shape)}")
-    generator = torch.Generator().manual_seed(seed)
-    means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
-    tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    resamples = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
+    return bootstrap_interval(values.double().cpu().numpy(), resamples=resamples.numpy())
 
 
 def attention_gflop(host: Host, config: BladeConfig | None, *, density: float, evaluations: list[int]) -> float:
@@ -496,29 +487,25 @@ class _Sampler:
 
     def __call__(self, text: Tensor, noise: Tensor) -> Tensor:
         self.batches += 1
-        recording = ExitStack()
-        started = 0.0
+        running = ExitStack()
+        watch = Stopwatch(self.host.device)
 
         def end(step: int) -> None:
-            recording.close()
+            running.close()
             if step >= 0:
-                self._wait()
                 if step not in self.measured:
-                    spent = time.perf_counter() - started
-                    self.timings[step >= self.sparse_from].append((spent, self.evaluations[step]))
+                    self.timings[step >= self.sparse_from].append((watch.seconds, self.evaluations[step]))
                 self.tick()
 
         def begin(step: int, _: int) -> None:
-            nonlocal started
             end(step - 1)
             if self.handle is not None:
                 self.handle.begin_step(step)
                 if step in self.measured:
-                    self.records.append(recording.enter_context(self.handle.record(recall=True)))
-            self._wait()
-            started = time.perf_counter()
+                    self.records.append(running.enter_context(self.handle.record(recall=True)))
+            running.enter_context(watch)
 
-        with recording:
+        with running:
             clips = self.host.sample(text, noise, steps=self.steps, on_step=begin)
             end(self.steps - 1)
         return clips.cpu()
@@ -551,7 +538,3 @@ class _Sampler:
         recall = torch.stack([stats.recall.mean() for stats in rows]).mean().item()
         sparse = self.sparse_share
         return sparse * density + 1 - sparse, sparse * recall + 1 - sparse
-
-    def _wait(self) -> None:
-        if self.host.device.type == "cuda":
-            torch.cuda.synchronize(self.host.device)
