@@ -470,6 +470,23 @@ def test_flags_of_every_kind_change_defaults_and_a_file(table, tmp_path, argv, p
     assert got == value
 
 
+def test_a_finished_run_is_exported_whether_it_ran_now_or_before(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "c", "dirty": False})
+    assert table("whole --out run --export absent/x.json")[0] == 2
+    assert not (tmp_path / "run").exists()
+    for name in ("first", "second"):
+        code, _, err = table(f"whole --out run --export {name}.json")
+        assert code == 0, err
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
+    assert first == second
+    assert first["rows"] == json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "c", "dirty": True})
+    code, _, err = table("whole --out other --export other.json")
+    assert code == 1
+    assert "expected a run of committed code" in err
+    assert json.loads((tmp_path / "other" / "results.json").read_text())["status"] == "done"
+
+
 def test_dry_run_prints_the_prepared_plan_and_makes_nothing(table, tmp_path):
     code, out, _ = table("draw --prompt a b c --limit 2 --out run --dry-run --json")
     assert code == 0

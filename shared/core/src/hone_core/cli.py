@@ -35,9 +35,10 @@ class Verb:
     """A verb, by the names of what it is made of; each is imported only when the verb is called.
 
     With a config, its flags are the config's fields (see ``hone_core.flags``) and those of every run: ``--config`` (a
-    file in place of the defaults; a flag that is given overrides it), ``--out``, ``--device`` and ``--dry-run``. It
-    runs in a run folder: a finished run of the same command is only reported, an unfinished one is resumed. The printed
-    report is ``Report.of(run)``, made from what the folder holds, of the class that ``run`` is annotated to return.
+    file in place of the defaults; a flag that is given overrides it), ``--out``, ``--export``, ``--device`` and
+    ``--dry-run``. It runs in a run folder: a finished run of the same command is only reported, an unfinished one is
+    resumed. The printed report is ``Report.of(run)``, made from what the folder holds, of the class that ``run`` is
+    annotated to return.
 
     Args:
         run: ``"package.module:function"``. With a config ``function(cfg, run) -> Report``, of a ``hone_core.runs.Run``
@@ -160,7 +161,18 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
         raise ValueError(f"{file}: {error}") from error
     given = _given(args)
 
-    def call(*, config: Path | None, out: Path | None, device: str, dry_run: bool, quiet: bool, **parsed: Any) -> Any:
+    def call(
+        *,
+        config: Path | None,
+        out: Path | None,
+        export: Path | None,
+        device: str,
+        dry_run: bool,
+        quiet: bool,
+        **parsed: Any,
+    ) -> Any:
+        if export is not None and not export.parent.is_dir():
+            raise _UsageError(f"--export: the folder {export.parent} does not exist; make it first")
         for flag in flags:
             if flag.required and flag.name not in given:
                 raise _UsageError(f"--{flag.name.replace('_', '-')} is needed: {flag.help}")
@@ -178,6 +190,7 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
             package=package,
             verb=name,
             out=out,
+            export=export,
             preset=getattr(cfg, "preset", None) or ("default" if is_default(cfg) else None),
             seed=_seed_of(cfg, flags),
             device=device,
@@ -198,6 +211,7 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
     of_run: dict[str, tuple[Any, Any]] = {
         "config": (Path | None, None),
         "out": (Path | None, None),
+        "export": (Path | None, None),
         "device": (str, "auto"),
     }
     switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -213,9 +227,9 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
     return call
 
 
-def _run_folder(table: Verb, cfg: Any, **start: Any) -> Any:
-    """Open the run folder, run the verb in it unless it has run, and report what is there."""
-    from hone_core.runs import Run
+def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> Any:
+    """Open the run folder, run the verb in it unless it has run, export it if asked, and report what is there."""
+    from hone_core.runs import Run, export_results
 
     function = _import(table.run)
     report = function.__annotations__["return"]
@@ -227,6 +241,8 @@ def _run_folder(table: Verb, cfg: Any, **start: Any) -> Any:
     if not run.done:
         with run:
             function(cfg, run)
+    if export is not None:
+        export_results(run.path, export)
     return report.of(run)
 
 

@@ -26,6 +26,7 @@ T = TypeVar("T")
 RUN_FLAGS = {
     "config": "A run's config.json to start from; other flags change it.",
     "out": "Run folder; the same command with the same folder resumes.",
+    "export": "Also write the finished run as one file, such as results/<package>/NAME.json.",
     "device": "auto, cpu, cuda or cuda:1.",
     "dry_run": "Look for the inputs, print the settings and do nothing.",
 }
