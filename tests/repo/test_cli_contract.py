@@ -1,7 +1,6 @@
 """What every command line keeps to, for each script that a member declares."""
 
 import importlib.metadata
-import re
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import workspace
+from helps import HEAVY, verb_helps
 
 SCRIPTS = {
     name: member
@@ -37,7 +37,7 @@ WORDS = {
 WORDS |= {"train-host"}
 
 # Runs the entry point and says on stderr what it imported.
-PROBE = """
+PROBE = f"""
 import importlib.metadata, sys
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
@@ -47,19 +47,13 @@ try:
     code = point.load()()
 except SystemExit as exit:
     code = exit.code
-heavy = [name for name in ("torch", "diffusers", "transformers", "matplotlib") if name in sys.modules]
-print("HEAVY", ",".join(heavy), file=sys.stderr)
+print("HEAVY", ",".join(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
 sys.exit(code)
 """
 
 
 def run(*argv):
     return subprocess.run([sys.executable, "-P", "-c", PROBE, *argv], capture_output=True, text=True, check=False)
-
-
-def verbs(script):
-    overview = run(script, "--help").stdout
-    return re.findall(r"^  (\S+)  +\S", overview.partition("verbs:\n")[2], re.M)
 
 
 def heavy(done):
@@ -96,19 +90,18 @@ def test_help_is_quick_and_light(script):
 
 
 def test_verbs_help_and_import_nothing_heavy(script):
-    names = verbs(script)
-    assert names
-    for verb in names:
-        done = run(script, verb, "--help")
-        assert done.returncode == 0, f"{verb}: {done.stderr}"
-        assert f"{script} {verb}" in done.stdout
-        assert heavy(done) == "", f"{script} {verb} --help imports {heavy(done)}"
+    helps = verb_helps(script)
+    assert helps
+    for verb, (code, text, loaded) in helps.items():
+        assert code in (None, 0), f"{verb}: {text}"
+        assert f"{script} {verb}" in text
+        assert loaded == [], f"{script} {verb} --help imports {loaded}"
 
 
 def test_verbs_are_words_of_the_house(script):
-    assert set(verbs(script)) <= WORDS
+    assert set(verb_helps(script)) <= WORDS
     wanted = {"info", "demo"} if SCRIPTS[script].kind == "packages" else {"info"}
-    assert wanted <= set(verbs(script))
+    assert wanted <= set(verb_helps(script))
 
 
 @pytest.mark.parametrize("argv", [["no-such-verb"], ["info", "--no-such-flag"], []], ids=["verb", "flag", "nothing"])
