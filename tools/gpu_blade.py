@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from hone_blade.bench import BenchConfig, bench
+from hone_blade.bench import bench
+from hone_blade.config import BenchConfig
 from hone_core.runs import Run, export_results
 from hone_video.workloads import WORKLOADS
 
@@ -45,10 +46,9 @@ def main() -> None:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
-            with Run.start(
-                package="hone-blade", verb="bench", config=cfg, out=path, preset=args.preset, seed=cfg.seed
-            ) as run:
-                report = bench(cfg, run, device=args.device)
+            where = {"package": "hone-blade", "verb": "bench", "out": path, "device": args.device}
+            with Run.start(config=cfg, preset=args.preset, seed=cfg.seed, **where) as run:
+                report = bench(cfg, run)
             export_results(path, args.out / f"bench_{model}_{part}.json", allow_dirty=args.allow_dirty)
         print(f"{model} {part}, {time.perf_counter() - start:.0f} s\n{report}", flush=True)
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from hone_blade.evaluate import Comparison, Outcome, compare, write_mean
+from hone_blade.config import Comparison
+from hone_blade.evaluate import Outcome, compare, write_mean
 from hone_blade.host import Host, load_host
 from hone_core.runs import Run, export_results
 from hone_video.clips import random_labels

@@ -9,8 +9,8 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from hone_blade.host import HostConfig
-from hone_blade.train import TrainConfig, train_host
+from hone_blade.config import HostConfig, TrainConfig
+from hone_blade.train import train_host
 from hone_core.runs import Run
 
 SMOKE = TrainConfig(
@@ -45,13 +45,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     options = {"minutes": args.minutes, "seed": args.seed, "batch": args.batch, "lr": args.lr}
     cfg = SMOKE if args.smoke else dataclasses.replace(TrainConfig(), compile=not args.no_compile, **options)
+    cfg = dataclasses.replace(cfg, init=args.init)
     command = "hone-blade train-host --device cuda " + " ".join(
         f"--{name} {value:g}" for name, value in options.items()
     )
     if args.init is not None:
         command += f" --init {args.init.name}"
-    with Run.start(package="hone-blade", verb="train-host", config=cfg, out=args.out, seed=args.seed) as run:
-        print(train_host(cfg, run, device=args.device, init=args.init, checkpoint=args.checkpoint, command=command))
+    where = {"package": "hone-blade", "verb": "train-host", "out": args.out, "device": args.device, "command": command}
+    with Run.start(config=cfg, seed=args.seed, **where) as run:
+        print(train_host(cfg, run, checkpoint=args.checkpoint))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from hone_blade.config import HostConfig
 from hone_blade.evaluate import bootstrap
-from hone_blade.host import HostConfig, load_host, save_host
+from hone_blade.host import load_host, save_host
 from hone_blade.train import GATE, grade_samples
 from hone_core.environment import environment
 from hone_core.io import atomic_write_json

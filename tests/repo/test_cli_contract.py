@@ -1,5 +1,6 @@
 """What every command line keeps to, for each script that a member declares."""
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import workspace
 from helps import HEAVY, verb_helps
+from hone_core.cli import Verb
+from hone_core.flags import flags_of
 
 SCRIPTS = {
     name: member
@@ -96,6 +99,16 @@ def test_verbs_help_and_import_nothing_heavy(script):
         assert code in (None, 0), f"{verb}: {text}"
         assert f"{script} {verb}" in text
         assert loaded == [], f"{script} {verb} --help imports {loaded}"
+
+
+def test_every_flag_of_a_config_says_what_it_is(script):
+    table = getattr(importlib.import_module(f"{SCRIPTS[script].module}.cli"), "VERBS", {})
+    for name, verb in table.items():
+        if isinstance(verb, Verb) and verb.config is not None:
+            module, _, config = verb.config.partition(":")
+            flags = flags_of(getattr(importlib.import_module(module), config))
+            silent = [flag.name for flag in flags if not flag.help]
+            assert not silent, f"{script} {name}: the fields {', '.join(silent)} of {config} have no docstring"
 
 
 def test_verbs_are_words_of_the_house(script):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from hone_blade import bench as bench_module
-from hone_blade.bench import BenchConfig, bench
-from hone_blade.config import PRESETS, Preset
+from hone_blade.bench import bench
+from hone_blade.config import PRESETS, BenchConfig, Preset
 from hone_blade.models import attach
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
@@ -22,8 +22,8 @@ KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
 
 def measure(folder, **options):
     cfg = BenchConfig(**{**SMALL, **options})
-    with Run.start(package="hone-blade", verb="bench", config=cfg, out=folder, seed=cfg.seed) as run:
-        report = bench(cfg, run, device="cpu", quiet=True)
+    with Run.start(package="hone-blade", verb="bench", config=cfg, out=folder, device="cpu", quiet=True) as run:
+        report = bench(cfg, run)
     return report, load_results(folder)["rows"]
 
 

@@ -3,9 +3,10 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import pytest
 import torch
-from hone_blade.demo import PROMPTS, DemoConfig, DemoReport, _reached, demo
-from hone_blade.evaluate import VARIANTS, Comparison
-from hone_blade.host import Host, HostConfig, load_host
+from hone_blade.config import PROMPTS, Comparison, DemoConfig, HostConfig
+from hone_blade.demo import DemoReport, _reached, demo
+from hone_blade.evaluate import VARIANTS
+from hone_blade.host import Host, load_host, save_host
 from hone_blade.models import attach
 from hone_core.runs import Run, load_results
 from matplotlib.image import imread
@@ -28,13 +29,16 @@ METRICS = {"psnr", "ssim", "recall", "density", "accuracy", "seconds", "attentio
 
 
 def start(cfg, path):
-    return Run.start(package="hone-blade", verb="demo", config=cfg, out=path, seed=cfg.comparison.seed)
+    return Run.start(
+        package="hone-blade", verb="demo", config=cfg, out=path, seed=cfg.comparison.seed, device="cpu", quiet=True
+    )
 
 
 def test_demo_leaves_a_video_a_sheet_and_rows(tmp_path):
-    cfg = DemoConfig(prompts=PROMPTS[:2], comparison=SMALL)
+    save_host(Host.untrained(TINY), tmp_path / "host.safetensors")
+    cfg = DemoConfig(limit=2, comparison=SMALL, host=tmp_path / "host.safetensors")
     with start(cfg, tmp_path / "run") as run:
-        report = demo(cfg, run, Host.untrained(TINY), quiet=True)
+        report = demo(cfg, run)
     variants: dict[str, set[str]] = {}
     for row in load_results(run.path)["rows"]:
         variants.setdefault(row["variant"], set()).add(row["metric"])
@@ -65,13 +69,9 @@ def test_the_title_says_what_was_computed(densities, text):
     assert _reached(outcomes, 0.25) == text
 
 
-def test_a_bad_prompt_stops_before_any_work(tmp_path):
-    cfg = DemoConfig(prompts=("a red cat",), comparison=SMALL)
-    host = Host.untrained(TINY)
-    host.transformer.forward = None
-    with pytest.raises(ValueError, match="unknown word 'cat'"), start(cfg, tmp_path / "run") as run:
-        demo(cfg, run, host, quiet=True)
-    assert load_results(tmp_path / "run")["status"] == "failed"
+def test_a_bad_prompt_makes_no_config():
+    with pytest.raises(ValueError, match="unknown word 'cat'"):
+        DemoConfig(prompts=("a red cat",), comparison=SMALL)
     with pytest.raises(ValueError, match="at least one prompt"):
         DemoConfig(prompts=())
 

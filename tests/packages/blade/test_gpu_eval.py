@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hone_blade.evaluate import Comparison
-from hone_blade.host import Host, HostConfig, save_host
+from hone_blade.config import Comparison, HostConfig
+from hone_blade.host import Host, save_host
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "gpu_eval.py"
 TINY = HostConfig(

@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hone_blade.config import HostConfig
 from hone_blade.host import (
     Host,
-    HostConfig,
     load_host,
     make_scheduler,
     save_host,

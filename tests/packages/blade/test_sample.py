@@ -15,11 +15,11 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
 )
-from hone_blade.config import PRESETS, BladeConfig
+from hone_blade.config import PRESETS, BladeConfig, GenerateConfig
 from hone_blade.inspection import inspect_pipeline
 from hone_blade.lora import load_blade_lora, save_blade_lora
 from hone_blade.models import attach
-from hone_blade.sample import GenerateConfig, find_inputs, generate
+from hone_blade.sample import GenerateReport, find_inputs, generate
 from hone_blade.scheduler import TDMScheduler
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
@@ -51,12 +51,13 @@ def config(folder, **options):
 
 
 def make_run(cfg, out):
-    return Run.start(package="hone-blade", verb="generate", config=find_inputs(cfg).config, out=out, seed=cfg.seed)
+    settings = find_inputs(cfg).config
+    return Run.start(package="hone-blade", verb="generate", config=settings, out=out, device="cpu", quiet=True)
 
 
 def produce(cfg, out):
     with make_run(cfg, out) as run:
-        return generate(cfg, run, device="cpu", quiet=True)
+        return GenerateReport.of(run) if run.done else generate(cfg, run)
 
 
 def read(path):
@@ -72,9 +73,8 @@ def test_generates_one_video_per_prompt_and_resumes(kind, folders, tmp_path):
     first, second = (read(video) for video in report.videos)
     assert first.shape == (9, 64, 96, 3)
     assert (first != second).any()
-    assert report.made == 2
     assert (report.attention, report.scheduler) == ("custom", "tdm")
-    assert [v.rsplit("/", 1)[1] for v in report.videos] == ["0000-a-red-cat-runs-left.mp4", "0001-a-blue-dog.mp4"]
+    assert [video.name for video in report.videos] == ["0000-a-red-cat-runs-left.mp4", "0001-a-blue-dog.mp4"]
     results = json.loads((out / "results.json").read_text())
     assert results["status"] == "done"
     rows = [row for row in results["rows"] if row["metric"] == "seconds"]
@@ -86,16 +86,16 @@ def test_generates_one_video_per_prompt_and_resumes(kind, folders, tmp_path):
     # A run that stopped between the two prompts: the first video stays, the second is made again, the same.
     unfinished = tmp_path / "unfinished"
     with contextlib.suppress(KeyboardInterrupt), make_run(cfg, unfinished) as run:
-        generate(dataclasses.replace(cfg, prompts=cfg.prompts[:1]), run, device="cpu", quiet=True)
+        generate(dataclasses.replace(cfg, limit=1), run)
         raise KeyboardInterrupt
     kept = unfinished / "artifacts" / "0000-a-red-cat-runs-left.mp4"
     stamp = kept.stat().st_mtime_ns
     again = produce(cfg, unfinished)
-    assert again.made == 1
     assert kept.stat().st_mtime_ns == stamp
     np.testing.assert_array_equal(read(again.videos[1]), second)
     finished = produce(cfg, out)
-    assert (finished.made, finished.videos) == (0, report.videos)
+    assert finished == report
+    assert str(finished).startswith(str(report.videos[0]))
 
 
 def latents(pipe, seed=0, **options):
@@ -336,8 +336,8 @@ def test_frames_that_are_not_finite_are_no_video(folders, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": ()}, "give either prompts or prompt_file"),
-        ({"prompt_file": "x.txt"}, "give either prompts or prompt_file"),
+        ({"prompts": ()}, "give prompts .* or prompt_file .*; got no prompt"),
+        ({"prompt_file": "x.txt"}, "give prompts .* or prompt_file .*; got both"),
         ({"prompts": (" ",)}, "must not be empty"),
         ({"preset": "tiny"}, "give preset or attention, not both"),
         ({"preset": "none", "attention": None}, "no preset 'none'; the presets are wan2.1-1.3b"),
@@ -361,7 +361,7 @@ def test_the_preset_follows_the_pipeline(folders, tmp_path):
 def test_inspects_a_pipeline(folders, tmp_path):
     cfg = config(folders["wan"], steps=3, guidance=2.0)
     with Run.start(package="hone-blade", verb="inspect", config=cfg, out=tmp_path / "run") as run:
-        report = inspect_pipeline(cfg, run, device="cpu")
+        report = inspect_pipeline(cfg, run)
     rows = json.loads((tmp_path / "run" / "artifacts" / "inspection.json").read_text())
     assert [(row["step"], row["call"]) for row in rows] == [(s, c) for s in range(3) for c in range(2)]
     assert report.calls == 6

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.host import Host, HostConfig, load_host, to_latents
+from hone_blade.config import HostConfig, TrainConfig
+from hone_blade.host import Host, load_host, to_latents
 from hone_blade.train import (
     PatchLinear,
-    TrainConfig,
     TrainReport,
     _TrainState,
     flow_loss,
@@ -34,8 +34,10 @@ SMOKE = TrainConfig(
 )
 
 
-def start(path, cfg=SMOKE):
-    return Run.start(package="hone-blade", verb="train-host", config=cfg, out=path, seed=cfg.seed)
+def start(path, cfg=SMOKE, command=""):
+    return Run.start(
+        package="hone-blade", verb="train-host", config=cfg, out=path, device="cpu", quiet=True, command=command
+    )
 
 
 def test_patch_linear_is_the_convolution():
@@ -80,14 +82,13 @@ def test_noise_levels_follow_their_law():
 
 
 def test_a_run_exports_a_host_that_samples(tmp_path):
-    with start(tmp_path / "run") as run:
-        report = train_host(SMOKE, run, device="cpu", command="hone-blade train-host --steps 4", quiet=True)
+    with start(tmp_path / "run", command="hone-blade train-host --steps 4") as run:
+        report = train_host(SMOKE, run)
     assert report.steps == 4
     assert report.checkpoint == run.artifacts / "host.safetensors"
     assert not report.passed
-    again = TrainReport.of(run)
-    assert (again.checkpoint, again.steps, again.passed) == (report.checkpoint, 4, False)
-    assert again.accuracies == pytest.approx(report.accuracies, abs=1e-4)
+    assert TrainReport.of(run) == report
+    assert "gate (digit 90%, direction 90%) missed" in str(report)
     host = load_host(path=report.checkpoint)
     assert host.meta["command"] == "hone-blade train-host --steps 4"
     assert host.meta["steps"] == 4
@@ -187,16 +188,16 @@ def test_muon_gets_the_matrices_of_the_blocks(tmp_path):
 
 def test_starting_from_other_weights(tmp_path):
     with start(tmp_path / "first") as run:
-        first = train_host(SMOKE, run, device="cpu", quiet=True)
-    cfg = replace(SMOKE, steps=1, lr=1e-9, adamw_lr=1e-9)
+        first = train_host(SMOKE, run)
+    cfg = replace(SMOKE, steps=1, lr=1e-9, adamw_lr=1e-9, init=first.checkpoint)
     with start(tmp_path / "second", cfg) as run:
-        second = train_host(cfg, run, device="cpu", init=first.checkpoint, quiet=True)
+        second = train_host(cfg, run)
     one, two = load_host(path=first.checkpoint), load_host(path=second.checkpoint)
     for name, value in one.transformer.state_dict().items():
         torch.testing.assert_close(two.transformer.state_dict()[name], value, msg=name)
-    wider = replace(SMOKE, host=replace(SMOKE.host, ffn_dim=64))
+    wider = replace(SMOKE, host=replace(SMOKE.host, ffn_dim=64), init=first.checkpoint)
     with pytest.raises(CheckpointError, match="another architecture"), start(tmp_path / "third", wider) as run:
-        train_host(wider, run, device="cpu", init=first.checkpoint, quiet=True)
+        train_host(wider, run)
 
 
 def test_wrong_settings_are_refused():

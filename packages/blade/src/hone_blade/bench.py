@@ -14,14 +14,14 @@ import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, UniPCMultistepScheduler, WanPipeline
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.progress import progress_bar
-from hone_core.runs import Row, Run
+from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import block_sparse_attention
 from hone_video.architectures import FULL_SIZE, full_size, tiny
@@ -31,113 +31,24 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .config import PRESETS, BladeConfig
+from .config import BenchConfig, BladeConfig, Part
 from .method import adaptive_sparse_attention, pool_tokens, select_blocks, sparse_layout
 from .models import attach
 from .prober import probe
 from .scheduler import TDMScheduler
 
-__all__ = ["BenchConfig", "BenchReport", "bench"]
-
-Part = Literal["attention", "forward", "e2e"]
+__all__ = ["BenchReport", "bench"]
 
 _SPARSE_EVERYWHERE: dict[str, Any] = {"dense_layers": (), "dense_steps": 0, "min_tokens": 0}
 """What makes no layer, step or length dense."""
-
-
-def _own_preset(model: str) -> str:
-    """Attention settings that go with a model."""
-    return "tiny" if model.startswith("tiny") else model
-
 
 _TOLERANCE = 2e-2
 """Relative error (norm) of bfloat16 attention against the float32 reference that still passes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
-    """What to measure."""
-
-    model: str = "wan2.1-1.3b"
-    """Name in ``WORKLOADS``."""
-    parts: tuple[Part, ...] = ("attention", "forward", "e2e")
-    """``attention``: one layer, and the pieces of BLADE in it. ``forward``: one call of the transformer. ``e2e``: whole
-    denoising loops, many dense steps with guidance down to few sparse ones without."""
-    preset: str | None = None
-    """Attention settings; None: the model's."""
-    rounds: int = 20
-    """Timed calls of each variant of one attention."""
-    forward_rounds: int = 5
-    """Timed calls of each variant of one forward."""
-    steps: int = 50
-    """Denoising steps of the undistilled model."""
-    few_steps: int = 8
-    """Denoising steps of the distilled one."""
-    guidance: float = 5.0
-    """Guidance weight of the undistilled model; two network evaluations per step."""
-    repeats: int = 3
-    """How often the few-step loops run."""
-    max_steps: int | None = None
-    """Run at most so many steps of a loop and scale the time up; such rows say how many were measured. None: all."""
-    compile_blocks: bool = False
-    """Also time the forward with transformer blocks compiled by Inductor."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and inputs."""
-    seed: int = 0
-    """Of weights, inputs and noise."""
-
-    def __post_init__(self) -> None:
-        if self.model not in WORKLOADS:
-            raise ValueError(f"model must be one of {', '.join(WORKLOADS)}; got {self.model!r}")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
-        if not self.parts or not set(self.parts) <= set(get_args(Part)):
-            raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
-        for name in ("rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if self.steps == self.few_steps:
-            raise ValueError(f"few_steps must differ from steps, the undistilled model's; got {self.steps} for both")
-        dense_steps = self.attention.dense_steps
-        if "e2e" in self.parts and dense_steps:
-            name = self.preset or _own_preset(self.model)
-            if dense_steps >= self.few_steps:
-                raise ValueError(
-                    f"few_steps must be above the {dense_steps} first steps that preset {name} leaves dense, or whole "
-                    f"videos would hold no sparse step; got {self.few_steps}. Take more steps, or parts without e2e"
-                )
-            if self.max_steps is not None and self.max_steps < self.few_steps:
-                raise ValueError(
-                    f"max_steps must be at least few_steps = {self.few_steps} with preset {name}, whose first "
-                    f"{dense_steps} steps are dense, so that a part does not stand for the whole; got {self.max_steps}"
-                )
-        if self.guidance <= 1:
-            raise ValueError(f"guidance must be above 1, below which pipelines do not guide; got {self.guidance}")
-
-    @property
-    def attention(self) -> BladeConfig:
-        """The attention settings in use."""
-        return PRESETS[self.preset or _own_preset(self.model)].config
-
-    @property
-    def variants(self) -> dict[str, BladeConfig | None]:
-        """Settings of each variant by name; None is dense. A preset without pooling takes that of the model's own."""
-        pool = self.attention.pool or PRESETS[_own_preset(self.model)].config.pool
-        return {"dense": None, "asa": replace(self.attention, pool=0), "asa_g": replace(self.attention, pool=pool)}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchReport:
-    """Everything that was measured, printed as a table.
-
-    Attributes:
-        path: The run's folder.
-        rows: What ``results.json`` holds.
-    """
-
-    path: str
-    rows: tuple[Row, ...]
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Report):
+    """Everything that was measured, printed as a table."""
 
     def __str__(self) -> str:
         lines = []
@@ -151,7 +62,7 @@ class BenchReport:
         return "\n".join(lines)
 
 
-def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", quiet: bool = False) -> BenchReport:
+def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Measure, and write rows into the run.
 
     ``split`` of a row is the part; ``variant`` is ``dense``, ``asa`` or ``asa_g``, or a piece of ``asa_g``. Rows are
@@ -160,8 +71,6 @@ def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", qu
     Args:
         cfg: What to measure.
         run: The run, entered.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        quiet: Show no progress.
 
     Raises:
         UnsupportedHardwareError: A published size is asked of a CPU.
@@ -169,15 +78,14 @@ def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", qu
         RuntimeError: The sparse attention differs from its reference on this device (no time is reported then), cuDNN
             cannot run the dense attention, or a video came out not finite.
     """
-    if not run.done:
-        device = resolve_device(device)
-        if device.type == "cpu" and cfg.model in FULL_SIZE:
-            small = [name for name in WORKLOADS if name not in FULL_SIZE]
-            raise UnsupportedHardwareError(
-                f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use=" or ".join(small)
-            )
-        _Bench(cfg, run, device, quiet).all()
-    return BenchReport(path=str(run.path), rows=tuple(run.rows))
+    device = resolve_device(run.device)
+    if device.type == "cpu" and cfg.model in FULL_SIZE:
+        small = [name for name in WORKLOADS if name not in FULL_SIZE]
+        raise UnsupportedHardwareError(
+            f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use=" or ".join(small)
+        )
+    _Bench(cfg, run, device, run.quiet).all()
+    return BenchReport.of(run)
 
 
 class _Bench:

@@ -6,6 +6,7 @@ whole or not at all, so the same command with the same run folder goes on where 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -19,112 +20,65 @@ import numpy as np
 import torch
 from diffusers.utils import export_to_video
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.io import atomic_path
+from hone_core.io import atomic_path, atomic_write_json
 from hone_core.progress import Progress, progress_bar
-from hone_core.runs import Run
+from hone_core.runs import Report, Run
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
 
-from .config import PRESETS, BladeConfig
+from .config import PRESETS, BladeConfig, GenerateConfig
+from .inputs import find_prompts
 from .lora import _read_config, _read_header, find_lora, load_blade_lora
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
-__all__ = ["GenerateConfig", "GenerateReport", "Inputs", "Sampler", "find_inputs", "generate"]
+__all__ = ["GenerateReport", "Inputs", "Sampler", "find_inputs", "generate"]
 
 log = logging.getLogger(__name__)
 
-SchedulerName = Literal["tdm", "unipc", "dpm", "default"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig:
-    """What to generate, and how."""
-
-    model: str
-    """Folder of a diffusers pipeline (it holds ``model_index.json``), or its hub address, such as
-    ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` or ``THUDM/CogVideoX-5b``."""
-    prompts: tuple[str, ...] = ()
-    """One video each."""
-    prompt_file: str | None = None
-    """UTF-8 text, one prompt a line, instead of ``prompts``; empty lines are skipped."""
-    negative_prompt: str = ""
-    """What guidance leads away from; used when ``guidance`` is above 1."""
-    preset: str | None = None
-    """Attention settings by name. None: those that the LoRA file states, else the preset of the model's kind."""
-    attention: BladeConfig | None = None
-    """Attention settings in full, instead of ``preset``."""
-    dense: bool = False
-    """Leave attention as it is."""
-    lora: str | None = None
-    """LoRA weights: a safetensors file, its folder, or a hub address."""
-    scheduler: SchedulerName = "tdm"
-    """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan, flow shift as in the pipeline, else 3) and
-    ``dpm`` (CogVideoX, trailing times): what the release samples with. ``default``: the pipeline's own."""
-    steps: int = 8
-    """Network calls per video, twice as many with guidance."""
-    guidance: float = 1.0
-    """Classifier-free guidance weight; 1 is none, as distilled models need."""
-    height: int | None = None
-    """Pixels; None: the pipeline's default, like the next two."""
-    width: int | None = None
-    """Pixels."""
-    frames: int | None = None
-    """Frames."""
-    fps: int | None = None
-    """Frames per second of the file; None: 16 for Wan, 8 for CogVideoX."""
-    seed: int = 0
-    """Of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of transformer and text encoder; Wan's VAE stays in float32, as the release has it."""
-    offload: bool = False
-    """Keep on the GPU only the part that is running."""
-    local_files_only: bool = False
-    """Never ask the hub, only its local cache."""
-
-    def __post_init__(self) -> None:
-        if bool(self.prompts) == (self.prompt_file is not None):
-            raise ValueError("give either prompts or prompt_file, at least one prompt")
-        if any(not prompt.strip() for prompt in self.prompts):
-            raise ValueError("a prompt must not be empty")
-        if self.preset is not None and self.attention is not None:
-            raise ValueError("give preset or attention, not both")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
-        if self.dense and (self.preset is not None or self.attention is not None):
-            raise ValueError("dense leaves attention as it is; drop preset and attention, or dense")
-        for name in ("steps", "height", "width", "frames", "fps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if self.guidance < 1:
-            raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative; got {self.seed}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateReport:
+@dataclass(frozen=True, kw_only=True)
+class GenerateReport(Report):
     """What a run made.
 
     Attributes:
-        path: The run's folder.
         videos: The files, in the order of the prompts.
-        made: How many of them this call made; the others were there.
         attention: Preset name, ``custom`` or ``dense``.
         sparse_steps: Denoising steps of a video whose attention is sparse.
         scheduler: The sampler, as in the settings.
-        seconds: Mean time of a video from prompt to frames, over those of this run; None if nothing is known.
+        seconds: Mean time of a video from prompt to frames; None if nothing is known.
         notices: Lines to show, such as licences of weights.
     """
 
-    path: str
-    videos: tuple[str, ...]
-    made: int
+    videos: tuple[Path, ...]
     attention: str
     sparse_steps: int
     scheduler: str
     seconds: float | None
     notices: tuple[str, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> GenerateReport:
+        """Return the report of a run whose videos are made."""
+        facts = json.loads((run.artifacts / "sampler.json").read_text(encoding="utf-8"))
+        seconds = [row.value for row in run.rows if row.metric == "seconds"]
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            videos=tuple(sorted(run.artifacts.glob("*.mp4"))),
+            attention=facts["attention"],
+            sparse_steps=facts["sparse_steps"],
+            scheduler=facts["scheduler"],
+            seconds=sum(seconds) / len(seconds) if seconds else None,
+            notices=tuple(facts["notices"]),
+        )
+
+    def __str__(self) -> str:
+        steps = f"{self.sparse_steps} sparse steps" if self.sparse_steps else "dense"
+        lines = [str(video) for video in self.videos]
+        lines.append(f"attention {self.attention} ({steps}), scheduler {self.scheduler}")
+        if self.seconds is not None:
+            lines.append(f"{self.seconds:.4g} s a video")
+        return "\n".join([*lines, *self.notices])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +86,8 @@ class Inputs:
     """What was found before anything is loaded.
 
     Attributes:
-        config: The settings with the prompts themselves in place of their file: what a run should keep, so that an
-            edited prompt file is another run.
+        config: The settings with the prompts themselves in place of their file, and only so many as asked for: what a
+            run should keep, so that an edited prompt file is another run.
         pipeline: Class name of the pipeline.
         lora: The LoRA file, or None.
     """
@@ -157,7 +111,7 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
             settings leave every step dense.
     """
     # What needs no look at the weights or the hub comes first.
-    prompts = _prompts(cfg)
+    prompts = find_prompts(cfg)
     if cfg.preset is not None or cfg.attention is not None:
         _sparse_steps(cfg, *_attention(cfg, None, None))
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
@@ -173,13 +127,13 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     stated = None if lora is None else _stated(lora)
     _sparse_steps(cfg, *_attention(cfg, family, stated))
     return Inputs(
-        config=replace(cfg, prompts=prompts, prompt_file=None), pipeline=name, lora=None if lora is None else str(lora)
+        config=replace(cfg, prompts=prompts[: cfg.limit], prompt_file=None, limit=None),
+        pipeline=name,
+        lora=None if lora is None else str(lora),
     )
 
 
-def generate(
-    cfg: GenerateConfig, run: Run, *, device: str | torch.device = "auto", quiet: bool = False
-) -> GenerateReport:
+def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Make one video per prompt, into the run's ``artifacts``.
 
     Videos that are there already are kept. Rows of the run: ``seconds`` from prompt to frames, and on a GPU
@@ -187,9 +141,7 @@ def generate(
 
     Args:
         cfg: What to generate.
-        run: The run, entered. A finished one is reported as it is.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        quiet: Show no progress.
+        run: The run, entered.
 
     Raises:
         CheckpointError, FileNotFoundError, ValueError: As ``find_inputs``, before anything is loaded; a ValueError also
@@ -198,29 +150,17 @@ def generate(
     """
     inputs = find_inputs(cfg)
     cfg = inputs.config
-    folder = run.path / "artifacts"
-    targets = [folder / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
-    todo = [] if run.done else [i for i, target in enumerate(targets) if not target.is_file()]
-    stated = None if inputs.lora is None else _stated(Path(inputs.lora))
-    attention, settings = _attention(cfg, PIPELINES[inputs.pipeline].family, stated)
-    notices: tuple[str, ...] = ()
+    targets = [run.artifacts / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
+    todo = [i for i, target in enumerate(targets) if not target.is_file()]
     if todo:
-        sampler = Sampler.load(inputs, device)
-        notices = sampler.notices
-        with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=quiet) as bar:
+        sampler = Sampler.load(inputs, run.device)
+        facts = {"attention": sampler.attention_name, "sparse_steps": sampler.sparse_steps}
+        facts |= {"scheduler": cfg.scheduler, "notices": list(sampler.notices)}
+        atomic_write_json(run.artifacts / "sampler.json", facts)
+        with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=run.quiet) as bar:
             for i in todo:
                 _make(sampler, i, targets[i], run, bar)
-    seconds = [row.value for row in run.rows if row.metric == "seconds"]
-    return GenerateReport(
-        path=str(run.path),
-        videos=tuple(str(target) for target in targets),
-        made=len(todo),
-        attention=attention,
-        sparse_steps=_sparse_steps(cfg, attention, settings),
-        scheduler=cfg.scheduler,
-        seconds=sum(seconds) / len(seconds) if seconds else None,
-        notices=notices,
-    )
+    return GenerateReport.of(run)
 
 
 class Sampler:
@@ -377,18 +317,6 @@ def _attention(cfg: GenerateConfig, family: str | None, stated: BladeConfig | No
         return "custom", stated
     name = _DEFAULT_PRESET[family] if cfg.preset is None else cfg.preset
     return name, PRESETS[name].config
-
-
-def _prompts(cfg: GenerateConfig) -> tuple[str, ...]:
-    if cfg.prompt_file is None:
-        return cfg.prompts
-    path = Path(cfg.prompt_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
-    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not prompts:
-        raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
-    return prompts
 
 
 def _slug(prompt: str) -> str:

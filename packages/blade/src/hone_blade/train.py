@@ -12,29 +12,25 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hone_core.config import to_dict
+from hone_core.devices import resolve_device
+from hone_core.runs import Report, Run
 from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.grader import grade, train_classifier
 from hone_video.prompts import COLORS, FIELDS
 from torch import Tensor, nn
 
+from .config import Solver, TrainConfig
 from .evaluate import write_mean
-from .host import (
-    NUM_TRAIN_TIMESTEPS,
-    Host,
-    HostConfig,
-    Solver,
-    load_host,
-    save_host,
-    to_latents,
-)
+from .host import NUM_TRAIN_TIMESTEPS, Host, load_host, save_host, to_latents
 
-__all__ = ["TrainConfig", "TrainReport", "flow_loss", "sample_sigma", "train_host"]
+__all__ = ["TrainReport", "flow_loss", "sample_sigma", "train_host"]
 
 log = logging.getLogger(__name__)
 
@@ -42,59 +38,8 @@ GATE = {"digit": 0.90, "direction": 0.90}
 """Accuracy that the host must reach with its own sampler before it is worth attaching a method to."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """One training run of the tiny host."""
-
-    host: HostConfig = field(default_factory=HostConfig)
-    seed: int = 0
-    minutes: float = 7.0
-    """Wall-clock budget of the transformer's training, compilation included; the learning rate follows it."""
-    steps: int | None = None
-    """Number of optimiser steps instead of a time budget: reproducible, where ``minutes`` is not."""
-    batch: int = 256
-    lr: float = 5e-3
-    """Peak learning rate of the blocks' matrices, which Muon updates."""
-    adamw_lr: float = 2e-3
-    """Peak learning rate of everything else (embeddings, biases, norms, modulation, output), which AdamW updates."""
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    ema: float = 0.999
-    drop: float = 0.1
-    """Probability of training a clip without its prompt."""
-    train_shift: float = 3.0
-    """Timestep shift of the training noise levels."""
-    uniform: float = 0.2
-    """Fraction of uniform noise levels; the rest is logit-normal. Both are shifted."""
-    compile: bool = True
-    """Compile the transformer's blocks (CUDA only)."""
-    classifier_steps: int = 2000
-    classifier_batch: int = 512
-    glyphs: Literal["handwritten", "segments"] = "handwritten"
-    """``segments`` needs no scikit-learn and is for smoke runs."""
-    eval_clips: int = 512
-    eval_samplers: tuple[tuple[Solver, int, float], ...] = (
-        ("unipc", 8, 1.0),
-        ("unipc", 12, 3.0),
-        ("euler", 12, 1.0),
-        ("euler", 50, 1.0),
-        ("euler", 50, 3.0),
-    )
-    """(solver, steps, guidance) graded beside the host's own."""
-    log_every: int = 50
-    checkpoint_seconds: float = 90.0
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes <= 0:
-            raise ValueError(f"minutes must be positive when steps is not given; got {self.minutes}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
-        if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
-            raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
-
-
-@dataclass(frozen=True)
-class TrainReport:
+@dataclass(frozen=True, kw_only=True)
+class TrainReport(Report):
     """What a run made.
 
     Attributes:
@@ -112,11 +57,31 @@ class TrainReport:
     passed: bool
 
     @classmethod
-    def of(cls, run: Any) -> TrainReport:
+    def of(cls, run: Run) -> TrainReport:
         """Return the report of a finished run."""
         exported = run.artifacts / "host.safetensors"
         facts = json.loads(exported.with_suffix(".json").read_text(encoding="utf-8"))
-        return cls(exported, facts["steps"], facts["seconds"], facts["result"], facts["passed"])
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            checkpoint=exported,
+            steps=facts["steps"],
+            seconds=facts["seconds"],
+            accuracies=facts["result"],
+            passed=facts["passed"],
+        )
+
+    def __str__(self) -> str:
+        grades = ", ".join(f"{name} {value:.4g}" for name, value in self.accuracies.items())
+        gate = ", ".join(f"{name} {value:.0%}" for name, value in GATE.items())
+        return "\n".join(
+            [
+                f"{self.steps} steps in {self.seconds:.0f} s",
+                f"its own sampler: {grades}",
+                f"gate ({gate}) {'passed' if self.passed else 'missed'}",
+                f"host  {self.checkpoint}",
+            ]
+        )
 
 
 class PatchLinear(nn.Conv3d):
@@ -205,42 +170,29 @@ def grade_samples(
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, torch.cat(shown)[:16].cpu()
 
 
-def train_host(
-    cfg: TrainConfig,
-    run: Any,
-    *,
-    device: torch.device | str,
-    init: Path | None = None,
-    checkpoint: Path | None = None,
-    command: str = "",
-    quiet: bool = False,
-) -> TrainReport:
+def train_host(cfg: TrainConfig, run: Run, *, checkpoint: Path | None = None) -> TrainReport:
     """Train, export and grade the tiny host.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.
 
     Args:
         cfg: the run.
-        run: a started ``hone_core.runs.Run``.
-        device: where to train.
-        init: a ``host.safetensors`` whose weights and word table to start from.
+        run: the run, entered; its command line is kept in ``host.json``.
         checkpoint: where the resumable state is kept; ``artifacts/checkpoint.pt`` if omitted.
-        command: what the user typed, kept in ``host.json``.
-        quiet: show no progress.
 
     Raises:
         CheckpointError: if the folder's checkpoint belongs to another config.
     """
     from hone_core.progress import progress_bar
 
-    device = torch.device(device)
+    device = resolve_device(run.device)
     handwritten = cfg.glyphs == "handwritten"
     glyphs = (load_glyphs("train", device) if handwritten else segment_glyphs(device)).to(device)
     held_out = load_glyphs("held_out", device) if handwritten else glyphs
     generator = torch.Generator(device).manual_seed(cfg.seed)
     host = Host.untrained(cfg.host, seed=cfg.seed).to(device)
-    if init is not None:
-        _start_from(host, load_host(device, path=init), init)
+    if cfg.init is not None:
+        _start_from(host, load_host(device, path=cfg.init), cfg.init)
     state = _TrainState(cfg, host, checkpoint or run.artifacts / "checkpoint.pt", generator)
     if not state.resume():
         started = time.perf_counter()
@@ -261,7 +213,7 @@ def train_host(
         write_mean(run, f"{name}_accuracy", real[name], variant="renders", split=split)
     log.info("on held-out renders: %s", {name: round(float(v.mean()), 4) for name, v in real.items()})
 
-    with progress_bar(cfg.steps, desc="training", quiet=quiet) as bar:
+    with progress_bar(cfg.steps, desc="training", quiet=run.quiet) as bar:
         for step, loss in state.train(glyphs):
             bar.update()
             if step % cfg.log_every == 0:
@@ -284,8 +236,8 @@ def train_host(
     passed = all(accuracies[name] >= gate for name, gate in GATE.items())
     if not passed:
         log.warning("the gate %s was missed: %s. Train longer (--minutes) before using this host.", GATE, accuracies)
-    _write_sidecar(cfg, run, exported, state, accuracies, real, command, passed)
-    return TrainReport(exported, state.step, state.elapsed(), accuracies, passed)
+    _write_sidecar(cfg, run, exported, state, accuracies, real, passed)
+    return TrainReport.of(run)
 
 
 class _TrainState:
@@ -379,7 +331,7 @@ class _TrainState:
 
     def save(self) -> None:
         state = {
-            "config": json.dumps(asdict(self.cfg), sort_keys=True),
+            "config": json.dumps(to_dict(self.cfg), sort_keys=True),
             "step": self.step,
             "seconds": self.elapsed(),
             "model": self.model.state_dict(),
@@ -399,7 +351,7 @@ class _TrainState:
         from hone_core.errors import CheckpointError
 
         state = torch.load(self.path, map_location=self.device, weights_only=True)
-        if state["config"] != json.dumps(asdict(self.cfg), sort_keys=True):
+        if state["config"] != json.dumps(to_dict(self.cfg), sort_keys=True):
             raise CheckpointError(
                 f"{self.path} was made with another configuration. Pass another --out, or delete it to start again."
             )
@@ -466,14 +418,13 @@ def _write_sidecar(
     state: _TrainState,
     accuracies: dict[str, float],
     real: dict[str, Tensor],
-    command: str,
     passed: bool,
 ) -> None:
     from hone_core.environment import environment
 
     facts = environment()
     body = {
-        "command": command,
+        "command": run.command,
         "seed": cfg.seed,
         "steps": state.step,
         "batch": cfg.batch,
@@ -488,7 +439,7 @@ def _write_sidecar(
         },
         "parameters": {"transformer": state.host.num_parameters, "colors": len(COLORS)},
         "bytes": checkpoint.stat().st_size,
-        "train_config": asdict(cfg),
+        "train_config": to_dict(cfg),
         "environment": facts,
     }
     checkpoint.with_suffix(".json").write_text(json.dumps(body, indent=2) + "\n")

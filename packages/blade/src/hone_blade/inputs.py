@@ -1,0 +1,81 @@
+"""What a verb needs, looked for before its run folder is made and before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from hone_core.errors import CheckpointError
+
+from .config import DemoConfig, EvalConfig, GenerateConfig, InspectConfig, TrainConfig
+
+__all__ = ["find_host", "find_init", "find_inspected", "find_prompts", "find_video_inputs"]
+
+Hosted = TypeVar("Hosted", DemoConfig, EvalConfig, InspectConfig)
+
+
+def find_host(cfg: Hosted) -> Hosted:
+    """The settings with their tiny host by its absolute path.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
+    return cfg if cfg.host is None else replace(cfg, host=_checkpoint(cfg.host))
+
+
+def find_init(cfg: TrainConfig) -> TrainConfig:
+    """Likewise of the host that training starts from."""
+    return cfg if cfg.init is None else replace(cfg, init=_checkpoint(cfg.init))
+
+
+def find_video_inputs(cfg: GenerateConfig) -> GenerateConfig:
+    """The settings with their prompts read, once everything that they name is known to be there.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: As ``hone_blade.sample.find_inputs``.
+    """
+    find_prompts(cfg)
+    from .sample import find_inputs
+
+    return find_inputs(cfg).config
+
+
+def find_inspected(cfg: InspectConfig) -> InspectConfig:
+    """The settings, once host or pipeline is known to be there.
+
+    Raises:
+        CheckpointError, ValueError: As ``find_host`` and ``find_video_inputs``.
+    """
+    if cfg.model is None:
+        return find_host(cfg)
+    find_video_inputs(cfg.pipeline)
+    return cfg
+
+
+def find_prompts(cfg: GenerateConfig) -> tuple[str, ...]:
+    """The prompts of the settings, read from their file if they name one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no prompt.
+    """
+    if cfg.prompt_file is None:
+        return cfg.prompts
+    path = Path(cfg.prompt_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
+    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not prompts:
+        raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
+    return prompts
+
+
+def _checkpoint(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(
+            f"no tiny host at {path}. Pass the host.safetensors of a `hone-blade train-host` run, or leave it out for "
+            "the packaged one."
+        )
+    return Path(os.path.abspath(path))
