@@ -1,9 +1,4 @@
-import json
-import os
-import runpy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -239,15 +234,3 @@ def test_settings_that_make_no_sense(options, message):
 def test_published_sizes_are_not_run_on_a_cpu(tmp_path):
     with pytest.raises(UnsupportedHardwareError, match=r"wan2\.1-1\.3b at its published size needs .* Use tiny-wan or"):
         measure(tmp_path / "run")
-
-
-def test_gpu_script_writes_a_results_file(tmp_path, monkeypatch, capsys):
-    script = Path(__file__).parents[3] / "tools" / "gpu_blade.py"
-    arguments = ["--models", "tiny-wan", "--parts", "attention", "--rounds", "1", "--device", "cpu", "--allow-dirty"]
-    monkeypatch.setattr(sys, "argv", [os.fspath(script), *arguments, "--out", os.fspath(tmp_path)])
-    runpy.run_path(os.fspath(script), run_name="__main__")
-    data = json.loads((tmp_path / "bench_tiny-wan_attention.json").read_text())
-    assert data["status"] == "done"
-    assert data["config"]["model"] == "tiny-wan"
-    assert "environment" in data
-    assert "prober" in capsys.readouterr().out

@@ -67,6 +67,12 @@ VERBS = {
         run="hone_blade.bench:bench",
         help="Time dense and sparse attention at real sizes with random weights: one layer, one forward, whole videos.",
     ),
+    "reproduce": Verb(
+        config="hone_blade.config:ReproduceConfig",
+        prepare="hone_blade.inputs:find_host",
+        run="hone_blade.reproduce:reproduce",
+        help="Whether attention that looks at the content beats static masks of equal density: densities, three seeds.",
+    ),
     "inspect": Verb(
         config="hone_blade.config:InspectConfig",
         prepare="hone_blade.inputs:find_inspected",

@@ -27,6 +27,7 @@ __all__ = [
     "Offsets",
     "Part",
     "Preset",
+    "ReproduceConfig",
     "Score",
     "Selection",
     "Solver",
@@ -470,6 +471,36 @@ class EvalConfig:
                 "prompts and batch must be at least 1, and stats_every at least 2, so that steps are left to time; got "
                 f"{self.prompts}, {self.batch} and {self.stats_every}"
             )
+
+
+def _densities() -> dict[str, Comparison]:
+    return {
+        "0.5": Comparison(density=0.5),
+        "0.25": Comparison(density=0.25),
+        "0.25, a quarter of the steps dense": Comparison(density=0.25, dense_steps=3),
+        "0.125": Comparison(density=0.125, pool=32),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The comparison over densities and seeds."""
+
+    settings: dict[str, Comparison] = field(default_factory=_densities, metadata=flag(hidden=True))
+    """What is compared, by name."""
+    prompts: int = field(default=256, metadata=flag("limit"))
+    """Number of random prompts of each seed."""
+    seeds: int = 3
+    """Number of seeds of prompts and noise."""
+    batch: int = 64
+    """Clips sampled at once."""
+    host: Path | None = None
+    """A host.safetensors made by train-host (default: the packaged one)."""
+
+    def __post_init__(self) -> None:
+        if not self.settings:
+            raise ValueError("settings must name at least one comparison")
+        _at_least_one(self, "prompts", "seeds", "batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

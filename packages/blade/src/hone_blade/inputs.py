@@ -9,11 +9,11 @@ from typing import TypeVar
 
 from hone_core.errors import CheckpointError
 
-from .config import DemoConfig, EvalConfig, GenerateConfig, InspectConfig, TrainConfig
+from .config import DemoConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
 
 __all__ = ["find_host", "find_init", "find_inspected", "find_prompts", "find_video_inputs"]
 
-Hosted = TypeVar("Hosted", DemoConfig, EvalConfig, InspectConfig)
+Hosted = TypeVar("Hosted", DemoConfig, EvalConfig, InspectConfig, ReproduceConfig)
 
 
 def find_host(cfg: Hosted) -> Hosted:
