@@ -126,7 +126,7 @@ def test_the_packaged_host_draws_what_it_is_asked_for(tmp_path):
     from hone_video.prompts import parse_prompt
 
     host = load_host()
-    assert host.meta["passed"]
+    assert host.facts.passed
     labels = torch.tensor([parse_prompt(prompt) for prompt in PROMPTS])
     clips = host.sample(host.encode_prompt(PROMPTS), host.noise(len(PROMPTS), 0))
     assert grade(host.classifier, clips, labels)["accuracy"].mean() >= 0.8

@@ -8,7 +8,6 @@ from hone_blade.config import HostConfig, TrainConfig
 from hone_blade.host import Host, load_host, to_latents
 from hone_blade.train import (
     PatchLinear,
-    TrainReport,
     _TrainState,
     flow_loss,
     sample_sigma,
@@ -16,6 +15,7 @@ from hone_blade.train import (
 )
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
+from hone_core.training import TrainReport
 from hone_video.clips import fake_batch, segment_glyphs
 
 SMOKE = TrainConfig(
@@ -88,12 +88,12 @@ def test_a_run_exports_a_host_that_samples(tmp_path):
     assert report.checkpoint == run.artifacts / "host.safetensors"
     assert not report.passed
     assert TrainReport.of(run) == report
-    assert "gate (digit 90%, direction 90%) missed" in str(report)
+    assert "a gate is missed" in str(report)
     host = load_host(path=report.checkpoint)
-    assert host.meta["command"] == "hone-blade train-host --steps 4"
-    assert host.meta["steps"] == 4
-    assert host.meta["clips_seen"] == 16
-    assert host.meta["gate"] == {"digit": 0.9, "direction": 0.9}
+    assert host.facts.command == "hone-blade train-host --steps 4"
+    assert host.facts.steps == 4
+    assert host.facts.details["clips_seen"] == 16
+    assert host.facts.gates == {"digit": 0.9, "direction": 0.9}
     rows = {(row.metric, row.variant) for row in run.rows}
     for variant in ("euler-2-guidance1", "unipc-2-guidance1", "euler-1-guidance2"):
         assert ("digit_accuracy", variant) in rows
@@ -114,12 +114,12 @@ def batches(cfg, steps, path, *, stop=None):
     for last in [stop, steps] if stop else [steps]:
         generator = torch.Generator().manual_seed(cfg.seed)
         state = _TrainState(cfg, Host.untrained(cfg.host, seed=cfg.seed), path, generator)
-        state.resume()
-        for step, loss in state.train(segment_glyphs()):
-            losses.append(loss)
-            if step == last:
+        state.training.resume()
+        for values in state.train(segment_glyphs()):
+            losses += [values["loss"]] if values else []
+            if state.training.step == last:
                 break
-        state.save()
+        state.training.save()
     return state, losses
 
 
@@ -130,7 +130,7 @@ def test_resuming_equals_going_on(tmp_path):
     assert losses == resumed
     for name, value in whole.ema.state_dict().items():
         assert torch.equal(value, parts.ema.state_dict()[name]), name
-    assert parts.before > 0
+    assert parts.training.elapsed() > 0
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
@@ -168,7 +168,7 @@ def test_learning_rate_warms_up_and_falls(tmp_path):
     state = _TrainState(cfg, Host.untrained(cfg.host), tmp_path / "none.pt", torch.Generator())
     factors = []
     for step in range(101):
-        state.step = step
+        state.training.step = step
         factors.append(state.lr_factor())
     assert factors[0] == pytest.approx(0.1 * 1.0)
     assert factors[9] == pytest.approx(0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 0.09)))

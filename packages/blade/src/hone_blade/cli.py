@@ -20,16 +20,12 @@ def main() -> None:
 
 def info() -> dict[str, Any]:
     """Versions, devices, presets, and the tiny host that is packaged."""
-    import json
-    from importlib.resources import files
-
     from hone_core.environment import environment
+    from hone_core.hosts import describe_host
 
     from .config import PRESETS
 
     facts = environment()
-    sidecar = files("hone_blade") / "assets" / "host.json"
-    host = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
     return {
         "version": facts["packages"].get(PACKAGE),
         "commit": facts["commit"],
@@ -38,7 +34,7 @@ def info() -> dict[str, Any]:
         "diffusers": facts["packages"].get("diffusers"),
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
         "presets": {name: f"{preset.model}." for name, preset in PRESETS.items()},
-        "tiny host": {key: host[key] for key in ("command", "steps", "seconds", "result") if key in host} or "absent",
+        "tiny host": describe_host(PACKAGE),
     }
 
 

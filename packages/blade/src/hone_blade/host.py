@@ -11,22 +11,17 @@ Flow convention: ``x_sigma = (1 - sigma) * x_0 + sigma * noise``; the network pr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from hone_core.config import from_dict, to_dict
-from hone_core.errors import CheckpointError
-from hone_core.io import save_safetensors
+from hone_core import hosts
 from hone_video.clips import label_words
 from hone_video.grader import ClipClassifier
 from hone_video.prompts import FIELDS, NUM_WORDS, parse_prompt
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .config import HostConfig, Solver
@@ -41,6 +36,7 @@ __all__ = [
     "to_latents",
 ]
 
+PACKAGE = "hone-blade"
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -136,14 +132,14 @@ class Host:
         transformer: the ``WanTransformer3DModel``; ``hone_blade.models.attach`` takes it.
         words: ``[V + 1, text_dim]`` embedding of each prompt word; the last row stands for "no prompt".
         classifier: grades clips.
-        meta: contents of ``host.json``: command, seed, time, results. Empty for an untrained host.
+        facts: how it was trained, and its grades; None for an untrained host.
     """
 
     config: HostConfig
     transformer: nn.Module
     words: Tensor
     classifier: ClipClassifier
-    meta: dict[str, Any] = field(default_factory=dict)
+    facts: hosts.HostFacts | None = None
 
     @classmethod
     def untrained(cls, config: HostConfig | None = None, *, seed: int = 0) -> Host:
@@ -301,20 +297,15 @@ class Host:
         return to_clips(latents)
 
 
-def save_host(host: Host, path: Path, *, dtype: torch.dtype = torch.float16) -> None:
-    """Write transformer, word table and classifier into one safetensors file, the config in its header.
+def save_host(host: Host, path: Path) -> Path:
+    """Write transformer, word table and classifier, with the config in the sidecar; return the path.
 
     Args:
         host: what to save.
-        path: file to write.
-        dtype: storage type of the weights.
+        path: the ``host.safetensors`` to write.
     """
-    tensors = {f"transformer.{name}": value for name, value in host.transformer.state_dict().items()}
-    tensors |= {f"classifier.{name}": value for name, value in host.classifier.state_dict().items()}
-    tensors["words"] = host.words
-    stored = {name: value.to("cpu", dtype) for name, value in tensors.items()}
-    metadata = {"config": json.dumps(to_dict(host.config)), "format": "hone-blade host 1"}
-    save_safetensors(stored, path, metadata=metadata)
+    modules = {"transformer.": host.transformer, "classifier.": host.classifier}
+    return hosts.save_host(path, host.config, modules, package=PACKAGE, others={"words": host.words}, facts=host.facts)
 
 
 def load_host(
@@ -330,23 +321,10 @@ def load_host(
     Raises:
         CheckpointError: if the file is missing or is not a tiny host.
     """
-    if path is None:
-        path = Path(str(files("hone_blade"))) / "assets" / "host.safetensors"
-    if not path.is_file():
-        raise CheckpointError(
-            f"no tiny host at {path}. Pass the host.safetensors of a `hone-blade train-host` run, or reinstall."
-        )
-    with safe_open(path, "pt") as handle:
-        header = handle.metadata() or {}
-        tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    if "config" not in header or "words" not in tensors:
-        raise CheckpointError(f"{path} is not a tiny host: its header has no config. Pass a file made by train-host.")
-    host = Host.untrained(from_dict(HostConfig, json.loads(header["config"])))
-    for module, prefix in ((host.transformer, "transformer."), (host.classifier, "classifier.")):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    host.words = tensors["words"]
-    sidecar = path.with_suffix(".json")
-    host.meta = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    stored = hosts.open_host(HostConfig, PACKAGE, path)
+    host = Host.untrained(stored.config)
+    rest = stored.load({"transformer.": host.transformer, "classifier.": host.classifier}, ("words",))
+    host.words, host.facts = rest["words"], stored.facts
     host.transformer.eval().requires_grad_(False)
     host.classifier.eval().requires_grad_(False)
     return host.to(device, dtype)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from hone_core.errors import CheckpointError
+from hone_core.hosts import open_host
 
-from .config import DemoConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
+from .config import DemoConfig, EvalConfig, GenerateConfig, HostConfig, InspectConfig, ReproduceConfig, TrainConfig
 
 __all__ = ["find_host", "find_init", "find_inspected", "find_prompts", "find_video_inputs"]
 
@@ -20,7 +20,7 @@ def find_host(cfg: Hosted) -> Hosted:
     """The settings with their tiny host by its absolute path.
 
     Raises:
-        CheckpointError: It is not there.
+        CheckpointError: It is not there, or is none of this package.
     """
     return cfg if cfg.host is None else replace(cfg, host=_checkpoint(cfg.host))
 
@@ -73,9 +73,5 @@ def find_prompts(cfg: GenerateConfig) -> tuple[str, ...]:
 
 
 def _checkpoint(path: Path) -> Path:
-    if not path.is_file():
-        raise CheckpointError(
-            f"no tiny host at {path}. Pass the host.safetensors of a `hone-blade train-host` run, or leave it out for "
-            "the packaged one."
-        )
+    open_host(HostConfig, "hone-blade", path)
     return Path(os.path.abspath(path))

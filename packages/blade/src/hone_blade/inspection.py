@@ -6,20 +6,18 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
-from hone_core.io import atomic_path, atomic_write_json
+from hone_core.io import atomic_write_json
+from hone_core.plots import drawing
 from hone_core.runs import Report, Run
 
 from .config import PRESETS, GenerateConfig, InspectConfig
 from .host import load_host
 from .models import BladeHandle, LayerStats, attach
 from .sample import Sampler, find_inputs
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = [
     "InspectReport",
@@ -243,35 +241,25 @@ def plot_inspection(rows: list[Mapping[str, Any]], path: str | Path, *, title: s
     """
     if not rows:
         raise ValueError("there are no rows to plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
     steps = 1 + max(row["step"] for row in rows)
     layers = 1 + max(row["layer"] for row in rows)
-    figure = Figure(figsize=(3.2 * len(shown) + 0.6, min(8.0, 1.9 + 0.16 * layers)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, metric in zip(panels, shown, strict=True):
-        picture = axes.imshow(
-            _grid(rows, metric, layers, steps), vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest"
-        )
-        axes.set_title(METRICS[metric], fontsize=9)
-        axes.set_xlabel("denoising step")
-        for axis, count in ((axes.xaxis, steps), (axes.yaxis, layers)):
-            # A locator would divide a single step or layer.
-            axis.set_ticks(range(0, count, -(-count // 8)))
-    panels[0].set_ylabel("layer")
-    figure.colorbar(picture, ax=list(panels))
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _save(figure, Path(path))
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    with atomic_path(path) as scratch:
-        figure.savefig(scratch, dpi=150)
-    return path
+    with drawing(path, 3.2 * len(shown) + 0.6, min(8.0, 1.9 + 0.16 * layers)) as figure:
+        figure.set_layout_engine("constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, metric in zip(panels, shown, strict=True):
+            cells = _grid(rows, metric, layers, steps)
+            picture = axes.imshow(cells, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+            axes.set_title(METRICS[metric])
+            axes.set_xlabel("denoising step")
+            for axis, count in ((axes.xaxis, steps), (axes.yaxis, layers)):
+                # A locator would divide a single step or layer.
+                axis.set_ticks(range(0, count, -(-count // 8)))
+        panels[0].set_ylabel("layer")
+        figure.colorbar(picture, ax=list(panels))
+        if title:
+            figure.suptitle(title)
+    return Path(path)
 
 
 def _grid(rows: list[Mapping[str, Any]], metric: str, layers: int, steps: int) -> list[list[float]]:
