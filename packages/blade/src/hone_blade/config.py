@@ -113,7 +113,7 @@ class BladeConfig:
     take Triton's."""
 
     @property
-    def scoring_backend(self) -> str:
+    def scoring_backend(self) -> Backend:
         """Backend of prober and selection."""
         return "triton" if self.backend == "gluon" else self.backend
 
@@ -404,7 +404,12 @@ class Comparison:
             )
 
         def sparse(**changes: Any) -> BladeConfig:
-            common = {"block": self.block, "samples": self.samples, "score": self.score, "order": self.order}
+            common: dict[str, Any] = {
+                "block": self.block,
+                "samples": self.samples,
+                "score": self.score,
+                "order": self.order,
+            }
             common |= {"dense_steps": self.dense_steps, "seed": self.seed, "selection": "topk", "min_density": 0.0}
             return BladeConfig(**(common | {"max_density": self.density} | changes))
 
@@ -677,7 +682,7 @@ class InspectConfig:
         """The settings of a pipeline's run."""
         if self.model is None:
             raise ValueError("these settings are for the tiny host; they name no pipeline")
-        given = {"steps": self.steps, "guidance": self.guidance}
+        given: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance}
         return GenerateConfig(
             model=self.model,
             prompts=(self.prompt,),

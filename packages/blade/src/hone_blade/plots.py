@@ -97,7 +97,7 @@ def write_video(
         ) as writer,
     ):
         for picture in pictures * loops:
-            writer.append_data(picture)
+            writer.append_data(picture)  # type: ignore[attr-defined]  # of the writer that an mp4 gets
     return path
 
 

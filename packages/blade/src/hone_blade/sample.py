@@ -315,7 +315,9 @@ def _attention(cfg: GenerateConfig, family: str | None, stated: BladeConfig | No
         return "custom", cfg.attention
     if cfg.preset is None and stated is not None:
         return "custom", stated
-    name = _DEFAULT_PRESET[family] if cfg.preset is None else cfg.preset
+    if (name := cfg.preset) is None:
+        assert family is not None
+        name = _DEFAULT_PRESET[family]
     return name, PRESETS[name].config
 
 
