@@ -1,7 +1,7 @@
 import pytest
 import torch
-from hone_knockout.config import ClipConfig
-from hone_knockout.host import HostConfig, build_host, save_host
+from hone_knockout.config import ClipConfig, HostConfig
+from hone_knockout.host import build_host, save_host
 
 SMALL = HostConfig(
     clip=ClipConfig(frames=4, grid=3, cell=4),

@@ -234,7 +234,7 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
     function = _import(table.run)
     report = function.__annotations__["return"]
     if isinstance(report, str):
-        report = eval(report, function.__globals__)
+        report = eval(report, inspect.unwrap(function).__globals__)
     run = Run.start(config=cfg, **start)
     if table.opened is not None:
         _import(table.opened)(cfg, run)
