@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hone_core.config import flag
+from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
 from hone_video.prompts import ClipConfig, parse_prompt
 from hone_video.workloads import WORKLOADS
@@ -566,10 +567,7 @@ class TrainConfig:
     """Time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes <= 0:
-            raise ValueError(f"minutes must be positive when steps is not given; got {self.minutes}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
+        check_budget(self.minutes, self.steps)
         if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
             raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
 

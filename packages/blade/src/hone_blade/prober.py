@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -14,9 +15,6 @@ from .config import BladeConfig, Offsets
 __all__ = ["hash_numbers", "probe", "sample_index", "sample_offsets"]
 
 Side = Literal["q", "k"]
-
-_MOST_KEPT = 1024
-_kept: dict[tuple[object, ...], Tensor] = {}
 
 
 def probe(
@@ -140,26 +138,25 @@ def sample_index(
     if method == "random":
         raise ValueError("offsets 'random' are drawn at each call and have no fixed index; take 'seeded' or 'strided'")
     device = torch.device(device)
+    if method == "strided":
+        # The same in every layer, so kept once.
+        seed, layer, side = 0, 0, "q"
     if torch.compiler.is_compiling():
         number = layer if isinstance(layer, Tensor) else torch.tensor(layer)
         return _sample_index_op(tokens, block, samples, method, seed, number, side, device)
     return _sample_index(tokens, block, samples, method, seed, int(layer), side, device)
 
 
+@lru_cache(maxsize=1024)
 def _sample_index(
     tokens: int, block: int, samples: int, method: Offsets, seed: int, layer: int, side: Side, device: torch.device
 ) -> Tensor:
-    key = (tokens, block, samples, method, device, *((seed, layer, side) if method == "seeded" else ()))
-    if key not in _kept:
-        start = torch.arange(0, tokens, block, device="cpu").unsqueeze(-1)
-        draw: dict[str, Any] = {"block": block, "seed": seed, "layer": layer, "side": side}
-        full = start[:-1] + sample_offsets(block, samples, method, **draw)
-        last = sample_offsets(tokens - int(start[-1]), samples, method, **draw)
-        index = torch.cat([full, torch.where(last < 0, -1, start[-1] + last).unsqueeze(0)])
-        if len(_kept) == _MOST_KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = index.to(device, torch.int32)[None, None]
-    return _kept[key]
+    start = torch.arange(0, tokens, block, device="cpu").unsqueeze(-1)
+    draw: dict[str, Any] = {"block": block, "seed": seed, "layer": layer, "side": side}
+    full = start[:-1] + sample_offsets(block, samples, method, **draw)
+    last = sample_offsets(tokens - int(start[-1]), samples, method, **draw)
+    index = torch.cat([full, torch.where(last < 0, -1, start[-1] + last).unsqueeze(0)])
+    return index.to(device, torch.int32)[None, None]
 
 
 @torch.library.custom_op("hone_blade::sample_index", mutates_args=())
