@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.io import atomic_path, atomic_write_json
 from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
+from hone_core.timing import Stopwatch
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
 
 from .config import PRESETS, BladeConfig, GenerateConfig
@@ -264,13 +264,9 @@ class Sampler:
 
 def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -> None:
     """One video: draw, check, write, record."""
-    cfg, device = sampler.config, sampler.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    frames = sampler.draw(index, step_done=bar.update)
-    seconds = time.perf_counter() - start
+    cfg = sampler.config
+    with Stopwatch(sampler.device) as watch:
+        frames = sampler.draw(index, step_done=bar.update)
     if not np.isfinite(frames).all():
         raise RuntimeError(
             f"prompt {index} gave frames that are not finite; try dtype float32 or bfloat16 (this run: {cfg.dtype})"
@@ -280,11 +276,11 @@ def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -
     labels = {"prompt": index, "seed": cfg.seed + index, "frames": len(frames), "steps": cfg.steps}
     labels |= {"sparse_steps": sampler.sparse_steps, "height": frames.shape[1], "width": frames.shape[2]}
     variant = "dense" if cfg.dense else "blade"
-    run.row("seconds", seconds, unit="s", better="lower", variant=variant, labels=labels)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
+    run.row("seconds", watch.seconds, unit="s", better="lower", variant=variant, labels=labels)
+    if watch.peak_bytes is not None:
+        peak = watch.peak_bytes / 2**30
         run.row("peak_memory", peak, unit="GiB", better="lower", variant=variant, labels=labels)
-    run.log(step=index, seconds=seconds)
+    run.log(step=index, seconds=watch.seconds)
 
 
 def _stated(lora: Path) -> BladeConfig | None:
