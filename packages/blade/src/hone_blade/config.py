@@ -639,6 +639,23 @@ class GenerateConfig:
         if self.seed < 0:
             raise ValueError(f"seed must not be negative; got {self.seed}")
 
+    def read_prompts(self) -> tuple[str, ...]:
+        """The prompts, read from their file if there is one.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It holds no prompt.
+        """
+        if self.prompt_file is None:
+            return self.prompts
+        path = Path(self.prompt_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
+        prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        if not prompts:
+            raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
+        return prompts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:

@@ -11,7 +11,7 @@ from hone_core.hosts import open_host
 
 from .config import DemoConfig, EvalConfig, GenerateConfig, HostConfig, InspectConfig, ReproduceConfig, TrainConfig
 
-__all__ = ["find_host", "find_init", "find_inspected", "find_prompts", "find_video_inputs"]
+__all__ = ["find_host", "find_init", "find_inspected", "find_video_inputs"]
 
 Hosted = TypeVar("Hosted", DemoConfig, EvalConfig, InspectConfig, ReproduceConfig)
 
@@ -36,7 +36,7 @@ def find_video_inputs(cfg: GenerateConfig) -> GenerateConfig:
     Raises:
         CheckpointError, FileNotFoundError, ValueError: As ``hone_blade.sample.find_inputs``.
     """
-    find_prompts(cfg)
+    cfg.read_prompts()
     from .sample import find_inputs
 
     return find_inputs(cfg).config
@@ -52,24 +52,6 @@ def find_inspected(cfg: InspectConfig) -> InspectConfig:
         return find_host(cfg)
     find_video_inputs(cfg.pipeline)
     return cfg
-
-
-def find_prompts(cfg: GenerateConfig) -> tuple[str, ...]:
-    """The prompts of the settings, read from their file if they name one.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It holds no prompt.
-    """
-    if cfg.prompt_file is None:
-        return cfg.prompts
-    path = Path(cfg.prompt_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
-    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not prompts:
-        raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
-    return prompts
 
 
 def _checkpoint(path: Path) -> Path:

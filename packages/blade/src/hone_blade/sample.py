@@ -26,7 +26,6 @@ from hone_core.timing import Stopwatch
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
 
 from .config import PRESETS, BladeConfig, GenerateConfig
-from .inputs import find_prompts
 from .lora import _read_config, _read_header, find_lora, load_blade_lora
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
@@ -111,7 +110,7 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
             settings leave every step dense.
     """
     # What needs no look at the weights or the hub comes first.
-    prompts = find_prompts(cfg)
+    prompts = cfg.read_prompts()
     if cfg.preset is not None or cfg.attention is not None:
         _sparse_steps(cfg, *_attention(cfg, None, None))
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
