@@ -33,12 +33,6 @@ def run(capsys, *argv):
     return stop.value.code, out.out, out.err
 
 
-def copy_host(file, to):
-    """The weights, and the sidecar that says what they are."""
-    for suffix in (".safetensors", ".json"):
-        shutil.copy(file.with_suffix(suffix), to.with_suffix(suffix))
-
-
 @pytest.fixture(scope="module")
 def folder(host, tmp_path_factory):
     """A model folder and a question file with its videos."""
@@ -138,12 +132,12 @@ def test_eval_recommend_and_plot(capsys, folder, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["model", "host"])
-def test_recommend_from_another_directory(capsys, folder, host_file, tmp_path, monkeypatch, source):
+def test_recommend_from_another_directory(capsys, folder, copy_host, tmp_path, monkeypatch, source):
     """The eval run names everything from the directory that it was started in."""
     here, there = tmp_path / "here", tmp_path / "there"
     there.mkdir()
     shutil.copytree(folder, here)
-    copy_host(host_file, here / "host.safetensors")
+    copy_host(here / "host.safetensors")
     monkeypatch.chdir(here)
     data = ["--model", "model", "--data", "qa.jsonl", "--videos", ".", "--frames", 4]
     flags = data if source == "model" else ["--host", "host.safetensors", "--limit", 8]
@@ -271,10 +265,10 @@ def test_train_host(capsys, tmp_path, small, monkeypatch):
     assert made["seed"] == 3
 
 
-def test_hosts_of_reproduce_are_named_for_any_directory(capsys, host_file, tmp_path, monkeypatch):
+def test_hosts_of_reproduce_are_named_for_any_directory(capsys, copy_host, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "ab":
-        copy_host(host_file, tmp_path / f"{name}.safetensors")
+        copy_host(tmp_path / f"{name}.safetensors")
     code, out, _ = run(capsys, "reproduce", "--host", "a.safetensors", "b.safetensors", "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["config"]["hosts"] == [str(tmp_path / f"{name}.safetensors") for name in "ab"]

@@ -16,6 +16,7 @@ from hone_knockout.evaluate import (
     summarise,
     sweep,
 )
+from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices
 from hone_lm.question_sets import Item, load_items
 from hone_lm.tiny import tiny
 
@@ -295,7 +296,7 @@ def test_failed_questions_are_asked_again_on_resume(host, tmp_path, monkeypatch)
     assert rows["failed_items"] == 1
 
 
-def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
+def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path, monkeypatch):
     model, processor = tiny("qwen2_5_vl", layers=2)
     processor.chat_template = (
         "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'video' %}"
@@ -303,17 +304,20 @@ def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
     )
     items = [dataclasses.replace(item, options=("a", "b", "c"), answer=1) for item in generated_items(6)]
     cfg = SweepConfig(settings=("global2",), kinds=("LV",), batch=3)
+    asked = []
+
+    def noted(processor, question, options, **style):
+        asked.append(options)
+        return choice_prompt(processor, question, options, **style)
+
+    monkeypatch.setitem(sweep.__globals__, "choice_prompt", noted)
     with start(cfg, tmp_path / "run") as run:
         sweep(model, processor, items, cfg, run)
-    from hone_knockout.evaluate import _option_order
-
-    orders = [_option_order(item, cfg) for item in items]
+    orders = [[item.options.index(option) for option in options] for item, options in zip(items, asked, strict=True)]
     assert len({tuple(order) for order in orders}) > 1
     # By hand: the letter at place j stands for option order[j].
-    from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices
-
     item, order = items[0], orders[0]
-    prompt = choice_prompt(processor, item.question, [item.options[i] for i in order])
+    prompt = choice_prompt(processor, item.question, asked[0])
     inputs = choice_inputs(processor, [prompt], [item.clip])
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]

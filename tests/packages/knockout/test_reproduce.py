@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 from hone_core.runs import Run, load_results
@@ -14,13 +13,6 @@ from hone_knockout.reproduce import (
 )
 
 LAYERS = 10
-
-
-def copy_host(file, to):
-    """The weights, and the sidecar that says what they are."""
-    for suffix in (".safetensors", ".json"):
-        shutil.copy(file.with_suffix(suffix), to.with_suffix(suffix))
-    return to
 
 
 FOUND = configurations(SweepConfig(settings=("global1", "global2", "window"), stride=1, step=1), LAYERS)
@@ -116,7 +108,7 @@ def test_a_host_that_has_not_learned_is_refused(host_file, tmp_path):
 
 
 @pytest.mark.parametrize("second", ["unlearned", "missing"])
-def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, monkeypatch, second):
+def test_every_host_is_looked_at_before_the_first_sweep(host_file, copy_host, tmp_path, monkeypatch, second):
     graded = []
 
     def grade(host, **_):
@@ -128,7 +120,7 @@ def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, mon
     monkeypatch.setattr("hone_knockout.reproduce.sweep", lambda *_, **__: pytest.fail("a sweep began"))
     other = tmp_path / "other.safetensors"
     if second == "unlearned":
-        copy_host(host_file, other)
+        copy_host(other)
     cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(host_file, other))
     message = "host 1 .* misses its gates" if second == "unlearned" else "there is no tiny host"
     with (
@@ -138,10 +130,10 @@ def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, mon
         reproduce(cfg, run)
 
 
-def test_the_whole_of_it(host_file, tmp_path, monkeypatch):
+def test_the_whole_of_it(host_file, copy_host, tmp_path, monkeypatch):
     # Untrained hosts pass no gate, and this is about the machinery.
     monkeypatch.setattr("hone_knockout.reproduce.GATES", dict.fromkeys(("shape", "place"), 0.0))
-    twin = copy_host(host_file, tmp_path / "twin.safetensors")
+    twin = copy_host(tmp_path / "twin.safetensors")
     cfg = ReproduceConfig(items=16, batch=8, gate_clips=8, hosts=(host_file, twin))
 
     def start():

@@ -8,7 +8,7 @@ from hone_core.runs import Run
 from hone_knockout.config import TrainConfig, TrainHostConfig
 from hone_knockout.data import draw_scenes
 from hone_knockout.host import load_host
-from hone_knockout.train import Schedule, TrainReport, Turns, _check_batches, grade_host, train
+from hone_knockout.train import Schedule, TrainReport, Turns, grade_host, train
 
 
 @pytest.fixture
@@ -97,11 +97,11 @@ def test_packed_questions_are_whole_and_answers_follow_them(host):
         assert [turn[-1] for turn in found] == answers[row].tolist()
 
 
-def test_batches_that_differ_from_the_processor_s_are_refused(host, monkeypatch):
-    _check_batches(host, torch.device("cpu"))
+def test_batches_that_differ_from_the_processor_s_are_refused(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr("hone_knockout.train.pixel_values", lambda video: video / 255)
-    with pytest.raises(RuntimeError, match="pixels of a clip differ"):
-        _check_batches(host, torch.device("cpu"))
+    with start(cfg, tmp_path / "run") as run, pytest.raises(RuntimeError, match="pixels of a clip differ"):
+        train(cfg, run)
+    assert not (run.path / "artifacts").exists()
 
 
 def test_grades_of_chance(host):
