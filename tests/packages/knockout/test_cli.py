@@ -12,7 +12,7 @@ from hone_core.config import to_dict
 from hone_knockout import cli
 from hone_knockout.config import SIZES, Source, TrainConfig
 from hone_knockout.data import generated_items
-from hone_knockout.inputs import source_of_run
+from hone_knockout.sources import source_of_run
 
 ASK = ["generate", "--model", "M", "--ask", "?"]
 
@@ -175,9 +175,9 @@ def test_recommend_from_another_directory(capsys, folder, copy_host, tmp_path, m
 def test_a_source_is_looked_for_in_the_run_s_folder_too(tmp_path):
     (tmp_path / "qa.jsonl").touch()
     source = Source(data=Path("qa.jsonl"), model="llava-hf/llava-onevision-qwen2-7b-ov-hf", limit=3)
-    assert source_of_run(source, tmp_path) == replace(source, data=tmp_path / "qa.jsonl")
+    assert source_of_run(tmp_path, source) == replace(source, data=tmp_path / "qa.jsonl")
     with pytest.raises(FileNotFoundError, match="data of the run"):
-        source_of_run(replace(source, data=Path("none.jsonl")), tmp_path)
+        source_of_run(tmp_path, replace(source, data=Path("none.jsonl")))
 
 
 def test_tokens_per_frame_on_the_command_line(capsys, folder, tmp_path):
@@ -403,6 +403,7 @@ def test_dry_run_does_nothing(capsys, verb, tmp_path, monkeypatch):
         (["eval", "--model", "M", "--data", "D", "--host", "H"], "not both"),
         (["eval", "--dtype", "float32"], "dtype belong to --model"),
         (["eval", "--videos", "V", "--format", "mvbench"], "format, videos belong to --model"),
+        (["eval", "--retry-failed"], "goes with --out"),
         (["eval", "--limit", "0"], "limit must be positive"),
         (["eval", "--data", "qa.jsonl"], "data and model belong together"),
         (["eval", "--data", "none.jsonl", "--model", "M"], "there is no question file"),

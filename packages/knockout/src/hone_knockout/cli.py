@@ -44,7 +44,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         run="hone_knockout.demo:demo",
         help="Ask a tiny trained Video-LLM about clips, knock its attention out, and find where video can leave.",
         config="hone_knockout.config:DemoConfig",
-        prepare="hone_knockout.prepare:prepare_demo",
+        prepare="hone_knockout.inputs:find_host",
     ),
     "inspect": Verb(
         run="hone_knockout.inspection:inspect",
@@ -54,20 +54,20 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         run="hone_knockout.sample:generate",
         help="Answer a question about a video, as the model is and with knockouts or an exit, with time and memory.",
         config="hone_knockout.config:GenerateConfig",
-        prepare="hone_knockout.prepare:prepare_generate",
+        prepare="hone_knockout.inputs:find_question",
     ),
     "eval": Verb(
         run="hone_knockout.evaluate:evaluate",
         help="Answer questions under many knockouts: accuracy, intervals, flips, McNemar, per category, plots.",
         config="hone_knockout.config:SweepConfig",
-        prepare="hone_knockout.prepare:prepare_eval",
+        prepare="hone_knockout.inputs:find_source",
         opened="hone_knockout.evaluate:reopen_failed",
     ),
     "recommend": Verb(
         run="hone_knockout.recommend:recommend",
         help="Choose exit and frame-local layers on half of an eval run's questions, and report them on the others.",
         config="hone_knockout.config:RecommendConfig",
-        prepare="hone_knockout.prepare:prepare_recommend",
+        prepare="hone_knockout.inputs:find_run",
     ),
     "bench": Verb(
         run="hone_knockout.bench:bench",
@@ -78,7 +78,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         run="hone_knockout.reproduce:reproduce",
         help="Put the paper's three findings to the test on tiny hosts, by rules fixed beforehand.",
         config="hone_knockout.config:ReproduceConfig",
-        prepare="hone_knockout.prepare:prepare_reproduce",
+        prepare="hone_knockout.inputs:find_hosts",
     ),
     "plot": Verb(run="hone_knockout.plots:plot", help="Draw a sweep's results in the paper's axes."),
     "train-host": Verb(

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from . import plots
 from .config import Control, Kind, Knockout, KnockoutConfig, Setting, SweepConfig
-from .inputs import load_source, read_questions
 from .method import global_after, windows
 from .models import attach, check_devices
 from .prefix import Counts, PrefixRunner
+from .sources import load_source, read_questions
 
 __all__ = [
     "Configuration",
@@ -152,7 +152,13 @@ def shown_p(p: float) -> str:
 
 
 def reopen_failed(cfg: SweepConfig, run: Run) -> None:
-    """Take up a finished run again, if its failed questions are to be asked again."""
+    """Take up a finished run again, if its failed questions are to be asked again.
+
+    Raises:
+        ValueError: They are, and there is no run.
+    """
+    if cfg.retry_failed and not (run.done or run.resumed):
+        raise ValueError("which run? --retry-failed goes with --out, the folder of the run whose questions failed")
     if cfg.retry_failed and run.done and read_answers(run.path)[1]:
         run.reopen()
 

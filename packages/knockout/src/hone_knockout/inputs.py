@@ -1,120 +1,97 @@
-"""Model and questions of a source. Imports no torch by itself."""
+"""Before a verb's run begins: its inputs are looked for and its config made complete.
+
+Files are looked for before torch is imported, and everything else that can be wrong before weights are read.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from .config import Source
+from hone_core.config import load_config
+from hone_core.hosts import open_host
 
-if TYPE_CHECKING:
-    from hone_lm.question_sets import Item
+from .config import DemoConfig, GenerateConfig, HostConfig, RecommendConfig, ReproduceConfig, SweepConfig
+from .sources import absolute_model, absolute_source, read_questions, source_layers, source_of_run
 
-__all__ = ["absolute_model", "absolute_source", "load_source", "read_questions", "source_layers", "source_of_run"]
-
-log = logging.getLogger(__name__)
+__all__ = ["find_host", "find_hosts", "find_question", "find_run", "find_source"]
 
 
-def read_questions(source: Source, seed: int) -> list[Item]:
-    """Questions of a source, before any model is loaded.
-
-    Raises:
-        ValueError: No video of them is there.
-    """
-    from hone_lm.question_sets import check_items, load_items
-
-    if source.data is None:
-        from .data import generated_items
-        from .host import host_config
-
-        return generated_items(source.limit or 256, host_config(source.host).clip, seed=2000 + seed)
-    items = load_items(source.data, format=source.format, videos=source.videos)[: source.limit]
-    problems = check_items(items)
-    for problem in problems[:5]:
-        log.warning("%s", problem)
-    if len(problems) == len(items):
-        raise ValueError(f"none of the {len(items)} videos can be read: {problems[0]} (--videos names their folder)")
-    return items
+def find_host(cfg: DemoConfig) -> DemoConfig:
+    """Look for the host."""
+    return cfg if cfg.host is None else replace(cfg, host=_look_for_host(cfg.host))
 
 
-def source_layers(source: Source) -> int:
-    """Decoder layers of a source's model, without its weights.
+def find_hosts(cfg: ReproduceConfig) -> ReproduceConfig:
+    """Look for every host."""
+    return replace(cfg, hosts=tuple(map(_look_for_host, cfg.hosts)))
+
+
+def find_question(cfg: GenerateConfig) -> GenerateConfig:
+    """Look for everything that can be wrong before the weights are read, and for files before anything is imported.
 
     Raises:
-        ValueError: The model cannot be taken.
+        FileNotFoundError: There is no such video.
+        ValueError: The question, its options or what is attached do not fit the model.
     """
-    if source.model is not None:
-        from .models import check_model
+    if not cfg.video.exists():
+        raise FileNotFoundError(f"there is no video {cfg.video}")
+    from hone_lm.video import check_video, read_video
+    from transformers import AutoConfig, AutoProcessor
 
-        return check_model(source.model)
-    from .host import host_config
+    from .models import check_model
+    from .sample import check_question
 
-    return host_config(source.host).layers
-
-
-def load_source(source: Source, device: str) -> tuple[Any, Any]:
-    """Model and processor."""
-    from hone_core.devices import resolve_device, resolve_dtype
-
-    target = resolve_device(device)
-    if source.model is None:
-        from .host import load_host
-
-        host = load_host(target, path=source.host)
-        return host.model, host.processor
-    from hone_lm.checkpoints import load_model
-
-    return load_model(source.model, device=target, dtype=resolve_dtype(source.dtype, target))
+    check_video(cfg.video)
+    check_model(cfg.model, cfg.attached(check_model(cfg.model)))
+    clip = read_video(cfg.video, num_frames=cfg.frames, start=cfg.start, end=cfg.end)
+    check_question(AutoConfig.from_pretrained(cfg.model), AutoProcessor.from_pretrained(cfg.model), cfg, clip)
+    return replace(cfg, model=absolute_model(cfg.model), video=Path(os.path.abspath(cfg.video)))
 
 
-def source_of_run(source: Source, run: Path, names: Iterable[str] = ("data", "videos", "host", "model")) -> Source:
-    """The source of a run, with what is named by a path looked for: where it says, else from the run's folder.
-
-    Args:
-        source: As it was stored.
-        run: The run's folder.
-        names: Fields to look at.
+def find_source(cfg: SweepConfig) -> SweepConfig:
+    """Look for questions and videos, and whether the sweep fits the model.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: A file or folder is not there.
+        ValueError: No video can be read, or a window is wider than the decoder.
     """
-    found: dict[str, Any] = {}
-    for name in names:
-        value = getattr(source, name)
-        if value is None:
-            continue
-        there = next((place for place in (Path(value), run / value) if place.exists()), None)
-        if there is not None:
-            found[name] = there
-        elif name != "model" or Path(value).is_absolute():
-            raise FileNotFoundError(
-                f"{name} of the run {run} was expected at {value} and is not there. If it was moved, put it back, or "
-                f"write its place into source.{name} of {run / 'config.json'}"
-            )
-    if "model" in found:
-        found["model"] = str(found["model"])
-    return absolute_source(replace(source, **found))
+    source = cfg.source
+    for path, what in ((source.data, "question file"), (source.videos, "folder of videos")):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"there is no {what} {path}")
+    if source.host is not None:
+        _look_for_host(source.host)
+    cfg = replace(cfg, source=absolute_source(source))
+    if source.model is None and cfg.style == "letter":
+        cfg = replace(cfg, style="text", shuffle=False)
+    from .evaluate import configurations
+
+    read_questions(cfg.source, cfg.seed)
+    configurations(cfg, source_layers(cfg.source))
+    return cfg
 
 
-def absolute_source(source: Source) -> Source:
-    """With absolute paths, so that a run can be repeated from any directory."""
+def find_run(cfg: RecommendConfig) -> RecommendConfig:
+    """Look for the run, for its model, and for its questions if they are to be asked again.
 
-    def absolute(path: Path | None) -> Path | None:
-        return None if path is None else Path(os.path.abspath(path))
+    Raises:
+        FileNotFoundError: It is no run folder, or what it names is not there any more.
+    """
+    if not (cfg.run / "config.json").is_file():
+        raise FileNotFoundError(f"{cfg.run} is no run folder; expected one that hone-knockout eval wrote")
+    # Another directory is no other run.
+    cfg = replace(cfg, run=Path(os.path.abspath(cfg.run)))
+    source = load_config(SweepConfig, cfg.run / "config.json").source
+    source_of_run(cfg.run, source, model_alone=not cfg.verify)
+    return cfg
 
-    return replace(
-        source,
-        model=None if source.model is None else absolute_model(source.model),
-        data=absolute(source.data),
-        videos=absolute(source.videos),
-        host=absolute(source.host),
-    )
 
+def _look_for_host(path: Path) -> Path:
+    """The host's place, absolute.
 
-def absolute_model(model: str) -> str:
-    """A model that is no folder here is an address on the hub."""
-    return os.path.abspath(model) if Path(model).exists() else model
+    Raises:
+        CheckpointError: There is none.
+    """
+    return Path(os.path.abspath(open_host(HostConfig, "hone-knockout", path).path))

@@ -24,8 +24,8 @@ from hone_lm.question_sets import read_clip
 
 from .config import Knockout, KnockoutConfig, RecommendConfig, SweepConfig
 from .evaluate import BASELINE, Configuration, SweepReport, configurations, is_right, read_answers, shown_p, sweep
-from .inputs import load_source, read_questions, source_of_run
 from .sample import exit_gap
+from .sources import load_source, read_questions, source_of_run
 
 __all__ = ["Recipe", "RecommendReport", "choose", "halves", "recommend"]
 
@@ -158,7 +158,7 @@ def recommend(cfg: RecommendConfig, run: Run) -> RecommendReport:
         FileNotFoundError: What the eval run names is not there any more.
     """
     sweep_cfg = load_config(SweepConfig, cfg.run / "config.json")
-    sweep_cfg = replace(sweep_cfg, source=source_of_run(sweep_cfg.source, cfg.run, ("model",)))
+    sweep_cfg = replace(sweep_cfg, source=source_of_run(cfg.run, sweep_cfg.source, model_alone=not cfg.verify))
     answers, _ = read_answers(cfg.run)
     if not answers:
         raise ValueError(f"{cfg.run} holds no answers; let the eval run finish first")
@@ -175,7 +175,6 @@ def recommend(cfg: RecommendConfig, run: Run) -> RecommendReport:
     atomic_write_json(stored, to_dict(recipe))
     if not cfg.verify or recipe.config == KnockoutConfig():
         return RecommendReport.of(run)
-    sweep_cfg = replace(sweep_cfg, source=source_of_run(sweep_cfg.source, cfg.run))
     _, second = halves(list(answers), seed=cfg.seed)
     items = [item for item in read_questions(sweep_cfg.source, sweep_cfg.seed) if item.id in set(second)]
     entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
