@@ -109,8 +109,8 @@ def test_loops_are_what_they_say(tmp_path, monkeypatch):
         (10, "WanAttnProcessor", "UniPCMultistepScheduler"),
         (5, "WanAttnProcessor", "UniPCMultistepScheduler"),
         (2, "WanAttnProcessor", "TDMScheduler"),
-        (2, "_WanProcessor", "TDMScheduler"),
-        (2, "_WanProcessor", "TDMScheduler"),
+        (2, "WanProcessor", "TDMScheduler"),
+        (2, "WanProcessor", "TDMScheduler"),
     ]
     assert [row[3] for row in seen[2:]] == [499, 499, 499]
 

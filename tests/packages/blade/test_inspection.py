@@ -5,9 +5,10 @@ import torch
 from hone_blade.config import BladeConfig
 from hone_blade.inspection import inspect_model, plot_inspection, to_rows
 from hone_blade.method import Stats, mass_recall, sparse_layout
-from hone_blade.models import LayerStats, attach
+from hone_blade.models import attach
 from hone_core.runs import Run, load_results
 from hone_video.architectures import tiny
+from hone_video.handle import LayerStats
 from matplotlib import image
 from torch import nn
 

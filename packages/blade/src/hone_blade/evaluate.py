@@ -21,13 +21,14 @@ from hone_core.statistics import bootstrap_interval
 from hone_core.timing import Stopwatch
 from hone_video.clips import random_labels
 from hone_video.grader import grade
+from hone_video.handle import LayerStats
 from hone_video.quality import psnr, ssim
 from torch import Tensor
 
 from . import plots
 from .config import BladeConfig, Comparison, EvalConfig
 from .host import Host, load_host
-from .models import BladeHandle, LayerStats, attach
+from .models import BladeHandle, attach
 
 log = logging.getLogger(__name__)
 

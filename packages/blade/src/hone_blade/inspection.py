@@ -13,10 +13,11 @@ from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
 from hone_core.plots import drawing
 from hone_core.runs import Report, Run
+from hone_video.handle import LayerStats
 
 from .config import PRESETS, GenerateConfig, InspectConfig
 from .host import load_host
-from .models import BladeHandle, LayerStats, attach
+from .models import BladeHandle, attach
 from .sample import Sampler, find_inputs
 
 __all__ = [
