@@ -208,8 +208,8 @@ class Processor:
         if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
             # Autocast projects in 16 bits, but on a GPU its norms give float32; torch's own attention casts back too.
             q, k = q.to(v.dtype), k.to(v.dtype)
-        forward, layer = tables.forward, self.layer
-        text_tokens: int = forward.text_tokens
+        forward, text_tokens = tables.forward, tables.forward.text_tokens
+        layer: int | Tensor = self.layer
         if torch.compiler.is_compiling():
             fixed_size(q.shape[2])
             text_tokens = fixed_size(text_tokens)
@@ -252,7 +252,7 @@ class Attachment(ABC):
 
     @staticmethod
     @abstractmethod
-    def self_attentions(model: nn.Module) -> list[nn.Module]:
+    def self_attentions(model: Any) -> list[Any]:
         """The attention modules to replace, in layer order."""
 
     @abstractmethod

@@ -54,6 +54,8 @@ class WanProcessor(Processor):
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
+        assert tables.cos is not None
+        assert tables.sin is not None
         q, k = (_rotate_pairs(x, tables.cos, tables.sin) for x in (q, k))
         out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tables, attention_mask)
         out = out.transpose(1, 2).flatten(2, 3).type_as(q)
@@ -181,15 +183,16 @@ class CogVideoXAttachment(Attachment):
         forward = self.begin(model, (f, h, w), fixed_size(text.shape[1]), timestep)
         if forward is None:
             return None
-        cos, sin = (None, None) if rotary is None else rotary
-        if cos is not None:
+        tables = Tables(None, None, forward)
+        if rotary is not None:
+            cos, sin = rotary
             if cos.shape[0] != f * h * w:
                 raise ValueError(
                     f"image_rotary_emb must have one row per video token, {f * h * w} for the grid {(f, h, w)}; got "
                     f"{cos.shape[0]}"
                 )
-            cos, sin = forward.sort(cos, 0), forward.sort(sin, 0)
-        return _replace(args, kwargs, 5, "image_rotary_emb", Tables(cos, sin, forward))
+            tables = Tables(forward.sort(cos, 0), forward.sort(sin, 0), forward)
+        return _replace(args, kwargs, 5, "image_rotary_emb", tables)
 
     def embed(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Hook of the patch embedding ``[B, text + N, C]``: video tokens in order, text where it is."""

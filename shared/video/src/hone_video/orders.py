@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .grids import ORDERS, Order
+from .grids import ORDERS, Grid, Order
 
 __all__ = [
     "gilbert_order",
@@ -238,7 +238,7 @@ def _kept(name: str, grid: Grid, tile: Grid, device: torch.device, inverse: bool
         elif name == "morton":
             order = morton_order(*grid)
         elif name == "tile":
-            order = tile_order(*grid, tile)
+            order = tile_order(grid[0], grid[1], grid[2], tile)
         else:
             order = raster_order(*grid)
         return (inverse_order(order) if inverse else order).to(device)
