@@ -3,10 +3,10 @@
     python tools/boundaries.py
 
 packages may import shared and kernels, never each other; shared may import core and kernels; kernels import nothing of
-ours; core imports nothing of ours. Every distribution that a member imports is one that it declares. There are no
-circles, neither between members nor between modules; an import inside a function counts, one under TYPE_CHECKING does
-not. A package's config.py loads no torch: not by its own imports, those in functions and properties included, and not
-by a module that they load.
+ours, except that the modules of their verbs import core, and their ops no verb; core imports nothing of ours. Every
+distribution that a member imports is one that it declares. There are no circles, neither between members nor between
+modules; an import inside a function counts, one under TYPE_CHECKING does not. A config.py loads no torch: not by its
+own imports, those in functions and properties included, and not by a module that they load.
 """
 
 import argparse
@@ -28,6 +28,11 @@ DISTRIBUTION = {
     "skimage": "scikit-image",
 }
 
+
+# Modules of kernels that come with an extra: verbs, their settings, and what they share.
+VERBS = frozenset(
+    f"{name}.py" for name in ("cli", "config", "bench", "tune", "profile", "sanitize", "spills", "gpu", "rows")
+)
 
 HEAVY = frozenset({"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "numpy", "triton"})
 
@@ -64,10 +69,16 @@ def check(root: Path = ROOT) -> list[str]:
             where = f"{files[name].relative_to(root)}:{item.line}"
             top = item.module.partition(".")[0]
             if top == member.module:
+                if member.kind == "kernels" and files[name].name not in VERBS:
+                    problems += [
+                        f"{where}: an op must not import {target}, which needs an extra"
+                        for target in sorted(_targets(item, files))
+                        if files[target].name in VERBS
+                    ]
                 continue
             if top in by_module:
                 uses[member.name].add(by_module[top].name)
-                problems += _forbidden(member, by_module[top], where)
+                problems += _forbidden(member, by_module[top], files[name], where)
             else:
                 problems += _undeclared(member, top, where)
     graph = {
@@ -78,7 +89,8 @@ def check(root: Path = ROOT) -> list[str]:
     problems += [f"members import each other in a circle: {path}" for path in circles(uses)]
     problems += [
         f"{files[name].relative_to(root)}: a config loads no {path[-1]}: {' -> '.join(path)}"
-        for name in (f"{member.module}.config" for member in found if member.kind == "packages")
+        for name in (f"{member.module}.config" for member in found if member.kind != "shared")
+        if name in files
         for path in loads_heavy(name, imported, files)
     ]
     return list(dict.fromkeys(problems))
@@ -110,15 +122,15 @@ def _with_parents(names: set[str], files: dict[str, Path]) -> set[str]:
     return {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)} & files.keys()
 
 
-def _forbidden(member: Member, other: Member, where: str) -> list[str]:
+def _forbidden(member: Member, other: Member, file: Path, where: str) -> list[str]:
     allowed = {
         "packages": other.kind in ("shared", "kernels"),
         "shared": member.name != "hone-core" and (other.name == "hone-core" or other.kind == "kernels"),
-        "kernels": False,
+        "kernels": file.name in VERBS and other.name == "hone-core",
     }
     if not allowed.get(member.kind, False):
         return [f"{where}: {member.folder} must not import {other.module}"]
-    if other.name not in member.siblings:
+    if other.name not in member.dependencies(extras=member.kind == "kernels"):
         return [f"{where}: {member.name} imports {other.module} and does not declare {other.name}"]
     return []
 

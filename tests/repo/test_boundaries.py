@@ -36,6 +36,19 @@ def test_forbidden_import(tree, file, text, problem):
     assert problem in found
 
 
+def test_verbs_of_kernels_import_core_and_ops_no_verb(tree):
+    op = "kernels/src/hone_kernels/op"
+    tree.write(f"{op}/bench.py", "from hone_core.runs import Run\n")
+    (found,) = boundaries.check(tree.path)
+    assert "hone-kernels imports hone_core and does not declare hone-core" in found
+    extra = "[project.optional-dependencies]\nbench = ['hone-core~=0.1.0']\n[project.scripts]"
+    tree.pyproject("kernels", "[project.scripts]", extra)
+    assert boundaries.check(tree.path) == []
+    tree.write(f"{op}/api.py", "def f():\n    from .bench import Run\n")
+    (found,) = boundaries.check(tree.path)
+    assert "api.py:2: an op must not import hone_kernels.op.bench, which needs an extra" in found
+
+
 def test_sibling_must_be_declared(tree):
     tree.pyproject("packages/alpha", '"hone-kernels~=0.1.0", ', "")
     tree.write(f"{ALPHA}/models.py", "import hone_kernels\n")

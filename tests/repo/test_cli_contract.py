@@ -36,6 +36,8 @@ WORDS = {
     "inspect",
     "recommend",
 }
+# Of kernels alone.
+WORDS |= {"tune", "profile", "sanitize", "spills"}
 # A package may train its tiny host by a verb of its own.
 WORDS |= {"train-host"}
 
@@ -133,7 +135,7 @@ def test_version(script):
 
 @pytest.mark.parametrize(
     "module",
-    [f"{m.module}.config" for m in SCRIPTS.values() if m.kind == "packages"] + [m.module for m in SCRIPTS.values()],
+    [f"{m.module}.config" for m in SCRIPTS.values()] + [m.module for m in SCRIPTS.values()],
 )
 def test_config_and_package_import_without_torch(module):
     code = f"import sys, {module}; print('torch' in sys.modules)"
