@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -136,22 +136,25 @@ class Support:
         if self.samples is not None and samples is not None and samples > self.samples:
             return f"it takes up to {self.samples} sampled keys per block; got {samples}"
         if self.language == "triton":
+            assert self.min_sm is not None
             return triton_reason(device, self.min_sm)
         if self.language == "gluon":
+            assert self.min_sm is not None
+            assert self.max_sm is not None
             return gluon_reason(device, self.min_sm, self.max_sm)
         return None
 
 
 def choose(
     op: str,
-    backend: str,
+    backend: Backend,
     support: Mapping[str, Support],
     device: torch.device,
     dtype: torch.dtype | None,
     *,
-    kernels: tuple[str, ...] = ("triton",),
-    **sizes: int | None,
-) -> str:
+    kernels: tuple[Backend, ...] = ("triton",),
+    **sizes: Any,
+) -> Backend:
     """The backend to run: the named one, or for ``"auto"`` the first that can on a GPU, else the reference.
 
     Args:

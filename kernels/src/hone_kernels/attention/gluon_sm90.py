@@ -679,6 +679,7 @@ def attention_forward(
     tall = min(config.keys, block_k)
     bias = pooled_descs = None
     if pooled_k is not None:
+        assert pooled_v is not None
         bias = _pad_bias(pooled_bias, pooled_k, config.keys)
         pooled_descs = [_describe(_addressable(x), tall) for x in (pooled_k, pooled_v)]
     _forward_kernel[(min(total, _multiprocessors(q) * (2 // consumers)),)](

@@ -586,6 +586,7 @@ def attention_backward(
     key_gradients(k, v, dk, dv, None, None, k_valid, False)
     if pooled_k is None:
         return dq, dk, dv, None, None, None
+    assert pooled_v is not None
     dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
     dbias = None
     if pooled_bias is not None:

@@ -12,7 +12,8 @@ With operands rounded to E4M3 (``x8 = round(x / scale)``) and ``s_ij = scale * q
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +31,30 @@ from .reference import absent_keys, attention_fp8_reference, dequantize
 __all__ = ["Delta", "quantized_attention", "straight_through_attention"]
 
 Delta = Literal["exact", "forward"]
+
+
+@overload
+def quantized_attention(
+    operands: FP8Operands,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    out_dtype: torch.dtype = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def quantized_attention(
+    operands: FP8Operands,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    out_dtype: torch.dtype = ...,
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def quantized_attention(
@@ -71,7 +96,8 @@ def quantized_attention(
     scale = check_scale(scale, operands.q8.shape[3])
     if not out_dtype.is_floating_point or out_dtype.itemsize == 1:
         raise TypeError(f"out_dtype must be float64, float32, bfloat16 or float16; got {out_dtype}")
-    q8, blocks = operands.q8, dict(block_q=layout.block_q, block_k=layout.block_k)
+    q8 = operands.q8
+    blocks: dict[str, Any] = dict(block_q=layout.block_q, block_k=layout.block_k)
     backend = choose("quantized_attention", backend, SUPPORT, q8.device, None, head_dim=q8.shape[3], **blocks)
     if backend == "reference":
         dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
@@ -85,6 +111,38 @@ def quantized_attention(
     if not return_lse:
         return out
     return out, lse if operands.q_dot_mean is None else lse + scale * operands.q_dot_mean
+
+
+@overload
+def straight_through_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    smooth_k: bool = ...,
+    group: int = ...,
+    delta: Delta = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def straight_through_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    smooth_k: bool = ...,
+    group: int = ...,
+    delta: Delta = ...,
+    return_lse: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def straight_through_attention(
@@ -138,7 +196,7 @@ def straight_through_attention(
     block = 128 if layout.k_valid is None else layout.block_k
     check_block(block, group)
     scale = check_scale(scale, q.shape[3])
-    blocks = dict(block_q=layout.block_q, block_k=layout.block_k)
+    blocks: dict[str, Any] = dict(block_q=layout.block_q, block_k=layout.block_k)
     backend = choose("straight_through_attention", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], **blocks)
     if backend == "reference":
         out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
@@ -167,8 +225,8 @@ def _straight_through_reference(
         # Keys that do not exist were rounded to zero whatever they hold, and NaN minus NaN is none.
         absent = absent_keys(layout.k_valid, layout.tokens_k, block)
         k, v = k.masked_fill(absent, 0), v.masked_fill(absent, 0)
-    through = [x + (r - x).detach() for x, r in zip((q, k, v), rounded, strict=True)]
-    out, lse = attention_reference(*through, layout, scale)
+    q8, k8, v8 = (x + (r - x).detach() for x, r in zip((q, k, v), rounded, strict=True))
+    out, lse = attention_reference(q8, k8, v8, layout, scale)
     lossy, lossy_lse = attention_fp8_reference(*rounded, layout, scale)
     error = (lossy - out).detach()
     if delta == "forward":
@@ -272,6 +330,7 @@ def _straight_through_backward_op(
     scale: float,
     delta: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    attention_forward: Callable[..., tuple[Tensor, Tensor]]
     from hone_kernels.attention.triton import attention_backward, attention_forward
 
     from .triton import has_e4m3

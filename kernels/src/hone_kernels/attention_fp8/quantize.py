@@ -183,10 +183,12 @@ def quantize_qkv(
     order, k_valid = (None if x is None else unit_last(x) for x in (order, k_valid))
     args = (q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
     if choose("quantize_qkv", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], block=block) == "reference":
-        *tensors, k_mean, q_dot_mean = quantize_reference(*args)
-        return FP8Operands(*tensors, block, k_mean, q_dot_mean)
-    *tensors, k_mean, q_dot_mean = _quantize_op(*args)
-    return FP8Operands(*tensors, block, *((k_mean, q_dot_mean) if smooth_k else ()))
+        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize_reference(*args)
+    else:
+        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = _quantize_op(*args)
+        if not smooth_k:
+            k_mean = q_dot_mean = None
+    return FP8Operands(q8, k8, v8, q_scale, k_scale, v_scale, block, k_mean, q_dot_mean)
 
 
 def _check_quantize(
@@ -259,7 +261,10 @@ def quantize_fields(q, k, v, cos, sin, order, k_valid, block, group, smooth_k) -
         )
         fields = quantize_reference(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
     # A custom op returns tensors only: an absent one is empty.
-    return tuple(q.new_empty(0, dtype=torch.float32) if x is None else x for x in fields)
+    q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = (
+        q.new_empty(0, dtype=torch.float32) if x is None else x for x in fields
+    )
+    return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
 
 
 def fake_fields(q: Tensor, k: Tensor, slots: int | None, block: int, smooth_k: bool) -> Fields:
@@ -272,9 +277,9 @@ def fake_fields(q: Tensor, k: Tensor, slots: int | None, block: int, smooth_k: b
         (batch, heads_k, tokens_k, dim),
         (batch, heads_k, dim, -(-tokens_k // V_PADDING) * V_PADDING),
     )
-    shapes = [(batch, heads, -(-tokens_q // block)), (batch, heads_k, -(-tokens_k // block)), (batch, heads_k, dim)]
-    shapes += [(batch, heads_k, dim), (batch, heads, tokens_q)] if smooth_k else [(0,), (0,)]
-    return (
-        *(q.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in shapes8),
-        *(q.new_empty(shape, dtype=torch.float32) for shape in shapes),
-    )
+    q8, k8, v8 = (q.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in shapes8)
+    scales = ((batch, heads, -(-tokens_q // block)), (batch, heads_k, -(-tokens_k // block)), (batch, heads_k, dim))
+    q_scale, k_scale, v_scale = (q.new_empty(shape, dtype=torch.float32) for shape in scales)
+    k_mean = q.new_empty((batch, heads_k, dim) if smooth_k else 0, dtype=torch.float32)
+    q_dot_mean = q.new_empty((batch, heads, tokens_q) if smooth_k else 0, dtype=torch.float32)
+    return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean

@@ -64,6 +64,7 @@ def quantize_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The fields of ``FP8Operands`` in their order, without ``block``; see ``quantize_qkv`` for the arguments."""
     if cos is not None:
+        assert sin is not None
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if order is not None:
         q, k, v = (x[:, :, order.long()] for x in (q, k, v))

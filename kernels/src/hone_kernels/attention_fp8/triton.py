@@ -8,6 +8,7 @@ log2(448 * l)`` are what the output and the log-sum-exp need.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -193,7 +194,7 @@ def attention_fp8_forward(
         tiles = tiles_for(dim, block_q, block_k, block, _sm(q8))
     out = torch.empty((batch, tokens_q, heads, dim), dtype=out_dtype, device=q8.device).transpose(1, 2)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q8.device)
-    sources = [q8, k8, v8]
+    sources: list[Any] = [q8, k8, v8]
     if tiles.descriptors:
         values = TensorDescriptor(v8, list(v8.shape), list(v8.stride()), [1, 1, dim, tiles.k])
         sources = [_describe(q8, tiles.q), _describe(k8, tiles.k), values]

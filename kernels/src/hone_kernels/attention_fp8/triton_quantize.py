@@ -237,7 +237,7 @@ def _rows(
             slot = block * BLOCK + i * ROWS + tl.arange(0, ROWS)
             live = _exists(slot, tokens, valid_ptr, batch * sval, BLOCK, VALID)
             x = _piece(source, sxs, slot, live, order_ptr, cos_ptr, sin_ptr, ROWS, DIM, ORDER, ROPE, STEP == "amax")
-            pieces = pieces + (x,)  # noqa: RUF005 (Triton knows no starred element)
+            pieces = pieces + (x,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred element)
             if MEAN == "dot" and STEP != "amax":
                 tl.store(dot_ptr + row * tokens + slot, tl.sum(_values_of(x, dtype) * mean, 1), mask=slot < tokens)
             if MEAN == "subtract" and STEP != "cast":
@@ -386,7 +386,7 @@ def quantize_triton(
             k, order, cos, sin, k_valid, total, *_bhs(k), *_strides(k_valid, (0,)), heads_k, tokens_k,
             ROWS=128, ROPE=cos is not None, VALID=padded, num_warps=8, **keys,
         )  # fmt: skip
-        count = tokens_k
+        count: int | torch.Tensor = tokens_k
         if k_valid is not None:
             ends = torch.arange(0, tokens_k, block, device=k.device)
             count = torch.minimum(k_valid, tokens_k - ends).sum(-1).clamp(min=1)[:, None, None]
