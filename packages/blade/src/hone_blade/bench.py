@@ -14,10 +14,11 @@ import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, UniPCMultistepScheduler, WanPipeline
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, ModelMixin, UniPCMultistepScheduler, WanPipeline
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.progress import progress_bar
@@ -27,13 +28,13 @@ from hone_kernels.attention import block_sparse_attention
 from hone_video.architectures import FULL_SIZE, full_size, tiny
 from hone_video.orders import inverse_order, token_order
 from hone_video.workloads import WORKLOADS, Workload
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import BenchConfig, BladeConfig, Part
 from .method import adaptive_sparse_attention, pool_tokens, select_blocks, sparse_layout
-from .models import attach
+from .models import BladeHandle, LayerStats, attach
 from .prober import probe
 from .scheduler import TDMScheduler
 
@@ -142,7 +143,7 @@ class _Bench:
         config = model.config
         return config.num_attention_heads, config.attention_head_dim, config.num_layers
 
-    def build(self, device: torch.device | str | None = None) -> nn.Module:
+    def build(self, device: torch.device | str | None = None) -> ModelMixin:
         device = self.device if device is None else device
         if self.work.model in FULL_SIZE:
             return full_size(self.work.model, device=device, dtype=self.dtype)
@@ -159,9 +160,9 @@ class _Bench:
             layout = sparse_layout(q, k, cfg=cfg, grid=(10, 10, 10))
             pooled = pool_tokens(k, v, cfg.pool) if cfg.pool else None
             got = block_sparse_attention(q, k, v, layout, pooled=pooled, backend=cfg.backend)
-            wide = [x.float() for x in (q, k, v)]
-            wide_pooled = pool_tokens(*wide[1:], cfg.pool) if cfg.pool else None
-            want = block_sparse_attention(*wide, layout, pooled=wide_pooled, backend="reference")
+            wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))
+            wide_pooled = pool_tokens(wide_k, wide_v, cfg.pool) if cfg.pool else None
+            want = block_sparse_attention(wide_q, wide_k, wide_v, layout, pooled=wide_pooled, backend="reference")
             advice = "Run the tests of hone-kernels on this device"
             check_values(f"{name} attention", got, want, tolerance=_TOLERANCE, advice=advice)
 
@@ -171,20 +172,21 @@ class _Bench:
         work = self.work
         heads, dim, layers = self.heads()
         q, k, v = _inputs(heads, work.tokens, dim, self.device, self.dtype)
-        place = {"text_tokens": work.joint_text, "grid": work.grid}
+        place: dict[str, Any] = {"text_tokens": work.joint_text, "grid": work.grid}
         calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v)}
         layouts = {}
         for name, cfg in self.variants.items():
             if cfg is not None:
                 layouts[name] = sparse_layout(q, k, cfg=cfg, **place)
                 _check_sparse(name, float(layouts[name].density().mean()))
-                calls[name] = lambda cfg=cfg: adaptive_sparse_attention(q, k, v, cfg=cfg, **place)
+                calls[name] = partial(adaptive_sparse_attention, q, k, v, cfg=cfg, **place)
         # The pieces of asa_g, each on inputs that are ready.
         cfg = self.variants["asa_g"]
+        assert cfg is not None
         text_blocks = -(-work.tokens // cfg.block) - (work.tokens - work.joint_text) // cfg.block
         text_blocks = text_blocks if work.joint_text and cfg.force_text else 0
         scores, layout = probe(q, k, cfg), layouts["asa_g"]
-        pool = {"text_tokens": 0 if cfg.pool_text else work.joint_text, "exact": cfg.pool_exact}
+        pool: dict[str, Any] = {"text_tokens": 0 if cfg.pool_text else work.joint_text, "exact": cfg.pool_exact}
         pooled = pool_tokens(k, v, cfg.pool, **pool)
         pieces: dict[str, Callable[[], object]] = {
             "prober": lambda: probe(q, k, cfg),
@@ -223,7 +225,7 @@ class _Bench:
 
             return run
 
-        options = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
+        options: dict[str, Any] = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
         calls = {name: call(cfg) for name, cfg in self.variants.items()}
         self.times("forward", measure_interleaved(calls, warmup=1, **options), mode="eager")
         if self.cfg.compile_blocks:
@@ -236,9 +238,12 @@ class _Bench:
 
     def model_inputs(self) -> dict[str, Any]:
         work, config = self.work, self.model.config
-        like = {"device": self.device, "dtype": self.dtype}
+        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         frames, height, width = work.grid
-        inputs = {"timestep": torch.full((1,), 500, device=self.device), "encoder_hidden_states": self.text()}
+        inputs: dict[str, Any] = {
+            "timestep": torch.full((1,), 500, device=self.device),
+            "encoder_hidden_states": self.text(),
+        }
         if work.kind == "wan":
             shape = (1, config.in_channels, frames, 2 * height, 2 * width)
         else:
@@ -269,11 +274,15 @@ class _Bench:
         with progress_bar(total, desc=f"{cfg.model} steps", quiet=self.quiet) as bar:
             for (variant, steps, guided, repeats), run_steps in zip(loops, measured, strict=True):
                 settings = self.whole[variant]
-                with nullcontext() if settings is None else attach(pipe, settings) as handle:
+                attached: AbstractContextManager[BladeHandle | None]
+                attached = nullcontext() if settings is None else attach(pipe, settings)
+                with attached as handle:
                     few = steps == cfg.few_steps
                     # Two steps of each kind that there is, so that nothing is compiled while time is taken.
                     warm = min(run_steps, 2 + (0 if settings is None else settings.dense_steps))
-                    with nullcontext([]) if handle is None else handle.record() as stats:
+                    recorded: AbstractContextManager[list[LayerStats]]
+                    recorded = nullcontext([]) if handle is None else handle.record()
+                    with recorded as stats:
                         self.video(pipe, text, warm, guided, few, None)
                     if handle is not None:
                         found = [float(row.stats.density.mean()) for row in stats]
@@ -289,8 +298,8 @@ class _Bench:
                 spread = statistics.stdev(seconds) if repeats > 1 else None
                 mean = statistics.fmean(seconds)
                 self.row("e2e", "seconds", mean, "s", variant, n=repeats, spread=spread, labels=labels)
-                if runs[0][1] is not None:
-                    peak = max(value for _, value in runs) / 2**30
+                if peaks := [value for _, value in runs if value is not None]:
+                    peak = max(peaks) / 2**30
                     self.row("e2e", "peak_memory", peak, "GiB", variant, labels=labels)
 
     def pipeline(self) -> Any:

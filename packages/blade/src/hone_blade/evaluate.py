@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hone_core.devices import resolve_device
@@ -432,6 +432,6 @@ class _Sampler:
                 "no layer and no sequence length dense"
             )
         density = torch.stack([stats.density.mean() + stats.pooled for stats in rows]).mean().item()
-        recall = torch.stack([stats.recall.mean() for stats in rows]).mean().item()
+        recall = torch.stack([cast(Tensor, stats.recall).mean() for stats in rows]).mean().item()
         sparse = self.sparse_share
         return sparse * density + 1 - sparse, sparse * recall + 1 - sparse

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hone_core import hosts
@@ -25,6 +25,9 @@ from hone_video.prompts import FIELDS, NUM_WORDS, parse_prompt
 from torch import Tensor, nn
 
 from .config import HostConfig, Solver
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 __all__ = [
     "Host",
@@ -40,7 +43,7 @@ PACKAGE = "hone-blade"
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def build_transformer(cfg: HostConfig, *, seed: int = 0) -> nn.Module:
+def build_transformer(cfg: HostConfig, *, seed: int = 0) -> WanTransformer3DModel:
     """Build the untrained ``WanTransformer3DModel``.
 
     Linear layers start as in DiT: Xavier, no bias, output and cross-attention output at zero. The gates of a block
@@ -136,7 +139,7 @@ class Host:
     """
 
     config: HostConfig
-    transformer: nn.Module
+    transformer: WanTransformer3DModel
     words: Tensor
     classifier: ClipClassifier
     facts: hosts.HostFacts | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
 from hone_core.plots import drawing
-from hone_core.runs import Report, Run
+from hone_core.runs import Better, Report, Run
 from hone_video.handle import LayerStats
 
 from .config import PRESETS, GenerateConfig, InspectConfig
@@ -172,7 +172,7 @@ def inspect_model(
     for metric in METRICS:
         values = [value for row in rows if (value := getattr(row, metric)) is not None]
         if values:
-            better = "higher" if metric == "recall" else "none"
+            better: Better = "higher" if metric == "recall" else "none"
             run.row(metric, sum(values) / len(values), better=better, n=len(values), variant="blade")
     data = [dataclasses.asdict(row) for row in rows]
     atomic_write_json(run.artifacts / "inspection.json", data)
@@ -223,11 +223,12 @@ def inspect_pipeline(cfg: GenerateConfig, run: Run, *, recall: bool = True) -> I
         raise ValueError("there is nothing to inspect in dense attention; drop dense")
     sampler = Sampler.load(find_inputs(cfg), run.device)
     with sampler.attached() as handle:
+        assert handle is not None  # the settings are not dense
         title = f"{type(handle.models[0]).__name__}, {sampler.attention_name}, {cfg.steps} steps"
         return inspect_model(handle, lambda: sampler.draw(0, output_type="latent"), run, recall=recall, title=title)
 
 
-def plot_inspection(rows: list[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
+def plot_inspection(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
     """Draw one panel per metric: layers down, denoising steps across, colour from 0 to 1.
 
     Calls of a step are averaged; a layer that ran dense in a step is left blank.
@@ -263,7 +264,7 @@ def plot_inspection(rows: list[Mapping[str, Any]], path: str | Path, *, title: s
     return Path(path)
 
 
-def _grid(rows: list[Mapping[str, Any]], metric: str, layers: int, steps: int) -> list[list[float]]:
+def _grid(rows: Sequence[Mapping[str, Any]], metric: str, layers: int, steps: int) -> list[list[float]]:
     """Mean of a metric by layer and step; NaN where there is none."""
     found: dict[tuple[int, int], list[float]] = {}
     for row in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from hone_core.handles import resolve
 from hone_video.attachment import Method
@@ -44,9 +44,10 @@ class _Blade(Method):
         grid: Grid,
         text_tokens: int,
     ) -> Tensor:
-        return adaptive_sparse_attention(q, k, v, cfg=plan, layer=layer, grid=grid, text_tokens=text_tokens)
+        out = adaptive_sparse_attention(q, k, v, cfg=plan, layer=layer, grid=grid, text_tokens=text_tokens)
+        return cast(Tensor, out)
 
-    def measure(
+    def measure(  # type: ignore[override]  # recall is the only option
         self,
         q: Tensor,
         k: Tensor,
@@ -58,16 +59,19 @@ class _Blade(Method):
         text_tokens: int,
         recall: bool = False,
     ) -> tuple[Tensor, Stats]:
-        return adaptive_sparse_attention(
+        both = adaptive_sparse_attention(
             q, k, v, cfg=plan, layer=layer, grid=grid, text_tokens=text_tokens, return_stats=True, recall=recall
         )
+        return cast(tuple[Tensor, Stats], both)
 
 
 class BladeHandle(VideoHandle[BladeConfig]):
     """BLADE on a model, as ``attach`` returned it; also a context manager that detaches at the end."""
 
     @contextmanager
-    def record(self, *, recall: bool = False) -> Iterator[list[LayerStats]]:
+    def record(  # type: ignore[override]  # likewise
+        self, *, recall: bool = False
+    ) -> Iterator[list[LayerStats]]:
         """Collect the ``Stats`` of every sparse self-attention call inside the block; see ``VideoHandle.record``.
 
         Args:

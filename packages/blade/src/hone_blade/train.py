@@ -194,7 +194,8 @@ class _TrainState:
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         model.patch_embedding = linear
         self.model = model.train()
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             (matrices if name.startswith("blocks.") and parameter.ndim == 2 else others).append(parameter)
         muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")

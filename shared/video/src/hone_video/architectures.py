@@ -13,16 +13,16 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    ModelMixin,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
-from torch import nn
 
 __all__ = ["FULL_SIZE", "full_size", "tiny", "tiny_pipeline"]
 
 
-def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any) -> nn.Module:
+def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any) -> ModelMixin:
     """A real transformer class, small enough for a CPU, with random weights.
 
     Args:
@@ -96,7 +96,7 @@ def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> 
     return CogVideoXPipeline(**{**parts, **options})
 
 
-def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16) -> ModelMixin:
     """A published architecture with random weights, built where it is wanted.
 
     For timing and for checking layouts. Attention over random weights is nearly uniform: it says nothing about masks.
@@ -126,7 +126,7 @@ def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dt
     return model
 
 
-FULL_SIZE: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+FULL_SIZE: dict[str, tuple[type[ModelMixin], dict[str, Any]]] = {
     "wan2.1-1.3b": (
         WanTransformer3DModel,
         {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
@@ -147,7 +147,7 @@ FULL_SIZE: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 """Published architectures by name: the class and the config fields that differ from its defaults."""
 
-_TINY: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+_TINY: dict[str, tuple[Callable[..., ModelMixin], dict[str, Any]]] = {
     "wan": (
         WanTransformer3DModel,
         {
