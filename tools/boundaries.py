@@ -3,8 +3,10 @@
     python tools/boundaries.py
 
 packages may import shared and kernels, never each other; shared may import core and kernels; kernels import nothing of
-ours; core imports nothing of ours. There are no circles, neither between members nor between modules, and every
-distribution that a member imports is one that it declares.
+ours, except that the modules of their verbs import core, and their ops no verb; core imports nothing of ours. Every
+distribution that a member imports is one that it declares. There are no circles, neither between members nor between
+modules; an import inside a function counts, one under TYPE_CHECKING does not. A config.py loads no torch: not by its
+own imports, those in functions and properties included, and not by a module that they load.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from workspace import ROOT, Member, members, report
@@ -26,53 +29,108 @@ DISTRIBUTION = {
 }
 
 
+# Modules of kernels that come with an extra: verbs, their settings, and what they share.
+VERBS = frozenset(
+    f"{name}.py" for name in ("cli", "config", "bench", "tune", "profile", "sanitize", "spills", "gpu", "rows")
+)
+
+HEAVY = frozenset({"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "numpy", "triton"})
+
+
+class When(Enum):
+    """When an import happens: as its module loads, when a function is called, or for a type checker only."""
+
+    LOAD = "load"
+    CALL = "call"
+    TYPING = "typing"
+
+
 @dataclass(frozen=True)
 class Import:
-    """One imported module: ``at_load`` is false inside functions and under TYPE_CHECKING."""
+    """One imported module."""
 
     module: str
     names: tuple[str, ...]
     line: int
-    at_load: bool
+    when: When
 
 
 def check(root: Path = ROOT) -> list[str]:
     """All problems of the tree, one line each."""
     found = members(root)
     by_module = {member.module: member for member in found}
+    files = {_module_name(member, file): file for member in found for file in sorted(member.source.rglob("*.py"))}
+    imported = {name: list(imports(file, name)) for name, file in files.items()}
     problems: list[str] = []
     uses: dict[str, set[str]] = {member.name: set() for member in found}
-    for member in found:
-        graph: dict[str, set[str]] = {}
-        modules = {_module_name(member, file): file for file in sorted(member.source.rglob("*.py"))}
-        for name, file in modules.items():
-            where = file.relative_to(root)
-            graph[name] = set()
-            for item in imports(file, name):
-                top = item.module.partition(".")[0]
-                if top == member.module:
-                    if item.at_load:
-                        graph[name] |= _targets(item, modules) - {name}
-                elif top in by_module:
-                    other = by_module[top]
-                    uses[member.name].add(other.name)
-                    problems += _forbidden(member, other, f"{where}:{item.line}")
-                else:
-                    problems += _undeclared(member, top, f"{where}:{item.line}")
-        problems += [f"{member.folder}: modules import each other in a circle: {path}" for path in circles(graph)]
+    for name, items in imported.items():
+        member = by_module[name.partition(".")[0]]
+        for item in items:
+            where = f"{files[name].relative_to(root)}:{item.line}"
+            top = item.module.partition(".")[0]
+            if top == member.module:
+                if member.kind == "kernels" and files[name].name not in VERBS:
+                    problems += [
+                        f"{where}: an op must not import {target}, which needs an extra"
+                        for target in sorted(_targets(item, files))
+                        if files[target].name in VERBS
+                    ]
+                continue
+            if top in by_module:
+                uses[member.name].add(by_module[top].name)
+                problems += _forbidden(member, by_module[top], files[name], where)
+            else:
+                problems += _undeclared(member, top, where)
+    graph = {
+        name: {target for item in items if item.when is not When.TYPING for target in _targets(item, files)} - {name}
+        for name, items in imported.items()
+    }
+    problems += [f"modules import each other in a circle: {path}" for path in circles(graph)]
     problems += [f"members import each other in a circle: {path}" for path in circles(uses)]
+    problems += [
+        f"{files[name].relative_to(root)}: a config loads no {path[-1]}: {' -> '.join(path)}"
+        for name in (f"{member.module}.config" for member in found if member.kind != "shared")
+        if name in files
+        for path in loads_heavy(name, imported, files)
+    ]
     return list(dict.fromkeys(problems))
 
 
-def _forbidden(member: Member, other: Member, where: str) -> list[str]:
+def loads_heavy(name: str, imported: dict[str, list[Import]], files: dict[str, Path]) -> list[list[str]]:
+    """One path of imports to each heavy distribution that a module ever loads.
+
+    The module's own imports count wherever they stand; of those that it loads, what they import as they load.
+    """
+    paths: dict[str, list[str]] = {}
+    seen = {name}
+    queue = [[name]]
+    for path in queue:
+        for item in imported.get(path[-1], []):
+            if item.when is When.TYPING or (item.when is When.CALL and len(path) > 1):
+                continue
+            if (top := item.module.partition(".")[0]) in HEAVY:
+                paths.setdefault(top, [*path, top])
+            for target in sorted(_with_parents(_targets(item, files), files) - seen):
+                seen.add(target)
+                queue.append([*path, target])
+    return list(paths.values())
+
+
+def _with_parents(names: set[str], files: dict[str, Path]) -> set[str]:
+    """The modules and the packages that hold them, which load first."""
+    split = [name.split(".") for name in names]
+    return {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)} & files.keys()
+
+
+def _forbidden(member: Member, other: Member, file: Path, where: str) -> list[str]:
     allowed = {
         "packages": other.kind in ("shared", "kernels"),
         "shared": member.name != "hone-core" and (other.name == "hone-core" or other.kind == "kernels"),
-        "kernels": False,
+        "kernels": file.name in VERBS and other.name == "hone-core",
     }
     if not allowed.get(member.kind, False):
         return [f"{where}: {member.folder} must not import {other.module}"]
-    if other.name not in member.siblings:
+    if other.name not in member.dependencies(extras=member.kind == "kernels"):
         return [f"{where}: {member.name} imports {other.module} and does not declare {other.name}"]
     return []
 
@@ -90,36 +148,34 @@ def imports(file: Path, name: str) -> Iterator[Import]:
     """Imports of a file, relative ones made absolute."""
     tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    yield from _walk(tree, package, at_load=True)
+    yield from _walk(tree, package, When.LOAD)
 
 
-def _walk(node: ast.AST, package: str, *, at_load: bool) -> Iterator[Import]:
+def _walk(node: ast.AST, package: str, when: When) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             for alias in child.names:
-                yield Import(alias.name, (), child.lineno, at_load)
+                yield Import(alias.name, (), child.lineno, when)
         elif isinstance(child, ast.ImportFrom):
             module = child.module or ""
             if child.level:
                 parts = package.split(".")
                 module = ".".join([*parts[: len(parts) - child.level + 1], *([module] if module else [])])
-            yield Import(module, tuple(alias.name for alias in child.names), child.lineno, at_load)
+            yield Import(module, tuple(alias.name for alias in child.names), child.lineno, when)
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from _walk(child, package, at_load=False)
+            yield from _walk(child, package, When.CALL if when is When.LOAD else when)
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            for part in child.body:
-                yield from _walk(ast.Module([part], []), package, at_load=False)
-            for part in child.orelse:
-                yield from _walk(ast.Module([part], []), package, at_load=at_load)
+            yield from _walk(ast.Module(child.body, []), package, When.TYPING)
+            yield from _walk(ast.Module(child.orelse, []), package, when)
         else:
-            yield from _walk(child, package, at_load=at_load)
+            yield from _walk(child, package, when)
 
 
-def _targets(item: Import, modules: dict[str, Path]) -> set[str]:
+def _targets(item: Import, files: dict[str, Path]) -> set[str]:
     """Modules that an import loads: ``from a import b`` loads a.b where that is a module, else a."""
-    loaded = {f"{item.module}.{name}" for name in item.names} & modules.keys()
+    loaded = {f"{item.module}.{name}" for name in item.names} & files.keys()
     if len(loaded) < len(item.names) or not item.names:
-        loaded |= {item.module} & modules.keys()
+        loaded |= {item.module} & files.keys()
     return loaded
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from workspace import ROOT
+from workspace import ROOT, members
 
 PYTEST = [sys.executable, "-P", "-m", "pytest"]
 
@@ -30,10 +30,12 @@ class Step:
     extra: bool = False
 
 
+TYPED = ("shared/core", "shared/lm", "shared/video", "packages/blade", "packages/knockout")
 STEPS = {
     "format": Step(["ruff", "format", "--check", "."], ["ruff", "format", "."]),
     "lint": Step(["ruff", "check", "."], ["ruff", "check", "--fix", "."]),
     "layout": Step(_tool("layout")),
+    "types": Step(["mypy", *(str(member.source) for member in members() if member.folder.as_posix() in TYPED)]),
     "boundaries": Step(_tool("boundaries")),
     "tracked": Step(_tool("tracked")),
     "tables": Step(_tool("tables", "--check"), _tool("tables")),

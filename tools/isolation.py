@@ -3,9 +3,9 @@
     python tools/isolation.py                    every member, a quick part of its tests
     python tools/isolation.py blade --tests all  one member, all its CPU tests
 
-For each member: build the wheels, make a bare environment, install the member's wheel with its siblings' wheels, import
-every module, time ``--help``. Then add the test tools and run its tests. Third-party versions are those of
-constraints.txt.
+For each member: build the wheels, make a bare environment, install the member's wheel with those of its siblings and of
+its extras' siblings, import every module, time ``--help``. Then add the test tools and run its tests. Third-party
+versions are those of constraints.txt.
 """
 
 import argparse
@@ -50,7 +50,9 @@ def check(member: Member, wheels: Path, scratch: Path, tests: str) -> None:
     environment = scratch / member.name
     binaries = environment / "bin"
     _run(["uv", "venv", "--quiet", "--python", sys.executable, str(environment)])
-    own = [_wheel(wheels, other) for other in closure(member)]
+    by_name = {other.name: other for other in members(member.root)}
+    extra = [by_name[name] for name in sorted(member.dependencies(extras=True) & by_name.keys())]
+    own = [_wheel(wheels, other) for other in dict.fromkeys([*closure(member), *extra])]
     _install(environment, scratch, own)
     # From an empty folder, in isolated mode: nothing of the checkout can be imported by accident.
     print(_run([str(binaries / "python"), "-I", "-c", IMPORT_ALL, member.module], cwd=scratch).strip(), flush=True)
@@ -61,8 +63,8 @@ def check(member: Member, wheels: Path, scratch: Path, tests: str) -> None:
             raise IsolationError(f"{script} --help takes {seconds:.2f} s; at most {HELP_SECONDS} are allowed")
     if tests == "none":
         return
-    core = next(other for other in members(member.root) if other.name == "hone-core")
-    _install(environment, scratch, [*own, _wheel(wheels, core), "--group", f"{member.root / 'pyproject.toml'}:test"])
+    own = list(dict.fromkeys([*own, _wheel(wheels, by_name["hone-core"])]))
+    _install(environment, scratch, [*own, "--group", f"{member.root / 'pyproject.toml'}:test"])
     chosen = [str(member.tests)]
     if tests == "smoke":
         named = [str(f.relative_to(member.root)) for name in SMOKE for f in (member.root / member.tests).rglob(name)]

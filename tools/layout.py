@@ -20,7 +20,6 @@ OP_FILES = ("__init__.py", "reference.py", "api.py")
 VAGUE = ("utils.py", "util.py", "helpers.py", "misc.py", "common.py")
 METHOD_LINES = 400
 ASSET_BYTES = 8 * 2**20
-HEAVY = ("torch", "diffusers", "transformers", "numpy", "triton")
 TOP_FOLDERS = ("packages", "shared", "kernels", "tools", "tests", "docs", "results")
 
 
@@ -85,8 +84,6 @@ def _module(member: Member, file: Path) -> list[str]:
     if member.kind == "packages" and file.name == "method.py" and len(text.splitlines()) > METHOD_LINES:
         problems.append(f"{where}: {len(text.splitlines())} lines; at most {METHOD_LINES}, split it by concept")
     imported = {name.partition(".")[0] for name in _imports(tree)}
-    if member.kind == "packages" and file.name == "config.py" and (heavy := sorted(imported & set(HEAVY))):
-        problems.append(f"{where}: a config imports no {', '.join(heavy)}")
     if "tyro" in imported and file.name != "cli.py":
         problems.append(f"{where}: tyro is imported in cli.py only")
     code = [node for node in tree.body if not _is_docstring(node)]
@@ -95,7 +92,7 @@ def _module(member: Member, file: Path) -> list[str]:
     problems += [
         f"{where}:{node.lineno}: {node.name} does nothing yet; leave it out until it does"
         for node in code
-        if isinstance(node, ast.FunctionDef) and all(map(_is_nothing, node.body))
+        if isinstance(node, ast.FunctionDef) and all(map(_is_nothing, node.body)) and not _is_overload(node)
     ]
     return problems
 
@@ -112,6 +109,10 @@ def _imports(tree: ast.AST) -> set[str]:
 
 def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_overload(node: ast.FunctionDef) -> bool:
+    return any(isinstance(item, ast.Name) and item.id == "overload" for item in node.decorator_list)
 
 
 def _is_nothing(node: ast.stmt) -> bool:

@@ -1,76 +1,101 @@
-import importlib.util
+import contextlib
+import dataclasses
+import importlib
 import json
+import logging
+import subprocess
 import sys
+from pathlib import Path
 
-import hone_kernels.attention.bench as bench_module
+import hone_kernels.attention.bench as attention_bench
+import hone_kernels.bench as bench_module
 import pytest
+import torch
+from hone_core.runs import Row, Run
 from hone_core.testing import requires_gpu
 from hone_kernels import cli
+from hone_kernels.config import BenchConfig, SpillsConfig
+from hone_kernels.rows import table
 
 
-def row(provider, density, ms, **fields):
-    facts = dict(op="attention", shape="small", dtype="bfloat16", mode="forward", error=None, tflops=100 * density / ms)
-    facts["speedup_over_dense"] = 1.0 / ms
-    return {**facts, "provider": provider, "density": density, "ms_p50": ms, **fields}
+@pytest.fixture(autouse=True)
+def _handlers(monkeypatch):
+    """Commands set up logging; what they set ends with the test."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", list(logging.getLogger().handlers))
+
+
+def rows(variant, density, ms, error=None):
+    labels = {"shape": "small", "dtype": "bfloat16", "density": density}
+    values = {"time": (ms, "ms", "lower"), "rate": (100 * density / ms, "TFLOP/s", "higher")}
+    values |= {"error": (error, "", "lower")} if error else {}
+    return [
+        Row(metric=metric, value=value, unit=unit, better=better, variant=variant, split="forward", labels=labels)
+        for metric, (value, unit, better) in values.items()
+    ]
 
 
 ROWS = [
-    row("hone triton", 1.0, 2.0, error=0.003),
-    row("hone triton", 0.1, 0.25, error=0.003),
-    row("cudnn dense", 1.0, 1.0),
-    row("flash-attn 2 dense", 1.0, 1.5),
-    row("cudnn dense", 0.1, 1.0),
-    row("flex", 0.1, 1.0, speedup_over_dense=None),
+    *rows("hone triton", 1.0, 2.0, 0.003),
+    *rows("hone triton", 0.1, 0.25, 0.003),
+    *rows("cudnn dense", 1.0, 1.0),
+    *rows("flash-attn 2 dense", 1.0, 1.5),
+    *rows("cudnn dense", 0.1, 1.0),
+    *rows("flex", 0.5, 1.0),
 ]
 
 
-def run(*argv):
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["hone-kernels", *argv])
     with pytest.raises(SystemExit) as stop:
-        cli.main(argv)
+        cli.main()
     return stop.value.code
 
 
 def test_table_shows_the_speed_up_over_cudnn_and_the_error():
-    lines = cli.table(ROWS).splitlines()
+    lines = table(ROWS).splitlines()
     assert [line.split()[-2] for line in lines[1:]] == ["0.50", "4.00", "1.00", "0.67", "1.00", "-"]
     assert lines[1].endswith("3.0e-03")
 
 
-def test_plot_is_a_picture_or_says_what_is_missing(tmp_path):
-    if importlib.util.find_spec("matplotlib") is None:  # the extra bench is not installed
-        with pytest.raises(ValueError, match="pip install"):
-            cli._plot(ROWS, tmp_path / "rate.png")
-        return
-    cli._plot(ROWS, tmp_path / "rate.png")
+def test_plot_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
+    bench_module.plot(ROWS, tmp_path / "rate.png")
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="says what is missing where there is no GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert run("bench", "attention") == 1
+@pytest.mark.parametrize("verb", ["bench", "tune"])
+def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path, verb):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, verb) == 1
     assert "CUDA device" in capsys.readouterr().err
-    assert run("info", "--json") == 0
-    backends = json.loads(capsys.readouterr().out)["backends"]
-    assert backends["reference"] is None
-    assert "CUDA device" in backends["triton"]
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="says what is missing where there is no GPU")
+def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
+    assert run(monkeypatch, "info", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for op in ("attention", "attention_fp8", "block_scores", "block_select"):
+        assert found[op]["reference"] == "runs"
+        assert "CUDA device" in found[op]["triton"]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--out", "no/x.json"], "folder no of no/x.json does not exist"),
-        (["--out", "."], ". is a folder"),
+        (["--export", "no/x.json"], "the folder no does not exist"),
         (["--shapes", "no-such-shape"], "HEADSxTOKENSxHEAD_SIZE"),
-        (["--modes", "sideways"], "no mode sideways; there are forward"),
-        (["--backends", "cutlass"], "no backend cutlass; there are reference"),
         (["--densities", "0.5", "1.5"], "a density lies in (0, 1]; got 1.5"),
         (["--densities", "nan"], "a density lies in (0, 1]; got nan"),
+        (["--backends", "cutlass"], "invalid choice 'cutlass'"),
         (["--rounds", "0"], "rounds must be at least 1; got 0"),
         (["--block", "-64"], "block must be at least 1; got -64"),
         (["--modes", "prologue", "--dtypes", "bfloat16"], "nothing to measure"),
         (["--modes", "forward pooled", "--dtypes", "float8_e4m3fn"], "nothing to measure"),
-        (["--modes", "prologue", "--plot", "x.png"], "--plot draws rates of attention"),
-        (["--modes", "prologue", "forward pooled", "--dtypes", "float8_e4m3fn", "--plot", "x.png"], "--plot draws"),
+        (["--op", "block_scores", "--densities", "0.5"], "block_scores has no densities to choose; it has shapes"),
+        (["--op", "attention_fp8", "--block", "64"], "attention_fp8 has no block to choose"),
+        (["--op", "attention_fp8", "--modes", "forward"], "attention_fp8 measures backward and prologue; got forward"),
+        (["--op", "block_scores", "--shapes", "large"], "no shape large; there are wan-1.3b 480p"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -79,47 +104,130 @@ def test_wrong_usage_is_said_before_any_work(capsys, tmp_path, monkeypatch, flag
         raise AssertionError("work was begun")
 
     monkeypatch.chdir(tmp_path)
-    for name in ("random_layout", "interleaved", "_inputs"):
-        monkeypatch.setattr(bench_module, name, never)
-    monkeypatch.setattr(cli, "_available", never)
-    assert run("bench", "attention", *flags) == 2
-    assert words in capsys.readouterr().err
+    for name in ("random_layout", "measure_interleaved", "inputs"):
+        monkeypatch.setattr(attention_bench, name, never)
+    monkeypatch.setattr(bench_module, "the_gpu", never)
+    assert run(monkeypatch, "bench", *flags) != 0
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_extra_is_wrong_usage(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run("bench", "attention", "--plot", str(tmp_path / "x.png")) == 2
+    assert run(monkeypatch, "bench") == 2
+    assert "pip install 'hone-kernels[bench]'" in capsys.readouterr().err
+    assert run(monkeypatch, "bench", "--no-plot", "--dry-run") == 0
+    for name in ("hone_core", "hone_core.cli"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "hone_kernels.cli")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("hone_kernels.cli")
+    assert stop.value.code == 2
     assert "pip install 'hone-kernels[bench]'" in capsys.readouterr().err
 
 
-def test_the_table_is_printed_before_the_plot(capsys, tmp_path, monkeypatch):
-    """A picture that cannot be drawn must not cost the measurements."""
+def test_the_plan_is_complete(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "bench", "--no-plot", "--dry-run", "--json") == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["shapes"] == list(attention_bench.SHAPES)
+    assert config["dtypes"] == ["bfloat16", "float8_e4m3fn"]
+    assert (config["block"], config["densities"]) == (128, [1.0, 0.5, 0.2, 0.1])
+    cfg = bench_module.prepare(BenchConfig(plot=False))
+    assert bench_module.prepare(cfg) == cfg
 
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_measurements(tmp_path, monkeypatch):
     def no_plot(rows, path):
         raise OSError("disk full")
 
-    monkeypatch.setattr(bench_module, "bench", lambda *args, **kwargs: ROWS)
-    monkeypatch.setattr(cli, "_pyplot", lambda: None)
-    monkeypatch.setattr(cli, "_plot", no_plot)
-    assert run("bench", "attention", "--plot", str(tmp_path / "x.png"), "--out", str(tmp_path / "x.json")) == 1
-    said = capsys.readouterr()
-    assert said.out.strip() == cli.table(ROWS)
-    assert "disk full" in said.err
-    assert json.loads((tmp_path / "x.json").read_text())["rows"] == ROWS
+    def measured(run, shapes, **settings):
+        for row in ROWS:
+            run.row(**{field.name: getattr(row, field.name) for field in dataclasses.fields(row)})
+
+    monkeypatch.setattr(bench_module, "the_gpu", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(bench_module, "_usable", lambda device: [])
+    monkeypatch.setattr(attention_bench, "bench", measured)
+    monkeypatch.setattr(bench_module, "plot", no_plot)
+    with pytest.raises(OSError, match="disk full"), Run.start(package="p", verb="v", out=tmp_path / "run") as found:
+        bench_module.bench(bench_module.prepare(BenchConfig()), found)
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert stored["status"] == "failed"
+    assert len(stored["rows"]) == len(ROWS)
+
+
+def verb(*argv):
+    """A verb in a process of its own; its results."""
+    out = Path(argv[argv.index("--out") + 1])
+    command = [sys.executable, "-P", "-c", "from hone_kernels.cli import main; main()", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "results.json").read_text())["rows"], done.stdout
 
 
 @requires_gpu(min_sm=80)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.compile's own
-def test_bench_on_a_gpu(capsys, tmp_path):
+def test_bench_on_a_gpu(tmp_path):
     argv = ["--shapes", "4x1024x64", "4x1000x128", "--densities", "0.5", "--rounds", "2", "--backends", "triton"]
-    assert run("bench", "attention", *argv, "--out", str(tmp_path / "x.json"), "--json") == 0
-    result = json.loads((tmp_path / "x.json").read_text())
-    assert result == json.loads(capsys.readouterr().out)
-    seen = {(r["shape"], r["mode"], r["provider"]) for r in result["rows"]}
+    found, shown = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    seen = {(r["labels"]["shape"], r["split"], r["variant"]) for r in found}
     assert ("4x1024x64", "backward", "flex") in seen
     assert ("4x1000x128", "forward pooled", "hone triton") in seen
     assert ("4x1000x128", "prologue", "hone triton") in seen
-    assert all(0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] for r in result["rows"])
-    ours = [r for r in result["rows"] if r["provider"].startswith("hone")]
-    assert all(0 < r["error"] < (0.2 if r["dtype"] == "float8_e4m3fn" else 0.01) for r in ours)
-    assert all(r["speedup_over_dense"] > 0 for r in ours if r["mode"] != "prologue")
+    assert all(r["value"] > 0 for r in found)
+    errors = [r for r in found if r["metric"] == "error"]
+    assert all(r["value"] < (0.2 if r["labels"]["dtype"] == "float8_e4m3fn" else 0.01) for r in errors)
+    assert {r["variant"].split()[0] for r in errors} == {"hone"}
+    assert (tmp_path / "run" / "figures" / "rate.png").exists()
+    assert "x cuDNN" in shown
+
+
+@requires_gpu(min_sm=89)
+def test_fp8_bench_on_a_gpu(tmp_path):
+    argv = ["--op", "attention_fp8", "--shapes", "2x2080x64", "--densities", "0.5", "--rounds", "2"]
+    found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    times = {r["variant"] for r in found if r["metric"] == "time"}
+    assert times >= {"fp8, delta exact", "fp8, delta forward", "bf16", "plain", "rope, order", "smooth_k", "group 3"}
+
+
+@requires_gpu(min_sm=80)
+def test_block_scores_bench_on_a_gpu(tmp_path):
+    argv = ["--op", "block_scores", "--shapes", "small", "--rounds", "2"]
+    found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    times = {r["variant"] for r in found if r["metric"] == "time"}
+    assert times >= {"scores paper 16", "scores mean 128", "select topk", "scores and selection", "attention pooled"}
+
+
+@requires_gpu(min_sm=90)
+@pytest.mark.parametrize("kernel", ["attention", "attention_gluon", "attention_fp8", "block_scores"])
+def test_tune_on_a_gpu(tmp_path, kernel):
+    argv = ["--kernel", kernel, "--shapes", "small", "--candidates", "2", "--rounds", "2"]
+    found, _ = verb("tune", *argv, "--out", str(tmp_path / "run"))
+    tried = {r["variant"] for r in found if r["metric"] == "time" and "(" in r["variant"]}
+    assert len(tried) >= 2
+    assert all(r["value"] < 0.02 for r in found if r["metric"] == "error")
+
+
+def test_profile_reads_what_ncu_says():
+    from hone_kernels.profile import COUNTERS, counters
+
+    names = ['"ID"', *(f'"{metric}"' for metric in COUNTERS.values())]
+    values = ['"0"', '"82.99"', '"80.25"', '"45.95"', '"9,009,376"']
+    text = "\n".join(["==PROF== words", ",".join(names), '"","%","%","%","ns"', ",".join(values)])
+    assert counters(text) == {"matrix_units": 82.99, "multiprocessors": 80.25, "l2": 45.95, "duration": 9009376.0}
+    with pytest.raises(RuntimeError, match="ncu gave no table: nothing"):
+        counters("nothing")
+
+
+@pytest.mark.compile
+def test_spills_compiles_what_is_named(tmp_path):
+    spills = pytest.importorskip("hone_kernels.spills", reason="Triton is for Linux only")
+    cfg = SpillsConfig(dtypes=("float32",), dims=(32,), blocks=(32,), tokens=("padded",))
+    with Run.start(package="p", verb="spills", out=tmp_path / "run") as found:
+        spills.spills(spills.prepare(cfg), found)
+    assert {row.variant for row in found.rows} == {"forward", "rows", "dq", "dkv", "dkv pooled"}
+    assert all(row.unit == "bytes" and row.value <= 8 for row in found.rows)
+    with pytest.raises(ValueError, match=r"triton takes dims in .* got 48"):
+        spills.prepare(SpillsConfig(dims=(48,)))

@@ -12,47 +12,56 @@ ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "results" / "kernels").glob("*.json"))
 README = ROOT / "kernels" / "README.md"
 
-# The op of a verb that records settings -> module: what ships, in the words of the results files. A tile that differs
-# may be named in the README, by its sides; another setting may not differ.
-SETTINGS = {
-    "block_scores": lambda: {
-        f"{size} bytes d{dim}": (str(tile), f"{tile.rows} x {tile.cols}")
-        for (size, dim), tile in module("block_scores.triton").TILES.items()
-    },
-    "attention_fp8": lambda: {
-        **{
-            f"forward d{dim}": (str(tile), f"{tile.q} x {tile.k}")
-            for dim, tile in module("attention.triton_fp8").TILES.items()
-        },
-        "prologue": (", ".join(str(getattr(module("attention.triton_quantize"), name)) for name in PROLOGUES), None),
-    },
+# Op of a bench -> what the README calls a setting that ships: a tile that differs from the recorded one may be named
+# there, by its sides; another setting may not differ.
+WORDS = {
+    "block_scores": lambda kernel: sides(module("block_scores.triton").TILES, tuple(map(int, NUMBERS(kernel)))),
+    "attention_fp8": lambda kernel: (
+        None if kernel == "prologue" else sides(module("attention_fp8.triton").TILES, int(NUMBERS(kernel)[0]))
+    ),
 }
-PROLOGUES = ("PROLOGUE", "ROTATING")
-# Verbs whose files record no settings: they time what the op chooses by itself.
-WITHOUT = {"bench attention", "attention profile", "sanitize"}
+NUMBERS = re.compile(r"\d+").findall
+# Ops and verbs whose rows name no settings: they time what the op chooses by itself.
+WITHOUT = {"attention", "profile", "sanitize"}
 
 
 def module(name):
     return importlib.import_module(f"hone_kernels.{name}")
 
 
-def shipped(verb):
-    """What ships of the op that a verb measured: its recorded form, and its words for the README."""
-    op = verb.split()[0]
-    assert op in SETTINGS, f"no settings are known for the verb {verb!r}; name its module here"
-    return SETTINGS[op]()
+def sides(tiles, key):
+    tile = tiles[key]
+    return f"{tile.rows} x {tile.cols}" if hasattr(tile, "rows") else f"{tile.q} x {tile.k}"
 
 
-def unexplained(verb, recorded, name, text):
-    """Shipped settings that differ from the recorded ones and that no paragraph below a table of this file names."""
+def op_of(document):
+    """The op of a bench, else the verb."""
+    return document["config"].get("op", document["verb"])
+
+
+def recorded(rows):
+    """Launch settings by kernel, as the rows name them."""
+    named = [row["labels"] for row in rows if "kernel" in row["labels"]]
+    return {labels["kernel"]: labels["settings"] for labels in named}
+
+
+def shipped(op):
+    """What ships of an op, as a bench would name it now."""
+    assert op in WORDS, f"no settings are known for the op {op!r}; name its words here"
+    return module(f"{op}.bench").shipped()
+
+
+def unexplained(op, settings, name, text):
+    """Recorded settings that differ from those that ship and that no paragraph below a table of this file names."""
     tables = rf"^\*Measured on [^\n]*/{re.escape(name)}`[^\n]*\n<!-- /table -->\n\n(.*?)\n\n"
     below = " ".join(re.findall(tables, text, re.M | re.S))
-    known = shipped(verb)
+    known = shipped(op)
     return [
-        f"{key}: {name} has {recorded.get(key)}, {setting} ships"
-        for key, (setting, words) in known.items()
-        if recorded.get(key) != setting and (words is None or words not in below)
-    ] + [f"{key}: {name} has it, nothing ships" for key in recorded.keys() - known.keys()]
+        f"{kernel}: {name} has {setting}, {known.get(kernel, 'nothing')} ships"
+        for kernel, setting in settings.items()
+        if known.get(kernel) != setting
+        and (kernel not in known or WORDS[op](kernel) is None or WORDS[op](kernel) not in below)
+    ]
 
 
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux only")
@@ -62,34 +71,33 @@ needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_recorded_settings_ship_or_the_readme_says_otherwise(file):
     document = json.loads(file.read_text(encoding="utf-8"))
-    if "tiles" not in document:
-        assert document["verb"] in WITHOUT
+    settings = recorded(document["rows"])
+    if not settings:
+        assert op_of(document) in WITHOUT
         return
-    assert not unexplained(document["verb"], document["tiles"], file.name, README.read_text(encoding="utf-8"))
+    assert not unexplained(op_of(document), settings, file.name, README.read_text(encoding="utf-8"))
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("verb", "key", "words"),
+    ("op", "kernel", "words"),
     [
-        ("block_scores bench", "2 bytes d64", "64 x 128 ships"),
-        ("attention_fp8 bench", "forward d64", "64 x 128 ships"),
-        ("attention_fp8 bench", "prologue", None),
+        ("block_scores", "2 bytes d64", "64 x 128 ships"),
+        ("attention_fp8", "forward d64", "64 x 128 ships"),
+        ("attention_fp8", "prologue", None),
     ],
 )
-def test_a_setting_that_no_longer_ships_is_noticed(verb, key, words):
-    recorded = {name: setting for name, (setting, _) in shipped(verb).items()}
-    text = "*Measured on x; from `results/kernels/a.json`.*\n<!-- /table -->\n\nNothing.\n\n"
-    assert not unexplained(verb, recorded, "a.json", text)
-    assert len(unexplained(verb, {**recorded, "9 bytes d9": "Tile()"}, "a.json", text)) == 1
-    recorded[key] = "another"
-    assert len(unexplained(verb, recorded, "a.json", text)) == 1
+def test_a_setting_that_no_longer_ships_is_noticed(op, kernel, words):
+    settings = shipped(op)
+    text = "*Measured on x; from `results/a.json`.*\n<!-- /table -->\n\nNothing.\n\n"
+    assert not unexplained(op, settings, "a.json", text)
+    assert len(unexplained(op, {**settings, "9 bytes d9": "Tile()"}, "a.json", text)) == 1
+    settings[kernel] = "another"
+    assert len(unexplained(op, settings, "a.json", text)) == 1
     if words is not None:
-        assert not unexplained(verb, recorded, "a.json", text.replace("Nothing", words))
-    del recorded[key]
-    assert len(unexplained(verb, recorded, "a.json", text)) == 1
+        assert not unexplained(op, settings, "a.json", text.replace("Nothing", words))
 
 
-def test_an_unknown_verb_fails():
-    with pytest.raises(AssertionError, match="no settings are known for the verb 'attention_fp4 bench'"):
-        unexplained("attention_fp4 bench", {}, "a.json", "")
+def test_an_unknown_op_fails():
+    with pytest.raises(AssertionError, match="no settings are known for the op 'attention_fp4'"):
+        unexplained("attention_fp4", {}, "a.json", "")

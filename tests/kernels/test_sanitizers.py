@@ -1,41 +1,36 @@
-"""Every kernel under compute-sanitizer, by tools/gpu_sanitize.py; and what that tool makes of the sanitizer's words."""
+"""Every kernel under compute-sanitizer, by the verb ``sanitize``; and what that makes of the sanitizer's words."""
 
-import importlib.util
+import dataclasses
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
+from hone_core.runs import Run
 from hone_core.testing import requires_gpu
+from hone_kernels import sanitize as module
+from hone_kernels.config import Part, SanitizeConfig, Tool
+from hone_kernels.sanitize import cases, counts, find_sanitizer, prepare, sanitize
 
-TOOL = Path(__file__).parents[2] / "tools" / "gpu_sanitize.py"
 SECONDS = 200
-
-spec = importlib.util.spec_from_file_location("gpu_sanitize", TOOL)
-gpu_sanitize = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu_sanitize)
 
 
 def check(tmp_path, tool, backend, part):
-    """In a process of its own, which ends by itself before the one that waits for it gives up."""
-    if gpu_sanitize.find_sanitizer() is None:
+    """The kernels run in a process of their own, which ends by itself before the one that waits for it gives up."""
+    if find_sanitizer() is None:
         pytest.skip("compute-sanitizer is neither on the PATH nor under /usr/local/cuda*/bin")
-    out = tmp_path / "x.json"
-    command = [sys.executable, "-P", str(TOOL), "--out", str(out), "--tools", tool, "--backends", backend]
-    command += ["--parts", part, "--timeout", str(SECONDS)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS + 60, check=False
-    )
-    assert done.returncode == 0, done.stdout
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["errors"] == row.get("hazards", 0) == row.get("warnings", 0) == 0, done.stdout
+    cfg = SanitizeConfig(tools=(tool,), backends=(backend,), parts=(part,), timeout=SECONDS)
+    with Run.start(package="p", verb="sanitize", out=tmp_path / "run") as run:
+        sanitize(cfg, run)
+    assert all(row.value == 0 for row in run.rows if row.metric != "seconds")
+    assert {row.metric for row in run.rows} >= {"errors", "seconds"}
 
 
 @requires_gpu(min_sm=80)
-@pytest.mark.parametrize("part", gpu_sanitize.PARTS)
-@pytest.mark.parametrize("tool", gpu_sanitize.TOOLS)
+@pytest.mark.parametrize("part", get_args(Part))
+@pytest.mark.parametrize("tool", get_args(Tool))
 def test_triton_kernels(tmp_path, tool, part):
     check(tmp_path, tool, "triton", part)
 
@@ -48,7 +43,6 @@ def test_gluon_kernels(tmp_path, tool):
 
 
 def test_counts_are_read_and_summed_over_processes():
-    counts = gpu_sanitize.counts
     assert counts("memcheck", "========= ERROR SUMMARY: 0 errors\n") == {"errors": 0}
     assert counts("synccheck", "ERROR SUMMARY: 1 error\nwords\n========= ERROR SUMMARY: 12 errors") == {"errors": 13}
     said = "========= RACECHECK SUMMARY: 7 hazards displayed (5 errors, 2 warnings)\n"
@@ -64,16 +58,31 @@ def test_counts_are_read_and_summed_over_processes():
 
 
 def test_each_kernel_is_run_under_each_tool_once():
-    cases = gpu_sanitize.cases(["memcheck", "racecheck"], ["triton", "gluon"], list(gpu_sanitize.PARTS))
-    per_tool = [("triton", "attention"), ("triton", "fp8"), ("triton", "scores"), ("gluon", "attention")]
-    assert cases == [(tool, *case) for tool in ("memcheck", "racecheck") for case in per_tool]
+    found = cases(SanitizeConfig(tools=("memcheck", "racecheck")))
+    per_tool = [
+        ("triton", "attention"),
+        ("triton", "attention_fp8"),
+        ("triton", "block_scores"),
+        ("gluon", "attention"),
+    ]
+    assert [(*c.tools, *c.backends, *c.parts) for c in found] == [
+        (tool, *case) for tool in ("memcheck", "racecheck") for case in per_tool
+    ]
+    with pytest.raises(ValueError, match="gluon has no kernel of block_scores"):
+        prepare(SanitizeConfig(backends=("gluon",), parts=("block_scores",)))
+
+
+def test_without_the_sanitizer_it_says_so(monkeypatch):
+    monkeypatch.setattr(module, "find_sanitizer", lambda: None)
+    with pytest.raises(FileNotFoundError, match="compute-sanitizer is neither on the PATH"):
+        prepare(SanitizeConfig())
 
 
 FAKE = """#!/bin/sh
 echo "environment $PYTORCH_NO_CUDA_MEMORY_CACHING"
 {body}
 """
-RIGHT = "echo 'attention triton: values right'"
+RIGHT = "echo 'values right'"
 NONE = "echo '========= ERROR SUMMARY: 0 errors'"
 TWO = "echo '========= ERROR SUMMARY: 2 errors'"
 HAZARDS = "echo '========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)'"
@@ -96,35 +105,35 @@ HAZARDS = "echo '========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 w
     ],
 )
 def test_the_driver_judges_what_the_sanitizer_says(
-    tmp_path, monkeypatch, capfd, tool, backend, body, fails, words, counted
+    tmp_path, monkeypatch, tool, backend, body, fails, words, counted, caplog
 ):
-    fake, out = tmp_path / "compute-sanitizer", tmp_path / "x.json"
+    fake = tmp_path / "compute-sanitizer"
     fake.write_text(FAKE.format(body="\n".join(body)))
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    flags = [
-        "--tools",
-        tool,
-        "--backends",
-        backend,
-        "--parts",
-        "attention",
-        "--timeout",
-        "1" if "sleep 100" in body else "60",
-    ]
-    monkeypatch.setattr(sys, "argv", ["gpu_sanitize.py", "--out", str(out), *flags])
-    if fails:
-        with pytest.raises(SystemExit) as stop:
-            gpu_sanitize.main()
-        said = str(stop.value.code)
-    else:
-        gpu_sanitize.main()
-        said = capfd.readouterr().out
+    monkeypatch.setattr(module, "the_gpu", lambda name: torch.device("cuda"))
+    cfg = SanitizeConfig(tools=(tool,), backends=(backend,), parts=("attention",))
+    cfg = dataclasses.replace(prepare(cfg), timeout=1 if "sleep 100" in body else 60)
+    run = Run.start(package="p", verb="sanitize", out=tmp_path / "run")
+    with caplog.at_level("INFO", "hone_kernels"):
+        if fails:
+            with pytest.raises(RuntimeError) as stop, run:
+                sanitize(cfg, run)
+            said = str(stop.value)
+        else:
+            with run:
+                sanitize(cfg, run)
+            said = caplog.text
     assert words in said
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert stored["status"] == ("failed" if fails else "done")
     if counted is None:
-        assert not out.exists()
+        assert not stored["rows"]
         assert "environment 1" in said
     else:
-        (row,) = json.loads(out.read_text())["rows"]
-        assert row.items() >= {"tool": tool, "backend": backend, "part": "attention", **counted}.items()
-        assert 0 <= row["seconds"] < 60
+        values = {row["metric"]: row["value"] for row in stored["rows"]}
+        assert values.items() >= counted.items()
+        assert 0 <= values["seconds"] < 60
+        assert {(row["variant"], row["split"], row["labels"]["tool"]) for row in stored["rows"]} == {
+            (backend, "attention", tool)
+        }

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# The scripts in tools/ import each other by name, as they do when they are run by path.
-sys.path.append(str(ROOT / "tools"))
+# The scripts in tools/ import each other by name, as they do when they are run by path; what tests here share likewise.
+sys.path += [str(ROOT / "tools"), str(ROOT / "tests" / "repo")]
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,19 @@ def test_forbidden_import(tree, file, text, problem):
     assert problem in found
 
 
+def test_verbs_of_kernels_import_core_and_ops_no_verb(tree):
+    op = "kernels/src/hone_kernels/op"
+    tree.write(f"{op}/bench.py", "from hone_core.runs import Run\n")
+    (found,) = boundaries.check(tree.path)
+    assert "hone-kernels imports hone_core and does not declare hone-core" in found
+    extra = "[project.optional-dependencies]\nbench = ['hone-core~=0.1.0']\n[project.scripts]"
+    tree.pyproject("kernels", "[project.scripts]", extra)
+    assert boundaries.check(tree.path) == []
+    tree.write(f"{op}/api.py", "def f():\n    from .bench import Run\n")
+    (found,) = boundaries.check(tree.path)
+    assert "api.py:2: an op must not import hone_kernels.op.bench, which needs an extra" in found
+
+
 def test_sibling_must_be_declared(tree):
     tree.pyproject("packages/alpha", '"hone-kernels~=0.1.0", ', "")
     tree.write(f"{ALPHA}/models.py", "import hone_kernels\n")
@@ -51,14 +64,53 @@ def test_module_circle(tree):
     assert "hone_alpha.data -> hone_alpha.method -> hone_alpha.models -> hone_alpha.data" in found
 
 
-def test_late_and_typing_imports_make_no_circle(tree):
-    tree.write(f"{ALPHA}/method.py", "def f():\n    from hone_alpha.models import x\n    return x\n")
+def test_import_in_a_function_makes_a_circle(tree):
+    tree.write(f"{ALPHA}/method.py", "class A:\n    @property\n    def f(self):\n        from . import models\n")
+    tree.write(f"{ALPHA}/models.py", "import hone_alpha.method\n")
+    (found,) = boundaries.check(tree.path)
+    assert "in a circle: hone_alpha.method -> hone_alpha.models -> hone_alpha.method" in found
+
+
+def test_import_for_typing_makes_no_circle(tree):
     tree.write(
         f"{ALPHA}/models.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hone_alpha.data import y\n"
-        "import hone_alpha.method\n",
+        "else:\n    import hone_alpha.method\n",
     )
     tree.write(f"{ALPHA}/data.py", "import hone_alpha.models\n")
+    assert boundaries.check(tree.path) == []
+    tree.write(f"{ALPHA}/method.py", "from .models import z\n")
+    assert len(boundaries.check(tree.path)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch.nn\n",
+        "def f():\n    from torch import nn\n",
+        "class A:\n    @property\n    def f(self):\n        from .data import VALUE\n",
+        "from . import data\n",
+        "from hone_kernels import op\n",
+        "from hone_kernels.op.api import VALUE\n",
+    ],
+)
+def test_config_loads_no_torch(tree, text):
+    tree.write(f"{ALPHA}/data.py", "import torch\n")
+    # The package of a module loads before the module.
+    tree.write("kernels/src/hone_kernels/op/__init__.py", "from .reference import VALUE\n")
+    tree.write("kernels/src/hone_kernels/op/reference.py", "from torch import nn\n")
+    tree.write(f"{ALPHA}/config.py", text)
+    (found,) = boundaries.check(tree.path)
+    assert found.startswith(f"{ALPHA}/config.py: a config loads no torch: hone_alpha.config -> ")
+    assert found.endswith(" -> torch")
+
+
+def test_config_may_load_what_imports_torch_in_its_functions_only(tree):
+    tree.write(f"{ALPHA}/data.py", "def f():\n    import torch\n")
+    tree.write(
+        f"{ALPHA}/config.py",
+        "from typing import TYPE_CHECKING\nfrom . import data\nif TYPE_CHECKING:\n    import torch\n",
+    )
     assert boundaries.check(tree.path) == []
 
 

@@ -1,7 +1,7 @@
 """What every command line keeps to, for each script that a member declares."""
 
+import importlib
 import importlib.metadata
-import re
 import subprocess
 import sys
 import time
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import workspace
+from helps import HEAVY, verb_helps
+from hone_core.cli import Verb
+from hone_core.flags import flags_of
 
 SCRIPTS = {
     name: member
@@ -33,11 +36,13 @@ WORDS = {
     "inspect",
     "recommend",
 }
+# Of kernels alone.
+WORDS |= {"tune", "profile", "sanitize", "spills"}
 # A package may train its tiny host by a verb of its own.
 WORDS |= {"train-host"}
 
 # Runs the entry point and says on stderr what it imported.
-PROBE = """
+PROBE = f"""
 import importlib.metadata, sys
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
@@ -47,19 +52,13 @@ try:
     code = point.load()()
 except SystemExit as exit:
     code = exit.code
-heavy = [name for name in ("torch", "diffusers", "transformers", "matplotlib") if name in sys.modules]
-print("HEAVY", ",".join(heavy), file=sys.stderr)
+print("HEAVY", ",".join(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
 sys.exit(code)
 """
 
 
 def run(*argv):
     return subprocess.run([sys.executable, "-P", "-c", PROBE, *argv], capture_output=True, text=True, check=False)
-
-
-def verbs(script):
-    overview = run(script, "--help").stdout
-    return re.findall(r"^  (\S+)  +\S", overview.partition("verbs:\n")[2], re.M)
 
 
 def heavy(done):
@@ -96,19 +95,28 @@ def test_help_is_quick_and_light(script):
 
 
 def test_verbs_help_and_import_nothing_heavy(script):
-    names = verbs(script)
-    assert names
-    for verb in names:
-        done = run(script, verb, "--help")
-        assert done.returncode == 0, f"{verb}: {done.stderr}"
-        assert f"{script} {verb}" in done.stdout
-        assert heavy(done) == "", f"{script} {verb} --help imports {heavy(done)}"
+    helps = verb_helps(script)
+    assert helps
+    for verb, (code, text, loaded) in helps.items():
+        assert code in (None, 0), f"{verb}: {text}"
+        assert f"{script} {verb}" in text
+        assert loaded == [], f"{script} {verb} --help imports {loaded}"
+
+
+def test_every_flag_of_a_config_says_what_it_is(script):
+    table = getattr(importlib.import_module(f"{SCRIPTS[script].module}.cli"), "VERBS", {})
+    for name, verb in table.items():
+        if isinstance(verb, Verb) and verb.config is not None:
+            module, _, config = verb.config.partition(":")
+            flags = flags_of(getattr(importlib.import_module(module), config))
+            silent = [flag.name for flag in flags if not flag.help]
+            assert not silent, f"{script} {name}: the fields {', '.join(silent)} of {config} have no docstring"
 
 
 def test_verbs_are_words_of_the_house(script):
-    assert set(verbs(script)) <= WORDS
+    assert set(verb_helps(script)) <= WORDS
     wanted = {"info", "demo"} if SCRIPTS[script].kind == "packages" else {"info"}
-    assert wanted <= set(verbs(script))
+    assert wanted <= set(verb_helps(script))
 
 
 @pytest.mark.parametrize("argv", [["no-such-verb"], ["info", "--no-such-flag"], []], ids=["verb", "flag", "nothing"])
@@ -127,7 +135,7 @@ def test_version(script):
 
 @pytest.mark.parametrize(
     "module",
-    [f"{m.module}.config" for m in SCRIPTS.values() if m.kind == "packages"] + [m.module for m in SCRIPTS.values()],
+    [f"{m.module}.config" for m in SCRIPTS.values()] + [m.module for m in SCRIPTS.values()],
 )
 def test_config_and_package_import_without_torch(module):
     code = f"import sys, {module}; print('torch' in sys.modules)"

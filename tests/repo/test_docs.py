@@ -1,14 +1,11 @@
 """Commands, links and names in Markdown files are real."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
-from functools import cache
 
 import pytest
 import workspace
+from helps import verb_helps
 
 ROOT = workspace.ROOT
 METHODS = "blade fpsattention sparsevar nar rstitch zipr1 knockout pmloss zpressor motion_anything"
@@ -31,18 +28,6 @@ def commands(page):
 ALL = [pytest.param(page, command, id=f"{page}: {command}"[:90]) for page in PAGES for command in commands(page)]
 
 
-@cache
-def help_of(script, verb):
-    command = [sys.executable.rpartition("/")[0] + f"/{script}", verb, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_wide())
-    assert done.returncode == 0, f"{script} {verb} --help: {done.stderr}"
-    return done.stdout
-
-
-def _wide():
-    return {**os.environ, "COLUMNS": "200"}
-
-
 def check_words(words):
     """Follow a command to the script that it names, and look at the script's verbs and flags."""
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -57,7 +42,9 @@ def check_words(words):
         return check_words(rest)
     if words[0] in MEMBERS and len(words) > 1 and not words[1].startswith("-"):
         assert words[0] in MEMBERS[words[0]].project.get("scripts", {}), f"{words[0]} declares no script"
-        shown = help_of(words[0], words[1])
+        helps = verb_helps(words[0])
+        assert words[1] in helps, f"{words[0]} has no verb {words[1]}"
+        shown = helps[words[1]][1]
         for flag in (word.partition("=")[0] for word in words[2:] if re.match(r"--[a-z]", word)):
             assert re.search(rf"{re.escape(flag)}\b", shown), f"{words[0]} {words[1]} has no {flag}"
         return None

@@ -1,4 +1,4 @@
-"""Which backend a call runs on: one rule for every op."""
+"""What each backend of an op can do, as data, and which one a call runs on: one rule for every op."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-__all__ = ["Backend", "choose", "gluon_reason", "triton_reason", "warn_once"]
+__all__ = ["Backend", "Support", "choose", "gluon_reason", "triton_reason", "warn_once"]
 
 Backend = Literal["auto", "reference", "triton", "gluon"]
 
@@ -83,21 +84,87 @@ def gluon_reason(device: torch.device, min_sm: int, max_sm: int) -> str | None:
     return error
 
 
+@dataclass(frozen=True)
+class Support:
+    """What one backend of an op can do; error messages, documentation and test parameters are read from here.
+
+    Attributes:
+        dtypes: Of the op's floating-point inputs.
+        language: What it is written in, which says where it runs.
+        head_dims: D, or None for any.
+        blocks: Allowed sizes of blocks, or None for any.
+        samples: Most sampled keys in a block, or None for any number.
+        min_sm: Least compute capability times ten, or None where no GPU is needed.
+        max_sm: Greatest compute capability times ten, or None.
+        backward: Whether gradients flow.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    language: Literal["torch", "triton", "gluon"] = "torch"
+    head_dims: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    samples: int | None = None
+    min_sm: int | None = None
+    max_sm: int | None = None
+    backward: bool = False
+
+    def reason(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        head_dim: int | None = None,
+        samples: int | None = None,
+        **blocks: int,
+    ) -> str | None:
+        """Why this backend cannot take a call, or None.
+
+        Args:
+            device: Of the tensors.
+            dtype: Of the tensors; None where they are E4M3 already.
+            head_dim: D, where the op has heads.
+            samples: Sampled keys in a block, where that counts.
+            blocks: Sizes of blocks by the name that the caller knows, such as ``block_q``.
+        """
+        if dtype is not None and dtype not in self.dtypes:
+            return f"it takes {', '.join(str(d) for d in self.dtypes)}; got {dtype}"
+        if self.head_dims is not None and head_dim not in self.head_dims:
+            return f"it takes head_dim in {self.head_dims}; got {head_dim}"
+        for name, size in blocks.items():
+            if self.blocks is not None and size not in self.blocks:
+                return f"it takes {name} in {self.blocks}; got {size}"
+        if self.samples is not None and samples is not None and samples > self.samples:
+            return f"it takes up to {self.samples} sampled keys per block; got {samples}"
+        if self.language == "triton":
+            assert self.min_sm is not None
+            return triton_reason(device, self.min_sm)
+        if self.language == "gluon":
+            assert self.min_sm is not None
+            assert self.max_sm is not None
+            return gluon_reason(device, self.min_sm, self.max_sm)
+        return None
+
+
 def choose(
     op: str,
-    backend: str,
+    backend: Backend,
+    support: Mapping[str, Support],
     device: torch.device,
-    why_not: Callable[[str], str | None],
-    kernels: tuple[str, ...] = ("triton",),
-) -> str:
+    dtype: torch.dtype | None,
+    *,
+    kernels: tuple[Backend, ...] = ("triton",),
+    **sizes: Any,
+) -> Backend:
     """The backend to run: the named one, or for ``"auto"`` the first that can on a GPU, else the reference.
 
     Args:
         op: Name for messages.
         backend: As the caller gave it.
+        support: What each backend of the op can do.
         device: Of the tensors.
-        why_not: Says of a backend why it cannot take the call, or None.
+        dtype: As for ``Support.reason``.
         kernels: Backends of the op beside the reference, the preferred one first. ``"triton"`` is among them.
+        sizes: As for ``Support.reason``.
 
     Raises:
         ValueError: The backend is unknown, or it is named and cannot run: a named backend never gives way to another.
@@ -108,11 +175,13 @@ def choose(
     if backend == "auto":
         backend = "reference"
         if device.type == "cuda":
+            reasons = {}
             for name in kernels:
-                if why_not(name) is None:
+                reasons[name] = support[name].reason(device, dtype, **sizes)
+                if reasons[name] is None:
                     return name
-            warn_once(op, f"uses the slow reference backend: triton cannot run, since {why_not('triton')}")
-    reason = why_not(backend)
+            warn_once(op, f"uses the slow reference backend: triton cannot run, since {reasons['triton']}")
+    reason = support[backend].reason(device, dtype, **sizes)
     if reason is not None:
         remedy = "" if backend == "reference" else ". backend='auto' chooses one that can"
         raise ValueError(f"backend {backend!r} cannot run this call: {reason}{remedy}")

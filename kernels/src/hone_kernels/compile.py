@@ -6,6 +6,7 @@ units it is meant to use, and that nothing spills.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import subprocess
@@ -54,13 +55,13 @@ class Launch:
         return self.name.strip("_").removesuffix("_kernel") + " pooled" * bool(self.arguments.get("DENSE"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compiled:
     """What the compiler made of a launch.
 
     Attributes:
         name: The kernel.
-        sass: Disassembled machine code.
+        cubin: Machine code.
         registers: Per thread.
         spills: Bytes of local memory stored and loaded by register spills.
         shared_bytes: Shared memory of a program.
@@ -69,12 +70,20 @@ class Compiled:
     """
 
     name: str
-    sass: str
+    cubin: bytes
     registers: int
     spills: int
     shared_bytes: int
     serialized: bool
     ptx: str
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """Disassembled machine code; it costs as much time as to compile a small kernel."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "kernel.cubin"
+            file.write_bytes(self.cubin)
+            return _run("nvdisasm", "-c", "-ndf", file)
 
     def count(self, instruction: str) -> int:
         """How often an instruction (``HGMMA``, ``UTMALDG`` ...) stands in the machine code."""
@@ -188,7 +197,7 @@ def gluon_launches(
 
 
 def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
-    """Compile one recorded launch for compute capability ``sm / 10``."""
+    """Compile one recorded launch for compute capability ``sm / 10``; equal ones once in a process."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -212,29 +221,39 @@ def compile_launch(launch: Launch, sm: int = 90) -> Compiled:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32"
-    make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = make(launch.kernel, signature, constants, attributes)
+    key = (launch.kernel, sm, repr((signature, constants, attributes, sorted(launch.options.items()))))
+    if key not in _compiled:
+        make = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+        _compiled[key] = _compile(make(launch.kernel, signature, constants, attributes), launch, sm)
+    return _compiled[key]
+
+
+_compiled: dict[tuple[Any, int, str], Compiled] = {}
+
+
+def _compile(source: Any, launch: Launch, sm: int) -> Compiled:
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
         built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
-    report = log.getvalue()
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
-        if "registers" not in report:  # it came from Triton's cache, and the assembler did not run
+    report, cubin = log.getvalue(), built.asm["cubin"]
+    if "registers" not in report:  # it came from Triton's cache, and the assembler did not run
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, file = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
             ptx.write_text(built.asm["ptx"])
             arch = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
-            report = _run(tools / "ptxas", "-lineinfo", "-v", "--gpu-name", arch, ptx, "-o", cubin)
-        sass = _run(tools / "nvdisasm", cubin)
+            report = _run("ptxas", "-lineinfo", "-v", "--gpu-name", arch, ptx, "-o", file)
+            cubin = file.read_bytes()
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    return Compiled(launch.name, sass, registers, spills, built.metadata.shared, "wgmma" in report, built.asm["ptx"])
+    shared, ptx = built.metadata.shared, built.asm["ptx"]
+    return Compiled(launch.name, cubin, registers, spills, shared, "wgmma" in report, ptx)
 
 
-def _run(*command: str | Path) -> str:
+def _run(tool: str, *arguments: str | Path) -> str:
+    """Run a tool that comes with Triton."""
+    command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, *arguments]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
+        raise RuntimeError(f"{tool} failed: {done.stderr.strip()}")
     return done.stdout + done.stderr

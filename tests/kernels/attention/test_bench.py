@@ -1,5 +1,6 @@
 """The bench on a CPU with the reference for a backend: what is measured and checked. Only the clock is replaced."""
 
+import logging
 import sys
 import types
 from functools import partial
@@ -7,44 +8,55 @@ from functools import partial
 import hone_kernels.attention.bench as bench_module
 import pytest
 import torch
-from hone_kernels import cli
+from hone_core.runs import Run
+from hone_core.timing import Timing
 from hone_kernels.attention import BlockLayout, block_sparse_attention
-from hone_kernels.attention.bench import MODES, SHAPES, Shape, bench, providers, random_layout
-from hone_kernels.timing import Times
+from hone_kernels.attention.bench import SHAPES, Shape, bench, providers, random_layout
+from hone_kernels.rows import table
 
 FP8 = torch.float8_e4m3fn
 SMALL = Shape("small", 4, 300, 32, 2)
+
+
+MODES = ("forward", "forward pooled", "backward", "prologue")
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Calls run once; cuDNN takes 4 ms, everything else 2."""
 
-    def clock(named, *, rounds, seed):
+    def clock(named, *, warmup, rounds, seed):
         for call in named.values():
             call()
-        return {name: Times(1.0, 4.0 if name.startswith("cudnn") else 2.0, 5.0, rounds) for name in named}
+        middle = {name: 4.0 if name.startswith("cudnn") else 2.0 for name in named}
+        return {name: Timing(ms_p20=1.0, ms_p50=ms, ms_p80=5.0, n=rounds) for name, ms in middle.items()}
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(bench_module, "_DEVICE", "cpu")
-    monkeypatch.setattr(bench_module, "interleaved", clock)
+    monkeypatch.setattr(bench_module, "measure_interleaved", clock)
     dense = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
     monkeypatch.setattr(bench_module, "cudnn", dense)
+    monkeypatch.setattr(logging.getLogger("hone_kernels"), "level", logging.INFO)
     return monkeypatch
 
 
-def run(dtypes, shape=SMALL, backends=("reference",), **fields):
-    settings = dict(densities=[1.0, 0.4], rounds=3, say=lambda text: None)
-    return bench([shape], dtypes=dtypes, backends=list(backends), **{**settings, **fields})
+def run(dtypes, shape=SMALL, backends=("reference",), modes=MODES, **fields):
+    """Rows of a bench."""
+    found = Run.start(package="hone-kernels", verb="bench")
+    settings = dict(densities=[1.0, 0.4], rounds=3, **fields)
+    bench(found, [shape], dtypes=dtypes, backends=backends, modes=modes, **settings)
+    return found.rows
 
 
-def test_every_mode_and_how_it_is_counted(on_cpu):
-    lines = []
+def ours(rows, metric):
+    return [row for row in rows if row.variant.startswith("hone") and row.metric == metric]
+
+
+def test_every_mode_and_how_it_is_counted(on_cpu, caplog):
     shape = Shape.parse("2x300x32")
-    rows = run([torch.float32, FP8], shape, ["reference", "triton"], say=lines.append)
-    assert sum("no backend 'triton', since" in line for line in lines) == 2
-    seen = {(r["dtype"], r["mode"], r["provider"]) for r in rows}
+    rows = run([torch.float32, FP8], shape, ["reference", "triton"])
+    assert sum("no backend 'triton', since" in line for line in caplog.messages) == 2
+    seen = {(r.labels["dtype"], r.split, r.variant) for r in rows}
     assert seen == {
         *[("float32", mode, "hone reference") for mode in ("forward", "forward pooled", "backward")],
         *[("float8_e4m3fn", mode, "hone reference") for mode in ("forward", "backward", "prologue")],
@@ -52,33 +64,38 @@ def test_every_mode_and_how_it_is_counted(on_cpu):
         *[("float8_e4m3fn", mode, "cudnn dense") for mode in ("forward", "backward")],
         ("float8_e4m3fn", "prologue", "device copy"),
     }
-    (dense,) = (r for r in rows if (r["dtype"], r["mode"], r["density"]) == ("float32", "forward", 1.0))
-    assert dense["tflops"] == pytest.approx(4 * 32 * 2 * 300**2 / 2.0 / 1e9)
-    (prologue,) = (r for r in rows if r["mode"] == "prologue" and r["provider"] == "hone reference")
-    assert prologue["gbps"] == pytest.approx(9 * 2 * 300 * 32 / 2.0 / 1e6)
-    assert len(cli.table(rows).splitlines()) == len(rows) + 1
+    rates = [r for r in rows if r.metric == "rate"]
+    (dense,) = (r for r in rates if (r.labels["dtype"], r.split, r.labels["density"]) == ("float32", "forward", 1.0))
+    assert (dense.unit, dense.value) == ("TFLOP/s", pytest.approx(4 * 32 * 2 * 300**2 / 2.0 / 1e9))
+    (prologue,) = (r for r in rates if r.split == "prologue" and r.variant == "hone reference")
+    assert (prologue.unit, prologue.value) == ("GB/s", pytest.approx(9 * 2 * 300 * 32 / 2.0 / 1e6))
+    times = [r for r in rows if r.metric == "time"]
+    assert all((r.unit, r.n, r.spread) == ("ms", 3, 2.0) for r in times)
+    assert len(table(rows).splitlines()) == len(times) + 1
 
 
 def test_errors_are_those_of_the_rows_own_mode_and_density(on_cpu):
     rows = run([torch.bfloat16, FP8])
-    ours = [r for r in rows if r["provider"].startswith("hone")]
-    assert all(r["error"] is None for r in rows if r not in ours)
-    assert all(0 < r["error"] < (0.01 if r["dtype"] == "bfloat16" else 0.15) for r in ours)
+    errors = [r for r in rows if r.metric == "error"]
+    assert errors == ours(rows, "error")
+    assert len(errors) == len(ours(rows, "time"))
+    assert all(0 < r.value < (0.01 if r.labels["dtype"] == "bfloat16" else 0.15) for r in errors)
     # One error for all would be one number: every row of ours has its own, but that the prologue before the forward
     # rounds as the forward's operands were rounded.
-    distinct = {r["error"] for r in ours if not r["provider"].endswith("and prologue")}
-    assert len(distinct) == sum(not r["provider"].endswith("and prologue") for r in ours)
-    (prologue,) = (r for r in ours if r["mode"] == "prologue")
-    assert 0.02 < prologue["error"] < 0.03  # E4M3 of Gaussian numbers
+    own = [r for r in errors if not r.variant.endswith("and prologue")]
+    assert len({r.value for r in own}) == len(own)
+    (prologue,) = (r for r in errors if r.split == "prologue")
+    assert 0.02 < prologue.value < 0.03  # E4M3 of Gaussian numbers
 
 
-def test_speed_up_is_over_cudnn_of_the_same_run(on_cpu):
-    rows = run([torch.bfloat16, torch.float32, FP8])
-    for r in rows:
-        if r["dtype"] == "float32" or r["mode"] == "prologue":  # cuDNN has no float32, and no prologue
-            assert r["speedup_over_dense"] is None
+def test_the_table_shows_the_speed_up_over_cudnn_of_the_same_run(on_cpu):
+    lines = table(run([torch.bfloat16, torch.float32, FP8])).splitlines()[1:]
+    for line in lines:
+        gain = line.split()[-2]
+        if "float32" in line or line.split()[2] == "prologue":  # cuDNN has no float32, and no prologue
+            assert gain == "-"
         else:
-            assert r["speedup_over_dense"] == (1.0 if r["provider"] == "cudnn dense" else 2.0)
+            assert gain == ("1.00" if "cudnn dense" in line else "2.00")
 
 
 def spoiled(x, which):
@@ -105,24 +122,24 @@ def test_a_wrong_value_of_any_mode_ends_the_run_before_it_is_timed(on_cpu, mode)
         return block_sparse_attention(q, k, v, layout, pooled=pooled, backend=backend)
 
     on_cpu.setattr(bench_module, "block_sparse_attention", wrong)
-    on_cpu.setattr(bench_module, "interleaved", never)
+    on_cpu.setattr(bench_module, "measure_interleaved", never)
     with pytest.raises(RuntimeError, match=f"hone reference, {mode} is wrong"):
         run([torch.bfloat16], modes=[mode])
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "prologue"])
 def test_wrong_fp8_values_end_the_run(on_cpu, mode):
-    good = {name: getattr(bench_module, name) for name in ("quantize_qkv", "block_sparse_attention_fp8")}
+    good = {name: getattr(bench_module, name) for name in ("quantize_qkv", "straight_through_attention")}
     whole = SMALL.heads
 
     def quantize(q, k, v, *, backend):
         return good["quantize_qkv"](spoiled(q, (0, 0)) if q.shape[1] == whole else q, k, v, backend=backend)
 
     def train(q, k, v, layout, *, backend):
-        return good["block_sparse_attention_fp8"](q, k * 1.1, v, layout, backend=backend)
+        return good["straight_through_attention"](q, k * 1.1, v, layout, backend=backend)
 
     on_cpu.setattr(bench_module, "quantize_qkv", quantize)
-    on_cpu.setattr(bench_module, "block_sparse_attention_fp8", train)
+    on_cpu.setattr(bench_module, "straight_through_attention", train)
     with pytest.raises(RuntimeError, match=f"hone reference.*, {mode} is wrong"):
         run([FP8], modes=[mode])
 
@@ -133,7 +150,8 @@ def test_a_long_sequence_is_compared_at_some_queries(on_cpu, dtype):
     on_cpu.setattr(bench_module, "_PAIRS_AT_ONCE", 2 * 2 * 32 * 300)
     modes = [mode for mode in MODES if mode != "prologue"]
     rows = run([dtype], block=32, modes=modes)
-    assert all(r["error"] for r in rows if r["provider"].startswith("hone"))
+    assert len(ours(rows, "error")) == len(ours(rows, "time"))
+    assert all(r.value for r in ours(rows, "error"))
     layout = random_layout(4, 300, 0.4, 32)
     chunks = list(bench_module._chunks(layout, 2))
     queries = torch.cat([at for at, _ in chunks]).tolist()
@@ -156,7 +174,7 @@ def test_nothing_to_time_is_said(on_cpu):
         run([torch.float32], backends=["gluon"])
 
 
-def test_both_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu):
+def test_both_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu, caplog):
     def flash(q, k, v):
         out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
         return out.transpose(1, 2)
@@ -173,17 +191,16 @@ def test_both_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu):
     for name in ("flash-attn 2 dense", "flash-attn 3 dense"):
         assert torch.equal(found[name](q, k, v), want)
     assert "sageattention dense" not in found
-    lines = []
-    rows = run([torch.bfloat16], Shape.parse("2x300x32"), modes=["forward"], say=lines.append)
-    assert {"flash-attn 2 dense", "flash-attn 3 dense"} < {r["provider"] for r in rows}
-    (line,) = (line for line in lines if "left out" in line)
+    rows = run([torch.bfloat16], Shape.parse("2x300x32"), modes=["forward"])
+    assert {"flash-attn 2 dense", "flash-attn 3 dense"} < {r.variant for r in rows}
+    (line,) = (line for line in caplog.messages if "left out" in line)
     assert line.startswith("sageattention dense is left out: ModuleNotFoundError: import of sageattention")
 
     on_cpu.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # one without the function
     on_cpu.setitem(sys.modules, "flash_attn_interface", None)
-    lines.clear()
-    run([torch.bfloat16], Shape.parse("2x300x32"), modes=["forward"], say=lines.append)
-    assert [line.split(" is left out")[0] for line in lines if "left out" in line] == list(bench_module._PEERS)
+    caplog.clear()
+    run([torch.bfloat16], Shape.parse("2x300x32"), modes=["forward"])
+    assert [x.split(" is left out")[0] for x in caplog.messages if "left out" in x] == list(bench_module._PEERS)
 
 
 def test_shapes_by_name_and_by_size():

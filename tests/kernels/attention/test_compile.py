@@ -1,7 +1,8 @@
 """Kernels compiled ahead of time, without a GPU, and their machine code read.
 
 Every head size in bfloat16 for compute capability 9.0, and of the other blocks, float32 and 8.0 a selection, SPILLS.
-tools/gpu_spills.py compiles any other combination.
+What is marked slow is the rest of the grid: the plain run compiles each kernel at its commonest configuration and with
+everything at once. ``hone-kernels spills`` compiles any other combination.
 """
 
 import re
@@ -17,9 +18,20 @@ KERNELS = ("_forward_kernel", "_rows_kernel", "_dq_kernel", "_dkv_kernel")
 SHAPES = [(False, False), (True, False), (False, True), (True, True)]  # pooled, padded
 
 
+def unless(quick, *values):
+    """Parameters of a test, slow unless they are among the quick ones."""
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("dim", [32, 64, 96, 128])
-@pytest.mark.parametrize(("pooled", "padded"), SHAPES)
+@pytest.mark.parametrize(
+    ("dim", "pooled", "padded"),
+    [
+        unless((dim, *shape) in ((128, False, False), (96, True, True)), dim, *shape)
+        for dim in (32, 64, 96, 128)
+        for shape in SHAPES
+    ],
+)
 def test_half_precision_uses_the_matrix_units(dim, pooled, padded):
     recorded = attention_launches(BF16, dim, pooled=pooled, padded=padded)
     assert [x.name for x in recorded] == [*KERNELS] + ["_dkv_kernel"] * pooled
@@ -33,6 +45,7 @@ def test_half_precision_uses_the_matrix_units(dim, pooled, padded):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_whole_blocks_and_float16():
     for launch in attention_launches(FP16, 128, tokens=2048):
         code = compile_launch(launch)
@@ -68,10 +81,13 @@ SPILLS = {
     (80, FP32, 128, 128, 128, True, True): {"forward": 12},
     (80, FP32, 128, 128, 128, False, True): {"dq": 24},
 }
+QUICK = {(90, BF16, 128, 64, 64, True, True), (80, BF16, 64, 128, 128, True, False)}
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("sm", "dtype", "dim", "block_q", "block_k", "pooled", "padded"), list(SPILLS), ids=str)
+@pytest.mark.parametrize(
+    ("sm", "dtype", "dim", "block_q", "block_k", "pooled", "padded"), [unless(x in QUICK, *x) for x in SPILLS], ids=str
+)
 def test_what_spills(sm, dtype, dim, block_q, block_k, pooled, padded):
     allowed = SPILLS[sm, dtype, dim, block_q, block_k, pooled, padded]
     for launch in attention_launches(dtype, dim, block_q, block_k, pooled=pooled, padded=padded, sm=sm):
@@ -91,10 +107,19 @@ def test_the_lane_sees_spills_and_serialised_matrix_products():
     assert compile_launch(attention_launches(BF16, 128, tokens=2048, tiles=spilling)[0]).spills > 0
 
 
+QUICK_GLUON = {(128, 128, 128, False, False), (128, 128, 128, True, True), (64, 64, 64, True, True)}
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize(("dim", "block_q"), list(gluon_kernels.CONFIGS))
-@pytest.mark.parametrize("block_k", [128, 64])
-@pytest.mark.parametrize(("pooled", "padded"), SHAPES)
+@pytest.mark.parametrize(
+    ("dim", "block_q", "block_k", "pooled", "padded"),
+    [
+        unless((*sizes, block_k, *shape) in QUICK_GLUON, *sizes, block_k, *shape)
+        for sizes in gluon_kernels.CONFIGS
+        for block_k in (128, 64)
+        for shape in SHAPES
+    ],
+)
 def test_gluon(dim, block_q, block_k, pooled, padded):
     *helpers, launch = gluon_launches(BF16, dim, block_q, block_k, pooled=pooled, padded=padded)
     assert [x.name for x in helpers] == ["_count_kernel", "_schedule_kernel"] + ["_bias_kernel"] * pooled
@@ -219,6 +244,7 @@ def test_hand_overs_without_a_wait_or_a_barrier_are_seen(lines):
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_gluon_float16_and_padded():
     code = compile_launch(gluon_launches(FP16, 128, padded=True)[-1])
     check_gluon(code, 128, 128, 128)

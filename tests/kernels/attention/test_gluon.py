@@ -1,9 +1,6 @@
 """The Gluon forward: its helpers interpreted on a CPU, the kernel on a Hopper GPU against reference and Triton."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from hone_kernels.attention.api import _attention_op
 gluon = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
 
 SUPPORTED = SUPPORT["gluon"]
-SMOKE = Path(__file__).parents[3] / "tools" / "gpu_hopper.py"
 
 pytestmark = [
     # Triton's interpreter turns run-time loop bounds into Python integers in a way that NumPy 2.3 frowns on.
@@ -156,14 +152,23 @@ def test_says_why_it_cannot():
         block_sparse_attention(q, q, q, BlockLayout.dense(128, 128, block_k=32), backend="gluon")
 
 
-# First of the GPU tests: what hangs, hangs in a process that can be ended.
+# First of the GPU tests: a kernel that waits for an arrival that never comes ends the session here.
+SMOKE = [
+    Case(heads=1, kv_heads=1, queries=128, keys=128, keep=1.0),
+    Case(heads=1, kv_heads=1, queries=128, keys=256, keep=1.0),
+    Case(heads=12, kv_heads=12, queries=2500, keys=2500, keep=0.3),
+    Case(queries=128, keys=128, keep=1.0, block_q=64, block_k=64),
+    Case(heads=12, kv_heads=12, queries=2500, keys=2500, keep=0.3, block_q=64, block_k=64, pooled=100),
+]
+
+
 @requires_gpu(min_sm=SUPPORTED.min_sm)
-@pytest.mark.timeout(200)
-def test_smoke_in_a_process_of_its_own():
-    done = subprocess.run(
-        [sys.executable, str(SMOKE), "smoke", "--brief"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize("case", SMOKE, ids=str)
+def test_smoke(case, dim):
+    """One block, then more, then more programs than rows and more rows than programs."""
+    compare(replace(case, dim=dim), torch.bfloat16)
 
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)
@@ -187,6 +192,25 @@ def test_block_sizes(dim, block_q, block_k, padded, pooled):
             Case(keys=keys, dim=dim, block_q=block_q, block_k=block_k, padded=padded, pooled=pooled, bias=True),
             torch.bfloat16,
         )
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("dim", "block_q"), list(gluon.CONFIGS))
+def test_candidates_of_tuning(dim, block_q):
+    """Configurations that ``hone-kernels tune`` times beside the shipped one."""
+    from hone_kernels.attention.tune import CONFIGS
+
+    case = Case(heads=12, kv_heads=12, queries=1500, keys=1500, keep=0.4, dim=dim, block_q=block_q)
+    leaves, layout, _ = build(case)
+    q, k, v = (x.detach() for x in leaves)
+    want, want_lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="triton")
+    shipped = gluon.CONFIGS[dim, block_q]
+    for config in (*(gluon.Config(**x) for x in CONFIGS[dim, block_q]), replace(shipped, claim=False)):
+        lists = (layout.kv_num, layout.kv_idx, None, None, None, None)
+        out, lse = gluon.attention_forward(q, k, v, *lists, block_q, 128, dim**-0.5, config)
+        assert_close(out, want, what=f"{config}")
+        assert_close(lse, want_lse, what=f"{config}")
 
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)

@@ -185,10 +185,18 @@ def test_bad_options():
     ],
 )
 def test_auto_asks_the_kernels_in_turn(dim, pooled, works, want):
-    def why_not(name):
-        return None if name in (*works, "reference") else f"{name} is not here"
+    class Stub:
+        """A backend that works or says that it is absent."""
 
+        def __init__(self, name):
+            self.name = name
+
+        def reason(self, device, dtype, **sizes):
+            return None if self.name in (*works, "reference") else f"{self.name} is not here"
+
+    support = {name: Stub(name) for name in ("reference", "triton", "gluon")}
+    call = (support, torch.device("cuda"), torch.bfloat16)
     kernels = preference(dim, pooled)
-    assert choose("test", "auto", torch.device("cuda"), why_not, kernels) == want
+    assert choose("test", "auto", *call, kernels=kernels) == want
     if works:
-        assert choose("test", works[0], torch.device("cuda"), why_not, kernels) == works[0]
+        assert choose("test", works[0], *call, kernels=kernels) == works[0]

@@ -177,8 +177,8 @@ def test_compiles_whole():
     [
         ({"kind": "max"}, ValueError, "kind must be one of"),
         ({"q": torch.zeros(4, 8)}, ValueError, r"q must be \[B, H, S, D\]; got 2 dimensions"),
-        ({"k": torch.zeros(1, 2, 16, 4)}, ValueError, "must share batch size and head_dim"),
-        ({"k": torch.zeros(1, 2, 16, 8, dtype=torch.half)}, TypeError, "must share dtype and device"),
+        ({"k": torch.zeros(1, 2, 16, 4)}, ValueError, "must share head_dim; got 8 and 4"),
+        ({"k": torch.zeros(1, 2, 16, 8, dtype=torch.half)}, TypeError, "must share a dtype"),
         ({"k": torch.zeros(1, 3, 16, 8)}, ValueError, "multiple of key heads; got 4 and 3"),
         ({"q_index": torch.zeros(1, 3, 2, 2, dtype=torch.int32)}, ValueError, r"q_index must be \[B or 1, H or 1"),
         ({"k_index": torch.zeros(1, 1, 2, 2)}, TypeError, "k_index must be int32"),

@@ -89,13 +89,13 @@ def test_interpreted_extreme_logits():
     ("dtype", "dim", "samples", "kind"),
     [
         (torch.bfloat16, 128, 16, "paper"),
-        (torch.bfloat16, 128, 32, "official"),
+        pytest.param(torch.bfloat16, 128, 32, "official", marks=pytest.mark.slow),
         (torch.float16, 96, 24, "lse"),
-        (torch.bfloat16, 64, 16, "lse"),
-        (torch.bfloat16, 32, 16, "paper"),
-        (torch.float32, 128, 16, "paper"),
+        pytest.param(torch.bfloat16, 64, 16, "lse", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 32, 16, "paper", marks=pytest.mark.slow),
+        pytest.param(torch.float32, 128, 16, "paper", marks=pytest.mark.slow),
         (torch.bfloat16, 128, 128, "mean"),
-        (torch.bfloat16, 128, 128, "lse"),
+        pytest.param(torch.bfloat16, 128, 128, "lse", marks=pytest.mark.slow),
         (torch.float32, 96, 128, "paper"),  # the most that must fit
     ],
 )

@@ -40,8 +40,10 @@ def test_interpreted(mass, inclusive, keep_diagonal, forced):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("blocks", [139, 591])
-@pytest.mark.parametrize("mass", [None, 0.95])
+@pytest.mark.parametrize(
+    ("blocks", "mass"),
+    [(591, None), (591, 0.95), *(pytest.param(139, x, marks=pytest.mark.slow) for x in (None, 0.95))],
+)
 def test_machine_code(blocks, mass):
     from hone_kernels.block_select import triton
     from hone_kernels.compile import compile_launch, record_launches

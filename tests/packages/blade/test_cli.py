@@ -6,7 +6,8 @@ import sys
 
 import pytest
 from hone_blade.cli import PACKAGE, VERBS
-from hone_blade.host import Host, HostConfig, save_host
+from hone_blade.config import HostConfig
+from hone_blade.host import Host, save_host
 from hone_core.cli import run_cli
 from hone_core.runs import load_results
 
@@ -78,6 +79,7 @@ def test_eval_runs_and_draws(capsys, tmp_path, checkpoint, small):
     code, out, err = call(capsys, "eval", "--limit", "2", "--batch", "2", "--json", *argv)
     assert code == 0, err
     assert json.loads(out)["clips"] == 2
+    assert call(capsys, "eval", "--limit", "2", "--batch", "2", "--json", *argv)[1] == out
     assert (tmp_path / "run" / "figures" / "accuracy.png").stat().st_size > 1000
 
 
@@ -93,7 +95,11 @@ def test_inspect_looks_at_the_tiny_host(capsys, tmp_path, checkpoint):
     assert (tmp_path / "run" / "figures" / "inspection.png").is_file()
     code, again, _ = call(capsys, *argv, "--json")
     assert code == 0
-    assert json.loads(again)["status"] == "done"
+    assert again == out
+    code, text, _ = call(capsys, *argv)
+    assert code == 0
+    assert "means over 2 calls of self-attention" in text
+    assert call(capsys, *argv)[1] == text
 
 
 def test_bench_runs_on_a_cpu(capsys, tmp_path):
@@ -108,7 +114,7 @@ def test_bench_runs_on_a_cpu(capsys, tmp_path):
 def test_generate_reads_a_file_and_flags(capsys, tmp_path, monkeypatch):
     from hone_blade import sample
 
-    monkeypatch.setattr(sample, "_find_pipeline", lambda *_, **__: {"_class_name": "WanPipeline"})
+    monkeypatch.setattr(sample, "find_pipeline", lambda *_, **__: "WanPipeline")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n\ntwo\nthree\n")
     config = tmp_path / "config.json"
@@ -148,24 +154,28 @@ def test_train_host_flags_reach_the_settings(capsys):
     ("argv", "code", "message"),
     [
         (["demo", "--host", "absent.safetensors"], 1, "no tiny host at absent.safetensors"),
-        (["demo", "--limit", "0"], 1, "limit must be at least 1"),
+        (["demo", "--limit", "0"], 1, "limit must be at least 1; got 0"),
         (["demo", "--density", "2"], 1, "density must lie in"),
         (["demo", "--device", "tpu"], 1, "device must be auto, cpu, cuda"),
         (["eval", "--limit", "0"], 1, "prompts and batch must be at least 1"),
         (["demo", "--steps", "many"], 2, "many"),
-        (["generate", "--prompt", "a fox"], 1, "no model; pass --model"),
+        (["generate", "--prompt", "a fox"], 2, "--model is needed: Folder of a diffusers pipeline"),
         (["generate", "--prompt", "a fox", "--model", "./absent"], 1, "absent does not exist"),
         (["inspect", "--prompt", "a fox"], 1, "unknown word 'fox'"),
         (["inspect", "--preset", "none"], 1, "no preset 'none'"),
         (["bench", "--model", "sora"], 1, "model must be one of wan2.1-1.3b"),
-        (["inspect", "--lora", "x"], 1, "lora is for a pipeline"),
+        (["inspect", "--lora", "x"], 1, "lora and dtype are for a pipeline"),
         (["inspect", "--steps", "0"], 1, "steps must be at least 1; got 0"),
         (["inspect", "--preset", "wan2.1-1.3b-free"], 1, "above the 12 first steps that preset wan2.1-1.3b-free"),
         (["demo", "--steps", "0"], 1, "steps must be at least 1; got 0"),
         (["demo", "--density", "0.08"], 1, "ASA_G cannot keep to density 0.08 on 1024 tokens"),
         (["eval", "--dense-steps", "8", "--steps", "8"], 1, "dense_steps must lie in [0, steps = 8)"),
         (["bench", "--preset", "wan2.1-1.3b-free"], 1, "few_steps must be above the 12 first steps"),
-        (["generate", "--model", "a/b"], 1, "no prompt; pass --prompt TEXT"),
+        (
+            ["generate", "--model", "a/b"],
+            1,
+            "give prompts (--prompt TEXT) or prompt_file (--prompt-file FILE, one a line); got no",
+        ),
         (["generate", "--model", "a/b", "--prompt-file", "none.txt"], 1, "none.txt does not exist"),
     ],
 )
@@ -180,7 +190,7 @@ def test_bad_input_is_one_line_on_stderr(capsys, tmp_path, monkeypatch, argv, co
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prompt", "a fox"], "no model"),
+        (["--prompt", "a fox"], "--model is needed"),
         (["--model", "a/b"], "no prompt"),
         (["--model", "a/b", "--prompt-file", "none.txt"], "none.txt does not exist"),
         (["--model", "a/b", "--prompt", "a fox", "--preset", "none"], "no preset 'none'"),
@@ -206,23 +216,40 @@ def test_help_shows_one_default_and_no_none(capsys, verb):
     # "(0.25). (default: ...)" would read as two
     assert not re.search(r"\)\. \(default", text)
     if verb == "demo":
-        assert "--prompt STR [STR ...] What to draw" in text
-        assert "computes (default: 0.25). --steps INT" in text
+        assert "--prompt [STR [STR ...]] What to draw" in text
+        assert "of the starting noise, and of the random masks. (default: 0)" in text
+        assert "--steps INT Denoising steps (default: the host's own number)." in text
 
 
-def test_folders_of_default_settings_say_so(tmp_path, monkeypatch):
-    from hone_blade.cli import _change, _named, _start
-    from hone_blade.demo import DemoConfig
-    from hone_blade.train import TrainConfig
+@pytest.mark.parametrize(
+    ("verb", "stored", "flag", "changed"),
+    [
+        ("train-host", {"compile": True}, "--no-compile", ("compile", False)),
+        ("train-host", {"compile": False}, "--compile", ("compile", True)),
+        ("bench", {"compile_blocks": True}, "--no-compile-blocks", ("compile_blocks", False)),
+        ("inspect", {"recall": True}, "--no-recall", ("recall", False)),
+    ],
+)
+def test_switches_change_what_a_file_says(capsys, tmp_path, verb, stored, flag, changed):
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    code, out, err = call(capsys, verb, "--config", str(tmp_path / "config.json"), flag, "--dry-run", "--json")
+    assert code == 0, err
+    name, value = changed
+    assert json.loads(out)["config"][name] is value
+
+
+@pytest.mark.parametrize(
+    ("flags", "preset"), [([], "default"), (["--seed", "3"], "default"), (["--stats-every", "7"], None)]
+)
+def test_folders_of_default_settings_say_so(capsys, tmp_path, monkeypatch, flags, preset):
+    from hone_blade import demo as module
 
     monkeypatch.chdir(tmp_path)
-    plain = DemoConfig()
-    seeded = _change(plain, comparison=_change(plain.comparison, seed=3))
-    denser = _change(plain, comparison=_change(plain.comparison, density=0.5))
-    assert [_named(cfg) for cfg in (plain, seeded, denser)] == ["default", "default", None]
-    assert (_named(TrainConfig(seed=1)), _named(TrainConfig(steps=1))) == ("default", None)
-    assert _start("demo", seeded, None, 3, _named(seeded)).path.name.endswith("-default-3")
-    assert _start("demo", denser, None, 0, _named(denser)).path.name.endswith("-custom-0")
+    monkeypatch.setattr(module, "load_host", lambda *_, **__: (_ for _ in ()).throw(ValueError("enough")))
+    assert call(capsys, "demo", *flags)[0] == 1
+    [folder] = (tmp_path / "runs" / "hone-blade" / "demo").iterdir()
+    assert folder.name.endswith(f"-{preset or 'custom'}-{3 if '--seed' in flags else 0}")
+    assert load_results(folder)["preset"] == preset
 
 
 @pytest.mark.parametrize(("given", "held"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

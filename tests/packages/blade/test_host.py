@@ -1,11 +1,10 @@
-import json
 from dataclasses import replace
 
 import pytest
 import torch
+from hone_blade.config import HostConfig
 from hone_blade.host import (
     Host,
-    HostConfig,
     load_host,
     make_scheduler,
     save_host,
@@ -13,7 +12,7 @@ from hone_blade.host import (
     to_latents,
 )
 from hone_core.errors import CheckpointError
-from hone_video.clips import NUM_WORDS
+from hone_video.prompts import NUM_WORDS
 
 TINY = HostConfig(
     frames=4,
@@ -141,10 +140,9 @@ def test_an_untrained_host_predicts_zero_and_keeps_the_global_generator(host):
 def test_save_and_load_agree_to_half_precision(host, tmp_path):
     path = tmp_path / "host.safetensors"
     save_host(host, path)
-    (tmp_path / "host.json").write_text(json.dumps({"command": "hone-blade train-host"}))
     loaded = load_host(path=path)
     assert loaded.config == TINY
-    assert loaded.meta == {"command": "hone-blade train-host"}
+    assert loaded.facts is None
     assert not loaded.transformer.training
     for module, other in ((host.transformer, loaded.transformer), (host.classifier, loaded.classifier)):
         for name, value in module.state_dict().items():
@@ -158,7 +156,7 @@ def test_a_missing_or_foreign_checkpoint_is_named(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="its header has no config"):
+    with pytest.raises(CheckpointError, match=r"lacks its sidecar other\.json"):
         load_host(path=tmp_path / "other.safetensors")
 
 
@@ -196,9 +194,8 @@ def test_wrong_settings_are_refused(host):
 
 
 def test_packaged_host_records_the_command_of_its_weights_and_of_its_grades():
-    from importlib.resources import files
-
-    facts = json.loads((files("hone_blade") / "assets" / "host.json").read_text(encoding="utf-8"))
-    assert facts["command"].startswith("hone-blade train-host ")
-    clips = facts["graded"]["clips"]
-    assert facts["package_command"].startswith(f"python tools/gpu_package_host.py RUN --clips {clips} ")
+    facts = load_host().facts
+    assert facts.passed
+    assert facts.command.startswith("hone-blade train-host ")
+    clips = facts.details["graded"]["clips"]
+    assert facts.details["package_command"].startswith(f"python tools/gpu_package_host.py RUN --clips {clips} ")

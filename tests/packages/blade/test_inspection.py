@@ -1,15 +1,14 @@
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
-from hone_blade import inspection
 from hone_blade.config import BladeConfig
 from hone_blade.inspection import inspect_model, plot_inspection, to_rows
 from hone_blade.method import Stats, mass_recall, sparse_layout
-from hone_blade.models import LayerStats, attach
+from hone_blade.models import attach
 from hone_core.runs import Run, load_results
 from hone_video.architectures import tiny
+from hone_video.handle import LayerStats
 from matplotlib import image
 from torch import nn
 
@@ -138,7 +137,6 @@ def test_ticks_are_steps_and_layers(steps, layers, tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
-    monkeypatch.setattr(inspection, "atomic_path", nullcontext)
     row = {"step": steps - 1, "layer": layers - 1, "density": 0.5, "clamped": 0.5, "recall": None}
     plot_inspection([row], tmp_path / "x.png")
     for axes in figures[0].axes[:2]:

@@ -5,7 +5,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from hone_blade.plots import accuracy_chart, contact_sheet, enlarge, write_video
+from hone_blade.plots import accuracy_chart, contact_sheet, write_video
 from matplotlib.image import imread
 
 PROMPTS = ["first prompt", "second prompt"]
@@ -18,10 +18,6 @@ def clips():
     red, blue = torch.zeros(2, 3, 4, 8, 8), torch.zeros(2, 3, 4, 8, 8)
     red[:, 0], blue[:, 2] = levels[:, None, None], levels[:, None, None]
     return {"dense": red, "asa": blue}
-
-
-def test_enlarge_repeats_pixels():
-    assert enlarge(torch.tensor([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
 
 
 def test_contact_sheet_shows_first_and_last_frame(clips, tmp_path):

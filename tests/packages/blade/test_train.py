@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.host import Host, HostConfig, load_host, to_latents
+from hone_blade.config import HostConfig, TrainConfig
+from hone_blade.host import Host, load_host, to_latents
 from hone_blade.train import (
     PatchLinear,
-    TrainConfig,
-    TrainReport,
     _TrainState,
     flow_loss,
     sample_sigma,
@@ -16,6 +15,7 @@ from hone_blade.train import (
 )
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
+from hone_core.training import TrainReport
 from hone_video.clips import fake_batch, segment_glyphs
 
 SMOKE = TrainConfig(
@@ -34,8 +34,10 @@ SMOKE = TrainConfig(
 )
 
 
-def start(path, cfg=SMOKE):
-    return Run.start(package="hone-blade", verb="train-host", config=cfg, out=path, seed=cfg.seed)
+def start(path, cfg=SMOKE, command=""):
+    return Run.start(
+        package="hone-blade", verb="train-host", config=cfg, out=path, device="cpu", quiet=True, command=command
+    )
 
 
 def test_patch_linear_is_the_convolution():
@@ -80,19 +82,18 @@ def test_noise_levels_follow_their_law():
 
 
 def test_a_run_exports_a_host_that_samples(tmp_path):
-    with start(tmp_path / "run") as run:
-        report = train_host(SMOKE, run, device="cpu", command="hone-blade train-host --steps 4", quiet=True)
+    with start(tmp_path / "run", command="hone-blade train-host --steps 4") as run:
+        report = train_host(SMOKE, run)
     assert report.steps == 4
     assert report.checkpoint == run.artifacts / "host.safetensors"
     assert not report.passed
-    again = TrainReport.of(run)
-    assert (again.checkpoint, again.steps, again.passed) == (report.checkpoint, 4, False)
-    assert again.accuracies == pytest.approx(report.accuracies, abs=1e-4)
+    assert TrainReport.of(run) == report
+    assert "a gate is missed" in str(report)
     host = load_host(path=report.checkpoint)
-    assert host.meta["command"] == "hone-blade train-host --steps 4"
-    assert host.meta["steps"] == 4
-    assert host.meta["clips_seen"] == 16
-    assert host.meta["gate"] == {"digit": 0.9, "direction": 0.9}
+    assert host.facts.command == "hone-blade train-host --steps 4"
+    assert host.facts.steps == 4
+    assert host.facts.details["clips_seen"] == 16
+    assert host.facts.gates == {"digit": 0.9, "direction": 0.9}
     rows = {(row.metric, row.variant) for row in run.rows}
     for variant in ("euler-2-guidance1", "unipc-2-guidance1", "euler-1-guidance2"):
         assert ("digit_accuracy", variant) in rows
@@ -113,12 +114,12 @@ def batches(cfg, steps, path, *, stop=None):
     for last in [stop, steps] if stop else [steps]:
         generator = torch.Generator().manual_seed(cfg.seed)
         state = _TrainState(cfg, Host.untrained(cfg.host, seed=cfg.seed), path, generator)
-        state.resume()
-        for step, loss in state.train(segment_glyphs()):
-            losses.append(loss)
-            if step == last:
+        state.training.resume()
+        for values in state.train(segment_glyphs()):
+            losses += [values["loss"]] if values else []
+            if state.training.step == last:
                 break
-        state.save()
+        state.training.save()
     return state, losses
 
 
@@ -129,7 +130,7 @@ def test_resuming_equals_going_on(tmp_path):
     assert losses == resumed
     for name, value in whole.ema.state_dict().items():
         assert torch.equal(value, parts.ema.state_dict()[name]), name
-    assert parts.before > 0
+    assert parts.training.elapsed() > 0
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
@@ -167,7 +168,7 @@ def test_learning_rate_warms_up_and_falls(tmp_path):
     state = _TrainState(cfg, Host.untrained(cfg.host), tmp_path / "none.pt", torch.Generator())
     factors = []
     for step in range(101):
-        state.step = step
+        state.training.step = step
         factors.append(state.lr_factor())
     assert factors[0] == pytest.approx(0.1 * 1.0)
     assert factors[9] == pytest.approx(0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 0.09)))
@@ -187,16 +188,16 @@ def test_muon_gets_the_matrices_of_the_blocks(tmp_path):
 
 def test_starting_from_other_weights(tmp_path):
     with start(tmp_path / "first") as run:
-        first = train_host(SMOKE, run, device="cpu", quiet=True)
-    cfg = replace(SMOKE, steps=1, lr=1e-9, adamw_lr=1e-9)
+        first = train_host(SMOKE, run)
+    cfg = replace(SMOKE, steps=1, lr=1e-9, adamw_lr=1e-9, init=first.checkpoint)
     with start(tmp_path / "second", cfg) as run:
-        second = train_host(cfg, run, device="cpu", init=first.checkpoint, quiet=True)
+        second = train_host(cfg, run)
     one, two = load_host(path=first.checkpoint), load_host(path=second.checkpoint)
     for name, value in one.transformer.state_dict().items():
         torch.testing.assert_close(two.transformer.state_dict()[name], value, msg=name)
-    wider = replace(SMOKE, host=replace(SMOKE.host, ffn_dim=64))
+    wider = replace(SMOKE, host=replace(SMOKE.host, ffn_dim=64), init=first.checkpoint)
     with pytest.raises(CheckpointError, match="another architecture"), start(tmp_path / "third", wider) as run:
-        train_host(wider, run, device="cpu", init=first.checkpoint, quiet=True)
+        train_host(wider, run)
 
 
 def test_wrong_settings_are_refused():

@@ -1,7 +1,9 @@
+import shutil
+
 import pytest
 import torch
-from hone_knockout.config import ClipConfig
-from hone_knockout.host import HostConfig, build_host, save_host
+from hone_knockout.config import ClipConfig, HostConfig
+from hone_knockout.host import build_host, save_host
 
 SMALL = HostConfig(
     clip=ClipConfig(frames=4, grid=3, cell=4),
@@ -35,3 +37,15 @@ def host():
 @pytest.fixture(scope="session")
 def host_file(host, tmp_path_factory):
     return save_host(host, tmp_path_factory.mktemp("host") / "host.safetensors")
+
+
+@pytest.fixture
+def copy_host(host_file):
+    """Put the host under another name: its weights, and the sidecar that says what they are."""
+
+    def copy(to):
+        for suffix in (".safetensors", ".json"):
+            shutil.copy(host_file.with_suffix(suffix), to.with_suffix(suffix))
+        return to
+
+    return copy

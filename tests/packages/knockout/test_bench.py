@@ -1,18 +1,25 @@
-import time
-
 import pytest
 import torch
 from hone_core.runs import Run
 from hone_core.testing import requires_gpu
-from hone_knockout.bench import WORKLOADS, BenchConfig, BenchReport, bench, bound, check_kernel, layout_of, variants
+from hone_knockout import bench as module
+from hone_knockout.bench import BenchReport, bench, bound, check_kernel, layout_of, variants
+from hone_knockout.config import BenchConfig
+from hone_knockout.flops import WORKLOADS
 from hone_knockout.models import KnockoutHandle
 from hone_lm.layouts import find_layouts
 
 
+def start(cfg, folder):
+    return Run.start(package="hone-knockout", verb="bench", config=cfg, out=folder / "run", device="cpu", quiet=True)
+
+
 def test_tiny(tmp_path):
-    cfg = BenchConfig(arch="tiny", frames=(8,), rounds=1, repeats=1, decode_tokens=2)
-    with Run.start(package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run") as run:
-        report = bench(cfg, run, device="cpu", quiet=True)
+    cfg = BenchConfig(model="tiny", frames=(8,), rounds=1, decode_tokens=2)
+    with Run.start(
+        package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run", device="cpu", quiet=True
+    ) as run:
+        report = bench(cfg, run)
     rows = {(row.metric, row.variant): row.value for row in run.rows}
     assert {name for metric, name in rows if metric == "prefill"} == set(variants(WORKLOADS["tiny"]))
     assert rows["flop_bound", "exit + window"] > rows["flop_bound", "exit"] > 1
@@ -22,34 +29,36 @@ def test_tiny(tmp_path):
 
 
 def test_what_starts_a_prefill_is_timed(tmp_path, monkeypatch):
-    """Layout and masks are made in every timed prefill of a variant; the baseline has nothing attached."""
-    from hone_knockout import bench as module
+    """Layout and masks are made in every timed prefill of a variant; the baseline has nothing attached.
 
-    slow, calls = 0.4, []
-    start, find = KnockoutHandle.start, module.find_layouts
+    By this clock nothing else takes any time.
+    """
+    clock, calls = [0.0], []
+    start_prompt, find = KnockoutHandle.start, module.find_layouts
 
     def slowly(self, *args):
         calls.append("start")
-        time.sleep(slow)
-        return start(self, *args)
+        clock[0] += 0.002
+        return start_prompt(self, *args)
 
     def find_slowly(*args, **more):
         calls.append("find")
-        time.sleep(slow)
+        clock[0] += 0.001
         return find(*args, **more)
 
     monkeypatch.setattr(KnockoutHandle, "start", slowly)
     monkeypatch.setattr(module, "find_layouts", find_slowly)
     monkeypatch.setattr(module, "check", lambda *args: None)
-    cfg = BenchConfig(arch="tiny", frames=(8,), rounds=1, repeats=2, decode_tokens=1)
-    with Run.start(package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run") as run:
-        bench(cfg, run, device="cpu", quiet=True)
+    monkeypatch.setattr(module, "_decode_rate", lambda *args: 1.0)
+    monkeypatch.setattr("hone_core.timing.time.perf_counter", lambda: clock[0])
+    cfg = BenchConfig(model="tiny", frames=(8,), rounds=2)
+    with start(cfg, tmp_path) as run:
+        bench(cfg, run)
     prefill = {row.variant: row.value for row in run.rows if row.metric == "prefill"}
-    assert prefill.pop("baseline") < 1000 * 2 * slow
-    assert len(prefill) == 3
-    assert min(prefill.values()) > 1000 * 2 * slow
-    # A warm-up, two timed ones and that of the decode steps, for each of three variants.
-    assert calls == ["find", "start"] * 12
+    assert prefill.pop("baseline") == 0
+    assert list(prefill.values()) == pytest.approx([3.0] * 3)
+    # In each round a warm-up, a timed one and that of the decode steps, for each of three variants.
+    assert calls == ["find", "start"] * 18
 
 
 def test_layout_that_is_timed_is_that_of_the_workload():
@@ -57,7 +66,7 @@ def test_layout_that_is_timed_is_that_of_the_workload():
 
     work, device = WORKLOADS["tiny"], torch.device("cpu")
     layout = layout_of(work, 8)
-    model = build(BenchConfig(arch="tiny"), device, torch.float32)
+    model = build(BenchConfig(model="tiny"), device, torch.float32)
     inputs = {"input_ids": _token_ids(layout, work, device)}
     (found,) = find_layouts(model, inputs, tokens_per_frame=work.tokens_per_frame)
     assert torch.equal(found.frame, layout.frame)
@@ -82,23 +91,25 @@ def test_qwen_fuses_two_frames():
 
 @pytest.mark.parametrize("place", ["models", "bench"])
 def test_no_time_on_wrong_values(tmp_path, monkeypatch, place):
-    cfg = BenchConfig(arch="tiny", frames=(8,), rounds=1)
+    cfg = BenchConfig(model="tiny", frames=(8,), rounds=1)
     monkeypatch.setattr(
         f"hone_knockout.{place}.frame_local_attention", lambda q, k, v, where, scale=None: v.repeat_interleave(2, 1)
     )
     with (
         pytest.raises(RuntimeError, match="No time is reported"),
-        Run.start(package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run") as run,
+        Run.start(
+            package="hone-knockout", verb="bench", config=cfg, out=tmp_path / "run", device="cpu", quiet=True
+        ) as run,
     ):
-        bench(cfg, run, device="cpu", quiet=True)
+        bench(cfg, run)
     assert run.rows == []
 
 
 def test_bad_settings():
     with pytest.raises(ValueError, match="multiples of 2"):
-        BenchConfig(arch="qwen2.5-vl-7b", frames=(7,))
-    with pytest.raises(ValueError, match="arch must be one of"):
-        BenchConfig(arch="llava")
+        BenchConfig(model="qwen2.5-vl-7b", frames=(7,))
+    with pytest.raises(ValueError, match="model must be one of"):
+        BenchConfig(model="llava")
     with pytest.raises(ValueError, match="rounds must be positive"):
         BenchConfig(rounds=0)
 

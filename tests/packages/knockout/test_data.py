@@ -56,7 +56,7 @@ def test_shapes_differ():
 
 
 def test_attributes_are_uniform_and_inside():
-    drawn, _ = scenes(4000)
+    drawn = draw_scenes(4000, CFG, torch.Generator().manual_seed(0))
     for value, options in ((drawn.shape, 4), (drawn.direction, 4), (drawn.corner, 4), (drawn.color, 4)):
         counts = torch.bincount(value.flatten(), minlength=options).float()
         assert float((counts / counts.sum() - 1 / options).abs().max()) < 0.03

@@ -2,35 +2,38 @@ from contextlib import contextmanager
 
 import pytest
 from hone_core.runs import Run
+from hone_core.statistics import Paired
 from hone_core.timing import Timing
+from hone_knockout.config import DemoConfig
 from hone_knockout.data import generated_items
-from hone_knockout.demo import DemoConfig, DemoReport, demo, time_recipe
+from hone_knockout.demo import DemoReport, demo, time_recipe
 from hone_knockout.recommend import Recipe
-from hone_knockout.statistics import Paired
 
 
-def test_demo(host, tmp_path):
-    cfg = DemoConfig(items=16, batch=8, max_drop=100.0)
+def test_demo(host_file, tmp_path):
+    cfg = DemoConfig(items=16, batch=8, max_drop=100.0, host=host_file)
 
     def start():
-        return Run.start(package="hone-knockout", verb="demo", config=cfg, out=tmp_path / "run")
+        return Run.start(
+            package="hone-knockout", verb="demo", config=cfg, out=tmp_path / "run", device="cpu", quiet=True
+        )
 
     with start() as run:
-        report = demo(cfg, run, host, quiet=True)
+        report = demo(cfg, run)
     assert report.chart.stat().st_size > 10_000
     assert report.sheet.stat().st_size > 5_000
     assert "exit" in report.recipe
     assert "logits of exit and LV-K differ by at most" in report.timing
     assert "prefill of 16 prompts" in report.timing
     assert "20th and 80th percentiles" in report.timing
-    rows = {row["metric"]: row["value"] for row in report.sweep.rows}
+    rows = {row.metric: row.value for row in report.rows}
     assert rows["exit_gap"] < 1e-4
-    timed = {row["variant"]: row for row in report.sweep.rows if row["metric"] == "prefill"}
+    timed = {row.variant: row for row in report.rows if row.metric == "prefill"}
     assert list(timed) == ["baseline", "VT 0-1 + exit 2"]
-    assert all((row["n"], row["spread"] > 0) == (20, True) for row in timed.values())
+    assert all((row.n, row.spread > 0) == (20, True) for row in timed.values())
     # Two of five layers see the video, and all of them the text.
     assert 1 < rows["flop_bound"] < 5 / 2
-    assert {row["variant"] for row in report.sweep.rows} >= {"baseline", "global2 LV 0-4", "global2 VT random 0-4"}
+    assert {row.variant for row in report.rows} >= {"baseline", "global2 LV 0-4", "global2 VT random 0-4"}
     with start() as run:
         assert str(DemoReport.of(run)) == str(report)
 

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 from hone_core.runs import Run, load_results
-from hone_knockout.config import KnockoutConfig
+from hone_knockout.config import KnockoutConfig, SweepConfig
 from hone_knockout.data import generated_items
 from hone_knockout.evaluate import (
     BASELINE,
-    SweepConfig,
     SweepReport,
     configurations,
     is_right,
@@ -17,6 +16,7 @@ from hone_knockout.evaluate import (
     summarise,
     sweep,
 )
+from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices
 from hone_lm.question_sets import Item, load_items
 from hone_lm.tiny import tiny
 
@@ -26,7 +26,7 @@ CFG = SweepConfig(
 
 
 def start(cfg, out):
-    return Run.start(package="hone-knockout", verb="eval", config=cfg, out=out, seed=cfg.seed)
+    return Run.start(package="hone-knockout", verb="eval", config=cfg, out=out, seed=cfg.seed, quiet=True)
 
 
 def test_configurations_of_the_paper():
@@ -40,7 +40,7 @@ def test_configurations_of_the_paper():
     assert (exit.first, exit.last) == (18, 27)
     sliding = configurations(SweepConfig(settings=("window",), stride=1, kinds=("LV",)), 28)
     assert len(sliding) == 1 + 25
-    controls = configurations(SweepConfig(settings=("global2",), controls=("none", "random")), 4)
+    controls = configurations(SweepConfig(settings=("global2",), random_control=True), 4)
     assert [entry.kind for entry in controls.values()] == [
         "none", "LV", "LV random", "VT", "VT random", "VS", "VS random",
     ]  # fmt: skip
@@ -52,7 +52,7 @@ def test_sweep_with_and_without_reuse(host, tmp_path):
     for reuse in (True, False):
         cfg = dataclasses.replace(CFG, reuse=reuse)
         with start(cfg, tmp_path / str(reuse)) as run:
-            sweep(host.model, host.processor, items, cfg, run, quiet=True)
+            sweep(host.model, host.processor, items, cfg, run)
         answers, failed = read_answers(run.path)
         assert not failed
         tables.append({(n, label): r["p"] for n, row in answers.items() for label, r in row["results"].items()})
@@ -70,12 +70,12 @@ def test_sweep_with_and_without_reuse(host, tmp_path):
 def test_batches_change_no_answer(host, tmp_path, reuse):
     """Random controls among them: their pairs belong to the question, wherever it stands and however it is padded."""
     items = generated_items(8, host.config.clip)
-    cfg = dataclasses.replace(CFG, settings=("global2",), controls=("none", "random"), reuse=reuse)
+    cfg = dataclasses.replace(CFG, settings=("global2",), random_control=True, reuse=reuse)
     tables = []
     for batch in (1, 4):
         each = dataclasses.replace(cfg, batch=batch)
         with start(each, tmp_path / str(batch)) as run:
-            sweep(host.model, host.processor, items, each, run, quiet=True)
+            sweep(host.model, host.processor, items, each, run)
         answers, _ = read_answers(run.path)
         tables.append({(n, label): r["p"] for n, row in answers.items() for label, r in row["results"].items()})
     assert tables[0].keys() == tables[1].keys()
@@ -88,14 +88,14 @@ def test_a_spread_model_is_refused_before_any_question(tmp_path):
     model.model.language_model.layers[2].to("meta")
     cfg = dataclasses.replace(CFG, settings=("global2",))
     with start(cfg, tmp_path / "run") as run, pytest.raises(ValueError, match="all on one device"):
-        sweep(model, processor, generated_items(2), cfg, run, quiet=True)
+        sweep(model, processor, generated_items(2), cfg, run)
     assert not (run.path / "artifacts" / "answers.jsonl").exists()
 
 
 def test_rows(host, tmp_path):
     items = generated_items(16, host.config.clip)
     with start(CFG, tmp_path / "run") as run:
-        sweep(host.model, host.processor, items, CFG, run, quiet=True)
+        sweep(host.model, host.processor, items, CFG, run)
     answers, _ = read_answers(run.path)
     rows = {(r["metric"], r["variant"], r["split"]): r for r in load_results(run.path)["rows"]}
     for split in ("all", "shape", "place", "order", "direction"):
@@ -127,7 +127,7 @@ def test_a_sweep_goes_on_where_it_was(host, tmp_path, monkeypatch):
 
     def go():
         with start(cfg, tmp_path / "run") as run:
-            sweep(host.model, host.processor, items, cfg, run, quiet=True)
+            sweep(host.model, host.processor, items, cfg, run)
         return run
 
     monkeypatch.setitem(sweep.__globals__, "_answer_batch", spy)
@@ -161,7 +161,7 @@ def test_bad_items_are_written_down_and_left_out(host, tmp_path):
     ]
     cfg = dataclasses.replace(CFG, settings=("global2",), batch=4)
     with start(cfg, tmp_path / "run") as run:
-        report = sweep(host.model, host.processor, [bad[0], *good, *bad[1:]], cfg, run, quiet=True)
+        report = sweep(host.model, host.processor, [bad[0], *good, *bad[1:]], cfg, run)
     assert report.items == 4
     assert set(report.failed) == {"gone", "broken", "same"}
     assert "there is no video" in report.failed["gone"]
@@ -170,7 +170,7 @@ def test_bad_items_are_written_down_and_left_out(host, tmp_path):
     rows = {row["metric"]: row for row in load_results(run.path)["rows"]}
     assert (rows["failed_items"]["value"], rows["failed_items"]["n"]) == (3, 7)
     with start(cfg, tmp_path / "none") as run, pytest.raises(ValueError, match="every question failed; the first"):
-        sweep(host.model, host.processor, bad[:1], cfg, run, quiet=True)
+        sweep(host.model, host.processor, bad[:1], cfg, run)
 
 
 def test_one_bad_prompt_does_not_take_its_batch_along(host, tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_one_bad_prompt_does_not_take_its_batch_along(host, tmp_path, monkeypatc
     monkeypatch.setitem(sweep.__globals__, "choice_inputs", picky)
     cfg = dataclasses.replace(CFG, settings=("global2",), batch=4)
     with start(cfg, tmp_path / "run") as run:
-        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+        report = sweep(host.model, host.processor, items, cfg, run)
     assert report.items == 3
     assert report.failed == {items[2].id: "a frame is torn"}
 
@@ -209,7 +209,7 @@ def test_whatever_a_question_raises_is_written_down(host, tmp_path, monkeypatch,
     monkeypatch.setitem(sweep.__globals__, "choice_inputs", picky)
     cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=4)
     with start(cfg, tmp_path / "run") as run:
-        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+        report = sweep(host.model, host.processor, items, cfg, run)
     assert report.failed == {
         items[0].id: f"{kind.__name__}: {kind('torn')}",
         items[2].id: f"{kind.__name__}: {kind('too long')}",
@@ -231,7 +231,7 @@ def test_a_batch_too_large_for_memory_is_halved(host, tmp_path, monkeypatch):
     monkeypatch.setitem(sweep.__globals__, "_run_all", small)
     cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=8)
     with start(cfg, tmp_path / "run") as run:
-        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+        report = sweep(host.model, host.processor, items, cfg, run)
     assert (report.items, report.failed) == (8, {})
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 
@@ -243,9 +243,9 @@ def test_tokens_per_frame_of_a_sweep(host, tmp_path, monkeypatch, reuse):
     cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("VT",), reuse=reuse)
     whole = dataclasses.replace(cfg, tokens_per_frame=host.config.tokens)
     with start(cfg, tmp_path / "frames") as run:
-        assert not sweep(host.model, host.processor, items, cfg, run, quiet=True).failed
+        assert not sweep(host.model, host.processor, items, cfg, run).failed
     with start(whole, tmp_path / "whole") as run, pytest.raises(ValueError, match="blocks no pair"):
-        sweep(host.model, host.processor, items, whole, run, quiet=True)
+        sweep(host.model, host.processor, items, whole, run)
     assert json.loads((run.path / "config.json").read_text())["tokens_per_frame"] == host.config.tokens
     with pytest.raises(ValueError, match="tokens_per_frame must be positive"):
         dataclasses.replace(cfg, tokens_per_frame=0)
@@ -259,7 +259,7 @@ def test_a_line_that_cannot_be_read_counts_as_failed(host, tmp_path):
     items = load_items(tmp_path / "qa.jsonl")
     cfg = dataclasses.replace(CFG, settings=("global2",), kinds=("LV",), batch=2, frames=4)
     with start(cfg, tmp_path / "run") as run:
-        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+        report = sweep(host.model, host.processor, items, cfg, run)
     assert report.items == 1
     assert list(report.failed) == ["qa.jsonl:2", "qa.jsonl:3"]
     assert "not JSON" in report.failed["qa.jsonl:2"]
@@ -281,7 +281,7 @@ def test_failed_questions_are_asked_again_on_resume(host, tmp_path, monkeypatch)
 
     def stopped():
         with start(cfg, tmp_path / "run") as run:
-            assert set(sweep(host.model, host.processor, items, cfg, run, quiet=True).failed) == broken
+            assert set(sweep(host.model, host.processor, items, cfg, run).failed) == broken
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -289,14 +289,14 @@ def test_failed_questions_are_asked_again_on_resume(host, tmp_path, monkeypatch)
     broken.remove(items[0].id)
     with start(cfg, tmp_path / "run") as run:
         assert run.resumed
-        report = sweep(host.model, host.processor, items, cfg, run, quiet=True)
+        report = sweep(host.model, host.processor, items, cfg, run)
     assert report.items == 3
     assert report.failed == {items[1].id: "the drive is away"}
     rows = {row["metric"]: row["value"] for row in load_results(run.path)["rows"]}
     assert rows["failed_items"] == 1
 
 
-def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
+def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path, monkeypatch):
     model, processor = tiny("qwen2_5_vl", layers=2)
     processor.chat_template = (
         "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'video' %}"
@@ -304,17 +304,20 @@ def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path):
     )
     items = [dataclasses.replace(item, options=("a", "b", "c"), answer=1) for item in generated_items(6)]
     cfg = SweepConfig(settings=("global2",), kinds=("LV",), batch=3)
-    with start(cfg, tmp_path / "run") as run:
-        sweep(model, processor, items, cfg, run, quiet=True)
-    from hone_knockout.evaluate import _option_order
+    asked = []
 
-    orders = [_option_order(item, cfg) for item in items]
+    def noted(processor, question, options, **style):
+        asked.append(options)
+        return choice_prompt(processor, question, options, **style)
+
+    monkeypatch.setitem(sweep.__globals__, "choice_prompt", noted)
+    with start(cfg, tmp_path / "run") as run:
+        sweep(model, processor, items, cfg, run)
+    orders = [[item.options.index(option) for option in options] for item, options in zip(items, asked, strict=True)]
     assert len({tuple(order) for order in orders}) > 1
     # By hand: the letter at place j stands for option order[j].
-    from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices
-
     item, order = items[0], orders[0]
-    prompt = choice_prompt(processor, item.question, [item.options[i] for i in order])
+    prompt = choice_prompt(processor, item.question, asked[0])
     inputs = choice_inputs(processor, [prompt], [item.clip])
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.testing import assert_close
+from hone_knockout.config import HostConfig
 from hone_knockout.data import fake_batch, generated_items
-from hone_knockout.host import HostConfig, build_host, host_config, host_is_packaged, load_host, pixel_values
+from hone_knockout.host import build_host, host_config, load_host, pixel_values
 from hone_lm.checkpoints import load_model
 from hone_lm.choices import choice_inputs, choice_prompt
 from hone_lm.layouts import find_layouts, locate_spans
@@ -20,7 +21,7 @@ def inputs_of(host, count=4):
 def test_config_of_a_host_without_its_weights(host_file, tmp_path, monkeypatch):
     monkeypatch.setattr("hone_knockout.host.build_host", lambda *_: pytest.fail("a model was built"))
     assert host_config(host_file).layers == 5
-    with pytest.raises(CheckpointError, match="there is no trained host"):
+    with pytest.raises(CheckpointError, match="there is no tiny host"):
         host_config(tmp_path / "none.safetensors")
 
 
@@ -57,10 +58,10 @@ def test_pixels_are_the_processor_s(host):
 
 
 def test_bad_files(host_file, tmp_path):
-    with pytest.raises(CheckpointError, match="train one with hone-knockout train-host"):
+    with pytest.raises(CheckpointError, match="Train one with hone-knockout train-host"):
         load_host(path=tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="is no checkpoint of a tiny host"):
+    with pytest.raises(CheckpointError, match="lacks its sidecar"):
         load_host(path=tmp_path / "bad.safetensors")
     with pytest.raises(ValueError, match="multiple of heads"):
         HostConfig(width=30)
@@ -79,7 +80,6 @@ def test_a_host_is_a_model_folder_like_any_other(host, tmp_path):
     assert_close(model(**again).logits[:, -1], host.model(**inputs).logits[:1, -1], atol=1e-4)
 
 
-@pytest.mark.skipif(not host_is_packaged(), reason="no trained host is packaged")
 def test_packaged_host_has_learned_every_kind():
     from hone_knockout.train import GATES, grade_host
 

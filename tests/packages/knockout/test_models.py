@@ -10,6 +10,7 @@ from hone_knockout.local_attention import RegularFrames, frame_local_attention, 
 from hone_knockout.method import blocked_pairs, causal_pairs
 from hone_knockout.models import attach, check_model
 from hone_knockout.prefix import PrefixRunner
+from hone_knockout.prompts import Prompt
 from hone_lm.layouts import RULES, find_layouts, locate_spans
 from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 
@@ -22,6 +23,12 @@ INDUCTOR = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 LAYERS = 6
 ONE, TWO = ["What moves?"], ["What moves?", "Which of the two is first?"]
 MODELS = {}
+EAGER = ("qwen2_5_vl", "llava_onevision")
+CLASSES_AND_BASES = pytest.mark.parametrize(
+    ("family", "base"),
+    [(family, "sdpa") for family in FAMILIES]
+    + [pytest.param(family, "eager", marks=[] if family in EAGER else pytest.mark.slow) for family in FAMILIES],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +76,7 @@ def test_exit_equals_lv_after_it_for_every_text_row(family, questions):
             assert float((got - want).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@CLASSES_AND_BASES
 def test_exit_and_lv_agree_while_generating(family, base):
     model, inputs = get(family, TWO, base)
     with attach(model, lv(*range(3, LAYERS))):
@@ -104,7 +110,9 @@ def test_exit_with_rows_that_keep_different_numbers_of_tokens():
         blocked = generated(model, inputs)
     with attach(model, KnockoutConfig(exit=2)) as handle:
         left = generated(model, inputs)
-        assert not handle._prompt.even
+        kept = [int((layout.frame < 0).sum()) for layout in handle.layouts]
+        assert kept[0] != kept[1]
+        assert handle.rows.shape == (2, max(kept))
     assert float((left - blocked).abs().max()) < 1e-5
 
 
@@ -162,8 +170,7 @@ def test_vt_and_vs_together_are_vv():
         assert torch.equal(model(**inputs).logits, together)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@CLASSES_AND_BASES
 def test_detach_restores_every_bit(family, base):
     model, inputs = get(family, TWO, base)
     before, tokens = model(**inputs).logits, generated(model, inputs)
@@ -252,15 +259,25 @@ def test_bases_agree():
                 assert_close(logits, results.setdefault(name, logits), what=f"{name}, {base}", atol=1e-4)
 
 
+def pairs(model, inputs, knockout):
+    """Pairs that a knockout blocks in each prompt, ``[batch, tokens, tokens]``."""
+    config = KnockoutConfig(knockouts=(knockout,))
+    prompt = Prompt.of(find_layouts(model, inputs), config, torch.device("cpu"), inputs["input_ids"])
+    b, at = torch.arange(len(prompt.layouts)), torch.arange(prompt.tokens)
+    return prompt.rule(knockout, prompt.tokens)(b[:, None, None], at[None, :, None], at[None, None, :])
+
+
 def test_random_control_blocks_as_much_and_somewhere_else():
     model, inputs = get("llava_onevision")
     outputs = []
     for seed in (0, 0, 1):
-        with attach(model, lv(2, 3, control="random", seed=seed)) as handle:
+        with attach(model, lv(2, 3, control="random", seed=seed)):
             outputs.append(model(**inputs).logits)
-            drawn = handle._drawn[0, 0][0]
     frame = find_layouts(model, inputs)[0].frame
+    (drawn,) = pairs(model, inputs, lv(2, 3, control="random"))
     assert drawn.sum() == blocked_pairs("LV", frame).sum()
+    assert not torch.equal(drawn, blocked_pairs("LV", frame))
+    assert not (drawn & ~causal_pairs(len(frame))).any()
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2])
 
@@ -282,10 +299,7 @@ def test_random_control_of_a_prompt_is_the_same_in_any_batch(family):
 
 def test_random_controls_of_two_prompts_differ_also_where_their_layouts_do_not():
     model, inputs = get("llava_onevision", ["What moves?", "What turns?", "What moves?"])
-    with attach(model, lv(2, control="random")) as handle:
-        model(**inputs)
-        tables = [handle._drawn[0, row][0] for row in range(3)]
-    assert len(tables[0]) == len(tables[1])
+    tables = pairs(model, inputs, lv(2, control="random"))
     assert int(tables[0].sum()) == int(tables[1].sum())
     assert torch.equal(tables[0], tables[2])
     assert not torch.equal(tables[0], tables[1])
@@ -352,11 +366,18 @@ class TestLocalAttention:
 
     def test_the_model_takes_it_and_gets_the_same(self, monkeypatch):
         model, inputs = get("llava_onevision")
+        calls = []
+
+        def noted(*args, **more):
+            calls.append(args)
+            return frame_local_attention(*args, **more)
+
+        monkeypatch.setattr("hone_knockout.models.frame_local_attention", noted)
         with attach(model, Knockout(kind="VT", layers=(0, 1))) as handle:
-            fast = model(**inputs).logits
-            assert handle._prompt.regular is not None
-            monkeypatch.setattr(type(handle), "_is_local", lambda *a: False)
+            fast, taken = model(**inputs).logits, len(calls)
+            handle.frame_local = False
             assert_close(fast, model(**inputs).logits)
+        assert (taken, len(calls)) == (2, 2)
 
     def test_a_mask_in_its_place_is_said_once(self, monkeypatch, caplog):
         monkeypatch.setattr("hone_knockout.models._LONG", 8)
@@ -491,8 +512,28 @@ class TestRefusals:
 
     def test_unknown_preset(self):
         model, _ = get("qwen2_vl")
-        with pytest.raises(ValueError, match="preset must be one of"):
+        with pytest.raises(ValueError, match="no preset"):
             attach(model, "exit-8b")
+
+    def test_disabled_and_enabled_again(self):
+        model, inputs = get("qwen2_vl")
+        before = model(**inputs).logits
+        with attach(model, KnockoutConfig(exit=3)) as handle:
+            assert handle.attached
+            knocked = model(**inputs).logits
+            with handle.disabled():
+                assert torch.equal(model(**inputs).logits, before)
+            assert torch.equal(model(**inputs).logits, knocked)
+        assert not handle.attached
+        assert "KnockoutHandle on Qwen2VLForConditionalGeneration, detached" in repr(handle)
+
+    def test_a_replaced_layer_is_seen(self):
+        model, processor = tiny("qwen2_vl", layers=2)
+        layers = model.model.language_model.layers
+        with attach(model, KnockoutConfig(exit=1)):
+            layers[1] = type(layers[1])(model.config.text_config, 1)
+            with pytest.raises(RuntimeError, match=r"layers.1 was replaced after attach\(\)"):
+                model(**tiny_inputs("qwen2_vl", processor))
 
 
 STATIC = {kind: Knockout(kind=kind, layers=(2, 3)) for kind in KINDS if kind != "span"} | {

@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from hone_knockout.config import Knockout, KnockoutConfig
-from hone_knockout.evaluate import BASELINE, SweepConfig, configurations
+from hone_knockout.config import Knockout, KnockoutConfig, SweepConfig
+from hone_knockout.evaluate import BASELINE, configurations
 from hone_knockout.recommend import choose, halves
 
 LAYERS = 6

@@ -1,20 +1,20 @@
 import json
-import shutil
 
 import pytest
 from hone_core.runs import Run, load_results
-from hone_knockout.evaluate import SweepConfig, configurations
+from hone_knockout.config import ReproduceConfig, SweepConfig
+from hone_knockout.evaluate import configurations
 from hone_knockout.reproduce import (
     RULES,
-    ReproduceConfig,
     ReproduceReport,
     judge,
     reproduce,
     verdict_over_seeds,
 )
-from hone_knockout.statistics import bootstrap_accuracies
 
 LAYERS = 10
+
+
 FOUND = configurations(SweepConfig(settings=("global1", "global2", "window"), stride=1, step=1), LAYERS)
 
 
@@ -59,7 +59,7 @@ def test_layer_ratio_of_seventy_percent_is_the_last_that_counts():
     assert holds(GOOD | {"global1 LV 7-9": 0.5}, "finding_1") == "no"
 
 
-@pytest.mark.parametrize(("vt", "count", "want"), [(0.78, 200, "undecided"), (0.78, 20_000, "yes")])
+@pytest.mark.parametrize(("vt", "count", "want"), [(0.78, 200, "undecided"), (0.78, 6_000, "yes")])
 def test_few_questions_decide_less(vt, count, want):
     # 70 points lost by LV and 22 by VT: a margin of 4 points.
     found = judge(rows(GOOD | {"global2 VT 0-9": vt}, count), FOUND, num_layers=LAYERS)["finding_2"]
@@ -98,28 +98,17 @@ def test_one_host_is_not_three_seeds():
         ReproduceConfig(hosts=("a", "b", "a"))
 
 
-def test_kinds_of_questions_are_drawn_apart():
-    """The share of each kind is fixed: where answers are a matter of the kind alone, nothing is left to chance."""
-    kinds = ["shape"] * 30 + ["order"] * 10
-    drawn = bootstrap_accuracies([[kind == "shape", True] for kind in kinds], kinds)
-    assert (drawn == [0.75, 1.0]).all()
-    mixed = bootstrap_accuracies([[index % 2 == 0] for index in range(40)], kinds)
-    assert mixed.std() == pytest.approx((0.25 / 40) ** 0.5, rel=0.1)
-    with pytest.raises(ValueError, match="a stratum for each of 40 items; got 39"):
-        bootstrap_accuracies([[True]] * 40, kinds[1:])
-
-
 def test_a_host_that_has_not_learned_is_refused(host_file, tmp_path):
-    cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(str(host_file),))
+    cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(host_file,))
     with (
         pytest.raises(ValueError, match="misses its gates"),
-        Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run") as run,
+        Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run", quiet=True) as run,
     ):
-        reproduce(cfg, run, quiet=True)
+        reproduce(cfg, run)
 
 
 @pytest.mark.parametrize("second", ["unlearned", "missing"])
-def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, monkeypatch, second):
+def test_every_host_is_looked_at_before_the_first_sweep(host_file, copy_host, tmp_path, monkeypatch, second):
     graded = []
 
     def grade(host, **_):
@@ -131,27 +120,27 @@ def test_every_host_is_looked_at_before_the_first_sweep(host_file, tmp_path, mon
     monkeypatch.setattr("hone_knockout.reproduce.sweep", lambda *_, **__: pytest.fail("a sweep began"))
     other = tmp_path / "other.safetensors"
     if second == "unlearned":
-        shutil.copy(host_file, other)
-    cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(str(host_file), str(other)))
-    message = "host 1 .* misses its gates" if second == "unlearned" else "there is no trained host"
+        copy_host(other)
+    cfg = ReproduceConfig(items=16, gate_clips=8, hosts=(host_file, other))
+    message = "host 1 .* misses its gates" if second == "unlearned" else "there is no tiny host"
     with (
         pytest.raises(ValueError, match=message),
-        Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run") as run,
+        Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run", quiet=True) as run,
     ):
-        reproduce(cfg, run, quiet=True)
+        reproduce(cfg, run)
 
 
-def test_the_whole_of_it(host_file, tmp_path, monkeypatch):
+def test_the_whole_of_it(host_file, copy_host, tmp_path, monkeypatch):
     # Untrained hosts pass no gate, and this is about the machinery.
     monkeypatch.setattr("hone_knockout.reproduce.GATES", dict.fromkeys(("shape", "place"), 0.0))
-    twin = shutil.copy(host_file, tmp_path / "twin.safetensors")
-    cfg = ReproduceConfig(items=16, batch=8, gate_clips=8, hosts=(str(host_file), str(twin)))
+    twin = copy_host(tmp_path / "twin.safetensors")
+    cfg = ReproduceConfig(items=16, batch=8, gate_clips=8, hosts=(host_file, twin))
 
     def start():
-        return Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run")
+        return Run.start(package="hone-knockout", verb="reproduce", config=cfg, out=tmp_path / "run", quiet=True)
 
     with start() as run:
-        report = reproduce(cfg, run, quiet=True)
+        report = reproduce(cfg, run)
     assert len(report.verdict["hosts"]) == 2
     assert set(report.verdict["findings"]) == {"finding_1", "finding_2", "finding_3"}
     assert report.verdict["notes"] == ["2 host(s); a verdict wants 3 seeds (--host A B C)"]

@@ -1,11 +1,13 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hone_core.runs import Run
 from hone_knockout import sample
-from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.config import GenerateConfig, Knockout, KnockoutConfig
 from hone_knockout.data import generated_items
-from hone_knockout.sample import AskConfig, ask, look
+from hone_knockout.sample import GenerateReport, ask, look
 from hone_lm.tiny import tiny
 
 
@@ -13,50 +15,61 @@ from hone_lm.tiny import tiny
 def case(host, tmp_path):
     item = generated_items(1, host.config.clip)[0]
     np.save(tmp_path / "clip.npy", item.clip.frames.permute(0, 2, 3, 1).numpy())
-    return item, {"model": "host", "video": str(tmp_path / "clip.npy"), "ask": item.question, "style": "text"}
+    return item, {"model": "host", "video": tmp_path / "clip.npy", "ask": item.question, "style": "text"}
 
 
-def test_options_beside_the_baseline(host, case):
+@pytest.fixture
+def answer(host, tmp_path):
+    """Ask in a run folder of its own, and see that the folder tells the same again."""
+
+    def once(cfg, config):
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        with Run.start(package="hone-knockout", verb="generate", config=cfg, out=folder) as run:
+            report = ask(host.model, host.processor, cfg, config, run)
+        with Run.start(package="hone-knockout", verb="generate", config=cfg, out=folder) as run:
+            assert run.done
+            assert str(GenerateReport.of(run)) == str(report)
+        return report
+
+    return once
+
+
+def test_options_beside_the_baseline(answer, case):
     item, where = case
     knockout = Knockout(kind="LV", layers=tuple(range(5)))
-    cfg = AskConfig(options=item.options, config=KnockoutConfig(knockouts=(knockout,)), **where)
-    report = ask(host.model, host.processor, cfg)
+    report = answer(GenerateConfig(options=item.options, **where), KnockoutConfig(knockouts=(knockout,)))
     assert set(report.answers) == {"baseline", "LV 0-4"}
     before, after = report.answers.values()
     assert sum(before) == pytest.approx(1)
     assert before != pytest.approx(after, abs=1e-3)
     assert "square" in str(report)
-    assert report.to_dict()["options"] == list(item.options)
+    assert report.options == item.options
 
 
-def test_written_answer_with_exit(host, case):
-    _, where = case
-    cfg = AskConfig(config=KnockoutConfig(exit=3), max_new_tokens=3, **where)
-    report = ask(host.model, host.processor, cfg)
+def test_written_answer_with_exit(answer, case):
+    report = answer(GenerateConfig(max_new_tokens=3, **case[1]), KnockoutConfig(exit=3))
     assert list(report.answers) == ["baseline", "exit 3"]
-    assert all(isinstance(answer, str) for answer in report.answers.values())
+    assert all(isinstance(text, str) for text in report.answers.values())
     assert all(value > 0 for value in report.milliseconds.values())
 
 
-def test_gap_between_exit_and_knockout(host, case, monkeypatch):
+def test_gap_between_exit_and_knockout(answer, case, monkeypatch):
     window = Knockout(kind="VT", layers=(0, 1))
-    cfg = AskConfig(config=KnockoutConfig(knockouts=(window,), exit=3), max_new_tokens=1, rounds=1, **case[1])
-    report = ask(host.model, host.processor, cfg)
+    cfg, both = GenerateConfig(max_new_tokens=1, rounds=1, **case[1]), KnockoutConfig(knockouts=(window,), exit=3)
+    report = answer(cfg, both)
     assert report.exit_gap < 1e-3
     assert "exit and LV-K in the same layers differ by at most" in str(report)
-    assert report.to_dict()["exit_gap"] == report.exit_gap
     # An exit that also took something else from the text would show.
     attach = sample.attach
     monkeypatch.setattr(
         sample, "attach", lambda model, config, **_: attach(model, KnockoutConfig(exit=1) if config.exit else config)
     )
-    assert ask(host.model, host.processor, cfg).exit_gap > 0.01
+    assert answer(cfg, both).exit_gap > 0.01
     monkeypatch.undo()
-    without = AskConfig(config=KnockoutConfig(knockouts=(window,)), max_new_tokens=1, rounds=1, **case[1])
-    assert ask(host.model, host.processor, without).exit_gap is None
+    assert answer(cfg, KnockoutConfig(knockouts=(window,))).exit_gap is None
 
 
-def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch):
+def test_times_are_medians_of_warm_turns_that_alternate(host, answer, case, monkeypatch):
     """By this clock the first turn of each is slow, as on a cold machine, and the exit saves time in decoding."""
     clock, turns, attach = [0.0], [], sample.attach
 
@@ -74,8 +87,8 @@ def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch)
     monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
     hook = host.model.register_forward_pre_hook(tick, with_kwargs=True)
     try:
-        cfg = AskConfig(config=KnockoutConfig(exit=3), max_new_tokens=2, **case[1])
-        report = ask(host.model, host.processor, cfg)
+        cfg = GenerateConfig(max_new_tokens=2, **case[1])
+        report = answer(cfg, KnockoutConfig(exit=3))
     finally:
         hook.remove()
     # What follows is the gap to LV-K, which is not timed.
@@ -86,20 +99,20 @@ def test_times_are_medians_of_warm_turns_that_alternate(host, case, monkeypatch)
     assert "25 ms: prefill 20, decode 5" in str(report)
 
 
-def test_look(host, case):
-    layout = look(host.model, host.processor, AskConfig(**case[1]))
+def test_look(host, answer, case):
+    layout = look(host.model, host.processor, GenerateConfig(**case[1]))
     assert layout.num_frames == 4
-    cut = AskConfig(tokens_per_frame=3, **case[1])
+    cut = GenerateConfig(tokens_per_frame=3, **case[1])
     assert look(host.model, host.processor, cut).num_frames == 12
     knockout = KnockoutConfig(knockouts=(Knockout(kind="VT", layers=(0,)),), exit=3)
-    report = ask(host.model, host.processor, replace(cut, config=knockout, max_new_tokens=1, rounds=1))
+    report = answer(replace(cut, max_new_tokens=1, rounds=1), knockout)
     assert report.layout.num_frames == 12
     with pytest.raises(ValueError, match="tokens_per_frame=5 does not divide a run of 36"):
         look(host.model, host.processor, replace(cut, tokens_per_frame=5))
 
 
 def test_sampled_frames_are_told_from_those_of_the_layout(host, case, tmp_path):
-    layout = look(host.model, host.processor, AskConfig(**case[1], frames=32))
+    layout = look(host.model, host.processor, GenerateConfig(**case[1], frames=32))
     # The clip has only four.
     assert layout.sampled == 4
     assert "4 frames sampled" in str(layout)
@@ -107,7 +120,7 @@ def test_sampled_frames_are_told_from_those_of_the_layout(host, case, tmp_path):
     model, processor = tiny("qwen2_5_vl", layers=1)
     np.save(tmp_path / "long.npy", np.random.default_rng(0).integers(0, 255, (20, 56, 56, 3), dtype=np.uint8))
     for frames, left in ((8, 4), (7, 4)):
-        cfg = AskConfig(model="m", video=str(tmp_path / "long.npy"), ask="What?", frames=frames)
+        cfg = GenerateConfig(model="m", video=tmp_path / "long.npy", ask="What?", frames=frames)
         layout = look(model, processor, cfg)
         assert (layout.sampled, layout.num_frames) == (frames, left)
         assert f"{frames} frames sampled, 2 fused into each of the 4" in str(layout)
@@ -115,7 +128,7 @@ def test_sampled_frames_are_told_from_those_of_the_layout(host, case, tmp_path):
 
 
 def test_bad_questions():
-    where = {"model": "m", "video": "v"}
+    where = {"model": "m", "video": Path("v")}
     for values, message in (
         ({"ask": " "}, "question is empty"),
         ({"ask": "?", "options": ("a",)}, "one option is no choice"),
@@ -124,4 +137,4 @@ def test_bad_questions():
         ({"ask": "?", "tokens_per_frame": 0}, "tokens_per_frame must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
-            AskConfig(**where, **values)
+            GenerateConfig(**where, **values)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from hone_core import runs
 from hone_core.cli import Verb, run_cli
 from hone_core.config import flag
@@ -385,7 +386,9 @@ def draw(cfg: DrawConfig, run: runs.Run) -> DrawReport:
     return DrawReport.of(run)
 
 
+@torch.no_grad()
 def whole(cfg: DrawConfig, run: runs.Run) -> "runs.Report":
+    # The decorator's module does not know the name of the report.
     run.row("time", 1.25, unit="ms", better="lower", spread=0.5, variant="dense", labels={"frames": 8})
     return runs.Report.of(run)
 
@@ -468,6 +471,23 @@ def test_flags_of_every_kind_change_defaults_and_a_file(table, tmp_path, argv, p
     for name in path:
         got = got[name]
     assert got == value
+
+
+def test_a_finished_run_is_exported_whether_it_ran_now_or_before(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "c", "dirty": False})
+    assert table("whole --out run --export absent/x.json")[0] == 2
+    assert not (tmp_path / "run").exists()
+    for name in ("first", "second"):
+        code, _, err = table(f"whole --out run --export {name}.json")
+        assert code == 0, err
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
+    assert first == second
+    assert first["rows"] == json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "c", "dirty": True})
+    code, _, err = table("whole --out other --export other.json")
+    assert code == 1
+    assert "expected a run of committed code" in err
+    assert json.loads((tmp_path / "other" / "results.json").read_text())["status"] == "done"
 
 
 def test_dry_run_prints_the_prepared_plan_and_makes_nothing(table, tmp_path):

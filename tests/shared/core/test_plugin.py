@@ -85,9 +85,9 @@ def test_gpu_tests_skip_with_a_reason_and_fail_when_required(tmp_path):
 @pytest.mark.parametrize(
     ("mark", "limit"),
     [
-        ("", "--timeout=2"),
-        ("@pytest.mark.timeout(2)", "--timeout=300"),
-        ("@pytest.mark.timeout(timeout=2, func_only=True, method='signal')", "--timeout=300"),
+        ("", "--timeout=1"),
+        ("@pytest.mark.timeout(1)", "--timeout=300"),
+        ("@pytest.mark.timeout(timeout=1, func_only=True, method='signal')", "--timeout=300"),
     ],
 )
 def test_a_gpu_test_that_hangs_outside_python_is_ended(tmp_path, mark, limit):

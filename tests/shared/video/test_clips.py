@@ -2,24 +2,8 @@ import math
 
 import pytest
 import torch
-from hone_video.clips import (
-    COLORS,
-    DIRECTIONS,
-    FIELDS,
-    NUM_WORDS,
-    SPEEDS,
-    VOCABULARY,
-    ClipConfig,
-    Glyphs,
-    describe,
-    fake_batch,
-    label_words,
-    load_glyphs,
-    parse_prompt,
-    random_labels,
-    render,
-    segment_glyphs,
-)
+from hone_video.clips import Glyphs, fake_batch, label_words, load_glyphs, random_labels, render, segment_glyphs
+from hone_video.prompts import COLORS, DIRECTIONS, FIELDS, NUM_WORDS, SPEEDS, VOCABULARY, ClipConfig
 
 SMALL = ClipConfig(frames=4, height=16, width=16, glyph_px=8)
 
@@ -40,41 +24,6 @@ def blob():
 def solid():
     """A glyph that fills its box, so that its pixels can be counted."""
     return Glyphs(torch.ones(10, 32, 32), torch.arange(10))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        ("a red 7 moving left, slow", {"digit": "7", "color": "red", "direction": "left", "speed": "slow"}),
-        ("Fast. Up right! the NINE cyan", {"digit": "9", "color": "cyan", "direction": "up-right", "speed": "fast"}),
-        (
-            "a white digit 0 moving down - left, medium, on a textured background",
-            {"digit": "0", "direction": "down-left", "speed": "medium", "background": "textured"},
-        ),
-    ],
-)
-def test_prompts_are_read(prompt, words):
-    assert parse_prompt(prompt) == labels(**words)[0].tolist()
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("a purple 7 moving left, slow", "unknown word 'purple'.*color: red green"),
-        ("a red 7 moving left", "does not say the speed"),
-        ("a red 7 or 8 moving left, slow", "unknown word 'or'"),
-        ("a red 7 8 moving left, slow", "two values for digit"),
-        ("", "digit and the color and the direction and the speed"),
-    ],
-)
-def test_a_prompt_that_cannot_be_read_says_why(prompt, message):
-    with pytest.raises(ValueError, match=message):
-        parse_prompt(prompt)
-
-
-def test_describe_is_read_back():
-    for row in random_labels(50, torch.Generator().manual_seed(1)):
-        assert parse_prompt(describe(row)) == row.tolist()
 
 
 def test_word_ids_are_distinct_over_fields():

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from hone_video.clips import DIRECTIONS, ClipConfig, fake_batch, load_glyphs, random_labels, render
+from hone_video.clips import fake_batch, load_glyphs, random_labels, render
 from hone_video.grader import ClipClassifier, estimate_motion, grade, train_classifier
+from hone_video.prompts import DIRECTIONS, ClipConfig
 
 
 def test_motion_is_read_off_clips():

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from hone_kernels.backends import Backend, choose, gluon_reason, triton_reason
+from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
 
 from .layout import BlockLayout
 from .reference import attention_reference
 
-__all__ = ["SUPPORT", "Backend", "PooledKV", "Support", "block_sparse_attention"]
-
-
-@dataclass(frozen=True)
-class Support:
-    """What one backend can do; error messages, documentation and test parameters are read from here.
-
-    Attributes:
-        dtypes: Of q, k and v.
-        head_dims: D, or None for any.
-        blocks: Allowed ``block_q`` and ``block_k``, or None for any.
-        min_sm: Least compute capability times ten, or None where no GPU is needed.
-        backward: Whether gradients flow.
-        max_sm: Greatest compute capability times ten, or None.
-    """
-
-    dtypes: tuple[torch.dtype, ...]
-    head_dims: tuple[int, ...] | None
-    blocks: tuple[int, ...] | None
-    min_sm: int | None
-    backward: bool
-    max_sm: int | None = None
+__all__ = ["SUPPORT", "Backend", "PooledKV", "block_sparse_attention", "check_layout"]
 
 
 SUPPORT: dict[str, Support] = {
-    "reference": Support(
-        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
-        head_dims=None,
-        blocks=None,
-        min_sm=None,
-        backward=True,
-    ),
+    "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16), backward=True),
     "triton": Support(
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        language="triton",
         head_dims=(32, 64, 96, 128),
         blocks=(32, 64, 128, 256),
         min_sm=80,
@@ -55,6 +31,7 @@ SUPPORT: dict[str, Support] = {
     # The forward; its gradients come from the Triton kernels.
     "gluon": Support(
         dtypes=(torch.bfloat16, torch.float16),
+        language="gluon",
         head_dims=(64, 128),
         blocks=(64, 128),
         min_sm=90,
@@ -80,29 +57,13 @@ class PooledKV:
     bias: Tensor | None = None
 
 
-def _check_axes(name: str, x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
-    # A compiler may not know the sizes yet.
-    if not torch.compiler.is_compiling() and 0 in x.shape:
-        raise ValueError(f"{name} must have an entry along every axis [B, H, S, D]; got {list(x.shape)}")
+def check_layout(q: Tensor, k: Tensor, layout: BlockLayout) -> None:
+    """Check that a layout is one, and made for ``q [B, H, TQ, D]`` and ``k [B, HK, TK, D]``.
 
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_axes(name, x)
-        if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share a dtype; got {q.dtype} for q and {x.dtype} for {name}")
-        if x.device != q.device:
-            raise ValueError(f"q, k and v must share a device; q is on {q.device}, {name} on {x.device}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have the same shape; got {list(k.shape)} and {list(v.shape)}")
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"q and k must share the batch size; got {q.shape[0]} and {k.shape[0]}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must share head_dim; got {q.shape[3]} and {k.shape[3]}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key heads; got {q.shape[1]} and {k.shape[1]}")
+    Raises:
+        ValueError: If lengths, devices or axes differ.
+        TypeError: If it is not a ``BlockLayout``.
+    """
     if not isinstance(layout, BlockLayout):
         raise TypeError(
             f"layout must be a BlockLayout (BlockLayout.dense, .from_mask, ...); got {type(layout).__name__}"
@@ -149,31 +110,32 @@ def _check_pooled(pooled: PooledKV, k: Tensor) -> None:
             raise ValueError(f"pooled.bias must broadcast to [B, HK, G] = {list(want)}; got {list(pooled.bias.shape)}")
 
 
-def _check_scale(scale: float | None, dim: int) -> float:
-    """The factor on the logits, ``dim ** -0.5`` if None."""
-    if scale is None:
-        return dim**-0.5
-    if isinstance(scale, Tensor):
-        raise TypeError("scale must be a number, through which no gradient flows; got a tensor. Call .item()")
-    scale = float(scale)
-    if not torch.compiler.is_compiling() and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite; got {scale}. Negate q for a negative one")
-    return scale
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    pooled: PooledKV | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
 
 
-def why_not(backend: str, q: Tensor, layout: BlockLayout) -> str | None:
-    """Why this backend cannot take these inputs, or None."""
-    support = SUPPORT[backend]
-    if q.dtype not in support.dtypes:
-        return f"it takes {', '.join(str(d) for d in support.dtypes)}; got {q.dtype}"
-    if support.head_dims is not None and q.shape[3] not in support.head_dims:
-        return f"it takes head_dim in {support.head_dims}; got {q.shape[3]}"
-    for name in ("block_q", "block_k"):
-        if support.blocks is not None and getattr(layout, name) not in support.blocks:
-            return f"it takes {name} in {support.blocks}; got {getattr(layout, name)}"
-    if backend == "gluon":
-        return gluon_reason(q.device, support.min_sm, support.max_sm)
-    return triton_reason(q.device, support.min_sm) if backend == "triton" else None
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    pooled: PooledKV | None = ...,
+    return_lse: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(
@@ -212,33 +174,37 @@ def block_sparse_attention(
         ValueError: If shapes, layout and backend do not fit together.
         TypeError: If dtypes differ or the layout is not a ``BlockLayout``.
     """
-    _check_tensors(q, k, v, layout)
+    check_heads(q, k, v)
+    check_layout(q, k, layout)
     if pooled is not None:
         _check_pooled(pooled, k)
-    scale = _check_scale(scale, q.shape[3])
+    scale = check_scale(scale, q.shape[3])
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
     kernels = preference(q.shape[3], pooled is not None)
-    backend = choose("block_sparse_attention", backend, q.device, lambda name: why_not(name, q, layout), kernels)
+    blocks = dict(block_q=layout.block_q, block_k=layout.block_k)
+    backend = choose(
+        "block_sparse_attention", backend, SUPPORT, q.device, q.dtype, kernels=kernels, head_dim=q.shape[3], **blocks
+    )
     if backend == "reference":
         out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
         return (out, lse) if return_lse else out
     if bias is not None:
+        assert pooled_k is not None
         bias = bias.float().expand(pooled_k.shape[:3])
     out, lse = _attention_op(
-        *(_unit_last(x) for x in (q, k, v)),
-        *_lists(layout),
-        None if pooled_k is None else _unit_last(pooled_k),
-        None if pooled_v is None else _unit_last(pooled_v),
+        *(unit_last(x) for x in (q, k, v)),
+        *layout.lists(),
+        None if pooled_k is None else unit_last(pooled_k),
+        None if pooled_v is None else unit_last(pooled_v),
         bias,
-        layout.block_q,
-        layout.block_k,
+        *blocks.values(),
         scale,
         backend,
     )
     return (out, lse) if return_lse else out
 
 
-def preference(dim: int, pooled: bool) -> tuple[str, str]:
+def preference(dim: int, pooled: bool) -> tuple[Backend, Backend]:
     """Kernels in the order in which ``backend="auto"`` asks them.
 
     Steps of pooled keys need their biases in registers. At head size 64 Gluon then takes 0 to 6 % longer than Triton on
@@ -247,22 +213,7 @@ def preference(dim: int, pooled: bool) -> tuple[str, str]:
     return ("triton", "gluon") if pooled and dim == 64 else ("gluon", "triton")
 
 
-def _unit_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _expanded(dout: Tensor) -> Tensor:
-    """A gradient with every value in memory: a mean's repeats one along an axis, which the copy engine cannot."""
-    return dout if all(dout.stride()) and dout.stride(-1) == 1 else dout.contiguous()
-
-
-def _lists(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``kv_num``, ``kv_idx`` and ``k_valid``, each as the kernels read it: neighbours side by side."""
-    k_valid = None if layout.k_valid is None else _unit_last(layout.k_valid)
-    return _unit_last(layout.kv_num), _unit_last(layout.kv_idx), k_valid
-
-
-@torch.library.custom_op("hone::block_sparse_attention", mutates_args=())
+@torch.library.custom_op("hone_kernels::block_sparse_attention", mutates_args=())
 def _attention_op(
     q: Tensor,
     k: Tensor,
@@ -278,6 +229,7 @@ def _attention_op(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    attention_forward: Callable[..., tuple[Tensor, Tensor]]
     if backend == "gluon":
         from .gluon_sm90 import attention_forward
     else:
@@ -294,7 +246,7 @@ def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("hone::block_sparse_attention_backward", mutates_args=())
+@torch.library.custom_op("hone_kernels::block_sparse_attention_backward", mutates_args=())
 def _attention_backward_op(
     dout: Tensor,
     dlse: Tensor,
@@ -318,11 +270,12 @@ def _attention_backward_op(
     columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k).transpose()
     with torch.cuda.device_of(q):
         grads = attention_backward(
-            _expanded(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
+            in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
             k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
         )  # fmt: skip
     # A custom op returns tensors only: an absent gradient is an empty one.
-    return tuple(q.new_empty(0) if g is None else g for g in grads)
+    dq, dk, dv, dpk, dpv, dbias = (q.new_empty(0) if g is None else g for g in grads)
+    return dq, dk, dv, dpk, dpv, dbias
 
 
 @_attention_backward_op.register_fake
@@ -341,7 +294,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, dlse):
     *tensors, out, lse = ctx.saved_tensors
     q, k, v, *rest = tensors
-    grads = torch.ops.hone.block_sparse_attention_backward(
+    grads = torch.ops.hone_kernels.block_sparse_attention_backward(
         dout, dlse, q, k, v, out, lse, *rest, ctx.block_q, ctx.block_k, ctx.scale
     )
     dq, dk, dv, dpk, dpv, dbias = (g if g.numel() else None for g in grads)

@@ -1,12 +1,11 @@
 """Block-sparse attention beside the strongest alternatives on this machine: values first, then time.
 
-One row per shape, mode, density, data type and provider. Rates count the query-key pairs of listed blocks only, so a
+One call per shape, mode, density, data type and provider. Rates count the query-key pairs of listed blocks only, so a
 rate that holds at low density means time in proportion to density. Dense providers ignore the lists: their time is what
 a sparse one has to beat, and their rate is that of the dense product, whatever the density beside which they ran.
 
-Every call of ours is compared with the reference, at its own density and mode, before it is timed. A row's ``error`` is
-what that gave, ``speedup_over_dense`` how many times faster than cuDNN's dense attention of that run the call is; both
-are None where there is nothing to compare with.
+Every call of ours is compared with the reference, at its own density and mode, before it is timed; its ``error`` is
+what that gave.
 """
 
 from __future__ import annotations
@@ -14,33 +13,32 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hone_core.runs import Run
+from hone_core.timing import measure_interleaved
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hone_kernels.timing import Times, interleaved
+from hone_kernels.attention_fp8 import SUPPORT as FP8_SUPPORT
+from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
+from hone_kernels.attention_fp8.reference import attention_fp8_reference
+from hone_kernels.rows import DENSE, timed
 
-from .api import SUPPORT, PooledKV, block_sparse_attention, why_not
-from .fp8 import block_sparse_attention_fp8, fp8_block_sparse_attention, fp8_why_not, quantize_qkv
-from .fp8_reference import attention_fp8_reference
+from .api import SUPPORT, PooledKV, block_sparse_attention
 from .layout import BlockLayout
 
-__all__ = ["MODES", "SHAPES", "Shape", "bench", "check_settings", "cudnn", "flex", "measured", "providers",
-           "random_layout"]  # fmt: skip
-
-MODES = ("forward", "forward pooled", "backward", "prologue")
-"""``prologue`` is what FP8 needs before its forward: rounding q, k and v. Pooled keys are 16-bit only."""
+__all__ = ["SHAPES", "Shape", "bench", "cudnn", "flex", "providers", "random_layout", "relative"]
 
 FP8 = torch.float8_e4m3fn
 
-_CUDNN = "cudnn dense"
-"""The provider that ``speedup_over_dense`` compares with. A name that ends in "dense" computes every pair."""
+_log = logging.getLogger(__name__)
 
 _PEERS = {
     "flash-attn 3 dense": ("flash_attn_interface", "flash_attn_func", True),
@@ -53,6 +51,8 @@ _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Relative error (norm) against the reference above which no time is reported."""
 
 _DEVICE = "cuda"
+
+_WARMUP = 3
 
 _HEADS_CHECKED = 2
 """Heads whose values are compared: the reference is slow."""
@@ -113,113 +113,67 @@ SHAPES = {
 
 
 def bench(
-    shapes: list[Shape],
-    *,
-    densities: list[float],
-    dtypes: list[torch.dtype],
-    backends: list[str],
-    modes: list[str] | None = None,
-    block: int = 128,
-    rounds: int = 20,
-    seed: int = 0,
-    say: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
-    """Measure, and return rows for a results file.
-
-    Args:
-        shapes: Sequences.
-        densities: Listed blocks over all blocks, each in (0, 1]; blocks are random, own ones per head and row.
-        dtypes: Of q, k and v; float8_e4m3fn rounds bfloat16 ones.
-        backends: Ours, by name. One that cannot take a shape or dtype is left out there, and ``say`` gets the reason.
-        modes: Of ``MODES``; all if None. One that a dtype does not have is left out there.
-        block: Block size on both sides.
-        rounds: Timed calls of each.
-        seed: Of data, lists and order.
-        say: Gets a line per row as it is measured.
-
-    Raises:
-        RuntimeError: There is no CUDA device, nothing can run, or a backend's values are wrong; no time is reported
-            then.
-        ValueError: A setting is not one, see ``check_settings``.
-    """
-    modes = list(MODES) if modes is None else modes
-    check_settings(densities=densities, dtypes=dtypes, backends=backends, modes=modes, block=block, rounds=rounds)
-    if not torch.cuda.is_available():
-        raise RuntimeError("attention is timed on a CUDA device; torch finds none here")
-    if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
-        for name in _PEERS:
-            if isinstance(found := _peer(name), str):
-                say(f"{name} is left out: {found}")
-    rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        for dtype in dtypes:
-            torch.manual_seed(seed)
-            layouts = {density: random_layout(shape.heads, shape.tokens, density, block) for density in densities}
-            q, k, v = _inputs(shape, torch.bfloat16 if dtype == FP8 else dtype)
-            usable = []
-            for name in backends:
-                reason = (
-                    fp8_why_not(name, q, (block, block)) if dtype == FP8 else why_not(name, q, layouts[densities[0]])
-                )
-                if reason is None:
-                    usable.append(name)
-                else:
-                    say(f"{shape.name}, {dtype}: no backend {name!r}, since {reason}")
-            for mode in measured(dtype, modes):
-                measure = _prologue if mode == "prologue" else _attention
-                for fields, times in measure(mode, shape, dtype, layouts, (q, k, v), usable, rounds, seed):
-                    row = dict(
-                        op="attention", shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
-                        dtype=str(dtype).removeprefix("torch."), block=block, mode=mode, **fields, **asdict(times),
-                    )  # fmt: skip
-                    rate = f"{row['tflops']:6.0f} TFLOP/s" if "tflops" in row else f"{row['gbps']:6.0f} GB/s"
-                    say(
-                        f"{shape.name}  {row['dtype']}  {mode}  {row['provider']:22} {row['density']:5.2f} "
-                        f"{row['ms_p50']:9.3f} ms {rate}"
-                    )
-                    rows.append(row)
-                gc.collect()
-                torch.cuda.empty_cache()
-    if not rows:
-        raise RuntimeError("nothing was timed: none of these backends, and no other provider, takes these inputs here")
-    return rows
-
-
-def measured(dtype: torch.dtype, modes: Sequence[str]) -> list[str]:
-    """Those of ``modes`` that a data type has."""
-    absent = "forward pooled" if dtype == FP8 else "prologue"
-    return [mode for mode in modes if mode != absent]
-
-
-def check_settings(
+    run: Run,
+    shapes: Sequence[Shape],
     *,
     densities: Sequence[float],
     dtypes: Sequence[torch.dtype],
     backends: Sequence[str],
     modes: Sequence[str],
-    block: int,
-    rounds: int,
+    block: int = 128,
+    rounds: int = 20,
+    seed: int = 0,
 ) -> None:
-    """Refuse what ``bench`` cannot measure, on any machine.
+    """Measure, and write rows into the run.
+
+    Args:
+        run: The run, entered.
+        shapes: Sequences.
+        densities: Listed blocks over all blocks, each in (0, 1]; blocks are random, own ones per head and row.
+        dtypes: Of q, k and v; float8_e4m3fn rounds bfloat16 ones.
+        backends: Ours, by name. One that cannot take a shape or dtype is left out there, and the log says why.
+        modes: ``forward``, ``forward pooled``, ``backward`` or ``prologue``, what FP8 needs before its forward:
+            rounding q, k and v. One that a dtype does not have is left out there: pooled keys are 16-bit only.
+        block: Block size on both sides.
+        rounds: Timed calls of each.
+        seed: Of data, lists and order.
 
     Raises:
-        ValueError: A density, mode, backend, block size or number of rounds is not one, or no data type has a mode.
+        RuntimeError: Nothing can run, or a backend's values are wrong; no time is reported then.
     """
-    for density in densities:
-        if not 0 < density <= 1:
-            raise ValueError(f"a density lies in (0, 1]; got {density}")
-    for kind, got, known in (("mode", modes, MODES), ("backend", backends, SUPPORT)):
-        if unknown := sorted(set(got) - set(known)):
-            raise ValueError(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
-    for name, value in (("block", block), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-    if not any(measured(dtype, modes) for dtype in dtypes):
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"nothing to measure: no dtype in [{names}] has a mode in [{', '.join(modes)}]. 'prologue' is of "
-            "float8_e4m3fn, 'forward pooled' of the others"
-        )
+    if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
+        for name in _PEERS:
+            if isinstance(found := _peer(name), str):
+                _log.info("%s is left out: %s", name, found)
+    for shape in shapes:
+        for dtype in dtypes:
+            torch.manual_seed(seed)
+            layouts = {density: random_layout(shape.heads, shape.tokens, density, block) for density in densities}
+            q, k, v = inputs(shape, torch.bfloat16 if dtype == FP8 else dtype)
+            usable = []
+            for name in backends:
+                support = (FP8_SUPPORT if dtype == FP8 else SUPPORT).get(name)
+                reason: str | None = "it has no FP8 kernel"
+                if support is not None:
+                    reason = support.reason(q.device, q.dtype, head_dim=shape.dim, block_q=block, block_k=block)
+                if reason is None:
+                    usable.append(name)
+                else:
+                    _log.info("%s, %s: no backend %r, since %s", shape.name, dtype, name, reason)
+            labels = dict(
+                shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
+                dtype=str(dtype).removeprefix("torch."), block=block,
+            )  # fmt: skip
+            absent = "forward pooled" if dtype == FP8 else "prologue"
+            for mode in modes:
+                if mode != absent:
+                    measure = _prologue if mode == "prologue" else _attention
+                    for name, fields in measure(mode, shape, dtype, layouts, (q, k, v), usable, rounds, seed):
+                        timed(run, name, split=mode, **fields, **labels)
+                gc.collect()
+                torch.cuda.empty_cache()
+    if not run.rows:
+        raise RuntimeError("nothing was timed: none of these backends, and no other provider, takes these inputs here")
 
 
 def _attention(
@@ -228,16 +182,16 @@ def _attention(
     dtype: torch.dtype,
     layouts: dict[float, BlockLayout],
     qkv: tuple[Tensor, Tensor, Tensor],
-    backends: list[str],
+    backends: Sequence[str],
     rounds: int,
     seed: int,
-) -> Iterator[tuple[dict[str, Any], Times]]:
-    """All densities and providers of one mode in one interleaved run: fields of a row, and its times."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All densities and providers of one mode in one interleaved run: what is timed, and the fields of its rows."""
     backward, groups = mode == "backward", 0
     pooled = None
     if mode == "forward pooled":
         groups = math.ceil(shape.tokens / 30)
-        pooled = PooledKV(*_inputs(shape, dtype, groups)[1:], torch.tensor(30.0, device=_DEVICE).log())
+        pooled = PooledKV(*inputs(shape, dtype, groups)[1:], torch.tensor(30.0, device=_DEVICE).log())
     leaves = [x.detach().requires_grad_(backward) for x in qkv]
     dout = torch.randn_like(qkv[0])
     calls: dict[str, Callable[[], object]] = {}
@@ -262,17 +216,12 @@ def _attention(
                 error = check(f"{name}, {mode}", got)
             facts[key] = (name, density, error)
     pairs = {density: layout.density().item() * shape.tokens**2 for density, layout in layouts.items()}
-    found_times = interleaved(calls, rounds=rounds, seed=seed)
-    for key, times in found_times.items():
+    for key, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
         name, density, error = facts[key]
         seen = shape.tokens**2 if name.endswith(" dense") else pairs[density] + shape.tokens * groups
         # Two matrix products forward, five backward, two operations a multiply-add.
         work = (10 if backward else 4) * shape.dim * shape.heads * seen
-        dense = found_times.get(f"{_CUDNN} {density}")
-        yield dict(
-            density=density, provider=name, tflops=work / times.ms_p50 / 1e9, error=error,
-            speedup_over_dense=None if dense is None else dense.ms_p50 / times.ms_p50,
-        ), times  # fmt: skip
+        yield name, dict(density=density, timing=timing, work=work, error=error)
 
 
 def _prologue(
@@ -281,10 +230,10 @@ def _prologue(
     dtype: torch.dtype,
     layouts: dict[float, BlockLayout],
     qkv: tuple[Tensor, Tensor, Tensor],
-    backends: list[str],
+    backends: Sequence[str],
     rounds: int,
     seed: int,
-) -> Iterator[tuple[dict[str, Any], Times]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rounding q, k and v to E4M3, beside a device copy of as many bytes: two read and one written an element."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv)  # [B, S, H, D], as projections leave them
     calls: dict[str, Callable[[], object]] = {
@@ -296,43 +245,42 @@ def _prologue(
         emulated = quantize_qkv(*part, backend="reference").dequantize()
         for name, call in calls.items():
             got = _first_heads(call().dequantize())
-            errors[name] = _checked(f"{name}, {mode}", got, part, 1.3 * _relative(emulated, part), q)
+            errors[name] = _checked(f"{name}, {mode}", got, part, 1.3 * relative(emulated, part), q)
     moved = 3 * sum(x.numel() for x in (q, k, v))
     source = torch.empty(moved // 2, dtype=torch.uint8, device=_DEVICE)
     target = torch.empty_like(source)
     calls["device copy"] = lambda: target.copy_(source)
-    for name, times in interleaved(calls, rounds=rounds, seed=seed).items():
-        rate = moved / times.ms_p50 / 1e6
-        yield dict(density=1.0, provider=name, gbps=rate, error=errors.get(name), speedup_over_dense=None), times
+    for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
+        yield name, dict(density=1.0, timing=timing, work=moved, unit="GB/s", error=errors.get(name))
 
 
 def _fp8_providers(
-    layout: BlockLayout, qkv: tuple[Tensor, Tensor, Tensor], backends: list[str], backward: bool
+    layout: BlockLayout, qkv: tuple[Tensor, Tensor, Tensor], backends: Sequence[str], backward: bool
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """The FP8 forward on operands that are there, the same with its prologue, or the training op; cuDNN in bfloat16."""
 
     def train(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: block_sparse_attention_fp8(q, k, v, layout, backend=name)
+        return lambda q, k, v: straight_through_attention(q, k, v, layout, backend=name)
 
     def forward(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         operands = quantize_qkv(*qkv, backend=name)
-        return lambda q, k, v: fp8_block_sparse_attention(operands, layout, backend=name)
+        return lambda q, k, v: quantized_attention(operands, layout, backend=name)
 
     def whole(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: fp8_block_sparse_attention(quantize_qkv(q, k, v, backend=name), layout, backend=name)
+        return lambda q, k, v: quantized_attention(quantize_qkv(q, k, v, backend=name), layout, backend=name)
 
     if backward:
         found = {f"hone {name}": train(name) for name in backends}
     else:
         found = {f"hone {name}": forward(name) for name in backends}
         found |= {f"hone {name} and prologue": whole(name) for name in backends}
-    return found | {_CUDNN: cudnn}
+    return found | {DENSE: cudnn}
 
 
 def providers(
     layout: BlockLayout,
     dtype: torch.dtype,
-    backends: list[str],
+    backends: Sequence[str],
     *,
     pooled: PooledKV | None = None,
     backward: bool = False,
@@ -352,7 +300,7 @@ def providers(
 
     found = {f"hone {name}": ours(name) for name in backends}
     if dtype in (torch.bfloat16, torch.float16):
-        found[_CUDNN] = cudnn
+        found[DENSE] = cudnn
         peers = {name: _peer(name) for name, (_, _, has_gradients) in _PEERS.items() if has_gradients or not backward}
         found |= {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
     # FlexAttention compiles another kernel for a ragged end, its tiles at head size 128 do not fit blocks of 64, and
@@ -400,7 +348,7 @@ def flex(layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, tokens_k: int | None = None) -> list[Tensor]:
+def inputs(shape: Shape, dtype: torch.dtype, tokens_k: int | None = None) -> list[Tensor]:
     """q, k, v ``[1, H, S, D]``."""
     sizes = ((shape.heads, shape.tokens), *[(shape.heads_k, tokens_k or shape.tokens)] * 2)
     return [torch.randn(1, heads, tokens, shape.dim, device=_DEVICE, dtype=dtype) for heads, tokens in sizes]
@@ -461,7 +409,7 @@ class _Check:
             # It may be off by 1.3 times as much as its emulation, whose gradient is the exact one at rounded operands.
             operands = quantize_qkv(*few, backend="reference").dequantize()
             emulated = self._reference(rounded if dout is None else exact, operands)
-            self.limit = 1.3 * _relative(emulated, self.want)
+            self.limit = 1.3 * relative(emulated, self.want)
         else:
             self.limit = _LIMITS[dtype]
 
@@ -511,14 +459,14 @@ def _chunks(layout: BlockLayout, heads: int) -> Iterator[tuple[Tensor, BlockLayo
         yield queries, BlockLayout(*lists, len(queries), layout.tokens_k, layout.block_q, layout.block_k)
 
 
-def _relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+def relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """The largest relative error (norm); NaN if one is."""
     pairs = [(g.double(), w.double()) for g, w in zip(got, want, strict=True)]
     return float(torch.stack([(g - w).norm() / w.norm() for g, w in pairs]).max())
 
 
 def _checked(what: str, got: Sequence[Tensor], want: Sequence[Tensor], limit: float, q: Tensor) -> float:
-    error = _relative(got, want)
+    error = relative(got, want)
     if not error < limit:
         raise RuntimeError(
             f"{what} is wrong at {list(q.shape)}, {q.dtype}: relative error {error:.2e}, expected below {limit:.2e}. "

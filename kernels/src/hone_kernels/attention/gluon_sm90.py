@@ -71,7 +71,7 @@ class Config:
     claim: bool = True
 
 
-# (head size, queries in a block) -> configuration, measured on an H200 with tools/gpu_hopper.py. A block of 128 queries
+# (head size, queries in a block) -> configuration, measured on an H200 by hone-kernels tune. A block of 128 queries
 # takes a multiprocessor to itself, with two consumers; of blocks of 64, with one consumer each, two share it.
 CONFIGS: dict[tuple[int, int], Config] = {
     (64, 64): Config(keys=128, stages=2, q_registers=True),
@@ -679,6 +679,7 @@ def attention_forward(
     tall = min(config.keys, block_k)
     bias = pooled_descs = None
     if pooled_k is not None:
+        assert pooled_v is not None
         bias = _pad_bias(pooled_bias, pooled_k, config.keys)
         pooled_descs = [_describe(_addressable(x), tall) for x in (pooled_k, pooled_v)]
     _forward_kernel[(min(total, _multiprocessors(q) * (2 // consumers)),)](

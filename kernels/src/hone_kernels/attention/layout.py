@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from hone_kernels.checks import unit_last
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -309,6 +311,11 @@ class BlockLayout:
             block_k=self.block_q,
         )
 
+    def lists(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``kv_num``, ``kv_idx`` and ``k_valid``, each as the kernels read it: neighbours side by side."""
+        k_valid = None if self.k_valid is None else unit_last(self.k_valid)
+        return unit_last(self.kv_num), unit_last(self.kv_idx), k_valid
+
     def key_counts(self) -> Tensor:
         """Keys that exist in each key block: ``[B or 1, NK]`` int32."""
         sizes = _block_sizes(self.tokens_k, self.block_k, self.device).unsqueeze(0)
@@ -328,7 +335,9 @@ class BlockLayout:
         cols, width = self.num_k_blocks, self.kv_idx.shape[-1]
         idx = torch.nn.functional.pad(self.kv_idx, (0, cols - width)) if width < cols else self.kv_idx[..., :cols]
         idx = idx.contiguous()
-        sizes = dict(BLOCK_SIZE=(self.block_q, self.block_k), seq_lengths=(self.tokens_q, self.tokens_k))
+        sizes: dict[str, Any] = dict(
+            BLOCK_SIZE=(self.block_q, self.block_k), seq_lengths=(self.tokens_q, self.tokens_k)
+        )
         if self.k_valid is None:
             # Whole blocks: FlexAttention itself stops at the end of the sequence.
             return BlockMask.from_kv_blocks(torch.zeros_like(self.kv_num), idx, self.kv_num, idx, **sizes)
@@ -354,7 +363,7 @@ class BlockLayout:
         if partial not in ("reject", "include"):
             raise ValueError(f"partial must be 'reject' or 'include'; got {partial!r}")
         (tokens_q, tokens_k), (block_q, block_k) = mask.seq_lengths, mask.BLOCK_SIZE
-        sizes = dict(block_q=block_q, block_k=block_k)
+        sizes: dict[str, Any] = dict(block_q=block_q, block_k=block_k)
 
         def blocks(num: Tensor, idx: Tensor) -> Tensor:
             return cls(num, idx, tokens_q, tokens_k, **sizes).to_mask()
@@ -366,5 +375,6 @@ class BlockLayout:
                 "partial='include' to compute them whole, or mark them full"
             )
         if mask.full_kv_num_blocks is not None:
+            assert mask.full_kv_indices is not None
             cut = cut | blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
         return cls.from_mask(cut, tokens_q, tokens_k, **sizes)

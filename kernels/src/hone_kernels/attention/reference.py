@@ -53,6 +53,7 @@ def attention_reference(
     keys, values = per_head(k), per_head(v)
     extra_bias = None
     if pooled_k is not None:
+        assert pooled_v is not None
         extra_k, extra_v = per_head(pooled_k), per_head(pooled_v)
         values = torch.cat([values, extra_v], dim=2)
         if pooled_bias is not None:

@@ -50,7 +50,7 @@ class Tiles:
 
 
 # (kernel, bytes per element, padded head size) -> configuration on compute capability 9.0 and later, measured on an
-# H200 with tools/gpu_attention.py; below it the same tiles without descriptors and caps, see tiles_for. Small tiles win
+# H200 by hone-kernels tune; below it the same tiles without descriptors and caps, see tiles_for. Small tiles win
 # there: three programs of four warps on a multiprocessor hide each other's softmax, where two warpgroups of one do not.
 # Float32 has no matrix unit: its tiles, not measured, are those whose operands fit in registers without spills.
 TILES: dict[tuple[str, int, int], Tiles] = {
@@ -586,6 +586,7 @@ def attention_backward(
     key_gradients(k, v, dk, dv, None, None, k_valid, False)
     if pooled_k is None:
         return dq, dk, dv, None, None, None
+    assert pooled_v is not None
     dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
     dbias = None
     if pooled_bias is not None:

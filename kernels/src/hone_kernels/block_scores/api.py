@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hone_kernels.backends import Backend, choose, triton_reason
+from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_heads, check_scale
 
 from .reference import block_scores_reference
 
-__all__ = ["KINDS", "SUPPORT", "Backend", "Kind", "Support", "block_scores"]
+__all__ = ["KINDS", "SUPPORT", "Backend", "Kind", "block_scores"]
 
 Kind = Literal["paper", "official", "mean", "lse"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-@dataclass(frozen=True)
-class Support:
-    """What one backend can do; error messages and test parameters are read from here.
-
-    Attributes:
-        dtypes: Of q and k.
-        head_dims: D, or None for any.
-        samples: Most sampled keys in a block, or None for any number.
-        min_sm: Least compute capability times ten, or None where no GPU is needed.
-    """
-
-    dtypes: tuple[torch.dtype, ...]
-    head_dims: tuple[int, ...] | None
-    samples: int | None
-    min_sm: int | None
-
-
 SUPPORT: dict[str, Support] = {
-    "reference": Support(
-        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16), head_dims=None, samples=None, min_sm=None
-    ),
+    "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
     "triton": Support(
-        dtypes=(torch.float32, torch.bfloat16, torch.float16), head_dims=(32, 64, 96, 128), samples=128, min_sm=80
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        language="triton",
+        head_dims=(32, 64, 96, 128),
+        samples=128,
+        min_sm=80,
     ),
 }
 
@@ -48,15 +33,7 @@ SUPPORT: dict[str, Support] = {
 def _check(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
-    for name, x in (("q", q), ("k", k)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, S, D]; got {x.dim()} dimensions, {list(x.shape)}")
-    if q.dtype != k.dtype or q.device != k.device:
-        raise TypeError(f"q and k must share dtype and device; got {q.dtype} on {q.device} and {k.dtype} on {k.device}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must share batch size and head_dim; got {list(q.shape)} and {list(k.shape)}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key heads; got {q.shape[1]} and {k.shape[1]}")
+    check_heads(q, k)
     for name, index in (("q_index", q_index), ("k_index", k_index)):
         if index.dim() != 4 or index.shape[0] not in (1, q.shape[0]) or index.shape[1] not in (1, q.shape[1]):
             raise ValueError(
@@ -67,18 +44,6 @@ def _check(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str) ->
             raise ValueError(f"{name} must name at least one token of at least one block; got {list(index.shape)}")
         if index.dtype != torch.int32 or index.device != q.device:
             raise TypeError(f"{name} must be int32 on {q.device}; got {index.dtype} on {index.device}")
-
-
-def _why_not(backend: str, q: Tensor, k_index: Tensor, kind: str) -> str | None:
-    """Why this backend cannot take these inputs, or None."""
-    support = SUPPORT[backend]
-    if q.dtype not in support.dtypes:
-        return f"it takes {', '.join(str(d) for d in support.dtypes)}; got {q.dtype}"
-    if support.head_dims is not None and q.shape[3] not in support.head_dims:
-        return f"it takes head_dim in {support.head_dims}; got {q.shape[3]}"
-    if support.samples is not None and kind != "mean" and k_index.shape[3] > support.samples:
-        return f"it takes up to {support.samples} sampled keys per block; got {k_index.shape[3]}"
-    return triton_reason(q.device, support.min_sm) if backend == "triton" else None
 
 
 def block_scores(
@@ -111,7 +76,7 @@ def block_scores(
             is no token (short blocks). Not checked against TQ, which would wait for the device.
         k_index: int32 ``[B or 1, H or 1, NK, S]``, likewise for k, per query head.
         kind: Which score.
-        scale: Factor on the logits; ``D ** -0.5`` if None.
+        scale: Factor on the logits, positive; ``D ** -0.5`` if None.
         backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
 
     Returns:
@@ -125,8 +90,10 @@ def block_scores(
     Source: BLADE (arXiv 2508.10774), Algorithm 1 for ``"paper"``; the authors' release for ``"official"``.
     """
     _check(q, k, q_index, k_index, kind)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    backend = choose("block_scores", backend, q.device, lambda name: _why_not(name, q, k_index, kind))
+    scale = check_scale(scale, q.shape[3])
+    # Of "mean" one token per block is scored, whatever their number.
+    samples = None if kind == "mean" else k_index.shape[3]
+    backend = choose("block_scores", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], samples=samples)
     return torch.ops.hone_kernels.block_scores(q.detach(), k.detach(), q_index, k_index, kind, scale, backend)
 
 

@@ -7,20 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hone_kernels.backends import Backend, choose, triton_reason
+from hone_kernels.backends import Backend, Support, choose
 
 from .reference import select_blocks_reference
 
 __all__ = ["SUPPORT", "Backend", "SelectedBlocks", "select_blocks"]
 
-SUPPORT: dict[str, tuple[torch.dtype, ...]] = {
-    "reference": (torch.float64, torch.float32),
-    "triton": (torch.float32,),
+SUPPORT: dict[str, Support] = {
+    "reference": Support(dtypes=(torch.float64, torch.float32)),
+    "triton": Support(dtypes=(torch.float32,), language="triton", min_sm=80),
 }
-"""Dtypes of the scores that each backend takes."""
-
-MIN_SM = 80
-"""Least compute capability times ten of the Triton backend."""
+"""``dtypes`` are those of the scores."""
 
 
 class SelectedBlocks(NamedTuple):
@@ -81,19 +78,12 @@ def select_blocks(
         raise ValueError(f"mass is a share of the row's sum in (0, 1], or None; got {mass}")
     if not 0 <= forced <= min(num_q, num_k):
         raise ValueError(f"forced must lie in [0, {min(num_q, num_k)}], the number of blocks; got {forced}")
-    backend = choose("select_blocks", backend, scores.device, lambda name: _why_not(name, scores))
+    backend = choose("select_blocks", backend, SUPPORT, scores.device, scores.dtype)
     return SelectedBlocks(
         *torch.ops.hone_kernels.select_blocks(
             scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, backend
         )
     )
-
-
-def _why_not(backend: str, scores: Tensor) -> str | None:
-    """Why this backend cannot take these scores, or None."""
-    if scores.dtype not in SUPPORT[backend]:
-        return f"it takes scores in {', '.join(str(d) for d in SUPPORT[backend])}; got {scores.dtype}"
-    return triton_reason(scores.device, MIN_SM) if backend == "triton" else None
 
 
 @torch.library.custom_op("hone_kernels::select_blocks", mutates_args=())

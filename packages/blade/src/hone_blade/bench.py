@@ -11,35 +11,34 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any
 
 import torch
-from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, UniPCMultistepScheduler, WanPipeline
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, ModelMixin, UniPCMultistepScheduler, WanPipeline
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.progress import progress_bar
-from hone_core.runs import Row, Run
-from hone_core.timing import Timing, measure_interleaved
+from hone_core.runs import Report, Run
+from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import block_sparse_attention
 from hone_video.architectures import FULL_SIZE, full_size, tiny
 from hone_video.orders import inverse_order, token_order
-from torch import Tensor, nn
+from hone_video.workloads import WORKLOADS, Workload
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .config import PRESETS, BladeConfig
+from .config import BenchConfig, BladeConfig, Part
 from .method import adaptive_sparse_attention, pool_tokens, select_blocks, sparse_layout
-from .models import attach
+from .models import BladeHandle, LayerStats, attach
 from .prober import probe
 from .scheduler import TDMScheduler
 
-__all__ = ["WORKLOADS", "BenchConfig", "BenchReport", "Workload", "bench"]
-
-Part = Literal["attention", "forward", "e2e"]
+__all__ = ["BenchReport", "bench"]
 
 _SPARSE_EVERYWHERE: dict[str, Any] = {"dense_layers": (), "dense_steps": 0, "min_tokens": 0}
 """What makes no layer, step or length dense."""
@@ -48,140 +47,9 @@ _TOLERANCE = 2e-2
 """Relative error (norm) of bfloat16 attention against the float32 reference that still passes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """A model at the size of its usual video.
-
-    Attributes:
-        model: Name in ``FULL_SIZE``, or ``tiny-wan`` or ``tiny-cogvideox``.
-        kind: Which family.
-        preset: Attention settings that go with it.
-        grid: Video tokens along (frames, height, width).
-        text_tokens: Length of the text; in CogVideoX part of the sequence.
-    """
-
-    model: str
-    kind: Literal["wan", "cogvideox"]
-    preset: str
-    grid: tuple[int, int, int]
-    text_tokens: int
-
-    @property
-    def joint_text(self) -> int:
-        """Text tokens inside self-attention."""
-        return self.text_tokens if self.kind == "cogvideox" else 0
-
-    @property
-    def tokens(self) -> int:
-        """Length of the self-attention sequence."""
-        return math.prod(self.grid) + self.joint_text
-
-    @property
-    def size(self) -> dict[str, int]:
-        """Frames, height and width of the video, as the pipelines name them."""
-        frames, height, width = self.grid
-        return {"num_frames": 4 * (frames - 1) + 1, "height": 16 * height, "width": 16 * width}
-
-
-def _workload(name: str, kind: Literal["wan", "cogvideox"], grid: tuple[int, int, int], text: int) -> Workload:
-    preset = "tiny" if name.startswith("tiny") else name
-    return Workload(model=name, kind=kind, preset=preset, grid=grid, text_tokens=text)
-
-
-WORKLOADS: dict[str, Workload] = {
-    "wan2.1-1.3b": _workload("wan2.1-1.3b", "wan", (21, 30, 52), 512),
-    "wan2.1-14b": _workload("wan2.1-14b", "wan", (21, 30, 52), 512),
-    "cogvideox-5b": _workload("cogvideox-5b", "cogvideox", (13, 30, 45), 226),
-    "tiny-wan": _workload("tiny-wan", "wan", (3, 8, 10), 8),
-    "tiny-cogvideox": _workload("tiny-cogvideox", "cogvideox", (3, 8, 10), 8),
-}
-"""480p videos of 81 (Wan) and 49 (CogVideoX) frames, and two for a CPU."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
-    """What to measure."""
-
-    model: str = "wan2.1-1.3b"
-    """Name in ``WORKLOADS``."""
-    parts: tuple[Part, ...] = ("attention", "forward", "e2e")
-    """``attention``: one layer, and the pieces of BLADE in it. ``forward``: one call of the transformer. ``e2e``: whole
-    denoising loops, many dense steps with guidance down to few sparse ones without."""
-    preset: str | None = None
-    """Attention settings; None: the model's."""
-    rounds: int = 20
-    """Timed calls of each variant of one attention."""
-    forward_rounds: int = 5
-    """Timed calls of each variant of one forward."""
-    steps: int = 50
-    """Denoising steps of the undistilled model."""
-    few_steps: int = 8
-    """Denoising steps of the distilled one."""
-    guidance: float = 5.0
-    """Guidance weight of the undistilled model; two network evaluations per step."""
-    repeats: int = 3
-    """How often the few-step loops run."""
-    max_steps: int | None = None
-    """Run at most so many steps of a loop and scale the time up; such rows say how many were measured. None: all."""
-    compile_blocks: bool = False
-    """Also time the forward with transformer blocks compiled by Inductor."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and inputs."""
-    seed: int = 0
-    """Of weights, inputs and noise."""
-
-    def __post_init__(self) -> None:
-        if self.model not in WORKLOADS:
-            raise ValueError(f"model must be one of {', '.join(WORKLOADS)}; got {self.model!r}")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
-        if not self.parts or not set(self.parts) <= set(get_args(Part)):
-            raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
-        for name in ("rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if self.steps == self.few_steps:
-            raise ValueError(f"few_steps must differ from steps, the undistilled model's; got {self.steps} for both")
-        dense_steps = self.attention.dense_steps
-        if "e2e" in self.parts and dense_steps:
-            name = self.preset or WORKLOADS[self.model].preset
-            if dense_steps >= self.few_steps:
-                raise ValueError(
-                    f"few_steps must be above the {dense_steps} first steps that preset {name} leaves dense, or whole "
-                    f"videos would hold no sparse step; got {self.few_steps}. Take more steps, or parts without e2e"
-                )
-            if self.max_steps is not None and self.max_steps < self.few_steps:
-                raise ValueError(
-                    f"max_steps must be at least few_steps = {self.few_steps} with preset {name}, whose first "
-                    f"{dense_steps} steps are dense, so that a part does not stand for the whole; got {self.max_steps}"
-                )
-        if self.guidance <= 1:
-            raise ValueError(f"guidance must be above 1, below which pipelines do not guide; got {self.guidance}")
-
-    @property
-    def attention(self) -> BladeConfig:
-        """The attention settings in use."""
-        return PRESETS[self.preset or WORKLOADS[self.model].preset].config
-
-    @property
-    def variants(self) -> dict[str, BladeConfig | None]:
-        """Settings of each variant by name; None is dense. A preset without pooling takes that of the model's own."""
-        pool = self.attention.pool or PRESETS[WORKLOADS[self.model].preset].config.pool
-        return {"dense": None, "asa": replace(self.attention, pool=0), "asa_g": replace(self.attention, pool=pool)}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchReport:
-    """Everything that was measured, printed as a table.
-
-    Attributes:
-        path: The run's folder.
-        rows: What ``results.json`` holds.
-    """
-
-    path: str
-    rows: tuple[Row, ...]
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Report):
+    """Everything that was measured, printed as a table."""
 
     def __str__(self) -> str:
         lines = []
@@ -195,7 +63,7 @@ class BenchReport:
         return "\n".join(lines)
 
 
-def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", quiet: bool = False) -> BenchReport:
+def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Measure, and write rows into the run.
 
     ``split`` of a row is the part; ``variant`` is ``dense``, ``asa`` or ``asa_g``, or a piece of ``asa_g``. Rows are
@@ -204,8 +72,6 @@ def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", qu
     Args:
         cfg: What to measure.
         run: The run, entered.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        quiet: Show no progress.
 
     Raises:
         UnsupportedHardwareError: A published size is asked of a CPU.
@@ -213,15 +79,14 @@ def bench(cfg: BenchConfig, run: Run, *, device: str | torch.device = "auto", qu
         RuntimeError: The sparse attention differs from its reference on this device (no time is reported then), cuDNN
             cannot run the dense attention, or a video came out not finite.
     """
-    if not run.done:
-        device = resolve_device(device)
-        if device.type == "cpu" and cfg.model in FULL_SIZE:
-            small = [name for name in WORKLOADS if name not in FULL_SIZE]
-            raise UnsupportedHardwareError(
-                f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use=" or ".join(small)
-            )
-        _Bench(cfg, run, device, quiet).all()
-    return BenchReport(path=str(run.path), rows=tuple(run.rows))
+    device = resolve_device(run.device)
+    if device.type == "cpu" and cfg.model in FULL_SIZE:
+        small = [name for name in WORKLOADS if name not in FULL_SIZE]
+        raise UnsupportedHardwareError(
+            f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use=" or ".join(small)
+        )
+    _Bench(cfg, run, device, run.quiet).all()
+    return BenchReport.of(run)
 
 
 class _Bench:
@@ -278,7 +143,7 @@ class _Bench:
         config = model.config
         return config.num_attention_heads, config.attention_head_dim, config.num_layers
 
-    def build(self, device: torch.device | str | None = None) -> nn.Module:
+    def build(self, device: torch.device | str | None = None) -> ModelMixin:
         device = self.device if device is None else device
         if self.work.model in FULL_SIZE:
             return full_size(self.work.model, device=device, dtype=self.dtype)
@@ -295,15 +160,11 @@ class _Bench:
             layout = sparse_layout(q, k, cfg=cfg, grid=(10, 10, 10))
             pooled = pool_tokens(k, v, cfg.pool) if cfg.pool else None
             got = block_sparse_attention(q, k, v, layout, pooled=pooled, backend=cfg.backend)
-            wide = [x.float() for x in (q, k, v)]
-            wide_pooled = pool_tokens(*wide[1:], cfg.pool) if cfg.pool else None
-            want = block_sparse_attention(*wide, layout, pooled=wide_pooled, backend="reference")
-            error = float((got.float() - want).norm() / want.norm())
-            if not error < _TOLERANCE:
-                raise RuntimeError(
-                    f"{name} attention is wrong on {self.device}: relative error {error:.2e}, expected below "
-                    f"{_TOLERANCE}. No time is reported; run the tests of hone-kernels on this device."
-                )
+            wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))
+            wide_pooled = pool_tokens(wide_k, wide_v, cfg.pool) if cfg.pool else None
+            want = block_sparse_attention(wide_q, wide_k, wide_v, layout, pooled=wide_pooled, backend="reference")
+            advice = "Run the tests of hone-kernels on this device"
+            check_values(f"{name} attention", got, want, tolerance=_TOLERANCE, advice=advice)
 
     # One attention.
 
@@ -311,20 +172,21 @@ class _Bench:
         work = self.work
         heads, dim, layers = self.heads()
         q, k, v = _inputs(heads, work.tokens, dim, self.device, self.dtype)
-        place = {"text_tokens": work.joint_text, "grid": work.grid}
+        place: dict[str, Any] = {"text_tokens": work.joint_text, "grid": work.grid}
         calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v)}
         layouts = {}
         for name, cfg in self.variants.items():
             if cfg is not None:
                 layouts[name] = sparse_layout(q, k, cfg=cfg, **place)
                 _check_sparse(name, float(layouts[name].density().mean()))
-                calls[name] = lambda cfg=cfg: adaptive_sparse_attention(q, k, v, cfg=cfg, **place)
+                calls[name] = partial(adaptive_sparse_attention, q, k, v, cfg=cfg, **place)
         # The pieces of asa_g, each on inputs that are ready.
         cfg = self.variants["asa_g"]
+        assert cfg is not None
         text_blocks = -(-work.tokens // cfg.block) - (work.tokens - work.joint_text) // cfg.block
         text_blocks = text_blocks if work.joint_text and cfg.force_text else 0
         scores, layout = probe(q, k, cfg), layouts["asa_g"]
-        pool = {"text_tokens": 0 if cfg.pool_text else work.joint_text, "exact": cfg.pool_exact}
+        pool: dict[str, Any] = {"text_tokens": 0 if cfg.pool_text else work.joint_text, "exact": cfg.pool_exact}
         pooled = pool_tokens(k, v, cfg.pool, **pool)
         pieces: dict[str, Callable[[], object]] = {
             "prober": lambda: probe(q, k, cfg),
@@ -363,7 +225,7 @@ class _Bench:
 
             return run
 
-        options = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
+        options: dict[str, Any] = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
         calls = {name: call(cfg) for name, cfg in self.variants.items()}
         self.times("forward", measure_interleaved(calls, warmup=1, **options), mode="eager")
         if self.cfg.compile_blocks:
@@ -376,9 +238,12 @@ class _Bench:
 
     def model_inputs(self) -> dict[str, Any]:
         work, config = self.work, self.model.config
-        like = {"device": self.device, "dtype": self.dtype}
+        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         frames, height, width = work.grid
-        inputs = {"timestep": torch.full((1,), 500, device=self.device), "encoder_hidden_states": self.text()}
+        inputs: dict[str, Any] = {
+            "timestep": torch.full((1,), 500, device=self.device),
+            "encoder_hidden_states": self.text(),
+        }
         if work.kind == "wan":
             shape = (1, config.in_channels, frames, 2 * height, 2 * width)
         else:
@@ -409,11 +274,15 @@ class _Bench:
         with progress_bar(total, desc=f"{cfg.model} steps", quiet=self.quiet) as bar:
             for (variant, steps, guided, repeats), run_steps in zip(loops, measured, strict=True):
                 settings = self.whole[variant]
-                with nullcontext() if settings is None else attach(pipe, settings) as handle:
+                attached: AbstractContextManager[BladeHandle | None]
+                attached = nullcontext() if settings is None else attach(pipe, settings)
+                with attached as handle:
                     few = steps == cfg.few_steps
                     # Two steps of each kind that there is, so that nothing is compiled while time is taken.
                     warm = min(run_steps, 2 + (0 if settings is None else settings.dense_steps))
-                    with nullcontext([]) if handle is None else handle.record() as stats:
+                    recorded: AbstractContextManager[list[LayerStats]]
+                    recorded = nullcontext([]) if handle is None else handle.record()
+                    with recorded as stats:
                         self.video(pipe, text, warm, guided, few, None)
                     if handle is not None:
                         found = [float(row.stats.density.mean()) for row in stats]
@@ -429,8 +298,8 @@ class _Bench:
                 spread = statistics.stdev(seconds) if repeats > 1 else None
                 mean = statistics.fmean(seconds)
                 self.row("e2e", "seconds", mean, "s", variant, n=repeats, spread=spread, labels=labels)
-                if runs[0][1] is not None:
-                    peak = max(value for _, value in runs) / 2**30
+                if peaks := [value for _, value in runs if value is not None]:
+                    peak = max(peaks) / 2**30
                     self.row("e2e", "peak_memory", peak, "GiB", variant, labels=labels)
 
     def pipeline(self) -> Any:
@@ -474,26 +343,20 @@ class _Bench:
                 step_done()
             return values
 
-        gpu = self.device.type == "cuda"
-        if gpu:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        start = time.perf_counter()
-        latents = pipe(
-            prompt_embeds=text[0],
-            negative_prompt_embeds=text[1] if guided else None,
-            guidance_scale=self.cfg.guidance if guided else 1.0,
-            num_inference_steps=run_steps,
-            generator=generator,
-            output_type="latent",
-            callback_on_step_end=after,
-            **self.work.size,
-        ).frames
-        finite = bool(latents.isfinite().all())
-        seconds = time.perf_counter() - start
-        if not finite:
+        with Stopwatch(self.device) as watch:
+            latents = pipe(
+                prompt_embeds=text[0],
+                negative_prompt_embeds=text[1] if guided else None,
+                guidance_scale=self.cfg.guidance if guided else 1.0,
+                num_inference_steps=run_steps,
+                generator=generator,
+                output_type="latent",
+                callback_on_step_end=after,
+                **self.work.size,
+            ).frames
+        if not latents.isfinite().all():
             raise RuntimeError(f"the latents of {run_steps} steps are not finite; no time is reported")
-        return seconds, torch.cuda.max_memory_allocated(self.device) if gpu else None
+        return watch.seconds, watch.peak_bytes
 
 
 def _check_sparse(name: str, density: float) -> None:

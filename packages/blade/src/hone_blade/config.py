@@ -1,19 +1,49 @@
-"""Settings of BLADE's sparse attention, and presets with where they come from. Imports no torch."""
+"""Settings of BLADE's attention, presets with where they come from, and settings of each verb. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+from hone_core.config import flag
+from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
+from hone_video.prompts import ClipConfig, parse_prompt
+from hone_video.workloads import WORKLOADS
 
-__all__ = ["PRESETS", "BladeConfig", "Mask", "Offsets", "Preset", "Score", "Selection"]
+__all__ = [
+    "PRESETS",
+    "PROMPTS",
+    "BenchConfig",
+    "BladeConfig",
+    "Comparison",
+    "DemoConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "HostConfig",
+    "InspectConfig",
+    "Mask",
+    "Offsets",
+    "Part",
+    "Preset",
+    "ReproduceConfig",
+    "Score",
+    "Selection",
+    "Solver",
+    "TrainConfig",
+    "known_preset",
+]
 
 Score = Literal["paper", "official", "mean", "lse"]
 Offsets = Literal["seeded", "strided", "random"]
 Selection = Literal["threshold", "topk"]
 Mask = Literal["adaptive", "window", "random", "dense"]
 Backend = Literal["auto", "reference", "triton", "gluon"]
+Solver = Literal["euler", "unipc"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Part = Literal["attention", "forward", "e2e"]
 
 _KINDS = {
     bool: "True or False",
@@ -84,7 +114,7 @@ class BladeConfig:
     take Triton's."""
 
     @property
-    def scoring_backend(self) -> str:
+    def scoring_backend(self) -> Backend:
         """Backend of prober and selection."""
         return "triton" if self.backend == "gluon" else self.backend
 
@@ -237,3 +267,534 @@ PRESETS: dict[str, Preset] = {
         provenance="Ours: the published proportions on blocks of 32 tokens.",
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture and default sampler of the tiny host."""
+
+    frames: int = 16
+    height: int = 32
+    width: int = 32
+    patch: int = 4
+    """Side of the square spatial patch in pixels; time is not patched."""
+    layers: int = 6
+    heads: int = 3
+    head_dim: int = 64
+    ffn_dim: int = 640
+    text_dim: int = 64
+    freq_dim: int = 128
+    """Sinusoidal channels of the timestep."""
+    classifier_channels: int = 32
+    steps: int = 8
+    """Denoising steps."""
+    shift: float = 3.0
+    """Timestep shift ``s``: sigma = s u / (1 + (s - 1) u). Frames repeat each other, so the layout of a clip is decided
+    at high noise, and more steps are spent there."""
+    solver: Solver = "unipc"
+    guidance: float = 3.0
+    """Classifier-free guidance scale; a guided step needs two network evaluations, with 1 none is guided."""
+    guidance_interval: tuple[float, float] = (0.6, 0.96)
+    """Noise levels (sigma) between which steps are guided: there the digit takes shape. With the defaults these are
+    five of the eight steps, so that a clip costs 13 evaluations."""
+
+    def __post_init__(self) -> None:
+        if self.height % self.patch or self.width % self.patch:
+            raise ValueError(
+                f"height and width must be multiples of patch={self.patch}; got {self.height} x {self.width}"
+            )
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1; got {self.guidance_interval}")
+        if self.steps < 1 or self.shift <= 0:
+            raise ValueError(f"steps must be at least 1 and shift positive; got {self.steps} and {self.shift}")
+
+    @property
+    def clip(self) -> ClipConfig:
+        """Clip size; the digit takes half of the frame's side."""
+        return ClipConfig(
+            frames=self.frames, height=self.height, width=self.width, glyph_px=min(self.height, self.width) // 2
+        )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Token grid (frames, height, width)."""
+        return self.frames, self.height // self.patch, self.width // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Number of video tokens."""
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Sparse attention at one density, five ways."""
+
+    density: float = 0.25
+    """Query-key pairs computed over all pairs, the pooled keys of ASA_G included. Fractions of a block are dropped, so
+    what is computed can be less: the outcomes say."""
+    block: int = 32
+    """Tokens in a block."""
+    pool: int = 16
+    """Tokens averaged into one global key of ASA_G."""
+    samples: int = 8
+    """Tokens sampled from each block to score it."""
+    score: Score = "paper"
+    """How blocks are scored."""
+    order: Order = "gilbert"
+    """Token order that makes a block a compact piece of video."""
+    dense_steps: int = 0
+    """First denoising steps that every variant runs dense; fewer than there are."""
+    steps: int | None = None
+    """Denoising steps (default: the host's own number)."""
+    seed: int = 0
+    """Seed of the starting noise, and of the random masks."""
+
+    def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise ValueError(
+                f"pool must be at least 1, the tokens averaged into a global key; got {self.pool}. Take a larger one, "
+                "such as 16, for fewer global keys"
+            )
+        if self.steps is not None:
+            self.check_steps(self.steps)
+        elif self.dense_steps < 0:
+            self.check_steps(1)
+        if not 1 / self.pool < self.density <= 1:
+            raise ValueError(
+                f"density must lie in (1 / pool, 1] = ({1 / self.pool:g}, 1]: ASA_G spends 1 / pool of it on pooled "
+                f"keys; got {self.density}"
+            )
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse numbers of steps of which none would be sparse.
+
+        Raises:
+            ValueError: ``steps`` is not positive, or ``dense_steps`` does not lie in [0, steps).
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}. Leave it out for the host's own number")
+        if not 0 <= self.dense_steps < steps:
+            raise ValueError(
+                f"dense_steps must lie in [0, steps = {steps}), so that a step is left to the sparse variants; got "
+                f"{self.dense_steps}. Take fewer dense steps, or more steps"
+            )
+
+    def configs(self, tokens: int) -> dict[str, BladeConfig | None]:
+        """Settings of each variant by name; None is dense.
+
+        Blocks are chosen by rank, so that counts are equal: ASA and the static masks keep as many whole blocks as
+        ``density`` holds, and ASA_G as many as leave room for its pooled keys within that.
+
+        Args:
+            tokens: Length of the sequence.
+
+        Raises:
+            ValueError: The pooled keys leave no room for a single block.
+        """
+        blocks, pooled = -(-tokens // self.block), -(-tokens // self.pool)
+        count = int(blocks * self.density + 1e-9)  # the small term undoes binary fractions
+        beside_pooled = (count * self.block - pooled) // self.block
+        if beside_pooled < 1:
+            least = (1 + -(-pooled // self.block)) / blocks
+            advice = f"at least {least:.4g}, or a larger pool" if least <= 1 else f"a larger pool than {self.pool}"
+            raise ValueError(
+                f"ASA_G cannot keep to density {self.density:g} on {tokens} tokens: that is {count} of {blocks} blocks "
+                f"of {self.block}, of which its {pooled} pooled keys leave less than one. Expected {advice}"
+            )
+
+        def sparse(**changes: Any) -> BladeConfig:
+            common: dict[str, Any] = {
+                "block": self.block,
+                "samples": self.samples,
+                "score": self.score,
+                "order": self.order,
+            }
+            common |= {"dense_steps": self.dense_steps, "seed": self.seed, "selection": "topk", "min_density": 0.0}
+            return BladeConfig(**(common | {"max_density": self.density} | changes))
+
+        return {
+            "dense": None,
+            "asa": sparse(),
+            "asa_g": sparse(max_density=beside_pooled / blocks, pool=self.pool),
+            "window": sparse(mask="window"),
+            "random": sparse(mask="random"),
+        }
+
+
+PROMPTS = (
+    "a red 7 moving left, slow",
+    "a green 3 moving down-right, fast",
+    "a yellow 0 moving up, medium, textured",
+    "a blue 5 moving right, fast, textured",
+    "a cyan 2 moving up-left, medium",
+    "a white 4 moving down, slow, textured",
+)
+"""What the demo draws."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo draws."""
+
+    prompts: tuple[str, ...] = field(default=PROMPTS, metadata=flag("prompt"))
+    """What to draw, a clip each."""
+    limit: int | None = None
+    """Use only so many of the prompts."""
+    comparison: Comparison = field(default_factory=Comparison)
+    stats_every: int = 6
+    """Density and recall are measured on every so-many-th denoising step."""
+    host: Path | None = None
+    """A host.safetensors made by train-host (default: the packaged one)."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("the demo needs at least one prompt, such as 'a red 7 moving left, slow'")
+        _at_least_one(self, "limit")
+        for prompt in self.prompts:
+            parse_prompt(prompt)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """The comparison on many random prompts."""
+
+    prompts: int = field(default=64, metadata=flag("limit"))
+    """Number of random prompts."""
+    comparison: Comparison = field(default_factory=Comparison)
+    batch: int = 16
+    """Clips sampled at once."""
+    stats_every: int = 4
+    """Density and recall are measured on every so-many-th step, which is then not timed: recall costs a dense
+    attention."""
+    host: Path | None = None
+    """A host.safetensors made by train-host (default: the packaged one)."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.batch < 1 or self.stats_every < 2:
+            raise ValueError(
+                "prompts and batch must be at least 1, and stats_every at least 2, so that steps are left to time; got "
+                f"{self.prompts}, {self.batch} and {self.stats_every}"
+            )
+
+
+def _densities() -> dict[str, Comparison]:
+    return {
+        "0.5": Comparison(density=0.5),
+        "0.25": Comparison(density=0.25),
+        "0.25, a quarter of the steps dense": Comparison(density=0.25, dense_steps=3),
+        "0.125": Comparison(density=0.125, pool=32),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The comparison over densities and seeds."""
+
+    settings: dict[str, Comparison] = field(default_factory=_densities, metadata=flag(hidden=True))
+    """What is compared, by name."""
+    prompts: int = field(default=256, metadata=flag("limit"))
+    """Number of random prompts of each seed."""
+    seeds: int = 3
+    """Number of seeds of prompts and noise."""
+    batch: int = 64
+    """Clips sampled at once."""
+    host: Path | None = None
+    """A host.safetensors made by train-host (default: the packaged one)."""
+
+    def __post_init__(self) -> None:
+        if not self.settings:
+            raise ValueError("settings must name at least one comparison")
+        _at_least_one(self, "prompts", "seeds", "batch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run of the tiny host."""
+
+    host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
+    init: Path | None = None
+    """A host.safetensors whose weights and word table to start from."""
+    seed: int = 0
+    """Seed of weights and data."""
+    minutes: float = 7.0
+    """Wall-clock budget of the transformer's training, compilation included; the learning rate follows it."""
+    steps: int | None = None
+    """Number of optimiser steps instead of a time budget: reproducible, where minutes are not."""
+    batch: int = 256
+    """Clips per step."""
+    lr: float = 5e-3
+    """Peak learning rate of the blocks' matrices, which Muon updates."""
+    adamw_lr: float = 2e-3
+    """Peak learning rate of everything else (embeddings, biases, norms, modulation, output), which AdamW updates."""
+    warmup_steps: int = 200
+    """Steps over which the learning rates rise."""
+    weight_decay: float = 0.01
+    """Of the blocks' matrices."""
+    ema: float = 0.999
+    """Decay of the weights' moving average, which is what is kept."""
+    drop: float = 0.1
+    """Probability of training a clip without its prompt."""
+    train_shift: float = 3.0
+    """Timestep shift of the training noise levels."""
+    uniform: float = 0.2
+    """Fraction of uniform noise levels; the rest is logit-normal. Both are shifted."""
+    compile: bool = True
+    """Compile the transformer's blocks on a GPU."""
+    classifier_steps: int = 2000
+    """Steps of the classifier that grades, which is trained first."""
+    classifier_batch: int = 512
+    """Frames per step of it."""
+    glyphs: Literal["handwritten", "segments"] = "handwritten"
+    """``segments`` needs no scikit-learn and is for smoke runs."""
+    eval_clips: int = 512
+    """Clips that each sampler is graded on."""
+    eval_samplers: tuple[tuple[Solver, int, float], ...] = field(
+        default=(
+            ("unipc", 8, 1.0),
+            ("unipc", 12, 3.0),
+            ("euler", 12, 1.0),
+            ("euler", 50, 1.0),
+            ("euler", 50, 3.0),
+        ),
+        metadata=flag(hidden=True),
+    )
+    """(solver, steps, guidance) graded beside the host's own."""
+    log_every: int = 50
+    """Steps between two lines of the log."""
+    checkpoint_seconds: float = 90.0
+    """Time between two checkpoints, from which a stopped run goes on."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
+            raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """What to generate, and how."""
+
+    model: str
+    """Folder of a diffusers pipeline (it holds ``model_index.json``), or its hub address, such as
+    ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` or ``THUDM/CogVideoX-5b``."""
+    prompts: tuple[str, ...] = field(default=(), metadata=flag("prompt", instead_of=("prompt_file",)))
+    """What to make, one video each."""
+    prompt_file: str | None = field(default=None, metadata=flag(instead_of=("prompts",)))
+    """UTF-8 text, one prompt a line, instead; empty lines are skipped."""
+    limit: int | None = None
+    """Use only so many of the prompts."""
+    negative_prompt: str = ""
+    """What guidance leads away from; used when ``guidance`` is above 1."""
+    preset: str | None = field(default=None, metadata=flag(instead_of=("attention",)))
+    """Attention settings by name; hone-blade info lists them (default: those that the LoRA file states, else the preset
+    of the model's kind)."""
+    attention: BladeConfig | None = field(default=None, metadata=flag(hidden=True))
+    """Attention settings in full, instead of ``preset``."""
+    dense: bool = False
+    """Leave attention as it is."""
+    lora: str | None = None
+    """LoRA weights: a safetensors file, its folder, or a hub address."""
+    scheduler: Literal["tdm", "unipc", "dpm", "default"] = "tdm"
+    """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan, flow shift as in the pipeline, else 3) and
+    ``dpm`` (CogVideoX, trailing times): what the release samples with. ``default``: the pipeline's own."""
+    steps: int = 8
+    """Network calls per video, twice as many with guidance."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight; 1 is none, as distilled models need."""
+    height: int | None = None
+    """Pixels (default: the pipeline's own, like width and frames)."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Frames."""
+    fps: int | None = None
+    """Frames per second of the file (default: 16 for Wan, 8 for CogVideoX)."""
+    seed: int = 0
+    """Seed of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
+    dtype: Dtype = "auto"
+    """Of transformer and text encoder; Wan's VAE stays in float32, as the release has it."""
+    offload: bool = False
+    """Keep on the GPU only the part that is running."""
+    local_files_only: bool = False
+    """Never ask the hub, only its local cache."""
+
+    def __post_init__(self) -> None:
+        if bool(self.prompts) == (self.prompt_file is not None):
+            what = "both" if self.prompts else "no prompt"
+            raise ValueError(
+                f"give prompts (--prompt TEXT) or prompt_file (--prompt-file FILE, one a line); got {what}"
+            )
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise ValueError("a prompt must not be empty")
+        if self.preset is not None and self.attention is not None:
+            raise ValueError("give preset or attention, not both")
+        known_preset(self.preset)
+        if self.dense and (self.preset is not None or self.attention is not None):
+            raise ValueError("dense leaves attention as it is; drop preset and attention, or dense")
+        _at_least_one(self, "limit", "steps", "height", "width", "frames", "fps")
+        if self.guidance < 1:
+            raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative; got {self.seed}")
+
+    def read_prompts(self) -> tuple[str, ...]:
+        """The prompts, read from their file if there is one.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It holds no prompt.
+        """
+        if self.prompt_file is None:
+            return self.prompts
+        path = Path(self.prompt_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
+        prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        if not prompts:
+            raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
+        return prompts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """What to look at while it draws."""
+
+    model: str | None = field(default=None, metadata=flag(instead_of=("host",)))
+    """A diffusers pipeline as for generate (default: the tiny host)."""
+    host: Path | None = field(default=None, metadata=flag(instead_of=("model", "lora")))
+    """A host.safetensors made by train-host (default: the packaged one)."""
+    prompt: str = "a red 7 moving left, slow"
+    """What to draw."""
+    preset: str | None = None
+    """Attention settings by name (default: tiny for the tiny host, else those of the LoRA or the model)."""
+    lora: str | None = None
+    """LoRA weights for a pipeline."""
+    steps: int | None = None
+    """Denoising steps (default: the host's own number, or 8)."""
+    guidance: float | None = None
+    """Classifier-free guidance weight; 1 is none (default: the host's own, or 1)."""
+    recall: bool = True
+    """Also measure the share of dense attention's mass that is kept, which costs a dense attention per call."""
+    dtype: Dtype = "auto"
+    """Of a pipeline's transformer and text encoder."""
+    seed: int = 0
+    """Seed of the starting noise."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.host is not None:
+            raise ValueError("give model, a pipeline, or host, a tiny host; not both")
+        if self.model is None and (self.lora is not None or self.dtype != "auto"):
+            raise ValueError("lora and dtype are for a pipeline; pass --model too")
+        _at_least_one(self, "steps")
+        known_preset(self.preset)
+        if self.model is None:
+            parse_prompt(self.prompt)
+
+    @property
+    def pipeline(self) -> GenerateConfig:
+        """The settings of a pipeline's run."""
+        if self.model is None:
+            raise ValueError("these settings are for the tiny host; they name no pipeline")
+        given: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance}
+        return GenerateConfig(
+            model=self.model,
+            prompts=(self.prompt,),
+            preset=self.preset,
+            lora=self.lora,
+            dtype=self.dtype,
+            seed=self.seed,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
+def known_preset(name: str | None) -> None:
+    """Raise if there is no preset of a name; None is none.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+
+
+def _at_least_one(cfg: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def _own_preset(model: str) -> str:
+    """Attention settings that go with a model."""
+    return "tiny" if model.startswith("tiny") else model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What to measure."""
+
+    model: str = "wan2.1-1.3b"
+    """wan2.1-1.3b, wan2.1-14b or cogvideox-5b, or on a CPU tiny-wan or tiny-cogvideox."""
+    parts: tuple[Part, ...] = ("attention", "forward", "e2e")
+    """``attention``: one layer, and the pieces of BLADE in it. ``forward``: one call of the transformer. ``e2e``: whole
+    denoising loops, many dense steps with guidance down to few sparse ones without."""
+    preset: str | None = None
+    """Attention settings by name (default: the model's own)."""
+    rounds: int = 20
+    """Timed rounds of one attention; each calls every variant once, in a random order."""
+    forward_rounds: int = 5
+    """Likewise of one forward."""
+    steps: int = 50
+    """Denoising steps of the undistilled model."""
+    few_steps: int = 8
+    """Denoising steps of the distilled one."""
+    guidance: float = 5.0
+    """Guidance weight of the undistilled model; two network evaluations per step."""
+    repeats: int = 3
+    """How often each few-step loop runs, one after the other."""
+    max_steps: int | None = None
+    """Run at most so many steps of a loop and scale the time up; its rows say how many were measured (default: all)."""
+    compile_blocks: bool = False
+    """Also time the forward with transformer blocks compiled by Inductor."""
+    dtype: Dtype = "auto"
+    """Of weights and inputs."""
+    seed: int = 0
+    """Seed of weights, inputs and noise."""
+
+    def __post_init__(self) -> None:
+        if self.model not in WORKLOADS:
+            raise ValueError(f"model must be one of {', '.join(WORKLOADS)}; got {self.model!r}")
+        known_preset(self.preset)
+        if not self.parts or not set(self.parts) <= set(get_args(Part)):
+            raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
+        _at_least_one(self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps")
+        if self.steps == self.few_steps:
+            raise ValueError(f"few_steps must differ from steps, the undistilled model's; got {self.steps} for both")
+        dense_steps = self.attention.dense_steps
+        if "e2e" in self.parts and dense_steps:
+            name = self.preset or _own_preset(self.model)
+            if dense_steps >= self.few_steps:
+                raise ValueError(
+                    f"few_steps must be above the {dense_steps} first steps that preset {name} leaves dense, or whole "
+                    f"videos would hold no sparse step; got {self.few_steps}. Take more steps, or parts without e2e"
+                )
+            if self.max_steps is not None and self.max_steps < self.few_steps:
+                raise ValueError(
+                    f"max_steps must be at least few_steps = {self.few_steps} with preset {name}, whose first "
+                    f"{dense_steps} steps are dense, so that a part does not stand for the whole; got {self.max_steps}"
+                )
+        if self.guidance <= 1:
+            raise ValueError(f"guidance must be above 1, below which pipelines do not guide; got {self.guidance}")
+
+    @property
+    def attention(self) -> BladeConfig:
+        """The attention settings in use."""
+        return PRESETS[self.preset or _own_preset(self.model)].config
+
+    @property
+    def variants(self) -> dict[str, BladeConfig | None]:
+        """Settings of each variant by name; None is dense. A preset without pooling takes that of the model's own."""
+        pool = self.attention.pool or PRESETS[_own_preset(self.model)].config.pool
+        return {"dense": None, "asa": replace(self.attention, pool=0), "asa_g": replace(self.attention, pool=pool)}

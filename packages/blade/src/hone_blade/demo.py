@@ -6,28 +6,21 @@ Runs on the packaged tiny host in about a minute on an idle two-core CPU and dow
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from hone_video.clips import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
+from hone_core.devices import resolve_device
+from hone_core.runs import Report, Run
 from hone_video.grader import estimate_motion
+from hone_video.prompts import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
 
 from . import plots
-from .evaluate import Comparison, Outcome, compare, comparison_table, means, write_rows
-from .host import Host
+from .config import DemoConfig
+from .evaluate import Outcome, compare, comparison_table, means, write_rows
+from .host import Host, load_host
 
-__all__ = ["PROMPTS", "DemoConfig", "DemoReport", "demo"]
-
-PROMPTS = (
-    "a red 7 moving left, slow",
-    "a green 3 moving down-right, fast",
-    "a yellow 0 moving up, medium, textured",
-    "a blue 5 moving right, fast, textured",
-    "a cyan 2 moving up-left, medium",
-    "a white 4 moving down, slow, textured",
-)
+__all__ = ["DemoReport", "demo"]
 
 NOTE = (
     "On a CPU and at this size (1,024 tokens) sparse attention is not expected to be faster: attention is a small\n"
@@ -36,46 +29,34 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoConfig:
-    """What the demo draws."""
-
-    prompts: tuple[str, ...] = PROMPTS
-    comparison: Comparison = field(default_factory=Comparison)
-    stats_every: int = 6
-    """Density and recall are measured on every so-many-th denoising step."""
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("the demo needs at least one prompt, such as 'a red 7 moving left, slow'")
-
-
-@dataclass(frozen=True)
-class DemoReport:
+@dataclass(frozen=True, kw_only=True)
+class DemoReport(Report):
     """Result of the demo; as text, the table.
 
     Attributes:
-        folder: the run folder.
         video: MP4 of all clips side by side.
         sheet: PNG of a few frames of each.
-        results: ``results.json``.
         clips: per variant.
         variants: name -> metric -> mean.
     """
 
-    folder: Path
     video: Path
     sheet: Path
-    results: Path
     clips: int
     variants: dict[str, dict[str, float]]
 
     @classmethod
-    def of(cls, run: Any) -> DemoReport:
+    def of(cls, run: Run) -> DemoReport:
         """Return the report of a run whose rows are written."""
         variants, clips = means(run)
-        video, sheet = run.artifacts / "demo.mp4", run.figures / "contact_sheet.png"
-        return cls(run.path, video, sheet, run.path / "results.json", clips, variants)
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            video=run.artifacts / "demo.mp4",
+            sheet=run.figures / "contact_sheet.png",
+            clips=clips,
+            variants=variants,
+        )
 
     def __str__(self) -> str:
         return "\n".join(
@@ -85,31 +66,31 @@ class DemoReport:
                 "",
                 f"video          {self.video}",
                 f"contact sheet  {self.sheet}",
-                f"results        {self.results}",
+                f"results        {self.path / 'results.json'}",
             ]
         )
 
 
-def demo(cfg: DemoConfig, run: Any, host: Host, *, quiet: bool = False) -> DemoReport:
+def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     """Sample, compare, draw and write the rows.
 
     Args:
         cfg: prompts and density.
-        run: a started ``hone_core.runs.Run``.
-        host: the trained tiny host.
-        quiet: show no progress.
+        run: the run, entered.
 
     Raises:
-        ValueError: on a prompt that the host does not understand; nothing has been sampled then.
+        CheckpointError: there is no such host.
+        ValueError: the comparison does not fit the host; nothing has been sampled then.
     """
-    labels = torch.tensor([parse_prompt(prompt) for prompt in cfg.prompts])
+    host = load_host(resolve_device(run.device), path=cfg.host)
+    labels = torch.tensor([parse_prompt(prompt) for prompt in cfg.prompts[: cfg.limit]])
     outcomes = compare(
         host,
         labels,
         cfg.comparison,
         batch=len(labels),
         stats_every=cfg.stats_every,
-        quiet=quiet,
+        quiet=run.quiet,
     )
     write_rows(run, outcomes)
     clips = {name: outcome.clips for name, outcome in outcomes.items()}

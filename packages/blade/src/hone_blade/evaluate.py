@@ -8,31 +8,32 @@ does not lose.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
+from hone_core.devices import resolve_device
 from hone_core.progress import progress_bar
+from hone_core.runs import Report, Run
+from hone_core.statistics import bootstrap_interval
+from hone_core.timing import Stopwatch
 from hone_video.clips import random_labels
 from hone_video.grader import grade
-from hone_video.grids import Order
+from hone_video.handle import LayerStats
 from hone_video.quality import psnr, ssim
 from torch import Tensor
 
-from .config import BladeConfig, Score
-from .host import Host
-from .models import BladeHandle, LayerStats, attach
+from . import plots
+from .config import BladeConfig, Comparison, EvalConfig
+from .host import Host, load_host
+from .models import BladeHandle, attach
 
 log = logging.getLogger(__name__)
 
 __all__ = [
     "VARIANTS",
-    "Comparison",
-    "EvalConfig",
     "EvalReport",
     "Outcome",
     "attention_gflop",
@@ -60,134 +61,27 @@ FOOTNOTE = """\
 """Below a table of a comparison."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Sparse attention at one density, five ways."""
-
-    density: float = 0.25
-    """Query-key pairs computed over all pairs, the pooled keys of ASA_G included. Fractions of a block are dropped, so
-    what is computed can be less: the outcomes say."""
-    block: int = 32
-    pool: int = 16
-    """Tokens averaged into one global key of ASA_G."""
-    samples: int = 8
-    score: Score = "paper"
-    order: Order = "gilbert"
-    dense_steps: int = 0
-    """First denoising steps that every variant runs dense; fewer than there are."""
-    steps: int | None = None
-    """Denoising steps; the host's own number if None."""
-    seed: int = 0
-    """Of the starting noise, and of the random masks."""
-
-    def __post_init__(self) -> None:
-        if self.pool < 1:
-            raise ValueError(
-                f"pool must be at least 1, the tokens averaged into a global key; got {self.pool}. Take a larger one, "
-                "such as 16, for fewer global keys"
-            )
-        if self.steps is not None:
-            self.check_steps(self.steps)
-        elif self.dense_steps < 0:
-            self.check_steps(1)
-        if not 1 / self.pool < self.density <= 1:
-            raise ValueError(
-                f"density must lie in (1 / pool, 1] = ({1 / self.pool:g}, 1]: ASA_G spends 1 / pool of it on pooled "
-                f"keys; got {self.density}"
-            )
-
-    def check_steps(self, steps: int) -> None:
-        """Refuse numbers of steps of which none would be sparse.
-
-        Raises:
-            ValueError: ``steps`` is not positive, or ``dense_steps`` does not lie in [0, steps).
-        """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1; got {steps}. Leave it out for the host's own number")
-        if not 0 <= self.dense_steps < steps:
-            raise ValueError(
-                f"dense_steps must lie in [0, steps = {steps}), so that a step is left to the sparse variants; got "
-                f"{self.dense_steps}. Take fewer dense steps, or more steps"
-            )
-
-    def configs(self, tokens: int) -> dict[str, BladeConfig | None]:
-        """Settings of each variant by name; None is dense.
-
-        Blocks are chosen by rank, so that counts are equal: ASA and the static masks keep as many whole blocks as
-        ``density`` holds, and ASA_G as many as leave room for its pooled keys within that.
-
-        Args:
-            tokens: Length of the sequence.
-
-        Raises:
-            ValueError: The pooled keys leave no room for a single block.
-        """
-        blocks, pooled = -(-tokens // self.block), -(-tokens // self.pool)
-        count = int(blocks * self.density + 1e-9)  # the small term undoes binary fractions
-        beside_pooled = (count * self.block - pooled) // self.block
-        if beside_pooled < 1:
-            least = (1 + -(-pooled // self.block)) / blocks
-            advice = f"at least {least:.4g}, or a larger pool" if least <= 1 else f"a larger pool than {self.pool}"
-            raise ValueError(
-                f"ASA_G cannot keep to density {self.density:g} on {tokens} tokens: that is {count} of {blocks} blocks "
-                f"of {self.block}, of which its {pooled} pooled keys leave less than one. Expected {advice}"
-            )
-
-        def sparse(**changes: Any) -> BladeConfig:
-            common = {"block": self.block, "samples": self.samples, "score": self.score, "order": self.order}
-            common |= {"dense_steps": self.dense_steps, "seed": self.seed, "selection": "topk", "min_density": 0.0}
-            return BladeConfig(**(common | {"max_density": self.density} | changes))
-
-        return {
-            "dense": None,
-            "asa": sparse(),
-            "asa_g": sparse(max_density=beside_pooled / blocks, pool=self.pool),
-            "window": sparse(mask="window"),
-            "random": sparse(mask="random"),
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    """The comparison on many random prompts."""
-
-    comparison: Comparison = field(default_factory=Comparison)
-    prompts: int = 64
-    batch: int = 16
-    stats_every: int = 4
-    """Density and recall are measured on every so-many-th step, which is then not timed: recall costs a dense
-    attention."""
-
-    def __post_init__(self) -> None:
-        if self.prompts < 1 or self.batch < 1 or self.stats_every < 2:
-            raise ValueError(
-                "prompts and batch must be at least 1, and stats_every at least 2, so that steps are left to time; got "
-                f"{self.prompts}, {self.batch} and {self.stats_every}"
-            )
-
-
-@dataclass(frozen=True)
-class EvalReport:
+@dataclass(frozen=True, kw_only=True)
+class EvalReport(Report):
     """Result of an evaluation; as text, the table.
 
     Attributes:
-        results: ``results.json``.
         clips: per variant.
         variants: name -> metric -> mean.
     """
 
-    results: Path
     clips: int
     variants: dict[str, dict[str, float]]
 
     @classmethod
-    def of(cls, run: Any) -> EvalReport:
+    def of(cls, run: Run) -> EvalReport:
         """Return the report of a run whose rows are written."""
         variants, clips = means(run)
-        return cls(run.path / "results.json", clips, variants)
+        return cls(path=run.path, rows=tuple(run.rows), clips=clips, variants=variants)
 
     def __str__(self) -> str:
-        return f"{comparison_table(self.variants, self.clips, intervals=True)}\nresults  {self.results}"
+        table = comparison_table(self.variants, self.clips, intervals=True)
+        return f"{table}\nresults  {self.path / 'results.json'}"
 
 
 @dataclass(frozen=True)
@@ -216,26 +110,16 @@ class Outcome:
     attention_gflop: float
 
 
-def bootstrap(values: Tensor, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, (low, high).
+def bootstrap(values: Tensor) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean, (low, high).
+
+    The samples are drawn as they were for the results that are committed: by torch, seed 0.
 
     Args:
         values: ``[N]`` one per clip.
-        level: coverage.
-        draws: resamples.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: if there are no values.
     """
-    values = torch.as_tensor(values, dtype=torch.float64).cpu()
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must be a non-empty list of numbers; got shape {list(values.shape)}")
-    generator = torch.Generator().manual_seed(seed)
-    means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
-    tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    resamples = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
+    return bootstrap_interval(values.double().cpu().numpy(), resamples=resamples.numpy())
 
 
 def attention_gflop(host: Host, config: BladeConfig | None, *, density: float, evaluations: list[int]) -> float:
@@ -386,15 +270,18 @@ def write_mean(
     return mean
 
 
-def evaluate(cfg: EvalConfig, run: Any, host: Host, *, quiet: bool = False) -> dict[str, Outcome]:
-    """Compare the variants on random prompts and write the rows.
+def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
+    """Compare the variants on random prompts, write the rows and draw them.
 
     Args:
         cfg: how many prompts, at which density.
-        run: a started ``hone_core.runs.Run``.
-        host: the trained tiny host.
-        quiet: show no progress.
+        run: the run, entered.
+
+    Raises:
+        CheckpointError: there is no such host.
+        ValueError: the comparison does not fit the host; nothing has been sampled then.
     """
+    host = load_host(resolve_device(run.device), path=cfg.host)
     # not the seed of the noise, and not one that training or its gate uses
     labels = random_labels(cfg.prompts, torch.Generator().manual_seed(cfg.comparison.seed + 1000))
     outcomes = compare(
@@ -403,10 +290,11 @@ def evaluate(cfg: EvalConfig, run: Any, host: Host, *, quiet: bool = False) -> d
         cfg.comparison,
         batch=cfg.batch,
         stats_every=cfg.stats_every,
-        quiet=quiet,
+        quiet=run.quiet,
     )
     write_rows(run, outcomes)
-    return outcomes
+    plots.accuracy_chart({"rows": [asdict(row) for row in run.rows]}, run.figures / "accuracy.png")
+    return EvalReport.of(run)
 
 
 def means(run: Any) -> tuple[dict[str, dict[str, float]], int]:
@@ -496,29 +384,25 @@ class _Sampler:
 
     def __call__(self, text: Tensor, noise: Tensor) -> Tensor:
         self.batches += 1
-        recording = ExitStack()
-        started = 0.0
+        running = ExitStack()
+        watch = Stopwatch(self.host.device)
 
         def end(step: int) -> None:
-            recording.close()
+            running.close()
             if step >= 0:
-                self._wait()
                 if step not in self.measured:
-                    spent = time.perf_counter() - started
-                    self.timings[step >= self.sparse_from].append((spent, self.evaluations[step]))
+                    self.timings[step >= self.sparse_from].append((watch.seconds, self.evaluations[step]))
                 self.tick()
 
         def begin(step: int, _: int) -> None:
-            nonlocal started
             end(step - 1)
             if self.handle is not None:
                 self.handle.begin_step(step)
                 if step in self.measured:
-                    self.records.append(recording.enter_context(self.handle.record(recall=True)))
-            self._wait()
-            started = time.perf_counter()
+                    self.records.append(running.enter_context(self.handle.record(recall=True)))
+            running.enter_context(watch)
 
-        with recording:
+        with running:
             clips = self.host.sample(text, noise, steps=self.steps, on_step=begin)
             end(self.steps - 1)
         return clips.cpu()
@@ -548,10 +432,6 @@ class _Sampler:
                 "no layer and no sequence length dense"
             )
         density = torch.stack([stats.density.mean() + stats.pooled for stats in rows]).mean().item()
-        recall = torch.stack([stats.recall.mean() for stats in rows]).mean().item()
+        recall = torch.stack([cast(Tensor, stats.recall).mean() for stats in rows]).mean().item()
         sparse = self.sparse_share
         return sparse * density + 1 - sparse, sparse * recall + 1 - sparse
-
-    def _wait(self) -> None:
-        if self.host.device.type == "cuda":
-            torch.cuda.synchronize(self.host.device)

@@ -11,27 +11,26 @@ Flow convention: ``x_sigma = (1 - sigma) * x_0 + sigma * noise``; the network pr
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from hone_core.config import from_dict, to_dict
-from hone_core.errors import CheckpointError
-from hone_core.io import save_safetensors
-from hone_video.clips import FIELDS, NUM_WORDS, ClipConfig, label_words, parse_prompt
+from hone_core import hosts
+from hone_video.clips import label_words
 from hone_video.grader import ClipClassifier
-from safetensors import safe_open
+from hone_video.prompts import FIELDS, NUM_WORDS, parse_prompt
 from torch import Tensor, nn
+
+from .config import HostConfig, Solver
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 __all__ = [
     "Host",
-    "HostConfig",
     "build_transformer",
     "load_host",
     "make_scheduler",
@@ -40,69 +39,11 @@ __all__ = [
     "to_latents",
 ]
 
+PACKAGE = "hone-blade"
 NUM_TRAIN_TIMESTEPS = 1000
-Solver = Literal["euler", "unipc"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HostConfig:
-    """Architecture and default sampler of the tiny host."""
-
-    frames: int = 16
-    height: int = 32
-    width: int = 32
-    patch: int = 4
-    """Side of the square spatial patch in pixels; time is not patched."""
-    layers: int = 6
-    heads: int = 3
-    head_dim: int = 64
-    ffn_dim: int = 640
-    text_dim: int = 64
-    freq_dim: int = 128
-    """Sinusoidal channels of the timestep."""
-    classifier_channels: int = 32
-    steps: int = 8
-    """Denoising steps."""
-    shift: float = 3.0
-    """Timestep shift ``s``: sigma = s u / (1 + (s - 1) u). Frames repeat each other, so the layout of a clip is decided
-    at high noise, and more steps are spent there."""
-    solver: Solver = "unipc"
-    guidance: float = 3.0
-    """Classifier-free guidance scale; a guided step needs two network evaluations, with 1 none is guided."""
-    guidance_interval: tuple[float, float] = (0.6, 0.96)
-    """Noise levels (sigma) between which steps are guided: there the digit takes shape. With the defaults these are
-    five of the eight steps, so that a clip costs 13 evaluations."""
-
-    def __post_init__(self) -> None:
-        if self.height % self.patch or self.width % self.patch:
-            raise ValueError(
-                f"height and width must be multiples of patch={self.patch}; got {self.height} x {self.width}"
-            )
-        low, high = self.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1; got {self.guidance_interval}")
-        if self.steps < 1 or self.shift <= 0:
-            raise ValueError(f"steps must be at least 1 and shift positive; got {self.steps} and {self.shift}")
-
-    @property
-    def clip(self) -> ClipConfig:
-        """Clip size; the digit takes half of the frame's side."""
-        return ClipConfig(
-            frames=self.frames, height=self.height, width=self.width, glyph_px=min(self.height, self.width) // 2
-        )
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Token grid (frames, height, width)."""
-        return self.frames, self.height // self.patch, self.width // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Number of video tokens."""
-        return math.prod(self.grid)
-
-
-def build_transformer(cfg: HostConfig, *, seed: int = 0) -> nn.Module:
+def build_transformer(cfg: HostConfig, *, seed: int = 0) -> WanTransformer3DModel:
     """Build the untrained ``WanTransformer3DModel``.
 
     Linear layers start as in DiT: Xavier, no bias, output and cross-attention output at zero. The gates of a block
@@ -194,14 +135,14 @@ class Host:
         transformer: the ``WanTransformer3DModel``; ``hone_blade.models.attach`` takes it.
         words: ``[V + 1, text_dim]`` embedding of each prompt word; the last row stands for "no prompt".
         classifier: grades clips.
-        meta: contents of ``host.json``: command, seed, time, results. Empty for an untrained host.
+        facts: how it was trained, and its grades; None for an untrained host.
     """
 
     config: HostConfig
-    transformer: nn.Module
+    transformer: WanTransformer3DModel
     words: Tensor
     classifier: ClipClassifier
-    meta: dict[str, Any] = field(default_factory=dict)
+    facts: hosts.HostFacts | None = None
 
     @classmethod
     def untrained(cls, config: HostConfig | None = None, *, seed: int = 0) -> Host:
@@ -247,7 +188,7 @@ class Host:
         """Return the "text" tokens ``[B, 5, text_dim]`` of labels ``[B, 5]``.
 
         Args:
-            labels: as in ``hone_video.clips.FIELDS``.
+            labels: as in ``hone_video.prompts.FIELDS``.
             drop: ``[B]`` bool, rows to encode as "no prompt".
         """
         ids = label_words(labels.to(self.words.device))
@@ -359,20 +300,15 @@ class Host:
         return to_clips(latents)
 
 
-def save_host(host: Host, path: Path, *, dtype: torch.dtype = torch.float16) -> None:
-    """Write transformer, word table and classifier into one safetensors file, the config in its header.
+def save_host(host: Host, path: Path) -> Path:
+    """Write transformer, word table and classifier, with the config in the sidecar; return the path.
 
     Args:
         host: what to save.
-        path: file to write.
-        dtype: storage type of the weights.
+        path: the ``host.safetensors`` to write.
     """
-    tensors = {f"transformer.{name}": value for name, value in host.transformer.state_dict().items()}
-    tensors |= {f"classifier.{name}": value for name, value in host.classifier.state_dict().items()}
-    tensors["words"] = host.words
-    stored = {name: value.to("cpu", dtype) for name, value in tensors.items()}
-    metadata = {"config": json.dumps(to_dict(host.config)), "format": "hone-blade host 1"}
-    save_safetensors(stored, path, metadata=metadata)
+    modules = {"transformer.": host.transformer, "classifier.": host.classifier}
+    return hosts.save_host(path, host.config, modules, package=PACKAGE, others={"words": host.words}, facts=host.facts)
 
 
 def load_host(
@@ -388,23 +324,10 @@ def load_host(
     Raises:
         CheckpointError: if the file is missing or is not a tiny host.
     """
-    if path is None:
-        path = Path(str(files("hone_blade"))) / "assets" / "host.safetensors"
-    if not path.is_file():
-        raise CheckpointError(
-            f"no tiny host at {path}. Pass the host.safetensors of a `hone-blade train-host` run, or reinstall."
-        )
-    with safe_open(path, "pt") as handle:
-        header = handle.metadata() or {}
-        tensors = {name: handle.get_tensor(name).float() for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    if "config" not in header or "words" not in tensors:
-        raise CheckpointError(f"{path} is not a tiny host: its header has no config. Pass a file made by train-host.")
-    host = Host.untrained(from_dict(HostConfig, json.loads(header["config"])))
-    for module, prefix in ((host.transformer, "transformer."), (host.classifier, "classifier.")):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    host.words = tensors["words"]
-    sidecar = path.with_suffix(".json")
-    host.meta = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    stored = hosts.open_host(HostConfig, PACKAGE, path)
+    host = Host.untrained(stored.config)
+    rest = stored.load({"transformer.": host.transformer, "classifier.": host.classifier}, ("words",))
+    host.words, host.facts = rest["words"], stored.facts
     host.transformer.eval().requires_grad_(False)
     host.classifier.eval().requires_grad_(False)
     return host.to(device, dtype)

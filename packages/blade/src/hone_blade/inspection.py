@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from hone_core.io import atomic_path, atomic_write_json
-from hone_core.runs import Run
+from hone_core.devices import resolve_device
+from hone_core.io import atomic_write_json
+from hone_core.plots import drawing
+from hone_core.runs import Better, Report, Run
+from hone_video.handle import LayerStats
 
-from .models import BladeHandle, LayerStats
-from .sample import GenerateConfig, Sampler, find_inputs
+from .config import PRESETS, GenerateConfig, InspectConfig
+from .host import load_host
+from .models import BladeHandle, attach
+from .sample import Sampler, find_inputs
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["InspectReport", "LayerRow", "inspect_model", "inspect_pipeline", "plot_inspection", "to_rows"]
+__all__ = [
+    "InspectReport",
+    "LayerRow",
+    "inspect",
+    "inspect_model",
+    "inspect_pipeline",
+    "plot_inspection",
+    "to_rows",
+]
 
 METRICS = {
     "density": "density of query-key pairs",
@@ -57,13 +67,12 @@ class LayerRow:
     recall_high: float | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InspectReport:
+@dataclass(frozen=True, kw_only=True)
+class InspectReport(Report):
     """Result of an inspection.
 
     Attributes:
-        path: The run's folder.
-        rows: The JSON file of all rows.
+        inspection: The JSON file with a row for every call.
         figure: The plot.
         calls: Self-attention calls seen.
         density: Mean over them; likewise the next two.
@@ -71,13 +80,40 @@ class InspectReport:
         recall: None if it was not measured.
     """
 
-    path: str
-    rows: str
-    figure: str
+    inspection: Path
+    figure: Path
     calls: int
     density: float
     clamped: float
     recall: float | None
+
+    @classmethod
+    def of(cls, run: Run) -> InspectReport:
+        """Return the report of a run whose rows are written."""
+        found = {row.metric: row for row in run.rows}
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            inspection=run.artifacts / "inspection.json",
+            figure=run.figures / "inspection.png",
+            calls=found["density"].n,
+            density=found["density"].value,
+            clamped=found["clamped"].value,
+            recall=found["recall"].value if "recall" in found else None,
+        )
+
+    def __str__(self) -> str:
+        means = {name: getattr(self, name) for name in METRICS}
+        shown = {title: value for name, title in METRICS.items() if (value := means[name]) is not None}
+        width = max(map(len, shown))
+        return "\n".join(
+            [
+                f"means over {self.calls} calls of self-attention",
+                *(f"{title:<{width}}  {value:.4f}" for title, value in shown.items()),
+                f"{'all rows':<{width}}  {self.inspection}",
+                f"{'plot':<{width}}  {self.figure}",
+            ]
+        )
 
 
 def to_rows(stats: Iterable[LayerStats]) -> list[LayerRow]:
@@ -136,17 +172,47 @@ def inspect_model(
     for metric in METRICS:
         values = [value for row in rows if (value := getattr(row, metric)) is not None]
         if values:
-            better = "higher" if metric == "recall" else "none"
+            better: Better = "higher" if metric == "recall" else "none"
             run.row(metric, sum(values) / len(values), better=better, n=len(values), variant="blade")
     data = [dataclasses.asdict(row) for row in rows]
-    file = atomic_write_json(run.artifacts / "inspection.json", data)
-    figure = plot_inspection(data, run.figures / "inspection.png", title=title)
-    return _report(run, file, figure, len(rows))
+    atomic_write_json(run.artifacts / "inspection.json", data)
+    plot_inspection(data, run.figures / "inspection.png", title=title)
+    return InspectReport.of(run)
 
 
-def inspect_pipeline(
-    cfg: GenerateConfig, run: Run, *, device: str | torch.device = "auto", recall: bool = True
-) -> InspectReport:
+def inspect(cfg: InspectConfig, run: Run) -> InspectReport:
+    """Look at the tiny host while it draws one clip, or at a real pipeline.
+
+    Args:
+        cfg: What to look at.
+        run: The run, entered.
+
+    Raises:
+        CheckpointError: Weights are not there; before anything is loaded.
+        ValueError: The settings are dense; or as ``inspect_model``.
+    """
+    if cfg.model is not None:
+        return inspect_pipeline(cfg.pipeline, run, recall=cfg.recall)
+    preset = cfg.preset or "tiny"
+    host = load_host(resolve_device(run.device), path=cfg.host)
+    steps, dense = cfg.steps or host.config.steps, PRESETS[preset].config.dense_steps
+    if dense >= steps:
+        raise ValueError(
+            f"steps must be above the {dense} first steps that preset {preset} leaves dense, or there is nothing to "
+            f"inspect; got {steps}. Take more steps, or another preset"
+        )
+    text, noise = host.encode_prompt(cfg.prompt), host.noise(1, cfg.seed)
+    with attach(host.transformer, preset) as handle:
+
+        def draw_clip() -> None:
+            host.sample(
+                text, noise, steps=cfg.steps, guidance=cfg.guidance, on_step=lambda step, _: handle.begin_step(step)
+            )
+
+        return inspect_model(handle, draw_clip, run, recall=cfg.recall, title=f"tiny host, {preset}: {cfg.prompt}")
+
+
+def inspect_pipeline(cfg: GenerateConfig, run: Run, *, recall: bool = True) -> InspectReport:
     """Inspect a real pipeline on the first prompt of a config, without decoding the video.
 
     Raises:
@@ -155,26 +221,14 @@ def inspect_pipeline(
     """
     if cfg.dense:
         raise ValueError("there is nothing to inspect in dense attention; drop dense")
-    sampler = Sampler.load(find_inputs(cfg), device)
+    sampler = Sampler.load(find_inputs(cfg), run.device)
     with sampler.attached() as handle:
+        assert handle is not None  # the settings are not dense
         title = f"{type(handle.models[0]).__name__}, {sampler.attention_name}, {cfg.steps} steps"
         return inspect_model(handle, lambda: sampler.draw(0, output_type="latent"), run, recall=recall, title=title)
 
 
-def _report(run: Run, file: Path, figure: Path, calls: int) -> InspectReport:
-    means = {row.metric: row.value for row in run.rows}
-    return InspectReport(
-        path=str(run.path),
-        rows=str(file),
-        figure=str(figure),
-        calls=calls,
-        density=means["density"],
-        clamped=means["clamped"],
-        recall=means.get("recall"),
-    )
-
-
-def plot_inspection(rows: list[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
+def plot_inspection(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
     """Draw one panel per metric: layers down, denoising steps across, colour from 0 to 1.
 
     Calls of a step are averaged; a layer that ran dense in a step is left blank.
@@ -189,38 +243,28 @@ def plot_inspection(rows: list[Mapping[str, Any]], path: str | Path, *, title: s
     """
     if not rows:
         raise ValueError("there are no rows to plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
     steps = 1 + max(row["step"] for row in rows)
     layers = 1 + max(row["layer"] for row in rows)
-    figure = Figure(figsize=(3.2 * len(shown) + 0.6, min(8.0, 1.9 + 0.16 * layers)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, metric in zip(panels, shown, strict=True):
-        picture = axes.imshow(
-            _grid(rows, metric, layers, steps), vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest"
-        )
-        axes.set_title(METRICS[metric], fontsize=9)
-        axes.set_xlabel("denoising step")
-        for axis, count in ((axes.xaxis, steps), (axes.yaxis, layers)):
-            # A locator would divide a single step or layer.
-            axis.set_ticks(range(0, count, -(-count // 8)))
-    panels[0].set_ylabel("layer")
-    figure.colorbar(picture, ax=list(panels))
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _save(figure, Path(path))
+    with drawing(path, 3.2 * len(shown) + 0.6, min(8.0, 1.9 + 0.16 * layers)) as figure:
+        figure.set_layout_engine("constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, metric in zip(panels, shown, strict=True):
+            cells = _grid(rows, metric, layers, steps)
+            picture = axes.imshow(cells, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
+            axes.set_title(METRICS[metric])
+            axes.set_xlabel("denoising step")
+            for axis, count in ((axes.xaxis, steps), (axes.yaxis, layers)):
+                # A locator would divide a single step or layer.
+                axis.set_ticks(range(0, count, -(-count // 8)))
+        panels[0].set_ylabel("layer")
+        figure.colorbar(picture, ax=list(panels))
+        if title:
+            figure.suptitle(title)
+    return Path(path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    with atomic_path(path) as scratch:
-        figure.savefig(scratch, dpi=150)
-    return path
-
-
-def _grid(rows: list[Mapping[str, Any]], metric: str, layers: int, steps: int) -> list[list[float]]:
+def _grid(rows: Sequence[Mapping[str, Any]], metric: str, layers: int, steps: int) -> list[list[float]]:
     """Mean of a metric by layer and step; NaN where there is none."""
     found: dict[tuple[int, int], list[float]] = {}
     for row in rows:

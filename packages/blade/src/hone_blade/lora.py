@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline, ModelMixin, WanTransformer3DModel
 from diffusers.utils.torch_utils import is_compiled_module
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
@@ -245,7 +245,7 @@ def save_blade_lora(
     return save_safetensors(tensors, path, metadata=metadata)
 
 
-def _transformer(pipeline_or_model: Any) -> nn.Module:
+def _transformer(pipeline_or_model: Any) -> ModelMixin:
     model = pipeline_or_model
     if isinstance(model, DiffusionPipeline):
         if getattr(model, "transformer_2", None) is not None:

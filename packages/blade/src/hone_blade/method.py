@@ -23,7 +23,7 @@ from hone_kernels.precision import without_autocast
 from jaxtyping import Float
 from torch import Tensor
 
-from .config import BladeConfig
+from .config import Backend, BladeConfig
 from .prober import probe
 from .static import static_scores
 
@@ -56,7 +56,7 @@ class Stats:
     recall: Float[Tensor, "batch heads"] | None = None
 
 
-def runs_dense(cfg: BladeConfig, tokens: int, layer: int) -> bool:
+def runs_dense(cfg: BladeConfig, tokens: int, layer: int | Tensor) -> bool:
     """Whether this layer at this length is left dense (``mask``, ``min_tokens``, ``dense_layers``)."""
     return cfg.mask == "dense" or tokens < cfg.min_tokens or layer in cfg.dense_layers
 
@@ -68,7 +68,7 @@ def adaptive_sparse_attention(
     *,
     cfg: BladeConfig,
     text_tokens: int = 0,
-    layer: int = 0,
+    layer: int | Tensor = 0,
     grid: tuple[int, int, int] | None = None,
     scale: float | None = None,
     return_stats: bool = False,
@@ -130,7 +130,7 @@ def sparse_layout(
     *,
     cfg: BladeConfig,
     text_tokens: int = 0,
-    layer: int = 0,
+    layer: int | Tensor = 0,
     grid: tuple[int, int, int] | None = None,
     scale: float | None = None,
 ) -> BlockLayout:
@@ -149,7 +149,7 @@ def _kept_blocks(
     *,
     cfg: BladeConfig,
     text_tokens: int,
-    layer: int,
+    layer: int | Tensor,
     grid: tuple[int, int, int] | None,
     scale: float | None,
 ) -> SelectedBlocks:
@@ -245,7 +245,7 @@ def mass_recall(
     layout: BlockLayout,
     *,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "batch heads"]:
     """Share of dense attention's probability on the listed pairs, averaged over queries; in [0, 1].
 

@@ -8,29 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hone_core.io import atomic_path
+from hone_core.plots import BLUE, GREEN, GREY, INK, PINK, RED, Sheet, drawing, error_bars, finish, to_pixels
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import numpy as np
+    from numpy.typing import NDArray
 
-__all__ = ["accuracy_chart", "contact_sheet", "enlarge", "write_video"]
+__all__ = ["accuracy_chart", "contact_sheet", "write_video"]
 
-INK = "#1b1f24"
-PAPER = "#ffffff"
-COLORS = {"dense": "#4c566a", "asa": "#0072b2", "asa_g": "#009e73", "window": "#d55e00", "random": "#cc79a7"}
-"""Colour-blind safe (Okabe and Ito)."""
-
+COLORS = {"dense": GREY, "asa": BLUE, "asa_g": GREEN, "window": RED, "random": PINK}
 TITLES = {"dense": "dense", "asa": "ASA", "asa_g": "ASA_G", "window": "window", "random": "random"}
-
-
-def enlarge(frames: Tensor, scale: int) -> Tensor:
-    """Repeat pixels, so that a person sees them as they are.
-
-    Args:
-        frames: ``[..., H, W]``.
-        scale: copies of each pixel along both axes.
-    """
-    return frames.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
 def contact_sheet(
@@ -40,7 +28,7 @@ def contact_sheet(
     path: Path,
     *,
     title: str = "",
-    frames: int = 4,
+    frames: int = 3,
     scale: int = 3,
 ) -> Path:
     """Draw a PNG with a row per prompt, a column per variant and a few frames of each clip.
@@ -56,21 +44,15 @@ def contact_sheet(
     """
     first = next(iter(clips.values()))
     picks = torch.linspace(0, first.shape[2] - 1, frames).round().long()
-    strips = {name: enlarge(torch.cat(list(value[:, :, picks].unbind(2)), -1), scale) for name, value in clips.items()}
-    width, height = first.shape[-1] * scale * frames, first.shape[-2] * scale
-    canvas = _Canvas(list(clips), prompts, cell=(width, height), caption_px=20, title=title)
-    for name in strips:
-        for row in range(len(prompts)):
-            canvas.caption(name, row, captions[name][row])
-    picture = canvas.draw()
-    for name, strip in strips.items():
-        for row in range(len(prompts)):
-            canvas.paste(picture, name, row, strip[row])
-    from matplotlib.image import imsave
-
-    with atomic_path(path) as partial:
-        imsave(partial, picture.permute(1, 2, 0).numpy(), format="png")
-    return path
+    grid = _Grid(first.shape[-1] * scale * frames, first.shape[-2] * scale, caption=20, title=title)
+    sheet = grid.sheet(list(clips), prompts)
+    for column, (name, value) in enumerate(clips.items()):
+        for row, caption in enumerate(captions[name]):
+            x, y = grid.corner(column, row)
+            strip = torch.cat(list(value[row][:, picks].unbind(1)), -1)
+            sheet.image(x, y, to_pixels(strip), scale=scale)
+            sheet.text(x, y + grid.height + 10, caption, size=12)
+    return sheet.save(path)
 
 
 def write_video(
@@ -97,16 +79,17 @@ def write_video(
     import imageio
 
     first = next(iter(clips.values()))
-    size = (first.shape[-1] * scale, first.shape[-2] * scale)
-    canvas = _Canvas(list(clips), prompts, cell=size, caption_px=0, title=title)
-    still = canvas.draw()
-    pictures = []
+    grid = _Grid(first.shape[-1] * scale, first.shape[-2] * scale, caption=0, title=title)
+    still = grid.sheet(list(clips), prompts).draw()
+    pictures: list[NDArray[np.uint8]] = []
     for frame in range(first.shape[2]):
-        picture = still.clone()
-        for name, value in clips.items():
+        picture = still.copy()
+        for column, value in enumerate(clips.values()):
             for row in range(len(prompts)):
-                canvas.paste(picture, name, row, enlarge(value[row, :, frame], scale))
-        pictures.append((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+                x, y = grid.corner(column, row)
+                pixels = to_pixels(value[row, :, frame]).repeat(scale, 0).repeat(scale, 1)
+                picture[y : y + grid.height, x : x + grid.width] = pixels
+        pictures.append(picture)
     with (
         atomic_path(path) as partial,
         imageio.get_writer(
@@ -114,7 +97,7 @@ def write_video(
         ) as writer,
     ):
         for picture in pictures * loops:
-            writer.append_data(picture)
+            writer.append_data(picture)  # type: ignore[attr-defined]  # of the writer that an mp4 gets
     return path
 
 
@@ -132,103 +115,60 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> Path:
     names = [name for name in TITLES if ("accuracy", name) in values]
     if not names:
         raise ValueError("expected rows named accuracy with the variants of a demo or eval run; found none")
-    figure = _figure(7.2, 2.9)
-    task, fidelity = figure.subplots(1, 2)
-    for index, name in enumerate(names):
-        row = values["accuracy", name]
-        low, high = row["interval"]
-        error = [[max(0.0, row["value"] - low)], [max(0.0, high - row["value"])]]
-        task.bar(index, row["value"], color=COLORS[name], width=0.7, yerr=error, capsize=3, ecolor=INK)
-        if name != "dense":
-            fidelity.bar(index, values["psnr", name]["value"], color=COLORS[name], width=0.7)
-    task.set_ylim(0, 1.05)
-    task.set_ylabel("digit and direction right")
-    fidelity.set_ylabel("PSNR to dense, dB")
-    for axes, shown in ((task, names), (fidelity, names[1:])):
-        axes.set_xticks([names.index(name) for name in shown], [TITLES[name] for name in shown])
-        axes.spines[["top", "right"]].set_visible(False)
     count = values["accuracy", names[0]]["n"]
     densities = [values["density", name]["value"] for name in names if name != "dense" and ("density", name) in values]
     reached = list(dict.fromkeys(f"{x:.3g}" for x in sorted(densities)))
     shown = f", attention density {' to '.join(dict.fromkeys((reached[0], reached[-1])))}" if reached else ""
-    note = f"{count} clips{shown}, bars: 95 %"
-    figure.text(0.99, 0.01, note, ha="right", va="bottom", fontsize=7, color=INK)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=150)
+    with drawing(path, 7.2, 2.9) as figure:
+        task, fidelity = figure.subplots(1, 2)
+        for index, name in enumerate(names):
+            row = values["accuracy", name]
+            error = error_bars(row["value"], row["interval"])
+            task.bar(index, row["value"], color=COLORS[name], width=0.7, yerr=error, capsize=3, ecolor=INK)
+            if name != "dense":
+                fidelity.bar(index, values["psnr", name]["value"], color=COLORS[name], width=0.7)
+        task.set_ylim(0, 1.05)
+        task.set_ylabel("digit and direction right")
+        fidelity.set_ylabel("PSNR to dense, dB")
+        for axes, bars in ((task, names), (fidelity, names[1:])):
+            axes.set_xticks([names.index(name) for name in bars], [TITLES[name] for name in bars])
+        finish(figure, note=f"{count} clips{shown}, bars: 95 %")
     return path
 
 
-class _Canvas:
-    """Labelled grid of cells: matplotlib writes the text once, clips are pasted as exact pixels.
+class _Grid:
+    """Places of a labelled grid, in pixels: variants are its columns, prompts its rows.
 
     Args:
-        names: variants, the columns.
-        prompts: the rows.
-        cell: (width, height) of a cell in pixels.
-        caption_px: room for a line under each cell.
+        width: of a cell.
+        height: of a cell.
+        caption: room for a line under each cell.
         title: above everything.
     """
 
-    GAP, TOP, TITLE, LINE = 6, 26, 26, 20
+    GAP, TOP, TITLE, LINE = 6, 26, 26, 22
 
-    def __init__(
-        self, names: Sequence[str], prompts: Sequence[str], *, cell: tuple[int, int], caption_px: int, title: str
-    ) -> None:
-        self.names, self.prompts, self.cell, self.caption_px, self.title = list(names), prompts, cell, caption_px, title
-        self.captions: list[tuple[str, int, str]] = []
-        top = self.TOP + (self.TITLE if title else 0)
-        self.row_px = self.LINE + cell[1] + caption_px + self.GAP
-        width = self.GAP + len(self.names) * (cell[0] + self.GAP)
-        height = top + len(prompts) * self.row_px + self.GAP
-        self.top = top
-        self.size = width + width % 2, height + height % 2  # video codecs want even sides
+    def __init__(self, width: int, height: int, *, caption: int, title: str) -> None:
+        self.width, self.height, self.title = width, height, title
+        self.top = self.TOP + (self.TITLE if title else 0)
+        self.row = self.LINE + height + caption + self.GAP
 
-    def caption(self, name: str, row: int, text: str) -> None:
-        """Remember the line under a cell."""
-        self.captions.append((name, row, text))
-
-    def draw(self) -> Tensor:
-        """Return the picture without clips, ``[3, height, width]`` in [0, 1]."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        width, height = self.size
-        figure = _figure(width / 100, height / 100, dpi=100)
-
-        def write(x: float, y: float, text: str, **style: Any) -> None:
-            figure.text(x / width, 1 - y / height, text, va="center", **({"color": INK, "fontsize": 8} | style))
-
-        if self.title:
-            write(self.GAP, self.TITLE / 2 + 2, self.title, fontsize=9)
-        for name in self.names:
-            x, _ = self.corner(name, 0)
-            style = {"fontsize": 10, "fontweight": "bold", "color": COLORS.get(name, INK)}
-            write(x + self.cell[0] / 2, self.top - self.TOP / 2, TITLES.get(name, name), ha="center", **style)
-        for row, prompt in enumerate(self.prompts):
-            write(self.GAP, self.corner(self.names[0], row)[1] - self.LINE / 2, prompt)
-        for name, row, text in self.captions:
-            x, y = self.corner(name, row)
-            fault = text.startswith("!")
-            style = {"color": "#b00020" if fault else INK, "fontsize": 7}
-            write(x, y + self.cell[1] + self.caption_px / 2, text.removeprefix("!"), **style)
-        agg = FigureCanvasAgg(figure)
-        agg.draw()
-        pixels = torch.frombuffer(bytearray(agg.buffer_rgba()), dtype=torch.uint8).view(height, width, 4)
-        return pixels[..., :3].permute(2, 0, 1).float() / 255
-
-    def corner(self, name: str, row: int) -> tuple[int, int]:
+    def corner(self, column: int, row: int) -> tuple[int, int]:
         """Top left pixel (x, y) of a cell."""
-        x = self.GAP + self.names.index(name) * (self.cell[0] + self.GAP)
-        return x, self.top + row * self.row_px + self.LINE
+        return self.GAP + column * (self.width + self.GAP), self.top + row * self.row + self.LINE
 
-    def paste(self, picture: Tensor, name: str, row: int, pixels: Tensor) -> None:
-        """Put ``[3, h, w]`` into a cell, in place."""
-        x, y = self.corner(name, row)
-        picture[:, y : y + self.cell[1], x : x + self.cell[0]] = pixels
-
-
-def _figure(width: float, height: float, dpi: int = 100) -> Figure:
-    """Return a figure that no global state of pyplot knows, inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=dpi, facecolor=PAPER)
+    def sheet(self, names: Sequence[str], prompts: Sequence[str]) -> Sheet:
+        """The labels, without a cell's content."""
+        right, bottom = self.corner(len(names), len(prompts))
+        sheet = Sheet(right, bottom - self.LINE + self.GAP)
+        if self.title:
+            sheet.text(self.GAP, self.TITLE / 2 + 2, self.title, size=14)
+        for column, name in enumerate(names):
+            x = self.corner(column, 0)[0] + self.width / 2
+            color = COLORS.get(name, INK)
+            sheet.text(
+                x, self.top - self.TOP / 2, TITLES.get(name, name), size=14, bold=True, color=color, centered=True
+            )
+        for row, prompt in enumerate(prompts):
+            sheet.text(self.GAP, self.corner(0, row)[1] - self.LINE / 2, prompt)
+        return sheet

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal, cast
 
 import torch
 from hone_kernels.block_scores import block_scores
@@ -14,9 +15,6 @@ from .config import BladeConfig, Offsets
 __all__ = ["hash_numbers", "probe", "sample_index", "sample_offsets"]
 
 Side = Literal["q", "k"]
-
-_MOST_KEPT = 1024
-_kept: dict[tuple[object, ...], Tensor] = {}
 
 
 def probe(
@@ -40,7 +38,8 @@ def probe(
     Source: Algorithm 1 (efficient prober); ``score`` names the variants.
     """
     index = []
-    for side, x in (("q", q), ("k", k)):
+    sides: tuple[tuple[Side, Tensor], ...] = (("q", q), ("k", k))
+    for side, x in sides:
         if cfg.score == "mean":
             index.append(sample_index(x.shape[2], cfg.block, cfg.block, "strided", device=x.device))
         elif cfg.offsets == "random":
@@ -93,7 +92,7 @@ def sample_offsets(
 
 def hash_numbers(at: Tensor, *keys: int | str | Tensor) -> Tensor:
     """Well-mixed 63-bit numbers of the entries and the keys, by integer arithmetic that every device does alike."""
-    state = 0
+    state: int | Tensor = 0
     for key in keys:
         number = ord(key) if isinstance(key, str) else key
         # The low 63 bits: the same from Python's unbounded integers and from int64, which wraps.
@@ -139,26 +138,25 @@ def sample_index(
     if method == "random":
         raise ValueError("offsets 'random' are drawn at each call and have no fixed index; take 'seeded' or 'strided'")
     device = torch.device(device)
+    if method == "strided":
+        # The same in every layer, so kept once.
+        seed, layer, side = 0, 0, "q"
     if torch.compiler.is_compiling():
         number = layer if isinstance(layer, Tensor) else torch.tensor(layer)
         return _sample_index_op(tokens, block, samples, method, seed, number, side, device)
     return _sample_index(tokens, block, samples, method, seed, int(layer), side, device)
 
 
+@lru_cache(maxsize=1024)
 def _sample_index(
     tokens: int, block: int, samples: int, method: Offsets, seed: int, layer: int, side: Side, device: torch.device
 ) -> Tensor:
-    key = (tokens, block, samples, method, device, *((seed, layer, side) if method == "seeded" else ()))
-    if key not in _kept:
-        start = torch.arange(0, tokens, block, device="cpu").unsqueeze(-1)
-        draw = {"block": block, "seed": seed, "layer": layer, "side": side}
-        full = start[:-1] + sample_offsets(block, samples, method, **draw)
-        last = sample_offsets(tokens - int(start[-1]), samples, method, **draw)
-        index = torch.cat([full, torch.where(last < 0, -1, start[-1] + last).unsqueeze(0)])
-        if len(_kept) == _MOST_KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = index.to(device, torch.int32)[None, None]
-    return _kept[key]
+    start = torch.arange(0, tokens, block, device="cpu").unsqueeze(-1)
+    draw: dict[str, Any] = {"block": block, "seed": seed, "layer": layer, "side": side}
+    full = start[:-1] + sample_offsets(block, samples, method, **draw)
+    last = sample_offsets(tokens - int(start[-1]), samples, method, **draw)
+    index = torch.cat([full, torch.where(last < 0, -1, start[-1] + last).unsqueeze(0)])
+    return index.to(device, torch.int32)[None, None]
 
 
 @torch.library.custom_op("hone_blade::sample_index", mutates_args=())
@@ -166,7 +164,9 @@ def _sample_index_op(
     tokens: int, block: int, samples: int, method: str, seed: int, layer: Tensor, side: str, device: torch.device
 ) -> Tensor:
     """For ``torch.compile``, which may overwrite what an op returns."""
-    return _sample_index(tokens, block, samples, method, seed, int(layer), side, device).clone()
+    # The schema of an op knows strings only.
+    how, of = cast(Offsets, method), cast(Side, side)
+    return _sample_index(tokens, block, samples, how, seed, int(layer), of, device).clone()
 
 
 @_sample_index_op.register_fake

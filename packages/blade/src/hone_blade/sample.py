@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,121 +17,67 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import (
-    CogVideoXDPMScheduler,
-    CogVideoXPipeline,
-    DiffusionPipeline,
-    UniPCMultistepScheduler,
-    WanPipeline,
-)
 from diffusers.utils import export_to_video
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.errors import CheckpointError
-from hone_core.io import atomic_path
+from hone_core.io import atomic_path, atomic_write_json
 from hone_core.progress import Progress, progress_bar
-from hone_core.runs import Run
+from hone_core.runs import Report, Run
+from hone_core.timing import Stopwatch
+from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
 
-from .config import PRESETS, BladeConfig
+from .config import PRESETS, BladeConfig, GenerateConfig
 from .lora import _read_config, _read_header, find_lora, load_blade_lora
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
-__all__ = ["GenerateConfig", "GenerateReport", "Inputs", "Sampler", "find_inputs", "generate"]
+__all__ = ["GenerateReport", "Inputs", "Sampler", "find_inputs", "generate"]
 
 log = logging.getLogger(__name__)
 
-SchedulerName = Literal["tdm", "unipc", "dpm", "default"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig:
-    """What to generate, and how."""
-
-    model: str
-    """Folder of a diffusers pipeline (it holds ``model_index.json``), or its hub address, such as
-    ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` or ``THUDM/CogVideoX-5b``."""
-    prompts: tuple[str, ...] = ()
-    """One video each."""
-    prompt_file: str | None = None
-    """UTF-8 text, one prompt a line, instead of ``prompts``; empty lines are skipped."""
-    negative_prompt: str = ""
-    """What guidance leads away from; used when ``guidance`` is above 1."""
-    preset: str | None = None
-    """Attention settings by name. None: those that the LoRA file states, else the preset of the model's kind."""
-    attention: BladeConfig | None = None
-    """Attention settings in full, instead of ``preset``."""
-    dense: bool = False
-    """Leave attention as it is."""
-    lora: str | None = None
-    """LoRA weights: a safetensors file, its folder, or a hub address."""
-    scheduler: SchedulerName = "tdm"
-    """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan, flow shift as in the pipeline, else 3) and
-    ``dpm`` (CogVideoX, trailing times): what the release samples with. ``default``: the pipeline's own."""
-    steps: int = 8
-    """Network calls per video, twice as many with guidance."""
-    guidance: float = 1.0
-    """Classifier-free guidance weight; 1 is none, as distilled models need."""
-    height: int | None = None
-    """Pixels; None: the pipeline's default, like the next two."""
-    width: int | None = None
-    """Pixels."""
-    frames: int | None = None
-    """Frames."""
-    fps: int | None = None
-    """Frames per second of the file; None: 16 for Wan, 8 for CogVideoX."""
-    seed: int = 0
-    """Of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of transformer and text encoder; Wan's VAE stays in float32, as the release has it."""
-    offload: bool = False
-    """Keep on the GPU only the part that is running."""
-    local_files_only: bool = False
-    """Never ask the hub, only its local cache."""
-
-    def __post_init__(self) -> None:
-        if bool(self.prompts) == (self.prompt_file is not None):
-            raise ValueError("give either prompts or prompt_file, at least one prompt")
-        if any(not prompt.strip() for prompt in self.prompts):
-            raise ValueError("a prompt must not be empty")
-        if self.preset is not None and self.attention is not None:
-            raise ValueError("give preset or attention, not both")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
-        if self.dense and (self.preset is not None or self.attention is not None):
-            raise ValueError("dense leaves attention as it is; drop preset and attention, or dense")
-        for name in ("steps", "height", "width", "frames", "fps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if self.guidance < 1:
-            raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative; got {self.seed}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateReport:
+@dataclass(frozen=True, kw_only=True)
+class GenerateReport(Report):
     """What a run made.
 
     Attributes:
-        path: The run's folder.
         videos: The files, in the order of the prompts.
-        made: How many of them this call made; the others were there.
         attention: Preset name, ``custom`` or ``dense``.
         sparse_steps: Denoising steps of a video whose attention is sparse.
         scheduler: The sampler, as in the settings.
-        seconds: Mean time of a video from prompt to frames, over those of this run; None if nothing is known.
+        seconds: Mean time of a video from prompt to frames; None if nothing is known.
         notices: Lines to show, such as licences of weights.
     """
 
-    path: str
-    videos: tuple[str, ...]
-    made: int
+    videos: tuple[Path, ...]
     attention: str
     sparse_steps: int
     scheduler: str
     seconds: float | None
     notices: tuple[str, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> GenerateReport:
+        """Return the report of a run whose videos are made."""
+        facts = json.loads((run.artifacts / "sampler.json").read_text(encoding="utf-8"))
+        seconds = [row.value for row in run.rows if row.metric == "seconds"]
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            videos=tuple(sorted(run.artifacts.glob("*.mp4"))),
+            attention=facts["attention"],
+            sparse_steps=facts["sparse_steps"],
+            scheduler=facts["scheduler"],
+            seconds=sum(seconds) / len(seconds) if seconds else None,
+            notices=tuple(facts["notices"]),
+        )
+
+    def __str__(self) -> str:
+        steps = f"{self.sparse_steps} sparse steps" if self.sparse_steps else "dense"
+        lines = [str(video) for video in self.videos]
+        lines.append(f"attention {self.attention} ({steps}), scheduler {self.scheduler}")
+        if self.seconds is not None:
+            lines.append(f"{self.seconds:.4g} s a video")
+        return "\n".join([*lines, *self.notices])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,8 +85,8 @@ class Inputs:
     """What was found before anything is loaded.
 
     Attributes:
-        config: The settings with the prompts themselves in place of their file: what a run should keep, so that an
-            edited prompt file is another run.
+        config: The settings with the prompts themselves in place of their file, and only so many as asked for: what a
+            run should keep, so that an edited prompt file is another run.
         pipeline: Class name of the pipeline.
         lora: The LoRA file, or None.
     """
@@ -151,19 +96,8 @@ class Inputs:
     lora: str | None
 
 
-@dataclass(frozen=True)
-class _Kind:
-    pipeline: type[DiffusionPipeline]
-    family: str
-    preset: str
-    fps: int
-    schedulers: tuple[str, ...]
-
-
-_KINDS = {
-    "WanPipeline": _Kind(WanPipeline, "wan", "wan2.1-1.3b", 16, ("tdm", "unipc", "default")),
-    "CogVideoXPipeline": _Kind(CogVideoXPipeline, "cogvideox", "cogvideox-5b", 8, ("tdm", "dpm", "default")),
-}
+_DEFAULT_PRESET = {"wan": "wan2.1-1.3b", "cogvideox": "cogvideox-5b"}
+"""By family of the pipeline."""
 
 
 def find_inputs(cfg: GenerateConfig) -> Inputs:
@@ -176,32 +110,29 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
             settings leave every step dense.
     """
     # What needs no look at the weights or the hub comes first.
-    prompts = _prompts(cfg)
+    prompts = cfg.read_prompts()
     if cfg.preset is not None or cfg.attention is not None:
         _sparse_steps(cfg, *_attention(cfg, None, None))
-    name = _find_pipeline(cfg.model, local_files_only=cfg.local_files_only).get("_class_name")
-    if name not in _KINDS:
-        raise CheckpointError(f"{cfg.model} is a {name}; expected {' or '.join(_KINDS)}")
-    if cfg.scheduler not in _KINDS[name].schedulers:
-        raise ValueError(
-            f"scheduler must be one of {', '.join(_KINDS[name].schedulers)} for a {name}; got {cfg.scheduler!r}"
-        )
-    kind, families = _KINDS[name], {kind.family for kind in _KINDS.values()}
-    own = {family for family in families if cfg.preset is not None and cfg.preset.startswith(family)}
-    if own and kind.family not in own:
-        fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {kind.family}))]
+    name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
+    schedulers, family = ("tdm", *PIPELINES[name].schedulers), PIPELINES[name].family
+    if cfg.scheduler not in schedulers:
+        raise ValueError(f"scheduler must be one of {', '.join(schedulers)} for a {name}; got {cfg.scheduler!r}")
+    families = {kind.family for kind in PIPELINES.values()}
+    own = {other for other in families if cfg.preset is not None and cfg.preset.startswith(other)}
+    if own and family not in own:
+        fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {family}))]
         raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
     lora = None if cfg.lora is None else find_lora(cfg.lora, local_files_only=cfg.local_files_only)
     stated = None if lora is None else _stated(lora)
-    _sparse_steps(cfg, *_attention(cfg, kind, stated))
+    _sparse_steps(cfg, *_attention(cfg, family, stated))
     return Inputs(
-        config=replace(cfg, prompts=prompts, prompt_file=None), pipeline=name, lora=None if lora is None else str(lora)
+        config=replace(cfg, prompts=prompts[: cfg.limit], prompt_file=None, limit=None),
+        pipeline=name,
+        lora=None if lora is None else str(lora),
     )
 
 
-def generate(
-    cfg: GenerateConfig, run: Run, *, device: str | torch.device = "auto", quiet: bool = False
-) -> GenerateReport:
+def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Make one video per prompt, into the run's ``artifacts``.
 
     Videos that are there already are kept. Rows of the run: ``seconds`` from prompt to frames, and on a GPU
@@ -209,9 +140,7 @@ def generate(
 
     Args:
         cfg: What to generate.
-        run: The run, entered. A finished one is reported as it is.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        quiet: Show no progress.
+        run: The run, entered.
 
     Raises:
         CheckpointError, FileNotFoundError, ValueError: As ``find_inputs``, before anything is loaded; a ValueError also
@@ -220,29 +149,17 @@ def generate(
     """
     inputs = find_inputs(cfg)
     cfg = inputs.config
-    folder = run.path / "artifacts"
-    targets = [folder / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
-    todo = [] if run.done else [i for i, target in enumerate(targets) if not target.is_file()]
-    stated = None if inputs.lora is None else _stated(Path(inputs.lora))
-    attention, settings = _attention(cfg, _KINDS[inputs.pipeline], stated)
-    notices: tuple[str, ...] = ()
+    targets = [run.artifacts / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
+    todo = [i for i, target in enumerate(targets) if not target.is_file()]
     if todo:
-        sampler = Sampler.load(inputs, device)
-        notices = sampler.notices
-        with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=quiet) as bar:
+        sampler = Sampler.load(inputs, run.device)
+        facts = {"attention": sampler.attention_name, "sparse_steps": sampler.sparse_steps}
+        facts |= {"scheduler": cfg.scheduler, "notices": list(sampler.notices)}
+        atomic_write_json(run.artifacts / "sampler.json", facts)
+        with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=run.quiet) as bar:
             for i in todo:
                 _make(sampler, i, targets[i], run, bar)
-    seconds = [row.value for row in run.rows if row.metric == "seconds"]
-    return GenerateReport(
-        path=str(run.path),
-        videos=tuple(str(target) for target in targets),
-        made=len(todo),
-        attention=attention,
-        sparse_steps=_sparse_steps(cfg, attention, settings),
-        scheduler=cfg.scheduler,
-        seconds=sum(seconds) / len(seconds) if seconds else None,
-        notices=notices,
-    )
+    return GenerateReport.of(run)
 
 
 class Sampler:
@@ -260,7 +177,7 @@ class Sampler:
     """
 
     def __init__(self, inputs: Inputs, pipe: Any, device: torch.device) -> None:
-        kind = _KINDS[inputs.pipeline]
+        kind = PIPELINES[inputs.pipeline]
         self.config, self.pipe, self.device = inputs.config, pipe, device
         self.fps = inputs.config.fps or kind.fps
         self.notices: tuple[str, ...] = ()
@@ -268,7 +185,7 @@ class Sampler:
         if inputs.lora is not None:
             report = load_blade_lora(pipe, inputs.lora)
             self.notices, stated = (report.licence,), report.config
-        self.attention_name, self.attention = _attention(inputs.config, kind, stated)
+        self.attention_name, self.attention = _attention(inputs.config, kind.family, stated)
         self.sparse_steps = _sparse_steps(inputs.config, self.attention_name, self.attention)
 
     @classmethod
@@ -280,9 +197,19 @@ class Sampler:
             ValueError: The model cannot make the size that is asked for.
         """
         cfg, device = inputs.config, resolve_device(device)
-        pipe = _load(cfg, inputs, device)
-        _check_size(cfg, pipe)
-        pipe.scheduler = _scheduler(cfg, pipe)
+        pipe = load_pipeline(
+            cfg.model,
+            inputs.pipeline,
+            device=device,
+            dtype=resolve_dtype(cfg.dtype, device),
+            offload=cfg.offload,
+            local_files_only=cfg.local_files_only,
+        )
+        check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
+        if cfg.scheduler != "tdm":
+            pipe.scheduler = make_scheduler(cfg.scheduler, pipe)
+        elif not isinstance(pipe.scheduler, TDMScheduler):
+            pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
         if inputs.lora is None and cfg.scheduler == "tdm":
             log.warning(
                 "no LoRA: a model that was not distilled makes poor videos in %d steps of the TDM rollout; pass a "
@@ -336,13 +263,9 @@ class Sampler:
 
 def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -> None:
     """One video: draw, check, write, record."""
-    cfg, device = sampler.config, sampler.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    frames = sampler.draw(index, step_done=bar.update)
-    seconds = time.perf_counter() - start
+    cfg = sampler.config
+    with Stopwatch(sampler.device) as watch:
+        frames = sampler.draw(index, step_done=bar.update)
     if not np.isfinite(frames).all():
         raise RuntimeError(
             f"prompt {index} gave frames that are not finite; try dtype float32 or bfloat16 (this run: {cfg.dtype})"
@@ -352,11 +275,11 @@ def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -
     labels = {"prompt": index, "seed": cfg.seed + index, "frames": len(frames), "steps": cfg.steps}
     labels |= {"sparse_steps": sampler.sparse_steps, "height": frames.shape[1], "width": frames.shape[2]}
     variant = "dense" if cfg.dense else "blade"
-    run.row("seconds", seconds, unit="s", better="lower", variant=variant, labels=labels)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
+    run.row("seconds", watch.seconds, unit="s", better="lower", variant=variant, labels=labels)
+    if watch.peak_bytes is not None:
+        peak = watch.peak_bytes / 2**30
         run.row("peak_memory", peak, unit="GiB", better="lower", variant=variant, labels=labels)
-    run.log(step=index, seconds=seconds)
+    run.log(step=index, seconds=watch.seconds)
 
 
 def _stated(lora: Path) -> BladeConfig | None:
@@ -379,148 +302,20 @@ def _sparse_steps(cfg: GenerateConfig, name: str, settings: BladeConfig | None) 
     return cfg.steps - settings.dense_steps
 
 
-def _attention(cfg: GenerateConfig, kind: _Kind | None, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
-    """Name and settings of the attention; ``stated`` is what a LoRA file says, ``kind`` gives the default."""
+def _attention(cfg: GenerateConfig, family: str | None, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
+    """Name and settings of the attention; ``stated`` is what a LoRA file says, ``family`` gives the default."""
     if cfg.dense:
         return "dense", None
     if cfg.attention is not None:
         return "custom", cfg.attention
     if cfg.preset is None and stated is not None:
         return "custom", stated
-    name = kind.preset if cfg.preset is None else cfg.preset
+    if (name := cfg.preset) is None:
+        assert family is not None
+        name = _DEFAULT_PRESET[family]
     return name, PRESETS[name].config
-
-
-def _prompts(cfg: GenerateConfig) -> tuple[str, ...]:
-    if cfg.prompt_file is None:
-        return cfg.prompts
-    path = Path(cfg.prompt_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
-    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not prompts:
-        raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
-    return prompts
 
 
 def _slug(prompt: str) -> str:
     """A file name that a person recognises."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "video"
-
-
-def _find_pipeline(model: str, *, local_files_only: bool) -> dict[str, Any]:
-    """The ``model_index.json`` of a folder or hub address."""
-    path = Path(model)
-    if path.is_dir():
-        return _read_folder(path)
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; expected the folder of a diffusers pipeline")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise CheckpointError(
-            f"{model} does not exist; expected the folder of a diffusers pipeline, or a hub address owner/repository"
-        )
-    import huggingface_hub
-
-    try:
-        cached = huggingface_hub.hf_hub_download(model, "model_index.json", local_files_only=local_files_only)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{model} is no local folder, and the hub repository of that name could not be reached "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Download it where there is a connection "
-            f"(hf download {model} --local-dir FOLDER) and pass the folder."
-        ) from error
-    # Of a repository that is only partly in the cache, diffusers fetches the rest.
-    return _read_index(Path(cached))
-
-
-def _read_index(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-
-
-_WEIGHTS = ("*.safetensors", "*.bin")
-
-
-def _read_folder(folder: Path) -> dict[str, Any]:
-    """The index of a local pipeline whose parts are all there."""
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} holds no model_index.json; expected the folder of a whole diffusers pipeline (transformer, vae, "
-            "text_encoder, tokenizer, scheduler)"
-        )
-    index = _read_index(file)
-    for part, source in index.items():
-        if part.startswith("_") or not isinstance(source, list) or source[0] is None:
-            continue
-        inside = folder / part
-        if not inside.is_dir():
-            raise CheckpointError(f"{folder} is not whole: there is no folder {part}")
-        if (inside / "config.json").is_file() and not any(file for p in _WEIGHTS for file in inside.glob(p)):
-            raise CheckpointError(f"{inside} holds no weights ({' or '.join(_WEIGHTS)})")
-        _check_shards(inside)
-    return index
-
-
-def _check_shards(folder: Path) -> None:
-    for file in folder.glob("*.safetensors.index.json"):
-        shards = set(_read_index(file).get("weight_map", {}).values())
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-        if missing:
-            raise CheckpointError(
-                f"{folder} is not whole: {len(missing)} of {len(shards)} shards missing: {missing[0]}"
-            )
-
-
-def _load(cfg: GenerateConfig, inputs: Inputs, device: torch.device) -> Any:
-    kind, dtype = _KINDS[inputs.pipeline], resolve_dtype(cfg.dtype, device)
-    dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.pipeline is WanPipeline else dtype
-    log.info("loading %s from %s", inputs.pipeline, cfg.model)
-    try:
-        pipe = kind.pipeline.from_pretrained(
-            cfg.model, torch_dtype=dtypes, local_files_only=cfg.local_files_only or Path(cfg.model).is_dir()
-        )
-    except OSError as error:
-        raise CheckpointError(f"{cfg.model} could not be loaded: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    if cfg.offload and device.type == "cuda":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    return pipe
-
-
-def _scheduler(cfg: GenerateConfig, pipe: Any) -> Any:
-    own = pipe.scheduler
-    if cfg.scheduler == "tdm":
-        return own if isinstance(own, TDMScheduler) else TDMScheduler.from_config(own.config)
-    if cfg.scheduler == "unipc":
-        shift = own.config.get("flow_shift", own.config.get("shift", 3.0))
-        return UniPCMultistepScheduler.from_config(
-            own.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-        )
-    if cfg.scheduler == "dpm":
-        return CogVideoXDPMScheduler.from_config(own.config, timestep_spacing="trailing")
-    return own
-
-
-def _check_size(cfg: GenerateConfig, pipe: Any) -> None:
-    """Refuse what the pipeline would round."""
-    patch = pipe.transformer.config.patch_size
-    spatial = pipe.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1])
-    # WanPipeline itself asks for multiples of 16, whatever its VAE.
-    multiple = max(spatial, 16) if isinstance(pipe, WanPipeline) else spatial
-    for name in ("height", "width"):
-        value = getattr(cfg, name)
-        if value is not None and value % multiple:
-            raise ValueError(f"{name} must be a multiple of {multiple} for this model; got {value}")
-    # CogVideoX decodes an even number of latent frames to more frames than were asked for.
-    temporal = pipe.vae_scale_factor_temporal * (2 if isinstance(pipe, CogVideoXPipeline) else 1)
-    if cfg.frames is not None and cfg.frames % temporal != 1 % temporal:
-        below = max(1, (cfg.frames - 1) // temporal * temporal + 1)
-        raise ValueError(
-            f"frames must be a multiple of {temporal} plus 1 for this model; got {cfg.frames}. Take {below} or "
-            f"{below + temporal}."
-        )

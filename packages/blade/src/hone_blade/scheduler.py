@@ -196,7 +196,11 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):
         total = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(f"pass either num_inference_steps or timesteps; got {num_inference_steps} and {timesteps}")
-        times = rollout_timesteps(num_inference_steps, total) if timesteps is None else [int(t) for t in timesteps]
+        if timesteps is not None:
+            times = [int(t) for t in timesteps]
+        else:
+            assert num_inference_steps is not None
+            times = rollout_timesteps(num_inference_steps, total)
         descending = all(a > b for a, b in pairwise(times))
         if not times or not descending or not 0 <= times[-1] <= times[0] < total:
             raise ValueError(f"timesteps must descend strictly within 0 .. {total - 1}; got {times}")

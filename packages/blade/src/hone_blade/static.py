@@ -20,7 +20,7 @@ def static_scores(
     *,
     grid: tuple[int, int, int] | None,
     heads: int,
-    layer: int,
+    layer: int | Tensor,
     device: torch.device,
 ) -> Float[Tensor, "1 heads_or_1 blocks blocks"]:
     """Scores that stand in for the prober's where ``cfg.mask`` is ``"window"`` or ``"random"``.
@@ -70,7 +70,7 @@ def window_scores(
 
 
 def random_scores(
-    blocks: int, heads: int, *, seed: int = 0, layer: int = 0, device: torch.device | str = "cpu"
+    blocks: int, heads: int, *, seed: int = 0, layer: int | Tensor = 0, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "1 heads blocks blocks"]:
     """Uniform random scores in [0, 1), the same for the same seed, layer and head on every device."""
     at = torch.arange(heads * blocks * blocks, device=device).view(1, heads, blocks, blocks)

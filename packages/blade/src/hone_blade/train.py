@@ -7,115 +7,34 @@ rendered on the device; nothing is read from disk but scikit-learn's digits.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from hone_video.clips import COLORS, FIELDS, Glyphs, load_glyphs, random_labels, render, segment_glyphs
+from hone_core.devices import resolve_device
+from hone_core.errors import CheckpointError
+from hone_core.plots import Sheet, to_pixels
+from hone_core.runs import Run
+from hone_core.timing import Stopwatch
+from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.grader import grade, train_classifier
+from hone_video.prompts import COLORS, FIELDS
 from torch import Tensor, nn
 
+from .config import Solver, TrainConfig
 from .evaluate import write_mean
-from .host import (
-    NUM_TRAIN_TIMESTEPS,
-    Host,
-    HostConfig,
-    Solver,
-    load_host,
-    save_host,
-    to_latents,
-)
+from .host import NUM_TRAIN_TIMESTEPS, Host, load_host, save_host, to_latents
 
-__all__ = ["TrainConfig", "TrainReport", "flow_loss", "sample_sigma", "train_host"]
+__all__ = ["flow_loss", "sample_sigma", "train_host"]
 
 log = logging.getLogger(__name__)
 
 GATE = {"digit": 0.90, "direction": 0.90}
 """Accuracy that the host must reach with its own sampler before it is worth attaching a method to."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """One training run of the tiny host."""
-
-    host: HostConfig = field(default_factory=HostConfig)
-    seed: int = 0
-    minutes: float = 7.0
-    """Wall-clock budget of the transformer's training, compilation included; the learning rate follows it."""
-    steps: int | None = None
-    """Number of optimiser steps instead of a time budget: reproducible, where ``minutes`` is not."""
-    batch: int = 256
-    lr: float = 5e-3
-    """Peak learning rate of the blocks' matrices, which Muon updates."""
-    adamw_lr: float = 2e-3
-    """Peak learning rate of everything else (embeddings, biases, norms, modulation, output), which AdamW updates."""
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    ema: float = 0.999
-    drop: float = 0.1
-    """Probability of training a clip without its prompt."""
-    train_shift: float = 3.0
-    """Timestep shift of the training noise levels."""
-    uniform: float = 0.2
-    """Fraction of uniform noise levels; the rest is logit-normal. Both are shifted."""
-    compile: bool = True
-    """Compile the transformer's blocks (CUDA only)."""
-    classifier_steps: int = 2000
-    classifier_batch: int = 512
-    glyphs: Literal["handwritten", "segments"] = "handwritten"
-    """``segments`` needs no scikit-learn and is for smoke runs."""
-    eval_clips: int = 512
-    eval_samplers: tuple[tuple[Solver, int, float], ...] = (
-        ("unipc", 8, 1.0),
-        ("unipc", 12, 3.0),
-        ("euler", 12, 1.0),
-        ("euler", 50, 1.0),
-        ("euler", 50, 3.0),
-    )
-    """(solver, steps, guidance) graded beside the host's own."""
-    log_every: int = 50
-    checkpoint_seconds: float = 90.0
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes <= 0:
-            raise ValueError(f"minutes must be positive when steps is not given; got {self.minutes}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
-        if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
-            raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a run made.
-
-    Attributes:
-        checkpoint: the exported ``host.safetensors``.
-        steps: optimiser steps done.
-        seconds: training time of the transformer, over all resumed parts.
-        accuracies: name -> accuracy of the host's own sampler.
-        passed: whether every gate was reached.
-    """
-
-    checkpoint: Path
-    steps: int
-    seconds: float
-    accuracies: dict[str, float]
-    passed: bool
-
-    @classmethod
-    def of(cls, run: Any) -> TrainReport:
-        """Return the report of a finished run."""
-        exported = run.artifacts / "host.safetensors"
-        facts = json.loads(exported.with_suffix(".json").read_text(encoding="utf-8"))
-        return cls(exported, facts["steps"], facts["seconds"], facts["result"], facts["passed"])
 
 
 class PatchLinear(nn.Conv3d):
@@ -204,54 +123,39 @@ def grade_samples(
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, torch.cat(shown)[:16].cpu()
 
 
-def train_host(
-    cfg: TrainConfig,
-    run: Any,
-    *,
-    device: torch.device | str,
-    init: Path | None = None,
-    checkpoint: Path | None = None,
-    command: str = "",
-    quiet: bool = False,
-) -> TrainReport:
+def train_host(cfg: TrainConfig, run: Run, *, checkpoint: Path | None = None) -> TrainReport:
     """Train, export and grade the tiny host.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.
 
     Args:
         cfg: the run.
-        run: a started ``hone_core.runs.Run``.
-        device: where to train.
-        init: a ``host.safetensors`` whose weights and word table to start from.
+        run: the run, entered; its command line is kept in ``host.json``.
         checkpoint: where the resumable state is kept; ``artifacts/checkpoint.pt`` if omitted.
-        command: what the user typed, kept in ``host.json``.
-        quiet: show no progress.
 
     Raises:
         CheckpointError: if the folder's checkpoint belongs to another config.
     """
-    from hone_core.progress import progress_bar
-
-    device = torch.device(device)
+    device = resolve_device(run.device)
     handwritten = cfg.glyphs == "handwritten"
     glyphs = (load_glyphs("train", device) if handwritten else segment_glyphs(device)).to(device)
     held_out = load_glyphs("held_out", device) if handwritten else glyphs
     generator = torch.Generator(device).manual_seed(cfg.seed)
     host = Host.untrained(cfg.host, seed=cfg.seed).to(device)
-    if init is not None:
-        _start_from(host, load_host(device, path=init), init)
+    if cfg.init is not None:
+        _start_from(host, load_host(device, path=cfg.init), cfg.init)
     state = _TrainState(cfg, host, checkpoint or run.artifacts / "checkpoint.pt", generator)
-    if not state.resume():
-        started = time.perf_counter()
-        train_classifier(
-            host.classifier,
-            glyphs,
-            cfg.host.clip,
-            steps=cfg.classifier_steps,
-            batch=cfg.classifier_batch,
-            generator=generator,
-        )
-        log.info("classifier trained in %.0f s", time.perf_counter() - started)
+    if not state.training.resume():
+        with Stopwatch(device) as watch:
+            train_classifier(
+                host.classifier,
+                glyphs,
+                cfg.host.clip,
+                steps=cfg.classifier_steps,
+                batch=cfg.classifier_batch,
+                generator=generator,
+            )
+        log.info("classifier trained in %.0f s", watch.seconds)
     real = classifier_accuracy(
         host, held_out, clips=4 * cfg.eval_clips, generator=torch.Generator(device).manual_seed(1)
     )
@@ -260,43 +164,29 @@ def train_host(
         write_mean(run, f"{name}_accuracy", real[name], variant="renders", split=split)
     log.info("on held-out renders: %s", {name: round(float(v.mean()), 4) for name, v in real.items()})
 
-    with progress_bar(cfg.steps, desc="training", quiet=quiet) as bar:
-        for step, loss in state.train(glyphs):
-            bar.update()
-            if step % cfg.log_every == 0:
-                values = {
-                    "loss": loss,
-                    "lr": cfg.lr * state.lr_factor(),
-                    "samples_per_second": state.rate(),
-                    "seconds": state.elapsed(),
-                }
-                run.log(step=step, **values)
-                bar.show(loss=f"{loss:.4f}", rate=f"{values['samples_per_second']:.0f}/s")
-    state.save()
-
+    state.training.follow(state.train(glyphs), run)
     host.transformer.load_state_dict(state.ema.state_dict())
-    exported = run.artifacts / "host.safetensors"
-    save_host(host, exported)
+    exported = save_host(host, run.artifacts / HOST)
     # graded as shipped: 16-bit weights read back, fp32 arithmetic
-    accuracies, shown = _grade_export(cfg, run, exported, device)
+    result, shown = _grade_export(cfg, run, exported, device)
     _save_samples(shown, run.figures / "samples.png")
-    passed = all(accuracies[name] >= gate for name, gate in GATE.items())
-    if not passed:
-        log.warning("the gate %s was missed: %s. Train longer (--minutes) before using this host.", GATE, accuracies)
-    _write_sidecar(cfg, run, exported, state, accuracies, real, command, passed)
-    return TrainReport(exported, state.step, state.elapsed(), accuracies, passed)
+    details = {
+        "clips_seen": state.training.step * cfg.batch,
+        "sampler": {"solver": cfg.host.solver, "steps": cfg.host.steps, "guidance": cfg.host.guidance},
+        "classifier_on_held_out_renders": {
+            name: round(float(real[name].float().mean()), 4) for name in FIELDS if name in real
+        },
+        "parameters": {"transformer": host.num_parameters, "colors": len(COLORS)},
+    }
+    return finish_host(run, state.training, result, gates=GATE, details=details)
 
 
 class _TrainState:
     """Everything that a resumed run needs to go on, and the loop that changes it."""
 
     def __init__(self, cfg: TrainConfig, host: Host, path: Path, generator: torch.Generator) -> None:
-        self.cfg, self.host, self.path, self.generator = cfg, host, path, generator
+        self.cfg, self.host, self.generator = cfg, host, generator
         self.device = host.device
-        self.step = 0
-        self.before = 0.0  # seconds spent by earlier parts of a resumed run
-        self.started = self.marked = time.perf_counter()
-        self.marked_step = 0
         model = host.transformer
         conv = model.patch_embedding
         linear = PatchLinear(conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride).to(self.device)
@@ -304,46 +194,37 @@ class _TrainState:
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         model.patch_embedding = linear
         self.model = model.train()
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             (matrices if name.startswith("blocks.") and parameter.ndim == 2 else others).append(parameter)
-        self.optimizers = (
-            torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(
-                others, cfg.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=self.device.type == "cuda"
-            ),
-        )
-
-    def elapsed(self) -> float:
-        return self.before + time.perf_counter() - self.started
-
-    def progress(self) -> float:
-        if self.cfg.steps is not None:
-            return min(1.0, self.step / self.cfg.steps)
-        return min(1.0, self.elapsed() / (60 * self.cfg.minutes))
+        muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+        fused = self.device.type == "cuda"
+        adamw = torch.optim.AdamW(others, cfg.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+        self.optimizers = (muon, adamw)
+        parts = {"model": model, "ema": self.ema, "muon": muon, "adamw": adamw}
+        self.training = Training(cfg, path, {**parts, "classifier": host.classifier, "generator": generator})
+        self.marked = (0, 0.0)
 
     def lr_factor(self) -> float:
         """Warm-up, then half a cosine down to 1 %."""
-        warmup = min(1.0, (self.step + 1) / self.cfg.warmup_steps)
-        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.progress())))
+        warmup = min(1.0, (self.training.step + 1) / self.cfg.warmup_steps)
+        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.training.spent())))
 
     def rate(self) -> float:
         """Samples per second since the last call."""
-        now, steps = time.perf_counter(), self.step - self.marked_step
-        rate = steps * self.cfg.batch / max(now - self.marked, 1e-9)
-        self.marked, self.marked_step = now, self.step
-        return rate
+        (step, seconds), self.marked = self.marked, (self.training.step, self.training.elapsed())
+        return (self.marked[0] - step) * self.cfg.batch / max(self.marked[1] - seconds, 1e-9)
 
-    def train(self, glyphs: Glyphs) -> Iterator[tuple[int, float]]:
-        """Run to the end of the budget; yield (step, loss); the loss is refreshed every ``log_every`` steps."""
-        cfg, device = self.cfg, self.device
+    def train(self, glyphs: Glyphs) -> Iterator[dict[str, float] | None]:
+        """Run to the end of the budget; yield what is to be logged after each step, or None."""
+        cfg, device, training = self.cfg, self.device, self.training
         cuda = device.type == "cuda"
         if cuda and cfg.compile:
             self.model.compile_repeated_blocks()
-        self.started = self.marked = last_save = time.perf_counter()
-        self.marked_step = self.step
-        loss_value = float("nan")
-        while self.progress() < 1:
+        training.start()
+        self.marked = (training.step, training.elapsed())
+        while training.spent() < 1:
             labels = random_labels(cfg.batch, self.generator, device)
             latents = to_latents(render(glyphs, labels, cfg.host.clip, self.generator).clips)
             drop = torch.rand(cfg.batch, generator=self.generator, device=device) < cfg.drop
@@ -362,70 +243,28 @@ class _TrainState:
                 for group in optimizer.param_groups:
                     group["lr"] = peak * factor
                 optimizer.step()
-            self.step += 1
-            decay = min(cfg.ema, (1 + self.step) / (10 + self.step))
+            training.step += 1
+            decay = min(cfg.ema, (1 + training.step) / (10 + training.step))
             torch._foreach_lerp_(
                 list(self.ema.parameters()), [p.detach() for p in self.model.parameters()], weight=1 - decay
             )
-            if self.step % cfg.log_every == 0 or self.step == 1:
-                loss_value = loss.item()
-                if not math.isfinite(loss_value):
-                    raise RuntimeError(f"the loss became {loss_value} at step {self.step}; lower --lr")
-            if time.perf_counter() - last_save > cfg.checkpoint_seconds:
-                self.save()
-                last_save = time.perf_counter()
-            yield self.step, loss_value
-
-    def save(self) -> None:
-        state = {
-            "config": json.dumps(asdict(self.cfg), sort_keys=True),
-            "step": self.step,
-            "seconds": self.elapsed(),
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "classifier": self.host.classifier.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, partial)
-        partial.replace(self.path)
-
-    def resume(self) -> bool:
-        if not self.path.is_file():
-            return False
-        from hone_core.errors import CheckpointError
-
-        state = torch.load(self.path, map_location=self.device, weights_only=True)
-        if state["config"] != json.dumps(asdict(self.cfg), sort_keys=True):
-            raise CheckpointError(
-                f"{self.path} was made with another configuration. Pass another --out, or delete it to start again."
-            )
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(part)
-        self.host.classifier.load_state_dict(state["classifier"])
-        self.host.classifier.eval()
-        self.generator.set_state(state["generator"].cpu())
-        self.step, self.before = state["step"], state["seconds"]
-        log.info("resuming at step %d after %.0f s of training", self.step, self.before)
-        return True
+            values = None
+            if training.due():
+                values = {"loss": loss.item(), "lr": cfg.lr * self.lr_factor()}
+                values |= {"samples_per_second": self.rate(), "seconds": training.elapsed()}
+            yield values
 
 
 def _start_from(host: Host, earlier: Host, path: Path) -> None:
     shapes = {name: value.shape for name, value in host.transformer.state_dict().items()}
     theirs = {name: value.shape for name, value in earlier.transformer.state_dict().items()}
     if shapes != theirs:
-        from hone_core.errors import CheckpointError
-
         raise CheckpointError(f"{path} has another architecture: {earlier.config}; this run trains {host.config}")
     host.transformer.load_state_dict(earlier.transformer.state_dict())
     host.words = earlier.words
 
 
-def _grade_export(cfg: TrainConfig, run: Any, path: Path, device: torch.device) -> tuple[dict[str, float], Tensor]:
+def _grade_export(cfg: TrainConfig, run: Run, path: Path, device: torch.device) -> tuple[dict[str, float], Tensor]:
     host = load_host(device, path=path)
     own = (cfg.host.solver, cfg.host.steps, cfg.host.guidance)
     accuracies: dict[str, float] = {}
@@ -450,44 +289,7 @@ def _grade_export(cfg: TrainConfig, run: Any, path: Path, device: torch.device) 
 
 def _save_samples(clips: Tensor, path: Path) -> None:
     """Write a contact sheet: a clip per row, every other frame, pixels doubled."""
-    from matplotlib.image import imsave
-
-    rows = [torch.cat(list(clip[:, ::2].unbind(1)), -1) for clip in clips]
-    sheet = torch.cat(rows, -2).permute(1, 2, 0).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, sheet.numpy())
-
-
-def _write_sidecar(
-    cfg: TrainConfig,
-    run: Any,
-    checkpoint: Path,
-    state: _TrainState,
-    accuracies: dict[str, float],
-    real: dict[str, Tensor],
-    command: str,
-    passed: bool,
-) -> None:
-    from hone_core.environment import environment
-
-    facts = environment()
-    body = {
-        "command": command,
-        "seed": cfg.seed,
-        "steps": state.step,
-        "batch": cfg.batch,
-        "clips_seen": state.step * cfg.batch,
-        "seconds": round(state.elapsed(), 1),
-        "gate": GATE,
-        "passed": passed,
-        "sampler": {"solver": cfg.host.solver, "steps": cfg.host.steps, "guidance": cfg.host.guidance},
-        "result": {name: round(value, 4) for name, value in accuracies.items()},
-        "classifier_on_held_out_renders": {
-            name: round(float(real[name].float().mean()), 4) for name in FIELDS if name in real
-        },
-        "parameters": {"transformer": state.host.num_parameters, "colors": len(COLORS)},
-        "bytes": checkpoint.stat().st_size,
-        "train_config": asdict(cfg),
-        "environment": facts,
-    }
-    checkpoint.with_suffix(".json").write_text(json.dumps(body, indent=2) + "\n")
+    pixels = to_pixels(torch.cat([torch.cat(list(clip[:, ::2].unbind(1)), -1) for clip in clips], -2))
+    sheet = Sheet(2 * pixels.shape[1], 2 * pixels.shape[0])
+    sheet.image(0, 0, pixels, scale=2)
+    sheet.save(path)

@@ -9,145 +9,38 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.progress import progress_bar
-from hone_core.timing import measure
-from hone_lm.decoders import find_decoder
+from hone_core.runs import Report, Run
+from hone_core.timing import Stopwatch, check_values, measure
 from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
-from .config import Knockout, KnockoutConfig
-from .flops import DecoderShape, Flops, prefill_flops
+from .config import BenchConfig, Knockout, KnockoutConfig
+from .flops import WORKLOADS, Flops, Workload, prefill_flops
 from .local_attention import RegularFrames, frame_local_attention
 from .method import blocked_pairs, causal_pairs, global_after
 from .models import KnockoutHandle, attach
 
-__all__ = ["WORKLOADS", "BenchConfig", "BenchReport", "Workload", "bench"]
+__all__ = ["BenchReport", "bench"]
 
 log = logging.getLogger(__name__)
 
-Arch = Literal["llava-onevision-7b", "qwen2.5-vl-7b", "tiny"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """A decoder shape and its prompt.
-
-    Attributes:
-        shape: of the decoder.
-        vocabulary: of its head.
-        source_frames: frames of the video behind one frame of the decoder.
-        tokens_per_frame: of the decoder's frame.
-        prefix: text before the video.
-        suffix: text after it, separators included.
-        exit: layer at which visual tokens leave, the paper's 18 of 28.
-        window: first layers in which frames read only themselves.
-        newline: whether the suffix begins with a separator that has the id of a video token.
-    """
-
-    shape: DecoderShape
-    vocabulary: int
-    source_frames: int
-    tokens_per_frame: int
-    prefix: int
-    suffix: int
-    exit: int
-    window: int
-    newline: bool = True
-
-
 _VIDEO_ID = 6
-_QWEN2_7B = DecoderShape(layers=28, width=3584, intermediate=18944, heads=28, heads_k=4, head_dim=128)
-WORKLOADS: dict[str, Workload] = {
-    # 384 px: 27 x 27 patches pooled to 14 x 14, one newline at the end.
-    "llava-onevision-7b": Workload(
-        shape=_QWEN2_7B,
-        vocabulary=152000,
-        source_frames=1,
-        tokens_per_frame=196,
-        prefix=14,
-        suffix=47,
-        exit=18,
-        window=8,
-    ),
-    # 392 x 392 px: 28 x 28 patches merged to 14 x 14, two frames of the video fused.
-    "qwen2.5-vl-7b": Workload(
-        shape=_QWEN2_7B,
-        vocabulary=152064,
-        source_frames=2,
-        tokens_per_frame=196,
-        prefix=15,
-        suffix=46,
-        exit=18,
-        window=8,
-        newline=False,
-    ),
-    "tiny": Workload(
-        shape=DecoderShape(layers=8, width=128, intermediate=256, heads=4, heads_k=2, head_dim=32),
-        vocabulary=512,
-        source_frames=1,
-        tokens_per_frame=32,
-        prefix=4,
-        suffix=12,
-        exit=5,
-        window=2,
-    ),
-}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
-    """What is timed."""
-
-    arch: Arch = "llava-onevision-7b"
-    frames: tuple[int, ...] = (8, 16, 32, 64)
-    """Frames sampled; an architecture that fuses two (Qwen) shows the decoder half as many."""
-    decode_tokens: int = 32
-    rounds: int = 3
-    """Turns that each variant gets, one after the other."""
-    repeats: int = 3
-    """Timed prefills of a turn."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.arch not in get_args(Arch):
-            raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}; got {self.arch!r}")
-        fused = WORKLOADS[self.arch].source_frames
-        if not self.frames or any(count < 2 * fused or count % fused for count in self.frames):
-            raise ValueError(f"frames must be multiples of {fused} and at least {2 * fused}; got {self.frames}")
-        for name in ("decode_tokens", "rounds", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """Times; as text, a table.
-
-    Attributes:
-        folder: the run folder.
-        rows: rows of ``results.json``.
-    """
-
-    folder: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, run: Any) -> BenchReport:
-        """Return the report of a run whose rows are written."""
-        return cls(run.path, [vars_of(row) for row in run.rows])
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Report):
+    """Times; as text, a table."""
 
     def __str__(self) -> str:
-        values = {(row["metric"], row["variant"], row["labels"]["frames"]): row["value"] for row in self.rows}
+        values = {(row.metric, row.variant, row.labels["frames"]): row.value for row in self.rows}
         lines = ["frames  variant              prefill ms  speedup  bound  share  decode tok/s  peak GiB"]
         for metric, variant, frames in values:
             if metric != "prefill":
@@ -160,12 +53,7 @@ class BenchReport:
                 f"{frames:>6}  {variant:<19}  {ms:10.1f}  {speedup:6.2f}x  {bound:4.2f}x  {speedup / bound:5.0%}  "
                 f"{values['decode', variant, frames]:12.1f}  {'-' if peak is None else f'{peak:8.2f}'}"
             )
-        return "\n".join([*lines, f"results in {self.folder}"])
-
-
-def vars_of(row: Any) -> dict[str, Any]:
-    """Fields of a result row."""
-    return {name: getattr(row, name) for name in ("metric", "value", "unit", "variant", "labels")}
+        return "\n".join([*lines, f"results in {self.path}"])
 
 
 def variants(work: Workload) -> dict[str, KnockoutConfig]:
@@ -210,9 +98,9 @@ def build(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> nn.Modu
     """A model of the real class with random weights; its vision tower is small, since it is not timed."""
     from transformers import LlavaOnevisionForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
-    work = WORKLOADS[cfg.arch]
+    work = WORKLOADS[cfg.model]
     shape = work.shape
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": work.vocabulary,
         "hidden_size": shape.width,
         "intermediate_size": shape.intermediate,
@@ -224,8 +112,9 @@ def build(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> nn.Modu
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    kind: type[nn.Module]
-    if cfg.arch == "qwen2.5-vl-7b":
+    kind: Any
+    vision: Any
+    if cfg.model == "qwen2.5-vl-7b":
         from transformers import Qwen2_5_VLConfig
 
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
@@ -256,29 +145,23 @@ def build(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 @torch.no_grad()
-def bench(cfg: BenchConfig, run: Any, *, device: str = "auto", quiet: bool = False) -> BenchReport:
+def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Check the values, then time every variant at every length.
-
-    Args:
-        cfg: What is timed.
-        run: A started ``hone_core.runs.Run``.
-        device: Where.
-        quiet: Show no progress.
 
     Raises:
         RuntimeError: Exit and LV-K disagree, or frame-local attention and its mask do. No time is reported then.
     """
-    target = resolve_device(device)
+    target = resolve_device(run.device)
     dtype = resolve_dtype(cfg.dtype, target)
-    work = WORKLOADS[cfg.arch]
+    work = WORKLOADS[cfg.model]
     check_kernel(work, target, dtype)
     # Exactly on a small model in float32, then as closely as 16 bits and 28 layers of random weights allow.
-    small = BenchConfig(arch="tiny", seed=cfg.seed)
+    small = BenchConfig(model="tiny", seed=cfg.seed)
     check(build(small, target, torch.float32), WORKLOADS["tiny"], target, torch.float32)
     model = build(cfg, target, dtype)
     check(model, work, target, dtype)
     plans = variants(work)
-    with progress_bar(len(cfg.frames) * cfg.rounds * len(plans), desc=cfg.arch, quiet=quiet) as bar:
+    with progress_bar(len(cfg.frames) * cfg.rounds * len(plans), desc=cfg.model, quiet=run.quiet) as bar:
         for frames in cfg.frames:
             layout = layout_of(work, frames)
             inputs, ids = _embeddings(layout, work, target, dtype, cfg.seed), _token_ids(layout, work, target)
@@ -290,7 +173,7 @@ def bench(cfg: BenchConfig, run: Any, *, device: str = "auto", quiet: bool = Fal
                 for name, config in plans.items():
                     with _attached(model, config) as handle:
                         call = partial(_prefill, model, handle, inputs, ids, work)
-                        timing = measure(call, warmup=1, repeats=cfg.repeats, device=target)
+                        timing = measure(call, warmup=1, repeats=1, device=target)
                         prefills[name].append(timing.ms_p50)
                         if timing.peak_bytes is not None:
                             peaks[name] = max(timing.peak_bytes, peaks[name] or 0)
@@ -299,17 +182,19 @@ def bench(cfg: BenchConfig, run: Any, *, device: str = "auto", quiet: bool = Fal
                         del out
                     bar.update()
             base = bound(work, frames, plans["baseline"]).total
-            labels = {"arch": cfg.arch, "frames": frames, "tokens": len(layout.frame)}
+            labels = {"arch": cfg.model, "frames": frames, "tokens": len(layout.frame)}
             for name, config in plans.items():
                 ms = prefills[name]
                 spread = statistics.stdev(ms) if len(ms) > 1 else None
-                common = {"variant": name, "labels": labels}
-                count = cfg.rounds * cfg.repeats
-                run.row("prefill", statistics.median(ms), unit="ms", better="lower", n=count, spread=spread, **common)
+                common: dict[str, Any] = {"variant": name, "labels": labels}
+                run.row(
+                    "prefill", statistics.median(ms), unit="ms", better="lower", n=cfg.rounds, spread=spread, **common
+                )
                 rate = statistics.median(decodes[name])
                 run.row("decode", rate, unit="tokens/s", better="higher", n=cfg.rounds * cfg.decode_tokens, **common)
-                if peaks[name] is not None:
-                    run.row("peak_memory", peaks[name] / 2**30, unit="GiB", better="lower", **common)
+                peak = peaks[name]
+                if peak is not None:
+                    run.row("peak_memory", peak / 2**30, unit="GiB", better="lower", **common)
                 flops = bound(work, frames, config)
                 run.row("prefill_tflop", flops.total / 1e12, unit="TFLOP", better="lower", **common)
                 run.row("flop_bound", base / flops.total, better="none", **common)
@@ -335,14 +220,11 @@ def check_kernel(work: Workload, device: torch.device, dtype: torch.dtype) -> No
         for heads in (shape.heads, shape.heads_k, shape.heads_k)
     )
     allowed = causal_pairs(tokens, device) & ~blocked_pairs("VT", layout.frame.to(device))
-    wide = [q.float(), *(x.float().repeat_interleave(shape.heads // shape.heads_k, 1) for x in (k, v))]
-    want = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=allowed)
-    error = float((frame_local_attention(q, k, v, where).float() - want).norm() / want.norm())
+    wide_k, wide_v = (x.float().repeat_interleave(shape.heads // shape.heads_k, 1) for x in (k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q.float(), wide_k, wide_v, attn_mask=allowed)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    error = check_values("frame-local attention", frame_local_attention(q, k, v, where), want, tolerance=tolerance)
     log.info("frame-local attention alone is right to %.1e (relative)", error)
-    if not error < (1e-5 if dtype == torch.float32 else 2e-2):
-        raise RuntimeError(
-            f"frame-local attention is wrong on {device}: relative error {error:.2e}. No time is reported"
-        )
 
 
 @torch.no_grad()
@@ -358,8 +240,7 @@ def check(model: nn.Module, work: Workload, device: torch.device, dtype: torch.d
 
     def logits(config: KnockoutConfig, *, masked: bool = False) -> Tensor:
         with attach(model, config) as handle, handle.using([layout]):
-            if masked:
-                handle._is_local = lambda *_: False
+            handle.frame_local = not masked
             return model(inputs_embeds=inputs, logits_to_keep=1).logits.float()
 
     exit = logits(KnockoutConfig(exit=work.exit))
@@ -367,14 +248,9 @@ def check(model: nn.Module, work: Workload, device: torch.device, dtype: torch.d
     window = KnockoutConfig(knockouts=(Knockout(kind="VT", layers=tuple(range(work.window))),))
     local, mask = logits(window), logits(window, masked=True)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    for name, got, want in (("exit and LV-K", exit, blocked), ("frame-local attention and its mask", local, mask)):
-        error = float((got - want).norm() / want.norm())
-        log.info("%s agree to %.1e (relative)", name, error)
-        if not error < tolerance:
-            raise RuntimeError(
-                f"{name} differ on {device}: relative error {error:.2e}, expected below {tolerance}. "
-                "No time is reported"
-            )
+    for name, got, want in (("exit for LV-K", exit, blocked), ("frame-local attention for its mask", local, mask)):
+        error = check_values(name, got, want, tolerance=tolerance)
+        log.info("%s is right to %.1e (relative)", name, error)
     moved = float((local - logits(KnockoutConfig())).norm() / mask.norm())
     if dtype == torch.float32 and moved < tolerance:
         raise RuntimeError("VT-K changes nothing here: the check would pass whatever the kernel does")
@@ -411,21 +287,10 @@ def _prefill(
 
 
 def _decode_rate(model: nn.Module, out: Any, token: Tensor, tokens: int) -> float:
-    """Tokens per second after a prefill that gave ``out``, each with the embedding ``token``."""
-    cache = out.past_key_values
-    gpu = token.device.type == "cuda"
-    for step in range(tokens + 1):
-        if step == 1:
-            # The first step is not counted.
-            if gpu:
-                torch.cuda.synchronize(token.device)
-            begun = time.perf_counter()
-        model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1, use_cache=True)
-    if gpu:
-        torch.cuda.synchronize(token.device)
-    return tokens / (time.perf_counter() - begun)
-
-
-def shape_of(model: nn.Module) -> DecoderShape:
-    """Shape of a model's decoder."""
-    return DecoderShape.of(find_decoder(model).config)
+    """Tokens per second after a prefill that gave ``out``, each with the embedding ``token``; one more goes before."""
+    step = partial(model, inputs_embeds=token, past_key_values=out.past_key_values, logits_to_keep=1, use_cache=True)
+    step()
+    with Stopwatch(token.device) as watch:
+        for _ in range(tokens):
+            step()
+    return tokens / watch.seconds

@@ -142,7 +142,7 @@ def questions(scenes: Scenes, index: int) -> list[tuple[str, str, tuple[str, ...
     names = [list(COLORS)[value] for value in scenes.color[index].tolist()]
     shapes, ways = scenes.shape[index].tolist(), scenes.direction[index].tolist()
     first = int(scenes.appears[index].argmin())
-    asked = []
+    asked: list[tuple[str, str, tuple[str, ...], int]] = []
     for which, name in enumerate(names):
         asked.append(("shape", f"what shape is the {name} one ?", SHAPES, shapes[which]))
         asked.append(("direction", f"where does the {name} one move ?", tuple(DIRECTIONS), ways[which]))

@@ -8,67 +8,41 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from hone_core.devices import resolve_device
+from hone_core.io import atomic_write_text
+from hone_core.runs import Report, Run
 from hone_core.timing import measure
 from hone_lm.choices import choice_inputs, choice_prompt
 from hone_lm.decoders import find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from hone_lm.question_sets import Item
+from hone_lm.video import Clip
 
 from . import plots
-from .config import QUESTIONS, Knockout, KnockoutConfig
+from .config import QUESTIONS, DemoConfig, Knockout, KnockoutConfig
 from .data import generated_items
-from .evaluate import BASELINE, SweepConfig, SweepReport, configurations, is_right, read_answers, rows_of, sweep
+from .evaluate import BASELINE, SweepReport, configurations, is_right, read_answers, sweep
 from .flops import DecoderShape, prefill_flops
-from .host import Host
+from .host import Host, load_host
 from .method import global_after
 from .models import attach
 from .recommend import Recipe, choose
 
-__all__ = ["DemoConfig", "DemoReport", "demo", "time_recipe"]
+__all__ = ["DemoReport", "demo", "time_recipe"]
+
+RECIPE = "recipe.txt"
 
 TIMED_ITEMS, TIMED_TURNS = 32, 20
 """Prompts of a timed prefill, and turns that each variant gets after two that warm up."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoConfig:
-    """What the demo asks."""
-
-    items: int = 128
-    """Questions, the four kinds in turn."""
-    batch: int = 32
-    max_drop: float = 2.0
-    """Budget of the recommendation, in points on the choosing half."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.items < 2 * len(QUESTIONS):
-            raise ValueError(
-                f"the demo needs at least {2 * len(QUESTIONS)} questions, two of each kind; got {self.items}"
-            )
-        if self.batch < 1:
-            raise ValueError(f"batch must be positive; got {self.batch}")
-
-    @property
-    def sweep(self) -> SweepConfig:
-        """The sweep that the demo runs."""
-        return SweepConfig(
-            settings=("global1", "global2", "window", "local"),
-            controls=("none", "random"),
-            batch=self.batch,
-            style="text",
-            shuffle=False,
-            seed=self.seed,
-        )
-
-
-@dataclass(frozen=True)
-class DemoReport:
+@dataclass(frozen=True, kw_only=True)
+class DemoReport(Report):
     """Result of the demo; as text, the tables.
 
     Attributes:
@@ -86,11 +60,18 @@ class DemoReport:
     sheet: Path
 
     @classmethod
-    def of(cls, run: Any) -> DemoReport:
-        """Return the report of a finished run."""
-        text = (run.artifacts / "recipe.txt").read_text(encoding="utf-8")
-        recipe, _, timing = text.rpartition("\n")
-        return cls(SweepReport.of(run), recipe, timing, run.figures / "sweep.png", run.figures / "clips.png")
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose rows are written."""
+        recipe, _, timing = (run.artifacts / RECIPE).read_text(encoding="utf-8").rpartition("\n")
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            sweep=SweepReport.of(run),
+            recipe=recipe,
+            timing=timing,
+            chart=run.figures / "sweep.png",
+            sheet=run.figures / "clips.png",
+        )
 
     def __str__(self) -> str:
         return "\n".join(
@@ -98,33 +79,28 @@ class DemoReport:
         )
 
 
-def demo(cfg: DemoConfig, run: Any, host: Host, *, quiet: bool = False) -> DemoReport:
-    """Sweep, draw, recommend and time.
-
-    Args:
-        cfg: Number of questions and budget.
-        run: A started ``hone_core.runs.Run``.
-        host: The trained tiny host.
-        quiet: Show no progress.
-    """
+def demo(cfg: DemoConfig, run: Run) -> DemoReport:
+    """Sweep, draw, recommend and time."""
+    host = load_host(resolve_device(run.device), path=cfg.host)
     items = generated_items(cfg.items, host.config.clip, seed=1000 + cfg.seed)
-    sweep(host.model, host.processor, items, cfg.sweep, run, quiet=quiet)
+    sweep(host.model, host.processor, items, cfg.sweep, run)
     answers, _ = read_answers(run.path)
     layers = host.config.layers
     found = configurations(cfg.sweep, layers)
     recipe = choose(answers, found, num_layers=layers, max_drop=cfg.max_drop, seed=cfg.seed)
     timing = time_recipe(host, items[:TIMED_ITEMS], recipe, run)
-    (run.artifacts / "recipe.txt").write_text(f"{recipe}\n{timing}", encoding="utf-8")
-    chart = plots.sweep_chart({"rows": rows_of(run)}, run.figures / "sweep.png", title="tiny host, generated clips")
-    sheet = _sheet(items, answers, layers, run.figures / "clips.png")
-    return DemoReport(SweepReport.of(run), str(recipe), timing, chart, sheet)
+    atomic_write_text(run.artifacts / RECIPE, f"{recipe}\n{timing}")
+    rows = [asdict(row) for row in run.rows]
+    plots.sweep_chart(rows, run.figures / "sweep.png", title="tiny host, generated clips")
+    _sheet(items, answers, layers, run.figures / "clips.png")
+    return DemoReport.of(run)
 
 
 @torch.no_grad()
-def time_recipe(host: Host, items: Sequence[Item], recipe: Recipe, run: Any) -> str:
+def time_recipe(host: Host, items: Sequence[Item], recipe: Recipe, run: Run) -> str:
     """Time a prefill as it is and under a recipe, and check that the exit changes nothing that LV-K does not."""
     prompts = [choice_prompt(host.processor, item.question, item.options, style="text") for item in items]
-    inputs = choice_inputs(host.processor, prompts, [item.clip for item in items])
+    inputs = choice_inputs(host.processor, prompts, _clips(items))
     inputs = {name: value.to(host.device) for name, value in inputs.items()}
     saves = recipe.exit is not None or recipe.window > 0
     configs = {BASELINE: None} | ({recipe.config.label: recipe.config} if saves else {})
@@ -174,10 +150,15 @@ def _bound(host: Host, layouts: Sequence[TokenLayout], recipe: Recipe) -> float:
             prefix = int(layout.real[: layout.spans["video"][0]].sum())
             frames, each = layout.num_frames, layout.tokens_per_frame[0]
             suffix = int(layout.real.sum()) - prefix - frames * each
-            sizes = {"prefix": prefix, "frames": frames, "tokens_per_frame": each, "suffix": suffix}
-            total += prefill_flops(shape, **sizes, exit=exit, window=window).total
+            total += prefill_flops(
+                shape, prefix=prefix, frames=frames, tokens_per_frame=each, suffix=suffix, exit=exit, window=window
+            ).total
         totals.append(total)
     return totals[0] / totals[1]
+
+
+def _clips(items: Sequence[Item]) -> list[Clip]:
+    return [item.clip for item in items if item.clip is not None]
 
 
 def _sheet(items: Sequence[Item], answers: dict[str, Any], layers: int, path: Path) -> Path:
@@ -188,7 +169,7 @@ def _sheet(items: Sequence[Item], answers: dict[str, Any], layers: int, path: Pa
     lines = []
     for item in shown.values():
         answer = answers[item.id]
-        text = [f"{item.question}  right: {item.options[item.answer]}"]
+        text = [item.question, f"right: {item.options[item.answer]}"]
         for label in labels:
             p = answer["results"][label]["p"]
             best = max(range(len(p)), key=p.__getitem__)
@@ -196,5 +177,5 @@ def _sheet(items: Sequence[Item], answers: dict[str, Any], layers: int, path: Pa
             name = label if label == BASELINE else label.split()[1] + "-K in all layers"
             text.append(f"{mark}{name}: {item.options[best]} ({p[best]:.0%})")
         lines.append(text)
-    clips = [item.clip.frames for item in shown.values()]
-    return plots.clip_sheet(clips, lines, path, title="what the tiny host answers; red is wrong", scale=3)
+    clips = [clip.frames for clip in _clips(list(shown.values()))]
+    return plots.clip_sheet(clips, lines, path, title="What the tiny host answers; red is wrong")

@@ -12,80 +12,42 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, Self
 
 import torch
 from hone_core.progress import progress_bar
-from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
+from hone_core.runs import Report, Run
+from hone_core.statistics import bootstrap_interval, paired
+from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.decoders import find_decoder
 from hone_lm.question_sets import Item, read_clip
 from hone_lm.video import Clip
 from torch import Tensor
 
-from .config import Control, Kind, Knockout, KnockoutConfig
+from . import plots
+from .config import Control, Kind, Knockout, KnockoutConfig, Setting, SweepConfig
 from .method import global_after, windows
 from .models import attach, check_devices
 from .prefix import Counts, PrefixRunner
-from .statistics import bootstrap_interval, paired
+from .sources import load_source, read_questions
 
-__all__ = ["Setting", "SweepConfig", "SweepReport", "configurations", "read_answers", "rows_of", "summarise", "sweep"]
+__all__ = [
+    "Configuration",
+    "SweepReport",
+    "configurations",
+    "evaluate",
+    "is_right",
+    "read_answers",
+    "summarise",
+    "sweep",
+]
 
 log = logging.getLogger(__name__)
 
-Setting = Literal["global1", "global2", "window", "local"]
-"""``global1``: LV-K after layer i. ``global2``: a kind in all layers. ``window``: a kind in ``width`` layers.
-``local``: VT-K in the first w layers, which is where frames read only themselves."""
-
 BASELINE = "baseline"
 ANSWERS = "answers.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepConfig:
-    """Which knockouts a sweep runs, and how questions are put."""
-
-    settings: tuple[Setting, ...] = ("global1", "global2", "window")
-    kinds: tuple[Kind, ...] = ("LV", "VT", "VS")
-    """Of ``global2`` and ``window``."""
-    width: int = 4
-    """Layers of a window."""
-    stride: int = 4
-    """Between windows: 1 slides, as the paper says; 4 tiles, as its figures look."""
-    step: int = 2
-    """Between the layers i of ``global1`` and ``local``; the paper has 2."""
-    controls: tuple[Control, ...] = ("none",)
-    """``random`` adds a control of as many random pairs to every ``global2`` configuration."""
-    frames: int = 32
-    """Frames sampled from a video, before a class fuses any: at 32, the decoder of a Qwen sees 16."""
-    tokens_per_frame: int | None = None
-    """As in ``attach``; None is the rule of the model's class."""
-    batch: int = 1
-    """Questions run together."""
-    style: Style = "letter"
-    shuffle: bool = True
-    """Put the options in a random order per question, so that a liking for a letter is no knowledge."""
-    reuse: bool = True
-    """Compute layers that configurations share once, and LV-K in all later layers as the exit that it equals."""
-    seed: int = 0
-    """Of option order, random controls and bootstrap."""
-    source: dict[str, str] = field(default_factory=dict)
-    """Where model and questions come from, so that a run can be repeated."""
-
-    def __post_init__(self) -> None:
-        if not self.settings or any(value not in get_args(Setting) for value in self.settings):
-            raise ValueError(f"settings must be some of {', '.join(get_args(Setting))}; got {self.settings}")
-        for name in ("settings", "kinds", "controls"):
-            if len(set(getattr(self, name))) != len(getattr(self, name)):
-                raise ValueError(f"{name} must differ; got {getattr(self, name)}")
-        if "span" in self.kinds:
-            raise ValueError("a sweep has no span targets; use attach")
-        for name in ("width", "stride", "step", "frames", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.tokens_per_frame is not None and self.tokens_per_frame < 1:
-            raise ValueError(f"tokens_per_frame must be positive; got {self.tokens_per_frame}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +93,8 @@ def configurations(cfg: SweepConfig, num_layers: int) -> dict[str, Configuration
                 add(setting, "VT", tuple(range(stop)))
         elif setting == "global2":
             for kind in cfg.kinds:
-                for control in cfg.controls:
+                controls: tuple[Control, ...] = ("none", "random") if cfg.random_control else ("none",)
+                for control in controls:
                     add(setting, kind, global_after(0, num_layers), control)
         else:
             for kind in cfg.kinds:
@@ -140,53 +103,72 @@ def configurations(cfg: SweepConfig, num_layers: int) -> dict[str, Configuration
     return found
 
 
-@dataclass(frozen=True)
-class SweepReport:
+@dataclass(frozen=True, kw_only=True)
+class SweepReport(Report):
     """Result of a sweep; as text, the table.
 
     Attributes:
-        folder: the run folder.
         items: questions answered.
         failed: questions that could not be, with causes, as in the answers file.
-        rows: rows of ``results.json``.
     """
 
-    folder: Path
     items: int
     failed: dict[str, str]
-    rows: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, run: Any) -> SweepReport:
+    def of(cls, run: Run) -> Self:
         """Return the report of a run whose rows are written."""
         answers, failed = read_answers(run.path)
-        return cls(run.path, len(answers), failed, rows_of(run))
+        return cls(path=run.path, rows=tuple(run.rows), items=len(answers), failed=failed)
 
     def __str__(self) -> str:
-        shown = [row for row in self.rows if row["metric"] == "accuracy" and row["split"] == "all"]
-        by_label = {(row["metric"], row["variant"]): row for row in self.rows if row["split"] == "all"}
-        width = max((len(row["variant"]) for row in shown), default=0)
+        shown = [row for row in self.rows if row.metric == "accuracy" and row.split == "all"]
+        values = {(row.metric, row.variant): row.value for row in self.rows if row.split == "all"}
+        width = max((len(row.variant) for row in shown), default=0)
         lines = [f"{'configuration':<{width}}  accuracy [95 %]         change  to wrong  to right  McNemar p"]
         for row in shown:
-            low, high = row.get("interval") or (row["value"], row["value"])
-            line = f"{row['variant']:<{width}}  {row['value']:.3f} [{low:.3f}, {high:.3f}]"
-            if ("accuracy_change", row["variant"]) in by_label:
-                change = by_label["accuracy_change", row["variant"]]["value"]
-                flips = [by_label[name, row["variant"]]["value"] for name in ("to_wrong", "to_right")]
-                p = by_label["mcnemar_p", row["variant"]]["value"]
-                line += f"  {100 * change:+6.1f}  {flips[0]:8.0f}  {flips[1]:8.0f}  {p:9.2g}"
+            low, high = row.interval or (row.value, row.value)
+            line = f"{row.variant:<{width}}  {row.value:.3f} [{low:.3f}, {high:.3f}]"
+            if ("accuracy_change", row.variant) in values:
+                change, *flips, p = (
+                    values[name, row.variant] for name in ("accuracy_change", "to_wrong", "to_right", "mcnemar_p")
+                )
+                line += f"  {100 * change:+6.1f}  {flips[0]:8.0f}  {flips[1]:8.0f}  {shown_p(p):>9}"
             lines.append(line)
-        chance = by_label.get(("chance", ""))
-        if chance:
-            lines.append(f"chance level {chance['value']:.3f}; {self.items} questions")
+        if ("chance", "") in values:
+            lines.append(f"chance level {values['chance', '']:.3f}; {self.items} questions")
         if self.failed:
-            lines.append(f"{len(self.failed)} questions left out: {next(iter(self.failed.values()))}, ...")
-        return "\n".join([*lines, "", f"answers and results in {self.folder}"])
+            lines += [
+                f"{len(self.failed)} of {self.items + len(self.failed)} questions left out: "
+                f"{next(iter(self.failed.values()))}, ...",
+                f"the same command with --out {self.path} --retry-failed asks them again",
+            ]
+        return "\n".join([*lines, "", f"answers and results in {self.path}"])
 
 
-def rows_of(run: Any) -> list[dict[str, Any]]:
-    """Rows of a run, finished or not, as they stand in ``results.json``."""
-    return [asdict(row) for row in run.rows]
+def shown_p(p: float) -> str:
+    """A p-value as a table shows it."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def reopen_failed(cfg: SweepConfig, run: Run) -> None:
+    """Take up a finished run again, if its failed questions are to be asked again.
+
+    Raises:
+        ValueError: They are, and there is no run.
+    """
+    if cfg.retry_failed and not (run.done or run.resumed):
+        raise ValueError("which run? --retry-failed goes with --out, the folder of the run whose questions failed")
+    if cfg.retry_failed and run.done and read_answers(run.path)[1]:
+        run.reopen()
+
+
+def evaluate(cfg: SweepConfig, run: Run) -> SweepReport:
+    """Answer the questions of a source under every configuration, and draw the chart."""
+    model, processor = load_source(cfg.source, run.device)
+    report = sweep(model, processor, read_questions(cfg.source, cfg.seed), cfg, run)
+    plots.sweep_chart([asdict(row) for row in run.rows], run.figures / "sweep.png")
+    return report
 
 
 def sweep(
@@ -194,10 +176,9 @@ def sweep(
     processor: Any,
     items: Sequence[Item],
     cfg: SweepConfig,
-    run: Any,
+    run: Run,
     *,
     chosen: Mapping[str, Configuration] | None = None,
-    quiet: bool = False,
 ) -> SweepReport:
     """Answer every question under every configuration.
 
@@ -212,7 +193,6 @@ def sweep(
         run: A started ``hone_core.runs.Run``. One that was stopped goes on where it was; questions that failed before
             are asked again, since a file may be there now, or memory free.
         chosen: Configurations in place of those of ``cfg``; the baseline is always run.
-        quiet: Show no progress.
 
     Raises:
         ValueError: Every question failed, or the decoder is spread over devices.
@@ -226,7 +206,7 @@ def sweep(
     answers, _ = read_answers(run.path)
     waiting = [item for item in items if item.id not in answers]
     counts, started = Counts(), time.perf_counter()
-    with path.open("a", encoding="utf-8") as file, progress_bar(len(items), desc="questions", quiet=quiet) as bar:
+    with path.open("a", encoding="utf-8") as file, progress_bar(len(items), desc="questions", quiet=run.quiet) as bar:
         bar.update(len(items) - len(waiting))
         for at in range(0, len(waiting), cfg.batch):
             for line in _answer_batch(model, processor, waiting[at : at + cfg.batch], found, cfg, counts):
@@ -301,7 +281,7 @@ def _answer_ready(
         failure = _failure(ready[0].item, error)
     if failure is not None:
         # Out here the traceback, which holds the tensors of the failed forward, is gone.
-        inputs = logits = None
+        inputs, logits = {}, {}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(ready) == 1:
@@ -397,7 +377,7 @@ def is_right(answer: Mapping[str, Any], label: str) -> bool:
 def summarise(
     answers: Mapping[str, Mapping[str, Any]],
     found: Mapping[str, Configuration],
-    run: Any,
+    run: Run,
     *,
     num_layers: int,
     seed: int = 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["DecoderShape", "Flops", "prefill_flops"]
+__all__ = ["WORKLOADS", "DecoderShape", "Flops", "Workload", "prefill_flops"]
 
 Convention = Literal["causal", "square"]
 
@@ -103,3 +103,68 @@ def prefill_flops(
     pairs = min(window, last) * local + max(0, last - window) * full + (shape.layers - last) * left
     rows = last * tokens + (shape.layers - last) * text
     return Flops(linear=float(rows * shape.per_token), attention=float(pairs * shape.per_pair))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A decoder shape and its prompt.
+
+    Attributes:
+        shape: of the decoder.
+        vocabulary: of its head.
+        source_frames: frames of the video behind one frame of the decoder.
+        tokens_per_frame: of the decoder's frame.
+        prefix: text before the video.
+        suffix: text after it, separators included.
+        exit: layer at which visual tokens leave, the paper's 18 of 28.
+        window: first layers in which frames read only themselves.
+        newline: whether the suffix begins with a separator that has the id of a video token.
+    """
+
+    shape: DecoderShape
+    vocabulary: int
+    source_frames: int
+    tokens_per_frame: int
+    prefix: int
+    suffix: int
+    exit: int
+    window: int
+    newline: bool = True
+
+
+_QWEN2_7B = DecoderShape(layers=28, width=3584, intermediate=18944, heads=28, heads_k=4, head_dim=128)
+WORKLOADS: dict[str, Workload] = {
+    # 384 px: 27 x 27 patches pooled to 14 x 14, one newline at the end.
+    "llava-onevision-7b": Workload(
+        shape=_QWEN2_7B,
+        vocabulary=152000,
+        source_frames=1,
+        tokens_per_frame=196,
+        prefix=14,
+        suffix=47,
+        exit=18,
+        window=8,
+    ),
+    # 392 x 392 px: 28 x 28 patches merged to 14 x 14, two frames of the video fused.
+    "qwen2.5-vl-7b": Workload(
+        shape=_QWEN2_7B,
+        vocabulary=152064,
+        source_frames=2,
+        tokens_per_frame=196,
+        prefix=15,
+        suffix=46,
+        exit=18,
+        window=8,
+        newline=False,
+    ),
+    "tiny": Workload(
+        shape=DecoderShape(layers=8, width=128, intermediate=256, heads=4, heads_k=2, head_dim=32),
+        vocabulary=512,
+        source_frames=1,
+        tokens_per_frame=32,
+        prefix=4,
+        suffix=12,
+        exit=5,
+        window=2,
+    ),
+}

@@ -7,26 +7,24 @@ newline make 201, and the answer is the next token after the prompt.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from hone_core.config import from_dict, to_dict
-from hone_core.errors import CheckpointError
-from hone_core.io import save_safetensors
-from safetensors import safe_open
+from hone_core import hosts
+from hone_core.hosts import HostFacts
 from torch import Tensor
 
-from .config import ClipConfig
+from .config import HostConfig
 from .data import COLORS, CORNERS, DIRECTIONS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 
-__all__ = ["Host", "HostConfig", "build_host", "host_config", "host_is_packaged", "load_host", "save_host"]
+__all__ = ["Host", "build_host", "host_config", "load_host", "pixel_values", "save_host"]
+
+PACKAGE = "hone-knockout"
 
 _QUESTION_WORDS = (
     *("what", "shape", "is", "the", "one", "where", "does", "move"),
@@ -38,34 +36,6 @@ TEMPLATE = (
     "{% if part['type'] == 'video' %}<video>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HostConfig:
-    """Architecture of the tiny host."""
-
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    layers: int = 12
-    width: int = 128
-    heads: int = 4
-    heads_k: int = 2
-    intermediate: int = 320
-    vision_layers: int = 1
-    vision_width: int = 64
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads or self.heads % self.heads_k:
-            raise ValueError(
-                "width must be a multiple of heads, and heads of heads_k; "
-                f"got {self.width}, {self.heads}, {self.heads_k}"
-            )
-        if self.clip.cell % 2:
-            raise ValueError(f"a cell is two vision patches wide; got {self.clip.cell} pixels")
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of a clip."""
-        return self.clip.frames * self.clip.grid**2
 
 
 @dataclass
@@ -156,20 +126,14 @@ def pixel_values(video: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (video.to(dtype) / 255 - 0.5) / 0.5
 
 
-def save_host(host: Host, path: Path) -> Path:
-    """Write the weights in 16 bits, with the config beside them in the file's metadata."""
-    tensors = {name: tensor.to(torch.float16) for name, tensor in host.model.state_dict().items()}
-    return save_safetensors(tensors, path, metadata={"config": json.dumps(to_dict(host.config))})
-
-
-def host_is_packaged() -> bool:
-    """Whether a trained host ships with this installation."""
-    return (files("hone_knockout") / "assets" / "host.safetensors").is_file()
+def save_host(host: Host, path: Path, facts: HostFacts | None = None) -> Path:
+    """Write a host, see ``hone_core.hosts``; returns the path."""
+    return hosts.save_host(path, host.config, {"": host.model}, package=PACKAGE, facts=facts)
 
 
 def host_config(path: Path | None = None) -> HostConfig:
     """Architecture of a trained host, without its weights; arguments and errors are those of ``load_host``."""
-    return _read_host(path, weights=False)[0]
+    return hosts.open_host(HostConfig, PACKAGE, path).config
 
 
 def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -> Host:
@@ -182,32 +146,8 @@ def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -
     Raises:
         CheckpointError: The file is missing or is no such checkpoint.
     """
-    cfg, tensors = _read_host(path)
-    host = build_host(cfg)
-    try:
-        host.model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path or 'the packaged host'} does not fit its own config: {error}") from error
+    stored = hosts.open_host(HostConfig, PACKAGE, path)
+    host = build_host(stored.config)
+    stored.load({"": host.model})
     host.model.to(device)
     return host
-
-
-def _read_host(path: Path | None, *, weights: bool = True) -> tuple[HostConfig, dict[str, Tensor]]:
-    found = Path(str(files("hone_knockout") / "assets" / "host.safetensors")) if path is None else Path(path)
-    if not found.is_file():
-        hint = "train one with hone-knockout train-host, and name its host.safetensors with --host"
-        raise CheckpointError(f"there is no trained host at {found}; {hint}")
-    try:
-        with safe_open(found, "pt") as file:
-            cfg = from_dict(HostConfig, json.loads((file.metadata() or {})["config"]))
-            names = file.keys() if weights else ()
-            tensors = {name: file.get_tensor(name).float() for name in names}
-    except Exception as error:
-        raise CheckpointError(f"{found} is no checkpoint of a tiny host: {error}") from error
-    return cfg, tensors
-
-
-def describe_host(path: Path | None = None) -> dict[str, Any]:
-    """Facts beside a checkpoint (``host.json``), or nothing."""
-    found = Path(str(files("hone_knockout") / "assets" / "host.json")) if path is None else path.with_suffix(".json")
-    return json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}

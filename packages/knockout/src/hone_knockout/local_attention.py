@@ -78,7 +78,7 @@ def frame_local_attention(
         )
     if end > tokens:
         raise ValueError(f"{frames} frames of {each} tokens after {prefix} end at {end}; there are {tokens} tokens")
-    gqa = {"enable_gqa": heads != heads_k}
+    gqa: dict[str, Any] = {"enable_gqa": heads != heads_k}
     parts = []
     if prefix:
         before = slice(0, prefix)

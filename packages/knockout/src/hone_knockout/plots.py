@@ -1,4 +1,4 @@
-"""Figures from ``results.json`` alone, in the paper's axes."""
+"""Figures of a sweep from its rows alone, in the paper's axes, and sheets of clips with answers."""
 
 from __future__ import annotations
 
@@ -6,34 +6,73 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hone_core.io import atomic_path
+from hone_core.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PAPER,
+    PINK,
+    RED,
+    SKY,
+    Sheet,
+    drawing,
+    enlargement,
+    error_bars,
+    finish,
+    to_pixels,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from torch import Tensor
 
-__all__ = ["clip_sheet", "sweep_chart"]
+__all__ = ["clip_sheet", "plot", "sweep_chart"]
 
-INK, PAPER = "#222222", "#ffffff"
-COLORS = {"LV": "#d55e00", "VT": "#0072b2", "VS": "#009e73", "VV": "#cc79a7", "VT-strict": "#56b4e9"}
-LINES = ("#222222", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#999999")
+COLORS = {"LV": RED, "VT": BLUE, "VS": GREEN, "VV": PINK, "VT-strict": SKY}
+LINES = (INK, ORANGE, SKY, GREEN, PINK, BLUE, RED, GREY)
+SHEET_PX, TEXT_PX, LINE_PX, GAP_PX = 1400, 400, 22, 6
+"""Width of a sheet of clips, of the text beside them, height of a line of it, and what lies between two frames."""
 
 
-def sweep_chart(results: Mapping[str, Any], path: Path, *, title: str = "") -> Path:
+def plot(*, run: Path | None = None, save: Path | None = None, title: str = "") -> str:
+    """Draw a sweep's results in the paper's axes.
+
+    Args:
+        run: Folder of an eval or demo run, or its results.json.
+        save: PNG or SVG to write (default: figures/sweep.png in the folder).
+        title: Above the picture.
+
+    Raises:
+        ValueError: No run is named, or it is not finished.
+    """
+    from hone_core.runs import load_results
+
+    if run is None:
+        raise ValueError("which run? Give --run, the folder of an eval or demo run")
+    folder = run if run.is_dir() else run.parent
+    results = load_results(run)
+    if results.get("status", "done") != "done":
+        raise ValueError(f"{run} is not finished; resume it with the command that started it, then plot")
+    return str(sweep_chart(results["rows"], save or folder / "figures" / "sweep.png", title=title))
+
+
+def sweep_chart(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> Path:
     """Draw what a sweep found: two-stage curve, kinds in all layers, windows, windows by category.
 
     Layers are counted from 1 in the picture, as in the paper.
 
     Args:
-        results: As ``hone_core.runs.load_results`` gives it.
+        rows: As ``results.json`` holds them.
         path: PNG or SVG to write.
         title: Above everything.
 
     Raises:
         ValueError: The results hold no configuration of a sweep.
     """
-    rows = [row for row in results["rows"] if row.get("labels", {}).get("setting")]
+    rows = [row for row in rows if row.get("labels", {}).get("setting")]
     settings = {row["labels"]["setting"] for row in rows}
     panels: list[Any] = []
     if "global1" in settings:
@@ -44,17 +83,16 @@ def sweep_chart(results: Mapping[str, Any], path: Path, *, title: str = "") -> P
         panels += [_windows, _by_category]
     if not panels:
         raise ValueError("expected rows of a sweep (settings global1, global2 or window); found none")
-    figure = _figure(4.3 * len(panels), 3.5)
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, rows)
-        if draw is not _by_category:
-            axes.spines[["top", "right"]].set_visible(False)
-    count = max(row["n"] for row in rows)
-    figure.suptitle(title, fontsize=10, color=INK)
-    figure.text(0.99, 0.01, f"{count} questions, bars and bands: 95 %", ha="right", fontsize=7, color=INK)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=150)
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    with drawing(path, 4.7 * across, 3.3 * down + 0.3) as figure:
+        places = figure.subplots(down, across, squeeze=False).flatten()
+        for axes, draw in zip(places, panels, strict=False):
+            draw(axes, rows)
+        for axes in places[len(panels) :]:
+            axes.set_axis_off()
+        count = max(row["n"] for row in rows)
+        finish(figure, title=title, note=f"{count} questions, bars and bands: 95 %")
     return path
 
 
@@ -73,13 +111,13 @@ def _two_stage(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         )
         points.append((1.0, 1.0))
         width = 2.2 if split == "all" else 1.2
-        axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=width, color=color, label=split)
+        axes.plot(*zip(*points, strict=True), marker="o", lw=width, color=color, label=split)
     axes.axhline(1, color=INK, lw=0.5, ls=":")
     axes.set_xlabel("layer ratio (text reads video in the layers up to here)")
     axes.set_ylabel("performance ratio")
-    axes.set_title("LV-K after layer i", fontsize=9)
+    axes.set_title("LV-K after layer i")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=6, frameon=False)
+    axes.legend(loc="lower right")
 
 
 def _kinds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -92,36 +130,38 @@ def _kinds(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         for at, kind in enumerate(kinds):
             for row in found:
                 if (row["split"], row["labels"]["kind"]) == (split, kind):
-                    low, high = row.get("interval") or (row["value"], row["value"])
-                    error = [[100 * max(0.0, row["value"] - low)], [100 * max(0.0, high - row["value"])]]
+                    error = error_bars(row["value"], row.get("interval"), scale=100)
                     label = split if at == 0 else None
                     x = at - 0.4 + (place + 0.5) * width
                     axes.bar(x, 100 * row["value"], width, color=color, label=label, yerr=error, error_kw={"lw": 0.6})
     axes.axhline(0, color=INK, lw=0.5)
-    axes.set_xticks(range(len(kinds)), kinds, fontsize=7)
+    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n") for kind in kinds])
     axes.set_ylabel("accuracy change, points")
-    axes.set_title("in all layers", fontsize=9)
-    axes.legend(fontsize=6, frameon=False)
+    axes.set_title("in all layers")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(splits), columnspacing=1, handlelength=1)
 
 
 def _windows(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Accuracy change of windows, one line per kind."""
+    from matplotlib.ticker import MaxNLocator
+
     found = [row for row in _pick(rows, "accuracy_change", "window") if row["split"] == "all"]
     for kind in dict.fromkeys(row["labels"]["kind"] for row in found):
         points = sorted(
-            (row["labels"]["last"] + 1, 100 * row["value"], *(100 * v for v in row.get("interval", (0, 0))))
+            (row["labels"]["last"] + 1, 100 * row["value"], *(100 * end for end in row["interval"]))
             for row in found
             if row["labels"]["kind"] == kind
         )
         x, y, low, high = zip(*points, strict=True)
         color = COLORS.get(kind, INK)
-        axes.plot(x, y, marker="o", ms=3, color=color, label=f"{kind}-K")
+        axes.plot(x, y, marker="o", color=color, label=f"{kind}-K")
         axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
     axes.axhline(0, color=INK, lw=0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("last layer of the window, from 1")
     axes.set_ylabel("accuracy change, points")
-    axes.set_title("in a window of layers", fontsize=9)
-    axes.legend(fontsize=6, frameon=False)
+    axes.set_title("in a window of layers")
+    axes.legend(loc="lower right")
 
 
 def _by_category(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -137,57 +177,41 @@ def _by_category(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         for x, value in enumerate(line):
             if len(lasts) <= 12:
                 ink = PAPER if abs(value) > 40 else INK
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
-    axes.set_yticks(range(len(table)), [f"{kind} {split}" for kind in kinds for split in splits], fontsize=6)
-    axes.set_xticks(range(len(lasts)), [str(last + 1) for last in lasts], fontsize=6)
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+    axes.set_yticks(range(len(table)), [f"{kind} {split}" for kind in kinds for split in splits])
+    axes.set_xticks(range(len(lasts)), [str(last + 1) for last in lasts])
     axes.set_xlabel("last layer of the window, from 1")
-    axes.set_title("by kind of question, points", fontsize=9)
-    axes.figure.colorbar(picture, ax=axes, fraction=0.04).ax.tick_params(labelsize=6)
+    axes.set_title("by kind of question, points")
+    axes.figure.colorbar(picture, ax=axes, fraction=0.04)
 
 
-def clip_sheet(
-    clips: Sequence[Tensor], lines: Sequence[Sequence[str]], path: Path, *, title: str = "", scale: int = 2
-) -> Path:
-    """Draw clips as strips of frames, with text under each.
+def clip_sheet(clips: Sequence[Tensor], lines: Sequence[Sequence[str]], path: Path, *, title: str = "") -> Path:
+    """Draw clips as strips of frames, with text beside each.
 
     Args:
-        clips: ``[frames, 3, height, width]`` bytes each.
+        clips: ``[frames, 3, height, width]`` bytes each, of one size.
         lines: Text lines of each; one that begins with "!" is drawn in red.
         path: PNG to write.
         title: Above everything.
-        scale: Screen pixels per pixel.
     """
-    deepest = max(len(text) for text in lines)
     frames, _, height, width = clips[0].shape
-    wide, strip, line = frames * (width * scale + 4), height * scale, 15
-    high = 28 + len(clips) * (strip + line * deepest + 14)
-    figure = _figure(wide / 100, high / 100)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(0, wide)
-    axes.set_ylim(high, 0)
-    axes.axis("off")
-    axes.text(4, 14, title, fontsize=7, va="center", color=INK)
-    for row, (clip, text) in enumerate(zip(clips, lines, strict=True)):
-        top = 28 + row * (strip + line * deepest + 14)
-        for index in range(frames):
-            left = index * (width * scale + 4)
-            axes.imshow(
-                clip[index].permute(1, 2, 0).numpy(),
-                extent=(left, left + width * scale, top + strip, top),
-                interpolation="nearest",
-                aspect="auto",
-            )
-        for place, words in enumerate(text):
-            color = "#b00020" if words.startswith("!") else INK
-            at = top + strip + line * (place + 0.6)
-            axes.text(4, at, words.removeprefix("!"), fontsize=6, va="center", color=color)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=100)
-    return path
+    scale = max(enlargement(min(height, width)), ((SHEET_PX - TEXT_PX) // frames - GAP_PX) // width)
+    left, top = 2 * GAP_PX, 48
+    text = left + frames * (width * scale + GAP_PX) + 2 * GAP_PX
+    wrapped = [[part for line in each for part in _wrapped(line)] for each in lines]
+    tall = [max(height * scale, LINE_PX * len(each)) for each in wrapped]
+    sheet = Sheet(text + TEXT_PX, top + sum(tall) + 3 * GAP_PX * len(clips))
+    sheet.text(left, top / 2, title, size=16, bold=True)
+    for clip, each, high in zip(clips, wrapped, tall, strict=True):
+        for index, frame in enumerate(clip):
+            sheet.image(left + index * (width * scale + GAP_PX), top, to_pixels(frame), scale=scale)
+        for place, words in enumerate(each):
+            sheet.text(text, top + LINE_PX * (place + 0.5), words, bold=place == 0)
+        top += high + 3 * GAP_PX
+    return sheet.save(path)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """Return a figure that no global state of pyplot knows, inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
+def _wrapped(line: str) -> list[str]:
+    """Lines that fit beside the clips, each with the mark of the whole."""
+    mark = "!" if line.startswith("!") else ""
+    return [mark + part for part in wrap(line.removeprefix("!"), TEXT_PX - 2 * GAP_PX)]

@@ -150,7 +150,7 @@ class PrefixRunner:
                 "be run, or was run already. Name it in configs, as often as it is to be run"
             )
         if self._baseline is None:
-            self._run_baseline()
+            self._baseline = self._run_baseline()
         num_layers = self.decoder.num_layers
         tokens = len(self.layouts[0].frame)
         self.counts.layers_without += num_layers
@@ -173,7 +173,7 @@ class PrefixRunner:
             return self._logits(states)
 
     @torch.no_grad()
-    def _run_baseline(self) -> None:
+    def _run_baseline(self) -> Tensor:
         """Run the model as it is, and keep what enters the layers that configurations start at."""
         self._entering, self._layer_kwargs, self._deepstack = {}, [], None
         final = self.decoder.num_layers - 1
@@ -210,7 +210,7 @@ class PrefixRunner:
                 f"{type(self.model).__name__} does more between its last layer and its logits than norm and head; "
                 "prefix reuse would change its answers. Run each configuration from the start (reuse=False)"
             )
-        self._baseline = logits
+        return logits
 
     def _layer(self, index: int, states: Tensor) -> Tensor:
         states = self._call(index, states)
@@ -229,4 +229,6 @@ class PrefixRunner:
         return states
 
     def _logits(self, states: Tensor) -> Tensor:
-        return self.decoder.head(self.decoder.model.norm(states[:, -1:]))[:, 0]
+        head = self.decoder.head
+        assert head is not None, "the model gave logits"
+        return head(self.decoder.model.norm(states[:, -1:]))[:, 0]

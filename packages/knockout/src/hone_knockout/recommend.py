@@ -7,33 +7,29 @@ on has been picked for that.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
-from .config import Knockout, KnockoutConfig
-from .evaluate import BASELINE, Configuration, SweepConfig, SweepReport, is_right
-from .statistics import Paired, bootstrap_interval, paired
+from hone_core.config import from_dict, load_config, to_dict
+from hone_core.io import atomic_write_json
+from hone_core.runs import Report, Run, load_results
+from hone_core.statistics import Paired, bootstrap_interval, paired
+from hone_lm.checkpoints import read_config
+from hone_lm.choices import choice_inputs, choice_prompt, to_model
+from hone_lm.decoders import deepstack_layers
+from hone_lm.question_sets import read_clip
 
-__all__ = ["Recipe", "RecommendConfig", "RecommendReport", "choose", "halves"]
+from .config import Knockout, KnockoutConfig, RecommendConfig, SweepConfig
+from .evaluate import BASELINE, Configuration, SweepReport, configurations, is_right, read_answers, shown_p, sweep
+from .sample import exit_gap
+from .sources import load_source, read_questions, source_of_run
 
+__all__ = ["Recipe", "RecommendReport", "choose", "halves", "recommend"]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecommendConfig:
-    """What a verification runs; one that differs in any of it is another run."""
-
-    run: str
-    """Folder of the sweep that the recipe was chosen from."""
-    max_drop: float
-    """Budget in points of accuracy."""
-    recipe: KnockoutConfig
-    """What was chosen."""
-    reported_on: int
-    """Questions of the reporting half."""
-    sweep: SweepConfig
-    """Of the sweep: how questions are put, and where they come from."""
-    seed: int = 0
-    """Of the halves."""
+RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -104,13 +100,13 @@ class Recipe:
                 low, high = (100 * value for value in change.interval)
                 lines.append(
                     f"{name:<14} {what}: {100 * change.change:+.1f} points [{low:+.1f}, {high:+.1f}], "
-                    f"McNemar p {change.p:.2g}"
+                    f"McNemar p {shown_p(change.p)}"
                 )
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class RecommendReport:
+@dataclass(frozen=True, kw_only=True)
+class RecommendReport(Report):
     """A recipe and, where it was run, what exit and window do together.
 
     Attributes:
@@ -121,22 +117,87 @@ class RecommendReport:
     """
 
     recipe: Recipe
-    together: SweepReport | None = None
-    exit_gap: float | None = None
+    together: SweepReport | None
+    exit_gap: float | None
 
     @classmethod
-    def of(cls, recipe: Recipe, run: Any) -> RecommendReport:
-        """Return the report of a verification whose rows are written."""
-        gap = next((row.value for row in run.rows if row.metric == "exit_gap"), None)
-        return cls(recipe, SweepReport.of(run), gap)
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose rows are written."""
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            recipe=from_dict(Recipe, json.loads((run.artifacts / RECIPE).read_text(encoding="utf-8"))),
+            together=SweepReport.of(run) if run.rows else None,
+            exit_gap=next((row.value for row in run.rows if row.metric == "exit_gap"), None),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {
+            "path": str(self.path),
+            "rows": [asdict(row) for row in self.rows],
+            "recipe": self.recipe.to_dict(),
+            "exit_gap": self.exit_gap,
+        }
 
     def __str__(self) -> str:
         text = str(self.recipe)
-        if self.together is not None:
-            text += f"\n\nboth together, on the reporting half:\n{self.together}"
+        if self.together is None:
+            return f"{text}\nrecipe in {self.path}"
+        text += f"\n\nboth together, on the reporting half:\n{self.together}"
         if self.exit_gap is not None:
             text += f"\nnext-token logits of exit and LV-K in the same layers differ by at most {self.exit_gap:.1e}"
         return text
+
+
+def recommend(cfg: RecommendConfig, run: Run) -> RecommendReport:
+    """Choose from an eval run, and run what was chosen on the questions that it was not chosen on.
+
+    Raises:
+        ValueError: The eval run has no answers, or now leads to another recipe than when this run was begun.
+        FileNotFoundError: What the eval run names is not there any more.
+    """
+    sweep_cfg = load_config(SweepConfig, cfg.run / "config.json")
+    sweep_cfg = replace(sweep_cfg, source=source_of_run(cfg.run, sweep_cfg.source, model_alone=not cfg.verify))
+    answers, _ = read_answers(cfg.run)
+    if not answers:
+        raise ValueError(f"{cfg.run} holds no answers; let the eval run finish first")
+    num_layers = _layers_of(cfg.run)
+    found = configurations(sweep_cfg, num_layers)
+    model = sweep_cfg.source.model
+    deepstack = 0 if model is None else deepstack_layers(read_config(model))
+    recipe = choose(
+        answers, found, num_layers=num_layers, max_drop=cfg.max_drop, deepstack_layers=deepstack, seed=cfg.seed
+    )
+    stored = run.artifacts / RECIPE
+    if stored.exists() and from_dict(Recipe, json.loads(stored.read_text(encoding="utf-8"))) != recipe:
+        raise ValueError(f"{stored} holds another recipe, of other answers in {cfg.run}; choose another --out")
+    atomic_write_json(stored, to_dict(recipe))
+    if not cfg.verify or recipe.config == KnockoutConfig():
+        return RecommendReport.of(run)
+    _, second = halves(list(answers), seed=cfg.seed)
+    items = [item for item in read_questions(sweep_cfg.source, sweep_cfg.seed) if item.id in set(second)]
+    entry = Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, num_layers - 1)
+    chosen = {BASELINE: found[BASELINE], recipe.config.label: entry}
+    loaded, processor = load_source(sweep_cfg.source, run.device)
+    sweep(loaded, processor, items, sweep_cfg, run, chosen=chosen)
+    # A sweep runs LV-K as the exit that it equals; here each runs as itself.
+    done, _ = read_answers(run.path)
+    item = next(item for item in items if item.id in done)
+    prompt = choice_prompt(processor, item.question, item.options, style=sweep_cfg.style)
+    inputs = choice_inputs(processor, [prompt], [read_clip(item, num_frames=sweep_cfg.frames)])
+    gap = exit_gap(loaded, to_model(inputs, loaded), recipe.config, tokens_per_frame=sweep_cfg.tokens_per_frame)
+    if gap is not None:
+        run.row("exit_gap", gap, better="lower", variant=recipe.config.label)
+    return RecommendReport.of(run)
+
+
+def _layers_of(run: Path) -> int:
+    """Decoder layers of the model that a run was made with, from its baseline row."""
+    for row in load_results(run)["rows"]:
+        if row.get("labels", {}).get("setting") == "baseline":
+            return int(row["labels"]["last"]) + 1
+    raise ValueError(f"{run} holds no finished sweep; repeat the eval command to finish it")
 
 
 def halves(names: Sequence[str], *, seed: int = 0) -> tuple[list[str], list[str]]:

@@ -11,27 +11,29 @@ true of different question mixes, so everything is reported per kind of question
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
-from hone_core.runs import Run, load_results
+from hone_core.runs import Report, Run, load_results
+from hone_core.statistics import bootstrap_accuracies, paired
 
 from . import plots
 from .config import ReproduceConfig
 from .data import generated_items
-from .evaluate import BASELINE, Configuration, configurations, is_right, read_answers, sweep
+from .evaluate import BASELINE, Configuration, configurations, is_right, read_answers, shown_p, sweep
 from .host import Host, load_host
 from .recommend import choose, halves
-from .statistics import bootstrap_accuracies, paired
 from .train import GATES, grade_host
 
-__all__ = ["RULES", "ReproduceConfig", "ReproduceReport", "judge", "reproduce", "verdict_over_seeds"]
+__all__ = ["RULES", "ReproduceReport", "judge", "reproduce", "verdict_over_seeds"]
 
 log = logging.getLogger(__name__)
 
@@ -50,24 +52,21 @@ MIXES = {
 SEEDS = 3
 
 
-@dataclass(frozen=True)
-class ReproduceReport:
+@dataclass(frozen=True, kw_only=True)
+class ReproduceReport(Report):
     """Verdicts; as text, with their numbers.
 
     Attributes:
-        folder: the run folder.
         verdict: contents of ``artifacts/verdict.json``.
     """
 
-    folder: Path
     verdict: dict[str, Any]
 
     @classmethod
-    def of(cls, run: Any) -> ReproduceReport:
-        """Return the report of a finished run."""
-        import json
-
-        return cls(run.path, json.loads((run.artifacts / "verdict.json").read_text(encoding="utf-8")))
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose rows are written."""
+        verdict = json.loads((run.artifacts / "verdict.json").read_text(encoding="utf-8"))
+        return cls(path=run.path, rows=tuple(run.rows), verdict=verdict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.verdict['hosts'])} host(s), {self.verdict['items']} questions each"]
@@ -78,38 +77,30 @@ class ReproduceReport:
                 lines.append(f"  {host['name']}: {numbers}")
         lines += ["", self.verdict["disagreement"], "", *self.verdict["recipes"]]
         lines += [f"note: {note}" for note in self.verdict["notes"]]
-        return "\n".join([*lines, f"results in {self.folder}"])
+        return "\n".join([*lines, f"results in {self.path}"])
 
 
-def reproduce(
-    cfg: ReproduceConfig, run: Any, *, device: Any = "cpu", quiet: bool = False, pictures: bool = True
-) -> ReproduceReport:
+def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     """Put every host through the sweep, apply the rules, and write the verdict.
-
-    Args:
-        cfg: Settings.
-        run: A started ``hone_core.runs.Run``.
-        device: Where the hosts run.
-        quiet: Show no progress.
-        pictures: Draw each host's sweep.
 
     Raises:
         ValueError: A host has not learned every kind of question: a knockout of what is not there shows nothing.
         CheckpointError: A checkpoint is missing.
     """
-    paths: Sequence[str | None] = cfg.hosts or (None,)
-    hosts, recipes, notes = [], [], []
+    paths: Sequence[Path | None] = cfg.hosts or (None,)
+    device = resolve_device(run.device)
+    hosts: list[dict[str, Any]] = []
+    recipes, notes = [], []
     # Every host is there and has learned before the first of them is swept, which takes most of the time.
-    loaded = [load_host(device, path=None if path is None else Path(path)) for path in paths]
+    loaded = [load_host(device, path=path) for path in paths]
     graded = [_grades(cfg, run, host, index, paths[index]) for index, host in enumerate(loaded)]
     for index, (path, host, grades) in enumerate(zip(paths, loaded, graded, strict=True)):
         name = f"host {index}"
         found = configurations(cfg.sweep, host.config.layers)
-        answers = _answers(cfg, run, host, name, index, quiet)
-        if pictures:
-            results = load_results(run.artifacts / f"sweep-{index}")
-            plots.sweep_chart(results, run.figures / f"sweep-{index}.png", title=name)
-        mixes = {}
+        answers = _answers(cfg, run, host, name, index)
+        rows = load_results(run.artifacts / f"sweep-{index}")["rows"]
+        plots.sweep_chart(rows, run.figures / f"sweep-{index}.png", title=name)
+        mixes: dict[str, Any] = {}
         for mix, kinds in MIXES.items():
             rows = [row for row in answers.values() if row["category"] in kinds]
             mixes[mix] = judge(rows, found, num_layers=host.config.layers, seed=cfg.seed)
@@ -127,8 +118,8 @@ def reproduce(
                         labels={"finding": finding} | ({"holds": numbers["holds"]} if key == "margin" else {}),
                         interval=tuple(numbers["interval"]) if key == "margin" else None,
                     )
-        hosts.append({"name": name, "path": path or "packaged", "gates": grades, "mixes": mixes})
-        recipes.append(_recipe(cfg, run, host, name, index, answers, found, quiet))
+        hosts.append({"name": name, "path": str(path or "packaged"), "gates": grades, "mixes": mixes})
+        recipes.append(_recipe(cfg, run, host, name, index, answers, found))
     findings = {name: verdict_over_seeds([host["mixes"]["all"][name]["holds"] for host in hosts]) for name in RULES}
     if len(hosts) < SEEDS:
         notes.append(f"{len(hosts)} host(s); a verdict wants {SEEDS} seeds (--host A B C)")
@@ -142,10 +133,10 @@ def reproduce(
         "notes": notes,
     }
     atomic_write_json(run.artifacts / "verdict.json", verdict)
-    return ReproduceReport(run.path, verdict)
+    return ReproduceReport.of(run)
 
 
-def _grades(cfg: ReproduceConfig, run: Any, host: Host, index: int, path: str | None) -> dict[str, float]:
+def _grades(cfg: ReproduceConfig, run: Run, host: Host, index: int, path: Path | None) -> dict[str, float]:
     """Accuracy of a host per kind of question, which must pass its gate."""
     name = f"host {index}"
     grades = grade_host(host, clips=cfg.gate_clips, seed=30_000 + cfg.seed)
@@ -231,13 +222,15 @@ def _decided(margins: np.ndarray[Any, Any], *, inclusive: bool) -> dict[str, Any
     return {"margin": point, "rule": rule, "interval": [low, high], "holds": holds}
 
 
-def _answers(cfg: ReproduceConfig, run: Any, host: Host, name: str, index: int, quiet: bool) -> dict[str, Any]:
+def _answers(cfg: ReproduceConfig, run: Run, host: Host, name: str, index: int) -> dict[str, Any]:
     items = generated_items(cfg.items, host.config.clip, seed=40_000 + 100 * cfg.seed + index)
     # A run folder per host inside this one: each is resumed on its own, and each has its picture.
     path = run.artifacts / f"sweep-{index}"
-    with Run.start(package="hone-knockout", verb="eval", config=cfg.sweep, out=path, seed=cfg.seed) as inner:
+    with Run.start(
+        package="hone-knockout", verb="eval", config=cfg.sweep, out=path, seed=cfg.seed, quiet=run.quiet
+    ) as inner:
         if not inner.done:
-            sweep(host.model, host.processor, items, cfg.sweep, inner, quiet=quiet)
+            sweep(host.model, host.processor, items, cfg.sweep, inner)
     answers, failed = read_answers(path)
     assert not failed, "generated questions always have an answer"
     for row in inner.rows:
@@ -250,13 +243,12 @@ def _answers(cfg: ReproduceConfig, run: Any, host: Host, name: str, index: int, 
 
 def _recipe(
     cfg: ReproduceConfig,
-    run: Any,
+    run: Run,
     host: Host,
     name: str,
     index: int,
     answers: dict[str, Any],
     found: Mapping[str, Configuration],
-    quiet: bool,
 ) -> str:
     """Exit and window chosen on one half, run together on the other."""
     recipe = choose(answers, found, num_layers=host.config.layers, max_drop=cfg.max_drop, seed=cfg.seed)
@@ -269,9 +261,11 @@ def _recipe(
         "recipe": Configuration(recipe.config, "recipe", "recipe", recipe.exit or 0, last),
     }
     path = run.artifacts / f"recipe-{index}"
-    with Run.start(package="hone-knockout", verb="eval", config=cfg.sweep, out=path, seed=cfg.seed) as inner:
+    with Run.start(
+        package="hone-knockout", verb="eval", config=cfg.sweep, out=path, seed=cfg.seed, quiet=run.quiet
+    ) as inner:
         if not inner.done:
-            sweep(host.model, host.processor, kept, cfg.sweep, inner, chosen=chosen, quiet=quiet)
+            sweep(host.model, host.processor, kept, cfg.sweep, inner, chosen=chosen)
     rows, _ = read_answers(path)
     pair = paired([is_right(r, "recipe") for r in rows.values()], [is_right(r, BASELINE) for r in rows.values()])
     run.row(
@@ -287,7 +281,7 @@ def _recipe(
     low, high = (100 * value for value in pair.interval)
     return (
         f"{name}: {recipe.config.label}, chosen on {recipe.chosen_on} questions; on the other {len(rows)}: "
-        f"{100 * pair.change:+.1f} points [{low:+.1f}, {high:+.1f}], McNemar p {pair.p:.2g}"
+        f"{100 * pair.change:+.1f} points [{low:+.1f}, {high:+.1f}], McNemar p {shown_p(pair.p)}"
     )
 
 

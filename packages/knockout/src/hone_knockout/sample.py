@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from dataclasses import dataclass, field, replace
-from string import ascii_uppercase
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
-from hone_lm.choices import Style, choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.io import atomic_write_json
+from hone_core.runs import Report, Run
+from hone_lm.checkpoints import load_model
+from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.decoders import find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from hone_lm.video import Clip, read_video
 
-from .config import Knockout, KnockoutConfig
+from .config import GenerateConfig, Knockout, KnockoutConfig
 from .method import global_after
 from .models import attach
 
-__all__ = ["AskConfig", "AskReport", "ask", "check_question", "exit_gap", "look"]
+__all__ = ["GenerateReport", "ask", "check_question", "exit_gap", "generate", "look"]
+
+ANSWERS = "answers.json"
+WRITTEN = 64
+"""Tokens of a written answer, unless the config says."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AskConfig:
-    """A video and a question."""
-
-    model: str
-    video: str
-    ask: str
-    options: tuple[str, ...] = ()
-    """If given, the options are scored instead of an answer being written."""
-    config: KnockoutConfig = field(default_factory=KnockoutConfig)
-    frames: int = 32
-    """Frames sampled from the video, all it has if it has fewer. A class that fuses two of them (Qwen) shows the
-    decoder half as many: those are the frames of a layout."""
-    tokens_per_frame: int | None = None
-    """As in ``attach``; None is the rule of the model's class."""
-    max_new_tokens: int = 64
-    start: float | None = None
-    end: float | None = None
-    style: Style = "letter"
-    rounds: int = 3
-    """Turns that each gets after one that warms up; times are their medians."""
-
-    def __post_init__(self) -> None:
-        if not self.ask.strip():
-            raise ValueError("the question is empty")
-        if len(self.options) == 1:
-            raise ValueError("one option is no choice; give at least two, or none for a written answer")
-        if len(set(self.options)) != len(self.options):
-            raise ValueError(f"options must differ; got {list(self.options)}")
-        if self.style == "letter" and len(self.options) > len(ascii_uppercase):
-            raise ValueError(f"there are letters for {len(ascii_uppercase)} options; got {len(self.options)}")
-        if self.frames < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"frames and max_new_tokens must be positive; got {self.frames}, {self.max_new_tokens}")
-        if self.tokens_per_frame is not None and self.tokens_per_frame < 1:
-            raise ValueError(f"tokens_per_frame must be positive; got {self.tokens_per_frame}")
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be positive; got {self.rounds}")
-
-
-@dataclass(frozen=True)
-class AskReport:
+@dataclass(frozen=True, kw_only=True)
+class GenerateReport(Report):
     """Answers with their cost; as text, side by side.
 
     Attributes:
@@ -83,20 +52,26 @@ class AskReport:
     decode_milliseconds: dict[str, float]
     peak_bytes: dict[str, int | None]
     options: tuple[str, ...]
-    exit_gap: float | None = None
+    exit_gap: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        return {
-            "layout": self.layout.to_dict(),
-            "answers": {name: list(a) if isinstance(a, tuple) else a for name, a in self.answers.items()},
-            "milliseconds": self.milliseconds,
-            "prefill_milliseconds": self.prefill_milliseconds,
-            "decode_milliseconds": self.decode_milliseconds,
-            "peak_bytes": self.peak_bytes,
-            "options": list(self.options),
-            "exit_gap": self.exit_gap,
-        }
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose rows are written."""
+        said = json.loads((run.artifacts / ANSWERS).read_text(encoding="utf-8"))
+        values = {(row.metric, row.variant): row.value for row in run.rows}
+        peaks = {name: values.get(("peak_memory", name)) for name in said["answers"]}
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            layout=TokenLayout.from_dict(said["layout"]),
+            answers={name: tuple(a) if isinstance(a, list) else a for name, a in said["answers"].items()},
+            milliseconds={name: values["answer", name] for name in peaks},
+            prefill_milliseconds={name: values["prefill", name] for name in peaks},
+            decode_milliseconds={name: values["decode", name] for name in peaks},
+            peak_bytes={name: None if peak is None else round(peak * 2**30) for name, peak in peaks.items()},
+            options=tuple(said["options"]),
+            exit_gap=next((row.value for row in run.rows if row.metric == "exit_gap"), None),
+        )
 
     def __str__(self) -> str:
         lines = [str(self.layout), ""]
@@ -116,10 +91,10 @@ class AskReport:
                 "",
                 f"next-token logits of exit and LV-K in the same layers differ by at most {self.exit_gap:.1e}",
             ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", f"answers and times in {self.path}"])
 
 
-def prompt_inputs(processor: Any, cfg: AskConfig, clip: Clip) -> tuple[str, dict[str, Any]]:
+def prompt_inputs(processor: Any, cfg: GenerateConfig, clip: Clip) -> tuple[str, dict[str, Any]]:
     """Prompt and model inputs of a question."""
     if cfg.options:
         prompt = choice_prompt(processor, cfg.ask, cfg.options, style=cfg.style)
@@ -129,7 +104,7 @@ def prompt_inputs(processor: Any, cfg: AskConfig, clip: Clip) -> tuple[str, dict
     return prompt, choice_inputs(processor, [prompt], [clip])
 
 
-def look(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) -> TokenLayout:
+def look(model: Any, processor: Any, cfg: GenerateConfig, clip: Clip | None = None) -> TokenLayout:
     """Layout of a prompt, without running the model.
 
     Args:
@@ -143,7 +118,7 @@ def look(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) -
     return _layout(model, inputs, cfg, clip)
 
 
-def check_question(model: Any, processor: Any, cfg: AskConfig, clip: Clip) -> None:
+def check_question(model: Any, processor: Any, cfg: GenerateConfig, clip: Clip) -> None:
     """Look for what is wrong with a question before the weights are read.
 
     Args:
@@ -161,46 +136,63 @@ def check_question(model: Any, processor: Any, cfg: AskConfig, clip: Clip) -> No
     _layout(model, inputs, cfg, clip)
 
 
-def _layout(model: Any, inputs: dict[str, Any], cfg: AskConfig, clip: Clip) -> TokenLayout:
+def _layout(model: Any, inputs: dict[str, Any], cfg: GenerateConfig, clip: Clip) -> TokenLayout:
     (layout,) = find_layouts(model, inputs, tokens_per_frame=cfg.tokens_per_frame)
     return replace(layout, sampled=len(clip.frames))
 
 
+def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
+    """Answer with the model as it is, then with what the config attaches."""
+    device = resolve_device(run.device)
+    model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
+    return ask(model, processor, cfg, cfg.attached(find_decoder(model).num_layers), run)
+
+
 @torch.no_grad()
-def ask(model: Any, processor: Any, cfg: AskConfig, clip: Clip | None = None) -> AskReport:
-    """Answer with the model as it is, then with what the config attaches.
+def ask(
+    model: Any, processor: Any, cfg: GenerateConfig, config: KnockoutConfig, run: Run, clip: Clip | None = None
+) -> GenerateReport:
+    """Answer with a loaded model as it is, then with something attached.
 
     Args:
         model: A ``...ForConditionalGeneration``.
         processor: Of the model.
-        cfg: Video, question, and what to attach.
+        cfg: Video and question.
+        config: What to attach.
+        run: A started ``hone_core.runs.Run``.
         clip: In place of the video.
     """
     clip = clip or read_video(cfg.video, num_frames=cfg.frames, start=cfg.start, end=cfg.end)
     prompt, inputs = prompt_inputs(processor, cfg, clip)
     layout = _layout(model, inputs, cfg, clip)
     inputs = to_model(inputs, model)
-    configs = [KnockoutConfig()] + ([cfg.config] if cfg.config != KnockoutConfig() else [])
-    turns: dict[str, list[_Turn]] = {config.label: [] for config in configs}
+    configs = [KnockoutConfig()] + ([config] if config != KnockoutConfig() else [])
+    turns: dict[str, list[_Turn]] = {each.label: [] for each in configs}
     # Whoever goes first pays for the start of the machine: nobody's first turn counts, and the others alternate.
     for _ in range(1 + cfg.rounds):
-        for config in configs:
-            with attach(model, config, tokens_per_frame=cfg.tokens_per_frame):
-                turns[config.label].append(_turn(model, processor, cfg, prompt, inputs))
-
-    def median(field: str) -> dict[str, float]:
-        return {name: statistics.median(getattr(turn, field) for turn in timed[1:]) for name, timed in turns.items()}
-
-    return AskReport(
-        layout=layout,
-        answers={name: timed[0].answer for name, timed in turns.items()},
-        milliseconds=median("milliseconds"),
-        prefill_milliseconds=median("prefill"),
-        decode_milliseconds=median("decode"),
-        peak_bytes={name: timed[-1].peak for name, timed in turns.items()},
-        options=cfg.options,
-        exit_gap=exit_gap(model, inputs, cfg.config, tokens_per_frame=cfg.tokens_per_frame),
-    )
+        for each in configs:
+            with attach(model, each, tokens_per_frame=cfg.tokens_per_frame):
+                turns[each.label].append(_turn(model, processor, cfg, prompt, inputs))
+    for name, (_, *timed) in turns.items():
+        for metric, field in (("answer", "milliseconds"), ("prefill", "prefill"), ("decode", "decode")):
+            values = [getattr(turn, field) for turn in timed]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            run.row(
+                metric, statistics.median(values), unit="ms", better="lower", n=len(values), spread=spread, variant=name
+            )
+        peak = timed[-1].peak
+        if peak is not None:
+            run.row("peak_memory", peak / 2**30, unit="GiB", better="lower", variant=name)
+    gap = exit_gap(model, inputs, config, tokens_per_frame=cfg.tokens_per_frame)
+    if gap is not None:
+        run.row("exit_gap", gap, better="lower", variant=config.label)
+    said = {
+        "layout": layout.to_dict(),
+        "options": list(cfg.options),
+        "answers": {name: timed[0].answer for name, timed in turns.items()},
+    }
+    atomic_write_json(run.artifacts / ANSWERS, said)
+    return GenerateReport.of(run)
 
 
 @torch.no_grad()
@@ -238,7 +230,7 @@ class _Turn(NamedTuple):
     peak: int | None  # bytes on a GPU
 
 
-def _turn(model: Any, processor: Any, cfg: AskConfig, prompt: str, inputs: dict[str, Any]) -> _Turn:
+def _turn(model: Any, processor: Any, cfg: GenerateConfig, prompt: str, inputs: dict[str, Any]) -> _Turn:
     """Answer once with what is attached."""
     gpu = model.device.type == "cuda"
 
@@ -265,7 +257,7 @@ def _turn(model: Any, processor: Any, cfg: AskConfig, prompt: str, inputs: dict[
             tokens = option_token_ids(processor.tokenizer, prompt, cfg.options, style=cfg.style)
             answer: str | tuple[float, ...] = read_choices(logits, tokens).probability
         else:
-            out = model.generate(**inputs, max_new_tokens=cfg.max_new_tokens, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=cfg.max_new_tokens or WRITTEN, do_sample=False)
             stop = now()
             new = out[0, inputs["input_ids"].shape[1] :]
             answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()

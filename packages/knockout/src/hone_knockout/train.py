@@ -7,124 +7,31 @@ the answers alone are slow to do, and has faded to nothing before the learning r
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hone_core.environment import environment
-from hone_core.errors import CheckpointError
-from hone_core.io import atomic_path, atomic_write_json
+from hone_core.devices import resolve_device
+from hone_core.runs import Run
+from hone_core.training import HOST, Training, TrainReport, finish_host
 from hone_lm.choices import choice_inputs, choice_prompt
+from hone_lm.question_sets import read_clip
 from torch import Tensor, nn
 
-from .config import QUESTIONS, ClipConfig
+from .config import QUESTIONS, TrainConfig, TrainHostConfig
 from .data import COLORS, CORNERS, DIRECTIONS, SHAPES, Scenes, draw_scenes, generated_items, render
-from .host import WORDS, Host, HostConfig, build_host, load_host, pixel_values, save_host
+from .host import WORDS, Host, build_host, load_host, pixel_values, save_host
 
-__all__ = ["GATES", "TrainConfig", "TrainReport", "Turns", "train_host"]
+__all__ = ["GATES", "Schedule", "Turns", "grade_host", "train", "train_host"]
 
 log = logging.getLogger(__name__)
 
 GATES = {"shape": 0.95, "place": 0.95, "order": 0.95, "direction": 0.90}
 """Accuracy per kind of question that a host must reach before a knockout of it says anything."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """One training run of the tiny host."""
-
-    host: HostConfig = field(default_factory=HostConfig)
-    seed: int = 0
-    minutes: float = 4.5
-    """Wall-clock budget of the training itself, compilation included."""
-    steps: int | None = None
-    """Number of optimiser steps instead of a time budget: reproducible, where ``minutes`` is not."""
-    batch: int = 256
-    """Clips per step; each is asked six questions."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """Of the matrices of the layers; everything else is AdamW's."""
-    lr: float = 4e-3
-    """Peak learning rate of the matrices under Muon; under AdamW ``adamw_lr`` is used for all."""
-    adamw_lr: float = 1.5e-3
-    warmup_steps: int = 200
-    weight_decay: float = 0.02
-    decay: float = 0.25
-    """The learning rate is constant, then falls to zero over this share of the steps done when the fall begins: when
-    every gate is passed by ``margin`` without the second loss, or when the budget leaves just so much."""
-    margin: float = 0.02
-    aux: float = 1.0
-    """Weight of the second loss at the start."""
-    aux_until: float = 0.5
-    """Share of the budget at which the second loss begins to fade at the latest; it does so earlier once every gate is
-    passed."""
-    aux_fade: float = 0.3
-    """It fades to zero over this share of the steps before that."""
-    aux_layer: int | None = None
-    """Layer after which it looks, counted from 0; the middle if None."""
-    eval_every: int = 200
-    eval_clips: int = 1024
-    compile: bool = False
-    """Compile the decoder's layers (CUDA only). Worth its first minute in long runs only."""
-    log_every: int = 50
-    checkpoint_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes <= 0:
-            raise ValueError(f"minutes must be positive when steps is not given; got {self.minutes}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
-        if not 0 < self.decay < 1 or not 0 <= self.aux_until <= 1 or not 0 < self.aux_fade <= 1:
-            raise ValueError(
-                f"decay, aux_until and aux_fade are shares; got {self.decay}, {self.aux_until} and {self.aux_fade}"
-            )
-        if self.aux_layer is not None and not 0 <= self.aux_layer < self.host.layers:
-            raise ValueError(f"aux_layer must be one of 0 .. {self.host.layers - 1}; got {self.aux_layer}")
-
-
-SIZES: dict[str, TrainConfig] = {
-    "full": TrainConfig(),
-    "small": TrainConfig(
-        host=HostConfig(clip=ClipConfig(frames=6, grid=4, cell=4), width=64, intermediate=128, vision_width=32),
-        minutes=9.5,
-        batch=48,
-        warmup_steps=50,
-        eval_clips=256,
-    ),
-}
-"""``full`` wants a GPU. ``small``, on smaller clips, learns all four kinds in ten minutes on two CPU cores."""
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a run made.
-
-    Attributes:
-        checkpoint: the exported ``host.safetensors``.
-        steps: optimiser steps done.
-        seconds: training time, over all resumed parts.
-        accuracies: kind -> accuracy on held-out clips, of the 16-bit weights as exported.
-        passed: whether every gate was reached.
-    """
-
-    checkpoint: Path
-    steps: int
-    seconds: float
-    accuracies: dict[str, float]
-    passed: bool
-
-    @classmethod
-    def of(cls, run: Any) -> TrainReport:
-        """Return the report of a finished run."""
-        exported = run.artifacts / "host.safetensors"
-        facts = json.loads(exported.with_suffix(".json").read_text(encoding="utf-8"))
-        return cls(exported, facts["steps"], facts["seconds"], facts["result"], facts["passed"])
 
 
 class Turns:
@@ -192,79 +99,45 @@ class Turns:
         return ids, marks, ids.gather(1, marks + 1)
 
 
-def train_host(
-    cfg: TrainConfig,
-    run: Any,
-    *,
-    device: torch.device | str,
-    checkpoint: Path | None = None,
-    command: str = "",
-    quiet: bool = False,
-) -> TrainReport:
-    """Train, export and grade the tiny host.
+def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
+    """Train, export and grade the tiny host of a size."""
+    return train(cfg.training, run)
+
+
+def train(cfg: TrainConfig, run: Run) -> TrainReport:
+    """Train, export and grade a tiny host.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.
 
     Args:
-        cfg: the run.
-        run: a started ``hone_core.runs.Run``.
-        device: where to train.
-        checkpoint: where the resumable state is kept; ``artifacts/checkpoint.pt`` if None.
-        command: what the user typed, kept in ``host.json``.
-        quiet: show no progress.
+        cfg: The training.
+        run: A started ``hone_core.runs.Run``.
 
     Raises:
-        CheckpointError: the folder's checkpoint belongs to another config.
-        RuntimeError: the batches made on the device are not what the processor makes of the same clips, or the loss
+        CheckpointError: The folder's checkpoint belongs to another config.
+        RuntimeError: The batches made on the device are not what the processor makes of the same clips, or the loss
             is not finite.
     """
-    from hone_core.progress import progress_bar
-
-    device = torch.device(device)
+    device = resolve_device(run.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     host = build_host(cfg.host, seed=cfg.seed)
     host.model.to(device)
     _check_batches(host, device)
-    state = _TrainState(cfg, host, checkpoint or run.artifacts / "checkpoint.pt", device)
-    state.resume()
-    with progress_bar(cfg.steps, desc="training", quiet=quiet) as bar:
-        for step, values in state.train():
-            bar.update()
-            if values is not None:
-                run.log(step=step, **values)
-                bar.show(**{name: f"{value:.3f}" for name, value in values.items() if name in ("loss", *QUESTIONS)})
-                log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    state.save()
-    seconds = round(state.elapsed(), 1)
-    exported = run.artifacts / "host.safetensors"
-    save_host(host, exported)
+    work = _Work(cfg, host, run.artifacts / "checkpoint.pt", device)
+    work.training.resume()
+    work.training.follow(work.loop(), run, show=("loss", *QUESTIONS))
+    exported = save_host(host, run.artifacts / HOST)
     # Graded as shipped: 16-bit weights read back, float32 arithmetic.
-    shipped = load_host(device, path=exported)
-    accuracies = grade_host(shipped, clips=2 * cfg.eval_clips, seed=20_000 + cfg.seed)
-    for kind, value in accuracies.items():
+    grades = grade_host(load_host(device, path=exported), clips=2 * cfg.eval_clips, seed=20_000 + cfg.seed)
+    for kind, value in grades.items():
         spread = math.sqrt(value * (1 - value))
         run.row(f"{kind}_accuracy", value, better="higher", n=2 * cfg.eval_clips, spread=spread, split="held_out")
-    passed = all(accuracies[kind] >= gate for kind, gate in GATES.items())
-    if not passed:
-        log.warning("the gates %s were missed: %s. Train longer before using this host.", GATES, accuracies)
-    facts = {
-        "command": command,
-        "seed": cfg.seed,
-        "steps": state.step,
-        "batch": cfg.batch,
-        "seconds": seconds,
-        "result": {kind: round(value, 4) for kind, value in accuracies.items()},
-        "gates": GATES,
-        "passed": passed,
+    details = {
         "graded": f"{2 * cfg.eval_clips} held-out clips a kind",
         "parameters": sum(parameter.numel() for parameter in host.model.parameters()),
-        "bytes": exported.stat().st_size,
-        "train_config": json.loads(json.dumps(asdict(cfg))),
-        "environment": {key: environment()[key] for key in ("commit", "dirty", "torch", "gpu", "cpu")},
     }
-    atomic_write_json(exported.with_suffix(".json"), facts)
-    return TrainReport(exported, state.step, seconds, facts["result"], passed)
+    return finish_host(run, work.training, grades, gates=GATES, details=details)
 
 
 @torch.no_grad()
@@ -287,95 +160,124 @@ def grade_host(host: Host, *, clips: int, seed: int, batch: int = 256) -> dict[s
     return {kind: float(torch.cat(values).float().mean()) for kind, values in right.items()}
 
 
-class _TrainState:
-    """Everything that a resumed run needs to go on, and the loop that changes it."""
+class Schedule:
+    """The learning rate, and the weight of the second loss: when each falls depends on what has been learned.
+
+    Args:
+        cfg: The training.
+
+    Attributes:
+        fading: step when the second loss began to fade.
+        falling: step, and share of the budget, when the learning rate began to fall.
+    """
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        self.cfg = cfg
+        self.fading: int | None = None
+        self.falling: tuple[int, float] | None = None
+
+    def rate(self, step: int, spent: float) -> float:
+        """Factor of the learning rate: warm-up, constant, then a fall to zero.
+
+        Args:
+            step: Updates done.
+            spent: Share of the budget.
+        """
+        warmup = min(1.0, (step + 1) / self.cfg.warmup_steps)
+        if self.falling is None:
+            return warmup
+        since, length = step - self.falling[0], max(1.0, self.cfg.decay * self.falling[0])
+        by_steps = since / length
+        by_budget = (spent - self.falling[1]) / max(1e-6, 1 - self.falling[1])
+        return warmup * max(0.0, 1 - max(by_steps, by_budget))
+
+    def aux_weight(self, step: int) -> float:
+        """Weight of the second loss: constant, then a fade to zero."""
+        if self.fading is None:
+            return self.cfg.aux
+        length = max(1.0, self.cfg.aux_fade * self.fading)
+        return self.cfg.aux * max(0.0, 1 - (step - self.fading) / length)
+
+    def learned(self, step: int, spent: float) -> None:
+        """Every gate is passed: the second loss fades, and once it is gone the rate falls."""
+        if self.fading is None:
+            log.info("every gate is passed at step %d; the second loss fades", step)
+            self.fading = step
+        elif self.falling is None and not self.aux_weight(step):
+            log.info("every gate is passed without it at step %d; the learning rate falls", step)
+            self.falling = (step, spent)
+
+    def advance(self, step: int, spent: float) -> None:
+        """Begin what the budget leaves no more time to wait for."""
+        if self.fading is None and spent >= self.cfg.aux_until:
+            self.fading = step
+        # What is left must hold the fall, which lasts ``decay`` of what came before it.
+        if self.falling is None and spent >= 1 / (1 + self.cfg.decay):
+            self.falling = (step, spent)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"fading": self.fading, "falling": self.falling}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        self.fading = state["fading"]
+        self.falling = None if state["falling"] is None else tuple(state["falling"])
+
+
+class _Work:
+    """Model, probe and optimisers of a training, and the loop that changes them."""
 
     def __init__(self, cfg: TrainConfig, host: Host, path: Path, device: torch.device) -> None:
-        self.cfg, self.host, self.path, self.device = cfg, host, path, device
+        self.cfg, self.host, self.device = cfg, host, device
         self.generator = torch.Generator(device).manual_seed(cfg.seed)
         self.turns = Turns(host, device)
-        self.step = 0
-        self.before = 0.0
-        self.fading: int | None = None  # step when the second loss began to fade
-        self.falling: tuple[int, float] | None = None  # step and share of the budget when the rate began to fall
-        self.started = self.saved = time.perf_counter()
+        self.schedule = Schedule(cfg)
         layers = host.model.model.language_model.layers
         self.layer = layers[cfg.host.layers // 2 - 1 if cfg.aux_layer is None else cfg.aux_layer]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.probe = nn.Linear(cfg.host.width, len(SHAPES) + len(DIRECTIONS) + 2).to(device)
-        matrices, others = [], list(self.probe.parameters())
+        matrices: list[nn.Parameter] = []
+        others = list(self.probe.parameters())
         for name, parameter in host.model.named_parameters():
             muon = cfg.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name
             (matrices if muon else others).append(parameter)
-        options = {"betas": (0.9, 0.98), "fused": device.type == "cuda", "weight_decay": 0.0 if matrices else 0.05}
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, cfg.adamw_lr, **options)]
+        fused, decay = device.type == "cuda", 0.0 if matrices else 0.05
+        adamw = torch.optim.AdamW(others, cfg.adamw_lr, betas=(0.9, 0.98), fused=fused, weight_decay=decay)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
         if matrices:
             self.optimizers.append(
                 torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         self.peaks = [cfg.adamw_lr, cfg.lr]
+        parts = {"model": host.model, "probe": self.probe, "generator": self.generator, "schedule": self.schedule}
+        parts |= {type(optimizer).__name__: optimizer for optimizer in self.optimizers}
+        self.training = Training(cfg, path, parts)
 
-    def elapsed(self) -> float:
-        return self.before + time.perf_counter() - self.started
-
-    def spent(self) -> float:
-        """Share of the budget."""
-        if self.cfg.steps is not None:
-            return self.step / self.cfg.steps
-        return self.elapsed() / (60 * self.cfg.minutes)
-
-    def rate(self) -> float:
-        """Factor of the learning rate: warm-up, constant, then a fall to zero."""
-        warmup = min(1.0, (self.step + 1) / self.cfg.warmup_steps)
-        if self.falling is None:
-            return warmup
-        since, length = self.step - self.falling[0], max(1.0, self.cfg.decay * self.falling[0])
-        by_steps = since / length
-        by_budget = (self.spent() - self.falling[1]) / max(1e-6, 1 - self.falling[1])
-        return warmup * max(0.0, 1 - max(by_steps, by_budget))
-
-    def aux_weight(self) -> float:
-        """Weight of the second loss: constant, then a fade to zero."""
-        if self.fading is None:
-            return self.cfg.aux
-        length = max(1.0, self.cfg.aux_fade * self.fading)
-        return self.cfg.aux * max(0.0, 1 - (self.step - self.fading) / length)
-
-    def train(self) -> Iterator[tuple[int, dict[str, float] | None]]:
-        """Run to the end; yield (step, values to log or None)."""
-        cfg = self.cfg
+    def loop(self) -> Iterator[dict[str, float] | None]:
+        """Train to the end; yield what is to be logged, or None."""
+        cfg, training, schedule = self.cfg, self.training, self.schedule
+        training.start()
         self._compile()
         self.host.model.train()
-        while self.spent() < 1 and (self.falling is None or self.rate() > 0):
+        while training.spent() < 1 and (schedule.falling is None or schedule.rate(training.step, training.spent()) > 0):
             loss, answers, probed = self._advance()
-            self.step += 1
+            training.step += 1
             values: dict[str, float] | None = None
-            if self.step % cfg.log_every == 0:
-                values = {"loss": float(loss), "right": float(answers), "seconds": self.elapsed(), "rate": self.rate()}
+            if training.due():
+                rate = schedule.rate(training.step, training.spent())
+                values = {"loss": float(loss), "right": float(answers), "seconds": training.elapsed(), "rate": rate}
                 values |= {f"probe_{name}": value for name, value in probed.items()}
-                if not math.isfinite(values["loss"]):
-                    raise RuntimeError(f"the loss is {values['loss']} at step {self.step}; lower the learning rate")
-            if self.step % cfg.eval_every == 0:
+            if training.step % cfg.eval_every == 0:
                 self.host.model.eval()
                 grades = grade_host(self.host, clips=cfg.eval_clips, seed=10_000)
                 self.host.model.train()
                 values = (values or {}) | grades
                 if all(grades[kind] >= min(1.0, gate + cfg.margin) for kind, gate in GATES.items()):
-                    if self.fading is None:
-                        log.info("every gate is passed at step %d; the second loss fades", self.step)
-                        self.fading = self.step
-                    elif self.falling is None and not self.aux_weight():
-                        log.info("every gate is passed without it at step %d; the learning rate falls", self.step)
-                        self.falling = (self.step, self.spent())
-            if self.fading is None and self.spent() >= cfg.aux_until:
-                self.fading = self.step
-            # What is left must hold the fall, which lasts ``decay`` of what came before it.
-            if self.falling is None and self.spent() >= 1 / (1 + cfg.decay):
-                self.falling = (self.step, self.spent())
-            yield self.step, values
-            if time.perf_counter() - self.saved > cfg.checkpoint_seconds:
-                self.save()
+                    schedule.learned(training.step, training.spent())
+            schedule.advance(training.step, training.spent())
+            yield values
         self.host.model.eval()
 
     def _advance(self) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -383,7 +285,7 @@ class _TrainState:
         scenes = draw_scenes(cfg.batch, cfg.host.clip, self.generator)
         pixels = pixel_values(render(scenes, cfg.host.clip, self.generator))
         ids, marks, answers = self.turns.pack(scenes, self.generator)
-        weight = self.aux_weight()
+        weight = self.schedule.aux_weight(self.training.step)
         kept: list[Tensor] = []
         hook = self.layer.register_forward_hook(lambda module, args, out: kept.append(out)) if weight else None
         try:
@@ -395,7 +297,8 @@ class _TrainState:
             if hook is not None:
                 hook.remove()
         loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-        total, probed = loss, {}
+        total = loss
+        probed: dict[str, float] = {}
         if weight:
             aux, probed = self._aux(kept[0].float(), scenes)
             total = loss + weight * aux
@@ -403,9 +306,10 @@ class _TrainState:
             optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *self.probe.parameters()], 1.0)
+        rate = self.schedule.rate(self.training.step, self.training.spent())
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = peak * self.rate()
+                group["lr"] = peak * rate
             optimizer.step()
         return loss.detach(), (logits.argmax(-1) == answers).float().mean(), probed
 
@@ -424,7 +328,7 @@ class _TrainState:
         both = seen & (time_axis >= scenes.appears.amax(1)[:, None, None])
         came_first = (scenes.appears == scenes.appears.amin(1, keepdim=True)).long()
         losses = []
-        report = self.step % self.cfg.log_every == self.cfg.log_every - 1
+        report = (self.training.step + 1) % self.cfg.log_every == 0
         probed: dict[str, float] = {}
         for name, scores, label, mask in (
             ("shape", form, scenes.shape, seen),
@@ -456,48 +360,6 @@ class _TrainState:
                 layer._compiled_call_impl = None
         self.generator.set_state(generator)
 
-    def _content(self) -> dict[str, Any]:
-        return {
-            "config": json.loads(json.dumps(asdict(self.cfg))),
-            "model": self.host.model.state_dict(),
-            "probe": self.probe.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "generator": self.generator.get_state().cpu(),
-            "step": self.step,
-            "seconds": self.elapsed(),
-            "fading": self.fading,
-            "falling": self.falling,
-        }
-
-    def save(self) -> None:
-        """Write the resumable state."""
-        with atomic_path(self.path) as scratch:
-            torch.save(self._content(), scratch)
-        self.saved = time.perf_counter()
-
-    def resume(self) -> bool:
-        """Read the state, if there is any.
-
-        Raises:
-            CheckpointError: It is of another config.
-        """
-        if not self.path.exists():
-            return False
-        stored = torch.load(self.path, map_location=self.device, weights_only=True)
-        if stored["config"] != json.loads(json.dumps(asdict(self.cfg))):
-            raise CheckpointError(f"{self.path} belongs to a run with another config; choose another --out")
-        self.host.model.load_state_dict(stored["model"])
-        self.probe.load_state_dict(stored["probe"])
-        for optimizer, values in zip(self.optimizers, stored["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        self.generator.set_state(stored["generator"].cpu())
-        self.step, self.before = stored["step"], stored["seconds"]
-        self.fading = stored["fading"]
-        self.falling = None if stored["falling"] is None else tuple(stored["falling"])
-        self.started = time.perf_counter()
-        log.info("resumed at step %d", self.step)
-        return True
-
 
 @torch.no_grad()
 def _check_batches(host: Host, device: torch.device) -> None:
@@ -514,7 +376,8 @@ def _check_batches(host: Host, device: torch.device) -> None:
     lines = Turns(host, device).lines(scenes, scenes.corner % 2 == 1)
     for index, item in enumerate(items):
         prompt = choice_prompt(host.processor, item.question, item.options, style="text")
-        inputs = choice_inputs(host.processor, [prompt], [item.clip])
+        clip = read_clip(item, num_frames=host.config.clip.frames)
+        inputs = choice_inputs(host.processor, [prompt], [clip])
         made = [line[index].cpu() for kind, line, _ in lines if kind == item.category]
         tail = inputs["input_ids"][0, host.config.tokens + 2 :]
         if not any(torch.equal(line, tail) for line in made):

@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "errors": ["CheckpointError", "MissingExtraError", "UnsupportedHardwareError"],
         "flags": ["Flag", "flags_of"],
         "handles": ["CallState", "Handle", "Hooks", "resolve"],
-        "hosts": ["HostFacts", "describe_host", "open_host", "packaged_host", "save_host", "write_facts"],
+        "hosts": ["HostFacts", "describe_host", "open_host", "packaged_host", "read_facts", "save_host", "write_facts"],
         "io": ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"],
         "lazy": [],
         "plots": ["Sheet", "drawing"],
@@ -26,5 +26,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "statistics": ["Paired", "bootstrap_accuracies", "bootstrap_interval", "mcnemar", "paired"],
         "testing": [],
         "timing": ["Stopwatch", "Timing", "check_values", "measure", "measure_interleaved"],
+        "training": ["TrainReport", "Training", "check_budget", "finish_host"],
     },
 )

@@ -35,9 +35,10 @@ class Verb:
     """A verb, by the names of what it is made of; each is imported only when the verb is called.
 
     With a config, its flags are the config's fields (see ``hone_core.flags``) and those of every run: ``--config`` (a
-    file in place of the defaults; a flag that is given overrides it), ``--out``, ``--device`` and ``--dry-run``. It
-    runs in a run folder: a finished run of the same command is only reported, an unfinished one is resumed. The printed
-    report is ``Report.of(run)``, made from what the folder holds, of the class that ``run`` is annotated to return.
+    file in place of the defaults; a flag that is given overrides it), ``--out``, ``--export``, ``--device`` and
+    ``--dry-run``. It runs in a run folder: a finished run of the same command is only reported, an unfinished one is
+    resumed. The printed report is ``Report.of(run)``, made from what the folder holds, of the class that ``run`` is
+    annotated to return.
 
     Args:
         run: ``"package.module:function"``. With a config ``function(cfg, run) -> Report``, of a ``hone_core.runs.Run``
@@ -160,7 +161,18 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
         raise ValueError(f"{file}: {error}") from error
     given = _given(args)
 
-    def call(*, config: Path | None, out: Path | None, device: str, dry_run: bool, quiet: bool, **parsed: Any) -> Any:
+    def call(
+        *,
+        config: Path | None,
+        out: Path | None,
+        export: Path | None,
+        device: str,
+        dry_run: bool,
+        quiet: bool,
+        **parsed: Any,
+    ) -> Any:
+        if export is not None and not export.parent.is_dir():
+            raise _UsageError(f"--export: the folder {export.parent} does not exist; make it first")
         for flag in flags:
             if flag.required and flag.name not in given:
                 raise _UsageError(f"--{flag.name.replace('_', '-')} is needed: {flag.help}")
@@ -178,6 +190,7 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
             package=package,
             verb=name,
             out=out,
+            export=export,
             preset=getattr(cfg, "preset", None) or ("default" if is_default(cfg) else None),
             seed=_seed_of(cfg, flags),
             device=device,
@@ -195,7 +208,12 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
         )
         for flag in flags
     ]
-    of_run = {"config": (Path | None, None), "out": (Path | None, None), "device": (str, "auto")}
+    of_run: dict[str, tuple[Any, Any]] = {
+        "config": (Path | None, None),
+        "out": (Path | None, None),
+        "export": (Path | None, None),
+        "device": (str, "auto"),
+    }
     switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
     of_run |= {"dry_run": (switch, False), "quiet": (switch, False)}
     parameters += [
@@ -203,26 +221,28 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
     ]
     lines = {flag.name: flag.help + " (required)" * flag.required for flag in flags} | RUN_FLAGS
     lines["quiet"] = _COMMON["quiet"]
-    call.__signature__ = inspect.Signature(parameters)
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # tyro reads it
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__doc__ = f"{verb.help}\n\nArgs:\n" + "\n".join(f"    {name}: {text}" for name, text in lines.items())
     return call
 
 
-def _run_folder(table: Verb, cfg: Any, **start: Any) -> Any:
-    """Open the run folder, run the verb in it unless it has run, and report what is there."""
-    from hone_core.runs import Run
+def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> Any:
+    """Open the run folder, run the verb in it unless it has run, export it if asked, and report what is there."""
+    from hone_core.runs import Run, export_results
 
     function = _import(table.run)
     report = function.__annotations__["return"]
     if isinstance(report, str):
-        report = eval(report, function.__globals__)
+        report = eval(report, inspect.unwrap(function).__globals__)
     run = Run.start(config=cfg, **start)
     if table.opened is not None:
         _import(table.opened)(cfg, run)
     if not run.done:
         with run:
             function(cfg, run)
+    if export is not None:
+        export_results(run.path, export)
     return report.of(run)
 
 
@@ -260,7 +280,8 @@ def _gather_repeats(fn: Callable[..., Any], args: list[str]) -> list[str]:
     hints = typing.get_type_hints(fn)
     hints = {f"--{name.replace('_', '-')}": hints.get(name) for name in inspect.signature(fn).parameters}
     group: list[str] = []
-    groups, first = [group], {}
+    groups = [group]
+    first: dict[str, list[str]] = {}
     for arg in args:
         head, equals, value = arg.partition("=")
         flag = head.replace("_", "-")
@@ -316,7 +337,7 @@ def _with_common_flags(fn: Callable[..., Any]) -> Callable[..., tuple[Callable[[
         common = {name: kwargs[name] if name in own else kwargs.pop(name) for name in _COMMON}
         return (lambda: fn(*args, **kwargs)), common
 
-    parsed.__signature__ = signature.replace(
+    parsed.__signature__ = signature.replace(  # type: ignore[attr-defined]  # tyro reads it
         parameters=[*signature.parameters.values(), *extra], return_annotation=inspect.Signature.empty
     )
     hints = typing.get_type_hints(fn, include_extras=True)

@@ -218,7 +218,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise _mismatch(where, "an object", value)
         return {key: decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, where)
     return _decode_scalar(kind, value, where)
 

@@ -26,6 +26,7 @@ T = TypeVar("T")
 RUN_FLAGS = {
     "config": "A run's config.json to start from; other flags change it.",
     "out": "Run folder; the same command with the same folder resumes.",
+    "export": "Also write the finished run as one file, such as results/<package>/NAME.json.",
     "device": "auto, cpu, cuda or cuda:1.",
     "dry_run": "Look for the inputs, print the settings and do nothing.",
 }
@@ -102,7 +103,7 @@ def _walk(cls: type, values: Any, path: tuple[str, ...], defaults: Any) -> Itera
             continue
         kind, here = hints[name], (*path, name)
         default = _default(field) if defaults is None else getattr(defaults, name)
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             inner = None if name in values or default is dataclasses.MISSING else default
             yield from _walk(kind, values.get(name, {}), here, inner)
             continue

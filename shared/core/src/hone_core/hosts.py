@@ -20,7 +20,8 @@ from hone_core.io import atomic_write_json, save_safetensors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["HostFacts", "StoredHost", "describe_host", "open_host", "packaged_host", "save_host", "write_facts"]
+__all__ = ["HostFacts", "StoredHost", "describe_host", "open_host", "packaged_host", "read_facts", "save_host"]
+__all__ += ["write_facts"]
 
 FORMAT = "hone host 1"
 """First entry of a sidecar."""
@@ -155,8 +156,8 @@ def save_host(
     }
     save_safetensors(stored, path)
     data = path.read_bytes()
-    head = {"format": FORMAT, "package": package, "config": to_dict(config)}
-    head |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    head = {"format": FORMAT, "package": package, "config": to_dict(config), "bytes": len(data)}
+    head["sha256"] = hashlib.sha256(data).hexdigest()
     atomic_write_json(_sidecar(path), head | ({} if facts is None else to_dict(facts)))
     return path
 
@@ -169,6 +170,19 @@ def write_facts(path: Path, facts: HostFacts, *, package: str) -> None:
     """
     data = _read(path, package)
     atomic_write_json(_sidecar(path), {key: data[key] for key in _HEAD} | to_dict(facts))
+
+
+def read_facts(path: Path, package: str) -> HostFacts:
+    """How the host at ``path`` was made.
+
+    Raises:
+        CheckpointError: There is none, or its sidecar is of another format or holds no facts.
+    """
+    data = _read(path, package)
+    try:
+        return from_dict(HostFacts, {key: value for key, value in data.items() if key not in _HEAD})
+    except ValueError as error:
+        raise CheckpointError(f"{_sidecar(path)} does not say how the host was made: {error}") from error
 
 
 def open_host(config: type[C], package: str, path: Path | None = None) -> StoredHost[C]:

@@ -40,7 +40,7 @@ FRAME_PX = 96
 """Least side of an image on a sheet, below which a person sees little."""
 
 _DPI = 100
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), PAPER),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("font.size", "axes.labelsize"), 8),
@@ -55,12 +55,12 @@ _STYLE = {
 
 @contextmanager
 def _style() -> Iterator[None]:
-    from matplotlib import cycler, rc_context, rcdefaults
+    from matplotlib import rc_context, rcdefaults, rcsetup
 
     with rc_context():
         # What a user's own matplotlibrc holds is not ours to publish.
         rcdefaults()
-        with rc_context({**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}):
+        with rc_context({**_STYLE, "axes.prop_cycle": rcsetup.cycler(color=PALETTE)}):
             yield
 
 

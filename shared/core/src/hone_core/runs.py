@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TextIO, get_args
 
 from hone_core.config import to_dict
 from hone_core.environment import environment
@@ -77,6 +77,7 @@ class Run:
 
     Attributes:
         path: The run's folder.
+        package: Distribution that runs.
         seed: The seed it was started with.
         device: Where it was asked to run, as given: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         quiet: Whether progress is to be kept off stderr.
@@ -89,6 +90,7 @@ class Run:
 
     def __init__(self, path: Path, header: dict[str, Any], config: dict[str, Any]) -> None:
         self.path = path
+        self.package: str = header["package"]
         self.seed: int = header["seed"]
         self.device, self.quiet, self.command = "auto", False, ""
         self.rows: list[Row] = []
@@ -97,7 +99,7 @@ class Run:
         self._spent = 0.0
         self._clock = time.perf_counter()
         self._message: str | None = None
-        self._metrics = None
+        self._metrics: TextIO | None = None
 
     @classmethod
     def start(
@@ -208,7 +210,7 @@ class Run:
             variant=variant,
             split=split,
             paper_value=None if paper_value is None else float(paper_value),
-            interval=None if interval is None else tuple(map(float, interval)),
+            interval=None if interval is None else (float(interval[0]), float(interval[1])),
             labels=dict(labels or {}),
         )
         self.rows = [old for old in self.rows if old.key != row.key] + [row]

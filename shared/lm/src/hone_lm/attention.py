@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -53,9 +53,9 @@ class AttentionTap:
 
     def remove(self) -> None:
         """Give the decoder its own attention back; harmless when repeated."""
-        for layer in self.decoder.layers:
-            if _TAPS.get(layer.self_attn) is self:
-                del _TAPS[layer.self_attn]
+        for module in _attentions(self.decoder):
+            if _TAPS.get(module) is self:
+                del _TAPS[module]
         if self.decoder.config._attn_implementation == _PREFIX + self.base:
             self.decoder.model.set_attn_implementation(self.base)
 
@@ -82,10 +82,14 @@ def tap_attention(decoder: Decoder, attend: Attend) -> AttentionTap:
         )
     _register()
     tap = AttentionTap(decoder, attend, implementation)
-    for layer in decoder.layers:
-        _TAPS[layer.self_attn] = tap
+    for module in _attentions(decoder):
+        _TAPS[module] = tap
     decoder.model.set_attn_implementation(_PREFIX + implementation)
     return tap
+
+
+def _attentions(decoder: Decoder) -> list[nn.Module]:
+    return [cast(nn.Module, layer.self_attn) for layer in decoder.layers]
 
 
 def _register() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Decoder", "deepstack_layers", "find_decoder"]
 
@@ -25,7 +28,7 @@ class Decoder:
         deepstack_layers: first layers after which visual features are added to visual rows (Qwen3-VL: 3).
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     layers: nn.ModuleList
     config: Any
     head: nn.Module | None
@@ -49,7 +52,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             undefined, and blocking only the others leaves the recurrent path open.
     """
     get = getattr(model, "get_decoder", None)
-    decoder = get() if callable(get) else None
+    decoder: Any = get() if callable(get) else None
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise TypeError(

@@ -293,6 +293,7 @@ def _cut(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
     """Frames of ``row.tokens_per_frame``, and the separators that the class puts after them."""
     trailing = _TRAILING.get(getattr(row.config, "model_type", ""), 0) if kind == "video" else 0
     each, body = row.tokens_per_frame, length - trailing
+    assert each is not None
     if body < each or body % each:
         after = f" and {trailing} separator" if trailing else ""
         raise ValueError(

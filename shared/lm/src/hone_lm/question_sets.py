@@ -85,6 +85,7 @@ def read_clip(item: Item, *, num_frames: int) -> Clip:
         raise ValueError(item.error)
     if item.clip is not None:
         return item.clip
+    assert item.video is not None
     return read_video(item.video, num_frames=num_frames, start=item.start, end=item.end, fps=item.fps)
 
 
@@ -270,8 +271,9 @@ def _letter(text: str) -> tuple[int, str] | None:
 def _without_letters(options: Sequence[str]) -> tuple[str, ...]:
     """Drop leading letters, if all options have their own: ``C. Elegans`` alone is a name."""
     found = [_letter(option) for option in options]
-    if all(one is not None and one[0] == index for index, one in enumerate(found)):
-        return tuple(one[1] for one in found)
+    own = [one for one in found if one is not None]
+    if [index for index, _ in own] == list(range(len(options))):
+        return tuple(text for _, text in own)
     return tuple(options)
 
 
@@ -344,7 +346,7 @@ def _quoted_texts(body: str) -> list[str]:
 _QUOTED = re.compile(r"""(?:^|(?<=[\s,]))(['"])(.*?)\1(?=\s*,\s*['"]|\s*$)""", re.DOTALL)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, _Make]]:
+def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     # Not splitlines(): a text may hold other line separators than a newline.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():

@@ -180,7 +180,7 @@ def _read_file(path: Path, count: int, start: float | None, end: float | None) -
     count = min(count, max(1, round((stop - begin) * fps)))
     times = _middles(begin, stop, count)
     if stop - begin > SEEK_SECONDS:
-        frames = []
+        frames: list[Tensor] = []
         for time in times:
             found = _decode(path, time, 1, needed=not frames)
             if not found:

@@ -1,6 +1,7 @@
 """Video diffusion transformers of diffusers: what the methods that change their attention share.
 
-Token orders, tiny models of the real classes, generated clips with a grader, and quality metrics.
+Token orders, an attachment for methods that replace self-attention, pipelines and sizes, tiny models of the real
+classes, generated clips with a grader, and quality metrics.
 """
 
 from hone_core.lazy import lazy_names as _lazy_names
@@ -8,12 +9,17 @@ from hone_core.lazy import lazy_names as _lazy_names
 __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
-        "architectures": ["FULL_SIZE", "full_size", "tiny"],
-        "clips": ["ClipConfig", "fake_batch", "load_glyphs", "render"],
+        "architectures": ["FULL_SIZE", "full_size", "tiny", "tiny_pipeline"],
+        "attachment": ["Method"],
+        "clips": ["fake_batch", "load_glyphs", "render"],
         "grader": ["ClipClassifier", "estimate_motion", "grade"],
         "grids": ["ORDERS", "Grid", "Order"],
+        "handle": ["SUPPORTED", "VideoHandle", "attach_method"],
         "orders": ["inverse_order", "reorder", "token_order"],
+        "pipelines": ["PIPELINES", "find_pipeline", "load_pipeline"],
+        "prompts": ["ClipConfig", "describe", "parse_prompt"],
         "quality": ["psnr", "ssim"],
+        "workloads": ["WORKLOADS", "Workload"],
     },
 )
 __version__ = "0.1.0"

@@ -6,13 +6,23 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
-from torch import nn
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    ModelMixin,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
-__all__ = ["FULL_SIZE", "full_size", "tiny"]
+__all__ = ["FULL_SIZE", "full_size", "tiny", "tiny_pipeline"]
 
 
-def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any) -> nn.Module:
+def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any) -> ModelMixin:
     """A real transformer class, small enough for a CPU, with random weights.
 
     Args:
@@ -35,7 +45,58 @@ def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any
         return make(**{**defaults, **config}).eval()
 
 
-def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> DiffusionPipeline:
+    """A whole text-to-video pipeline of the real classes with random weights, small enough for a CPU.
+
+    Its tokenizer knows a few English words and the letters. The transformer is ``tiny`` with one layer.
+
+    Args:
+        kind: As for ``tiny``.
+        **options: Parts and settings of the pipeline class to change.
+
+    Raises:
+        ValueError: ``kind`` is another one.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    words = [("▁" + word, -2.0) for word in ("a", "red", "blue", "cat", "dog", "runs", "left", "right")]
+    letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz.,"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *words, ("▁", -3.0), *letters]
+    parts: dict[str, Any] = {"tokenizer": T5Tokenizer(vocab=vocabulary, extra_ids=0)}
+    text = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    if kind == "wan":
+        parts["transformer"] = tiny("wan", num_layers=1)
+        parts["scheduler"] = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            parts["text_encoder"] = UMT5EncoderModel(UMT5Config(**text)).eval()
+            parts["vae"] = AutoencoderKLWan(
+                base_dim=3,
+                z_dim=4,
+                dim_mult=[1, 1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False, True, True],
+                latents_mean=[0.0] * 4,
+                latents_std=[1.0] * 4,
+            ).eval()
+        return WanPipeline(**{**parts, **options})
+    parts["transformer"] = tiny(kind, num_layers=1, max_text_seq_length=226)
+    parts["scheduler"] = CogVideoXDPMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, clip_sample=False
+    )
+    channels = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts["text_encoder"] = T5EncoderModel(T5Config(**text)).eval()
+        parts["vae"] = AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, **channels
+        ).eval()
+    return CogVideoXPipeline(**{**parts, **options})
+
+
+def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16) -> ModelMixin:
     """A published architecture with random weights, built where it is wanted.
 
     For timing and for checking layouts. Attention over random weights is nearly uniform: it says nothing about masks.
@@ -65,7 +126,7 @@ def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dt
     return model
 
 
-FULL_SIZE: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+FULL_SIZE: dict[str, tuple[type[ModelMixin], dict[str, Any]]] = {
     "wan2.1-1.3b": (
         WanTransformer3DModel,
         {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
@@ -86,7 +147,7 @@ FULL_SIZE: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 """Published architectures by name: the class and the config fields that differ from its defaults."""
 
-_TINY: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+_TINY: dict[str, tuple[Callable[..., ModelMixin], dict[str, Any]]] = {
     "wan": (
         WanTransformer3DModel,
         {

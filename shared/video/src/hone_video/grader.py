@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clips import COLORS, DIRECTIONS, FIELDS, SPEEDS, ClipConfig, Glyphs, random_labels, render
+from .clips import Glyphs, random_labels, render
+from .prompts import COLORS, DIRECTIONS, FIELDS, SPEEDS, ClipConfig
 
 __all__ = ["ClipClassifier", "Motion", "estimate_motion", "grade", "train_classifier"]
 

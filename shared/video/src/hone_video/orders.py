@@ -6,15 +6,25 @@ frame)``, of the token at that position. ``reorder`` applies an order, and undoe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .grids import ORDERS, Order
+from .grids import ORDERS, Grid, Order
 
-__all__ = ["gilbert_order", "inverse_order", "morton_order", "raster_order", "reorder", "tile_order", "token_order"]
-
-_MOST_KEPT = 64
-_kept: dict[tuple[object, ...], Tensor] = {}
+__all__ = [
+    "gilbert_order",
+    "inverse_order",
+    "morton_order",
+    "raster_order",
+    "reorder",
+    "tile_order",
+    "token_order",
+]
 
 
 def _check_grid(frames: int, height: int, width: int) -> None:
@@ -193,7 +203,8 @@ def token_order(
     width: int,
     *,
     device: torch.device | str = "cpu",
-    tile: tuple[int, int, int] = (4, 4, 8),
+    tile: Grid = (4, 4, 8),
+    inverse: bool = False,
 ) -> Tensor:
     """The order called ``name`` on ``device``, computed once per grid and kept.
 
@@ -203,10 +214,11 @@ def token_order(
         height: Grid size along y.
         width: Grid size along x.
         device: Where the result is wanted.
-        tile: Tile of ``"tile"``, see ``tile_order``; ``BladeConfig.tile`` fits the block size.
+        tile: Tile of ``"tile"``, see ``tile_order``.
+        inverse: The permutation that undoes the order, in its place.
 
     Returns:
-        As for ``gilbert_order``. Shared: do not write into it.
+        As for ``gilbert_order``. Kept for 64 grids and shared: do not write into it.
 
     Raises:
         ValueError: If the name is unknown or a grid size is below one.
@@ -214,35 +226,42 @@ def token_order(
     if name not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}; got {name!r}")
     if torch.compiler.is_compiling():
-        return _token_order_op(name, frames, height, width, list(tile), torch.device(device))
-    return _token_order(name, frames, height, width, tile, torch.device(device))
+        return _token_order_op(name, frames, height, width, list(tile), torch.device(device), inverse)
+    return _kept(name, (frames, height, width), tile, torch.device(device), inverse)
 
 
-def _token_order(
-    name: str, frames: int, height: int, width: int, tile: tuple[int, int, int], device: torch.device
-) -> Tensor:
-    key = (name, frames, height, width, tile if name == "tile" else None, device)
-    if key not in _kept:
+@lru_cache(maxsize=64)
+def _kept(name: str, grid: Grid, tile: Grid, device: torch.device, inverse: bool) -> Tensor:
+    with _plain_tensors():
         if name == "gilbert":
-            order = gilbert_order(frames, height, width)
+            order = gilbert_order(*grid)
         elif name == "morton":
-            order = morton_order(frames, height, width)
+            order = morton_order(*grid)
         elif name == "tile":
-            order = tile_order(frames, height, width, tile)
+            order = tile_order(grid[0], grid[1], grid[2], tile)
         else:
-            order = raster_order(frames, height, width)
-        if len(_kept) == _MOST_KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = order.to(device)
-    return _kept[key]
+            order = raster_order(*grid)
+        return (inverse_order(order) if inverse else order).to(device)
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Make tensors that any later caller can use, whatever mode the first one is in.
+
+    One made in inference mode could not be saved for a backward, one made during an export would be a fake.
+    """
+    with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 @torch.library.custom_op("hone_video::token_order", mutates_args=())
-def _token_order_op(name: str, frames: int, height: int, width: int, tile: list[int], device: torch.device) -> Tensor:
+def _token_order_op(
+    name: str, frames: int, height: int, width: int, tile: list[int], device: torch.device, inverse: bool
+) -> Tensor:
     """For ``torch.compile``, which cannot trace through the curve and may overwrite what an op returns."""
-    return _token_order(name, frames, height, width, (tile[0], tile[1], tile[2]), device).clone()
+    return _kept(name, (frames, height, width), (tile[0], tile[1], tile[2]), device, inverse).clone()
 
 
 @_token_order_op.register_fake
-def _(name: str, frames: int, height: int, width: int, tile: list[int], device: torch.device) -> Tensor:
+def _(name: str, frames: int, height: int, width: int, tile: list[int], device: torch.device, inverse: bool) -> Tensor:
     return torch.empty(frames * height * width, dtype=torch.int64, device=device)

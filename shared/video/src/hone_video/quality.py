@@ -34,8 +34,9 @@ def ssim(clips: Tensor, reference: Tensor) -> Tensor:
 
     _check_pair(clips, reference)
     batch, _, frames = clips.shape[:3]
-    flat = [x.transpose(1, 2).flatten(0, 1).float() for x in (clips, reference)]
-    values = structural_similarity_index_measure(*flat, data_range=1.0, reduction="none")
+    ours, theirs = (x.transpose(1, 2).flatten(0, 1).float() for x in (clips, reference))
+    values = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
+    assert isinstance(values, Tensor)
     return values.view(batch, frames).mean(1)
 
 

@@ -1,0 +1,385 @@
+"""FP8 block-sparse attention: quantised operands, the forward on them, and training through both.
+
+With operands rounded to E4M3 (``x8 = round(x / scale)``) and ``s_ij = scale * q_scale_i * k_scale_j * (q8_i . k8_j)``:
+
+    p_ij  = exp(s_ij - max_i)                                        in (0, 1]
+    l_i   = sum over listed j of p_ij                                from p as it is
+    out_i = v_scale / (448 * l_i) * sum of round(448 * p_ij) v8_j    from p rounded to E4M3
+    lse_i = max_i + log(l_i) + scale * q_i . k_mean                  the last term where K was smoothed
+
+``max_i`` is the largest logit met so far: what was accumulated is rescaled when it grows, as in any online softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor
+
+from hone_kernels.attention.api import SUPPORT as EXACT_SUPPORT
+from hone_kernels.attention.api import check_layout
+from hone_kernels.attention.layout import BlockLayout
+from hone_kernels.attention.reference import attention_reference
+from hone_kernels.backends import Backend, choose
+from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
+
+from .quantize import SUPPORT, FP8Operands, check_block, fake_fields, quantize_fields, quantize_qkv
+from .reference import absent_keys, attention_fp8_reference, dequantize
+
+__all__ = ["Delta", "quantized_attention", "straight_through_attention"]
+
+Delta = Literal["exact", "forward"]
+
+
+@overload
+def quantized_attention(
+    operands: FP8Operands,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    out_dtype: torch.dtype = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def quantized_attention(
+    operands: FP8Operands,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    out_dtype: torch.dtype = ...,
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def quantized_attention(
+    operands: FP8Operands,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over listed key blocks on E4M3 operands; the formulas are at the head of this module.
+
+    No gradient, and no call waits for the device.
+
+    Args:
+        operands: From ``quantize_qkv``; with padded keys, of the same ``k_valid`` as the layout.
+        layout: Which key blocks each query block of each head reads.
+        scale: Factor on the logits, positive; ``D ** -0.5`` if None.
+        return_lse: Whether to return the log-sum-exp too.
+        out_dtype: Of the output. The reference computes in float64 for float64, else in float32.
+        backend: As for ``quantize_qkv``.
+
+    Returns:
+        ``out [B, H, TQ, D]``, in memory ``[B, TQ, H, D]``, as the projection behind it wants it; with ``return_lse``
+        also ``lse [B, H, TQ]`` float32 (float64), natural log, of the keys before smoothing. A query without any key
+        gets ``out = 0`` and ``lse = -inf``.
+
+    Raises:
+        ValueError: If operands, layout and backend do not fit together.
+        TypeError: If the layout is not a ``BlockLayout``.
+
+    Source: FPSAttention (arXiv 2506.04648), section 3.
+    """
+    if not isinstance(operands, FP8Operands):
+        raise TypeError(f"operands must be FP8Operands, from quantize_qkv; got {type(operands).__name__}")
+    check_heads(operands.q8, operands.k8)
+    check_layout(operands.q8, operands.k8, layout)
+    scale = check_scale(scale, operands.q8.shape[3])
+    if not out_dtype.is_floating_point or out_dtype.itemsize == 1:
+        raise TypeError(f"out_dtype must be float64, float32, bfloat16 or float16; got {out_dtype}")
+    q8 = operands.q8
+    blocks: dict[str, Any] = dict(block_q=layout.block_q, block_k=layout.block_k)
+    backend = choose("quantized_attention", backend, SUPPORT, q8.device, None, head_dim=q8.shape[3], **blocks)
+    if backend == "reference":
+        dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+        out, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
+        out = out.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        out, lse = _forward_op(
+            q8, operands.k8, operands.v8, operands.q_scale, operands.k_scale, operands.v_scale,
+            *layout.lists(), operands.block, *blocks.values(), scale, out_dtype,
+        )  # fmt: skip
+    if not return_lse:
+        return out
+    return out, lse if operands.q_dot_mean is None else lse + scale * operands.q_dot_mean
+
+
+@overload
+def straight_through_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    smooth_k: bool = ...,
+    group: int = ...,
+    delta: Delta = ...,
+    return_lse: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def straight_through_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    smooth_k: bool = ...,
+    group: int = ...,
+    delta: Delta = ...,
+    return_lse: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def straight_through_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    smooth_k: bool = False,
+    group: int = 1,
+    delta: Delta = "exact",
+    return_lse: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``block_sparse_attention`` with operands and P rounded to E4M3, differentiable straight through the rounding.
+
+    The gradient is that of exact attention at the rounded q, k and v (each rounding passes its gradient on unchanged:
+    ``x + (round(x) - x).detach()``), so it is computed by the 16-bit backward on them.
+
+    Args:
+        q: ``[B, H, TQ, D]``, any strides with D contiguous.
+        k: ``[B, HK, TK, D]``, H a multiple of HK.
+        v: ``[B, HK, TK, D]``.
+        layout: Which key blocks each query block of each head reads.
+        scale: Factor on the logits, positive; ``D ** -0.5`` if None.
+        smooth_k: See ``quantize_qkv``.
+        group: Blocks that share a scale: of 128 tokens, or where the layout has ``k_valid`` of its ``block_k``.
+        delta: What the softmax gradient subtracts, ``sum(dout * out)`` per query, takes ``out`` from: ``"exact"``, the
+            output with P unrounded, which the backward computes again, at the cost of a 16-bit forward; ``"forward"``,
+            the rounded output that is there already. Only with the first do the gradients of a query's logits sum to
+            zero; with the second the rounding of P leaks into dq and dk as an error common to all keys of a query.
+        return_lse: Whether to return the log-sum-exp too.
+        backend: As for ``quantize_qkv``. It names the FP8 kernels; the 16-bit forward of ``delta="exact"`` is Gluon's
+            where that can run.
+
+    Returns:
+        As ``quantized_attention``, in q's dtype.
+
+    Raises:
+        ValueError: If shapes, layout, options and backend do not fit together.
+        TypeError: If dtypes differ or the layout is not a ``BlockLayout``.
+
+    Source: ``"exact"`` as Attn-QAT (FastVideo), ``"forward"`` as SLA2 (arXiv 2602.12675).
+    Differs: dV takes P unrounded, where Attn-QAT rounds it there too.
+    """
+    check_heads(q, k, v)
+    check_layout(q, k, layout)
+    if delta not in get_args(Delta):
+        raise ValueError(f"delta must be one of {get_args(Delta)}; got {delta!r}")
+    block = 128 if layout.k_valid is None else layout.block_k
+    check_block(block, group)
+    scale = check_scale(scale, q.shape[3])
+    blocks: dict[str, Any] = dict(block_q=layout.block_q, block_k=layout.block_k)
+    backend = choose("straight_through_attention", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], **blocks)
+    if backend == "reference":
+        out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
+        return (out, lse) if return_lse else out
+    out, lse, *_, q_dot_mean = _straight_through_op(
+        *(unit_last(x) for x in (q, k, v)), *layout.lists(), block, *blocks.values(), scale, group, smooth_k, delta,
+    )  # fmt: skip
+    if not return_lse:
+        return out
+    return out, lse + scale * q_dot_mean if smooth_k else lse
+
+
+def _straight_through_reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, smooth_k: bool, group: int, delta: Delta,
+    block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op and its gradient in plain torch."""
+    given = q.dtype
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    operands = quantize_qkv(
+        q, k, v, block=block, group=group, smooth_k=smooth_k, k_valid=layout.k_valid, backend="reference"
+    )
+    rounded = operands.dequantize(dtype)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if layout.k_valid is not None:
+        # Keys that do not exist were rounded to zero whatever they hold, and NaN minus NaN is none.
+        absent = absent_keys(layout.k_valid, layout.tokens_k, block)
+        k, v = k.masked_fill(absent, 0), v.masked_fill(absent, 0)
+    q8, k8, v8 = (x + (r - x).detach() for x, r in zip((q, k, v), rounded, strict=True))
+    out, lse = attention_reference(q8, k8, v8, layout, scale)
+    lossy, lossy_lse = attention_fp8_reference(*rounded, layout, scale)
+    error = (lossy - out).detach()
+    if delta == "forward":
+        # The same value; its gradient to each logit is what sum(dout * error) in delta makes of it.
+        error = error * (1 - (lse - lse.detach()).nan_to_num()).unsqueeze(-1)
+    lse = lse + (lossy_lse - lse).nan_to_num().detach()
+    if operands.k_mean is not None:
+        lse = lse + scale * (q * _per_query_head(operands.k_mean, q)).sum(-1)
+    return (out + error).to(given), lse
+
+
+def _per_query_head(k_mean: Tensor, q: Tensor) -> Tensor:
+    """``[B, H, 1, D]`` in q's dtype."""
+    return k_mean.to(q.dtype).repeat_interleave(q.shape[1] // k_mean.shape[1], dim=1).unsqueeze(2)
+
+
+@torch.library.custom_op("hone_kernels::quantized_attention", mutates_args=())
+def _forward_op(
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from .triton import attention_fp8_forward
+
+    with torch.cuda.device_of(q8):
+        return attention_fp8_forward(
+            q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype
+        )
+
+
+@_forward_op.register_fake
+def _(q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype):
+    return _fake_output(q8, out_dtype)
+
+
+def _fake_output(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    out = q.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2)
+    return out, q.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("hone_kernels::straight_through_attention", mutates_args=())
+def _straight_through_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    group: int,
+    smooth_k: bool,
+    delta: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp of the smoothed keys, and the operands, kept for the backward instead of q, k and v."""
+    from .triton import attention_fp8_forward
+
+    fields = quantize_fields(q, k, v, None, None, None, k_valid, block, group, smooth_k)
+    with torch.cuda.device_of(q):
+        out, lse = attention_fp8_forward(*fields[:6], kv_num, kv_idx, k_valid, block, block_q, block_k, scale, q.dtype)
+    return out, lse, *fields
+
+
+@_straight_through_op.register_fake
+def _(q, k, v, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, group, smooth_k, delta):
+    return *_fake_output(q, q.dtype), *fake_fields(q, k, None, block, smooth_k)
+
+
+@torch.library.custom_op("hone_kernels::straight_through_attention_backward", mutates_args=())
+def _straight_through_backward_op(
+    dout: Tensor,
+    dlse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    delta: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention_forward: Callable[..., tuple[Tensor, Tensor]]
+    from hone_kernels.attention.triton import attention_backward, attention_forward
+
+    from .triton import has_e4m3
+
+    operands = (q8, k8, v8, q_scale, k_scale, v_scale, block, dout.dtype)
+    columns = BlockLayout(kv_num, kv_idx, q8.shape[2], k8.shape[2], block_q, block_k).transpose()
+    no_pooled = (None, None, None)
+    with torch.cuda.device_of(q8):
+        if has_e4m3(q8):
+            from .triton_quantize import dequantize_triton
+
+            q, k, v = dequantize_triton(*operands)
+        else:
+            q, k, v = dequantize(*operands)
+        if delta == "exact":
+            sizes = dict(head_dim=q.shape[3], block_q=block_q, block_k=block_k)
+            if EXACT_SUPPORT["gluon"].reason(q.device, q.dtype, **sizes) is None:
+                from hone_kernels.attention.gluon_sm90 import attention_forward
+            out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, *no_pooled, block_q, block_k, scale)
+        return attention_backward(
+            in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
+            k_valid, *no_pooled, block_q, block_k, scale,
+        )[:3]  # fmt: skip
+
+
+@_straight_through_backward_op.register_fake
+def _(dout, dlse, out, lse, q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k,
+      scale, delta):  # fmt: skip
+    return tuple(x.new_empty(x.shape, dtype=dout.dtype) for x in (q8, k8, k8))
+
+
+def _save(ctx, inputs, output):
+    _, _, _, kv_num, kv_idx, k_valid, *ctx.sizes, ctx.scale, _, ctx.smooth_k, ctx.delta = inputs
+    out, lse, *fields = output
+    # The operands are outputs that carry no gradient: without this they would each get one of zeros.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, lse, *fields[:7], kv_num, kv_idx, k_valid)
+
+
+def _backward(ctx, dout, dlse, *rest):
+    out, lse, *fields, k_mean, kv_num, kv_idx, k_valid = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv = torch.ops.hone_kernels.straight_through_attention_backward(
+        dout, torch.zeros_like(lse) if dlse is None else dlse, out, lse, *fields, kv_num, kv_idx, k_valid, *ctx.sizes,
+        ctx.scale, ctx.delta,
+    )  # fmt: skip
+    if rest[-1] is not None and ctx.smooth_k:
+        dq = dq + rest[-1].unsqueeze(-1).to(dq.dtype) * _per_query_head(k_mean, dq)
+    return dq, dk, dv, *[None] * 10
+
+
+_straight_through_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,169 @@
+"""The verb ``bench``: an op on this GPU, its values compared before it is timed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from hone_core.errors import MissingExtraError
+from hone_core.runs import Row, Run
+
+from hone_kernels import attention
+from hone_kernels.attention import bench as attention_bench
+from hone_kernels.attention_fp8 import bench as fp8_bench
+from hone_kernels.block_scores import bench as scores_bench
+from hone_kernels.config import BenchConfig
+from hone_kernels.gpu import the_gpu
+from hone_kernels.rows import TimesReport
+
+__all__ = ["BenchReport", "bench", "plot", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(TimesReport):
+    """What was timed, and the picture if one was drawn."""
+
+    figure: Path | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> BenchReport:
+        """Return the report of a run whose rows are written."""
+        figure = run.path / "figures" / "rate.png"
+        return cls(path=run.path, rows=tuple(run.rows), figure=figure if figure.exists() else None)
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *([f"figure   {self.figure}"] if self.figure else [])])
+
+
+def prepare(cfg: BenchConfig) -> BenchConfig:
+    """Complete the config by what the op measures unless told.
+
+    Raises:
+        ValueError: A shape is none, or no data type has a mode.
+        MissingExtraError: A picture is asked for, and nothing can draw it.
+    """
+    if cfg.op == "block_scores":
+        known = [name for name in scores_bench.SHAPES if name != "small"]
+        if unknown := set(cfg.shapes) - set(scores_bench.SHAPES):
+            raise ValueError(f"no shape {', '.join(sorted(unknown))}; there are {', '.join(scores_bench.SHAPES)}")
+        return replace(cfg, shapes=cfg.shapes or tuple(known))
+    names = attention_bench.SHAPES if cfg.op == "attention" else fp8_bench.PROLOGUES
+    cfg = replace(cfg, shapes=cfg.shapes or tuple(names))
+    for shape in cfg.shapes:
+        _shape(shape)
+    if cfg.op == "attention_fp8":
+        cfg = replace(cfg, densities=cfg.densities or fp8_bench.DENSITIES, modes=cfg.modes or ("backward", "prologue"))
+        if set(cfg.modes) - {"backward", "prologue"}:
+            raise ValueError(f"attention_fp8 measures backward and prologue; got {', '.join(cfg.modes)}")
+    else:
+        cfg = replace(
+            cfg,
+            densities=cfg.densities or (1.0, 0.5, 0.2, 0.1),
+            dtypes=cfg.dtypes or ("bfloat16", "float8_e4m3fn"),
+            modes=cfg.modes or ("forward", "forward pooled", "backward", "prologue"),
+            block=cfg.block or 128,
+        )
+        absent = {dtype: "forward pooled" if dtype == "float8_e4m3fn" else "prologue" for dtype in cfg.dtypes}
+        if not any(mode != without for without in absent.values() for mode in cfg.modes):
+            raise ValueError(
+                f"nothing to measure: no dtype in [{', '.join(cfg.dtypes)}] has a mode in [{', '.join(cfg.modes)}]. "
+                "'prologue' is of float8_e4m3fn, 'forward pooled' of the others"
+            )
+    if _drawn(cfg):
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError("bench", "hone-kernels", "The picture of rates (or --no-plot)") from error
+    return cfg
+
+
+def _drawn(cfg: BenchConfig) -> bool:
+    """Whether there is a rate of the forward to draw."""
+    return cfg.plot and cfg.op == "attention" and "forward" in cfg.modes
+
+
+def _shape(text: str) -> attention_bench.Shape:
+    return fp8_bench.PROLOGUES.get(text) or attention_bench.Shape.parse(text)
+
+
+def bench(cfg: BenchConfig, run: Run) -> BenchReport:
+    """Measure, write rows into the run, and draw ``figures/rate.png``.
+
+    Args:
+        cfg: What to time, complete (see ``prepare``).
+        run: The run, entered.
+
+    Raises:
+        UnsupportedHardwareError: There is no CUDA device.
+        RuntimeError: Nothing can run, or a value is wrong; no time is reported then.
+    """
+    device = the_gpu(run.device)
+    with torch.cuda.device(device):
+        if cfg.op == "block_scores":
+            chosen = {name: scores_bench.SHAPES[name] for name in cfg.shapes}
+            scores_bench.bench(run, chosen, rounds=cfg.rounds, seed=cfg.seed)
+        elif cfg.op == "attention_fp8":
+            options = dict(densities=cfg.densities, modes=cfg.modes, rounds=cfg.rounds, seed=cfg.seed)
+            fp8_bench.bench(run, [_shape(text) for text in cfg.shapes], **options)
+        else:
+            attention_bench.bench(
+                run,
+                [_shape(text) for text in cfg.shapes],
+                densities=cfg.densities,
+                dtypes=[getattr(torch, name) for name in cfg.dtypes],
+                backends=cfg.backends or _usable(device),
+                modes=cfg.modes,
+                block=cfg.block,
+                rounds=cfg.rounds,
+                seed=cfg.seed,
+            )
+    if _drawn(cfg):
+        plot(run.rows, run.figures / "rate.png")
+    return BenchReport.of(run)
+
+
+def _usable(device: torch.device) -> list[str]:
+    """Backends of ours that run bfloat16 attention of head size 128 here, the best first."""
+    sizes = dict(head_dim=128, block_q=128, block_k=128)
+    return [
+        name for name in ("gluon", "triton") if attention.SUPPORT[name].reason(device, torch.bfloat16, **sizes) is None
+    ]
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Rate of the forward on computed pairs against density: a flat line means time in proportion to density.
+
+    A row of panels per dtype, a column per shape.
+    """
+    from hone_core.plots import drawing
+
+    rows = [row for row in rows if (row.split, row.metric) == ("forward", "rate")]
+    shapes, dtypes = (list(dict.fromkeys(row.labels[name] for row in rows)) for name in ("shape", "dtype"))
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    with drawing(path, 3.6 * len(shapes) + 1.8, 3.2 * len(dtypes)) as figure:
+        figure.set_layout_engine("constrained")
+        axes = figure.subplots(len(dtypes), len(shapes), sharex=True, sharey=True, squeeze=False)
+        entries = {}
+        for (i, dtype), (j, shape) in itertools.product(enumerate(dtypes), enumerate(shapes)):
+            axis = axes[i][j]
+            mine = [row for row in rows if (row.labels["shape"], row.labels["dtype"]) == (shape, dtype)]
+            for variant in dict.fromkeys(row.variant for row in mine):
+                points = sorted((row.labels["density"], row.value) for row in mine if row.variant == variant)
+                if variant.endswith(" dense"):
+                    entries[variant] = axis.axhline(points[0][1], linestyle="--", linewidth=1, color="gray")
+                else:
+                    color = f"C{variants.index(variant)}"
+                    (entries[variant],) = axis.plot(*zip(*points, strict=True), marker="o", color=color)
+            axis.set_xscale("log")
+            ticks = sorted({row.labels["density"] for row in rows})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.set_title(f"{shape}, {dtype}")
+            axis.grid(alpha=0.3)
+        # The axis is shared: its limit is set when every panel has its lines.
+        axes[0][0].set_ylim(0, 1.05 * max(row.value for row in rows))
+        figure.supxlabel("density (blocks computed)")
+        figure.supylabel("TFLOP/s on computed pairs")
+        figure.legend(entries.values(), entries.keys(), loc="outside right center")

@@ -1,0 +1,140 @@
+"""Settings of the verbs. Their modules need the extra ``bench``, the ops do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+__all__ = ["BenchConfig", "ProfileConfig", "SanitizeConfig", "SpillsConfig", "TuneConfig"]
+
+Op = Literal["attention", "attention_fp8", "block_scores"]
+Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
+Mode = Literal["forward", "forward pooled", "backward", "prologue"]
+Kernel = Literal["attention", "attention_gluon", "attention_fp8", "block_scores"]
+Kind = Literal["gluon", "triton", "fp8 triton"]
+Tool = Literal["memcheck", "synccheck", "racecheck"]
+Backend = Literal["triton", "gluon"]
+Ours = Literal["reference", "triton", "gluon"]
+Part = Literal["attention", "attention_fp8", "block_scores"]
+Tokens = Literal["whole", "ragged", "padded"]
+
+TAKEN: dict[str, tuple[str, ...]] = {
+    "attention": ("shapes", "densities", "dtypes", "backends", "modes", "block"),
+    "attention_fp8": ("shapes", "densities", "modes"),
+    "block_scores": ("shapes",),
+}
+"""What each op's bench lets choose; of the rest it measures what it measures."""
+
+
+def _positive(cfg: object, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What to time."""
+
+    op: Op = "attention"
+    """Which op: attention beside every other that is installed, FP8's prologue and gradients, or BLADE's prober."""
+    shapes: tuple[str, ...] = ()
+    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128 (default: the op's own)."""
+    densities: tuple[float, ...] = ()
+    """Shares of blocks listed (default: the op's own)."""
+    dtypes: tuple[Dtype, ...] = ()
+    """Of q, k and v, attention only (default: bfloat16 and float8_e4m3fn)."""
+    backends: tuple[Ours, ...] = ()
+    """Of ours, attention only (default: all that run here)."""
+    modes: tuple[Mode, ...] = ()
+    """What of the op, not for block_scores (default: all that it has)."""
+    block: int | None = None
+    """Block size on both sides, attention only (default: 128)."""
+    rounds: int = 20
+    """Timed calls of each, in random order."""
+    plot: bool = True
+    """Draw the rate of attention's forward against density into figures/."""
+    seed: int = 0
+    """Of data, lists and order."""
+
+    def __post_init__(self) -> None:
+        for name in ("shapes", "densities", "dtypes", "backends", "modes", "block"):
+            if getattr(self, name) not in ((), None) and name not in TAKEN[self.op]:
+                raise ValueError(f"the bench of {self.op} has no {name} to choose; it has {', '.join(TAKEN[self.op])}")
+        for density in self.densities:
+            if not 0 < density <= 1:
+                raise ValueError(f"a density lies in (0, 1]; got {density}")
+        _positive(self, "block", "rounds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig:
+    """Which launch settings to try."""
+
+    kernel: Kernel = "attention"
+    """Which kernels: Triton's attention, Gluon's, FP8's with its prologue, or the prober's."""
+    shapes: tuple[str, ...] = ()
+    """Names of shapes (default: all that the kernel was tuned on)."""
+    candidates: int | None = None
+    """Only so many of the settings of each kernel (default: all)."""
+    rounds: int = 20
+    """Timed calls of each, in random order."""
+    seed: int = 0
+    """Of data, lists and order."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "candidates", "rounds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """What to count cycles of."""
+
+    shapes: tuple[str, ...] = ("wan-1.3b 480p", "cogvideox-5b")
+    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128."""
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    """Which forward kernels."""
+    densities: tuple[float, ...] = (1.0, 0.1)
+    """Shares of blocks listed."""
+    seed: int = 0
+    """Of data and lists."""
+
+    def __post_init__(self) -> None:
+        for density in self.densities:
+            if not 0 < density <= 1:
+                raise ValueError(f"a density lies in (0, 1]; got {density}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SanitizeConfig:
+    """What to run under which tool of compute-sanitizer."""
+
+    tools: tuple[Tool, ...] = get_args(Tool)
+    """Tools."""
+    backends: tuple[Backend, ...] = get_args(Backend)
+    """Kernels of which backend; FP8 and the prober have Triton's alone."""
+    parts: tuple[Part, ...] = get_args(Part)
+    """Kernels of which op; block_scores brings block_select along."""
+    timeout: float = 600.0
+    """Seconds for one part under one tool."""
+    seed: int = 0
+    """Of data and lists."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpillsConfig:
+    """What to compile; every combination of what is named."""
+
+    backend: Backend = "triton"
+    """Whose kernels."""
+    sm: int = 90
+    """Compute capability times ten."""
+    dtypes: tuple[str, ...] = ()
+    """Of q, k and v (default: all that the backend takes)."""
+    dims: tuple[int, ...] = ()
+    """Head sizes (default: all that the backend takes)."""
+    blocks: tuple[int, ...] = ()
+    """Block sizes, of queries and of keys (default: all that the backend takes)."""
+    tokens: tuple[Tokens, ...] = get_args(Tokens)
+    """Lengths: whole blocks, a ragged end, padded blocks."""

@@ -1,0 +1,256 @@
+"""The verb ``sanitize``: every kernel once on small odd shapes, with compute-sanitizer watching.
+
+It runs itself under each tool for each backend and part, and counts what the tools report. Without PyTorch's caching
+allocator every tensor is an allocation of its own, so that a read past its end is seen. Values are compared with the
+reference as well. racecheck does not follow ``mbarrier`` between the warps of the Gluon kernel and reports hazards
+there (kernels/LOG.md): they are counted and do not fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from hone_core.config import from_dict, to_dict
+from hone_core.runs import Report, Run
+from torch import Tensor
+
+from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
+from hone_kernels.block_scores import KINDS, block_scores
+from hone_kernels.block_select import select_blocks
+from hone_kernels.config import SanitizeConfig
+from hone_kernels.gpu import the_gpu
+
+__all__ = ["cases", "counts", "find_sanitizer", "prepare", "run_case", "sanitize"]
+
+FOUND = 9
+"""Exit code that compute-sanitizer is told to give where it reports something."""
+
+_RIGHT = "values right"
+_log = logging.getLogger(__name__)
+
+
+def prepare(cfg: SanitizeConfig) -> SanitizeConfig:
+    """Look for compute-sanitizer.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: There is no kernel of these backends and parts.
+    """
+    if not cases(cfg):
+        raise ValueError(f"{', '.join(cfg.backends)} has no kernel of {', '.join(cfg.parts)}")
+    if find_sanitizer() is None:
+        raise FileNotFoundError("compute-sanitizer is neither on the PATH nor under /usr/local/cuda*/bin")
+    return cfg
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH, or of an installed CUDA toolkit."""
+    return shutil.which("compute-sanitizer") or next(
+        iter(sorted(glob.glob("/usr/local/cuda*/bin/compute-sanitizer"))), None
+    )
+
+
+def cases(cfg: SanitizeConfig) -> list[SanitizeConfig]:
+    """A config per tool, backend and part; the FP8 and score kernels are Triton's alone."""
+    return [
+        dataclasses.replace(cfg, tools=(tool,), backends=(backend,), parts=(part,))
+        for tool, backend, part in itertools.product(cfg.tools, cfg.backends, cfg.parts)
+        if part == "attention" or backend == "triton"
+    ]
+
+
+def sanitize(cfg: SanitizeConfig, run: Run) -> Report:
+    """Run the tools, and write what they counted into the run.
+
+    ``variant`` of a row is the backend, ``split`` the part; the tool is a label.
+
+    Args:
+        cfg: What to run.
+        run: The run, entered.
+
+    Raises:
+        UnsupportedHardwareError: There is no CUDA device.
+        RuntimeError: A tool or a kernel failed, or a tool reported something.
+    """
+    device, bad, known = the_gpu(run.device), 0, cases(cfg)
+    for case in known:
+        (tool,), (backend,), (part,) = case.tools, case.backends, case.parts
+        begun = time.perf_counter()
+        found, output = _watch(case, device)
+        fields = dict(variant=backend, split=part, labels={"tool": tool})
+        for name, count in found.items():
+            run.row(name, count, better="lower", **fields)
+        run.row("seconds", round(time.perf_counter() - begun, 1), unit="s", better="none", **fields)
+        _log.info("%s, %s, %s: %s", tool, backend, part, found)
+        if not clean(tool, backend, found):
+            bad += 1
+            _log.error("%s", output[-4000:])
+    if bad:
+        raise RuntimeError(f"{bad} of {len(known)} reported something")
+    return Report.of(run)
+
+
+def clean(tool: str, backend: str, found: dict[str, int]) -> bool:
+    """Whether a tool found nothing, or only what is known of racecheck and mbarriers."""
+    return (tool == "racecheck" and backend == "gluon") or not (found["errors"] or found.get("hazards"))
+
+
+def _watch(case: SanitizeConfig, device: torch.device) -> tuple[dict[str, int], str]:
+    """What one tool counted, and all that was printed. What goes wrong beside its findings raises ``RuntimeError``."""
+    (tool,) = case.tools
+    command = [
+        find_sanitizer(), "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-P", "-m", __name__,
+        json.dumps(to_dict(case)), str(device),
+    ]  # fmt: skip
+    what = f"{tool}, {case.backends[0]}, {case.parts[0]}"
+    # A session of its own: the tool and the Python under it end together.
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=case.timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said = process.communicate()[0][-4000:]
+        raise RuntimeError(f"{what}: not done after {case.timeout:g} s\n{said}") from None
+    try:
+        found = counts(tool, output)
+    except ValueError as error:
+        raise RuntimeError(f"{what}: {error}, exit code {process.returncode}\n{output[-4000:]}") from None
+    reported = bool(found["errors"] or found.get("hazards"))
+    if _RIGHT not in output or process.returncode not in ((0, FOUND) if reported else (0,)):
+        raise RuntimeError(f"{what}: {found}, exit code {process.returncode}\n{output[-4000:]}")
+    return found, output
+
+
+def counts(tool: str, output: str) -> dict[str, int]:
+    """What a tool says that it found.
+
+    Raises:
+        ValueError: It says nothing: it did not come to its end.
+    """
+    if tool == "racecheck":
+        pattern = r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)"
+        names = ("hazards", "errors", "warnings")
+    else:
+        pattern, names = r"ERROR SUMMARY: (\d+) errors?", ("errors",)
+    found = re.findall(pattern, output)
+    if not found:
+        raise ValueError(f"{tool} gave no summary")
+    # One line per process that it watched.
+    lines = [line if isinstance(line, tuple) else (line,) for line in found]
+    return {name: sum(int(line[i]) for line in lines) for i, name in enumerate(names)}
+
+
+def run_case(case: SanitizeConfig) -> None:
+    """The kernels of a config of one backend and part, their values compared with the reference.
+
+    Raises:
+        RuntimeError: A value is wrong.
+    """
+    torch.manual_seed(case.seed)
+    (backend,), (part,) = case.backends, case.parts
+    {"attention": _attention, "attention_fp8": _attention_fp8, "block_scores": _scores_and_selection}[part](backend)
+    torch.cuda.synchronize()
+
+
+def _close(what: str, got: Sequence[Tensor], want: Sequence[Tensor], limits: Sequence[float]) -> None:
+    for i, (mine, theirs, limit) in enumerate(zip(got, want, limits, strict=True)):
+        seen = theirs != -math.inf
+        if not torch.equal(mine.double() == -math.inf, ~seen):
+            raise RuntimeError(f"{what} [{i}]: another set of empty rows")
+        error = ((mine.double() - theirs)[seen].norm() / theirs[seen].norm().clamp(min=1e-30)).item()
+        if not error < limit:
+            raise RuntimeError(f"{what} [{i}]: relative error {error:.2e} is not under {limit}")
+
+
+def _attention(backend: str) -> None:
+    """Ragged ends, an empty row, padded blocks, grouped heads, pooled keys; forward and backward.
+
+    Inputs and reference stay on the CPU: racecheck follows every access to shared memory, in torch's kernels too.
+    """
+    dims = [d for d in SUPPORT[backend].head_dims or () if d in (64, 128)]
+    for dim, block, padded, pooled in itertools.product(dims, (64, 128), (False, True), (False, True)):
+        q, dout = (torch.randn(2, 4, 301, dim).bfloat16() for _ in range(2))
+        k, v = (torch.randn(2, 2, 277, dim).bfloat16() for _ in range(2))
+        cols = -(-277 // block)
+        mask = torch.rand(2, 4, -(-301 // block), cols) < 0.6
+        mask[:, :, 1] = False
+        valid = torch.randint(1, block + 1, (2, cols), dtype=torch.int32) if padded else None
+        extra = [torch.randn(2, 2, 37, dim).bfloat16() for _ in range(2)] if pooled else []
+        bias = [torch.randn(2, 2, 37)] if pooled else []
+        results = []
+        for name, device, dtype in ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64)):
+            layout = BlockLayout.from_mask(mask, 301, 277, block_q=block, block_k=block, k_valid=valid)
+            tensors = {n: getattr(layout, n) for n in ("kv_num", "kv_idx", "k_valid")}
+            layout = dataclasses.replace(layout, **{n: x if x is None else x.to(device) for n, x in tensors.items()})
+            leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v, *extra)]
+            leaves += [x.to(device).requires_grad_() for x in bias]
+            out, lse = block_sparse_attention(
+                *leaves[:3], layout, pooled=PooledKV(*leaves[3:]) if pooled else None, return_lse=True, backend=name
+            )
+            grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+            results.append([x.detach().double().cpu() for x in (out, lse, *grads)])
+        what = f"attention {backend} d{dim} block {block} padded {padded} pooled {pooled}"
+        _close(what, *results, [2e-2] * len(results[0]))
+
+
+def _attention_fp8(backend: str) -> None:
+    """The prologue with and without all it can do, and the forward, on ragged ends and padded blocks."""
+    for dim, block, everything in itertools.product((64, 128), (64, 128), (False, True)):
+        q = torch.randn(2, 301, 4, dim).bfloat16().transpose(1, 2)
+        k, v = (torch.randn(2, 301, 2, dim).bfloat16().transpose(1, 2) for _ in range(2))
+        angle = torch.rand(301, dim // 2)
+        blocks = -(-301 // block)
+        mask = torch.rand(2, 4, blocks, blocks) < 0.6
+        mask[:, :, 1] = False
+        results = []
+        for name, device in ((backend, "cuda"), ("reference", "cpu")):
+            options = {}
+            if everything:
+                tables = (angle.cos().to(device), angle.sin().to(device))
+                valid = (torch.arange(2 * blocks, dtype=torch.int32).view(2, blocks) * 29 % block + 1).to(device)
+                order = torch.arange(300, -1, -1, device=device)
+                options = dict(rope=tables, order=order, smooth_k=True, k_valid=valid, group=2)
+            x = quantize_qkv(*(y.to(device) for y in (q, k, v)), block=block, backend=name, **options)
+            sizes = dict(block_q=block, block_k=block, k_valid=options.get("k_valid"))
+            layout = BlockLayout.from_mask(mask.to(device), 301, 301, **sizes)
+            out, lse = quantized_attention(x, layout, return_lse=True, backend=name)
+            results.append([y.double().cpu() for y in (*x.dequantize(), out, lse)])
+        # P is rounded against another maximum where tiles differ.
+        what = f"attention_fp8 {backend} d{dim} block {block} everything {everything}"
+        _close(what, *results, [1e-2, 1e-2, 1e-2, 6e-2, 1e-2])
+
+
+def _scores_and_selection(backend: str) -> None:
+    q = torch.randn(2, 4, 301, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(2, 2, 301, 64, device="cuda", dtype=torch.bfloat16)
+    index = torch.arange(0, 320, 8, device="cuda", dtype=torch.int32).clamp(max=300).reshape(1, 1, 5, 8)
+    for kind in KINDS:
+        got = block_scores(q, k, index, index, kind=kind, backend=backend)
+        want = block_scores(q.double(), k.double(), index, index, kind=kind, backend="reference")
+        _close(f"block_scores {kind}", [got], [want.double()], [1e-3])
+        for mass in (None, 0.9):
+            select_blocks(got, backend=backend, min_keep=1, max_keep=4, mass=mass, keep_diagonal=True, forced=1)
+
+
+if __name__ == "__main__":
+    with torch.cuda.device(sys.argv[2]):
+        run_case(from_dict(SanitizeConfig, json.loads(sys.argv[1])))
+    sys.stdout.write(f"{_RIGHT}\n")

@@ -1,0 +1,59 @@
+"""What a verb needs, looked for before its run folder is made and before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from hone_core.hosts import open_host
+
+from .config import DemoConfig, EvalConfig, GenerateConfig, HostConfig, InspectConfig, ReproduceConfig, TrainConfig
+
+__all__ = ["find_host", "find_init", "find_inspected", "find_video_inputs"]
+
+Hosted = TypeVar("Hosted", DemoConfig, EvalConfig, InspectConfig, ReproduceConfig)
+
+
+def find_host(cfg: Hosted) -> Hosted:
+    """The settings with their tiny host by its absolute path.
+
+    Raises:
+        CheckpointError: It is not there, or is none of this package.
+    """
+    return cfg if cfg.host is None else replace(cfg, host=_checkpoint(cfg.host))
+
+
+def find_init(cfg: TrainConfig) -> TrainConfig:
+    """Likewise of the host that training starts from."""
+    return cfg if cfg.init is None else replace(cfg, init=_checkpoint(cfg.init))
+
+
+def find_video_inputs(cfg: GenerateConfig) -> GenerateConfig:
+    """The settings with their prompts read, once everything that they name is known to be there.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: As ``hone_blade.sample.find_inputs``.
+    """
+    cfg.read_prompts()
+    from .sample import find_inputs
+
+    return find_inputs(cfg).config
+
+
+def find_inspected(cfg: InspectConfig) -> InspectConfig:
+    """The settings, once host or pipeline is known to be there.
+
+    Raises:
+        CheckpointError, ValueError: As ``find_host`` and ``find_video_inputs``.
+    """
+    if cfg.model is None:
+        return find_host(cfg)
+    find_video_inputs(cfg.pipeline)
+    return cfg
+
+
+def _checkpoint(path: Path) -> Path:
+    open_host(HostConfig, "hone-blade", path)
+    return Path(os.path.abspath(path))

@@ -1,0 +1,133 @@
+"""The paper's central claim on the tiny host: which blocks matter has to be asked, not assumed.
+
+At equal density, both of BLADE's masks are set beside a static window and random blocks, over densities and seeds. The
+rule was fixed beforehand: the claim holds at a density if the accuracies of ASA and of ASA_G have 95 % intervals that
+lie above those of both static masks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from hone_core.devices import resolve_device
+from hone_core.io import atomic_write_json
+from hone_core.progress import progress_bar
+from hone_core.runs import Report, Row, Run
+from hone_video.clips import random_labels
+
+from .config import Comparison, ReproduceConfig
+from .evaluate import Outcome, compare, write_mean
+from .host import Host, load_host
+
+__all__ = ["ADAPTIVE", "STATIC", "ReproduceReport", "holds", "reproduce"]
+
+ADAPTIVE = ("asa", "asa_g")
+STATIC = ("window", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceReport(Report):
+    """Variants by setting; as text, a table and a verdict for each setting."""
+
+    def __str__(self) -> str:
+        cells: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in self.rows:
+            cells.setdefault((str(row.labels.get("setting", "")), row.variant), {})[row.metric] = row
+        head = f"{'density of sparse steps':<35} {'attention':<9} {'digit and direction':>19}"
+        lines = [f"{head}   PSNR  SSIM  recall  density"]
+        for (setting, variant), found in cells.items():
+            right, same = found["accuracy"], variant == "dense"
+            likeness = "    -     -" if same else f"{found['psnr'].value:5.1f} {found['ssim'].value:5.2f}"
+            low, high = right.interval or (right.value, right.value)
+            lines.append(
+                f"{setting:<35} {variant:<9} {f'{right.value:.0%} ({low:.0%} to {high:.0%})':>19}  {likeness}"
+                f"  {found['recall'].value:6.2f}  {found['density'].value:7.3f}"
+            )
+        lines += ["", "BLADE's masks above the static ones, intervals apart:"]
+        for setting in dict.fromkeys(setting for setting, _ in cells if setting):
+            verdict = holds({name: cells[setting, name]["accuracy"] for name in ADAPTIVE + STATIC})
+            lines.append(f"  {setting}: {'yes' if verdict else 'no'}")
+        return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
+
+
+def holds(accuracy: Mapping[str, Row]) -> bool:
+    """Whether the claim holds at one density.
+
+    Args:
+        accuracy: Row of each variant in ``ADAPTIVE`` and ``STATIC``, with its interval.
+    """
+    ends = {name: row.interval or (row.value, row.value) for name, row in accuracy.items()}
+    return min(ends[name][0] for name in ADAPTIVE) > max(ends[name][1] for name in STATIC)
+
+
+def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
+    """Compare the variants at every setting, with every seed.
+
+    The rows of a setting are stored once it is measured, so that a run that was cut off goes on with the next one.
+
+    Args:
+        cfg: Settings, prompts and seeds.
+        run: The run, entered.
+
+    Raises:
+        CheckpointError: There is no such host.
+        ValueError: A comparison does not fit the host.
+    """
+    host: Host | None = None
+    first = next(iter(cfg.settings))
+    with progress_bar(len(cfg.settings) * cfg.seeds, desc="seeds", quiet=run.quiet) as bar:
+        for name, setting in cfg.settings.items():
+            file = run.artifacts / f"{_slug(name)}.json"
+            if file.exists():
+                for row in json.loads(file.read_text(encoding="utf-8")):
+                    run.row(**row)
+                bar.update(cfg.seeds)
+                continue
+            host = host or load_host(resolve_device(run.device), path=cfg.host)
+            found: dict[str, list[Outcome]] = {}
+            for seed in range(cfg.seeds):
+                for variant, outcome in _one_seed(host, setting, cfg, seed).items():
+                    # Dense clips are the same at every density.
+                    if variant != "dense" or name == first:
+                        found.setdefault(variant, []).append(outcome)
+                bar.update()
+            _write_rows(run, name, found)
+            own = [row for row in run.rows if row.labels.get("setting", first) == name]
+            atomic_write_json(file, [asdict(row) for row in own])
+    return ReproduceReport.of(run)
+
+
+def _one_seed(host: Host, setting: Comparison, cfg: ReproduceConfig, seed: int) -> dict[str, Outcome]:
+    labels = random_labels(cfg.prompts, torch.Generator().manual_seed(1000 + seed))
+    return compare(host, labels, replace(setting, seed=seed), batch=cfg.batch, quiet=True)
+
+
+def _write_rows(run: Run, name: str, found: Mapping[str, list[Outcome]]) -> None:
+    """Rows of one setting, over its seeds."""
+    for variant, outcomes in found.items():
+        label = {} if variant == "dense" else {"setting": name}
+        for metric in ("psnr", "ssim"):
+            values = torch.cat([getattr(outcome, metric) for outcome in outcomes])
+            unit = "dB" if metric == "psnr" else ""
+            write_mean(run, metric, values, unit=unit, variant=variant, labels=label)
+        for task in ("accuracy", "digit", "direction", "color", "speed"):
+            values = torch.cat([outcome.grades[task] for outcome in outcomes])
+            metric = task if task == "accuracy" else f"{task}_accuracy"
+            write_mean(run, metric, values, variant=variant, labels=label)
+        recall, density, gflop = (
+            sum(getattr(outcome, metric) for outcome in outcomes) / len(outcomes)
+            for metric in ("recall", "density", "attention_gflop")
+        )
+        n = len(outcomes)
+        run.row("recall", recall, better="higher", n=n, variant=variant, labels=label)
+        run.row("density", density, better="lower", n=n, variant=variant, labels=label)
+        run.row("attention_gflop", gflop, unit="GFLOP", better="lower", n=n, variant=variant, labels=label)
+
+
+def _slug(name: str) -> str:
+    """A setting's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -1,0 +1,285 @@
+"""Training runs: a budget of minutes or steps, a checkpoint from which a stopped one goes on exactly, a report."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from hone_core.config import to_dict
+from hone_core.environment import environment
+from hone_core.errors import CheckpointError
+from hone_core.hosts import HostFacts, read_facts, write_facts
+from hone_core.io import atomic_path
+from hone_core.progress import progress_bar
+from hone_core.runs import Report, Run
+
+__all__ = ["Budgeted", "TrainReport", "Training", "check_budget", "finish_host"]
+
+log = logging.getLogger(__name__)
+
+HOST = "host.safetensors"
+"""Where a run's artifacts hold the host that it trained."""
+
+
+class Budgeted(Protocol):
+    """Fields that every training config has."""
+
+    @property
+    def seed(self) -> int:
+        """Of weights and data."""
+
+    @property
+    def minutes(self) -> float:
+        """Wall-clock budget of the training itself, where ``steps`` is None."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps in place of a time."""
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two logged ones."""
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Least time between two checkpoints."""
+
+
+def check_budget(minutes: float, steps: int | None) -> None:
+    """Refuse a budget without a step; for the ``__post_init__`` of a training config.
+
+    Args:
+        minutes: Wall clock of the training itself, compilation included, where ``steps`` is None.
+        steps: Optimiser steps: reproducible, where minutes are not.
+
+    Raises:
+        ValueError: The one that holds is not positive.
+    """
+    if steps is None and minutes <= 0:
+        raise ValueError(f"minutes must be positive when steps is not given; got {minutes}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+
+
+class Training:
+    """Where a training run stands, over all the parts that interruptions cut it into.
+
+    The loop that changes the weights is the package's own: a generator that calls ``start``, goes on while ``spent`` is
+    below 1, counts ``step`` up with each update and yields after it what is to be logged, or None. ``follow`` runs it.
+
+    Args:
+        config: Of the run. A checkpoint of any other is refused.
+        path: File of the resumable state.
+        parts: Name to everything that an exact continuation needs: modules, optimisers, generators, and whatever else
+            has ``state_dict`` and ``load_state_dict``.
+
+    Attributes:
+        step: Updates done.
+    """
+
+    def __init__(self, config: Budgeted, path: Path, parts: Mapping[str, Any]) -> None:
+        self.config, self.path, self.parts = config, path, dict(parts)
+        self.step = 0
+        self._before = 0.0  # seconds of earlier parts
+        self._started: float | None = None
+        self._saved = 0.0
+
+    def start(self) -> None:
+        """Start the clock; what came before, such as building the model, is not in the budget."""
+        self._started = self._saved = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self._before, self._started = self.elapsed(), None
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all parts."""
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def spent(self) -> float:
+        """Share of the budget that is spent, in [0, 1]."""
+        if self.config.steps is not None:
+            return min(1.0, self.step / self.config.steps)
+        return min(1.0, self.elapsed() / (60 * self.config.minutes))
+
+    def due(self) -> bool:
+        """Whether this step is one to log."""
+        return self.step % self.config.log_every == 0
+
+    def follow(
+        self, loop: Iterable[Mapping[str, float] | None], run: Run, *, show: Collection[str] = ("loss",)
+    ) -> None:
+        """Run the loop to its end: progress, ``metrics.jsonl``, checkpoints now and then and at the end.
+
+        Args:
+            loop: See the class. Values named ``loss`` must be finite.
+            run: The run, entered.
+            show: Values that stand beside the progress bar.
+
+        Raises:
+            RuntimeError: The loss is not finite; the last checkpoint is from before.
+        """
+        with progress_bar(self.config.steps, desc="training", quiet=run.quiet) as bar:
+            bar.update(self.step)
+            for values in loop:
+                bar.update()
+                if values is not None:
+                    run.log(step=self.step, **values)
+                    bar.show(**{name: f"{values[name]:.4g}" for name in show if name in values})
+                    if not math.isfinite(values.get("loss", 0.0)):
+                        raise RuntimeError(
+                            f"the loss became {values['loss']} at step {self.step}; lower the learning rate"
+                        )
+                if time.perf_counter() - self._saved > self.config.checkpoint_seconds:
+                    self.save()
+        self.save()
+        self.stop()
+
+    def save(self) -> None:
+        """Write the state, whole or not at all."""
+        import torch
+
+        state = {
+            "config": to_dict(self.config),
+            "step": self.step,
+            "seconds": self.elapsed(),
+            "parts": {name: _state_of(part) for name, part in self.parts.items()},
+        }
+        with atomic_path(self.path) as partial:
+            torch.save(state, partial)
+        self._saved = time.perf_counter()
+
+    def resume(self) -> bool:
+        """Read the state, if there is any, into the parts; True if there was.
+
+        Raises:
+            CheckpointError: It is of another config, or cannot be read.
+        """
+        import torch
+
+        if not self.path.is_file():
+            return False
+        again = "Pass another --out, or delete it to start again."
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            before, parts = state["config"], state["parts"]
+        except Exception as error:  # torch raises whatever the damage makes it meet
+            raise CheckpointError(f"{self.path} is no checkpoint of a training run ({error}). {again}") from error
+        # Tuples come back from a file as lists.
+        now = json.loads(json.dumps(to_dict(self.config)))
+        if before != now:
+            changed = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+            raise CheckpointError(
+                f"{self.path} was made with another configuration: it differs in {', '.join(changed)}. {again}"
+            )
+        if parts.keys() != self.parts.keys():
+            raise CheckpointError(
+                f"{self.path} holds {', '.join(parts)}; expected {', '.join(self.parts)}. It is of another version. "
+                f"{again}"
+            )
+        for name, part in self.parts.items():
+            _restore(part, parts[name])
+        self.step, self._before = state["step"], state["seconds"]
+        log.info("resuming at step %d after %.0f s of training", self.step, self._before)
+        return True
+
+
+def _state_of(part: Any) -> Any:
+    import torch
+
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _restore(part: Any, state: Any) -> None:
+    import torch
+
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    else:
+        part.load_state_dict(state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport(Report):
+    """What a run that trained a tiny host made.
+
+    Attributes:
+        checkpoint: The exported ``host.safetensors``.
+        steps: Optimiser steps done.
+        seconds: Training time, over all resumed parts.
+        result: Grades of the stored weights.
+        passed: Whether every gate was reached.
+    """
+
+    checkpoint: Path
+    steps: int
+    seconds: float
+    result: dict[str, float]
+    passed: bool
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose host is written.
+
+        Raises:
+            CheckpointError: There is no host, or its sidecar lacks the facts.
+        """
+        checkpoint = run.artifacts / HOST
+        facts = read_facts(checkpoint, run.package)
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            checkpoint=checkpoint,
+            steps=facts.steps,
+            seconds=facts.seconds,
+            result=facts.result,
+            passed=facts.passed,
+        )
+
+    def __str__(self) -> str:
+        grades = ", ".join(f"{name} {value:.4g}" for name, value in self.result.items())
+        verdict = "every gate is passed" if self.passed else "a gate is missed: train longer before using this host"
+        return (
+            f"host     {self.checkpoint}\n{'':8} {self.steps} steps in {self.seconds:.1f} s\n"
+            f"result   {grades}; {verdict}\nresults  {self.path / 'results.json'}"
+        )
+
+
+def finish_host(
+    run: Run,
+    training: Training,
+    result: Mapping[str, float],
+    *,
+    gates: Mapping[str, float],
+    details: Mapping[str, Any],
+) -> TrainReport:
+    """Write the facts of the host that was exported to ``run.artifacts / "host.safetensors"`` and graded.
+
+    Args:
+        run: The run, entered.
+        training: Done.
+        result: Grades of the weights as stored: read the file back before grading.
+        gates: Least grades, of names in ``result``.
+        details: What else the sidecar is to hold, in JSON types.
+    """
+    passed = all(result[name] >= gate for name, gate in gates.items())
+    if not passed:
+        log.warning("the gates %s were missed: %s. Train longer before using this host.", dict(gates), dict(result))
+    facts = HostFacts(
+        command=run.command,
+        seed=training.config.seed,
+        steps=training.step,
+        seconds=round(training.elapsed(), 1),
+        result={name: round(value, 4) for name, value in result.items()},
+        gates=dict(gates),
+        passed=passed,
+        train_config=to_dict(training.config),
+        environment=environment(),
+        details=dict(details),
+    )
+    write_facts(run.artifacts / HOST, facts, package=run.package)
+    return TrainReport.of(run)

@@ -1,0 +1,226 @@
+"""Pipelines of diffusers that hold a video transformer: found before they are loaded, loaded, their sizes checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from hone_core.errors import CheckpointError
+
+__all__ = ["PIPELINES", "PipelineKind", "check_size", "find_pipeline", "load_pipeline", "make_scheduler"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PipelineKind:
+    """A pipeline class and what its users need to know.
+
+    Attributes:
+        pipeline: The class.
+        family: Of its transformer.
+        fps: Frames per second that its models were trained on.
+        schedulers: Names that ``make_scheduler`` takes for it.
+        float32_vae: Whether the VAE needs float32 beside a transformer of 16 bits.
+        multiple: Height and width are rounded to this many pixels at least, whatever its VAE.
+        frame_pairs: Whether it decodes an even number of latent frames, to more frames than were asked for.
+    """
+
+    pipeline: type[DiffusionPipeline]
+    family: Literal["wan", "cogvideox"]
+    fps: int
+    schedulers: tuple[str, ...]
+    float32_vae: bool = False
+    multiple: int = 1
+    frame_pairs: bool = False
+
+
+PIPELINES = {
+    "WanPipeline": PipelineKind(WanPipeline, "wan", 16, ("unipc", "default"), float32_vae=True, multiple=16),
+    "CogVideoXPipeline": PipelineKind(CogVideoXPipeline, "cogvideox", 8, ("dpm", "default"), frame_pairs=True),
+}
+"""Class name, as ``model_index.json`` has it, to the facts."""
+
+
+def find_pipeline(model: str, *, local_files_only: bool = False) -> str:
+    """Class name of the pipeline in a folder or at a hub address; reads its index and loads no weights.
+
+    Args:
+        model: Folder that holds ``model_index.json``, whole, or hub address ``owner/repository``.
+        local_files_only: Never ask the hub, only its local cache.
+
+    Raises:
+        CheckpointError: There is no such pipeline, a part of the folder is missing, or ``PIPELINES`` lacks the class.
+    """
+    name = _read_pipeline_index(model, local_files_only=local_files_only).get("_class_name")
+    if name not in PIPELINES:
+        raise CheckpointError(f"{model} is a {name}; expected {' or '.join(PIPELINES)}")
+    return name
+
+
+def _read_pipeline_index(model: str, *, local_files_only: bool) -> dict[str, Any]:
+    path = Path(model)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; expected the folder of a diffusers pipeline")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise CheckpointError(
+            f"{model} does not exist; expected the folder of a diffusers pipeline, or a hub address owner/repository"
+        )
+    import huggingface_hub
+
+    try:
+        cached = huggingface_hub.hf_hub_download(model, "model_index.json", local_files_only=local_files_only)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{model} is no local folder, and the hub repository of that name could not be reached "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Download it where there is a connection "
+            f"(hf download {model} --local-dir FOLDER) and pass the folder."
+        ) from error
+    # Of a repository that is only partly in the cache, diffusers fetches the rest.
+    return _read_index(Path(cached))
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """The index of a local pipeline whose parts are all there."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} holds no model_index.json; expected the folder of a whole diffusers pipeline (transformer, vae, "
+            "text_encoder, tokenizer, scheduler)"
+        )
+    index = _read_index(file)
+    for part, source in index.items():
+        if part.startswith("_") or not isinstance(source, list) or source[0] is None:
+            continue
+        inside = folder / part
+        if not inside.is_dir():
+            raise CheckpointError(f"{folder} is not whole: there is no folder {part}")
+        if (inside / "config.json").is_file() and not any(file for p in _WEIGHTS for file in inside.glob(p)):
+            raise CheckpointError(f"{inside} holds no weights ({' or '.join(_WEIGHTS)})")
+        _check_shards(inside)
+    return index
+
+
+def _check_shards(folder: Path) -> None:
+    for file in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_index(file).get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{folder} is not whole: {len(missing)} of {len(shards)} shards missing: {missing[0]}"
+            )
+
+
+def load_pipeline(
+    model: str,
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool = False,
+    local_files_only: bool = False,
+) -> Any:
+    """Load a pipeline that ``find_pipeline`` found.
+
+    Args:
+        model: Its folder or hub address.
+        name: Its class name.
+        device: Where it shall run.
+        dtype: Of transformer and text encoder.
+        offload: Keep on a GPU only the part that is running.
+        local_files_only: Never ask the hub, only its local cache.
+
+    Raises:
+        CheckpointError: The weights cannot be read.
+    """
+    kind = PIPELINES[name]
+    dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.float32_vae else dtype
+    log.info("loading %s from %s", name, model)
+    try:
+        pipe = kind.pipeline.from_pretrained(
+            model, torch_dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir()
+        )
+    except OSError as error:
+        raise CheckpointError(f"{model} could not be loaded: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if offload and device.type == "cuda":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def make_scheduler(name: str, pipe: Any) -> Any:
+    """A scheduler for the pipeline, with the settings of its own one.
+
+    Args:
+        name: ``unipc`` (Wan, flow shift as in the pipeline, else 3), ``dpm`` (CogVideoX, trailing times) or ``default``
+            (the pipeline's own).
+        pipe: The pipeline, which keeps its own.
+
+    Raises:
+        ValueError: The name is another one.
+    """
+    own = pipe.scheduler
+    if name == "unipc":
+        shift = own.config.get("flow_shift", own.config.get("shift", 3.0))
+        return UniPCMultistepScheduler.from_config(
+            own.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
+    if name == "dpm":
+        return CogVideoXDPMScheduler.from_config(own.config, timestep_spacing="trailing")
+    if name == "default":
+        return own
+    raise ValueError(f"scheduler must be unipc, dpm or default; got {name!r}")
+
+
+def check_size(pipe: Any, *, height: int | None = None, width: int | None = None, frames: int | None = None) -> None:
+    """Refuse what the pipeline would round.
+
+    Args:
+        pipe: Of a class in ``PIPELINES``.
+        height: Pixels; None is the pipeline's default, like the next two.
+        width: Pixels.
+        frames: Frames.
+
+    Raises:
+        ValueError: The model cannot make this size.
+    """
+    kind = PIPELINES[type(pipe).__name__]
+    patch = pipe.transformer.config.patch_size
+    spatial = pipe.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1])
+    multiple = max(spatial, kind.multiple)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and value % multiple:
+            raise ValueError(f"{name} must be a multiple of {multiple} for this model; got {value}")
+    temporal = pipe.vae_scale_factor_temporal * (2 if kind.frame_pairs else 1)
+    if frames is not None and frames % temporal != 1 % temporal:
+        below = max(1, (frames - 1) // temporal * temporal + 1)
+        raise ValueError(
+            f"frames must be a multiple of {temporal} plus 1 for this model; got {frames}. Take {below} or "
+            f"{below + temporal}."
+        )

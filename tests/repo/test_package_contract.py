@@ -1,0 +1,162 @@
+"""What every package has in the same shape: files, README, verbs, configs, reports, handles, a demo that repeats."""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import re
+import sys
+
+import pytest
+import tables
+import workspace
+from hone_core.cli import Verb
+from hone_core.config import from_dict, to_dict
+from hone_core.handles import Handle
+from hone_core.hosts import open_host
+from hone_core.runs import Report, load_results
+
+ROOT = workspace.ROOT
+PACKAGES = [
+    pytest.param(member, id=member.name)
+    for member in workspace.members()
+    # In an environment that holds only some members, the others are not there to test.
+    if member.kind == "packages" and any(dist.name == member.name for dist in importlib.metadata.distributions())
+]
+FILES = ("method.py", "config.py", "models.py", "host.py", "demo.py", "train.py", "reproduce.py", "cli.py")
+ASSETS = ("assets/host.safetensors", "assets/host.json")
+HEADINGS = (
+    *("Install", "In 60 seconds", "From Python", "The tiny host", "Results", "Where the paper is"),
+    *("Differences from the paper", "Limits and negative results", "Citation"),
+)
+VERBS = ("info", "demo", "bench", "reproduce", "train-host")
+SMALLEST_DEMO = {"hone-blade": ("--limit", "1", "--steps", "1"), "hone-knockout": ("--limit", "8")}
+ATTACHABLE = {"hone-blade": "transformer", "hone-knockout": "model"}
+"""Attribute of a package's ``Host`` that ``attach`` takes."""
+
+
+def load(name):
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@pytest.fixture(params=PACKAGES)
+def package(request):
+    return request.param
+
+
+@pytest.fixture
+def verbs(package):
+    return load(f"{package.module}.cli:VERBS")
+
+
+@pytest.fixture
+def with_config(verbs):
+    found = {name: verb for name, verb in verbs.items() if isinstance(verb, Verb) and verb.config is not None}
+    assert {name for name in VERBS if name != "info"} <= found.keys()
+    return found
+
+
+def test_files(package):
+    assert [name for name in (*FILES, *ASSETS) if not (package.source / name).is_file()] == []
+    tests = {file.name for file in (ROOT / package.tests).glob("test_*.py")}
+    assert {f"test_{name}" for name in FILES} <= tests
+
+
+def test_readme_has_its_sections_in_order_a_picture_and_its_tables(package):
+    text = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.M)
+    assert [heading for heading in headings if heading in HEADINGS] == list(HEADINGS)
+    assert "![" in text
+    results = ROOT / "results" / package.folder.name
+    assert {"demo"} <= tables._specs(results).keys()
+
+
+def test_verbs_are_a_table(package, verbs, with_config):
+    assert set(VERBS) <= verbs.keys()
+    for name, verb in with_config.items():
+        assert verb.config.startswith(f"{package.module}.config:"), name
+        function = load(verb.run)
+        assert list(inspect.signature(function).parameters)[:2] == ["cfg", "run"], verb.run
+        report = inspect.get_annotations(function, eval_str=True)["return"]
+        assert issubclass(report, Report), verb.run
+        assert report is not Report or name == "train-host", verb.run
+        for other in filter(None, (verb.prepare, verb.opened)):
+            assert callable(load(other)), other
+
+
+def test_configs_are_frozen_and_survive_json(with_config):
+    checked = 0
+    for name, verb in with_config.items():
+        config = load(verb.config)
+        assert config.__dataclass_params__.frozen, f"{name}: {verb.config} is not frozen"
+        required = [
+            field.name
+            for field in dataclasses.fields(config)
+            if field.default is field.default_factory is dataclasses.MISSING
+        ]
+        if not required and not name.startswith("generate"):
+            assert from_dict(config, to_dict(config())) == config(), name
+            checked += 1
+    assert checked >= 4
+
+
+def test_presets_say_where_they_come_from(package):
+    presets = load(f"{package.module}.config:PRESETS")
+    assert "tiny" in presets
+    assert len({type(preset.config) for preset in presets.values()}) == 1
+    for name, preset in presets.items():
+        assert preset.model, name
+        assert preset.provenance, name
+        assert from_dict(type(preset.config), to_dict(preset.config)) == preset.config, name
+
+
+def test_host_is_stored_as_core_stores_hosts_and_passes_its_gates(package):
+    host_config = load(f"{package.module}.config:HostConfig")
+    stored = open_host(host_config, package.name)
+    assert stored.facts.passed
+    assert stored.facts.command.startswith(f"{package.name} train-host")
+    assert stored.facts.gates.keys() <= stored.facts.result.keys()
+
+
+def test_attach_returns_a_handle_that_gives_the_model_back(package):
+    import torch
+
+    host = load(f"{package.module}.host:load_host")()
+    model = getattr(host, ATTACHABLE[package.name])
+    attach = load(f"{package.module}:attach")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with attach(model, "tiny") as handle:
+        assert isinstance(handle, Handle)
+        assert handle.config == load(f"{package.module}.config:PRESETS")["tiny"].config
+        assert handle.attached
+        assert "attached" in repr(handle)
+        with handle.disabled():
+            assert handle.attached
+        with pytest.raises(ValueError, match="no preset 'none'; the presets are "):
+            attach(model, "none")
+    assert not handle.attached
+    assert "detached" in repr(handle)
+    handle.detach()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_demo_run_again_prints_the_same_and_runs_nothing(package, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    main = load(f"{package.module}.cli:main")
+    argv = [package.name, "demo", *SMALLEST_DEMO[package.name], "--out", str(folder), "--device", "cpu", "--quiet"]
+    monkeypatch.setattr(sys, "argv", argv)
+
+    def demo():
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        assert stop.value.code == 0, err
+        return out, {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+    printed, files = demo()
+    assert str(folder) in printed
+    assert load_results(folder)["status"] == "done"
+    assert demo() == (printed, files)

@@ -1,0 +1,211 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from hone_core.errors import CheckpointError
+from hone_core.hosts import HostFacts, open_host, save_host
+from hone_core.runs import Run
+from hone_core.training import Training, TrainReport, check_budget, finish_host
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = 0
+    minutes: float = 1.0
+    steps: int | None = 6
+    log_every: int = 2
+    checkpoint_seconds: float = 1000.0
+    lr: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+
+
+class Phase:
+    """Numbers of a schedule that a resumed run needs."""
+
+    def __init__(self):
+        self.since = None
+
+    def state_dict(self):
+        return {"since": self.since}
+
+    def load_state_dict(self, state):
+        self.since = state["since"]
+
+
+class Loop:
+    """A regression on drawn numbers; noise in the data makes each step depend on the generator's state."""
+
+    def __init__(self, cfg, path):
+        self.generator = torch.Generator().manual_seed(cfg.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            self.model = nn.Linear(3, 1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr)
+        self.phase = Phase()
+        parts = {"model": self.model, "optimizer": self.optimizer, "generator": self.generator, "phase": self.phase}
+        self.training = Training(cfg, path, parts)
+
+    def steps(self, *, broken_at=None):
+        training = self.training
+        training.start()
+        while training.spent() < 1:
+            x = torch.randn(4, 3, generator=self.generator)
+            loss = (self.model(x) - x.sum(1, keepdim=True)).square().mean()
+            if training.step + 1 == broken_at:
+                loss = loss * float("nan")
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            training.step += 1
+            if training.step == 3:
+                self.phase.since = 3
+            yield {"loss": loss.item(), "rate": 1.0} if training.due() else None
+
+
+def start(path, cfg):
+    return Run.start(
+        package="hone-core", verb="train", config=cfg, out=path, seed=cfg.seed, quiet=True, command="hone-core train"
+    )
+
+
+def run_steps(loop, stop):
+    for _ in loop.steps():
+        if loop.training.step == stop:
+            break
+    loop.training.save()
+
+
+def test_going_on_equals_going_through(tmp_path):
+    cfg = Config()
+    whole = Loop(cfg, tmp_path / "whole.pt")
+    assert not whole.training.resume()
+    run_steps(whole, 6)
+    run_steps(Loop(cfg, tmp_path / "parts.pt"), 3)
+    part = Loop(cfg, tmp_path / "parts.pt")
+    assert part.training.resume()
+    assert (part.training.step, part.phase.since) == (3, 3)
+    assert part.training.elapsed() > 0
+    run_steps(part, 6)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, part.model.state_dict()[name])
+    a, b = (loop.optimizer.state_dict()["state"][0] for loop in (whole, part))
+    assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+    assert torch.equal(whole.generator.get_state(), part.generator.get_state())
+
+
+def test_follow_logs_saves_and_stops_the_clock(tmp_path):
+    cfg = Config()
+    loop = Loop(cfg, tmp_path / "state.pt")
+    with start(tmp_path / "run", cfg) as run:
+        loop.training.follow(loop.steps(), run)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert set(lines[0]) == {"step", "loss", "rate"}
+    assert loop.training.elapsed() == loop.training.elapsed() > 0
+    again = Loop(cfg, tmp_path / "state.pt")
+    assert again.training.resume()
+    assert again.training.spent() == 1
+    assert not list(again.steps())
+
+
+def test_checkpoints_are_written_on_the_way(tmp_path):
+    cfg = Config(checkpoint_seconds=0.0)
+    loop = Loop(cfg, tmp_path / "state.pt")
+
+    def stopped():
+        for values in loop.steps():
+            yield values
+            if loop.training.step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), start(tmp_path / "run", cfg) as run:
+        loop.training.follow(stopped(), run)
+    again = Loop(cfg, tmp_path / "state.pt")
+    again.training.resume()
+    assert again.training.step == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path):
+    cfg = Config(checkpoint_seconds=0.0, log_every=1)
+    loop = Loop(cfg, tmp_path / "state.pt")
+    with pytest.raises(RuntimeError, match="the loss became nan at step 5"), start(tmp_path / "run", cfg) as run:
+        loop.training.follow(loop.steps(broken_at=5), run)
+    again = Loop(cfg, tmp_path / "state.pt")
+    again.training.resume()
+    assert again.training.step == 4
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == "nan"
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    run_steps(Loop(Config(), path), 2)
+    with pytest.raises(CheckpointError, match=r"another configuration: it differs in lr, steps\. Pass another --out"):
+        Loop(Config(lr=0.5, steps=8), path).training.resume()
+    loop = Loop(Config(), path)
+    del loop.training.parts["phase"]
+    with pytest.raises(CheckpointError, match=r"expected model, optimizer, generator\. It is of another version"):
+        loop.training.resume()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="is no checkpoint of a training run"):
+        Loop(Config(), path).training.resume()
+
+
+def test_budgets(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("hone_core.training.time.perf_counter", lambda: now[0])
+    training = Training(Config(steps=None, minutes=2.0), tmp_path / "x.pt", {})
+    now[0] += 50
+    assert (training.elapsed(), training.spent()) == (0, 0)
+    training.start()
+    now[0] += 30
+    assert (training.elapsed(), training.spent()) == (30, 0.25)
+    now[0] += 1000
+    assert training.spent() == 1
+    training.stop()
+    now[0] += 1000
+    assert training.elapsed() == 1030
+    counted = Training(Config(steps=8), tmp_path / "x.pt", {})
+    counted.step = 2
+    assert counted.spent() == 0.25
+    assert counted.due()
+    check_budget(0, 5)
+    check_budget(0.1, None)
+    with pytest.raises(ValueError, match="minutes must be positive when steps is not given; got 0"):
+        check_budget(0, None)
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+        check_budget(1, 0)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_finished_host_reports_the_same_again(tmp_path, caplog, passed):
+    cfg = Config()
+    loop = Loop(cfg, tmp_path / "state.pt")
+    gates = {"accuracy": 0.5 if passed else 0.9}
+    with start(tmp_path / "run", cfg) as run:
+        loop.training.follow(loop.steps(), run)
+        exported = save_host(run.artifacts / "host.safetensors", cfg, {"": loop.model}, package="hone-core")
+        run.row("accuracy", 0.81234, better="higher")
+        result = {"accuracy": 0.81234, "error": 0.1}
+        report = finish_host(run, loop.training, result, gates=gates, details={"clips": 3})
+    assert ("were missed" in caplog.text) is not passed
+    assert (report.checkpoint, report.steps, report.passed) == (exported, 6, passed)
+    assert report.result == {"accuracy": 0.8123, "error": 0.1}
+    assert f"accuracy 0.8123, error 0.1; {'every gate is passed' if passed else 'a gate is missed'}" in str(report)
+    with start(tmp_path / "run", cfg) as run:
+        assert run.done
+        again = TrainReport.of(run)
+    assert again == report
+    facts = open_host(Config, "hone-core", exported).facts
+    assert isinstance(facts, HostFacts)
+    assert (facts.command, facts.gates, facts.details) == ("hone-core train", gates, {"clips": 3})
+    assert facts.train_config == dataclasses.asdict(cfg) | {"sizes": [1, 2]}
+    assert facts.environment["torch"] == torch.__version__
+
+
+def test_a_host_without_facts_has_no_report(tmp_path):
+    with start(tmp_path / "run", Config()) as run:
+        save_host(run.artifacts / "host.safetensors", Config(), {}, package="hone-core")
+        with pytest.raises(CheckpointError, match=r"does not say how the host was made: .*missing command"):
+            TrainReport.of(run)

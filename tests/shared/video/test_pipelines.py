@@ -1,0 +1,119 @@
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from hone_core.errors import CheckpointError
+from hone_video.architectures import tiny_pipeline
+from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
+
+# diffusers calls functions that other libraries have deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for kind in ("wan", "cogvideox"):
+        made[kind] = tmp_path_factory.mktemp(kind)
+        tiny_pipeline(kind).save_pretrained(made[kind])
+    return made
+
+
+@KINDS
+def test_finds_and_loads_a_folder(kind, folders):
+    name = find_pipeline(str(folders[kind]))
+    assert PIPELINES[name].family == kind
+    pipe = load_pipeline(str(folders[kind]), name, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert type(pipe) is PIPELINES[name].pipeline
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == (torch.float32 if kind == "wan" else torch.bfloat16)
+
+
+# What is missing is said before anything is loaded.
+
+
+def copy_of(folder, target):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            place = target / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(file)
+    return target
+
+
+def test_incomplete_pipelines_are_refused(folders, tmp_path):
+    def refuse(folder, message):
+        with pytest.raises(CheckpointError, match=message):
+            find_pipeline(str(folder))
+
+    refuse(
+        tmp_path / "nothing", r"nothing does not exist; expected the folder of a diffusers pipeline, or a hub address"
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refuse(empty, r"holds no model_index\.json")
+    (empty / "model_index.json").write_text("{")
+    refuse(empty, "is not JSON")
+    (empty / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    refuse(empty, "is a FluxPipeline; expected WanPipeline or CogVideoXPipeline")
+    refuse(empty / "model_index.json", "is a file; expected the folder")
+    whole = copy_of(folders["wan"], tmp_path / "whole")
+    for weights in (whole / "vae").glob("*.safetensors"):
+        weights.unlink()
+    refuse(whole, r"vae holds no weights \(\*\.safetensors or \*\.bin\)")
+    for file in (whole / "vae").iterdir():
+        file.unlink()
+    (whole / "vae").rmdir()
+    refuse(whole, "is not whole: there is no folder vae")
+    sharded = copy_of(folders["wan"], tmp_path / "sharded") / "transformer"
+    index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(sharded.parent, r"1 of 2 shards missing: model-00002-of-00002\.safetensors")
+
+
+def test_hub_models_that_cannot_be_reached(monkeypatch):
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection and not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(
+        CheckpointError, match=r"Wan-AI/Wan2.1 is no local folder.*no connection.*hf download Wan-AI/Wan"
+    ):
+        find_pipeline("Wan-AI/Wan2.1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("wan", {"height": 40}, "height must be a multiple of 16 for this model; got 40"),
+        ("wan", {"width": 47}, "width must be a multiple of 16 for this model; got 47"),
+        ("wan", {"frames": 6}, r"frames must be a multiple of 4 plus 1 for this model; got 6\. Take 5 or 9"),
+        ("cogvideox", {"frames": 5}, r"frames must be a multiple of 8 plus 1 for this model; got 5\. Take 1 or 9"),
+    ],
+)
+def test_sizes_that_a_pipeline_would_round_are_refused(kind, options, message):
+    pipe = tiny_pipeline(kind)
+    check_size(pipe)
+    check_size(pipe, height=64, width=96, frames=9)
+    with pytest.raises(ValueError, match=message):
+        check_size(pipe, **options)
+
+
+def test_schedulers_keep_the_settings_of_the_pipelines_own():
+    pipe = tiny_pipeline("wan")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    made = make_scheduler("unipc", pipe)
+    assert isinstance(made, UniPCMultistepScheduler)
+    assert (made.config.flow_shift, made.config.use_flow_sigmas) == (5.0, True)
+    assert make_scheduler("default", pipe) is pipe.scheduler
+    made = make_scheduler("dpm", tiny_pipeline("cogvideox"))
+    assert isinstance(made, CogVideoXDPMScheduler)
+    assert made.config.timestep_spacing == "trailing"
+    with pytest.raises(ValueError, match="scheduler must be unipc, dpm or default; got 'euler'"):
+        make_scheduler("euler", pipe)
