@@ -30,7 +30,7 @@ class Step:
     extra: bool = False
 
 
-TYPED = ("shared/core", "shared/lm", "shared/video", "packages/blade", "packages/knockout")
+TYPED = ("shared/core", "shared/lm", "shared/video", "packages/blade", "packages/knockout", "packages/rstitch")
 STEPS = {
     "format": Step(["ruff", "format", "--check", "."], ["ruff", "format", "."]),
     "lint": Step(["ruff", "check", "."], ["ruff", "check", "--fix", "."]),

@@ -35,6 +35,8 @@ WORDS = {
     "plot",
     "inspect",
     "recommend",
+    "calibrate",
+    "simulate",
 }
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}

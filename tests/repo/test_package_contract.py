@@ -30,9 +30,15 @@ HEADINGS = (
     *("Differences from the paper", "Limits and negative results", "Citation"),
 )
 VERBS = ("info", "demo", "bench", "reproduce", "train-host")
-SMALLEST_DEMO = {"hone-blade": ("--limit", "1", "--steps", "1"), "hone-knockout": ("--limit", "8")}
-ATTACHABLE = {"hone-blade": "transformer", "hone-knockout": "model"}
+SMALLEST_DEMO = {
+    "hone-blade": ("--limit", "1", "--steps", "1"),
+    "hone-knockout": ("--limit", "8"),
+    "hone-rstitch": ("--limit", "6", "--taus", "0.03"),
+}
+ATTACHABLE = {"hone-blade": "transformer", "hone-knockout": "model", "hone-rstitch": "large"}
 """Attribute of a package's ``Host`` that ``attach`` takes."""
+PARTNERS = {"hone-rstitch": ("small",)}
+"""Attributes of it that ``attach`` takes by name."""
 
 
 def load(name):
@@ -124,9 +130,10 @@ def test_attach_returns_a_handle_that_gives_the_model_back(package):
 
     host = load(f"{package.module}.host:load_host")()
     model = getattr(host, ATTACHABLE[package.name])
+    partners = {name: getattr(host, name) for name in PARTNERS.get(package.name, ())}
     attach = load(f"{package.module}:attach")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with attach(model, "tiny") as handle:
+    with attach(model, "tiny", **partners) as handle:
         assert isinstance(handle, Handle)
         assert handle.config == load(f"{package.module}.config:PRESETS")["tiny"].config
         assert handle.attached
@@ -134,7 +141,7 @@ def test_attach_returns_a_handle_that_gives_the_model_back(package):
         with handle.disabled():
             assert handle.attached
         with pytest.raises(ValueError, match="no preset 'none'; the presets are "):
-            attach(model, "none")
+            attach(model, "none", **partners)
     assert not handle.attached
     assert "detached" in repr(handle)
     handle.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from hone_core.cli import Verb, run_cli
@@ -28,7 +29,7 @@ def info() -> dict[str, Any]:
     from .config import PRESETS
 
     facts = environment()
-    pairs = sorted(Path(str(files("hone_rstitch") / "assets")).glob("pair-*.safetensors"))
+    pairs = sorted(Path(str(files("hone_rstitch") / "assets")).glob("host*.safetensors"))
     return {
         "version": facts["packages"].get(PACKAGE),
         "commit": facts["commit"],
@@ -37,22 +38,38 @@ def info() -> dict[str, Any]:
         "transformers": facts["packages"].get("transformers"),
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
         "presets": {
-            name: f"{preset.config.label}. {preset.provenance} {preset.models}." for name, preset in PRESETS.items()
+            name: f"{preset.config.label}. {preset.provenance} {preset.model}." for name, preset in PRESETS.items()
         },
         "tiny pairs": {path.stem: describe_host(PACKAGE, path) for path in pairs} or "absent",
     }
 
 
-def _verb(name: str, help: str, module: str, config: str, *, prepare: bool = False) -> Verb:
+def _verb(run: str, config: str, help: str, *, prepare: bool = False) -> Verb:
+    module = run.partition(":")[0]
     return Verb(
-        run=f"hone_rstitch.{module}:{name}",
+        run=f"hone_rstitch.{run}",
         help=help,
         config=f"hone_rstitch.config:{config}",
         prepare=f"hone_rstitch.{module}:prepare" if prepare else None,
     )
 
 
-VERBS = {
+VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
-    "train-host": _verb("train_host", "Train a tiny pair on generated products.", "train", "TrainHostConfig"),
+    "demo": _verb("demo:demo", "DemoConfig", "Two tiny models multiply; see who wrote what, and the curve."),
+    "generate": _verb(
+        "sample:generate", "GenerateConfig", "Answer a question with two models, token by token.", prepare=True
+    ),
+    "eval": _verb(
+        "evaluate:evaluate", "EvalConfig", "Accuracy and cost over thresholds, beside the baselines.", prepare=True
+    ),
+    "bench": _verb("bench:bench", "BenchConfig", "Step times and rates of the transformers host."),
+    "calibrate": _verb(
+        "calibrate:calibrate", "CalibrateConfig", "Choose tau for a wanted share or time.", prepare=True
+    ),
+    "simulate": _verb("simulate:simulate", "SimulateConfig", "When should the large model start? Throughput of both."),
+    "train-host": _verb("train:train_host", "TrainHostConfig", "Train a tiny pair on generated products."),
+    "reproduce": _verb(
+        "reproduce:reproduce", "ReproduceConfig", "Put the paper's claims to the test on tiny pairs.", prepare=True
+    ),
 }

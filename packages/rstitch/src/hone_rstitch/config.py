@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from hone_core.config import flag
+
 __all__ = [
     "LARGE",
     "PRESETS",
     "SMALL",
+    "BenchConfig",
     "CalibrateConfig",
+    "DecoderConfig",
     "DemoConfig",
     "EvalConfig",
     "GenerateConfig",
@@ -116,12 +120,12 @@ class Preset:
 
     Attributes:
         config: the settings.
-        models: what they are for.
+        model: what they are for.
         provenance: published, or ours.
     """
 
     config: StitchConfig
-    models: str
+    model: str
     provenance: str
 
 
@@ -130,35 +134,40 @@ _V1 = "Qwen2.5-Math-1.5B-Oat-Zero with R1-Distill-Qwen-7B"
 
 PRESETS: dict[str, Preset] = {
     "accurate": Preset(
-        config=StitchConfig(tau=0.001), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.001."
+        config=StitchConfig(tau=0.001), model=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.001."
     ),
     "balanced": Preset(
-        config=StitchConfig(tau=0.02), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.02."
+        config=StitchConfig(tau=0.02), model=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.02."
     ),
-    "fast": Preset(config=StitchConfig(tau=0.03), models=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.03."),
+    "fast": Preset(config=StitchConfig(tau=0.03), model=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.03."),
     "v1-fast": Preset(
-        config=StitchConfig(gate="confidence", tau=0.6), models=_V1, provenance="Paper v1, Table 1: threshold 0.6."
+        config=StitchConfig(gate="confidence", tau=0.6), model=_V1, provenance="Paper v1, Table 1: threshold 0.6."
     ),
     "v1-accurate": Preset(
-        config=StitchConfig(gate="confidence", tau=0.8), models=_V1, provenance="Paper v1, Table 1: threshold 0.8."
+        config=StitchConfig(gate="confidence", tau=0.8), model=_V1, provenance="Paper v1, Table 1: threshold 0.8."
     ),
     "tiny": Preset(
         config=StitchConfig(tau=0.03),
-        models="The packaged pair of the demo (16 characters)",
+        model="The packaged pair of the demo (16 characters)",
         provenance="Ours: see the README's curve.",
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HostConfig:
-    """Architecture of one model of the tiny pair: a Qwen2 decoder over single characters."""
+class DecoderConfig:
+    """Architecture of one model of the tiny pair."""
 
     layers: int = 2
+    """Decoder layers."""
     width: int = 64
+    """Channels."""
     heads: int = 4
+    """Query heads."""
     heads_k: int = 2
+    """Key-value heads."""
     intermediate: int = 128
+    """Channels within a feed-forward layer."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.heads % self.heads_k:
@@ -168,29 +177,52 @@ class HostConfig:
             )
 
 
+def _small_decoder() -> DecoderConfig:
+    return DecoderConfig(width=40, intermediate=80)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture of the tiny pair: two Qwen2 decoders over single characters."""
+
+    small: DecoderConfig = field(default_factory=_small_decoder)
+    """Of the small model."""
+    large: DecoderConfig = field(default_factory=DecoderConfig)
+    """Of the large model."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainHostConfig:
     """Training of the tiny pair: a small model, a large one, and the large one taught to check itself."""
 
     seed: int = 0
-    small: HostConfig = field(default_factory=lambda: HostConfig(width=40, intermediate=80))
-    large: HostConfig = field(default_factory=HostConfig)
+    """Of weights and data."""
+    small: DecoderConfig = field(default_factory=_small_decoder)
+    """Architecture of the small model."""
+    large: DecoderConfig = field(default_factory=DecoderConfig)
+    """Architecture of the large model."""
     small_steps: int = 1000
+    """Optimiser steps of the small model."""
     large_steps: int = 2400
+    """Optimiser steps of the large model."""
     verbose_steps: int = 400
     """Steps in which the large model, once trained, learns to check itself before it answers."""
     batch: int = 128
+    """Products per step."""
     lr: float = 6e-3
     """Peak learning rate of the matrices, under Muon."""
     adamw_lr: float = 3e-3
     """Peak learning rate of everything else, under AdamW."""
     warmup_steps: int = 100
+    """Steps over which the learning rate rises."""
     decay: float = 0.4
     """Share of the steps over which the learning rate falls to zero."""
     held_out: int = 512
     """Problems of the final grade, none of which is trained on."""
     log_every: int = 50
+    """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints."""
 
     def __post_init__(self) -> None:
         if min(self.small_steps, self.large_steps, self.verbose_steps, self.batch, self.held_out) < 1:
@@ -198,21 +230,33 @@ class TrainHostConfig:
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share; got {self.decay}")
 
+    @property
+    def steps(self) -> int:
+        """Of all three stages."""
+        return self.small_steps + self.large_steps + self.verbose_steps
+
+    @property
+    def minutes(self) -> float:
+        """No budget of time: who repeats the command gets the same pair."""
+        return math.inf
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """What the demo asks the tiny pair."""
 
-    items: int = 200
+    items: int = field(default=200, metadata=flag("limit"))
     """Problems of each point of the curve."""
     taus: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
     """Thresholds of the curve; the answers shown are those of the preset ``tiny``."""
     shown: int = 6
     """Answers printed."""
     batch: int = 128
+    """Problems at a time."""
     host: int = 0
     """Which of the packaged pairs: the seed that it was trained with."""
     seed: int = 0
+    """Of the problems and of random routing."""
 
     def __post_init__(self) -> None:
         if self.items < 2 or not 1 <= self.shown <= self.items or self.batch < 1:
@@ -259,6 +303,7 @@ class SamplingConfig:
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    """Least mass of likeliest tokens that is drawn from; 1 is off."""
     top_k: int = 0
     """0 is off."""
 
@@ -279,11 +324,15 @@ class GenerateConfig:
     ask: str = ""
     """The question; for the tiny pair a product such as 123*45."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
+    """The pair."""
     stitch: StitchConfig = field(default_factory=StitchConfig)
+    """Policy and gate."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How tokens are drawn."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
+    """Of the draws."""
 
     def __post_init__(self) -> None:
         if not self.ask.strip():
@@ -301,17 +350,22 @@ class EvalConfig:
     limit: int | None = None
     """Problems at most; 500 generated ones if None."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
+    """The pair."""
     stitch: StitchConfig = field(default_factory=StitchConfig)
     """Gate of the curve; its tau is replaced by each of ``taus``."""
     taus: tuple[float, ...] = (0.001, 0.02, 0.03)
+    """Thresholds of the curve."""
     baselines: tuple[Literal["small", "large", "random", "cascade"], ...] = ("small", "large", "random", "cascade")
     """``random``: at the share that each threshold came to. ``cascade``: the small model answers, and the large one
     answers anew where the small one was once unsure."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How tokens are drawn."""
     samples: int = 1
     """Answers per problem; more than one needs a temperature."""
     batch: int = 64
+    """Problems at a time."""
     seed: int = 0
+    """Of the draws, and of generated problems."""
 
     def __post_init__(self) -> None:
         _check_taus(self.taus)
@@ -330,10 +384,11 @@ class CalibrateConfig:
     data: Path | None = None
     """JSON lines with a question each; generated products if None. Not the set that is reported on."""
     limit: int = 100
-    share: float | None = None
+    """Problems at most."""
+    share: float = 0.2
     """Wanted share of tokens that the large model writes."""
     time: float | None = None
-    """Wanted time per token over the large model's alone, with ``time_ratio``."""
+    """Wanted time per token over the large model's alone, with ``time_ratio``, in place of a share."""
     time_ratio: float = 4.0
     """Time of a large step over that of a small one."""
     tolerance: float = 0.01
@@ -341,15 +396,18 @@ class CalibrateConfig:
     rounds: int = 12
     """Runs at most; each halves the interval."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
+    """The pair."""
     stitch: StitchConfig = field(default_factory=StitchConfig)
+    """Gate; its tau is what is looked for."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How tokens are drawn."""
     batch: int = 64
+    """Problems at a time."""
     seed: int = 0
+    """Of the draws, and of generated problems."""
 
     def __post_init__(self) -> None:
-        if (self.share is None) == (self.time is None):
-            raise ValueError("give one target: share or time")
-        if self.share is not None and not 0 < self.share < 1:
+        if not 0 < self.share < 1:
             raise ValueError(f"share must lie in (0, 1); got {self.share}")
         if self.time is not None and not 0 < self.time < 2:
             raise ValueError(f"time is a multiple of the large model's, in (0, 2); got {self.time}")
@@ -367,15 +425,18 @@ class ReproduceConfig:
     """Packaged pairs, by the seed that they were trained with."""
     folders: tuple[Path, ...] = ()
     """Folders made by train-host, in place of the packaged pairs."""
-    items: int = 500
+    items: int = field(default=500, metadata=flag("limit"))
     """Held-out problems per pair."""
     taus: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
+    """Thresholds of the curves."""
     judged: float = 0.03
     """Threshold at which the claims are judged; chosen before any pair was run (the paper's largest)."""
     window: int = 8
     """Of the smoothed gate that is compared with the plain one."""
     batch: int = 128
+    """Problems at a time."""
     seed: int = 0
+    """Of the problems and of random routing."""
 
     def __post_init__(self) -> None:
         _check_taus(self.taus)
@@ -387,6 +448,36 @@ class ReproduceConfig:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: one is named twice")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Step times and rates of the transformers host, where who writes is drawn: weights may be random."""
+
+    shape: Literal["tiny", "1.5b-7b", "1.5b-14b", "1.5b-32b"] = "tiny"
+    """``tiny``: the packaged pair. Others: random weights in the shapes of R1-Distill-Qwen-1.5B and 7B, 14B, or 32B."""
+    context: int = 32
+    """Tokens that both models have read before anything is timed."""
+    gaps: tuple[int, ...] = (1, 4, 16, 64)
+    """Tokens read at once; 1 is a plain decoding step."""
+    tokens: int = 32
+    """Tokens written per timed text."""
+    share: float = 0.2
+    """Share of tokens that the large model writes in the stitched text."""
+    run_length: float = 2.0
+    """Mean run of large tokens in it."""
+    rounds: int = 10
+    """Turns that each variant gets after two that warm up."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
+    seed: int = 0
+    """Of random weights and of who writes."""
+
+    def __post_init__(self) -> None:
+        if min(self.context, self.tokens, self.rounds, *self.gaps) < 1:
+            raise ValueError("context, gaps, tokens and rounds must be at least 1")
+        if self.shape == "tiny" and self.context + max(*self.gaps, self.tokens) > 256:
+            raise ValueError("the tiny pair has 256 positions; shorten context, gaps or tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,16 +493,19 @@ class SimulateConfig:
     discard: bool = True
     """The step of the small model that calls the large one leaves no token."""
     small_ms: float = 6.0
+    """Time of a small step."""
     large_ms: float = 27.9
+    """Time of a large step."""
     small_batch: int = 1
     """The small model starts when so many requests wait for it."""
     large_batches: tuple[int, ...] = (1, 2, 3, 4)
     """The large model starts when so many wait for it; each is tried that cannot deadlock."""
     shared: bool = False
     """Both models are on one device and run one at a time, in turn."""
-    tokens: int = 200_000
+    tokens: int = 1_000_000
     """Tokens simulated per setting."""
     seed: int = 0
+    """Of the chances."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1 or not 0 < self.q <= 1:

@@ -12,6 +12,7 @@ rows, masked there, and closed when they get many.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -39,8 +40,8 @@ from transformers.generation import (
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
-    StopStringCriteria,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -157,6 +158,9 @@ class Usage:
         return self.tokens[LARGE] / max(1, sum(self.tokens))
 
 
+_ALWAYS_GIVEN: Any = None  # a ModelOutput has one field without a default
+
+
 @dataclass
 class StitchOutput(ModelOutput):
     """What ``return_dict_in_generate=True`` gives. N is the longest row's new tokens; rows are padded at the end.
@@ -172,14 +176,14 @@ class StitchOutput(ModelOutput):
         usage: a ``Usage`` per row.
     """
 
-    sequences: Tensor | None = None
-    models: Tensor | None = None
-    entropy: Tensor | None = None
-    confidence: Tensor | None = None
-    logprobs: Tensor | None = None
-    discarded_entropy: Tensor | None = None
-    seconds: Tensor | None = None
-    usage: list[Usage] | None = None
+    sequences: Tensor
+    models: Tensor = _ALWAYS_GIVEN
+    entropy: Tensor = _ALWAYS_GIVEN
+    confidence: Tensor = _ALWAYS_GIVEN
+    logprobs: Tensor = _ALWAYS_GIVEN
+    discarded_entropy: Tensor = _ALWAYS_GIVEN
+    seconds: Tensor = _ALWAYS_GIVEN
+    usage: list[Usage] = _ALWAYS_GIVEN
 
 
 def stitch_generate(
@@ -215,9 +219,10 @@ def stitch_generate(
         if tokenizer is None:
             raise ValueError("stop_strings are compared with text: give the large model's tokenizer")
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        # generate() would look for the tokenizer among arguments that it does not hand on to a callable.
+        # generate() would look for the tokenizer among arguments that it does not hand on to a callable, and its own
+        # criterion would find a string that begins in the prompt.
         criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or [])])
-        criteria.append(StopStringCriteria(tokenizer, strings))
+        criteria.append(StopStrings(tokenizer, strings, input_ids.shape[1]))
         kwargs["stopping_criteria"] = criteria
     if streamer is not None:
         if input_ids.shape[0] != 1:
@@ -323,6 +328,28 @@ def stitch_decoding(
     return output if generation_config.return_dict_in_generate else output.sequences
 
 
+class StopStrings(StoppingCriteria):
+    """Ends a row when the text that was written ends with or holds one of some strings.
+
+    Args:
+        tokenizer: Of the ids.
+        strings: Any of them ends a row.
+        prompt: Tokens of the prompt, padding included, which are not looked at.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], prompt: int) -> None:
+        if not strings or not all(strings):
+            raise ValueError(f"stop_strings must be texts, at least one; got {list(strings)}")
+        self.tokenizer, self.strings, self.prompt = tokenizer, tuple(strings), prompt
+        # A token is a character at least, but for the parts of one; what lies further back has been looked at.
+        self.tail = max(map(len, strings)) + 8
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """``[batch]``, which rows are at their end."""
+        texts = [self.tokenizer.decode(row[self.prompt :][-self.tail :]) for row in input_ids]
+        return torch.tensor([any(string in text for string in self.strings) for text in texts])
+
+
 @dataclass(slots=True)
 class _Row:
     """One request: its gate, what was emitted, and what each model has read of it."""
@@ -362,6 +389,7 @@ class _Loop:
     ) -> None:
         self.models, self.stitch, self.vocabulary = models, stitch, vocabulary
         self.size = vocabulary.size
+        self.views = [vocabulary.to(model.device) for model in models]
         self.shown, self.sample, self.on_token = shown, sample, on_token
         self.hard = [item for item in processors if _is_constraint(item)]
         self.soft = [item for item in processors if not _is_constraint(item)]
@@ -418,8 +446,12 @@ class _Loop:
         """One token of one model for each of some rows."""
         wanted = [(row, row.gap(model, side.read[row.index])) for row in rows]
         logits, started = side.extend(wanted)
-        logits = self.vocabulary.read(logits, model).float()
+        # The two models may be on two devices; processors and criteria are where the prompts are.
+        logits = self.views[model].read(logits, model).float().to(self.shown.device)
         logits = self._process(self.hard, rows, logits)
+        # A grammar may want what only the large model has. No distribution is left then, and nothing to read off it.
+        stuck = ~logits.isfinite().any(-1)
+        logits = logits.masked_fill(stuck[:, None], 0.0)
         warped = self._process(self.soft, rows, logits)
         signals = read_logits(warped if self.stitch.entropy_on == "processed" else logits, self.size)
         numbers = [uniform(row.seed, len(row.tokens)) for row in rows] if self.sample else None
@@ -428,11 +460,18 @@ class _Loop:
         logprobs = (chosen - logits.logsumexp(-1)).tolist()
         entropy, confidence, forced = (value.tolist() for value in signals)
         self._count(model, wanted, side, started, step=True)
-        for at, row in enumerate(rows):
+        for at, (row, none) in enumerate(zip(rows, stuck.tolist(), strict=True)):
             signal = (entropy if self.stitch.gate == "entropy" else confidence)[at]
-            emit, next_model = row.gate.step(signal, forced=forced[at])
+            if math.isnan(signal):
+                raise ValueError(
+                    f"the {('small', 'large')[model]} model's logits are not numbers at token {len(row.tokens)} of row "
+                    f"{row.index}; float16 overflows where bfloat16 and float32 do not"
+                )
+            if none and model == LARGE:
+                raise ValueError(f"no token is allowed at position {len(row.tokens)} of row {row.index}")
+            emit, next_model = row.gate.delegate() if none else row.gate.step(signal, forced=forced[at])
             if not emit:
-                row.discarded = entropy[at]
+                row.discarded = 1.0 if none else entropy[at]
                 row.usage.discarded += 1
                 row.usage.switches += 1
                 continue
@@ -502,9 +541,11 @@ class _Loop:
                     allowed[at, item._prefix_allowed_tokens_fn(row.index, self._ids(row)[0])] = 0
                 logits = logits + allowed
             else:
-                logits = torch.cat(
-                    [item(self._ids(row).to(logits.device), logits[at : at + 1]) for at, row in enumerate(rows)]
-                )
+                parts = [
+                    _of_row(item, row.index)(self._ids(row).to(logits.device), logits[at : at + 1])
+                    for at, row in enumerate(rows)
+                ]
+                logits = torch.cat(parts)
         return logits
 
     def output(self, pad: int) -> StitchOutput:
@@ -544,11 +585,8 @@ class _Side:
             raise ValueError("a cache that holds tokens already goes with one row; the rows' lengths are not in it")
         self.read = dict.fromkeys(self.order, held)
         self.valid = torch.ones(len(rows), held, dtype=torch.bool)
-        parameters = inspect.signature(model.forward).parameters
-        self.cache_name = next((name for name in CACHES if name in parameters), None)
-        if self.cache_name is None:
-            raise ValueError(f"{type(model).__name__} takes no cache, which two models that take turns need")
-        self.keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.cache_name = cache_argument(model)
+        self.keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def extend(self, wanted: Sequence[tuple[_Row, list[int]]]) -> tuple[Tensor, float]:
         """Read a gap for each of some rows; the others' slots of this call stay holes.
@@ -573,7 +611,8 @@ class _Side:
         visible[:, -1] = True
         self.valid = torch.cat([self.valid, new], 1)
         device = self.model.device
-        inputs = {"input_ids": ids.to(device), "position_ids": positions.to(device), self.cache_name: self.cache}
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+        inputs[self.cache_name] = self.cache
         if not bool(visible.all()):
             inputs["attention_mask"] = visible.long().to(device)
         out = self.model(**inputs, use_cache=True, return_dict=True, **self.keep)
@@ -599,6 +638,18 @@ class _Side:
                 layer.values = layer.values.gather(2, at.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """Name under which a model takes its cache; transformers has changed it.
+
+    Raises:
+        ValueError: It takes none.
+    """
+    names = [name for name in CACHES if name in inspect.signature(model.forward).parameters]
+    if not names:
+        raise ValueError(f"{type(model).__name__} takes no cache, which two models that take turns need")
+    return names[0]
+
+
 def _allows_holes(cache: Any) -> bool:
     """Whether every layer keeps plain keys and values, of which a mask can leave some out."""
     return all(type(layer) is DynamicLayer for layer in cache.layers) and (
@@ -608,6 +659,16 @@ def _allows_holes(cache: Any) -> bool:
 
 def _is_constraint(processor: Any) -> bool:
     return getattr(processor, "is_constraint", isinstance(processor, CONSTRAINTS))
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """A processor as it is for one row: newer repetition penalties know the length of each row's prompt."""
+    lengths = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(lengths, Tensor):
+        return processor
+    own = copy.copy(processor)
+    own.prompt_ignore_length = lengths[row : row + 1]
+    return own
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -6,7 +6,6 @@ padding on the large model's side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +13,19 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.hosts import StoredHost, open_host, packaged_host
 
-from .config import HostConfig
+from .config import DecoderConfig, HostConfig, ModelsConfig
 from .data import CHARACTERS
 from .models import Pair
 
-__all__ = ["PACKAGE", "PairConfig", "build_model", "build_tokenizer", "load_pair", "open_pair", "packaged_pair"]
+__all__ = [
+    "PACKAGE",
+    "build_model",
+    "build_tokenizer",
+    "load_host",
+    "load_models",
+    "open_pair",
+    "packaged_pair",
+]
 
 PACKAGE = "hone-rstitch"
 UNKNOWN = "<unk>"
@@ -27,14 +34,6 @@ ROWS = {"small": len(CHARACTERS) + 3, "large": 24}
 """Logits of each model; the large one's last four are no tokens."""
 
 Role = Literal["small", "large"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairConfig:
-    """Architecture of both models."""
-
-    small: HostConfig = field(default_factory=lambda: HostConfig(width=40, intermediate=80))
-    large: HostConfig = field(default_factory=HostConfig)
 
 
 def build_tokenizer(role: Role) -> Any:
@@ -50,7 +49,7 @@ def build_tokenizer(role: Role) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def build_model(cfg: HostConfig, role: Role, *, seed: int = 0) -> Any:
+def build_model(cfg: DecoderConfig, role: Role, *, seed: int = 0) -> Any:
     """An untrained model; the global generator is left as it was."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -76,10 +75,11 @@ def build_model(cfg: HostConfig, role: Role, *, seed: int = 0) -> Any:
 
 def packaged_pair(seed: int) -> Path:
     """Where the pair of a seed lies, whether or not it ships."""
-    return packaged_host(PACKAGE).with_name(f"pair-{seed}.safetensors")
+    first = packaged_host(PACKAGE)
+    return first if seed == 0 else first.with_stem(f"{first.stem}-{seed}")
 
 
-def open_pair(seed: int = 0, *, path: Path | None = None) -> StoredHost[PairConfig]:
+def open_pair(seed: int = 0, *, path: Path | None = None) -> StoredHost[HostConfig]:
     """Read what a pair is, without its weights.
 
     Args:
@@ -91,13 +91,13 @@ def open_pair(seed: int = 0, *, path: Path | None = None) -> StoredHost[PairConf
     """
     path = packaged_pair(seed) if path is None else path
     if not path.is_file():
-        shipped = sorted(int(file.stem.partition("-")[2]) for file in path.parent.glob("pair-*.safetensors"))
+        shipped = sorted(int(file.stem.partition("-")[2] or 0) for file in path.parent.glob("host*.safetensors"))
         known = f"; the packaged pairs are of seeds {', '.join(map(str, shipped))}" if shipped else ""
         raise CheckpointError(f"there is no tiny pair at {path}{known}. Train one with {PACKAGE} train-host.")
-    return open_host(PairConfig, PACKAGE, path)
+    return open_host(HostConfig, PACKAGE, path)
 
 
-def load_pair(
+def load_host(
     seed: int = 0, *, path: Path | None = None, verbose: bool = False, device: torch.device | str = "cpu"
 ) -> Pair:
     """Load a pair; weights are float32.
@@ -120,6 +120,17 @@ def load_pair(
     stored.load(models)
     large = models["verbose." if verbose else "large."]
     return pair_of(models["small."].to(device), large.to(device))
+
+
+def load_models(cfg: ModelsConfig, *, device: torch.device | str = "cpu") -> Pair:
+    """The two models that a config names, or the packaged pair.
+
+    Raises:
+        ValueError: They are not of one family.
+        OSError: There is no such checkpoint.
+        CheckpointError: There is no packaged pair of that seed.
+    """
+    return load_host(cfg.host, device=device) if cfg.small is None else Pair.load(cfg, device=device)
 
 
 def pair_of(small: Any, large: Any) -> Pair:

@@ -210,6 +210,17 @@ class Gate:
                 self.active = SMALL
         return Decision(True, self.active)
 
+    def delegate(self) -> Decision:
+        """Hand a position to the large model that the small one has no allowed token for.
+
+        Raises:
+            ValueError: The policy has the small model alone.
+        """
+        if self.config.policy == "small":
+            raise ValueError("the small model has no token that the constraints allow; it cannot write alone")
+        self.active, self.run = LARGE, 0
+        return Decision(False, LARGE)
+
     def _drawn(self, *, first: bool = False) -> int:
         """Two-state chain whose share of large tokens is ``share`` and whose runs of them have mean ``run_length``."""
         share = self.config.share

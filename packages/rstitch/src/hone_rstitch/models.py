@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from hone_core.handles import CallState, Handle, resolve
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import ModelsConfig, SamplingConfig, StitchConfig
+from .config import PRESETS, ModelsConfig, SamplingConfig, StitchConfig
 from .generation import StitchOutput, StitchToken, stitch_generate
 from .vocabulary import Vocabulary
 
-__all__ = ["Pair", "tiny"]
+__all__ = ["Pair", "StitchHandle", "attach", "check_models", "read_pair", "tiny"]
+
+log = logging.getLogger(__name__)
 
 Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
 
@@ -71,27 +76,37 @@ class Pair:
 
     @classmethod
     def load(cls, cfg: ModelsConfig, *, device: torch.device | str = "cpu") -> Pair:
-        """Load two models from folders or the hub, or the packaged pair.
+        """Load two models from folders or the hub.
 
         Args:
             cfg: Which, and what they are asked.
             device: Where both go.
 
         Raises:
-            ValueError: They are not of one family.
-            CheckpointError: There is no packaged pair of that seed.
+            ValueError: They are not of one family, or are not named.
+            OSError: There is no such checkpoint.
         """
         if cfg.small is None or cfg.large is None:
-            from .host import load_pair
-
-            return load_pair(cfg.host, device=device)
+            raise ValueError("which models? Name small and large; the packaged pair is hone_rstitch.host.load_host()")
         from hone_core.devices import resolve_dtype
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from hone_lm.checkpoints import find_licence
+        from transformers import AutoModelForCausalLM
 
-        tokenizers = [AutoTokenizer.from_pretrained(name) for name in (cfg.small, cfg.large)]
+        names = (cfg.small, cfg.large)
+        tokenizers, vocabulary = read_pair(*names)
+        for name in names:
+            log.info("licence of %s: %s", name, find_licence(name) or "unknown; read its page before you use it")
         dtype = resolve_dtype(cfg.dtype, device)
-        models = [AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device) for name in (cfg.small, cfg.large)]
-        return cls.of(*models, *tokenizers, small_prompt=cfg.small_prompt, large_prompt=cfg.large_prompt, chat=cfg.chat)
+        small, large = (AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval() for name in names)
+        return cls(
+            small,
+            large,
+            *tokenizers,
+            vocabulary,
+            small_prompt=cfg.small_prompt,
+            large_prompt=cfg.large_prompt,
+            chat=cfg.chat,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -100,13 +115,14 @@ class Pair:
 
     def prompts(self, questions: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Ids of what the small and the large model are asked, each in its own words, template and ids."""
-        return tuple(
+        small, large = (
             [_prompt_ids(tokenizer, template.replace("{question}", question), self.chat) for question in questions]
             for tokenizer, template in (
                 (self.small_tokenizer, self.small_prompt),
                 (self.tokenizer, self.large_prompt),
             )
         )
+        return small, large
 
     def answer(
         self,
@@ -157,12 +173,130 @@ class Pair:
             pad_token_id=self.large.generation_config.pad_token_id or 0,
             **options,
         )
+        assert isinstance(output, StitchOutput), "a dict was asked for"
         new = output.sequences[:, ids.shape[1] :]
         texts = [
             self.tokenizer.decode(row[: sum(usage.tokens)], skip_special_tokens=True)
             for row, usage in zip(new, output.usage, strict=True)
         ]
         return texts, output
+
+
+class StitchHandle(Handle[StitchConfig]):
+    """R-Stitch in place of a model's ``generate``; see ``attach``.
+
+    Attributes:
+        small: the model that writes where it is certain.
+        vocabulary: what ids are to it; None if they are the same.
+    """
+
+    def __init__(
+        self, config: StitchConfig, large: PreTrainedModel, small: PreTrainedModel, vocabulary: Vocabulary | None
+    ) -> None:
+        super().__init__(config, [large])
+        self.large, self.small, self.vocabulary = large, small, vocabulary
+        self._state: CallState[None] = CallState()
+        if "generate" in vars(large):
+            raise ValueError("generate of this model is replaced already; detach that first")
+        large.generate = self._generate
+        self._placed = large.generate
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        plain = type(self.large).generate
+        if self._state.disabled or kwargs.get("custom_generate") is not None:
+            return plain(self.large, *args, **kwargs)
+        # generate() takes its ids as "inputs", and tokenizers give them as "input_ids".
+        inputs = args[0] if args else kwargs.pop("inputs", None)
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if len(args) > 1 or ids is None:
+            raise ValueError("give generate the ids of the prompt, and everything else by name")
+        options = {"stitch": self.config, "vocabulary": self.vocabulary} | kwargs
+        return stitch_generate(self.large, self.small, ids, **options)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model's ``generate`` is this one."""
+        return vars(self.large).get("generate") is self._placed
+
+    def detach(self) -> None:
+        """Give the model its own ``generate`` back; harmless when repeated."""
+        if self.attached:
+            del self.large.generate
+
+    def _states(self) -> list[CallState[Any]]:
+        return [self._state]
+
+
+def attach(
+    large: PreTrainedModel,
+    config: str | StitchConfig,
+    *,
+    small: PreTrainedModel,
+    vocabulary: Vocabulary | None = None,
+) -> StitchHandle:
+    """Let ``large.generate`` write with two models, for programs that call it themselves (pipelines, harnesses).
+
+    Args:
+        large: The model whose ``generate`` is called.
+        config: A preset's name, or settings. Arguments of a call (``stitch``, ``seed``, ``on_token`` ...) override.
+        small: Its partner.
+        vocabulary: What ids are to it; the same, padding apart, if None.
+
+    Raises:
+        ValueError: There is no such preset, or ``generate`` is replaced already.
+    """
+    return StitchHandle(resolve(config, PRESETS, StitchConfig), large, small, vocabulary)
+
+
+def read_pair(small: str, large: str) -> tuple[tuple[Any, Any], Vocabulary]:
+    """Tokenizers of two checkpoints and what ids of one are to the other, before any weights are read.
+
+    Args:
+        small: What ``from_pretrained`` takes.
+        large: Likewise.
+
+    Raises:
+        ValueError: They are not of one family.
+        OSError: There is no such checkpoint.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    configs = []
+    for name in (small, large):
+        try:
+            configs.append(AutoConfig.from_pretrained(name).get_text_config())
+        except OSError as error:
+            if Path(name).is_dir():
+                raise
+            cause = " ".join(str(error).split()).partition(". ")[0]
+            raise OSError(
+                f"there is no folder {name} here, and the hub does not give its config ({cause}); expected the "
+                "folder of a checkpoint, or an address on the hub, which needs the network unless it was fetched before"
+            ) from error
+    ends = []
+    for name, config in zip((small, large), configs, strict=True):
+        try:
+            ids = GenerationConfig.from_pretrained(name).eos_token_id
+        except OSError:  # a checkpoint without one generates by its config
+            ids = config.eos_token_id
+        ends.append([] if ids is None else [ids] if isinstance(ids, int) else list(ids))
+    tokenizers = (AutoTokenizer.from_pretrained(small), AutoTokenizer.from_pretrained(large))
+    rows = [config.vocab_size for config in configs]
+    vocabulary = Vocabulary.of(
+        *tokenizers, rows_small=rows[0], rows_large=rows[1], eos_small=ends[0], eos_large=ends[1]
+    )
+    return tokenizers, vocabulary
+
+
+def check_models(cfg: ModelsConfig) -> None:
+    """Look whether two named checkpoints can write one text; the packaged pair can.
+
+    Raises:
+        ValueError: They are not of one family.
+        OSError: There is no such checkpoint.
+    """
+    if cfg.small is not None and cfg.large is not None:
+        read_pair(cfg.small, cfg.large)
 
 
 def tiny(family: Family = "qwen2", *, seed: int = 0, rows: tuple[int, int] = (96, 112)) -> tuple[Any, Any]:

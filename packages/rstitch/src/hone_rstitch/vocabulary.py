@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Vocabulary:
         base_large, added_large = _tokens(large)
         if base_small != base_large:
             differ = {*base_small.items()} ^ {*base_large.items()}
-            token = min(differ, key=lambda item: item[1])[0]
+            token = min(differ, key=lambda item: (item[1], item[0]))[0]
             raise ValueError(
                 f"the two models must share their ordinary tokens; {len({name for name, _ in differ})} differ, such as "
                 f"{token!r} (small {base_small.get(token)}, large {base_large.get(token)}). "
@@ -98,18 +98,22 @@ class Vocabulary:
                 to_small[large_id] = small_id
         return cls(to_small, tuple(eos_large))
 
+    def to(self, device: torch.device | str) -> Vocabulary:
+        """The same on a device."""
+        return replace(self, to_small=self.to_small.to(device))
+
     def read(self, logits: Tensor, model: int) -> Tensor:
         """Logits of a model over the large model's ids, with what the other cannot read at minus infinity.
 
         Args:
-            logits: ``[batch, rows of that model]``.
+            logits: ``[batch, rows of that model]``, where the vocabulary is.
             model: ``SMALL`` or ``LARGE``.
 
         Returns:
             ``[batch, rows of the large model]``, a copy. Ends of text of the large model stay open to it: nobody has to
             read them.
         """
-        to_small = self.to_small.to(logits.device)
+        to_small = self.to_small
         open_ = to_small >= 0
         if model == LARGE:
             open_ = open_.index_fill(0, torch.tensor(self.eos, device=logits.device), True)

@@ -1,0 +1,44 @@
+import pytest
+from hone_rstitch import bench as module
+from hone_rstitch.bench import BenchReport, bench
+from hone_rstitch.config import BenchConfig
+
+
+def test_steps_gaps_and_rates(packaged, start):
+    cfg = BenchConfig(context=6, gaps=(1, 5), tokens=8, share=0.5, rounds=2)
+    with start(cfg) as run:
+        report = bench(cfg, run)
+    read = {(row.variant, row.labels["gap"]) for row in report.rows if row.metric == "read"}
+    assert read == {(name, gap) for name in ("small", "large") for gap in (1, 5)}
+    rates = {row.variant: row.value for row in report.rows if row.metric == "rate"}
+    assert rates.keys() == {"large, transformers", "large, this loop", "small, this loop", "stitched"}
+    assert all(rate > 0 for rate in rates.values())
+    share = next(row.value for row in report.rows if row.metric == "large_share")
+    assert share * 8 == int(share * 8)
+    again = start(cfg)
+    assert str(BenchReport.of(again)) == str(report)
+
+
+def test_nothing_is_timed_of_loops_that_write_different_texts(packaged, start, monkeypatch):
+    write = module.stitch_generate
+
+    def other(*args, **kwargs):
+        output = write(*args, **kwargs)
+        output.sequences[:, -1] += 1
+        return output
+
+    monkeypatch.setattr(module, "stitch_generate", other)
+    cfg = BenchConfig(context=6, tokens=8, rounds=2)
+    with pytest.raises(RuntimeError, match="different texts"), start(cfg) as run:
+        bench(cfg, run)
+    assert not [row for row in run.rows if row.metric == "rate"]
+
+
+def test_published_shapes():
+    # Weights of a step: everything but the embedding's rows, in 16 bits, in GB.
+    sizes = {}
+    for name, shape in module.SHAPES.items():
+        h, layers, kv = shape["hidden_size"], shape["num_hidden_layers"], shape["num_key_value_heads"] * 128
+        layer = 2 * h * h + 2 * h * kv + 3 * h * shape["intermediate_size"]
+        sizes[name] = round(2 * (layers * layer + h * shape["vocab_size"]) / 1e9, 2)
+    assert sizes == {"1.5b": 3.09, "7b": 14.14, "14b": 27.98, "32b": 63.97}

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+from hone_rstitch.calibrate import calibrate, find_tau, prepare
+from hone_rstitch.config import CalibrateConfig, ModelsConfig, StitchConfig
+
+
+def falling(tau):
+    """Share of large tokens as it falls over factors of tau."""
+    return 1 / (1 + (tau / 0.02) ** 0.8)
+
+
+@pytest.mark.parametrize("wanted", [0.05, 0.3, 0.8])
+def test_a_threshold_is_found(wanted):
+    found = find_tau(falling, wanted, tolerance=0.005, rounds=30)
+    assert found.reached
+    assert abs(falling(found.tau) - wanted) <= 0.005
+    exact = 0.02 * (1 / wanted - 1) ** 1.25
+    assert abs(math.log(found.tau / exact)) < 0.2
+
+
+def test_confidence_runs_the_other_way():
+    found = find_tau(lambda tau: falling(1 - tau), 0.3, gate="confidence", tolerance=0.005, rounds=30)
+    assert found.reached
+    assert 0.5 < found.tau < 1
+
+
+def test_what_no_threshold_reaches_is_said():
+    found = find_tau(lambda tau: 0.5 * falling(tau), 0.9, tolerance=0.01, rounds=30)
+    assert not found.reached
+    assert len(found.tried) == 2
+    assert found.value == pytest.approx(0.5, abs=0.01)
+
+
+def test_rounds_are_a_bound():
+    found = find_tau(falling, 0.31, tolerance=1e-9, rounds=5)
+    assert len(found.tried) == 5
+    assert not found.reached
+
+
+@pytest.mark.parametrize("target", [{"share": 0.5}, {"time": 0.9}])
+def test_the_verb_reports_the_nearest(packaged, start, target):
+    cfg = CalibrateConfig(limit=12, tolerance=0.05, rounds=6, stitch=StitchConfig(), **target)
+    with start(cfg) as run:
+        report = calibrate(cfg, run)
+    text = str(report)
+    rows = {row.metric: row.value for row in report.rows if row.metric != "tried"}
+    tried = {float(row.variant): row.value for row in report.rows if row.metric == "tried"}
+    assert tried[rows["tau"]] == rows["found"]
+    assert rows["found"] == min(tried.values(), key=lambda value: abs(value - rows["wanted"]))
+    assert ("NOT REACHED" in text) == (abs(rows["found"] - rows["wanted"]) > 0.05)
+
+
+def test_inputs_are_looked_for_first(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr("hone_rstitch.calibrate.check_models", looked.append)
+    file = tmp_path / "set.jsonl"
+    file.write_text('{"question": "1+1", "answer": 2}\n')
+    models = ModelsConfig(small="a", large="b")
+    assert prepare(CalibrateConfig(share=0.1, data=file, models=models)).data.is_absolute()
+    assert looked == [models]
+    with pytest.raises(ValueError, match="multiplies"):
+        prepare(CalibrateConfig(share=0.1, data=file))
+    with pytest.raises(ValueError, match="which problems"):
+        prepare(CalibrateConfig(share=0.1, models=models))
+    with pytest.raises(FileNotFoundError):
+        prepare(CalibrateConfig(share=0.1, data=tmp_path / "no.jsonl", models=models))

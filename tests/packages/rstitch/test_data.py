@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hone_rstitch.data import CHARACTERS, Problem, grade, is_held_out, product_batch, products, read_jsonl, working
+
+
+def test_working_of_a_product():
+    assert working(123, 45) == "615+4920=#5535."
+    assert working(123, 45, checks=2) == "615+4920=5535?615+4920=5535?615+4920=#5535."
+    assert working(200, 30) == "0+6000=#6000."
+
+
+def test_a_tenth_is_held_out():
+    held = [is_held_out(a, b) for a in range(100, 1000) for b in range(10, 100)]
+    assert abs(sum(held) / len(held) - 0.1) < 0.005
+
+
+def test_products_are_held_out_distinct_and_right():
+    found = products(300, seed=4)
+    assert len({problem.id for problem in found}) == 300
+    for problem in found:
+        a, b = map(int, problem.question.split("*"))
+        assert is_held_out(a, b)
+        assert int(problem.answer) == a * b
+    assert products(5, seed=4) == found[:5]
+    with pytest.raises(ValueError, match="held-out"):
+        products(10**6)
+
+
+def text_of(ids):
+    return "".join(CHARACTERS[i] for i in ids if i < len(CHARACTERS))
+
+
+def test_training_batches_hold_no_held_out_product():
+    ids, targets = product_batch(200, (0, 1, 2), eos=17, pad=18)
+    for row, target in zip(ids.tolist(), targets.tolist(), strict=True):
+        question, _, rest = text_of(row).partition("=")
+        a, b = map(int, question.split("*"))
+        assert not is_held_out(a, b)
+        assert rest == working(a, b)
+        # What is learned is everything after the question, its end included, and no padding.
+        learned = [id for id in target if id >= 0]
+        assert text_of(learned) == rest
+        assert learned[-1] == 17
+        assert row.count(17) == 1
+
+
+def test_a_batch_is_a_function_of_its_key():
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    batches = [product_batch(8, key, eos=17, pad=18)[0] for key in keys]
+    assert torch.equal(batches[0], product_batch(8, keys[0], eos=17, pad=18)[0])
+    assert len({tuple(batch[:, :6].flatten().tolist()) for batch in batches}) == 4
+
+
+def test_verbose_batches_check_themselves_as_often_as_said():
+    ids, _ = product_batch(400, (3,), eos=17, pad=18, verbose=0.7)
+    share = sum("?" in text_of(row) for row in ids.tolist()) / 400
+    assert abs(share - 0.7) < 0.07
+
+
+def test_jsonl(tmp_path):
+    file = tmp_path / "set.jsonl"
+    file.write_text('{"problem": "1+1", "solution": "2"}\n\n{"id": "b", "question": "2+2", "answer": 4}\n')
+    assert read_jsonl(file) == [Problem("1", "1+1", "2"), Problem("b", "2+2", "4")]
+    assert len(read_jsonl(file, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "set.jsonl:1: not JSON"),
+        ('{"question": "1+1"}', "set.jsonl:1: expected one of answer"),
+        ("[1, 2]", "expected one of question"),
+        ('{"id": 1, "question": "a", "answer": "b"}\n' * 2, "one id"),
+        ("", "no problem"),
+    ],
+)
+def test_bad_jsonl_is_named(tmp_path, text, match):
+    file = tmp_path / "set.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=match):
+        read_jsonl(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("615+4920=#5535.", "5535", True),
+        ("so 1,234.50 dollars", "1234.5", True),
+        ("x = -3", "-3", True),
+        ("x = 3", "-3", False),
+        ("615+4920=", "5535", False),
+        ("nothing", "0", False),
+    ],
+)
+def test_numbers_are_graded(text, answer, right):
+    assert grade(text, answer) is right
+
+
+def test_math_needs_its_extra(monkeypatch):
+    import sys
+
+    from hone_core.errors import MissingExtraError
+
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(MissingExtraError, match="math"):
+        grade("1", "1", "math")
+
+
+def test_math():
+    pytest.importorskip("math_verify", reason="the extra math is not installed")
+    assert grade("the answer is \\boxed{\\frac{2}{4}}", "$\\frac{1}{2}$", "math")
+    assert not grade("the answer is \\boxed{3}", "$\\frac{1}{2}$", "math")

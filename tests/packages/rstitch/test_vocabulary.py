@@ -1,0 +1,129 @@
+import pytest
+import torch
+from hone_rstitch.config import LARGE, SMALL
+from hone_rstitch.vocabulary import Vocabulary
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+ALPHABET = "abcdefghij"
+
+
+def tokenizer(special, alphabet=ALPHABET, plain=()):
+    """Characters, then special tokens in order, as the Qwen family has them after its merges."""
+    words = {word: at for at, word in enumerate([*alphabet, "<unk>"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(token, special=True) for token in special])
+    core.add_tokens([AddedToken(token) for token in plain])
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+# As R1-Distill and QwQ: the end of text, chat markers and the marks of thinking have other ids or names.
+SMALL_TOKENS = tokenizer(["<end>", "<User>", "<Assistant>"], plain=["<think>", "</think>"])
+LARGE_TOKENS = tokenizer(["<endoftext>", "<im_start>", "<im_end>", "<box>"], plain=["<think>", "</think>"])
+FIRST = len(ALPHABET) + 1
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary.of(
+        SMALL_TOKENS,
+        LARGE_TOKENS,
+        rows_small=20,
+        rows_large=24,
+        eos_small=[FIRST],
+        eos_large=[FIRST + 2, FIRST],
+    )
+
+
+def test_ordinary_tokens_keep_their_ids(vocabulary):
+    assert vocabulary.to_small[:FIRST].tolist() == list(range(FIRST))
+
+
+def test_added_tokens_go_by_their_text(vocabulary):
+    for token in ("<think>", "</think>"):
+        large, small = (t.convert_tokens_to_ids(token) for t in (LARGE_TOKENS, SMALL_TOKENS))
+        assert large != small
+        assert int(vocabulary.to_small[large]) == small
+
+
+def test_ends_of_text_go_by_what_they_do(vocabulary):
+    im_end, end = LARGE_TOKENS.convert_tokens_to_ids("<im_end>"), SMALL_TOKENS.convert_tokens_to_ids("<end>")
+    assert int(vocabulary.to_small[im_end]) == end
+    # <endoftext> has <end>'s id and is another token: the small model has none for it.
+    assert LARGE_TOKENS.convert_tokens_to_ids("<endoftext>") == end
+    assert int(vocabulary.to_small[end]) == -1
+
+
+def test_markers_and_padding_have_no_counterpart(vocabulary):
+    for token in ("<im_start>", "<box>"):
+        assert int(vocabulary.to_small[LARGE_TOKENS.convert_tokens_to_ids(token)]) == -1
+    assert vocabulary.to_small[len(LARGE_TOKENS) :].tolist() == [-1] * (24 - len(LARGE_TOKENS))
+    assert vocabulary.size == FIRST + 3
+
+
+def test_logits_of_both_models_stand_on_the_large_ids(vocabulary):
+    small = torch.arange(20.0)[None]
+    read = vocabulary.read(small, SMALL)[0]
+    im_end = LARGE_TOKENS.convert_tokens_to_ids("<im_end>")
+    assert read[im_end] == FIRST
+    assert read[4] == 4
+    assert torch.isinf(read[LARGE_TOKENS.convert_tokens_to_ids("<im_start>")])
+    large = vocabulary.read(torch.arange(24.0)[None], LARGE)[0]
+    # Both ends of the large model stay open to it, the small model's markers and padding do not.
+    assert large[FIRST] == FIRST
+    assert large[im_end] == im_end
+    assert torch.isinf(large[LARGE_TOKENS.convert_tokens_to_ids("<box>")])
+    assert torch.isinf(large[-1])
+
+
+def test_text_reaches_the_small_model_in_its_own_ids(vocabulary):
+    ids = LARGE_TOKENS.encode("ab<think>c")
+    assert vocabulary.small_ids(ids) == SMALL_TOKENS.encode("ab<think>c")
+    with pytest.raises(ValueError, match="small_input_ids"):
+        vocabulary.small_ids([LARGE_TOKENS.convert_tokens_to_ids("<im_start>")])
+    assert vocabulary.small_ids([]) == []
+
+
+def test_one_end_of_text_in_common_needs_no_role():
+    found = Vocabulary.of(
+        tokenizer(["<endoftext>", "<x>"]),
+        tokenizer(["<im_end>", "<endoftext>"]),
+        rows_small=20,
+        rows_large=20,
+        eos_small=[FIRST],
+        eos_large=[FIRST, FIRST + 1],
+    )
+    assert int(found.to_small[FIRST + 1]) == FIRST
+    assert int(found.to_small[FIRST]) == -1
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (tokenizer(["<end>"], alphabet="abcdefghik"), "'j'"),
+        (tokenizer(["<end>"], alphabet="bacdefghij"), "'a'"),
+    ],
+)
+def test_pairs_that_disagree_are_refused(other, match):
+    with pytest.raises(ValueError, match=match):
+        Vocabulary.of(SMALL_TOKENS, other, rows_small=20, rows_large=20, eos_small=[FIRST], eos_large=[FIRST])
+
+
+def test_other_merges_are_refused():
+    other = tokenizer(["<end>"])
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s"), "isolated")
+    with pytest.raises(ValueError, match="differently"):
+        Vocabulary.of(SMALL_TOKENS, other, rows_small=20, rows_large=20, eos_small=[FIRST], eos_large=[FIRST])
+
+
+def test_a_model_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="eos_token_id"):
+        Vocabulary.of(SMALL_TOKENS, LARGE_TOKENS, rows_small=20, rows_large=24, eos_small=[], eos_large=[3])
+
+
+def test_shared():
+    found = Vocabulary.shared(6, 8, [2])
+    assert found.to_small.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+    assert found.size == 6
