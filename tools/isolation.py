@@ -52,7 +52,7 @@ def check(member: Member, wheels: Path, scratch: Path, tests: str) -> None:
     _run(["uv", "venv", "--quiet", "--python", sys.executable, str(environment)])
     by_name = {other.name: other for other in members(member.root)}
     extra = [by_name[name] for name in sorted(member.dependencies(extras=True) & by_name.keys())]
-    own = [_wheel(wheels, other) for other in dict.fromkeys([*closure(member), *extra])]
+    own = list(dict.fromkeys(_wheel(wheels, other) for other in [*closure(member), *extra]))
     _install(environment, scratch, own)
     # From an empty folder, in isolated mode: nothing of the checkout can be imported by accident.
     print(_run([str(binaries / "python"), "-I", "-c", IMPORT_ALL, member.module], cwd=scratch).strip(), flush=True)

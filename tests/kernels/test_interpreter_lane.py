@@ -26,3 +26,9 @@ HALVES = [["attention_fp8"], [op for op in OPS if op != "attention_fp8"]]
 def test_interpreted(ops):
     first, *others = (str(HERE / op) for op in ops)
     assert run_interpreted(first, *others, "-n", "0") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_interpreted_slow():
+    assert run_interpreted(HERE, "-n", "0", "-m", "interpret and slow and not gpu") > 0

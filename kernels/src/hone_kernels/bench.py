@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from hone_core.errors import MissingExtraError
@@ -13,6 +14,7 @@ from hone_core.runs import Row, Run
 from hone_kernels import attention
 from hone_kernels.attention import bench as attention_bench
 from hone_kernels.attention_fp8 import bench as fp8_bench
+from hone_kernels.backends import Backend
 from hone_kernels.block_scores import bench as scores_bench
 from hone_kernels.config import BenchConfig
 from hone_kernels.gpu import the_gpu
@@ -105,7 +107,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
             chosen = {name: scores_bench.SHAPES[name] for name in cfg.shapes}
             scores_bench.bench(run, chosen, rounds=cfg.rounds, seed=cfg.seed)
         elif cfg.op == "attention_fp8":
-            options = dict(densities=cfg.densities, modes=cfg.modes, rounds=cfg.rounds, seed=cfg.seed)
+            options: dict[str, Any] = dict(densities=cfg.densities, modes=cfg.modes, rounds=cfg.rounds, seed=cfg.seed)
             fp8_bench.bench(run, [_shape(text) for text in cfg.shapes], **options)
         else:
             attention_bench.bench(
@@ -115,7 +117,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
                 dtypes=[getattr(torch, name) for name in cfg.dtypes],
                 backends=cfg.backends or _usable(device),
                 modes=cfg.modes,
-                block=cfg.block,
+                block=cfg.block or 128,
                 rounds=cfg.rounds,
                 seed=cfg.seed,
             )
@@ -124,12 +126,11 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     return BenchReport.of(run)
 
 
-def _usable(device: torch.device) -> list[str]:
+def _usable(device: torch.device) -> list[Backend]:
     """Backends of ours that run bfloat16 attention of head size 128 here, the best first."""
-    sizes = dict(head_dim=128, block_q=128, block_k=128)
-    return [
-        name for name in ("gluon", "triton") if attention.SUPPORT[name].reason(device, torch.bfloat16, **sizes) is None
-    ]
+    sizes: dict[str, Any] = dict(head_dim=128, block_q=128, block_k=128)
+    known: tuple[Backend, ...] = ("gluon", "triton")
+    return [name for name in known if attention.SUPPORT[name].reason(device, torch.bfloat16, **sizes) is None]
 
 
 def plot(rows: list[Row], path: Path) -> None:

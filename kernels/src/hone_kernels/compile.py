@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -26,6 +26,9 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from .attention import BlockLayout
 
 __all__ = ["Compiled", "Launch", "attention_launches", "compile_launch", "gluon_launches", "record_launches"]
 
@@ -120,17 +123,21 @@ def record_launches(module: ModuleType, *kernels: str) -> Iterator[list[Launch]]
             setattr(module, name, kernel)
 
 
+_Pooled = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 def _inputs(
     dtype: torch.dtype, dim: int, block_q: int, block_k: int, heads_k: int, tokens: int, pooled: bool, padded: bool
-) -> tuple[Any, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, BlockLayout, torch.Tensor | None, _Pooled]:
     from .attention import BlockLayout
 
     q, k = (torch.empty(1, heads, tokens, dim, dtype=dtype) for heads in (4, heads_k))
     layout = BlockLayout.dense(tokens, tokens, block_q=block_q, block_k=block_k)
     valid = torch.ones(1, layout.num_k_blocks, dtype=torch.int32) if padded else None
-    extra = (None,) * 3
+    extra: _Pooled = (None, None, None)
     if pooled:
-        extra = (*(torch.empty(1, heads_k, 100, dim, dtype=dtype),) * 2, torch.empty(1, heads_k, 100))
+        far = torch.empty(1, heads_k, 100, dim, dtype=dtype)
+        extra = (far, far, torch.empty(1, heads_k, 100))
     return q, k, layout, valid, extra
 
 
@@ -164,12 +171,12 @@ def attention_launches(
     q, k, layout, valid, extra = _inputs(dtype, dim, block_q, block_k, 4, tokens, pooled, padded)
     lse = torch.empty(q.shape[:3])
     columns = layout.transpose()
-    lists, blocks = (layout.kv_num, layout.kv_idx), (block_q, block_k, 0.1)
+    lists = (layout.kv_num, layout.kv_idx)
     kernels = ("_forward_kernel", "_rows_kernel", "_dq_kernel", "_dkv_kernel")
     with mock.patch.object(module, "_sm", return_value=sm), record_launches(module, *kernels) as launches:
-        module.attention_forward(q, k, k, *lists, valid, *extra, *blocks, tiles)
+        module.attention_forward(q, k, k, *lists, valid, *extra, block_q, block_k, 0.1, tiles)
         module.attention_backward(
-            q, lse, q, k, k, q, lse, *lists, columns.kv_num, columns.kv_idx, valid, *extra, *blocks
+            q, lse, q, k, k, q, lse, *lists, columns.kv_num, columns.kv_idx, valid, *extra, block_q, block_k, 0.1
         )
     return launches
 
@@ -245,7 +252,9 @@ def _compile(source: Any, launch: Launch, sm: int) -> Compiled:
             report = _run("ptxas", "-lineinfo", "-v", "--gpu-name", arch, ptx, "-o", file)
             cubin = file.read_bytes()
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    used = re.search(r"Used (\d+) registers", report)
+    assert used is not None, report
+    registers = int(used[1])
     shared, ptx = built.metadata.shared, built.asm["ptx"]
     return Compiled(launch.name, cubin, registers, spills, shared, "wgmma" in report, ptx)
 

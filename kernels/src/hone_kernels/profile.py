@@ -15,10 +15,11 @@ import logging
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from hone_core.config import from_dict, to_dict
-from hone_core.runs import Report, Run
+from hone_core.runs import Better, Report, Run
 
 from hone_kernels.attention import block_sparse_attention
 from hone_kernels.attention.bench import Shape, inputs, random_layout
@@ -71,8 +72,9 @@ def profile(cfg: ProfileConfig, run: Run) -> Report:
     for shape, kind, density in itertools.product(cfg.shapes, cfg.kinds, cfg.densities):
         one = dataclasses.replace(cfg, shapes=(shape,), kinds=(kind,), densities=(density,))
         for name, value in _profile(one, device).items():
-            unit, better = ("ns", "lower") if name == "duration" else ("%", "none")
-            labels = {"shape": shape, "density": density}
+            unit = "ns" if name == "duration" else "%"
+            better: Better = "lower" if name == "duration" else "none"
+            labels: dict[str, Any] = {"shape": shape, "density": density}
             run.row(name, value, unit=unit, better=better, variant=kind, split="forward", labels=labels)
     return Report.of(run)
 
@@ -114,10 +116,10 @@ def run_case(cfg: ProfileConfig) -> None:
     layout = random_layout(shape.heads, shape.tokens, cfg.densities[0])
     operands = quantize_qkv(q, k, v) if kind == "fp8 triton" else None
     for _ in range(3):
-        if operands is None:
-            block_sparse_attention(q, k, v, layout, backend=kind)
-        else:
+        if operands is not None:
             quantized_attention(operands, layout, backend="triton")
+        elif kind != "fp8 triton":
+            block_sparse_attention(q, k, v, layout, backend=kind)
     torch.cuda.synchronize()
 
 

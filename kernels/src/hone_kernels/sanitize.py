@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from hone_core.config import from_dict, to_dict
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
+from hone_kernels.backends import Backend
 from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_select import select_blocks
 from hone_kernels.config import SanitizeConfig
@@ -92,7 +94,7 @@ def sanitize(cfg: SanitizeConfig, run: Run) -> Report:
         (tool,), (backend,), (part,) = case.tools, case.backends, case.parts
         begun = time.perf_counter()
         found, output = _watch(case, device)
-        fields = dict(variant=backend, split=part, labels={"tool": tool})
+        fields: dict[str, Any] = dict(variant=backend, split=part, labels={"tool": tool})
         for name, count in found.items():
             run.row(name, count, better="lower", **fields)
         run.row("seconds", round(time.perf_counter() - begun, 1), unit="s", better="none", **fields)
@@ -113,8 +115,10 @@ def clean(tool: str, backend: str, found: dict[str, int]) -> bool:
 def _watch(case: SanitizeConfig, device: torch.device) -> tuple[dict[str, int], str]:
     """What one tool counted, and all that was printed. What goes wrong beside its findings raises ``RuntimeError``."""
     (tool,) = case.tools
+    sanitizer = find_sanitizer()
+    assert sanitizer is not None  # prepare has looked
     command = [
-        find_sanitizer(), "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-P", "-m", __name__,
+        sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-P", "-m", __name__,
         json.dumps(to_dict(case)), str(device),
     ]  # fmt: skip
     what = f"{tool}, {case.backends[0]}, {case.parts[0]}"
@@ -145,6 +149,7 @@ def counts(tool: str, output: str) -> dict[str, int]:
     Raises:
         ValueError: It says nothing: it did not come to its end.
     """
+    names: tuple[str, ...]
     if tool == "racecheck":
         pattern = r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)"
         names = ("hazards", "errors", "warnings")
@@ -180,7 +185,7 @@ def _close(what: str, got: Sequence[Tensor], want: Sequence[Tensor], limits: Seq
             raise RuntimeError(f"{what} [{i}]: relative error {error:.2e} is not under {limit}")
 
 
-def _attention(backend: str) -> None:
+def _attention(backend: Backend) -> None:
     """Ragged ends, an empty row, padded blocks, grouped heads, pooled keys; forward and backward.
 
     Inputs and reference stay on the CPU: racecheck follows every access to shared memory, in torch's kernels too.
@@ -196,22 +201,26 @@ def _attention(backend: str) -> None:
         extra = [torch.randn(2, 2, 37, dim).bfloat16() for _ in range(2)] if pooled else []
         bias = [torch.randn(2, 2, 37)] if pooled else []
         results = []
-        for name, device, dtype in ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64)):
+        lanes: tuple[tuple[Backend, str, torch.dtype], ...]
+        lanes = ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64))
+        for name, device, dtype in lanes:
             layout = BlockLayout.from_mask(mask, 301, 277, block_q=block, block_k=block, k_valid=valid)
             tensors = {n: getattr(layout, n) for n in ("kv_num", "kv_idx", "k_valid")}
-            layout = dataclasses.replace(layout, **{n: x if x is None else x.to(device) for n, x in tensors.items()})
+            moved: dict[str, Any] = {n: x if x is None else x.to(device) for n, x in tensors.items()}
+            layout = dataclasses.replace(layout, **moved)
             leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v, *extra)]
             leaves += [x.to(device).requires_grad_() for x in bias]
+            far = PooledKV(*leaves[3:]) if pooled else None
             out, lse = block_sparse_attention(
-                *leaves[:3], layout, pooled=PooledKV(*leaves[3:]) if pooled else None, return_lse=True, backend=name
+                leaves[0], leaves[1], leaves[2], layout, pooled=far, return_lse=True, backend=name
             )
             grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
             results.append([x.detach().double().cpu() for x in (out, lse, *grads)])
         what = f"attention {backend} d{dim} block {block} padded {padded} pooled {pooled}"
-        _close(what, *results, [2e-2] * len(results[0]))
+        _close(what, results[0], results[1], [2e-2] * len(results[0]))
 
 
-def _attention_fp8(backend: str) -> None:
+def _attention_fp8(backend: Backend) -> None:
     """The prologue with and without all it can do, and the forward, on ragged ends and padded blocks."""
     for dim, block, everything in itertools.product((64, 128), (64, 128), (False, True)):
         q = torch.randn(2, 301, 4, dim).bfloat16().transpose(1, 2)
@@ -221,24 +230,25 @@ def _attention_fp8(backend: str) -> None:
         mask = torch.rand(2, 4, blocks, blocks) < 0.6
         mask[:, :, 1] = False
         results = []
-        for name, device in ((backend, "cuda"), ("reference", "cpu")):
-            options = {}
+        lanes: tuple[tuple[Backend, str], ...] = ((backend, "cuda"), ("reference", "cpu"))
+        for name, device in lanes:
+            options: dict[str, Any] = {}
             if everything:
                 tables = (angle.cos().to(device), angle.sin().to(device))
                 valid = (torch.arange(2 * blocks, dtype=torch.int32).view(2, blocks) * 29 % block + 1).to(device)
                 order = torch.arange(300, -1, -1, device=device)
                 options = dict(rope=tables, order=order, smooth_k=True, k_valid=valid, group=2)
-            x = quantize_qkv(*(y.to(device) for y in (q, k, v)), block=block, backend=name, **options)
-            sizes = dict(block_q=block, block_k=block, k_valid=options.get("k_valid"))
+            x = quantize_qkv(q.to(device), k.to(device), v.to(device), block=block, backend=name, **options)
+            sizes: dict[str, Any] = dict(block_q=block, block_k=block, k_valid=options.get("k_valid"))
             layout = BlockLayout.from_mask(mask.to(device), 301, 301, **sizes)
             out, lse = quantized_attention(x, layout, return_lse=True, backend=name)
             results.append([y.double().cpu() for y in (*x.dequantize(), out, lse)])
         # P is rounded against another maximum where tiles differ.
         what = f"attention_fp8 {backend} d{dim} block {block} everything {everything}"
-        _close(what, *results, [1e-2, 1e-2, 1e-2, 6e-2, 1e-2])
+        _close(what, results[0], results[1], [1e-2, 1e-2, 1e-2, 6e-2, 1e-2])
 
 
-def _scores_and_selection(backend: str) -> None:
+def _scores_and_selection(backend: Backend) -> None:
     q = torch.randn(2, 4, 301, 64, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(2, 2, 301, 64, device="cuda", dtype=torch.bfloat16)
     index = torch.arange(0, 320, 8, device="cuda", dtype=torch.int32).clamp(max=300).reshape(1, 1, 5, 8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from typing import Any
 
 import torch
 from hone_core.runs import Report, Run
@@ -30,7 +31,7 @@ def prepare(cfg: SpillsConfig) -> SpillsConfig:
     """
     support = SUPPORT[cfg.backend]
     names = tuple(str(dtype).removeprefix("torch.") for dtype in support.dtypes)
-    known = dict(dtypes=names, dims=support.head_dims or (), blocks=support.blocks or ())
+    known: dict[str, Any] = dict(dtypes=names, dims=support.head_dims or (), blocks=support.blocks or ())
     for name, values in known.items():
         if unknown := [value for value in getattr(cfg, name) if value not in values]:
             raise ValueError(f"{cfg.backend} takes {name} in {values}; got {unknown[0]}")
@@ -56,11 +57,11 @@ def spills(cfg: SpillsConfig, run: Run) -> Report:
             if id(code) in seen:
                 continue
             seen.add(id(code))
-            labels = dict(
+            labels: dict[str, Any] = dict(
                 dtype=dtype, dim=dim, block_q=block_q, block_k=block_k, tokens=tokens, pooled=str(pooled),
                 registers=code.registers, shared_bytes=code.shared_bytes,
             )  # fmt: skip
-            fields = dict(variant=launch.label, split=f"sm_{cfg.sm}", labels=labels)
+            fields: dict[str, Any] = dict(variant=launch.label, split=f"sm_{cfg.sm}", labels=labels)
             run.row("spills", code.spills, unit="bytes", better="lower", **fields)
             _log.info("%s %s: %d bytes spilled", launch.label, labels, code.spills)
     return Report.of(run)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from hone_core.runs import Run
 
@@ -14,7 +17,7 @@ from hone_kernels.rows import TimesReport
 
 __all__ = ["prepare", "tune"]
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Mapping[str, Any], Callable[..., None]]] = {
     "attention": (attention_tune.SHAPES, attention_tune.triton),
     "attention_gluon": (attention_tune.SHAPES, attention_tune.gluon),
     "attention_fp8": (fp8_tune.SHAPES, fp8_tune.triton),

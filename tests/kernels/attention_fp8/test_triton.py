@@ -124,8 +124,12 @@ def compare_forward(case, dtype, device, limit):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float16) for case in CASES]
+    + [pytest.param(case, torch.float32, marks=[pytest.mark.slow] * (case.batch > 1)) for case in CASES],
+    ids=str,
+)
 def test_forward_interpreted(case, dtype):
     # One P that rounds the other way, for being half an ulp off, already weighs 1e-4 where keys are few.
     compare_forward(case, dtype, "cpu", 1e-3)
@@ -196,8 +200,12 @@ PROLOGUES = [  # block, group, smooth_k, rope, order, padded
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("options", PROLOGUES, ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [(options, torch.float16) for options in PROLOGUES]
+    + [pytest.param(x, torch.float32, marks=[pytest.mark.slow] * (x != PROLOGUES[-2])) for x in PROLOGUES],
+    ids=str,
+)
 def test_prologue_interpreted(options, dtype):
     compare_prologue("cpu", dtype, *options)
 
@@ -214,12 +222,12 @@ def check_odd_strides(device, dtype):
 
 def check_lists_with_gaps(device, dtype):
     """An order, counts and lists that are columns of wider tensors."""
-    q, k, v = (torch.randn(2, 2, 200, 64, device=device).to(dtype) for _ in range(3))
+    q, k, v = (torch.randn(2, 1, 200, 64, device=device).to(dtype) for _ in range(3))
     order = torch.stack([torch.randperm(200), torch.zeros(200, dtype=torch.long)], 1).to(device)[:, 0]
     valid = torch.tensor([[64, 9, 50, 33, 8, 9, 64, 9], [50, 9, 64, 9, 1, 9, 8, 9]], device=device, dtype=torch.int32)
     valid = valid[:, ::2]
     assert order.stride(0) == valid.stride(1) == 2
-    mask = torch.rand(2, 2, 4, 4, device=device) < 0.6
+    mask = torch.rand(2, 1, 4, 4, device=device) < 0.6
     layout = BlockLayout.from_mask(mask, 200, 200, block_q=64, block_k=64, k_valid=valid)
     results = []
     for copy in (False, True):

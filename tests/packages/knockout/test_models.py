@@ -1,5 +1,6 @@
 """Knockouts and the exit inside real classes: the exact equivalences, decoding, padding, restoration."""
 
+import inspect
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from hone_knockout.method import blocked_pairs, causal_pairs
 from hone_knockout.models import attach, check_model
 from hone_knockout.prefix import PrefixRunner
 from hone_knockout.prompts import Prompt
+from hone_lm.decoders import cache_keyword, cache_of
 from hone_lm.layouts import RULES, find_layouts, locate_spans
 from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 
@@ -91,7 +93,7 @@ def test_exit_and_lv_agree_while_generating(family, base):
 def test_caches_are_shorter_after_the_exit():
     model, inputs = get("llava_onevision")
     with attach(model, KnockoutConfig(exit=2)) as handle:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         layout = handle.layouts[0]
     lengths = [cache.get_seq_length(layer) for layer in range(LAYERS)]
     assert lengths == [len(layout.frame)] * 2 + [layout.num_text] * (LAYERS - 2)
@@ -460,21 +462,32 @@ class TestRefusals:
 
     def test_filled_cache_and_late_video(self):
         model, inputs = get("qwen2_vl")
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         with attach(model, lv(1)):
             with pytest.raises(ValueError, match="cache was filled before"):
-                model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+                model(input_ids=torch.tensor([[5]]), **{cache_keyword(model): cache})
             model(**inputs)
             with pytest.raises(ValueError, match="pass the whole prompt in one forward"):
-                model(**inputs, past_key_values=cache)
+                model(**inputs, **{cache_keyword(model): cache})
 
-    @pytest.mark.parametrize("size", [8, 200])
-    def test_prefill_in_chunks(self, size):
-        """With 200 the prompt is one piece, from which generate drops the pixels all the same."""
-        model, inputs = get("llava_onevision")
-        for config in (KnockoutConfig(exit=3), lv(2)):
-            with attach(model, config), pytest.raises(ValueError, match="generate without prefill_chunk_size"):
-                model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=size)
+    @pytest.mark.parametrize("config", [KnockoutConfig(exit=3), lv(2)])
+    def test_prefill_in_chunks(self, config):
+        """Older generate drops the pixels of any piece; newer encodes them before, so that a whole video is right."""
+        model, inputs = get("qwen3_vl")
+        start, stop = find_layouts(model, inputs)[0].spans["video"]
+        match = "generate without prefill_chunk_size"
+        with attach(model, config):
+            whole = generated(model, inputs)
+            for size in (8, start + 6):
+                with pytest.raises(ValueError, match=match):
+                    generated(model, inputs, prefill_chunk_size=size)
+            for size in (stop + 1, 200):
+                if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+                    pieces = generated(model, inputs, prefill_chunk_size=size)
+                    assert float((pieces - whole).abs().max()) < 1e-5
+                else:
+                    with pytest.raises(ValueError, match=match):
+                        generated(model, inputs, prefill_chunk_size=size)
 
     def test_labels_and_static_cache(self):
         model, inputs = get("qwen2_vl")

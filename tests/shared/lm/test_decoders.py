@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hone_lm.decoders import find_decoder
-from hone_lm.tiny import FAMILIES, tiny
+from hone_lm.decoders import cache_keyword, cache_of, find_decoder
+from hone_lm.tiny import FAMILIES, tiny, tiny_inputs
 from torch import nn
 
 
@@ -60,3 +60,29 @@ def test_real_hybrid_class_is_refused():
 def test_model_without_decoder_is_refused():
     with pytest.raises(TypeError, match="Linear has no decoder"):
         find_decoder(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [("cache", lambda ids, cache=None: None), ("past_key_values", lambda ids, past_key_values=None: None)],
+)
+def test_cache_under_either_name(name, forward):
+    model = nn.Module()
+    model.forward = forward
+    assert cache_keyword(model) == name
+    assert cache_of({"input_ids": 1, name: "full"}) == "full"
+    assert cache_of({"input_ids": 1, name: None}) is None
+    assert cache_of({"input_ids": 1}) is None
+
+
+def test_forward_without_a_cache():
+    with pytest.raises(TypeError, match=r"Identity.forward takes no cache"):
+        cache_keyword(nn.Identity())
+
+
+def test_cache_that_a_model_returns_is_one_that_it_takes():
+    model, processor = tiny("qwen2_vl", layers=1)
+    cache = cache_of(model(**tiny_inputs("qwen2_vl", processor), use_cache=True))
+    before = cache.get_seq_length()
+    again = model(input_ids=torch.tensor([[5]]), **{cache_keyword(model): cache})
+    assert cache_of(again).get_seq_length() == before + 1

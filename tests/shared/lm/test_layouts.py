@@ -147,6 +147,29 @@ def test_grid_that_does_not_fit_is_refused():
         find_layouts(model, inputs)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_frames_from_positions_where_no_grid_comes(family):
+    """As in the prefill of newer generate, which encodes the video before and drops its grid."""
+    model, processor = tiny(family, layers=1)
+    inputs = tiny_inputs(family, processor, QUESTIONS, frames=6, size=84)
+    expected = find_layouts(model, inputs)
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    bare = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    found = find_layouts(model, bare | {"position_ids": seen["position_ids"]})
+    assert [layout.to_dict() for layout in found] == [layout.to_dict() for layout in expected]
+    if family != "qwen3_vl":
+        with pytest.raises(ValueError, match="fewer rows than the prompt has videos"):
+            find_layouts(model, bare)
+        cut = {name: value[..., :-20] for name, value in (bare | {"position_ids": seen["position_ids"]}).items()}
+        with pytest.raises(ValueError, match="fewer rows than the prompt has videos"):
+            find_layouts(model, cut)
+
+
 def test_frame_count_that_does_not_divide_is_refused():
     model, _ = tiny("llava_onevision")
     ids = torch.full((1, 20), 5)

@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hone_core.runs import Run
@@ -31,7 +31,7 @@ from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straig
 from hone_kernels.attention_fp8.reference import attention_fp8_reference
 from hone_kernels.rows import DENSE, timed
 
-from .api import SUPPORT, PooledKV, block_sparse_attention
+from .api import SUPPORT, Backend, PooledKV, block_sparse_attention
 from .layout import BlockLayout
 
 __all__ = ["SHAPES", "Shape", "bench", "cudnn", "flex", "providers", "random_layout", "relative"]
@@ -118,7 +118,7 @@ def bench(
     *,
     densities: Sequence[float],
     dtypes: Sequence[torch.dtype],
-    backends: Sequence[str],
+    backends: Sequence[Backend],
     modes: Sequence[str],
     block: int = 128,
     rounds: int = 20,
@@ -150,7 +150,7 @@ def bench(
             torch.manual_seed(seed)
             layouts = {density: random_layout(shape.heads, shape.tokens, density, block) for density in densities}
             q, k, v = inputs(shape, torch.bfloat16 if dtype == FP8 else dtype)
-            usable = []
+            usable: list[Backend] = []
             for name in backends:
                 support = (FP8_SUPPORT if dtype == FP8 else SUPPORT).get(name)
                 reason: str | None = "it has no FP8 kernel"
@@ -160,7 +160,7 @@ def bench(
                     usable.append(name)
                 else:
                     _log.info("%s, %s: no backend %r, since %s", shape.name, dtype, name, reason)
-            labels = dict(
+            labels: dict[str, Any] = dict(
                 shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
                 dtype=str(dtype).removeprefix("torch."), block=block,
             )  # fmt: skip
@@ -182,7 +182,7 @@ def _attention(
     dtype: torch.dtype,
     layouts: dict[float, BlockLayout],
     qkv: tuple[Tensor, Tensor, Tensor],
-    backends: Sequence[str],
+    backends: Sequence[Backend],
     rounds: int,
     seed: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -191,10 +191,11 @@ def _attention(
     pooled = None
     if mode == "forward pooled":
         groups = math.ceil(shape.tokens / 30)
-        pooled = PooledKV(*inputs(shape, dtype, groups)[1:], torch.tensor(30.0, device=_DEVICE).log())
+        _, far_k, far_v = inputs(shape, dtype, groups)
+        pooled = PooledKV(far_k, far_v, torch.tensor(30.0, device=_DEVICE).log())
     leaves = [x.detach().requires_grad_(backward) for x in qkv]
     dout = torch.randn_like(qkv[0])
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     facts: dict[str, tuple[str, float, float | None]] = {}
     for density, layout in layouts.items():
         if dtype == FP8:
@@ -230,13 +231,13 @@ def _prologue(
     dtype: torch.dtype,
     layouts: dict[float, BlockLayout],
     qkv: tuple[Tensor, Tensor, Tensor],
-    backends: Sequence[str],
+    backends: Sequence[Backend],
     rounds: int,
     seed: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rounding q, k and v to E4M3, beside a device copy of as many bytes: two read and one written an element."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv)  # [B, S, H, D], as projections leave them
-    calls: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], Any]] = {
         f"hone {name}": functools.partial(quantize_qkv, q, k, v, backend=name) for name in backends
     }
     errors = {}
@@ -255,18 +256,18 @@ def _prologue(
 
 
 def _fp8_providers(
-    layout: BlockLayout, qkv: tuple[Tensor, Tensor, Tensor], backends: Sequence[str], backward: bool
+    layout: BlockLayout, qkv: tuple[Tensor, Tensor, Tensor], backends: Sequence[Backend], backward: bool
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """The FP8 forward on operands that are there, the same with its prologue, or the training op; cuDNN in bfloat16."""
 
-    def train(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def train(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: straight_through_attention(q, k, v, layout, backend=name)
 
-    def forward(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def forward(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         operands = quantize_qkv(*qkv, backend=name)
         return lambda q, k, v: quantized_attention(operands, layout, backend=name)
 
-    def whole(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def whole(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: quantized_attention(quantize_qkv(q, k, v, backend=name), layout, backend=name)
 
     if backward:
@@ -280,7 +281,7 @@ def _fp8_providers(
 def providers(
     layout: BlockLayout,
     dtype: torch.dtype,
-    backends: Sequence[str],
+    backends: Sequence[Backend],
     *,
     pooled: PooledKV | None = None,
     backward: bool = False,
@@ -295,7 +296,7 @@ def providers(
         backward: Whether gradients must flow.
     """
 
-    def ours(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def ours(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: block_sparse_attention(q, k, v, layout, pooled=pooled, backend=name)
 
     found = {f"hone {name}": ours(name) for name in backends}
@@ -339,7 +340,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(flex_attention, dynamic=False)
+    # Of the op's overloads, the one that returns the output alone.
+    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=False))
 
 
 def flex(layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -28,12 +28,15 @@ __all__ = ["SHAPES", "check", "gluon", "inputs", "triton"]
 SHAPES: dict[str, Shape] = {**BENCH_SHAPES, "small": Shape("small", 2, 2048, 64, 2)}
 """The last one only shows that everything runs."""
 
+_NONE = (None, None, None, None)
+"""In place of padding and pooled keys."""
+
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
 _WARMUP = 2
 _log = logging.getLogger(__name__)
 
 # (kernel, head size) -> Tiles' fields in order.
-TILES = {
+TILES: dict[tuple[str, int], list[tuple[Any, ...]]] = {
     ("forward", 128): [
         (64, 64, 4, 1, True), (64, 64, 4, 1, True, 128), (64, 64, 4, 2, True), (64, 128, 4, 1, True), (128, 64, 8, 1,
         True, 128), (128, 64, 8, 3, True), (128, 128, 8, 2, True),
@@ -117,10 +120,9 @@ def _triton(run: Run, shape: Shape, kernel: str, candidates: list[Any], rounds: 
     dim, scale = shape.dim, shape.dim**-0.5
     small = inputs(Shape("", 3, 1000, dim, 3), 4)
     layout = random_layout(3, 1000, 0.5)
-    leaves = [x.float().requires_grad_() for x in small[:3]]
-    out, lse = attention_reference(*leaves, layout, scale)
-    out.backward(small[3].float())
-    want = (out, lse) if kernel == "forward" else tuple(x.grad for x in leaves)
+    q, k, v = leaves = [x.float().requires_grad_() for x in small[:3]]
+    out, lse = attention_reference(q, k, v, layout, scale)
+    want = (out, lse) if kernel == "forward" else torch.autograd.grad(out, leaves, small[3].float())
     errors = {}
     for tiles in candidates:
         try:
@@ -143,7 +145,7 @@ def _triton(run: Run, shape: Shape, kernel: str, candidates: list[Any], rounds: 
                 )
         work = _work(shape, layout.density().item()) * (1 if kernel == "forward" else 2.5)
         for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-            fields = dict(work=work, error=errors.get(name), shape=shape.name, dim=dim, density=density)
+            fields: dict[str, Any] = dict(work=work, error=errors.get(name), shape=shape.name, dim=dim, density=density)
             timed(run, name, timing, split=kernel, **fields)
         del calls, state
         gc.collect()
@@ -154,7 +156,8 @@ def _state(x: list[Tensor], layout: BlockLayout) -> tuple[Any, ...]:
     """What a backward needs of its forward."""
     from .triton import attention_forward
 
-    got = attention_forward(*x[:3], layout.kv_num, layout.kv_idx, *[None] * 4, 128, 128, x[0].shape[3] ** -0.5)
+    q, k, v, _ = x
+    got = attention_forward(q, k, v, layout.kv_num, layout.kv_idx, *_NONE, 128, 128, q.shape[3] ** -0.5)
     return *got, layout.transpose(), torch.zeros_like(got[1])
 
 
@@ -163,11 +166,11 @@ def _call(kernel: str, tiles: Any, x: list[Tensor], layout: BlockLayout, state: 
     from .triton import attention_backward, attention_forward
 
     (q, k, v, dout), (out, lse, columns, dlse) = x, state
-    lists, none, scale = (layout.kv_num, layout.kv_idx), [None] * 4, q.shape[3] ** -0.5
+    lists, scale = (layout.kv_num, layout.kv_idx), q.shape[3] ** -0.5
     if kernel == "forward":
-        return lambda: attention_forward(q, k, v, *lists, *none, 128, 128, scale, tiles)
+        return lambda: attention_forward(q, k, v, *lists, *_NONE, 128, 128, scale, tiles)
     return lambda: attention_backward(
-        dout, dlse, q, k, v, out, lse, *lists, columns.kv_num, columns.kv_idx, *none, 128, 128, scale, {kernel: tiles}
+        dout, dlse, q, k, v, out, lse, *lists, columns.kv_num, columns.kv_idx, *_NONE, 128, 128, scale, {kernel: tiles}
     )[:3]
 
 
@@ -191,27 +194,28 @@ def gluon(run: Run, shapes: Mapping[str, Shape], *, candidates: int | None, roun
 def _gluon(run: Run, shape: Shape, configs: list[Any], block_q: int, block_k: int, rounds: int, seed: int) -> None:
     q, k, v = inputs(shape)
     few = _uneven_layout(2, shape.tokens, 0.1, block_q, block_k)
-    part = [x[:, :2] for x in (q, k, v)]
-    want = attention_reference(*part, few, shape.dim**-0.5)
+    part_q, part_k, part_v = (x[:, :2] for x in (q, k, v))
+    want = attention_reference(part_q, part_k, part_v, few, shape.dim**-0.5)
     seen = want[1].isfinite()
     errors = {}
     for config in configs:
         # A program that waits for an arrival that never comes holds the device: it ends the process.
         faulthandler.dump_traceback_later(60, exit=True)
         try:
-            got = _forward(*part, few, config)
+            got = _forward(part_q, part_k, part_v, few, config)
             torch.cuda.synchronize()
         except (RuntimeError, ValueError) as error:
             _log.info("%s fails: %s", config, str(error).splitlines()[0][:100])
             continue
         finally:
             faulthandler.cancel_dump_traceback_later()
-        errors[str(config)] = check(f"{shape.name} {config}", *[(x[0][seen], x[1][seen]) for x in (got, want)])
+        pairs = [(x[0][seen], x[1][seen]) for x in (got, want)]
+        errors[str(config)] = check(f"{shape.name} {config}", pairs[0], pairs[1])
     layouts: dict[str, BlockLayout] = {}
     for density in DENSITIES if block_k == 128 else (0.5, 0.1):
         scores = torch.rand(1, shape.heads, -(-shape.tokens // block_q), -(-shape.tokens // block_k), device="cuda")
         keep = max(1, round(scores.shape[3] * density))
-        sizes = dict(block_q=block_q, block_k=block_k)
+        sizes: dict[str, Any] = dict(block_q=block_q, block_k=block_k)
         layouts[f"{density:g}"] = BlockLayout.from_topk(scores, keep, shape.tokens, shape.tokens, **sizes)
         del scores
     layouts["0.2 uneven"] = _uneven_layout(shape.heads, shape.tokens, 0.2, block_q, block_k)
@@ -224,7 +228,9 @@ def _gluon(run: Run, shape: Shape, configs: list[Any], block_q: int, block_k: in
         density = layout.density().item()
         for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
             work = _work(shape, 1.0 if name == DENSE else density)
-            fields = dict(error=errors.get(name), shape=shape.name, dim=shape.dim, lists=lists, density=density)
+            fields: dict[str, Any] = dict(
+                error=errors.get(name), shape=shape.name, dim=shape.dim, lists=lists, density=density
+            )
             timed(run, name, timing, split=f"{block_q} x {block_k}", work=work, **fields)
         gc.collect()
         torch.cuda.empty_cache()
@@ -233,8 +239,8 @@ def _gluon(run: Run, shape: Shape, configs: list[Any], block_q: int, block_k: in
 def _pooled(run: Run, shape: Shape, rounds: int, seed: int) -> None:
     q, k, v = inputs(shape)
     groups = shape.tokens // 30
-    far = inputs(Shape("", shape.heads, groups, shape.dim, shape.heads), 2)
-    pooled = PooledKV(*far, torch.full((groups,), 3.4, device="cuda"))
+    far_k, far_v = inputs(Shape("", shape.heads, groups, shape.dim, shape.heads), 2)
+    pooled = PooledKV(far_k, far_v, torch.full((groups,), 3.4, device="cuda"))
     layout = random_layout(shape.heads, shape.tokens, 0.1)
     density = layout.density().item()
     work = _work(shape, density) + 4.0 * shape.dim * shape.heads * shape.tokens * groups
@@ -253,7 +259,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, config: Any) 
 
     blocks = (layout.block_q, layout.block_k)
     lists = (layout.kv_num, layout.kv_idx, layout.k_valid)
-    return attention_forward(q, k, v, *lists, *[None] * 3, *blocks, q.shape[3] ** -0.5, config)
+    return attention_forward(q, k, v, *lists, None, None, None, *blocks, q.shape[3] ** -0.5, config)
 
 
 def _uneven_layout(heads: int, tokens: int, density: float, block_q: int, block_k: int) -> BlockLayout:

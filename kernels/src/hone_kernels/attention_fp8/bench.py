@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import torch
 from hone_core.runs import Run
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from hone_kernels.attention import block_sparse_attention
 from hone_kernels.attention.bench import SHAPES, Shape, random_layout, relative
+from hone_kernels.backends import Backend
 from hone_kernels.rows import timed
 
-from .api import straight_through_attention
+from .api import Delta, straight_through_attention
 from .quantize import FP8Operands, quantize_qkv
 
 __all__ = ["DENSITIES", "PROLOGUES", "bench", "check_prologue", "inputs", "rope_and_order", "shipped"]
@@ -33,6 +35,9 @@ PROLOGUES = {
     "wan-14b 720p": Shape("wan-14b 720p", 40, 75600, 128, 40),
 }
 """Shapes of the prologue; all but the largest are those of the backward."""
+
+BACKENDS: tuple[Backend, Backend] = ("triton", "reference")
+"""What is timed, and what its values are compared with."""
 
 _FIELDS = ("q8", "k8", "v8", "q_scale", "k_scale", "v_scale")
 _WARMUP = 3
@@ -115,41 +120,41 @@ def _labels(shape: Shape) -> dict[str, str | int]:
 
 
 def _backward(run: Run, shape: Shape, densities: Sequence[float], rounds: int, seed: int) -> None:
-    *leaves, dout = inputs(shape, 4)
-    leaves = [x.requires_grad_() for x in leaves]
+    q, k, v, dout = inputs(shape, 4)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
     kernel = f"forward d{shape.dim}"
-    own = dict(kernel=kernel, settings=shipped()[kernel])
+    own: dict[str, Any] = dict(kernel=kernel, settings=shipped()[kernel])
     for density in densities:
         layout = random_layout(shape.heads, shape.tokens, density)
         errors = _check_gradients(shape, leaves, density)
         outs = {
-            f"fp8, delta {delta}": straight_through_attention(*leaves, layout, delta=delta)
-            for delta in ("exact", "forward")
+            f"fp8, delta {delta}": straight_through_attention(q, k, v, layout, delta=delta) for delta in get_args(Delta)
         }
-        outs["bf16"] = block_sparse_attention(*leaves, layout)
+        outs["bf16"] = block_sparse_attention(q, k, v, layout)
         calls = {
             name: functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
             for name, out in outs.items()
         }
         work = 10.0 * shape.dim * shape.heads * layout.density().item() * shape.tokens**2
         for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-            fields = dict(work=work, error=errors.get(name), density=density, **_labels(shape))
+            fields: dict[str, Any] = dict(work=work, error=errors.get(name), density=density, **_labels(shape))
             timed(run, name, timing, split="backward", **fields, **({} if name == "bf16" else own))
 
 
 def _check_gradients(shape: Shape, leaves: Sequence[Tensor], density: float) -> dict[str, float]:
     """Errors of the gradients through two heads to exact attention's, beside what rounding alone makes of them."""
     tokens = min(shape.tokens, _TOKENS_CHECKED)
-    few = [x.detach()[:, :2, :tokens].requires_grad_() for x in leaves]
+    few = q, k, v = tuple(x.detach()[:, :2, :tokens].requires_grad_() for x in leaves)
     layout = random_layout(2, tokens, density)
-    dout = torch.randn_like(few[0])
-    exact = [x.detach().float().requires_grad_() for x in few]
-    want = torch.autograd.grad(block_sparse_attention(*exact, layout, backend="reference"), exact, dout.float())
+    dout = torch.randn_like(q)
+    exact = exact_q, exact_k, exact_v = tuple(x.detach().float().requires_grad_() for x in few)
+    out = block_sparse_attention(exact_q, exact_k, exact_v, layout, backend="reference")
+    want = torch.autograd.grad(out, exact, dout.float())
     errors = {}
-    for delta in ("exact", "forward"):
+    for delta in get_args(Delta):
         grads = [
-            torch.autograd.grad(straight_through_attention(*few, layout, delta=delta, backend=name), few, dout)
-            for name in ("triton", "reference")
+            torch.autograd.grad(straight_through_attention(q, k, v, layout, delta=delta, backend=name), few, dout)
+            for name in BACKENDS
         ]
         error, emulated = (relative(got, want) for got in grads)
         if not error < 1.3 * emulated:
@@ -164,7 +169,7 @@ def _check_gradients(shape: Shape, leaves: Sequence[Tensor], density: float) -> 
 def _prologue(run: Run, shape: Shape, rounds: int, seed: int) -> None:
     q, k, v = inputs(shape)
     rope, order = rope_and_order(shape.tokens, shape.dim)
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "plain": {},
         "rope": dict(rope=rope),
         "rope, order": dict(rope=rope, order=order),
@@ -174,7 +179,7 @@ def _prologue(run: Run, shape: Shape, rounds: int, seed: int) -> None:
     errors = {}
     for kind, options in kinds.items():
         part = [x[:, :1] for x in (q, k, v)]
-        got, want = (_fields(quantize_qkv(*part, **options, backend=name)) for name in ("triton", "reference"))
+        got, want = (_fields(quantize_qkv(*part, **options, backend=name)) for name in BACKENDS)
         errors[kind] = check_prologue(f"{shape.name}, {kind}", got, want)
     calls: dict[str, Callable[[], object]] = {
         kind: functools.partial(quantize_qkv, q, k, v, **options) for kind, options in kinds.items()
@@ -186,9 +191,9 @@ def _prologue(run: Run, shape: Shape, rounds: int, seed: int) -> None:
     calls["device copy"] = lambda: target.copy_(source)
     if shape.name != "wan-14b 720p":
         calls["torch, plain"] = lambda: quantize_qkv(q, k, v, backend="reference")
-    own = dict(kernel="prologue", settings=shipped()["prologue"])
+    own: dict[str, Any] = dict(kernel="prologue", settings=shipped()["prologue"])
     for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-        fields = dict(work=moved, unit="GB/s", error=errors.get(name), **_labels(shape))
+        fields: dict[str, Any] = dict(work=moved, unit="GB/s", error=errors.get(name), **_labels(shape))
         timed(run, name, timing, split="prologue", **fields, **(own if name in kinds else {}))
 
 

@@ -29,7 +29,7 @@ SHAPES["small"] = Shape("small", 2, 2080, 64, 2)
 """The last one only shows that everything runs."""
 
 # Head size -> Tiles' fields in order.
-TILES = {
+TILES: dict[int, list[Any]] = {
     128: [
         (64, 128, 4, 2, True, 168), (64, 128, 4, 2, True), (64, 128, 4, 3, True, 168), (64, 64, 4, 2, True, 168),
         (128, 128, 8, 2, True, 168), (128, 128, 8, 3, True),
@@ -101,30 +101,32 @@ def _forward(run: Run, shape: Shape, qkv: tuple[Tensor, ...], candidates: int | 
         calls = {str(t): lambda t=t, layout=layout: call(operands, layout, t) for t in good}
         work = 4.0 * shape.dim * shape.heads * shape.tokens**2 * layout.density().item()
         for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-            fields = dict(work=work, error=errors[name], shape=shape.name, dim=shape.dim, density=density)
+            fields: dict[str, Any] = dict(
+                work=work, error=errors[name], shape=shape.name, dim=shape.dim, density=density
+            )
             timed(run, name, timing, split="forward", **fields)
 
 
 def _prologue(
-    run: Run, shape: Shape, qkv: tuple[Tensor, ...], kind: str, options: tuple[Any, ...], candidates: int | None,
-    rounds: int, seed: int,
+    run: Run, shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], kind: str, options: tuple[Any, Any, Any],
+    candidates: int | None, rounds: int, seed: int,
 ) -> None:  # fmt: skip
     from .triton_quantize import Prologue, quantize_triton
 
     q, k, v = qkv
-    want = quantize_reference(*(x[:, :1] for x in qkv), *options, None, 128, 1, False)[:6]
+    want = quantize_reference(q[:, :1], k[:, :1], v[:, :1], *options, None, 128, 1, False)[:6]
     calls, errors = {}, {}
     for settings in [Prologue(*x) for x in PROLOGUES[kind][:candidates]]:
 
         def prologue(settings: Prologue = settings) -> tuple[Tensor, ...]:
-            return quantize_triton(q, k, v, *options, None, 128, 1, False, settings)
+            return quantize_triton(q, k, v, *options, None, 128, 1, False, settings)[:6]
 
-        got = prologue()[:6]
-        errors[str(settings)] = check_prologue(f"{kind} {settings}", [x[:, :1] for x in got], want)
+        few = [x[:, :1] for x in prologue()]
+        errors[str(settings)] = check_prologue(f"{kind} {settings}", few, want)
         calls[str(settings)] = prologue
-    labels = dict(shape=shape.name, dim=shape.dim)
+    labels: dict[str, Any] = dict(shape=shape.name, dim=shape.dim)
     for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-        fields = dict(work=9.0 * q.numel(), unit="GB/s", error=errors[name], **labels)
+        fields: dict[str, Any] = dict(work=9.0 * q.numel(), unit="GB/s", error=errors[name], **labels)
         timed(run, name, timing, split=kind, **fields)
     for name, call in calls.items():
         for kernel, ms in _kernel_times(call).items():

@@ -7,6 +7,7 @@ import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hone_core.runs import Run
@@ -18,7 +19,7 @@ from hone_kernels.attention.bench import cudnn
 from hone_kernels.block_select import select_blocks
 from hone_kernels.rows import DENSE, timed
 
-from .api import KINDS, block_scores
+from .api import KINDS, Kind, block_scores
 
 __all__ = ["SHAPES", "Shape", "bench", "check_values", "inputs", "sample_index", "shipped"]
 
@@ -81,7 +82,7 @@ def sample_index(tokens: int, samples: int) -> Tensor:
     return torch.where(index < tokens, index, -1).to(torch.int32)[None, None]
 
 
-def check_values() -> dict[str, float]:
+def check_values() -> dict[Kind, float]:
     """Errors of both ops on ragged sequences of each head size and dtype, by kind of score.
 
     Raises:
@@ -94,14 +95,14 @@ def check_values() -> dict[str, float]:
     ):
         q = torch.randn(2, 4, 3000, dim, device="cuda", dtype=dtype)
         k = torch.randn(2, 2, 3000, dim, device="cuda", dtype=dtype)
-        index = [sample_index(3000, BLOCK if kind == "mean" else 16)] * 2
-        got = block_scores(q, k, *index, kind=kind, backend="triton")
-        want = block_scores(q.double(), k.double(), *index, kind=kind, backend="reference")
+        index = sample_index(3000, BLOCK if kind == "mean" else 16)
+        got = block_scores(q, k, index, index, kind=kind, backend="triton")
+        want = block_scores(q.double(), k.double(), index, index, kind=kind, backend="reference")
         error = float((got - want).abs().max() / want.max())
         _check(f"block_scores {kind} {dtype} {dim}", error, 1e-4)
         worst[kind] = max(worst[kind], error)
         for mass, forced in itertools.product((None, 0.9), (0, 2)):
-            rule = {"min_keep": 2, "max_keep": 6, "mass": mass, "keep_diagonal": True, "forced": forced}
+            rule: dict[str, Any] = {"min_keep": 2, "max_keep": 6, "mass": mass, "keep_diagonal": True, "forced": forced}
             mine, theirs = (select_blocks(got, backend=name, **rule).kv_num for name in ("triton", "reference"))
             _check(f"select_blocks {mass} {forced}: rows cut elsewhere", float((mine != theirs).float().mean()), 0.01)
     return worst
@@ -132,25 +133,28 @@ def bench(run: Run, shapes: dict[str, Shape], *, rounds: int = 20, seed: int = 0
         torch.cuda.empty_cache()
 
 
-def _bench(run: Run, name: str, shape: Shape, errors: dict[str, float], rounds: int, seed: int) -> None:
+def _bench(run: Run, name: str, shape: Shape, errors: dict[Kind, float], rounds: int, seed: int) -> None:
     q, k, v = inputs(shape)
     tokens, blocks = shape.tokens, -(-shape.tokens // BLOCK)
     forced = blocks - (tokens - shape.text) // BLOCK if shape.text else 0
     calls: dict[str, Callable[[], object]] = {}
     found: dict[str, float] = {}
-    for kind, samples in (("paper", 16), ("paper", 32), ("official", 32), ("lse", 16), ("mean", BLOCK)):
+    kinds: tuple[tuple[Kind, int], ...]
+    kinds = (("paper", 16), ("paper", 32), ("official", 32), ("lse", 16), ("mean", BLOCK))
+    for kind, samples in kinds:
         index = sample_index(tokens, samples)
         calls[f"scores {kind} {samples}"] = functools.partial(block_scores, q, k, index, index, kind=kind)
         found[f"scores {kind} {samples}"] = errors[kind]
     index = sample_index(tokens, 16)
     most = max(1, round(shape.most * blocks))
-    rule = dict(min_keep=max(1, most // 4), max_keep=most, mass=0.95, keep_diagonal=True, forced=forced)
+    rule: dict[str, Any] = dict(min_keep=max(1, most // 4), max_keep=most, mass=0.95, keep_diagonal=True, forced=forced)
     scores = block_scores(q, k, index, index)
     kept = select_blocks(scores, **rule)
     layout = BlockLayout(kept.kv_num, kept.kv_idx, tokens, tokens, BLOCK, BLOCK)
     groups = -(-(tokens - shape.text) // shape.pool)
-    far = [torch.randn(shape.batch, shape.heads, groups, shape.dim, device="cuda", dtype=q.dtype) for _ in range(2)]
-    pooled = PooledKV(*far, torch.tensor(float(shape.pool), device="cuda").log())
+    make = (shape.batch, shape.heads, groups, shape.dim)
+    far_k, far_v = (torch.randn(make, device="cuda", dtype=q.dtype) for _ in range(2))
+    pooled = PooledKV(far_k, far_v, torch.tensor(float(shape.pool), device="cuda").log())
     calls |= {
         "select threshold": lambda: select_blocks(scores, **rule),
         "select topk": lambda: select_blocks(scores, max_keep=most, keep_diagonal=True, forced=forced),
@@ -160,12 +164,12 @@ def _bench(run: Run, name: str, shape: Shape, errors: dict[str, float], rounds: 
         "attention pooled": lambda: block_sparse_attention(q, k, v, layout, pooled=pooled),
         DENSE: lambda: cudnn(q, k, v),
     }
-    labels = dict(
+    labels: dict[str, Any] = dict(
         shape=name, batch=shape.batch, heads=shape.heads, tokens=tokens, dim=shape.dim, dtype="bfloat16",
         density=float(layout.density()), pooled=groups,
     )  # fmt: skip
     kernel = f"2 bytes d{shape.dim}"
-    own = dict(kernel=kernel, settings=shipped()[kernel])
+    own: dict[str, Any] = dict(kernel=kernel, settings=shipped()[kernel])
     for call, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-        fields = dict(error=found.get(call), **labels, **(own if call.startswith("scores") else {}))
+        fields: dict[str, Any] = dict(error=found.get(call), **labels, **(own if call.startswith("scores") else {}))
         timed(run, call, timing, split="prober", **fields)

@@ -19,6 +19,7 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, check_values, measure
+from hone_lm.decoders import cache_keyword, cache_of
 from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
@@ -288,7 +289,8 @@ def _prefill(
 
 def _decode_rate(model: nn.Module, out: Any, token: Tensor, tokens: int) -> float:
     """Tokens per second after a prefill that gave ``out``, each with the embedding ``token``; one more goes before."""
-    step = partial(model, inputs_embeds=token, past_key_values=out.past_key_values, logits_to_keep=1, use_cache=True)
+    cache = {cache_keyword(model): cache_of(out)}
+    step = partial(model, inputs_embeds=token, **cache, logits_to_keep=1, use_cache=True)
     step()
     with Stopwatch(token.device) as watch:
         for _ in range(tokens):

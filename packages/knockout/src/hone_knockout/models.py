@@ -16,7 +16,7 @@ from typing import Any, cast
 from hone_core.handles import CallState, Handle, Hooks, resolve
 from hone_lm.attention import AttentionTap, tap_attention
 from hone_lm.checkpoints import read_config
-from hone_lm.decoders import Decoder, deepstack_layers, find_decoder
+from hone_lm.decoders import Decoder, cache_of, deepstack_layers, find_decoder
 from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         self._hooks.check()
         inputs = self._signature.bind_partial(*args, **kwargs).arguments
         inputs = inputs | inputs.get("kwargs", {})
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         if cache is not None and int(cache.get_seq_length()) > 0:
             self._refuse_late_video(inputs)
             return
@@ -139,7 +139,10 @@ class KnockoutHandle(Handle[KnockoutConfig]):
             raise ValueError("the cache was filled before this was attached; attach first, then run the whole prompt")
         pixels = _pixels(inputs)
         if pixels:
-            raise ValueError(f"{pixels[0]} came with a filled cache: pass the whole prompt in one forward")
+            raise ValueError(
+                f"{pixels[0]} came with a filled cache: pass the whole prompt in one forward, and call generate "
+                "without prefill_chunk_size"
+            )
 
     def start(self, layouts: list[TokenLayout], ids: Tensor | None = None) -> None:
         """Take up a batch of prompts; the forward hooks call this themselves.
@@ -161,7 +164,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         states = kwargs.get("inputs_embeds")
         if states is None:
             states = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         self.begin(int(states.shape[1]), 0 if cache is None else int(cache.get_seq_length()))
 
     def begin(self, queries: int, start: int = 0) -> None:
@@ -354,12 +357,14 @@ def _check_late_layers(text: Any, config: KnockoutConfig) -> None:
 
 
 def _pixels(inputs: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in inputs.items() if name.startswith("pixel_values") and value is not None]
+    """Arguments that carry pixels, or in their place the features that newer generate encodes before the prompt."""
+    carriers = ("pixel_values", "mm_encoder_outputs")
+    return [name for name, value in inputs.items() if name.startswith(carriers) and value is not None]
 
 
 def _refuse_chunks(inputs: Mapping[str, Any]) -> None:
     """Refuse a prompt that generate hands over in pieces: it leaves the pixels out, and a piece is not the layout."""
-    if inputs.get("past_key_values") is not None and inputs.get("input_ids") is not None and not _pixels(inputs):
+    if cache_of(inputs) is not None and inputs.get("input_ids") is not None and not _pixels(inputs):
         raise ValueError(
             f"a prompt of {inputs['input_ids'].shape[1]} tokens came with a cache and without pixels, as in chunked "
             "prefill, which drops the video. Call generate without prefill_chunk_size"

@@ -163,7 +163,7 @@ def judge(
         rows: Lines of the answers file.
         found: Configurations of the sweep.
         num_layers: Of the decoder.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         Finding to its numbers: accuracy losses and margins in points, ``rule``: yes or no, what the rule says of the

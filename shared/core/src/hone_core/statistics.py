@@ -45,7 +45,7 @@ def bootstrap_interval(
         values: ``[N]``, one per item.
         level: Coverage, in (0, 1).
         draws: Bootstrap samples.
-        seed: Of the draws.
+        seed: Seed of the draws.
         resamples: ``[draws, N]`` the items of each sample, in place of ``draws`` and ``seed``: for who has drawn them
             already.
 
@@ -83,7 +83,7 @@ def bootstrap_accuracies(
     Args:
         right: ``[items, configurations]``, whether each answer is right.
         strata: Of each item. As many are drawn of each as there are: how many was a choice, not chance.
-        seed: Of the draws.
+        seed: Seed of the draws.
         draws: Bootstrap samples.
 
     Returns:

@@ -1,7 +1,9 @@
-"""The decoder inside a vision-language model: its layers, its head, and what it can take."""
+"""The decoder inside a vision-language model: its layers, its head, its cache, and what it can take."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,9 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Decoder", "deepstack_layers", "find_decoder"]
+__all__ = ["Decoder", "cache_keyword", "cache_of", "deepstack_layers", "find_decoder"]
+
+_CACHE_NAMES = ("cache", "past_key_values")  # of newer and of older forwards
 
 SOFTMAX_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 """``layer_types`` whose attention is a softmax over pairs, so that a pair can be blocked."""
@@ -77,3 +81,21 @@ def deepstack_layers(config: Any) -> int:
     """First layers after which visual features are added to visual rows (DeepStack), by a model's config."""
     vision = getattr(config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward or in its output, under whichever name it has; None without one."""
+    return next((values[name] for name in _CACHE_NAMES if name in values and values[name] is not None), None)
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """Name of the argument that takes the cache in this model's forward.
+
+    Raises:
+        TypeError: The forward takes none.
+    """
+    taken = inspect.signature(model.forward).parameters
+    for name in _CACHE_NAMES:
+        if name in taken:
+            return name
+    raise TypeError(f"{type(model).__name__}.forward takes no cache; expected one of {', '.join(_CACHE_NAMES)}")

@@ -323,7 +323,8 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
     Args:
         model: The model, or its config.
         inputs: What the processor made: ``input_ids`` ``[batch, tokens]``, and where the class has them
-            ``attention_mask`` and ``video_grid_thw``.
+            ``attention_mask`` and ``video_grid_thw``; without a grid, ``position_ids`` of rows and columns, which
+            newer ``generate`` hands to the model in its place.
         tokens_per_frame: Cut runs of video placeholders into frames of so many tokens, in place of the class's own
             rule; in a prompt without any, those of image placeholders, which some classes use for video. Needed for a
             class without a rule whose frames follow each other without text between.
@@ -344,10 +345,13 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
     real = torch.ones_like(ids, dtype=torch.bool)
     if isinstance(padding, Tensor) and padding.dim() == 2:
         real = padding.detach().to("cpu").bool()
-    grids = {kind: iter(_rows(inputs.get(f"{kind}_grid_thw"))) for kind in ("image", "video")}
+    grids = {kind: _rows(inputs.get(f"{kind}_grid_thw")) for kind in ("image", "video")}
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
-    gridded = isinstance(merge, int) and any(inputs.get(f"{kind}_grid_thw") is not None for kind in grids)
-    row = _Row(config, grids, gridded, tokens_per_frame)
+    positions = inputs.get("position_ids")
+    if isinstance(merge, int) and not any(grids.values()) and isinstance(positions, Tensor) and positions.dim() == 3:
+        grids = _grids_of_positions(positions[-2:].to("cpu"), ids, real, placeholders, merge)
+    gridded = isinstance(merge, int) and any(grids.values())
+    row = _Row(config, {kind: iter(rows) for kind, rows in grids.items()}, gridded, tokens_per_frame)
     return [_layout(row, ids[index], real[index], placeholders) for index in range(len(ids))]
 
 
@@ -411,11 +415,41 @@ def _placeholders(config: Any) -> dict[int, str]:
     return found
 
 
+def _visual_runs(ids: Tensor, real: Tensor, placeholders: dict[int, str]) -> list[tuple[str, int, int]]:
+    """Runs of placeholders in a prompt, as (kind, start, stop)."""
+    kinds = [placeholders.get(value) if keep else None for value, keep in zip(ids.tolist(), real.tolist(), strict=True)]
+    return [(kind, start, stop) for kind, start, stop in _runs(kinds) if kind]
+
+
+def _grids_of_positions(
+    positions: Tensor, ids: Tensor, real: Tensor, placeholders: dict[int, str], merge: int
+) -> dict[str, list[Any]]:
+    """The (T, H, W) in patches of each run, from its rotary positions; none at all where a run is no such grid.
+
+    Args:
+        positions: ``[2, batch, tokens]``, row and column of each visual token.
+        ids: ``[batch, tokens]``.
+        real: ``[batch, tokens]``.
+        placeholders: Id to kind.
+        merge: Patches on a side of a token.
+    """
+    grids: dict[str, list[Any]] = {"image": [], "video": []}
+    for index in range(len(ids)):
+        for kind, start, stop in _visual_runs(ids[index], real[index], placeholders):
+            rows, columns = positions[:, index, start:stop]
+            height, width = len(rows.unique()), len(columns.unique())
+            time = (stop - start) // (height * width)
+            one = torch.stack([rows - rows.min(), columns - columns.min()], 1)
+            if not torch.equal(one, torch.cartesian_prod(torch.arange(height), torch.arange(width)).repeat(time, 1)):
+                return {"image": [], "video": []}
+            grids[kind].append((time, height * merge, width * merge))
+    return grids
+
+
 def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) -> TokenLayout:
     frame = torch.full((len(ids),), TEXT, dtype=torch.long)
     separators: list[int] = []
-    kinds = [placeholders.get(value) if keep else None for value, keep in zip(ids.tolist(), real.tolist(), strict=True)]
-    runs = [(kind, start, stop) for kind, start, stop in _runs(kinds) if kind]
+    runs = _visual_runs(ids, real, placeholders)
     if not runs:
         names = ", ".join(f"{kind} id {value}" for value, kind in placeholders.items())
         raise ValueError(

@@ -9,7 +9,7 @@ from hone_core.lazy import lazy_names as _lazy_names
 __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
-        "architectures": ["FULL_SIZE", "full_size", "tiny", "tiny_pipeline"],
+        "architectures": ["FULL_SIZE", "full_size", "tiny", "tiny_inputs", "tiny_pipeline"],
         "attachment": ["Method"],
         "clips": ["fake_batch", "load_glyphs", "render"],
         "grader": ["ClipClassifier", "estimate_motion", "grade"],

@@ -18,8 +18,9 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-__all__ = ["FULL_SIZE", "full_size", "tiny", "tiny_pipeline"]
+__all__ = ["FULL_SIZE", "full_size", "tiny", "tiny_inputs", "tiny_pipeline"]
 
 
 def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any) -> ModelMixin:
@@ -43,6 +44,40 @@ def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(**{**defaults, **config}).eval()
+
+
+def tiny_inputs(
+    kind: Literal["wan", "cogvideox"] = "wan",
+    *,
+    batch: int = 2,
+    frames: int = 3,
+    height: int = 10,
+    width: int = 14,
+    timestep: int = 500,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random arguments of a ``tiny`` model's forward, with 8 text tokens.
+
+    Args:
+        kind: As for ``tiny``.
+        batch: Videos.
+        frames: Latent frames.
+        height: Latents; two are a token.
+        width: Likewise.
+        timestep: The same for all.
+        seed: Of latents and text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch, 8, 32, generator=generator)
+    inputs = {"encoder_hidden_states": text, "timestep": torch.full((batch,), timestep)}
+    if kind == "wan":
+        return {"hidden_states": torch.randn(batch, 4, frames, height, width, generator=generator), **inputs}
+    grid = (height // 2, width // 2)
+    return {
+        "hidden_states": torch.randn(batch, frames, 4, height, width, generator=generator),
+        "image_rotary_emb": get_3d_rotary_pos_embed(32, ((0, 0), grid), grid, frames),
+        **inputs,
+    }
 
 
 def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> DiffusionPipeline:
