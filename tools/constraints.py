@@ -3,21 +3,24 @@
     python tools/constraints.py            write it
     python tools/constraints.py --check    fail if it differs from the resolution
 
-It takes the place of a committed lock file, which would record index addresses (see CONTRIBUTING.md). Its first line
+It takes the place of a committed lock file, which would record index addresses (see CONTRIBUTING.md). The check also
+compares the members' bounds with the versions that the two lanes have tried. Its first line
 says on which day it was exported, and ``exclude-newer`` of the root pyproject lies at least two weeks before that day:
 an index may show a file days after its upload date, and a resolution made then would differ.
 """
 
 import argparse
+import ast
 import datetime
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from workspace import ROOT, load_root, report
+from workspace import ROOT, load_root, members, report, requirement_name
 
 FILE = "constraints.txt"
+TRIED = ROOT / "shared/core/src/hone_core/environment.py"
 SETTLED = datetime.timedelta(days=14)
 HEADER = re.compile(r"# Exported on (\d{4}-\d{2}-\d{2})\.\n")
 PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;\\]+)", re.M)
@@ -68,6 +71,31 @@ def disagreements(root: Path = ROOT) -> list[str]:
     return problems
 
 
+def tried() -> dict[str, tuple[str, str]]:
+    """``hone_core.environment.TRIED``, read without an import: these scripts need the standard library only."""
+    for node in ast.parse(TRIED.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TRIED" and node.value:
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{TRIED} assigns no TRIED")
+
+
+def bounds(root: Path = ROOT) -> list[str]:
+    """Where members allow other versions than those from the older lane's minor release to the newer one's."""
+    problems, versions = [], tried()
+    for member in members(root):
+        project = member.project
+        extras = [text for group in project.get("optional-dependencies", {}).values() for text in group]
+        for text in [*project.get("dependencies", []), *extras]:
+            name = requirement_name(text)
+            if name not in versions:
+                continue
+            (low, at), (high, last) = (map(int, version.split(".")[:2]) for version in versions[name])
+            expected = f"{name}>={low}.{at},<{high}.{last + 1}"
+            if text.partition(";")[0].strip() != expected:
+                problems.append(f"{member.name}: {text!r} must be {expected!r}, what the lanes have tried")
+    return problems
+
+
 def _show(versions: set[str] | None) -> str:
     return ", ".join(sorted(versions)) if versions else "absent"
 
@@ -76,7 +104,7 @@ def check(root: Path = ROOT) -> list[str]:
     """Differences between the committed file, the pins and the resolution."""
     if not (root / FILE).exists():
         return [f"{FILE} is missing; run python tools/constraints.py"]
-    problems = disagreements(root)
+    problems = [*disagreements(root), *bounds(root)]
     committed, fresh = HEADER.sub("", (root / FILE).read_text(encoding="utf-8"), count=1), export(root)
     if committed != fresh:
         here, there = pins(committed), pins(fresh)

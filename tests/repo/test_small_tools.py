@@ -33,7 +33,7 @@ def test_pip_install_check_finds_lost_and_circular_siblings(tree):
     assert "hone-kernels depends on hone-gone, which is no member" in pip_install.check(tree.path)[0]
 
 
-SCRIPTS = [file for file in sorted((workspace.ROOT / "tools").glob("*.py")) if not file.name.startswith("gpu_")]
+SCRIPTS = sorted((workspace.ROOT / "tools").glob("*.py"))
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
@@ -67,6 +67,15 @@ def test_constraints_disagree_with_pyproject(tree):
     assert constraints.disagreements(tree.path) == []
     tree.write("constraints.txt", "# Exported on 2026-01-15.\ntorch==2.1\n")
     assert constraints.disagreements(tree.path) == ["constraints.txt: torch is 2.1; pyproject.toml pins 2.0"]
+
+
+def test_bounds_wider_or_narrower_than_the_lanes_are_found(tree, monkeypatch):
+    monkeypatch.setattr(constraints, "tried", lambda: {"torch": ("2.11.0", "2.14.1")})
+    for folder, bound in (("shared/core", ">=2.11,<2.15"), ("kernels", ">=2.11,<2.15; python_version > '3'")):
+        tree.pyproject(folder, '"torch>=2"', f'"torch{bound}"')
+    tree.pyproject("packages/alpha", '"torch>=2"', '"torch>=2.11,<2.16"')
+    (found,) = constraints.bounds(tree.path)
+    assert found == "hone-alpha: 'torch>=2.11,<2.16' must be 'torch>=2.11,<2.15', what the lanes have tried"
 
 
 def test_constraints_are_exported_two_weeks_after_the_newest_file(tree):

@@ -42,6 +42,7 @@ def info() -> dict[str, Any]:
         "commit": facts["commit"],
         "torch": facts["torch"],
         "triton": facts["packages"].get("triton"),
+        "untried versions": facts["untried"] or "none",
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
     }
     for op, call in sizes.items():

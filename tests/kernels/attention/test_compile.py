@@ -9,10 +9,12 @@ import re
 
 import pytest
 import torch
+import triton
 from hone_kernels.compile import attention_launches, compile_launch, gluon_launches
 
 triton_kernels = pytest.importorskip("hone_kernels.attention.triton", reason="Triton is for Linux only")
 gluon_kernels = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
+NEWER = not triton.__version__.startswith("3.6.")  # of the two versions that the tests run with
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = ("_forward_kernel", "_rows_kernel", "_dq_kernel", "_dkv_kernel")
 SHAPES = [(False, False), (True, False), (False, True), (True, True)]  # pooled, padded
@@ -37,7 +39,9 @@ def test_half_precision_uses_the_matrix_units(dim, pooled, padded):
     assert [x.name for x in recorded] == [*KERNELS] + ["_dkv_kernel"] * pooled
     for launch in recorded:
         code = compile_launch(launch)
-        assert code.spills == 0, launch
+        # Triton 3.8 needs a few registers more than the cap of this forward allows.
+        most = 32 if NEWER and (launch.label, dim, pooled, padded) == ("forward", 64, True, False) else 0
+        assert code.spills <= most, launch
         assert not code.serialized, launch
         if launch.name != "_rows_kernel":
             assert code.count("HGMMA") > 0, launch
@@ -53,33 +57,34 @@ def test_whole_blocks_and_float16():
         assert not code.serialized
 
 
-# (sm, dtype, head size, block_q, block_k, pooled, padded) -> bytes that kernels may spill; kernels not named: none.
+# (sm, dtype, head size, block_q, block_k, pooled, padded) -> bytes that kernels spill with Triton 3.6 and with 3.8;
+# kernels not named: none.
 SPILLS = {
-    (90, BF16, 128, 64, 64, False, False): {"forward": 12},
-    (90, BF16, 128, 64, 64, True, False): {"forward": 12},
-    (90, BF16, 128, 64, 64, True, True): {"forward": 16},
-    (90, BF16, 128, 32, 32, True, False): {},
-    (90, BF16, 128, 32, 128, True, True): {},
-    (90, BF16, 128, 128, 32, True, False): {},
-    (90, BF16, 64, 32, 128, True, False): {},
-    (90, FP32, 32, 128, 128, True, True): {},
-    (90, FP32, 32, 32, 32, True, True): {"dq": 8},
-    (90, FP32, 64, 128, 128, True, False): {},
-    (90, FP32, 96, 128, 128, True, True): {},
-    (90, FP32, 128, 128, 128, True, False): {},
-    (80, BF16, 32, 128, 128, True, False): {"dq": 8},
-    (80, BF16, 64, 128, 128, False, False): {},
-    (80, BF16, 64, 128, 128, True, False): {"forward": 24, "dq": 32},
-    (80, BF16, 64, 128, 64, True, True): {"dq": 24},
-    (80, BF16, 64, 32, 128, True, False): {"forward": 8},
-    (80, BF16, 96, 128, 128, True, False): {},
-    (80, BF16, 128, 128, 128, False, False): {},
-    (80, BF16, 128, 128, 128, True, True): {},
-    (80, BF16, 128, 128, 32, False, True): {"dq": 8},
-    (80, BF16, 128, 32, 32, True, False): {},
-    (80, FP32, 32, 128, 128, True, False): {"forward": 16},
-    (80, FP32, 128, 128, 128, True, True): {"forward": 12},
-    (80, FP32, 128, 128, 128, False, True): {"dq": 24},
+    (90, BF16, 128, 64, 64, False, False): ({"forward": 12}, {"forward": 24}),
+    (90, BF16, 128, 64, 64, True, False): ({"forward": 12}, {"forward": 24}),
+    (90, BF16, 128, 64, 64, True, True): ({"forward": 16}, {}),
+    (90, BF16, 128, 32, 32, True, False): ({}, {}),
+    (90, BF16, 128, 32, 128, True, True): ({}, {}),
+    (90, BF16, 128, 128, 32, True, False): ({}, {}),
+    (90, BF16, 64, 32, 128, True, False): ({}, {}),
+    (90, FP32, 32, 128, 128, True, True): ({}, {}),
+    (90, FP32, 32, 32, 32, True, True): ({"dq": 8}, {"dq": 8}),
+    (90, FP32, 64, 128, 128, True, False): ({}, {}),
+    (90, FP32, 96, 128, 128, True, True): ({}, {}),
+    (90, FP32, 128, 128, 128, True, False): ({}, {"dkv pooled": 28}),
+    (80, BF16, 32, 128, 128, True, False): ({"dq": 8}, {}),
+    (80, BF16, 64, 128, 128, False, False): ({}, {}),
+    (80, BF16, 64, 128, 128, True, False): ({"forward": 24, "dq": 32}, {}),
+    (80, BF16, 64, 128, 64, True, True): ({"dq": 24}, {}),
+    (80, BF16, 64, 32, 128, True, False): ({"forward": 8}, {}),
+    (80, BF16, 96, 128, 128, True, False): ({}, {}),
+    (80, BF16, 128, 128, 128, False, False): ({}, {}),
+    (80, BF16, 128, 128, 128, True, True): ({}, {}),
+    (80, BF16, 128, 128, 32, False, True): ({"dq": 8}, {}),
+    (80, BF16, 128, 32, 32, True, False): ({}, {}),
+    (80, FP32, 32, 128, 128, True, False): ({"forward": 16}, {}),
+    (80, FP32, 128, 128, 128, True, True): ({"forward": 12}, {}),
+    (80, FP32, 128, 128, 128, False, True): ({"dq": 24}, {"dq": 8}),
 }
 QUICK = {(90, BF16, 128, 64, 64, True, True), (80, BF16, 64, 128, 128, True, False)}
 
@@ -89,7 +94,7 @@ QUICK = {(90, BF16, 128, 64, 64, True, True), (80, BF16, 64, 128, 128, True, Fal
     ("sm", "dtype", "dim", "block_q", "block_k", "pooled", "padded"), [unless(x in QUICK, *x) for x in SPILLS], ids=str
 )
 def test_what_spills(sm, dtype, dim, block_q, block_k, pooled, padded):
-    allowed = SPILLS[sm, dtype, dim, block_q, block_k, pooled, padded]
+    allowed = SPILLS[sm, dtype, dim, block_q, block_k, pooled, padded][NEWER]
     for launch in attention_launches(dtype, dim, block_q, block_k, pooled=pooled, padded=padded, sm=sm):
         code = compile_launch(launch, sm)
         assert code.spills <= allowed.get(launch.label, 0), launch
@@ -107,6 +112,8 @@ def test_the_lane_sees_spills_and_serialised_matrix_products():
     assert compile_launch(attention_launches(BF16, 128, tokens=2048, tiles=spilling)[0]).spills > 0
 
 
+# Masks and biases at once leave some scalars of a consumer without a register: bytes with Triton 3.6 and with 3.8.
+GLUON_SPILLS = {(128, 128, 128): (8, 56), (128, 128, 64): (16, 16), (64, 64, 128): (0, 16)}
 QUICK_GLUON = {(128, 128, 128, False, False), (128, 128, 128, True, True), (64, 64, 64, True, True)}
 
 
@@ -125,9 +132,8 @@ def test_gluon(dim, block_q, block_k, pooled, padded):
     assert [x.name for x in helpers] == ["_count_kernel", "_schedule_kernel"] + ["_bias_kernel"] * pooled
     code = compile_launch(launch)
     check_gluon(code, dim, block_q, launch.arguments["BN"])
-    # Masks and biases at once leave a scalar or two of a consumer without a register.
-    most = {(128, 128, 128): 8, (128, 128, 64): 16} if pooled and padded else {}
-    assert code.spills <= most.get((dim, block_q, block_k), 0)
+    most = GLUON_SPILLS.get((dim, block_q, block_k), (0, 0))[NEWER] if pooled and padded else 0
+    assert code.spills <= most
 
 
 def check_gluon(code, dim, block_q, keys):

@@ -400,7 +400,15 @@ def test_gradient_checkpointing_recomputes_the_same_mask(offsets):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("mask", ["adaptive", "window", "random", "dense"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "adaptive",
+        "dense",
+        pytest.param("window", marks=pytest.mark.slow),
+        pytest.param("random", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_whole(mask):
     cfg = change(pool=5, mask=mask)
 

@@ -54,7 +54,7 @@ def test_density_one_is_dense(kind, order):
 @pytest.mark.parametrize("compiled", [False, True])
 @KINDS
 def test_autocast_within_the_rounding_of_bfloat16(kind, compiled, wide_norms):
-    model, arguments = tiny(kind), tiny_inputs(kind)
+    model, arguments = tiny(kind, num_layers=1), tiny_inputs(kind)
     if wide_norms:  # what autocast's norms give on a GPU
         for block in blocks(model):
             for norm in (block.attn1.norm_q, block.attn1.norm_k):
@@ -238,7 +238,7 @@ def test_compiles_to_one_graph_before_and_after_attach(kind):
     other = tiny_inputs(kind, batch=1, frames=2, height=8, width=8)
     expected = run(model, arguments)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     close(run(compiled, arguments), expected)
     handle = attach(compiled, SPARSE)
     sparse, sparse_other = run(model, arguments), run(model, other)

@@ -9,7 +9,7 @@ import hone_core.progress as progress
 import pytest
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.environment import code_version, environment
+from hone_core.environment import TRIED, code_version, environment, untried
 from hone_core.errors import CheckpointError, MissingExtraError, UnsupportedHardwareError
 from hone_core.lazy import lazy_names
 
@@ -54,6 +54,15 @@ def test_environment_describes_code_and_machine():
     assert data["gpu_count"] == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert data["packages"]["hone-core"] == hone_core.__version__
     assert data["cpu"]
+
+
+def test_untried_versions_are_named(monkeypatch):
+    versions = {"torch": "2.12.1+cu130", "numpy": "2.4.0", "transformers": TRIED["transformers"][0]}
+    monkeypatch.setattr("hone_core.environment._version", versions.get)
+    assert untried() == [f"torch 2.12.1+cu130 (tried: {', '.join(TRIED['torch'])})"]
+    monkeypatch.setattr("hone_core.environment._version", {"accelerate": "1.99"}.get)
+    assert untried() == ["accelerate 1.99 (tried: 1.15.0)"]
+    assert environment()["untried"] == untried()
 
 
 def test_commit_comes_from_git_or_from_the_variable(monkeypatch):

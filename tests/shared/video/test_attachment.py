@@ -212,7 +212,7 @@ def test_embedding_layers_are_the_models_own_after_a_forward():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_embedding_layers_are_the_models_own_after_a_forward_that_raised(compiled):
-    model, arguments = tiny("wan"), tiny_inputs("wan")
+    model, arguments = tiny("wan", num_layers=1), tiny_inputs("wan")
     video = arguments["hidden_states"]
 
     def fail(*_):
@@ -222,7 +222,7 @@ def test_embedding_layers_are_the_models_own_after_a_forward_that_raised(compile
         with handle.disabled():
             expected, tables = model.patch_embedding(video), model.rope(video)
         before = run(model, arguments)
-        call = torch.compile(model, backend="aot_eager") if compiled else model
+        call = torch.compile(model, backend="eager") if compiled else model
         broken = model.blocks[0].ffn.register_forward_pre_hook(fail)  # of later ones dynamo takes no notice
         with pytest.raises(RuntimeError, match="out of memory"):
             run(call, arguments)

@@ -26,7 +26,8 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import block_sparse_attention
 from hone_video.architectures import FULL_SIZE, full_size, tiny
-from hone_video.orders import inverse_order, token_order
+from hone_video.attachment import reorder_patches
+from hone_video.orders import token_order
 from hone_video.workloads import WORKLOADS, Workload
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -380,19 +381,22 @@ def _inputs(heads: int, tokens: int, dim: int, device: torch.device, dtype: torc
 def _permutation(
     work: Workload, channels: int, dim: int, cfg: BladeConfig, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], object]:
-    """What token order costs a forward: tokens and rotary tables into curve order, the output back."""
-    order = token_order(cfg.order, *work.grid, device=device, tile=cfg.tile)
-    inverse, tokens = inverse_order(order), len(order)
-    tables = [torch.randn(tokens, dim, device=device) for _ in range(2)]
-    output = torch.randn(1, tokens, 64, device=device, dtype=dtype)
-    if work.kind == "wan":
-        hidden, axis, where = torch.randn(1, channels, tokens, device=device, dtype=dtype), 2, order
-    else:
-        hidden, axis = torch.randn(1, work.tokens, channels, device=device, dtype=dtype), 1
-        where = torch.cat([torch.arange(work.joint_text, device=device), order + work.joint_text])
+    """What token order costs a forward: latents (Wan) or tokens, and rotary tables, into curve order; output back."""
+    order, inverse = (
+        token_order(cfg.order, *work.grid, device=device, tile=cfg.tile, inverse=inverse) for inverse in (False, True)
+    )
+    tables = [torch.randn(len(order), dim, device=device) for _ in range(2)]
+    frames, height, width = work.grid
+    latents = torch.randn(1, 16, frames, 2 * height, 2 * width, device=device, dtype=dtype)
+    hidden = None if work.kind == "wan" else torch.randn(1, work.tokens, channels, device=device, dtype=dtype)
+    where = torch.cat([torch.arange(work.joint_text, device=device), order + work.joint_text])
 
     def run() -> object:
         gathered = [table.index_select(0, order) for table in tables]
-        return hidden.index_select(axis, where), gathered, output.index_select(1, inverse)
+        if hidden is None:
+            tokens = reorder_patches(latents, order, work.grid, (1, 2, 2))
+        else:
+            tokens = hidden.index_select(1, where)
+        return tokens, gathered, reorder_patches(latents, inverse, work.grid, (1, 2, 2))
 
     return run

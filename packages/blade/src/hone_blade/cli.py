@@ -33,6 +33,7 @@ def info() -> dict[str, Any]:
         "python": facts["python"],
         "torch": facts["torch"],
         "diffusers": facts["packages"].get("diffusers"),
+        "untried versions": facts["untried"] or "none",
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
         "presets": {name: f"{preset.model}." for name, preset in PRESETS.items()},
         "tiny host": describe_host(PACKAGE),

@@ -7,7 +7,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["code_version", "environment"]
+__all__ = ["TRIED", "code_version", "environment", "untried"]
+
+TRIED: dict[str, tuple[str, str]] = {
+    "accelerate": ("1.15.0", "1.15.0"),
+    "diffusers": ("0.42.1", "0.42.1"),
+    "numpy": ("2.3.5", "2.4.6"),
+    "peft": ("0.21.0", "0.21.2"),
+    "torch": ("2.11.0", "2.14.1"),
+    "torchvision": ("0.26.0", "0.29.2"),
+    "transformers": ("5.17.0", "5.24.0"),
+    "triton": ("3.6.0", "3.8.0"),
+}
+"""The versions that the tests run with: the pinned set, on which everything is measured, and the newest one."""
 
 # What results depend on most; every installed hone-* distribution is added.
 _PACKAGES = ("accelerate", "diffusers", "gsplat", "jaxtyping", "numpy", "peft", "safetensors", "transformers", "triton")
@@ -19,7 +31,8 @@ def environment() -> dict[str, Any]:
     Returns:
         ``commit`` (None outside a checkout) and ``dirty`` (uncommitted changes to tracked files), ``python``,
         ``platform``, ``cpu``, ``cpu_count``, ``torch``, ``triton``, ``cuda`` (of the torch build), ``driver``,
-        ``gpu`` (name), ``gpu_count``, ``gpu_memory_gb`` and ``packages`` (name to version). Absent parts are None.
+        ``gpu`` (name), ``gpu_count``, ``gpu_memory_gb``, ``packages`` (name to version) and ``untried`` (see
+        :func:`untried`). Absent parts are None.
     """
     import torch
 
@@ -46,7 +59,21 @@ def environment() -> dict[str, Any]:
         "gpu_count": torch.cuda.device_count() if has_gpu else 0,
         "gpu_memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if has_gpu else None,
         "packages": dict(sorted(packages.items())),
+        "untried": untried(),
     }
+
+
+def untried() -> list[str]:
+    """Installed versions of a minor release that is not in ``TRIED``, each with those that are."""
+    return [
+        f"{name} {version} (tried: {', '.join(dict.fromkeys(tried))})"
+        for name, tried in TRIED.items()
+        if (version := _version(name)) and _minor(version) not in map(_minor, tried)
+    ]
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 def code_version() -> tuple[str | None, bool | None]:
