@@ -36,6 +36,7 @@ def info() -> dict[str, Any]:
         "python": facts["python"],
         "torch": facts["torch"],
         "transformers": facts["packages"].get("transformers"),
+        "untried versions": facts["untried"] or "none",
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
         "presets": {
             name: f"{preset.config.label}. {preset.provenance} {preset.model}." for name, preset in PRESETS.items()
