@@ -6,7 +6,7 @@ from hone_knockout import bench as module
 from hone_knockout.bench import BenchReport, bench, bound, check_kernel, layout_of, variants
 from hone_knockout.config import BenchConfig
 from hone_knockout.flops import WORKLOADS
-from hone_knockout.models import KnockoutHandle
+from hone_knockout.prompts import Prompt
 from hone_lm.layouts import find_layouts
 
 
@@ -34,19 +34,19 @@ def test_what_starts_a_prefill_is_timed(tmp_path, monkeypatch):
     By this clock nothing else takes any time.
     """
     clock, calls = [0.0], []
-    start_prompt, find = KnockoutHandle.start, module.find_layouts
+    take_up, find = Prompt.of, module.find_layouts
 
-    def slowly(self, *args):
+    def slowly(*args):
         calls.append("start")
         clock[0] += 0.002
-        return start_prompt(self, *args)
+        return take_up(*args)
 
     def find_slowly(*args, **more):
         calls.append("find")
         clock[0] += 0.001
         return find(*args, **more)
 
-    monkeypatch.setattr(KnockoutHandle, "start", slowly)
+    monkeypatch.setattr(Prompt, "of", slowly)
     monkeypatch.setattr(module, "find_layouts", find_slowly)
     monkeypatch.setattr(module, "check", lambda *args: None)
     monkeypatch.setattr(module, "_decode_rate", lambda *args: 1.0)

@@ -466,9 +466,9 @@ class TestRefusals:
         with attach(model, lv(1)):
             with pytest.raises(ValueError, match="cache was filled before"):
                 model(input_ids=torch.tensor([[5]]), **{cache_keyword(model): cache})
-            model(**inputs)
+            own = cache_of(model(**inputs, use_cache=True))
             with pytest.raises(ValueError, match="pass the whole prompt in one forward"):
-                model(**inputs, **{cache_keyword(model): cache})
+                model(**inputs, **{cache_keyword(model): own})
 
     @pytest.mark.parametrize("config", [KnockoutConfig(exit=3), lv(2)])
     def test_prefill_in_chunks(self, config):

@@ -275,3 +275,16 @@ def test_locating_what_is_not_there():
     _, processor = tiny("qwen2_vl")
     with pytest.raises(ValueError, match="does not occur"):
         locate_spans(processor.tokenizer, [5, 6, 7], {"question": "where?"})
+
+
+def test_a_layout_is_cut_after_its_video_only():
+    model, processor = tiny("llava_onevision", layers=1)
+    (layout,) = find_layouts(model, tiny_inputs("llava_onevision", processor))
+    size = len(layout.frame)
+    shorter = layout.cut(size - 3)
+    assert shorter.spans["last"] == (size - 4, size - 3)
+    assert shorter.spans["suffix"] == (layout.spans["suffix"][0], size - 3)
+    assert torch.equal(shorter.frame, layout.frame[:-3])
+    assert layout.cut(size) is layout
+    with pytest.raises(ValueError, match="it cannot be cut at 40"):
+        layout.cut(40)

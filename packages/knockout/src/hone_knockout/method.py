@@ -184,25 +184,24 @@ def blocked_pairs(
 
 
 def random_pairs(
-    blocked: Bool[Tensor, "tokens tokens"], *, seed: int, real: Bool[Tensor, " tokens"] | None = None
+    blocked: Bool[Tensor, "tokens tokens"], *, seed: int, among: Bool[Tensor, "tokens tokens"] | None = None
 ) -> Bool[Tensor, "tokens tokens"]:
-    """As many pairs as ``blocked`` has, drawn without replacement among all causal pairs off the diagonal.
+    """As many pairs as ``blocked`` has, drawn without replacement among the model's own off the diagonal.
 
     Args:
         blocked: The knockout that this is the control of.
         seed: Of the draw.
-        real: False where the prompt is padded; such positions are never drawn.
+        among: Pairs that the model has: its own mask, without padding; all causal ones if None.
 
     Raises:
         ValueError: There are not so many pairs, as when the diagonal was blocked too.
     """
-    candidates = causal_pairs(len(blocked)).fill_diagonal_(False)
-    if real is not None:
-        candidates &= real.cpu()[:, None] & real.cpu()[None, :]
+    candidates = causal_pairs(len(blocked)) if among is None else among.cpu().clone()
+    candidates.fill_diagonal_(False)
     places = candidates.flatten().nonzero().flatten()
     count = int(blocked.sum())
     if count > len(places):
-        raise ValueError(f"a random control of {count} pairs needs as many causal ones; there are {len(places)}")
+        raise ValueError(f"a random control of {count} pairs needs as many that the model has; there are {len(places)}")
     chosen = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:count]]
     drawn = torch.zeros(blocked.numel(), dtype=torch.bool)
     drawn[chosen] = True

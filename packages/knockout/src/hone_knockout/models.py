@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .config import PRESETS, Knockout, KnockoutConfig, format_layers
 from .local_attention import RegularFrames, frame_local_attention
-from .prompts import Prompt, by_layer
+from .prompts import Pass, Prompt, by_layer
 
 __all__ = ["KnockoutHandle", "attach", "check_devices", "check_model"]
 
@@ -30,10 +30,39 @@ log = logging.getLogger(__name__)
 
 _LONG = 2048
 """Tokens from which a dense mask is worth a word."""
+_PASS = "hone_knockout"
+"""Argument of the decoder that takes a forward's ``Pass`` to every layer and its attention."""
+_BOUND = "_hone_knockout"
+"""Attribute of a cache: the ``Prompt`` that it was filled with."""
+_CARRIED = {
+    "hidden_states",
+    "position_embeddings",
+    "position_ids",
+    "per_layer_input",
+    "moe_mm_token_type_ids",
+}
+"""Arguments of a layer that are per token, and lose rows at an exit."""
+_WHOLE = {
+    "attention_mask",
+    "past_key_values",
+    "past_key_value",
+    "cache",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+    "shared_kv_states",
+    "kwargs",
+    "args",
+    _PASS,
+}
+"""Arguments that are not: masks are cut in attention, the rest holds no tokens, or none of this layer's."""
 
 
 class KnockoutHandle(Handle[KnockoutConfig]):
     """What is attached to a model. A context manager: leaving it detaches.
+
+    What a forward needs belongs to that forward, and a prompt's layout to the cache that its prefill fills: several
+    prompts may take turns, and several threads use the model.
 
     Attributes:
         config: the settings.
@@ -52,18 +81,22 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         config.check(self.decoder.num_layers, self.decoder.deepstack_layers)
         self._by_layer = by_layer(config)
         _check_late_layers(self.decoder.config, config)
-        self._given: list[TokenLayout] | None = None
+        if config.exit is not None:
+            _check_arguments(self.decoder, config.exit)
         self._warned = False
-        self._prompt: Prompt | None = None
-        self._state: CallState[None] = CallState()
+        self._last: Prompt | None = None
+        self._state: CallState[Prompt] = CallState()
+        self._given: CallState[list[TokenLayout]] = CallState()
         self._signature = inspect.signature(model.forward)
         self.frame_local = True
         self._tap: AttentionTap | None = tap_attention(self.decoder, self._attend)
-        self._base = self._tap.base
         self._hooks = Hooks(model)
         self._hook("", self._before_model)
+        self._after("", self._after_model)
         names = {id(module): name for name, module in model.named_modules()}
-        self._hook(names[id(self.decoder.model)], self._before_decoder)
+        decoder = names[id(self.decoder.model)]
+        self._hook(decoder, self._before_decoder)
+        self._after(decoder, self._after_decoder)
         if config.exit is not None:
             for index, layer in enumerate(self.decoder.layers):
                 if index >= config.exit:
@@ -72,106 +105,180 @@ class KnockoutHandle(Handle[KnockoutConfig]):
     def _hook(self, path: str, before: Callable[..., Any]) -> None:
         self._hooks.add(path, lambda module: module.register_forward_pre_hook(before, with_kwargs=True))
 
+    def _after(self, path: str, after: Callable[..., Any]) -> None:
+        self._hooks.add(
+            path, lambda module: module.register_forward_hook(after, with_kwargs=True, always_call=not path)
+        )
+
     @property
     def attached(self) -> bool:
         """Whether the model has it on."""
         return self._tap is not None
 
-    def _states(self) -> tuple[CallState[None]]:
+    def _states(self) -> tuple[CallState[Prompt]]:
         return (self._state,)
 
     @property
     def layouts(self) -> list[TokenLayout]:
         """Layouts of the last prefill."""
-        return [] if self._prompt is None else self._prompt.layouts
+        return [] if self._last is None else self._last.layouts
 
     @property
     def rows(self) -> Tensor | None:
         """Positions of the rows that the last prefill returned, where there is an exit."""
-        return None if self._prompt is None or self._prompt.left is None else self._prompt.left.rows
+        return None if self._last is None or self._last.left is None else self._last.left.rows
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when repeated."""
         self._hooks.remove()
         if self._tap is not None:
             self._tap.remove()
-        self._tap = self._prompt = None
+        self._tap = self._last = None
 
     @contextmanager
     def using(self, layouts: Sequence[TokenLayout]) -> Any:
-        """Use these layouts for the prompts inside, in place of what is found in the inputs.
+        """Use these layouts for the prompts inside, in this thread, in place of what is found in the inputs.
 
         For prompts given as embeddings, for layouts with located spans, and for classes without a rule.
         """
-        before, self._given = self._given, list(layouts)
+        before, self._given.current = self._given.current, list(layouts)
         try:
             yield self
         finally:
-            self._given = before
+            self._given.current = before
 
     # What happens before a forward.
 
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_model(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         if self._state.disabled:
-            return
+            return None
         self._hooks.check()
+        assert self._tap is not None, "the hook goes with the tap"
+        self._tap.check()
         inputs = self._signature.bind_partial(*args, **kwargs).arguments
         inputs = inputs | inputs.get("kwargs", {})
         cache = cache_of(inputs)
         if cache is not None and int(cache.get_seq_length()) > 0:
-            self._refuse_late_video(inputs)
-            return
-        if self.config.exit is not None:
+            self._state.current = self._continued(cache, inputs)
+            return None
+        exit = self.config.exit is not None
+        if exit:
             if inputs.get("labels") is not None:
                 raise ValueError(
                     "labels need logits of every row; visual rows are gone after the exit. Detach to train"
                 )
             if getattr(cache, "is_compileable", False):
                 raise ValueError("the exit makes caches of different lengths, which a static cache cannot hold")
-        layouts = self._given
+        layouts, ids = self._given.current, inputs.get("input_ids")
         if layouts is None:
             _refuse_chunks(inputs)
             layouts = find_layouts(module, inputs, tokens_per_frame=self.tokens_per_frame)
-        self.start(layouts, inputs.get("input_ids"))
+        candidates = _candidates(inputs)
+        if candidates and ids is not None:
+            ids = ids[:, :-candidates]
+            layouts = [layout.cut(ids.shape[1]) for layout in layouts]
+        prompt = self._take_up(layouts, ids)
+        self._state.current = prompt
+        if cache is not None:
+            setattr(cache, _BOUND, prompt)
+        keep = kwargs.get("logits_to_keep")
+        if exit and keep is not None and not candidates:
+            return args, kwargs | {"logits_to_keep": prompt.kept_logits(keep)}
+        return None
 
-    def _refuse_late_video(self, inputs: Mapping[str, Any]) -> None:
-        if self._prompt is None:
-            raise ValueError("the cache was filled before this was attached; attach first, then run the whole prompt")
+    def _continued(self, cache: Any, inputs: Mapping[str, Any]) -> Prompt:
+        """The prompt that a filled cache belongs to."""
+        prompt = getattr(cache, _BOUND, None)
+        if prompt is None or prompt.config != self.config:
+            raise ValueError(
+                "the cache was filled before this was attached, or under other settings; attach first, then run the "
+                "whole prompt"
+            )
         pixels = _pixels(inputs)
         if pixels:
             raise ValueError(
                 f"{pixels[0]} came with a filled cache: pass the whole prompt in one forward, and call generate "
                 "without prefill_chunk_size"
             )
+        length = int(cache.get_seq_length())
+        if length < prompt.tokens:
+            raise ValueError(
+                f"the cache was cut to {length} positions, inside its prompt of {prompt.tokens}; run the new prompt "
+                "from the start"
+            )
+        rows = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+        return prompt.expand(len(rows))
 
-    def start(self, layouts: list[TokenLayout], ids: Tensor | None = None) -> None:
-        """Take up a batch of prompts; the forward hooks call this themselves.
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        prompt, self._state.current = self._state.current, None
+        if prompt is None or output is None:
+            return
+        # A cache that the model made itself.
+        cache = cache_of(output) if isinstance(output, Mapping) else None
+        if isinstance(output, tuple):
+            cache = next((value for value in output if hasattr(value, "get_seq_length")), None)
+        if cache is not None and not hasattr(cache, _BOUND):
+            setattr(cache, _BOUND, prompt)
+
+    def _take_up(self, layouts: Sequence[TokenLayout], ids: Tensor | None) -> Prompt:
+        device = next(self.decoder.model.parameters()).device
+        self._last = Prompt.of(list(layouts), self.config, device, ids)
+        return self._last
+
+    def prefill(self, layouts: Sequence[TokenLayout], ids: Tensor | None = None) -> dict[str, Any]:
+        """Take up a batch of prompts whose layers are called one by one, without the model around them.
 
         Args:
             layouts: One per row of the batch, of equal padded length.
             ids: ``[batch, tokens]`` token ids, if there are any: a random control differs between prompts of one
                 layout by them.
 
+        Returns:
+            Arguments to pass to every layer beside its own.
+
         Raises:
             ValueError: A knockout blocks no pair of a prompt, or leaves a token without any key.
         """
-        device = next(self.decoder.model.parameters()).device
-        self._prompt = Prompt.of(layouts, self.config, device, ids)
+        prompt = self._take_up(layouts, ids)
+        return {_PASS: Pass(prompt, 0, prompt.tokens)}
 
-    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_decoder(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         if self._state.disabled:
-            return
+            return args, kwargs | {_PASS: None}
+        prompt = self._state.current
+        if prompt is None:
+            raise RuntimeError("no prompt yet: run the model that this is attached to, not its decoder alone")
         states = kwargs.get("inputs_embeds")
         if states is None:
-            states = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            states = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
         cache = cache_of(kwargs)
-        self.begin(int(states.shape[1]), 0 if cache is None else int(cache.get_seq_length()))
+        start = 0 if cache is None else int(cache.get_seq_length())
+        if (not start and states.shape[1] < prompt.tokens) or len(states) != len(prompt.layouts):
+            raise ValueError(
+                f"the layouts are of {len(prompt.layouts)} prompts of {prompt.tokens} tokens; the decoder got "
+                f"{list(states.shape[:2])}"
+            )
+        return args, kwargs | {_PASS: Pass(prompt, start, int(states.shape[1]))}
 
-    def begin(self, queries: int, start: int = 0) -> None:
-        """Begin a forward of the decoder with so many rows; the forward hooks call this themselves."""
-        if self._prompt is None:
-            raise ValueError("no prompt yet: run the model, not its decoder, or call start(layouts) first")
-        self._prompt.begin(queries, start)
+    def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        running = kwargs.get(_PASS)
+        missed = [] if running is None else [index for index in self._changed if index not in running.seen]
+        if missed:
+            raise RuntimeError(
+                f"the attention of layers {format_layers(tuple(missed))} did not come through the tap, so that nothing "
+                "was changed there; layers that are skipped, or attention that ignores transformers' registry, cannot "
+                "be knocked out"
+            )
+
+    @property
+    def _changed(self) -> list[int]:
+        """Layers in which something is done."""
+        exit = self.config.exit
+        return [index for index in range(self.decoder.num_layers) if index in self._by_layer or index >= (exit or 1e9)]
 
     # The exit.
 
@@ -179,26 +286,23 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         first = index == self.config.exit
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            prompt = self._prompt
-            if self._state.disabled or prompt is None or prompt.left is None or not prompt.step.prefill:
+            running = kwargs.get(_PASS)
+            if running is None or not running.prefill:
                 return None
-            kept = prompt.left.rows
-            changed = dict(kwargs)
+            kept = running.rows()
+
+            def take(name: str, value: Any) -> Any:
+                return running.once((name, id(value)), lambda: _carried(name, value, kept, running.queries))
+
+            states = args[0] if args else kwargs["hidden_states"]
             if first:
-                states = args[0] if args else kwargs["hidden_states"]
-                gone = states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
-                if args:
-                    args = (gone, *args[1:])
-                else:
-                    changed["hidden_states"] = gone
-            if kwargs.get("position_embeddings") is not None:
-                changed["position_embeddings"] = prompt.once(
-                    "rope", lambda: tuple(_take_rows(table, kept) for table in kwargs["position_embeddings"])
-                )
-            if kwargs.get("position_ids") is not None:
-                ids = kwargs["position_ids"]
-                changed["position_ids"] = prompt.once("ids", lambda: _take_rows(ids[..., None], kept)[..., 0])
-            return args, changed
+                states = states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
+            names = list(inspect.signature(module.forward).parameters)
+            others = tuple(take(name, value) for name, value in zip(names[1:], args[1:], strict=False))
+            changed = {name: take(name, value) for name, value in kwargs.items() if name != "hidden_states"}
+            if args:
+                return (states, *others), changed
+            return args, changed | {"hidden_states": states}
 
         return hook
 
@@ -214,34 +318,45 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if self._state.disabled:
+        if _PASS not in kwargs:
+            raise RuntimeError(
+                "this layer was called without what its forward needs: run the model that this is attached to, or pass "
+                "what handle.prefill(layouts) returns"
+            )
+        running: Pass | None = kwargs.pop(_PASS)
+        if running is None:
             return base(module, query, key, value, attention_mask, **kwargs)
-        layer, prompt = cast(int, module.layer_idx), self._prompt
-        if prompt is None:
-            raise RuntimeError("the decoder ran without the model around it: call start(layouts) and begin(...) first")
-        step, keys = prompt.step, key.shape[2]
+        layer, prompt, keys = cast(int, module.layer_idx), running.prompt, key.shape[2]
+        running.seen.add(layer)
         if self.config.exit is not None and layer >= self.config.exit:
-            attention_mask = prompt.once(
-                ("exit", keys, id(attention_mask)), lambda: prompt.after_exit(attention_mask, query, keys)
+            attention_mask = running.once(
+                ("exit", keys, id(attention_mask)), lambda: running.after_exit(attention_mask, query, keys)
             )
         elif layer in self._by_layer:
             items = self._by_layer[layer]
-            where = self._local(prompt, items, module, attention_mask, keys, kwargs)
+            where = self._local(running, items, module, attention_mask, keys, kwargs)
             if where is not None:
                 # A static cache hands over its spare room after the prompt.
                 own = slice(0, prompt.tokens)
                 out = frame_local_attention(query, key[:, :, own], value[:, :, own], where, scale=kwargs.get("scaling"))
                 return out.transpose(1, 2).contiguous(), None
-            if step.prefill and step.queries >= _LONG and self._base == "sdpa":
+            if running.prefill and running.queries >= _LONG and self._base == "sdpa":
                 self._warn_of_mask(items)
-            attention_mask = prompt.once(
-                (items, keys, id(attention_mask)), lambda: prompt.knocked(attention_mask, items, query, keys)
+            kinds = getattr(self.decoder.config, "layer_types", None)
+            kind = kinds[layer] if kinds else ""
+            attention_mask = running.once(
+                (items, keys, kind, id(attention_mask)),
+                lambda: running.knocked(attention_mask, items, query, keys, kind),
             )
         return base(module, query, key, value, attention_mask, **kwargs)
 
+    @property
+    def _base(self) -> str:
+        return "" if self._tap is None else self._tap.base
+
     def _local(
         self,
-        prompt: Prompt,
+        running: Pass,
         items: tuple[Knockout, ...],
         module: nn.Module,
         mask: Any,
@@ -253,13 +368,13 @@ class KnockoutHandle(Handle[KnockoutConfig]):
             self.frame_local
             and self._base == "sdpa"
             and mask is None
-            and prompt.step.prefill
-            and prompt.step.queries == prompt.tokens <= keys
+            and running.prefill
+            and running.queries == running.prompt.tokens <= keys
             and all((item.kind, item.frames, item.control) == ("VT", None, "none") for item in items)
             and not module.training
             and kwargs.get("position_bias") is None
         )
-        return prompt.regular if alone else None
+        return running.prompt.regular if alone else None
 
     def _warn_of_mask(self, items: tuple[Knockout, ...]) -> None:
         """Say once that frame-local attention saves nothing here."""
@@ -354,6 +469,47 @@ def _check_late_layers(text: Any, config: KnockoutConfig) -> None:
     types = getattr(text, "layer_types", None) or []
     if config.exit is not None and any(kind != "full_attention" for kind in types[config.exit :]):
         raise ValueError("an exit before sliding-window layers is not supported: their caches drop positions")
+
+
+def _check_arguments(decoder: Decoder, exit: int) -> None:
+    """Refuse an exit before a layer that takes what is not known to be per token or not, or that reads earlier keys."""
+    for index, layer in enumerate(decoder.layers):
+        if index < exit:
+            continue
+        unknown = sorted(set(inspect.signature(layer.forward).parameters) - _CARRIED - _WHOLE)
+        if unknown:
+            raise ValueError(
+                f"{type(layer).__name__} takes {', '.join(unknown)}, of which it is not known whether it loses rows at "
+                "an exit. LV-K in all layers from there on gives text the same (without the time saved)"
+            )
+        if getattr(layer.self_attn, "is_kv_shared_layer", False):
+            raise ValueError(
+                f"layer {index} reads keys of an earlier layer, in which the video still is: no exit at {exit}. LV-K "
+                "in all layers from there on gives text the same (without the time saved)"
+            )
+
+
+def _carried(name: str, value: Any, rows: Tensor, tokens: int) -> Any:
+    """An argument of a layer with the rows that are left, if it is per token."""
+    if name in _WHOLE or value is None:
+        return value
+    if name == "position_embeddings":
+        return tuple(_take_rows(table, rows) for table in value)
+    if name == "position_ids":
+        return _take_rows(value[..., None], rows)[..., 0]
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == tokens:
+        flat = value.flatten(2) if value.dim() > 2 else value[..., None]
+        return _take_rows(flat, rows).reshape(*rows.shape, *value.shape[2:])
+    return value
+
+
+def _candidates(inputs: Mapping[str, Any]) -> int:
+    """Tokens after the prompt that assisted decoding or prompt lookup put into its first forward.
+
+    They come with an empty cache, and with a count of logits that is theirs and one; plain generate asks for one.
+    """
+    keep = inputs.get("logits_to_keep")
+    return keep - 1 if cache_of(inputs) is not None and isinstance(keep, int) and keep > 1 else 0
 
 
 def _pixels(inputs: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,8 @@ go after the last configuration that starts there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,9 @@ class PrefixRunner:
         if configs is not None:
             self._needed = Counter(first for first in map(self._first, configs) if first is not None)
         self._entering: dict[int, Tensor] = {}
+        self._layer_args: list[tuple] = []
         self._layer_kwargs: list[dict[str, Any]] = []
+        self._written: list[dict[int, Any]] = []
         self._deepstack: tuple[Any, Any] | None = None
         self._baseline: Tensor | None = None
 
@@ -166,23 +169,28 @@ class PrefixRunner:
             if not self._needed[first]:
                 del self._entering[first]
         with attach(self.model, config) as handle, handle.using(self.layouts):
-            handle.start(self.layouts, self.inputs.get("input_ids"))
-            handle.begin(tokens)
+            more = handle.prefill(self.layouts, self.inputs.get("input_ids"))
+            shared: dict[int, Any] = {}
             for index in range(first, num_layers):
-                states = self._layer(index, states)
+                states = self._layer(index, states, more, shared)
             return self._logits(states)
 
     @torch.no_grad()
     def _run_baseline(self) -> Tensor:
         """Run the model as it is, and keep what enters the layers that configurations start at."""
-        self._entering, self._layer_kwargs, self._deepstack = {}, [], None
+        self._entering, self._layer_args, self._layer_kwargs, self._written = {}, [], [], []
+        self._deepstack = None
         final = self.decoder.num_layers - 1
 
         def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             states = args[0] if args else kwargs.pop("hidden_states")
             index = len(self._layer_kwargs)
+            # What layers write into for later ones is kept as it was before this one.
+            before = {id(value): copy(value) for value in kwargs.values() if isinstance(value, MutableMapping)}
+            self._layer_args.append(args[1:])
             self._layer_kwargs.append(kwargs)
+            self._written.append(before)
             # The last layer is run again, as a check.
             if self._needed is None or self._needed[index] or index == final:
                 self._entering[index] = states
@@ -202,7 +210,7 @@ class PrefixRunner:
         self.counts.layers += num_layers
         self.counts.rows += num_layers * tokens
         # What follows repeats the decoder's loop and head by hand; a class that does more there is refused here.
-        last = self._layer(final, self._entering[final])
+        last = self._layer(final, self._entering[final], {})
         if self._needed is not None and not self._needed[final]:
             del self._entering[final]
         if not torch.allclose(self._logits(last), logits, atol=1e-3, rtol=1e-3):
@@ -212,15 +220,22 @@ class PrefixRunner:
             )
         return logits
 
-    def _layer(self, index: int, states: Tensor) -> Tensor:
-        states = self._call(index, states)
+    def _layer(
+        self, index: int, states: Tensor, more: Mapping[str, Any], shared: dict[int, Any] | None = None
+    ) -> Tensor:
+        states = self._call(index, states, more, {} if shared is None else shared)
         self.counts.layers += 1
         # Of what comes out: at an exit the layer gets every row and drops some before it begins.
         self.counts.rows += states.shape[1]
         return states
 
-    def _call(self, index: int, states: Tensor) -> Tensor:
-        out = self.decoder.layers[index](states, **self._layer_kwargs[index])
+    def _call(self, index: int, states: Tensor, more: Mapping[str, Any], shared: dict[int, Any]) -> Tensor:
+        """One layer as the baseline called it; ``shared`` is what the layers of one run write for each other."""
+        kwargs = dict(self._layer_kwargs[index])
+        for name, value in kwargs.items():
+            if isinstance(value, MutableMapping):
+                kwargs[name] = shared.setdefault(id(value), copy(self._written[index][id(value)]))
+        out = self.decoder.layers[index](states, *self._layer_args[index], **kwargs, **more)
         states = out[0] if isinstance(out, tuple) else out
         if self._deepstack is not None:
             visual, features = self._deepstack

@@ -45,11 +45,39 @@ class AttentionTap:
     """A tap that is in place; ``remove`` takes it out.
 
     Attributes:
-        base: the implementation that was in use, one of ``BASES``.
+        base: the implementation that is in use, one of ``BASES``.
     """
 
     def __init__(self, decoder: Decoder, attend: Attend, base: str) -> None:
         self.decoder, self.attend, self.base = decoder, attend, base
+
+    def check(self) -> None:
+        """Look, before a forward, whether every attention call of the decoder still goes through this tap.
+
+        Another base that was set since (``model.set_attn_implementation``) is followed.
+
+        Raises:
+            RuntimeError: An attention module was replaced.
+            ValueError: The implementation that was set takes no arbitrary mask.
+        """
+        implementation = self.decoder.config._attn_implementation
+        if implementation != _PREFIX + self.base:
+            base = implementation.removeprefix(_PREFIX)
+            if base not in BASES:
+                raise ValueError(
+                    f"the attention implementation was set to {implementation!r} while something is attached; it takes "
+                    f"no arbitrary mask. Expected {', '.join(BASES)}"
+                )
+            self.base = base
+            self.decoder.model.set_attn_implementation(_PREFIX + base)
+        for index, module in enumerate(_attentions(self.decoder)):
+            if _TAPS.get(module) is not self or getattr(module, "config", self.decoder.config) is not (
+                self.decoder.config
+            ):
+                raise RuntimeError(
+                    f"the attention of layer {index} was replaced after attach(), and would not be changed. Call "
+                    "handle.detach(), replace it, then attach() again."
+                )
 
     def remove(self) -> None:
         """Give the decoder its own attention back; harmless when repeated."""

@@ -115,6 +115,23 @@ class TokenLayout:
                 raise ValueError(f"span {name} must lie in [0, {len(self.frame)}); got [{start}, {stop})")
         return replace(self, spans=self.spans | dict(spans))
 
+    def cut(self, tokens: int) -> TokenLayout:
+        """The layout of the first so many positions, without what comes after.
+
+        Raises:
+            ValueError: The video would be cut.
+        """
+        stop = max([self.spans["video"][1], *(position + 1 for position in self.separators)])
+        if tokens < stop:
+            raise ValueError(f"the video ends at position {stop}; it cannot be cut at {tokens}")
+        if tokens >= len(self.frame):
+            return self
+        real = self.real[:tokens]
+        spans = {name: (a, min(b, tokens)) for name, (a, b) in self.spans.items() if a < tokens}
+        end = int(real.nonzero()[-1]) + 1
+        spans["last"] = (end - 1, end)
+        return replace(self, frame=self.frame[:tokens], real=real, spans=spans)
+
     def _sampling(self) -> str:
         """How the frames that were sampled became those of the layout."""
         fused, sampled = self.source_frames, self.sampled

@@ -1,0 +1,273 @@
+"""What people do beside a knockout: other attention, prompts in turn, threads, training, other ways to generate.
+
+The README's table "works together with" names these tests.
+"""
+
+import copy
+import threading
+
+import pytest
+import torch
+from hone_core.testing import assert_close
+from hone_knockout.config import Knockout, KnockoutConfig
+from hone_knockout.models import attach
+from hone_lm.decoders import cache_keyword, cache_of, find_decoder
+from hone_lm.tiny import tiny, tiny_inputs
+
+LAYERS = 6
+FAMILY = "llava_onevision"
+EXIT = KnockoutConfig(exit=3)
+
+
+def lv(*layers, **options):
+    return Knockout(kind="LV", layers=layers, **options)
+
+
+EVERYWHERE = lv(*range(LAYERS))
+CONFIGS = pytest.mark.parametrize("config", [lv(1, 2, 3), EXIT], ids=["knockout", "exit"])
+
+
+@pytest.fixture
+def model():
+    return tiny(FAMILY, layers=LAYERS)[0]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny(FAMILY, layers=1)[1]
+
+
+@pytest.fixture
+def first(processor):
+    return tiny_inputs(FAMILY, processor)
+
+
+@pytest.fixture
+def second(processor):
+    return tiny_inputs(FAMILY, processor, frames=8, seed=5)
+
+
+def written(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+
+
+def step(model, cache, rows=1):
+    ids = torch.full((rows, 2), 70)
+    return model(input_ids=ids, use_cache=True, **{cache_keyword(model): cache}).logits
+
+
+class TestAttentionImplementation:
+    @torch.no_grad()
+    @pytest.mark.parametrize("config", [EVERYWHERE, EXIT], ids=["knockout", "exit"])
+    def test_another_one_is_followed(self, model, first, config):
+        before = model(**first).logits
+        with attach(model, config):
+            knocked = model(**first).logits
+            for base in ("eager", "sdpa", "eager"):
+                model.set_attn_implementation(base)
+                got = model(**first).logits
+                assert_close(got, knocked, atol=1e-5)
+        assert find_decoder(model).config._attn_implementation == "eager"
+        assert_close(model(**first).logits, before, atol=1e-5)
+        assert knocked.shape != before.shape or not torch.allclose(knocked, before)
+
+    @torch.no_grad()
+    def test_one_that_takes_no_mask_is_refused(self, model, first):
+        with attach(model, EVERYWHERE):
+            find_decoder(model).config._attn_implementation_internal = "flash_attention_2"
+            with pytest.raises(ValueError, match=r"'flash_attention_2' while something is attached"):
+                model(**first)
+
+    @torch.no_grad()
+    def test_a_replaced_attention_is_refused(self, model, first):
+        decoder = find_decoder(model)
+        with attach(model, EVERYWHERE):
+            decoder.layers[2].self_attn = copy.deepcopy(decoder.layers[2].self_attn)
+            with pytest.raises(RuntimeError, match="attention of layer 2 was replaced"):
+                model(**first)
+
+    @torch.no_grad()
+    def test_layers_that_do_not_run_are_refused(self, model, first):
+        with attach(model, EVERYWHERE):
+            find_decoder(model).config.num_hidden_layers = 4
+            with pytest.raises(RuntimeError, match="layers 4-5 did not come through"):
+                model(**first)
+
+
+class TestPromptsInTurn:
+    @torch.no_grad()
+    @CONFIGS
+    def test_two_caches(self, model, first, second, config):
+        with attach(model, config):
+            wanted = []
+            for inputs in (first, second):
+                cache = cache_of(model(**inputs, use_cache=True))
+                wanted.append([step(model, cache), step(model, cache)])
+            caches = [cache_of(model(**inputs, use_cache=True)) for inputs in (first, second)]
+            for turn in range(2):
+                for prompt, cache in enumerate(caches):
+                    assert torch.equal(step(model, cache), wanted[prompt][turn])
+
+    @torch.no_grad()
+    @CONFIGS
+    def test_a_copied_cache(self, model, first, second, config):
+        with attach(model, config):
+            cache = cache_of(model(**first, use_cache=True))
+            twin = copy.deepcopy(cache)
+            model(**second)
+            assert torch.equal(step(model, cache), step(model, twin))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("config", [lv(1, 2, 3), EXIT, lv(2, control="random")], ids=["LV", "exit", "random"])
+    def test_a_cache_repeated_over_the_batch(self, model, first, config):
+        with attach(model, config):
+            cache = cache_of(model(**first, use_cache=True))
+            alone = step(model, copy.deepcopy(cache))
+            cache.batch_repeat_interleave(3)
+            assert_close(step(model, cache, rows=3), alone.expand(3, -1, -1), atol=1e-5)
+
+    @torch.no_grad()
+    def test_a_cache_whose_rows_cannot_be_told_apart_is_refused(self, model, processor):
+        inputs = tiny_inputs(FAMILY, processor, ["What moves?", "Which of the two is first?"])
+        with attach(model, lv(1)):
+            cache = cache_of(model(**inputs, use_cache=True))
+            cache.batch_repeat_interleave(2)
+            with pytest.raises(ValueError, match="which row is which prompt cannot be told"):
+                step(model, cache, rows=4)
+
+    @torch.no_grad()
+    def test_a_cache_of_other_settings_or_cut_inside_its_prompt_is_refused(self, model, first):
+        with attach(model, lv(1)) as handle:
+            with handle.disabled():
+                plain = cache_of(model(**first, use_cache=True))
+            cache = cache_of(model(**first, use_cache=True))
+            with pytest.raises(ValueError, match="filled before this was attached, or under other settings"):
+                step(model, plain)
+        with attach(model, lv(2)), pytest.raises(ValueError, match="under other settings"):
+            step(model, cache)
+        with attach(model, lv(1)):
+            step(model, cache)
+            cache.crop(-5)
+            with pytest.raises(ValueError, match="inside its prompt"):
+                step(model, cache)
+
+    @torch.no_grad()
+    def test_a_decoder_without_the_model_around_it_is_refused(self, model, first):
+        with attach(model, lv(1)):
+            model(**first)
+            with pytest.raises(RuntimeError, match="run the model that this is attached to"):
+                model.model(**first)
+
+
+@CONFIGS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_forwards_before_one_backward(model, first, second, config, reentrant):
+    with attach(model, config):
+        loss = sum(model(**inputs, use_cache=False).logits[:, -1].square().mean() for inputs in (first, second))
+        loss.backward()
+        wanted = [parameter.grad.clone() for parameter in find_decoder(model).model.parameters()]
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        loss = sum(model(**inputs, use_cache=False).logits[:, -1].square().mean() for inputs in (first, second))
+        loss.backward()
+    for parameter, grad in zip(find_decoder(model).model.parameters(), wanted, strict=True):
+        assert_close(parameter.grad, grad, atol=1e-5)
+
+
+@CONFIGS
+def test_threads(model, first, second, config):
+    with attach(model, config), torch.no_grad():
+        wanted = [written(model, inputs) for inputs in (first, second)]
+        results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+        ready = threading.Barrier(2)
+
+        def work(index, inputs):
+            ready.wait()
+            with torch.no_grad():
+                for _ in range(4):
+                    results[index].append(written(model, inputs))
+
+        threads = [threading.Thread(target=work, args=pair) for pair in enumerate((first, second))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for index, want in enumerate(wanted):
+        assert len(results[index]) == 4
+        assert all(torch.equal(got, want) for got in results[index])
+
+
+class TestLogitsAndAssistance:
+    @torch.no_grad()
+    def test_an_exit_where_the_prompt_ends_in_the_video_is_refused(self, model, first):
+        (start,) = (first["input_ids"][0] == model.config.video_token_id).nonzero()[:1, 0].tolist()
+        # Two frames of 16 and no newline after them would not be whole; the class's rule wants it.
+        stop = start + 65
+        cut = first | {name: first[name][:, :stop] for name in ("input_ids", "attention_mask")}
+        assert cut["input_ids"][0, -1] == model.config.video_token_id
+        with attach(model, EXIT):
+            assert model(**cut).logits.shape[1] == start + 1
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("family", ["llava_next_video"])
+    def test_an_exit_where_a_frame_is_the_last_is_refused(self, family):
+        model, processor = tiny(family, layers=LAYERS)
+        inputs = tiny_inputs(family, processor)
+        stop = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[-1]) + 1
+        cut = inputs | {name: inputs[name][:, :stop] for name in ("input_ids", "attention_mask")}
+        with attach(model, EXIT), pytest.raises(ValueError, match="prompt 0 ends in the video"):
+            model(**cut)
+
+    @torch.no_grad()
+    def test_logits_to_keep_means_positions_of_the_prompt(self, model, first):
+        tokens = first["input_ids"].shape[1]
+        with attach(model, lv(3, 4, 5)):
+            whole = model(**first).logits
+        with attach(model, EXIT):
+            for keep in (torch.tensor([2, tokens - 3, tokens - 1]), torch.tensor([-1, 0])):
+                assert_close(model(**first, logits_to_keep=keep).logits, whole[:, keep], atol=1e-5)
+            assert_close(model(**first, logits_to_keep=4).logits, whole[:, -4:], atol=1e-5)
+            for keep in (torch.tensor([tokens // 2]), tokens - 2):
+                with pytest.raises(ValueError, match="asks for rows of the video"):
+                    model(**first, logits_to_keep=keep)
+
+    @torch.no_grad()
+    def test_logits_to_keep_in_a_padded_batch(self, model, processor):
+        inputs = tiny_inputs(FAMILY, processor, ["What moves?", "Which of the two is first?"])
+        with attach(model, lv(3, 4, 5)):
+            whole = model(**inputs).logits
+        tokens = inputs["input_ids"].shape[1]
+        with attach(model, EXIT):
+            keep = torch.tensor([tokens - 2, tokens - 1])
+            assert_close(model(**inputs, logits_to_keep=keep).logits, whole[:, keep], atol=1e-5)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        "config",
+        [
+            lv(1, 2, 3),
+            Knockout(kind="VT", layers=(1, 2)),
+            Knockout(kind="span", source="visual", target="last", layers=(2, 3, 4)),
+            lv(2, 3, control="random"),
+            EXIT,
+        ],
+        ids=["LV", "VT", "span", "random", "exit"],
+    )
+    @pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+    def test_assisted_decoding_writes_what_plain_decoding_writes(self, model, processor, config, how):
+        inputs = tiny_inputs(FAMILY, processor, ["it is it is it"])
+        more = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+        if how == "assistant":
+            more = {"assistant_model": tiny(FAMILY, layers=1)[0]}
+        with attach(model, config) as handle:
+            plain = written(model, inputs)
+            layout = handle.layouts[0]
+            lengths = []
+            spy = model.register_forward_pre_hook(
+                lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+            )
+            assert torch.equal(written(model, inputs, **more), plain)
+            spy.remove()
+            assert lengths[0] > inputs["input_ids"].shape[1]
+            assert torch.equal(handle.layouts[0].frame, layout.frame)
