@@ -50,6 +50,15 @@ def test_an_outcome_sums_tokens_not_answers():
     assert outcome.cost(0.25) == 7 + 0.25 * 4
 
 
+def test_samples_of_a_problem_are_no_new_problems():
+    right = [True, True, False, False, True, False]
+    once = Outcome("x", tuple(answer(value) for value in right))
+    fourfold = Outcome("x", tuple(answer(value) for value in right for _ in range(4)), samples=4)
+    assert fourfold.accuracy == once.accuracy
+    assert fourfold.interval == once.interval
+    assert cascade(fourfold, fourfold, calls=0).interval == once.interval
+
+
 def test_the_cascade_spends_its_steps_where_doubt_is_highest():
     small = Outcome("small", tuple(answer(False, (5, 0), doubt=doubt) for doubt in (0.1, 0.9, 0.5, 0.3)))
     large = Outcome("large", tuple(answer(True, (0, 10)) for _ in range(4)))

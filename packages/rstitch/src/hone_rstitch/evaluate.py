@@ -70,11 +70,13 @@ class Outcome:
 
     Attributes:
         label: of the setting.
-        answers: one per problem and sample.
+        answers: one per problem and sample, those of a problem together.
+        samples: answers per problem.
     """
 
     label: str
     answers: tuple[Answer, ...]
+    samples: int = 1
 
     @property
     def right(self) -> list[bool]:
@@ -85,6 +87,11 @@ class Outcome:
     def accuracy(self) -> float:
         """Share of right answers."""
         return float(np.mean(self.right))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy. Problems are drawn anew with all their answers, which are no new problems."""
+        return bootstrap_interval(np.reshape(self.right, (-1, self.samples)).mean(1))
 
     @property
     def tokens(self) -> float:
@@ -151,7 +158,7 @@ class Answers:
         quiet: bool = False,
     ) -> None:
         self.path, self.pair, self.problems, self.sampling = path, pair, problems, sampling
-        self.format, self.batch, self.seed, self.quiet = format, batch, seed, quiet
+        self.format, self.samples, self.batch, self.seed, self.quiet = format, samples, batch, seed, quiet
         # A problem that was edited since has another name, and is asked anew.
         self.asked = [
             (f"{problem.id} {_digest(problem)} {sample}", problem) for problem in problems for sample in range(samples)
@@ -205,7 +212,7 @@ class Answers:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.writelines(lines)
                 bar.update(len(part))
-        return Outcome(label, tuple(self.known[label, name] for name, _ in self.asked))
+        return Outcome(label, tuple(self.known[label, name] for name, _ in self.asked), self.samples)
 
 
 def matched_random(outcome: Outcome, *, runs: bool = False) -> StitchConfig:
@@ -245,7 +252,7 @@ def cascade(small: Outcome, large: Outcome, *, calls: float) -> Outcome:
             doubt=first.doubt,
             switches=1,
         )
-    return Outcome("cascade", tuple(answers))
+    return Outcome("cascade", tuple(answers), small.samples)
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
@@ -266,7 +273,7 @@ def write_rows(run: Run, outcome: Outcome, ratio: float, **place: Any) -> None:
         outcome.accuracy,
         better="higher",
         n=count,
-        interval=bootstrap_interval(outcome.right),
+        interval=outcome.interval,
         variant=outcome.label,
         **place,
     )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hone_core.plots import BLUE, GREY, INK, ORANGE, RED, drawing, error_bars, finish
-from hone_core.statistics import bootstrap_interval
 
 from .config import LARGE
 
@@ -42,7 +41,7 @@ def curve(lines: Mapping[str, Sequence[Outcome]], alone: Mapping[str, Outcome], 
                 continue
             color, style, label = STYLES[name]
             points = sorted(outcomes, key=lambda outcome: outcome.share)
-            bars = [error_bars(o.accuracy, bootstrap_interval(o.right), scale=100) for o in points]
+            bars = [error_bars(o.accuracy, o.interval, scale=100) for o in points]
             axes.errorbar(
                 [100 * o.share for o in points],
                 [100 * o.accuracy for o in points],
