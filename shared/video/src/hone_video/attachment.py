@@ -305,6 +305,7 @@ class Attachment(ABC):
         for attn, processor in zip(self.self_attentions(model), self.processors, strict=True):
             attn.set_processor(processor)
         self.attached = True
+        _forget_steps(model)
         self.hooks.add("", lambda module: module.register_forward_pre_hook(self.start, with_kwargs=True))
         self.place_hooks()
         self.hooks.add("", lambda module: module.register_forward_hook(self.finish, always_call=True))
@@ -313,6 +314,8 @@ class Attachment(ABC):
         """Undo ``apply``; a processor that someone else installed meanwhile is left in place."""
         self.hooks.remove()
         # Also read by compiled graphs, which do not look at a module's hooks again.
+        if self.attached:
+            _forget_steps(model)
         self.attached = False
         for attn, processor in zip(self.self_attentions(model), self.processors, strict=True):
             if attn.processor is processor:
@@ -330,8 +333,10 @@ class Attachment(ABC):
     def begin(self, model: nn.Module, grid: Grid, text_tokens: int, timestep: Tensor | float) -> Forward | None:
         """Decide how the forward that starts now runs; None for as if detached."""
         self.state.current = None
-        tokens = grid[0] * grid[1] * grid[2] + text_tokens
-        if not self.attached or self.state.disabled or tokens < self.method.min_tokens:
+        tokens, disabled = grid[0] * grid[1] * grid[2] + text_tokens, self.state.disabled
+        if not self.attached or tokens < self.method.min_tokens:
+            return None
+        if disabled and not any(_keeps_steps(module) for module in model.modules()):
             return None
         self.hooks.check()
         for layer, (attn, processor) in enumerate(zip(self.self_attentions(model), self.processors, strict=True)):
@@ -340,9 +345,16 @@ class Attachment(ABC):
                     f"the attention processor of layer {layer} was replaced after attach(), by "
                     f"{type(attn.processor).__name__}. Call handle.detach(), replace it, then attach() again."
                 )
-        if (self.method.counts_steps or self.recording is not None) and not self.steps.manual:
+        if self.method.order != "raster" and _keeps_steps(model):
+            raise RuntimeError(
+                f"a cache on this {type(model).__name__} (FasterCache, SeaCache) looks at whole latents inside its "
+                f"forward, where {self.method.name} has their tokens in order {self.method.order!r}. Take one that "
+                "works on blocks (first-block, PAB, MagCache, TaylorSeer), or order 'raster', or detach first."
+            )
+        if (self.method.counts_steps or self.recording is not None) and not self.steps.manual and not disabled:
             self.steps.observe(timestep)
-        plan, record = self.steps.plan, None
+        # What a cache of diffusers keeps from one step for the next stays in one order.
+        plan, record = None if disabled else self.steps.plan, None
         if self.recording is not None and plan is not None:
             self.steps.call += 1
             record = Recorded(self.steps.step, self.steps.call, self.index, self.options)
@@ -367,6 +379,19 @@ def _own_processor(attn: nn.Module) -> Any:
     """The processor that is there, or that a detached one stands for (diffusers' unfuse brings such back)."""
     processor: Any = attn.processor
     return processor.original if isinstance(processor, Processor) and not processor.attachment.attached else processor
+
+
+def _keeps_steps(module: nn.Module) -> bool:
+    """Whether a cache of diffusers on this module keeps tensors of one step for the next."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and any(hook._is_stateful for hook in registry.hooks.values())
+
+
+def _forget_steps(model: nn.Module) -> None:
+    """Empty the caches of diffusers, which hold tokens in the order of before."""
+    for module in model.modules():
+        if _keeps_steps(module):
+            module._diffusers_hook.reset_stateful_hooks(recurse=False)
 
 
 def no_parallelism(method: Method) -> str:

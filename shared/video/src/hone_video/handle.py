@@ -162,6 +162,9 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
     token grid is read off each forward's input. Works before or after ``torch.compile``, of the model or of its blocks,
     and with gradient checkpointing.
 
+    A model that is attached keeps one order of tokens in all steps, dense ones too, so diffusers' caches on blocks may
+    carry tensors from step to step; under such a cache ``disabled()`` keeps the order as well.
+
     Where steps are counted, a rising timestep tells a new video from the next step. A video that starts at or below the
     last timestep seen (video-to-video, or any run after one that was broken off) has to be announced:
     ``handle.reset()`` before it, or ``handle.begin_step(i)`` before each step.
