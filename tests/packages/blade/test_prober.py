@@ -73,6 +73,24 @@ def test_index_kept_is_bounded():
     assert sample_index(64, 32, 4, "strided", layer=1) is sample_index(64, 32, 4, "strided", layer=2)
 
 
+def in_fake_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, in_fake_mode, lambda: torch.device("meta")])
+@pytest.mark.parametrize("method", ["seeded", "strided"])
+def test_index_serves_later_callers_whatever_mode_the_first_was_in(method, mode):
+    tokens = 50 + len(mode.__name__)  # of this case alone
+    with mode():
+        sample_index(tokens, 16, 4, method)
+    index = sample_index(tokens, 16, 4, method)
+    assert index.device.type == "cpu"
+    assert not index.is_inference()
+    assert index[0, 0, 1].sub(16).tolist() == sample_offsets(16, 4, method, block=16).tolist()
+
+
 def test_random_index_is_the_release_s_draw():
     index = prober._random_index(2, 3, 70, 32, 8, torch.device("cpu"))
     assert index.shape == (2, 3, 3, 8)

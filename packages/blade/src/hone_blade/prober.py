@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
+from hone_core.tensors import plain_tensors
 from hone_kernels.block_scores import block_scores
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -151,12 +152,13 @@ def sample_index(
 def _sample_index(
     tokens: int, block: int, samples: int, method: Offsets, seed: int, layer: int, side: Side, device: torch.device
 ) -> Tensor:
-    start = torch.arange(0, tokens, block, device="cpu").unsqueeze(-1)
-    draw: dict[str, Any] = {"block": block, "seed": seed, "layer": layer, "side": side}
-    full = start[:-1] + sample_offsets(block, samples, method, **draw)
-    last = sample_offsets(tokens - int(start[-1]), samples, method, **draw)
-    index = torch.cat([full, torch.where(last < 0, -1, start[-1] + last).unsqueeze(0)])
-    return index.to(device, torch.int32)[None, None]
+    with plain_tensors():
+        start = torch.arange(0, tokens, block, device="cpu").unsqueeze(-1)
+        draw: dict[str, Any] = {"block": block, "seed": seed, "layer": layer, "side": side}
+        full = start[:-1] + sample_offsets(block, samples, method, **draw)
+        last = sample_offsets(tokens - int(start[-1]), samples, method, **draw)
+        index = torch.cat([full, torch.where(last < 0, -1, start[-1] + last).unsqueeze(0)])
+        return index.to(device, torch.int32)[None, None]
 
 
 @torch.library.custom_op("hone_blade::sample_index", mutates_args=())

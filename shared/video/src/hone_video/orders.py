@@ -6,13 +6,11 @@ frame)``, of the token at that position. ``reorder`` applies an order, and undoe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
+from hone_core.tensors import plain_tensors
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .grids import ORDERS, Grid, Order
 
@@ -232,7 +230,7 @@ def token_order(
 
 @lru_cache(maxsize=64)
 def _kept(name: str, grid: Grid, tile: Grid, device: torch.device, inverse: bool) -> Tensor:
-    with _plain_tensors():
+    with plain_tensors():
         if name == "gilbert":
             order = gilbert_order(*grid)
         elif name == "morton":
@@ -242,16 +240,6 @@ def _kept(name: str, grid: Grid, tile: Grid, device: torch.device, inverse: bool
         else:
             order = raster_order(*grid)
         return (inverse_order(order) if inverse else order).to(device)
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Make tensors that any later caller can use, whatever mode the first one is in.
-
-    One made in inference mode could not be saved for a backward, one made during an export would be a fake.
-    """
-    with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
-        yield
 
 
 @torch.library.custom_op("hone_video::token_order", mutates_args=())
