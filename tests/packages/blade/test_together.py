@@ -241,11 +241,31 @@ def test_recording_under_offload(kind, offload, first):
 # Compilation.
 
 
+# Inductor imports a part of torch that torch has deprecated.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.slow
 @KINDS
-def test_inductor(kind):
+def test_compiled_by_the_default_backend(kind):
     model, arguments = tiny(kind, num_layers=1), tiny_inputs(kind)
     with attach(model, SPARSE):
         expected = run(model, arguments)
         torch.compiler.reset()
         close(run(torch.compile(model, fullgraph=True), arguments), expected)
+    torch.compiler.reset()
+
+
+def test_compiled_sizes_are_a_graph_each():
+    model = tiny("wan", num_layers=1)
+    sizes = [tiny_inputs("wan", batch=1, frames=frames, height=8, width=8) for frames in (1, 2, 3)]
+    with attach(model, D1):
+        expected = [run(model, arguments) for arguments in sizes]
+        for limit in (3, 2):
+            torch.compiler.reset()
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            with torch._dynamo.config.patch(recompile_limit=limit):
+                for arguments, want in zip(sizes[:limit], expected, strict=False):
+                    close(run(compiled, arguments), want)
+                if limit < len(sizes):
+                    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+                        run(compiled, sizes[limit])
     torch.compiler.reset()

@@ -160,7 +160,8 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
 
     Weights, state dict and cross-attention stay as they are. Any resolution, frame count and batch size works: the
     token grid is read off each forward's input. Works before or after ``torch.compile``, of the model or of its blocks,
-    and with gradient checkpointing.
+    and with gradient checkpointing. A compiled model gets a graph per size: for more sizes than
+    ``torch._dynamo.config.recompile_limit`` (8), raise that limit.
 
     A model that is attached keeps one order of tokens in all steps, dense ones too, so diffusers' caches on blocks may
     carry tensors from step to step; under such a cache ``disabled()`` keeps the order as well.
