@@ -70,6 +70,36 @@ def test_topk_and_ties_by_hand():
     assert kept(select_blocks(torch.zeros_like(scores), max_keep=2, mass=0.9)) == [0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_k", [1, 7, 64, 139])
+def test_spread_ties_favour_no_place(num_k, dtype):
+    keep = max(1, num_k // 4)
+    got = select_blocks(torch.ones(1, 1, 256, num_k, dtype=dtype), max_keep=keep, spread_ties=True)
+    assert bool((got.kv_num == keep).all())
+    often = torch.bincount(got.kv_idx.flatten(), minlength=num_k) / 256
+    assert float((often - keep / num_k).abs().max()) < 0.05
+    for row in got.kv_idx[0, 0].tolist():
+        third = num_k / 3
+        counts = [sum(part <= block / third < part + 1 for block in row) for part in range(3)]
+        assert max(counts) - min(counts) <= 3
+    # Ties alone: a larger score goes first.
+    scores = torch.ones(1, 1, 4, 7, dtype=dtype)
+    scores[..., 5] = 2
+    assert all(5 in row for row in select_blocks(scores, max_keep=2, spread_ties=True).kv_idx[0, 0].tolist())
+
+
+def test_sum_in_16_bits():
+    # 0.9 + 0.0013 is 0.9 again in bfloat16, so a long tail of small scores never reaches the threshold.
+    scores = torch.full((1, 1, 1, 76), 0.1 / 75)
+    scores[..., 0] = 0.9
+    exact = select_blocks(scores, max_keep=76, mass=0.95)
+    running = scores.bfloat16().sort(descending=True).values.cumsum(-1)
+    want = int((running < 0.95 * running[..., -1:]).sum()) + 1
+    narrow = select_blocks(scores.bfloat16(), max_keep=76, mass=0.95)
+    assert int(narrow.kv_num) == want
+    assert int(exact.kv_num) == 39
+
+
 def test_diagonal_takes_the_place_of_the_last_ranked():
     scores = torch.tensor([[0.0, 0.5, 0.3, 0.2], [0.0, 0.5, 0.3, 0.2]], dtype=torch.float64).expand(1, 1, 2, 4)
     plain = select_blocks(scores, max_keep=2)
@@ -112,7 +142,7 @@ def test_brute_force(mass, inclusive, keep_diagonal, forced):
 def test_opcheck_and_compile():
     scores = torch.rand(1, 2, 4, 6)
     for mass, forced in ((None, 0), (0.9, 1)):
-        arguments = (scores, 1, 3, mass, True, True, forced, "reference")
+        arguments = (scores, 1, 3, mass, True, True, forced, False, "reference")
         torch.library.opcheck(torch.ops.hone_kernels.select_blocks.default, arguments)
     compiled = torch.compile(lambda x: select_blocks(x * 2, max_keep=3, mass=0.9), backend="aot_eager", fullgraph=True)
     for got, want in zip(compiled(scores), select_blocks(scores, max_keep=3, mass=0.9), strict=True):
@@ -131,9 +161,9 @@ def test_opcheck_and_compile():
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
         ({"backend": "triton"}, ValueError, "needs a CUDA device"),
         (
-            {"scores": torch.zeros(1, 1, 7, 9, dtype=torch.half)},
+            {"scores": torch.zeros(1, 1, 7, 9, dtype=torch.int32)},
             ValueError,
-            r"it takes torch\.float64, torch\.float32; got torch\.float16",
+            r"it takes torch\.float64, torch\.float32, torch\.bfloat16, torch\.float16; got torch\.int32",
         ),
     ],
 )

@@ -36,6 +36,7 @@ def test_interpreted(mass, inclusive, keep_diagonal, forced):
     scores = rough_scores(1, 1, 3, 7)
     scores[0, 0, 0] = 0
     compare(scores, min_keep=2, max_keep=4, **rule)
+    compare(scores, min_keep=2, max_keep=4, spread_ties=True, **rule)
     compare(rough_scores(1, 1, 4, 3), max_keep=3, **rule)
 
 
@@ -49,7 +50,7 @@ def test_machine_code(blocks, mass):
     from hone_kernels.compile import compile_launch, record_launches
 
     with record_launches(triton, "_select_kernel") as launches:
-        triton.select_blocks_triton(torch.zeros(1, 1, 4, blocks), 1, 10, mass, True, True, 2)
+        triton.select_blocks_triton(torch.zeros(1, 1, 4, blocks), 1, 10, mass, True, True, 2, True)
     assert compile_launch(launches[0]).spills == 0
 
 
@@ -60,7 +61,9 @@ def test_gpu():
         rule = {"mass": mass, "inclusive": inclusive, "keep_diagonal": keep_diagonal, "forced": forced}
         for num_q, num_k in ((256, 256), (139, 139), (5, 1200), (40, 7)):
             scores = rough_scores(2, 3, num_q, num_k, device="cuda")
-            compare(scores, min_keep=min(3, num_k), max_keep=max(3, num_k // 6), **rule)
+            for spread_ties in (False, True):
+                rule["spread_ties"] = spread_ties
+                compare(scores, min_keep=min(3, num_k), max_keep=max(3, num_k // 6), **rule)
 
 
 @requires_gpu(min_sm=80)

@@ -192,7 +192,7 @@ def test_keys_that_are_not_kept_get_no_gradient_without_pooling():
 
 
 def test_selection_follows_the_configuration():
-    scores = torch.tensor([[0.0, 0.6, 0.3, 0.1], [0.4, 0.0, 0.3, 0.3]], dtype=torch.float64)
+    scores = torch.tensor([[0.0, 0.6, 0.3, 0.1], [0.4, 0.0, 0.31, 0.29]], dtype=torch.float64)
     scores = scores[None, None].repeat(1, 1, 2, 1)  # four rows
     base = BladeConfig(block=16, samples=1, keep_diagonal=False, min_density=0.0, max_density=1.0, mass=0.85)
 
@@ -316,6 +316,33 @@ def test_clamped_counts_the_rows_whose_threshold_was_cut():
     _, all_rows = adaptive_sparse_attention(q, k, v, cfg=change(mass=1.0), return_stats=True)
     assert_close(all_rows.clamped, torch.ones(1, 2))
     assert float(some.clamped.max()) < 1
+
+
+@pytest.mark.parity
+def test_threshold_of_the_release_in_16_bits():
+    # Counts are the release's own, of these scores: its sum, rounded at each block, stops elsewhere than an exact one.
+    row, column = torch.arange(8)[:, None], torch.arange(64)
+    scores = ((row * 37 + column * 61) % 64 / 63).pow(1 + row / 2)
+    cfg = dataclasses.replace(PRESETS["wan2.1-1.3b-official"].config, max_density=0.9)
+    for dtype, counts in (
+        (torch.bfloat16, [48, 44, 39, 36, 33, 30, 28, 26]),
+        (torch.float32, [49, 44, 40, 36, 33, 30, 28, 26]),
+    ):
+        given = scores.to(dtype)
+        given = torch.nn.functional.pad(given / given.sum(-1, keepdim=True), (0, 0, 0, 56))[None, None]
+        assert select_blocks(given, cfg).kv_num[0, 0, :8].tolist() == counts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tied_blocks_of_the_release_are_kept_from_all_over_the_video(dtype):
+    # Diffuse heads: many blocks hold the largest logit of some row, and score exactly 1.
+    q, k = (torch.randn(2, 4, 64 * 16, 16).to(dtype) for _ in range(2))
+    cfg = change(
+        score="official", samples=8, min_density=0.1, max_density=0.1, keep_diagonal=False, inclusive=False, pool=0
+    )
+    kept = sparse_layout(q, k, cfg=cfg).to_mask().double().mean((0, 1, 2))
+    thirds = [float(part.sum() / kept.sum()) for part in (kept[:21], kept[21:43], kept[43:])]
+    assert min(thirds) > 0.25, thirds
 
 
 @pytest.mark.parametrize("text_tokens", [3, 20])

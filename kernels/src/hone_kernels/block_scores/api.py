@@ -54,6 +54,7 @@ def block_scores(
     *,
     kind: Kind = "paper",
     scale: float | None = None,
+    rounded: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """Importance of each key block for each query block, from sampled tokens; rows sum to 1.
@@ -77,6 +78,8 @@ def block_scores(
         k_index: int32 ``[B or 1, H or 1, NK, S]``, likewise for k, per query head.
         kind: Which score.
         scale: Factor on the logits, positive; ``D ** -0.5`` if None.
+        rounded: Of ``"official"``: round to the dtype of q what the release stores in it, which are block maxima,
+            scores, their sum and the quotient. In 16 bits that scatters the many ties of this score.
         backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
 
     Returns:
@@ -90,26 +93,31 @@ def block_scores(
     Source: BLADE (arXiv 2508.10774), Algorithm 1 for ``"paper"``; the authors' release for ``"official"``.
     """
     _check(q, k, q_index, k_index, kind)
+    if rounded and kind != "official":
+        raise ValueError(f"rounded goes with kind 'official'; got {kind!r}")
     scale = check_scale(scale, q.shape[3])
     # Of "mean" one token per block is scored, whatever their number.
     samples = None if kind == "mean" else k_index.shape[3]
     backend = choose("block_scores", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], samples=samples)
-    return torch.ops.hone_kernels.block_scores(q.detach(), k.detach(), q_index, k_index, kind, scale, backend)
+    return torch.ops.hone_kernels.block_scores(q.detach(), k.detach(), q_index, k_index, kind, scale, rounded, backend)
 
 
 @torch.library.custom_op("hone_kernels::block_scores", mutates_args=())
 def _block_scores(
-    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, backend: str
+    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, rounded: bool, backend: str
 ) -> Tensor:
     if backend == "reference":
-        return block_scores_reference(q, k, q_index, k_index, kind, scale)
+        rounding = q.dtype if rounded and q.dtype.itemsize == 2 else None
+        return block_scores_reference(q, k, q_index, k_index, kind, scale, rounding=rounding)
     from .triton import block_scores_triton  # needs Triton
 
     with torch.cuda.device_of(q):
-        return block_scores_triton(q, k, q_index, k_index, kind, scale)
+        return block_scores_triton(q, k, q_index, k_index, kind, scale, rounded)
 
 
 @_block_scores.register_fake
-def _(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, backend: str) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, rounded: bool, backend: str
+) -> Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((q.shape[0], q.shape[1], q_index.shape[2], k_index.shape[2]), dtype=dtype)

@@ -9,6 +9,7 @@ from hone_kernels.precision import without_autocast
 
 __all__ = ["block_scores_reference"]
 
+_LOG2E = 1.4426950408889634
 _CHUNK_ELEMENTS = 1 << 26  # logits held at a time: 256 MiB in float32
 
 
@@ -32,8 +33,8 @@ def block_scores_reference(
         k_index: ``[B or 1, H or 1, NK, S]``.
         kind: See ``block_scores``.
         scale: Factor on the logits.
-        rounding: A dtype to which block maxima and unnormalised scores are rounded, for comparison with an
-            implementation that stores them so (the release of BLADE: bfloat16, twice, with ``kind="official"``).
+        rounding: A dtype to which everything is rounded that the release of BLADE stores: block maxima (of logits in
+            base 2), unnormalised scores, their sum, and scores.
 
     Returns:
         ``[B, H, NQ, NK]``.
@@ -61,14 +62,16 @@ def block_scores_reference(
         row = logits.amax((-1, -2)) if kind == "official" else logits.flatten(-2).logsumexp(-1)
         row = torch.where(row == -torch.inf, 0, row).unsqueeze(-1)
         if rounding is not None:
-            block = block.to(rounding).to(dtype)
+            block = (block * _LOG2E).to(rounding).to(dtype) / _LOG2E
         share = (block - row).exp() * live
         scores.append(share.sum(-2) if kind == "lse" else share.amax(-2))
-    score = torch.cat(scores, dim=2)
-    if rounding is not None:
-        score = score.to(rounding).to(dtype)
-    total = score.sum(-1, keepdim=True)
-    return score / torch.where(total == 0, 1, total)
+    score = _rounded(torch.cat(scores, dim=2), rounding)
+    total = _rounded(score.sum(-1, keepdim=True), rounding)
+    return _rounded(score / torch.where(total == 0, 1, total), rounding)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype).to(x.dtype)
 
 
 def _gather(x: Tensor, index: Tensor, heads: int) -> tuple[Tensor, Tensor]:

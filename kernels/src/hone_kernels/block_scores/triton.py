@@ -14,6 +14,7 @@ __all__ = ["TILES", "Tile", "block_scores_triton"]
 LOG2E = 1.4426950408889634
 _SCRATCH_BYTES = 256 << 20  # of row maxima held at a time; beyond it, heads are worked through in groups
 _PAPER, _OFFICIAL, _LSE = 0, 1, 2
+_ROUND_TO = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _KIND = {"paper": _PAPER, "official": _OFFICIAL, "lse": _LSE}
 
 
@@ -52,6 +53,7 @@ def _row_stats_kernel(
     rows, num_k, first_bh, scale_log2,
     H: tl.constexpr, GROUP: tl.constexpr, SAMPLES: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BLOCKS: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr, KIND: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """STAT[row, block]: largest sampled logit (KIND 2: log-sum-exp), base 2. ROW: what to subtract from the row."""
     local = tl.program_id(1).to(tl.int64)
@@ -97,6 +99,8 @@ def _row_stats_kernel(
                 # A block that underflows here is below 2**-126 of the row and stays there: the maximum only grows.
                 stat = tl.where(mass > 0, base[:, None] + tl.log2(tl.maximum(mass, 1e-38)), -float("inf"))
         top = new
+        if ROUNDED:
+            stat = stat.to(Q.dtype.element_ty).to(tl.float32)
         tl.store(out + first, stat, mask=(r < rows)[:, None] & (first + j < num_k)[None, :])
     base = tl.where(top == -float("inf"), 0.0, top)
     if KIND != 1:
@@ -108,6 +112,7 @@ def _row_stats_kernel(
 def _reduce_rows_kernel(
     STAT, ROW, Q_INDEX, OUT, stride_qib, stride_qih, num_q, num_k, first_bh,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, NKP: tl.constexpr, KIND: tl.constexpr,
+    ROUND_TO: tl.constexpr,
 ):  # fmt: skip
     """One row of scores: the sampled rows of a query block reduced, then divided by their sum."""
     i = tl.program_id(0)
@@ -131,8 +136,14 @@ def _reduce_rows_kernel(
         else:
             acc = tl.maximum(acc, tl.max(stat, 0))
     score = acc if KIND == 2 else tl.exp2(acc)
+    if ROUND_TO is not None:
+        score = score.to(ROUND_TO).to(tl.float32)
     total = tl.sum(score, 0)
+    if ROUND_TO is not None:
+        total = total.to(ROUND_TO).to(tl.float32)
     score = score / tl.where(total > 0, total, 1.0)
+    if ROUND_TO is not None:
+        score = score.to(ROUND_TO).to(tl.float32)
     tl.store(OUT + (bh * num_q + i) * num_k + j, score, mask=j < num_k)
 
 
@@ -183,7 +194,14 @@ def _block_means(x: Tensor, index: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def block_scores_triton(
-    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, tile: Tile | None = None
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    kind: str,
+    scale: float,
+    rounded: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:
     """See ``block_scores``; ``tile`` overrides the launch settings of the logit pass."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -214,12 +232,12 @@ def block_scores_triton(
             *q.stride()[:3], *k.stride()[:3], *_index_strides(q_index), *_index_strides(k_index),
             rows, num_k, first, scale * LOG2E,
             H=heads, GROUP=heads // k.shape[1], SAMPLES=per_k, D=dim,
-            BM=tile.rows, BLOCKS=blocks, SP=per_block, DP=padded, KIND=_KIND[kind],
+            BM=tile.rows, BLOCKS=blocks, SP=per_block, DP=padded, KIND=_KIND[kind], ROUNDED=rounded,
             num_warps=tile.warps, num_stages=stages,
         )  # fmt: skip
         _reduce_rows_kernel[(num_q, count)](
             stat, row, q_index, out, *_index_strides(q_index), num_q, num_k, first,
             H=heads, R=per_q, RP=min(triton.next_power_of_2(per_q), max(1, 8192 // width)), NKP=width,
-            KIND=_KIND[kind], num_warps=4,
+            KIND=_KIND[kind], ROUND_TO=_ROUND_TO.get(q.dtype) if rounded else None, num_warps=4,
         )  # fmt: skip
     return out

@@ -54,14 +54,14 @@ def triton(run: Run, shapes: Mapping[str, Shape], *, candidates: int | None, rou
         errors = {}
         for tile in tiles[:candidates]:
             try:
-                got = block_scores_triton(q, k, *index, kind, scale, tile)
+                got = block_scores_triton(q, k, *index, kind, scale, tile=tile)
             except Exception as error:
                 _log.info("%s %s fails: %s", name, tile, str(error).splitlines()[0][:100])
                 continue
             errors[str(tile)] = worst = float((got - want).abs().max() / want.max())
             if not worst < 1e-4:
                 raise RuntimeError(f"{name} {tile}: error {worst:.2e} is not under 1e-4. No time is reported")
-            calls[str(tile)] = functools.partial(block_scores_triton, q, k, *index, kind, scale, tile)
+            calls[str(tile)] = functools.partial(block_scores_triton, q, k, *index, kind, scale, tile=tile)
         for tried, timing in measure_interleaved(calls, rounds=rounds, seed=seed).items():
             fields: dict[str, Any] = dict(error=errors[tried], shape=name, dim=shape.dim, samples=samples)
             timed(run, tried, timing, split=kind, **fields)

@@ -14,7 +14,7 @@ from .reference import select_blocks_reference
 __all__ = ["SUPPORT", "Backend", "SelectedBlocks", "select_blocks"]
 
 SUPPORT: dict[str, Support] = {
-    "reference": Support(dtypes=(torch.float64, torch.float32)),
+    "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
     "triton": Support(dtypes=(torch.float32,), language="triton", min_sm=80),
 }
 """``dtypes`` are those of the scores."""
@@ -44,15 +44,17 @@ def select_blocks(
     inclusive: bool = True,
     keep_diagonal: bool = False,
     forced: int = 0,
+    spread_ties: bool = False,
     backend: Backend = "auto",
 ) -> SelectedBlocks:
     """Keep the best-scored key blocks of each row; no call waits for the device.
 
-    Blocks are ranked by score, ties by position. With ``mass`` a row keeps the fewest whose scores reach ``mass`` times
-    the row's sum, clamped to ``[min_keep, max_keep]``; without it, ``max_keep``.
+    Blocks are ranked by score, ties by position or spread over the row. With ``mass`` a row keeps the fewest whose
+    scores reach ``mass`` times the row's sum, clamped to ``[min_keep, max_keep]``; without it, ``max_keep``.
 
     Args:
-        scores: float ``[B, H, NQ, NK]``, not negative.
+        scores: float ``[B, H, NQ, NK]``, not negative. Those of 16 bits are summed up in 16 bits, as the release of
+            BLADE does; only the reference takes them.
         max_keep: Most blocks of a row, 1 to NK.
         min_keep: Fewest blocks of a row, 1 to ``max_keep``.
         mass: Share of the row's sum, in (0, 1], or None.
@@ -60,6 +62,8 @@ def select_blocks(
         keep_diagonal: Whether block i of row i ranks first whatever its score.
         forced: The last so many rows keep every block, and every row keeps the last so many blocks, beyond
             ``max_keep``.
+        spread_ties: Whether tied blocks rank in an order that is spread over the row and differs from row to row, and
+            not by position.
         backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
 
     Raises:
@@ -81,7 +85,7 @@ def select_blocks(
     backend = choose("select_blocks", backend, SUPPORT, scores.device, scores.dtype)
     return SelectedBlocks(
         *torch.ops.hone_kernels.select_blocks(
-            scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, backend
+            scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties, backend
         )
     )
 
@@ -95,14 +99,15 @@ def _select_blocks(
     inclusive: bool,
     keep_diagonal: bool,
     forced: int,
+    spread_ties: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
-        return select_blocks_reference(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced)
+        return select_blocks_reference(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
     from .triton import select_blocks_triton  # needs Triton
 
     with torch.cuda.device_of(scores):
-        return select_blocks_triton(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced)
+        return select_blocks_triton(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
 
 
 @_select_blocks.register_fake
@@ -114,6 +119,7 @@ def _(
     inclusive: bool,
     keep_diagonal: bool,
     forced: int,
+    spread_ties: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = scores.shape[-1] if forced else max_keep

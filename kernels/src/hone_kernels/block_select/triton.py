@@ -7,13 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import tie_steps
+
 __all__ = ["select_blocks_triton"]
 
 
 @triton.jit
 def _select_kernel(
-    SCORES, IDX, NUM, CLAMPED, num_q, num_k, width, min_keep, max_keep, forced, mass,
-    NKP: tl.constexpr, TOP_K: tl.constexpr, INCLUSIVE: tl.constexpr, DIAGONAL: tl.constexpr,
+    SCORES, IDX, NUM, CLAMPED, num_q, num_k, width, min_keep, max_keep, forced, mass, tie_step, tie_turn,
+    NKP: tl.constexpr, KEY_BITS: tl.constexpr, TOP_K: tl.constexpr, INCLUSIVE: tl.constexpr, DIAGONAL: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * num_q + i
@@ -51,14 +54,22 @@ def _select_kernel(
             wanted -= 1
     clamped = wanted > max_keep
     rest = tl.minimum(tl.maximum(wanted, min_keep), max_keep) - first
-    # The rest-th largest score; of those that equal it, the lower blocks.
+    # The rest-th largest score; of those that equal it, the lower blocks, or those with the lower keys.
     cut = 0
     for bit in range(31):
         trial = cut | (1 << (30 - bit))
         cut = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= rest, trial, cut)
     tie = bits == cut
     room = rest - tl.sum((bits > cut).to(tl.int32), 0)
-    keep = own | (bits > cut) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
+    if SPREAD:
+        key = (i * tie_turn + j * tie_step) % num_k
+        last_key = 0
+        for bit in range(KEY_BITS):
+            trial = last_key | (1 << (KEY_BITS - 1 - bit))
+            last_key = tl.where(tl.sum((tie & (key < trial)).to(tl.int32), 0) < room, trial, last_key)
+        keep = own | (bits > cut) | (tie & (key <= last_key) & (room > 0))
+    else:
+        keep = own | (bits > cut) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
     if forced > 0:
         last = i >= num_q - forced
         keep = (keep | (j >= num_k - forced) | last) & real
@@ -79,6 +90,7 @@ def select_blocks_triton(
     inclusive: bool,
     keep_diagonal: bool,
     forced: int,
+    spread_ties: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``select_blocks``."""
     scores = scores.contiguous()
@@ -88,9 +100,11 @@ def select_blocks_triton(
     num = torch.empty((batch, heads, num_q), dtype=torch.int32, device=scores.device)
     clamped = torch.empty((batch, heads, num_q), dtype=torch.bool, device=scores.device)
     padded = triton.next_power_of_2(num_k)
+    tie_step, tie_turn = tie_steps(num_k)
     _select_kernel[(num_q, batch * heads)](
         scores, idx, num, clamped, num_q, num_k, width, min_keep, max_keep, forced, 1.0 if mass is None else mass,
-        NKP=padded, TOP_K=mass is None, INCLUSIVE=inclusive, DIAGONAL=keep_diagonal,
-        num_warps=1 if padded <= 1024 else 4,
+        tie_step, tie_turn,
+        NKP=padded, KEY_BITS=padded.bit_length() - 1, TOP_K=mass is None, INCLUSIVE=inclusive, DIAGONAL=keep_diagonal,
+        SPREAD=spread_ties, num_warps=1 if padded <= 1024 else 4,
     )  # fmt: skip
     return idx, num, clamped

@@ -76,8 +76,8 @@ class BladeConfig:
     """Tokens in a block, one of 16, 32, 64, 128, 256; the published method has 128."""
     score: Score = "paper"
     """``paper``: max-pooled softmax over sampled keys. ``official``: the release's ratio to each row's largest logit,
-    without the softmax denominator. ``mean``: softmax of the logits of whole-block means. ``lse``: softmax mass per
-    block, averaged over the sampled rows."""
+    without the softmax denominator, rounded as there to the dtype of the tensors. ``mean``: softmax of the logits of
+    whole-block means. ``lse``: softmax mass per block, averaged over the sampled rows."""
     samples: int = 16
     """Tokens sampled from each block (paper: 16, release: 32); unused by ``mean``. Range [1, block]."""
     offsets: Offsets = "seeded"

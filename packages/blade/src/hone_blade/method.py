@@ -155,6 +155,8 @@ def _kept_blocks(
 ) -> SelectedBlocks:
     if cfg.mask == "adaptive":
         scores = probe(q, k, cfg, layer=layer, scale=scale)
+        if cfg.score == "official" and q.dtype.itemsize == 2:
+            scores = scores.to(q.dtype)  # which they are rounded to
     else:
         scores = static_scores(cfg, k.shape[2], text_tokens, grid=grid, heads=q.shape[1], layer=layer, device=q.device)
     return select_blocks(scores, cfg, text_blocks=_text_blocks(k.shape[2], text_tokens, cfg))
@@ -170,7 +172,7 @@ def select_blocks(
     clamp.
 
     Args:
-        scores: Not negative.
+        scores: Not negative. Those of 16 bits are summed up in 16 bits, by torch whatever the backend.
         cfg: ``mass``, ``inclusive``, ``min_density``, ``max_density``, ``selection``, ``keep_diagonal``.
         text_blocks: So many last blocks read, and are read by, every block.
 
@@ -179,10 +181,11 @@ def select_blocks(
 
     Source: the paper's mask, "smallest set with cumulative score >= tau"; clamps and text blocks are the release's.
     Differs: ``inclusive=False`` is the release, which keeps one block fewer than the threshold needs. Its text blocks
-        are the last two, whatever the length of the text. In its configurations the upper clamp binds on about every
-        row.
+        are the last two, whatever the length of the text. Ties, of which its score has many, fall as the rounding
+        to 16 bits lets them; in wider dtypes they are spread over the row.
     """
     low, high = cfg.keep_bounds(scores.shape[-1])
+    narrow = scores.dtype.itemsize == 2
     return block_select.select_blocks(
         scores,
         min_keep=low,
@@ -191,7 +194,8 @@ def select_blocks(
         inclusive=cfg.inclusive,
         keep_diagonal=cfg.keep_diagonal,
         forced=text_blocks,
-        backend=cfg.scoring_backend,
+        spread_ties=cfg.mask == "adaptive" and not narrow,
+        backend="reference" if narrow else cfg.scoring_backend,
     )
 
 

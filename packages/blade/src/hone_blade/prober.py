@@ -52,7 +52,8 @@ def probe(
                     seed=cfg.seed, layer=layer, side=side, device=x.device,
                 )
             )  # fmt: skip
-    return block_scores(q, k, *index, kind=cfg.score, scale=scale, backend=cfg.scoring_backend)
+    rounded = cfg.score == "official"
+    return block_scores(q, k, *index, kind=cfg.score, scale=scale, rounded=rounded, backend=cfg.scoring_backend)
 
 
 def sample_offsets(
