@@ -11,7 +11,9 @@ import torch
 from hone_core.testing import assert_close
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.models import attach
+from hone_knockout.prompts import Pass, Prompt
 from hone_lm.decoders import cache_keyword, cache_of, find_decoder
+from hone_lm.layouts import find_layouts
 from hone_lm.tiny import tiny, tiny_inputs
 
 LAYERS = 6
@@ -271,3 +273,77 @@ class TestLogitsAndAssistance:
             spy.remove()
             assert lengths[0] > inputs["input_ids"].shape[1]
             assert torch.equal(handle.layouts[0].frame, layout.frame)
+
+
+def windowed(width, tokens):
+    at = torch.arange(tokens)
+    return (at[None, :] <= at[:, None]) & (at[:, None] - at[None, :] < width)
+
+
+class TestControlsOverTheModelsOwnMask:
+    MASKS = pytest.mark.parametrize(
+        "own",
+        [lambda layout: windowed(12, len(layout.frame)), lambda layout: both_ways(layout)],
+        ids=["sliding", "bidirectional"],
+    )
+
+    @MASKS
+    @pytest.mark.parametrize("additive", [False, True])
+    @pytest.mark.parametrize("kind", ["LV", "VT", "VV"])
+    def test_a_random_control_counts_and_draws_among_its_pairs(self, model, first, own, additive, kind):
+        layouts = find_layouts(model, first)
+        base = own(layouts[0])[None, None]
+        tokens, query = base.shape[-1], torch.zeros(1, 1, base.shape[-1], 1)
+
+        def removed(control):
+            item = Knockout(kind=kind, layers=(1,), control=control)
+            prompt = Prompt.of(layouts, KnockoutConfig(knockouts=(item,)), torch.device("cpu"), first["input_ids"])
+            mask = torch.zeros(base.shape).masked_fill(~base, torch.finfo(torch.float32).min) if additive else base
+            left = Pass(prompt, 0, tokens).knocked(mask, (item,), query, tokens)
+            return base & ~(left > -1 if additive else left)
+
+        plain, random = removed("none"), removed("random")
+        assert 0 < plain.sum() == random.sum()
+        assert not torch.equal(plain, random)
+        assert not random[0, 0].diagonal().any()
+
+    @torch.no_grad()
+    def test_layers_of_both_kinds_while_generating(self, processor):
+        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+        data = tiny(FAMILY, layers=4)[0].config.to_dict()
+        data["text_config"] |= {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 24,
+            "use_sliding_window": True,
+        }
+        torch.manual_seed(0)
+        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**data)).eval()
+        for weight in find_decoder(model).model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=1.2 / weight[0].numel() ** 0.5)
+        questions = ["What moves?", "Which of the two is first?"]
+
+        def logits(inputs, **more):
+            out = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
+            )
+            return torch.stack(out.logits, 1)
+
+        batch = tiny_inputs(FAMILY, processor, questions)
+        plain = logits(batch)
+        for control in ("none", "random"):
+            with attach(model, Knockout(kind="VV", layers=(0, 1), control=control)):
+                knocked = logits(batch)
+                for row, question in enumerate(questions):
+                    alone = tiny_inputs(FAMILY, processor, [question], seed=row)
+                    assert_close(knocked[row : row + 1], logits(alone), atol=1e-4)
+                if control == "none":
+                    assert_close(knocked, logits(batch, use_cache=False), atol=1e-4)
+            assert not torch.allclose(knocked, plain, atol=1e-3)
+
+
+def both_ways(layout):
+    """Causal, and open in both directions within a frame."""
+    frame = layout.frame
+    return windowed(len(frame), len(frame)) | ((frame[:, None] == frame[None, :]) & (frame >= 0)[:, None])

@@ -50,10 +50,7 @@ def by_loop(kind, frame, keep_self=True):
                 "VT": video_q and video_k and frame[q] != frame[k],
                 "VS": video_q and video_k and frame[q] == frame[k],
                 "VV": video_q and video_k,
-                "VT-strict": owner(q) is not None
-                and owner(k) is not None
-                and owner(q) != owner(k)
-                and (video_q or video_k),
+                "VT-strict": owner(q) is not None and owner(k) is not None and owner(q) != owner(k),
             }[kind]
     return blocked
 
@@ -138,6 +135,15 @@ def test_strict_closes_the_side_channel():
         allowed = (causal_pairs(9) & ~blocked_pairs(kind, frame)).float()
         reach = torch.linalg.matrix_power(allowed, 9)[7] > 0
         assert set(frame[reach & (frame >= 0)].tolist()) == heard
+
+
+def test_strict_closes_it_in_a_window_of_layers_too():
+    """A separator has read the frame before it by then, so the next one may not read it."""
+    frame = torch.tensor([T, 0, 0, T, 1, 1, T, 2, 2])
+    assert blocked_pairs("VT-strict", frame)[6, 3]
+    allowed = (causal_pairs(9) & ~blocked_pairs("VT-strict", frame)).float()
+    reach = torch.linalg.matrix_power(allowed, 4)[8].nonzero().flatten().tolist()
+    assert reach == [0, 6, 7, 8]
 
 
 def indices(size):

@@ -60,8 +60,8 @@ class Knockout:
 
     kind: Kind
     """``LV``: text may not read video. ``VT``: a frame may not read other frames. ``VS``: a frame may not read itself.
-    ``VV``: both. ``VT-strict``: VT, and the text between frames (timestamps) carries nothing from frame to frame
-    either. ``span``: ``target`` may not read ``source``."""
+    ``VV``: both. ``VT-strict``: VT, and the text between frames (timestamps), which counts with the frame after it,
+    carries nothing to another frame either. ``span``: ``target`` may not read ``source``."""
     layers: tuple[int, ...]
     """Decoder layers, counted from 0."""
     keep_self: bool = True
@@ -74,7 +74,7 @@ class Knockout:
     target: str = ""
     """Span that reads (the queries). Generated tokens count as ``last``, ``text`` and ``suffix``."""
     control: Control = "none"
-    """``random``: as many pairs, drawn among all causal ones. ``opposite``: everything but these pairs."""
+    """``random``: as many pairs, drawn among those of the model's mask. ``opposite``: everything but these pairs."""
     seed: int = 0
     """Of ``control="random"``."""
 

@@ -86,7 +86,8 @@ def pair_rule(kind: Kind, roles: Roles, *, keep_self: bool = True) -> PairRule:
     - VT-K: q and k in V, f(q) != f(k)
     - VS-K: q and k in V, f(q) == f(k)
     - VV:   q and k in V
-    - strict VT-K: q and k in V or between frames, of different frames, one of them in V
+    - strict VT-K: q and k in V or between frames, of different frames: text too, since an earlier separator has read
+      the frame before it in the layers before a window
 
     Args:
         kind: The knockout; ``span`` has a rule of its own.
@@ -116,8 +117,7 @@ def pair_rule(kind: Kind, roles: Roles, *, keep_self: bool = True) -> PairRule:
 
     def strict(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         oq, ok = owner[b, q], owner[b, k]
-        visual = (frame[b, q] >= 0) | (frame[b, k] >= 0)
-        return (oq >= 0) & (ok >= 0) & (oq != ok) & visual
+        return (oq >= 0) & (ok >= 0) & (oq != ok)
 
     rules: dict[str, PairRule] = {"LV": lv, "VT": vt, "VS": vs, "VV": vv, "VT-strict": strict}
     if kind not in rules:
