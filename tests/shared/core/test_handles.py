@@ -109,6 +109,22 @@ def test_disabled_holds_in_its_own_thread_only(model):
     assert torch.equal(found[0], 2 * plain)
 
 
+def test_state_set_in_a_compiled_function_is_there_after_it():
+    state = CallState()
+
+    def begin(x):
+        state.current, state.disabled = ("grid", x.shape[0]), True
+        return x + 1
+
+    def read(x):
+        return x if state.current is None else x * state.current[1]
+
+    torch.compile(begin, backend="eager", fullgraph=True)(torch.ones(3))
+    assert (state.current, state.disabled) == (("grid", 3), True)
+    assert torch.equal(torch.compile(read, backend="eager", fullgraph=True)(torch.ones(3)), torch.full((3,), 3.0))
+    torch.compiler.reset()
+
+
 def test_forwards_of_two_threads_keep_apart():
     state, seen = CallState(), []
     met = threading.Barrier(2)

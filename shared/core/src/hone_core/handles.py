@@ -43,6 +43,12 @@ def resolve(config: str | C, presets: Mapping[str, _Preset[C]], kind: type[C]) -
     return presets[config].config
 
 
+class _Values(Generic[T]):
+    def __init__(self) -> None:
+        self.current: T | None = None
+        self.disabled = False
+
+
 class CallState(threading.local, Generic[T]):
     """What the hooks of one forward hand to each other.
 
@@ -52,16 +58,30 @@ class CallState(threading.local, Generic[T]):
 
     Whatever a block needs that may be run again later, by gradient checkpointing, has to reach it with its arguments:
     backward runs in threads of its own, and after ``current`` has gone.
-
-    Attributes:
-        current: Of the forward that runs in this thread, if one does.
-        disabled: Within ``Handle.disabled``: forwards run as if nothing were attached.
     """
 
     def __init__(self) -> None:
-        # Called in each thread; on the instance, where a compiler watches them.
-        self.current: T | None = None
-        self.disabled = False
+        # Called in each thread. The values are on an object of their own: torch 2.14's compiler forgets what it set on a
+        # thread's attributes.
+        self._own: _Values[T] = _Values()
+
+    @property
+    def current(self) -> T | None:
+        """Of the forward that runs in this thread, if one does."""
+        return self._own.current
+
+    @current.setter
+    def current(self, value: T | None) -> None:
+        self._own.current = value
+
+    @property
+    def disabled(self) -> bool:
+        """Within ``Handle.disabled``: forwards run as if nothing were attached."""
+        return self._own.disabled
+
+    @disabled.setter
+    def disabled(self, value: bool) -> None:
+        self._own.disabled = value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CallState, ()
