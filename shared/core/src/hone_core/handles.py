@@ -61,8 +61,8 @@ class CallState(threading.local, Generic[T]):
     """
 
     def __init__(self) -> None:
-        # Called in each thread. The values are on an object of their own: torch 2.14's compiler forgets what it set on a
-        # thread's attributes.
+        # Called in each thread. The values are on an object of their own: torch 2.14's compiler forgets what it has set
+        # on a thread's attributes.
         self._own: _Values[T] = _Values()
 
     @property
