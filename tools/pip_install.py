@@ -16,10 +16,12 @@ from workspace import ROOT, closure, find_member, members, report
 
 
 def paths(name: str, root: Path = ROOT, extra: str = "") -> list[str]:
-    """Paths relative to the root, siblings first; ``extra`` goes on the member itself."""
+    """Paths that hold in the working directory, siblings first; ``extra`` goes on the member itself."""
     chain = closure(find_member(name, root))
     suffix = f"[{extra}]" if extra else ""
-    return [f"./{member.folder.as_posix()}" for member in chain[:-1]] + [f"./{chain[-1].folder.as_posix()}{suffix}"]
+    inside = Path.cwd().resolve() == root.resolve()
+    found = [f"./{member.folder.as_posix()}" if inside else str(root.resolve() / member.folder) for member in chain]
+    return [*found[:-1], found[-1] + suffix]
 
 
 def check(root: Path = ROOT) -> list[str]:

@@ -14,12 +14,15 @@ import tracked
 import workspace
 
 
-def test_pip_install_lists_siblings_first(tree):
+def test_pip_install_lists_siblings_first(tree, monkeypatch):
+    monkeypatch.chdir(tree.path)
     expected = ["./shared/core", "./kernels", "./packages/alpha"]
     for name in ("alpha", "hone-alpha", "hone_alpha", "packages/alpha/"):
         assert pip_install.paths(name, tree.path) == expected
     assert pip_install.paths("alpha", tree.path, "train")[-1] == "./packages/alpha[train]"
     assert pip_install.paths("core", tree.path) == ["./shared/core"]
+    monkeypatch.chdir(tree.path / "shared")
+    assert pip_install.paths("core", tree.path) == [str(tree.path / "shared" / "core")]
     with pytest.raises(SystemExit, match="no member 'beta'; the members are shared/core, kernels, packages/alpha"):
         pip_install.paths("beta", tree.path)
 

@@ -126,6 +126,38 @@ def test_finished_run_is_taken_up_again(tmp_path):
     assert start(tmp_path / "run").done
 
 
+def test_a_corrected_command_takes_over_what_failed_before_it_made_anything(tmp_path):
+    def fail(out, make):
+        with start(out) as run:
+            assert run.artifacts.is_dir()
+            make(run)
+            raise RuntimeError("no such size")
+
+    with pytest.raises(RuntimeError, match="no such size"):
+        fail(tmp_path / "run", lambda run: None)
+    with start(tmp_path / "run", Config(block=64)) as run:
+        assert not run.resumed
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["block"] == 64
+    assert load_results(run.path)["status"] == "done"
+    assert "message" not in load_results(run.path)
+    makes = {
+        "log": lambda run: run.log(step=0, loss=1.0),
+        "row": lambda run: run.row("psnr", 1.0, better="higher"),
+        "file": lambda run: (run.artifacts / "a.txt").write_text("x"),
+    }
+    for made, make in makes.items():
+        with pytest.raises(RuntimeError, match="no such size"):
+            fail(tmp_path / made, make)
+        with pytest.raises(FileExistsError, match=r"config\.block 128 there, 64 here"):
+            start(tmp_path / made, Config(block=64))
+
+
+def test_a_place_where_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=r"no run folder can be made at .*file/run \(Not a directory\); choose another"):
+        start(tmp_path / "file" / "run").__enter__()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

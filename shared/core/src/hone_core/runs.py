@@ -120,8 +120,8 @@ class Run:
         What happens in ``out`` depends on what is there. Nothing, or an empty folder: a new run. An unfinished
         (failed or interrupted) run of the same package, verb, preset, seed and config: it is resumed, its metrics are
         appended to, and a row with the same metric, variant, split and labels replaces the earlier one. A finished
-        run of the same command: ``run.done`` is true and the caller returns its results. Anything else is refused,
-        and nothing is overwritten.
+        run of the same command: ``run.done`` is true and the caller returns its results. A run of another command that
+        failed before it made anything: its folder is taken over. Anything else is refused, and nothing is overwritten.
 
         Args:
             package: Distribution name, for example "hone-blade".
@@ -137,6 +137,8 @@ class Run:
 
         Raises:
             FileExistsError: ``out`` holds another command's run, or files that are no run.
+
+        Entering the run raises an OSError where no folder can be made or written.
         """
         settings = {} if config is None else dict(config) if isinstance(config, Mapping) else to_dict(config)
         # What is compared on a resume is what a file gives back: tuples, for one, come back as lists.
@@ -233,8 +235,12 @@ class Run:
     def __enter__(self) -> "Run":
         self._clock = time.perf_counter()
         if not self.done:
-            self.path.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(self.path / "config.json", self._config)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                atomic_write_json(self.path / "config.json", self._config)
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise OSError(f"no run folder can be made at {self.path} ({why}); choose another --out") from error
             atomic_write_json(self.path / "environment.json", environment())
             self._write("running")
         return self
@@ -275,6 +281,8 @@ class Run:
         before |= _flatten(json.loads(config_file.read_text(encoding="utf-8")))
         now = {key: self._header[key] for key in ("package", "verb", "preset", "seed")} | _flatten(self._config)
         changed = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+        if changed and stored["status"] == "failed" and self._made_nothing():
+            return
         if changed:
             shown = ", ".join(f"{k} {before.get(k, _ABSENT)} there, {now.get(k, _ABSENT)} here" for k in changed[:5])
             shown += f", and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -289,6 +297,16 @@ class Run:
         self._header["started"] = stored["started"]
         if self.resumed:
             self._drop_partial_line()
+
+    def _made_nothing(self) -> bool:
+        """Whether the folder holds only what every run writes at its start and its end."""
+        own = {"config.json", "environment.json", "results.json"}
+        made = [
+            file
+            for file in self.path.rglob("*")
+            if file.is_file() and file.relative_to(self.path).as_posix() not in own
+        ]
+        return not made and not load_results(self.path)["rows"]
 
     def _drop_partial_line(self) -> None:
         """Cut a line that a crash left unfinished, so that the next one starts a line of its own."""
