@@ -1,0 +1,285 @@
+"""Settings of FPSAttention, and presets with where each of their numbers comes from. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+__all__ = [
+    "BLOCKS",
+    "PRESETS",
+    "Border",
+    "Delta",
+    "FPSAttentionConfig",
+    "Preset",
+    "Regime",
+    "Scales",
+    "Size",
+]
+
+Border = Literal["shift", "cut"]
+Scales = Literal["tensor", "tile", "token"]
+Delta = Literal["exact", "forward"]
+Backend = Literal["auto", "reference", "triton"]
+Size = tuple[int, int, int]
+"""Along (frames, height, width)."""
+
+BLOCKS = (64, 128)
+"""Tokens of a kernel's block."""
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or len(value) != 3 or not all(type(n) is int for n in value):
+        raise TypeError(f"{name} must be three whole numbers (frames, height, width), such as (6, 8, 8); got {value!r}")
+    if min(value) < 1:
+        raise ValueError(f"{name} must be positive along each axis (frames, height, width); got {value}")
+
+
+def _check_boundaries(boundaries: Any, regimes: int) -> None:
+    if not isinstance(boundaries, tuple) or not all(_is_number(b) for b in boundaries):
+        raise TypeError(f"boundaries must be a tuple of numbers, such as (0.2, 0.8); got {boundaries!r}")
+    if len(boundaries) != regimes - 1:
+        raise ValueError(
+            f"boundaries must be one fewer than regimes: {regimes - 1} for {regimes}; got {boundaries}. They part one "
+            "regime from the next"
+        )
+    if not all(0 < b < 1 for b in boundaries) or any(a >= b for a, b in pairwise(boundaries)):
+        raise ValueError(
+            f"boundaries are fractions of the denoising steps, between 0 and 1 and ascending; got {boundaries}. The "
+            "first regime is that of the noisiest steps"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regime:
+    """How attention runs in one part of the denoising trajectory: S(t) of the paper's equation 6.
+
+    Source: ``window`` is W(t) and ``scale_tile`` g(t), the tile that shares a scale.
+    """
+
+    window: Size | None = None
+    """Tiles that a tile of queries reads along (frames, height, width), itself in the middle: ``w // 2`` to each side,
+    so an even size works as the next odd one. An axis with fewer tiles is read whole. None: every tile."""
+    e4m3: bool = True
+    """Whether operands and probabilities are rounded to E4M3, or attention stays in the model's own precision."""
+    scales: Scales = "tile"
+    """What shares one scale of Q and of K, per head. ``tile``: the tokens of a 3-D box, ``scale_tile``. ``tensor``: all
+    of them. ``token``: none, each has its own; no kernel does that, it runs in the emulation only."""
+    scale_tile: Size | None = None
+    """Tokens of that box along (frames, height, width), multiples of the config's ``tile``; None: its ``tile``."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "scale_tile"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_size(name, value)
+        if self.scales not in get_args(Scales):
+            raise ValueError(f"scales must be one of {get_args(Scales)}; got {self.scales!r}")
+        if self.scale_tile is not None and self.scales != "tile":
+            raise ValueError(
+                f"scale_tile is the box of scales='tile'; with scales={self.scales!r} leave it out, got "
+                f"{self.scale_tile}"
+            )
+        if type(self.e4m3) is not bool:
+            raise TypeError(f"e4m3 must be True or False; got {self.e4m3!r}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the model's own attention: every tile, nothing rounded."""
+        return self.window is None and not self.e4m3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FPSAttentionConfig:
+    """Tiles, and the regimes along the denoising trajectory, noisiest first.
+
+    Regime i holds for the steps after the fraction ``boundaries[i - 1]`` of them and up to the fraction
+    ``boundaries[i]``; a forward finds its regime by its noise level, see ``schedule``.
+    """
+
+    regimes: tuple[Regime, ...] = (Regime(window=(6, 6, 1)),)
+    """One per part of the trajectory; one alone holds everywhere."""
+    boundaries: tuple[float, ...] = ()
+    """Fractions of the denoising steps in (0, 1), ascending, one fewer than regimes (the paper's alpha_1, alpha_2)."""
+    shift: float = 5.0
+    """Timestep shift ``s`` of the sampler, ``sigma = s u / (1 + (s - 1) u)``, that maps fractions of steps to noise
+    levels. Take the pipeline's own (Wan: 3 at 480p, 5 at 720p and in training); 1 for none, as in CogVideoX."""
+    tile: Size = (6, 8, 8)
+    """Tokens of a tile along (frames, height, width). The grid need not be a multiple of it."""
+    block: int = 128
+    """Tokens of a kernel's block, 64 or 128. A tile takes whole blocks, so its volume had better be a multiple."""
+    border: Border = "shift"
+    """What a window does at the border of the grid. ``shift``: it moves inwards, and every tile reads equally many.
+    ``cut``: it loses what sticks out."""
+    smooth_k: bool = True
+    """Whether the mean key is subtracted before rounding, which softmax does not notice."""
+    delta: Delta = "exact"
+    """Gradient through rounded probabilities. ``exact`` (as Attn-QAT) subtracts what the unrounded ones give, so that
+    the gradients of a query's logits sum to zero; ``forward`` (as SLA2) takes the rounded output, which is there."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that keep the model's own attention, counted from 0."""
+    backend: Backend = "auto"
+    """Backend of attention and rounding, as in ``hone_kernels``."""
+
+    def __post_init__(self) -> None:
+        _check_size("tile", self.tile)
+        if not isinstance(self.regimes, tuple) or not all(isinstance(r, Regime) for r in self.regimes):
+            raise TypeError(f"regimes must be a tuple of Regime; got {self.regimes!r}")
+        if not self.regimes:
+            raise ValueError("regimes must hold at least one Regime, which then holds at every step")
+        _check_boundaries(self.boundaries, len(self.regimes))
+        for name, options in (
+            ("border", get_args(Border)),
+            ("delta", get_args(Delta)),
+            ("backend", get_args(Backend)),
+            ("block", BLOCKS),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {options}; got {getattr(self, name)!r}")
+        if not _is_number(self.shift) or not 0 < self.shift < float("inf"):
+            raise ValueError(f"shift must be a positive number, 1 for none; got {self.shift!r}")
+        if type(self.smooth_k) is not bool:
+            raise TypeError(f"smooth_k must be True or False; got {self.smooth_k!r}")
+        layers = self.dense_layers
+        if not isinstance(layers, tuple) or not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise ValueError(f"dense_layers must be a tuple of layer numbers from 0, such as (0,); got {layers!r}")
+        for i, regime in enumerate(self.regimes):
+            self._check_regime(i, regime)
+
+    def _check_regime(self, i: int, regime: Regime) -> None:
+        box = regime.scale_tile
+        if box is not None and any(b % t for b, t in zip(box, self.tile, strict=True)):
+            raise ValueError(
+                f"scale_tile of regime {i} must be a multiple of tile {self.tile} along each axis, since tiles are "
+                f"what the sequence is made of; got {box}. Make the tile smaller, or the box larger"
+            )
+        if regime.e4m3 and regime.scales == "token" and self.backend == "triton":
+            raise ValueError(
+                f"regime {i} has scales='token', which no kernel does; set backend='reference' (slow), or take 'tile'"
+            )
+
+    def constant(self, regime: Regime | int) -> FPSAttentionConfig:
+        """This config with one regime, given or by number, at every step."""
+        kept = self.regimes[regime] if isinstance(regime, int) else regime
+        return replace(self, regimes=(kept,), boundaries=())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A named configuration, and where each of its numbers comes from.
+
+    Attributes:
+        config: The settings.
+        model: What they are for.
+        published: What the paper states.
+        suggested: What its text hints at without a number.
+        ours: What we chose. No weights trained with these exist, and nothing here was measured on published weights.
+    """
+
+    config: FPSAttentionConfig
+    model: str
+    published: str
+    suggested: str
+    ours: str
+
+
+_PUBLISHED = (
+    "Tile (6, 8, 8) as the throughput choice (Table 3), window (6, 6, 1) as the best (Table 4), one scale per tile and "
+    "head for Q and K, per channel for V, 1/448 for P (equation 4), three regimes (equation 6)."
+)
+_SUGGESTED = (
+    "Early: coarse scales, sparse window. Middle: fine scales, dense window. Late: in between. Whether the format is "
+    "E4M3 it does not say; 1/448 implies it."
+)
+_OURS = (
+    "Boundaries 0.2 and 0.8, which regime has which window and scales, the border, K smoothing. Measured on synthetic "
+    "data, scale granularity changes next to nothing."
+)
+_CONSTANT = "One regime: the boundaries and the other windows are not published."
+
+
+def _staged(middle: Size | None, late: Size | None, shift: float) -> FPSAttentionConfig:
+    return FPSAttentionConfig(
+        regimes=(
+            Regime(window=(6, 6, 1), scales="tensor"),
+            Regime(window=middle, scales="tile"),
+            Regime(window=late, scales="tile", scale_tile=(12, 16, 16)),
+        ),
+        boundaries=(0.2, 0.8),
+        shift=shift,
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "wan2.1-1.3b": Preset(
+        config=_staged((6, 6, 5), (6, 6, 3), 3.0),
+        model="Wan2.1-T2V-1.3B at 480p: 21x30x52 tokens, 4x4x7 tiles, flow shift 3",
+        published=_PUBLISHED,
+        suggested=_SUGGESTED,
+        ours=_OURS,
+    ),
+    "wan2.1-14b": Preset(
+        config=_staged((6, 6, 5), (6, 6, 3), 5.0),
+        model="Wan2.1-T2V-14B at 720p: 21x45x80 tokens, 4x6x10 tiles, flow shift 5",
+        published=_PUBLISHED,
+        suggested=_SUGGESTED,
+        ours=_OURS,
+    ),
+    "window-661": Preset(
+        config=FPSAttentionConfig(),
+        model="Any model; at 720p (4x6x10 tiles) a tenth of the tiles is read, at 480p (4x4x7) a seventh",
+        published=_PUBLISHED,
+        suggested="",
+        ours=_CONSTANT + " The border, K smoothing.",
+    ),
+    "fp8-only": Preset(
+        config=FPSAttentionConfig(regimes=(Regime(),)),
+        model="Any model: every tile is read, in E4M3",
+        published='The paper\'s "quant only" row (Table 2): scales per tile (equation 4).',
+        suggested="",
+        ours="K smoothing.",
+    ),
+    "window-only": Preset(
+        config=FPSAttentionConfig(regimes=(Regime(window=(6, 6, 1), e4m3=False),)),
+        model="Any model: the window in the model's own precision",
+        published="Window (6, 6, 1) (Table 4).",
+        suggested="",
+        ours=_CONSTANT + " The border.",
+    ),
+    "cogvideox-5b": Preset(
+        config=_staged((3, 5, 5), (3, 3, 3), 1.0),
+        model="CogVideoX-5b, 13x30x45 tokens, 3x4x6 tiles, and 226 text tokens",
+        published=_PUBLISHED,
+        suggested=_SUGGESTED,
+        ours=_OURS + " The paper does not try this model.",
+    ),
+    "hunyuan-video": Preset(
+        config=_staged((6, 6, 5), (6, 6, 3), 7.0),
+        model="HunyuanVideo at 720p, 129 frames: 33x45x80 tokens, 6x6x10 tiles, and its text; flow shift 7",
+        published=_PUBLISHED,
+        suggested=_SUGGESTED,
+        ours=_OURS + " The paper does not try this model.",
+    ),
+    "tiny": Preset(
+        config=FPSAttentionConfig(
+            regimes=(
+                Regime(window=(1, 1, 1), scales="tensor"),
+                Regime(window=(3, 3, 3), scales="tile"),
+                Regime(window=(3, 1, 1), scales="tile", scale_tile=(8, 8, 8)),
+            ),
+            boundaries=(0.25, 0.75),
+            shift=3.0,
+            tile=(4, 4, 4),
+            block=64,
+        ),
+        model="The tiny host of the demo, 16x8x8 tokens, 4x2x2 tiles, and small test models",
+        published="",
+        suggested=_SUGGESTED,
+        ours="All numbers.",
+    ),
+}

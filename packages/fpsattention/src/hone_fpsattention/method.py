@@ -1,0 +1,162 @@
+"""FPSAttention (arXiv 2506.04648): E4M3 attention over a window of 3-D tiles, chosen by the denoising step.
+
+The heart of the paper is four pieces, each in a file of its own: tiles (``tiles``), windows of them (``windows``), what
+is rounded and what shares a scale (``quantization``), and which regime holds when (``schedule``). Here they make one
+attention. With slots, that is tokens in tile order with padding up to whole blocks:
+
+    (q8, s_q), (k8, s_k), (v8, s_v) = round(q), round(k - mean k), round(v)
+    S = (q8 k8^T) s_q s_k / sqrt(dim)         over the key blocks that the window lists for a query's tile
+    out = (e4m3(448 p) v8) s_v / (448 l)      p = exp(S - max S),  l = sum p
+
+Trained with, its gradient is straight through: that of exact attention at the rounded operands.
+
+Everywhere ``q, k, v`` hold the video tokens first, in tile order (``Tiling.order``), and then the text tokens, if text
+is in the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hone_kernels.attention import BlockLayout, block_sparse_attention
+from hone_kernels.attention.fp8_reference import attention_fp8_reference, rotate
+from hone_kernels.precision import without_autocast
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .config import FPSAttentionConfig, Regime
+from .quantization import round_qkv
+from .tiles import Tiling
+from .windows import window_layout
+
+__all__ = ["Plan", "fps_attention"]
+
+Rope = tuple[Float[Tensor, "tokens half_dim"], Float[Tensor, "tokens half_dim"]]
+"""Cosines and sines of interleaved pairs, by place in the sequence; 1 and 0 where nothing turns (text)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one regime does to sequences of one tiling. Made by ``Plan.of``, and good for every layer and step.
+
+    Attributes:
+        regime: Which.
+        tiling: Of the sequence.
+        layout: The window, as lists of key blocks.
+        groups: int64 ``[slots]``, slots of one number share a scale.
+    """
+
+    regime: Regime
+    tiling: Tiling
+    layout: BlockLayout
+    groups: Int[Tensor, " slots"]
+
+    @classmethod
+    def of(cls, regime: Regime, tiling: Tiling, cfg: FPSAttentionConfig) -> Plan:
+        """Build it; this waits for the device."""
+        if regime.scales == "token":
+            groups = torch.arange(len(tiling.slots), device=tiling.slots.device)
+        else:
+            box = None if regime.scales == "tensor" else regime.scale_tile or cfg.tile
+            groups = tiling.scale_groups(box).repeat_interleave(tiling.block)
+        return cls(regime, tiling, window_layout(tiling, regime.window, cfg.border), groups)
+
+
+def fps_attention(
+    q: Float[Tensor, "batch heads tokens dim"],
+    k: Float[Tensor, "batch kv_heads tokens dim"],
+    v: Float[Tensor, "batch kv_heads tokens dim"],
+    *,
+    plan: Plan,
+    cfg: FPSAttentionConfig,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of one regime.
+
+    Args:
+        q: Queries after QK-norm: video in tile order, then text.
+        k: Keys, likewise.
+        v: Values, likewise.
+        plan: Regime, tiling and window.
+        cfg: ``smooth_k``, ``delta`` and ``backend``.
+        rope: Rotary embedding of q and k that is still to be done; None if it is, or if there is none.
+        scale: Factor on the logits; ``dim ** -0.5`` if None.
+        return_lse: Whether to return the log-sum-exp of the logits too.
+
+    Returns:
+        ``out`` like q; with ``return_lse`` also ``lse [batch, heads, tokens]``, natural log, of the keys with their
+        mean, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If q, k, v, rope and tiling do not fit together.
+
+    Source: section 3 and equations 1 to 6. ``delta="exact"`` as Attn-QAT (FastVideo), ``"forward"`` as SLA2 (arXiv
+        2602.12675); how the paper sends gradients through the rounding is not described.
+    """
+    _check(q, k, v, plan.tiling, rope)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if rope is not None:
+        q, k = (rotate(x, *rope) for x in (q, k))
+    if plan.regime.plain and not return_lse:
+        return _dense(q, k, v, scale)
+    tiling = plan.tiling
+    q, k, v = (x.index_select(2, tiling.slots) for x in (q, k, v))
+    if plan.regime.e4m3:
+        out, lse = _emulated(q, k, v, plan, cfg, scale)
+    else:
+        out, lse = block_sparse_attention(q, k, v, plan.layout, scale=scale, return_lse=True, backend=cfg.backend)
+    out = out.index_select(2, tiling.places)
+    return (out, lse.index_select(2, tiling.places)) if return_lse else out
+
+
+@without_autocast
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@without_autocast
+def _emulated(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, cfg: FPSAttentionConfig, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention in E4M3 with its gradient, in plain torch on slots: rounds where a kernel rounds, exact elsewhere."""
+    given = q.dtype
+    wide = torch.float64 if given == torch.float64 else torch.float32
+    present = torch.zeros_like(plan.groups, dtype=torch.bool).index_fill_(0, plan.tiling.places, True)
+    q, k, v = (torch.where(present[:, None], x.to(wide), 0.0) for x in (q, k, v))
+    rounded = round_qkv(q, k, v, groups=plan.groups, present=present, smooth_k=cfg.smooth_k)
+    through = [x + (r.to(wide) - x).detach() for x, r in ((q, rounded.q), (k, rounded.k), (v, rounded.v))]
+    out, lse = block_sparse_attention(*through, plan.layout, scale=scale, return_lse=True, backend="reference")
+    with torch.no_grad():
+        lossy, lossy_lse = attention_fp8_reference(*through, plan.layout, scale)
+    error = lossy - out.detach()
+    if cfg.delta == "forward":
+        # The same value; its gradient to a logit of probability p is -p sum(dout * error), which is what the rounded
+        # output in place of the exact one adds to it.
+        error = error * (1 - (lse - lse.detach())).unsqueeze(-1)
+    lse = lse + (lossy_lse - lse).detach()
+    if rounded.k_mean is not None:
+        mean = rounded.k_mean.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        lse = lse + scale * (q * mean.unsqueeze(2)).sum(-1)
+    return (out + error).to(given), lse
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, rope: Rope | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, tokens, dim]; got {list(x.shape)}")
+        if x.shape[2] != tiling.tokens:
+            text = f" and {tiling.text_tokens} of text" if tiling.text_tokens else ""
+            raise ValueError(
+                f"{name} must have the tokens of the grid {tiling.grid}{text}, {tiling.tokens}; got {x.shape[2]}. "
+                "Build the tiling for this grid; leave cross-attention dense"
+            )
+    for table in rope or ():
+        if table.shape != (tiling.tokens, q.shape[3] // 2):
+            raise ValueError(
+                f"rope must be two tables [tokens, dim / 2] = {[tiling.tokens, q.shape[3] // 2]}; got "
+                f"{list(table.shape)}. Text turns by none: cosine 1, sine 0"
+            )
