@@ -6,7 +6,8 @@ boundaries[i] * D`` (equation 6). A model sees no step but a noise level sigma, 
     u = 1 - (t - 1) / D,    sigma = s u / (1 + (s - 1) u),
 
 so a boundary b lies at ``sigma(1 - b)``, whatever D is: training on continuous noise levels, a sampler of few steps and
-both branches of guidance all find the same regime.
+both branches of guidance all find the same regime. Where ``b * D`` is no whole number, the step that the boundary
+falls into belongs to the regime that it starts in.
 """
 
 from __future__ import annotations
