@@ -87,14 +87,14 @@ KERNELS = ("_sums_kernel", "_rows_kernel", "_values_kernel")
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    ("dim", "everything", "group"),
+    ("dim", "everything", "grouped"),
     [
-        unless((dim, *kind) in ((64, True, 2), (128, False, 1)), dim, *kind)
+        unless((dim, *kind) in ((64, True, True), (128, False, False)), dim, *kind)
         for dim in (64, 128)
-        for kind in ((False, 1), (True, 1), (True, 2))
+        for kind in ((False, False), (True, False), (True, True))
     ],
 )
-def test_prologue_moves_whole_vectors(dim, everything, group):
+def test_prologue_moves_whole_vectors(dim, everything, grouped):
     tokens = 2056
     q = torch.empty(1, tokens, 8, dim, dtype=torch.bfloat16).transpose(1, 2)
     table, order, valid = None, None, None
@@ -102,8 +102,9 @@ def test_prologue_moves_whole_vectors(dim, everything, group):
         table = torch.empty(tokens, dim // 2)
         order = torch.empty(tokens, dtype=torch.int32)
         valid = torch.ones(1, 17, dtype=torch.int32)
+    groups = torch.arange(17) // 2 if grouped else None
     with record_launches(prologue, *KERNELS) as recorded:
-        prologue.quantize_triton(q, q, q, table, table, order, valid, 128, group, everything)
+        prologue.quantize_triton(q, q, q, table, table, order, valid, 128, groups, everything)
     assert {x.name for x in recorded} == set(KERNELS if everything else KERNELS[1:])
     for launch in recorded:
         code = compile_launch(launch)
@@ -135,8 +136,8 @@ def test_prologue_compiles_for_every_dtype(dtype, heads, tokens):
     q = torch.empty(1, tokens, heads, 64, dtype=dtype).transpose(1, 2)
     table = torch.empty(tokens, 32)
     with record_launches(prologue, *KERNELS) as recorded:
-        prologue.quantize_triton(q, q, q, table, table, None, None, 64, 1, False)
-        prologue.quantize_triton(q, q, q, None, None, None, None, 64, 1, True)
+        prologue.quantize_triton(q, q, q, table, table, None, None, 64, None, False)
+        prologue.quantize_triton(q, q, q, None, None, None, None, 64, None, True)
     for launch in recorded:
         compile_launch(launch)
 

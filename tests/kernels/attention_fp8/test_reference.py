@@ -1,6 +1,7 @@
 """FP8 attention's definition: hand-computed roundings, loops in float64, published errors, limits and gradients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def test_group_shares_a_scale():
     assert (x.q_scale[0, 0] * 448).tolist() == [4, 4, 1, 1, 1]
     assert (x.q_scale[0, 1] * 448).tolist() == [4, 4, 1, 1, 2]
     assert_close(x.dequantize()[0], q, rtol=1e-6)
+    # By name: the first and the last block, the second and the fourth, and the third alone.
+    x = quantize_qkv(q, q, q, block=64, group=torch.tensor([4, 0, 2, 0, 4]))
+    assert (x.q_scale[0, 0] * 448).tolist() == [1, 4, 1, 4, 1]
+    assert (x.k_scale[0, 1] * 448).tolist() == [2, 4, 1, 4, 2]
+    assert_close(x.dequantize()[0], q, rtol=1e-6)
+
+
+def test_groups_by_number_and_by_name_are_the_same():
+    q, k, v = tensors(2, 4, 300, 64)
+    k, v = k[:, ::2], v[:, ::2]
+    names = torch.arange(5) // 2
+    for name, one, other in zip(
+        "qkv", *(quantize_qkv(q, k, v, block=64, group=g).dequantize() for g in (2, names)), strict=True
+    ):
+        assert torch.equal(one, other), name
+    layout = BlockLayout.dense(300, 300, block_q=64, block_k=64)
+    layout = replace(layout, k_valid=layout.key_counts())
+    one, other = (straight_through_attention(q, k, v, layout, group=g) for g in (2, names))
+    assert torch.equal(one, other)
 
 
 def test_keys_that_do_not_exist_count_nowhere():
@@ -307,6 +327,8 @@ def test_autocast_changes_nothing(smooth_k):
     [
         ({"block": 32}, ValueError, "blocks of 64 or 128 tokens; got 32"),
         ({"group": 0}, ValueError, "group counts the blocks"),
+        ({"group": torch.zeros(2, dtype=torch.int32)}, ValueError, "each block of 128 tokens: 1 of queries and 1 of"),
+        ({"group": torch.zeros(1)}, TypeError, "group must be int32 or int64"),
         ({"rope": (torch.ones(100, 16), torch.ones(100, 32))}, ValueError, r"rope's cos must be .* = \[100, 32\]"),
         ({"order": torch.ones(100)}, ValueError, "order must be"),
         ({"order": torch.ones(0, dtype=torch.int32)}, ValueError, "order must be"),

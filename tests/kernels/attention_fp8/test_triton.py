@@ -168,7 +168,9 @@ def compare_prologue(device, dtype, block, group, smooth_k, rope, order, padded,
     valid = None
     if padded:
         valid = torch.randint(0, block + 1, (2, -(-slots // block)), dtype=torch.int32).to(device)
-    args = (q, k, v, *tables, index, valid, block, group, smooth_k)
+    # Of a list of numbers the groups have blocks here and there.
+    groups = None if group == 1 else (torch.arange(-(-slots // block)) * group % 3).to(device)
+    args = (q, k, v, *tables, index, valid, block, groups, smooth_k)
     with nan_poison():
         got = quantize_triton(*args)
     for name, mine, theirs in zip(FIELDS, got, quantize_reference(*args), strict=True):
@@ -215,7 +217,7 @@ def check_odd_strides(device, dtype):
     from hone_kernels.attention_fp8.triton_quantize import quantize_triton
 
     wide = torch.randn(1, 2, 100, 65, device=device).to(dtype)
-    args = (wide[..., 1:], wide[..., :64], wide[..., 1:], None, None, None, None, 64, 1, False)
+    args = (wide[..., 1:], wide[..., :64], wide[..., 1:], None, None, None, None, 64, None, False)
     for mine, theirs in zip(quantize_triton(*args)[:6], quantize_reference(*args), strict=False):
         assert torch.equal(mine.float(), theirs.float())
 
@@ -254,7 +256,7 @@ def check_dequantize(device, dtype, dim, block, tokens):
     from hone_kernels.attention_fp8.triton_quantize import dequantize_triton
 
     q, k, v = torch.randn(2, 4, tokens, dim, device=device), *torch.randn(2, 2, 2, tokens, dim, device=device)
-    fields = quantize_reference(q, k, v, None, None, None, None, block, 1, False)[:6]
+    fields = quantize_reference(q, k, v, None, None, None, None, block, None, False)[:6]
     for mine, theirs in zip(dequantize_triton(*fields, block, dtype), dequantize(*fields, block, dtype), strict=True):
         assert mine.is_contiguous()
         assert torch.equal(mine, theirs)
@@ -333,7 +335,7 @@ def test_values_wait_for_their_scales(heads):
     from hone_kernels.attention_fp8.triton_quantize import Prologue, quantize_triton
 
     q, k, v = (torch.randn(2, heads, 5000, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    options = (None, None, None, None, 128, 1, False)
+    options = (None, None, None, None, 128, None, False)
     want = quantize_reference(q, k, v, *options)
     for reuse in (1, 8 << 20, 1 << 40):
         for _ in range(20):
@@ -399,13 +401,14 @@ def check_ops(device, dtype):
     # The schema test multiplies its tensors, which torch cannot where they are E4M3.
     tests = ("test_faketensor", "test_autograd_registration")
     for smooth_k in (False, True):
-        args = (q, k, v, angle.cos(), angle.sin(), order, None, 64, 1, smooth_k)
+        groups = torch.tensor([1, 1], device=device) if smooth_k else None
+        args = (q, k, v, angle.cos(), angle.sin(), order, None, 64, groups, smooth_k)
         torch.library.opcheck(_quantize_op, args, test_utils=tests)
         lists = (layout.kv_num, layout.kv_idx, None)
         fields = _quantize_op(*args)
         torch.library.opcheck(_forward_op, (*fields[:6], *lists, 64, 64, 64, 0.1, torch.bfloat16), test_utils=tests)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        args = (*leaves, *lists, 64, 64, 64, 0.1, 1, smooth_k, "exact")
+        args = (*leaves, *lists, 64, 64, 64, 0.1, groups, smooth_k, "exact")
         torch.library.opcheck(_straight_through_op, args, test_utils=tests)
         out, lse, *fields = (x.detach() for x in _straight_through_op(*args))
         args = (out, lse, out, lse, *fields[:6], *lists, 64, 64, 64, 0.1, "exact")

@@ -8,7 +8,6 @@ from hone_core.testing import assert_close, gradcheck
 from hone_fpsattention.config import FPSAttentionConfig, Regime
 from hone_fpsattention.method import Plan, fps_attention
 from hone_fpsattention.tiles import Tiling
-from hone_kernels.attention import block_sparse_attention_fp8, fp8_block_sparse_attention, quantize_qkv
 
 GRID, TILE = (7, 6, 9), (4, 4, 4)  # tiles of 64 tokens, short ones on three faces
 CFG = FPSAttentionConfig(tile=TILE, block=64)
@@ -48,6 +47,11 @@ def keep_by_loops(window, border="shift", grid=GRID, tile=TILE, text=0):
         for j, k in enumerate(tiles):
             keep[i, j] = reads(q, k)
     return keep
+
+
+def turn(x, angle):
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
 
 def masked(q, k, v, keep, scale=None):
@@ -146,12 +150,13 @@ def nearest(x):
 
 
 @pytest.mark.parametrize("smooth_k", [False, True])
-def test_rounding_by_brute_force(smooth_k):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rounding_by_brute_force(smooth_k, backend):
     # One tile in one block, so that the largest logit met so far is the row's.
     grid = (3, 4, 4)
     q, k, v = tensors(48, batch=2)
     k = k + 2
-    cfg = dataclasses.replace(CFG, smooth_k=smooth_k)
+    cfg = dataclasses.replace(CFG, smooth_k=smooth_k, backend=backend)
     out, lse = attend(q, k, v, Regime(), cfg, grid=grid, return_lse=True)
 
     # Operands are rounded from float32, as a kernel has them.
@@ -173,23 +178,29 @@ def test_rounding_by_brute_force(smooth_k):
 
 @pytest.mark.parametrize("smooth_k", [False, True])
 @pytest.mark.parametrize("window", [None, (1, 3, 1)])
-@pytest.mark.parametrize(("scales", "text"), [("tile", 0), ("tile", 50), ("tensor", 0)])
-def test_the_kernels_emulation_agrees(smooth_k, text, window, scales):
-    # Tiles, and text, of one block: kernels group a whole number of blocks.
-    tiling = Tiling.of(GRID, TILE, block=64, text_tokens=text)
-    q, k, v = tensors(tiling.tokens, batch=2, heads=4, kv_heads=2)
+@pytest.mark.parametrize("tile", [(4, 4, 4), (4, 4, 8)])
+@pytest.mark.parametrize("scales", [{"scales": "tile"}, {"scales": "tensor"}, {"scale_tile": (8, 4, 8)}])
+@pytest.mark.parametrize("text", [0, 70])
+def test_the_definition_and_the_kernels_emulation_agree(smooth_k, window, tile, scales, text):
+    q, k, v = tensors(math.prod(GRID) + text, batch=2, heads=4, kv_heads=2)
     k = k + 2
-    cfg = dataclasses.replace(CFG, smooth_k=smooth_k)
-    plan = Plan.of(Regime(window=window, scales=scales), tiling, cfg)
-    out, lse = fps_attention(q, k, v, plan=plan, cfg=cfg, return_lse=True)
-    operands = quantize_qkv(
-        q, k, v, block=64, group=1 if scales == "tile" else len(tiling.tile_of_block), smooth_k=smooth_k,
-        order=tiling.slots, k_valid=tiling.valid, backend="reference",
-    )  # fmt: skip
-    # In float64 no sum is near enough to another that P rounds to the other side; the mean is float32 all the same.
-    theirs = fp8_block_sparse_attention(operands, plan.layout, return_lse=True, out_dtype=torch.float64)
-    for mine, other in zip((out, lse), theirs, strict=True):
-        assert_close(mine, other[:, :, tiling.places], atol=1e-5)
+    cfg = dataclasses.replace(CFG, smooth_k=smooth_k, tile=tile)
+    angle = torch.rand(q.shape[2], 4, dtype=torch.float64) * 6
+    results = []
+    for backend in ("auto", "reference"):
+        own = dataclasses.replace(cfg, backend=backend)
+        options = {"text": text, "return_lse": True, "rope": (angle.cos(), angle.sin())}
+        results.append(attend(q, k, v, Regime(window=window, **scales), own, **options))
+    # The prologue rotates by float32 tables: where P or an operand is about to round the other way, it may.
+    for theirs, mine in zip(*results, strict=True):
+        assert float((theirs - mine).norm() / mine.norm()) < 1e-3
+    # Rotated beforehand, nothing differs but the last bits of the mean.
+    rotated = [turn(x, angle) for x in (q, k)]
+    results = [
+        attend(*rotated, v, Regime(window=window, **scales), dataclasses.replace(cfg, backend=backend), text=text)
+        for backend in ("auto", "reference")
+    ]
+    assert_close(*results, atol=1e-5)
 
 
 def test_error_is_that_of_the_format():
@@ -262,9 +273,10 @@ def straight_through(q, k, v, smooth_k):
 
 
 @pytest.mark.parametrize("smooth_k", [False, True])
-def test_exact_gradients_are_those_of_attention_at_the_rounded_operands(smooth_k):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_exact_gradients_are_those_of_attention_at_the_rounded_operands(smooth_k, backend):
     leaves = [x.requires_grad_() for x in tensors(48)]
-    cfg = dataclasses.replace(CFG, smooth_k=smooth_k)
+    cfg = dataclasses.replace(CFG, smooth_k=smooth_k, backend=backend)
     out, lse = attend(*leaves, Regime(), cfg, grid=(3, 4, 4), return_lse=True)
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     got = torch.autograd.grad((out, lse), leaves, (grad, grad_lse))
@@ -300,22 +312,24 @@ def test_forward_gradients_subtract_the_rounded_output():
 
 @pytest.mark.parametrize("delta", ["exact", "forward"])
 @pytest.mark.parametrize("smooth_k", [False, True])
-def test_gradients_agree_with_the_kernels_emulation(delta, smooth_k):
-    tiling = Tiling.of(GRID, TILE, block=64)
+@pytest.mark.parametrize("scales", [{"scales": "tile"}, {"scales": "tensor"}, {"scale_tile": (8, 4, 8)}])
+def test_gradients_agree_with_the_kernels_emulation(delta, smooth_k, scales):
+    leaves = [x.requires_grad_() for x in tensors(math.prod(GRID), heads=4, kv_heads=2)]
     cfg = dataclasses.replace(CFG, smooth_k=smooth_k, delta=delta)
-    plan = Plan.of(ROUNDED, tiling, cfg)
-    leaves = [x.requires_grad_() for x in tensors(tiling.tokens, heads=4, kv_heads=2, dtype=torch.float32)]
-    out, lse = fps_attention(*leaves, plan=plan, cfg=cfg, return_lse=True)
-    grads = torch.randn_like(out), torch.randn_like(lse)
-    got = torch.autograd.grad((out, lse), leaves, grads)
-    slots = [x.index_select(2, tiling.slots) for x in leaves]
-    # Their queries have padding too, which here repeats a token: no scale grows by it.
-    theirs = block_sparse_attention_fp8(*slots, plan.layout, smooth_k=smooth_k, delta=delta, return_lse=True)
-    theirs = [x.index_select(2, tiling.places) for x in theirs]
-    assert_close(out, theirs[0])
-    assert_close(lse, theirs[1])
-    for mine, other in zip(got, torch.autograd.grad(theirs, leaves, grads), strict=True):
-        assert_close(mine, other)
+    grads, results = None, []
+    for backend in ("auto", "reference"):
+        own = dataclasses.replace(cfg, backend=backend)
+        outs = attend(*leaves, Regime(window=(1, 3, 1), **scales), own, return_lse=True)
+        grads = grads or [torch.randn_like(x) for x in outs]
+        results.append((*outs, *torch.autograd.grad(outs, leaves, grads)))
+    for theirs, mine in zip(*results, strict=True):
+        assert_close(theirs, mine, atol=1e-5)
+
+
+def test_a_pass_without_gradient_gives_what_training_saw():
+    q, k, v = tensors(math.prod(GRID))
+    trained = attend(*(x.clone().requires_grad_() for x in (q, k, v)), ROUNDED)
+    assert_close(attend(q, k, v, ROUNDED), trained.detach(), atol=1e-6)
 
 
 def test_half_precision_keeps_its_dtype():

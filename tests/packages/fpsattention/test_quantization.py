@@ -5,7 +5,7 @@ import torch
 from hone_core.testing import assert_close
 from hone_fpsattention.quantization import E4M3_MAX, round_e4m3, round_qkv
 from hone_fpsattention.tiles import Tiling
-from hone_kernels.attention import quantize_qkv
+from hone_kernels.attention_fp8 import quantize_qkv
 
 
 def e4m3_values():

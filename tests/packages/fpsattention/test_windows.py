@@ -165,4 +165,4 @@ def test_layout_of_ragged_tiles(border, text):
 
 
 def test_layout_without_padding_marks_none():
-    assert window_layout(Tiling.of((8, 8, 8), (4, 4, 4), block=64), (1, 1, 1)).k_valid is None
+    assert window_layout(Tiling.of((8, 8, 16), (4, 4, 8)), (1, 1, 1)).k_valid is None

@@ -25,7 +25,7 @@ from hone_kernels.attention.reference import attention_reference
 from hone_kernels.backends import Backend, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
 
-from .quantize import SUPPORT, FP8Operands, check_block, fake_fields, quantize_fields, quantize_qkv
+from .quantize import SUPPORT, FP8Operands, check_groups, fake_fields, quantize_fields, quantize_qkv
 from .reference import absent_keys, attention_fp8_reference, dequantize
 
 __all__ = ["Delta", "quantized_attention", "straight_through_attention"]
@@ -153,7 +153,7 @@ def straight_through_attention(
     *,
     scale: float | None = None,
     smooth_k: bool = False,
-    group: int = 1,
+    group: int | Tensor = 1,
     delta: Delta = "exact",
     return_lse: bool = False,
     backend: Backend = "auto",
@@ -170,7 +170,7 @@ def straight_through_attention(
         layout: Which key blocks each query block of each head reads.
         scale: Factor on the logits, positive; ``D ** -0.5`` if None.
         smooth_k: See ``quantize_qkv``.
-        group: Blocks that share a scale: of 128 tokens, or where the layout has ``k_valid`` of its ``block_k``.
+        group: See ``quantize_qkv``; of blocks of 128 tokens, or where the layout has ``k_valid`` of its ``block_k``.
         delta: What the softmax gradient subtracts, ``sum(dout * out)`` per query, takes ``out`` from: ``"exact"``, the
             output with P unrounded, which the backward computes again, at the cost of a 16-bit forward; ``"forward"``,
             the rounded output that is there already. Only with the first do the gradients of a query's logits sum to
@@ -194,7 +194,7 @@ def straight_through_attention(
     if delta not in get_args(Delta):
         raise ValueError(f"delta must be one of {get_args(Delta)}; got {delta!r}")
     block = 128 if layout.k_valid is None else layout.block_k
-    check_block(block, group)
+    groups = check_groups(block, group, q.shape[2], k.shape[2], q.device)
     scale = check_scale(scale, q.shape[3])
     blocks: dict[str, Any] = dict(block_q=layout.block_q, block_k=layout.block_k)
     backend = choose("straight_through_attention", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], **blocks)
@@ -202,7 +202,7 @@ def straight_through_attention(
         out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
         return (out, lse) if return_lse else out
     out, lse, *_, q_dot_mean = _straight_through_op(
-        *(unit_last(x) for x in (q, k, v)), *layout.lists(), block, *blocks.values(), scale, group, smooth_k, delta,
+        *(unit_last(x) for x in (q, k, v)), *layout.lists(), block, *blocks.values(), scale, groups, smooth_k, delta,
     )  # fmt: skip
     if not return_lse:
         return out
@@ -210,8 +210,8 @@ def straight_through_attention(
 
 
 def _straight_through_reference(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, smooth_k: bool, group: int, delta: Delta,
-    block: int,
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, smooth_k: bool, group: int | Tensor,
+    delta: Delta, block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op and its gradient in plain torch."""
     given = q.dtype
@@ -291,21 +291,21 @@ def _straight_through_op(
     block_q: int,
     block_k: int,
     scale: float,
-    group: int,
+    groups: Tensor | None,
     smooth_k: bool,
     delta: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, log-sum-exp of the smoothed keys, and the operands, kept for the backward instead of q, k and v."""
     from .triton import attention_fp8_forward
 
-    fields = quantize_fields(q, k, v, None, None, None, k_valid, block, group, smooth_k)
+    fields = quantize_fields(q, k, v, None, None, None, k_valid, block, groups, smooth_k)
     with torch.cuda.device_of(q):
         out, lse = attention_fp8_forward(*fields[:6], kv_num, kv_idx, k_valid, block, block_q, block_k, scale, q.dtype)
     return out, lse, *fields
 
 
 @_straight_through_op.register_fake
-def _(q, k, v, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, group, smooth_k, delta):
+def _(q, k, v, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, groups, smooth_k, delta):
     return *_fake_output(q, q.dtype), *fake_fields(q, k, None, block, smooth_k)
 
 

@@ -12,7 +12,7 @@ from hone_kernels.checks import check_heads, unit_last
 
 from .reference import V_PADDING, dequantize, quantize_reference
 
-__all__ = ["BLOCKS", "SUPPORT", "FP8Operands", "Fields", "check_block", "fake_fields", "quantize_fields",
+__all__ = ["BLOCKS", "SUPPORT", "FP8Operands", "Fields", "check_groups", "fake_fields", "quantize_fields",
            "quantize_qkv"]  # fmt: skip
 
 SUPPORT: dict[str, Support] = {
@@ -105,16 +105,38 @@ class FP8Operands:
         return dequantize(*tensors, self.block, dtype)
 
 
-def check_block(block: int, group: int) -> None:
+def check_groups(block: int, group: int | Tensor, tokens_q: int, tokens_k: int, device: torch.device) -> Tensor | None:
     """Check the tokens of a scale's block and the blocks that share one.
 
+    Args:
+        block: Tokens.
+        group: As in ``quantize_qkv``.
+        tokens_q: Queries, or their slots.
+        tokens_k: Keys, or their slots.
+        device: Where the result is wanted.
+
+    Returns:
+        ``[N]``, the number of each block's group; None where each has its own scale.
+
     Raises:
-        ValueError: They are none.
+        ValueError: They do not fit.
+        TypeError: A tensor of another dtype or device.
     """
     if block not in BLOCKS:
         raise ValueError(f"scales and k_valid count blocks of 64 or 128 tokens; got {block}")
+    blocks_q, blocks_k = (-(-tokens // block) for tokens in (tokens_q, tokens_k))
+    if isinstance(group, Tensor):
+        if group.dtype not in _INDICES or group.device != device:
+            raise TypeError(f"group must be int32 or int64 on {device}; got {group.dtype} on {group.device}")
+        if group.dim() != 1 or not len(group) == blocks_q == blocks_k:
+            raise ValueError(
+                f"group must name a group for each block of {block} tokens: {blocks_q} of queries and {blocks_k} of "
+                f"keys, which share it; got {list(group.shape)}"
+            )
+        return group
     if group < 1:
         raise ValueError(f"group counts the blocks that share a scale and must be positive; got {group}")
+    return None if group == 1 else torch.arange(max(blocks_q, blocks_k), device=device) // group
 
 
 def _tables(rope: tuple[Tensor, Tensor], tokens: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +164,7 @@ def quantize_qkv(
     v: Tensor,
     *,
     block: int = 128,
-    group: int = 1,
+    group: int | Tensor = 1,
     smooth_k: bool = False,
     rope: tuple[Tensor, Tensor] | None = None,
     order: Tensor | None = None,
@@ -160,7 +182,8 @@ def quantize_qkv(
         k: ``[B, HK, S, D]``.
         v: ``[B, HK, S, D]``.
         block: Tokens of a block, 64 or 128: of the scales, and of ``k_valid``.
-        group: Blocks that share a scale.
+        group: Blocks that share a scale: how many in a row, or ``[N]`` int32 or int64, the number in ``[0, N)`` of
+            each block's group (tiles of several blocks, the last of which may have fewer).
         smooth_k: Whether to subtract from K its mean over the keys that exist (per head and channel). It changes
             nothing in softmax and removes what all keys share, which would else take up E4M3's range.
         rope: Cosines and sines of a rotary embedding on interleaved pairs for q and k, each ``[S, D/2]``, or ``[S, D]``
@@ -177,11 +200,11 @@ def quantize_qkv(
 
     Source: FPSAttention (arXiv 2506.04648), equations 1 and 4; SageAttention (arXiv 2410.02367) for ``smooth_k``.
     """
-    _check_quantize(q, k, v, rope, order, k_valid, block, group)
+    groups = _check_quantize(q, k, v, rope, order, k_valid, block, group)
     cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3])
     q, k, v = (unit_last(x.detach()) for x in (q, k, v))
     order, k_valid = (None if x is None else unit_last(x) for x in (order, k_valid))
-    args = (q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+    args = (q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
     if choose("quantize_qkv", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], block=block) == "reference":
         q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize_reference(*args)
     else:
@@ -199,9 +222,8 @@ def _check_quantize(
     order: Tensor | None,
     k_valid: Tensor | None,
     block: int,
-    group: int,
-) -> None:
-    check_block(block, group)
+    group: int | Tensor,
+) -> Tensor | None:
     check_heads(q, k, v)
     if (rope is not None or order is not None) and q.shape[2] != k.shape[2]:
         raise ValueError(f"rope and order need as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
@@ -215,6 +237,7 @@ def _check_quantize(
                 f"on {order.device}"
             )
         tokens = order.shape[0]
+    groups = check_groups(block, group, q.shape[2] if order is None else tokens, tokens, q.device)
     if k_valid is not None:
         blocks = -(-tokens // block)
         if k_valid.dim() != 2 or k_valid.shape[0] not in (1, q.shape[0]) or k_valid.shape[1] != blocks:
@@ -224,6 +247,7 @@ def _check_quantize(
             )
         if k_valid.dtype != torch.int32 or k_valid.device != q.device:
             raise TypeError(f"k_valid must be int32 on {q.device}; got {k_valid.dtype} on {k_valid.device}")
+    return groups
 
 
 @torch.library.custom_op("hone_kernels::quantize_qkv", mutates_args=())
@@ -236,30 +260,30 @@ def _quantize_op(
     order: Tensor | None,
     k_valid: Tensor | None,
     block: int,
-    group: int,
+    groups: Tensor | None,
     smooth_k: bool,
 ) -> Fields:
-    return quantize_fields(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+    return quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
 
 
 @_quantize_op.register_fake
-def _(q, k, v, cos, sin, order, k_valid, block, group, smooth_k):
+def _(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k):
     return fake_fields(q, k, None if order is None else order.shape[0], block, smooth_k)
 
 
-def quantize_fields(q, k, v, cos, sin, order, k_valid, block, group, smooth_k) -> Fields:
+def quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k) -> Fields:
     """The op's work, for ops that round and go on."""
     from .triton import has_e4m3
     from .triton_quantize import quantize_triton
 
     if has_e4m3(q):
         with torch.cuda.device_of(q):
-            fields = quantize_triton(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+            fields = quantize_triton(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
     else:
         warn_once(
             "quantize_qkv", f"{q.device} has no E4M3 (compute capability 8.9): rounding in torch, products in bfloat16"
         )
-        fields = quantize_reference(q, k, v, cos, sin, order, k_valid, block, group, smooth_k)
+        fields = quantize_reference(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
     # A custom op returns tensors only: an absent one is empty.
     q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = (
         q.new_empty(0, dtype=torch.float32) if x is None else x for x in fields

@@ -18,6 +18,7 @@ __all__ = [
     "V_PADDING",
     "attention_fp8_reference",
     "dequantize",
+    "group_amax",
     "quantize_reference",
     "rotate",
     "scales",
@@ -59,7 +60,7 @@ def quantize_reference(
     order: Tensor | None,
     k_valid: Tensor | None,
     block: int,
-    group: int,
+    groups: Tensor | None,
     smooth_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The fields of ``FP8Operands`` in their order, without ``block``; see ``quantize_qkv`` for the arguments."""
@@ -83,8 +84,8 @@ def quantize_reference(
         if k_valid is not None:
             k = k.masked_fill(absent, 0)
         q_dot_mean = (q * k_mean.repeat_interleave(q.shape[1] // k.shape[1], dim=1).unsqueeze(2)).sum(-1)
-    q8, q_scale = _quantize_blocks(q, block, group)
-    k8, k_scale = _quantize_blocks(k, block, group)
+    q8, q_scale = _quantize_blocks(q, block, groups)
+    k8, k_scale = _quantize_blocks(k, block, groups)
     v_scale, v_factor = scales(_finite(v).abs().amax(2))  # [B, HK, D]
     v = torch.nn.functional.pad(v, (0, 0, 0, -tokens % V_PADDING))
     v8 = _to_v_order(_cast(v, v_factor.unsqueeze(2)).transpose(-1, -2))
@@ -123,13 +124,20 @@ def _cast(x: Tensor, factor: Tensor) -> Tensor:
     return torch.where(x.isfinite(), (x * factor).clamp(-E4M3_MAX, E4M3_MAX), torch.nan).to(torch.float8_e4m3fn)
 
 
-def _quantize_blocks(x: Tensor, block: int, group: int) -> tuple[Tensor, Tensor]:
+def group_amax(amax: Tensor, groups: Tensor | None) -> Tensor:
+    """Of the largest magnitude of each block ``[B, H, N]`` that of its group, for each block again."""
+    if groups is None:
+        return amax
+    index = groups[: amax.shape[-1]].long().expand(amax.shape)
+    return torch.zeros_like(amax).scatter_reduce(-1, index, amax, "amax").gather(-1, index)
+
+
+def _quantize_blocks(x: Tensor, block: int, groups: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x [B, H, S, D]`` as E4M3 with one scale per group of blocks, repeated for each block: ``[B, H, N]``."""
     tokens = x.shape[2]
-    peak = torch.nn.functional.pad(_finite(x).abs().amax(-1), (0, -tokens % (block * group)))
-    scale, factor = scales(peak.unflatten(-1, (-1, block * group)).amax(-1))
-    rows = factor.repeat_interleave(block * group, dim=-1)[..., :tokens, None]
-    return _cast(x, rows).contiguous(), scale.repeat_interleave(group, dim=-1)[..., : -(-tokens // block)].contiguous()
+    peak = torch.nn.functional.pad(_finite(x).abs().amax(-1), (0, -tokens % block)).unflatten(-1, (-1, block)).amax(-1)
+    scale, factor = scales(group_amax(peak, groups))
+    return _cast(x, factor.repeat_interleave(block, dim=-1)[..., :tokens, None]).contiguous(), scale
 
 
 @without_autocast

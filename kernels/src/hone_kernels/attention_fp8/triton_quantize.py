@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hone_kernels.attention.triton import _bhs, _strides
 
-from .reference import AMAX_MIN, E4M3_MAX, V_PADDING, scales
+from .reference import AMAX_MIN, E4M3_MAX, V_PADDING, group_amax, scales
 
 __all__ = ["PROLOGUE", "ROTATING", "Prologue", "dequantize_triton", "quantize_triton"]
 
@@ -363,7 +363,7 @@ def quantize_triton(
     order: Tensor | None,
     k_valid: Tensor | None,
     block: int,
-    group: int,
+    groups: Tensor | None,
     smooth_k: bool,
     settings: Prologue | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -413,17 +413,11 @@ def quantize_triton(
             maxnreg=settings.registers, **keys,
         )  # fmt: skip
 
-    def shared(amax: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and factor of each block from the largest magnitudes of its group."""
-        blocks = amax.shape[-1]
-        amax = torch.nn.functional.pad(amax, (0, -blocks % group)).unflatten(-1, (-1, group)).amax(-1)
-        return scales(amax.repeat_interleave(group, dim=-1)[..., :blocks].contiguous())
-
-    if group == 1:
+    if groups is None:
         rows("all")
     else:
         rows("amax")
-        (q_scale, q_factor), (k_scale, k_factor) = shared(q_scale), shared(k_scale)
+        (q_scale, q_factor), (k_scale, k_factor) = (scales(group_amax(x, groups)) for x in (q_scale, k_scale))
         rows("cast", q_factor, k_factor)
 
     all_rows = batch * heads_k

@@ -4,9 +4,9 @@ Queries and keys are rounded to 8 bits tile by tile, each tile reads the tiles i
 window change along the denoising trajectory; the model is fine-tuned with both. Paper: arXiv 2506.04648.
 """
 
-from hone_core.lazy import attach as _lazy
+from hone_core.lazy import lazy_names as _lazy_names
 
-__getattr__, __dir__, __all__ = _lazy(
+__getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["FPSAttentionConfig", "PRESETS", "Regime"],

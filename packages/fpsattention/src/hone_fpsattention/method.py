@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from hone_kernels.attention import BlockLayout, block_sparse_attention
-from hone_kernels.attention.fp8_reference import attention_fp8_reference, rotate
+from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
+from hone_kernels.attention_fp8.reference import attention_fp8_reference, rotate
 from hone_kernels.precision import without_autocast
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,22 +46,19 @@ class Plan:
         regime: Which.
         tiling: Of the sequence.
         layout: The window, as lists of key blocks.
-        groups: int64 ``[slots]``, slots of one number share a scale.
+        groups: int64 ``[blocks]``, blocks of one number share a scale; None where each token has its own.
     """
 
     regime: Regime
     tiling: Tiling
     layout: BlockLayout
-    groups: Int[Tensor, " slots"]
+    groups: Int[Tensor, " blocks"] | None
 
     @classmethod
     def of(cls, regime: Regime, tiling: Tiling, cfg: FPSAttentionConfig) -> Plan:
         """Build it; this waits for the device."""
-        if regime.scales == "token":
-            groups = torch.arange(len(tiling.slots), device=tiling.slots.device)
-        else:
-            box = None if regime.scales == "tensor" else regime.scale_tile or cfg.tile
-            groups = tiling.scale_groups(box).repeat_interleave(tiling.block)
+        box = None if regime.scales == "tensor" else regime.scale_tile or cfg.tile
+        groups = None if regime.scales == "token" else tiling.scale_groups(box)
         return cls(regime, tiling, window_layout(tiling, regime.window, cfg.border), groups)
 
 
@@ -99,16 +97,30 @@ def fps_attention(
     """
     _check(q, k, v, plan.tiling, rope)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if rope is not None:
-        q, k = (rotate(x, *rope) for x in (q, k))
-    if plan.regime.plain and not return_lse:
-        return _dense(q, k, v, scale)
-    tiling = plan.tiling
-    q, k, v = (x.index_select(2, tiling.slots) for x in (q, k, v))
-    if plan.regime.e4m3:
-        out, lse = _emulated(q, k, v, plan, cfg, scale)
+    tiling, options = plan.tiling, {"scale": scale, "return_lse": True, "backend": cfg.backend}
+    emulated = plan.groups is None or cfg.backend == "reference"
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if plan.regime.e4m3 and not emulated and not trains:
+        # One op rotates, gathers and rounds.
+        operands = quantize_qkv(
+            q, k, v, rope=rope, order=tiling.slots, k_valid=tiling.valid, block=tiling.block, group=plan.groups,
+            smooth_k=cfg.smooth_k, backend=cfg.backend,
+        )  # fmt: skip
+        out, lse = quantized_attention(operands, plan.layout, out_dtype=q.dtype, **options)
     else:
-        out, lse = block_sparse_attention(q, k, v, plan.layout, scale=scale, return_lse=True, backend=cfg.backend)
+        if rope is not None:
+            q, k = (rotate(x, *rope) for x in (q, k))
+        if plan.regime.plain and not return_lse:
+            return _dense(q, k, v, scale)
+        q, k, v = (x.index_select(2, tiling.slots) for x in (q, k, v))
+        if not plan.regime.e4m3:
+            out, lse = block_sparse_attention(q, k, v, plan.layout, **options)
+        elif emulated:
+            out, lse = _emulated(q, k, v, plan, cfg, scale)
+        else:
+            out, lse = straight_through_attention(
+                q, k, v, plan.layout, smooth_k=cfg.smooth_k, group=plan.groups, delta=cfg.delta, **options
+            )
     out = out.index_select(2, tiling.places)
     return (out, lse.index_select(2, tiling.places)) if return_lse else out
 
@@ -125,9 +137,13 @@ def _emulated(
     """Attention in E4M3 with its gradient, in plain torch on slots: rounds where a kernel rounds, exact elsewhere."""
     given = q.dtype
     wide = torch.float64 if given == torch.float64 else torch.float32
-    present = torch.zeros_like(plan.groups, dtype=torch.bool).index_fill_(0, plan.tiling.places, True)
+    slots = plan.tiling.slots
+    present = torch.zeros_like(slots, dtype=torch.bool).index_fill_(0, plan.tiling.places, True)
+    groups = torch.arange(len(slots), device=slots.device)
+    if plan.groups is not None:
+        groups = plan.groups.repeat_interleave(plan.tiling.block)
     q, k, v = (torch.where(present[:, None], x.to(wide), 0.0) for x in (q, k, v))
-    rounded = round_qkv(q, k, v, groups=plan.groups, present=present, smooth_k=cfg.smooth_k)
+    rounded = round_qkv(q, k, v, groups=groups, present=present, smooth_k=cfg.smooth_k)
     through = [x + (r.to(wide) - x).detach() for x, r in ((q, rounded.q), (k, rounded.k), (v, rounded.v))]
     out, lse = block_sparse_attention(*through, plan.layout, scale=scale, return_lse=True, backend="reference")
     with torch.no_grad():

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from hone_core.config import load_config, save_config
+from hone_core.config import load_config, to_dict
+from hone_core.io import atomic_write_json
 
 from .config import FPSAttentionConfig, Size
 
@@ -100,7 +101,7 @@ class Schedule:
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON, atomically."""
-        return save_config(self, path)
+        return atomic_write_json(path, to_dict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from hone_video.orders import tile_order
 from jaxtyping import Int
 from torch import Tensor
 
@@ -112,7 +113,7 @@ class Tiling:
             start = torch.cat([start, math.prod(grid) + tail])
         offset = torch.arange(block)
         tensors = {
-            "order": tile_order(grid, tile),
+            "order": tile_order(*grid, tile),
             "sizes": sizes,
             "valid": valid[None].to(torch.int32),
             "tile_of_block": tile_of_block,
@@ -166,13 +167,3 @@ def axis_sizes(tokens: int, tile: int) -> Int[Tensor, " tiles"]:
 
 def _outer(f: Tensor, h: Tensor, w: Tensor) -> Tensor:
     return f[:, None, None] * h[:, None] * w
-
-
-def tile_order(grid: Size, tile: Size) -> Int[Tensor, " video"]:
-    """The raster index of each token in tile order."""
-    frames, height, width = grid
-    index = torch.arange(frames * height * width)
-    f, y, x = index // (height * width), index // width % height, index % width
-    _, high, wide = tile_counts(grid, tile)
-    number = (f // tile[0] * high + y // tile[1]) * wide + x // tile[2]
-    return number.argsort(stable=True)
