@@ -17,6 +17,7 @@ is in the sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,22 +45,30 @@ class Plan:
 
     Attributes:
         regime: Which.
-        tiling: Of the sequence.
+        tokens: Length of the sequence.
+        block: Tokens of a block.
+        slots: See ``Tiling``, like the next two.
+        places: See ``Tiling``.
+        valid: See ``Tiling``.
+        groups: int64 ``[blocks]``, blocks of one number share a scale; of no use where each token has its own.
         layout: The window, as lists of key blocks.
-        groups: int64 ``[blocks]``, blocks of one number share a scale; None where each token has its own.
     """
 
     regime: Regime
-    tiling: Tiling
+    tokens: int
+    block: int
+    slots: Int[Tensor, " slots"]
+    places: Int[Tensor, " tokens"]
+    valid: Int[Tensor, "1 blocks"]
+    groups: Int[Tensor, " blocks"]
     layout: BlockLayout
-    groups: Int[Tensor, " blocks"] | None
 
     @classmethod
     def of(cls, regime: Regime, tiling: Tiling, cfg: FPSAttentionConfig) -> Plan:
         """Build it; this waits for the device."""
-        box = None if regime.scales == "tensor" else regime.scale_tile or cfg.tile
-        groups = None if regime.scales == "token" else tiling.scale_groups(box)
-        return cls(regime, tiling, window_layout(tiling, regime.window, cfg.border), groups)
+        groups = tiling.scale_groups(None if regime.scales == "tensor" else regime.scale_tile or cfg.tile)
+        layout = window_layout(tiling, regime.window, cfg.border)
+        return cls(regime, tiling.tokens, tiling.block, tiling.slots, tiling.places, tiling.valid, groups, layout)
 
 
 def fps_attention(
@@ -79,7 +88,7 @@ def fps_attention(
         q: Queries after QK-norm: video in tile order, then text.
         k: Keys, likewise.
         v: Values, likewise.
-        plan: Regime, tiling and window.
+        plan: What the regime does to this sequence.
         cfg: ``smooth_k``, ``delta`` and ``backend``.
         rope: Rotary embedding of q and k that is still to be done; None if it is, or if there is none.
         scale: Factor on the logits; ``dim ** -0.5`` if None.
@@ -90,20 +99,20 @@ def fps_attention(
         mean, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If q, k, v, rope and tiling do not fit together.
+        ValueError: If q, k, v, rope and plan do not fit together.
 
     Source: section 3 and equations 1 to 6. ``delta="exact"`` as Attn-QAT (FastVideo), ``"forward"`` as SLA2 (arXiv
         2602.12675); how the paper sends gradients through the rounding is not described.
     """
-    _check(q, k, v, plan.tiling, rope)
+    _check(q, k, v, plan.tokens, rope)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    tiling, options = plan.tiling, {"scale": scale, "return_lse": True, "backend": cfg.backend}
-    emulated = plan.groups is None or cfg.backend == "reference"
+    options: Any = {"scale": scale, "return_lse": True, "backend": cfg.backend}
+    emulated = plan.regime.scales == "token" or cfg.backend == "reference"
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if plan.regime.e4m3 and not emulated and not trains:
         # One op rotates, gathers and rounds.
         operands = quantize_qkv(
-            q, k, v, rope=rope, order=tiling.slots, k_valid=tiling.valid, block=tiling.block, group=plan.groups,
+            q, k, v, rope=rope, order=plan.slots, k_valid=plan.valid, block=plan.block, group=plan.groups,
             smooth_k=cfg.smooth_k, backend=cfg.backend,
         )  # fmt: skip
         out, lse = quantized_attention(operands, plan.layout, out_dtype=q.dtype, **options)
@@ -112,7 +121,7 @@ def fps_attention(
             q, k = (rotate(x, *rope) for x in (q, k))
         if plan.regime.plain and not return_lse:
             return _dense(q, k, v, scale)
-        q, k, v = (x.index_select(2, tiling.slots) for x in (q, k, v))
+        q, k, v = (x.index_select(2, plan.slots) for x in (q, k, v))
         if not plan.regime.e4m3:
             out, lse = block_sparse_attention(q, k, v, plan.layout, **options)
         elif emulated:
@@ -121,8 +130,8 @@ def fps_attention(
             out, lse = straight_through_attention(
                 q, k, v, plan.layout, smooth_k=cfg.smooth_k, group=plan.groups, delta=cfg.delta, **options
             )
-    out = out.index_select(2, tiling.places)
-    return (out, lse.index_select(2, tiling.places)) if return_lse else out
+    out = out.index_select(2, plan.places)
+    return (out, lse.index_select(2, plan.places)) if return_lse else out
 
 
 @without_autocast
@@ -137,11 +146,10 @@ def _emulated(
     """Attention in E4M3 with its gradient, in plain torch on slots: rounds where a kernel rounds, exact elsewhere."""
     given = q.dtype
     wide = torch.float64 if given == torch.float64 else torch.float32
-    slots = plan.tiling.slots
-    present = torch.zeros_like(slots, dtype=torch.bool).index_fill_(0, plan.tiling.places, True)
-    groups = torch.arange(len(slots), device=slots.device)
-    if plan.groups is not None:
-        groups = plan.groups.repeat_interleave(plan.tiling.block)
+    present = torch.zeros_like(plan.slots, dtype=torch.bool).index_fill_(0, plan.places, True)
+    groups = plan.groups.repeat_interleave(plan.block)
+    if plan.regime.scales == "token":
+        groups = torch.arange(len(groups), device=groups.device)
     q, k, v = (torch.where(present[:, None], x.to(wide), 0.0) for x in (q, k, v))
     rounded = round_qkv(q, k, v, groups=groups, present=present, smooth_k=cfg.smooth_k)
     through = [x + (r.to(wide) - x).detach() for x, r in ((q, rounded.q), (k, rounded.k), (v, rounded.v))]
@@ -160,19 +168,18 @@ def _emulated(
     return (out + error).to(given), lse
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, rope: Rope | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, tokens: int, rope: Rope | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, dim]; got {list(x.shape)}")
-        if x.shape[2] != tiling.tokens:
-            text = f" and {tiling.text_tokens} of text" if tiling.text_tokens else ""
+        if x.shape[2] != tokens:
             raise ValueError(
-                f"{name} must have the tokens of the grid {tiling.grid}{text}, {tiling.tokens}; got {x.shape[2]}. "
-                "Build the tiling for this grid; leave cross-attention dense"
+                f"{name} must have the {tokens} tokens of the plan's grid and text; got {x.shape[2]}. Make a plan for "
+                "this grid; leave cross-attention dense"
             )
     for table in rope or ():
-        if table.shape != (tiling.tokens, q.shape[3] // 2):
+        if table.shape != (tokens, q.shape[3] // 2):
             raise ValueError(
-                f"rope must be two tables [tokens, dim / 2] = {[tiling.tokens, q.shape[3] // 2]}; got "
-                f"{list(table.shape)}. Text turns by none: cosine 1, sine 0"
+                f"rope must be two tables [tokens, dim / 2] = {[tokens, q.shape[3] // 2]}; got {list(table.shape)}. "
+                "Text turns by none: cosine 1, sine 0"
             )

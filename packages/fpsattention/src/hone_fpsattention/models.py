@@ -1,0 +1,219 @@
+"""How FPSAttention enters diffusers' video transformers: ``attach`` and its handle. The mechanics are ``hone_video``'s.
+
+The regime of a forward is that of its noise level: of the timestep that the model is called with, the largest where
+each token has one. Both branches of guidance see the same timestep, and so the same regime.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from hone_core.errors import UnsupportedHardwareError
+from hone_core.handles import resolve
+from hone_kernels.attention import BlockLayout
+from hone_kernels.attention_fp8 import SUPPORT
+from hone_video.attachment import Method
+from hone_video.grids import Grid
+from hone_video.handle import VideoHandle, attach_method
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .config import PRESETS, FPSAttentionConfig, Regime
+from .method import Plan, fps_attention
+from .schedule import Schedule, regime_index
+from .tiles import Tiling
+
+__all__ = ["NUM_TRAIN_TIMESTEPS", "FPSAttentionHandle", "attach", "describe_model", "plan_for"]
+
+NUM_TRAIN_TIMESTEPS = 1000
+"""Timesteps over this are noise levels, in every model that is supported."""
+
+
+class _FPSAttention(Method):
+    name = "FPSAttention"
+
+    def __init__(self, config: FPSAttentionConfig) -> None:
+        self.config = config
+        self.order, self.tile = "tile", config.tile
+        self.counts_steps = len(config.regimes) > 1
+        self.dense_layers = config.dense_layers
+
+    def plan(self, step: int, timestep: float | None) -> int | None:
+        """Number of the regime; None where it is the model's own attention, -1 where nothing says which."""
+        if timestep is None and len(self.config.regimes) > 1:
+            return -1
+        number = 0 if timestep is None else regime_index(self.config, timestep / NUM_TRAIN_TIMESTEPS)
+        return None if self.config.regimes[number].plain else number
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, plan: int, layer: int | Tensor, grid: Grid, text_tokens: int
+    ) -> Tensor:
+        if plan < 0:
+            raise RuntimeError(
+                "FPSAttention goes by the noise level, and begin_step() was called without one; call "
+                "handle.begin_step(i, sigma=sigma), or leave it out"
+            )
+        where = plan_for(self.config.regimes[plan], self.config, grid, text_tokens, q.device)
+        return fps_attention(q, k, v, plan=where, cfg=self.config)
+
+
+def plan_for(regime: Regime, cfg: FPSAttentionConfig, grid: Grid, text_tokens: int, device: torch.device) -> Plan:
+    """The plan of a regime at a grid, made once and kept for 64 of them. Shared: do not write into it."""
+    if not torch.compiler.is_compiling():
+        return _kept(regime, cfg.tile, cfg.block, cfg.border, grid, text_tokens, device)
+    window, box = list(regime.window or ()), list(regime.scale_tile or ())
+    options = (window, regime.scales, box, list(cfg.tile), cfg.block, cfg.border, list(grid), text_tokens)
+    slots, places, valid, groups, kv_num, kv_idx = _plan_op(*options, device)
+    tokens, count, block = grid[0] * grid[1] * grid[2] + text_tokens, slots.shape[0], cfg.block
+    padded = None if count == tokens and block == 128 else valid
+    layout = BlockLayout(kv_num, kv_idx, count, count, block, block, padded)
+    return Plan(regime, tokens, block, slots, places, valid, groups, layout)
+
+
+@lru_cache(maxsize=64)
+def _kept(
+    regime: Regime, tile: Grid, block: int, border: str, grid: Grid, text_tokens: int, device: torch.device
+) -> Plan:
+    # Tensors that any later caller can use, whatever mode this one is in.
+    with torch.inference_mode(False), _disable_current_modes():
+        cfg = FPSAttentionConfig(regimes=(regime,), tile=tile, block=block, border=border)  # type: ignore[arg-type]
+        return Plan.of(regime, Tiling.of(grid, tile, block=block, text_tokens=text_tokens, device=device), cfg)
+
+
+def _tensors(
+    window: list[int], scales: str, box: list[int], tile: list[int], block: int, border: str, grid: list[int],
+    text_tokens: int, device: torch.device,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    regime = Regime(window=tuple(window) or None, scales=scales, scale_tile=tuple(box) or None)  # type: ignore[arg-type]
+    plan = _kept(regime, tuple(tile), block, border, tuple(grid), text_tokens, device)  # type: ignore[arg-type]
+    return plan.slots, plan.places, plan.valid, plan.groups, plan.layout.kv_num, plan.layout.kv_idx
+
+
+@torch.library.custom_op("hone_fpsattention::plan", mutates_args=())
+def _plan_op(
+    window: list[int], scales: str, box: list[int], tile: list[int], block: int, border: str, grid: list[int],
+    text_tokens: int, device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """For ``torch.compile``, which cannot trace how lists are made and may overwrite what an op returns."""
+    tensors = _tensors(window, scales, box, tile, block, border, grid, text_tokens, device)
+    slots, places, valid, groups, kv_num, kv_idx = (x.clone() for x in tensors)
+    return slots, places, valid, groups, kv_num, kv_idx
+
+
+@_plan_op.register_fake
+def _(window, scales, box, tile, block, border, grid, text_tokens, device):
+    tensors = _tensors(window, scales, box, tile, block, border, grid, text_tokens, torch.device("cpu"))
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=device) for x in tensors)
+
+
+class FPSAttentionHandle(VideoHandle[FPSAttentionConfig]):
+    """FPSAttention on a model, as ``attach`` returned it; also a context manager that detaches at the end."""
+
+    def begin_step(self, step: int, *, sigma: float | None = None) -> None:
+        """Say which denoising step this thread's coming forwards belong to, and its noise level.
+
+        Without this call the timestep of every forward is read back from the device, if there are several regimes.
+
+        Args:
+            step: From 0.
+            sigma: Noise level in [0, 1]; not needed where one regime holds everywhere.
+
+        Raises:
+            ValueError: ``step`` is negative, or ``sigma`` is missing or out of range.
+        """
+        if sigma is None and len(self.config.regimes) > 1:
+            raise ValueError("sigma, the noise level in [0, 1], is needed: it chooses one of several regimes")
+        super().begin_step(step)
+        if sigma is not None:
+            self._steps.plan = self._attachments[0].method.plan(step, sigma * NUM_TRAIN_TIMESTEPS)
+
+
+def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) -> FPSAttentionHandle:
+    """Give a video diffusion transformer FPSAttention, until ``detach()``.
+
+    Regimes go by the noise level of each forward; what else there is to know says ``hone_video.handle.attach_method``.
+
+    Args:
+        model_or_pipeline: A ``WanTransformer3DModel`` or ``CogVideoXTransformer3DModel`` (text-, image- or
+            video-conditioned), or a pipeline that holds one; of a Wan2.2 pipeline both transformers.
+        config: Name in ``PRESETS``, settings, or a calibrated schedule, which must be of this model and, of a pipeline,
+            of its scheduler.
+
+    Returns:
+        The handle. Keep it: it is how to detach.
+
+    Raises:
+        TypeError: The model's class is not supported.
+        ValueError: The preset is unknown; the schedule is of something else; a method is attached already; a
+            self-attention has a processor that is not the class's own; parallelism is on; ``dense_layers`` names a
+            layer that the model does not have.
+        UnsupportedHardwareError: The model is on a GPU that cannot run it in E4M3. In every case the model is
+            untouched.
+    """
+    scheduler = getattr(model_or_pipeline, "scheduler", None)
+    if isinstance(config, Schedule):
+        schedule, config = config, config.config
+        schedule.check(
+            model=describe_model(model_or_pipeline), sampler=_sampler(scheduler, schedule), shift=config.shift
+        )
+    config = resolve(config, PRESETS, FPSAttentionConfig)
+    shift = None if scheduler is None else scheduler_shift(scheduler)
+    if shift is not None and len(config.regimes) > 1 and shift != config.shift:
+        raise ValueError(
+            f"the pipeline's scheduler has shift {shift:g}, but these settings map steps to noise levels by "
+            f"{config.shift:g}; take dataclasses.replace(config, shift={shift:g}), or give the scheduler the other"
+        )
+    transformer = getattr(model_or_pipeline, "transformer", model_or_pipeline)
+    check_hardware(config, transformer)
+    return attach_method(model_or_pipeline, _FPSAttention(config), FPSAttentionHandle)
+
+
+def _sampler(scheduler: Any, schedule: Schedule) -> str:
+    return schedule.sampler if scheduler is None else type(scheduler).__name__
+
+
+def scheduler_shift(scheduler: Any) -> float | None:
+    """Timestep shift of a diffusers scheduler, 1 where it has none; None where it depends on the size."""
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        return None
+    return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+
+def describe_model(model_or_pipeline: Any) -> str:
+    """Class and shape of a transformer, as ``Schedule.model`` words it."""
+    model = getattr(model_or_pipeline, "transformer", model_or_pipeline)
+    config = model.config
+    return (
+        f"{type(model).__name__}, {config.num_layers} layers, {config.num_attention_heads} heads of "
+        f"{config.attention_head_dim}"
+    )
+
+
+def check_hardware(config: FPSAttentionConfig, transformer: Any) -> None:
+    """Refuse a GPU or a head size that would run something else than E4M3 kernels without being asked to.
+
+    Raises:
+        UnsupportedHardwareError: No kernel takes this model there, and ``backend`` is ``"auto"``.
+    """
+    parameter = next(transformer.parameters())
+    if parameter.device.type != "cuda" or config.backend != "auto" or not any(r.e4m3 for r in config.regimes):
+        return
+    capability = torch.cuda.get_device_capability(parameter.device)
+    if capability < (8, 9):
+        raise UnsupportedHardwareError(
+            "E4M3 attention needs compute capability 8.9 (Ada, Hopper or newer)",
+            found=f"{torch.cuda.get_device_name(parameter.device)}, {capability[0]}.{capability[1]}",
+            use="backend='triton', which rounds in torch and multiplies in bfloat16: right values and no gain, or "
+            "regimes with e4m3=False, for the window alone",
+        )
+    dim = transformer.config.attention_head_dim
+    reason = SUPPORT["triton"].reason(parameter.device, torch.bfloat16, head_dim=dim, block=config.block)
+    if reason is not None or any(r.scales == "token" for r in config.regimes if r.e4m3):
+        raise UnsupportedHardwareError(
+            "no E4M3 kernel takes this call",
+            found=reason or "scales='token'",
+            use="backend='reference', which emulates it slowly, or regimes with e4m3=False",
+        )

@@ -1,0 +1,271 @@
+import copy
+import dataclasses
+import threading
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hone_core.testing import assert_close
+from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime
+from hone_fpsattention.models import FPSAttentionHandle, attach, describe_model
+from hone_fpsattention.schedule import Schedule
+from hone_video.architectures import tiny, tiny_pipeline
+
+FULL = Regime(window=(9, 9, 9), e4m3=False)
+"""Goes through tiles and lists, and is dense attention."""
+NEAR = Regime(window=(1, 1, 1), e4m3=False)
+SMALL = FPSAttentionConfig(tile=(2, 4, 4), block=64, shift=3.0)
+
+
+def config(*regimes, boundaries=(), **change):
+    return dataclasses.replace(SMALL, regimes=regimes, boundaries=boundaries, **change)
+
+
+def inputs(kind, timestep=500.0, batch=1):
+    timestep = torch.full((batch,), timestep)
+    if kind == "wan":
+        return torch.randn(batch, 4, 3, 10, 14), timestep, torch.randn(batch, 8, 32)
+    return torch.randn(batch, 3, 4, 8, 12), torch.randn(batch, 8, 32), timestep
+
+
+def run(model, args):
+    if type(model).__name__.startswith("CogVideoX"):
+        hidden, text, timestep = args
+        angle = torch.rand(3 * 4 * 6, 16, generator=torch.Generator().manual_seed(0)) * 6
+        tables = tuple(f.repeat_interleave(2, -1) for f in (angle.cos(), angle.sin()))
+        return model(hidden, text, timestep, image_rotary_emb=tables, return_dict=False)[0]
+    return model(*args, return_dict=False)[0]
+
+
+@pytest.fixture(params=["wan", "cogvideox"])
+def kind(request):
+    return request.param
+
+
+@torch.no_grad()
+def test_everything_read_is_the_model_itself(kind):
+    model, args = tiny(kind), inputs(kind, batch=2)
+    expected = run(model, args)
+    with attach(model, config(FULL)):
+        assert_close(run(model, args), expected)
+    with attach(model, config(Regime(e4m3=False))):
+        assert_close(run(model, args), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("regime", [NEAR, Regime(), Regime(window=(1, 1, 1))])
+def test_windows_and_rounding_change_the_output_and_detach_restores_it(kind, regime):
+    model, args = tiny(kind), inputs(kind)
+    expected = run(model, args)
+    handle = attach(model, config(regime))
+    changed = run(model, args)
+    assert float((changed - expected).abs().max()) > 1e-5
+    with handle.disabled():
+        assert torch.equal(run(model, args), expected)
+    assert torch.equal(run(model, args), changed)
+    handle.detach()
+    assert torch.equal(run(model, args), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("timestep", "regime"), [(900.0, 0), (800.0, 1), (500.0, 1), (300.0, 2)])
+def test_the_noise_level_chooses_the_regime(kind, timestep, regime):
+    # With shift 3 the boundaries lie at sigma 0.857 and 0.429.
+    regimes = (NEAR, Regime(), Regime(window=(1, 3, 1)))
+    staged = config(*regimes, boundaries=(1 / 3, 0.8))
+    args = inputs(kind, timestep)
+    model = tiny(kind)
+    with attach(model, staged):
+        got = run(model, args)
+    with attach(model, staged.constant(regime)):
+        assert torch.equal(got, run(model, args))
+    for other in {0, 1, 2} - {regime}:
+        with attach(model, staged.constant(other)):
+            assert not torch.equal(got, run(model, args))
+
+
+@torch.no_grad()
+def test_the_regime_does_not_depend_on_how_often_the_model_was_called():
+    model = tiny("wan")
+    staged = config(NEAR, Regime(), boundaries=(0.5,))
+    early, late = inputs("wan", 900.0), inputs("wan", 100.0)
+    with attach(model, staged):
+        first = [run(model, args) for args in (early, late)]
+        again = [run(model, args) for args in (late, late, early, early)]
+    assert torch.equal(first[0], again[2])
+    assert torch.equal(first[0], again[3])
+    assert torch.equal(first[1], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+@torch.no_grad()
+def test_a_plain_regime_is_the_model_s_own_attention():
+    model, args = tiny("wan"), inputs("wan", 900.0)
+    expected = run(model, args)
+    with attach(model, config(Regime(e4m3=False), NEAR, boundaries=(0.5,))):
+        assert_close(run(model, args), expected)
+
+
+@torch.no_grad()
+def test_per_token_timesteps_take_the_largest():
+    # Wan2.2 TI2V: tokens of the given image are at 0.
+    model = tiny("wan")
+    hidden, _, text = inputs("wan")
+    times = torch.full((1, 3 * 5 * 7), 900.0)
+    times[:, :35] = 0
+    staged = config(FULL, NEAR, boundaries=(0.5,))
+    expected = model(hidden, times, text, return_dict=False)[0]
+    with attach(model, staged):
+        assert_close(model(hidden, times, text, return_dict=False)[0], expected)
+
+
+@torch.no_grad()
+def test_begin_step_says_the_noise_level():
+    model, args = tiny("wan"), inputs("wan", 900.0)
+    staged = config(FULL, NEAR, boundaries=(0.5,))
+    expected = run(model, args)
+    with attach(model, staged) as handle:
+        handle.begin_step(0, sigma=0.1)
+        assert not torch.equal(run(model, args), expected)
+        handle.begin_step(0, sigma=0.9)
+        assert_close(run(model, args), expected)
+        with pytest.raises(ValueError, match="sigma, the noise level in"):
+            handle.begin_step(1)
+        with pytest.raises(ValueError, match=r"sigma must lie in \[0, 1\]"):
+            handle.begin_step(1, sigma=900.0)
+    with attach(model, config(FULL)) as handle:
+        handle.begin_step(3)
+        assert_close(run(model, args), expected)
+
+
+def test_gradients_flow_and_checkpointing_changes_nothing(kind):
+    staged = config(Regime(window=(1, 1, 1)), Regime(), boundaries=(0.5,))
+    grads = []
+    args = inputs(kind, 900.0)
+    for checkpointing in (False, True):
+        model = tiny(kind).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with attach(model, staged):
+            run(model, args).square().mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert any(float(grad.abs().max()) > 0 for name, grad in grads[0].items() if "attn1.to_q" in name)
+    for name, grad in grads[0].items():
+        assert_close(grads[1][name], grad, what=name)
+
+
+@torch.no_grad()
+def test_two_threads_on_one_model():
+    model = tiny("wan")
+    staged = config(NEAR, Regime(), boundaries=(0.5,))
+    args = {"early": inputs("wan", 900.0), "late": inputs("wan", 100.0)}
+    results = {}
+    with attach(model, staged):
+        expected = {name: run(model, values) for name, values in args.items()}
+
+        def work(name):
+            with torch.no_grad():
+                results[name] = [run(model, args[name]) for _ in range(5)]
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in args]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for name, outs in results.items():
+        assert all(torch.equal(out, expected[name]) for out in outs)
+
+
+@torch.no_grad()
+def test_a_copy_and_a_first_call_in_inference_mode():
+    model, args = tiny("wan"), inputs("wan")
+    with attach(model, config(Regime(window=(1, 3, 1)), tile=(3, 4, 4))):
+        with torch.inference_mode():
+            expected = run(model, args)
+        twin = copy.deepcopy(model)
+        assert torch.equal(run(twin, args), expected)
+        assert FPSAttentionHandle.of(twin).attached
+        with torch.enable_grad():
+            run(model, args).sum().backward()
+
+
+def test_pipelines_with_two_transformers():
+    pipe = tiny_pipeline("wan", transformer_2=tiny("wan", seed=1, num_layers=1), boundary_ratio=0.5)
+    handle = attach(pipe, config(NEAR, Regime(), boundaries=(0.5,)))
+    assert handle.models == (pipe.transformer, pipe.transformer_2)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4, "output_type": "latent"}
+    out = pipe("a cat", generator=torch.Generator().manual_seed(0), **options).frames
+    assert bool(out.isfinite().all())
+    handle.detach()
+
+
+# ---- what is refused
+
+
+def test_another_shift_is_refused():
+    pipe = tiny_pipeline("wan")
+    staged = config(NEAR, Regime(), boundaries=(0.5,), shift=5.0)
+    with pytest.raises(ValueError, match="scheduler has shift 3, but these settings map steps to noise levels by 5"):
+        attach(pipe, staged)
+    attach(pipe, dataclasses.replace(staged, shift=3.0)).detach()
+    attach(pipe, dataclasses.replace(SMALL, shift=5.0)).detach()  # one regime knows no boundary
+
+
+def test_a_schedule_of_another_model_or_sampler_is_refused():
+    pipe = tiny_pipeline("wan")
+    schedule = Schedule(
+        config=config(NEAR, Regime(), boundaries=(0.5,)),
+        model=describe_model(pipe),
+        sampler="UniPCMultistepScheduler",
+        steps=4,
+        grid=(3, 2, 2),
+        budget=0.5,
+        provenance="a test",
+    )
+    assert schedule.model == "WanTransformer3DModel, 1 layers, 2 heads of 32"
+    attach(pipe, schedule).detach()
+    attach(pipe.transformer, schedule).detach()
+    with pytest.raises(ValueError, match="calibrated with model"):
+        attach(tiny("wan", num_layers=2), schedule)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(ValueError, match="calibrated with sampler 'UniPC"):
+        attach(pipe, schedule)
+
+
+def test_unknown_presets_and_layers_are_refused():
+    with pytest.raises(ValueError, match="no preset 'best'; the presets are"):
+        attach(tiny("wan"), "best")
+    with pytest.raises(ValueError, match="dense_layers must be below the 2 layers"):
+        attach(tiny("wan"), config(NEAR, dense_layers=(2,)))
+
+
+@torch.no_grad()
+def test_dense_layers_keep_the_model_s_own_attention():
+    model, args = tiny("wan"), inputs("wan")
+    expected = run(model, args)
+    with attach(model, config(NEAR, dense_layers=(0, 1))):
+        assert_close(run(model, args), expected)
+    with attach(model, config(NEAR, dense_layers=(0,))):
+        assert float((run(model, args) - expected).abs().max()) > 1e-5
+
+
+def test_presets_run():
+    for name, preset in PRESETS.items():
+        model = tiny("cogvideox" if name.startswith("cogvideox") else "wan", num_layers=1)
+        kind = "cogvideox" if name.startswith("cogvideox") else "wan"
+        with torch.no_grad(), attach(model, preset.config):
+            assert bool(run(model, inputs(kind)).isfinite().all())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("regime", [NEAR, Regime(window=(1, 3, 1))])
+def test_compiles(kind, regime):
+    model, args = tiny(kind, num_layers=1), inputs(kind)
+    with attach(model, config(regime)) as handle:
+        expected = run(model, args)
+        handle.begin_step(0)
+        compiled = torch.compile(model)
+        assert_close(run(compiled, args), expected, atol=1e-4)
