@@ -29,7 +29,7 @@ def inputs(kind, timestep=500.0, batch=1):
 
 
 def run(model, args):
-    if type(model).__name__.startswith("CogVideoX"):
+    if type(getattr(model, "_orig_mod", model)).__name__.startswith("CogVideoX"):
         hidden, text, timestep = args
         angle = torch.rand(3 * 4 * 6, 16, generator=torch.Generator().manual_seed(0)) * 6
         tables = tuple(f.repeat_interleave(2, -1) for f in (angle.cos(), angle.sin()))
