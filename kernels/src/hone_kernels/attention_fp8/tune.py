@@ -114,12 +114,12 @@ def _prologue(
     from .triton_quantize import Prologue, quantize_triton
 
     q, k, v = qkv
-    want = quantize_reference(q[:, :1], k[:, :1], v[:, :1], *options, None, 128, 1, False)[:6]
+    want = quantize_reference(q[:, :1], k[:, :1], v[:, :1], *options, None, 128, None, False)[:6]
     calls, errors = {}, {}
     for settings in [Prologue(*x) for x in PROLOGUES[kind][:candidates]]:
 
         def prologue(settings: Prologue = settings) -> tuple[Tensor, ...]:
-            return quantize_triton(q, k, v, *options, None, 128, 1, False, settings)[:6]
+            return quantize_triton(q, k, v, *options, None, 128, None, False, settings)[:6]
 
         few = [x[:, :1] for x in prologue()]
         errors[str(settings)] = check_prologue(f"{kind} {settings}", few, want)
