@@ -1,4 +1,4 @@
-"""Settings of FPSAttention, and presets with where each of their numbers comes from. Imports no torch."""
+"""Settings of FPSAttention, presets with where their numbers come from, and settings of each verb. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+from hone_video.workloads import HD_WORKLOADS, WORKLOADS
+
 __all__ = [
     "BLOCKS",
     "PRESETS",
+    "BenchConfig",
     "Border",
     "Delta",
     "FPSAttentionConfig",
@@ -22,6 +25,8 @@ Border = Literal["shift", "cut"]
 Scales = Literal["tensor", "tile", "token"]
 Delta = Literal["exact", "forward"]
 Backend = Literal["auto", "reference", "triton"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Part = Literal["attention", "forward"]
 Size = tuple[int, int, int]
 """Along (frames, height, width)."""
 
@@ -283,3 +288,58 @@ PRESETS: dict[str, Preset] = {
         ours="All numbers.",
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What to measure."""
+
+    model: str = "wan2.1-14b-720p"
+    """wan2.1-1.3b, wan2.1-14b or cogvideox-5b at 480p, wan2.1-1.3b-720p or wan2.1-14b-720p, or on a CPU tiny-wan or
+    tiny-cogvideox."""
+    parts: tuple[Part, ...] = ("attention", "forward")
+    """``attention``: one layer, and the pieces of FPSAttention in it. ``forward``: one call of the transformer."""
+    preset: str = "window-661"
+    """Attention settings; its first regime, the sparsest, is what is timed (on tiny models: tiny)."""
+    layers: int | None = None
+    """Build only so many layers for the forward, which then stand for all of them (default: all)."""
+    rounds: int = 20
+    """Timed rounds of one attention; each calls every variant once, in a random order."""
+    forward_rounds: int = 5
+    """Likewise of one forward."""
+    compile_blocks: bool = False
+    """Also time the forward with transformer blocks compiled by Inductor."""
+    e4m3_linears: bool = False
+    """Also time the forward with linear layers in E4M3, by torchao (extra linears)."""
+    dtype: Dtype = "auto"
+    """Of weights and inputs."""
+    seed: int = 0
+    """Of weights, inputs and noise."""
+
+    def __post_init__(self) -> None:
+        if self.model not in WORKLOADS | HD_WORKLOADS:
+            raise ValueError(f"model must be one of {', '.join(WORKLOADS | HD_WORKLOADS)}; got {self.model!r}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
+        if not self.parts or not set(self.parts) <= set(get_args(Part)):
+            raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
+        _at_least_one(self, "layers", "rounds", "forward_rounds")
+
+    @property
+    def attention(self) -> FPSAttentionConfig:
+        """The settings in use: one regime."""
+        return PRESETS["tiny" if self.model.startswith("tiny") else self.preset].config.constant(0)
+
+    @property
+    def variants(self) -> dict[str, FPSAttentionConfig]:
+        """What stands beside dense attention: the window alone, rounding alone, and both."""
+        both = self.attention.regimes[0]
+        regimes = {"window": replace(both, e4m3=False), "e4m3": replace(both, window=None), "e4m3 window": both}
+        return {name: self.attention.constant(regime) for name, regime in regimes.items()}
+
+
+def _at_least_one(cfg: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")

@@ -131,7 +131,9 @@ def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> 
     return CogVideoXPipeline(**{**parts, **options})
 
 
-def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16) -> ModelMixin:
+def full_size(
+    name: str, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16, **config: Any
+) -> ModelMixin:
     """A published architecture with random weights, built where it is wanted.
 
     For timing and for checking layouts. Attention over random weights is nearly uniform: it says nothing about masks.
@@ -140,18 +142,19 @@ def full_size(name: str, *, device: torch.device | str = "meta", dtype: torch.dt
         name: A name in ``FULL_SIZE``.
         device: ``"meta"`` allocates nothing.
         dtype: Of the weights, but for those that diffusers keeps in float32 when it loads the model.
+        **config: Fields of the class's config to change, such as ``num_layers``.
 
     Raises:
         ValueError: The name is unknown.
     """
     if name not in FULL_SIZE:
         raise ValueError(f"name must be one of {', '.join(FULL_SIZE)}; got {name!r}")
-    make, config = FULL_SIZE[name]
+    make, own = FULL_SIZE[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = make(**config).eval()
+            model = make(**{**own, **config}).eval()
     finally:
         torch.set_default_dtype(before)
     kept = set(getattr(make, "_keep_in_fp32_modules", None) or ())

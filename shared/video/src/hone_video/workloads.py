@@ -6,7 +6,7 @@ from typing import Literal
 
 from .grids import Grid
 
-__all__ = ["WORKLOADS", "Workload"]
+__all__ = ["HD_WORKLOADS", "WORKLOADS", "Workload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,3 +50,9 @@ WORKLOADS: dict[str, Workload] = {
     "tiny-cogvideox": Workload(model="tiny-cogvideox", kind="cogvideox", grid=(3, 8, 10), text_tokens=8),
 }
 """480p videos of 81 (Wan) and 49 (CogVideoX) frames, and two for a CPU."""
+
+HD_WORKLOADS: dict[str, Workload] = {
+    "wan2.1-1.3b-720p": Workload(model="wan2.1-1.3b", kind="wan", grid=(21, 45, 80), text_tokens=512),
+    "wan2.1-14b-720p": Workload(model="wan2.1-14b", kind="wan", grid=(21, 45, 80), text_tokens=512),
+}
+"""720p videos of 81 frames: 75,600 tokens."""
