@@ -6,10 +6,10 @@ import sys
 
 import pytest
 from hone_blade.cli import PACKAGE, VERBS
-from hone_blade.config import HostConfig
-from hone_blade.host import Host, save_host
 from hone_core.cli import run_cli
 from hone_core.runs import load_results
+from hone_video.host import Host, save_host
+from hone_video.host_config import HostConfig
 
 TINY = HostConfig(
     frames=4,

@@ -3,13 +3,14 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import pytest
 import torch
-from hone_blade.config import PROMPTS, Comparison, DemoConfig, HostConfig
+from hone_blade.config import PROMPTS, Comparison, DemoConfig
 from hone_blade.demo import DemoReport, _reached, demo
 from hone_blade.evaluate import VARIANTS
-from hone_blade.host import Host, load_host, save_host
 from hone_blade.models import attach
 from hone_core.runs import Run, load_results
 from hone_video.grader import grade
+from hone_video.host import Host, load_host, save_host
+from hone_video.host_config import HostConfig
 from hone_video.prompts import parse_prompt
 from matplotlib.image import imread
 

@@ -2,21 +2,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.config import Comparison, EvalConfig, HostConfig
+from hone_blade.config import Comparison, EvalConfig
 from hone_blade.evaluate import (
     VARIANTS,
     EvalReport,
     _Sampler,
     attention_gflop,
-    bootstrap,
     compare,
     comparison_table,
     evaluate,
     write_rows,
 )
-from hone_blade.host import Host, save_host
 from hone_core.runs import Run, load_results
 from hone_video.clips import random_labels
+from hone_video.host import Host, save_host
+from hone_video.host_config import HostConfig
+from hone_video.means import bootstrap
 
 # 64 tokens in 4 blocks of 16
 TINY = HostConfig(

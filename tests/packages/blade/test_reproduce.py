@@ -4,10 +4,11 @@ import json
 
 import pytest
 from hone_blade import reproduce as module
-from hone_blade.config import Comparison, HostConfig, ReproduceConfig
-from hone_blade.host import Host, save_host
+from hone_blade.config import Comparison, ReproduceConfig
 from hone_blade.reproduce import holds
 from hone_core.runs import Row, Run
+from hone_video.host import Host, save_host
+from hone_video.host_config import HostConfig
 
 TINY = HostConfig(
     frames=4,

@@ -4,19 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.config import HostConfig, TrainConfig
-from hone_blade.host import Host, load_host, to_latents
-from hone_blade.train import (
-    PatchLinear,
-    _TrainState,
-    flow_loss,
-    sample_sigma,
-    train_host,
-)
+from hone_blade.config import TrainConfig
+from hone_blade.train import _TrainState, train_host
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_core.training import TrainReport
 from hone_video.clips import fake_batch, segment_glyphs
+from hone_video.flow import PatchLinear, flow_loss, sample_sigma
+from hone_video.host import Host, load_host, to_latents
+from hone_video.host_config import HostConfig
 
 SMOKE = TrainConfig(
     host=HostConfig(

@@ -23,6 +23,7 @@ def info() -> dict[str, Any]:
     """Versions, devices, presets, and the tiny host that is packaged."""
     from hone_core.environment import environment
     from hone_core.hosts import describe_host
+    from hone_video.host_config import PACKAGED
 
     from .config import PRESETS
 
@@ -36,7 +37,7 @@ def info() -> dict[str, Any]:
         "untried versions": facts["untried"] or "none",
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
         "presets": {name: f"{preset.model}." for name, preset in PRESETS.items()},
-        "tiny host": describe_host(PACKAGE),
+        "tiny host": describe_host(PACKAGE, PACKAGED),
     }
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
-from hone_video.grader import estimate_motion
-from hone_video.prompts import DIRECTIONS, FIELDS, VOCABULARY, describe, parse_prompt
+from hone_video.host import load_host
+from hone_video.prompts import describe, parse_prompt
+from hone_video.sheets import contact_sheet, describe_clips, write_video
 
 from . import plots
 from .config import DemoConfig
 from .evaluate import Outcome, compare, comparison_table, means, write_rows
-from .host import Host, load_host
 
 __all__ = ["DemoReport", "demo"]
 
@@ -96,10 +96,15 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     clips = {name: outcome.clips for name, outcome in outcomes.items()}
     prompts = [describe(row) for row in labels]
     title = f"same prompts and noise; sparse columns compute {_reached(outcomes, cfg.comparison.density)}"
-    captions = {name: _captions(host, outcome, name == "dense") for name, outcome in outcomes.items()}
+    captions = {
+        name: describe_clips(
+            host.classifier, outcome.clips, outcome.grades["accuracy"], None if name == "dense" else outcome.psnr
+        )
+        for name, outcome in outcomes.items()
+    }
     report = DemoReport.of(run)
-    plots.contact_sheet(clips, prompts, captions, report.sheet, title=title)
-    plots.write_video(clips, prompts, report.video, title=title)
+    contact_sheet(clips, prompts, captions, report.sheet, looks=plots.LOOKS, title=title)
+    write_video(clips, prompts, report.video, looks=plots.LOOKS, title=title)
     return report
 
 
@@ -109,17 +114,3 @@ def _reached(outcomes: Mapping[str, Outcome], asked: float) -> str:
     low, high, wanted = (f"{100 * share:.3g}%" for share in (shares[0], shares[-1], asked))
     shown = low if low == high else f"{low} to {high}"
     return f"{shown} of the query-key pairs" + ("" if shown == wanted else f" ({wanted} asked for)")
-
-
-def _captions(host: Host, outcome: Outcome, dense: bool) -> list[str]:
-    """What a viewer reads under each clip: what the graders saw, and how far from dense it is."""
-    digits, _ = host.classifier.classify(outcome.clips.to(host.device))
-    motion = estimate_motion(outcome.clips)
-    lines = []
-    for index, value in enumerate(digits.tolist()):
-        way = list(DIRECTIONS)[int(motion.direction[index])] if motion.seen[index] else "no digit"
-        right = bool(outcome.grades["accuracy"][index])
-        fidelity = "" if dense else f", {float(outcome.psnr[index]):.1f} dB"
-        word = VOCABULARY[FIELDS[0]][value]
-        lines.append(f"{'' if right else '!'}reads {word}, {way}{'' if right else ' (wrong)'}{fidelity}")
-    return lines

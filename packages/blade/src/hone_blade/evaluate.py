@@ -17,17 +17,17 @@ import torch
 from hone_core.devices import resolve_device
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
-from hone_core.statistics import bootstrap_interval
 from hone_core.timing import Stopwatch
 from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.handle import LayerStats
+from hone_video.host import Host, load_host
+from hone_video.means import write_mean
 from hone_video.quality import psnr, ssim
 from torch import Tensor
 
 from . import plots
 from .config import BladeConfig, Comparison, EvalConfig
-from .host import Host, load_host
 from .models import BladeHandle, attach
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,10 @@ __all__ = [
     "EvalReport",
     "Outcome",
     "attention_gflop",
-    "bootstrap",
     "compare",
     "comparison_table",
     "evaluate",
     "means",
-    "write_mean",
     "write_rows",
 ]
 
@@ -108,18 +106,6 @@ class Outcome:
     recall: float
     seconds: float | None
     attention_gflop: float
-
-
-def bootstrap(values: Tensor) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean, (low, high).
-
-    The samples are drawn as they were for the results that are committed: by torch, seed 0.
-
-    Args:
-        values: ``[N]`` one per clip.
-    """
-    resamples = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
-    return bootstrap_interval(values.double().cpu().numpy(), resamples=resamples.numpy())
 
 
 def attention_gflop(host: Host, config: BladeConfig | None, *, density: float, evaluations: list[int]) -> float:
@@ -228,46 +214,6 @@ def write_rows(run: Any, outcomes: Mapping[str, Outcome]) -> None:
         if outcome.seconds is not None:
             run.row("seconds", outcome.seconds, unit="s", better="lower", n=count, variant=variant)
         run.row("attention_gflop", outcome.attention_gflop, unit="GFLOP", better="lower", variant=variant)
-
-
-def write_mean(
-    run: Any,
-    metric: str,
-    values: Tensor,
-    *,
-    variant: str,
-    unit: str = "",
-    better: str = "higher",
-    split: str = "",
-    labels: Mapping[str, str] | None = None,
-) -> float:
-    """Add a mean over clips and its 95 % bootstrap interval to a run; return the mean.
-
-    Args:
-        run: a started ``hone_core.runs.Run``.
-        metric: name of the row.
-        values: ``[N]`` one per clip.
-        variant: of the row, like the rest.
-        unit: word, or empty.
-        better: "higher" or "lower".
-        split: of the data.
-        labels: further columns.
-    """
-    values = values.double().cpu()
-    mean = float(values.mean())
-    run.row(
-        metric,
-        mean,
-        unit=unit,
-        better=better,
-        n=len(values),
-        spread=float(values.std()) if len(values) > 1 else None,
-        variant=variant,
-        split=split,
-        interval=bootstrap(values),
-        labels=labels,
-    )
-    return mean
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from hone_core.hosts import open_host
+from hone_video.host_config import PACKAGE, HostConfig
 
-from .config import DemoConfig, EvalConfig, GenerateConfig, HostConfig, InspectConfig, ReproduceConfig, TrainConfig
+from .config import DemoConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
 
 __all__ = ["find_host", "find_init", "find_inspected", "find_video_inputs"]
 
@@ -55,5 +56,5 @@ def find_inspected(cfg: InspectConfig) -> InspectConfig:
 
 
 def _checkpoint(path: Path) -> Path:
-    open_host(HostConfig, "hone-blade", path)
+    open_host(HostConfig, PACKAGE, path)
     return Path(os.path.abspath(path))

@@ -14,9 +14,9 @@ from hone_core.io import atomic_write_json
 from hone_core.plots import drawing
 from hone_core.runs import Better, Report, Run
 from hone_video.handle import LayerStats
+from hone_video.host import load_host
 
 from .config import PRESETS, GenerateConfig, InspectConfig
-from .host import load_host
 from .models import BladeHandle, attach
 from .sample import Sampler, find_inputs
 

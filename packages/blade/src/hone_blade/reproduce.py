@@ -18,10 +18,11 @@ from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from hone_video.clips import random_labels
+from hone_video.host import Host, load_host
+from hone_video.means import write_mean
 
 from .config import Comparison, ReproduceConfig
-from .evaluate import Outcome, compare, write_mean
-from .host import Host, load_host
+from .evaluate import Outcome, compare
 
 __all__ = ["ADAPTIVE", "STATIC", "ReproduceReport", "holds", "reproduce"]
 

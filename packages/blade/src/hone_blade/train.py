@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError
 from hone_core.plots import Sheet, to_pixels
@@ -21,75 +20,21 @@ from hone_core.runs import Run
 from hone_core.timing import Stopwatch
 from hone_core.training import HOST, Training, TrainReport, finish_host
 from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
+from hone_video.flow import PatchLinear, flow_loss, sample_sigma
 from hone_video.grader import grade, train_classifier
+from hone_video.host import Host, grade_samples, load_host, save_host, to_latents
+from hone_video.means import write_mean
 from hone_video.prompts import COLORS, FIELDS
 from torch import Tensor, nn
 
-from .config import Solver, TrainConfig
-from .evaluate import write_mean
-from .host import NUM_TRAIN_TIMESTEPS, Host, load_host, save_host, to_latents
+from .config import TrainConfig
 
-__all__ = ["flow_loss", "sample_sigma", "train_host"]
+__all__ = ["train_host"]
 
 log = logging.getLogger(__name__)
 
 GATE = {"digit": 0.90, "direction": 0.90}
 """Accuracy that the host must reach with its own sampler before it is worth attaching a method to."""
-
-
-class PatchLinear(nn.Conv3d):
-    """The model's patch embedding as a matrix product.
-
-    Same parameters, names and result as the ``Conv3d`` it stands for during training: cuDNN has no fast bfloat16
-    kernel for so few channels.
-    """
-
-    def forward(self, video: Tensor) -> Tensor:
-        """Map ``[B, 3, F, H, W]`` to ``[B, C, F, H / p, W / p]``."""
-        batch, channels, frames, height, width = video.shape
-        p = self.kernel_size[1]
-        patches = video.view(batch, channels, frames, height // p, p, width // p, p).permute(0, 2, 3, 5, 1, 4, 6)
-        return F.linear(patches.flatten(4), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
-
-
-def sample_sigma(
-    count: int,
-    *,
-    shift: float,
-    uniform: float,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Draw noise levels ``[count]`` in (0, 1).
-
-    Args:
-        count: how many.
-        shift: timestep shift ``s``: sigma = s u / (1 + (s - 1) u).
-        uniform: fraction with uniform ``u``; the others are logit-normal(0, 1).
-        generator: of ``device``.
-        device: where.
-    """
-    normal = torch.randn(count, generator=generator, device=device).sigmoid()
-    flat = torch.rand(count, generator=generator, device=device)
-    choose = torch.rand(count, generator=generator, device=device) < uniform
-    u = torch.where(choose, flat, normal)
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def flow_loss(transformer: nn.Module, latents: Tensor, text: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity ``noise - x_0`` at ``x = (1 - sigma) x_0 + sigma noise``.
-
-    Args:
-        transformer: predicts the velocity at timestep ``1000 sigma``.
-        latents: ``x_0``, ``[B, 3, F, H, W]`` in [-1, 1].
-        text: ``[B, T, text_dim]``.
-        sigma: ``[B]`` in [0, 1].
-        noise: like ``latents``.
-    """
-    level = sigma.view(-1, 1, 1, 1, 1)
-    noisy = (1 - level) * latents + level * noise
-    velocity = transformer(noisy, sigma * NUM_TRAIN_TIMESTEPS, text, return_dict=False)[0]
-    return F.mse_loss(velocity.float(), noise - latents)
 
 
 @torch.no_grad()
@@ -101,26 +46,6 @@ def classifier_accuracy(host: Host, glyphs: Glyphs, *, clips: int, generator: to
         batch = render(glyphs, labels, host.config.clip, generator)
         parts.append(grade(host.classifier, batch.clips, labels))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-@torch.no_grad()
-def grade_samples(
-    host: Host, *, clips: int, seed: int, solver: Solver, steps: int, guidance: float, chunk: int = 128
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Sample clips for random prompts and grade them.
-
-    Returns:
-        The columns of :func:`hone_video.grader.grade`, and the first 16 clips.
-    """
-    labels = random_labels(clips, torch.Generator().manual_seed(seed))
-    noise = host.noise(clips, seed)
-    parts, shown = [], []
-    for start in range(0, clips, chunk):
-        rows = slice(start, start + chunk)
-        made = host.sample(host.encode_labels(labels[rows]), noise[rows], steps=steps, solver=solver, guidance=guidance)
-        parts.append(grade(host.classifier, made, labels[rows]))
-        shown.append(made[:16])
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, torch.cat(shown)[:16].cpu()
 
 
 def train_host(cfg: TrainConfig, run: Run, *, checkpoint: Path | None = None) -> TrainReport:

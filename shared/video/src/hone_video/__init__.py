@@ -13,6 +13,8 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "attachment": ["Method"],
         "clips": ["fake_batch", "load_glyphs", "render"],
         "grader": ["ClipClassifier", "estimate_motion", "grade"],
+        "host": ["Host", "load_host"],
+        "host_config": ["HostConfig"],
         "grids": ["ORDERS", "Grid", "Order"],
         "handle": ["SUPPORTED", "VideoHandle", "attach_method"],
         "orders": ["inverse_order", "reorder", "token_order"],

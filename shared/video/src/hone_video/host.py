@@ -19,19 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hone_core import hosts
-from hone_video.clips import label_words
-from hone_video.grader import ClipClassifier
-from hone_video.prompts import FIELDS, NUM_WORDS, parse_prompt
 from torch import Tensor, nn
 
-from .config import HostConfig, Solver
+from .clips import label_words, random_labels
+from .grader import ClipClassifier, grade
+from .host_config import PACKAGE, PACKAGED, HostConfig, Solver
+from .prompts import FIELDS, NUM_WORDS, parse_prompt
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 __all__ = [
+    "NUM_TRAIN_TIMESTEPS",
     "Host",
     "build_transformer",
+    "grade_samples",
     "load_host",
     "make_scheduler",
     "save_host",
@@ -39,7 +41,6 @@ __all__ = [
     "to_latents",
 ]
 
-PACKAGE = "hone-blade"
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -324,10 +325,30 @@ def load_host(
     Raises:
         CheckpointError: if the file is missing or is not a tiny host.
     """
-    stored = hosts.open_host(HostConfig, PACKAGE, path)
+    stored = hosts.open_host(HostConfig, PACKAGE, path or PACKAGED)
     host = Host.untrained(stored.config)
     rest = stored.load({"transformer.": host.transformer, "classifier.": host.classifier}, ("words",))
     host.words, host.facts = rest["words"], stored.facts
     host.transformer.eval().requires_grad_(False)
     host.classifier.eval().requires_grad_(False)
     return host.to(device, dtype)
+
+
+@torch.no_grad()
+def grade_samples(
+    host: Host, *, clips: int, seed: int, solver: Solver, steps: int, guidance: float, chunk: int = 128
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sample clips for random prompts and grade them.
+
+    Returns:
+        The columns of :func:`hone_video.grader.grade`, and the first 16 clips.
+    """
+    labels = random_labels(clips, torch.Generator().manual_seed(seed))
+    noise = host.noise(clips, seed)
+    parts, shown = [], []
+    for start in range(0, clips, chunk):
+        rows = slice(start, start + chunk)
+        made = host.sample(host.encode_labels(labels[rows]), noise[rows], steps=steps, solver=solver, guidance=guidance)
+        parts.append(grade(host.classifier, made, labels[rows]))
+        shown.append(made[:16])
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}, torch.cat(shown)[:16].cpu()

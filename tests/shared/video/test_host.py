@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.config import HostConfig
-from hone_blade.host import (
+from hone_core.errors import CheckpointError
+from hone_video.host import (
     Host,
     load_host,
     make_scheduler,
@@ -11,7 +11,7 @@ from hone_blade.host import (
     to_clips,
     to_latents,
 )
-from hone_core.errors import CheckpointError
+from hone_video.host_config import HostConfig
 from hone_video.prompts import NUM_WORDS
 
 TINY = HostConfig(
