@@ -20,6 +20,7 @@ def main() -> None:
 def info() -> dict[str, Any]:
     """Versions, devices, and presets with where their numbers come from."""
     from hone_core.environment import environment
+    from hone_core.hosts import describe_host
 
     from .config import PRESETS
 
@@ -31,6 +32,7 @@ def info() -> dict[str, Any]:
         "torch": facts["torch"],
         "diffusers": facts["packages"].get("diffusers"),
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
+        "tiny host": describe_host(PACKAGE),
         "presets": {
             name: f"{preset.model}. Published: {preset.published or 'nothing.'} Ours: {preset.ours}"
             for name, preset in PRESETS.items()
@@ -40,6 +42,30 @@ def info() -> dict[str, Any]:
 
 VERBS = {
     "info": info,
+    "demo": Verb(
+        config="hone_fpsattention.config:DemoConfig",
+        prepare="hone_fpsattention.inputs:find_hosts",
+        run="hone_fpsattention.demo:demo",
+        help="Draw moving digits dense, in E4M3, through a window, both, and both after training: a video and a table.",
+    ),
+    "eval": Verb(
+        config="hone_fpsattention.config:EvalConfig",
+        prepare="hone_fpsattention.inputs:find_hosts",
+        run="hone_fpsattention.evaluate:evaluate",
+        help="Compare the variants of the demo on many random prompts, with bootstrap intervals.",
+    ),
+    "train": Verb(
+        config="hone_fpsattention.config:TrainConfig",
+        prepare="hone_fpsattention.inputs:find_host",
+        run="hone_fpsattention.train:train",
+        help="Fine-tune the tiny host with the attention in its forward pass, by distillation or on the flow loss.",
+    ),
+    "reproduce": Verb(
+        config="hone_fpsattention.config:ReproduceConfig",
+        prepare="hone_fpsattention.inputs:find_host",
+        run="hone_fpsattention.reproduce:reproduce",
+        help="What rounding, window, schedule and granularity cost on the tiny host, and what training buys; seeds.",
+    ),
     "bench": Verb(
         config="hone_fpsattention.config:BenchConfig",
         run="hone_fpsattention.bench:bench",

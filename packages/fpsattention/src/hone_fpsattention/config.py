@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from hone_core.config import flag
+from hone_core.training import check_budget
+from hone_video.host_config import HostConfig
+from hone_video.prompts import parse_prompt
 from hone_video.workloads import HD_WORKLOADS, WORKLOADS
 
 __all__ = [
     "BLOCKS",
     "PRESETS",
+    "PROMPTS",
     "BenchConfig",
     "Border",
     "Delta",
+    "DemoConfig",
+    "EvalConfig",
     "FPSAttentionConfig",
+    "Loss",
     "Preset",
     "Regime",
+    "ReproduceConfig",
     "Scales",
     "Size",
+    "TrainConfig",
+    "TunedHostConfig",
 ]
 
 Border = Literal["shift", "cut"]
@@ -27,6 +39,7 @@ Delta = Literal["exact", "forward"]
 Backend = Literal["auto", "reference", "triton"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Part = Literal["attention", "forward"]
+Loss = Literal["flow", "distillation"]
 Size = tuple[int, int, int]
 """Along (frames, height, width)."""
 
@@ -168,6 +181,12 @@ class FPSAttentionConfig:
                 f"regime {i} has scales='token', which no kernel does; set backend='reference' (slow), or take 'tile'"
             )
 
+    def parts(self) -> dict[str, FPSAttentionConfig]:
+        """Rounding alone, the window alone, and both: this config without the one or the other."""
+        rounded = tuple(replace(regime, window=None) for regime in self.regimes)
+        windows = tuple(replace(regime, e4m3=False) for regime in self.regimes)
+        return {"e4m3": replace(self, regimes=rounded), "window": replace(self, regimes=windows), "both": self}
+
     def constant(self, regime: Regime | int) -> FPSAttentionConfig:
         """This config with one regime, given or by number, at every step."""
         kept = self.regimes[regime] if isinstance(regime, int) else regime
@@ -273,9 +292,10 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         config=FPSAttentionConfig(
             regimes=(
-                Regime(window=(1, 1, 1), scales="tensor"),
-                Regime(window=(3, 3, 3), scales="tile"),
-                Regime(window=(3, 1, 1), scales="tile", scale_tile=(8, 8, 8)),
+                # The mean over the steps is 0.375, that of (3, 3, 1) at every step.
+                Regime(window=(1, 3, 1), scales="tensor"),
+                Regime(window=(5, 3, 1), scales="tile"),
+                Regime(window=(3, 3, 1), scales="tile", scale_tile=(8, 8, 8)),
             ),
             boundaries=(0.25, 0.75),
             shift=3.0,
@@ -319,8 +339,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.model not in WORKLOADS | HD_WORKLOADS:
             raise ValueError(f"model must be one of {', '.join(WORKLOADS | HD_WORKLOADS)}; got {self.model!r}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
+        _known_preset(self.preset)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
         _at_least_one(self, "layers", "rounds", "forward_rounds")
@@ -333,9 +352,8 @@ class BenchConfig:
     @property
     def variants(self) -> dict[str, FPSAttentionConfig]:
         """What stands beside dense attention: the window alone, rounding alone, and both."""
-        both = self.attention.regimes[0]
-        regimes = {"window": replace(both, e4m3=False), "e4m3": replace(both, window=None), "e4m3 window": both}
-        return {name: self.attention.constant(regime) for name, regime in regimes.items()}
+        parts = self.attention.parts()
+        return {"window": parts["window"], "e4m3": parts["e4m3"], "e4m3 window": parts["both"]}
 
 
 def _at_least_one(cfg: Any, *names: str) -> None:
@@ -343,3 +361,163 @@ def _at_least_one(cfg: Any, *names: str) -> None:
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+PROMPTS = (
+    "a red 7 moving left, slow",
+    "a green 3 moving down-right, fast",
+)
+"""What the demo draws."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunedHostConfig:
+    """A tiny host that was fine-tuned, and what for."""
+
+    host: HostConfig
+    attention: FPSAttentionConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo draws."""
+
+    prompts: tuple[str, ...] = field(default=PROMPTS, metadata=flag("prompt"))
+    """What to draw, a clip each."""
+    limit: int | None = None
+    """Use only so many of the prompts."""
+    steps: int | None = None
+    """Denoising steps (default: the host's own number)."""
+    host: Path | None = None
+    """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
+    tuned: Path | None = None
+    """A host.safetensors made by train (default: the packaged one, if one is; else nothing trained is shown)."""
+    preset: str = "tiny"
+    """Attention settings where nothing is trained; a tuned host brings its own."""
+    seed: int = 0
+    """Of the starting noise."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("the demo needs at least one prompt, such as 'a red 7 moving left, slow'")
+        for prompt in self.prompts:
+            parse_prompt(prompt)
+        _known_preset(self.preset)
+        _at_least_one(self, "limit", "steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """The variants of the demo on many random prompts."""
+
+    prompts: int = field(default=64, metadata=flag("limit"))
+    """Number of random prompts."""
+    batch: int = 16
+    """Clips sampled at once."""
+    steps: int | None = None
+    """Denoising steps (default: the host's own number)."""
+    host: Path | None = None
+    """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
+    tuned: Path | None = None
+    """A host.safetensors made by train (default: the packaged one, if one is; else nothing trained is shown)."""
+    preset: str = "tiny"
+    """Attention settings where nothing is trained; a tuned host brings its own."""
+    seed: int = 0
+    """Of prompts and noise."""
+
+    def __post_init__(self) -> None:
+        _known_preset(self.preset)
+        _at_least_one(self, "prompts", "batch", "steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Fine-tuning of the tiny host with the attention in its forward pass."""
+
+    host: Path | None = None
+    """The dense host.safetensors to start from (default: the packaged one)."""
+    attention: FPSAttentionConfig | None = field(default=None, metadata=flag(hidden=True))
+    """Attention settings in full, instead of ``preset``."""
+    preset: str = "tiny"
+    """Attention settings by name."""
+    loss: Loss = "distillation"
+    """``flow``: rectified flow, the paper's. ``distillation``: the velocity of the dense host, frozen; ours."""
+    seed: int = 0
+    """Of data and noise."""
+    minutes: float = 5.0
+    """Wall-clock budget of the training, compilation included."""
+    steps: int | None = None
+    """Number of optimiser steps instead of a time budget: reproducible, where minutes are not."""
+    batch: int = 64
+    """Clips per step; all of one regime."""
+    lr: float = 2e-4
+    """Peak learning rate (the paper: 5e-6, on models of a billion parameters and more)."""
+    weight_decay: float = 1e-4
+    """As published."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises (the paper: 200)."""
+    ema: float = 0.99
+    """Decay of the weights' moving average, which is what is kept; as published."""
+    drop: float = 0.1
+    """Probability of training a clip without its prompt; as published."""
+    uniform: float = 0.2
+    """Fraction of uniform noise levels; the rest is logit-normal. Both are shifted as the host's sampler is."""
+    checkpointing: bool = False
+    """Compute blocks again in the backward pass instead of keeping what they made."""
+    glyphs: Literal["handwritten", "segments"] = "handwritten"
+    """``segments`` needs no scikit-learn and is for smoke runs."""
+    eval_clips: int = 256
+    """Clips that the result is graded on."""
+    log_every: int = 20
+    """Steps between two lines of the log."""
+    checkpoint_seconds: float = 60.0
+    """Time between two checkpoints, from which a stopped run goes on."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        _known_preset(self.preset)
+        _at_least_one(self, "batch", "warmup_steps", "eval_clips", "log_every")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss must be one of {get_args(Loss)}; got {self.loss!r}")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(f"lr must be positive and weight_decay not negative; got {self.lr}, {self.weight_decay}")
+        if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1 or not 0 <= self.ema < 1:
+            raise ValueError(
+                f"drop and ema must be in [0, 1) and uniform in [0, 1]; got {self.drop}, {self.ema} and {self.uniform}"
+            )
+
+    @property
+    def settings(self) -> FPSAttentionConfig:
+        """The attention in use."""
+        return self.attention or PRESETS[self.preset].config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The paper's claims on the tiny host, over seeds."""
+
+    host: Path | None = None
+    """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
+    preset: str = "tiny"
+    """Attention settings: those of the joint training, and what the other arms are made from."""
+    prompts: int = field(default=256, metadata=flag("limit"))
+    """Number of random prompts of each seed."""
+    seeds: int = 3
+    """Number of seeds of prompts, noise and training."""
+    train_steps: int = 400
+    """Optimiser steps of each fine-tuning."""
+    train_batch: int = 64
+    """Clips per step."""
+    batch: int = 64
+    """Clips sampled at once."""
+    glyphs: Literal["handwritten", "segments"] = "handwritten"
+    """``segments`` needs no scikit-learn and is for smoke runs."""
+
+    def __post_init__(self) -> None:
+        _known_preset(self.preset)
+        _at_least_one(self, "prompts", "seeds", "train_steps", "train_batch", "batch")
+
+
+def _known_preset(name: str) -> None:
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")

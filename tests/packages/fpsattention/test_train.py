@@ -1,0 +1,163 @@
+import dataclasses
+
+import pytest
+import torch
+from hone_core.errors import CheckpointError
+from hone_core.runs import Run
+from hone_core.testing import assert_close
+from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime, TrainConfig
+from hone_fpsattention.host import load_tuned, save_tuned
+from hone_fpsattention.models import attach
+from hone_fpsattention.schedule import regime_index
+from hone_fpsattention.train import Tuning, regime_sigmas, train
+from hone_video.clips import segment_glyphs
+from hone_video.flow import sample_sigma
+from hone_video.host import load_host
+
+STAGED = dataclasses.replace(
+    PRESETS["tiny"].config, regimes=(Regime(window=(1, 1, 1)), Regime(), Regime(window=(1, 3, 1)))
+)
+SMOKE = TrainConfig(steps=3, batch=2, eval_clips=2, glyphs="segments", warmup_steps=1, lr=1e-3, log_every=1)
+
+
+def config(tiny_host, **change):
+    return dataclasses.replace(SMOKE, host=tiny_host, attention=STAGED, **change)
+
+
+def start(cfg, out):
+    return Run.start(
+        package="hone-fpsattention", verb="train", config=cfg, out=out, device="cpu", quiet=True, command="train it"
+    )
+
+
+# ---- noise levels
+
+
+def test_levels_of_a_step_are_of_one_regime_and_altogether_distributed_as_without():
+    generator = torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")
+    steps = [regime_sigmas(STAGED, 4, uniform=0.2, generator=generator, device=cpu) for _ in range(1500)]
+    for sigma in steps:
+        assert len({regime_index(STAGED, value) for value in sigma.tolist()}) == 1
+    drawn = torch.cat(steps).sort().values
+    plain = sample_sigma(6000, shift=STAGED.shift, uniform=0.2, generator=generator).sort().values
+    # Levels of a step come together, so the quantiles scatter as those of 1,500 draws: a few hundredths.
+    at = torch.tensor([600, 1500, 3000, 4500, 5400])
+    assert_close(drawn[at], plain[at], atol=0.05)
+
+
+def test_one_regime_takes_any_level():
+    constant = STAGED.constant(0)
+    generator = torch.Generator().manual_seed(0)
+    sigma = regime_sigmas(constant, 200, uniform=1.0, generator=generator, device=torch.device("cpu"))
+    assert float(sigma.min()) < 0.2
+    assert float(sigma.max()) > 0.9
+
+
+# ---- losses
+
+
+def test_targets(tiny_host, tmp_path):
+    targets = {}
+    for loss in ("flow", "distillation"):
+        tuning = Tuning(config(tiny_host, loss=loss), load_host(path=tiny_host), tmp_path / "checkpoint.pt")
+        noisy, timestep, text, target = tuning.loss(segment_glyphs())
+        targets[loss] = noisy, target
+        if loss == "distillation":
+            with torch.no_grad():
+                velocity = tuning.teacher.transformer(noisy, timestep, text, return_dict=False)[0]
+            assert torch.equal(target, velocity)
+        else:
+            # noisy = x_0 + sigma (noise - x_0), and x_0 is a clip in [-1, 1].
+            clip = noisy - (timestep / 1000).view(-1, 1, 1, 1, 1) * target
+            assert float(clip.abs().max()) <= 1 + 1e-5
+    assert torch.equal(targets["flow"][0], targets["distillation"][0])
+    assert not torch.equal(targets["flow"][1], targets["distillation"][1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_distillation_brings_the_student_to_the_teacher(tiny_host, tmp_path, checkpointing):
+    host = load_host(path=tiny_host)
+    text, noise = host.encode_prompt("a red 7 moving left, slow"), host.noise(1, 0)
+    args = noise, torch.tensor([700.0]), text
+    near = STAGED.constant(0)
+
+    def distance(model):
+        with torch.no_grad():
+            want = host.transformer(*args, return_dict=False)[0]
+            with attach(model, near):
+                return float((model(*args, return_dict=False)[0] - want).norm() / want.norm())
+
+    before = distance(host.transformer)
+    cfg = dataclasses.replace(SMOKE, host=tiny_host, attention=near, steps=40, batch=4, drop=0.0, ema=0.9, lr=2e-4)
+    cfg = dataclasses.replace(cfg, checkpointing=checkpointing)
+    tuning = Tuning(cfg, host, tmp_path / "checkpoint.pt")
+    losses = [values["loss"] for values in tuning.train(segment_glyphs())]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert distance(tuning.result().transformer) < before
+    # The teacher is as it was.
+    assert torch.equal(host.transformer(*args, return_dict=False)[0], load_host(path=tiny_host).transformer(*args)[0])
+
+
+# ---- runs
+
+
+def test_a_run_exports_what_it_graded(tiny_host, tmp_path):
+    cfg = config(tiny_host)
+    with start(cfg, tmp_path / "run") as run:
+        report = train(cfg, run)
+    assert report.steps == 3
+    host, attention = load_tuned(path=report.checkpoint)
+    assert attention == STAGED
+    assert host.facts.command == "train it"
+    assert host.facts.details["loss"] == "distillation"
+    assert set(report.result) == {"accuracy", "digit", "direction", "color", "speed"}
+    variants = {row.variant for row in report.rows if row.metric == "accuracy"}
+    assert variants == {"dense", "both", "trained"}
+    assert not torch.equal(host.transformer.proj_out.weight, load_host(path=tiny_host).transformer.proj_out.weight)
+
+
+def test_a_stopped_run_goes_on_exactly(tiny_host, tmp_path):
+    cfg = config(tiny_host, steps=4)
+    whole = Tuning(cfg, load_host(path=tiny_host), tmp_path / "whole.pt")
+    for _ in whole.train(segment_glyphs()):
+        pass
+    first = Tuning(cfg, load_host(path=tiny_host), tmp_path / "parts.pt")
+    for _ in zip(range(2), first.train(segment_glyphs()), strict=False):
+        pass
+    first.training.save()
+    second = Tuning(cfg, load_host(path=tiny_host), tmp_path / "parts.pt")
+    assert second.training.resume()
+    for _ in second.train(segment_glyphs()):
+        pass
+    for name, value in whole.ema.state_dict().items():
+        assert torch.equal(value, second.ema.state_dict()[name]), name
+
+
+def test_hosts_of_another_kind_are_refused(tiny_host, tmp_path):
+    with pytest.raises(CheckpointError, match="is a host of hone-blade"):
+        load_tuned(path=tiny_host)
+    tuned = save_tuned(load_host(path=tiny_host), STAGED, tmp_path / "tuned.safetensors")
+    with pytest.raises(CheckpointError, match="is a host of hone-fpsattention"):
+        load_host(path=tuned)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"minutes": 0.0, "steps": None}, "minutes must be positive"),
+        ({"loss": "dpo"}, "loss must be one of .* got 'dpo'"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"drop": 1.0}, r"drop and ema must be in \[0, 1\)"),
+        ({"preset": "best"}, "no preset 'best'"),
+        ({"batch": 0}, "batch must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMOKE, **change)
+
+
+def test_settings_are_the_preset_s_or_given():
+    assert TrainConfig().settings == PRESETS["tiny"].config
+    assert TrainConfig(attention=FPSAttentionConfig()).settings == FPSAttentionConfig()
