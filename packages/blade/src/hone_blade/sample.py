@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from diffusers.utils import export_to_video
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.io import atomic_path, atomic_write_json
+from hone_core.io import atomic_write_json
 from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
+from hone_video.videos import save_video, video_name
 
 from .config import PRESETS, BladeConfig, GenerateConfig
 from .lora import _read_config, _read_header, find_lora, load_blade_lora
@@ -149,7 +147,7 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """
     inputs = find_inputs(cfg)
     cfg = inputs.config
-    targets = [run.artifacts / f"{i:04d}-{_slug(prompt)}.mp4" for i, prompt in enumerate(cfg.prompts)]
+    targets = [run.artifacts / video_name(i, prompt) for i, prompt in enumerate(cfg.prompts)]
     todo = [i for i, target in enumerate(targets) if not target.is_file()]
     if todo:
         sampler = Sampler.load(inputs, run.device)
@@ -266,12 +264,8 @@ def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -
     cfg = sampler.config
     with Stopwatch(sampler.device) as watch:
         frames = sampler.draw(index, step_done=bar.update)
-    if not np.isfinite(frames).all():
-        raise RuntimeError(
-            f"prompt {index} gave frames that are not finite; try dtype float32 or bfloat16 (this run: {cfg.dtype})"
-        )
-    with atomic_path(target) as scratch:
-        export_to_video(list(frames), str(scratch), fps=sampler.fps)
+    advice = f"try dtype float32 or bfloat16 (this run: {cfg.dtype})"
+    save_video(frames, target, fps=sampler.fps, what=f"prompt {index}", advice=advice)
     labels = {"prompt": index, "seed": cfg.seed + index, "frames": len(frames), "steps": cfg.steps}
     labels |= {"sparse_steps": sampler.sparse_steps, "height": frames.shape[1], "width": frames.shape[2]}
     variant = "dense" if cfg.dense else "blade"
@@ -314,8 +308,3 @@ def _attention(cfg: GenerateConfig, family: str | None, stated: BladeConfig | No
         assert family is not None
         name = _DEFAULT_PRESET[family]
     return name, PRESETS[name].config
-
-
-def _slug(prompt: str) -> str:
-    """A file name that a person recognises."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "video"

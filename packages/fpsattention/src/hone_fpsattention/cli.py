@@ -54,6 +54,18 @@ VERBS = {
         run="hone_fpsattention.evaluate:evaluate",
         help="Compare the variants of the demo on many random prompts, with bootstrap intervals.",
     ),
+    "generate": Verb(
+        config="hone_fpsattention.config:GenerateConfig",
+        prepare="hone_fpsattention.inputs:find_video",
+        run="hone_fpsattention.sample:generate",
+        help="Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.",
+    ),
+    "calibrate": Verb(
+        config="hone_fpsattention.config:CalibrateConfig",
+        prepare="hone_fpsattention.inputs:find_calibrated",
+        run="hone_fpsattention.calibrate:calibrate",
+        help="Measure windows and scales by step and layer, and write the best schedule under a density budget.",
+    ),
     "train": Verb(
         config="hone_fpsattention.config:TrainConfig",
         prepare="hone_fpsattention.inputs:find_host",

@@ -19,10 +19,12 @@ __all__ = [
     "PROMPTS",
     "BenchConfig",
     "Border",
+    "CalibrateConfig",
     "Delta",
     "DemoConfig",
     "EvalConfig",
     "FPSAttentionConfig",
+    "GenerateConfig",
     "Loss",
     "Preset",
     "Regime",
@@ -31,6 +33,7 @@ __all__ = [
     "Size",
     "TrainConfig",
     "TunedHostConfig",
+    "VideoConfig",
 ]
 
 Border = Literal["shift", "cut"]
@@ -376,6 +379,108 @@ class TunedHostConfig:
 
     host: HostConfig
     attention: FPSAttentionConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoConfig:
+    """A pipeline, and what it is to make."""
+
+    model: str | None = None
+    """Folder of a diffusers pipeline (it holds ``model_index.json``), or its hub address, such as
+    ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers``."""
+    prompts: tuple[str, ...] = field(default=(), metadata=flag("prompt"))
+    """What to make, one video each."""
+    negative_prompt: str = ""
+    """What guidance leads away from; used when ``guidance`` is above 1."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance weight; 1 is none."""
+    height: int | None = None
+    """Pixels (default: the pipeline's own, like width and frames)."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Frames."""
+    seed: int = 0
+    """Seed of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
+    dtype: Dtype = "auto"
+    """Of transformer and text encoder; Wan's VAE stays in float32."""
+    offload: bool = False
+    """Keep on the GPU only the part that is running."""
+    local_files_only: bool = False
+    """Never ask the hub, only its local cache."""
+
+    def __post_init__(self) -> None:
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise ValueError("a prompt must not be empty")
+        _at_least_one(self, "steps", "height", "width", "frames")
+        if self.guidance < 1:
+            raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """What to generate, and how."""
+
+    video: VideoConfig = field(default_factory=VideoConfig)
+    preset: str | None = None
+    """Attention settings by name; hone-fpsattention info lists them (default: those of the model's kind)."""
+    schedule: Path | None = None
+    """A file that calibrate wrote, instead of a preset; it must be of this model and sampler."""
+    attention: FPSAttentionConfig | None = field(default=None, metadata=flag(hidden=True))
+    """Attention settings in full, instead of either."""
+    dense: bool = False
+    """Leave attention as it is."""
+    fps: int | None = None
+    """Frames per second of the file (default: 16 for Wan, 8 for CogVideoX)."""
+
+    def __post_init__(self) -> None:
+        if self.video.model is None or not self.video.prompts:
+            raise ValueError("generate needs a pipeline and a prompt: --model FOLDER --prompt TEXT")
+        given = [self.preset is not None, self.schedule is not None, self.attention is not None, self.dense]
+        if sum(given) > 1:
+            raise ValueError("give one of preset, schedule and dense")
+        if self.preset is not None:
+            _known_preset(self.preset)
+        _at_least_one(self, "fps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateConfig:
+    """What to measure, and how much the schedule may read."""
+
+    video: VideoConfig = field(default_factory=lambda: VideoConfig(prompts=PROMPTS))
+    host: Path | None = None
+    """Without a pipeline: a dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
+    preset: str | None = None
+    """Tile, block, border and shift (default: tiny for the tiny host, else those of the model's kind)."""
+    windows: tuple[Size, ...] = field(default=(), metadata=flag(hidden=True))
+    """Windows to choose from; empty for 1, 3 and all tiles along each axis."""
+    scales: tuple[Scales, ...] = ("tile",)
+    """What may share a scale."""
+    e4m3: bool = True
+    """Whether the candidates round."""
+    regimes: int = 3
+    """Parts of the trajectory."""
+    budget: float = 0.4
+    """Most mean density over the steps, of tiles."""
+
+    def __post_init__(self) -> None:
+        if not self.video.prompts:
+            raise ValueError("calibrate needs a prompt: --prompt TEXT")
+        if self.video.model is None:
+            for prompt in self.video.prompts:
+                parse_prompt(prompt)
+        if self.video.model is not None and self.host is not None:
+            raise ValueError("give model, a pipeline, or host, a tiny host; not both")
+        if self.preset is not None:
+            _known_preset(self.preset)
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"budget is a mean density in (0, 1]; got {self.budget}")
+        if not self.scales or not set(self.scales) <= set(get_args(Scales)):
+            raise ValueError(f"scales must name some of {get_args(Scales)}; got {self.scales}")
+        _at_least_one(self, "regimes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,162 @@
+import dataclasses
+import json
+
+import pytest
+from hone_fpsattention import cli
+from hone_fpsattention.config import FPSAttentionConfig, Regime
+from hone_fpsattention.models import describe_model
+from hone_fpsattention.schedule import Schedule
+from hone_video.architectures import tiny_pipeline
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def call(capsys, monkeypatch, *argv):
+    monkeypatch.setattr("sys.argv", ["hone-fpsattention", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_pipeline("wan").save_pretrained(folder)
+    return folder
+
+
+VIDEO = ("--prompt", "a cat", "--steps", "3", "--guidance", "1", "--height", "64", "--width", "64", "--frames", "9")
+STAGED = FPSAttentionConfig(
+    tile=(2, 2, 2), block=64, regimes=(Regime(window=(1, 1, 1)), Regime()), boundaries=(0.5,), shift=3.0
+)
+
+
+def schedule(**change):
+    made = Schedule(
+        config=STAGED,
+        model=describe_model(tiny_pipeline("wan")),
+        sampler="UniPCMultistepScheduler",
+        steps=3,
+        grid=(3, 4, 4),
+        budget=0.6,
+        provenance="a test",
+    )
+    return dataclasses.replace(made, **change)
+
+
+def test_info_names_presets_and_their_provenance(capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "info", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert "Published: Tile (6, 8, 8)" in facts["presets"]["wan2.1-14b"]
+    assert "Ours: Boundaries 0.2 and 0.8" in facts["presets"]["wan2.1-14b"]
+
+
+def test_demo_runs_and_does_not_repeat_itself(capsys, monkeypatch, tiny_host, tmp_path):
+    argv = ("demo", "--host", tiny_host, "--limit", "1", "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    code, out, err = call(capsys, monkeypatch, *argv)
+    assert code == 0, err
+    assert "E4M3 only" in out
+    made = (tmp_path / "run" / "artifacts" / "demo.mp4").stat().st_mtime_ns
+    assert call(capsys, monkeypatch, *argv)[:2] == (0, out)
+    assert (tmp_path / "run" / "artifacts" / "demo.mp4").stat().st_mtime_ns == made
+
+
+def test_calibrate_then_generate_with_its_schedule(capsys, monkeypatch, pipeline, tmp_path):
+    argv = ("calibrate", "--model", pipeline, *VIDEO, "--preset", "tiny", "--budget", "1", "--out", tmp_path / "cal")
+    code, out, err = call(capsys, monkeypatch, *argv, "--device", "cpu", "--quiet")
+    assert code == 0, err
+    file = tmp_path / "cal" / "artifacts" / "schedule.json"
+    found = Schedule.load(file)
+    assert found.sampler == "UniPCMultistepScheduler"
+    assert (found.steps, found.config.shift) == (3, 3.0)
+    assert (tmp_path / "cal" / "figures" / "errors.png").is_file()
+    assert "mean density" in out
+    argv = ("generate", "--model", pipeline, *VIDEO, "--schedule", file, "--out", tmp_path / "gen", "--device", "cpu")
+    code, out, err = call(capsys, monkeypatch, *argv, "--quiet")
+    assert code == 0, err
+    [video] = (tmp_path / "gen" / "artifacts").glob("*.mp4")
+    assert video.name == "0000-a-cat.mp4"
+    assert str(video) in out
+
+
+def test_calibrate_on_the_tiny_host(capsys, monkeypatch, tiny_host, tmp_path):
+    argv = (
+        "calibrate",
+        "--host",
+        tiny_host,
+        "--prompt",
+        "a red 7 moving left, slow",
+        "--prompt",
+        "a blue 1 moving up, fast",
+    )
+    argv = (*argv, "--regimes", "2", "--budget", "0.5", "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    code, out, err = call(capsys, monkeypatch, *argv, "--json")
+    assert code == 0, err
+    rows = {(row["metric"], row["variant"]): row["value"] for row in json.loads(out)["rows"]}
+    assert rows["density", "schedule"] <= 0.5
+    # Reading everything in E4M3 is nearest to the model's own attention.
+    snr = {variant: value for (metric, variant), value in rows.items() if metric == "snr"}
+    assert max(snr, key=snr.get) == "all tiles, E4M3, scales per tile"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": "WanTransformer3DModel, 40 layers, 40 heads of 128"},
+            "calibrated with model 'WanTransformer3DModel",
+        ),
+        ({"sampler": "DDIMScheduler"}, "calibrated with sampler 'DDIMScheduler'"),
+        ({"config": dataclasses.replace(STAGED, shift=5.0)}, "scheduler has shift 3, but these settings"),
+        (
+            {"config": dataclasses.replace(STAGED, regimes=(Regime(window=(9, 9, 9)), Regime()))},
+            "are larger than the grid of",
+        ),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused_before_sampling(
+    capsys, monkeypatch, pipeline, tmp_path, change, message
+):
+    file = schedule(**change).save(tmp_path / "schedule.json")
+    argv = ("generate", "--model", pipeline, *VIDEO, "--schedule", file, "--out", tmp_path / "run", "--device", "cpu")
+    code, out, err = call(capsys, monkeypatch, *argv, "--quiet")
+    assert (code, out) == (1, "")
+    assert message in err
+    assert not list((tmp_path / "run" / "artifacts").glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (("generate", "--prompt", "a cat"), 1, "generate needs a pipeline and a prompt"),
+        (("generate", "--model", "nowhere", "--prompt", "a cat"), 1, "nowhere does not exist"),
+        (("generate", "--model", "x", "--prompt", "a", "--preset", "tiny", "--dense"), 1, "give one of preset"),
+        (("generate", "--model", "x", "--prompt", "a", "--schedule", "none.json"), 1, "none.json"),
+        (("demo", "--host", "absent.safetensors"), 1, "no tiny host at absent.safetensors"),
+        (("demo", "--prompt", "a purple 7"), 1, "unknown word 'purple'"),
+        (("train", "--minutes", "0"), 1, "minutes must be positive"),
+        (("calibrate", "--budget", "2"), 1, "budget is a mean density"),
+        (("bench", "--model", "sora"), 1, "model must be one of"),
+        (("fly",), 2, "unknown verb 'fly'"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(capsys, monkeypatch, tmp_path, argv, code, message):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(capsys, monkeypatch, *argv)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_prints_settings_and_does_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, monkeypatch, "train", "--steps", "5", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["config"]["steps"] == 5
+    assert not any(tmp_path.iterdir())
