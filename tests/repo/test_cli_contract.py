@@ -34,6 +34,7 @@ WORDS = {
     "reproduce",
     "plot",
     "inspect",
+    "calibrate",
     "recommend",
     "calibrate",
     "simulate",

@@ -25,6 +25,7 @@ def test_rows_of_a_tiny_model(tmp_path, model):
     assert rows["attention", "density_tiles", "window"] == pytest.approx(1 / 6)
     assert rows["attention", "density_slots", "window"] > rows["attention", "density_tokens", "window"]
     saved = rows["attention", "time", "dense"] - rows["attention", "time", "window"]
+    assert "x dense" in str(report)
     # Two layers, each faster or slower by what one attention was.
     assert rows["forward", "expected", "window"] == pytest.approx(rows["forward", "time", "dense"] - 2 * saved)
 

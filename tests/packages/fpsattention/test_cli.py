@@ -139,7 +139,7 @@ def test_schedules_that_do_not_fit_are_refused_before_sampling(
         (("generate", "--model", "x", "--prompt", "a", "--schedule", "none.json"), 1, "none.json"),
         (("demo", "--host", "absent.safetensors"), 1, "no tiny host at absent.safetensors"),
         (("demo", "--prompt", "a purple 7"), 1, "unknown word 'purple'"),
-        (("train", "--minutes", "0"), 1, "minutes must be positive"),
+        (("train-host", "--minutes", "0"), 1, "minutes must be positive"),
         (("calibrate", "--budget", "2"), 1, "budget is a mean density"),
         (("bench", "--model", "sora"), 1, "model must be one of"),
         (("fly",), 2, "unknown verb 'fly'"),
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line_on_stderr(capsys, monkeypatch, tmp_path, argv, co
 
 def test_dry_run_prints_settings_and_does_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(capsys, monkeypatch, "train", "--steps", "5", "--dry-run", "--json")
+    code, out, _ = call(capsys, monkeypatch, "train-host", "--steps", "5", "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["config"]["steps"] == 5
     assert not any(tmp_path.iterdir())

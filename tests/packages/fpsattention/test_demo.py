@@ -6,7 +6,7 @@ from hone_core.runs import Run
 from hone_fpsattention.config import PRESETS, DemoConfig, EvalConfig
 from hone_fpsattention.demo import DemoReport, demo
 from hone_fpsattention.evaluate import EvalReport, Variant, compare, evaluate, load_variants, mean_density
-from hone_fpsattention.host import save_tuned
+from hone_fpsattention.host import save_host
 from hone_video.host import load_host
 
 
@@ -16,7 +16,7 @@ def start(verb, cfg, out):
 
 @pytest.fixture
 def tuned_host(tiny_host, tmp_path):
-    return save_tuned(load_host(path=tiny_host), PRESETS["tiny"].config, tmp_path / "tuned" / "host.safetensors")
+    return save_host(load_host(path=tiny_host), PRESETS["tiny"].config, tmp_path / "tuned" / "host.safetensors")
 
 
 def test_the_demo_draws_every_variant(tiny_host, tuned_host, tmp_path):

@@ -2,14 +2,13 @@ import dataclasses
 
 import pytest
 import torch
-from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_core.testing import assert_close
+from hone_fpsattention import host as tuned_host
 from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime, TrainConfig
-from hone_fpsattention.host import load_tuned, save_tuned
 from hone_fpsattention.models import attach
 from hone_fpsattention.schedule import regime_index
-from hone_fpsattention.train import Tuning, regime_sigmas, train
+from hone_fpsattention.train import Tuning, regime_sigmas, train_host
 from hone_video.clips import segment_glyphs
 from hone_video.flow import sample_sigma
 from hone_video.host import load_host
@@ -26,7 +25,13 @@ def config(tiny_host, **change):
 
 def start(cfg, out):
     return Run.start(
-        package="hone-fpsattention", verb="train", config=cfg, out=out, device="cpu", quiet=True, command="train it"
+        package="hone-fpsattention",
+        verb="train-host",
+        config=cfg,
+        out=out,
+        device="cpu",
+        quiet=True,
+        command="train it",
     )
 
 
@@ -105,10 +110,10 @@ def test_distillation_brings_the_student_to_the_teacher(tiny_host, tmp_path, che
 def test_a_run_exports_what_it_graded(tiny_host, tmp_path):
     cfg = config(tiny_host)
     with start(cfg, tmp_path / "run") as run:
-        report = train(cfg, run)
+        report = train_host(cfg, run)
     assert report.steps == 3
-    host, attention = load_tuned(path=report.checkpoint)
-    assert attention == STAGED
+    host = tuned_host.load_host(path=report.checkpoint)
+    assert host.attention == STAGED
     assert host.facts.command == "train it"
     assert host.facts.details["loss"] == "distillation"
     assert set(report.result) == {"accuracy", "digit", "direction", "color", "speed"}
@@ -132,14 +137,6 @@ def test_a_stopped_run_goes_on_exactly(tiny_host, tmp_path):
         pass
     for name, value in whole.ema.state_dict().items():
         assert torch.equal(value, second.ema.state_dict()[name]), name
-
-
-def test_hosts_of_another_kind_are_refused(tiny_host, tmp_path):
-    with pytest.raises(CheckpointError, match="is a host of hone-blade"):
-        load_tuned(path=tiny_host)
-    tuned = save_tuned(load_host(path=tiny_host), STAGED, tmp_path / "tuned.safetensors")
-    with pytest.raises(CheckpointError, match="is a host of hone-fpsattention"):
-        load_host(path=tuned)
 
 
 @pytest.mark.parametrize(

@@ -191,11 +191,3 @@ def test_wrong_settings_are_refused(host):
         host.sample(host.encode_null(1), torch.zeros(2, 3, 4, 16, 16))
     assert HostConfig().tokens == 1024
     assert HostConfig().grid == (16, 8, 8)
-
-
-def test_packaged_host_records_the_command_of_its_weights_and_of_its_grades():
-    facts = load_host().facts
-    assert facts.passed
-    assert facts.command.startswith("hone-blade train-host ")
-    clips = facts.details["graded"]["clips"]
-    assert facts.details["package_command"].startswith(f"python tools/gpu_package_host.py RUN --clips {clips} ")

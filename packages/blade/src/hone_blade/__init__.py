@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["BladeConfig", "PRESETS"],
+        "host": ["load_host"],
         "method": ["adaptive_sparse_attention", "sparse_layout"],
         "models": ["BladeHandle", "attach"],
     },

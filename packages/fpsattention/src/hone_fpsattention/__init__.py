@@ -10,7 +10,9 @@ __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["FPSAttentionConfig", "PRESETS", "Regime"],
+        "host": ["load_host"],
         "method": ["fps_attention"],
+        "models": ["FPSAttentionHandle", "attach"],
         "schedule": ["Schedule"],
         "tiles": ["Tiling"],
         "windows": ["density"],

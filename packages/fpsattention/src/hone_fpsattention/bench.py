@@ -12,6 +12,7 @@ import gc
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,14 +35,31 @@ from .method import Plan, fps_attention
 from .models import attach, plan_for
 from .windows import density
 
-__all__ = ["bench"]
+__all__ = ["BenchReport", "bench"]
 
 _TOLERANCE = {False: 1e-2, True: 0.12}
 """Relative error (norm) of the attention against exact attention over the same keys, without and with E4M3: on random
 data the format itself costs 5.5 %."""
 
 
-def bench(cfg: BenchConfig, run: Run) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Report):
+    """What was measured; as text, times by part, beside the fastest dense kernel's."""
+
+    def __str__(self) -> str:
+        lines = []
+        times = [row for row in self.rows if row.metric == "time"]
+        for key in dict.fromkeys((row.split, str(row.labels.get("mode", ""))) for row in times):
+            rows = [row for row in times if (row.split, str(row.labels.get("mode", ""))) == key]
+            dense = min(row.value for row in rows if "dense" in row.variant)
+            lines.append(f"{' '.join(key).strip()}, {rows[0].labels['model']}")
+            for row in rows:
+                of = f", part of {row.labels['of']}" if "of" in row.labels else f"  {dense / row.value:6.2f} x dense"
+                lines.append(f"  {row.variant:<20} {row.value:>10.3f} ms +- {row.spread or 0:.2g}{of}")
+        return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
+
+
+def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Measure, and write rows into the run.
 
     ``split`` of a row is the part; ``variant`` is a dense kernel, ``window``, ``e4m3``, ``e4m3 window``, or a piece of
@@ -66,7 +84,7 @@ def bench(cfg: BenchConfig, run: Run) -> Report:
     torch.manual_seed(cfg.seed)
     with torch.no_grad():
         _Bench(cfg, run, device).all()
-    return Report.of(run)
+    return BenchReport.of(run)
 
 
 class _Bench:

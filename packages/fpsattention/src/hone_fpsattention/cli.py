@@ -33,10 +33,7 @@ def info() -> dict[str, Any]:
         "diffusers": facts["packages"].get("diffusers"),
         "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
         "tiny host": describe_host(PACKAGE),
-        "presets": {
-            name: f"{preset.model}. Published: {preset.published or 'nothing.'} Ours: {preset.ours}"
-            for name, preset in PRESETS.items()
-        },
+        "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
     }
 
 
@@ -66,10 +63,10 @@ VERBS = {
         run="hone_fpsattention.calibrate:calibrate",
         help="Measure windows and scales by step and layer, and write the best schedule under a density budget.",
     ),
-    "train": Verb(
+    "train-host": Verb(
         config="hone_fpsattention.config:TrainConfig",
         prepare="hone_fpsattention.inputs:find_host",
-        run="hone_fpsattention.train:train",
+        run="hone_fpsattention.train:train_host",
         help="Fine-tune the tiny host with the attention in its forward pass, by distillation or on the flow loss.",
     ),
     "reproduce": Verb(

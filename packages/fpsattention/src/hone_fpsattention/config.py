@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from hone_core.config import flag
 from hone_core.training import check_budget
-from hone_video.host_config import HostConfig
+from hone_video.host_config import HostConfig as DenseHostConfig
 from hone_video.prompts import parse_prompt
 from hone_video.workloads import HD_WORKLOADS, WORKLOADS
 
@@ -25,6 +25,7 @@ __all__ = [
     "EvalConfig",
     "FPSAttentionConfig",
     "GenerateConfig",
+    "HostConfig",
     "Loss",
     "Preset",
     "Regime",
@@ -32,7 +33,6 @@ __all__ = [
     "Scales",
     "Size",
     "TrainConfig",
-    "TunedHostConfig",
     "VideoConfig",
 ]
 
@@ -214,6 +214,12 @@ class Preset:
     suggested: str
     ours: str
 
+    @property
+    def provenance(self) -> str:
+        """All three, each under its name."""
+        parts = {"Published": self.published, "Suggested": self.suggested, "Ours": self.ours}
+        return " ".join(f"{name}: {text}" for name, text in parts.items() if text)
+
 
 _PUBLISHED = (
     "Tile (6, 8, 8) as the throughput choice (Table 3), window (6, 6, 1) as the best (Table 4), one scale per tile and "
@@ -374,10 +380,10 @@ PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TunedHostConfig:
+class HostConfig:
     """A tiny host that was fine-tuned, and what for."""
 
-    host: HostConfig
+    host: DenseHostConfig
     attention: FPSAttentionConfig
 
 
@@ -496,7 +502,7 @@ class DemoConfig:
     host: Path | None = None
     """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
     tuned: Path | None = None
-    """A host.safetensors made by train (default: the packaged one, if one is; else nothing trained is shown)."""
+    """A host.safetensors made by train-host (default: the packaged one, if one is; else nothing trained is shown)."""
     preset: str = "tiny"
     """Attention settings where nothing is trained; a tuned host brings its own."""
     seed: int = 0
@@ -524,7 +530,7 @@ class EvalConfig:
     host: Path | None = None
     """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
     tuned: Path | None = None
-    """A host.safetensors made by train (default: the packaged one, if one is; else nothing trained is shown)."""
+    """A host.safetensors made by train-host (default: the packaged one, if one is; else nothing trained is shown)."""
     preset: str = "tiny"
     """Attention settings where nothing is trained; a tuned host brings its own."""
     seed: int = 0

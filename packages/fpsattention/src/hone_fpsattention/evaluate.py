@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from hone_core.devices import resolve_device
-from hone_core.hosts import packaged_host
 from hone_core.plots import BLUE, GREEN, GREY, PINK, RED
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
@@ -21,8 +20,8 @@ from hone_video.means import write_mean
 from hone_video.quality import psnr, ssim
 from torch import Tensor
 
+from . import host as tuned_host
 from .config import PRESETS, EvalConfig, FPSAttentionConfig
-from .host import PACKAGE, load_tuned
 from .models import attach
 from .schedule import step_regimes
 from .windows import density
@@ -96,8 +95,9 @@ def load_variants(device: torch.device, *, host: Path | None, tuned: Path | None
     """
     dense, attention = load_host(device, path=host), PRESETS[preset].config
     trained = None
-    if tuned is not None or packaged_host(PACKAGE).is_file():
-        trained, attention = load_tuned(device, path=tuned)
+    if tuned is not None or tuned_host.PACKAGED.is_file():
+        trained = tuned_host.load_host(device, path=tuned)
+        attention = trained.attention
     variants = {"dense": Variant(dense, None)}
     variants |= {name: Variant(dense, config) for name, config in attention.parts().items()}
     return variants if trained is None else variants | {"trained": Variant(trained, attention)}

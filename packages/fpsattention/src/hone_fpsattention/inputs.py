@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from hone_core.hosts import open_host
-from hone_video.host_config import PACKAGE, HostConfig
+from hone_video.host_config import PACKAGE
+from hone_video.host_config import HostConfig as DenseHostConfig
 
 from .config import (
     CalibrateConfig,
     DemoConfig,
     EvalConfig,
     GenerateConfig,
+    HostConfig,
     ReproduceConfig,
     TrainConfig,
-    TunedHostConfig,
 )
 from .schedule import Schedule
 
@@ -35,7 +36,7 @@ def find_host(cfg: Hosted) -> Hosted:
     """
     if cfg.host is None:
         return cfg
-    open_host(HostConfig, PACKAGE, cfg.host)
+    open_host(DenseHostConfig, PACKAGE, cfg.host)
     return replace(cfg, host=Path(os.path.abspath(cfg.host)))
 
 
@@ -44,7 +45,7 @@ def find_hosts(cfg: Compared) -> Compared:
     cfg = find_host(cfg)
     if cfg.tuned is None:
         return cfg
-    open_host(TunedHostConfig, "hone-fpsattention", cfg.tuned)
+    open_host(HostConfig, "hone-fpsattention", cfg.tuned)
     return replace(cfg, tuned=Path(os.path.abspath(cfg.tuned)))
 
 

@@ -25,13 +25,13 @@ from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_latents
 from hone_video.means import write_mean
 from torch import Tensor, nn
 
+from . import host as tuned_host
 from .config import FPSAttentionConfig, TrainConfig
 from .evaluate import Variant, compare
-from .host import load_tuned, save_tuned
 from .models import attach
 from .schedule import regime_index
 
-__all__ = ["Tuning", "regime_sigmas", "train"]
+__all__ = ["Tuning", "regime_sigmas", "train_host"]
 
 GATES = {"digit": 0.80, "direction": 0.80}
 """Accuracy that the trained host must reach with the attention on it before it is worth showing."""
@@ -136,7 +136,7 @@ class Tuning:
                 yield {"loss": loss.item(), "seconds": training.elapsed()} if training.due() else None
 
 
-def train(cfg: TrainConfig, run: Run) -> TrainReport:
+def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
     """Fine-tune the tiny host, export it with its attention beside it, and grade it as stored.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.
@@ -152,11 +152,11 @@ def train(cfg: TrainConfig, run: Run) -> TrainReport:
     tuning = Tuning(cfg, load_host(device, path=cfg.host), run.artifacts / "checkpoint.pt")
     tuning.training.resume()
     tuning.training.follow(tuning.train(glyphs_of(cfg.glyphs, device)), run)
-    exported = save_tuned(tuning.result(), cfg.settings, run.artifacts / HOST)
-    tuned, attention = load_tuned(device, path=exported)
+    exported = tuned_host.save_host(tuning.result(), cfg.settings, run.artifacts / HOST)
+    tuned = tuned_host.load_host(device, path=exported)
     labels = random_labels(cfg.eval_clips, torch.Generator().manual_seed(cfg.seed + 1))
-    variants = {"dense": Variant(tuning.teacher, None), "both": Variant(tuning.teacher, attention)}
-    outcomes = compare(variants | {"trained": Variant(tuned, attention)}, labels, batch=64, quiet=run.quiet)
+    variants = {"dense": Variant(tuning.teacher, None), "both": Variant(tuning.teacher, tuned.attention)}
+    outcomes = compare(variants | {"trained": Variant(tuned, tuned.attention)}, labels, batch=64, quiet=run.quiet)
     result = {}
     for variant, outcome in outcomes.items():
         for name in ("accuracy", "digit", "direction", "color", "speed"):
