@@ -9,12 +9,13 @@ a variant of their own, never counted as attention.
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
@@ -117,7 +118,7 @@ class _Bench:
         return plan_for(cfg.regimes[0], cfg, self.work.grid, self.work.joint_text, self.device)
 
     def row(self, part: str, metric: str, value: float, variant: str, *, unit: str = "", **options: Any) -> None:
-        better = "none" if metric.startswith("density") or metric == "expected" else "lower"
+        better: Literal["none", "lower"] = "none" if metric.startswith("density") or metric == "expected" else "lower"
         labels = {"model": self.cfg.model, **options.pop("labels", {})}
         self.run.row(metric, value, unit=unit, better=better, variant=variant, split=part, labels=labels, **options)
 
@@ -167,8 +168,8 @@ class _Bench:
         self.dense_attention = min(dense, key=lambda name: timings[name].ms_p50)
         self.saved = {name: timings[self.dense_attention].ms_p50 - timings[name].ms_p50 for name in variants}
         for name, cfg in variants.items():
-            where = {"border": cfg.border, "text_tokens": self.work.joint_text, "block": cfg.block}
-            found = density(self.work.grid, cfg.tile, cfg.regimes[0].window, **where)
+            window, text = cfg.regimes[0].window, self.work.joint_text
+            found = density(self.work.grid, cfg.tile, window, border=cfg.border, text_tokens=text, block=cfg.block)
             for kind, value in found._asdict().items():
                 self.row("attention", f"density_{kind}", value, name)
         self.clear()
@@ -188,14 +189,14 @@ class _Bench:
         q, k, v = (x[:, :1] for x in (q, k, v))
         got = fps_attention(q, k, v, plan=plan, cfg=cfg)
         rows = torch.arange(0, len(plan.slots) // plan.block, max(1, len(plan.slots) // plan.block // 8))
-        wide = [x.float().index_select(2, plan.slots) for x in (q, k, v)]
+        wide_q, wide_k, wide_v = (x.float().index_select(2, plan.slots) for x in (q, k, v))
         lists = plan.layout
         some = BlockLayout(
             lists.kv_num[:, :, rows].contiguous(), lists.kv_idx[:, :, rows].contiguous(), len(rows) * plan.block,
             lists.tokens_k, plan.block, plan.block, lists.k_valid,
         )  # fmt: skip
         slots = (rows[:, None] * plan.block + torch.arange(plan.block)).flatten().to(self.device)
-        want = block_sparse_attention(wide[0][:, :, slots], *wide[1:], some, backend="reference")
+        want = block_sparse_attention(wide_q[:, :, slots], wide_k, wide_v, some, backend="reference")
         place = torch.full((len(plan.slots),), -1, device=self.device)
         place[plan.places] = torch.arange(plan.tokens, device=self.device)
         kept = place[slots] >= 0
@@ -254,7 +255,7 @@ class _Bench:
         like: Any = {"device": self.device, "dtype": self.dtype}
         frames, height, width = work.grid
         text = config.text_dim if work.kind == "wan" else config.text_embed_dim
-        inputs = {
+        inputs: dict[str, Any] = {
             "timestep": torch.full((1,), 500, device=self.device),
             "encoder_hidden_states": torch.randn(1, work.text_tokens, text, **like),
         }
@@ -270,11 +271,11 @@ class _Bench:
 def _round_linears(model: nn.Module) -> None:
     """Linear layers of the blocks in E4M3, weights and activations, by torchao."""
     try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+        torchao = importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise MissingExtraError("linears", "hone-fpsattention", "Linear layers in E4M3") from error
-    quantize_(
+    torchao.quantize_(
         model,
-        Float8DynamicActivationFloat8WeightConfig(),
+        torchao.Float8DynamicActivationFloat8WeightConfig(),
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and "blocks." in name,
     )

@@ -116,7 +116,7 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     return report
 
 
-Source = tuple[Any, FPSAttentionConfig, Grid, str, int, Callable[[int, Callable[[], object]], object]]
+Source = tuple[Any, FPSAttentionConfig, Grid, str, int, Callable[[int, Callable[[], None]], object]]
 """Model or pipeline, settings, grid, sampler, steps, and what samples one prompt."""
 
 
@@ -125,7 +125,7 @@ def _tiny(cfg: CalibrateConfig, device: torch.device) -> Source:
     base = replace(PRESETS[cfg.preset or "tiny"].config, shift=host.config.shift).constant(0)
     sampler = type(make_scheduler(host.config.solver, host.config.shift)).__name__
 
-    def sample(index: int, done: Callable[[], object]) -> object:
+    def sample(index: int, done: Callable[[], None]) -> object:
         text = host.encode_labels(torch.tensor([parse_prompt(cfg.video.prompts[index])]))
         noise = host.noise(index + 1, cfg.video.seed)[index:]
         return host.sample(text, noise, on_step=lambda *_: done())
@@ -139,7 +139,7 @@ def _pipeline(cfg: CalibrateConfig, device: torch.device) -> Source:
     shift = scheduler_shift(pipe.scheduler)
     base = (base if shift is None else replace(base, shift=shift)).constant(0)
 
-    def sample(index: int, done: Callable[[], object]) -> object:
+    def sample(index: int, done: Callable[[], None]) -> object:
         return draw(pipe, cfg.video, index, output_type="latent", step_done=done)
 
     return pipe, base, video_grid(pipe, cfg.video), type(pipe.scheduler).__name__, cfg.video.steps, sample

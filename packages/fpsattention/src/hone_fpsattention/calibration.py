@@ -116,16 +116,17 @@ class _Probe(Method):
         k: Tensor,
         v: Tensor,
         *,
+        plan: int,
+        layer: int | Tensor,
         grid: Grid,
         text_tokens: int,
-        candidates: tuple[Regime, ...],
-        **where: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
         out = _own(q, k, v)
         rows = []
-        for regime in candidates:
-            plan = plan_for(regime, self.config, grid, text_tokens, q.device)
-            rows.append(_sums(fps_attention(q, k, v, plan=plan, cfg=self.config), out))
+        for regime in options["candidates"]:
+            where = plan_for(regime, self.config, grid, text_tokens, q.device)
+            rows.append(_sums(fps_attention(q, k, v, plan=where, cfg=self.config), out))
         return out, torch.stack(rows)
 
 

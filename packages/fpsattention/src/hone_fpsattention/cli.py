@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from hone_core.cli import Verb, run_cli
@@ -37,7 +38,7 @@ def info() -> dict[str, Any]:
     }
 
 
-VERBS = {
+VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": Verb(
         config="hone_fpsattention.config:DemoConfig",

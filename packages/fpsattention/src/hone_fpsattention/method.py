@@ -17,7 +17,7 @@ is in the sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,34 @@ class Plan:
         groups = tiling.scale_groups(None if regime.scales == "tensor" else regime.scale_tile or cfg.tile)
         layout = window_layout(tiling, regime.window, cfg.border)
         return cls(regime, tiling.tokens, tiling.block, tiling.slots, tiling.places, tiling.valid, groups, layout)
+
+
+@overload
+def fps_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: Plan,
+    cfg: FPSAttentionConfig,
+    rope: Rope | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def fps_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: Plan,
+    cfg: FPSAttentionConfig,
+    rope: Rope | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def fps_attention(
@@ -152,10 +180,10 @@ def _emulated(
         groups = torch.arange(len(groups), device=groups.device)
     q, k, v = (torch.where(present[:, None], x.to(wide), 0.0) for x in (q, k, v))
     rounded = round_qkv(q, k, v, groups=groups, present=present, smooth_k=cfg.smooth_k)
-    through = [x + (r.to(wide) - x).detach() for x, r in ((q, rounded.q), (k, rounded.k), (v, rounded.v))]
-    out, lse = block_sparse_attention(*through, plan.layout, scale=scale, return_lse=True, backend="reference")
+    tq, tk, tv = (x + (r.to(wide) - x).detach() for x, r in ((q, rounded.q), (k, rounded.k), (v, rounded.v)))
+    out, lse = block_sparse_attention(tq, tk, tv, plan.layout, scale=scale, return_lse=True, backend="reference")
     with torch.no_grad():
-        lossy, lossy_lse = attention_fp8_reference(*through, plan.layout, scale)
+        lossy, lossy_lse = attention_fp8_reference(tq, tk, tv, plan.layout, scale)
     error = lossy - out.detach()
     if cfg.delta == "forward":
         # The same value; its gradient to a logit of probability p is -p sum(dout * error), which is what the rounded

@@ -87,7 +87,7 @@ def _tensors(
     text_tokens: int, device: torch.device,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     regime = Regime(window=tuple(window) or None, scales=scales, scale_tile=tuple(box) or None)  # type: ignore[arg-type]
-    plan = _kept(regime, tuple(tile), block, border, tuple(grid), text_tokens, device)  # type: ignore[arg-type]
+    plan = _kept(regime, tuple(tile), block, border, tuple(grid), text_tokens, device)
     return plan.slots, plan.places, plan.valid, plan.groups, plan.layout.kv_num, plan.layout.kv_idx
 
 

@@ -157,7 +157,7 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
         name = cfg.preset or default_preset(type(pipe).__name__)
         settings = Schedule.load(cfg.schedule) if cfg.schedule else cfg.attention or PRESETS[name].config
     config = settings.config if isinstance(settings, Schedule) else settings
-    labels = {"steps": video.steps, "grid": "x".join(map(str, grid))}
+    labels: dict[str, str | int | float] = {"steps": video.steps, "grid": "x".join(map(str, grid))}
     if config is not None:
         check_windows(config, grid)
         shares = [density(grid, config.tile, regime.window, border=config.border).tiles for regime in config.regimes]
@@ -172,7 +172,7 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
             fps = cfg.fps or PIPELINES[type(pipe).__name__].fps
             advice = f"try dtype float32 or bfloat16 (this run: {video.dtype})"
             save_video(frames, targets[i], fps=fps, what=f"prompt {i}", advice=advice)
-            of = {"prompt": i, "seed": video.seed + i, **labels}
+            of: dict[str, str | int | float] = {"prompt": i, "seed": video.seed + i, **labels}
             run.row("seconds", watch.seconds, unit="s", better="lower", variant=variant, labels=of)
             if watch.peak_bytes is not None:
                 peak = watch.peak_bytes / 2**30

@@ -157,7 +157,7 @@ def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
     labels = random_labels(cfg.eval_clips, torch.Generator().manual_seed(cfg.seed + 1))
     variants = {"dense": Variant(tuning.teacher, None), "both": Variant(tuning.teacher, tuned.attention)}
     outcomes = compare(variants | {"trained": Variant(tuned, tuned.attention)}, labels, batch=64, quiet=run.quiet)
-    result = {}
+    result: dict[str, float] = {}
     for variant, outcome in outcomes.items():
         for name in ("accuracy", "digit", "direction", "color", "speed"):
             metric = name if name == "accuracy" else f"{name}_accuracy"
