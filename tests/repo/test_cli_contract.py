@@ -36,7 +36,6 @@ WORDS = {
     "inspect",
     "calibrate",
     "recommend",
-    "calibrate",
     "simulate",
 }
 # Of kernels alone.
