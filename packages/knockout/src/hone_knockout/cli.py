@@ -62,7 +62,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         help="Answer questions under many knockouts: accuracy, intervals, flips, McNemar, per category, plots.",
         config="hone_knockout.config:SweepConfig",
         prepare="hone_knockout.inputs:find_source",
-        opened="hone_knockout.evaluate:reopen_failed",
+        opened="hone_knockout.evaluate:reopen",
     ),
     "recommend": Verb(
         run="hone_knockout.recommend:recommend",

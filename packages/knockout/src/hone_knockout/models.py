@@ -24,7 +24,7 @@ from .config import PRESETS, Knockout, KnockoutConfig, format_layers
 from .local_attention import RegularFrames, frame_local_attention
 from .prompts import Pass, Prompt, by_layer
 
-__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model"]
+__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model", "reason_against_exit"]
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,9 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         self._by_layer = by_layer(config)
         _check_late_layers(self.decoder.config, config)
         if config.exit is not None:
-            _check_arguments(self.decoder, config.exit)
+            reason = reason_against_exit(self.decoder, config.exit)
+            if reason:
+                raise ValueError(reason)
         self._warned = False
         self._last: Prompt | None = None
         self._state: CallState[Prompt] = CallState()
@@ -292,7 +294,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
             kept = running.rows()
 
             def take(name: str, value: Any) -> Any:
-                return running.once((name, id(value)), lambda: _carried(name, value, kept, running.queries))
+                return running.once(name, value, lambda: _carried(name, value, kept, running.queries))
 
             states = args[0] if args else kwargs["hidden_states"]
             if first:
@@ -330,7 +332,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         running.seen.add(layer)
         if self.config.exit is not None and layer >= self.config.exit:
             attention_mask = running.once(
-                ("exit", keys, id(attention_mask)), lambda: running.after_exit(attention_mask, query, keys)
+                ("exit", keys), attention_mask, lambda: running.after_exit(attention_mask, query, keys)
             )
         elif layer in self._by_layer:
             items = self._by_layer[layer]
@@ -345,7 +347,8 @@ class KnockoutHandle(Handle[KnockoutConfig]):
             kinds = getattr(self.decoder.config, "layer_types", None)
             kind = kinds[layer] if kinds else ""
             attention_mask = running.once(
-                (items, keys, kind, id(attention_mask)),
+                (items, keys, kind),
+                attention_mask,
                 lambda: running.knocked(attention_mask, items, query, keys, kind),
             )
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -471,22 +474,24 @@ def _check_late_layers(text: Any, config: KnockoutConfig) -> None:
         raise ValueError("an exit before sliding-window layers is not supported: their caches drop positions")
 
 
-def _check_arguments(decoder: Decoder, exit: int) -> None:
-    """Refuse an exit before a layer that takes what is not known to be per token or not, or that reads earlier keys."""
+def reason_against_exit(decoder: Decoder, exit: int) -> str:
+    """Why there can be no exit at a layer of this decoder, by what its layers take; empty if there can."""
+    instead = "LV-K in all layers from there on gives text the same, without the time saved"
     for index, layer in enumerate(decoder.layers):
         if index < exit:
             continue
         unknown = sorted(set(inspect.signature(layer.forward).parameters) - _CARRIED - _WHOLE)
         if unknown:
-            raise ValueError(
+            return (
                 f"{type(layer).__name__} takes {', '.join(unknown)}, of which it is not known whether it loses rows at "
-                "an exit. LV-K in all layers from there on gives text the same (without the time saved)"
+                f"an exit. {instead}"
             )
         if getattr(layer.self_attn, "is_kv_shared_layer", False):
-            raise ValueError(
-                f"layer {index} reads keys of an earlier layer, in which the video still is: no exit at {exit}. LV-K "
-                "in all layers from there on gives text the same (without the time saved)"
+            return (
+                f"layer {index} reads keys of an earlier layer, in which the video still is: no exit at {exit}. "
+                f"{instead}"
             )
+    return ""
 
 
 def _carried(name: str, value: Any, rows: Tensor, tokens: int) -> Any:

@@ -23,7 +23,7 @@ from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
 from .config import KnockoutConfig
-from .models import attach, check_devices
+from .models import attach, check_devices, reason_against_exit
 
 __all__ = ["Counts", "PrefixRunner", "as_exit"]
 
@@ -162,7 +162,9 @@ class PrefixRunner:
             return self._baseline
         if self.exits:
             types = getattr(self.decoder.config, "layer_types", None) or ()
-            config = as_exit(config, num_layers, self.decoder.deepstack_layers, types)
+            shorter = as_exit(config, num_layers, self.decoder.deepstack_layers, types)
+            if shorter.exit is None or not reason_against_exit(self.decoder, shorter.exit):
+                config = shorter
         states = self._entering[first]
         if self._needed is not None:
             self._needed[first] -= 1
@@ -216,7 +218,7 @@ class PrefixRunner:
         if not torch.allclose(self._logits(last), logits, atol=1e-3, rtol=1e-3):
             raise ValueError(
                 f"{type(self.model).__name__} does more between its last layer and its logits than norm and head; "
-                "prefix reuse would change its answers. Run each configuration from the start (reuse=False)"
+                "prefix reuse would change its answers. Run each configuration from the start (--no-reuse)"
             )
         return logits
 

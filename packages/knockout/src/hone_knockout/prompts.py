@@ -312,11 +312,13 @@ class Pass:
         """Whether it holds the prompt."""
         return self.start == 0
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What this forward makes once, for all layers."""
+    def once(self, key: Any, of: Any, make: Callable[[], Any]) -> Any:
+        """What this forward makes of something once, for all layers that get the same object."""
+        key = (key, id(of))
         if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+            # Held, so that its id is not given to another.
+            self._made[key] = make(), of
+        return self._made[key][0]
 
     def rows(self) -> Tensor:
         """``[batch, rows]`` positions of the queries that are left after the exit, fillers at the left."""
