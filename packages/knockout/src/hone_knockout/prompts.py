@@ -358,8 +358,7 @@ class Pass:
 
             return _flex_mask(mask, batch, self.queries, keys, keep)
         # The base's mask closes the spare room of a static cache.
-        k = k.clamp(max=most - 1)
-        blocked = rule(b, q, k)[:, None]
+        blocked = rule(b, q, k.clamp(max=most - 1))[:, None]
         if mask is None:
             # None is the base's word for causal, or for one query that reads everything.
             allowed = (k <= q)[:, None] & ~blocked
