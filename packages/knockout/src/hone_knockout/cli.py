@@ -17,22 +17,14 @@ def main() -> None:
 
 def info() -> dict[str, Any]:
     """Versions, devices, presets, classes with a layout rule, and the tiny host that is packaged."""
-    from hone_core.environment import environment
+    from hone_core.environment import installed
     from hone_core.hosts import describe_host
+    from hone_lm.layouts import RULES
 
     from .config import PRESETS
 
-    facts = environment()
-    from hone_lm.layouts import RULES
-
     return {
-        "version": facts["packages"].get(PACKAGE),
-        "commit": facts["commit"],
-        "python": facts["python"],
-        "torch": facts["torch"],
-        "transformers": facts["packages"].get("transformers"),
-        "untried versions": facts["untried"] or "none",
-        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
+        **installed(PACKAGE, "transformers"),
         "presets": {name: f"{preset.config.label} ({preset.model})." for name, preset in PRESETS.items()},
         "layouts": list(RULES),
         "tiny host": describe_host(PACKAGE),
