@@ -86,9 +86,9 @@ def check_text(processor: Any, *texts: str) -> None:
     Raises:
         ValueError: One does.
     """
-    tokens = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")} - {None, ""}
+    tokens: set[str] = {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "video", "audio")}
     for text in texts:
-        held = sorted(token for token in tokens if token in text)
+        held = sorted(token for token in tokens if token and token in text)
         if held:
             raise ValueError(
                 f"{text!r} holds {', '.join(held)}, which the processor takes for the place of a video or image; reword"
