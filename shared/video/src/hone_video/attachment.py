@@ -392,7 +392,8 @@ def _forget_steps(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
         if _keeps_steps(module):
-            module._diffusers_hook.reset_stateful_hooks(recurse=False)
+            registry: Any = module._diffusers_hook
+            registry.reset_stateful_hooks(recurse=False)
 
 
 def no_parallelism(method: Method) -> str:
