@@ -4,7 +4,9 @@ The README's table "works together with" names these tests.
 """
 
 import copy
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hone_knockout.models import attach
 from hone_knockout.prefix import PrefixRunner
 from hone_knockout.prompts import Pass, Prompt
 from hone_lm.decoders import cache_keyword, cache_of, find_decoder
-from hone_lm.layouts import find_layouts
+from hone_lm.layouts import find_layouts, locate_spans
 from hone_lm.tiny import tiny, tiny_inputs
 
 LAYERS = 6
@@ -57,6 +59,19 @@ def written(model, inputs, **options):
 def step(model, cache, rows=1):
     ids = torch.full((rows, 2), 70)
     return model(input_ids=ids, use_cache=True, **{cache_keyword(model): cache}).logits
+
+
+def test_every_row_of_the_readme_names_tests_that_are_here():
+    readme = Path(__file__).parents[3] / "packages" / "knockout" / "README.md"
+    table = readme.read_text(encoding="utf-8").partition("| works together with |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) >= 14
+    here = Path(__file__).read_text(encoding="utf-8")
+    for row in rows:
+        names = re.findall(r"`((?:test_|Test)\w+)`", row.split("|")[3])
+        assert names, row
+        for name in names:
+            assert re.search(rf"(?:def|class) {name}\b", here), name
 
 
 class TestAttentionImplementation:
@@ -490,3 +505,68 @@ class TestArgumentsPerToken:
         inputs = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)} | inputs
         with pytest.raises(ValueError, match="--no-reuse"):
             PrefixRunner(model.eval(), inputs).run(KnockoutConfig(knockouts=(lv(1),)))
+
+
+class TestNamedPositions:
+    """Subsets of visual tokens, as pruning methods choose them, and spans of text."""
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_an_exit_of_some_is_that_nothing_reads_them(self, model, processor, cached):
+        questions = ["What moves?", "Which of the two is first?"]
+        inputs = tiny_inputs(FAMILY, processor, questions)
+        (start, stop) = find_layouts(model, tiny_inputs(FAMILY, processor, questions[:1]))[0].spans["video"]
+        low = list(range(start + 1, stop, 3))
+        rest = [at for at in range(500) if at not in low]
+
+        def spans(layout, ids):
+            begin = int(layout.real.nonzero()[0])
+            end = len(layout.frame)
+            return {"low": [at + begin for at in low], "rest": [at + begin for at in rest if at + begin < end]}
+
+        layers = tuple(range(3, LAYERS))
+        knockouts = [Knockout(kind="span", source="low", target=target, layers=layers) for target in ("rest", "text")]
+
+        def logits(**more):
+            out = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
+            )
+            return torch.stack(out.logits, 1)
+
+        plain = logits()
+        with attach(model, knockouts, spans=spans):
+            blocked = logits(use_cache=cached)
+        with attach(model, KnockoutConfig(exit=3, leave="low"), spans={"low": low}) as handle:
+            assert_close(logits(use_cache=cached), blocked, atol=1e-5)
+            assert handle.rows.shape[1] == len(handle.layouts[0].frame) - len(low)
+        assert not torch.allclose(blocked, plain, atol=1e-3)
+
+    @torch.no_grad()
+    def test_spans_of_attach_are_those_of_using(self, model, processor):
+        inputs = tiny_inputs(FAMILY, processor, ["Which? (A) red (B) blue. Answer: ("])
+        (layout,) = find_layouts(model, inputs)
+
+        def find(layout, ids):
+            return locate_spans(processor.tokenizer, ids, {"question": "Which?", "options": "(A) red (B) blue"})
+
+        knockout = Knockout(kind="span", source="question", target="last", layers=(0, 1))
+        with attach(model, knockout) as handle, handle.using([layout.with_spans(find(layout, inputs["input_ids"][0]))]):
+            wanted = model(**inputs).logits
+        with attach(model, knockout, spans=find):
+            assert torch.equal(model(**inputs).logits, wanted)
+        with attach(model, knockout, spans=find(layout, inputs["input_ids"][0])):
+            assert torch.equal(model(**inputs).logits, wanted)
+
+    @torch.no_grad()
+    def test_what_leaves_must_be_visual(self, model, first):
+        with (
+            attach(model, KnockoutConfig(exit=3, leave="low"), spans={"low": [0, 30]}),
+            pytest.raises(ValueError, match=r"must name visual tokens, and at least one; .* 1 of them text"),
+        ):
+            model(**first)
+        with attach(model, KnockoutConfig(exit=3, leave="other")), pytest.raises(ValueError, match="not known here"):
+            model(**first)
+        with pytest.raises(ValueError, match="leave='low' says what leaves at an exit"):
+            KnockoutConfig(leave="low")
+        with pytest.raises(ValueError, match=r"layers \[4\] have no low tokens after the exit"):
+            KnockoutConfig(exit=3, leave="low", knockouts=(lv(4),))

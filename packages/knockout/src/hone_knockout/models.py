@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from hone_core.handles import CallState, Handle, Hooks, resolve
 from hone_lm.attention import AttentionTap, tap_attention
 from hone_lm.checkpoints import read_config
@@ -58,6 +59,11 @@ _WHOLE = {
 """Arguments that are not: masks are cut in attention, the rest holds no tokens, or none of this layer's."""
 
 
+Positions = tuple[int, int] | Sequence[int] | Tensor
+Spans = Mapping[str, Positions]
+FindSpans = Callable[[TokenLayout, Tensor | None], Spans]
+
+
 class KnockoutHandle(Handle[KnockoutConfig]):
     """What is attached to a model. A context manager: leaving it detaches.
 
@@ -67,14 +73,22 @@ class KnockoutHandle(Handle[KnockoutConfig]):
     Attributes:
         config: the settings.
         tokens_per_frame: of ``attach``.
+        spans: of ``attach``.
         frame_local: whether VT-K over a regular prompt is computed frame by frame; False takes the mask that it equals.
         rows: ``[batch, rows]`` positions of the prompt that the last prefill returned logits for, where there is an
             exit; rows of a batch that keep fewer are filled at the left with position 0.
         layouts: of the last prefill.
     """
 
-    def __init__(self, model: nn.Module, config: KnockoutConfig, tokens_per_frame: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: KnockoutConfig,
+        tokens_per_frame: int | None = None,
+        spans: Spans | FindSpans | None = None,
+    ) -> None:
         super().__init__(config, [model])
+        self.spans = spans
         self.tokens_per_frame = tokens_per_frame
         self.decoder: Decoder = find_decoder(model)
         check_devices(self.decoder)
@@ -181,6 +195,8 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         if candidates and ids is not None:
             ids = ids[:, :-candidates]
             layouts = [layout.cut(ids.shape[1]) for layout in layouts]
+        if self.spans is not None:
+            layouts = _with_spans(layouts, self.spans, ids)
         prompt = self._take_up(layouts, ids)
         self._state.current = prompt
         if cache is not None:
@@ -396,6 +412,7 @@ def attach(
     config: KnockoutConfig | Knockout | Sequence[Knockout] | str,
     *,
     tokens_per_frame: int | None = None,
+    spans: Spans | FindSpans | None = None,
 ) -> KnockoutHandle:
     """Attach knockouts and an exit to a transformers Video-LLM.
 
@@ -407,6 +424,10 @@ def attach(
         config: Settings, one or more knockouts, or the name of a preset.
         tokens_per_frame: Cut the video into frames of so many tokens, in place of the class's rule; needed for a class
             without one whose frames follow each other without text (``hone_lm.find_layouts``).
+        spans: Name to positions that ``source``, ``target`` and ``leave`` may name: a pair (start, stop), or a list or
+            mask of any positions, counted from the first real token of a prompt, so that padding changes nothing. Or a
+            function ``(layout, ids) -> such names`` for spans that differ between prompts, whose positions are those of
+            the layout (``hone_lm.locate_spans`` finds text).
 
     Raises:
         ValueError: Layers are out of range, the exit comes before DeepStack's last layer, the decoder is a hybrid, the
@@ -419,7 +440,7 @@ def attach(
     elif not isinstance(config, (str, KnockoutConfig)):
         config = KnockoutConfig(knockouts=tuple(config))
     config = resolve(config, PRESETS, KnockoutConfig)
-    return KnockoutHandle(model, config, tokens_per_frame)
+    return KnockoutHandle(model, config, tokens_per_frame, spans)
 
 
 def check_devices(decoder: Decoder) -> None:
@@ -515,6 +536,23 @@ def _candidates(inputs: Mapping[str, Any]) -> int:
     """
     keep = inputs.get("logits_to_keep")
     return keep - 1 if cache_of(inputs) is not None and isinstance(keep, int) and keep > 1 else 0
+
+
+def _with_spans(layouts: Sequence[TokenLayout], spans: Spans | FindSpans, ids: Tensor | None) -> list[TokenLayout]:
+    """Layouts with the spans and positions that ``attach`` was given."""
+    found = []
+    for row, layout in enumerate(layouts):
+        begin = 0 if callable(spans) else int(layout.real.nonzero()[0])
+        named = spans(layout, None if ids is None else ids[row]) if callable(spans) else spans
+        pairs = {name: at for name, at in named.items() if isinstance(at, tuple) and len(at) == 2}
+        others: dict[str, Tensor] = {}
+        for name, at in named.items():
+            if name not in pairs:
+                at = torch.as_tensor(at)
+                others[name] = (at.nonzero().flatten() if at.dtype == torch.bool else at) + begin
+        layout = layout.with_spans({name: (at[0] + begin, at[1] + begin) for name, at in pairs.items()})
+        found.append(layout.with_positions(others))
+    return found
 
 
 def _pixels(inputs: Mapping[str, Any]) -> list[str]:

@@ -89,7 +89,10 @@ class Prompt:
     ) -> Prompt:
         frame = torch.stack([layout.frame for layout in layouts]).to(device)
         real = torch.stack([layout.real for layout in layouts]).to(device)
-        left = None if config.exit is None else _rows_left(frame)
+        leaving = None
+        if config.exit is not None:
+            leaving = torch.stack([layout.mask(config.leave) for layout in layouts]).to(device)
+        left = None if leaving is None else _rows_left(~leaving)
         return cls(config, layouts, Roles.of(frame), real, frame.shape[1], left, regular_frames(layouts), ids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompt:
@@ -121,7 +124,9 @@ class Prompt:
         """Whether all rows are the same prompt as far as masks go."""
         first = self.layouts[0]
         same = all(
-            torch.equal(one.frame, first.frame) and torch.equal(one.real, first.real) and one.spans == first.spans
+            torch.equal(one.frame, first.frame)
+            and torch.equal(one.real, first.real)
+            and (one.spans, one.positions) == (first.spans, first.positions)
             for one in self.layouts[1:]
         )
         drawn = any(item.control == "random" for item in self.config.knockouts)
@@ -137,7 +142,8 @@ class Prompt:
         assert left is not None, "there is an exit"
         gone = "logits_to_keep asks for rows of the video, which are gone after the exit; ask for text only"
         if isinstance(keep, int):
-            if keep and bool((self.roles.frame[:, -keep:] >= 0).any()):
+            late = torch.arange(self.tokens - keep, self.tokens, device=left.rows.device)
+            if keep and not torch.equal(left.rows[:, -keep:], late.expand(len(left.rows), -1)):
                 raise ValueError(gone)
             return keep
         wanted = keep.to(left.rows.device)
@@ -230,8 +236,14 @@ class Prompt:
         if self.left is None:
             return
         for row, layout in enumerate(self.layouts):
+            leaving = layout.mask(self.config.leave)
+            if bool((leaving & (layout.frame < 0)).any()) or not bool(leaving.any()):
+                raise ValueError(
+                    f"leave={self.config.leave!r} must name visual tokens, and at least one; of prompt {row} it holds "
+                    f"{int(leaving.sum())} positions, {int((leaving & (layout.frame < 0)).sum())} of them text"
+                )
             last = int(layout.real.nonzero()[-1])
-            if layout.frame[last] >= 0:
+            if leaving[last]:
                 raise ValueError(
                     f"prompt {row} ends in the video, at position {last}: its last row leaves at the exit, and nothing "
                     "is left to answer from. Put the question, or the template's answer tag, after the video"
@@ -417,14 +429,13 @@ def _allowed(mask: Any, b: Tensor, q: Tensor, k: Tensor, start: int, first_key: 
     return table.expand(shape)
 
 
-def _rows_left(frame: Tensor) -> Left:
-    """Positions without a frame, right-aligned."""
-    stay = frame < 0
+def _rows_left(stay: Tensor) -> Left:
+    """Positions that stay, right-aligned."""
     counts = stay.sum(1)
     most = int(counts.max())
     # A stable sort puts the positions that leave first and keeps the order of the others.
     order = stay.int().argsort(dim=1, stable=True)
-    kept = order[:, frame.shape[1] - most :]
+    kept = order[:, stay.shape[1] - most :]
     real = stay.gather(1, kept)
     return Left(kept.where(real, 0), real, bool((counts == most).all()))
 
