@@ -76,7 +76,7 @@ class Knockout:
     control: Control = "none"
     """``random``: as many pairs, drawn among those of the model's mask. ``opposite``: everything but these pairs."""
     seed: int = 0
-    """Of ``control="random"``."""
+    """Seed of the pairs of ``control="random"``."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
