@@ -486,6 +486,16 @@ class TestArgumentsPerToken:
                 wanted = model(**inputs).logits[:, -1]
             assert_close(runner.run(config), wanted, atol=1e-5)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("base", ["sdpa", "eager"])
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_logits_of_few_rows_are_those_of_all(self, name, base):
+        model, inputs = of_class(name, base)
+        with attach(model, lv(2, 3)):
+            every = model(**inputs).logits
+            for keep in (1, 3):
+                assert_close(model(**inputs, logits_to_keep=keep).logits, every[:, -keep:], atol=1e-5)
+
     def test_an_exit_before_layers_that_read_earlier_caches_is_refused(self):
         model, _ = of_class("gemma4, shared caches")
         with pytest.raises(ValueError, match="layer 3 reads keys of an earlier layer"):

@@ -25,7 +25,7 @@ from .config import PRESETS, Knockout, KnockoutConfig, format_layers
 from .local_attention import RegularFrames, frame_local_attention
 from .prompts import Pass, Prompt, by_layer
 
-__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model", "reason_against_exit"]
+__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model", "every_row", "reason_against_exit"]
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
                 f"the layouts are of {len(prompt.layouts)} prompts of {prompt.tokens} tokens; the decoder got "
                 f"{list(states.shape[:2])}"
             )
-        return args, kwargs | {_PASS: Pass(prompt, start, int(states.shape[1]))}
+        return args, every_row(kwargs) | {_PASS: Pass(prompt, start, int(states.shape[1]))}
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         running = kwargs.get(_PASS)
@@ -553,6 +553,11 @@ def _with_spans(layouts: Sequence[TokenLayout], spans: Spans | FindSpans, ids: T
         layout = layout.with_spans({name: (at[0] + begin, at[1] + begin) for name, at in pairs.items()})
         found.append(layout.with_positions(others))
     return found
+
+
+def every_row(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a decoder by which it keeps all rows to its end; newer Gemma 4 drops some between its layers."""
+    return dict(kwargs) | ({"logits_to_keep": 0} if "logits_to_keep" in kwargs else {})
 
 
 def _pixels(inputs: Mapping[str, Any]) -> list[str]:

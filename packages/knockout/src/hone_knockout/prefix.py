@@ -23,7 +23,7 @@ from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
 from .config import KnockoutConfig
-from .models import attach, check_devices, reason_against_exit
+from .models import attach, check_devices, every_row, reason_against_exit
 
 __all__ = ["Counts", "PrefixRunner", "as_exit"]
 
@@ -197,9 +197,10 @@ class PrefixRunner:
             if self._needed is None or self._needed[index] or index == final:
                 self._entering[index] = states
 
-        def keep_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def keep_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             if kwargs.get("deepstack_visual_embeds") is not None:
                 self._deepstack = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
+            return args, every_row(kwargs)
 
         hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.decoder.layers]
         hooks.append(self.decoder.model.register_forward_pre_hook(keep_decoder, with_kwargs=True))
