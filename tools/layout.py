@@ -7,6 +7,8 @@ The rules are those of docs/adding_a_method.md.
 
 import argparse
 import ast
+import itertools
+import re
 from pathlib import Path
 
 from workspace import ROOT, Member, load_root, members, report
@@ -129,10 +131,12 @@ def _versions(found: list[Member]) -> list[str]:
     if len(set(versions.values())) > 1:
         problems.append(f"members have one version; found {versions}")
     for member in found:
-        for text in [*member.project.get("dependencies", [])]:
+        extras = member.project.get("optional-dependencies", {}).values()
+        for text in itertools.chain(member.project.get("dependencies", []), *extras):
             if text.startswith("hone-"):
-                name = next((n for n in sorted(versions, key=len, reverse=True) if text.startswith(n)), text)
-                bound = f"{name}~={versions.get(name)}"
+                name = re.split(r"[^\w-]", text)[0]
+                asked = re.search(r"\[.*?\]", text)
+                bound = f"{name}{asked[0] if asked else ''}~={versions.get(name)}"
                 if text.replace(" ", "") != bound:
                     problems.append(f"{member.folder}/pyproject.toml: expected {bound!r}; got {text!r}")
     return problems

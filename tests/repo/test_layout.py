@@ -39,6 +39,12 @@ def test_bad_file(tree, file, text, problem):
     ("folder", "old", "new", "problem"),
     [
         ("packages/alpha", "hone-core~=0.1.0", "hone-core", "expected 'hone-core~=0.1.0'; got 'hone-core'"),
+        (
+            "packages/alpha",
+            "[project]",
+            '[project]\noptional-dependencies = { x = ["hone-core[plots]"] }',
+            "expected 'hone-core[plots]~=0.1.0'; got 'hone-core[plots]'",
+        ),
         ("packages/alpha", 'version = "0.1.0"', 'version = "0.2.0"', "members have one version"),
         ("packages/alpha", 'name = "hone-alpha"', 'name = "alpha"', "expected the import package"),
         ("packages/alpha", "hone_alpha.cli:main", "hone_alpha.app:main", "[project.scripts] must be"),

@@ -24,11 +24,10 @@ def main() -> None:
 def info() -> dict[str, Any]:
     """Versions, the GPU, and which backends of each op can run on it."""
     import torch
-    from hone_core.environment import environment
+    from hone_core.environment import installed
 
     from hone_kernels import attention, attention_fp8, block_scores, block_select
 
-    facts = environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A call that every kernel takes.
     sizes = {
@@ -37,14 +36,7 @@ def info() -> dict[str, Any]:
         block_scores: dict(head_dim=128, samples=16),
         block_select: {},
     }
-    found: dict[str, Any] = {
-        "version": facts["packages"].get(PACKAGE),
-        "commit": facts["commit"],
-        "torch": facts["torch"],
-        "triton": facts["packages"].get("triton"),
-        "untried versions": facts["untried"] or "none",
-        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
-    }
+    found = installed(PACKAGE, "triton")
     for op, call in sizes.items():
         dtype = torch.float32 if op is block_select else torch.bfloat16
         reasons = {name: support.reason(device, dtype, **call) for name, support in op.SUPPORT.items()}

@@ -56,7 +56,7 @@ class BenchConfig:
     plot: bool = True
     """Draw the rate of attention's forward against density into figures/."""
     seed: int = 0
-    """Of data, lists and order."""
+    """Seed of data, lists and order."""
 
     def __post_init__(self) -> None:
         for name in ("shapes", "densities", "dtypes", "backends", "modes", "block"):
@@ -81,7 +81,7 @@ class TuneConfig:
     rounds: int = 20
     """Timed calls of each, in random order."""
     seed: int = 0
-    """Of data, lists and order."""
+    """Seed of data, lists and order."""
 
     def __post_init__(self) -> None:
         _positive(self, "candidates", "rounds")
@@ -98,7 +98,7 @@ class ProfileConfig:
     densities: tuple[float, ...] = (1.0, 0.1)
     """Shares of blocks listed."""
     seed: int = 0
-    """Of data and lists."""
+    """Seed of data and lists."""
 
     def __post_init__(self) -> None:
         for density in self.densities:
@@ -119,7 +119,7 @@ class SanitizeConfig:
     timeout: float = 600.0
     """Seconds for one part under one tool."""
     seed: int = 0
-    """Of data and lists."""
+    """Seed of data and lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

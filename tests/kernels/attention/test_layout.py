@@ -91,20 +91,24 @@ def test_sliding_tile_counts_ragged_tiles():
         BlockLayout.sliding_tile((4, 4, 4), (2, 2, 2), (2, 1, 1))
 
 
-def test_from_indices_checks_values():
+def test_values_of_lists_from_elsewhere_are_checked():
     num = torch.tensor([[[2, 1]]], dtype=torch.int32)
     good = torch.tensor([[[[0, 2], [1, 9]]]], dtype=torch.int32)
-    layout = BlockLayout.from_indices(good, num, 64, 96, block_q=32, block_k=32)
+    layout = BlockLayout(num, good, 64, 96, 32, 32)
     assert layout.to_mask().tolist() == [[[[True, False, True], [False, True, False]]]]
     for bad, message in (
         ([[2, 0], [1, 0]], "ascending"),
-        ([[0, 3], [1, 0]], r"\[0, 3\)"),
+        ([[0, 3], [1, 0]], r"kv_idx must lie in \[0, 3\).*got 3"),
         ([[1, 1], [1, 0]], "ascending"),
     ):
         with pytest.raises(ValueError, match=message):
-            BlockLayout.from_indices(torch.tensor([[bad]], dtype=torch.int32), num, 64, 96, block_q=32, block_k=32)
-    with pytest.raises(ValueError, match="kv_num"):
-        BlockLayout.from_indices(good, num + 1, 64, 96, block_q=32, block_k=32)
+            BlockLayout(num, torch.tensor([[bad]], dtype=torch.int32), 64, 96, 32, 32)
+    for counts, got in (([3, 1], 3), ([-1, 2], -1)):
+        with pytest.raises(ValueError, match=rf"kv_num must lie in \[0, 2\], the width of kv_idx; got {got}"):
+            BlockLayout(torch.tensor([[counts]], dtype=torch.int32), good, 64, 96, 32, 32)
+    with pytest.raises(ValueError, match=r"k_valid must lie in \[0, 32\]"):
+        BlockLayout(num, good, 64, 96, 32, 32, torch.tensor([[32, 33, 1]], dtype=torch.int32))
+    BlockLayout(num + 1, good, 64, 96, 32, 32, check=False)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -83,6 +83,22 @@ def test_pooled_keys_are_a_concatenation():
     assert_close(lse, (q @ keys.transpose(-1, -2) * 8**-0.5).logsumexp(-1), atol=1e-7)
 
 
+def test_what_no_list_names_is_not_read():
+    q, k, v = (x.requires_grad_() for x in tensors(1, 2, 12, 4))
+    mask = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    mask[:, 0, :, 1] = False  # of the first head no query reads the second block
+    layout = BlockLayout.from_mask(mask, 12, 12, block_q=4, block_k=4)
+    want = block_sparse_attention(q, k, v, layout)
+    expected = torch.autograd.grad(want.sum(), (q, k, v))
+    broken = [x.detach().clone().requires_grad_() for x in (k, v)]
+    for x in broken:
+        x.data[:, 0, 4:8] = torch.nan
+    got = block_sparse_attention(q, *broken, layout)
+    assert torch.equal(got, want)
+    for mine, theirs in zip(torch.autograd.grad(got.sum(), (q, *broken)), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_autocast_changes_nothing(dtype):
     q, k, v = tensors(1, 2, 40, 8, dtype=dtype)

@@ -3,9 +3,11 @@
 At density 1, without pooled keys, the attached model computes what the detached one does, whatever is combined with it.
 """
 
+import re
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -16,12 +18,13 @@ from diffusers import (
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
+    WanModularPipeline,
 )
 from diffusers.hooks import apply_group_offloading
 from hone_blade.config import BladeConfig
 from hone_blade.models import attach
 from hone_video.architectures import tiny, tiny_inputs
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
@@ -269,3 +272,56 @@ def test_compiled_sizes_are_a_graph_each():
                     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
                         run(compiled, sizes[limit])
     torch.compiler.reset()
+
+
+# Pipelines.
+
+
+def test_the_transformers_of_one_video_count_together():
+    pair = tiny("wan", seed=0), tiny("wan", seed=1)
+    config = replace(SPARSE, dense_steps=2)
+    high, low = tiny_inputs("wan", timestep=999), tiny_inputs("wan", timestep=500)
+    with attach(pair, config) as handle:
+        assert handle.models == pair
+        run(pair[0], high)
+        run(pair[0], {**high, "timestep": torch.tensor([874, 874])})
+        with handle.record() as rows:
+            run(pair[1], low)
+    assert {(row.step, row.model) for row in rows} == {(2, 1)}
+    with pytest.raises(ValueError, match="one transformer was given twice"):
+        attach((pair[0], pair[0]), config)
+
+
+def test_a_modular_pipeline():
+    pipe = WanModularPipeline()
+    pipe.update_components(transformer=tiny("wan"))
+    arguments = tiny_inputs("wan")
+    expected = run(pipe.transformer, arguments)
+    with attach(pipe, D1) as handle:
+        assert handle.models == (pipe.transformer,)
+        close(run(pipe.transformer, arguments), expected)
+    with pytest.raises(TypeError, match="WanModularPipeline holds no transformer"):
+        attach(WanModularPipeline(), D1)
+
+
+def test_a_wrapper_is_to_be_unwrapped():
+    wrapped = get_peft_model(tiny("wan"), LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(
+        TypeError, match=r"PeftModel around a WanTransf.*pass the model inside, its \.base_model\.model"
+    ):
+        attach(wrapped, D1)
+    attach(wrapped.base_model.model, D1).detach()
+
+
+def test_rows_of_the_readme_are_tests():
+    tests = Path(__file__).parents[2]
+    section = (tests.parent / "packages/blade/README.md").read_text().split("### Works together with")[1].split("##")[0]
+    named = set(re.findall(r"`(test_\w+)`", section))
+    written = {
+        name
+        for folder in ("packages/blade", "shared/video")
+        for file in (tests / folder).glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert len(named) > 15
+    assert named <= written, named - written

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hone_core.config import to_dict
+from hone_core.runs import Run
 from hone_knockout import cli
-from hone_knockout.config import SIZES, Source, TrainConfig
+from hone_knockout.config import SIZES, BenchConfig, Source, TrainConfig
 from hone_knockout.data import generated_items
 from hone_knockout.sources import source_of_run
 
@@ -170,6 +171,14 @@ def test_recommend_from_another_directory(capsys, folder, copy_host, tmp_path, m
         code, _, err = run(capsys, *alone[:-1], tmp_path / "alone2")
         assert code == 1
         assert f"model of the run {here / 'run'} was expected at {here / 'model'}" in err
+
+
+def test_recommend_of_a_run_of_another_verb(capsys, tmp_path):
+    with Run.start(package="hone-knockout", verb="bench", config=to_dict(BenchConfig()), out=tmp_path / "run"):
+        pass
+    code, out, err = run(capsys, "recommend", "--run", str(tmp_path / "run"))
+    assert (code, out) == (1, "")
+    assert "is a run of bench; expected one that hone-knockout eval wrote" in err
 
 
 def test_a_source_is_looked_for_in_the_run_s_folder_too(tmp_path):

@@ -4,16 +4,19 @@ The README's table "works together with" names these tests.
 """
 
 import copy
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_knockout.config import Knockout, KnockoutConfig
 from hone_knockout.models import attach
+from hone_knockout.prefix import PrefixRunner
 from hone_knockout.prompts import Pass, Prompt
 from hone_lm.decoders import cache_keyword, cache_of, find_decoder
-from hone_lm.layouts import find_layouts
+from hone_lm.layouts import find_layouts, locate_spans
 from hone_lm.tiny import tiny, tiny_inputs
 
 LAYERS = 6
@@ -56,6 +59,19 @@ def written(model, inputs, **options):
 def step(model, cache, rows=1):
     ids = torch.full((rows, 2), 70)
     return model(input_ids=ids, use_cache=True, **{cache_keyword(model): cache}).logits
+
+
+def test_every_row_of_the_readme_names_tests_that_are_here():
+    readme = Path(__file__).parents[3] / "packages" / "knockout" / "README.md"
+    table = readme.read_text(encoding="utf-8").partition("| works together with |")[2].partition("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) >= 14
+    here = Path(__file__).read_text(encoding="utf-8")
+    for row in rows:
+        names = re.findall(r"`((?:test_|Test)\w+)`", row.split("|")[3])
+        assert names, row
+        for name in names:
+            assert re.search(rf"(?:def|class) {name}\b", here), name
 
 
 class TestAttentionImplementation:
@@ -169,7 +185,9 @@ def test_checkpointed_forwards_before_one_backward(model, first, second, config,
         loss.backward()
         wanted = [parameter.grad.clone() for parameter in find_decoder(model).model.parameters()]
         model.zero_grad()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        # Newer transformers has another name for it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
         model.train()
         loss = sum(model(**inputs, use_cache=False).logits[:, -1].square().mean() for inputs in (first, second))
         loss.backward()
@@ -347,3 +365,218 @@ def both_ways(layout):
     """Causal, and open in both directions within a frame."""
     frame = layout.frame
     return windowed(len(frame), len(frame)) | ((frame[:, None] == frame[None, :]) & (frame >= 0)[:, None])
+
+
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+PROMPT = torch.tensor([[1, 50, 51, 281, *[280] * 4, 282, 52, 281, *[280] * 4, 282, 60, 61, 62]])
+
+
+def gemma3(**text):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    ids = {"image_token_index": 280, "boi_token_index": 281, "eoi_token_index": 282}
+    config = Gemma3Config(
+        text_config=TEXT | {"sliding_window": 8} | text, vision_config=VISION, mm_tokens_per_image=4, **ids
+    )
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    return Gemma3ForConditionalGeneration(config), {"pixel_values": pixels, "token_type_ids": (PROMPT == 280).long()}
+
+
+def gemma4(**text):
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300, "sliding_window": 8}
+    config = Gemma4Config(
+        text_config=TEXT | per_layer | {"layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 0} | text,
+        vision_config=VISION | {"head_dim": 16, "num_key_value_heads": 2},
+        audio_config=None,
+        image_token_id=280,
+        boi_token_id=281,
+        eoi_token_id=282,
+        video_token_id=283,
+    )
+    return Gemma4ForConditionalGeneration(config), {"mm_token_type_ids": (PROMPT == 280).long()}
+
+
+def ernie():
+    from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
+
+    experts = {"moe_intermediate_size": [32, 16], "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+    config = Ernie4_5_VLMoeConfig(
+        text_config=TEXT | experts | {"mlp_layer_types": ["dense"] + ["sparse"] * 3, "rope_parameters": rope},
+        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14},
+        image_token_id=280,
+        image_start_token_id=281,
+        image_end_token_id=282,
+        video_token_id=283,
+        video_start_token_id=284,
+        video_end_token_id=285,
+    )
+    visual = PROMPT == 280
+    model = Ernie4_5_VLMoeForConditionalGeneration(config)
+    return model, {"mm_token_type_ids": visual.long(), "moe_mm_token_type_ids": visual.int()}
+
+
+MIXED = ["sliding_attention", "full_attention"] * 2
+CLASSES = {
+    "gemma3": gemma3,
+    "gemma3, sliding": lambda: gemma3(layer_types=MIXED),
+    "gemma3, full": lambda: gemma3(layer_types=["full_attention"] * 4),
+    "gemma4": gemma4,
+    "gemma4, shared caches": lambda: gemma4(num_kv_shared_layers=1),
+    "ernie": ernie,
+}
+
+
+def of_class(name, base="sdpa"):
+    model, inputs = CLASSES[name]()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter, weight in model.named_parameters():
+            if weight.dim() > 1 and "norm" not in parameter:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.copy_(noise * 1.2 / weight[0].numel() ** 0.5)
+    model.eval().set_attn_implementation(base)
+    return model, {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)} | inputs
+
+
+class TestArgumentsPerToken:
+    """Layers that take more than hidden states and positions: per-layer inputs, token types, shared caches."""
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("base", ["sdpa", "eager"])
+    @pytest.mark.parametrize("name", ["gemma3, full", "gemma4", "ernie"])
+    def test_an_exit_is_lv_after_it(self, name, base):
+        model, inputs = of_class(name, base)
+        plain = model(**inputs).logits[:, -1]
+        for exit in (1, 2, 3):
+            with attach(model, lv(*range(exit, 4))):
+                blocked = model(**inputs).logits[:, -1]
+            with attach(model, KnockoutConfig(exit=exit)):
+                assert_close(model(**inputs).logits[:, -1], blocked, atol=1e-5)
+            assert not torch.allclose(blocked, plain, atol=1e-3)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("base", ["sdpa", "eager"])
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_prefix_reuse_is_a_run_from_the_start(self, name, base):
+        model, inputs = of_class(name, base)
+        runner = PrefixRunner(model, inputs)
+        for layers in ((1, 2), (3,), (2, 3), (0,), (3,), (1,)):
+            config = KnockoutConfig(knockouts=(lv(*layers),))
+            with attach(model, config):
+                wanted = model(**inputs).logits[:, -1]
+            assert_close(runner.run(config), wanted, atol=1e-5)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("base", ["sdpa", "eager"])
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_logits_of_few_rows_are_those_of_all(self, name, base):
+        model, inputs = of_class(name, base)
+        with attach(model, lv(2, 3)):
+            every = model(**inputs).logits
+            for keep in (1, 3):
+                assert_close(model(**inputs, logits_to_keep=keep).logits, every[:, -keep:], atol=1e-5)
+
+    def test_an_exit_before_layers_that_read_earlier_caches_is_refused(self):
+        model, _ = of_class("gemma4, shared caches")
+        with pytest.raises(ValueError, match="layer 3 reads keys of an earlier layer"):
+            attach(model, KnockoutConfig(exit=2))
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+    def test_an_exit_before_layers_that_take_what_is_not_known_is_refused(self, model, monkeypatch):
+        layer = type(find_decoder(model).layers[0])
+        forward = layer.forward
+        monkeypatch.setattr(layer, "forward", lambda self, hidden_states, depth=None, **kw: forward(self, depth, **kw))
+        with pytest.raises(ValueError, match="takes depth, kw, of which it is not known"):
+            attach(model, EXIT)
+
+    @torch.no_grad()
+    def test_reuse_is_refused_where_the_class_changes_its_logits_after_the_head(self):
+        model, inputs = gemma4(final_logit_softcapping=0.5)
+        inputs = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)} | inputs
+        with pytest.raises(ValueError, match="--no-reuse"):
+            PrefixRunner(model.eval(), inputs).run(KnockoutConfig(knockouts=(lv(1),)))
+
+
+class TestNamedPositions:
+    """Subsets of visual tokens, as pruning methods choose them, and spans of text."""
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_an_exit_of_some_is_that_nothing_reads_them(self, model, processor, cached):
+        questions = ["What moves?", "Which of the two is first?"]
+        inputs = tiny_inputs(FAMILY, processor, questions)
+        (start, stop) = find_layouts(model, tiny_inputs(FAMILY, processor, questions[:1]))[0].spans["video"]
+        low = list(range(start + 1, stop, 3))
+        rest = [at for at in range(500) if at not in low]
+
+        def spans(layout, ids):
+            begin = int(layout.real.nonzero()[0])
+            end = len(layout.frame)
+            return {"low": [at + begin for at in low], "rest": [at + begin for at in rest if at + begin < end]}
+
+        layers = tuple(range(3, LAYERS))
+        knockouts = [Knockout(kind="span", source="low", target=target, layers=layers) for target in ("rest", "text")]
+
+        def logits(**more):
+            out = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
+            )
+            return torch.stack(out.logits, 1)
+
+        plain = logits()
+        with attach(model, knockouts, spans=spans):
+            blocked = logits(use_cache=cached)
+        with attach(model, KnockoutConfig(exit=3, leave="low"), spans={"low": low}) as handle:
+            assert_close(logits(use_cache=cached), blocked, atol=1e-5)
+            assert handle.rows.shape[1] == len(handle.layouts[0].frame) - len(low)
+        assert not torch.allclose(blocked, plain, atol=1e-3)
+
+    @torch.no_grad()
+    def test_spans_of_attach_are_those_of_using(self, model, processor):
+        inputs = tiny_inputs(FAMILY, processor, ["Which? (A) red (B) blue. Answer: ("])
+        (layout,) = find_layouts(model, inputs)
+
+        def find(layout, ids):
+            return locate_spans(processor.tokenizer, ids, {"question": "Which?", "options": "(A) red (B) blue"})
+
+        knockout = Knockout(kind="span", source="question", target="last", layers=(0, 1))
+        with attach(model, knockout) as handle, handle.using([layout.with_spans(find(layout, inputs["input_ids"][0]))]):
+            wanted = model(**inputs).logits
+        with attach(model, knockout, spans=find):
+            assert torch.equal(model(**inputs).logits, wanted)
+        with attach(model, knockout, spans=find(layout, inputs["input_ids"][0])):
+            assert torch.equal(model(**inputs).logits, wanted)
+
+    @torch.no_grad()
+    def test_what_leaves_must_be_visual(self, model, first):
+        with (
+            attach(model, KnockoutConfig(exit=3, leave="low"), spans={"low": [0, 30]}),
+            pytest.raises(ValueError, match=r"must name visual tokens, and at least one; .* 1 of them text"),
+        ):
+            model(**first)
+        with attach(model, KnockoutConfig(exit=3, leave="other")), pytest.raises(ValueError, match="not known here"):
+            model(**first)
+        with pytest.raises(ValueError, match="leave='low' says what leaves at an exit"):
+            KnockoutConfig(leave="low")
+        with pytest.raises(ValueError, match=r"layers \[4\] have no low tokens after the exit"):
+            KnockoutConfig(exit=3, leave="low", knockouts=(lv(4),))

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 
@@ -12,7 +13,9 @@ from hone_knockout.evaluate import (
     SweepReport,
     configurations,
     is_right,
+    item_digest,
     read_answers,
+    reopen,
     summarise,
     sweep,
 )
@@ -376,3 +379,61 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="width"):
         configurations(SweepConfig(width=9), 4)
     assert configurations(SweepConfig(settings=("local",)), 4)["local VT 0-1"].config != KnockoutConfig()
+
+
+def test_edited_and_removed_questions_are_not_answered_by_what_is_stored(host, tmp_path):
+    items = generated_items(8, host.config.clip)
+    with start(CFG, tmp_path / "run") as run:
+        sweep(host.model, host.processor, items, CFG, run)
+    before, _ = read_answers(run.path)
+    first = items[0]
+    edited = [dataclasses.replace(first, answer=(first.answer + 1) % len(first.options)), *items[1:7]]
+    asked = []
+
+    class Noted(type(host.model)):
+        def forward(self, *args, **kwargs):
+            asked.append(kwargs["input_ids"].shape[0])
+            return super().forward(*args, **kwargs)
+
+    model = copy.deepcopy(host.model)
+    model.__class__ = Noted
+    again = Run.start(package="hone-knockout", verb="eval", config=CFG, out=tmp_path / "run", seed=CFG.seed, quiet=True)
+    again.reopen()
+    with again:
+        report = sweep(model, host.processor, edited, CFG, again)
+    answers, _ = read_answers(run.path)
+    assert report.items == 7
+    assert set(answers) == {item.id for item in edited}
+    assert answers[first.id]["answer"] == edited[0].answer
+    assert answers[items[1].id] == before[items[1].id]
+    assert set(asked) == {1}
+
+
+def test_answers_of_other_weights_are_refused(host, tmp_path):
+    items = generated_items(4, host.config.clip)
+    with start(CFG, tmp_path / "run") as run:
+        sweep(host.model, host.processor, items, CFG, run)
+    model = copy.deepcopy(host.model)
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    again = start(CFG, tmp_path / "run")
+    again.reopen()
+    with again, pytest.raises(ValueError, match="answers of other weights"):
+        sweep(model, host.processor, items, CFG, again)
+
+
+def test_a_finished_run_is_taken_up_again_where_a_question_was_edited(tmp_path, monkeypatch):
+    cfg = SweepConfig()
+    items = generated_items(3)
+    run = start(cfg, tmp_path / "run")
+    with run:
+        rows = [{"id": item.id, "digest": item_digest(item), "results": {}} for item in items]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        run.artifacts.mkdir(parents=True, exist_ok=True)
+        (run.artifacts / "answers.jsonl").write_text(lines)
+        run.row("failed_items", 0, better="lower", n=3)
+    for asked, done in ((items, True), ([dataclasses.replace(items[0], question="Else?"), *items[1:]], False)):
+        monkeypatch.setattr("hone_knockout.evaluate.read_questions", lambda *args, asked=asked: asked)
+        again = start(cfg, tmp_path / "run")
+        reopen(cfg, again)
+        assert again.done is done

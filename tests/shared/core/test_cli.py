@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hone_core import runs
+from hone_core import environment, runs
 from hone_core.cli import Verb, run_cli
 from hone_core.config import flag
 from hone_core.errors import MissingExtraError
@@ -475,7 +475,9 @@ def test_flags_of_every_kind_change_defaults_and_a_file(table, tmp_path, argv, p
 
 def test_a_finished_run_is_exported_whether_it_ran_now_or_before(table, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "environment", lambda: {"commit": "c", "dirty": False})
+    monkeypatch.setattr(environment, "code_version", lambda: ("c", False))
     assert table("whole --out run --export absent/x.json")[0] == 2
+    assert table(f"whole --out run --export {tmp_path}")[0] == 2
     assert not (tmp_path / "run").exists()
     for name in ("first", "second"):
         code, _, err = table(f"whole --out run --export {name}.json")
@@ -483,11 +485,21 @@ def test_a_finished_run_is_exported_whether_it_ran_now_or_before(table, tmp_path
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
     assert first == second
     assert first["rows"] == json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+
+
+def test_code_with_changes_is_not_exported_and_that_is_said_before_the_run(table, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "environment", lambda: {"commit": "c", "dirty": True})
-    code, _, err = table("whole --out other --export other.json")
+    monkeypatch.setattr(environment, "code_version", lambda: ("c", True))
+    code, _, err = table("whole --out run --export run.json")
+    assert code == 2
+    assert "the checkout has uncommitted changes" in err
+    assert not (tmp_path / "run").exists()
+    assert table("whole --out run")[0] == 0
+    monkeypatch.setattr(environment, "code_version", lambda: ("d", False))
+    code, _, err = table("whole --out run --export run.json")
     assert code == 1
     assert "expected a run of committed code" in err
-    assert json.loads((tmp_path / "other" / "results.json").read_text())["status"] == "done"
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_dry_run_prints_the_prepared_plan_and_makes_nothing(table, tmp_path):
@@ -500,6 +512,16 @@ def test_dry_run_prints_the_prepared_plan_and_makes_nothing(table, tmp_path):
     assert (code, err) == (1, "hone-core draw: error: there is no file absent\n")
     assert not CALLS
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", ["", " --dry-run"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x"])
+def test_a_word_that_is_no_device_is_refused_before_the_run(table, tmp_path, device, dry):
+    code, out, err = table(f"draw --out run --device {device}{dry}")
+    assert (code, out) == (1, "")
+    assert f"device must be auto, cpu, cuda or cuda:<index>; got '{device}'" in err
+    assert not CALLS
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_gets_what_is_no_part_of_its_config(table):

@@ -95,3 +95,11 @@ def test_times_of_a_part_of_a_video():
         inputs = choice_inputs(processor, [PROMPTS[family].format(question="What?")], [clip])
         text = processor.tokenizer.decode(inputs["input_ids"][0]).replace(" ", "")
         assert all(part.replace(" ", "") in text for part in shown), text
+
+
+@pytest.mark.parametrize(("family", "token"), [("llava_onevision", "<video>"), ("qwen2_vl", "<|image_pad|>")])
+def test_a_text_that_holds_a_placeholder_is_refused(family, token):
+    _, processor = tiny(family, layers=1)
+    for question, options in ((f"What is {token}?", ["x", "y"]), ("What?", ["x", f"a {token}"])):
+        with pytest.raises(ValueError, match="takes for the place of a video or image"):
+            choice_prompt(processor, question, options)

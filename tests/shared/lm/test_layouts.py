@@ -288,3 +288,61 @@ def test_a_layout_is_cut_after_its_video_only():
     assert layout.cut(size) is layout
     with pytest.raises(ValueError, match="it cannot be cut at 40"):
         layout.cut(40)
+
+
+def side_by_side(sizes, run):
+    """Two images of LLaVA-OneVision that a template puts beside each other."""
+    model, _ = tiny("llava_onevision", layers=1)
+    image, video = model.config.image_token_id, model.config.video_token_id
+    ids = torch.tensor([[40, *[image] * run, 41, *[video] * 33, 42, 43]])
+    return find_layouts(model, {"input_ids": ids, "image_sizes": torch.tensor(sizes)})[0]
+
+
+def test_images_side_by_side_are_several_and_are_told_from_frames():
+    layout = side_by_side([[56, 56], [56, 56]], 14)
+    assert layout.tokens_per_frame == (7, 7, 16, 16)
+    assert layout.images == (0, 1)
+    assert "images, no frames of a video: 0, 1" in str(layout)
+    assert TokenLayout.from_dict(layout.to_dict()).images == (0, 1)
+    assert side_by_side([[56, 56]], 14).tokens_per_frame == (14, 16, 16)
+    with pytest.raises(ValueError, match="2 images of different sizes stand in 1 runs"):
+        side_by_side([[56, 56], [56, 28]], 14)
+
+
+def test_an_image_of_mistral3_is_one_frame_of_several_rows():
+    config = SimpleNamespace(
+        model_type="mistral3",
+        image_token_id=10,
+        spatial_merge_size=2,
+        vision_config=SimpleNamespace(patch_size=14),
+    )
+
+    def image(rows, columns):
+        found = []
+        for row in range(rows):
+            found += [10] * columns + [12 if row == rows - 1 else 11]
+        return found
+
+    ids = torch.tensor([[1, *image(3, 2), 50, *image(1, 4), 51, 52]])
+    inputs = {"input_ids": ids, "image_sizes": torch.tensor([[84, 56], [28, 112]])}
+    (layout,) = find_layouts(config, inputs)
+    assert layout.tokens_per_frame == (6, 4)
+    assert layout.separators == (3, 6)
+    assert layout.between == (9, 10)
+    with pytest.raises(ValueError, match="takes 2 rows of 3 tokens"):
+        find_layouts(config, inputs | {"image_sizes": torch.tensor([[56, 84], [28, 112]])})
+    with pytest.raises(ValueError, match="must hold image_sizes"):
+        find_layouts(config, {"input_ids": ids})
+
+
+def test_named_positions():
+    model, processor = tiny("llava_onevision", layers=1)
+    (layout,) = find_layouts(model, tiny_inputs("llava_onevision", processor))
+    named = layout.with_positions({"low": [30, 28, 30]})
+    assert named.mask("low").nonzero().flatten().tolist() == [28, 30]
+    assert layout.with_positions({"low": named.mask("low")}).positions == named.positions == {"low": (28, 30)}
+    assert TokenLayout.from_dict(named.to_dict()).positions == named.positions
+    assert layout.images == ()
+    for given in ([], [len(layout.frame)], [-1], torch.ones(3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="positions low"):
+            layout.with_positions({"low": given})

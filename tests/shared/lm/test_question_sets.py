@@ -344,3 +344,68 @@ def test_egoschema(tmp_path):
     write(tmp_path / "subset_answers.json", {"u2": 3})
     (item,) = load_items(tmp_path / "questions.json", format="egoschema")
     assert (item.id, item.answer, len(item.options)) == ("u2", 3, 5)
+
+
+def task_file(folder, task, **row):
+    (folder / "json").mkdir(parents=True, exist_ok=True)
+    full = {"question": "?", "candidates": ["x", "y"], "answer": "x"} | row
+    write(folder / "json" / f"{task}.json", [full])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("ZS9XR_1.3_4.8.mp4", (None, None)), ("ZS9XR.mp4", (1.3, 4.8)), ("ZS9XR_1.3_5.mp4", (1.3, 4.8))],
+)
+def test_a_video_whose_name_has_the_cut_is_not_cut_again(tmp_path, name, expected):
+    (item,) = load_items(task_file(tmp_path, "action_sequence", video=name, start=1.3, end=4.8), format="mvbench")
+    assert (item.start, item.end) == expected
+
+
+@pytest.mark.parametrize("name", ["v.avi", "v.webm"])
+@pytest.mark.parametrize("task", ["state_change", "fine_grained_pose"])
+def test_a_video_that_was_converted_is_found(tmp_path, name, task):
+    folder = {"state_change": "perception/videos", "fine_grained_pose": "nturgbd"}[task]
+    for place in (folder, "other"):
+        (tmp_path / "video" / place).mkdir(parents=True)
+        (tmp_path / "video" / place / "v.mp4").write_bytes(b"x")
+    (item,) = load_items(task_file(tmp_path, task, video=name), format="mvbench")
+    assert item.video == tmp_path / "video" / folder / "v.mp4"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_egoschema_as_rows_on_hugging_face(tmp_path, suffix):
+    rows = [
+        {"question_idx": "1", "question": "?", "video_idx": "u", "option": ["A. x", "B. y", "C. z"], "answer": "2"},
+        {"question_idx": "2", "question": "?", "video_idx": "w", "option": ["A. x", "B. y", "C. z"], "answer": None},
+    ]
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write(path, rows)
+    (item,) = load_items(path, format="egoschema")
+    assert (item.id, item.options, item.answer) == ("u", ("x", "y", "z"), 2)
+    assert item.video == tmp_path / "u.mp4"
+
+
+@pytest.mark.parametrize("answer", ["b", "(b)", 1.0, "1.0", "1", "B"])
+def test_ways_to_write_an_answer(tmp_path, answer):
+    row = {"video": "a.mp4", "question": "?", "options": ["x", "y"], "answer": answer}
+    assert load_items(write(tmp_path / "qa.jsonl", [row]))[0].answer == 1
+
+
+@pytest.mark.parametrize("answer", [1.5, "1.5", True])
+def test_answers_that_are_no_index(tmp_path, answer):
+    row = {"video": "a.mp4", "question": "?", "options": ["x", "y"], "answer": answer}
+    with pytest.raises(ValueError, match="answer"):
+        load_items(write(tmp_path / "qa.jsonl", [row]))
+
+
+def test_two_options_that_are_the_same_are_refused(tmp_path):
+    row = {"video": "a.mp4", "question": "?", "options": ["x", "y", "x "], "answer": 1}
+    with pytest.raises(ValueError, match="two options are the same"):
+        load_items(write(tmp_path / "qa.jsonl", [row]))

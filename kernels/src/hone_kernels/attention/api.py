@@ -267,7 +267,7 @@ def _attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton import attention_backward
 
-    columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k).transpose()
+    columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k, check=False).transpose()
     with torch.cuda.device_of(q):
         grads = attention_backward(
             in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +66,15 @@ class BlockLayout:
         k_valid: ``[B or 1, NK]`` int32 or None. Keys that exist at the head of each key block; those behind them
             (padding of a batch, of a ragged tile) get no weight and no gradient. They must be finite all the same,
             since no weight times NaN is NaN. None: every key below ``tokens_k`` exists.
+
+    Args:
+        check: Look at the values, which waits for the device. False where an op made them: then lists that are not as
+            above give wrong results in silence.
+
+    Raises:
+        ValueError: A shape does not fit, a count is outside ``[0, L]``, an index outside ``[0, NK)``, a list is not
+            strictly ascending.
+        TypeError: A tensor is not int32.
     """
 
     kv_num: Tensor
@@ -75,8 +84,9 @@ class BlockLayout:
     block_q: int
     block_k: int
     k_valid: Tensor | None = None
+    check: InitVar[bool] = field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
         rows, _ = _grid(self.tokens_q, self.tokens_k, self.block_q, self.block_k)
         lead = self.kv_num.shape[:-1]
         if self.kv_num.dim() != 3 or self.kv_num.shape[-1] != rows:
@@ -103,6 +113,27 @@ class BlockLayout:
                 raise ValueError(
                     f"{name} is on {tensor.device} but kv_num is on {self.kv_num.device}; move one of them"
                 )
+
+        if check:
+            self._check_values()
+
+    def _check_values(self) -> None:
+        width, cols = self.kv_idx.shape[-1], self.num_k_blocks
+        wrong = (self.kv_num < 0) | (self.kv_num > width)
+        if bool(wrong.any()):
+            got = int(self.kv_num[wrong][0])
+            raise ValueError(f"kv_num must lie in [0, {width}], the width of kv_idx; got {got}")
+        used = torch.arange(width, device=self.device) < self.kv_num.unsqueeze(-1)
+        wrong = used & ((self.kv_idx < 0) | (self.kv_idx >= cols))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"kv_idx must lie in [0, {cols}): there are {cols} blocks of {self.block_k} keys in {self.tokens_k}; "
+                f"got {int(self.kv_idx[wrong][0])}"
+            )
+        if bool((used[..., 1:] & (self.kv_idx[..., 1:] <= self.kv_idx[..., :-1])).any()):
+            raise ValueError("kv_idx must be strictly ascending within each row; sort it and drop repeated blocks")
+        if self.k_valid is not None and bool(((self.k_valid < 0) | (self.k_valid > self.block_k)).any()):
+            raise ValueError(f"k_valid must lie in [0, {self.block_k}], the key block size")
 
     @property
     def num_q_blocks(self) -> int:
@@ -133,38 +164,7 @@ class BlockLayout:
         rows, cols = _grid(tokens_q, tokens_k, block_q, block_k)
         num = torch.full((1, 1, rows), cols, dtype=torch.int32, device=device)
         idx = torch.arange(cols, dtype=torch.int32, device=device).expand(1, 1, rows, cols).contiguous()
-        return cls(num, idx, tokens_q, tokens_k, block_q, block_k)
-
-    @classmethod
-    def from_indices(
-        cls,
-        kv_idx: Tensor,
-        kv_num: Tensor,
-        tokens_q: int,
-        tokens_k: int,
-        *,
-        block_q: int = 128,
-        block_k: int = 128,
-        k_valid: Tensor | None = None,
-    ) -> BlockLayout:
-        """Lists that come from elsewhere, with their values checked (this waits for the device).
-
-        Raises:
-            ValueError: If a count is outside ``[0, L]``, an index outside ``[0, NK)``, or a list is not strictly
-                ascending.
-        """
-        layout = cls(kv_num, kv_idx, tokens_q, tokens_k, block_q, block_k, k_valid)
-        width, cols = kv_idx.shape[-1], layout.num_k_blocks
-        if bool(((kv_num < 0) | (kv_num > width)).any()):
-            raise ValueError(f"kv_num must lie in [0, {width}], the width of kv_idx; got {int(kv_num.max())}")
-        used = torch.arange(width, device=kv_idx.device) < kv_num.unsqueeze(-1)
-        if bool((used & ((kv_idx < 0) | (kv_idx >= cols))).any()):
-            raise ValueError(f"kv_idx must lie in [0, {cols}): there are {cols} blocks of {block_k} keys in {tokens_k}")
-        if bool((used[..., 1:] & (kv_idx[..., 1:] <= kv_idx[..., :-1])).any()):
-            raise ValueError("kv_idx must be strictly ascending within each row; sort it and drop repeated blocks")
-        if k_valid is not None and bool(((k_valid < 0) | (k_valid > block_k)).any()):
-            raise ValueError(f"k_valid must lie in [0, {block_k}], the key block size")
-        return layout
+        return cls(num, idx, tokens_q, tokens_k, block_q, block_k, check=False)
 
     @classmethod
     def from_mask(
@@ -203,7 +203,7 @@ class BlockLayout:
         idx = mask.new_zeros((*mask.shape[:-1], width + 1), dtype=torch.int32)
         columns = torch.arange(cols, dtype=torch.int32, device=mask.device).expand(mask.shape)
         idx.scatter_(-1, slot, columns)
-        return cls(num, idx[..., :width].contiguous(), tokens_q, tokens_k, block_q, block_k, k_valid)
+        return cls(num, idx[..., :width].contiguous(), tokens_q, tokens_k, block_q, block_k, k_valid, check=False)
 
     @classmethod
     def from_topk(
@@ -240,7 +240,7 @@ class BlockLayout:
         if forced is None:
             idx = best.sort(dim=-1).values.to(torch.int32)
             num = torch.full(idx.shape[:-1], keep, dtype=torch.int32, device=idx.device)
-            return cls(num, idx, tokens_q, tokens_k, block_q, block_k, k_valid)
+            return cls(num, idx, tokens_q, tokens_k, block_q, block_k, k_valid, check=False)
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) | forced
         return cls.from_mask(mask, tokens_q, tokens_k, block_q=block_q, block_k=block_k, k_valid=k_valid)
 
@@ -366,7 +366,7 @@ class BlockLayout:
         sizes: dict[str, Any] = dict(block_q=block_q, block_k=block_k)
 
         def blocks(num: Tensor, idx: Tensor) -> Tensor:
-            return cls(num, idx, tokens_q, tokens_k, **sizes).to_mask()
+            return cls(num, idx, tokens_q, tokens_k, **sizes, check=False).to_mask()
 
         cut = blocks(mask.kv_num_blocks, mask.kv_indices)
         if partial == "reject" and bool(cut.any()):

@@ -50,7 +50,12 @@ def attention_reference(
     def per_head(x: Tensor) -> Tensor:
         return x.to(dtype).repeat_interleave(group, dim=1)
 
-    keys, values = per_head(k), per_head(v)
+    column = torch.arange(layout.tokens_k, device=q.device)
+    exists = column % layout.block_k < layout.key_counts()[:, column // layout.block_k]  # [B or 1, TK]
+    blocks = layout.to_mask()
+    # No weight times NaN is NaN: what no list names must not be multiplied.
+    unread = ~blocks.any(2)[..., column // layout.block_k].unsqueeze(-1)  # [B or 1, H or 1, TK, 1]
+    keys, values = (per_head(x).masked_fill(unread, 0) for x in (k, v))
     extra_bias = None
     if pooled_k is not None:
         assert pooled_v is not None
@@ -58,10 +63,6 @@ def attention_reference(
         values = torch.cat([values, extra_v], dim=2)
         if pooled_bias is not None:
             extra_bias = per_head(pooled_bias.expand(pooled_k.shape[:3]))[:, :, None, :]
-
-    column = torch.arange(layout.tokens_k, device=q.device)
-    exists = column % layout.block_k < layout.key_counts()[:, column // layout.block_k]  # [B or 1, TK]
-    blocks = layout.to_mask()
 
     rows_per_chunk = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * values.shape[2] * layout.block_q))
     outs, lses = [], []

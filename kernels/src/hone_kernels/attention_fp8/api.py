@@ -336,7 +336,7 @@ def _straight_through_backward_op(
     from .triton import has_e4m3
 
     operands = (q8, k8, v8, q_scale, k_scale, v_scale, block, dout.dtype)
-    columns = BlockLayout(kv_num, kv_idx, q8.shape[2], k8.shape[2], block_q, block_k).transpose()
+    columns = BlockLayout(kv_num, kv_idx, q8.shape[2], k8.shape[2], block_q, block_k, check=False).transpose()
     no_pooled = (None, None, None)
     with torch.cuda.device_of(q8):
         if has_e4m3(q8):

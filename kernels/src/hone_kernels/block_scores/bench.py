@@ -150,7 +150,7 @@ def _bench(run: Run, name: str, shape: Shape, errors: dict[Kind, float], rounds:
     rule: dict[str, Any] = dict(min_keep=max(1, most // 4), max_keep=most, mass=0.95, keep_diagonal=True, forced=forced)
     scores = block_scores(q, k, index, index)
     kept = select_blocks(scores, **rule)
-    layout = BlockLayout(kept.kv_num, kept.kv_idx, tokens, tokens, BLOCK, BLOCK)
+    layout = BlockLayout(kept.kv_num, kept.kv_idx, tokens, tokens, BLOCK, BLOCK, check=False)
     groups = -(-(tokens - shape.text) // shape.pool)
     make = (shape.batch, shape.heads, groups, shape.dim)
     far_k, far_v = (torch.randn(make, device="cuda", dtype=q.dtype) for _ in range(2))

@@ -21,21 +21,14 @@ def main() -> None:
 
 def info() -> dict[str, Any]:
     """Versions, devices, presets, and the tiny host that is packaged."""
-    from hone_core.environment import environment
+    from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_video.host_config import PACKAGED
 
     from .config import PRESETS
 
-    facts = environment()
     return {
-        "version": facts["packages"].get(PACKAGE),
-        "commit": facts["commit"],
-        "python": facts["python"],
-        "torch": facts["torch"],
-        "diffusers": facts["packages"].get("diffusers"),
-        "untried versions": facts["untried"] or "none",
-        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
+        **installed(PACKAGE, "diffusers"),
         "presets": {name: f"{preset.model}." for name, preset in PRESETS.items()},
         "tiny host": describe_host(PACKAGE, PACKAGED),
     }

@@ -297,7 +297,7 @@ def _text_blocks(tokens: int, text_tokens: int, cfg: BladeConfig) -> int:
 
 
 def _layout(kept: SelectedBlocks, q: Tensor, k: Tensor, cfg: BladeConfig) -> BlockLayout:
-    return BlockLayout(kept.kv_num, kept.kv_idx, q.shape[2], k.shape[2], cfg.block, cfg.block)
+    return BlockLayout(kept.kv_num, kept.kv_idx, q.shape[2], k.shape[2], cfg.block, cfg.block, check=False)
 
 
 def _density(layout: BlockLayout) -> Float[Tensor, "batch heads"]:

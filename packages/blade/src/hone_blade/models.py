@@ -88,7 +88,8 @@ def attach(model_or_pipeline: Any, preset_or_config: str | BladeConfig) -> Blade
 
     Args:
         model_or_pipeline: A ``WanTransformer3DModel`` or ``CogVideoXTransformer3DModel`` (text-, image- or
-            video-conditioned), or a pipeline that holds one; of a Wan2.2 pipeline both transformers.
+            video-conditioned), or a pipeline that holds one; of a Wan2.2 pipeline both transformers, or a sequence of
+            them, whose steps are counted together.
         preset_or_config: Name in ``PRESETS``, or settings.
 
     Returns:

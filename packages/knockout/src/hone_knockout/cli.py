@@ -17,22 +17,14 @@ def main() -> None:
 
 def info() -> dict[str, Any]:
     """Versions, devices, presets, classes with a layout rule, and the tiny host that is packaged."""
-    from hone_core.environment import environment
+    from hone_core.environment import installed
     from hone_core.hosts import describe_host
+    from hone_lm.layouts import RULES
 
     from .config import PRESETS
 
-    facts = environment()
-    from hone_lm.layouts import RULES
-
     return {
-        "version": facts["packages"].get(PACKAGE),
-        "commit": facts["commit"],
-        "python": facts["python"],
-        "torch": facts["torch"],
-        "transformers": facts["packages"].get("transformers"),
-        "untried versions": facts["untried"] or "none",
-        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
+        **installed(PACKAGE, "transformers"),
         "presets": {name: f"{preset.config.label} ({preset.model})." for name, preset in PRESETS.items()},
         "layouts": list(RULES),
         "tiny host": describe_host(PACKAGE),
@@ -62,7 +54,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         help="Answer questions under many knockouts: accuracy, intervals, flips, McNemar, per category, plots.",
         config="hone_knockout.config:SweepConfig",
         prepare="hone_knockout.inputs:find_source",
-        opened="hone_knockout.evaluate:reopen_failed",
+        opened="hone_knockout.evaluate:reopen",
     ),
     "recommend": Verb(
         run="hone_knockout.recommend:recommend",

@@ -76,7 +76,7 @@ class Knockout:
     control: Control = "none"
     """``random``: as many pairs, drawn among those of the model's mask. ``opposite``: everything but these pairs."""
     seed: int = 0
-    """Of ``control="random"``."""
+    """Seed of the pairs of ``control="random"``."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -115,18 +115,23 @@ class KnockoutConfig:
     exit: int | None = None
     """Visual tokens take part in layers 0 .. exit - 1 and are gone from layer ``exit`` on, from hidden states and
     caches (the paper's "exit after layer 18" is ``exit=18``)."""
+    leave: str = "visual"
+    """Which visual tokens leave at the exit: all, or a span or named positions of the layout, such as what a pruning
+    method would drop (``attach(..., spans=)``). For Python only."""
     allow_empty: bool = False
     """Accept a knockout that blocks no pair of a prompt. Otherwise it is an error: it would pass for a result."""
 
     def __post_init__(self) -> None:
         if self.exit is None:
+            if self.leave != "visual":
+                raise ValueError(f"leave={self.leave!r} says what leaves at an exit, and there is none; give exit")
             return
         if self.exit < 1:
             raise ValueError(f"exit must leave visual tokens at least one layer; got {self.exit}")
         late = sorted({layer for item in self.knockouts for layer in item.layers if layer >= self.exit})
         if late:
             raise ValueError(
-                f"layers {late} have no visual tokens after the exit at layer {self.exit}; knock out earlier"
+                f"layers {late} have no {self.leave} tokens after the exit at layer {self.exit}; knock out earlier"
             )
 
     def check(self, num_layers: int, deepstack_layers: int = 0) -> None:
@@ -158,7 +163,7 @@ class KnockoutConfig:
         """Short name; ``baseline`` if nothing is done."""
         parts = [item.label for item in self.knockouts]
         if self.exit is not None:
-            parts.append(f"exit {self.exit}")
+            parts.append(f"exit {self.exit}" + ("" if self.leave == "visual" else f" of {self.leave}"))
         return " + ".join(parts) or "baseline"
 
 

@@ -7,6 +7,7 @@ intervals, plots, the recommendation) is computed from that file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+from hone_core.io import atomic_write_text
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.statistics import bootstrap_interval, paired
@@ -151,15 +153,19 @@ def shown_p(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def reopen_failed(cfg: SweepConfig, run: Run) -> None:
-    """Take up a finished run again, if its failed questions are to be asked again.
+def reopen(cfg: SweepConfig, run: Run) -> None:
+    """Take up a finished run again, if its failed questions are to be asked again, or questions were edited since.
 
     Raises:
-        ValueError: They are, and there is no run.
+        ValueError: Failed ones are to be asked again, and there is no run.
     """
     if cfg.retry_failed and not (run.done or run.resumed):
         raise ValueError("which run? --retry-failed goes with --out, the folder of the run whose questions failed")
-    if cfg.retry_failed and run.done and read_answers(run.path)[1]:
+    if not run.done:
+        return
+    answers, failed = read_answers(run.path)
+    items = read_questions(cfg.source, cfg.seed)
+    if (cfg.retry_failed and failed) or len(_current(answers, items)) < len(answers):
         run.reopen()
 
 
@@ -191,11 +197,13 @@ def sweep(
         items: Questions.
         cfg: Settings.
         run: A started ``hone_core.runs.Run``. One that was stopped goes on where it was; questions that failed before
-            are asked again, since a file may be there now, or memory free.
+            are asked again, since a file may be there now, or memory free; so are those whose text, options or video
+            is another now.
         chosen: Configurations in place of those of ``cfg``; the baseline is always run.
 
     Raises:
-        ValueError: Every question failed, or the decoder is spread over devices.
+        ValueError: Every question failed, the decoder is spread over devices, or the answers that the run holds are
+            those of other weights.
     """
     decoder = find_decoder(model)
     check_devices(decoder)
@@ -203,6 +211,8 @@ def sweep(
     for entry in found.values():
         entry.config.check(decoder.num_layers, decoder.deepstack_layers)
     path = run.artifacts / ANSWERS
+    weights = weights_digest(model)
+    _drop_edited(path, items, weights)
     answers, _ = read_answers(run.path)
     waiting = [item for item in items if item.id not in answers]
     counts, started = Counts(), time.perf_counter()
@@ -210,7 +220,7 @@ def sweep(
         bar.update(len(items) - len(waiting))
         for at in range(0, len(waiting), cfg.batch):
             for line in _answer_batch(model, processor, waiting[at : at + cfg.batch], found, cfg, counts):
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line | {"weights": weights}) + "\n")
             file.flush()
             bar.update(len(waiting[at : at + cfg.batch]))
     answers, failed = read_answers(run.path)
@@ -302,7 +312,8 @@ def _answer_ready(
             for place, index in enumerate(order):
                 probability[index] = round(choices.probability[place], 6)
             results[label] = {"p": probability, "mass": round(choices.mass, 6)}
-        lines.append({"id": item.id, "answer": item.answer, "category": item.category, "results": results})
+        asked = {"id": item.id, "digest": item_digest(item), "answer": item.answer, "category": item.category}
+        lines.append(asked | {"results": results})
     return lines
 
 
@@ -335,6 +346,58 @@ def _run_all(
             with attach(model, entry.config, tokens_per_frame=cfg.tokens_per_frame):
                 logits[label] = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].cpu()
     return logits
+
+
+def item_digest(item: Item) -> str:
+    """Digest of all that an answer depends on: text, options, answer, category, and which part of which video.
+
+    A file counts by name and size, a clip in memory by its frames.
+    """
+    video: Any = None
+    if item.video is not None:
+        there = item.video.is_file()
+        video = [item.video.name, item.video.stat().st_size if there else None]
+    elif item.clip is not None:
+        video = hashlib.sha256(item.clip.frames.contiguous().numpy().tobytes()).hexdigest()
+    parts = [item.question, item.options, item.answer, item.category, video, item.start, item.end, item.fps]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def weights_digest(model: Any) -> str:
+    """Digest of a model's weights: name, shape and 64 values of each parameter, spread over it."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _current(answers: Mapping[str, Mapping[str, Any]], items: Sequence[Item]) -> set[str]:
+    """Questions whose answer is to what the question is now."""
+    return {item.id for item in items if item.id in answers and answers[item.id].get("digest") == item_digest(item)}
+
+
+def _drop_edited(path: Path, items: Sequence[Item], weights: str) -> None:
+    """Take answers to questions that were edited or removed since out of the file.
+
+    Raises:
+        ValueError: Some are those of other weights.
+    """
+    answers, failed = read_answers(path)
+    others = {row.get("weights") for row in answers.values()} - {weights}
+    if others:
+        raise ValueError(
+            f"{path} holds answers of other weights than the model has now; take another --out, or put the weights back"
+        )
+    current = _current(answers, items)
+    if len(current) == len(answers):
+        return
+    lost = len(answers) - len(current)
+    log.warning("%d answers are to questions that were edited or removed since; they are dropped", lost)
+    kept = [json.dumps(answers[name]) for name in answers if name in current]
+    kept += [json.dumps({"id": name, "error": cause}) for name, cause in failed.items()]
+    atomic_write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _option_order(item: Item, cfg: SweepConfig) -> list[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hone_core.config import load_config
 from hone_core.hosts import open_host
+from hone_core.runs import load_results
 
 from .config import DemoConfig, GenerateConfig, HostConfig, RecommendConfig, ReproduceConfig, SweepConfig
 from .sources import absolute_model, absolute_source, read_questions, source_layers, source_of_run
@@ -78,9 +79,12 @@ def find_run(cfg: RecommendConfig) -> RecommendConfig:
 
     Raises:
         FileNotFoundError: It is no run folder, or what it names is not there any more.
+        ValueError: It is a run of another verb.
     """
     if not (cfg.run / "config.json").is_file():
         raise FileNotFoundError(f"{cfg.run} is no run folder; expected one that hone-knockout eval wrote")
+    if (verb := load_results(cfg.run)["verb"]) != "eval":
+        raise ValueError(f"{cfg.run} is a run of {verb}; expected one that hone-knockout eval wrote")
     # Another directory is no other run.
     cfg = replace(cfg, run=Path(os.path.abspath(cfg.run)))
     source = load_config(SweepConfig, cfg.run / "config.json").source

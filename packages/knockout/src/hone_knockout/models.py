@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from hone_core.handles import CallState, Handle, Hooks, resolve
 from hone_lm.attention import AttentionTap, tap_attention
 from hone_lm.checkpoints import read_config
@@ -24,7 +25,7 @@ from .config import PRESETS, Knockout, KnockoutConfig, format_layers
 from .local_attention import RegularFrames, frame_local_attention
 from .prompts import Pass, Prompt, by_layer
 
-__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model"]
+__all__ = ["KnockoutHandle", "attach", "check_devices", "check_model", "every_row", "reason_against_exit"]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,11 @@ _WHOLE = {
 """Arguments that are not: masks are cut in attention, the rest holds no tokens, or none of this layer's."""
 
 
+Positions = tuple[int, int] | Sequence[int] | Tensor
+Spans = Mapping[str, Positions]
+FindSpans = Callable[[TokenLayout, Tensor | None], Spans]
+
+
 class KnockoutHandle(Handle[KnockoutConfig]):
     """What is attached to a model. A context manager: leaving it detaches.
 
@@ -67,14 +73,22 @@ class KnockoutHandle(Handle[KnockoutConfig]):
     Attributes:
         config: the settings.
         tokens_per_frame: of ``attach``.
+        spans: of ``attach``.
         frame_local: whether VT-K over a regular prompt is computed frame by frame; False takes the mask that it equals.
         rows: ``[batch, rows]`` positions of the prompt that the last prefill returned logits for, where there is an
             exit; rows of a batch that keep fewer are filled at the left with position 0.
         layouts: of the last prefill.
     """
 
-    def __init__(self, model: nn.Module, config: KnockoutConfig, tokens_per_frame: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: KnockoutConfig,
+        tokens_per_frame: int | None = None,
+        spans: Spans | FindSpans | None = None,
+    ) -> None:
         super().__init__(config, [model])
+        self.spans = spans
         self.tokens_per_frame = tokens_per_frame
         self.decoder: Decoder = find_decoder(model)
         check_devices(self.decoder)
@@ -82,7 +96,9 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         self._by_layer = by_layer(config)
         _check_late_layers(self.decoder.config, config)
         if config.exit is not None:
-            _check_arguments(self.decoder, config.exit)
+            reason = reason_against_exit(self.decoder, config.exit)
+            if reason:
+                raise ValueError(reason)
         self._warned = False
         self._last: Prompt | None = None
         self._state: CallState[Prompt] = CallState()
@@ -179,6 +195,8 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         if candidates and ids is not None:
             ids = ids[:, :-candidates]
             layouts = [layout.cut(ids.shape[1]) for layout in layouts]
+        if self.spans is not None:
+            layouts = _with_spans(layouts, self.spans, ids)
         prompt = self._take_up(layouts, ids)
         self._state.current = prompt
         if cache is not None:
@@ -262,7 +280,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
                 f"the layouts are of {len(prompt.layouts)} prompts of {prompt.tokens} tokens; the decoder got "
                 f"{list(states.shape[:2])}"
             )
-        return args, kwargs | {_PASS: Pass(prompt, start, int(states.shape[1]))}
+        return args, every_row(kwargs) | {_PASS: Pass(prompt, start, int(states.shape[1]))}
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         running = kwargs.get(_PASS)
@@ -292,7 +310,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
             kept = running.rows()
 
             def take(name: str, value: Any) -> Any:
-                return running.once((name, id(value)), lambda: _carried(name, value, kept, running.queries))
+                return running.once(name, value, lambda: _carried(name, value, kept, running.queries))
 
             states = args[0] if args else kwargs["hidden_states"]
             if first:
@@ -330,7 +348,7 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         running.seen.add(layer)
         if self.config.exit is not None and layer >= self.config.exit:
             attention_mask = running.once(
-                ("exit", keys, id(attention_mask)), lambda: running.after_exit(attention_mask, query, keys)
+                ("exit", keys), attention_mask, lambda: running.after_exit(attention_mask, query, keys)
             )
         elif layer in self._by_layer:
             items = self._by_layer[layer]
@@ -345,7 +363,8 @@ class KnockoutHandle(Handle[KnockoutConfig]):
             kinds = getattr(self.decoder.config, "layer_types", None)
             kind = kinds[layer] if kinds else ""
             attention_mask = running.once(
-                (items, keys, kind, id(attention_mask)),
+                (items, keys, kind),
+                attention_mask,
                 lambda: running.knocked(attention_mask, items, query, keys, kind),
             )
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -393,6 +412,7 @@ def attach(
     config: KnockoutConfig | Knockout | Sequence[Knockout] | str,
     *,
     tokens_per_frame: int | None = None,
+    spans: Spans | FindSpans | None = None,
 ) -> KnockoutHandle:
     """Attach knockouts and an exit to a transformers Video-LLM.
 
@@ -404,6 +424,10 @@ def attach(
         config: Settings, one or more knockouts, or the name of a preset.
         tokens_per_frame: Cut the video into frames of so many tokens, in place of the class's rule; needed for a class
             without one whose frames follow each other without text (``hone_lm.find_layouts``).
+        spans: Name to positions that ``source``, ``target`` and ``leave`` may name: a pair (start, stop), or a list or
+            mask of any positions, counted from the first real token of a prompt, so that padding changes nothing. Or a
+            function ``(layout, ids) -> such names`` for spans that differ between prompts, whose positions are those of
+            the layout (``hone_lm.locate_spans`` finds text).
 
     Raises:
         ValueError: Layers are out of range, the exit comes before DeepStack's last layer, the decoder is a hybrid, the
@@ -416,7 +440,7 @@ def attach(
     elif not isinstance(config, (str, KnockoutConfig)):
         config = KnockoutConfig(knockouts=tuple(config))
     config = resolve(config, PRESETS, KnockoutConfig)
-    return KnockoutHandle(model, config, tokens_per_frame)
+    return KnockoutHandle(model, config, tokens_per_frame, spans)
 
 
 def check_devices(decoder: Decoder) -> None:
@@ -471,22 +495,24 @@ def _check_late_layers(text: Any, config: KnockoutConfig) -> None:
         raise ValueError("an exit before sliding-window layers is not supported: their caches drop positions")
 
 
-def _check_arguments(decoder: Decoder, exit: int) -> None:
-    """Refuse an exit before a layer that takes what is not known to be per token or not, or that reads earlier keys."""
+def reason_against_exit(decoder: Decoder, exit: int) -> str:
+    """Why there can be no exit at a layer of this decoder, by what its layers take; empty if there can."""
+    instead = "LV-K in all layers from there on gives text the same, without the time saved"
     for index, layer in enumerate(decoder.layers):
         if index < exit:
             continue
         unknown = sorted(set(inspect.signature(layer.forward).parameters) - _CARRIED - _WHOLE)
         if unknown:
-            raise ValueError(
+            return (
                 f"{type(layer).__name__} takes {', '.join(unknown)}, of which it is not known whether it loses rows at "
-                "an exit. LV-K in all layers from there on gives text the same (without the time saved)"
+                f"an exit. {instead}"
             )
         if getattr(layer.self_attn, "is_kv_shared_layer", False):
-            raise ValueError(
-                f"layer {index} reads keys of an earlier layer, in which the video still is: no exit at {exit}. LV-K "
-                "in all layers from there on gives text the same (without the time saved)"
+            return (
+                f"layer {index} reads keys of an earlier layer, in which the video still is: no exit at {exit}. "
+                f"{instead}"
             )
+    return ""
 
 
 def _carried(name: str, value: Any, rows: Tensor, tokens: int) -> Any:
@@ -510,6 +536,28 @@ def _candidates(inputs: Mapping[str, Any]) -> int:
     """
     keep = inputs.get("logits_to_keep")
     return keep - 1 if cache_of(inputs) is not None and isinstance(keep, int) and keep > 1 else 0
+
+
+def _with_spans(layouts: Sequence[TokenLayout], spans: Spans | FindSpans, ids: Tensor | None) -> list[TokenLayout]:
+    """Layouts with the spans and positions that ``attach`` was given."""
+    found = []
+    for row, layout in enumerate(layouts):
+        begin = 0 if callable(spans) else int(layout.real.nonzero()[0])
+        named = spans(layout, None if ids is None else ids[row]) if callable(spans) else spans
+        pairs = {name: at for name, at in named.items() if isinstance(at, tuple) and len(at) == 2}
+        others: dict[str, Tensor] = {}
+        for name, at in named.items():
+            if name not in pairs:
+                at = torch.as_tensor(at)
+                others[name] = (at.nonzero().flatten() if at.dtype == torch.bool else at) + begin
+        layout = layout.with_spans({name: (at[0] + begin, at[1] + begin) for name, at in pairs.items()})
+        found.append(layout.with_positions(others))
+    return found
+
+
+def every_row(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a decoder by which it keeps all rows to its end; newer Gemma 4 drops some between its layers."""
+    return dict(kwargs) | ({"logits_to_keep": 0} if "logits_to_keep" in kwargs else {})
 
 
 def _pixels(inputs: Mapping[str, Any]) -> list[str]:

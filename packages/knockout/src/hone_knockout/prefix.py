@@ -23,7 +23,7 @@ from hone_lm.layouts import TokenLayout, find_layouts
 from torch import Tensor, nn
 
 from .config import KnockoutConfig
-from .models import attach, check_devices
+from .models import attach, check_devices, every_row, reason_against_exit
 
 __all__ = ["Counts", "PrefixRunner", "as_exit"]
 
@@ -162,7 +162,9 @@ class PrefixRunner:
             return self._baseline
         if self.exits:
             types = getattr(self.decoder.config, "layer_types", None) or ()
-            config = as_exit(config, num_layers, self.decoder.deepstack_layers, types)
+            shorter = as_exit(config, num_layers, self.decoder.deepstack_layers, types)
+            if shorter.exit is None or not reason_against_exit(self.decoder, shorter.exit):
+                config = shorter
         states = self._entering[first]
         if self._needed is not None:
             self._needed[first] -= 1
@@ -195,9 +197,10 @@ class PrefixRunner:
             if self._needed is None or self._needed[index] or index == final:
                 self._entering[index] = states
 
-        def keep_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def keep_decoder(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             if kwargs.get("deepstack_visual_embeds") is not None:
                 self._deepstack = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
+            return args, every_row(kwargs)
 
         hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.decoder.layers]
         hooks.append(self.decoder.model.register_forward_pre_hook(keep_decoder, with_kwargs=True))
@@ -216,7 +219,7 @@ class PrefixRunner:
         if not torch.allclose(self._logits(last), logits, atol=1e-3, rtol=1e-3):
             raise ValueError(
                 f"{type(self.model).__name__} does more between its last layer and its logits than norm and head; "
-                "prefix reuse would change its answers. Run each configuration from the start (reuse=False)"
+                "prefix reuse would change its answers. Run each configuration from the start (--no-reuse)"
             )
         return logits
 

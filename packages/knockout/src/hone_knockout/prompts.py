@@ -89,7 +89,10 @@ class Prompt:
     ) -> Prompt:
         frame = torch.stack([layout.frame for layout in layouts]).to(device)
         real = torch.stack([layout.real for layout in layouts]).to(device)
-        left = None if config.exit is None else _rows_left(frame)
+        leaving = None
+        if config.exit is not None:
+            leaving = torch.stack([layout.mask(config.leave) for layout in layouts]).to(device)
+        left = None if leaving is None else _rows_left(~leaving)
         return cls(config, layouts, Roles.of(frame), real, frame.shape[1], left, regular_frames(layouts), ids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompt:
@@ -121,7 +124,9 @@ class Prompt:
         """Whether all rows are the same prompt as far as masks go."""
         first = self.layouts[0]
         same = all(
-            torch.equal(one.frame, first.frame) and torch.equal(one.real, first.real) and one.spans == first.spans
+            torch.equal(one.frame, first.frame)
+            and torch.equal(one.real, first.real)
+            and (one.spans, one.positions) == (first.spans, first.positions)
             for one in self.layouts[1:]
         )
         drawn = any(item.control == "random" for item in self.config.knockouts)
@@ -137,7 +142,8 @@ class Prompt:
         assert left is not None, "there is an exit"
         gone = "logits_to_keep asks for rows of the video, which are gone after the exit; ask for text only"
         if isinstance(keep, int):
-            if keep and bool((self.roles.frame[:, -keep:] >= 0).any()):
+            late = torch.arange(self.tokens - keep, self.tokens, device=left.rows.device)
+            if keep and not torch.equal(left.rows[:, -keep:], late.expand(len(left.rows), -1)):
                 raise ValueError(gone)
             return keep
         wanted = keep.to(left.rows.device)
@@ -230,8 +236,14 @@ class Prompt:
         if self.left is None:
             return
         for row, layout in enumerate(self.layouts):
+            leaving = layout.mask(self.config.leave)
+            if bool((leaving & (layout.frame < 0)).any()) or not bool(leaving.any()):
+                raise ValueError(
+                    f"leave={self.config.leave!r} must name visual tokens, and at least one; of prompt {row} it holds "
+                    f"{int(leaving.sum())} positions, {int((leaving & (layout.frame < 0)).sum())} of them text"
+                )
             last = int(layout.real.nonzero()[-1])
-            if layout.frame[last] >= 0:
+            if leaving[last]:
                 raise ValueError(
                     f"prompt {row} ends in the video, at position {last}: its last row leaves at the exit, and nothing "
                     "is left to answer from. Put the question, or the template's answer tag, after the video"
@@ -312,11 +324,13 @@ class Pass:
         """Whether it holds the prompt."""
         return self.start == 0
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What this forward makes once, for all layers."""
+    def once(self, key: Any, of: Any, make: Callable[[], Any]) -> Any:
+        """What this forward makes of something once, for all layers that get the same object."""
+        key = (key, id(of))
         if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+            # Held, so that its id is not given to another.
+            self._made[key] = make(), of
+        return self._made[key][0]
 
     def rows(self) -> Tensor:
         """``[batch, rows]`` positions of the queries that are left after the exit, fillers at the left."""
@@ -356,8 +370,7 @@ class Pass:
 
             return _flex_mask(mask, batch, self.queries, keys, keep)
         # The base's mask closes the spare room of a static cache.
-        k = k.clamp(max=most - 1)
-        blocked = rule(b, q, k)[:, None]
+        blocked = rule(b, q, k.clamp(max=most - 1))[:, None]
         if mask is None:
             # None is the base's word for causal, or for one query that reads everything.
             allowed = (k <= q)[:, None] & ~blocked
@@ -416,14 +429,13 @@ def _allowed(mask: Any, b: Tensor, q: Tensor, k: Tensor, start: int, first_key: 
     return table.expand(shape)
 
 
-def _rows_left(frame: Tensor) -> Left:
-    """Positions without a frame, right-aligned."""
-    stay = frame < 0
+def _rows_left(stay: Tensor) -> Left:
+    """Positions that stay, right-aligned."""
     counts = stay.sum(1)
     most = int(counts.max())
     # A stable sort puts the positions that leave first and keeps the order of the others.
     order = stay.int().argsort(dim=1, stable=True)
-    kept = order[:, frame.shape[1] - most :]
+    kept = order[:, stay.shape[1] - most :]
     real = stay.gather(1, kept)
     return Left(kept.where(real, 0), real, bool((counts == most).all()))
 

@@ -23,21 +23,14 @@ def info() -> dict[str, Any]:
     from importlib.resources import files
     from pathlib import Path
 
-    from hone_core.environment import environment
+    from hone_core.environment import installed
     from hone_core.hosts import describe_host
 
     from .config import PRESETS
 
-    facts = environment()
     pairs = sorted(Path(str(files("hone_rstitch") / "assets")).glob("host*.safetensors"))
     return {
-        "version": facts["packages"].get(PACKAGE),
-        "commit": facts["commit"],
-        "python": facts["python"],
-        "torch": facts["torch"],
-        "transformers": facts["packages"].get("transformers"),
-        "untried versions": facts["untried"] or "none",
-        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
+        **installed(PACKAGE, "transformers"),
         "presets": {
             name: f"{preset.config.label}. {preset.provenance} {preset.model}." for name, preset in PRESETS.items()
         },

@@ -332,7 +332,7 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
         if not self.ask.strip():
@@ -365,7 +365,7 @@ class EvalConfig:
     batch: int = 64
     """Problems at a time."""
     seed: int = 0
-    """Of the draws, and of generated problems."""
+    """Seed of the draws, and of generated problems."""
 
     def __post_init__(self) -> None:
         _check_taus(self.taus)
@@ -404,7 +404,7 @@ class CalibrateConfig:
     batch: int = 64
     """Problems at a time."""
     seed: int = 0
-    """Of the draws, and of generated problems."""
+    """Seed of the draws, and of generated problems."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:

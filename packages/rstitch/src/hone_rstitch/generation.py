@@ -274,8 +274,8 @@ def stitch_decoding(
         small_input_ids: ``[batch, tokens]``, prompts of the small model in its own ids, padded on the left; the large
             model's prompts in the small model's ids if None.
         small_attention_mask: Where they are no padding; all of them if None.
-        seed: Of the draws: one per row, or that of the first row, the next row's being one more. None takes one from
-            torch's generator. Only what is drawn depends on it.
+        seed: Seed of the draws: one per row, or that of the first row, the next row's being one more. None takes one
+            from torch's generator. Only what is drawn depends on it.
         on_token: Called with each ``StitchToken``.
         model_kwargs: What ``generate`` prepares: attention mask, positions, cache.
 

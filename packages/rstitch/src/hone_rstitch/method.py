@@ -269,7 +269,7 @@ def stitch(
         size: V of Eq. 1.
         budget: Emitted tokens at most.
         stop: Ids that end the text, whoever writes them.
-        seed: Of the draws; None is greedy. Random routing then has seed 0.
+        seed: Seed of the draws; None is greedy. Random routing then has seed 0.
         warp: Temperature, top-k, top-p: applied before drawing, and before the entropy only if
             ``entropy_on="processed"``.
 

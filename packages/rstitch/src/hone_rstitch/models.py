@@ -140,7 +140,7 @@ class Pair:
             questions: One per row.
             stitch: Policy and gate.
             sampling: How tokens are drawn.
-            seed: Of the draws, see ``stitch_decoding``.
+            seed: Seed of the draws, see ``stitch_decoding``.
             stop: Strings that end an answer.
             on_token: Called with each ``StitchToken``.
 

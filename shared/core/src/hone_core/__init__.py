@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "cli": ["Verb", "run_cli"],
         "config": ["flag", "from_dict", "load_config", "to_dict"],
-        "devices": ["resolve_device", "resolve_dtype"],
+        "devices": ["check_device", "resolve_device", "resolve_dtype"],
         "environment": [],
         "errors": ["CheckpointError", "MissingExtraError", "UnsupportedHardwareError"],
         "flags": ["Flag", "flags_of"],

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
+from hone_core.devices import check_device
 from hone_core.errors import MissingExtraError, UnsupportedHardwareError
 from hone_core.flags import RUN_FLAGS, Flag, apply, flags_of, is_default
 
@@ -173,6 +174,9 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
     ) -> Any:
         if export is not None and not export.parent.is_dir():
             raise _UsageError(f"--export: the folder {export.parent} does not exist; make it first")
+        if export is not None and export.is_dir():
+            raise _UsageError(f"--export: {export} is a folder; name a file in it")
+        check_device(device)
         for flag in flags:
             if flag.required and flag.name not in given:
                 raise _UsageError(f"--{flag.name.replace('_', '-')} is needed: {flag.help}")
@@ -229,6 +233,7 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
 
 def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> Any:
     """Open the run folder, run the verb in it unless it has run, export it if asked, and report what is there."""
+    from hone_core.environment import code_version
     from hone_core.runs import Run, export_results
 
     function = _import(table.run)
@@ -239,6 +244,11 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
     if table.opened is not None:
         _import(table.opened)(cfg, run)
     if not run.done:
+        if export is not None and code_version()[1]:
+            raise _UsageError(
+                "--export: the checkout has uncommitted changes, and an exported result must come from a commit; "
+                "commit first, or leave --export out"
+            )
         with run:
             function(cfg, run)
     if export is not None:

@@ -7,9 +7,20 @@ from hone_core.errors import UnsupportedHardwareError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["resolve_device", "resolve_dtype"]
+__all__ = ["check_device", "resolve_device", "resolve_dtype"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_device(name: "str | torch.device") -> None:
+    """Refuse a word that names no kind of device, whatever this machine has; loads no torch.
+
+    Raises:
+        ValueError: It is not ``auto``, ``cpu``, ``cuda`` or one of these with an index.
+    """
+    kind, colon, index = str(name).partition(":")
+    if str(name) != "auto" and (kind not in ("cpu", "cuda") or (colon and not index.isdecimal())):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>; got {str(name)!r}")
 
 
 def resolve_device(name: "str | torch.device" = "auto") -> "torch.device":
@@ -23,12 +34,11 @@ def resolve_device(name: "str | torch.device" = "auto") -> "torch.device":
     """
     import torch
 
+    check_device(name)
     text = str(name)
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in text and not index.isdecimal()):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>; got {text!r}")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:

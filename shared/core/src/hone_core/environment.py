@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TRIED", "code_version", "environment", "untried"]
+__all__ = ["TRIED", "code_version", "environment", "installed", "untried"]
 
 TRIED: dict[str, tuple[str, str]] = {
     "accelerate": ("1.15.0", "1.15.0"),
@@ -60,6 +60,25 @@ def environment() -> dict[str, Any]:
         "gpu_memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if has_gpu else None,
         "packages": dict(sorted(packages.items())),
         "untried": untried(),
+    }
+
+
+def installed(package: str, library: str) -> dict[str, Any]:
+    """What every ``info`` begins with: versions of the package, the code and what it stands on, and the device.
+
+    Args:
+        package: Distribution, for example "hone-blade".
+        library: Distribution whose models it attaches to, for example "diffusers".
+    """
+    facts = environment()
+    return {
+        "version": facts["packages"].get(package),
+        "commit": facts["commit"],
+        "python": facts["python"],
+        "torch": facts["torch"],
+        library: facts["packages"].get(library),
+        "untried versions": facts["untried"] or "none",
+        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
     }
 
 

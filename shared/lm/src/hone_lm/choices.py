@@ -21,6 +21,7 @@ __all__ = [
     "LETTER_PREFIX",
     "Choices",
     "Style",
+    "check_text",
     "choice_inputs",
     "choice_prompt",
     "option_token_ids",
@@ -58,10 +59,12 @@ def choice_prompt(processor: Any, question: str, options: Sequence[str], *, styl
     Uses the processor's chat template; one without a template gets placeholder, question and prefix on their own.
 
     Raises:
-        ValueError: There are fewer than two options, or more than there are letters.
+        ValueError: There are fewer than two options, or more than there are letters; or a text holds what the processor
+            would take for a place of a video or image.
     """
     if len(options) < 2:
         raise ValueError(f"a question needs at least two options; got {len(options)}")
+    check_text(processor, question, *options)
     if style == "letter":
         if len(options) > len(string.ascii_uppercase):
             raise ValueError(f"there are letters for {len(string.ascii_uppercase)} options; got {len(options)}")
@@ -75,6 +78,21 @@ def choice_prompt(processor: Any, question: str, options: Sequence[str], *, styl
     else:
         prompt = f"{processor.video_token}\n{question}\n"
     return prompt + (LETTER_PREFIX if style == "letter" else "")
+
+
+def check_text(processor: Any, *texts: str) -> None:
+    """Refuse texts that hold a placeholder, which the processor would expand as it does the video's own.
+
+    Raises:
+        ValueError: One does.
+    """
+    tokens: set[str] = {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "video", "audio")}
+    for text in texts:
+        held = sorted(token for token in tokens if token and token in text)
+        if held:
+            raise ValueError(
+                f"{text!r} holds {', '.join(held)}, which the processor takes for the place of a video or image; reword"
+            )
 
 
 def option_token_ids(tokenizer: Any, prompt: str, options: Sequence[str], *, style: Style = "letter") -> list[int]:

@@ -38,10 +38,13 @@ class TokenLayout:
         model_type: of the config, such as "qwen2_5_vl".
         frame: ``[tokens]``, the frame that a visual position shows, counted from 0; -1 is text or padding.
         real: ``[tokens]``, False where the batch is padded.
-        separators: positions that carry a placeholder id and show no frame (LLaVA-OneVision's newline embedding).
+        separators: positions that carry a placeholder id and show no frame (LLaVA-OneVision's newline embedding), or
+            that end a row of an image (Mistral 3).
         source_frames: sampled frames that the class fuses into one frame of the layout.
         sampled: frames that were sampled from the video and given to the processor; None where that is not known.
         spans: name to [start, stop): ``prefix``, ``video``, ``suffix``, ``last``, and what ``locate_spans`` adds.
+        positions: name to any positions, such as the visual tokens that a pruning method keeps.
+        images: frames that are an image and no frame of a video; None where a class has one id for both.
     """
 
     model_type: str
@@ -51,6 +54,8 @@ class TokenLayout:
     source_frames: int = 1
     sampled: int | None = None
     spans: dict[str, Span] = field(default_factory=dict)
+    positions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    images: tuple[int, ...] | None = None
 
     @property
     def num_frames(self) -> int:
@@ -80,7 +85,7 @@ class TokenLayout:
         return tuple(position for position in inside.tolist() if position not in self.separators)
 
     def mask(self, name: str) -> Bool[Tensor, " tokens"]:
-        """Positions of a span, or of ``visual``, ``text`` (after the first visual token) or ``between``.
+        """Positions of a span or a name, or of ``visual``, ``text`` (after the first visual token) or ``between``.
 
         Raises:
             ValueError: There is no such span.
@@ -94,8 +99,11 @@ class TokenLayout:
         if name == "between":
             positions[list(self.between)] = True
             return positions
+        if name in self.positions:
+            positions[list(self.positions[name])] = True
+            return positions
         if name not in self.spans:
-            known = ["visual", "text", "between", *self.spans]
+            known = ["visual", "text", "between", *self.spans, *self.positions]
             raise ValueError(
                 f"span {name!r} is not known here; expected one of {', '.join(known)}. "
                 "Spans such as question and options are found by locate_spans."
@@ -115,6 +123,23 @@ class TokenLayout:
                 raise ValueError(f"span {name} must lie in [0, {len(self.frame)}); got [{start}, {stop})")
         return replace(self, spans=self.spans | dict(spans))
 
+    def with_positions(self, positions: Mapping[str, Sequence[int] | Tensor]) -> TokenLayout:
+        """The layout with further named positions: indices, or a boolean mask over the sequence.
+
+        Raises:
+            ValueError: There are none under a name, or one lies outside the sequence.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for name, given in positions.items():
+            at = torch.as_tensor(given)
+            if at.dtype == torch.bool and len(at) != len(self.frame):
+                raise ValueError(f"a mask of positions {name} must have length {len(self.frame)}; got {len(at)}")
+            indices = (at.nonzero().flatten() if at.dtype == torch.bool else at).tolist()
+            if not indices or not all(0 <= index < len(self.frame) for index in indices):
+                raise ValueError(f"positions {name} must lie in [0, {len(self.frame)}), at least one; got {indices}")
+            found[name] = tuple(sorted(set(indices)))
+        return replace(self, positions=self.positions | found)
+
     def cut(self, tokens: int) -> TokenLayout:
         """The layout of the first so many positions, without what comes after.
 
@@ -130,7 +155,8 @@ class TokenLayout:
         spans = {name: (a, min(b, tokens)) for name, (a, b) in self.spans.items() if a < tokens}
         end = int(real.nonzero()[-1]) + 1
         spans["last"] = (end - 1, end)
-        return replace(self, frame=self.frame[:tokens], real=real, spans=spans)
+        positions = {name: tuple(index for index in at if index < tokens) for name, at in self.positions.items()}
+        return replace(self, frame=self.frame[:tokens], real=real, spans=spans, positions=positions)
 
     def _sampling(self) -> str:
         """How the frames that were sampled became those of the layout."""
@@ -157,6 +183,8 @@ class TokenLayout:
             "padding": int((~self.real).sum()),
             "separators": list(self.separators),
             "spans": {name: list(span) for name, span in self.spans.items()},
+            "positions": {name: list(at) for name, at in self.positions.items()},
+            "images": None if self.images is None else list(self.images),
             "runs": [[value, stop - start] for value, start, stop in _runs(self.frame.tolist())],
             "real_runs": [[int(value), stop - start] for value, start, stop in _runs(self.real.tolist())],
         }
@@ -174,6 +202,8 @@ class TokenLayout:
             source_frames=data["source_frames"],
             sampled=data.get("sampled"),
             spans={name: (int(a), int(b)) for name, (a, b) in data["spans"].items()},
+            positions={name: tuple(at) for name, at in data.get("positions", {}).items()},
+            images=None if data.get("images") is None else tuple(data["images"]),
         )
 
     def save(self, path: str | Path) -> Path:
@@ -194,6 +224,8 @@ class TokenLayout:
         ]
         if self.sampled is not None or self.source_frames > 1:
             lines.append(self._sampling())
+        if self.images:
+            lines.append(f"images, no frames of a video: {', '.join(map(str, self.images))}")
         if self.separators:
             lines.append(f"separators (placeholder id, no frame) at {', '.join(map(str, self.separators))}")
         if self.between:
@@ -210,6 +242,8 @@ class _Row:
     grids: dict[str, Iterator[Any]]
     gridded: bool  # whether the grids can cut a run
     tokens_per_frame: int | None
+    sizes: Iterator[Any]  # (height, width) in pixels of each image, where the processor gives them
+    image_tokens: int | None  # of each image, where a template puts several into a run
 
 
 Rule = Callable[[_Row, str, int], tuple[list[int], int]]
@@ -368,7 +402,13 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
     if isinstance(merge, int) and not any(grids.values()) and isinstance(positions, Tensor) and positions.dim() == 3:
         grids = _grids_of_positions(positions[-2:].to("cpu"), ids, real, placeholders, merge)
     gridded = isinstance(merge, int) and any(grids.values())
-    row = _Row(config, {kind: iter(rows) for kind, rows in grids.items()}, gridded, tokens_per_frame)
+    sizes = _rows(inputs.get("image_sizes"))
+    each = None
+    if tokens_per_frame is None and getattr(config, "model_type", "") not in _BY_ROWS:
+        runs = [run for index in range(len(ids)) for run in _visual_runs(ids[index], real[index], placeholders)]
+        each = _tokens_of_images([stop - start for kind, start, stop in runs if kind == "image"], sizes)
+    grids_left = {kind: iter(rows) for kind, rows in grids.items()}
+    row = _Row(config, grids_left, gridded, tokens_per_frame, iter(sizes), each)
     return [_layout(row, ids[index], real[index], placeholders) for index in range(len(ids))]
 
 
@@ -463,6 +503,54 @@ def _grids_of_positions(
     return grids
 
 
+_BY_ROWS = ("mistral3",)
+"""``model_type`` whose images are a run per row of patches, each ended by a token of its own."""
+
+
+def _tokens_of_images(lengths: Sequence[int], sizes: Sequence[Any]) -> int | None:
+    """Tokens of each image where runs hold several, which a template put side by side; None where each has its own.
+
+    Raises:
+        ValueError: They do, and the images differ in size.
+    """
+    if not lengths or len(sizes) <= len(lengths):
+        return None
+    total = sum(lengths)
+    alike = all(torch.equal(size, sizes[0]) for size in sizes) and total % len(sizes) == 0
+    each = total // len(sizes)
+    if not alike or any(length % each for length in lengths):
+        raise ValueError(
+            f"{len(sizes)} images of different sizes stand in {len(lengths)} runs of tokens: which token is of which "
+            "image cannot be told. Put text between the images"
+        )
+    return each
+
+
+def _parts(row: _Row, runs: Sequence[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:
+    """Runs that belong together: one each, except where an image is a run per row of patches.
+
+    Raises:
+        ValueError: The processor's image sizes are missing, or are not those of the prompt.
+    """
+    if getattr(row.config, "model_type", "") not in _BY_ROWS or row.tokens_per_frame is not None:
+        yield from ([run] for run in runs)
+        return
+    side = _side(row.config.vision_config.patch_size) * row.config.spatial_merge_size
+    left = list(runs)
+    while left:
+        size = next(row.sizes, None)
+        if size is None:
+            raise ValueError("inputs must hold image_sizes, as the processor made them: an image is a run per row")
+        rows, columns = int(size[0]) // side, int(size[1]) // side
+        image, left = left[:rows], left[rows:]
+        if len(image) < rows or any(stop - start != columns for _, start, stop in image):
+            raise ValueError(
+                f"an image of {int(size[0])} x {int(size[1])} pixels takes {rows} rows of {columns} tokens; the prompt "
+                f"has runs of {[stop - start for _, start, stop in image]}"
+            )
+        yield image
+
+
 def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) -> TokenLayout:
     frame = torch.full((len(ids),), TEXT, dtype=torch.long)
     separators: list[int] = []
@@ -476,10 +564,23 @@ def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) 
     model_type = getattr(row.config, "model_type", "")
     rule = RULES.get(model_type, _generic)
     frames_of = "video" if any(kind == "video" for kind, _, _ in runs) else "image"
-    count = 0
-    for kind, start, stop in runs:
+    count, images = 0, []
+    for part in _parts(row, runs):
+        kind, start, stop = part[0]
+        if len(part) > 1:
+            for _, start, stop in part:
+                frame[start:stop] = count
+            separators += (stop for _, _, stop in part[:-1])
+            images.append(count)
+            count += 1
+            continue
         cut = row.tokens_per_frame is not None and kind == frames_of
-        sizes, trailing = (_cut if cut else rule)(row, kind, stop - start)
+        if kind == "image" and row.image_tokens is not None:
+            sizes, trailing = [row.image_tokens] * ((stop - start) // row.image_tokens), 0
+        else:
+            sizes, trailing = (_cut if cut else rule)(row, kind, stop - start)
+        if kind == "image":
+            images += range(count, count + len(sizes))
         at = start
         for size in sizes:
             frame[at : at + size] = count
@@ -509,6 +610,7 @@ def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) 
         frame=frame,
         real=real,
         separators=tuple(separators),
+        images=tuple(images) if "video" in placeholders.values() else None,
         source_frames=fused if isinstance(fused, int) else 1,
         spans={name: span for name, span in spans.items() if span[0] < span[1]},
     )

@@ -65,6 +65,8 @@ class Item:
             raise ValueError(f"item {self.id}: the question is empty")
         if len(self.options) < 2 or not all(option.strip() for option in self.options):
             raise ValueError(f"item {self.id}: expected at least two options with text; got {list(self.options)}")
+        if len({option.strip() for option in self.options}) < len(self.options):
+            raise ValueError(f"item {self.id}: two options are the same; got {list(self.options)}")
         if not 0 <= self.answer < len(self.options):
             raise ValueError(
                 f"item {self.id}: answer must be the index of one of {len(self.options)} options; got {self.answer}"
@@ -99,7 +101,9 @@ def load_items(path: str | Path, *, format: Format = "jsonl", videos: str | Path
             "fps"?}`` per question, answer an index from 0, a letter or an option's text, ``fps`` of a video that is a
             folder of pictures. ``videomme``: the released parquet table, or its rows as JSON, JSON lines or CSV.
             ``mvbench``, ``tvbench``: a task's JSON list, the folder of them, or the release with ``json/`` and
-            ``video/`` in it. ``egoschema``: ``questions.json`` with the subset's answers beside it, or rows with both.
+            ``video/`` in it; a video whose name ends in the row's start and end is cut already. ``egoschema``:
+            ``questions.json`` with the subset's answers beside it, rows with both, or the rows or parquet file on
+            Hugging Face.
         format: Of the file.
         videos: Folder of the videos; the file's own (for a task also ``video/`` beside or in it) if None. Names are
             relative to it in ``jsonl`` and ``egoschema``; for the others they are looked for in its subfolders too, at
@@ -199,6 +203,13 @@ class _Library:
             if (self.root / folder / name).exists():
                 return self.root / folder / name
         wanted = Path(name)
+        if wanted.suffix.lower() in place.suffixes:
+            # Converted since, and still where it was.
+            for folder in (*place.folders, *(f"video/{folder}" for folder in place.folders)):
+                there = [(self.root / folder / name).with_suffix(suffix) for suffix in place.suffixes]
+                there = [path for path in there if path.is_file()]
+                if len(there) == 1:
+                    return there[0]
         found = []
         for path in self._listed().get(wanted.stem, ()):
             same = path.name == wanted.name or (path.suffix.lower() in place.suffixes and path.is_file())
@@ -245,6 +256,9 @@ def _item(row: Row, where: str, library: _Library) -> Item:
     if isinstance(place, _Place):
         video = library.find(name, place)
         fps = place.folder_fps if video.is_dir() else None
+    start, end = (None if row.get(key) is None else float(row[key]) for key in ("start", "end"))
+    if isinstance(place, _Place) and _is_cut(video, start, end):
+        start = end = None
     return Item(
         id=str(row.get("id", f"{name}#{where.rpartition(':')[2]}")),
         question=str(row["question"]),
@@ -252,10 +266,16 @@ def _item(row: Row, where: str, library: _Library) -> Item:
         answer=_answer_index(row["answer"], options, written),
         category=str(row.get("category", "")),
         video=video,
-        start=None if row.get("start") is None else float(row["start"]),
-        end=None if row.get("end") is None else float(row["end"]),
+        start=start,
+        end=end,
         fps=None if fps is None else float(fps),
     )
+
+
+def _is_cut(video: Path, start: float | None, end: float | None) -> bool:
+    """Whether a file is the stretch from ``start`` to ``end`` already, by its name: ``ZS9XR_1.3_4.8.mp4``."""
+    named = re.search(r"_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)$", video.stem)
+    return named is not None and (float(named[1]), float(named[2])) == (start, end)
 
 
 _LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s+(?=\S)")
@@ -287,12 +307,14 @@ def _answer_index(answer: Any, options: Sequence[str], written: Sequence[str]) -
     """
     if isinstance(answer, bool):
         raise ValueError(f"answer must be an index, a letter or an option's text; got {answer}")
-    if isinstance(answer, int):
-        return answer
+    if isinstance(answer, int) or (isinstance(answer, float) and answer.is_integer()):
+        return int(answer)
     text = str(answer).strip()
     by_text = next((list(texts).index(text) for texts in (written, options) if text in texts), None)
-    alone = re.fullmatch(r"\(?([A-Z])[.):]?", text)
-    by_letter = None if alone is None else ord(alone[1]) - ord("A")
+    alone = re.fullmatch(r"\(?([A-Za-z])[.):]?", text)
+    by_letter = None if alone is None else ord(alone[1].upper()) - ord("A")
+    if alone is not None and alone[1].islower() and ord(alone[1]) - ord("a") >= len(options):
+        by_letter = None
     lettered = _letter(text)
     if by_text is None and lettered is not None and lettered[1] in options:
         by_text, by_letter = list(options).index(lettered[1]), lettered[0]
@@ -305,8 +327,9 @@ def _answer_index(answer: Any, options: Sequence[str], written: Sequence[str]) -
         return by_text
     if by_letter is not None:
         return by_letter
-    if text.isdecimal():
-        return int(text)
+    number = re.fullmatch(r"(\d+)(?:\.0+)?", text)
+    if number is not None:
+        return int(number[1])
     raise ValueError(f"answer {answer!r} is no index, no letter, and none of {list(options)}")
 
 
@@ -381,13 +404,14 @@ _VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
 def _video_mme(path: Path) -> Iterator[tuple[str, _Make]]:
-    """Columns ``videoID question_id question options answer task_type duration``, and others that are not needed.
+    """Columns ``videoID question_id question options answer task_type duration``, and others that are not needed."""
+    return ((where, partial(_video_mme_row, make)) for where, make in _table(path))
 
-    The release is a parquet file; JSON, JSON lines and CSV of its rows are what people make of it.
-    """
+
+def _table(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Rows of a parquet file, as releases are, or of what people make of it: JSON, JSON lines, CSV."""
     if path.suffix == ".jsonl":
-        for where, make in _json_lines(path):
-            yield where, partial(_video_mme_row, make)
+        yield from _json_lines(path)
         return
     if path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
@@ -397,7 +421,7 @@ def _video_mme(path: Path) -> Iterator[tuple[str, _Make]]:
     else:
         rows = _json_list(path)
     for number, row in enumerate(rows, 1):
-        yield f"{path}:{number}", partial(_video_mme_row, partial(_object, row))
+        yield f"{path}:{number}", partial(_object, row)
 
 
 def _parquet(path: Path) -> list[Row]:
@@ -472,7 +496,8 @@ def _tasks(path: Path, places: Mapping[str, str], folder_fps: float | None = Non
         raise ValueError(f"{path} holds no JSON file of a task")
     for file in files:
         task = file.stem
-        place = _Place((*([places[task]] if task in places else []), task), folder_fps=folder_fps)
+        folders = (*([places[task]] if task in places else []), task)
+        place = _Place(folders, suffixes=_VIDEOS, folder_fps=folder_fps)
         for number, row in enumerate(_json_list(file), 1):
             yield f"{file}:{number}", partial(_task_row, row, task, number, place)
 
@@ -496,26 +521,32 @@ def _task_row(row: Any, task: str, number: int, place: _Place) -> Row:
 
 
 def _egoschema(path: Path) -> Iterator[tuple[str, _Make]]:
-    """``q_uid question option 0 .. option 4``, with answers in the row or in ``subset_answers.json`` beside it."""
+    """The release's ``q_uid question option 0 .. option 4``, or ``video_idx question option`` as on Hugging Face.
+
+    Answers are in the row or in ``subset_answers.json`` beside it.
+    """
     beside = path.parent / "subset_answers.json"
     answers: Mapping[str, int] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    for number, row in enumerate(_json_list(path), 1):
-        yield f"{path}:{number}", partial(_egoschema_row, row, answers)
+    return ((where, partial(_egoschema_row, make, answers)) for where, make in _table(path))
 
 
-def _egoschema_row(row: Any, answers: Mapping[str, int]) -> Row | None:
-    row = _object(row)
-    name = row["q_uid"]
-    answer = row.get("answer", row.get("truth", answers.get(name)))
+def _egoschema_row(make: Callable[[], Row], answers: Mapping[str, int]) -> Row | None:
+    row = make()
+    name = row["q_uid"] if "video_idx" not in row else row["video_idx"]
+    given = (row.get("answer"), row.get("truth"), answers.get(name))
+    answer = next((one for one in given if one is not None and one != ""), None)
     if answer is None:
         # Only 500 of the 5000 questions have public answers.
         return None
+    options = row.get("option")
+    if isinstance(options, str):
+        options = _listed_texts(options)
     return {
         "id": name,
         "video": f"{name}.mp4",
         "question": row["question"],
-        "options": [row[key] for key in sorted(row) if re.fullmatch(r"option ?\d", key)],
-        "answer": int(answer),
+        "options": options or [row[key] for key in sorted(row) if re.fullmatch(r"option ?\d", key)],
+        "answer": answer,
         "category": "egoschema",
     }
 

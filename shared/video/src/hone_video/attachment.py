@@ -381,7 +381,7 @@ def _own_processor(attn: nn.Module) -> Any:
     return processor.original if isinstance(processor, Processor) and not processor.attachment.attached else processor
 
 
-def _keeps_steps(module: nn.Module) -> bool:
+def _keeps_steps(module: Any) -> bool:
     """Whether a cache of diffusers on this module keeps tensors of one step for the next."""
     registry = getattr(module, "_diffusers_hook", None)
     return registry is not None and any(hook._is_stateful for hook in registry.hooks.values())
@@ -389,9 +389,11 @@ def _keeps_steps(module: nn.Module) -> bool:
 
 def _forget_steps(model: nn.Module) -> None:
     """Empty the caches of diffusers, which hold tokens in the order of before."""
+    module: Any
     for module in model.modules():
         if _keeps_steps(module):
-            module._diffusers_hook.reset_stateful_hooks(recurse=False)
+            registry: Any = module._diffusers_hook
+            registry.reset_stateful_hooks(recurse=False)
 
 
 def no_parallelism(method: Method) -> str:

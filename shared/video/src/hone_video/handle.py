@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils.torch_utils import is_compiled_module
 from hone_core.handles import CallState, Handle
 from torch import nn
@@ -172,7 +172,8 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
 
     Args:
         model_or_pipeline: A model of a class in ``SUPPORTED`` (text-, image- or video-conditioned), or a pipeline that
-            holds one; of a Wan2.2 pipeline both transformers.
+            holds one; of a Wan2.2 pipeline both transformers, or a sequence of them. They count the steps of one
+            video, which two that are attached one by one cannot: each would count its own.
         method: What to attach.
         handle: Class of the handle.
 
@@ -199,16 +200,20 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
 
 
 def _transformers(model_or_pipeline: Any) -> tuple[nn.Module, ...]:
-    if isinstance(model_or_pipeline, DiffusionPipeline):
+    if isinstance(model_or_pipeline, DiffusionPipeline | ModularPipeline):
         found = [getattr(model_or_pipeline, name, None) for name in ("transformer", "transformer_2")]
         models = [model for model in found if model is not None]
         if not models:
             raise TypeError(f"{type(model_or_pipeline).__name__} holds no transformer; {_SUPPORTED_TEXT}")
+    elif isinstance(model_or_pipeline, list | tuple) and model_or_pipeline:
+        models = list(model_or_pipeline)
     else:
         models = [model_or_pipeline]
     models = [model._orig_mod if is_compiled_module(model) else model for model in models]
     for model in models:
         _family(model)
+    if len(set(map(id, models))) < len(models):
+        raise ValueError("one transformer was given twice; pass each once")
     return tuple(models)
 
 
