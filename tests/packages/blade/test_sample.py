@@ -19,13 +19,14 @@ from hone_blade.config import PRESETS, BladeConfig, GenerateConfig
 from hone_blade.inspection import inspect_pipeline
 from hone_blade.lora import load_blade_lora, save_blade_lora
 from hone_blade.models import attach
-from hone_blade.sample import GenerateReport, find_inputs, generate
+from hone_blade.sample import GenerateReport, Sampler, find_inputs, generate
 from hone_blade.scheduler import TDMScheduler
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_video.architectures import tiny, tiny_pipeline
 from hone_video.attachment import Processor
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
 SPARSE = BladeConfig(block=16, samples=8, max_density=0.4, pool=8)
@@ -224,6 +225,54 @@ def test_other_schedulers_and_dense(kind, scheduler, expected, folders, tmp_path
         assert object_used.config.flow_shift == 3.0
     if scheduler == "dpm":
         assert object_used.config.timestep_spacing == "trailing"
+
+
+def adapter(tmp_path, seed=0, config=None):
+    """A LoRA file of the tiny Wan's layout, in the published form unless it states settings."""
+    model = tiny_pipeline("wan").transformer
+    torch.manual_seed(seed)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False), "blade")
+    return str(save_blade_lora(model, tmp_path / f"lora{seed}.safetensors", config=config))
+
+
+def test_files_that_state_no_settings_are_sampled_as_their_authors_do(folders, tmp_path):
+    published, stating = adapter(tmp_path), adapter(tmp_path, 1, SPARSE)
+    chosen = find_inputs(config(folders["wan"], lora=published)).config
+    assert (chosen.scheduler, chosen.flow_shift) == ("unipc", 3.0)
+    assert find_inputs(chosen).config == chosen
+    for other in (
+        config(folders["wan"], lora=stating),
+        config(folders["wan"], lora=published, scheduler="tdm"),
+        config(folders["wan"]),
+    ):
+        assert find_inputs(other).config.scheduler == "tdm"
+    report = produce(config(folders["wan"], lora=published, prompts=("a cat",)), tmp_path / "run")
+    assert report.scheduler == "unipc"
+    assert "Sampled with UniPC, flow shift 3, as the authors" in str(report)
+    sampler = Sampler.load(find_inputs(config(folders["wan"], lora=published, scheduler="unipc", flow_shift=5)), "cpu")
+    assert sampler.pipe.scheduler.config.flow_shift == 5
+    assert len(sampler.notices) == 1
+    with pytest.raises(ValueError, match=r"goes with scheduler 'unipc'; got 3\.0 with 'tdm'"):
+        config(folders["wan"], scheduler="tdm", flow_shift=3.0)
+
+
+def test_lora_of_each_transformer_of_wan22(folders, tmp_path):
+    first, second = adapter(tmp_path, 0, SPARSE), adapter(tmp_path, 1, SPARSE)
+    pipe = tiny_pipeline("wan", transformer_2=tiny("wan", seed=1, num_layers=1), boundary_ratio=0.5)
+    pipe.save_pretrained(tmp_path / "wan22")
+    both = find_inputs(config(tmp_path / "wan22", lora=first, lora_2=second, attention=None))
+    pipe = Sampler.load(both, "cpu").pipe
+    loaded = [part.blocks[0].attn1.to_q.lora_A["blade"].weight for part in (pipe.transformer, pipe.transformer_2)]
+    for weight, file in zip(loaded, (first, second), strict=True):
+        assert torch.equal(weight, load_file(file)["transformer.blocks.0.attn1.to_q.lora_A.weight"])
+    pipe = Sampler.load(find_inputs(config(tmp_path / "wan22", lora_2=second)), "cpu").pipe
+    assert not hasattr(pipe.transformer, "peft_config")
+    assert "blade" in pipe.transformer_2.peft_config
+    with pytest.raises(ValueError, match="lora_2 is for a second transformer, as Wan2"):
+        find_inputs(config(folders["wan"], lora_2=second))
+    with pytest.raises(ValueError, match="must state the same attention settings"):
+        find_inputs(config(tmp_path / "wan22", lora=first, lora_2=adapter(tmp_path, 2)))
 
 
 def test_lora_brings_its_settings_and_its_licence(folders, tmp_path, caplog):

@@ -534,10 +534,15 @@ class GenerateConfig:
     dense: bool = False
     """Leave attention as it is."""
     lora: str | None = None
-    """LoRA weights: a safetensors file, its folder, or a hub address."""
-    scheduler: Literal["tdm", "unipc", "dpm", "default"] = "tdm"
-    """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan, flow shift as in the pipeline, else 3) and
-    ``dpm`` (CogVideoX, trailing times): what the release samples with. ``default``: the pipeline's own."""
+    """LoRA weights: a safetensors file, its folder, or a hub address. Wan2.2: of its first transformer."""
+    lora_2: str | None = None
+    """Likewise of the second transformer of Wan2.2."""
+    scheduler: Literal["auto", "tdm", "unipc", "dpm", "default"] = "auto"
+    """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan) and ``dpm`` (CogVideoX, trailing times):
+    what the release samples with. ``default``: the pipeline's own. ``auto``: ``unipc`` with flow shift 3 for Wan with
+    LoRA weights that state no settings, as the published ones do not, else ``tdm``."""
+    flow_shift: float | None = None
+    """Of ``unipc`` (default: the pipeline's own, else 3)."""
     steps: int = 8
     """Network calls per video, twice as many with guidance."""
     guidance: float = 1.0
@@ -575,6 +580,10 @@ class GenerateConfig:
         _at_least_one(self, "limit", "steps", "height", "width", "frames", "fps")
         if self.guidance < 1:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
+        if self.flow_shift is not None and (self.scheduler != "unipc" or self.flow_shift <= 0):
+            raise ValueError(
+                f"flow_shift is positive and goes with scheduler 'unipc'; got {self.flow_shift} with {self.scheduler!r}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative; got {self.seed}")
 

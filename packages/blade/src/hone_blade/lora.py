@@ -10,7 +10,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline, ModelMixin, WanTransformer3DModel
 from diffusers.utils.torch_utils import is_compiled_module
@@ -22,9 +22,12 @@ from torch import nn
 
 from .config import BladeConfig
 
-__all__ = ["FILE_NAME", "LoraReport", "expected_keys", "find_lora", "load_blade_lora", "save_blade_lora"]
+__all__ = ["FILE_NAME", "LoraReport", "Transformer", "expected_keys", "find_lora", "load_blade_lora", "save_blade_lora"]
 
 log = logging.getLogger(__name__)
+
+Transformer = Literal["transformer", "transformer_2"]
+"""Part of a pipeline."""
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The file that is looked for in a folder or hub repository."""
@@ -94,6 +97,7 @@ def load_blade_lora(
     pipeline_or_model: Any,
     path: str | Path,
     *,
+    transformer: Transformer | None = None,
     adapter_name: str = "blade",
     local_files_only: bool = False,
 ) -> LoraReport:
@@ -103,10 +107,10 @@ def load_blade_lora(
     The order with ``attach`` does not matter. ``model.delete_adapters(adapter_name)`` takes the weights off again.
 
     Args:
-        pipeline_or_model: The transformer, or a pipeline; of a Wan2.2 pipeline pass ``pipe.transformer`` or
-            ``pipe.transformer_2``.
+        pipeline_or_model: The transformer, or a pipeline.
         path: A safetensors file, a folder that holds ``pytorch_lora_weights.safetensors``, or a hub address
             ``owner/repository[/folder][/file.safetensors]``, for example ``GYP666/BLADE/BLADE_wanx_weight``.
+        transformer: Which one of a pipeline; to be said of a Wan2.2 pipeline, which has two.
         adapter_name: Name for the adapter.
         local_files_only: Do not ask the hub, only its local cache.
 
@@ -114,10 +118,10 @@ def load_blade_lora(
         TypeError: The model's class has no such layout.
         CheckpointError: The file is not there, is not safetensors, or has unknown, missing or misshapen tensors or
             values that are not finite.
-        ValueError: The pipeline has two transformers, or ``adapter_name`` is taken.
+        ValueError: The pipeline has two transformers and none is named, or ``adapter_name`` is taken.
     """
     pipeline = pipeline_or_model if isinstance(pipeline_or_model, DiffusionPipeline) else None
-    model = _transformer(pipeline_or_model)
+    model = _transformer(pipeline_or_model if transformer is None else getattr(pipeline_or_model, transformer))
     _layout(model)
     if adapter_name in getattr(model, "peft_config", {}):
         raise ValueError(

@@ -20,11 +20,11 @@ from hone_core.io import atomic_write_json
 from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
-from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
+from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, pipeline_parts
 from hone_video.videos import save_video, video_name
 
 from .config import PRESETS, BladeConfig, GenerateConfig
-from .lora import _read_config, _read_header, find_lora, load_blade_lora
+from .lora import Transformer, _read_config, _read_header, find_lora, load_blade_lora
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
@@ -87,11 +87,13 @@ class Inputs:
             run should keep, so that an edited prompt file is another run.
         pipeline: Class name of the pipeline.
         lora: The LoRA file, or None.
+        lora_2: Likewise of the second transformer.
     """
 
     config: GenerateConfig
     pipeline: str
     lora: str | None
+    lora_2: str | None = None
 
 
 _DEFAULT_PRESET = {"wan": "wan2.1-1.3b", "cogvideox": "cogvideox-5b"}
@@ -113,20 +115,32 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
         _sparse_steps(cfg, *_attention(cfg, None, None))
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
     schedulers, family = ("tdm", *PIPELINES[name].schedulers), PIPELINES[name].family
-    if cfg.scheduler not in schedulers:
+    if cfg.scheduler not in ("auto", *schedulers):
         raise ValueError(f"scheduler must be one of {', '.join(schedulers)} for a {name}; got {cfg.scheduler!r}")
     families = {kind.family for kind in PIPELINES.values()}
     own = {other for other in families if cfg.preset is not None and cfg.preset.startswith(other)}
     if own and family not in own:
         fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {family}))]
         raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
-    lora = None if cfg.lora is None else find_lora(cfg.lora, local_files_only=cfg.local_files_only)
-    stated = None if lora is None else _stated(lora)
+    if cfg.lora_2 is not None and "transformer_2" not in pipeline_parts(
+        cfg.model, local_files_only=cfg.local_files_only
+    ):
+        raise ValueError(f"lora_2 is for a second transformer, as Wan2.2 has; {cfg.model} has one. Pass lora")
+    lora, lora_2 = (
+        None if file is None else find_lora(file, local_files_only=cfg.local_files_only)
+        for file in (cfg.lora, cfg.lora_2)
+    )
+    stated = _stated(lora, lora_2)
+    if cfg.scheduler == "auto":
+        published = family == "wan" and stated is None and not lora is lora_2 is None
+        chosen: dict[str, Any] = {"scheduler": "unipc", "flow_shift": 3.0} if published else {"scheduler": "tdm"}
+        cfg = replace(cfg, **chosen)
     _sparse_steps(cfg, *_attention(cfg, family, stated))
     return Inputs(
         config=replace(cfg, prompts=prompts[: cfg.limit], prompt_file=None, limit=None),
         pipeline=name,
         lora=None if lora is None else str(lora),
+        lora_2=None if lora_2 is None else str(lora_2),
     )
 
 
@@ -179,10 +193,18 @@ class Sampler:
         self.config, self.pipe, self.device = inputs.config, pipe, device
         self.fps = inputs.config.fps or kind.fps
         self.notices: tuple[str, ...] = ()
-        stated = None
-        if inputs.lora is not None:
-            report = load_blade_lora(pipe, inputs.lora)
-            self.notices, stated = (report.licence,), report.config
+        parts: tuple[tuple[Transformer, str | None], ...]
+        parts = ("transformer", inputs.lora), ("transformer_2", inputs.lora_2)
+        for part, file in parts:
+            if file is not None:
+                report = load_blade_lora(pipe, file, transformer=part)
+                self.notices = tuple(dict.fromkeys([*self.notices, report.licence]))
+        stated = _stated(inputs.lora, inputs.lora_2)
+        if self.notices and stated is None and (self.config.scheduler, self.config.flow_shift) == ("unipc", 3.0):
+            self.notices += (
+                "Sampled with UniPC, flow shift 3, as the authors of the published Wan weights do, since the file "
+                "states no settings; --scheduler tdm is the rollout of the paper.",
+            )
         self.attention_name, self.attention = _attention(inputs.config, kind.family, stated)
         self.sparse_steps = _sparse_steps(inputs.config, self.attention_name, self.attention)
 
@@ -205,10 +227,10 @@ class Sampler:
         )
         check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
         if cfg.scheduler != "tdm":
-            pipe.scheduler = make_scheduler(cfg.scheduler, pipe)
+            pipe.scheduler = make_scheduler(cfg.scheduler, pipe, flow_shift=cfg.flow_shift)
         elif not isinstance(pipe.scheduler, TDMScheduler):
             pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
-        if inputs.lora is None and cfg.scheduler == "tdm":
+        if inputs.lora is inputs.lora_2 is None and cfg.scheduler == "tdm":
             log.warning(
                 "no LoRA: a model that was not distilled makes poor videos in %d steps of the TDM rollout; pass a "
                 "LoRA, or scheduler 'default' with about 50 steps and guidance",
@@ -276,9 +298,13 @@ def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -
     run.log(step=index, seconds=watch.seconds)
 
 
-def _stated(lora: Path) -> BladeConfig | None:
-    """The attention settings in the header of a LoRA file; its weights are not read."""
-    return _read_config(lora, _read_header(lora)[2])
+def _stated(*loras: str | Path | None) -> BladeConfig | None:
+    """The attention settings in the headers of LoRA files; their weights are not read."""
+    files = [Path(lora) for lora in loras if lora is not None]
+    found = [_read_config(file, _read_header(file)[2]) for file in files]
+    if len(set(found)) > 1:
+        raise ValueError("lora and lora_2 must state the same attention settings; theirs differ")
+    return found[0] if found else None
 
 
 def _sparse_steps(cfg: GenerateConfig, name: str, settings: BladeConfig | None) -> int:

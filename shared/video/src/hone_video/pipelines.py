@@ -19,7 +19,15 @@ from diffusers import (
 )
 from hone_core.errors import CheckpointError
 
-__all__ = ["PIPELINES", "PipelineKind", "check_size", "find_pipeline", "load_pipeline", "make_scheduler"]
+__all__ = [
+    "PIPELINES",
+    "PipelineKind",
+    "check_size",
+    "find_pipeline",
+    "load_pipeline",
+    "make_scheduler",
+    "pipeline_parts",
+]
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +76,12 @@ def find_pipeline(model: str, *, local_files_only: bool = False) -> str:
     if name not in PIPELINES:
         raise CheckpointError(f"{model} is a {name}; expected {' or '.join(PIPELINES)}")
     return name
+
+
+def pipeline_parts(model: str, *, local_files_only: bool = False) -> set[str]:
+    """Names of the parts that a pipeline has, such as ``transformer_2``; arguments and errors as ``find_pipeline``."""
+    index = _read_pipeline_index(model, local_files_only=local_files_only)
+    return {part for part, source in index.items() if isinstance(source, list) and source[0] is not None}
 
 
 def _read_pipeline_index(model: str, *, local_files_only: bool) -> dict[str, Any]:
@@ -174,20 +188,20 @@ def load_pipeline(
     return pipe
 
 
-def make_scheduler(name: str, pipe: Any) -> Any:
+def make_scheduler(name: str, pipe: Any, *, flow_shift: float | None = None) -> Any:
     """A scheduler for the pipeline, with the settings of its own one.
 
     Args:
-        name: ``unipc`` (Wan, flow shift as in the pipeline, else 3), ``dpm`` (CogVideoX, trailing times) or ``default``
-            (the pipeline's own).
+        name: ``unipc`` (Wan), ``dpm`` (CogVideoX, trailing times) or ``default`` (the pipeline's own).
         pipe: The pipeline, which keeps its own.
+        flow_shift: Of ``unipc``; None for that of the pipeline, else 3.
 
     Raises:
         ValueError: The name is another one.
     """
     own = pipe.scheduler
     if name == "unipc":
-        shift = own.config.get("flow_shift", own.config.get("shift", 3.0))
+        shift = flow_shift or own.config.get("flow_shift", own.config.get("shift", 3.0))
         return UniPCMultistepScheduler.from_config(
             own.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
         )
