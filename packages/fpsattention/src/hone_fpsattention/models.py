@@ -68,7 +68,7 @@ def plan_for(regime: Regime, cfg: FPSAttentionConfig, grid: Grid, text_tokens: i
     slots, places, valid, groups, kv_num, kv_idx = _plan_op(*options, device)
     tokens, count, block = grid[0] * grid[1] * grid[2] + text_tokens, slots.shape[0], cfg.block
     padded = None if count == tokens and block == 128 else valid
-    layout = BlockLayout(kv_num, kv_idx, count, count, block, block, padded)
+    layout = BlockLayout(kv_num, kv_idx, count, count, block, block, padded, check=False)
     return Plan(regime, tokens, block, slots, places, valid, groups, layout)
 
 
