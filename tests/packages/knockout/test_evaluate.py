@@ -160,7 +160,7 @@ def test_bad_items_are_written_down_and_left_out(host, tmp_path):
     bad = [
         Item(id="gone", question="?", options=("up", "down"), answer=0, video=tmp_path / "none.mp4"),
         Item(id="broken", question="?", options=("up", "down"), answer=0, video=broken),
-        dataclasses.replace(good[0], id="same", options=("up", "up"), answer=0),
+        dataclasses.replace(good[0], id="same", options=("up", "up right"), answer=0),
     ]
     cfg = dataclasses.replace(CFG, settings=("global2",), batch=4)
     with start(cfg, tmp_path / "run") as run:
