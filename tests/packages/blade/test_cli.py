@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 import sys
@@ -250,15 +249,3 @@ def test_folders_of_default_settings_say_so(capsys, tmp_path, monkeypatch, flags
     [folder] = (tmp_path / "runs" / "hone-blade" / "demo").iterdir()
     assert folder.name.endswith(f"-{preset or 'custom'}-{3 if '--seed' in flags else 0}")
     assert load_results(folder)["preset"] == preset
-
-
-@pytest.mark.parametrize(("given", "held"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_idle_threads_do_not_spin_unless_asked(given, held, monkeypatch):
-    from hone_blade import cli
-
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setattr(cli, "run_cli", lambda *_: None)
-    cli.main()
-    assert os.environ["OMP_WAIT_POLICY"] == held

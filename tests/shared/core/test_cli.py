@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -652,3 +653,13 @@ def test_help_of_a_config(table, tmp_path):
     assert "Denoising steps. (default: 5)" in shown
     assert "Compile blocks. (default: False)" in shown
     assert "Folder of a model. (required)" in text("needy --help")
+
+
+@pytest.mark.parametrize(("given", "held"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_do_not_spin_unless_asked(given, held, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        run_cli("hone-core", {}, "Nothing.", ["--help"])
+    assert os.environ["OMP_WAIT_POLICY"] == held

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,6 @@ PACKAGE = "hone-blade"
 
 def main() -> None:
     """Entry point of the script."""
-    # Read when torch loads OpenMP. By default its idle threads spin, which on a busy two-core machine takes twice the
-    # time (two steps of the tiny host: 8.8 s against 4.9 s). What the caller has set holds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_cli(PACKAGE, VERBS, "Adaptive block-sparse attention (BLADE) for diffusers' Wan and CogVideoX transformers.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,6 @@ PACKAGE = "hone-fpsattention"
 
 def main() -> None:
     """Entry point of the script."""
-    # Read when torch loads OpenMP. By default its idle threads spin, which on a busy machine takes twice the time.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_cli(PACKAGE, VERBS, "E4M3 attention over sliding 3-D tiles (FPSAttention) for diffusers' video transformers.")
 
 

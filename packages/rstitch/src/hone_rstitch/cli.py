@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,6 @@ PACKAGE = "hone-rstitch"
 
 def main() -> None:
     """Entry point of the script."""
-    # Read when torch loads OpenMP: idle threads that spin cost more than such small models do. What is set holds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_cli(PACKAGE, VERBS, "R-Stitch: a small and a large language model write one chain of thought.")
 
 
