@@ -1,3 +1,6 @@
+import sys
+from types import ModuleType
+
 import pytest
 from hone_core.errors import MissingExtraError, UnsupportedHardwareError
 from hone_core.runs import Run
@@ -42,8 +45,17 @@ def test_a_published_size_needs_a_gpu(tmp_path):
         measure(tmp_path)
 
 
-def test_linear_layers_need_their_extra(tmp_path):
-    with pytest.raises(MissingExtraError, match="Linear layers in E4M3 needs the extra 'linears'"):
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (None, MissingExtraError, "Linear layers in E4M3 needs the extra 'linears'"),
+        (ModuleType("torchao.quantization"), UnsupportedHardwareError, "need a GPU of compute capability 8.9"),
+    ],
+)
+def test_linear_layers_need_their_extra_and_a_gpu(module, error, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", module)
+    with pytest.raises(error, match=message):
         measure(tmp_path, model="tiny-wan", parts=("forward",), e4m3_linears=True)
 
 

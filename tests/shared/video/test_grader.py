@@ -81,7 +81,7 @@ def test_the_grader_learns_handwritten_digits():
         torch.manual_seed(1)
         classifier = ClipClassifier()
     generator = torch.Generator().manual_seed(0)
-    train_classifier(classifier, load_glyphs("train"), clip, steps=150, batch=64, generator=generator)
+    train_classifier(classifier, load_glyphs("train"), clip, steps=300, batch=64, generator=generator)
     generator = torch.Generator().manual_seed(1)
     labels = random_labels(64, generator)
     real = grade(classifier, render(load_glyphs("held_out"), labels, clip, generator).clips, labels)

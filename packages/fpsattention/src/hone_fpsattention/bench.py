@@ -82,6 +82,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         raise UnsupportedHardwareError(
             f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use="tiny-wan"
         )
+    if cfg.e4m3_linears:
+        _check_linears(device)
     torch.manual_seed(cfg.seed)
     with torch.no_grad():
         _Bench(cfg, run, device).all()
@@ -268,14 +270,26 @@ class _Bench:
         return {"hidden_states": torch.randn(shape, **like), **inputs}
 
 
-def _round_linears(model: nn.Module) -> None:
-    """Linear layers of the blocks in E4M3, weights and activations, by torchao."""
+def _check_linears(device: torch.device) -> None:
+    """Whether linear layers can run in E4M3 here, before anything is timed."""
     try:
-        torchao = importlib.import_module("torchao.quantization")
+        import torchao.quantization  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("linears", "hone-fpsattention", "Linear layers in E4M3") from error
-    torchao.quantize_(
+    if device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UnsupportedHardwareError(
+            "torchao's linear layers in E4M3 need a GPU of compute capability 8.9",
+            found=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            use="bench without --e4m3-linears",
+        )
+
+
+def _round_linears(model: nn.Module) -> None:
+    """Linear layers of the blocks in E4M3, weights and activations, by torchao."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+    quantize_(
         model,
-        torchao.Float8DynamicActivationFloat8WeightConfig(),
+        Float8DynamicActivationFloat8WeightConfig(),
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and "blocks." in name,
     )
