@@ -273,7 +273,7 @@ class _Bench:
 def _check_linears(device: torch.device) -> None:
     """Whether linear layers can run in E4M3 here, before anything is timed."""
     try:
-        import torchao.quantization  # noqa: F401
+        importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise MissingExtraError("linears", "hone-fpsattention", "Linear layers in E4M3") from error
     if device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9):
@@ -286,10 +286,9 @@ def _check_linears(device: torch.device) -> None:
 
 def _round_linears(model: nn.Module) -> None:
     """Linear layers of the blocks in E4M3, weights and activations, by torchao."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
-
-    quantize_(
+    torchao = importlib.import_module("torchao.quantization")
+    torchao.quantize_(
         model,
-        Float8DynamicActivationFloat8WeightConfig(),
+        torchao.Float8DynamicActivationFloat8WeightConfig(),
         filter_fn=lambda module, name: isinstance(module, nn.Linear) and "blocks." in name,
     )
