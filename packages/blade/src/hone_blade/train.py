@@ -48,7 +48,7 @@ def classifier_accuracy(host: Host, glyphs: Glyphs, *, clips: int, generator: to
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def train_host(cfg: TrainConfig, run: Run, *, checkpoint: Path | None = None) -> TrainReport:
+def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
     """Train, export and grade the tiny host.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.
@@ -56,7 +56,6 @@ def train_host(cfg: TrainConfig, run: Run, *, checkpoint: Path | None = None) ->
     Args:
         cfg: the run.
         run: the run, entered; its command line is kept in ``host.json``.
-        checkpoint: where the resumable state is kept; ``artifacts/checkpoint.pt`` if omitted.
 
     Raises:
         CheckpointError: if the folder's checkpoint belongs to another config.
@@ -69,7 +68,7 @@ def train_host(cfg: TrainConfig, run: Run, *, checkpoint: Path | None = None) ->
     host = Host.untrained(cfg.host, seed=cfg.seed).to(device)
     if cfg.init is not None:
         _start_from(host, load_host(device, path=cfg.init), cfg.init)
-    state = _TrainState(cfg, host, checkpoint or run.artifacts / "checkpoint.pt", generator)
+    state = _TrainState(cfg, host, run.artifacts / "checkpoint.pt", generator)
     if not state.training.resume():
         with Stopwatch(device) as watch:
             train_classifier(

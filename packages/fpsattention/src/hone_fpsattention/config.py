@@ -343,7 +343,7 @@ class BenchConfig:
     dtype: Dtype = "auto"
     """Of weights and inputs."""
     seed: int = 0
-    """Of weights, inputs and noise."""
+    """Seed of weights, inputs and noise."""
 
     def __post_init__(self) -> None:
         if self.model not in WORKLOADS | HD_WORKLOADS:
@@ -506,7 +506,7 @@ class DemoConfig:
     preset: str = "tiny"
     """Attention settings where nothing is trained; a tuned host brings its own."""
     seed: int = 0
-    """Of the starting noise."""
+    """Seed of the starting noise."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -534,7 +534,7 @@ class EvalConfig:
     preset: str = "tiny"
     """Attention settings where nothing is trained; a tuned host brings its own."""
     seed: int = 0
-    """Of prompts and noise."""
+    """Seed of prompts and noise."""
 
     def __post_init__(self) -> None:
         _known_preset(self.preset)
@@ -554,7 +554,7 @@ class TrainConfig:
     loss: Loss = "distillation"
     """``flow``: rectified flow, the paper's. ``distillation``: the velocity of the dense host, frozen; ours."""
     seed: int = 0
-    """Of data and noise."""
+    """Seed of data and noise."""
     minutes: float = 5.0
     """Wall-clock budget of the training, compilation included."""
     steps: int | None = None
