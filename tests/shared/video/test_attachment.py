@@ -163,6 +163,66 @@ def test_cogvideox_variants(config):
         close(run(model, arguments), expected)
 
 
+class Rotates(Runs):
+    """The same, which rotates q and k itself where they are not yet."""
+
+    rotates = True
+
+    def attend(self, q, k, v, *, rope, **where):
+        self.got = rope
+        if rope is not None:
+            cos, sin = (x.repeat_interleave(2, -1).double() for x in rope)
+
+            def turn(x):
+                other = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
+                return (x.double() * cos + other.double() * sin).to(x.dtype)
+
+            q, k = turn(q), turn(k)
+        return super().attend(q, k, v, **where)
+
+
+@KINDS
+def test_a_method_that_rotates_gets_tables_in_its_order(kind):
+    model, arguments = tiny(kind), tiny_inputs(kind)
+    with attach(model, SPARSE):
+        expected = run(model, arguments)
+    method = Rotates(SPARSE)
+    with attach_method(model, method, VideoHandle):
+        close(run(model, arguments), expected)
+    cos, sin = method.got
+    text = 8 if kind == "cogvideox" else 0
+    assert cos.shape == sin.shape == (3 * 5 * 7 + text, 16)
+    assert bool((cos[105:] == 1).all() & (sin[105:] == 0).all())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight:UserWarning"
+)  # float32 norms, 16-bit inputs
+@torch.no_grad()
+def test_norms_in_more_bits_are_rotated_before_they_are_rounded():
+    model, arguments = tiny("wan"), tiny_inputs("wan")
+    for block in model.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            # As RMSNorm is under autocast on a GPU.
+            norm.register_forward_hook(lambda module, args, output: output.float())
+    outs = []
+    for method in (Runs(SPARSE), Rotates(SPARSE)):
+        with attach_method(model, method, VideoHandle), torch.autocast("cpu", torch.bfloat16):
+            outs.append(run(model, arguments))
+    assert torch.equal(*outs)
+    assert method.got is None
+
+
+@torch.no_grad()
+def test_a_model_without_rotary_embedding_has_no_tables():
+    method = Rotates(SPARSE)
+    model = tiny("cogvideox", use_rotary_positional_embeddings=False)
+    arguments = {k: v for k, v in tiny_inputs("cogvideox").items() if k != "image_rotary_emb"}
+    with attach_method(model, method, VideoHandle):
+        run(model, arguments)
+    assert method.got is None
+
+
 @KINDS
 def test_fused_projections_before_attach(kind):
     model, arguments = tiny(kind), tiny_inputs(kind)

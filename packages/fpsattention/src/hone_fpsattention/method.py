@@ -33,7 +33,7 @@ from .quantization import round_qkv
 from .tiles import Tiling
 from .windows import window_layout
 
-__all__ = ["Plan", "fps_attention"]
+__all__ = ["Plan", "Rope", "fps_attention"]
 
 Rope = tuple[Float[Tensor, "tokens half_dim"], Float[Tensor, "tokens half_dim"]]
 """Cosines and sines of interleaved pairs, by place in the sequence; 1 and 0 where nothing turns (text)."""

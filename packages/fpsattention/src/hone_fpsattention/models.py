@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import PRESETS, FPSAttentionConfig, Regime
-from .method import Plan, fps_attention
+from .method import Plan, Rope, fps_attention
 from .schedule import Schedule, regime_index
 from .tiles import Tiling
 
@@ -33,6 +33,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 class _FPSAttention(Method):
     name = "FPSAttention"
+    rotates = True
 
     def __init__(self, config: FPSAttentionConfig) -> None:
         self.config = config
@@ -48,7 +49,16 @@ class _FPSAttention(Method):
         return None if self.config.regimes[number].plain else number
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, plan: int, layer: int | Tensor, grid: Grid, text_tokens: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: int,
+        layer: int | Tensor,
+        grid: Grid,
+        text_tokens: int,
+        rope: Rope | None = None,
     ) -> Tensor:
         if plan < 0:
             raise RuntimeError(
@@ -56,7 +66,7 @@ class _FPSAttention(Method):
                 "handle.begin_step(i, sigma=sigma), or leave it out"
             )
         where = plan_for(self.config.regimes[plan], self.config, grid, text_tokens, q.device)
-        return fps_attention(q, k, v, plan=where, cfg=self.config)
+        return fps_attention(q, k, v, plan=where, cfg=self.config, rope=rope)
 
 
 def plan_for(regime: Regime, cfg: FPSAttentionConfig, grid: Grid, text_tokens: int, device: torch.device) -> Plan:

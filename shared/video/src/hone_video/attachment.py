@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from hone_core.handles import CallState, Hooks
 from torch import Tensor, nn
 
@@ -42,6 +43,8 @@ class Method(ABC):
             forward, unless the caller says the step.
         dense_layers: Layers that keep the model's own attention, from 0.
         min_tokens: Forwards on shorter sequences run as if nothing were attached.
+        rotates: Whether ``attend`` does the rotary embedding itself: it then gets ``rope`` too, a pair as in
+            ``Tables.rope`` and q and k before it, or None where they are rotated already or the model has none.
     """
 
     name: ClassVar[str]
@@ -51,6 +54,7 @@ class Method(ABC):
     counts_steps: bool = False
     dense_layers: tuple[int, ...] = ()
     min_tokens: int = 0
+    rotates: bool = False
 
     @abstractmethod
     def plan(self, step: int, timestep: float | None) -> Any:
@@ -70,7 +74,8 @@ class Method(ABC):
         """Attention of one layer.
 
         Args:
-            q: ``[B, H, S, D]`` after norms and rotary embedding: video tokens in ``order``, then the text.
+            q: ``[B, H, S, D]`` after norms and rotary embedding: video tokens in ``order``, then the text. Nobody reads
+                it afterwards, so where no gradient is recorded its memory may be written to.
             k: Likewise.
             v: Likewise.
             plan: Of this forward; not None.
@@ -162,10 +167,22 @@ class Tables:
         cos: None for a model without rotary embedding, like ``sin``.
         sin: Of the same shape.
         forward: Which forward.
+        rope: Of a method that rotates, cosines and sines ``[S, D / 2]`` of pairs of neighbouring channels, 1 and 0 for
+            text; else None.
     """
 
-    def __init__(self, cos: Tensor | None, sin: Tensor | None, forward: Forward) -> None:
-        self.cos, self.sin, self.forward = cos, sin, forward
+    def __init__(
+        self, cos: Tensor | None, sin: Tensor | None, forward: Forward, rope: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.cos, self.sin, self.forward, self.rope = cos, sin, forward, rope
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor, forward: Forward, method: Method) -> Tables:
+        """Tables whose last axis holds each angle of a pair twice, the tokens in the forward's order."""
+        rope = None
+        if method.rotates and forward.plan is not None:
+            rope = (_of_pairs(cos, 0, forward.text_tokens, 1.0), _of_pairs(sin, 1, forward.text_tokens, 0.0))
+        return cls(cos, sin, forward, rope)
 
     @property
     def pair(self) -> tuple[Tensor, Tensor] | None:
@@ -174,14 +191,24 @@ class Tables:
 
     def to(self, device: Any, non_blocking: bool = False) -> Tables:
         """A copy on another device, which is what offloading asks of a block's arguments."""
-        pair = [None if x is None else x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin)]
-        return Tables(pair[0], pair[1], self.forward)
+
+        def move(x: Tensor | None) -> Any:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        rope = None if self.rope is None else (move(self.rope[0]), move(self.rope[1]))
+        return Tables(move(self.cos), move(self.sin), self.forward, rope)
 
     def __iter__(self) -> Iterator[Tensor]:
         raise RuntimeError(
             "a block that ran with a method attached runs again after detach(), for the backward of a checkpointed "
             "forward. Call backward before detach()."
         )
+
+
+def _of_pairs(table: Tensor, first: int, text_tokens: int, value: float) -> Tensor:
+    """One value of each pair, and ``value`` for the text behind."""
+    half = table.reshape(-1, table.shape[-1])[:, first::2]
+    return F.pad(half, (0, 0, 0, text_tokens), value=value).contiguous()
 
 
 class Processor:
@@ -198,7 +225,23 @@ class Processor:
         """Whether the model's own processor computes this call."""
         return self.dense or tables.forward.plan is None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables, attention_mask: Tensor | None) -> Tensor:
+    def rope(self, q: Tensor, v: Tensor, tables: Tables) -> tuple[Tensor, Tensor] | None:
+        """What the method rotates q and k by; None where that is the processor's to do.
+
+        Norms that run in more bits than the attention (under autocast) do not go to the method: q would be rounded
+        before its rotation and once more after it.
+        """
+        return tables.rope if q.dtype == v.dtype else None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: Tables,
+        attention_mask: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """The method's attention: ``[B, H, S, D]`` each, video tokens in order first, then the text."""
         if attention_mask is not None:
             raise ValueError(
@@ -215,6 +258,8 @@ class Processor:
             text_tokens = fixed_size(text_tokens)
             layer = self.layer if forward.traced else self.layer_tensor
         where = {"plan": forward.plan, "layer": layer, "grid": forward.grid, "text_tokens": text_tokens}
+        if self.method.rotates:
+            where["rope"] = rope
         if forward.record is None:
             return self.method.attend(q, k, v, **where)
         out, statistics = self.method.measure(q, k, v, **where, **forward.record.options)
@@ -259,7 +304,6 @@ class Attachment(ABC):
     def start(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Pre-hook of the model: derive the grid, ``begin``, put what is given per token in order."""
 
-    @abstractmethod
     @abstractmethod
     def place_hooks(self) -> None:
         """Register the hooks of modules inside the model."""

@@ -54,10 +54,12 @@ class WanProcessor(Processor):
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
-        assert tables.cos is not None
-        assert tables.sin is not None
-        q, k = (_rotate_pairs(x, tables.cos, tables.sin) for x in (q, k))
-        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tables, attention_mask)
+        rope = self.rope(q, v, tables)
+        if rope is None:
+            assert tables.cos is not None
+            assert tables.sin is not None
+            q, k = (_rotate_pairs(x, tables.cos, tables.sin) for x in (q, k))
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tables, attention_mask, rope)
         out = out.transpose(1, 2).flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -106,7 +108,7 @@ class WanAttachment(Attachment):
         if forward is None:
             return None
         cos, sin = output
-        return Tables(forward.sort(cos, 1), forward.sort(sin, 1), forward)
+        return Tables.of(forward.sort(cos, 1), forward.sort(sin, 1), forward, self.method)
 
     def restore(self, output: Tensor, forward: Forward) -> Tensor:
         """See ``Attachment``; ``[B, C, F, H, W]``."""
@@ -140,9 +142,10 @@ class CogVideoXProcessor(Processor):
             q = attn.norm_q(q)
         if attn.norm_k is not None:
             k = attn.norm_k(k)
-        if tables.pair is not None:
+        rope = self.rope(q, v, tables)
+        if rope is None and tables.pair is not None:
             q, k = (_rotate_head(x, video, tables.pair) for x in (q, k))
-        out = self.attend(q, k, v, tables, attention_mask)
+        out = self.attend(q, k, v, tables, attention_mask, rope)
         out = out.transpose(1, 2).flatten(2, 3).type_as(joint)
         out = attn.to_out[1](attn.to_out[0](out))
         video_out, text_out = out.split([video, text], dim=1)
@@ -191,7 +194,7 @@ class CogVideoXAttachment(Attachment):
                     f"image_rotary_emb must have one row per video token, {f * h * w} for the grid {(f, h, w)}; got "
                     f"{cos.shape[0]}"
                 )
-            tables = Tables(forward.sort(cos, 0), forward.sort(sin, 0), forward)
+            tables = Tables.of(forward.sort(cos, 0), forward.sort(sin, 0), forward, self.method)
         return _replace(args, kwargs, 5, "image_rotary_emb", tables)
 
     def embed(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
