@@ -76,7 +76,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path, argv):
 def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
     assert run(monkeypatch, "info", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    for op in ("attention", "attention_fp8", "block_scores", "block_select"):
+    for op in ("attention", "attention_fp8", "block_scores", "block_select", "logits"):
         assert found[op]["reference"] == "runs"
         assert "CUDA device" in found[op]["triton"]
 
@@ -97,6 +97,9 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         (["--op", "attention_fp8", "--block", "64"], "attention_fp8 has no block to choose"),
         (["--op", "attention_fp8", "--modes", "forward"], "attention_fp8 measures backward and prologue; got forward"),
         (["--op", "block_scores", "--shapes", "large"], "no shape large; there are wan-1.3b 480p"),
+        (["--op", "logits", "--modes", "forward"], "logits has no modes to choose; it has shapes, dtypes"),
+        (["--op", "logits", "--shapes", "64"], "a shape of logits is ROWSxVOCABULARY such as 64x151936; got '64'"),
+        (["--op", "logits", "--dtypes", "float8_e4m3fn"], "logits are not float8_e4m3fn"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -200,6 +203,13 @@ def test_block_scores_bench_on_a_gpu(tmp_path):
     found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
     times = {r["variant"] for r in found if r["metric"] == "time"}
     assert times >= {"scores paper 16", "scores mean 128", "select topk", "scores and selection", "attention pooled"}
+
+
+@requires_gpu(min_sm=80)
+def test_logits_bench_on_a_gpu(tmp_path):
+    argv = ["--op", "logits", "--shapes", "3x1000", "--dtypes", "float16", "--rounds", "2"]
+    found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    assert {r["variant"] for r in found} == {"triton", "torch", "torch compiled", "torch amax alone"}
 
 
 @requires_gpu(min_sm=90)

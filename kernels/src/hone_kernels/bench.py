@@ -18,6 +18,8 @@ from hone_kernels.backends import Backend
 from hone_kernels.block_scores import bench as scores_bench
 from hone_kernels.config import BenchConfig
 from hone_kernels.gpu import the_gpu
+from hone_kernels.logits import SUPPORT as LOGITS
+from hone_kernels.logits import bench as logits_bench
 from hone_kernels.rows import TimesReport
 
 __all__ = ["BenchReport", "bench", "plot", "prepare"]
@@ -51,6 +53,16 @@ def prepare(cfg: BenchConfig) -> BenchConfig:
         if unknown := set(cfg.shapes) - set(scores_bench.SHAPES):
             raise ValueError(f"no shape {', '.join(sorted(unknown))}; there are {', '.join(scores_bench.SHAPES)}")
         return replace(cfg, shapes=cfg.shapes or tuple(known))
+    if cfg.op == "logits":
+        for dtype in cfg.dtypes:
+            if getattr(torch, dtype) not in LOGITS["triton"].dtypes:
+                raise ValueError(f"logits are not {dtype}")
+        cfg = replace(
+            cfg, shapes=cfg.shapes or tuple(logits_bench.SHAPES), dtypes=cfg.dtypes or ("bfloat16", "float32")
+        )
+        for shape in cfg.shapes:
+            logits_bench.parse(shape)
+        return cfg
     names = attention_bench.SHAPES if cfg.op == "attention" else fp8_bench.PROLOGUES
     cfg = replace(cfg, shapes=cfg.shapes or tuple(names))
     for shape in cfg.shapes:
@@ -106,6 +118,10 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         if cfg.op == "block_scores":
             chosen = {name: scores_bench.SHAPES[name] for name in cfg.shapes}
             scores_bench.bench(run, chosen, rounds=cfg.rounds, seed=cfg.seed)
+        elif cfg.op == "logits":
+            shapes = {text: logits_bench.parse(text) for text in cfg.shapes}
+            dtypes = [getattr(torch, name) for name in cfg.dtypes]
+            logits_bench.bench(run, shapes, dtypes, rounds=cfg.rounds, seed=cfg.seed)
         elif cfg.op == "attention_fp8":
             options: dict[str, Any] = dict(densities=cfg.densities, modes=cfg.modes, rounds=cfg.rounds, seed=cfg.seed)
             fp8_bench.bench(run, [_shape(text) for text in cfg.shapes], **options)

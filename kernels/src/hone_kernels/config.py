@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 __all__ = ["BenchConfig", "ProfileConfig", "SanitizeConfig", "SpillsConfig", "TuneConfig"]
 
-Op = Literal["attention", "attention_fp8", "block_scores"]
+Op = Literal["attention", "attention_fp8", "block_scores", "logits"]
 Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 Mode = Literal["forward", "forward pooled", "backward", "prologue"]
 Kernel = Literal["attention", "attention_gluon", "attention_fp8", "block_scores"]
@@ -22,6 +22,7 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "attention": ("shapes", "densities", "dtypes", "backends", "modes", "block"),
     "attention_fp8": ("shapes", "densities", "modes"),
     "block_scores": ("shapes",),
+    "logits": ("shapes", "dtypes"),
 }
 """What each op's bench lets choose; of the rest it measures what it measures."""
 
@@ -38,17 +39,18 @@ class BenchConfig:
     """What to time."""
 
     op: Op = "attention"
-    """Which op: attention beside every other that is installed, FP8's prologue and gradients, or BLADE's prober."""
+    """Which op: attention beside every other that is installed, FP8's prologue and gradients, BLADE's prober, or the
+    reading of logits."""
     shapes: tuple[str, ...] = ()
-    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128 (default: the op's own)."""
+    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128; of logits ROWSxVOCABULARY (default: the op's own)."""
     densities: tuple[float, ...] = ()
     """Shares of blocks listed (default: the op's own)."""
     dtypes: tuple[Dtype, ...] = ()
-    """Of q, k and v, attention only (default: bfloat16 and float8_e4m3fn)."""
+    """Of q, k and v (default: bfloat16 and float8_e4m3fn), or of logits (default: bfloat16 and float32)."""
     backends: tuple[Ours, ...] = ()
     """Of ours, attention only (default: all that run here)."""
     modes: tuple[Mode, ...] = ()
-    """What of the op, not for block_scores (default: all that it has)."""
+    """What of attention or attention_fp8 (default: all that it has)."""
     block: int | None = None
     """Block size on both sides, attention only (default: 128)."""
     rounds: int = 20
