@@ -37,6 +37,7 @@ WORDS = {
     "calibrate",
     "recommend",
     "simulate",
+    "distill",
 }
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}

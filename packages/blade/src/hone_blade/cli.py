@@ -44,6 +44,12 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         run="hone_blade.sample:generate",
         help="Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.",
     ),
+    "distill": Verb(
+        config="hone_blade.config:DistillConfig",
+        prepare="hone_blade.inputs:find_host",
+        run="hone_blade.distill:distill",
+        help="Train the tiny host to draw in few sparse steps without guidance (TDM); needs only prompts.",
+    ),
     "eval": Verb(
         config="hone_blade.config:EvalConfig",
         prepare="hone_blade.inputs:find_host",

@@ -16,10 +16,12 @@ from hone_video.workloads import WORKLOADS
 __all__ = [
     "PRESETS",
     "PROMPTS",
+    "TDM_PRESETS",
     "BenchConfig",
     "BladeConfig",
     "Comparison",
     "DemoConfig",
+    "DistillConfig",
     "EvalConfig",
     "GenerateConfig",
     "InspectConfig",
@@ -30,6 +32,8 @@ __all__ = [
     "ReproduceConfig",
     "Score",
     "Selection",
+    "TDMConfig",
+    "TDMPreset",
     "TrainConfig",
     "known_preset",
 ]
@@ -509,6 +513,183 @@ class TrainConfig:
         check_budget(self.minutes, self.steps)
         if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
             raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
+
+
+Intervals = Literal["separate", "overlapping"]
+FakeWeight = Literal["velocity", "uniform", "min_snr"]
+FakeAttention = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TDMConfig:
+    """What distillation asks of student, fake score and teacher (Trajectory Distribution Matching)."""
+
+    student_steps: int = 8
+    """Network calls of the student's rollout, in training and afterwards."""
+    eta: float = 0.9
+    """Share of the predicted noise that the rollout keeps from step to step; 1 is deterministic. Range [0, 1]."""
+    intervals: Intervals = "separate"
+    """Where a step's estimate is compared: at times of its own interval (the paper), or of any later noise as well
+    (the release)."""
+    first_time: int = 20
+    """Least of these times, of 1000 (TDM's demo: 20; release: 0, where a flow's target is 0 / 0)."""
+    last_time: int = 979
+    """Largest of them."""
+    teacher_guidance: float = 5.0
+    """Guidance weight of the teacher (Wan2.1: 5, CogVideoX: 3.5)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels (time over 1000) between which the teacher is guided. Ours: a teacher that samples best so."""
+    fake_attention: FakeAttention = "sparse"
+    """Attention of the fake score: the student's (the release), or dense; the paper does not say."""
+    fake_weight: FakeWeight = "velocity"
+    """Weight of the fake score's error in its clean estimate. ``velocity``: 1 / sigma^2, as in the release;
+    ``uniform``: 1; ``min_snr``: signal-to-noise ratio up to 5, as in TDM's demo."""
+    regularisation: float = 0.0
+    """Weight of the fake score's distance from the unguided teacher (CogVideoX: 0.5, Wan2.1: 0)."""
+    skip_above: float | None = None
+    """A fake score whose loss is above this is not updated (release: 2 for Wan2.1), which hides a divergence."""
+    huber: float = 1e-3
+    """Constant of the student's pseudo-Huber loss (TDM's demo: 1e-3; release: 0.0113 for Wan2.1, 7.4e-9 for
+    CogVideoX)."""
+    normalise: bool = True
+    """Whether each sample's loss is divided by its distance from the teacher's estimate (CogVideoX does, Wan2.1 does
+    not)."""
+
+    def __post_init__(self) -> None:
+        for name, options in (
+            ("intervals", get_args(Intervals)),
+            ("fake_weight", get_args(FakeWeight)),
+            ("fake_attention", get_args(FakeAttention)),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {options}; got {getattr(self, name)!r}")
+        if not 1 <= self.student_steps <= 1000:
+            raise ValueError(f"student_steps must lie in [1, 1000]; got {self.student_steps}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1]; got {self.eta}")
+        if not 1 <= self.first_time <= self.last_time < 999:
+            raise ValueError(
+                "first_time and last_time must be 1 <= first <= last < 999, since there is no noise at 0 and no signal "
+                f"left at 999; got {self.first_time} and {self.last_time}"
+            )
+        low, high = self.guidance_interval
+        if self.teacher_guidance < 1 or not 0 <= low <= high <= 1:
+            raise ValueError(
+                "teacher_guidance must be at least 1, which is none, and guidance_interval 0 <= low <= high <= 1; got "
+                f"{self.teacher_guidance} and {self.guidance_interval}"
+            )
+        if self.regularisation < 0 or self.huber <= 0:
+            raise ValueError(
+                f"regularisation must not be negative and huber be above 0; got {self.regularisation}, {self.huber}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TDMPreset:
+    """Named settings of a distillation and where they come from.
+
+    Attributes:
+        config: The settings.
+        provenance: Published constants, or ours.
+    """
+
+    config: TDMConfig
+    provenance: str
+
+
+TDM_PRESETS: dict[str, TDMPreset] = {
+    "wan2.1-1.3b": TDMPreset(
+        config=TDMConfig(),
+        provenance="Steps, eta and guidance of the release's Wan2.1 script; intervals of the paper; least time, "
+        "pseudo-Huber constant and division of TDM's demo.",
+    ),
+    "wan2.1-1.3b-official": TDMPreset(
+        config=TDMConfig(intervals="overlapping", first_time=1, skip_above=2.0, huber=0.011312, normalise=False),
+        provenance="The release's Wan2.1 script, with noise levels computed in place of its table, and no time 0.",
+    ),
+    "cogvideox-5b": TDMPreset(
+        config=TDMConfig(teacher_guidance=3.5, regularisation=0.5),
+        provenance="Steps, eta, guidance and regularisation of the release's CogVideoX script; the rest as in "
+        "wan2.1-1.3b.",
+    ),
+    "cogvideox-5b-official": TDMPreset(
+        config=TDMConfig(
+            teacher_guidance=3.5, regularisation=0.5, intervals="overlapping", first_time=1, huber=7.3717e-9
+        ),
+        provenance="The release's CogVideoX script, without time 0.",
+    ),
+    "tiny": TDMPreset(
+        config=TDMConfig(teacher_guidance=3.0, guidance_interval=(0.6, 0.96)),
+        provenance="Ours: the tiny host's own guidance, within the noise levels where it samples with it.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """One distillation of the tiny host."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host, which is the teacher (default: the packaged one)."""
+    preset: str = "tiny"
+    """Attention of the student, by name."""
+    attention: BladeConfig | None = field(default=None, metadata=flag(hidden=True))
+    """Attention settings in full, instead of ``preset``."""
+    tdm: TDMConfig = field(default_factory=lambda: TDM_PRESETS["tiny"].config)
+    dense_share: float = 0.0
+    """Share of the training, at its start, in which student and fake score attend densely: 0 is the paper's joint
+    training, 1 plain TDM, between them dense first and sparse after."""
+    seed: int = 0
+    """Seed of adapters, prompts and noise."""
+    minutes: float = 6.0
+    """Wall-clock budget, where ``steps`` is not given."""
+    steps: int | None = 300
+    """Updates of student and fake score, one each."""
+    batch: int = 32
+    """Clips of an update."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, to fit memory."""
+    rank: int = 64
+    """Of the student's and the fake score's LoRA, whose alpha is the rank."""
+    lr: float = 1e-4
+    """Peak learning rate of the student: warm-up, then one cosine down to 0."""
+    fake_lr: float = 5e-4
+    """Learning rate of the fake score, constant."""
+    warmup_steps: int = 5
+    """Steps over which the student's rate rises."""
+    weight_decay: float = 1e-4
+    """Of AdamW, like the next."""
+    beta2: float = 0.95
+    """Decay of the squared gradients; there is no momentum (beta1 = 0), as in the release."""
+    clip: float = 1.0
+    """Largest norm of a gradient."""
+    checkpointing: bool = False
+    """Compute activations again in backward rather than store them."""
+    eval_clips: int = 256
+    """Clips that the stored student is graded on, and the teacher beside it."""
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    checkpoint_seconds: float = 120.0
+    """Time between two checkpoints, from which a stopped run goes on."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        known_preset(self.preset)
+        _at_least_one(self, "batch", "accumulate", "rank", "eval_clips", "log_every")
+        if not 0 <= self.dense_share <= 1:
+            raise ValueError(f"dense_share must lie in [0, 1]; got {self.dense_share}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate must divide batch = {self.batch}; got {self.accumulate}")
+        if self.settings.dense_steps:
+            raise ValueError(
+                "distillation visits the steps of a video at random, so the attention must be the same in all: "
+                f"expected dense_steps 0, got {self.settings.dense_steps}. Take a preset that is not '-free'"
+            )
+
+    @property
+    def settings(self) -> BladeConfig:
+        """The student's attention."""
+        return self.attention or PRESETS[self.preset].config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,11 +10,11 @@ from typing import TypeVar
 from hone_core.hosts import open_host
 from hone_video.host_config import PACKAGE, HostConfig
 
-from .config import DemoConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
+from .config import DemoConfig, DistillConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
 
 __all__ = ["find_host", "find_init", "find_inspected", "find_video_inputs"]
 
-Hosted = TypeVar("Hosted", DemoConfig, EvalConfig, InspectConfig, ReproduceConfig)
+Hosted = TypeVar("Hosted", DemoConfig, DistillConfig, EvalConfig, InspectConfig, ReproduceConfig)
 
 
 def find_host(cfg: Hosted) -> Hosted:

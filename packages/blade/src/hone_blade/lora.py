@@ -22,7 +22,8 @@ from torch import nn
 
 from .config import BladeConfig
 
-__all__ = ["FILE_NAME", "LoraReport", "Transformer", "expected_keys", "find_lora", "load_blade_lora", "save_blade_lora"]
+__all__ = ["FILE_NAME", "LoraReport", "Transformer", "expected_keys", "find_lora", "load_blade_lora"]
+__all__ += ["lora_targets", "save_blade_lora"]
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,15 @@ def expected_keys(model: nn.Module | str, rank: int = 64) -> dict[str, tuple[int
         keys[f"{_PREFIX}.{name}.lora_A.weight"] = (rank, linear.in_features)
         keys[f"{_PREFIX}.{name}.lora_B.weight"] = (linear.out_features, rank)
     return keys
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Names of the projections that the layout adapts, for a ``peft.LoraConfig``.
+
+    Raises:
+        TypeError: The model's class has no such layout.
+    """
+    return list(_projections(model))
 
 
 def load_blade_lora(

@@ -1,0 +1,118 @@
+"""Teacher, student and fake score on one set of frozen weights.
+
+Student and fake score are LoRA adapters of the same transformer, the teacher is the transformer without either, so
+training holds the weights once. The attention goes with the role: the teacher's is dense, the student's sparse, the
+fake score's as asked for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .lora import lora_targets
+from .models import BladeHandle
+from .tdm import Network
+
+__all__ = ["Adapter", "Call", "Role", "Trio"]
+
+Role = Literal["teacher", "student", "fake"]
+
+Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""Output of a transformer for states, times and text, each ``[B, ...]``."""
+
+
+class Adapter:
+    """One adapter's weights, as a part of a checkpoint.
+
+    Args:
+        model: That has it.
+        name: Of it.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+        self.parameters = [p for key, p in model.named_parameters() if f".{name}." in key]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors, without its name in theirs."""
+        return get_peft_model_state_dict(self.model, adapter_name=self.name)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Fill them.
+
+        Raises:
+            RuntimeError: The tensors are others.
+        """
+        expected, given = ({key: value.shape for key, value in s.items()} for s in (self.state_dict(), state))
+        if expected != given:
+            raise RuntimeError(
+                f"the adapter {self.name} has other tensors than the checkpoint: of another rank or model"
+            )
+        set_peft_model_state_dict(self.model, state, adapter_name=self.name)
+
+
+class Trio:
+    """The three networks.
+
+    Args:
+        model: The transformer; it is frozen, and gets the adapters ``student`` and ``fake``, both beginning as the
+            teacher.
+        call: How it is called.
+        handle: Sparse attention on it.
+        rank: Of the adapters; their alpha is the rank.
+        seed: Of the adapters.
+        fake_sparse: Whether the fake score's attention is the student's.
+    """
+
+    def __init__(
+        self, model: Any, call: Call, handle: BladeHandle, *, rank: int, seed: int, fake_sparse: bool = True
+    ) -> None:
+        self.model, self.call, self.handle, self.fake_sparse = model, call, handle, fake_sparse
+        model.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+            torch.manual_seed(seed)
+            for name in ("student", "fake"):
+                model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=lora_targets(model)), name)
+        self.student, self.fake = Adapter(model, "student"), Adapter(model, "fake")
+        for parameter in (*self.student.parameters, *self.fake.parameters):
+            parameter.data = parameter.data.float()
+        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.dense = False
+        """Whether student and fake score attend densely, as in plain TDM."""
+
+    def switch(self, role: Role) -> None:
+        """Make the transformer one of the three; it stays so, since backward computes checkpointed blocks again."""
+        for layer in self.layers:
+            if role == "teacher":
+                layer.enable_adapters(False)
+            else:
+                layer.enable_adapters(True)
+                layer.set_adapter(role)
+
+    @contextmanager
+    def attention(self, role: Role) -> Iterator[None]:
+        """The role's attention, inside the block."""
+        sparse = not self.dense and (role == "student" or (role == "fake" and self.fake_sparse))
+        with ExitStack() as stack:
+            if not sparse:
+                stack.enter_context(self.handle.disabled())
+            yield
+
+    def network(self, role: Role, text: Tensor) -> Network:
+        """One of the three for a batch of texts ``[B, ...]``; each call switches."""
+
+        def run(state: Tensor, time: Tensor) -> Tensor:
+            self.switch(role)
+            with self.attention(role):
+                return self.call(self.model, state, time, text)
+
+        return run

@@ -1,0 +1,189 @@
+"""Distillation of a tiny untrained host: the loop, its checkpoints, what it exports."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hone_blade.config import TDM_PRESETS, BladeConfig, DistillConfig, TDMConfig
+from hone_blade.distill import Distillation, DistillReport, distill, host_task, rollout_clips, student_host
+from hone_blade.models import attach
+from hone_core.errors import CheckpointError
+from hone_core.runs import Run
+from hone_video.clips import random_labels
+from hone_video.host import Host, load_host, save_host
+from hone_video.host_config import HostConfig
+from safetensors import safe_open
+
+TINY = HostConfig(
+    frames=4, height=16, width=16, layers=2, heads=1, head_dim=32, ffn_dim=32, text_dim=16, steps=2, solver="euler",
+    guidance=1.0,
+)  # fmt: skip
+SMOKE = DistillConfig(
+    attention=BladeConfig(block=16, max_density=0.5, pool=8, samples=4),
+    tdm=TDMConfig(student_steps=3, teacher_guidance=2.0, regularisation=0.5),
+    batch=4,
+    steps=4,
+    rank=2,
+    lr=1e-2,
+    eval_clips=3,
+    log_every=1,
+)
+
+
+@pytest.fixture
+def host(tmp_path):
+    """An untrained host whose output is not zero."""
+    made = Host.untrained(TINY)
+    torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return save_host(made, tmp_path / "host.safetensors")
+
+
+def start(path, cfg):
+    return Run.start(package="hone-blade", verb="distill", config=cfg, out=path, device="cpu", quiet=True)
+
+
+def losses(host, cfg, path, *, until=None):
+    """Loss of each update, and the distillation."""
+    made = Distillation(cfg, host_task(load_host(path=host), cfg.tdm), path)
+    made.training.resume()
+    found = []
+    for values in made.train():
+        found.append((values["loss"], values["fake_loss"]))
+        if made.training.step == until:
+            break
+    made.training.save()
+    return found, made
+
+
+def test_a_stopped_run_goes_on_exactly(host, tmp_path):
+    whole, first = losses(host, SMOKE, tmp_path / "whole.pt")
+    part, _ = losses(host, SMOKE, tmp_path / "parts.pt", until=2)
+    rest, second = losses(host, SMOKE, tmp_path / "parts.pt")
+    assert part + rest == whole
+    assert len(whole) == 4
+    for a, b in zip(first.trio.student.parameters, second.trio.student.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_moves_student_and_fake_and_nothing_else(host, tmp_path):
+    before = load_host(path=host).transformer.state_dict()
+    _, made = losses(host, SMOKE, tmp_path / "c.pt")
+    after = {name.replace(".base_layer", ""): value for name, value in made.task.model.state_dict().items()}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    for adapter in (made.trio.student, made.trio.fake):
+        assert all(p.abs().max() > 0 for p in adapter.parameters)
+
+
+def test_parts_of_a_batch_add_up(host, tmp_path):
+    """With the parts' own draws, an update in two parts is the mean of both."""
+    cfg = replace(SMOKE, accumulate=2, steps=1)
+    single = replace(SMOKE, batch=2, steps=1)
+    values = []
+    for part in range(2):
+        made = Distillation(single, host_task(load_host(path=host), single.tdm), tmp_path / f"{part}.pt")
+        own = made.generator
+        made.generator = lambda index, own=own, part=part: own(part)
+        values.append(made.update())
+    found = Distillation(cfg, host_task(load_host(path=host), cfg.tdm), tmp_path / "whole.pt").update()
+    torch.testing.assert_close(found["fake_loss"], (values[0]["fake_loss"] + values[1]["fake_loss"]) / 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_attention_is_dense_for_the_first_share(host, tmp_path, share):
+    cfg = replace(SMOKE, dense_share=share)
+    made = Distillation(cfg, host_task(load_host(path=host), cfg.tdm), tmp_path / "c.pt")
+    seen = [made.trio.dense for _ in made.train()]
+    assert seen == [step < 4 * share for step in range(4)]
+
+
+def test_the_teacher_is_guided_within_its_levels(host, tmp_path):
+    tdm = TDMConfig(teacher_guidance=3.0, guidance_interval=(0.6, 0.9))
+    cfg = replace(SMOKE, tdm=tdm)
+    made = Distillation(cfg, host_task(load_host(path=host), tdm), tmp_path / "c.pt")
+    generator = torch.Generator().manual_seed(0)
+    text, empty = made.task.draw(3, generator)
+    state = torch.randn(3, 3, 4, 16, 16, generator=generator)
+    time = torch.tensor([599, 600, 901])
+    with torch.no_grad():
+        found = made.teacher(text, empty)(state, time)
+        conditional, unconditional = (made.trio.network("teacher", x)(state, time) for x in (text, empty))
+    torch.testing.assert_close(found[::2], conditional[::2])
+    torch.testing.assert_close(found[1], (unconditional + 3 * (conditional - unconditional))[1])
+
+
+def test_a_fake_score_that_diverged_is_left_alone_if_asked(host, tmp_path):
+    cfg = replace(SMOKE, tdm=replace(SMOKE.tdm, skip_above=1e-9))
+    _, made = losses(host, cfg, tmp_path / "c.pt")
+    names = [name for name in made.trio.fake.state_dict() if "lora_B" in name]
+    assert all(made.trio.fake.state_dict()[name].abs().max() == 0 for name in names)
+
+
+def test_a_run_exports_a_student_that_draws(host, tmp_path):
+    cfg = replace(SMOKE, host=host)
+    with start(tmp_path / "run", cfg) as run:
+        report = distill(cfg, run)
+    assert DistillReport.of(run) == report
+    with safe_open(report.lora, framework="pt") as file:
+        assert json.loads(file.metadata()["hone_blade_config"])["block"] == 16
+    variants = {row.variant for row in report.rows if row.metric == "accuracy"}
+    assert variants == {
+        "teacher, its own sampler", "teacher, 3 steps of the rollout", "the same, sparse", "student, sparse",
+    }  # fmt: skip
+    assert "student, sparse" in str(report)
+    labels = random_labels(2, torch.Generator().manual_seed(0))
+    loaded = load_host(path=host)
+    settings = student_host(loaded, report.lora)
+    assert settings == cfg.settings
+    with attach(loaded.transformer, settings):
+        clips = rollout_clips(loaded, labels, cfg.tdm, seed=0)
+    plain = load_host(path=host)
+    with attach(plain.transformer, settings):
+        other = rollout_clips(plain, labels, cfg.tdm, seed=0)
+    assert clips.shape == (2, 3, 4, 16, 16)
+    assert (clips - other).abs().max() > 1e-3
+
+
+def test_another_config_does_not_go_on(host, tmp_path):
+    losses(host, SMOKE, tmp_path / "c.pt", until=1)
+    with pytest.raises(CheckpointError, match="differs in rank"):
+        losses(host, replace(SMOKE, rank=4), tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense_share": 1.5}, "dense_share must lie in"),
+        ({"batch": 4, "accumulate": 3}, "accumulate must divide"),
+        ({"preset": "wan2.1-1.3b-free", "attention": None}, "dense_steps 0, got 12"),
+        ({"preset": "none"}, "no preset 'none'"),
+        ({"rank": 0}, "rank must be at least 1"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMOKE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student_steps": 0}, "student_steps must lie"),
+        ({"eta": 1.1}, "eta must lie"),
+        ({"first_time": 0}, "first_time and last_time"),
+        ({"last_time": 999}, "first_time and last_time"),
+        ({"teacher_guidance": 0.5}, "teacher_guidance must be at least 1"),
+        ({"huber": 0.0}, "huber be above 0"),
+        ({"intervals": "other"}, "intervals must be one of"),
+    ],
+)
+def test_bad_settings_of_tdm_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TDMConfig(**changes)
+
+
+def test_presets_say_where_they_come_from():
+    assert all(preset.provenance for preset in TDM_PRESETS.values())
+    wan, cog = (TDM_PRESETS[f"{name}-official"].config.huber for name in ("wan2.1-1.3b", "cogvideox-5b"))
+    assert wan == pytest.approx(1e-3 / 128 * (16 * 21 * 60 * 104) ** 0.5, rel=1e-4)
+    assert cog == pytest.approx(1e-3 / (128 * (60 * 90 * 16 * 13) ** 0.5), rel=1e-4)
