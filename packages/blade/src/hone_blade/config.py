@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -641,10 +642,8 @@ class DistillConfig:
     training, 1 plain TDM, between them dense first and sparse after."""
     seed: int = 0
     """Seed of adapters, prompts and noise."""
-    minutes: float = 6.0
-    """Wall-clock budget, where ``steps`` is not given."""
-    steps: int | None = 300
-    """Updates of student and fake score, one each."""
+    steps: int = 300
+    """Updates of student and fake score, one each (release: 300)."""
     batch: int = 32
     """Clips of an update."""
     accumulate: int = 1
@@ -673,9 +672,8 @@ class DistillConfig:
     """Time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
         known_preset(self.preset)
-        _at_least_one(self, "batch", "accumulate", "rank", "eval_clips", "log_every")
+        _at_least_one(self, "steps", "batch", "accumulate", "rank", "eval_clips", "log_every")
         if not 0 <= self.dense_share <= 1:
             raise ValueError(f"dense_share must lie in [0, 1]; got {self.dense_share}")
         if self.batch % self.accumulate:
@@ -685,6 +683,11 @@ class DistillConfig:
                 "distillation visits the steps of a video at random, so the attention must be the same in all: "
                 f"expected dense_steps 0, got {self.settings.dense_steps}. Take a preset that is not '-free'"
             )
+
+    @property
+    def minutes(self) -> float:
+        """No budget of time: a batch and a number of steps are what students are compared at."""
+        return math.inf
 
     @property
     def settings(self) -> BladeConfig:
