@@ -530,31 +530,31 @@ class TDMConfig:
     eta: float = 0.9
     """Share of the predicted noise that the rollout keeps from step to step; 1 is deterministic. Range [0, 1]."""
     intervals: Intervals = "separate"
-    """Where a step's estimate is compared: at times of its own interval (the paper), or of any later noise as well
-    (the release)."""
+    """Where a step's estimate is compared: ``separate``: at times of its own interval, as in the paper;
+    ``overlapping``: of any later noise as well, as in the release."""
     first_time: int = 20
-    """Least of these times, of 1000 (TDM's demo: 20; release: 0, where a flow's target is 0 / 0)."""
+    """Least of these times, of 1000. TDM's demo: 20; release: 0, where a flow's target is 0 / 0."""
     last_time: int = 979
     """Largest of them."""
     teacher_guidance: float = 5.0
-    """Guidance weight of the teacher (Wan2.1: 5, CogVideoX: 3.5)."""
+    """Guidance weight of the teacher. Release: 5 for Wan2.1, 3.5 for CogVideoX."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Noise levels (time over 1000) between which the teacher is guided. Ours: a teacher that samples best so."""
+    """Noise levels, time over 1000, between which the teacher is guided. Ours: a teacher that samples best so."""
     fake_attention: FakeAttention = "sparse"
     """Attention of the fake score: the student's (the release), or dense; the paper does not say."""
     fake_weight: FakeWeight = "velocity"
     """Weight of the fake score's error in its clean estimate. ``velocity``: 1 / sigma^2, as in the release;
     ``uniform``: 1; ``min_snr``: signal-to-noise ratio up to 5, as in TDM's demo."""
     regularisation: float = 0.0
-    """Weight of the fake score's distance from the unguided teacher (CogVideoX: 0.5, Wan2.1: 0)."""
+    """Weight of the fake score's distance from the unguided teacher. Release: 0.5 for CogVideoX, 0 for Wan2.1."""
     skip_above: float | None = None
     """A fake score whose loss is above this is not updated (release: 2 for Wan2.1), which hides a divergence."""
     huber: float = 1e-3
-    """Constant of the student's pseudo-Huber loss (TDM's demo: 1e-3; release: 0.0113 for Wan2.1, 7.4e-9 for
-    CogVideoX)."""
+    """Constant of the student's pseudo-Huber loss. TDM's demo: 1e-3; release: 0.0113 for Wan2.1, 7.4e-9 for
+    CogVideoX."""
     normalise: bool = True
-    """Whether each sample's loss is divided by its distance from the teacher's estimate (CogVideoX does, Wan2.1 does
-    not)."""
+    """Whether each sample's loss is divided by its distance from the teacher's estimate, as the release does for
+    CogVideoX and not for Wan2.1."""
 
     def __post_init__(self) -> None:
         for name, options in (
@@ -643,7 +643,7 @@ class DistillConfig:
     seed: int = 0
     """Seed of adapters, prompts and noise."""
     steps: int = 300
-    """Updates of student and fake score, one each (release: 300)."""
+    """Updates of student and fake score, one each; the release has 300."""
     batch: int = 32
     """Clips of an update."""
     accumulate: int = 1
