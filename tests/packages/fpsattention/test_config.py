@@ -37,6 +37,7 @@ def test_published_constants(name):
         ("cogvideox-5b", (13, 30, 45)),
         ("hunyuan-video", (33, 45, 80)),
         ("tiny", (16, 8, 8)),
+        ("tiny-wide", (16, 8, 8)),
     ],
 )
 def test_the_middle_of_a_staged_preset_is_densest_and_its_start_sparsest(name, grid):

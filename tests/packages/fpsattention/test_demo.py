@@ -57,9 +57,9 @@ def test_parts_of_a_batch_make_the_same_clips(tiny_host):
 def test_mean_density_weighs_steps_by_their_evaluations():
     host = load_host()
     tiny = PRESETS["tiny"].config
-    # Windows read 1/8, 1/2 and 3/8 of the tiles in a quarter, a half and a quarter of the steps.
+    # Windows read 3, 9 and 4 of 16 tiles in a quarter, a half and a quarter of the steps.
     counts = host.evaluations()
-    shares = [0.125] * 2 + [0.5] * 4 + [0.375] * 2
+    shares = [3 / 16] * 2 + [9 / 16] * 4 + [4 / 16] * 2
     expected = sum(a * b for a, b in zip(shares, counts, strict=True)) / sum(counts)
     assert mean_density(host, tiny) == pytest.approx(expected)
     assert mean_density(host, None) == 1
@@ -68,11 +68,11 @@ def test_mean_density_weighs_steps_by_their_evaluations():
 
 def test_the_schedule_reads_as_much_as_its_constant_window():
     counts = 8
-    tiny = PRESETS["tiny"].config
+    wide = PRESETS["tiny-wide"].config
     host = load_host()
     unguided = dataclasses.replace(host.config, guidance=1.0, steps=counts)
     host.config = unguided
-    assert mean_density(host, tiny) == pytest.approx(0.375)
+    assert mean_density(host, wide) == pytest.approx(0.5625)
 
 
 def test_a_variant_is_attached_only_while_it_samples(tiny_host):

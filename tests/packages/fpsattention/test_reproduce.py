@@ -43,10 +43,10 @@ def test_every_arm_has_its_rows_and_a_run_goes_on(tiny_host, tmp_path, monkeypat
 def test_the_constant_window_reads_as_much_or_the_next_less():
     host = load_host()
     host.config = dataclasses.replace(host.config, guidance=1.0)
-    staged = PRESETS["tiny"].config
+    staged = PRESETS["tiny-wide"].config
     found = constant_window(host, staged)
-    assert mean_density(host, staged) == pytest.approx(0.375)
-    assert mean_density(host, staged.constant(found)) == pytest.approx(0.375)
+    assert mean_density(host, staged) == pytest.approx(0.5625)
+    assert mean_density(host, staged.constant(found)) == pytest.approx(0.5625)
 
 
 def cells(**accuracy):

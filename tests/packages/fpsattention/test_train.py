@@ -14,7 +14,7 @@ from hone_video.flow import sample_sigma
 from hone_video.host import load_host
 
 STAGED = dataclasses.replace(
-    PRESETS["tiny"].config, regimes=(Regime(window=(1, 1, 1)), Regime(), Regime(window=(1, 3, 1)))
+    PRESETS["tiny"].config, tile=(4, 4, 4), regimes=(Regime(window=(1, 1, 1)), Regime(), Regime(window=(1, 3, 1)))
 )
 SMOKE = TrainConfig(steps=3, batch=2, eval_clips=2, glyphs="segments", warmup_steps=1, lr=1e-3, log_every=1)
 
@@ -94,7 +94,7 @@ def test_distillation_brings_the_student_to_the_teacher(tiny_host, tmp_path, che
                 return float((model(*args, return_dict=False)[0] - want).norm() / want.norm())
 
     before = distance(host.transformer)
-    cfg = dataclasses.replace(SMOKE, host=tiny_host, attention=near, steps=40, batch=4, drop=0.0, ema=0.9, lr=2e-4)
+    cfg = dataclasses.replace(SMOKE, host=tiny_host, attention=near, steps=40, batch=4, drop=0.0, ema=0.9, lr=1e-2)
     cfg = dataclasses.replace(cfg, checkpointing=checkpointing)
     tuning = Tuning(cfg, host, tmp_path / "checkpoint.pt")
     losses = [values["loss"] for values in tuning.train(segment_glyphs())]
@@ -102,6 +102,24 @@ def test_distillation_brings_the_student_to_the_teacher(tiny_host, tmp_path, che
     assert distance(tuning.result().transformer) < before
     # The teacher is as it was.
     assert torch.equal(host.transformer(*args, return_dict=False)[0], load_host(path=tiny_host).transformer(*args)[0])
+
+
+def test_a_dense_student_has_nothing_to_learn(tiny_host, tmp_path):
+    cfg = config(tiny_host)
+    cfg = dataclasses.replace(cfg, attention=dataclasses.replace(STAGED, regimes=(Regime(e4m3=False),), boundaries=()))
+    tuning = Tuning(cfg, load_host(path=tiny_host), tmp_path / "checkpoint.pt")
+    noisy, timestep, text, target = tuning.loss(segment_glyphs())
+    with attach(tuning.student, cfg.settings):
+        assert_close(tuning.student(noisy, timestep, text, return_dict=False)[0], target, atol=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls(tiny_host, tmp_path):
+    cfg = config(tiny_host, steps=40)
+    tuning = Tuning(dataclasses.replace(cfg, warmup_steps=4), load_host(path=tiny_host), tmp_path / "checkpoint.pt")
+    rates = []
+    for tuning.training.step in (0, 4, 20, 40):
+        rates.append(tuning.learning_rate() / cfg.lr)
+    assert_close(torch.tensor(rates), torch.tensor([0.25, 0.976, 0.505, 0.01]), atol=1e-3)
 
 
 # ---- runs

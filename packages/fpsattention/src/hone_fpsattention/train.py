@@ -3,14 +3,15 @@
 A forward has one regime, so a step draws noise levels of one: the first level as ever, the others from the same
 distribution within its regime. Over many steps the levels are distributed as without regimes.
 
-Source: the paper's section 3 and appendix B (learning rate, decay, EMA, dropped prompts).
-Differs: ``loss="distillation"`` trains on the velocity of the dense model, frozen, instead of the data's: it asks for
+Source: the paper's section 3 and appendix B (rectified flow, decay, EMA, dropped prompts).
+Differs: matrices of the blocks take Muon's steps and the rest AdamW's, as the dense host's did. ``loss="distillation"`` trains on the velocity of the dense model, frozen, instead of the data's: it asks for
     nothing but the dense model's own function, and is not pulled away by data that the model was not made for.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,9 @@ __all__ = ["Tuning", "regime_sigmas", "train_host"]
 
 GATES = {"digit": 0.80, "direction": 0.80}
 """Accuracy that the trained host must reach with the attention on it before it is worth showing."""
+
+ADAMW_SHARE = 0.4
+"""Learning rate of what is no matrix, over that of the matrices: as the dense host was trained."""
 
 
 def regime_sigmas(
@@ -79,16 +83,26 @@ class Tuning:
         if cfg.checkpointing:
             self.student.enable_gradient_checkpointing()
         self.ema = copy.deepcopy(host.transformer)
-        self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), cfg.lr, weight_decay=cfg.weight_decay, eps=1e-15,
-            fused=self.device.type == "cuda",
-        )  # fmt: skip
-        parts = {"model": self.student, "ema": self.ema, "optimizer": self.optimizer, "generator": self.generator}
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.student.named_parameters():
+            (matrices if name.startswith("blocks.") and parameter.ndim == 2 else others).append(parameter)
+        muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(
+            others, ADAMW_SHARE * cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=self.device.type == "cuda"
+        )
+        self.optimizers = {muon: 1.0, adamw: ADAMW_SHARE}
+        parts = {"model": self.student, "ema": self.ema, "muon": muon, "adamw": adamw, "generator": self.generator}
         self.training = Training(cfg, path, parts)
 
     def result(self) -> Host:
         """The host with the averaged weights."""
         return Host(self.teacher.config, self.ema, self.teacher.words, self.teacher.classifier)
+
+    def learning_rate(self) -> float:
+        """Of the coming step's matrices: a rise, then half a cosine down to a hundredth."""
+        rise = min(1.0, (self.training.step + 1) / self.cfg.warmup_steps)
+        return self.cfg.lr * rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.training.spent())))
 
     def loss(self, glyphs: Glyphs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents, timesteps, text and target velocity of a step."""
@@ -121,19 +135,24 @@ class Tuning:
                     handle.begin_step(0, sigma=float(timestep[0]) / NUM_TRAIN_TIMESTEPS)
                     velocity = self.student(noisy, timestep, text, return_dict=False)[0]
                     loss = F.mse_loss(velocity.float(), target)
-                self.optimizer.zero_grad(set_to_none=True)
+                self.student.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-                factor = min(1.0, (training.step + 1) / cfg.warmup_steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = cfg.lr * factor
-                self.optimizer.step()
+                rate = self.learning_rate()
+                for optimizer, share in self.optimizers.items():
+                    for group in optimizer.param_groups:
+                        group["lr"] = share * rate
+                    optimizer.step()
                 training.step += 1
                 decay = min(cfg.ema, (1 + training.step) / (10 + training.step))
                 torch._foreach_lerp_(
                     list(self.ema.parameters()), [p.detach() for p in self.student.parameters()], weight=1 - decay
                 )
-                yield {"loss": loss.item(), "seconds": training.elapsed()} if training.due() else None
+                values = None
+                if training.due():
+                    seconds = training.elapsed()
+                    values = {"loss": loss.item(), "lr": rate, "clips": training.step * cfg.batch, "seconds": seconds}
+                yield values
 
 
 def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
