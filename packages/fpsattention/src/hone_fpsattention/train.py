@@ -4,7 +4,8 @@ A forward has one regime, so a step draws noise levels of one: the first level a
 distribution within its regime. Over many steps the levels are distributed as without regimes.
 
 Source: the paper's section 3 and appendix B (rectified flow, decay, EMA, dropped prompts).
-Differs: matrices of the blocks take Muon's steps and the rest AdamW's, as the dense host's did. ``loss="distillation"`` trains on the velocity of the dense model, frozen, instead of the data's: it asks for
+Differs: matrices of the blocks take Muon's steps and the rest AdamW's, as the dense host's did.
+    ``loss="distillation"`` trains on the velocity of the dense model, frozen, instead of the data's: it asks for
     nothing but the dense model's own function, and is not pulled away by data that the model was not made for.
 """
 
