@@ -145,13 +145,63 @@ class TestPromptsInTurn:
             assert_close(step(model, cache, rows=3), alone.expand(3, -1, -1), atol=1e-5)
 
     @torch.no_grad()
-    def test_a_cache_whose_rows_cannot_be_told_apart_is_refused(self, model, processor):
+    @pytest.mark.parametrize("order", [[1, 0], [1], [0], [0, 0, 1], [1, 1, 0, 0]], ids=str)
+    @pytest.mark.parametrize("kind", ["LV", "exit", "random", "some leave"])
+    def test_rows_of_a_cache_that_are_moved_keep_their_prompts(self, model, processor, kind, order):
+        inputs = tiny_inputs(FAMILY, processor, ["What moves?", "Which of the two is first?"])
+        config = {"LV": lv(1, 2, 3), "exit": EXIT, "random": lv(2, control="random")}.get(kind)
+        spans = None
+        if kind == "some leave":
+            # Fewer in the shorter prompt, so that what is left of the two differs in length.
+            config = KnockoutConfig(exit=3, leave="low")
+
+            def spans(layout, ids):
+                visual = (layout.frame >= 0).nonzero().flatten()
+                return {"low": visual[:: 2 if bool(layout.real.all()) else 3]}
+
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+        ids = torch.tensor([[70, 71]])
+
+        def go_on(cache, rows):
+            more = {"attention_mask": mask[rows], "use_cache": True, cache_keyword(model): cache}
+            return model(input_ids=ids.expand(len(rows), -1), **more).logits
+
+        with attach(model, config, spans=spans):
+            cache = cache_of(model(**inputs, use_cache=True))
+            moved = copy.deepcopy(cache)
+            moved.batch_select_indices(torch.tensor(order))
+            wanted = go_on(cache, [0, 1])
+            assert_close(go_on(moved, order), wanted[order], atol=1e-5)
+        assert not torch.allclose(wanted[0], wanted[1], atol=1e-2)
+
+    @torch.no_grad()
+    def test_rows_of_a_cache_that_nothing_tells_apart_are_refused(self, model, processor):
         inputs = tiny_inputs(FAMILY, processor, ["What moves?", "Which of the two is first?"])
         with attach(model, lv(1)):
             cache = cache_of(model(**inputs, use_cache=True))
+            for layer in cache.layers:
+                layer.is_sliding = True  # whose keys may be gone
             cache.batch_repeat_interleave(2)
             with pytest.raises(ValueError, match="which row is which prompt cannot be told"):
                 step(model, cache, rows=4)
+            cache = cache_of(model(**inputs, use_cache=True))
+            cache.layers[0].keys.zero_()
+            with pytest.raises(ValueError, match="holds none of the 2 prompts"):
+                step(model, cache, rows=2)
+
+    @torch.no_grad()
+    def test_a_cache_cut_alike_before_and_after_the_exit_is_refused(self, model, first):
+        with attach(model, EXIT):
+            cache = cache_of(model(**first, use_cache=True))
+            wanted = step(model, copy.deepcopy(cache))
+            step(model, cache)
+            shorter = copy.deepcopy(cache)
+            shorter.crop(-2)
+            assert torch.equal(step(model, shorter), wanted)
+            for layer in cache.layers[:3]:
+                layer.crop(-2)
+            with pytest.raises(ValueError, match=r"those after the exit hold .* cache\.crop\(-2\)"):
+                step(model, cache)
 
     @torch.no_grad()
     def test_a_cache_of_other_settings_or_cut_inside_its_prompt_is_refused(self, model, first):
@@ -220,20 +270,20 @@ def test_threads(model, first, second, config):
 
 class TestLogitsAndAssistance:
     @torch.no_grad()
-    def test_an_exit_where_the_prompt_ends_in_the_video_is_refused(self, model, first):
-        (start,) = (first["input_ids"][0] == model.config.video_token_id).nonzero()[:1, 0].tolist()
-        # Two frames of 16 and no newline after them would not be whole; the class's rule wants it.
-        stop = start + 65
+    def test_an_exit_answers_from_the_newline_after_the_frames(self, model, first):
+        stop = int((first["input_ids"][0] == model.config.video_token_id).nonzero()[-1]) + 1
+        # Of the video's placeholders the last is that newline, which shows no frame and stays.
         cut = first | {name: first[name][:, :stop] for name in ("input_ids", "attention_mask")}
-        assert cut["input_ids"][0, -1] == model.config.video_token_id
-        with attach(model, EXIT):
-            assert model(**cut).logits.shape[1] == start + 1
+        with attach(model, lv(3, 4, 5)):
+            wanted = model(**cut).logits[:, -1]
+        with attach(model, EXIT) as handle:
+            assert_close(model(**cut).logits[:, -1], wanted, atol=1e-5)
+            assert int(handle.rows[0, -1]) == stop - 1
 
     @torch.no_grad()
-    @pytest.mark.parametrize("family", ["llava_next_video"])
-    def test_an_exit_where_a_frame_is_the_last_is_refused(self, family):
-        model, processor = tiny(family, layers=LAYERS)
-        inputs = tiny_inputs(family, processor)
+    def test_an_exit_where_the_prompt_ends_in_the_video_is_refused(self):
+        model, processor = tiny("llava_next_video", layers=LAYERS)
+        inputs = tiny_inputs("llava_next_video", processor)
         stop = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[-1]) + 1
         cut = inputs | {name: inputs[name][:, :stop] for name in ("input_ids", "attention_mask")}
         with attach(model, EXIT), pytest.raises(ValueError, match="prompt 0 ends in the video"):

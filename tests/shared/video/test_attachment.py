@@ -738,6 +738,23 @@ def test_export_before_the_first_forward(kind):
         close(handle.models[0](**arguments)[0], expected)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_where_steps_are_counted_wants_to_be_told_the_step(strict):
+    model, arguments = tiny("wan"), tiny_inputs("wan")
+    arguments["return_dict"] = False
+    with attach(model, Settings(run=16, dense_steps=1)) as handle:
+        with pytest.raises(Exception, match=r"begin_step\(i\)"):
+            torch.export.export(model, (), arguments, strict=strict)
+        outputs = []
+        for step in (0, 1):
+            handle.begin_step(step)
+            exported = torch.export.export(model, (), arguments, strict=False).module()
+            with torch.no_grad():
+                outputs.append(model(**arguments)[0])
+                close(exported(**arguments)[0], outputs[-1])
+    assert not torch.allclose(*outputs)
+
+
 @KINDS
 def test_a_checkpointed_backward_after_detach_says_so(kind):
     model, arguments = tiny(kind), tiny_inputs(kind)

@@ -226,19 +226,30 @@ class KnockoutHandle(Handle[KnockoutConfig]):
                 f"the cache was cut to {length} positions, inside its prompt of {prompt.tokens}; run the new prompt "
                 "from the start"
             )
+        if prompt.left is not None:
+            late = int(cache.get_seq_length(cast(int, self.config.exit)))
+            if late != prompt.left.rows.shape[1] + length - prompt.tokens:
+                raise ValueError(
+                    f"the cache was cut to {length} positions in all layers; those after the exit hold {late}, without "
+                    "the video. Cut by a count from the end: cache.crop(-2) takes off two positions in every layer"
+                )
         rows = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
-        return prompt.expand(len(rows))
+        return prompt.follow(cache, len(rows))
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         prompt, self._state.current = self._state.current, None
         if prompt is None or output is None:
             return
-        # A cache that the model made itself.
         cache = cache_of(output) if isinstance(output, Mapping) else None
         if isinstance(output, tuple):
             cache = next((value for value in output if hasattr(value, "get_seq_length")), None)
-        if cache is not None and not hasattr(cache, _BOUND):
+        if cache is None:
+            return
+        if not hasattr(cache, _BOUND):
+            # The model made it itself.
             setattr(cache, _BOUND, prompt)
+        if getattr(cache, _BOUND) is prompt:
+            prompt.mark(cache)
 
     def _take_up(self, layouts: Sequence[TokenLayout], ids: Tensor | None) -> Prompt:
         device = next(self.decoder.model.parameters()).device

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ class Prompt:
     ids: Tensor | None  # [B, S] token ids, if the prompts came as such
     # The pairs of (knockout, row, kind of mask) that were drawn, and their seed.
     drawn: dict[tuple[int, int, str], tuple[Tensor, int]] = field(default_factory=dict)
-    _larger: dict[int, Prompt] = field(default_factory=dict)
+    _others: dict[tuple[int, ...], Prompt] = field(default_factory=dict)  # of rows of it
+    _marks: Tensor | None = None  # see mark
 
     @classmethod
     def of(
@@ -98,28 +100,58 @@ class Prompt:
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompt:
         return self
 
-    def expand(self, batch: int) -> Prompt:
-        """The prompt of a cache that was repeated over a batch of so many rows.
+    def mark(self, cache: Any) -> None:
+        """Remember, once, by what the rows of the cache that this prompt has filled are told apart."""
+        if self._marks is None and not self._one_prompt:
+            keys = _prompt_keys(cache, self.tokens)
+            self._marks = None if keys is None else keys.clone()
+
+    def follow(self, cache: Any, batch: int) -> Prompt:
+        """The prompts of a cache's rows as they are now: repeated, chosen, or in another order than they were run in.
 
         Raises:
             ValueError: The rows of the cache cannot be told from each other.
         """
         rows = len(self.layouts)
-        if batch == rows:
-            return self
-        if batch % rows or not self._one_prompt():
+        if self._one_prompt:
+            return self if batch == rows else self._chosen((0,) * batch)
+        keys = _prompt_keys(cache, self.tokens)
+        if keys is None or self._marks is None or len(keys) != batch:
+            if batch == rows and keys is None:
+                return self
             raise ValueError(
                 f"a cache of {rows} prompts came with a batch of {batch}: which row is which prompt cannot be told. "
                 "Repeat the cache of one prompt, or run the prompts as one batch from the start"
             )
-        if batch not in self._larger:
-            ids = None if self.ids is None else self.ids[:1].expand(batch, -1)
-            larger = Prompt._of([self.layouts[0]] * batch, self.config, self.real.device, ids)
-            tables = {(item, kind): drawn for (item, row, kind), drawn in self.drawn.items() if row == 0}
-            larger.drawn = {(item, row, kind): tables[item, kind] for item, kind in tables for row in range(batch)}
-            self._larger[batch] = larger
-        return self._larger[batch]
+        same = (keys[:, None] == self._marks[None]).flatten(2).all(2)  # [batch, rows]
+        if not bool(same.any(1).all()):
+            raise ValueError(
+                f"a row of the cache holds none of the {rows} prompts that it was filled with; run the prompts from "
+                "the start"
+            )
+        index = tuple(same.int().argmax(1).tolist())
+        # Rows of one prompt twice are alike.
+        return self if batch == rows and bool(same.diagonal().all()) else self._chosen(index)
 
+    def _chosen(self, index: tuple[int, ...]) -> Prompt:
+        """The prompts of these rows."""
+        made = self._others.get(index)
+        if made is None:
+            ids = None if self.ids is None else self.ids[list(index)]
+            made = Prompt._of([self.layouts[row] for row in index], self.config, self.real.device, ids)
+            if self.left is not None:
+                # With the fillers of the batch that it was run in: the cache holds those.
+                real = self.left.real[list(index)]
+                made.left = Left(self.left.rows[list(index)], real, bool(real.all()))
+            self._others[index] = made
+        for row, source in enumerate(index):
+            for (item, drawn_row, kind), drawn in self.drawn.items():
+                known = made.drawn.get((item, row, kind))
+                if drawn_row == source and (known is None or len(known[0]) < len(drawn[0])):
+                    made.drawn[item, row, kind] = drawn
+        return made
+
+    @cached_property
     def _one_prompt(self) -> bool:
         """Whether all rows are the same prompt as far as masks go."""
         first = self.layouts[0]
@@ -427,6 +459,20 @@ def _allowed(mask: Any, b: Tensor, q: Tensor, k: Tensor, start: int, first_key: 
     if mask.dtype != torch.bool:
         table = table > torch.finfo(mask.dtype).min / 2
     return table.expand(shape)
+
+
+def _prompt_keys(cache: Any, tokens: int) -> Tensor | None:
+    """``[batch, tokens, channels]``: a few channels of the keys of the first layer that holds every position.
+
+    In a first layer they tell tokens and positions; whatever moves the rows of a cache moves them along. None where no
+    layer holds them as such, as when all are sliding or quantised.
+    """
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        whole = not getattr(layer, "is_sliding", False) and not hasattr(layer, "nbits")
+        if whole and isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[2] >= tokens:
+            return keys[:, 0, :tokens, :4]
+    return None
 
 
 def _rows_left(stay: Tensor) -> Left:

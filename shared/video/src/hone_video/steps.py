@@ -55,7 +55,16 @@ class Steps(threading.local):
         reason="reading the timestep; call handle.begin_step(i) before each step to compile the model as one graph"
     )
     def observe(self, timestep: Tensor | float) -> None:
-        """Count a forward."""
+        """Count a forward.
+
+        Raises:
+            RuntimeError: The model is being exported: a program has no step to count.
+        """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export cannot read the timestep that the steps are counted by; call handle.begin_step(i) before "
+                "it, and export a program for dense steps and one for sparse ones"
+            )
         value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         if self._last is None or value > self._last:
             self.step, self.call = 0, -1
