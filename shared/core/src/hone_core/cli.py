@@ -24,6 +24,7 @@ from typing import Annotated, Any, Optional
 from hone_core.devices import check_device
 from hone_core.errors import MissingExtraError, UnsupportedHardwareError
 from hone_core.flags import RUN_FLAGS, Flag, apply, flags_of, is_default
+from hone_core.processes import Processes
 
 __all__ = ["FAILED", "OK", "USAGE", "Verb", "run_cli"]
 
@@ -51,6 +52,7 @@ class Verb:
             before ``--dry-run`` prints: it looks for inputs and completes the config. Doing so twice is as once.
         opened: ``"package.module:function"``, ``function(cfg, run) -> None``, called with the run before it is entered;
             it may ``reopen`` a finished one, or refuse.
+        shared: Whether several processes may run it together, see ``hone_core.processes``. The first one prints.
     """
 
     run: str
@@ -58,6 +60,7 @@ class Verb:
     config: str | None = None
     prepare: str | None = None
     opened: str | None = None
+    shared: bool = False
 
 
 def _import(name: str) -> Any:
@@ -123,7 +126,7 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
     try:
         fn = _function_of(prog, verb, args)
         call, common = tyro.cli(_with_common_flags(fn), args=_gather_repeats(fn, args), prog=prog)
-        _set_up_logging(quiet=common["quiet"], verbose=common["verbose"])
+        _set_up_logging(quiet=common["quiet"] or not Processes.of_launcher().main, verbose=common["verbose"])
         _print_result(call(), as_json=common["json"])
         return OK
     except KeyboardInterrupt:
@@ -239,11 +242,21 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
     from hone_core.environment import code_version
     from hone_core.runs import Run, export_results
 
+    processes = Processes.of_launcher()
+    if processes.count > 1 and not table.shared:
+        raise _UsageError(
+            f"{start['verb']} runs in one process; it was launched in {processes.count}. Leave the launcher out"
+        )
     function = _import(table.run)
     report = function.__annotations__["return"]
     if isinstance(report, str):
         report = eval(report, inspect.unwrap(function).__globals__)
-    run = Run.start(config=cfg, **start)
+    try:
+        run = Run.start(config=cfg, processes=processes, **start)
+    except Exception:
+        if processes.main:
+            processes.share("run", None)
+        raise
     if table.opened is not None:
         _import(table.opened)(cfg, run)
     if not run.done:
@@ -254,6 +267,8 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
             )
         with run:
             function(cfg, run)
+    if not processes.main:
+        return None
     if export is not None:
         export_results(run.path, export)
     return report.of(run)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hone_core.errors import UnsupportedHardwareError
+from hone_core.processes import Processes
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,8 @@ def check_device(name: "str | torch.device") -> None:
 def resolve_device(name: "str | torch.device" = "auto") -> "torch.device":
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` into a device that exists.
 
-    ``auto`` is the first CUDA device if there is one, else the CPU.
+    ``auto`` is the first CUDA device if there is one, else the CPU. Of several processes (``hone_core.processes``) each
+    has its own: ``auto`` and ``cuda`` name the one of its number on this machine.
 
     Raises:
         ValueError: The name is not one of these.
@@ -36,8 +38,13 @@ def resolve_device(name: "str | torch.device" = "auto") -> "torch.device":
 
     check_device(name)
     text = str(name)
+    if text == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    processes = Processes.of_launcher()
+    if text in ("auto", "cuda") and processes.count > 1:
+        text = f"cuda:{processes.local_rank}"
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda")
     kind, _, index = text.partition(":")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -17,7 +17,8 @@ from typing import Any, Literal, Self, TextIO, get_args
 
 from hone_core.config import to_dict
 from hone_core.environment import environment
-from hone_core.io import atomic_write_json
+from hone_core.io import atomic_write_json, atomic_write_text
+from hone_core.processes import Processes
 
 __all__ = ["SCHEMA", "Report", "Row", "Run", "export_results", "load_results"]
 
@@ -86,6 +87,8 @@ class Run:
         resumed: The folder held an unfinished run of the same command, which this one continues.
         done: The folder holds a finished run of the same command: its rows are in ``rows``, and there is nothing
             left to do. ``row`` and ``log`` refuse.
+        processes: Those that run it together. Only the first writes what a run writes of itself; rows and lines of the
+            log are its own.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], config: dict[str, Any]) -> None:
@@ -95,6 +98,7 @@ class Run:
         self.device, self.quiet, self.command = "auto", False, ""
         self.rows: list[Row] = []
         self.resumed = self.done = False
+        self.processes = Processes()
         self._header, self._config = header, config
         self._spent = 0.0
         self._clock = time.perf_counter()
@@ -114,6 +118,7 @@ class Run:
         device: str = "auto",
         quiet: bool = False,
         command: str = "",
+        processes: Processes | None = None,
     ) -> "Run":
         """Open the folder of a run.
 
@@ -134,6 +139,7 @@ class Run:
             device: Where to run; no part of what is compared, like the next two.
             quiet: Keep progress off stderr.
             command: The command line, as typed.
+            processes: Those that run it together; the first looks at the folder, and says to the others what it found.
 
         Raises:
             FileExistsError: ``out`` holds another command's run, or files that are no run.
@@ -158,7 +164,16 @@ class Run:
             )
         run = cls(Path(out), header, settings)
         run.device, run.quiet, run.command = device, quiet, command
-        run._adopt()
+        run.processes = processes or run.processes
+        if run.processes.main:
+            run._adopt()
+        else:
+            run.quiet = True
+        told = {"path": str(run.path), "resumed": run.resumed, "done": run.done}
+        told = run.processes.share("run", told)
+        if told is None:
+            raise RuntimeError("the first process could not open the run; its message says why")
+        run.path, run.resumed, run.done = Path(told["path"]), told["resumed"], told["done"]
         return run
 
     @property
@@ -175,11 +190,20 @@ class Run:
         """Append a line of training or sampling scalars to ``metrics.jsonl``."""
         self._refuse_if_done()
         # A diverged loss must reach the log: a non-finite value is written as a string, as in configs.
+        if not self.processes.main:
+            return
         values = {k: v if math.isfinite(v) else str(v) for k, v in ((k, float(v)) for k, v in scalars.items())}
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._metrics.write(json.dumps({"step": int(step), **values}) + "\n")
         self._metrics.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of ``metrics.jsonl`` beyond a step: what a resumed training does again."""
+        file = self.path / "metrics.jsonl"
+        if self.processes.main and file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            atomic_write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def row(
         self,
@@ -234,7 +258,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._clock = time.perf_counter()
-        if not self.done:
+        if not self.done and self.processes.main:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 atomic_write_json(self.path / "config.json", self._config)
@@ -251,7 +275,7 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if self.done:
+        if self.done or not self.processes.main:
             return
         if error is not None:
             self._message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

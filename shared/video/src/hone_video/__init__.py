@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     {
         "architectures": ["FULL_SIZE", "full_size", "tiny", "tiny_inputs", "tiny_pipeline"],
         "attachment": ["Method"],
+        "caching": ["Cache", "fill_cache", "read_clips"],
         "clips": ["fake_batch", "load_glyphs", "render"],
         "grader": ["ClipClassifier", "estimate_motion", "grade"],
         "host": ["Host", "load_host"],
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "pipelines": ["PIPELINES", "find_pipeline", "load_pipeline"],
         "prompts": ["ClipConfig", "describe", "parse_prompt"],
         "quality": ["psnr", "ssim"],
+        "training": ["Group", "Loop"],
         "workloads": ["WORKLOADS", "Workload"],
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -157,6 +158,7 @@ def load_pipeline(
     dtype: torch.dtype,
     offload: bool = False,
     local_files_only: bool = False,
+    leave_out: tuple[str, ...] = (),
 ) -> Any:
     """Load a pipeline that ``find_pipeline`` found.
 
@@ -167,6 +169,7 @@ def load_pipeline(
         dtype: Of transformer and text encoder.
         offload: Keep on a GPU only the part that is running.
         local_files_only: Never ask the hub, only its local cache.
+        leave_out: Parts that are not needed; they are None.
 
     Raises:
         CheckpointError: The weights cannot be read.
@@ -174,9 +177,11 @@ def load_pipeline(
     kind = PIPELINES[name]
     dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.float32_vae else dtype
     log.info("loading %s from %s", name, model)
+    known = inspect.signature(kind.pipeline.__init__).parameters
+    absent: Any = {part: None for part in leave_out if part in known}
     try:
         pipe = kind.pipeline.from_pretrained(
-            model, torch_dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir()
+            model, torch_dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir(), **absent
         )
     except OSError as error:
         raise CheckpointError(f"{model} could not be loaded: {error}") from error
@@ -216,7 +221,7 @@ def check_size(pipe: Any, *, height: int | None = None, width: int | None = None
     """Refuse what the pipeline would round.
 
     Args:
-        pipe: Of a class in ``PIPELINES``.
+        pipe: Of a class in ``PIPELINES``; without its transformer, patches are not looked at.
         height: Pixels; None is the pipeline's default, like the next two.
         width: Pixels.
         frames: Frames.
@@ -225,7 +230,7 @@ def check_size(pipe: Any, *, height: int | None = None, width: int | None = None
         ValueError: The model cannot make this size.
     """
     kind = PIPELINES[type(pipe).__name__]
-    patch = pipe.transformer.config.patch_size
+    patch = 1 if pipe.transformer is None else pipe.transformer.config.patch_size
     spatial = pipe.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1])
     multiple = max(spatial, kind.multiple)
     for name, value in (("height", height), ("width", width)):
