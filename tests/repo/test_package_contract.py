@@ -35,25 +35,33 @@ SMALLEST_DEMO = {
     "hone-fpsattention": ("--limit", "1", "--steps", "1"),
     "hone-knockout": ("--limit", "8"),
     "hone-rstitch": ("--limit", "6", "--taus", "0.03"),
+    "hone-zipr1": ("--limit", "6", "--ps", "0.8"),
 }
 ATTACHABLE = {
     "hone-blade": "transformer",
     "hone-fpsattention": "transformer",
     "hone-knockout": "model",
     "hone-rstitch": "large",
+    "hone-zipr1": "model",
 }
 """Attribute of a package's ``Host`` that ``attach`` takes."""
 PARTNERS = {"hone-rstitch": ("small",)}
 """Attributes of it that ``attach`` takes by name."""
 
 
-NO_HOST_YET = ("hone-fpsattention",)
-"""Packages whose trained host is still missing, and whose README says so."""
+NO_HOST_YET = {"hone-fpsattention": "hone_video.host:load_host", "hone-zipr1": "hone_zipr1.host:build_host"}
+"""Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
+NO_VERB_YET = {"hone-zipr1": ("bench", "reproduce")}
+"""Verbs that are still missing in a package in progress, whose README says so."""
 
 
 def load(name):
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def wanted_verbs(package):
+    return set(VERBS) - set(NO_VERB_YET.get(package.name, ()))
 
 
 @pytest.fixture(params=PACKAGES)
@@ -67,29 +75,38 @@ def verbs(package):
 
 
 @pytest.fixture
-def with_config(verbs):
+def with_config(package, verbs):
     found = {name: verb for name, verb in verbs.items() if isinstance(verb, Verb) and verb.config is not None}
-    assert {name for name in VERBS if name != "info"} <= found.keys()
+    assert {name for name in wanted_verbs(package) if name != "info"} <= found.keys()
     return found
 
 
 def test_files(package):
-    assert [name for name in FILES if not (package.source / name).is_file()] == []
+    missing = NO_VERB_YET.get(package.name, ())
+    readme = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
+    for verb in missing:
+        assert f"`{verb}` is not there yet" in readme
+        assert verb not in load(f"{package.module}.cli:VERBS"), "it is there: take it off NO_VERB_YET"
+    files = [name for name in FILES if name.removesuffix(".py") not in missing]
+    assert [name for name in files if not (package.source / name).is_file()] == []
     tests = {file.name for file in (ROOT / package.tests).glob("test_*.py")}
-    assert {f"test_{name}" for name in FILES} <= tests
+    assert {f"test_{name}" for name in files} <= tests
 
 
 def test_readme_has_its_sections_in_order_a_picture_and_its_tables(package):
     text = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (.*)$", text, re.M)
     assert [heading for heading in headings if heading in HEADINGS] == list(HEADINGS)
+    if package.name == "hone-zipr1":
+        assert package.name in NO_HOST_YET, "it has a host: show its picture and its table"
+        return
     assert "![" in text
     results = ROOT / "results" / package.folder.name
     assert {"demo"} <= tables._specs(results).keys()
 
 
 def test_verbs_are_a_table(package, verbs, with_config):
-    assert set(VERBS) <= verbs.keys()
+    assert wanted_verbs(package) <= verbs.keys()
     for name, verb in with_config.items():
         assert verb.config.startswith(f"{package.module}.config:"), name
         function = load(verb.run)
@@ -102,7 +119,7 @@ def test_verbs_are_a_table(package, verbs, with_config):
             assert callable(load(other)), other
 
 
-def test_configs_are_frozen_and_survive_json(with_config):
+def test_configs_are_frozen_and_survive_json(package, with_config):
     checked = 0
     for name, verb in with_config.items():
         config = load(verb.config)
@@ -115,7 +132,7 @@ def test_configs_are_frozen_and_survive_json(with_config):
         if not required and not name.startswith("generate"):
             assert from_dict(config, to_dict(config())) == config(), name
             checked += 1
-    assert checked >= 4
+    assert checked >= 4 - len(NO_VERB_YET.get(package.name, ()))
 
 
 def test_presets_say_where_they_come_from(package):
@@ -145,7 +162,7 @@ def test_host_is_stored_as_core_stores_hosts_and_passes_its_gates(package):
 def test_attach_returns_a_handle_that_gives_the_model_back(package):
     import torch
 
-    host = load("hone_video.host:load_host" if package.name in NO_HOST_YET else f"{package.module}.host:load_host")()
+    host = load(NO_HOST_YET.get(package.name, f"{package.module}.host:load_host"))()
     model = getattr(host, ATTACHABLE[package.name])
     partners = {name: getattr(host, name) for name in PARTNERS.get(package.name, ())}
     attach = load(f"{package.module}:attach")
@@ -172,6 +189,14 @@ def test_a_demo_run_again_prints_the_same_and_runs_nothing(package, tmp_path, mo
     main = load(f"{package.module}.cli:main")
     argv = [package.name, "demo", *SMALLEST_DEMO[package.name], "--out", str(folder), "--device", "cpu", "--quiet"]
     monkeypatch.setattr(sys, "argv", argv)
+
+    if package.name == "hone-zipr1":
+        assert package.name in NO_HOST_YET, "it has a host: run its demo"
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 1
+        assert "train-host" in capsys.readouterr().err
+        return
 
     def demo():
         with pytest.raises(SystemExit) as stop:

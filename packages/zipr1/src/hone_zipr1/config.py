@@ -1,0 +1,299 @@
+"""Which tokens a layer keeps, and the settings of each verb. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from hone_core.config import flag
+from hone_core.training import check_budget
+
+__all__ = [
+    "GRID",
+    "KINDS",
+    "PRESETS",
+    "DemoConfig",
+    "GenerateConfig",
+    "HostConfig",
+    "Kind",
+    "Preset",
+    "SparseConfig",
+    "TrainHostConfig",
+]
+
+Policy = Literal["top-p", "top-k", "random", "fastv"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Kind = Literal["digit", "sum"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Questions of a mosaic: the digit of a cell, one character, or the sum of two cells, two characters."""
+GRID = (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
+"""Thresholds of the paper's rollouts, one per rollout of a group."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseConfig:
+    """What each layer keeps of a prompt, and what becomes of the rest."""
+
+    p: float = 0.975
+    """Share of the attention mass that sets the budget of tokens, in (0, 1]; 1 is the dense model, bit for bit."""
+    rows: Literal["probe", "all"] = "probe"
+    """Rows of the attention map that are looked at: some, or all, which costs a second attention. Ratios of the two do
+    not compare."""
+    recent: float = 64
+    """Probe rows at the end of the prompt; below 1 a share of it."""
+    random: float = 64
+    """Probe rows drawn among the others; below 1 a share."""
+    normalizer: Literal["count", "zipcache"] = "count"
+    """What column sums are divided by to rank tokens: the rows looked at that see a column, or all rows that do."""
+    protect: Literal["text", "none"] = "text"
+    """Tokens that stay in any case and count in the budget: all text, or only the last token of the prompt."""
+    policy: Policy = "top-p"
+    """``top-p``: the paper. ``top-k``: its ranking at a fixed ratio. ``random``: top-p's budget in each layer, spent on
+    random tokens. ``fastv``: from one layer on, the tokens that the last row attends to most there."""
+    ratio: float | None = None
+    """``top-k`` and ``fastv``: share of the prompt that is kept."""
+    fastv_layer: int = 2
+    """``fastv``: first layer, counted from 0, without the dropped tokens."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that keep everything, counted from 0."""
+    cache: Literal["evict", "retrieve"] = "evict"
+    """``evict``: dropped tokens leave the layer's cache for good. ``retrieve``: they stay and are not read, until a new
+    turn selects anew."""
+    compute: Literal["gather", "mask"] = "gather"
+    """``gather``: attention of the kept tokens alone. ``mask``: the same under a mask, no faster, for training on short
+    prompts."""
+    soft: Literal["entropy", "participation"] = "entropy"
+    """Differentiable size of the support, where a training objective asks for it."""
+    seed: int = 0
+    """Of the probe rows and of random tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p is a share of attention mass in (0, 1]; got {self.p}")
+        for name, kind in (("policy", Policy),):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
+        if self.recent <= 0 or self.random < 0:
+            raise ValueError(
+                f"recent must be positive, so that every token is seen by a probe row, and random not negative; got "
+                f"{self.recent} and {self.random}"
+            )
+        if (self.policy in ("top-k", "fastv")) != (self.ratio is not None):
+            raise ValueError(
+                f"ratio belongs to policy top-k or fastv, which need it; got {self.policy} and {self.ratio}"
+            )
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is a share of the prompt in (0, 1]; got {self.ratio}")
+        if self.fastv_layer < 1:
+            raise ValueError(
+                f"fastv_layer must be at least 1: the layer before it is looked at; got {self.fastv_layer}"
+            )
+        if any(layer < 0 for layer in self.dense_layers):
+            raise ValueError(f"layers are counted from 0; got {self.dense_layers}")
+
+    @property
+    def label(self) -> str:
+        """Short name, such as ``top-p 0.975``."""
+        amount = f"{self.p:g}" if self.ratio is None else f"ratio {self.ratio:g}"
+        return f"{self.policy} {amount}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A named selection and where it comes from.
+
+    Attributes:
+        config: the settings.
+        model: what they are for.
+        provenance: published, or ours.
+    """
+
+    config: SparseConfig
+    model: str
+    provenance: str
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(
+        config=SparseConfig(),
+        model="Qwen2-VL-7B, Qwen2.5-VL-7B, LLaVA-Video-7B",
+        provenance="Paper: p of inference, the top of the training grid. Which probe rows was not found: ZipVL's.",
+    ),
+    "grid-low": Preset(
+        config=SparseConfig(p=0.94),
+        model="Qwen2-VL-7B, Qwen2.5-VL-7B, LLaVA-Video-7B",
+        provenance="Paper: the bottom of the training grid.",
+    ),
+    "zipcache": Preset(
+        config=SparseConfig(recent=0.05, random=0.05, normalizer="zipcache"),
+        model="Any supported class",
+        provenance="The paper's p with the probe rows and the normalizer of ZipCache's release, of the same authors.",
+    ),
+    "tiny": Preset(
+        config=SparseConfig(rows="all"),
+        model="The tiny host of the demo (6 layers, 69 tokens)",
+        provenance="Ours: the paper's p over all rows, as short prompts have too few for probes.",
+    ),
+}
+
+
+# The tiny host.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture of the tiny host, a Qwen2.5-VL that sees a mosaic of digits."""
+
+    cells: int = 4
+    """Digits along a side of the mosaic; each is 8 x 8 pixels and four visual tokens."""
+    layers: int = 6
+    """Decoder layers."""
+    width: int = 128
+    """Channels of the decoder."""
+    heads: int = 4
+    """Query heads."""
+    heads_k: int = 2
+    """Key-value heads."""
+    intermediate: int = 384
+    """Channels within a feed-forward layer of the decoder."""
+    vision_width: int = 64
+    """Channels of the vision tower, which is a patch embedding and the merger."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.cells <= 8:
+            raise ValueError(f"cells must lie in 2 .. 8; got {self.cells}")
+        if self.width % self.heads or self.heads % self.heads_k or (self.width // self.heads) % 8:
+            raise ValueError(
+                "width must be a multiple of heads by 8, and heads of heads_k; "
+                f"got {self.width}, {self.heads}, {self.heads_k}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Pixels along a side."""
+        return 8 * self.cells
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens of a mosaic."""
+        return 4 * self.cells**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainHostConfig:
+    """Dense training of the tiny host on generated mosaics."""
+
+    seed: int = 0
+    """Of weights and data."""
+    host: HostConfig = field(default_factory=HostConfig)
+    """Architecture."""
+    minutes: float = 4.0
+    """Wall clock of the training itself, where steps is not given."""
+    steps: int | None = None
+    """Optimiser steps in place of a time."""
+    batch: int = 256
+    """Questions per step."""
+    lr: float = 4e-3
+    """Peak learning rate of the decoder's matrices, under Muon."""
+    adamw_lr: float = 1e-3
+    """Peak learning rate of everything else, under AdamW."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises."""
+    decay: float = 0.5
+    """Share of the budget over which the learning rate falls to zero."""
+    held_out: int = 4000
+    """Questions of the final grade, on digits that were not trained on."""
+    log_every: int = 50
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if min(self.batch, self.held_out) < 2:
+            raise ValueError(f"batch and held_out must be at least 2; got {self.batch} and {self.held_out}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay is a share; got {self.decay}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo asks the tiny host."""
+
+    items: int = field(default=200, metadata=flag("limit"))
+    """Questions of each row of the table."""
+    ps: tuple[float, ...] = (0.6, 0.8, 0.9, 0.94, 0.975)
+    """Thresholds."""
+    shown: int = 4
+    """Answers printed, at every threshold."""
+    batch: int = 100
+    """Questions at a time."""
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    seed: int = 0
+    """Of the questions."""
+
+    def __post_init__(self) -> None:
+        if self.items < 2 or not 1 <= self.shown <= self.items or self.batch < 1:
+            raise ValueError(
+                f"expected at least 2 items, 1 .. items shown and a positive batch; got {self.items}, {self.shown}, "
+                f"{self.batch}"
+            )
+        check_ps(self.ps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """A question about a picture or a video, and what is kept for its answer."""
+
+    ask: str
+    """Question. Of the tiny host: "digit B3" or "sum A1 C2" (rows are letters, columns numbers)."""
+    model: str | None = None
+    """Folder or hub address of a model; the tiny host if not given, which is asked about a generated mosaic."""
+    image: Path | None = None
+    """Picture."""
+    video: Path | None = None
+    """File, folder of pictures or .npy array, in place of a picture."""
+    frames: int = 32
+    """Frames to sample of a video, all that there are if fewer."""
+    p: float | None = None
+    """Share of the attention mass, in (0, 1]; in place of the preset's."""
+    preset: str = "paper"
+    """Selection by name; of the tiny host the preset is tiny unless another is named."""
+    cache: Literal["evict", "retrieve"] = "evict"
+    """Whether dropped tokens leave the cache or are only not read."""
+    compare_dense: bool = False
+    """Answer with the dense model too: texts, tokens in the cache and times side by side."""
+    max_new_tokens: int = 64
+    """Length of the answer."""
+    rounds: int = 3
+    """Timed answers of each, in turns after one that warms up; times are medians."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
+    seed: int = 0
+    """Of the tiny host's mosaic."""
+
+    def __post_init__(self) -> None:
+        if not self.ask.strip():
+            raise ValueError("the question is empty")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
+        if self.p is not None and not 0 < self.p <= 1:
+            raise ValueError(f"p is a share of attention mass in (0, 1]; got {self.p}")
+        if (self.model is None) != (self.image is None and self.video is None):
+            raise ValueError("a model needs an image or a video to look at; the tiny host (no --model) makes its own")
+        if self.image is not None and self.video is not None:
+            raise ValueError("give an image or a video, not both")
+        if min(self.frames, self.max_new_tokens, self.rounds) < 1:
+            raise ValueError("frames, max_new_tokens and rounds must be positive")
+
+
+def check_ps(ps: tuple[float, ...]) -> None:
+    """Refuse thresholds that are none.
+
+    Raises:
+        ValueError: There are none, two are the same, or one lies outside (0, 1].
+    """
+    if not ps or len(set(ps)) < len(ps) or not all(0 < p <= 1 for p in ps):
+        raise ValueError(f"thresholds are distinct shares in (0, 1], at least one; got {ps}")

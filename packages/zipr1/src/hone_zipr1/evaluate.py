@@ -1,0 +1,166 @@
+"""Accuracy and token ratio of the tiny host under selections, on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from hone_core.runs import Row, Run
+from hone_core.statistics import bootstrap_interval
+from torch import Tensor
+
+from .config import SparseConfig
+from .data import Mosaics, mosaics
+from .host import Host
+from .method import uniform_ratio
+from .models import attach
+from .rollouts import Rollout, rollout
+
+__all__ = ["DENSE", "Outcome", "ask", "held_out", "table", "uniform_of", "write_rows"]
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a selection did to the answers.
+
+    Attributes:
+        label: of the selection.
+        right: ``[items]``.
+        ratio: ``[items]``, tau of each.
+        layer_ratio: ``[layers]``, means; empty for the dense model.
+        ids: ``[items, tokens]``, answers.
+        uniform: ratio of a map without structure at the same p; None where p sets no budget.
+    """
+
+    label: str
+    right: Tensor
+    ratio: Tensor
+    layer_ratio: tuple[float, ...]
+    ids: Tensor
+    uniform: float | None
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.right.float().mean())
+
+    @property
+    def tau(self) -> float:
+        """Mean ratio."""
+        return float(self.ratio.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the accuracy, over questions."""
+        return bootstrap_interval(self.right.cpu().numpy().astype(float))
+
+
+def held_out(host: Host, items: int, seed: int) -> Mosaics:
+    """Questions on digits that were not trained on."""
+    return mosaics(items, host.config.cells, 500_000 + seed, split="test", device=host.device)
+
+
+def uniform_of(host: Host, config: SparseConfig) -> float | None:
+    """Ratio of uniform attention on the host's prompts."""
+    if config.ratio is not None:
+        return None
+    protected = host.protected(1)[0]
+    kept = int(protected.sum()) if config.protect == "text" else 1
+    return uniform_ratio(config.p, len(protected), None, kept) if config.rows == "all" else None
+
+
+def ask(
+    host: Host,
+    asked: Mosaics,
+    config: SparseConfig | None,
+    *,
+    batch: int,
+    p: Tensor | None = None,
+    label: str | None = None,
+) -> Outcome:
+    """Answer every question greedily.
+
+    Args:
+        host: The model.
+        asked: Questions.
+        config: Selection; None is the dense model.
+        batch: Questions at a time.
+        p: ``[items]``, a threshold per question in place of the config's.
+        label: In place of the selection's.
+    """
+    parts: list[Rollout] = []
+    slices = [slice(start, start + batch) for start in range(0, len(asked), batch)]
+    if config is None:
+        parts = [rollout(host, asked.part(rows)) for rows in slices]
+    else:
+        with attach(host.model, config) as handle:
+            for rows in slices:
+                parts.append(rollout(host, asked.part(rows), handle, p=None if p is None else p[rows]))
+    ids = torch.cat([part.ids for part in parts])
+    layers: tuple[float, ...] = ()
+    if config is not None:
+        layers = tuple(torch.cat([p.layer_ratio for p in parts if p.layer_ratio is not None], 1).mean(1).tolist())
+    return Outcome(
+        label or (DENSE if config is None else config.label),
+        host.grade(asked, ids),
+        torch.cat([part.ratio for part in parts]).float(),
+        layers,
+        ids,
+        None if config is None or p is not None else uniform_of(host, config),
+    )
+
+
+def peers(host: Host, asked: Mosaics, outcome: Outcome, config: SparseConfig, *, batch: int) -> list[Outcome]:
+    """Other ways to spend the mean ratio of an outcome: FastV, the ranking at a fixed ratio, random tokens.
+
+    FastV keeps everything in its first layers and less after them, so that its mean is the same; where that is not
+    possible, it is left out.
+    """
+    layers, first = host.config.layers, 2
+    fixed = replace(config, policy="top-k", ratio=min(1.0, outcome.tau))
+    found = [
+        ask(host, asked, fixed, batch=batch, label=f"top-k as {outcome.label}"),
+        ask(host, asked, replace(config, policy="random"), batch=batch, label=f"random as {outcome.label}"),
+    ]
+    later = (outcome.tau * layers - first) / (layers - first)
+    if later > 0:
+        fastv = replace(config, policy="fastv", ratio=min(1.0, later), fastv_layer=first)
+        found.insert(0, ask(host, asked, fastv, batch=batch, label=f"FastV as {outcome.label}"))
+    return found
+
+
+def write_rows(run: Run, outcome: Outcome, *, split: str = "held_out") -> None:
+    """Accuracy, ratio and the uniform ratio beside it."""
+    n = len(outcome.right)
+    run.row(
+        "accuracy",
+        outcome.accuracy,
+        better="higher",
+        n=n,
+        interval=outcome.interval,
+        variant=outcome.label,
+        split=split,
+    )
+    spread = float(outcome.ratio.std()) if n > 1 else None
+    run.row("token_ratio", outcome.tau, better="lower", n=n, spread=spread, variant=outcome.label, split=split)
+    if outcome.uniform is not None:
+        run.row("uniform_ratio", outcome.uniform, better="none", variant=outcome.label, split=split)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of ``write_rows`` as a table."""
+    values = {(row.metric, row.variant): row for row in rows}
+    lines = [f"{'':<26} accuracy            tokens kept   uniform attention"]
+    for name in dict.fromkeys(row.variant for row in rows if row.metric == "accuracy"):
+        accuracy = values["accuracy", name]
+        low, high = accuracy.interval or (accuracy.value, accuracy.value)
+        uniform = values.get(("uniform_ratio", name))
+        lines.append(
+            f"{name:<26} {100 * accuracy.value:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]  "
+            f"{100 * values['token_ratio', name].value:9.1f} %"
+            + ("" if uniform is None else f"{100 * uniform.value:16.1f} %")
+        )
+    return "\n".join(lines)

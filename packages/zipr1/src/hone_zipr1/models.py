@@ -1,0 +1,578 @@
+"""How token selection enters real models: ``attach`` and its handle, and the context ``sparse``.
+
+The decoder's attention goes through a tap in transformers' registry (``hone_lm.attention``), after rotary positions
+were applied, so that kept tokens stay where they were. Nothing is replaced; ``detach`` gives back the model of before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hone_core.handles import CallState, Handle, Hooks, resolve
+from hone_lm.attention import AttentionTap, tap_attention
+from hone_lm.decoders import Decoder, cache_keyword, cache_of, find_decoder
+from hone_lm.layouts import RULES
+from torch import Tensor, nn
+
+from . import method
+from .cache import SparseLayer, sparse_layers
+from .config import PRESETS, SparseConfig
+
+__all__ = ["SparseHandle", "Stats", "attach", "check_config", "selected_attention", "sparse", "visual_ids"]
+
+_PASS = "hone_zipr1"
+"""Argument of the decoder that takes a forward's ``_Pass`` to every layer's attention."""
+_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+@dataclass
+class Stats:
+    """What one prefill kept.
+
+    Attributes:
+        real: ``[batch, tokens]``, False where padded.
+        protected: ``[batch, tokens]``, tokens that stay in any case.
+        rows: ``[batch, rows]``, positions of the probe rows, -1 for none; None: all rows.
+        keep: per layer ``[batch, tokens]``.
+        mass: per layer ``[batch]``, share of the attention mass that was kept; only of layers that looked at it.
+        sink: per layer ``[batch]``, share of the mass that the first token gets.
+        soft: per layer ``[batch]``, differentiable size of the mass's support, where asked for.
+    """
+
+    real: Tensor
+    protected: Tensor
+    rows: Tensor | None = None
+    keep: dict[int, Tensor] = field(default_factory=dict)
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    sink: dict[int, Tensor] = field(default_factory=dict)
+    soft: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def layer_ratio(self) -> Tensor:
+        """``[layers, batch]``, kept tokens over tokens."""
+        return torch.stack([method.token_ratio(self.keep[layer], self.real) for layer in sorted(self.keep)])
+
+    @property
+    def ratio(self) -> Tensor:
+        """``[batch]``, tau: the mean over layers."""
+        return self.layer_ratio.mean(0)
+
+    @property
+    def ratio_without_sink(self) -> Tensor:
+        """``[batch]``, tau over all tokens but the first."""
+        first = self.real.to(torch.uint8).argmax(-1, keepdim=True)
+        real = self.real.scatter(1, first, False)
+        return torch.stack([method.token_ratio(self.keep[layer], real) for layer in sorted(self.keep)]).mean(0)
+
+    def uniform(self, p: float) -> Tensor:
+        """``[batch]``, the ratio of a map without structure, on the same rows of prompts as long."""
+        found = []
+        for row, real in enumerate(self.real):
+            total, rows = int(real.sum()), None
+            if self.rows is not None:
+                at = self.rows[row]
+                rows = (at[at >= 0] - int(real.nonzero()[0])).cpu()
+            found.append(method.uniform_ratio(p, total, rows, int((self.protected[row] & real).sum())))
+        return torch.tensor(found)
+
+
+@dataclass
+class _Given:
+    """What ``SparseHandle.using`` sets."""
+
+    p: Tensor | None = None
+    protected: Tensor | None = None
+    prompt_tokens: int | None = None
+    soft: bool = False
+
+
+@dataclass
+class _Inputs:
+    """What a running forward was given, as its decoder does not see all of it."""
+
+    mask: Tensor | None
+    ids: Tensor | None
+    candidates: int
+
+
+@dataclass
+class _Pass:
+    """What the attention of one forward needs; it travels with its arguments.
+
+    Attributes:
+        p: a number, or one per sample.
+        prompt: tokens over which the selection is made; those after it are an answer, and kept.
+        stats: of this forward, if it selects.
+        real: ``[batch, tokens so far]``, or None without padding.
+        cache: that is filled.
+        soft: whether the support's size is recorded with gradient.
+        fixed: choice of an earlier layer that holds for the later ones (FastV).
+        seen: layers whose attention came through.
+    """
+
+    p: float | Tensor
+    prompt: int
+    stats: Stats | None
+    real: Tensor | None
+    cache: Any
+    soft: bool
+    fixed: Tensor | None = None
+    seen: set[int] = field(default_factory=set)
+
+
+class SparseHandle(Handle[SparseConfig]):
+    """What is attached to a model. A context manager: leaving it detaches.
+
+    Attributes:
+        config: the settings.
+        stats: of the last prefill.
+    """
+
+    def __init__(self, model: nn.Module, config: SparseConfig) -> None:
+        super().__init__(config, [model])
+        self.decoder: Decoder = find_decoder(model)
+        self._visual = visual_ids(model.config)
+        check_config(model.config, config)
+        implementation = self.decoder.config._attn_implementation
+        if implementation == "flex_attention":
+            raise ValueError(
+                "flex_attention is not supported: token selection makes shorter sequences, no masks. Call "
+                "model.set_attn_implementation('sdpa') first"
+            )
+        self.stats: Stats | None = None
+        self._state: CallState[_Inputs] = CallState()
+        self._given: CallState[_Given] = CallState()
+        self._signature = inspect.signature(model.forward)
+        self._keyword = cache_keyword(self.decoder.model)
+        self._tap: AttentionTap | None = tap_attention(self.decoder, self._attend)
+        self._hooks = Hooks(model)
+        path = next(name for name, module in model.named_modules() if module is self.decoder.model)
+
+        def before(path: str, hook: Callable[..., Any]) -> None:
+            self._hooks.add(path, lambda module: module.register_forward_pre_hook(hook, with_kwargs=True))
+
+        before("", self._before_model)
+        self._hooks.add(
+            "", lambda module: module.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
+        )
+        before(path, self._before_decoder)
+        self._hooks.add(path, lambda module: module.register_forward_hook(self._after_decoder, with_kwargs=True))
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model has it on."""
+        return self._tap is not None
+
+    def _states(self) -> tuple[CallState[_Inputs]]:
+        return (self._state,)
+
+    def detach(self) -> None:
+        """Give the model back as it was; harmless when repeated."""
+        self._hooks.remove()
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap = None
+
+    @contextmanager
+    def using(
+        self,
+        *,
+        p: Tensor | None = None,
+        protected: Tensor | None = None,
+        prompt_tokens: int | None = None,
+        soft: bool = False,
+    ) -> Iterator[SparseHandle]:
+        """Say more of the prefills inside, in this thread.
+
+        Args:
+            p: ``[batch]``, a threshold per sample in place of the config's.
+            protected: ``[batch, tokens]``, tokens that stay in any case; needed where prompts come as embeddings.
+            prompt_tokens: Length of the (padded) prompt, where an answer stands after it in the same forward: the
+                selection is that of the prompt alone, as it was when the answer was sampled.
+            soft: Record the differentiable support size, ``stats.soft``.
+        """
+        before, self._given.current = self._given.current, _Given(p, protected, prompt_tokens, soft)
+        try:
+            yield self
+        finally:
+            self._given.current = before
+
+    # Before a forward.
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._state.disabled:
+            return
+        self._hooks.check()
+        assert self._tap is not None, "the hook goes with the tap"
+        self._tap.check()
+        inputs = self._signature.bind_partial(*args, **kwargs).arguments
+        inputs = inputs | inputs.get("kwargs", {})
+        if inputs.get("output_attentions"):
+            raise ValueError("output_attentions is not available while tokens are selected; look at handle.stats")
+        mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise ValueError(
+                "attention_mask must be [batch, tokens] while tokens are selected; leave masks of pairs out"
+            )
+        ids, cache = inputs.get("input_ids"), cache_of(inputs)
+        pixels = any(
+            name.startswith(("pixel_values", "mm_encoder_outputs")) and value is not None
+            for name, value in inputs.items()
+        )
+        # One token after a filled cache is what the model wrote, whatever it is.
+        written = ids is not None and ids.shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0
+        embeds = inputs.get("inputs_embeds")
+        if ids is not None and not (pixels or written) and embeds is None and bool(self._is_visual(ids).any()):
+            raise ValueError(
+                "visual tokens came without pixels, as in chunked prefill, which drops them. Call generate without "
+                "prefill_chunk_size, and give the whole prompt in one forward"
+            )
+        # Assisted decoding and prompt lookup put guesses after the prompt, and ask for a logit of each and one more.
+        keep = inputs.get("logits_to_keep")
+        guesses = keep - 1 if cache is not None and isinstance(keep, int) and keep > 1 else 0
+        self._state.current = _Inputs(mask, ids, guesses)
+
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self._state.current = None
+
+    def _before_decoder(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if self._state.disabled:
+            return None
+        inputs = self._state.current
+        if inputs is None:
+            raise RuntimeError("run the model that this is attached to, not its decoder alone")
+        states = kwargs.get("inputs_embeds")
+        if states is None:
+            states = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        batch, tokens = states.shape[:2]
+        cache, given = cache_of(kwargs), self._given.current or _Given()
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
+            from transformers import DynamicCache
+
+            cache = DynamicCache()
+            kwargs = kwargs | {self._keyword: cache}
+        real = None if inputs.mask is None else inputs.mask.bool().to(states.device)
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            if not isinstance(cache.layers[0], SparseLayer):
+                raise ValueError(
+                    "the cache was filled before this was attached; attach first, then run the whole prompt"
+                )
+            running = _Pass(1.0, 0, None, real, cache, False)
+            return args, kwargs | {_PASS: running}
+        if cache is not None:
+            sparse_layers(cache, self.decoder.num_layers)
+        prompt = tokens - inputs.candidates if given.prompt_tokens is None else given.prompt_tokens
+        here = torch.ones(batch, prompt, dtype=torch.bool, device=states.device) if real is None else real[:, :prompt]
+        p: float | Tensor = self.config.p
+        if given.p is not None:
+            if given.p.shape != (batch,) or not bool(((given.p > 0) & (given.p <= 1)).all()):
+                raise ValueError(f"p must be {batch} numbers in (0, 1], one per sample; got {given.p}")
+            p = given.p.to(states.device)
+        stats = Stats(here, self._protected(inputs, given, here), self._rows(here))
+        running = _Pass(p, prompt, stats, real, cache, given.soft)
+        return args, kwargs | {_PASS: running}
+
+    def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        running = kwargs.get(_PASS)
+        if running is None:
+            return
+        missed = sorted(set(range(self.decoder.num_layers)) - running.seen)
+        if missed:
+            raise RuntimeError(
+                f"the attention of layers {missed} did not come through the tap: nothing was dropped there"
+            )
+        if running.stats is not None:
+            self.stats = running.stats
+
+    def _is_visual(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self._visual, device=ids.device))
+
+    def _protected(self, inputs: _Inputs, given: _Given, real: Tensor) -> Tensor:
+        """Tokens that stay: text if so configured, and the last one of each sample, whose output is the answer."""
+        place = real.cumsum(-1)
+        last = real & (place == place[:, -1:])
+        if given.protected is not None:
+            return (given.protected.to(real.device) | last) & real
+        if self.config.protect == "none":
+            return last
+        if inputs.ids is None:
+            raise ValueError(
+                "a prompt of embeddings does not say what is text; pass handle.using(protected=[batch, tokens]) or "
+                "attach with protect='none'"
+            )
+        return (~self._is_visual(inputs.ids[:, : real.shape[1]]) | last) & real
+
+    def _rows(self, real: Tensor) -> Tensor | None:
+        """Positions of the probe rows of each sample; None for all rows."""
+        if self.config.rows == "all":
+            return None
+        lengths = real.sum(-1).tolist()
+        drawn = {
+            length: method.probe_rows(length, self.config.recent, self.config.random, self.config.seed)
+            for length in set(lengths)
+        }
+        found = torch.full((len(real), max(map(len, drawn.values()))), -1)
+        starts = real.to(torch.uint8).argmax(-1).tolist()
+        for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+            found[row, : len(drawn[length])] = drawn[length] + start
+        return found.to(real.device)
+
+    # In a layer.
+
+    def _attend(
+        self,
+        base: Callable[..., tuple[Tensor, Tensor | None]],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        running: _Pass | None = kwargs.pop(_PASS, None)
+        if running is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        running.seen.add(layer)
+        stored = None if running.cache is None else running.cache.layers[layer]
+        if running.stats is None:
+            assert stored is not None, "a forward that selects nothing goes on from a cache"
+            if stored.positions is None:
+                return base(module, query, key, value, attention_mask, **kwargs)
+            return _continued(stored, running.real, module, query, key, value, kwargs), None
+        if self.config.policy == "top-p" and isinstance(running.p, float) and running.p == 1.0 and not running.soft:
+            running.stats.keep[layer] = running.stats.real
+            return base(module, query, key, value, attention_mask, **kwargs)
+        keep = self._choose(running, layer, query, key, kwargs.get("scaling"))
+        running.stats.keep[layer] = keep
+        if keep is running.stats.real:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        after = query.shape[2] - running.prompt
+        if after:
+            later = torch.ones(len(keep), after, dtype=torch.bool, device=keep.device)
+            keep = torch.cat([keep, later if running.real is None else running.real[:, running.prompt :]], -1)
+        out = selected_attention(
+            query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
+            masked=self.config.compute == "mask",
+        )  # fmt: skip
+        if stored is not None:
+            (stored.evict if self.config.cache == "evict" else stored.read)(keep)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _choose(self, running: _Pass, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+        """The kept set of a layer; the object ``stats.real`` where the layer is dense."""
+        cfg, stats = self.config, running.stats
+        assert stats is not None, "a prefill has them"
+        real, protected = stats.real, stats.protected
+        if running.fixed is not None:
+            return running.fixed
+        dense = layer in cfg.dense_layers
+        if dense and not running.soft:
+            return real
+        rows = stats.rows
+        if cfg.policy == "fastv":
+            if layer < cfg.fastv_layer - 1:
+                return real
+            place = real.cumsum(-1)
+            rows = (real & (place == place[:, -1:])).to(torch.uint8).argmax(-1, keepdim=True)
+        with torch.set_grad_enabled(running.soft and torch.is_grad_enabled()):
+            mass, rank = method.column_mass(
+                query[:, :, : running.prompt],
+                key[:, :, : running.prompt],
+                real=real,
+                rows=rows,
+                scaling=scaling,
+                normalizer=cfg.normalizer,
+            )
+            if running.soft:
+                stats.soft[layer] = method.soft_ratio(mass, real, cfg.soft)
+        mass, rank = mass.detach(), rank.detach()
+        if dense:
+            return real
+        if cfg.ratio is not None:
+            budget = (cfg.ratio * real.sum(-1)).ceil().long()
+        else:
+            budget = method.topp_budget(mass, running.p, real)
+        if cfg.policy == "random":
+            rank = _drawn(real, cfg.seed, layer)
+        keep = method.select(rank, budget, real, protected)
+        if cfg.policy == "fastv":
+            running.fixed = keep
+            return real
+        stats.mass[layer] = method.kept_mass(mass, keep)
+        first = real.to(torch.uint8).argmax(-1, keepdim=True)
+        stats.sink[layer] = (mass.gather(1, first) / mass.sum(-1, keepdim=True))[:, 0]
+        return keep
+
+
+def _drawn(real: Tensor, seed: int, layer: int) -> Tensor:
+    """Random ranks that depend on the seed, the layer and a token's place in its sample, not on padding."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
+    ranks = torch.rand(real.shape[1], generator=generator).to(real.device)
+    return ranks[(real.cumsum(-1) - 1).clamp(min=0)]
+
+
+def selected_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    masked: bool = False,
+) -> Tensor:
+    """Causal attention among the kept tokens of each sample; the others' output is zero.
+
+    Args:
+        query: ``[batch, heads, tokens, dim]``.
+        key: ``[batch, heads_k, tokens, dim]``.
+        value: Likewise.
+        keep: ``[batch, tokens]``.
+        scaling: Of the logits; 1 / sqrt(dim) if None.
+        dropout: Of the weights.
+        masked: Compute all pairs under a mask, which is no faster; else gather the kept tokens and compute theirs.
+
+    Returns:
+        ``[batch, heads, tokens, dim]``.
+    """
+    settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    tokens = query.shape[2]
+    if masked:
+        at = torch.arange(tokens, device=query.device)
+        # A dropped row reads itself, for the softmax to be defined, and is then set to zero.
+        pairs = ((at[:, None] >= at) & keep[:, None, :]) | (at[:, None] == at)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=pairs[:, None], **settings)
+        return out * keep[:, None, :, None]
+    counts = keep.sum(-1).tolist()
+    # Samples that kept as many tokens are computed together.
+    out = query.new_zeros(query.shape)
+    for count in sorted(set(counts)):
+        rows = torch.tensor([row for row, c in enumerate(counts) if c == count], device=query.device)
+        index = keep[rows].nonzero()[:, 1].view(len(rows), 1, count, 1)
+
+        def take(states: Tensor, rows: Tensor = rows, index: Tensor = index) -> Tensor:
+            return states[rows].gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+
+        part = F.scaled_dot_product_attention(take(query), take(key), take(value), is_causal=True, **settings)
+        spread = query.new_zeros(len(rows), *query.shape[1:]).scatter(2, index.expand_as(part), part)
+        out = out.index_copy(0, rows, spread)
+    return out
+
+
+def _continued(
+    stored: SparseLayer, real: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
+) -> Tensor:
+    """Attention of new tokens to what the layer still reads, and among themselves."""
+    positions, valid = stored.positions, stored.valid
+    assert positions is not None, "something was dropped"
+    assert valid is not None, "and then it says what is read"
+    new = query.shape[2]
+    mask = None
+    if new > 1:
+        at = torch.arange(stored.seen - new, stored.seen, device=query.device)
+        if real is not None:
+            valid[:, -new:] = real[:, -new:]
+        pairs = valid[:, None, :] & (positions[:, None, :] <= at[:, None])
+        mask = (pairs | (positions[:, None, :] == at[:, None]))[:, None]
+        stored.whole = stored.whole and (real is None or bool(real[:, -new:].all()))
+    elif not stored.whole:
+        mask = valid[:, None, None, :]
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=kwargs.get("scaling"),
+        dropout_p=kwargs.get("dropout", 0.0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def attach(model: nn.Module, config: SparseConfig | str) -> SparseHandle:
+    """Attach token selection to a vision-language model of transformers.
+
+    Works in prefill and cached decoding, in left- or right-padded batches, with beams and several returned sequences.
+
+    Args:
+        model: A ``...ForConditionalGeneration`` with a decoder of attention layers.
+        config: Settings, or the name of a preset.
+
+    Raises:
+        ValueError: The class has no visual tokens or no known layout, the decoder has sliding windows or is a hybrid,
+            the attention implementation is neither eager nor sdpa, or something is attached already.
+        TypeError: The model has no decoder.
+    """
+    return SparseHandle(model, resolve(config, PRESETS, SparseConfig))
+
+
+@contextmanager
+def sparse(model: nn.Module, p: float | Tensor = 0.975, **settings: Any) -> Iterator[SparseHandle]:
+    """Select tokens inside the block.
+
+    Args:
+        model: As in ``attach``.
+        p: Share of the attention mass that the kept tokens hold, or ``[batch]`` of them, one per sample.
+        settings: Others of ``SparseConfig``.
+
+    Yields:
+        The handle; its ``stats`` say what the last prefill kept.
+    """
+    rows = p if isinstance(p, Tensor) else None
+    config = SparseConfig(p=float(p.max()) if isinstance(p, Tensor) else p, **settings)
+    with attach(model, config) as handle, handle.using(p=rows):
+        yield handle
+
+
+def visual_ids(config: Any) -> tuple[int, ...]:
+    """Placeholder ids of images and videos, by a model's config.
+
+    Raises:
+        ValueError: There are none.
+    """
+    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    found = {value for name in names if isinstance(value := getattr(config, name, None), int)}
+    if not found:
+        raise ValueError(
+            f"{getattr(config, 'model_type', 'this model')} has no visual tokens; expected a vision-language model "
+            "such as Qwen2_5_VLForConditionalGeneration"
+        )
+    return tuple(sorted(found))
+
+
+def check_config(found: Any, config: SparseConfig) -> None:
+    """Look whether a model with this config can take the settings, before its weights are read.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if found.model_type not in RULES:
+        raise ValueError(
+            f"{found.model_type} has no rule for where its visual tokens are; the classes with one are "
+            f"{', '.join(RULES)}"
+        )
+    text = found.get_text_config()
+    other = sorted({kind for kind in getattr(text, "layer_types", None) or () if kind != "full_attention"})
+    if other:
+        raise ValueError(
+            f"this decoder has layers of {', '.join(other)}, whose caches drop positions by themselves; token "
+            "selection needs full attention in every layer"
+        )
+    late = [layer for layer in config.dense_layers if layer >= text.num_hidden_layers]
+    if late:
+        raise ValueError(f"layers are 0 .. {text.num_hidden_layers - 1}; dense_layers names {late}")
+    if config.policy == "fastv" and config.fastv_layer >= text.num_hidden_layers:
+        raise ValueError(
+            f"fastv_layer must be below the {text.num_hidden_layers} layers, or nothing is dropped; "
+            f"got {config.fastv_layer}"
+        )

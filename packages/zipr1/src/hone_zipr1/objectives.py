@@ -1,0 +1,91 @@
+"""What trains a model to live on fewer tokens: the paper's group-relative objective, term by term."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+__all__ = ["GrpoLoss", "advantages", "grpo_loss", "rewards"]
+
+
+def rewards(
+    correct: Bool[Tensor, "groups rollouts"],
+    ratio: Float[Tensor, "groups rollouts"],
+    *,
+    performance: float = 1.0,
+    efficiency: float = 1.0,
+    gated: bool = True,
+) -> Float[Tensor, "groups rollouts"]:
+    """R = r_per + C r_eff: 1 for a correct answer, and 1 - tau where the group has a correct one.
+
+    Args:
+        correct: Whether each rollout's answer is right.
+        ratio: tau of each rollout.
+        performance: Weight of the first term.
+        efficiency: Weight of the second.
+        gated: Whether C is 1 only in groups with a correct rollout; otherwise always.
+    """
+    gate = correct.any(-1, keepdim=True) if gated else torch.ones_like(correct[:, :1])
+    return performance * correct.to(ratio) + efficiency * gate.to(ratio) * (1 - ratio)
+
+
+def advantages(reward: Float[Tensor, "groups rollouts"], *, floor: float = 0.05) -> Float[Tensor, "groups rollouts"]:
+    """A = (r - mean) / std within a group.
+
+    Args:
+        reward: Of each rollout.
+        floor: Least standard deviation: in a group that is all right, the spread of tau alone, or rounding, would
+            otherwise be blown up to +-1. The paper names none.
+    """
+    centred = reward - reward.mean(-1, keepdim=True)
+    return centred / reward.std(-1, keepdim=True).clamp(min=floor)
+
+
+class GrpoLoss(NamedTuple):
+    """The objective's negative, and what to watch.
+
+    Attributes:
+        loss: scalar.
+        kl: mean k3 estimate of KL(policy || reference) per token.
+        ratio_error: largest ``|rho - 1|``: 0 on the first update after a rollout, or the policies differ.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ratio_error: Tensor
+
+
+def grpo_loss(
+    logp: Float[Tensor, "rows tokens"],
+    old: Float[Tensor, "rows tokens"],
+    reference: Float[Tensor, "rows tokens"],
+    advantage: Float[Tensor, " rows"],
+    mask: Bool[Tensor, "rows tokens"],
+    *,
+    epsilon: float,
+    beta: float,
+) -> GrpoLoss:
+    """-J: clipped importance ratios times advantages, less beta KL to the reference; means per answer, then over rows.
+
+    Args:
+        logp: Log-probabilities of the answer's tokens under the sparse policy, with gradient.
+        old: The same when the answer was sampled.
+        reference: The same under the frozen original model with dense attention.
+        advantage: Of each answer.
+        mask: Which positions are tokens of the answer.
+        epsilon: Clip range of the ratios.
+        beta: Weight of the KL, estimated as exp(d) - d - 1 with d = reference - logp.
+    """
+    rho = (logp - old).exp()
+    gain = torch.minimum(rho * advantage[:, None], rho.clamp(1 - epsilon, 1 + epsilon) * advantage[:, None])
+    distance = reference - logp
+    kl = distance.exp() - distance - 1
+    lengths = mask.sum(-1).clamp(min=1)
+    per_row = ((beta * kl - gain) * mask).sum(-1) / lengths
+    with torch.no_grad():
+        error = ((rho - 1).abs() * mask).max()
+        mean_kl = (kl * mask).sum() / mask.sum()
+    return GrpoLoss(per_row.mean(), mean_kl, error)

@@ -1,0 +1,87 @@
+"""Pictures: what each layer kept of a mosaic, and accuracy against the token ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from hone_core.plots import BLUE, GREY, INK, ORANGE, PINK, drawing, error_bars, finish
+
+if TYPE_CHECKING:
+    from .evaluate import Outcome
+
+__all__ = ["curve", "heat_maps"]
+
+STYLES = {
+    "top-p": (BLUE, "o-"),
+    "top-k": (ORANGE, "^:"),
+    "random": (GREY, "s--"),
+    "FastV": (PINK, "v-."),
+}
+
+
+def curve(lines: Mapping[str, Sequence[Outcome]], dense: Outcome, path: Path, *, title: str = "") -> Path:
+    """Accuracy against the mean token ratio.
+
+    Args:
+        lines: Name in ``STYLES`` to an outcome per point.
+        dense: The dense model.
+        path: PNG to write.
+        title: Over the picture.
+    """
+    with drawing(path, 5.2, 3.4) as figure:
+        axes = figure.subplots()
+        for name, outcomes in lines.items():
+            if not outcomes:
+                continue
+            color, style = STYLES[name]
+            points = sorted(outcomes, key=lambda outcome: outcome.tau)
+            bars = [error_bars(o.accuracy, o.interval, scale=100) for o in points]
+            axes.errorbar(
+                [100 * o.tau for o in points],
+                [100 * o.accuracy for o in points],
+                yerr=np.concatenate(bars, 1),
+                fmt=style,
+                color=color,
+                label=name,
+                elinewidth=0.8,
+            )
+        axes.axhline(100 * dense.accuracy, color=INK, linewidth=0.6, linestyle=(0, (1, 3)))
+        axes.annotate("dense", (axes.get_xlim()[0], 100 * dense.accuracy), va="bottom", fontsize=7)
+        axes.set_xlabel("tokens kept, mean over layers, %")
+        axes.set_ylabel("accuracy, %")
+        axes.legend(loc="lower right")
+        finish(figure, title=title, note="bars: 95 % bootstrap intervals over questions")
+    return path
+
+
+def heat_maps(shown: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> Path:
+    """A mosaic per row: the picture, then what each layer kept of it at the first of its thresholds.
+
+    Args:
+        shown: ``image`` (rows of numbers in [0, 1]), ``question``, ``answer``, and ``keep``: per layer a square of 0
+            and 1 per visual token.
+        path: PNG to write.
+        title: Over the picture.
+    """
+    layers = len(shown[0]["keep"])
+    with drawing(path, 1.1 * (layers + 1), 1.25 * len(shown) + 0.5) as figure:
+        grid = figure.subplots(len(shown), layers + 1, squeeze=False)
+        for axes, row in zip(grid, shown, strict=True):
+            image = np.asarray(row["image"])
+            axes[0].imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            axes[0].set_ylabel(f"{row['question']}\n{row['answer']}", fontsize=7)
+            for layer, keep in enumerate(row["keep"]):
+                squares = np.kron(np.asarray(keep), np.ones((image.shape[0] // len(keep),) * 2))
+                axes[layer + 1].imshow(np.where(squares > 0, image, 0.0), cmap="gray_r", vmin=0, vmax=1)
+                axes[layer + 1].imshow(
+                    np.ma.masked_where(squares > 0, squares), cmap="Blues", vmin=-1, vmax=3, interpolation="nearest"
+                )
+                axes[layer + 1].set_title(f"{layer}: {100 * np.mean(keep):.0f} %", fontsize=7)
+            for one in axes:
+                one.set_xticks([])
+                one.set_yticks([])
+        finish(figure, title=title, note="by layer: what was kept of the picture; blue is dropped")
+    return path

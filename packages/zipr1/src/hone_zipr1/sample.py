@@ -1,0 +1,241 @@
+"""Answer a question with selected tokens, and with the dense model beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.io import atomic_write_json
+from hone_core.runs import Report, Run
+
+from .config import PRESETS, GenerateConfig, SparseConfig
+
+__all__ = ["GenerateReport", "generate", "prepare", "stored_bytes"]
+
+ANSWERS = "answers.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateReport(Report):
+    """Answers with their cost; as text, side by side.
+
+    Attributes:
+        tokens: of the prompt.
+        answers: ``dense``, where compared, and the label of the selection, to the answer.
+        layer_ratio: kept tokens over tokens, of each layer.
+        uniform: the ratio of a map without structure, at the same p on a prompt as long; None where p sets no budget.
+    """
+
+    tokens: int
+    answers: dict[str, str]
+    layer_ratio: tuple[float, ...]
+    uniform: float | None
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose rows are written."""
+        said = json.loads((run.artifacts / ANSWERS).read_text(encoding="utf-8"))
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            tokens=said["tokens"],
+            answers=said["answers"],
+            layer_ratio=tuple(said["layer_ratio"]),
+            uniform=said["uniform"],
+        )
+
+    def __str__(self) -> str:
+        values = {(row.metric, row.variant): row.value for row in self.rows}
+        lines = [f"prompt of {self.tokens} tokens"]
+        for name, answer in self.answers.items():
+            cost = f"prefill {values['prefill', name]:.1f} ms, decode {values['decode', name]:.1f} ms"
+            cost += f", cache {values['cache', name]:.3f} MiB"
+            if ("peak_memory", name) in values:
+                cost += f", peak {values['peak_memory', name]:.2f} GiB"
+            lines.append(f"{name} ({cost})\n  {answer}")
+        tau = sum(self.layer_ratio) / len(self.layer_ratio)
+        beside = "" if self.uniform is None else f"; uniform attention would keep {100 * self.uniform:.1f} %"
+        lines.append(f"kept {100 * tau:.1f} % of the prompt's tokens{beside}")
+        lines.append("by layer, %: " + " ".join(f"{100 * ratio:.0f}" for ratio in self.layer_ratio))
+        return "\n".join([*lines, f"answers and times in {self.path}"])
+
+
+def prepare(cfg: GenerateConfig) -> GenerateConfig:
+    """Look for everything that can be wrong before weights are read, and for files before anything is imported.
+
+    Raises:
+        FileNotFoundError: There is no such picture or video.
+        ValueError: The question or the picture does not fit the model, or the model cannot take the selection.
+        CheckpointError: No tiny host is packaged.
+    """
+    for path in (cfg.image, cfg.video):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"there is no {path}")
+    if cfg.model is None:
+        from hone_core.hosts import open_host
+
+        from .config import HostConfig
+        from .data import parse_question
+        from .host import PACKAGE
+
+        parse_question(cfg.ask, open_host(HostConfig, PACKAGE).config.cells)
+        return replace(cfg, preset="tiny" if cfg.preset == "paper" else cfg.preset)
+    from hone_lm.checkpoints import read_config
+    from transformers import AutoProcessor
+
+    from .models import check_config
+
+    found = read_config(cfg.model)
+    check_config(found, _selection(cfg))
+    inputs = _inputs(AutoProcessor.from_pretrained(cfg.model), cfg)
+    tokens, context = inputs["input_ids"].shape[1], found.get_text_config().max_position_embeddings
+    if tokens + cfg.max_new_tokens > context:
+        raise ValueError(
+            f"the prompt has {tokens} tokens and the answer up to {cfg.max_new_tokens}; {cfg.model} has a context of "
+            f"{context}. Take a smaller picture, or fewer frames"
+        )
+    absolute = {
+        name: os.path.abspath(value)
+        for name, value in (("image", cfg.image), ("video", cfg.video), ("model", cfg.model))
+        if value is not None and os.path.exists(value)
+    }
+    if cfg.image is not None:
+        cfg = replace(cfg, image=type(cfg.image)(absolute["image"]))
+    if cfg.video is not None:
+        cfg = replace(cfg, video=type(cfg.video)(absolute["video"]))
+    return replace(cfg, model=absolute.get("model", cfg.model))
+
+
+def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
+    """Answer, and compare."""
+    from .host import load_host
+    from .models import attach
+
+    device = resolve_device(run.device)
+    if cfg.model is None:
+        from .data import mosaics, parse_question
+
+        host = load_host(device)
+        kind, asked = parse_question(cfg.ask, host.config.cells)
+        batch = mosaics(1, host.config.cells, cfg.seed, split="test", device=device).asking(kind, asked)
+        model, processor, inputs = host.model, host.processor, host.inputs(batch)
+    else:
+        from hone_lm.checkpoints import load_model
+        from hone_lm.choices import to_model
+
+        model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
+        inputs = to_model(_inputs(processor, cfg), model)
+    selection = _selection(cfg)
+    variants: dict[str, SparseConfig | None] = {"dense": None} if cfg.compare_dense else {}
+    variants[selection.label] = selection
+    turns: dict[str, list[_Turn]] = {name: [] for name in variants}
+    stats: Any = None
+    # Whoever goes first pays for the start of the machine: nobody's first turn counts, and the others alternate.
+    for _ in range(1 + cfg.rounds):
+        for name, config in variants.items():
+            if config is None:
+                turns[name].append(_turn(model, processor, inputs, cfg.max_new_tokens))
+                continue
+            with attach(model, config) as handle:
+                turns[name].append(_turn(model, processor, inputs, cfg.max_new_tokens))
+                stats = handle.stats
+    for name, (_, *timed) in turns.items():
+        for metric in ("prefill", "decode"):
+            values = [getattr(turn, metric) for turn in timed]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            run.row(
+                metric, statistics.median(values), unit="ms", better="lower", n=len(values), spread=spread, variant=name
+            )
+        run.row("cache", timed[-1].stored / 2**20, unit="MiB", better="lower", variant=name)
+        if timed[-1].peak is not None:
+            run.row("peak_memory", timed[-1].peak / 2**30, unit="GiB", better="lower", variant=name)
+    run.row("token_ratio", float(stats.ratio[0]), better="lower", variant=selection.label)
+    said = {
+        "tokens": int(stats.real.sum()),
+        "answers": {name: timed[-1].answer for name, timed in turns.items()},
+        "layer_ratio": stats.layer_ratio[:, 0].tolist(),
+        "uniform": float(stats.uniform(selection.p)[0]) if selection.policy in ("top-p", "random") else None,
+    }
+    atomic_write_json(run.artifacts / ANSWERS, said)
+    return GenerateReport.of(run)
+
+
+def stored_bytes(cache: Any) -> int:
+    """Bytes of keys and values in a cache."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def _selection(cfg: GenerateConfig) -> SparseConfig:
+    chosen = replace(PRESETS[cfg.preset].config, cache=cfg.cache)
+    return chosen if cfg.p is None else replace(chosen, p=cfg.p)
+
+
+def _inputs(processor: Any, cfg: GenerateConfig) -> dict[str, torch.Tensor]:
+    """What the processor makes of the question and its picture or video."""
+    from hone_lm.choices import check_text, choice_inputs, choice_prompt
+    from hone_lm.video import read_video
+    from PIL import Image
+
+    if cfg.video is not None:
+        clip = read_video(cfg.video, num_frames=cfg.frames)
+        # Two options that are never shown: the text style lists none.
+        return choice_inputs(processor, [choice_prompt(processor, cfg.ask, ("a", "b"), style="text")], [clip])
+    check_text(processor, cfg.ask)
+    assert cfg.image is not None, "the config has seen to it"
+    content = [{"type": "image"}, {"type": "text", "text": cfg.ask}]
+    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    else:
+        prompt = f"{processor.image_token}\n{cfg.ask}\n"
+    with Image.open(cfg.image) as picture:
+        made = processor(text=[prompt], images=[picture.convert("RGB")], return_tensors="pt")
+    return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+class _Turn(NamedTuple):
+    """One answer; times in milliseconds."""
+
+    answer: str
+    prefill: float
+    decode: float
+    stored: int
+    peak: int | None  # bytes on a GPU
+
+
+@torch.no_grad()
+def _turn(model: Any, processor: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> _Turn:
+    gpu = model.device.type == "cuda"
+
+    def now() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        return 1e3 * time.perf_counter()
+
+    first: list[float] = []
+
+    def end(*_: Any) -> None:
+        # Only the first forward, the prefill, is waited for, so that decoding runs as it always does.
+        if not first:
+            first.append(now())
+
+    hook = model.register_forward_hook(end)
+    try:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        begun = now()
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+        stop = now()
+    finally:
+        hook.remove()
+    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    peak = torch.cuda.max_memory_allocated() if gpu else None
+    return _Turn(answer, first[0] - begun, stop - first[0], stored_bytes(out.past_key_values), peak)

@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import pytest
+from hone_lm.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Qwen2.5-VL as a folder, and a picture."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("model")
+    model, processor = tiny("qwen2_5_vl", layers=2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    picture = folder.parent / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    return folder, picture
+
+
+def test_info_names_presets_and_classes(command):
+    code, out, err = command("info", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert "qwen2_5_vl" in facts["classes"]
+    assert facts["presets"]["paper"].startswith("top-p 0.975. Paper")
+
+
+def test_generate_beside_the_dense_model(command, checkpoint, tmp_path):
+    folder, picture = checkpoint
+    argv = ("generate", "--model", folder, "--image", picture, "--ask", "What?", "--p", "0.5", "--compare-dense")
+    argv += ("--max-new-tokens", "4", "--rounds", "1", "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    code, out, err = command(*argv)
+    assert code == 0, err
+    assert "dense (prefill" in out
+    assert "top-p 0.5 (prefill" in out
+    assert "uniform attention would keep" in out
+    values = {
+        (r["metric"], r["variant"]): r["value"] for r in json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    }
+    assert values["cache", "top-p 0.5"] < values["cache", "dense"]
+    assert 0 < values["token_ratio", "top-p 0.5"] < 1
+    assert command(*argv)[1] == out
+
+
+def test_generate_at_p_of_one_is_the_dense_answer(command, checkpoint, tmp_path):
+    folder, picture = checkpoint
+    argv = ("generate", "--model", folder, "--image", picture, "--ask", "What?", "--p", "1", "--compare-dense")
+    argv += ("--max-new-tokens", "4", "--rounds", "1", "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    assert command(*argv)[0] == 0
+    said = json.loads((tmp_path / "run/artifacts/answers.json").read_text())
+    assert said["answers"]["dense"] == said["answers"]["top-p 1"]
+    assert said["layer_ratio"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (("generate",), 2, "--ask"),
+        (("generate", "--ask", "a", "--p", "0"), 1, "p is a share"),
+        (("generate", "--ask", "a", "--model", "x"), 1, "needs an image or a video"),
+        (("generate", "--ask", "a", "--model", "x", "--image", "no.png"), 1, "there is no no.png"),
+        (("demo", "--host", "no.safetensors"), 1, "train-host"),
+        (("demo", "--ps", "1.5"), 1, "distinct shares"),
+        (("train-host", "--steps", "0"), 1, "steps must be at least 1"),
+    ],
+)
+def test_wrong_usage_is_named_before_anything_runs(command, tmp_path, monkeypatch, argv, code, message):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = command(*argv)
+    assert (found, out) == (code, ""), err
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_larger_than_the_context_is_refused_before_weights_are_read(command, checkpoint, tmp_path):
+    folder, picture = checkpoint
+    (folder / "model.safetensors").rename(folder / "away")
+    try:
+        argv = ("generate", "--model", folder, "--image", picture, "--ask", "What?", "--max-new-tokens", "5000")
+        code, out, err = command(*argv, "--out", tmp_path / "run")
+    finally:
+        (folder / "away").rename(folder / "model.safetensors")
+    assert (code, out) == (1, "")
+    assert "has a context of 4096" in err
+
+
+def test_dry_run_prints_the_settings(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("train-host", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"]["seed"] == 0
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,38 @@
+import pytest
+from hone_zipr1.config import PRESETS, DemoConfig, GenerateConfig, HostConfig, SparseConfig, TrainHostConfig
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SparseConfig(p=0), r"p is a share of attention mass in \(0, 1\]; got 0"),
+        (lambda: SparseConfig(p=1.2), "got 1.2"),
+        (lambda: SparseConfig(policy="best"), "policy must be one of top-p, top-k, random, fastv"),
+        (lambda: SparseConfig(recent=0), "recent must be positive"),
+        (lambda: SparseConfig(policy="top-k"), "ratio belongs to"),
+        (lambda: SparseConfig(ratio=0.5), "ratio belongs to"),
+        (lambda: SparseConfig(policy="fastv", ratio=2.0), "share of the prompt"),
+        (lambda: SparseConfig(policy="fastv", ratio=0.5, fastv_layer=0), "at least 1"),
+        (lambda: SparseConfig(dense_layers=(-1,)), "counted from 0"),
+        (lambda: HostConfig(cells=9), "cells must lie in 2 .. 8"),
+        (lambda: HostConfig(width=20), "multiple of heads"),
+        (lambda: TrainHostConfig(minutes=0), "minutes must be positive"),
+        (lambda: TrainHostConfig(decay=0), "decay is a share"),
+        (lambda: DemoConfig(ps=(0.5, 0.5)), "distinct shares"),
+        (lambda: DemoConfig(shown=0), "1 .. items shown"),
+        (lambda: GenerateConfig(ask=" "), "question is empty"),
+        (lambda: GenerateConfig(ask="a", model="m"), "needs an image or a video"),
+        (lambda: GenerateConfig(ask="a", image="i"), "makes its own"),
+        (lambda: GenerateConfig(ask="a", model="m", image="i", video="v"), "not both"),
+        (lambda: GenerateConfig(ask="a", preset="none"), "preset must be one of paper"),
+        (lambda: GenerateConfig(ask="a", p=2.0), "got 2.0"),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_papers_preset():
+    assert PRESETS["paper"].config.p == 0.975
+    assert PRESETS["paper"].config.label == "top-p 0.975"

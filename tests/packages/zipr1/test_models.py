@@ -1,0 +1,382 @@
+"""Token selection inside real classes: equal to the dense model whose dropped keys and values are masked."""
+
+import copy
+
+import pytest
+import torch
+from hone_core.testing import assert_close
+from hone_lm.attention import tap_attention
+from hone_lm.decoders import find_decoder
+from hone_lm.layouts import RULES
+from hone_lm.tiny import tiny, tiny_inputs
+from hone_zipr1.cache import SparseLayer
+from hone_zipr1.config import SparseConfig
+from hone_zipr1.models import attach, check_config, selected_attention, sparse, visual_ids
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+ONE, TWO = ["What moves?"], ["What moves?", "Which of the two is first, and where?"]
+MODELS = {}
+LAYERS = 3
+ROUNDED = {"atol": 1e-6, "rtol": 2e-7}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def get(family, questions=ONE, **options):
+    """A model in float64, so that equal means equal to its rounding."""
+    if family not in MODELS:
+        model, processor = tiny(family, layers=LAYERS)
+        MODELS[family] = model.double(), processor
+    model, processor = MODELS[family]
+    inputs = tiny_inputs(family, processor, questions, **options)
+    return model, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def written(model, inputs, **options):
+    """Answers and the logits that made them, which generate rounds to float32."""
+    # A model with random weights may well write a placeholder, which another forward would take for a picture.
+    options |= {"suppress_tokens": list(visual_ids(model.config))}
+    out = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+    )
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+def masked_dense(model, inputs, keep):
+    """Logits of the dense model whose layer l reads only what ``keep[l]`` says, and writes nothing elsewhere."""
+    decoder = find_decoder(model)
+
+    def attend(base, module, query, key, value, attention_mask, **kwargs):
+        kept = keep[module.layer_idx]
+        tokens = query.shape[2]
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        logits = torch.einsum("bhid,bhjd->bhij", query, key) * kwargs["scaling"]
+        pairs = torch.ones(tokens, tokens).tril().bool() & kept[:, None, None, :]
+        weights = torch.where(pairs, logits, -1e30).softmax(-1) * kept[:, None, :, None]
+        return torch.einsum("bhij,bhjd->bihd", weights, value), None
+
+    tap = tap_attention(decoder, attend)
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        tap.remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_p_of_one_is_the_dense_model_bit_for_bit(family):
+    model, inputs = get(family, TWO)
+    logits, text = model(**inputs).logits, written(model, inputs)
+    with sparse(model, 1.0) as handle:
+        assert torch.equal(model(**inputs).logits, logits)
+        assert all(map(torch.equal, written(model, inputs), text))
+        assert handle.stats.ratio.tolist() == [1.0, 1.0]
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("cache", ["evict", "retrieve"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sparse_run_is_the_dense_run_with_dropped_keys_and_values_masked(family, cache):
+    model, inputs = get(family, TWO)
+    real = inputs["attention_mask"].bool()
+    with sparse(model, 0.4, rows="all", protect="none", cache=cache) as handle:
+        prefill = model(**inputs).logits
+        keep = handle.stats.keep
+        ids, logits = written(model, inputs)
+    ratio = torch.stack([k.sum(-1) / real.sum(-1) for k in keep.values()])
+    assert ratio.max() < 0.9
+    assert all((k[:, -1]).all() and not (k & ~real).any() for k in keep.values())
+    assert_close(prefill[real], masked_dense(model, inputs, keep)[real], atol=1e-9, rtol=0)
+    # Without a cache: the prompt and all that was written in one forward, what was written being kept.
+    new = ids.shape[1] - real.shape[1]
+    longer = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    longer |= {"input_ids": ids, "attention_mask": torch.cat([real.long(), torch.ones(2, new, dtype=torch.long)], 1)}
+    if "mm_token_type_ids" in longer:
+        types = longer["mm_token_type_ids"]
+        longer["mm_token_type_ids"] = torch.cat([types, types.new_zeros(2, new)], 1)
+    else:
+        # generate counts positions from the first real token; this class by itself does not.
+        longer["position_ids"] = (longer["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    grown = {layer: torch.cat([k, torch.ones(2, new, dtype=torch.bool)], 1) for layer, k in keep.items()}
+    expected = masked_dense(model, longer, grown)[:, -new - 1 : -1]
+    assert_close(logits, expected.float(), **ROUNDED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_sample_of_a_batch_is_as_alone(family):
+    model, inputs = get(family, TWO)
+    _, alone = get(family, TWO[:1])
+    for rows in ("all", "probe"):
+        settings = {"rows": rows, "recent": 8, "random": 8}
+        with sparse(model, 0.5, **settings) as handle:
+            _, logits = written(model, inputs)
+            together = handle.stats
+            _, single = written(model, alone)
+            assert_close(together.ratio[:1], handle.stats.ratio, atol=0, rtol=0)
+        padding = int((~together.real[0]).sum())
+        assert padding > 0
+        for layer in range(LAYERS):
+            assert torch.equal(together.keep[layer][0, padding:], handle.stats.keep[layer][0])
+        assert_close(logits[:1], single, **ROUNDED)
+
+
+def test_text_is_protected_and_a_ratio_for_each_sample():
+    model, inputs = get("qwen2_5_vl", TWO)
+    text = ~torch.isin(inputs["input_ids"], torch.tensor(visual_ids(model.config))) & inputs["attention_mask"].bool()
+    with sparse(model, torch.tensor([0.1, 0.9]), rows="all") as handle:
+        model(**inputs)
+        assert all((k | ~text).all() for k in handle.stats.keep.values())
+        low, high = handle.stats.ratio
+        assert low < high
+        shares = text.sum(-1) / inputs["attention_mask"].sum(-1)
+        assert low == pytest.approx(float(shares[0]))
+        assert float(handle.stats.uniform(0.9)[1]) >= float(shares[1])
+        assert handle.stats.ratio_without_sink[1] <= high
+        # With budget and choice of one score, at least p would be kept.
+        assert all(0 < float(m[1]) <= 1 for m in handle.stats.mass.values())
+
+
+def test_more_of_the_mass_keeps_more():
+    model, inputs = get("llava_onevision")
+    found = []
+    for p in (0.2, 0.5, 0.8, 0.975):
+        with sparse(model, p, rows="all", dense_layers=(1,)) as handle:
+            model(**inputs)
+            # The first layer sees the same states at every p.
+            found.append(float(handle.stats.layer_ratio[0, 0]))
+            assert handle.stats.layer_ratio[1, 0] == 1
+    assert found == sorted(found)
+    assert found[0] < found[-1]
+
+
+@pytest.mark.parametrize("policy", ["top-k", "random", "fastv"])
+def test_peers(policy):
+    model, inputs = get("llava_onevision")
+    ratio = {} if policy == "random" else {"ratio": 0.6}
+    with sparse(model, 0.6, rows="all", protect="none", policy=policy, **ratio) as handle:
+        out = model(**inputs).logits
+        stats = handle.stats
+    tokens = inputs["input_ids"].shape[1]
+    counts = [int(k.sum()) for k in stats.keep.values()]
+    if policy == "top-k":
+        assert counts == [-(-6 * tokens // 10)] * LAYERS
+    elif policy == "fastv":
+        assert counts == [tokens, tokens, -(-6 * tokens // 10)]
+    else:
+        with sparse(model, 0.6, rows="all", protect="none") as handle:
+            model(**inputs)
+            assert counts[0] == int(handle.stats.keep[0].sum())
+            assert not torch.equal(stats.keep[0], handle.stats.keep[0])
+    assert_close(out, masked_dense(model, inputs, stats.keep), atol=1e-9, rtol=0)
+
+
+def test_an_answer_in_the_same_forward_does_not_change_the_selection():
+    model, inputs = get("qwen3_vl")
+    prompt = inputs["input_ids"].shape[1]
+    with sparse(model, 0.5, rows="all", protect="none") as handle:
+        ids, logits = written(model, inputs)
+        keep = handle.stats.keep
+        new = ids.shape[1] - prompt
+        types = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, new, dtype=torch.int)], 1)
+        longer = inputs | {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
+        with handle.using(prompt_tokens=prompt):
+            forced = model(**longer, use_cache=False).logits[:, prompt - 1 : -1]
+        assert all(torch.equal(keep[layer], handle.stats.keep[layer]) for layer in keep)
+    assert_close(forced.float(), logits, **ROUNDED)
+
+
+@pytest.mark.parametrize("cache", ["evict", "retrieve"])
+def test_beams_are_those_of_the_masked_model_and_returned_sequences_of_one_prompt(cache):
+    model, inputs = get("qwen2_5_vl", TWO)
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    settings |= {"output_scores": True, "return_dict_in_generate": True}
+    with sparse(model, 0.4, rows="all", protect="none", cache=cache) as handle:
+        cached = model.generate(**inputs, **settings)
+        assert handle.stats.ratio.shape == (6,)
+        assert handle.stats.ratio[0] == handle.stats.ratio[2] != handle.stats.ratio[3]
+    with sparse(model, 0.4, rows="all", protect="none", compute="mask", cache="retrieve"):
+        masked = model.generate(**inputs, **settings)
+    with sparse(model, 1.0):
+        dense = model.generate(**inputs, **settings)
+    assert torch.equal(cached.sequences, masked.sequences)
+    assert_close(cached.sequences_scores, masked.sequences_scores, **ROUNDED)
+    assert not torch.allclose(cached.sequences_scores, dense.sequences_scores)
+
+
+def test_a_later_turn_reads_what_is_left():
+    model, inputs = get("llava_onevision")
+    more = torch.tensor([[40, 50, 60]])
+    both = torch.cat([inputs["input_ids"], more], 1)
+    with sparse(model, 0.3, rows="all") as handle:
+        cache = DynamicCache()
+        model(**inputs, past_key_values=cache, use_cache=True)
+        keep = handle.stats.keep
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+        stored = [layer.keys.shape[-2] for layer in cache.layers]
+        assert stored == [int(k.sum()) for k in keep.values()]
+        later = model(
+            input_ids=more, attention_mask=torch.ones_like(both), past_key_values=cache, use_cache=True
+        ).logits
+    grown = {layer: torch.cat([k, torch.ones(1, 3, dtype=torch.bool)], 1) for layer, k in keep.items()}
+    longer = inputs | {"input_ids": both, "attention_mask": torch.ones_like(both)}
+    assert_close(later, masked_dense(model, longer, grown)[:, -3:], atol=1e-9, rtol=0)
+
+
+def test_prompt_lookup_writes_what_plain_decoding_does():
+    model, inputs = get("llava_onevision")
+    with sparse(model, 0.3, rows="all") as handle:
+        plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        kept = handle.stats.keep
+        looked = model.generate(**inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+        assert torch.equal(kept[0], handle.stats.keep[0])
+    assert torch.equal(plain, looked)
+
+
+def test_cache_layer_counts_what_was_seen_and_takes_back_only_what_is_whole():
+    layer = SparseLayer()
+    states = torch.arange(6.0).view(1, 1, 6, 1).expand(2, 1, 6, 1)
+    layer.update(states, states)
+    keep = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 1]]).bool()
+    layer.evict(keep)
+    assert layer.get_seq_length() == 6
+    assert layer.get_mask_sizes(2) == (8, 0)
+    assert layer.keys[0, 0, :, 0].tolist() == [0, 2, 5]
+    assert layer.keys[1, 0, :2, 0].tolist() == [3, 5]
+    assert layer.valid.tolist() == [[True] * 3, [True, True, False]]
+    layer.update(states[:, :, :2], states[:, :, :2])
+    assert layer.positions[:, -2:].tolist() == [[6, 7]] * 2
+    layer.crop(-1)
+    assert (layer.get_seq_length(), layer.keys.shape[-2]) == (7, 4)
+    with pytest.raises(ValueError, match="of the first 6, some are evicted"):
+        layer.crop(-2)
+    layer.batch_repeat_interleave(2)
+    layer.reorder_cache(torch.tensor([3, 0]))
+    assert layer.positions[:, :2].tolist() == [[3, 5], [0, 2]]
+    layer.reset()
+    assert layer.get_seq_length() == 0
+
+
+def test_gathered_and_masked_attention_agree_with_gradients():
+    with torch.enable_grad():
+        states = torch.randn(3, 3, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        keep = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 1, 1], [1] * 7]).bool()
+        found = []
+        for masked in (False, True):
+            query, key, value = (s.clone().requires_grad_() for s in states)
+            out = selected_attention(query, key[:, :2], value[:, :2], keep, masked=masked)
+            out.square().sum().backward()
+            found.append((out.detach(), query.grad, key.grad, value.grad))
+        for one, other in zip(*found, strict=True):
+            assert_close(one, other, atol=1e-12, rtol=0)
+        assert not found[0][0][0, :, 1].any()
+
+
+def test_eager_runs_the_same():
+    model, inputs = get("qwen2_5_vl", TWO)
+    with sparse(model, 0.4, rows="all"):
+        expected = written(model, inputs)[1]
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    try:
+        with sparse(model, 0.4, rows="all"):
+            assert_close(written(model, inputs)[1], expected, **ROUNDED)
+    finally:
+        model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+
+
+def test_disabled_and_detached():
+    model, inputs = get("qwen2_vl")
+    dense = model(**inputs).logits
+    with sparse(model, 0.2, rows="all") as handle:
+        changed = model(**inputs).logits
+        with handle.disabled():
+            assert torch.equal(model(**inputs).logits, dense)
+    assert not torch.equal(changed, dense)
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+def small_config(**changes):
+    config = copy.deepcopy(get("qwen2_5_vl")[0].config)
+    for name, value in changes.items():
+        setattr(config.text_config if hasattr(config.text_config, name) else config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, {}, "layers of sliding_attention"),
+        ({}, {"dense_layers": (9,)}, r"layers are 0 .. 2; dense_layers names \[9\]"),
+        ({}, {"policy": "fastv", "ratio": 0.5, "fastv_layer": 3}, "fastv_layer must be below the 3 layers"),
+    ],
+)
+def test_what_a_model_cannot_take_is_known_by_its_config(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(small_config(**config), SparseConfig(**settings))
+
+
+def test_a_class_without_layout_and_one_without_pictures():
+    from transformers import GotOcr2Config, Qwen2Config
+
+    assert "got_ocr2" not in RULES
+    with pytest.raises(ValueError, match="got_ocr2 has no rule"):
+        check_config(GotOcr2Config(), SparseConfig())
+    with pytest.raises(ValueError, match="qwen2 has no visual tokens"):
+        visual_ids(Qwen2Config())
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_attention_that_cannot_be_cut_is_refused(implementation):
+    model, _ = get("qwen2_vl")
+    config = find_decoder(model).config
+    before, config._attn_implementation = config._attn_implementation, implementation
+    try:
+        with pytest.raises(ValueError, match="set_attn_implementation"):
+            attach(model, "tiny")
+    finally:
+        config._attn_implementation = before
+
+
+def test_bad_inputs_are_named():
+    model, inputs = get("llava_onevision", TWO)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    filled = model(**inputs, use_cache=True).past_key_values
+    token = torch.tensor([[5], [6]])
+    with sparse(model, 0.5) as handle:
+        with pytest.raises(ValueError, match="tapped already"):
+            attach(model, "tiny")
+        with handle.using(p=torch.tensor([0.5])), pytest.raises(ValueError, match="p must be 2 numbers"):
+            model(**inputs)
+        with handle.using(p=torch.tensor([0.5, 1.5])), pytest.raises(ValueError, match=r"in \(0, 1\]"):
+            model(**inputs)
+        with pytest.raises(ValueError, match="without pixels"):
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        with pytest.raises(ValueError, match="does not say what is text"):
+            model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(**inputs, output_attentions=True)
+        with pytest.raises(ValueError, match="before this was attached"):
+            model(input_ids=token, past_key_values=filled)
+        with pytest.raises(RuntimeError, match="not its decoder alone"):
+            find_decoder(model).model(inputs_embeds=embeds)
+        text = model.config.get_text_config()
+        static = StaticCache(config=text, max_cache_len=300)
+        with pytest.raises(ValueError, match=r"needs a DynamicCache.*StaticLayer"):
+            model(**inputs, past_key_values=static, use_cache=True)
+        offloaded = DynamicCache(config=text, offloading=True) if torch.cuda.is_available() else None
+        if offloaded is not None:
+            with pytest.raises(ValueError, match="not offloaded"):
+                model(**inputs, past_key_values=offloaded, use_cache=True)
+
+
+def test_a_quantised_cache_is_refused():
+    from hone_zipr1.cache import sparse_layers
+
+    cache = QuantizedCache.__new__(QuantizedCache)
+    cache.layers, cache.offloading = [], False
+    with pytest.raises(ValueError, match="got QuantizedCache"):
+        sparse_layers(cache, 2)

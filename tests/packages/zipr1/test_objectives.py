@@ -1,0 +1,73 @@
+"""The objective against its formula, term by term, and its limits."""
+
+import math
+
+import pytest
+import torch
+from hone_zipr1.objectives import advantages, grpo_loss, rewards
+
+
+def test_rewards_by_hand():
+    correct = torch.tensor([[True, False], [False, False]])
+    ratio = torch.tensor([[0.5, 0.25], [0.5, 0.25]])
+    # The gate shuts the efficiency of a group without a right answer.
+    assert rewards(correct, ratio).tolist() == [[1.5, 0.75], [0.0, 0.0]]
+    assert rewards(correct, ratio, gated=False).tolist() == [[1.5, 0.75], [0.5, 0.75]]
+    assert rewards(correct, ratio, efficiency=0.0).tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert rewards(correct, ratio, performance=0.0).tolist() == [[0.5, 0.75], [0.0, 0.0]]
+
+
+def test_advantages():
+    reward = torch.tensor([[1.0, 0.0, 1.0, 0.0], [2.0, 2.0, 2.0, 2.0], [1.0, 1.001, 1.0, 1.001]])
+    found = advantages(reward)
+    std = math.sqrt(1 / 3)
+    assert found[0].tolist() == pytest.approx([0.5 / std, -0.5 / std, 0.5 / std, -0.5 / std])
+    assert not found[1].any()
+    # A spread below the floor is not blown up.
+    assert found[2].tolist() == pytest.approx([-0.01, 0.01, -0.01, 0.01], rel=1e-3)
+
+
+def by_hand(logp, old, reference, advantage, mask, epsilon, beta):
+    rows = []
+    for r in range(len(logp)):
+        terms = []
+        for t in range(logp.shape[1]):
+            if mask[r, t]:
+                rho = math.exp(logp[r, t] - old[r, t])
+                clipped = min(max(rho, 1 - epsilon), 1 + epsilon)
+                d = float(reference[r, t] - logp[r, t])
+                gain = min(rho * float(advantage[r]), clipped * float(advantage[r]))
+                terms.append(-gain + beta * (math.exp(d) - d - 1))
+        rows.append(sum(terms) / len(terms))
+    return sum(rows) / len(rows)
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    logp, old, reference = (-torch.rand(3, 3, 4, generator=generator, dtype=torch.float64) * 3).unbind(0)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    return logp, old, reference, torch.tensor([1.0, -0.7, 0.3], dtype=torch.float64), mask
+
+
+def test_loss_by_hand(tensors):
+    found = grpo_loss(*tensors, epsilon=0.2, beta=0.04)
+    assert float(found.loss) == pytest.approx(by_hand(*tensors, 0.2, 0.04))
+    assert float(found.ratio_error) > 0.2
+
+
+def test_at_the_rollouts_policy_the_gradient_is_the_score_functions(tensors):
+    logp, _, _, advantage, mask = tensors
+    logp = logp.clone().requires_grad_()
+    found = grpo_loss(logp, logp.detach(), logp.detach(), advantage, mask, epsilon=0.2, beta=0.04)
+    assert float(found.ratio_error) == 0
+    assert float(found.kl) == 0
+    found.loss.backward()
+    expected = -(advantage[:, None] * mask / mask.sum(-1, keepdim=True)) / len(logp)
+    torch.testing.assert_close(logp.grad, expected)
+
+
+def test_gradient(tensors):
+    logp, old, reference, advantage, mask = tensors
+    loss = lambda l: grpo_loss(l, old, reference, advantage, mask, epsilon=0.2, beta=0.04).loss  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (logp.clone().requires_grad_(),))
