@@ -65,7 +65,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         config="hone_blade.config:ReproduceConfig",
         prepare="hone_blade.inputs:find_host",
         run="hone_blade.reproduce:reproduce",
-        help="Whether attention that looks at the content beats static masks of equal density: densities, three seeds.",
+        help="Whether masks that look beat static ones, or training with them beats adding them after: three seeds.",
     ),
     "inspect": Verb(
         config="hone_blade.config:InspectConfig",

@@ -20,6 +20,7 @@ __all__ = [
     "TDM_PRESETS",
     "BenchConfig",
     "BladeConfig",
+    "Claim",
     "Comparison",
     "DemoConfig",
     "DistillConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "ReproduceConfig",
     "Score",
     "Selection",
+    "StudentsConfig",
     "TDMConfig",
     "TDMPreset",
     "TrainConfig",
@@ -433,27 +435,6 @@ def _densities() -> dict[str, Comparison]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReproduceConfig:
-    """The comparison over densities and seeds."""
-
-    settings: dict[str, Comparison] = field(default_factory=_densities, metadata=flag(hidden=True))
-    """What is compared, by name."""
-    prompts: int = field(default=256, metadata=flag("limit"))
-    """Number of random prompts of each seed."""
-    seeds: int = 3
-    """Number of seeds of prompts and noise."""
-    batch: int = 64
-    """Clips sampled at once."""
-    host: Path | None = None
-    """A host.safetensors made by train-host (default: the packaged one)."""
-
-    def __post_init__(self) -> None:
-        if not self.settings:
-            raise ValueError("settings must name at least one comparison")
-        _at_least_one(self, "prompts", "seeds", "batch")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training run of the tiny host."""
 
@@ -626,6 +607,10 @@ TDM_PRESETS: dict[str, TDMPreset] = {
 }
 
 
+LR, FAKE_LR = 1e-4, 5e-4
+"""The release's learning rates of student and fake score."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
     """One distillation of the tiny host."""
@@ -650,9 +635,9 @@ class DistillConfig:
     """Parts that a batch is cut into, to fit memory."""
     rank: int = 64
     """Of the student's and the fake score's LoRA, whose alpha is the rank."""
-    lr: float = 1e-4
+    lr: float = LR
     """Peak learning rate of the student: warm-up, then one cosine down to 0."""
-    fake_lr: float = 5e-4
+    fake_lr: float = FAKE_LR
     """Learning rate of the fake score, constant."""
     warmup_steps: int = 5
     """Steps over which the student's rate rises."""
@@ -693,6 +678,76 @@ class DistillConfig:
     def settings(self) -> BladeConfig:
         """The student's attention."""
         return self.attention or PRESETS[self.preset].config
+
+
+Claim = Literal["masks", "distillation"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentsConfig:
+    """Training that all students of a comparison share."""
+
+    updates: int = 150
+    """Of student and fake score, one each. The published Wan2.1 weights have 150."""
+    train_batch: int = 32
+    """Clips of an update."""
+    rank: int = 64
+    """Of the adapters."""
+    lr: float = LR
+    """Peak learning rate of a student."""
+    fake_lr: float = FAKE_LR
+    """Learning rate of the fake score."""
+    tdm: TDMConfig = field(default_factory=lambda: TDM_PRESETS["tiny"].config)
+    comparison: Comparison = field(default_factory=lambda: Comparison(density=0.1875), metadata=flag(hidden=True))
+    """Sparse attention: 0.1875 of all pairs on 1,024 tokens is a sparsity of 0.81, the paper's 0.80."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "updates", "train_batch", "rank")
+
+    def run(self, attention: BladeConfig, seed: int, **changes: Any) -> DistillConfig:
+        """The training of one student.
+
+        Args:
+            attention: Of the student.
+            seed: Of adapters, prompts and noise.
+            changes: To the other settings.
+        """
+        common: dict[str, Any] = {"steps": self.updates, "batch": self.train_batch, "rank": self.rank, "lr": self.lr}
+        common |= {"fake_lr": self.fake_lr, "tdm": self.tdm, "checkpoint_seconds": 30.0}
+        return DistillConfig(attention=attention, seed=seed, **(common | changes))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """One of the paper's claims over seeds."""
+
+    claim: Claim = "masks"
+    """``masks``: masks that look at the content beat static ones, in a model as it is, at several densities.
+    ``distillation``: training with the sparse attention beats putting it into a student that was trained densely, and
+    training dense first and sparse after; arms A to K, a student each, on one GPU about a quarter of an hour."""
+    settings: dict[str, Comparison] = field(default_factory=_densities, metadata=flag(hidden=True))
+    """What ``masks`` compares, by name."""
+    students: StudentsConfig = field(default_factory=StudentsConfig)
+    """What ``distillation`` trains."""
+    prompts: int = field(default=256, metadata=flag("limit"))
+    """Number of random prompts of each seed."""
+    seeds: int = 3
+    """Number of seeds of prompts and noise, and of students."""
+    gate: float = 0.9
+    """Share of digits and of directions that the teacher has to get right for ``distillation``, at 50 guided steps."""
+    batch: int = 64
+    """Clips sampled at once."""
+    workers: int = field(default=1, metadata=flag(stored=False))
+    """Processes that ``distillation`` trains students in, side by side on the device; results are the same."""
+    host: Path | None = None
+    """A host.safetensors made by train-host (default: the packaged one)."""
+
+    def __post_init__(self) -> None:
+        if not self.settings:
+            raise ValueError("settings must name at least one comparison")
+        _at_least_one(self, "prompts", "seeds", "batch", "workers")
+        if not 0 <= self.gate <= 1:
+            raise ValueError(f"gate is a share in [0, 1]; got {self.gate}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hone_core.plots import BLUE, GREEN, GREY, INK, PINK, RED, drawing, error_bars, finish
+from hone_core.runs import Row
 
-__all__ = ["LOOKS", "accuracy_chart"]
+__all__ = ["INK", "LOOKS", "accuracy_chart", "arms_chart"]
 
 COLORS = {"dense": GREY, "asa": BLUE, "asa_g": GREEN, "window": RED, "random": PINK}
 TITLES = {"dense": "dense", "asa": "ASA", "asa_g": "ASA_G", "window": "window", "random": "random"}
@@ -48,4 +49,24 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> Path:
         for axes, bars in ((task, names), (fidelity, names[1:])):
             axes.set_xticks([names.index(name) for name in bars], [TITLES[name] for name in bars])
         finish(figure, note=f"{count} clips{shown}, bars: 95 %")
+    return path
+
+
+def arms_chart(rows: Sequence[Row], path: Path) -> Path:
+    """Draw task accuracy and Frechet distance of each arm of a distillation.
+
+    Args:
+        rows: of a ``reproduce`` run.
+        path: PNG or SVG to write.
+    """
+    with drawing(path, 7.2, 2.9) as figure:
+        for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "frechet"), strict=True):
+            shown = [row for row in rows if row.metric == metric]
+            for index, row in enumerate(shown):
+                color = {"A": GREY, "B": GREY, "D": GREEN}.get(row.variant, BLUE)
+                error = error_bars(row.value, row.interval)
+                axes.bar(index, row.value, color=color, width=0.7, yerr=error, capsize=2, ecolor=INK)
+            axes.set_xticks(range(len(shown)), [row.variant for row in shown], rotation=60)
+            axes.set_ylabel("digit and direction right" if metric == "accuracy" else "Frechet distance to the teacher")
+        finish(figure, note=f"{shown[0].n} clips an arm, bars: 95 % over seeds and clips")
     return path

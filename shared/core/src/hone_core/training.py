@@ -17,7 +17,7 @@ from hone_core.io import atomic_path
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 
-__all__ = ["Budgeted", "TrainReport", "Training", "check_budget", "finish_host"]
+__all__ = ["Budgeted", "Log", "TrainReport", "Training", "check_budget", "finish_host"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,15 @@ class Budgeted(Protocol):
     @property
     def checkpoint_seconds(self) -> float:
         """Least time between two checkpoints."""
+
+
+class Log(Protocol):
+    """What ``Training.follow`` writes to; a ``Run`` is one."""
+
+    quiet: bool
+
+    def log(self, *, step: int, **scalars: float) -> None:
+        """Keep the values of a step."""
 
 
 def check_budget(minutes: float, steps: int | None) -> None:
@@ -111,7 +120,7 @@ class Training:
         return self.step % self.config.log_every == 0
 
     def follow(
-        self, loop: Iterable[Mapping[str, float] | None], run: Run, *, show: Collection[str] = ("loss",)
+        self, loop: Iterable[Mapping[str, float] | None], run: Log, *, show: Collection[str] = ("loss",)
     ) -> None:
         """Run the loop to its end: progress, ``metrics.jsonl``, checkpoints now and then and at the end.
 
