@@ -20,7 +20,7 @@ def unless(quick, *values):
     return pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
-def forward_launch(monkeypatch, dim, tokens, padded, block=128, tiles=None, sm=90):
+def forward_launch(monkeypatch, dim, tokens, padded, block=128, tiles=None, sm=90, placed=False):
     monkeypatch.setattr(forward, "_sm", lambda x: sm)
     blocks = -(-tokens // block)
     q8, v8 = (
@@ -34,6 +34,8 @@ def forward_launch(monkeypatch, dim, tokens, padded, block=128, tiles=None, sm=9
         forward.attention_fp8_forward(
             q8, q8, v8, scale, scale, v_scale, layout.kv_num, layout.kv_idx, valid, block, block, block, 0.1,
             torch.bfloat16, tiles,
+            out=torch.empty(1, tokens, 2, dim, dtype=torch.bfloat16).transpose(1, 2) if placed else None,
+            order=torch.empty(tokens, dtype=torch.int32) if placed else None,
         )  # fmt: skip
     return recorded[0]
 
@@ -62,6 +64,18 @@ def test_forward_uses_the_fp8_units(monkeypatch, dim, block, tokens, padded):
     assert code.count("UTMALDG") > 0
     # P stays in the thread that computed it: what is shuffled are two row maxima and two row sums, twice each.
     assert code.count("SHFL") == loops * 8
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dim", [unless(False, 64), 128])
+def test_forward_to_places(monkeypatch, dim):
+    code = compile_launch(forward_launch(monkeypatch, dim, 2048, True, placed=True))
+    assert code.spills == 0
+    assert not code.serialized
+    # Whole vectors, as many as without places.
+    assert code.count(r"STG\.E\.128") == compile_launch(forward_launch(monkeypatch, dim, 2048, True)).count(
+        r"STG\.E\.128"
+    )
 
 
 @pytest.mark.compile
@@ -119,6 +133,26 @@ def test_prologue_moves_whole_vectors(dim, everything, grouped):
             assert code.count(r"LDG\.E(?:\.EF)?\.128") >= 8, launch
         if launch.name == "_rows_kernel" and launch.arguments["STEP"] != "amax":
             assert code.count(r"STG\.E\.(?:64|128)") > 0, launch
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("dim", "everything"), [unless((dim, x) == (128, True), dim, x) for dim in (64, 128) for x in (False, True)]
+)
+def test_groups_in_a_row_leave_room_for_three_programs(dim, everything):
+    q = torch.empty(1, 2056, 20, dim, dtype=torch.bfloat16).transpose(1, 2)
+    table = torch.empty(2056, dim // 2) if everything else None
+    order, valid = torch.empty(2176, dtype=torch.int32), torch.ones(1, 17, dtype=torch.int32)
+    with record_launches(prologue, *KERNELS) as recorded:
+        prologue.quantize_triton(
+            q, q, q, table, table, order, valid, 128, torch.arange(17) // 3, everything, longest=3, for_lse=False
+        )
+    (launch,) = (x for x in recorded if x.name == "_rows_kernel")
+    assert launch.arguments["STEP"] == "run"
+    code = compile_launch(launch)
+    assert code.spills == 0
+    assert 65536 // (32 * 8 * code.registers) >= 3
+    assert code.count(r"STG\.E\.(?:64|128)") > 0
 
 
 @pytest.mark.compile

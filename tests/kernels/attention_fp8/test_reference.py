@@ -371,3 +371,60 @@ def test_bad_tensors():
         FP8Operands(q, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale, 128)
     with pytest.raises(ValueError, match=r"v8 must be \[1, 2, 64, 128\]"):
         FP8Operands(x.q8, x.k8, x.v8[..., :100], x.q_scale, x.k_scale, x.v_scale, 128)
+
+
+def test_the_mean_of_long_sequences_is_that_of_a_sample():
+    # Of 100 runs of 128 keys every second is in it; and of up to 8,192 keys all are.
+    q, k = tensors(1, 1, 12_800, 16, n=2)
+    seen = k.unflatten(2, (100, 128))[:, :, ::2].flatten(2, 3)
+    x = quantize_qkv(q, k, k, smooth_k=True)
+    assert_close(x.k_mean, seen.mean(2), atol=1e-6)
+    # Whatever is subtracted, softmax does not notice: the log-sum-exp is that of the keys as they were.
+    layout = BlockLayout.from_mask(torch.eye(100, dtype=torch.bool)[None, None], 12_800, 12_800)
+    lse = quantized_attention(x, layout, return_lse=True)[1]
+    own = (q[0, 0, :128] @ k[0, 0, :128].T / 4).logsumexp(-1)
+    assert_close(lse[0, 0, :128], own, atol=0.1)
+    few = quantize_qkv(*[k[:, :, :8192]] * 3, smooth_k=True)
+    assert_close(few.k_mean, k[:, :, :8192].mean(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_go_to_their_places_by_loops(padded):
+    q, k, v = tensors(2, 2, 100, 16)
+    order = torch.randperm(100)
+    valid = torch.tensor([[64, 20], [10, 36]], dtype=torch.int32) if padded else None
+    layout = BlockLayout.dense(100, 100, block_q=64, block_k=64)
+    layout = replace(layout, k_valid=valid)
+    x = quantize_qkv(q, k, v, block=64, order=order, k_valid=valid)
+    rows = quantized_attention(x, layout, out_dtype=torch.float32)
+    before = torch.randn(2, 2, 100, 16)
+    out = before.clone()
+    assert quantized_attention(x, layout, out=out, order=order) is out
+    want = before.clone()
+    for b in range(2):
+        for slot in range(100):
+            if not padded or slot % 64 < valid[b, slot // 64]:
+                want[b, :, order[slot]] = rows[b, :, slot]
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": torch.arange(100)}, "order says where in out each row goes; pass out"),
+        ({"out": torch.empty(1, 2, 99, 64)}, r"out must be \[1, 2, 100, 64\]"),
+        ({"out": torch.empty(1, 2, 64, 100).transpose(2, 3)}, "with its channels side by side"),
+        ({"out": torch.empty(1, 2, 100, 64), "out_dtype": torch.float16}, "out_dtype is that of out, torch.float32"),
+        ({"out": torch.empty(1, 2, 100, 64), "order": torch.arange(99)}, r"order must be \[100\]"),
+        ({"return_lse": True}, "call quantize_qkv with for_lse=True"),
+    ],
+)
+def test_bad_outputs(options, message):
+    x = quantize_qkv(*tensors(1, 2, 100, 64), smooth_k=True, for_lse=False)
+    with pytest.raises(ValueError, match=message):
+        quantized_attention(x, BlockLayout.dense(100, 100), **options)
+
+
+def test_longest_is_for_a_tensor():
+    with pytest.raises(ValueError, match="longest is for a tensor of groups; got group=3"):
+        quantize_qkv(*tensors(1, 2, 100, 64), group=3, longest=3)

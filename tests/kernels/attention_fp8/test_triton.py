@@ -8,8 +8,13 @@ import pytest
 import torch
 from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
 from hone_kernels.attention import BlockLayout, block_sparse_attention
-from hone_kernels.attention_fp8 import SUPPORT, quantize_qkv, quantized_attention, straight_through_attention
-from hone_kernels.attention_fp8.api import _forward_op, _straight_through_backward_op, _straight_through_op
+from hone_kernels.attention_fp8 import SUPPORT, quantize_qkv, quantized_attention, reference, straight_through_attention
+from hone_kernels.attention_fp8.api import (
+    _forward_into_op,
+    _forward_op,
+    _straight_through_backward_op,
+    _straight_through_op,
+)
 from hone_kernels.attention_fp8.quantize import _quantize_op
 from hone_kernels.attention_fp8.reference import attention_fp8_reference, quantize_reference
 
@@ -156,7 +161,7 @@ def test_support_matrix(dim, block_q, block_k, padded):
 FIELDS = ("q8", "k8", "v8", "q_scale", "k_scale", "v_scale", "k_mean", "q_dot_mean")
 
 
-def compare_prologue(device, dtype, block, group, smooth_k, rope, order, padded, dim=64):
+def compare_prologue(device, dtype, block, group, smooth_k, rope, order, padded, dim=64, longest=0, for_lse=True):
     from hone_kernels.attention_fp8.triton_quantize import quantize_triton
 
     q, k, v = build(Case(batch=2, heads=6, kv_heads=3, queries=140, keys=140, dim=dim), dtype, device)[0]
@@ -170,10 +175,12 @@ def compare_prologue(device, dtype, block, group, smooth_k, rope, order, padded,
         valid = torch.randint(0, block + 1, (2, -(-slots // block)), dtype=torch.int32).to(device)
     # Of a list of numbers the groups have blocks here and there.
     groups = None if group == 1 else (torch.arange(-(-slots // block)) * group % 3).to(device)
+    if longest:
+        groups = (torch.arange(-(-slots // block), device=device) // longest).int()
     args = (q, k, v, *tables, index, valid, block, groups, smooth_k)
     with nan_poison():
-        got = quantize_triton(*args)
-    for name, mine, theirs in zip(FIELDS, got, quantize_reference(*args), strict=True):
+        got = quantize_triton(*args, longest=longest, for_lse=for_lse)
+    for name, mine, theirs in zip(FIELDS, got, quantize_reference(*args, for_lse), strict=True):
         if theirs is None:
             assert mine is None, name
             continue
@@ -210,6 +217,72 @@ PROLOGUES = [  # block, group, smooth_k, rope, order, padded
 )
 def test_prologue_interpreted(options, dtype):
     compare_prologue("cpu", dtype, *options)
+
+
+RUNS = [  # block, smooth_k, rope, order, padded, longest, for_lse
+    (64, True, True, True, True, 2, False),
+    (64, False, False, False, False, 3, True),
+    (128, True, False, True, False, 2, True),
+]
+
+
+def compare_runs(device, dtype, block, smooth_k, rope, order, padded, longest, for_lse, dim=64):
+    compare_prologue(device, dtype, block, 2, smooth_k, rope, order, padded, dim, longest, for_lse)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("options", RUNS, ids=str)
+def test_groups_in_a_row_interpreted(options):
+    compare_runs("cpu", torch.float16, *options)
+
+
+@requires_gpu(min_sm=MIN_SM)
+@pytest.mark.parametrize("options", RUNS, ids=str)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 32)], ids=str)
+def test_groups_in_a_row(options, dtype, dim):
+    compare_runs("cuda", dtype, *options, dim)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("padded", [False, True])
+def test_mean_of_a_sample_interpreted(padded, monkeypatch):
+    # Of 190 slots the first 128, as of a long sequence 64 runs of 128.
+    monkeypatch.setattr(reference, "MEAN_RUNS", 1)
+    compare_prologue("cpu", torch.float16, 64, 1, True, False, True, padded)
+
+
+def compare_places(device, dtype, limit):
+    """Output written to the tokens that the slots were taken from, in the memory of the queries."""
+    q, k, v = (torch.randn(2, 150, 2, 64, device=device).to(dtype).transpose(1, 2) for _ in range(3))
+    order = torch.zeros(256, dtype=torch.int32, device=device)
+    valid = torch.tensor([[64, 30, 0, 56]], dtype=torch.int32, device=device)
+    slot = torch.arange(256, device=device)
+    present = slot % 64 < valid[0, slot // 64]
+    order[present] = torch.randperm(150).int().to(device)
+    mask = torch.rand(1, 1, 4, 4, device=device) < 0.6
+    mask[..., 0] = True
+    layout = BlockLayout.from_mask(mask, 256, 256, block_q=64, block_k=64, k_valid=valid)
+    x = quantize_qkv(q, k, v, block=64, order=order, k_valid=valid, backend="triton")
+    rows, row_lse = quantized_attention(x, layout, return_lse=True, out_dtype=dtype, backend="triton")
+    out = q.clone()  # its memory order
+    with nan_poison():
+        given, lse = quantized_attention(x, layout, return_lse=True, out=out, order=order, backend="triton")
+    assert given is out
+    assert torch.equal(lse, row_lse)
+    assert torch.equal(out[:, :, order[present].long()], rows[:, :, present])
+    emulated = torch.empty_like(out)
+    quantized_attention(x, layout, out=emulated, order=order, backend="reference")
+    assert relative(out, emulated) < limit
+
+
+@pytest.mark.interpret
+def test_places_interpreted():
+    compare_places("cpu", torch.float16, 1e-2)
+
+
+@requires_gpu(min_sm=MIN_SM)
+def test_places():
+    compare_places("cuda", torch.bfloat16, 3e-2)
 
 
 def check_odd_strides(device, dtype):
@@ -403,10 +476,13 @@ def check_ops(device, dtype):
     for smooth_k in (False, True):
         groups = torch.tensor([0], device=device) if smooth_k else None  # 40 tokens are one block
         args = (q, k, v, angle.cos(), angle.sin(), order, None, 64, groups, smooth_k)
+        args = (*args, 1, smooth_k)
         torch.library.opcheck(_quantize_op, args, test_utils=tests)
         lists = (layout.kv_num, layout.kv_idx, None)
         fields = _quantize_op(*args)
         torch.library.opcheck(_forward_op, (*fields[:6], *lists, 64, 64, 64, 0.1, torch.bfloat16), test_utils=tests)
+        into = (torch.zeros_like(q), order, *fields[:6], *lists, 64, 64, 64, 0.1)
+        torch.library.opcheck(_forward_into_op, into, test_utils=tests)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         args = (*leaves, *lists, 64, 64, 64, 0.1, groups, smooth_k, "exact")
         torch.library.opcheck(_straight_through_op, args, test_utils=tests)
@@ -448,7 +524,9 @@ def test_inference_compiles_without_a_graph_break_interpreted():
     def call(q, k, v):
         rope = (angle.cos(), angle.sin())
         x = quantize_qkv(q, k, v, smooth_k=True, group=2, rope=rope, order=order, backend="triton")
-        return quantized_attention(x, layout, out_dtype=torch.float32, backend="triton") * 2
+        out = quantized_attention(x, layout, out_dtype=torch.float32, backend="triton") * 2
+        quantized_attention(x, layout, out=out, order=order, backend="triton")
+        return out * 2
 
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs))
 

@@ -1,13 +1,16 @@
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hone_core.testing import assert_close, gradcheck
+from hone_fpsattention import method
 from hone_fpsattention.config import FPSAttentionConfig, Regime
 from hone_fpsattention.method import Plan, fps_attention
 from hone_fpsattention.tiles import Tiling
+from hone_kernels.attention_fp8.quantize import fake_fields
 
 GRID, TILE = (9, 3, 6), (4, 4, 4)  # 3 x 1 x 2 tiles of up to 64 tokens, short on three faces
 CFG = FPSAttentionConfig(tile=TILE, block=64)
@@ -368,3 +371,77 @@ def test_tables_of_another_length_are_refused():
     table = torch.ones(10, 4)
     with pytest.raises(ValueError, match=r"rope must be two tables \[tokens, dim / 2\] = \[162, 4\]; got \[10, 4\]"):
         attend(q, k, v, EXACT, rope=(table, table))
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("regime", [EXACT, ROUNDED, Regime(scales="tensor")])
+@pytest.mark.parametrize("text", [0, 7])
+def test_heads_in_parts_and_the_memory_of_q_change_nothing(regime, text, monkeypatch):
+    tokens = math.prod(GRID) + text
+    q, k, v = (torch.randn(2, tokens, h, 8).transpose(1, 2) for h in (10, 5, 5))
+    angle = torch.rand(tokens, 4) * 6
+    options = {"text": text, "rope": (angle.cos(), angle.sin())}
+    expected, expected_lse = attend(q, k, v, regime, return_lse=True, **options)
+    monkeypatch.setattr(method, "_LARGE", 1)
+    out, lse = attend(q, k, v, regime, return_lse=True, **options)
+    assert_close(out, expected, atol=1e-6)
+    assert_close(lse, expected_lse, atol=1e-6)
+    given = q.clone()  # its memory order
+    got = attend(given, k, v, regime, overwrite_q=True, **options)
+    assert got is given
+    assert_close(got, expected, atol=1e-6)
+    # Heads one after another in memory: the projection behind wants it otherwise.
+    apart = q.contiguous()
+    assert attend(apart, k, v, regime, overwrite_q=True, **options) is not apart
+    assert torch.equal(apart, q)
+
+
+def test_operands_of_one_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(method, "_LARGE", 1)
+    alive, most, made = set(), 0, []
+    quantize = method.quantize_qkv
+
+    def counted(*args, **options):
+        nonlocal most
+        operands = quantize(*args, **options)
+        made.append(tuple(operands.q8.shape))
+        alive.add(len(made))
+        most = max(most, len(alive))
+        weakref.finalize(operands, alive.discard, len(made))
+        return operands
+
+    monkeypatch.setattr(method, "quantize_qkv", counted)
+    attend(*tensors(math.prod(GRID), heads=6, kv_heads=3, dtype=torch.float32), ROUNDED)
+    slots = len(Tiling.of(GRID, TILE, block=64).slots)
+    assert made == [(1, 4, slots, 8), (1, 2, slots, 8)]
+    assert most == 1
+
+
+@pytest.mark.parametrize(
+    ("grid", "heads", "text"),
+    [((21, 45, 80), 40, 0), ((21, 30, 52), 40, 0), ((21, 45, 80), 12, 0), ((33, 45, 80), 24, 256)],
+)
+def test_a_large_attention_needs_no_more_memory_than_a_dense_one(grid, heads, text):
+    # In place of an output, which takes q's memory, stand the operands of half of the heads.
+    tiling = Tiling.of(grid, (6, 8, 8), text_tokens=text)
+    q = torch.empty(1, tiling.tokens, heads, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    part = q[:, method._parts(q, q, method._PARTS[True])[0][0]]
+    assert part.shape[1] == heads // 2
+    fields = fake_fields(part, part, len(tiling.slots), 128, True, False)
+    lse = 4 * part.shape[1] * len(tiling.slots)
+    tables = 4 * tiling.tokens * 128
+    size = q.numel() * q.element_size()
+    assert size >= method._LARGE
+    assert sum(x.numel() * x.element_size() for x in fields) + lse + tables < size
+
+
+def test_groups_of_a_plan_stand_in_rows_where_they_do():
+    tiling = Tiling.of((9, 8, 8), (4, 4, 4), block=64, text_tokens=70)
+    cfg = dataclasses.replace(CFG, tile=(4, 4, 4))
+    assert Plan.of(Regime(), tiling, cfg).longest == 2  # the text's
+    assert Plan.of(Regime(scale_tile=(4, 4, 8)), tiling, cfg).longest == 2
+    # Boxes of two by two tiles are not one after another.
+    assert Plan.of(Regime(scale_tile=(4, 8, 4)), Tiling.of((4, 8, 8), (4, 4, 4), block=64), cfg).longest is None
+    assert Plan.of(Regime(scales="tensor"), tiling, cfg).longest == 12

@@ -26,7 +26,7 @@ from hone_kernels.backends import Backend, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
 
 from .quantize import SUPPORT, FP8Operands, check_groups, fake_fields, quantize_fields, quantize_qkv
-from .reference import absent_keys, attention_fp8_reference, dequantize
+from .reference import absent_keys, attention_fp8_reference, dequantize, put_rows
 
 __all__ = ["Delta", "quantized_attention", "straight_through_attention"]
 
@@ -40,7 +40,9 @@ def quantized_attention(
     *,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
-    out_dtype: torch.dtype = ...,
+    out_dtype: torch.dtype | None = ...,
+    out: Tensor | None = ...,
+    order: Tensor | None = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
 
@@ -52,7 +54,9 @@ def quantized_attention(
     *,
     scale: float | None = ...,
     return_lse: Literal[True],
-    out_dtype: torch.dtype = ...,
+    out_dtype: torch.dtype | None = ...,
+    out: Tensor | None = ...,
+    order: Tensor | None = ...,
     backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -63,7 +67,9 @@ def quantized_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    order: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over listed key blocks on E4M3 operands; the formulas are at the head of this module.
@@ -75,13 +81,19 @@ def quantized_attention(
         layout: Which key blocks each query block of each head reads.
         scale: Factor on the logits, positive; ``D ** -0.5`` if None.
         return_lse: Whether to return the log-sum-exp too.
-        out_dtype: Of the output. The reference computes in float64 for float64, else in float32.
+        out_dtype: Of the output, bfloat16 if None; that of ``out`` where one is given. The reference computes in
+            float64 for float64, else in float32.
+        out: ``[B, H, S, D]``, D contiguous: where to write the output. It may be the memory of the queries that were
+            rounded.
+        order: ``[TQ]`` int32 or int64, with ``out``: the place in it of each query's output, as ``quantize_qkv`` took
+            it from there. Slots behind ``layout.k_valid`` hold no token and are written nowhere; what no slot stands
+            for stays as it is.
         backend: As for ``quantize_qkv``.
 
     Returns:
-        ``out [B, H, TQ, D]``, in memory ``[B, TQ, H, D]``, as the projection behind it wants it; with ``return_lse``
-        also ``lse [B, H, TQ]`` float32 (float64), natural log, of the keys before smoothing. A query without any key
-        gets ``out = 0`` and ``lse = -inf``.
+        ``out``, or a new one ``[B, H, TQ, D]``, in memory ``[B, TQ, H, D]``, as the projection behind it wants it; with
+        ``return_lse`` also ``lse [B, H, TQ]`` float32 (float64), natural log, of the keys before smoothing. A query
+        without any key gets ``out = 0`` and ``lse = -inf``.
 
     Raises:
         ValueError: If operands, layout and backend do not fit together.
@@ -94,6 +106,9 @@ def quantized_attention(
     check_heads(operands.q8, operands.k8)
     check_layout(operands.q8, operands.k8, layout)
     scale = check_scale(scale, operands.q8.shape[3])
+    out_dtype = _check_output(operands, layout, out_dtype, out, order)
+    if return_lse and operands.k_mean is not None and operands.q_dot_mean is None:
+        raise ValueError("return_lse needs operands that were made for it; call quantize_qkv with for_lse=True")
     if not out_dtype.is_floating_point or out_dtype.itemsize == 1:
         raise TypeError(f"out_dtype must be float64, float32, bfloat16 or float16; got {out_dtype}")
     q8 = operands.q8
@@ -101,16 +116,54 @@ def quantized_attention(
     backend = choose("quantized_attention", backend, SUPPORT, q8.device, None, head_dim=q8.shape[3], **blocks)
     if backend == "reference":
         dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-        out, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
-        out = out.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        rows, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
+        if out is None:
+            out = rows.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        else:
+            put_rows(out, rows, order, layout.k_valid, layout.block_k)
     else:
-        out, lse = _forward_op(
+        args = (
             q8, operands.k8, operands.v8, operands.q_scale, operands.k_scale, operands.v_scale,
-            *layout.lists(), operands.block, *blocks.values(), scale, out_dtype,
+            *layout.lists(), operands.block, *blocks.values(), scale,
         )  # fmt: skip
+        if out is None:
+            out, lse = _forward_op(*args, out_dtype)
+        else:
+            lse = _forward_into_op(out, order, *args)
     if not return_lse:
         return out
     return out, lse if operands.q_dot_mean is None else lse + scale * operands.q_dot_mean
+
+
+def _check_output(
+    operands: FP8Operands, layout: BlockLayout, dtype: torch.dtype | None, out: Tensor | None, order: Tensor | None
+) -> torch.dtype:
+    """The output's dtype."""
+    if out is None:
+        if order is not None:
+            raise ValueError("order says where in out each row goes; pass out")
+        return torch.bfloat16 if dtype is None else dtype
+    batch, heads, tokens, dim = operands.q8.shape
+    want = (batch, heads, tokens if order is None else out.shape[2], dim)
+    if tuple(out.shape) != want or out.device != operands.q8.device or out.stride(3) != 1:
+        raise ValueError(
+            f"out must be {list(want)} on {operands.q8.device} with its channels side by side; got {list(out.shape)} "
+            f"on {out.device}, strides {out.stride()}"
+        )
+    if dtype not in (None, out.dtype):
+        raise ValueError(f"out_dtype is that of out, {out.dtype}; got {dtype}. Leave it out")
+    if order is not None:
+        if order.shape != (tokens,) or order.dtype not in (torch.int32, torch.int64) or order.device != out.device:
+            raise ValueError(
+                f"order must be [{tokens}], a place for each query, int32 or int64 on {out.device}; got {order.dtype} "
+                f"{list(order.shape)} on {order.device}"
+            )
+        if layout.k_valid is not None and operands.k8.shape[2] != tokens:
+            raise ValueError(
+                f"order with k_valid is for slots that queries and keys share; got {tokens} queries and "
+                f"{operands.k8.shape[2]} keys"
+            )
+    return out.dtype
 
 
 @overload
@@ -273,6 +326,39 @@ def _(q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, blo
     return _fake_output(q8, out_dtype)
 
 
+@torch.library.custom_op("hone_kernels::quantized_attention_into", mutates_args=("out",))
+def _forward_into_op(
+    out: Tensor,
+    order: Tensor | None,
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    from .triton import attention_fp8_forward
+
+    order = None if order is None else unit_last(order)
+    with torch.cuda.device_of(q8):
+        return attention_fp8_forward(
+            q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out.dtype,
+            out=out, order=order,
+        )[1]  # fmt: skip
+
+
+@_forward_into_op.register_fake
+def _(out, order, q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale):
+    return q8.new_empty(q8.shape[:3], dtype=torch.float32)
+
+
 def _fake_output(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
     out = q.new_empty((batch, tokens, heads, dim), dtype=dtype).transpose(1, 2)
@@ -298,7 +384,7 @@ def _straight_through_op(
     """Output, log-sum-exp of the smoothed keys, and the operands, kept for the backward instead of q, k and v."""
     from .triton import attention_fp8_forward
 
-    fields = quantize_fields(q, k, v, None, None, None, k_valid, block, groups, smooth_k)
+    fields = quantize_fields(q, k, v, None, None, None, k_valid, block, groups, smooth_k, 0, smooth_k)
     with torch.cuda.device_of(q):
         out, lse = attention_fp8_forward(*fields[:6], kv_num, kv_idx, k_valid, block, block_q, block_k, scale, q.dtype)
     return out, lse, *fields
@@ -306,7 +392,7 @@ def _straight_through_op(
 
 @_straight_through_op.register_fake
 def _(q, k, v, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, groups, smooth_k, delta):
-    return *_fake_output(q, q.dtype), *fake_fields(q, k, None, block, smooth_k)
+    return *_fake_output(q, q.dtype), *fake_fields(q, k, None, block, smooth_k, smooth_k)
 
 
 @torch.library.custom_op("hone_kernels::straight_through_attention_backward", mutates_args=())

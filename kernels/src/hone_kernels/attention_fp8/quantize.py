@@ -56,8 +56,9 @@ class FP8Operands:
         v_scale: ``[B, HK, D]`` float32, positive.
         block: Tokens per entry of ``q_scale`` and ``k_scale``: 64 or 128.
         k_mean: ``[B, HK, D]`` float32, what was subtracted from every key, or None.
-        q_dot_mean: ``[B, H, TQ]`` float32, ``q . k_mean`` of q before it was rounded, or None. The log-sum-exp of the
-            keys as they were is that of the smoothed ones plus ``scale * q_dot_mean``.
+        q_dot_mean: ``[B, H, TQ]`` float32, ``q . k_mean`` of q before it was rounded, or None where nothing was
+            subtracted or no log-sum-exp will be asked for. That of the keys as they were is that of the smoothed ones
+            plus ``scale * q_dot_mean``.
     """
 
     q8: Tensor
@@ -87,7 +88,9 @@ class FP8Operands:
             "v_scale": (batch, heads_k, dim),
         }
         if self.k_mean is not None:
-            shapes |= {"k_mean": (batch, heads_k, dim), "q_dot_mean": (batch, heads, tokens_q)}
+            shapes["k_mean"] = (batch, heads_k, dim)
+        if self.q_dot_mean is not None:
+            shapes["q_dot_mean"] = (batch, heads, tokens_q)
         for name, want in shapes.items():
             x = getattr(self, name)
             if x is None or tuple(x.shape) != want:
@@ -165,7 +168,9 @@ def quantize_qkv(
     *,
     block: int = 128,
     group: int | Tensor = 1,
+    longest: int | None = None,
     smooth_k: bool = False,
+    for_lse: bool = True,
     rope: tuple[Tensor, Tensor] | None = None,
     order: Tensor | None = None,
     k_valid: Tensor | None = None,
@@ -184,8 +189,13 @@ def quantize_qkv(
         block: Tokens of a block, 64 or 128: of the scales, and of ``k_valid``.
         group: Blocks that share a scale: how many in a row, or ``[N]`` int32 or int64, the number in ``[0, N)`` of
             each block's group (tiles of several blocks, the last of which may have fewer).
-        smooth_k: Whether to subtract from K its mean over the keys that exist (per head and channel). It changes
-            nothing in softmax and removes what all keys share, which would else take up E4M3's range.
+        longest: For a ``group`` tensor in which each group's blocks stand in a row: the blocks of the longest. Up to
+            8, Q and K are then read from memory once instead of twice. Not checked, since that would wait for the
+            device: blocks of one number that do not stand in a row get scales of their own.
+        smooth_k: Whether to subtract from K its mean over the keys that exist (per head and channel; of more than 8,192
+            keys that of a sample, runs of 128 at even distances). It changes nothing in softmax and removes what all
+            keys share, which would else take up E4M3's range.
+        for_lse: Whether attention may be asked for its log-sum-exp, which after ``smooth_k`` needs ``q_dot_mean``.
         rope: Cosines and sines of a rotary embedding on interleaved pairs for q and k, each ``[S, D/2]``, or ``[S, D]``
             as diffusers' Wan has them (further axes of length 1 are dropped). By position in q, before ``order``.
         order: ``[T]`` int32 or int64, ``order[slot]`` the position in q, k and v that a slot takes its token from;
@@ -201,16 +211,21 @@ def quantize_qkv(
     Source: FPSAttention (arXiv 2506.04648), equations 1 and 4; SageAttention (arXiv 2410.02367) for ``smooth_k``.
     """
     groups = _check_quantize(q, k, v, rope, order, k_valid, block, group)
+    if isinstance(group, int):
+        if longest is not None:
+            raise ValueError(f"longest is for a tensor of groups; got group={group} and longest={longest}")
+        longest = group
     cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3])
     q, k, v = (unit_last(x.detach()) for x in (q, k, v))
     order, k_valid = (None if x is None else unit_last(x) for x in (order, k_valid))
     args = (q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
+    for_lse = for_lse and smooth_k
     if choose("quantize_qkv", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], block=block) == "reference":
-        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize_reference(*args)
+        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize_reference(*args, for_lse)
     else:
-        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = _quantize_op(*args)
-        if not smooth_k:
-            k_mean = q_dot_mean = None
+        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = _quantize_op(*args, longest or 0, for_lse)
+        k_mean = k_mean if smooth_k else None
+        q_dot_mean = q_dot_mean if for_lse else None
     return FP8Operands(q8, k8, v8, q_scale, k_scale, v_scale, block, k_mean, q_dot_mean)
 
 
@@ -262,28 +277,32 @@ def _quantize_op(
     block: int,
     groups: Tensor | None,
     smooth_k: bool,
+    longest: int,
+    for_lse: bool,
 ) -> Fields:
-    return quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
+    return quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_lse)
 
 
 @_quantize_op.register_fake
-def _(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k):
-    return fake_fields(q, k, None if order is None else order.shape[0], block, smooth_k)
+def _(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_lse):
+    return fake_fields(q, k, None if order is None else order.shape[0], block, smooth_k, for_lse)
 
 
-def quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k) -> Fields:
+def quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_lse) -> Fields:
     """The op's work, for ops that round and go on."""
     from .triton import has_e4m3
     from .triton_quantize import quantize_triton
 
     if has_e4m3(q):
         with torch.cuda.device_of(q):
-            fields = quantize_triton(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
+            fields = quantize_triton(
+                q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest=longest, for_lse=for_lse
+            )
     else:
         warn_once(
             "quantize_qkv", f"{q.device} has no E4M3 (compute capability 8.9): rounding in torch, products in bfloat16"
         )
-        fields = quantize_reference(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
+        fields = quantize_reference(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, for_lse)
     # A custom op returns tensors only: an absent one is empty.
     q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = (
         q.new_empty(0, dtype=torch.float32) if x is None else x for x in fields
@@ -291,7 +310,7 @@ def quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k) 
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
 
 
-def fake_fields(q: Tensor, k: Tensor, slots: int | None, block: int, smooth_k: bool) -> Fields:
+def fake_fields(q: Tensor, k: Tensor, slots: int | None, block: int, smooth_k: bool, for_lse: bool) -> Fields:
     """Empty tensors of the shapes that ``quantize_fields`` gives."""
     (batch, heads, tokens_q, dim), (_, heads_k, tokens_k, _) = q.shape, k.shape
     if slots is not None:
@@ -305,5 +324,5 @@ def fake_fields(q: Tensor, k: Tensor, slots: int | None, block: int, smooth_k: b
     scales = ((batch, heads, -(-tokens_q // block)), (batch, heads_k, -(-tokens_k // block)), (batch, heads_k, dim))
     q_scale, k_scale, v_scale = (q.new_empty(shape, dtype=torch.float32) for shape in scales)
     k_mean = q.new_empty((batch, heads_k, dim) if smooth_k else 0, dtype=torch.float32)
-    q_dot_mean = q.new_empty((batch, heads, tokens_q) if smooth_k else 0, dtype=torch.float32)
+    q_dot_mean = q.new_empty((batch, heads, tokens_q) if for_lse else 0, dtype=torch.float32)
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean

@@ -19,6 +19,9 @@ __all__ = [
     "attention_fp8_reference",
     "dequantize",
     "group_amax",
+    "in_mean",
+    "mean_step",
+    "put_rows",
     "quantize_reference",
     "rotate",
     "scales",
@@ -32,6 +35,9 @@ V_PADDING = 128
 
 AMAX_MIN = E4M3_MAX * torch.finfo(torch.float32).tiny
 """A scale is at least the smallest normal float32, so that a block of zeros still divides."""
+
+MEAN_RUN, MEAN_RUNS = 128, 64
+"""The mean of K is over all keys up to 64 runs of 128, and over as many runs at most of a longer sequence."""
 
 # Logits held at a time.
 _CHUNK_ELEMENTS = 1 << 21
@@ -62,6 +68,7 @@ def quantize_reference(
     block: int,
     groups: Tensor | None,
     smooth_k: bool,
+    for_lse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The fields of ``FP8Operands`` in their order, without ``block``; see ``quantize_qkv`` for the arguments."""
     if cos is not None:
@@ -78,18 +85,30 @@ def quantize_reference(
             q = q.masked_fill(absent, 0)
     k_mean = q_dot_mean = None
     if smooth_k:
-        count = k.new_full((1, 1, 1), tokens) if k_valid is None else (~absent).sum(2).clamp(min=1)
-        k_mean = _finite(k).sum(2) / count  # [B, HK, D]
+        seen = in_mean(tokens, k.device)[:, None]
+        count = (seen if k_valid is None else seen & ~absent).sum(-2).clamp(min=1)
+        k_mean = (_finite(k) * seen).sum(2) / count  # [B, HK, D]
         k = k - k_mean.unsqueeze(2)
         if k_valid is not None:
             k = k.masked_fill(absent, 0)
-        q_dot_mean = (q * k_mean.repeat_interleave(q.shape[1] // k.shape[1], dim=1).unsqueeze(2)).sum(-1)
+        if for_lse:
+            q_dot_mean = (q * k_mean.repeat_interleave(q.shape[1] // k.shape[1], dim=1).unsqueeze(2)).sum(-1)
     q8, q_scale = _quantize_blocks(q, block, groups)
     k8, k_scale = _quantize_blocks(k, block, groups)
     v_scale, v_factor = scales(_finite(v).abs().amax(2))  # [B, HK, D]
     v = torch.nn.functional.pad(v, (0, 0, 0, -tokens % V_PADDING))
     v8 = _to_v_order(_cast(v, v_factor.unsqueeze(2)).transpose(-1, -2))
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
+
+
+def mean_step(tokens: int) -> int:
+    """Of how many runs of ``MEAN_RUN`` keys one is in the mean."""
+    return max(1, -(-tokens // (MEAN_RUN * MEAN_RUNS)))
+
+
+def in_mean(tokens: int, device: torch.device) -> Tensor:
+    """Which keys are in the mean: ``[tokens]`` bool."""
+    return torch.arange(tokens, device=device) // MEAN_RUN % mean_step(tokens) == 0
 
 
 def absent_keys(k_valid: Tensor, tokens: int, block: int) -> Tensor:
@@ -158,6 +177,22 @@ def dequantize(
 
     v = _from_v_order(v8)[..., : k8.shape[2]].transpose(-1, -2).float() * v_scale.unsqueeze(2)
     return rows(q8, q_scale), rows(k8, k_scale), v.to(dtype).contiguous()
+
+
+def put_rows(out: Tensor, rows: Tensor, order: Tensor | None, k_valid: Tensor | None, block: int) -> None:
+    """Write ``rows [B, H, TQ, D]`` into ``out [B, H, S, D]``: row i to place ``order[i]``, if that slot has a token."""
+    if order is None:
+        out.copy_(rows)
+        return
+    if k_valid is None:
+        index = order.long().expand(rows.shape[0], -1)
+    else:
+        # The rows of padding go to a place behind the last, which nobody reads.
+        gone = absent_keys(k_valid, rows.shape[2], block)[:, 0, :, 0]
+        index = torch.where(gone, out.shape[2], order.long()).expand(rows.shape[0], -1)
+    padded = torch.cat([out, torch.empty_like(out[:, :, :1])], dim=2)
+    padded.scatter_(2, index[:, None, :, None].expand(rows.shape), rows.to(out.dtype))
+    out.copy_(padded[:, :, :-1])
 
 
 @without_autocast

@@ -29,7 +29,7 @@ from hone_kernels.attention.triton import (
     attention_forward,
 )
 
-from .reference import dequantize
+from .reference import dequantize, put_rows
 
 __all__ = ["TILES", "attention_fp8_forward", "has_e4m3", "tiles_for"]
 
@@ -99,10 +99,11 @@ def _softmax_step(acc, total, top, q, k, v, scale, valid, MASKED: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     q_src, k_src, v_src, q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, num_ptr, idx_ptr, valid_ptr,
-    sqb, sqh, sqs, skb, skh, sks, sob, soh, sos, snb, snh, sib, sih, siq, sval, tokens_q, tokens_k, padded_k, scale,
+    order_ptr, sqb, sqh, sqs, skb, skh, sks, sob, soh, sos, snb, snh, sib, sih, siq, sval,
+    tokens_q, tokens_k, padded_k, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, VALID: tl.constexpr, DESC: tl.constexpr,
-    STAGES: tl.constexpr,
+    ORDER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -159,10 +160,18 @@ def _forward_kernel(
     v_scale = tl.load(v_scale_ptr + (batch * heads_k + head_k) * DIM + dim)
     acc = acc / total[:, None] * v_scale[None, :]
     lse = tl.where(some, top * LN2 + tl.log(total), -float("inf"))
-    tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * tokens_q + at, lse, mask=at < tokens_q)
-    out_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh + start_q.to(tl.int64) * sos
-    ptrs = out_ptr + tl.arange(0, BM)[:, None] * sos + dim[None, :]
-    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=(at < tokens_q)[:, None])
+    keep = at < tokens_q
+    tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * tokens_q + at, lse, mask=keep)
+    out_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh
+    if ORDER:
+        if VALID:
+            exist = tl.load(valid_ptr + batch * sval + at // BLOCK_K, mask=keep, other=0)
+            keep = keep & (at % BLOCK_K < exist)
+        row = tl.load(order_ptr + at, mask=keep, other=0).to(tl.int64)
+        ptrs = out_ptr + (row * sos)[:, None] + dim[None, :]
+    else:
+        ptrs = out_ptr + start_q.to(tl.int64) * sos + tl.arange(0, BM)[:, None] * sos + dim[None, :]
+    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=keep[:, None])
 
 
 def attention_fp8_forward(
@@ -181,30 +190,42 @@ def attention_fp8_forward(
     scale: float,
     out_dtype: torch.dtype,
     tiles: Tiles | None = None,
+    *,
+    out: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output, in memory ``[B, TQ, H, D]``, and natural log-sum-exp ``[B, H, TQ]`` float32 of the keys as given."""
+    """Output and natural log-sum-exp ``[B, H, TQ]`` float32 of the keys as given.
+
+    Without ``out`` a new one, in memory ``[B, TQ, H, D]``. With ``order`` rows go to their places in ``out``, see
+    ``quantized_attention``.
+    """
     if not has_e4m3(q8):
         q, k, v = dequantize(q8, k8, v8, q_scale, k_scale, v_scale, block, torch.bfloat16)
         q = q.transpose(1, 2).contiguous().transpose(1, 2)  # its strides become the output's
-        out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, None, None, None, block_q, block_k, scale)
-        return out.to(out_dtype), lse
+        rows, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, None, None, None, block_q, block_k, scale)
+        if out is None:
+            return rows.to(out_dtype), lse
+        put_rows(out, rows, order, k_valid, block_k)
+        return out, lse
     batch, heads, tokens_q, dim = q8.shape
     tokens_k = k8.shape[2]
     if tiles is None:
         tiles = tiles_for(dim, block_q, block_k, block, _sm(q8))
-    out = torch.empty((batch, tokens_q, heads, dim), dtype=out_dtype, device=q8.device).transpose(1, 2)
+    if out is None:
+        out = torch.empty((batch, tokens_q, heads, dim), dtype=out_dtype, device=q8.device).transpose(1, 2)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q8.device)
     sources: list[Any] = [q8, k8, v8]
     if tiles.descriptors:
         values = TensorDescriptor(v8, list(v8.shape), list(v8.stride()), [1, 1, dim, tiles.k])
         sources = [_describe(q8, tiles.q), _describe(k8, tiles.k), values]
     _forward_kernel[triton.cdiv(tokens_q, tiles.q), heads, batch](
-        *sources, q_scale, k_scale, v_scale, out, lse, kv_num, kv_idx, k_valid,
+        *sources, q_scale, k_scale, v_scale, out, lse, kv_num, kv_idx, k_valid, order,
         *_bhs(q8), *_bhs(k8), *_bhs(out),
         *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
         tokens_q, tokens_k, v8.shape[3], scale * LOG2E.value,
         GROUP=heads // k8.shape[1], DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, SCALED=block,
         BM=tiles.q, BN=tiles.k, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None, DESC=tiles.descriptors,
-        STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        ORDER=order is not None, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )  # fmt: skip
     return out, lse

@@ -1,9 +1,10 @@
 """The prologue of FP8 attention in Triton: rotate, permute, scale, round and, for V, transpose; and back again.
 
-Q and K are read once and written once, in one launch, by programs that hold a whole block; V is read twice, since its
-scales span the sequence. Memory brings an element in the time of some twenty instructions, so these count as bytes do:
-a block waits as words of two 16-bit channels, which leaves room for more programs, its largest magnitude is that of
-integers, and what is not finite is found by arithmetic instead of comparisons.
+Q and K are read once and written once, in one launch, by programs that hold what shares a scale, a block, or read it
+again from a cache, a few blocks in a row; V is read twice, since its scales span the sequence, and so are Q and K where
+theirs span more. Memory brings an element in the time of some twenty instructions, so these count as bytes do: a block
+waits as words of two 16-bit channels, which leaves room for more programs, its largest magnitude is that of integers,
+and what is not finite is found by arithmetic instead of comparisons.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from hone_kernels.attention.triton import _bhs, _strides
 
-from .reference import AMAX_MIN, E4M3_MAX, V_PADDING, group_amax, scales
+from .reference import AMAX_MIN, E4M3_MAX, MEAN_RUN, V_PADDING, group_amax, mean_step, scales
 
-__all__ = ["PROLOGUE", "ROTATING", "Prologue", "dequantize_triton", "quantize_triton"]
+__all__ = ["GROUPED", "PROLOGUE", "ROTATING", "Prologue", "dequantize_triton", "quantize_triton"]
 
 _AMAX_MIN = tl.constexpr(AMAX_MIN)
 _MAX = tl.constexpr(E4M3_MAX)
@@ -51,6 +52,11 @@ class Prologue:
 PROLOGUE = Prologue()
 ROTATING = Prologue(registers=128, heads=6)
 """With rotary tables or a mean, which need registers too."""
+GROUPED = Prologue(heads=6)
+"""Where blocks share scales: less is held at a time."""
+
+_LONGEST = 8
+"""Blocks that may share a scale and be read from memory once."""
 
 
 @triton.jit
@@ -189,15 +195,15 @@ def _cast(x, factor):
 
 @triton.jit
 def _sums_kernel(
-    x_ptr, order_ptr, cos_ptr, sin_ptr, valid_ptr, part_ptr, sxb, sxh, sxs, sval, heads, tokens,
+    x_ptr, order_ptr, cos_ptr, sin_ptr, valid_ptr, part_ptr, sxb, sxh, sxs, sval, heads, tokens, step,
     DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr,
     VALID: tl.constexpr,
 ):  # fmt: skip
-    """Of ROWS tokens the sum of each channel: ``part [B, heads, parts, DIM]``."""
+    """Of ROWS tokens, one run of ``step``, the sum of each channel: ``part [B, heads, parts, DIM]``."""
     head = tl.program_id(0)
     part = tl.program_id(1)
     batch = tl.program_id(2)
-    slot = part * ROWS + tl.arange(0, ROWS)
+    slot = part * step * ROWS + tl.arange(0, ROWS)
     live = _exists(slot, tokens, valid_ptr, batch * sval, BLOCK, VALID)
     x_ptr += batch.to(tl.int64) * sxb + head.to(tl.int64) * sxh
     x = _tokens(x_ptr, sxs, slot, live, order_ptr, cos_ptr, sin_ptr, ROWS, DIM, ORDER, ROPE, True).to(tl.float32)
@@ -207,91 +213,174 @@ def _sums_kernel(
 
 
 @triton.jit
+def _length(groups_ptr, block, blocks):
+    """Blocks of the group that begins at this one; 0 where it began before."""
+    mine = tl.load(groups_ptr + block)
+    length = 0
+    if tl.load(groups_ptr + block - 1, mask=block > 0, other=-1) != mine:
+        while tl.load(groups_ptr + block + length, mask=block + length < blocks, other=-1) == mine:
+            length += 1
+    return length
+
+
+@triton.jit
+def _pieces(
+    source, stride, start, tokens, order_ptr, cos_ptr, sin_ptr, valid_ptr, offset, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, ROPE: tl.constexpr,
+    VALID: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """SPAN slots of a head."""
+    pieces = ()
+    for i in tl.static_range(SPAN // ROWS):
+        slot = start + i * ROWS + tl.arange(0, ROWS)
+        live = _exists(slot, tokens, valid_ptr, offset, BLOCK, VALID)
+        x = _piece(source, stride, slot, live, order_ptr, cos_ptr, sin_ptr, ROWS, DIM, ORDER, ROPE, KEEP)
+        pieces = pieces + (x,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred element)
+    return pieces
+
+
+@triton.jit
+def _peak(pieces, mean, start, tokens, valid_ptr, offset, dtype: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+          ROWS: tl.constexpr, VALID: tl.constexpr, SUBTRACT: tl.constexpr):  # fmt: skip
+    """The largest magnitude of these slots, of what is finite, without the mean if it is to be subtracted."""
+    if SUBTRACT:
+        OWN: tl.constexpr = 4 if dtype == tl.float32 else 8
+        for i in tl.static_range(SPAN // ROWS):
+            slot = start + i * ROWS + tl.arange(0, ROWS)
+            live = _exists(slot, tokens, valid_ptr, offset, BLOCK, VALID)
+            size = tl.abs(tl.where(live[:, None], _values_of(pieces[i], dtype) - mean, 0.0))
+            size = tl.where(size < float("inf"), size, 0.0)
+            # Each thread among its own first: threads wait for each other once, not for every piece.
+            size = tl.max(size.reshape([ROWS, size.shape[1] // OWN, OWN]), 2)
+            if i == 0:
+                top = size
+            else:
+                top = tl.maximum(top, size)
+        amax = tl.max(top)
+    else:
+        amax = _amax(pieces, dtype)
+    return amax
+
+
+@triton.jit
+def _emit(pieces, mean, factor, out_ptr, dot_ptr, start, tokens, valid_ptr, offset, dtype: tl.constexpr,
+          DIM: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr,
+          MEAN: tl.constexpr):  # fmt: skip
+    """These slots, rounded."""
+    dim = tl.arange(0, DIM)
+    # A zero that the compiler does not know: it would else keep float32 values, twice the size of the pieces, from the
+    # search for the largest magnitude.
+    zero = factor.to(tl.uint32, bitcast=True) >> 31
+    for i in tl.static_range(SPAN // ROWS):
+        slot = start + i * ROWS + tl.arange(0, ROWS)
+        x = _values_of(pieces[i] ^ zero, dtype)
+        if MEAN == "dot":
+            tl.store(dot_ptr + slot, tl.sum(x * mean, 1), mask=slot < tokens)
+        if MEAN == "subtract":
+            live = _exists(slot, tokens, valid_ptr, offset, BLOCK, VALID)
+            x = tl.where(live[:, None], x - mean, 0.0)
+        out = out_ptr + (slot * DIM)[:, None] + dim[None, :]
+        # As many channels a thread as 16-byte loads bring it: none changes threads.
+        out = tl.max_contiguous(tl.multiple_of(out, [1, 8]), [1, 8])
+        tl.store(out, _cast(x, factor), mask=(slot < tokens)[:, None])
+
+
+@triton.jit
 def _rows(
     x_ptr, order_ptr, cos_ptr, sin_ptr, valid_ptr, mean_ptr, x8_ptr, scale_ptr, factor_ptr, dot_ptr,
-    sxb, sxh, sxs, sval, heads, tokens, blocks, chunk,
+    sxb, sxh, sxs, sval, heads, tokens, blocks, chunk, length,
     DIM: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     ORDER: tl.constexpr, ROPE: tl.constexpr, VALID: tl.constexpr, MEAN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One block of HEADS heads of queries or keys.
+    """One block of HEADS heads of queries or keys, or of a run ``length`` blocks, SPAN tokens at a time.
 
     MEAN: ``"subtract"`` the mean from keys, store the ``"dot"`` of queries with it (GROUP query heads share one), or
-    ``"none"``. STEP: ``"all"`` in one go; where scales span several blocks ``"amax"`` first, into ``scale``, and
-    ``"cast"`` afterwards, by ``factor``.
+    ``"none"``. STEP: ``"all"`` in one go; ``"run"`` where a few blocks share a scale, which are read again from the
+    cache; where scales span more, ``"amax"`` first, into ``scale``, and ``"cast"`` afterwards, by ``factor``.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    SUBTRACT: tl.constexpr = MEAN == "subtract"
     block = tl.program_id(1)
     batch = tl.program_id(2)
     dim = tl.arange(0, DIM)
+    offset = batch * sval
+    start = block * BLOCK
+    SPAN: tl.constexpr = 64
     first = chunk * HEADS
     for head in range(first, tl.minimum(first + HEADS, heads)):
         row = batch.to(tl.int64) * heads + head
         source = x_ptr + batch.to(tl.int64) * sxb + tl.cast(head, tl.int64) * sxh
         at = row * blocks + block
+        out = x8_ptr + row * tokens * DIM
+        dot = dot_ptr
+        if MEAN == "dot":
+            dot += row * tokens
         mean = 0.0
         if MEAN != "none":
             mean = tl.load(mean_ptr + (row // GROUP) * DIM + dim)[None, :]
-        pieces = ()
-        amax = 0.0
-        for i in tl.static_range(BLOCK // ROWS):
-            slot = block * BLOCK + i * ROWS + tl.arange(0, ROWS)
-            live = _exists(slot, tokens, valid_ptr, batch * sval, BLOCK, VALID)
-            x = _piece(source, sxs, slot, live, order_ptr, cos_ptr, sin_ptr, ROWS, DIM, ORDER, ROPE, STEP == "amax")
-            pieces = pieces + (x,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred element)
-            if MEAN == "dot" and STEP != "amax":
-                tl.store(dot_ptr + row * tokens + slot, tl.sum(_values_of(x, dtype) * mean, 1), mask=slot < tokens)
-            if MEAN == "subtract" and STEP != "cast":
-                size = tl.abs(tl.where(live[:, None], _values_of(x, dtype) - mean, 0.0))
-                amax = tl.maximum(amax, tl.max(tl.where(size < float("inf"), size, 0.0)))
-        if MEAN != "subtract" and STEP != "cast":
-            amax = _amax(pieces, dtype)
-        if STEP == "cast":
-            factor = tl.load(factor_ptr + at)
-        elif STEP == "amax":
-            tl.store(scale_ptr + at, amax)
-        else:
+        if STEP == "all":
+            pieces = _pieces(source, sxs, start, tokens, order_ptr, cos_ptr, sin_ptr, valid_ptr, offset,
+                             DIM, BLOCK, BLOCK, ROWS, ORDER, ROPE, VALID, False)  # fmt: skip
+            amax = _peak(pieces, mean, start, tokens, valid_ptr, offset, dtype, BLOCK, BLOCK, ROWS, VALID, SUBTRACT)
             amax = tl.maximum(amax, _AMAX_MIN)
-            factor = tl.div_rn(_MAX, amax)
             tl.store(scale_ptr + at, tl.div_rn(amax, _MAX))
-        if STEP != "amax":
-            # A zero that the compiler does not know: it would else keep float32 values, twice the size of the pieces,
-            # from the search for the largest magnitude.
-            zero = factor.to(tl.uint32, bitcast=True) >> 31
-            for i in tl.static_range(BLOCK // ROWS):
-                slot = block * BLOCK + i * ROWS + tl.arange(0, ROWS)
-                x = _values_of(pieces[i] ^ zero, dtype)
-                if MEAN == "subtract":
-                    live = _exists(slot, tokens, valid_ptr, batch * sval, BLOCK, VALID)
-                    x = tl.where(live[:, None], x - mean, 0.0)
-                out = x8_ptr + row * tokens * DIM + (slot * DIM)[:, None] + dim[None, :]
-                # As many channels a thread as 16-byte loads bring it: none changes threads.
-                out = tl.max_contiguous(tl.multiple_of(out, [1, 8]), [1, 8])
-                tl.store(out, _cast(x, factor), mask=(slot < tokens)[:, None])
+            _emit(pieces, mean, tl.div_rn(_MAX, amax), out, dot, start, tokens, valid_ptr, offset, dtype,
+                  DIM, BLOCK, BLOCK, ROWS, VALID, MEAN)  # fmt: skip
+        else:
+            if STEP == "cast":
+                factor = tl.load(factor_ptr + at)
+            else:
+                amax = 0.0
+                for i in range(length * (BLOCK // SPAN)):
+                    span = start + i * SPAN
+                    pieces = _pieces(source, sxs, span, tokens, order_ptr, cos_ptr, sin_ptr, valid_ptr, offset,
+                                     DIM, BLOCK, SPAN, ROWS, ORDER, ROPE, VALID, True)  # fmt: skip
+                    peak = _peak(pieces, mean, span, tokens, valid_ptr, offset, dtype,
+                                 BLOCK, SPAN, ROWS, VALID, SUBTRACT)  # fmt: skip
+                    amax = tl.maximum(amax, peak)
+                if STEP == "amax":
+                    tl.store(scale_ptr + at, amax)
+                else:
+                    amax = tl.maximum(amax, _AMAX_MIN)
+                    factor = tl.div_rn(_MAX, amax)
+                    for i in range(length):
+                        tl.store(scale_ptr + at + i, tl.div_rn(amax, _MAX))
+            if STEP != "amax":
+                for i in range(length * (BLOCK // SPAN)):
+                    span = start + i * SPAN
+                    pieces = _pieces(source, sxs, span, tokens, order_ptr, cos_ptr, sin_ptr, valid_ptr, offset,
+                                     DIM, BLOCK, SPAN, ROWS, ORDER, ROPE, VALID, False)  # fmt: skip
+                    _emit(pieces, mean, factor, out, dot, span, tokens, valid_ptr, offset, dtype,
+                          DIM, BLOCK, SPAN, ROWS, VALID, MEAN)  # fmt: skip
 
 
 @triton.jit
 def _rows_kernel(
     q_ptr, k_ptr, order_ptr, cos_ptr, sin_ptr, valid_q_ptr, valid_k_ptr, mean_ptr, q8_ptr, k8_ptr, q_scale_ptr,
-    k_scale_ptr, q_factor_ptr, k_factor_ptr, dot_ptr,
+    k_scale_ptr, q_factor_ptr, k_factor_ptr, dot_ptr, groups_ptr,
     sqb, sqh, sqs, skb, skh, sks, svq, svk, heads, heads_k, tokens_q, tokens_k, blocks_q, blocks_k, chunks_q,
     DIM: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     ORDER: tl.constexpr, ROPE: tl.constexpr, VALID_Q: tl.constexpr, VALID_K: tl.constexpr, MEAN: tl.constexpr,
-    STEP: tl.constexpr,
+    DOT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Queries by the first ``chunks_q`` programs of a block, keys by the others, which so share rotary tables."""
     chunk = tl.program_id(0)
     block = tl.program_id(1)
+    length = 1
+    if STEP == "run":
+        length = _length(groups_ptr, block, tl.num_programs(1))
     if chunk < chunks_q:
-        if block < blocks_q:
+        length = tl.minimum(length, blocks_q - block)
+        if length > 0:
             _rows(
                 q_ptr, order_ptr, cos_ptr, sin_ptr, valid_q_ptr, mean_ptr, q8_ptr, q_scale_ptr, q_factor_ptr, dot_ptr,
-                sqb, sqh, sqs, svq, heads, tokens_q, blocks_q, chunk,
-                DIM, BLOCK, HEADS, ROWS, GROUP, ORDER, ROPE, VALID_Q, "dot" if MEAN else "none", STEP,
+                sqb, sqh, sqs, svq, heads, tokens_q, blocks_q, chunk, length,
+                DIM, BLOCK, HEADS, ROWS, GROUP, ORDER, ROPE, VALID_Q, "dot" if DOT else "none", STEP,
             )  # fmt: skip
-    elif block < blocks_k:
+    elif tl.minimum(length, blocks_k - block) > 0:
         _rows(
             k_ptr, order_ptr, cos_ptr, sin_ptr, valid_k_ptr, mean_ptr, k8_ptr, k_scale_ptr, k_factor_ptr, dot_ptr,
-            skb, skh, sks, svk, heads_k, tokens_k, blocks_k, chunk - chunks_q,
+            skb, skh, sks, svk, heads_k, tokens_k, blocks_k, chunk - chunks_q, tl.minimum(length, blocks_k - block),
             DIM, BLOCK, HEADS, ROWS, 1, ORDER, ROPE, VALID_K, "subtract" if MEAN else "none", STEP,
         )  # fmt: skip
 
@@ -366,13 +455,18 @@ def quantize_triton(
     groups: Tensor | None,
     smooth_k: bool,
     settings: Prologue | None = None,
+    *,
+    longest: int = 0,
+    for_lse: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As ``quantize_reference``; with the shipped settings if None."""
-    if settings is None:
-        settings = PROLOGUE if cos is None and not smooth_k else ROTATING
+    """As ``quantize_reference``; with the shipped settings if None. ``longest``: see ``quantize_qkv``, 0 if unknown."""
     q, k = _even(q), _even(k)
     batch, heads, tokens_q, dim = q.shape
     heads_k, tokens_k = k.shape[1:3]
+    in_runs = groups is not None and 1 < longest <= _LONGEST
+    if settings is None:
+        plain = cos is None and not smooth_k
+        settings = GROUPED if groups is not None else PROLOGUE if plain else ROTATING
     if order is not None:
         tokens_q = tokens_k = order.shape[0]
     keys = dict(DIM=dim, BLOCK=block, ORDER=order is not None)
@@ -380,18 +474,23 @@ def quantize_triton(
 
     k_mean = q_dot_mean = None
     if smooth_k:
-        parts = triton.cdiv(tokens_k, 128)
+        step = mean_step(tokens_k)
+        parts = triton.cdiv(triton.cdiv(tokens_k, MEAN_RUN), step)
         total = torch.empty((batch, heads_k, parts, dim), dtype=torch.float32, device=k.device)
         _sums_kernel[heads_k, parts, batch](
-            k, order, cos, sin, k_valid, total, *_bhs(k), *_strides(k_valid, (0,)), heads_k, tokens_k,
-            ROWS=128, ROPE=cos is not None, VALID=padded, num_warps=8, **keys,
+            k, order, cos, sin, k_valid, total, *_bhs(k), *_strides(k_valid, (0,)), heads_k, tokens_k, step,
+            ROWS=MEAN_RUN, ROPE=cos is not None, VALID=padded, num_warps=8, **keys,
         )  # fmt: skip
         count: int | torch.Tensor = tokens_k
-        if k_valid is not None:
-            ends = torch.arange(0, tokens_k, block, device=k.device)
-            count = torch.minimum(k_valid, tokens_k - ends).sum(-1).clamp(min=1)[:, None, None]
+        if k_valid is not None or step > 1:
+            starts = torch.arange(0, tokens_k, block, device=k.device)
+            exist = (tokens_k - starts).clamp(max=block)
+            if k_valid is not None:
+                exist = torch.minimum(k_valid, exist)
+            count = (exist * (starts // MEAN_RUN % step == 0)).sum(-1, keepdim=True).clamp(min=1).view(-1, 1, 1)
         k_mean = total.sum(2) / count
-        q_dot_mean = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
+        if for_lse:
+            q_dot_mean = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
 
     # Padding slots hold no query either; without an order queries have slots of their own.
     q_valid = k_valid if order is not None else None
@@ -400,21 +499,23 @@ def quantize_triton(
     k8 = torch.empty((batch, heads_k, tokens_k, dim), dtype=torch.float8_e4m3fn, device=k.device)
     q_scale = torch.empty((batch, heads, blocks_q), dtype=torch.float32, device=q.device)
     k_scale = torch.empty((batch, heads_k, blocks_k), dtype=torch.float32, device=k.device)
-    chunk = 1 if cos is None else settings.heads
+    # As even as that many heads at most allow.
+    chunk = 1 if cos is None else triton.cdiv(heads, triton.cdiv(heads, settings.heads))
     chunks_q, chunks_k = triton.cdiv(heads, chunk), triton.cdiv(heads_k, chunk)
 
     def rows(step: str, q_factor: Tensor | None = None, k_factor: Tensor | None = None) -> None:
         _rows_kernel[chunks_q + chunks_k, max(blocks_q, blocks_k), batch](
             q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor, q_dot_mean,
+            None if groups is None else groups.contiguous(),
             *_bhs(q), *_bhs(k), *_strides(q_valid, (0,)), *_strides(k_valid, (0,)), heads, heads_k, tokens_q, tokens_k,
             blocks_q, blocks_k, chunks_q,
             HEADS=chunk, ROWS=min(settings.rows, block), GROUP=heads // heads_k, ROPE=cos is not None,
-            VALID_Q=q_valid is not None, VALID_K=padded, MEAN=smooth_k, STEP=step, num_warps=settings.warps,
-            maxnreg=settings.registers, **keys,
+            VALID_Q=q_valid is not None, VALID_K=padded, MEAN=smooth_k, DOT=smooth_k and for_lse, STEP=step,
+            num_warps=settings.warps, maxnreg=settings.registers, **keys,
         )  # fmt: skip
 
-    if groups is None:
-        rows("all")
+    if groups is None or in_runs:
+        rows("all" if groups is None else "run")
     else:
         rows("amax")
         (q_scale, q_factor), (k_scale, k_factor) = (scales(group_amax(x, groups)) for x in (q_scale, k_scale))

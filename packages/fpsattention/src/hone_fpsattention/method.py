@@ -47,10 +47,11 @@ class Plan:
         regime: Which.
         tokens: Length of the sequence.
         block: Tokens of a block.
-        slots: See ``Tiling``, like the next two.
+        slots: See ``Tiling``, like the next two; int32, as kernels read it.
         places: See ``Tiling``.
         valid: See ``Tiling``.
         groups: int64 ``[blocks]``, blocks of one number share a scale; of no use where each token has its own.
+        longest: Blocks of the largest group, if each group's blocks stand in a row; else None.
         layout: The window, as lists of key blocks.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     places: Int[Tensor, " tokens"]
     valid: Int[Tensor, "1 blocks"]
     groups: Int[Tensor, " blocks"]
+    longest: int | None
     layout: BlockLayout
 
     @classmethod
@@ -68,7 +70,10 @@ class Plan:
         """Build it; this waits for the device."""
         groups = tiling.scale_groups(None if regime.scales == "tensor" else regime.scale_tile or cfg.tile)
         layout = window_layout(tiling, regime.window, cfg.border)
-        return cls(regime, tiling.tokens, tiling.block, tiling.slots, tiling.places, tiling.valid, groups, layout)
+        lengths = groups.unique_consecutive(return_counts=True)[1]
+        longest = int(lengths.max()) if len(lengths) == len(groups.unique()) else None
+        slots = tiling.slots.int()
+        return cls(regime, tiling.tokens, tiling.block, slots, tiling.places, tiling.valid, groups, longest, layout)
 
 
 @overload
@@ -81,6 +86,7 @@ def fps_attention(
     cfg: FPSAttentionConfig,
     rope: Rope | None = ...,
     scale: float | None = ...,
+    overwrite_q: bool = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -95,6 +101,7 @@ def fps_attention(
     cfg: FPSAttentionConfig,
     rope: Rope | None = ...,
     scale: float | None = ...,
+    overwrite_q: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -108,6 +115,7 @@ def fps_attention(
     cfg: FPSAttentionConfig,
     rope: Rope | None = None,
     scale: float | None = None,
+    overwrite_q: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one regime.
@@ -120,6 +128,9 @@ def fps_attention(
         cfg: ``smooth_k``, ``delta`` and ``backend``.
         rope: Rotary embedding of q and k that is still to be done; None if it is, or if there is none.
         scale: Factor on the logits; ``dim ** -0.5`` if None.
+        overwrite_q: Whether the output may take the memory of q, which is lost. Where no gradient is recorded and q
+            lies in memory as ``[batch, tokens, heads, dim]``, it does; a large attention then needs no more memory than
+            a dense one.
         return_lse: Whether to return the log-sum-exp of the logits too.
 
     Returns:
@@ -134,32 +145,82 @@ def fps_attention(
     """
     _check(q, k, v, plan.tokens, rope)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    options: Any = {"scale": scale, "return_lse": True, "backend": cfg.backend}
-    emulated = plan.regime.scales == "token" or cfg.backend == "reference"
+    emulated = plan.regime.e4m3 and (plan.regime.scales == "token" or cfg.backend == "reference")
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if plan.regime.e4m3 and not emulated and not trains:
-        # One op rotates, gathers and rounds.
+    if plan.regime.plain and not return_lse:
+        return _dense(*_rotated(q, k, rope), v, scale)
+    if trains or emulated:
+        q, k = _rotated(q, k, rope)
+        out, lse = _on_slots(q, k, v, plan, cfg, scale, emulated)
+        out = out.index_select(2, plan.places)
+        return (out, lse.index_select(2, plan.places)) if return_lse else out
+    batch, heads, _, dim = q.shape
+    if overwrite_q and q.stride(3) == 1 and q.stride(1) == dim:
+        out = q
+    else:
+        out = q.new_empty((batch, plan.tokens, heads, dim)).transpose(1, 2)
+    lses = []
+    for some, some_k in _parts(q, k, _PARTS[plan.regime.e4m3]):
+        part = (q[:, some], k[:, some_k], v[:, some_k])
+        lses.append(_into(out[:, some], *part, plan, cfg, rope, scale, return_lse))
+    return (out, torch.cat(lses, dim=1)) if return_lse else out
+
+
+_LARGE = 128 << 20
+"""Bytes of q from which what is made of it, k and v is made for a part of the heads at a time."""
+
+_PARTS = {True: 2, False: 4}
+"""In how many parts: rounded to E4M3, or gathered as they are, which takes twice the memory."""
+
+
+def _parts(q: Tensor, k: Tensor, parts: int) -> list[tuple[slice, slice]]:
+    """Heads of queries and of keys that go together."""
+    group, heads_k = q.shape[1] // k.shape[1], k.shape[1]
+    if q.numel() * q.element_size() < _LARGE:
+        parts = 1
+    size = -(-heads_k // parts)
+    return [(slice(i * group, (i + size) * group), slice(i, i + size)) for i in range(0, heads_k, size)]
+
+
+def _into(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cfg: FPSAttentionConfig, rope: Rope | None,
+    scale: float, return_lse: bool,
+) -> Tensor:  # fmt: skip
+    """Attention of some heads without gradient, written into ``out``, which may be q; its log-sum-exp if asked for."""
+    if plan.regime.e4m3:
+        # One op rotates, gathers and rounds; another scatters what it computes.
         operands = quantize_qkv(
             q, k, v, rope=rope, order=plan.slots, k_valid=plan.valid, block=plan.block, group=plan.groups,
-            smooth_k=cfg.smooth_k, backend=cfg.backend,
+            longest=plan.longest, smooth_k=cfg.smooth_k, for_lse=return_lse, backend=cfg.backend,
         )  # fmt: skip
-        out, lse = quantized_attention(operands, plan.layout, out_dtype=q.dtype, **options)
+        options: Any = {"scale": scale, "out": out, "order": plan.slots, "backend": cfg.backend}
+        if not return_lse:
+            quantized_attention(operands, plan.layout, **options)
+            return out
+        lse = quantized_attention(operands, plan.layout, return_lse=True, **options)[1]
     else:
-        if rope is not None:
-            q, k = (rotate(x, *rope) for x in (q, k))
-        if plan.regime.plain and not return_lse:
-            return _dense(q, k, v, scale)
-        q, k, v = (x.index_select(2, plan.slots) for x in (q, k, v))
-        if not plan.regime.e4m3:
-            out, lse = block_sparse_attention(q, k, v, plan.layout, **options)
-        elif emulated:
-            out, lse = _emulated(q, k, v, plan, cfg, scale)
-        else:
-            out, lse = straight_through_attention(
-                q, k, v, plan.layout, smooth_k=cfg.smooth_k, group=plan.groups, delta=cfg.delta, **options
-            )
-    out = out.index_select(2, plan.places)
-    return (out, lse.index_select(2, plan.places)) if return_lse else out
+        rows, lse = _on_slots(*_rotated(q, k, rope), v, plan, cfg, scale, emulated=False)
+        out.copy_(rows.index_select(2, plan.places))
+    return lse.index_select(2, plan.places)
+
+
+def _on_slots(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, cfg: FPSAttentionConfig, scale: float, emulated: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of each slot, with their gradients."""
+    q, k, v = (x.index_select(2, plan.slots) for x in (q, k, v))
+    options: Any = {"scale": scale, "return_lse": True, "backend": cfg.backend}
+    if not plan.regime.e4m3:
+        return block_sparse_attention(q, k, v, plan.layout, **options)
+    if emulated:
+        return _emulated(q, k, v, plan, cfg, scale)
+    return straight_through_attention(
+        q, k, v, plan.layout, smooth_k=cfg.smooth_k, group=plan.groups, delta=cfg.delta, **options
+    )
+
+
+def _rotated(q: Tensor, k: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+    return (q, k) if rope is None else (rotate(q, *rope), rotate(k, *rope))
 
 
 @without_autocast

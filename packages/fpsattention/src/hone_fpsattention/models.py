@@ -66,7 +66,8 @@ class _FPSAttention(Method):
                 "handle.begin_step(i, sigma=sigma), or leave it out"
             )
         where = plan_for(self.config.regimes[plan], self.config, grid, text_tokens, q.device)
-        return fps_attention(q, k, v, plan=where, cfg=self.config, rope=rope)
+        # Nobody reads q afterwards.
+        return fps_attention(q, k, v, plan=where, cfg=self.config, rope=rope, overwrite_q=not torch.is_grad_enabled())
 
 
 def plan_for(regime: Regime, cfg: FPSAttentionConfig, grid: Grid, text_tokens: int, device: torch.device) -> Plan:
@@ -75,11 +76,13 @@ def plan_for(regime: Regime, cfg: FPSAttentionConfig, grid: Grid, text_tokens: i
         return _kept(regime, cfg.tile, cfg.block, cfg.border, grid, text_tokens, device)
     window, box = list(regime.window or ()), list(regime.scale_tile or ())
     options = (window, regime.scales, box, list(cfg.tile), cfg.block, cfg.border, list(grid), text_tokens)
+    # Shapes and numbers that a graph is made for; only what is on the device comes from the op.
+    longest = _longest(*options)
     slots, places, valid, groups, kv_num, kv_idx = _plan_op(*options, device)
     tokens, count, block = grid[0] * grid[1] * grid[2] + text_tokens, slots.shape[0], cfg.block
     padded = None if count == tokens and block == 128 else valid
     layout = BlockLayout(kv_num, kv_idx, count, count, block, block, padded, check=False)
-    return Plan(regime, tokens, block, slots, places, valid, groups, layout)
+    return Plan(regime, tokens, block, slots, places, valid, groups, longest, layout)
 
 
 @lru_cache(maxsize=64)
@@ -90,6 +93,15 @@ def _kept(
     with torch.inference_mode(False), _disable_current_modes():
         cfg = FPSAttentionConfig(regimes=(regime,), tile=tile, block=block, border=border)  # type: ignore[arg-type]
         return Plan.of(regime, Tiling.of(grid, tile, block=block, text_tokens=text_tokens, device=device), cfg)
+
+
+@torch.compiler.assume_constant_result
+def _longest(
+    window: list[int], scales: str, box: list[int], tile: list[int], block: int, border: str, grid: list[int],
+    text_tokens: int,
+) -> int | None:  # fmt: skip
+    regime = Regime(window=tuple(window) or None, scales=scales, scale_tile=tuple(box) or None)  # type: ignore[arg-type]
+    return _kept(regime, tuple(tile), block, border, tuple(grid), text_tokens, torch.device("cpu")).longest
 
 
 def _tensors(

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from hone_kernels.attention_fp8.reference import in_mean
 from hone_kernels.precision import without_autocast
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -88,12 +89,13 @@ def round_qkv(
         v: Values.
         groups: Slots of one number share a scale of Q and one of K.
         present: Slots that hold a token. The others count in no scale and no mean, and become zero.
-        smooth_k: Whether keys lose their mean over the tokens.
+        smooth_k: Whether keys lose their mean over the tokens; of more than 8,192 over a sample, as in the kernels.
     """
     q, k, v = (torch.where(present[:, None], x.float(), 0.0) for x in (q, k, v))
     k_mean = None
     if smooth_k:
-        k_mean = _finite(k).sum(2) / present.sum().clamp(min=1)
+        seen = present & in_mean(len(present), present.device)
+        k_mean = (_finite(k) * seen[:, None]).sum(2) / seen.sum().clamp(min=1)
         k = torch.where(present[:, None], k - k_mean.unsqueeze(2), 0.0)
     q_amax, k_amax = _group_amax(q, groups), _group_amax(k, groups)
     v_amax = _finite(v).abs().amax(2)
