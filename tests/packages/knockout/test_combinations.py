@@ -246,6 +246,26 @@ def test_checkpointed_forwards_before_one_backward(model, first, second, config,
 
 
 @CONFIGS
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_checkpointed_backward_after_detach_says_so(model, first, config, reentrant, again):
+    handle = attach(model, config)
+    loss = model(**first, use_cache=False).logits[:, -1].square().mean()
+    handle.detach()
+    loss.backward()  # without checkpointing nothing runs again
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    model.train()
+    handle = attach(model, config)
+    loss = model(**first, use_cache=False).logits[:, -1].square().mean()
+    handle.detach()
+    if again:
+        attach(model, lv(0))
+    with pytest.raises(RuntimeError, match=r"run again without it\. Call backward before detach"):
+        loss.backward()
+
+
+@CONFIGS
 def test_threads(model, first, second, config):
     with attach(model, config), torch.no_grad():
         wanted = [written(model, inputs) for inputs in (first, second)]

@@ -302,6 +302,17 @@ class KnockoutHandle(Handle[KnockoutConfig]):
                 "was changed there; layers that are skipped, or attention that ignores transformers' registry, cannot "
                 "be knocked out"
             )
+        states = output[0] if running is not None else None
+        if isinstance(states, Tensor) and states.requires_grad and _recomputes(module):
+            states.register_hook(self._check_backward)
+
+    def _check_backward(self, grad: Tensor) -> None:
+        """Before the backward of a forward whose layers run again for it."""
+        if not self.attached:
+            raise RuntimeError(
+                "layers of a checkpointed forward that had a knockout or an exit would run again without it. Call "
+                "backward before detach()"
+            )
 
     @property
     def _changed(self) -> list[int]:
@@ -538,6 +549,11 @@ def _carried(name: str, value: Any, rows: Tensor, tokens: int) -> Any:
         flat = value.flatten(2) if value.dim() > 2 else value[..., None]
         return _take_rows(flat, rows).reshape(*rows.shape, *value.shape[2:])
     return value
+
+
+def _recomputes(decoder: nn.Module) -> bool:
+    """Whether backward runs layers again."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def _candidates(inputs: Mapping[str, Any]) -> int:
