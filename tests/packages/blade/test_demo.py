@@ -3,16 +3,21 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import pytest
 import torch
-from hone_blade.config import PROMPTS, Comparison, DemoConfig
+from hone_blade import demo as module
+from hone_blade.config import PROMPTS, BladeConfig, Comparison, DemoConfig
 from hone_blade.demo import DemoReport, _reached, demo
 from hone_blade.evaluate import VARIANTS
+from hone_blade.inputs import find_demo
+from hone_blade.lora import lora_targets, save_blade_lora
 from hone_blade.models import attach
+from hone_core.errors import CheckpointError
 from hone_core.runs import Run, load_results
 from hone_video.grader import grade
 from hone_video.host import Host, load_host, save_host
 from hone_video.host_config import HostConfig
 from hone_video.prompts import parse_prompt
 from matplotlib.image import imread
+from peft import LoraConfig
 
 TINY = HostConfig(
     frames=4,
@@ -52,10 +57,51 @@ def test_demo_leaves_a_video_a_sheet_and_rows(tmp_path):
     text = str(report)
     assert "not expected to be faster" in text
     assert "2 clips" in text
+    assert "no distilled student is packaged" in text
     assert str(report.video) in text
     with start(cfg, tmp_path / "run") as again:
         assert again.done
         assert DemoReport.of(again) == report
+
+
+def test_a_student_is_drawn_beside_its_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TEACHER_STEPS", 3)
+    made = Host.untrained(TINY)
+    torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.1)
+    path = save_host(made, tmp_path / "host.safetensors")
+    host = load_host(path=path)
+    settings = BladeConfig(block=16, max_density=0.5, pool=8, samples=4)
+    adapters = LoraConfig(r=2, lora_alpha=2, target_modules=lora_targets(host.transformer), init_lora_weights=False)
+    host.transformer.add_adapter(adapters, "student")
+    lora = save_blade_lora(host.transformer, tmp_path / "l.safetensors", adapter_name="student", config=settings)
+    cfg = DemoConfig(limit=2, comparison=SMALL, host=path, lora=lora)
+    with start(cfg, tmp_path / "run") as run:
+        report = demo(cfg, run)
+    rows = {(row.variant, row.metric): row.value for row in report.rows if row.split == "distilled"}
+    assert (rows["teacher", "nfe"], rows["student", "nfe"]) == (3, 8)
+    assert rows["teacher", "density"] == 1
+    # Two of four blocks, and a pooled key for eight tokens.
+    assert 0.25 + 1 / 8 <= rows["student", "density"] <= 0.5 + 1 / 8
+    text = str(report)
+    assert "distilled: 8 sparse steps        8" in text
+    assert "no distilled student" not in text
+    assert imread(tmp_path / "run" / "figures" / "distilled.png").shape[0] > 100
+    assert imageio_ffmpeg.count_frames_and_secs(tmp_path / "run" / "artifacts" / "distilled.mp4")[0] == 12
+    assert set(report.variants) == set(VARIANTS)
+
+
+def test_a_missing_student_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="made by hone-blade distill"):
+        find_demo(DemoConfig(lora=tmp_path / "none.safetensors"))
+
+
+def test_the_packaged_student_is_of_the_packaged_host(tmp_path, monkeypatch):
+    there = tmp_path / "lora.safetensors"
+    monkeypatch.setattr("hone_blade.config.PACKAGED_LORA", there)
+    assert DemoConfig().student is None
+    there.touch()
+    assert DemoConfig().student == there
+    assert DemoConfig(host=tmp_path / "host.safetensors").student is None
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,9 @@ def test_a_run_exports_a_student_that_draws(host, tmp_path):
     assert DistillReport.of(run) == report
     with safe_open(report.lora, framework="pt") as file:
         assert json.loads(file.metadata()["hone_blade_config"])["block"] == 16
+    facts = json.loads(report.lora.with_suffix(".json").read_text())
+    assert facts["steps"] == 4
+    assert "digit_accuracy" in facts["result"]
     variants = {row.variant for row in report.rows if row.metric == "accuracy"}
     assert variants == {
         "teacher, its own sampler", "teacher, 3 steps of the rollout", "the same, sparse", "student, sparse",

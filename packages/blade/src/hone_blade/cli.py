@@ -16,17 +16,18 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, and the tiny host that is packaged."""
+    """Versions, devices, presets, and the tiny host and its student that are packaged."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_video.host_config import PACKAGED
 
-    from .config import PRESETS
+    from .config import PACKAGED_LORA, PRESETS
 
     return {
         **installed(PACKAGE, "diffusers"),
         "presets": {name: f"{preset.model}." for name, preset in PRESETS.items()},
         "tiny host": describe_host(PACKAGE, PACKAGED),
+        "distilled tiny host": "packaged" if PACKAGED_LORA.is_file() else "absent",
     }
 
 
@@ -34,7 +35,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": Verb(
         config="hone_blade.config:DemoConfig",
-        prepare="hone_blade.inputs:find_host",
+        prepare="hone_blade.inputs:find_demo",
         run="hone_blade.demo:demo",
         help="Draw moving digits with dense, adaptive, static and random attention: a video, a sheet and a table.",
     ),

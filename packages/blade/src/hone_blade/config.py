@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from hone_video.prompts import parse_prompt
 from hone_video.workloads import WORKLOADS
 
 __all__ = [
+    "PACKAGED_LORA",
     "PRESETS",
     "PROMPTS",
     "TDM_PRESETS",
@@ -56,6 +58,9 @@ _KINDS = {
     str: "a string",
     tuple: "a tuple of whole numbers, such as (0,)",
 }
+
+PACKAGED_LORA = Path(str(files("hone_blade") / "assets" / "lora.safetensors"))
+"""Where the tiny host's distilled student ships, in versions that have one."""
 
 _TILES = {16: (1, 4, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
 
@@ -393,6 +398,9 @@ class DemoConfig:
     """Density and recall are measured on every so-many-th denoising step."""
     host: Path | None = None
     """A host.safetensors made by train-host (default: the packaged one)."""
+    lora: Path | None = None
+    """A lora.safetensors made by distill, drawn in few steps beside its teacher in many (default: the packaged one, if
+    there is one, and no other host is given)."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -400,6 +408,13 @@ class DemoConfig:
         _at_least_one(self, "limit")
         for prompt in self.prompts:
             parse_prompt(prompt)
+
+    @property
+    def student(self) -> Path | None:
+        """The distilled student; None if there is none."""
+        if self.lora is None and self.host is None and PACKAGED_LORA.is_file():
+            return PACKAGED_LORA
+        return self.lora
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

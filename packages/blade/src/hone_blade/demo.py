@@ -1,6 +1,7 @@
 """The demo: the same prompts and noise dense, with BLADE's attention, and with static masks of equal density.
 
-Runs on the packaged tiny host in about a minute on an idle two-core CPU and downloads nothing.
+Where there is a distilled student, also that one in 8 sparse steps without guidance beside its teacher in 50 guided
+dense ones. Runs on the packaged tiny host in about two minutes on an idle two-core CPU and downloads nothing.
 """
 
 from __future__ import annotations
@@ -8,17 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
-from hone_video.host import load_host
+from hone_core.timing import Stopwatch
+from hone_video.grader import grade
+from hone_video.host import Host, load_host
+from hone_video.means import write_mean
 from hone_video.prompts import describe, parse_prompt
 from hone_video.sheets import contact_sheet, describe_clips, write_video
 
 from . import plots
-from .config import DemoConfig
-from .evaluate import Outcome, compare, comparison_table, means, write_rows
+from .config import TDM_PRESETS, DemoConfig
+from .distill import rollout_clips, student_host
+from .evaluate import Outcome, attention_gflop, compare, comparison_table, means, write_rows
+from .models import attach
 
 __all__ = ["DemoReport", "demo"]
 
@@ -26,6 +33,15 @@ NOTE = (
     "On a CPU and at this size (1,024 tokens) sparse attention is not expected to be faster: attention is a small\n"
     "part of the network, and the CPU backend is the reference, which computes every pair and masks it. What a\n"
     "block-sparse kernel leaves out shows in the last column; times at real sizes come from `hone-blade bench`."
+)
+
+TEACHER_STEPS = 50
+SPLIT = "distilled"
+"""Split of the rows of teacher and student."""
+
+NO_STUDENT = (
+    "Few steps are not shown: no distilled student is packaged for this host. `hone-blade distill` makes one; pass\n"
+    "its lora.safetensors with --lora."
 )
 
 
@@ -63,6 +79,8 @@ class DemoReport(Report):
             [
                 comparison_table(self.variants, self.clips),
                 NOTE,
+                "",
+                *_student_lines(self),
                 "",
                 f"video          {self.video}",
                 f"contact sheet  {self.sheet}",
@@ -105,7 +123,68 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     report = DemoReport.of(run)
     contact_sheet(clips, prompts, captions, report.sheet, looks=plots.LOOKS, title=title)
     write_video(clips, prompts, report.video, looks=plots.LOOKS, title=title)
-    return report
+    if cfg.student is not None:
+        _distilled(cfg, cfg.student, host, labels, run)
+    return DemoReport.of(run)
+
+
+def _distilled(cfg: DemoConfig, student: Path, host: Host, labels: torch.Tensor, run: Run) -> None:
+    """Draw with the teacher in many steps and with the student in few, and write their rows and pictures."""
+    tdm, count, seed = TDM_PRESETS["tiny"].config, len(labels), cfg.comparison.seed
+    text, noise = host.encode_labels(labels), host.noise(count, seed)
+    host.sample(text, noise, steps=1)  # warm
+    with Stopwatch(host.device) as many:
+        clips = {"teacher": host.sample(text, noise, steps=TEACHER_STEPS).cpu()}
+    settings = student_host(host, student)
+    with attach(host.transformer, settings) as handle:
+        with handle.record() as stats:
+            rollout_clips(host, labels[:1], tdm, seed=seed)
+        with Stopwatch(host.device) as few:
+            clips["student"] = rollout_clips(host, labels, tdm, seed=seed, batch=count)
+    host.transformer.delete_adapters("student")
+    density = torch.stack([row.stats.density.mean() + row.stats.pooled for row in stats]).mean().item()
+    costs = {
+        "teacher": (many.seconds, host.evaluations(steps=TEACHER_STEPS), 1.0, None),
+        "student": (few.seconds, [1] * tdm.student_steps, density, settings),
+    }
+    captions = {}
+    for name, (seconds, calls, share, attention) in costs.items():
+        where: dict[str, Any] = {"variant": name, "split": SPLIT}
+        gflop = attention_gflop(host, attention, density=share, evaluations=calls)
+        run.row("nfe", sum(calls), better="lower", **where)
+        run.row("seconds", seconds / count, unit="s", better="lower", n=count, **where)
+        run.row("density", share, better="lower", **where)
+        run.row("attention_gflop", gflop, unit="GFLOP", better="lower", **where)
+        grades = grade(host.classifier, clips[name], labels)
+        for task in ("accuracy", "digit", "direction", "color", "speed"):
+            write_mean(run, task if task == "accuracy" else f"{task}_accuracy", grades[task], **where)
+        captions[name] = describe_clips(host.classifier, clips[name], grades["accuracy"])
+    prompts = [describe(row) for row in labels]
+    looks = {
+        name: (f"{plots.LOOKS[name][0]}: {sum(calls)} network calls, {seconds / count:.2f} s", plots.LOOKS[name][1])
+        for name, (seconds, calls, _, _) in costs.items()
+    }
+    title = "same prompts; the student was distilled from the teacher without any video"
+    contact_sheet(clips, prompts, captions, run.figures / "distilled.png", looks=looks, title=title, frames=4)
+    write_video(clips, prompts, run.artifacts / "distilled.mp4", looks=plots.LOOKS, title="")
+
+
+def _student_lines(report: DemoReport) -> list[str]:
+    cells: dict[str, dict[str, float]] = {}
+    for row in report.rows:
+        if row.split == SPLIT:
+            cells.setdefault(row.variant, {})[row.metric] = row.value
+    if not cells:
+        return [NO_STUDENT]
+    lines = [f"{'':<28} {'calls':>5} {'s/clip':>7} {'density':>7} {'digit':>6} {'direction':>9} {'attn GFLOP':>10}"]
+    for name, values in cells.items():
+        digit, direction = (f"{values[f'{task}_accuracy']:.0%}" for task in ("digit", "direction"))
+        lines.append(
+            f"{plots.LOOKS[name][0]:<28} {values['nfe']:>5.0f} {values['seconds']:>7.2f} {values['density']:>7.3f} "
+            f"{digit:>6} {direction:>9} {values['attention_gflop']:>10.1f}"
+        )
+    folder = report.path
+    return [*lines, f"clips          {folder / 'artifacts' / 'distilled.mp4'}, {folder / 'figures' / 'distilled.png'}"]
 
 
 def _reached(outcomes: Mapping[str, Outcome], asked: float) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
+from hone_core.environment import environment
+from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run
 from hone_core.training import Training
 from hone_video.clips import random_labels
@@ -284,7 +286,7 @@ class DistillReport(Report):
 
 
 def distill(cfg: DistillConfig, run: Run) -> DistillReport:
-    """Distil the tiny host, export the student, and grade it as stored beside its teacher.
+    """Distil the tiny host, export the student with a sidecar of how it was made, and grade it as stored.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.
 
@@ -303,6 +305,10 @@ def distill(cfg: DistillConfig, run: Run) -> DistillReport:
     run.row("seconds", distillation.training.elapsed(), unit="s", better="lower", variant="training")
     file = distillation.export(run.artifacts / LORA)
     _grade(cfg, run, file, device)
+    student = {row.metric: round(row.value, 4) for row in run.rows if row.variant.startswith("student")}
+    training = distillation.training
+    facts = {"command": run.command, "seed": cfg.seed, "steps": training.step, "seconds": round(training.elapsed(), 1)}
+    atomic_write_json(file.with_suffix(".json"), {**facts, "result": student, "environment": environment()})
     return DistillReport.of(run)
 
 

@@ -244,12 +244,14 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
 
 
 def means(run: Any) -> tuple[dict[str, dict[str, float]], int]:
-    """Return variant -> metric -> value of a run's rows, and the number of clips per variant.
+    """Return variant -> metric -> value of a run's rows that are of no split, and the number of clips per variant.
 
     The ends of an interval are there as ``<metric>_low`` and ``<metric>_high``.
     """
     variants: dict[str, dict[str, float]] = {}
     for row in run.rows:
+        if row.split:
+            continue
         values = variants.setdefault(row.variant, {})
         values[row.metric] = row.value
         if row.interval is not None:

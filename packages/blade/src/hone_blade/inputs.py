@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from hone_core.errors import CheckpointError
 from hone_core.hosts import open_host
 from hone_video.host_config import PACKAGE, HostConfig
 
 from .config import DemoConfig, DistillConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
 
-__all__ = ["find_host", "find_init", "find_inspected", "find_video_inputs"]
+__all__ = ["find_demo", "find_host", "find_init", "find_inspected", "find_video_inputs"]
 
 Hosted = TypeVar("Hosted", DemoConfig, DistillConfig, EvalConfig, InspectConfig, ReproduceConfig)
 
@@ -24,6 +25,20 @@ def find_host(cfg: Hosted) -> Hosted:
         CheckpointError: It is not there, or is none of this package.
     """
     return cfg if cfg.host is None else replace(cfg, host=_checkpoint(cfg.host))
+
+
+def find_demo(cfg: DemoConfig) -> DemoConfig:
+    """Likewise, and with its student.
+
+    Raises:
+        CheckpointError: One of them is not there.
+    """
+    cfg = find_host(cfg)
+    if cfg.lora is None:
+        return cfg
+    if not cfg.lora.is_file():
+        raise CheckpointError(f"{cfg.lora} does not exist; expected a lora.safetensors made by hone-blade distill")
+    return replace(cfg, lora=Path(os.path.abspath(cfg.lora)))
 
 
 def find_init(cfg: TrainConfig) -> TrainConfig:

@@ -14,6 +14,7 @@ __all__ = ["INK", "LOOKS", "accuracy_chart", "arms_chart"]
 COLORS = {"dense": GREY, "asa": BLUE, "asa_g": GREEN, "window": RED, "random": PINK}
 TITLES = {"dense": "dense", "asa": "ASA", "asa_g": "ASA_G", "window": "window", "random": "random"}
 LOOKS = {name: (title, COLORS[name]) for name, title in TITLES.items()}
+LOOKS |= {"teacher": ("50 guided dense steps", GREY), "student": ("distilled: 8 sparse steps", GREEN)}
 """Title and colour of each variant's column."""
 
 
