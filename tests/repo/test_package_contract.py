@@ -36,6 +36,7 @@ SMALLEST_DEMO = {
     "hone-knockout": ("--limit", "8"),
     "hone-rstitch": ("--limit", "6", "--taus", "0.03"),
     "hone-zipr1": ("--limit", "6", "--ps", "0.8"),
+    "hone-zpressor": ("--limit", "1", "--views", "8", "--targets", "1", "--frames", "2"),
 }
 ATTACHABLE = {
     "hone-blade": "transformer",
@@ -43,16 +44,23 @@ ATTACHABLE = {
     "hone-knockout": "model",
     "hone-rstitch": "large",
     "hone-zipr1": "model",
+    "hone-zpressor": "host",
 }
 """Attribute of a package's ``Host`` that ``attach`` takes."""
 PARTNERS = {"hone-rstitch": ("small",)}
 """Attributes of it that ``attach`` takes by name."""
 
 
-NO_HOST_YET = {"hone-fpsattention": "hone_video.host:load_host", "hone-zipr1": "hone_zipr1.host:build_host"}
+NO_HOST_YET = {
+    "hone-fpsattention": "hone_video.host:load_host",
+    "hone-zipr1": "hone_zipr1.host:build_host",
+    "hone-zpressor": "hone_zpressor.host:build_tiny",
+}
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
 NO_VERB_YET = {"hone-zipr1": ("bench", "reproduce")}
 """Verbs that are still missing in a package in progress, whose README says so."""
+NO_DEMO_YET = ("hone-zpressor",)
+"""Packages whose demo waits for its trained host to be measured."""
 
 
 def load(name):
@@ -102,7 +110,7 @@ def test_readme_has_its_sections_in_order_a_picture_and_its_tables(package):
         return
     assert "![" in text
     results = ROOT / "results" / package.folder.name
-    assert {"demo"} <= tables._specs(results).keys()
+    assert ("demo" in tables._specs(results)) == (package.name not in NO_DEMO_YET)
 
 
 def test_verbs_are_a_table(package, verbs, with_config):
@@ -188,6 +196,9 @@ def test_a_demo_run_again_prints_the_same_and_runs_nothing(package, tmp_path, mo
     folder = tmp_path / "run"
     main = load(f"{package.module}.cli:main")
     argv = [package.name, "demo", *SMALLEST_DEMO[package.name], "--out", str(folder), "--device", "cpu", "--quiet"]
+    if package.name == "hone-zpressor":
+        # Until its host is trained: what is tested is that the demo repeats itself.
+        argv += ["--host", str(load("hone_zpressor.host:save_untrained")(tmp_path / "host.safetensors"))]
     monkeypatch.setattr(sys, "argv", argv)
 
     if package.name == "hone-zipr1":

@@ -1,0 +1,17 @@
+"""ZPressor: many posed views of a scene, fused into a few, before a feed-forward network makes Gaussians of them.
+
+Anchors are the farthest cameras; every other view's features flow into the nearest anchor's by cross-attention. Paper:
+arXiv 2505.23734.
+"""
+
+from hone_core.lazy import lazy_names as _lazy_names
+
+__getattr__, __dir__, __all__ = _lazy_names(
+    __name__,
+    {
+        "config": ["PRESETS", "ZPressorConfig"],
+        "method": ["ZPressor", "assign", "cluster_views", "farthest_points"],
+        "models": ["ZPressorHandle", "attach", "tiny"],
+    },
+)
+__version__ = "0.1.0"

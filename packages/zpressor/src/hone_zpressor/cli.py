@@ -1,0 +1,58 @@
+"""The verbs of ``hone-zpressor``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hone_core.cli import Verb, run_cli
+
+PACKAGE = "hone-zpressor"
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run_cli(PACKAGE, VERBS, "ZPressor: many posed views fused into a few, before Gaussians are made of them.")
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, presets, and the tiny host that is packaged."""
+    from hone_core.environment import installed
+    from hone_core.hosts import describe_host
+
+    from .config import PRESETS
+
+    return {
+        **installed(PACKAGE, "gsplat"),
+        "presets": {
+            name: f"{preset.config.anchors} anchors, {preset.config.layers} layers, {preset.model}. {preset.provenance}"
+            for name, preset in PRESETS.items()
+        },
+        "tiny host": describe_host(PACKAGE),
+    }
+
+
+def _verb(run: str, config: str, help: str, *, prepare: bool = False) -> Verb:
+    module = run.partition(":")[0]
+    return Verb(
+        run=f"hone_zpressor.{run}",
+        help=help,
+        config=f"hone_zpressor.config:{config}",
+        prepare=f"hone_zpressor.{module}:prepare" if prepare else None,
+    )
+
+
+VERBS: dict[str, Callable[..., Any] | Verb] = {
+    "info": info,
+    "demo": _verb(
+        "demo:demo",
+        "DemoConfig",
+        "Rooms from many views, compressed to a few; pictures, a .ply, a flight.",
+        prepare=True,
+    ),
+    "bench": _verb("bench:bench", "BenchConfig", "Time and memory over the number of views."),
+    "reproduce": _verb(
+        "reproduce:reproduce", "ReproduceConfig", "Put the paper's claims to the test on tiny hosts.", prepare=True
+    ),
+    "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host and its arms on generated rooms."),
+}

@@ -1,0 +1,221 @@
+"""Settings of the method and of every verb; nothing here loads torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hone_core.config import flag
+from hone_core.training import check_budget
+
+__all__ = [
+    "ARMS",
+    "PRESETS",
+    "BenchConfig",
+    "DemoConfig",
+    "HostConfig",
+    "Preset",
+    "ReproduceConfig",
+    "TrainHostConfig",
+    "ZPressorConfig",
+]
+
+ARMS = ("host", "zpressor", "anchors")
+"""Variants of the tiny host: all views; many fused into a few; the same few, without fusion."""
+Selection = Literal["distance", "random"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZPressorConfig:
+    """How many views are left, and how they are made."""
+
+    anchors: int = 6
+    """Views that are left."""
+    fuse: bool = True
+    """Fold the other views in; without it they are dropped, which is the control that matters."""
+    layers: int = 6
+    """Pairs of cross- and self-attention."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the cross-attention; published weights were trained with bfloat16."""
+    selection: Selection = "distance"
+    """How anchors are chosen: farthest points among camera centres, or at random."""
+    seed: int = 0
+    """Of random anchors."""
+
+    def __post_init__(self) -> None:
+        if self.anchors < 2:
+            raise ValueError(f"hosts match views with each other: anchors must be at least 2; got {self.anchors}")
+        if self.layers < 1:
+            raise ValueError(f"layers must be at least 1; got {self.layers}")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Settings with where they come from.
+
+    Attributes:
+        config: The settings.
+        model: What they are for.
+        provenance: Where they stand.
+    """
+
+    config: ZPressorConfig
+    model: str
+    provenance: str
+
+
+PRESETS = {
+    "depthsplat": Preset(ZPressorConfig(), "DepthSplat 256x448", "released config dl3dv.yaml: 6 anchors, 6 layers"),
+    "mvsplat": Preset(ZPressorConfig(), "MVSplat 256x256", "released config re10k.yaml: 6 anchors, 6 layers"),
+    "pixelsplat": Preset(
+        ZPressorConfig(anchors=4), "pixelSplat 256x256", "released config re10k_12_4_view.yaml: 4 anchors, 6 layers"
+    ),
+    "tiny": Preset(
+        ZPressorConfig(layers=2, precision="float32"), "the tiny host 64x64", "ours: the trained host of this package"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture of the tiny host: an MVSplat of the same parts, smaller."""
+
+    channels: tuple[int, int, int] = (24, 32, 64)
+    """Of the feature network."""
+    layers: int = 2
+    """Of the multi-view transformer."""
+    candidates: int = 32
+    """Depths that are compared."""
+    refine_channels: int = 32
+    """Of the U-Net at full resolution."""
+    zpressor: ZPressorConfig = field(default_factory=lambda: PRESETS["tiny"].config)
+    """Of the arm with fusion."""
+    size: int = 64
+    """Side of the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Many generated views compressed to a few, beside the host alone and the anchors alone."""
+
+    host: Path | None = None
+    """A ``host.safetensors`` made by train-host; the packaged one if None."""
+    views: int = 24
+    """Context views."""
+    anchors: int = 6
+    """Views that are left."""
+    rooms: int = field(default=2, metadata=flag("limit"))
+    """Generated rooms, none of them trained on."""
+    targets: int = 4
+    """Views per room that are looked at from, none of them a context view."""
+    frames: int = 24
+    """Of the fly-through."""
+    seed: int = 0
+    """Of the rooms."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.anchors <= self.views or self.views > 40:
+            raise ValueError(f"expected 2 <= anchors <= views <= 40; got {self.anchors} and {self.views}")
+        if min(self.rooms, self.targets) < 1 or self.frames < 2 or self.views + self.targets > 50:
+            raise ValueError("expected at least one room and target, two frames, and at most 50 views with the targets")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainHostConfig:
+    """How the tiny host and its three arms are trained on generated rooms."""
+
+    host: HostConfig = field(default_factory=HostConfig)
+    """Architecture."""
+    base_share: float = 0.5
+    """Share of the steps that the host trains alone; the three arms start from it and share the rest equally."""
+    scenes: int = 4
+    """Rooms per step."""
+    context: int = 12
+    """Views of the arms zpressor and anchors; the host takes as many as there are anchors."""
+    targets: int = 4
+    """Views per room that the loss looks at."""
+    gap: tuple[int, int] = (15, 50)
+    """Frames of the path, of 50, that the context views of a step span, drawn from this range."""
+    lr: float = 4e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 100
+    """Until it is reached, at the start of each stage."""
+    steps: int | None = 8000
+    """Optimiser steps in all; ``minutes`` count if None."""
+    minutes: float = 5.0
+    """Wall clock of the training where steps is None."""
+    graded: int = 32
+    """Rooms, none of them trained on, that the host is graded on."""
+    log_every: int = 50
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints."""
+    seed: int = 0
+    """Of weights and rooms."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if self.steps is None:
+            raise ValueError("the three arms share steps equally, so that steps must be given")
+        if not 0 < self.base_share < 1:
+            raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
+        anchors = self.host.zpressor.anchors
+        if not anchors <= self.context or not self.context <= self.gap[0] <= self.gap[1] <= 50:
+            raise ValueError(f"expected anchors <= context <= gap <= 50; got {anchors}, {self.context} and {self.gap}")
+        if self.targets > 50 - self.context or min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1:
+            raise ValueError("scenes, targets, graded and warmup_steps must be positive, and targets fit into the path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Time and memory of host, host with ZPressor, anchors alone, and the loop form of the same module."""
+
+    model: Literal["tiny", "mvsplat"] = "tiny"
+    """``tiny``: the tiny host's architecture. ``mvsplat``: the published one, with random weights."""
+    size: tuple[int, int] | None = None
+    """Height and width of the pictures; the model's own if None."""
+    views: tuple[int, ...] = (6, 12)
+    """Context views."""
+    anchors: int = 6
+    """Views that are left."""
+    host_views: int = 12
+    """Most views that the host alone is given."""
+    rounds: int = 5
+    """Turns that each variant gets after two that warm up."""
+    seed: int = 0
+    """Of weights and rooms."""
+
+    def __post_init__(self) -> None:
+        if not self.views or min(self.views) < self.anchors or self.anchors < 2 or self.rounds < 1:
+            raise ValueError("expected at least one round and 2 <= anchors <= each number of views")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The paper's claims on tiny hosts: fusion against anchors alone, and against the host with all views."""
+
+    hosts: tuple[Path, ...] = ()
+    """Files made by train-host, of several seeds; the packaged one if empty."""
+    rooms: int = field(default=48, metadata=flag("limit"))
+    """Generated rooms per host, none of them trained on."""
+    views: tuple[int, ...] = (6, 12, 24, 36)
+    """Context views."""
+    judged: tuple[int, ...] = (24, 36)
+    """Of them, those at which the claims are judged."""
+    anchor_counts: tuple[int, ...] = (3, 6, 9, 12)
+    """Anchors of the sweep over their number, at 24 views."""
+    targets: int = 8
+    """Views per room that are looked at from."""
+    seed: int = 0
+    """Of the rooms."""
+
+    def __post_init__(self) -> None:
+        if self.rooms < 2 or self.targets < 1 or not set(self.judged) <= set(self.views) or not self.judged:
+            raise ValueError("expected at least two rooms, a target, and judged views that are among views")
+        if min(self.views) < 6 or max(self.views) + self.targets > 50:
+            raise ValueError(f"expected from 6 views to 50 with the targets; got {self.views}")
+        if self.anchor_counts and not 2 <= min(self.anchor_counts) <= max(self.anchor_counts) <= 24:
+            raise ValueError(f"anchor_counts must lie in 2..24; got {self.anchor_counts}")
+        if len(set(self.hosts)) < len(self.hosts):
+            raise ValueError("hosts: one is named twice")

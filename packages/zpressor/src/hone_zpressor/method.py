@@ -1,0 +1,263 @@
+"""ZPressor (arXiv 2505.23734): many views of a scene, fused into a few anchors.
+
+Anchors are the farthest points among camera centres. Every other view supports the anchor that stands nearest to it,
+and its features flow into that anchor's by cross-attention; what follows in the host sees anchors only. All functions
+take batches whose scenes may have different numbers of views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+__all__ = ["Clusters", "Precision", "ZPressor", "assign", "cluster_views", "farthest_points", "information_loss"]
+
+Precision = Literal["bfloat16", "float32"]
+"""Of the cross-attention's queries, keys and values; published weights were trained with bfloat16."""
+
+
+# Sec. 2.2 of the release's zpressor.py: anchors -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def farthest_points(
+    centres: Float[Tensor, "batch view 3"], count: int, present: Bool[Tensor, "batch view"] | None = None
+) -> Int[Tensor, "batch anchor"]:
+    """Numbers of the anchors, in the order in which they are chosen: the first is the farthest from the mean.
+
+    Ties go to the lower number, on every device.
+
+    Args:
+        centres: Camera centres.
+        count: Anchors per scene.
+        present: Views that exist; all if None.
+
+    Raises:
+        ValueError: A scene has fewer views than that.
+
+    Differs: the release returns a view twice where ``count`` is larger than the number of views, or where all that are
+    left stand on anchors; here each is taken once.
+    """
+    batch, views = centres.shape[:2]
+    present = torch.ones(batch, views, dtype=torch.bool, device=centres.device) if present is None else present
+    if count < 1 or int(present.sum(1).min()) < count:
+        raise ValueError(f"each scene needs at least {count} views for {count} anchors; got {present.sum(1).tolist()}")
+    weight = present[..., None].to(centres)
+    mean = (centres * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+    rows = torch.arange(batch, device=centres.device)
+    free = present.clone()
+    current = _first_largest((centres - mean).square().sum(-1), free)
+    nearest = torch.full((batch, views), torch.inf, dtype=centres.dtype, device=centres.device)
+    chosen = []
+    for _ in range(count):
+        chosen.append(current)
+        free[rows, current] = False
+        distance = (centres - centres[rows, current, None]).square().sum(-1)
+        nearest = torch.minimum(nearest, distance)
+        current = _first_largest(nearest, free)
+    return torch.stack(chosen, 1)
+
+
+def _first_largest(value: Tensor, free: Tensor) -> Tensor:
+    value = value.masked_fill(~free, -1)
+    places = torch.arange(value.shape[1], device=value.device)
+    return torch.where(value == value.amax(1, keepdim=True), places, value.shape[1] - 1).amin(1)
+
+
+@torch.no_grad()
+def assign(centres: Float[Tensor, "batch view 3"], anchors: Int[Tensor, "batch anchor"]) -> Int[Tensor, "batch view"]:
+    """Which anchor, counted in their order, stands nearest to each view; the first of equals."""
+    rows = torch.arange(len(centres), device=centres.device)[:, None]
+    distance = (centres[:, :, None] - centres[rows, anchors][:, None]).square().sum(-1)
+    places = torch.arange(anchors.shape[1], device=centres.device)
+    least = distance == distance.amin(-1, keepdim=True)
+    return torch.where(least, places, anchors.shape[1] - 1).amin(-1)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Anchors of a batch of scenes and the views that support them.
+
+    Attributes:
+        anchors: ``[B, N]``, numbers of views.
+        support: ``[B * N, S]``, numbers of views among all ``B * V``, padded by 0.
+        real: ``[B * N, S]``, whether an entry of ``support`` is one.
+    """
+
+    anchors: Tensor
+    support: Tensor
+    real: Tensor
+
+
+def cluster_views(
+    centres: Float[Tensor, "batch view 3"],
+    anchors: Int[Tensor, "batch anchor"],
+    present: Bool[Tensor, "batch view"] | None = None,
+) -> Clusters:
+    """The support of every anchor, as one padded list per (scene, anchor) pair.
+
+    Args:
+        centres: Camera centres.
+        anchors: Of each scene.
+        present: Views that exist; all if None.
+    """
+    batch, views = centres.shape[:2]
+    count = anchors.shape[1]
+    rows = torch.arange(batch, device=centres.device)[:, None]
+    nearest = assign(centres, anchors)
+    # An anchor is no support of itself; one that shares its place with an earlier one supports that.
+    own = torch.full((batch, views), -1, device=centres.device)
+    own[rows, anchors] = torch.arange(count, device=centres.device).expand(batch, -1)
+    supports = nearest != own
+    if present is not None:
+        supports &= present
+    member = (nearest[:, None] == torch.arange(count, device=centres.device)[:, None]) & supports[:, None]
+    member = member.flatten(0, 1)  # [B * N, V]
+    longest = int(member.sum(1).max())
+    order = member.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    real = member.gather(1, order)
+    first = torch.arange(batch, device=centres.device).repeat_interleave(count)[:, None] * views
+    return Clusters(anchors, torch.where(real, order + first, 0), real)
+
+
+# The module -----------------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """An anchor reads its support: one head over all tokens of all its views, and a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.projq = nn.Linear(channels, channels, bias=False)
+        self.proj_kv = nn.Linear(channels, 2 * channels, bias=False)
+        self.proj = nn.Linear(channels, channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+
+    def forward(
+        self,
+        anchor: Float[Tensor, "pair token channels"],
+        views: Float[Tensor, "view token channels"],
+        clusters: Clusters,
+        precision: Precision,
+    ) -> Float[Tensor, "pair token channels"]:
+        """Every (scene, anchor) pair at once.
+
+        Args:
+            anchor: Tokens of each anchor.
+            views: Raw tokens of all views; keys and values are made once per view, which supports one anchor at most.
+            clusters: Who supports whom.
+            precision: Of the attention.
+        """
+        tokens = anchor.shape[1]
+        width = clusters.support.shape[1]
+        if width == 0:
+            return anchor
+        query = self.projq(self.norm1(anchor))
+        key_value = self.proj_kv(self.norm2(views))[clusters.support]  # [pairs, S, T, 2 C]
+        key, value = key_value.flatten(1, 2).chunk(2, -1)
+        kind = torch.bfloat16 if precision == "bfloat16" else anchor.dtype
+        # A pair without support attends to padding, and drops what it found.
+        some = clusters.real.any(1)
+        mask = None
+        if not bool(clusters.real.all()):
+            seen = clusters.real | ~some[:, None]
+            mask = seen.repeat_interleave(tokens, 1)[:, None, None].expand(-1, -1, tokens, -1)
+        found = F.scaled_dot_product_attention(
+            *(part.to(kind)[:, None] for part in (query, key, value)), attn_mask=mask
+        )
+        return torch.where(some[:, None, None], anchor + self.proj(found[:, 0].to(anchor.dtype)), anchor)
+
+
+class Mlp(nn.Module):
+    """Two layers with a norm before."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class SelfAttention(nn.Module):
+    """Attention within each anchor, without a projection of its output, and an MLP."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.mlp = Mlp(channels)
+
+    def forward(self, x: Float[Tensor, "pair token channels"]) -> Float[Tensor, "pair token channels"]:
+        query, key, value = self.to_qkv(self.norm(x))[:, None].chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(query, key, value)[:, 0]
+        return x + self.mlp(x)
+
+
+class ZPressor(nn.Module):
+    """Features of the anchors, with those of their support folded in.
+
+    Each layer reads the support's raw features, never updated ones; layers of self-attention see one anchor each. Keys
+    are the published ones.
+
+    Args:
+        channels: Of the features.
+        layers: Pairs of cross- and self-attention.
+    """
+
+    def __init__(self, channels: int = 128, layers: int = 6) -> None:
+        super().__init__()
+        # One list per feature level in the release; its hosts have one level.
+        self.self_attn_layers = nn.ModuleList([nn.ModuleList(SelfAttention(channels) for _ in range(layers))])
+        self.cross_attn_layers = nn.ModuleList([nn.ModuleList(CrossAttention(channels) for _ in range(layers))])
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch view channels height width"],
+        clusters: Clusters,
+        precision: Precision = "bfloat16",
+    ) -> Float[Tensor, "batch anchor channels height width"]:
+        """Fuse.
+
+        Args:
+            features: Of all views.
+            clusters: See ``cluster_views``.
+            precision: Of the cross-attention.
+        """
+        batch, _, _, height, width = features.shape
+        views = features.flatten(0, 1).flatten(2).mT
+        first = torch.arange(batch, device=features.device)[:, None] * features.shape[1]
+        fused = self.fuse(views[(clusters.anchors + first).flatten()], views, clusters, precision)
+        return fused.mT.unflatten(-1, (height, width)).unflatten(0, (batch, -1))
+
+    def fuse(
+        self,
+        anchor: Float[Tensor, "pair token channels"],
+        views: Float[Tensor, "view token channels"],
+        clusters: Clusters,
+        precision: Precision,
+    ) -> Float[Tensor, "pair token channels"]:
+        """The layers, on tokens of the anchors and of all views."""
+        layers = zip(self.cross_attn_layers[0], self.self_attn_layers[0], strict=True)
+        for cross, within in layers:
+            anchor = within(cross(anchor, views, clusters, precision))
+        return anchor
+
+
+def information_loss(features: Float[Tensor, "batch anchor channels height width"]) -> Float[Tensor, ""]:
+    """Bits by which each view's feature maps, taken as Gaussians over pixels, differ from the standard normal.
+
+    Source: the release's loss_ib.py, weight 1e-5 in its configs.
+    """
+    mean = features.mean((-2, -1))
+    variance = features.var((-2, -1), correction=0) + 1e-8
+    divergence = -0.5 * (1 + variance.log() - mean.square() - variance).sum(-1)
+    return divergence.mean() / torch.log(divergence.new_tensor(2.0))

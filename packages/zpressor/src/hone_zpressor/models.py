@@ -1,0 +1,136 @@
+"""How ZPressor enters host networks: a compressor between a host's features and everything that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from hone_core.handles import CallState, Handle, resolve
+from hone_splat.views import Views
+from torch import Tensor, nn
+
+from .config import PRESETS, HostConfig, ZPressorConfig
+from .method import ZPressor, cluster_views, farthest_points
+
+__all__ = ["Host", "ViewCompressor", "ZPressorHandle", "attach", "tiny"]
+
+
+class Host(Protocol):
+    """A network that a compressor can stand in, such as hone_splat's MVSplat."""
+
+    @property
+    def channels(self) -> int:
+        """Of the features that the compressor gets."""
+
+    @property
+    def join(self) -> Any:
+        """Module whose attribute ``zipmatch`` is the compressor, or None."""
+
+
+class ViewCompressor(ZPressor):
+    """ZPressor with its settings, as it stands in a host.
+
+    Args:
+        config: How many anchors, and how they are made.
+        channels: Of the host's features.
+    """
+
+    def __init__(self, config: ZPressorConfig, channels: int) -> None:
+        super().__init__(channels, config.layers if config.fuse else 0)
+        self.config = config
+        self.state: CallState[None] = CallState()
+
+    def forward(self, features: Tensor, views: Views) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
+        """Features ``[B, N, C, h, w]`` and numbers ``[B, N]`` of the anchors; None while disabled.
+
+        Where there are no more views than anchors, each view is one, and only self-attention is applied: the weights of
+        the host expect it.
+
+        Raises:
+            ValueError: A scene of a batch has fewer views than there are anchors, and others have more.
+        """
+        if self.state.disabled:
+            return None
+        centres = views.cam_to_world[..., :3, 3]
+        anchors = self.choose(centres, views.present)
+        clusters = cluster_views(centres, anchors, views.present)
+        if self.config.fuse:
+            return super().forward(features, clusters, self.config.precision), anchors
+        rows = torch.arange(len(anchors), device=anchors.device)[:, None]
+        return features[rows, anchors], anchors
+
+    def choose(self, centres: Tensor, present: Tensor | None) -> Tensor:
+        """Numbers of the anchors, ``[B, N]``."""
+        count = min(self.config.anchors, centres.shape[1])
+        if self.config.selection == "distance":
+            return farthest_points(centres, count, present)
+        present = torch.ones_like(centres[..., 0], dtype=torch.bool) if present is None else present
+        if int(present.sum(1).min()) < count:
+            raise ValueError(f"each scene needs at least {count} views; got {present.sum(1).tolist()}")
+        generator = torch.Generator().manual_seed(self.config.seed)
+        drawn = torch.rand(centres.shape[:2], generator=generator).to(centres.device).masked_fill(~present, 2.0)
+        return drawn.argsort(1)[:, :count]
+
+
+class ZPressorHandle(Handle[ZPressorConfig]):
+    """ZPressor on a host.
+
+    Attributes:
+        compressor: The module, whose weights may be loaded or trained.
+    """
+
+    def __init__(self, host: Any, compressor: ViewCompressor) -> None:
+        super().__init__(compressor.config, [host])
+        self.compressor = compressor
+
+    @property
+    def attached(self) -> bool:
+        """Whether the host compresses its views."""
+        return self.models[0].join.zipmatch is self.compressor
+
+    def detach(self) -> None:
+        """Let the host see all views again."""
+        if self.attached:
+            self.models[0].join.zipmatch = None
+
+    def _states(self) -> Iterable[CallState[Any]]:
+        return [self.compressor.state]
+
+
+def attach(
+    host: Any, config: str | ZPressorConfig = "mvsplat", *, weights: Mapping[str, Tensor] | None = None
+) -> ZPressorHandle:
+    """Put a compressor into a host.
+
+    Args:
+        host: A ``Host``.
+        config: A preset's name, or settings.
+        weights: State of the compressor; its initial values if None, which are no identity.
+
+    Raises:
+        ValueError: There is no such preset, the host has a compressor, or the weights are of another shape.
+        TypeError: The host has no place for one.
+    """
+    config = resolve(config, PRESETS, ZPressorConfig)
+    join = getattr(host, "join", None)
+    if not isinstance(host, nn.Module) or join is None or not hasattr(join, "zipmatch"):
+        raise TypeError(f"{type(host).__name__} has no place for a compressor; expected one of hone_splat's hosts")
+    if join.zipmatch is not None:
+        raise ValueError("the host has a compressor already: detach() its handle first")
+    compressor = ViewCompressor(config, host.channels)
+    if weights is not None:
+        try:
+            compressor.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"these weights are of no ZPressor of {config.layers} layers: {error}") from error
+    parameter = next(host.parameters())
+    join.zipmatch = compressor.to(parameter.device, parameter.dtype).train(host.training)
+    return ZPressorHandle(host, compressor)
+
+
+def tiny(cfg: HostConfig | None = None, *, seed: int = 0) -> Any:
+    """A small MVSplat with random weights; the global generator is left as it was."""
+    from .host import build_host
+
+    return build_host(cfg or HostConfig(), seed=seed)

@@ -1,0 +1,267 @@
+"""Pictures of Gaussians: tile-based splatting in plain torch, on any device and with gradients, or by gsplat.
+
+The rules are those of the 3DGS rasteriser: perspective projection of each covariance, 0.3 pixels^2 of dilation, front
+to back within each tile, alpha at most 0.999, nothing below 1/255, and an end where 1e-4 of the light is left.
+
+Source: EWA splatting as in "3D Gaussian Splatting" (2023); constants as in gsplat 1.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from hone_core.errors import MissingExtraError
+from jaxtyping import Float
+from torch import Tensor
+
+from .cameras import intrinsics_px
+from .gaussians import Gaussians
+from .harmonics import evaluate_sh
+
+__all__ = ["Picture", "render"]
+
+DILATION = 0.3
+MAX_ALPHA = 0.999
+LEAST_ALPHA = 1 / 255
+LEAST_LIGHT = 1e-4
+DARK = 20.0
+TILE = 4
+"""Side of a tile in pixels: few Gaussians of a per-pixel cloud reach more than four of them."""
+CHUNK = 1 << 26
+"""Tile x Gaussian x pixel values composed at a time, which bounds the memory of one step of the loop."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the cameras see.
+
+    Attributes:
+        image_01: ``[B, V, 3, H, W]``, at least 0; above 1 where Gaussians are.
+        alpha: ``[B, V, H, W]``, covered share of each pixel.
+        depth_z: ``[B, V, H, W]``, mean depth of what covers it, 0 where nothing does.
+    """
+
+    image_01: Tensor
+    alpha: Tensor
+    depth_z: Tensor
+
+
+def render(
+    gaussians: Gaussians,
+    cam_to_world: Float[Tensor, "batch view 4 4"],
+    intrinsics_norm: Float[Tensor, "batch view 3 3"],
+    size: tuple[int, int],
+    *,
+    near: float = 0.2,
+    background: Float[Tensor, " 3"] | None = None,
+    backend: Literal["torch", "gsplat"] = "torch",
+) -> Picture:
+    """Render each scene from each of its cameras.
+
+    Args:
+        gaussians: With a batch axis.
+        cam_to_world: Poses, OpenCV axes.
+        intrinsics_norm: Normalised; the principal point counts.
+        size: Height and width in pixels.
+        near: Least depth of a Gaussian's centre.
+        background: Colour behind everything; black if None.
+        backend: ``gsplat`` needs the extra ``gpu`` and a CUDA device.
+
+    Raises:
+        ValueError: Shapes do not fit.
+        MissingExtraError: gsplat is not installed.
+    """
+    batch, views = cam_to_world.shape[:2]
+    if gaussians.means.ndim != 3 or len(gaussians.means) != batch or intrinsics_norm.shape[:2] != (batch, views):
+        raise ValueError(
+            f"expected Gaussians [B, G] and cameras [B, V] of the same B; got {list(gaussians.means.shape[:-1])}, "
+            f"poses {list(cam_to_world.shape[:2])} and intrinsics {list(intrinsics_norm.shape[:2])}"
+        )
+    inner = intrinsics_px(intrinsics_norm, *size)
+    back = gaussians.means.new_zeros(3) if background is None else background
+    if backend == "gsplat":
+        return _gsplat(gaussians, cam_to_world, inner, size, near, back)
+    image, alpha, depth = _splat(gaussians, cam_to_world, inner, size, near)
+    return Picture(image + (1 - alpha)[:, :, None] * back[:, None, None], alpha, depth / alpha.clamp(min=1e-10))
+
+
+def _splat(
+    gaussians: Gaussians, cam_to_world: Tensor, inner: Tensor, size: tuple[int, int], near: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour, alpha and summed depth of every pixel."""
+    batch, views = cam_to_world.shape[:2]
+    height, width = size
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    values, low, high = _project(gaussians, cam_to_world, inner, size, near)
+    tiles, order = _tile_lists(values[..., 9], low, high, rows, columns)
+    flat = values.flatten(0, -2)
+    pieces, places = [], []
+    # Tiles of like counts are composed together, so that little is padded.
+    counts = torch.bincount(tiles, minlength=batch * views * rows * columns)
+    starts = counts.cumsum(0) - counts
+    by_count = counts.argsort(descending=True)
+    sizes = counts[by_count].tolist()
+    at = 0
+    while at < len(sizes) and sizes[at]:
+        longest = sizes[at]
+        group = by_count[at : at + max(1, CHUNK // (longest * TILE * TILE))]
+        group = group[: _similar(sizes[at : at + len(group)])]
+        pieces.append(_compose(flat, order, starts[group], counts[group], longest, group, rows, columns))
+        places.append(group)
+        at += len(group)
+    canvas = flat.new_zeros(batch * views * rows * columns, TILE * TILE, 5)
+    if pieces:
+        canvas = canvas.index_copy(0, torch.cat(places), torch.cat(pieces))
+    canvas = canvas.view(batch, views, rows, columns, TILE, TILE, 5).permute(0, 1, 6, 2, 4, 3, 5)
+    canvas = canvas.reshape(batch, views, 5, rows * TILE, columns * TILE)[..., :height, :width]
+    return canvas[:, :, :3], canvas[:, :, 3], canvas[:, :, 4]
+
+
+def _similar(sizes: list[int]) -> int:
+    """How many of the sizes, which fall, are at least half of the first."""
+    for index, value in enumerate(sizes):
+        if 2 * value < sizes[0]:
+            return index
+    return len(sizes)
+
+
+def _project(
+    gaussians: Gaussians, cam_to_world: Tensor, inner: Tensor, size: tuple[int, int], near: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each Gaussian as each camera sees it.
+
+    Returns:
+        ``[B, V, G, 10]``: pixel position, inverse covariance (a, b, c), opacity, colour, depth; and the box in pixels,
+        ``[B, V, G, 2]`` from and to, empty for what is not seen.
+    """
+    height, width = size
+    world_to_cam = torch.linalg.inv(cam_to_world)
+    turn = world_to_cam[..., :3, :3]
+    points = gaussians.means[:, None] @ turn.mT + world_to_cam[..., None, :3, 3]
+    depth = points[..., 2]
+    seen = depth > near
+    z = torch.where(seen, depth, torch.ones_like(depth))
+    focal = inner[..., [0, 1], [0, 1]][:, :, None]
+    centre = inner[..., [0, 1], 2][:, :, None]
+    slope = points[..., :2] / z[..., None]
+    position = slope * focal + centre
+    # The linear map is taken no further outside the picture than 30 % of its size, where it would blow up.
+    extent = slope.new_tensor([width, height])
+    slope = slope.clamp(-(centre + 0.3 * extent) / focal, (extent - centre + 0.3 * extent) / focal)
+    zero = torch.zeros_like(z)
+    jacobian = torch.stack(
+        [
+            torch.stack([focal[..., 0] / z, zero, -focal[..., 0] * slope[..., 0] / z], -1),
+            torch.stack([zero, focal[..., 1] / z, -focal[..., 1] * slope[..., 1] / z], -1),
+        ],
+        -2,
+    )
+    linear = jacobian @ turn[:, :, None]
+    spread = linear @ gaussians.covariances[:, None] @ linear.mT
+    xx, xy, yy = spread[..., 0, 0] + DILATION, spread[..., 0, 1], spread[..., 1, 1] + DILATION
+    determinant = xx * yy - xy * xy
+    opacity = gaussians.opacities[:, None].expand_as(depth)
+    seen = seen & (determinant > 0) & (opacity >= LEAST_ALPHA)
+    safe = torch.where(determinant > 0, determinant, torch.ones_like(determinant))
+    centres = cam_to_world[:, :, None, :3, 3]
+    direction = torch.nn.functional.normalize(gaussians.means[:, None] - centres, dim=-1)
+    colour = evaluate_sh(gaussians.sh[:, None], direction)
+    values = torch.cat(
+        [
+            position,
+            torch.stack([yy / safe, -xy / safe, xx / safe, opacity], -1),
+            colour,
+            depth[..., None],
+        ],
+        -1,
+    )
+    with torch.no_grad():
+        # Beyond this many deviations alpha is below 1/255.
+        reach = (2 * (opacity / LEAST_ALPHA).clamp(min=1).log()).sqrt()[..., None]
+        radius = reach * torch.stack([xx, yy], -1).clamp(min=0).sqrt()
+        edge = position.new_tensor([width, height])
+        low = (position - radius).clamp(min=0)
+        high = torch.minimum(position + radius, edge)
+        seen &= (high > low).all(-1) & position.isfinite().all(-1)
+        high = torch.where(seen[..., None], high, low.new_full((), -1.0))
+    return values, low, high
+
+
+@torch.no_grad()
+def _tile_lists(depth: Tensor, low: Tensor, high: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Every (tile, Gaussian) pair, by tile and front to back.
+
+    Returns:
+        Tile of each pair, counted over all views, and the flat index of its Gaussian, both ``[pairs]``.
+    """
+    first = (low / TILE).long().flatten(0, -2)
+    seen = (high[..., 0] > 0).flatten()
+    last = ((high / TILE).ceil().long() - 1).flatten(0, -2)
+    limit = torch.tensor([columns - 1, rows - 1], device=first.device)
+    spans = (torch.minimum(last, limit) - first + 1).clamp(min=0) * seen[:, None]
+    per = spans.prod(-1)
+    index = torch.arange(len(per), device=per.device).repeat_interleave(per)
+    inside = torch.arange(len(index), device=per.device) - (per.cumsum(0) - per)[index]
+    column = first[index, 0] + inside % spans[index, 0]
+    row = first[index, 1] + inside // spans[index, 0]
+    gaussians = depth.shape[-1]
+    tile = (index // gaussians) * (rows * columns) + row * columns + column
+    by_depth = depth.flatten()[index].argsort(dim=0, stable=True)
+    by_tile = tile[by_depth].argsort(dim=0, stable=True)
+    order = by_depth[by_tile]
+    return tile[order], index[order]
+
+
+def _compose(
+    flat: Tensor, order: Tensor, starts: Tensor, counts: Tensor, longest: int, tiles: Tensor, rows: int, columns: int
+) -> Tensor:
+    """Blend each tile's list front to back, ``[tiles, pixels, 5]``."""
+    slot = torch.arange(longest, device=flat.device)
+    used = slot < counts[:, None]
+    member = order[(starts[:, None] + slot).clamp(max=len(order) - 1)]
+    value = flat[member]  # [tiles, longest, 10]
+    within = tiles % (rows * columns)
+    y, x = torch.meshgrid(*(torch.arange(TILE, device=flat.device) + 0.5,) * 2, indexing="ij")
+    pixel_x = (within % columns * TILE)[:, None] + x.flatten()
+    pixel_y = (within // columns * TILE)[:, None] + y.flatten()
+    dx = pixel_x[:, None] - value[..., 0, None]  # [tiles, longest, pixels]
+    dy = pixel_y[:, None] - value[..., 1, None]
+    power = 0.5 * (value[..., 2, None] * dx * dx + value[..., 4, None] * dy * dy) + value[..., 3, None] * dx * dy
+    # Exponents end where nothing is drawn any more: values beyond would be denormal, which a CPU is slow at.
+    alpha = (value[..., 5, None] * torch.exp(-power.clamp(max=DARK))).clamp(max=MAX_ALPHA)
+    alpha = torch.where((alpha >= LEAST_ALPHA) & (power >= 0) & used[..., None], alpha, torch.zeros_like(alpha))
+    log_light = torch.log1p(-alpha)
+    after = log_light.cumsum(1).clamp(min=-DARK)
+    # What lies where less than 1e-4 of the light would be left is not drawn, the Gaussian that crosses it included.
+    weight = torch.where(after.exp() > LEAST_LIGHT, alpha * (after - log_light).exp(), torch.zeros_like(alpha))
+    drawn = torch.cat([value[..., 6:9], torch.ones_like(value[..., :1]), value[..., 9:]], -1)
+    return weight.mT @ drawn
+
+
+def _gsplat(
+    gaussians: Gaussians, cam_to_world: Tensor, inner: Tensor, size: tuple[int, int], near: float, background: Tensor
+) -> Picture:
+    try:
+        from gsplat import rasterization
+    except ImportError as error:
+        raise MissingExtraError("gpu", "hone-splat", "the backend gsplat") from error
+    drawn, alpha, _ = rasterization(
+        gaussians.means,
+        gaussians.quats_wxyz,
+        gaussians.scales,
+        gaussians.opacities,
+        gaussians.sh.mT,
+        torch.linalg.inv(cam_to_world),
+        inner,
+        width=size[1],
+        height=size[0],
+        near_plane=near,
+        sh_degree=gaussians.degree,
+        packed=False,
+        eps2d=DILATION,
+        backgrounds=background.expand(*cam_to_world.shape[:2], 3),
+        render_mode="RGB+ED",
+    )
+    return Picture(drawn[..., :3].movedim(-1, 2), alpha[..., 0], drawn[..., 3])

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from hone_core.errors import CheckpointError
+from hone_splat.files import read_ply
+from hone_zpressor.config import DemoConfig
+from hone_zpressor.data import graded_rooms
+from hone_zpressor.demo import demo, prepare
+from hone_zpressor.grading import draw_targets, grade, with_settings
+from hone_zpressor.host import load_host
+
+
+def test_a_demo_leaves_pictures_a_cloud_and_a_flight(stored, start):
+    cfg = prepare(DemoConfig(host=stored(), views=8, anchors=3, rooms=2, targets=2, frames=2))
+    with start(cfg) as run:
+        report = demo(cfg, run)
+    text = str(report)
+    assert "host alone, 8 views" in text
+    assert "ZPressor, 8 to 3" in text
+    counts = {row.variant.split(",")[0]: row.value for row in run.rows if row.metric == "gaussians"}
+    assert counts == {"host alone": 8 * 1024, "anchors alone": 3 * 1024, "ZPressor": 3 * 1024}
+    assert len(read_ply(report.splat)) == 3 * 1024
+    assert report.video.stat().st_size > 300
+    assert report.sheet.is_file()
+
+
+def test_grades_are_of_each_room(stored):
+    tiny = load_host("zpressor", path=stored())
+    scenes = [graded_rooms([seed], 6, 2, 32) for seed in (0, 1)]
+    both = grade(tiny, [graded_rooms([0, 1], 6, 2, 32)])
+    apart = grade(tiny, scenes)
+    assert torch.allclose(both.psnr, apart.psnr, atol=1e-3)
+    picture, count = draw_targets(with_settings(tiny, anchors=2), scenes[0])
+    assert count == 2 * 1024
+    error = (picture.image_01[0].clamp(0, 1) - scenes[0].targets.image_01[0]).square().flatten(1).mean(1)
+    found = grade(tiny, scenes[:1]).psnr
+    assert torch.allclose(found, (-10 * error.log10()).mean()[None], atol=1e-4)
+
+
+def test_a_missing_host_is_named_before_the_work(tmp_path):
+    with pytest.raises(CheckpointError, match="train-host"):
+        prepare(DemoConfig(host=tmp_path / "host.safetensors"))

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from hone_splat.mvsplat import MVSplat
+from hone_zpressor import ZPressorConfig, attach
+from hone_zpressor.data import graded_rooms
+from hone_zpressor.host import build_arm, build_host
+from hone_zpressor.models import tiny
+
+CONFIG = ZPressorConfig(anchors=3, layers=2, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def host(small):
+    return build_host(small)
+
+
+@pytest.fixture(scope="module")
+def views():
+    return graded_rooms([0, 1], 7, 1, 32).context
+
+
+@torch.no_grad()
+def test_detach_gives_the_host_back_bit_for_bit(host, views):
+    before, keys = host(views), set(host.state_dict())
+    with attach(host, CONFIG) as handle:
+        inside = host(views)
+        assert inside.anchors.shape == (2, 3)
+        assert len(inside.gaussians) == 3 * 32 * 32
+        assert inside.depth.shape == (2, 3, 32, 32)
+        rows = torch.arange(2)[:, None]
+        assert torch.equal(inside.views.cam_to_world, views.cam_to_world[rows, inside.anchors])
+        assert torch.equal(inside.views.image_01, views.image_01[rows, inside.anchors])
+        with handle.disabled():
+            assert torch.equal(host(views).gaussians.means, before.gaussians.means)
+        assert {name for name in host.state_dict() if name not in keys} == {
+            f"backbone.zipmatch.{name}" for name in handle.compressor.state_dict()
+        }
+    after = host(views)
+    assert not handle.attached
+    assert set(host.state_dict()) == keys
+    assert after.anchors is None
+    assert torch.equal(after.depth, before.depth)
+    assert torch.equal(after.gaussians.sh, before.gaussians.sh)
+
+
+@torch.no_grad()
+def test_anchors_alone_are_the_host_on_those_views(host, views):
+    with attach(host, ZPressorConfig(anchors=3, fuse=False)) as handle:
+        assert not list(handle.compressor.parameters())
+        found = host(views)
+    want = host(views.take(found.anchors))
+    assert torch.allclose(found.depth, want.depth, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fusion_reads_the_views_that_are_left_out(host, views):
+    with attach(host, CONFIG):
+        found = host(views)
+        left = next(k for k in range(7) if k not in found.anchors[0].tolist())
+        changed = views.map(lambda part: part.clone())
+        changed.image_01[0, left] = 1 - changed.image_01[0, left]
+        other = host(changed)
+    assert torch.equal(found.anchors, other.anchors)
+    assert not torch.allclose(found.depth[0], other.depth[0], atol=1e-5)
+    assert torch.allclose(found.depth[1], other.depth[1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_more_views_than_anchors(host, views):
+    few = views.map(lambda part: part[:, :3])
+    with attach(host, ZPressorConfig(anchors=6, layers=2)):
+        found = host(few)
+    assert sorted(found.anchors[0].tolist()) == [0, 1, 2]
+
+
+def test_random_anchors_are_a_seed(host, views):
+    settings = [ZPressorConfig(anchors=3, fuse=False, selection="random", seed=seed) for seed in (0, 0, 1)]
+    chosen = []
+    for config in settings:
+        with attach(host, config) as handle:
+            chosen.append(handle.compressor.choose(views.cam_to_world[..., :3, 3], None).tolist())
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert all(len(set(row)) == 3 for row in chosen[2])
+
+
+def test_what_cannot_be_attached_is_named(host):
+    with pytest.raises(TypeError, match="Linear has no place for a compressor"):
+        attach(torch.nn.Linear(2, 2))
+    with attach(host, CONFIG), pytest.raises(ValueError, match="has a compressor already"):
+        attach(host, CONFIG)
+    weights = build_arm_state()
+    with pytest.raises(ValueError, match="of no ZPressor of 3 layers"):
+        attach(host, ZPressorConfig(layers=3), weights=weights)
+    assert host.join.zipmatch is None
+
+
+def build_arm_state():
+    from hone_zpressor.method import ZPressor
+
+    return ZPressor(32, 2).state_dict()
+
+
+def test_mvsplat_with_zpressor_has_the_published_count():
+    with torch.device("meta"):
+        host = MVSplat()
+    attach(host, "mvsplat")
+    assert sum(part.numel() for part in host.parameters()) == 13_441_046
+
+
+@torch.no_grad()
+def test_mvsplat_with_zpressor_equals_the_oracle(hostref, monkeypatch):
+    from hone_splat.views import Views
+
+    torch.manual_seed(0)
+    host = MVSplat().eval()
+    attach(host, ZPressorConfig(anchors=4, precision="float32"))
+    for parameter in host.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn(parameter.shape)
+        elif not parameter.any():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    given = graded_rooms([3], 7, 1, 64).context
+    given = Views(
+        *(getattr(given, n) for n in ("image_01", "cam_to_world", "intrinsics_norm", "near")), 100 * given.near
+    )
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    depth, (means, covariances, _, opacities) = hostref.mvsplat(
+        host.state_dict(), given.image_01[0], given.cam_to_world[0], given.intrinsics_norm[0], given.near[0],
+        given.far[0], N=4,
+    )  # fmt: skip
+    found = host(given)
+    for ours, theirs in (
+        (found.depth[0], depth), (found.gaussians.means[0], means),
+        (found.gaussians.covariances[0], covariances), (found.gaussians.opacities[0], opacities),
+    ):  # fmt: skip
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+def test_tiny_is_a_seed(small):
+    first, again, other = tiny(small), tiny(small), tiny(small, seed=1)
+    name = "backbone.backbone.conv1.weight"
+    assert torch.equal(first.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+    assert build_arm(small, "anchors").handle.config.fuse is False
