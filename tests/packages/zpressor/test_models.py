@@ -3,7 +3,7 @@ import torch
 from hone_splat.mvsplat import MVSplat
 from hone_zpressor import ZPressorConfig, attach
 from hone_zpressor.data import graded_rooms
-from hone_zpressor.host import build_arm, build_host
+from hone_zpressor.host import build_arm
 from hone_zpressor.models import tiny
 
 CONFIG = ZPressorConfig(anchors=3, layers=2, precision="float32")
@@ -11,7 +11,7 @@ CONFIG = ZPressorConfig(anchors=3, layers=2, precision="float32")
 
 @pytest.fixture(scope="module")
 def host(small):
-    return build_host(small)
+    return tiny(small)
 
 
 @pytest.fixture(scope="module")

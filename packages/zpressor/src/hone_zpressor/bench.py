@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .config import PRESETS, BenchConfig, HostConfig
 from .data import graded_rooms
-from .host import build_host
 from .method import Clusters, ZPressor, cluster_views, farthest_points
-from .models import attach
+from .models import attach, tiny
 
 __all__ = ["BenchReport", "bench", "fuse_by_loop"]
 
@@ -66,7 +65,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     device = resolve_device(run.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        host = build_host(HostConfig(), seed=cfg.seed) if cfg.model == "tiny" else MVSplat().eval()
+        host = tiny(HostConfig(), seed=cfg.seed) if cfg.model == "tiny" else MVSplat().eval()
     host.to(device)
     settings = replace(PRESETS[cfg.model].config, anchors=cfg.anchors)
     size = cfg.size or SIZES[cfg.model]

@@ -20,7 +20,7 @@ from hone_splat.videos import write_video
 
 from . import plots
 from .config import DemoConfig
-from .data import graded_rooms
+from .data import Scene, graded_rooms
 from .grading import draw_targets, grade, with_settings
 from .host import load_host
 
@@ -79,7 +79,7 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     }
     seeds = range(100 * cfg.seed, 100 * cfg.seed + cfg.rooms)
     pictures: dict[str, Any] = {}
-    scenes = []
+    scenes: list[Scene] = []
     for name, (arm, settings) in arms.items():
         tiny = load_host(arm, path=cfg.host, device=device)
         if not scenes:
@@ -108,7 +108,7 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
 
 
 @torch.inference_mode()
-def _leave(cfg: DemoConfig, run: Run, tiny: Any, scene: Any) -> None:
+def _leave(cfg: DemoConfig, run: Run, tiny: Any, scene: Scene) -> None:
     """The cloud of a room and a flight along its path."""
     output = tiny.host(scene.context)
     write_ply(output.gaussians[0], run.artifacts / "scene.ply")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from hone_core.hosts import StoredHost, open_host, packaged_host, save_host
-from hone_splat.mvsplat import MVSplat, MVSplatConfig
+from hone_splat.mvsplat import MVSplat
 from torch import nn
 
 from .config import ARMS, HostConfig, ZPressorConfig
-from .models import ZPressorHandle, attach
+from .models import ZPressorHandle, attach, tiny
 
 __all__ = [
     "PACKAGE",
@@ -19,7 +19,6 @@ __all__ = [
     "TinyHost",
     "arm_config",
     "build_arm",
-    "build_host",
     "build_tiny",
     "load_host",
     "open_tiny",
@@ -45,32 +44,6 @@ class TinyHost:
     config: HostConfig
 
 
-def build_host(cfg: HostConfig, *, seed: int = 0) -> MVSplat:
-    """An untrained host; the global generator is left as it was.
-
-    It differs from the published one where that only repeats what its weights were trained with: masks, intrinsics and
-    rotations are the right ones.
-    """
-    settings = MVSplatConfig(
-        channels=cfg.channels,
-        layers=cfg.layers,
-        candidates=cfg.candidates,
-        cost_channels=32,
-        cost_mults=(1, 1),
-        refine_channels=cfg.refine_channels,
-        refine_mults=(1, 1, 1),
-        sh_degree=0,
-        sh_rotation="right",
-        swin_mask="correct",
-        geometry="exact",
-        pixel_colour=True,
-        nearest=4,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MVSplat(settings).eval()
-
-
 def arm_config(cfg: HostConfig, arm: str) -> ZPressorConfig | None:
     """Settings of an arm's compressor."""
     if arm not in ARMS:
@@ -80,7 +53,7 @@ def arm_config(cfg: HostConfig, arm: str) -> ZPressorConfig | None:
 
 def build_arm(cfg: HostConfig, arm: str, *, seed: int = 0) -> TinyHost:
     """An untrained arm; all arms of a seed begin with the same host."""
-    host, config = build_host(cfg, seed=seed), arm_config(cfg, arm)
+    host, config = tiny(cfg, seed=seed), arm_config(cfg, arm)
     if config is None:
         return TinyHost(host, None, cfg)
     with torch.random.fork_rng(devices=[]):

@@ -8,7 +8,7 @@ take batches whose scenes may have different numbers of views.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -168,9 +168,8 @@ class CrossAttention(nn.Module):
         if not bool(clusters.real.all()):
             seen = clusters.real | ~some[:, None]
             mask = seen.repeat_interleave(tokens, 1)[:, None, None].expand(-1, -1, tokens, -1)
-        found = F.scaled_dot_product_attention(
-            *(part.to(kind)[:, None] for part in (query, key, value)), attn_mask=mask
-        )
+        query, key, value = (part.to(kind)[:, None] for part in (query, key, value))
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return torch.where(some[:, None, None], anchor + self.proj(found[:, 0].to(anchor.dtype)), anchor)
 
 
@@ -246,8 +245,9 @@ class ZPressor(nn.Module):
         precision: Precision,
     ) -> Float[Tensor, "pair token channels"]:
         """The layers, on tokens of the anchors and of all views."""
-        layers = zip(self.cross_attn_layers[0], self.self_attn_layers[0], strict=True)
-        for cross, within in layers:
+        cross_layers: Any = self.cross_attn_layers[0]
+        self_layers: Any = self.self_attn_layers[0]
+        for cross, within in zip(cross_layers, self_layers, strict=True):
             anchor = within(cross(anchor, views, clusters, precision))
         return anchor
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from hone_core.handles import CallState, Handle, resolve
+from hone_splat.mvsplat import MVSplat, MVSplatConfig
 from hone_splat.views import Views
 from torch import Tensor, nn
 
@@ -83,16 +84,17 @@ class ZPressorHandle(Handle[ZPressorConfig]):
     def __init__(self, host: Any, compressor: ViewCompressor) -> None:
         super().__init__(compressor.config, [host])
         self.compressor = compressor
+        self._join: Any = host.join
 
     @property
     def attached(self) -> bool:
         """Whether the host compresses its views."""
-        return self.models[0].join.zipmatch is self.compressor
+        return self._join.zipmatch is self.compressor
 
     def detach(self) -> None:
         """Let the host see all views again."""
         if self.attached:
-            self.models[0].join.zipmatch = None
+            self._join.zipmatch = None
 
     def _states(self) -> Iterable[CallState[Any]]:
         return [self.compressor.state]
@@ -118,7 +120,8 @@ def attach(
         raise TypeError(f"{type(host).__name__} has no place for a compressor; expected one of hone_splat's hosts")
     if join.zipmatch is not None:
         raise ValueError("the host has a compressor already: detach() its handle first")
-    compressor = ViewCompressor(config, host.channels)
+    channels: Any = host.channels
+    compressor = ViewCompressor(config, channels)
     if weights is not None:
         try:
             compressor.load_state_dict(weights)
@@ -129,8 +132,28 @@ def attach(
     return ZPressorHandle(host, compressor)
 
 
-def tiny(cfg: HostConfig | None = None, *, seed: int = 0) -> Any:
-    """A small MVSplat with random weights; the global generator is left as it was."""
-    from .host import build_host
+def tiny(cfg: HostConfig | None = None, *, seed: int = 0) -> MVSplat:
+    """A small MVSplat with random weights; the global generator is left as it was.
 
-    return build_host(cfg or HostConfig(), seed=seed)
+    It differs from the published one where that only repeats what its weights were trained with: masks, intrinsics and
+    rotations are the right ones.
+    """
+    cfg = cfg or HostConfig()
+    settings = MVSplatConfig(
+        channels=cfg.channels,
+        layers=cfg.layers,
+        candidates=cfg.candidates,
+        cost_channels=32,
+        cost_mults=(1, 1),
+        refine_channels=cfg.refine_channels,
+        refine_mults=(1, 1, 1),
+        sh_degree=0,
+        sh_rotation="right",
+        swin_mask="correct",
+        geometry="exact",
+        pixel_colour=True,
+        nearest=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MVSplat(settings).eval()

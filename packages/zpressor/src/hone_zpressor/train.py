@@ -43,9 +43,9 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     """
     device = resolve_device(run.device)
     arms = {name: build_arm(cfg.host, "host" if name == "base" else name, seed=cfg.seed) for name in STAGES}
-    for arm in arms.values():
-        arm.host.to(device)
-    optimizers = {
+    for built in arms.values():
+        built.host.to(device)
+    optimizers: dict[str, torch.optim.Optimizer] = {
         name: torch.optim.AdamW(arm.host.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
         for name, arm in arms.items()
     }

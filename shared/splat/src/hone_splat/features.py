@@ -63,12 +63,11 @@ class FeatureNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, channels[0], 7, 2, 3, bias=False)
         self.norm1 = _instance_norm(channels[0])
-        before = channels[0]
-        for index, (width, stride) in enumerate(zip(channels, (1, *strides), strict=True), 1):
-            blocks = nn.Sequential(ResidualBlock(before, width, stride), ResidualBlock(width, width, 1))
-            setattr(self, f"layer{index}", blocks)
-            before = width
-        self.conv2 = nn.Conv2d(before, before, 1)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(ResidualBlock(before, width, stride), ResidualBlock(width, width, 1))
+            for before, width, stride in zip((channels[0], *channels), channels, (1, *strides), strict=False)
+        )
+        self.conv2 = nn.Conv2d(channels[2], channels[2], 1)
 
     def forward(self, x: Float[Tensor, "n 3 height width"]) -> list[Tensor]:
         """Features of normalised pictures, from high to low resolution."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Gaussians:
         """Apply a function, such as indexing or ``to``, to every tensor."""
         return Gaussians(*(function(getattr(self, field.name)) for field in fields(self)))
 
-    def __getitem__(self, index: object) -> Gaussians:
+    def __getitem__(self, index: Any) -> Gaussians:
         return self.map(lambda part: part[index])
 
     def scaled(self, factor: float) -> Gaussians:

@@ -5,7 +5,7 @@ Source: UniMatch's multi-view transformer as MVSplat and DepthSplat train it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +145,8 @@ class MultiViewTransformer(nn.Module):
         others = index.shape[-1]
         wide = mask.repeat(1, 1, others) if swin_mask == "official" else mask.repeat_interleave(others, -1)
         x = x.permute(0, 1, 3, 4, 2)
-        for number, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for number, layer in enumerate(layers):
             shifted = number % 2 == 1
             before = x
             x = layer.self_attn(x, x, None, mask if shifted else None)

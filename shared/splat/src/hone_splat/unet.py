@@ -6,7 +6,7 @@ Source: latent diffusion's U-Net without time steps, as MVSplat (normalisation a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -148,14 +148,16 @@ class UNet(nn.Module):
         """
         if any(side % self.factor for side in x.shape[-2:]):
             raise ValueError(f"sides must be multiples of {self.factor}; got {list(x.shape[-2:])}")
-        x = self.input_blocks[0][0](x)
+        inputs: Any = self.input_blocks
+        outputs: Any = self.output_blocks
+        x = inputs[0][0](x)
         skips = [x]
-        for block in list(self.input_blocks)[1:]:
+        for block in inputs[1:]:
             for part in block:
                 x = part(x, views)
             skips.append(x)
         x = self.middle_block[2](self.middle_block[0](x, views), views)
-        for block in self.output_blocks:
+        for block in outputs:
             x = torch.cat([x, skips.pop()], 1)
             for part in block:
                 x = part(x, views)

@@ -63,8 +63,8 @@ class Views:
     def map(self, function: Callable[[Tensor], Tensor]) -> Views:
         """Apply a function, such as ``to``, to every tensor."""
         present = None if self.present is None else function(self.present)
-        parts = (self.image_01, self.cam_to_world, self.intrinsics_norm, self.near, self.far)
-        return Views(*map(function, parts), present)
+        image, poses, inner = function(self.image_01), function(self.cam_to_world), function(self.intrinsics_norm)
+        return Views(image, poses, inner, function(self.near), function(self.far), present)
 
     def take(self, index: Tensor) -> Views:
         """The views at ``index`` ``[B, N]`` of each scene; they are present."""
