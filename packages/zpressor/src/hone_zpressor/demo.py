@@ -15,7 +15,7 @@ from hone_core.runs import Report, Run
 from hone_splat.cameras import fly_through
 from hone_splat.files import write_ply
 from hone_splat.metrics import psnr
-from hone_splat.render import render
+from hone_splat.rendering import render
 from hone_splat.videos import write_video
 
 from . import plots

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hone_splat.metrics import psnr, ssim
-from hone_splat.render import Picture, render
+from hone_splat.rendering import Picture, render
 from torch import Tensor
 
 from .config import ZPressorConfig

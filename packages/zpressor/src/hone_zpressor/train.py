@@ -14,7 +14,7 @@ from hone_core.devices import resolve_device
 from hone_core.hosts import save_host
 from hone_core.runs import Run
 from hone_core.training import HOST, Training, TrainReport, finish_host
-from hone_splat.render import render
+from hone_splat.rendering import render
 from torch import nn
 
 from .config import ARMS, TrainHostConfig

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "gaussians": ["Gaussians"],
-        "render": ["Picture", "render"],
+        "rendering": ["Picture", "render"],
         "views": ["Views"],
     },
 )
