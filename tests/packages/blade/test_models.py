@@ -306,3 +306,13 @@ def test_statistics(kind):
             run(model, tiny_inputs(kind, **size))
         assert len(rows) == 1
         assert rows[0].stats.recall is None
+
+
+def test_samples_at_different_times_are_of_no_step():
+    model, inputs = tiny("wan"), tiny_inputs("wan", batch=2)
+    inputs["timestep"] = torch.tensor([900, 100])
+    with torch.no_grad(), attach(model, BladeConfig(block=16, samples=8, max_density=0.3, dense_steps=1)) as handle:
+        with pytest.raises(ValueError, match="are at different timesteps, from 100 to 900, and BLADE goes by the"):
+            model(**inputs)
+        handle.begin_step(1)
+        assert model(**inputs)[0].isfinite().all()

@@ -137,6 +137,46 @@ def test_per_token_timesteps_take_the_largest():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("regimes", [(NEAR, FULL), (NEAR, Regime(e4m3=False)), (Regime(window=(1, 1, 1)), NEAR)])
+def test_samples_at_different_noise_levels_have_each_their_regime(kind, regimes):
+    model, args = tiny(kind), list(inputs(kind, batch=4))
+    place = next(i for i, x in enumerate(args) if x.dim() == 1)
+    args[place] = torch.tensor([900.0, 100.0, 950.0, 200.0])
+    settings = config(*regimes, boundaries=(0.5,))
+    with attach(model, settings):
+        alone = [run(model, [x[i : i + 1] for x in args]) for i in range(4)]
+        together = run(model, args)
+        assert_close(together, torch.cat(alone))
+        together.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with attach(model, settings) as handle:
+        torch.cat([run(model, [x[i : i + 1] for x in args]) for i in range(4)]).square().sum().backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-4)
+        # Said beforehand, nothing is read back.
+        handle.begin_step(0, sigma=[0.9, 0.1, 0.95, 0.2])
+        assert_close(run(model, args), together)
+        handle.reset()
+        # All in one regime: as ever.
+        args[place] = torch.tensor([900.0, 950.0, 990.0, 800.0])
+        mixed = run(model, args)
+    with attach(model, settings.constant(0)):
+        assert_close(mixed, run(model, args))
+
+
+@torch.no_grad()
+def test_samples_with_times_per_token_go_by_their_largest():
+    model, (hidden, _, text) = tiny("wan"), inputs("wan", batch=2)
+    tokens = torch.tensor([[900.0], [100.0]]).repeat(1, 3 * 5 * 7)
+    tokens[:, :35] = 0
+    with attach(model, config(NEAR, FULL, boundaries=(0.5,))):
+        together = model(hidden, tokens, text, return_dict=False)[0]
+        alone = [model(hidden[i : i + 1], tokens[i : i + 1], text[i : i + 1], return_dict=False)[0] for i in range(2)]
+    assert_close(together, torch.cat(alone))
+
+
 def test_begin_step_says_the_noise_level():
     model, args = tiny("wan"), inputs("wan", 900.0)
     staged = config(FULL, NEAR, boundaries=(0.5,))
