@@ -178,8 +178,9 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
     Regimes go by the noise level of each forward; what else there is to know says ``hone_video.handle.attach_method``.
 
     Args:
-        model_or_pipeline: A ``WanTransformer3DModel`` or ``CogVideoXTransformer3DModel`` (text-, image- or
-            video-conditioned), or a pipeline that holds one; of a Wan2.2 pipeline both transformers.
+        model_or_pipeline: A ``WanTransformer3DModel``, ``CogVideoXTransformer3DModel`` (text-, image- or
+            video-conditioned) or ``HunyuanVideoTransformer3DModel``, or a pipeline that holds one; of a Wan2.2 pipeline
+            both transformers.
         config: Name in ``PRESETS``, settings, or a calibrated schedule, which must be of this model and, of a pipeline,
             of its scheduler.
 
