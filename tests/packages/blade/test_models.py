@@ -36,13 +36,21 @@ def is_close(actual, expected):
 # At density 1 and without pooled keys BLADE is dense attention.
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["wan", "cogvideox", "hunyuan"])
 @pytest.mark.parametrize("order", ["gilbert", "morton", "tile", "raster"])
 def test_density_one_is_dense(kind, order):
     model, arguments = tiny(kind), tiny_inputs(kind)
     expected = run(model, arguments)
     with attach(model, BladeConfig(block=32, max_density=1.0, min_density=1.0, order=order)):
         close(run(model, arguments), expected)
+
+
+def test_hunyuan_video_changes_and_is_restored():
+    model, arguments = tiny("hunyuan"), tiny_inputs("hunyuan")
+    expected = run(model, arguments)
+    with attach(model, SPARSE):
+        assert not is_close(run(model, arguments), expected)
+    assert torch.equal(run(model, arguments), expected)
 
 
 # What the attention gets: the model's own q, k, v in curve order, text last.
