@@ -36,13 +36,21 @@ def is_close(actual, expected):
 # At density 1 and without pooled keys BLADE is dense attention.
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["wan", "cogvideox", "hunyuan"])
 @pytest.mark.parametrize("order", ["gilbert", "morton", "tile", "raster"])
 def test_density_one_is_dense(kind, order):
     model, arguments = tiny(kind), tiny_inputs(kind)
     expected = run(model, arguments)
     with attach(model, BladeConfig(block=32, max_density=1.0, min_density=1.0, order=order)):
         close(run(model, arguments), expected)
+
+
+def test_hunyuan_video_changes_and_is_restored():
+    model, arguments = tiny("hunyuan"), tiny_inputs("hunyuan")
+    expected = run(model, arguments)
+    with attach(model, SPARSE):
+        assert not is_close(run(model, arguments), expected)
+    assert torch.equal(run(model, arguments), expected)
 
 
 # What the attention gets: the model's own q, k, v in curve order, text last.
@@ -306,3 +314,13 @@ def test_statistics(kind):
             run(model, tiny_inputs(kind, **size))
         assert len(rows) == 1
         assert rows[0].stats.recall is None
+
+
+def test_samples_at_different_times_are_of_no_step():
+    model, inputs = tiny("wan"), tiny_inputs("wan", batch=2)
+    inputs["timestep"] = torch.tensor([900, 100])
+    with torch.no_grad(), attach(model, BladeConfig(block=16, samples=8, max_density=0.3, dense_steps=1)) as handle:
+        with pytest.raises(ValueError, match="are at different timesteps, from 100 to 900, and BLADE goes by the"):
+            model(**inputs)
+        handle.begin_step(1)
+        assert model(**inputs)[0].isfinite().all()

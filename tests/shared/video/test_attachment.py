@@ -18,7 +18,7 @@ from hone_video.handle import SUPPORTED, VideoHandle, attach_method
 from hone_video.orders import inverse_order, token_order
 from torch import nn
 
-KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
+KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox", "hunyuan"])
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,13 @@ def run(model, arguments):
         return model(**arguments, return_dict=False)[0]
 
 
+TEXT = {"wan": 0, "cogvideox": 8, "hunyuan": 5}
+"""Tokens of the text inside self-attention: HunyuanVideo's without its padding."""
+
+
 def blocks(model):
+    if hasattr(model, "single_transformer_blocks"):
+        return [*model.transformer_blocks, *model.single_transformer_blocks]
     return model.blocks if hasattr(model, "blocks") else model.transformer_blocks
 
 
@@ -190,7 +196,7 @@ def test_a_method_that_rotates_gets_tables_in_its_order(kind):
     with attach_method(model, method, VideoHandle):
         close(run(model, arguments), expected)
     cos, sin = method.got
-    text = 8 if kind == "cogvideox" else 0
+    text = TEXT[kind]
     assert cos.shape == sin.shape == (3 * 5 * 7 + text, 16)
     assert bool((cos[105:] == 1).all() & (sin[105:] == 0).all())
 
@@ -221,6 +227,53 @@ def test_a_model_without_rotary_embedding_has_no_tables():
     with attach_method(model, method, VideoHandle):
         run(model, arguments)
     assert method.got is None
+
+
+@pytest.mark.parametrize("order", ["gilbert", "tile"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"guidance_embeds": False},
+        {"image_condition_type": "latent_concat"},
+        {"patch_size": 1, "patch_size_t": 3},
+        {"num_layers": 0, "num_single_layers": 2},
+        {"num_layers": 2, "num_single_layers": 0},
+    ],
+    ids=str,
+)
+def test_hunyuan_variants(config, order):
+    model, arguments = tiny("hunyuan", **config), tiny_inputs("hunyuan")
+    expected = run(model, arguments)
+    with attach(model, Settings(order=order)):
+        close(run(model, arguments), expected)
+    with attach(model, Settings(order=order, run=16)):
+        assert differs(run(model, arguments), expected)
+    assert torch.equal(run(model, arguments), expected)
+
+
+def test_padding_of_a_prompt_is_cut_off():
+    model, arguments = tiny("hunyuan"), tiny_inputs("hunyuan")
+    method = Rotates(SPARSE)
+    with attach_method(model, method, VideoHandle):
+        padded = run(model, arguments)
+        short = {**arguments, "encoder_hidden_states": arguments["encoder_hidden_states"][:, :5]}
+        short["encoder_attention_mask"] = arguments["encoder_attention_mask"][:, :5]
+        close(run(model, short), padded)
+        assert len(method.got[0]) == 105 + 5
+        arguments["encoder_attention_mask"][1, 3:] = 0
+        with pytest.raises(ValueError, match=r"must have equally many tokens, .* has \[5, 3\]. Run prompts one by one"):
+            run(model, arguments)
+
+
+def test_tokens_that_are_treated_by_their_place_keep_it():
+    model = tiny("hunyuan", image_condition_type="token_replace")
+    with pytest.raises(ValueError, match=r"runs orders tokens, but .* \(image_condition_type='token_replace'\)"):
+        attach(model, SPARSE)
+    arguments = tiny_inputs("hunyuan")
+    expected = run(model, arguments)
+    with attach(model, Settings(order="raster")):
+        close(run(model, arguments), expected)
+    assert torch.equal(run(model, arguments), expected)
 
 
 @KINDS
@@ -439,7 +492,8 @@ class OwnProcessor(WanAttnProcessor):
 def test_a_foreign_processor_is_refused_and_nothing_is_attached(kind):
     model, arguments = tiny(kind), tiny_inputs(kind)
     foreign = OwnProcessor() if kind == "wan" else AttnProcessor2_0()
-    blocks(model)[1].attn1.set_processor(foreign)
+    block = blocks(model)[1]
+    (block.attn if kind == "hunyuan" else block.attn1).set_processor(foreign)
     before, hooks = dict(model.attn_processors), hook_count(model)
     with pytest.raises(ValueError, match=f"layer 1 of this .* has the attention processor {type(foreign).__name__}"):
         attach(model, SPARSE)
@@ -591,9 +645,10 @@ def test_own_step_count_holds_in_its_thread():
 
 @KINDS
 def test_dense_layers_and_short_sequences(kind):
-    model, arguments = tiny(kind, num_layers=3), tiny_inputs(kind)
+    # HunyuanVideo: two layers of two streams and one of one.
+    model, arguments = tiny(kind, num_layers=2 if kind == "hunyuan" else 3), tiny_inputs(kind)
     expected = run(model, arguments)
-    tokens = 105 + (8 if kind == "cogvideox" else 0)
+    tokens = 105 + TEXT[kind]
     with attach(model, Settings(run=16, dense_layers=(0, 1, 2))):
         close(run(model, arguments), expected)
     with attach(model, Settings(run=16, min_tokens=tokens + 1)):
@@ -725,7 +780,8 @@ def test_training_after_inference_mode(kind):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@KINDS
+# HunyuanVideo's text has the length of its prompt, which no exported graph knows.
+@pytest.mark.parametrize("kind", ["wan", "cogvideox"])
 def test_export_before_the_first_forward(kind):
     model, arguments = tiny(kind), tiny_inputs(kind, frames=7, height=4, width=6)
     arguments["return_dict"] = False

@@ -44,6 +44,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare="hone_blade.inputs:find_video_inputs",
         run="hone_blade.sample:generate",
         help="Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.",
+        shared=True,
     ),
     "distill": Verb(
         config="hone_blade.config:DistillConfig",

@@ -87,9 +87,9 @@ def attach(model_or_pipeline: Any, preset_or_config: str | BladeConfig) -> Blade
     Steps count where ``dense_steps`` is above 0; what else there is to know says ``hone_video.handle.attach_method``.
 
     Args:
-        model_or_pipeline: A ``WanTransformer3DModel`` or ``CogVideoXTransformer3DModel`` (text-, image- or
-            video-conditioned), or a pipeline that holds one; of a Wan2.2 pipeline both transformers, or a sequence of
-            them, whose steps are counted together.
+        model_or_pipeline: A ``WanTransformer3DModel``, ``CogVideoXTransformer3DModel`` (text-, image- or
+            video-conditioned) or ``HunyuanVideoTransformer3DModel``, or a pipeline that holds one; of a Wan2.2 pipeline
+            both transformers, or a sequence of them, whose steps are counted together.
         preset_or_config: Name in ``PRESETS``, or settings.
 
     Returns:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, pipeline_parts
-from hone_video.videos import save_video, video_name
+from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import PRESETS, BladeConfig, GenerateConfig
 from .lora import Transformer, _read_config, _read_header, find_lora, load_blade_lora
@@ -162,16 +162,41 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     inputs = find_inputs(cfg)
     cfg = inputs.config
     targets = [run.artifacts / video_name(i, prompt) for i, prompt in enumerate(cfg.prompts)]
-    todo = [i for i, target in enumerate(targets) if not target.is_file()]
-    if todo:
-        sampler = Sampler.load(inputs, run.device)
-        facts = {"attention": sampler.attention_name, "sparse_steps": sampler.sparse_steps}
-        facts |= {"scheduler": cfg.scheduler, "notices": list(sampler.notices)}
-        atomic_write_json(run.artifacts / "sampler.json", facts)
-        with sampler.attached(), progress_bar(len(todo) * cfg.steps, desc="steps", quiet=run.quiet) as bar:
-            for i in todo:
-                _make(sampler, i, targets[i], run, bar)
+    render(inputs, run, targets)
     return GenerateReport.of(run)
+
+
+def render(inputs: Inputs, run: Run, targets: Sequence[Path]) -> None:
+    """Make the videos of the prompts that are not there yet; with several processes, together.
+
+    Raises: As ``generate``.
+    """
+    cfg, device = inputs.config, resolve_device(run.device)
+    todo = missing_videos(targets)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(len(todo) * cfg.steps, desc="steps", quiet=run.quiet))
+        sampler = Sampler.load(inputs, device) if todo else None
+        if sampler is not None:
+            _note(sampler, run)
+            stack.enter_context(sampler.attached())
+
+        def make(index: int) -> tuple[Any, list[dict[str, Any]]]:
+            assert sampler is not None
+            return _make(sampler, index, bar)
+
+        fps = cfg.fps or PIPELINES[inputs.pipeline].fps
+        advice = f"try dtype float32 or bfloat16 (this run: {cfg.dtype})"
+        make_videos(run, targets, make, fps=fps, what="prompt {}", advice=advice)
+
+
+def _note(sampler: Sampler, run: Run) -> None:
+    """What the report says of the sampler."""
+    facts = {"attention": sampler.attention_name, "sparse_steps": sampler.sparse_steps}
+    facts |= {"scheduler": sampler.config.scheduler, "notices": list(sampler.notices)}
+    if run.processes.main:
+        atomic_write_json(run.artifacts / "sampler.json", facts)
 
 
 class Sampler:
@@ -281,21 +306,18 @@ class Sampler:
         return frames if output_type == "latent" else frames[0]
 
 
-def _make(sampler: Sampler, index: int, target: Path, run: Run, bar: Progress) -> None:
-    """One video: draw, check, write, record."""
+def _make(sampler: Sampler, index: int, bar: Progress) -> tuple[Any, list[dict[str, Any]]]:
+    """Frames of one video, and rows on how they were made."""
     cfg = sampler.config
     with Stopwatch(sampler.device) as watch:
         frames = sampler.draw(index, step_done=bar.update)
-    advice = f"try dtype float32 or bfloat16 (this run: {cfg.dtype})"
-    save_video(frames, target, fps=sampler.fps, what=f"prompt {index}", advice=advice)
     labels = {"prompt": index, "seed": cfg.seed + index, "frames": len(frames), "steps": cfg.steps}
     labels |= {"sparse_steps": sampler.sparse_steps, "height": frames.shape[1], "width": frames.shape[2]}
-    variant = "dense" if cfg.dense else "blade"
-    run.row("seconds", watch.seconds, unit="s", better="lower", variant=variant, labels=labels)
+    of = {"better": "lower", "variant": "dense" if cfg.dense else "blade", "labels": labels}
+    rows: list[dict[str, Any]] = [{"metric": "seconds", "value": watch.seconds, "unit": "s", **of}]
     if watch.peak_bytes is not None:
-        peak = watch.peak_bytes / 2**30
-        run.row("peak_memory", peak, unit="GiB", better="lower", variant=variant, labels=labels)
-    run.log(step=index, seconds=watch.seconds)
+        rows.append({"metric": "peak_memory", "value": watch.peak_bytes / 2**30, "unit": "GiB", **of})
+    return frames, rows
 
 
 def _stated(*loras: str | Path | None) -> BladeConfig | None:

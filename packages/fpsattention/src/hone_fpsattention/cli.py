@@ -54,12 +54,20 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare="hone_fpsattention.inputs:find_video",
         run="hone_fpsattention.sample:generate",
         help="Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.",
+        shared=True,
     ),
     "calibrate": Verb(
         config="hone_fpsattention.config:CalibrateConfig",
         prepare="hone_fpsattention.inputs:find_calibrated",
         run="hone_fpsattention.calibrate:calibrate",
         help="Measure windows and scales by step and layer, and write the best schedule under a density budget.",
+    ),
+    "train": Verb(
+        config="hone_fpsattention.config:FinetuneConfig",
+        prepare="hone_fpsattention.inputs:find_finetuned",
+        run="hone_fpsattention.finetune:finetune",
+        help="Fine-tune a Wan or CogVideoX transformer with the attention in its forward pass, on one GPU or several.",
+        shared=True,
     ),
     "train-host": Verb(
         config="hone_fpsattention.config:TrainConfig",

@@ -11,6 +11,7 @@ from hone_core.config import flag
 from hone_core.training import check_budget
 from hone_video.host_config import HostConfig as DenseHostConfig
 from hone_video.prompts import parse_prompt
+from hone_video.training_config import DataConfig, LoopConfig, LoraTargets, check_lora
 from hone_video.workloads import HD_WORKLOADS, WORKLOADS
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DemoConfig",
     "EvalConfig",
     "FPSAttentionConfig",
+    "FinetuneConfig",
     "GenerateConfig",
     "HostConfig",
     "Loss",
@@ -446,6 +448,8 @@ class GenerateConfig:
     """A file that calibrate wrote, instead of a preset; it must be of this model and sampler."""
     attention: FPSAttentionConfig | None = field(default=None, metadata=flag(hidden=True))
     """Attention settings in full, instead of either."""
+    tuned: Path | None = None
+    """A folder that train exported: its weights, with the attention that they are for unless another is given."""
     dense: bool = False
     """Leave attention as it is."""
     fps: int | None = None
@@ -614,6 +618,61 @@ class TrainConfig:
     def settings(self) -> FPSAttentionConfig:
         """The attention in use."""
         return self.attention or PRESETS[self.preset].config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """Fine-tuning of a pipeline's transformer with the attention in its forward pass."""
+
+    model: str
+    """Folder of a diffusers pipeline (it holds ``model_index.json``), or its hub address, such as
+    ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers``."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it is trained on."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """How it is trained. The paper, which trains every weight: learning rate 5e-6, decay 1e-4, clip 1, 200 steps of
+    warm-up, EMA 0.99."""
+    part: Literal["transformer", "transformer_2"] = "transformer"
+    """Which transformer; the second is that of Wan2.2 for its less noisy steps."""
+    preset: str | None = None
+    """Attention settings by name; hone-fpsattention info lists them (default: those of the model's kind)."""
+    schedule: Path | None = None
+    """A file that calibrate wrote, instead of a preset; it must be of this model and sampler."""
+    attention: FPSAttentionConfig | None = field(default=None, metadata=flag(hidden=True))
+    """Attention settings in full, instead of either."""
+    straight_through: Delta = "exact"
+    """Gradient through rounded probabilities, in the two published styles. ``exact``: as Attn-QAT. ``forward``: as
+    SLA2."""
+    loss: Loss = "flow"
+    """``flow``: on the data, the paper's; for CogVideoX its v-prediction. ``distillation``: the velocity of the dense
+    model, frozen; ours."""
+    lora_rank: int = 64
+    """Rank of the LoRA that is trained; 0 trains every weight, as the paper does."""
+    lora_targets: LoraTargets = "attention"
+    """Layers with a LoRA: the four projections of every attention, or ``all``, the feed-forward layers too."""
+    drop: float = 0.1
+    """Probability of training a video without its caption; as published."""
+    uniform: float = 0.0
+    """Share of uniform noise levels; the rest is logit-normal, as published. Both are shifted as the sampler is.
+    CogVideoX: all are uniform."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of frozen weights and of the forward; what is trained stays in float32 (default: bfloat16 on a GPU)."""
+    local_files_only: bool = False
+    """Never ask the hub, only its local cache."""
+
+    def __post_init__(self) -> None:
+        if self.data.videos is None and self.data.cache is None:
+            raise ValueError("train needs videos: --videos FOLDER, which holds a metadata.jsonl, or --cache FOLDER")
+        if sum(value is not None for value in (self.preset, self.schedule, self.attention)) > 1:
+            raise ValueError("give one of preset and schedule")
+        if self.preset is not None:
+            _known_preset(self.preset)
+        check_lora(self.lora_rank, self.lora_targets)
+        for name, kind in (("loss", Loss), ("straight_through", Delta)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
+        if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
+            raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hone_core.hosts import open_host
 from hone_video.host_config import PACKAGE
@@ -15,6 +15,7 @@ from .config import (
     CalibrateConfig,
     DemoConfig,
     EvalConfig,
+    FinetuneConfig,
     GenerateConfig,
     HostConfig,
     ReproduceConfig,
@@ -22,7 +23,7 @@ from .config import (
 )
 from .schedule import Schedule
 
-__all__ = ["find_calibrated", "find_host", "find_hosts", "find_video"]
+__all__ = ["find_calibrated", "find_finetuned", "find_host", "find_hosts", "find_video"]
 
 Hosted = TypeVar("Hosted", CalibrateConfig, DemoConfig, EvalConfig, ReproduceConfig, TrainConfig)
 Compared = TypeVar("Compared", DemoConfig, EvalConfig)
@@ -59,8 +60,36 @@ def find_video(cfg: GenerateConfig) -> GenerateConfig:
     if cfg.schedule is not None:
         Schedule.load(cfg.schedule)
         cfg = replace(cfg, schedule=Path(os.path.abspath(cfg.schedule)))
+    if cfg.tuned is not None:
+        from .tuned import read_tuned
+
+        read_tuned(cfg.tuned)
+        cfg = replace(cfg, tuned=Path(os.path.abspath(cfg.tuned)))
     _find_pipeline(cfg.video.model, local_files_only=cfg.video.local_files_only)
     return cfg
+
+
+def find_finetuned(cfg: FinetuneConfig) -> FinetuneConfig:
+    """The settings, once pipeline, schedule and videos are known to be there and to fit together.
+
+    Raises:
+        CheckpointError: The pipeline is not there, not whole, or of an unsupported class.
+        OSError, ValueError: Schedule or videos cannot be read, or do not fit the model.
+    """
+    from hone_video.caching import read_clips
+
+    from .finetune import schedule_of
+
+    data = cfg.data
+    if data.videos is not None:
+        read_clips(data.videos, caption=data.caption)
+    schedule_of(cfg)
+    paths = {name: getattr(data, name) for name in ("videos", "cache")}
+    found: dict[str, Any] = {
+        name: None if path is None else Path(os.path.abspath(path)) for name, path in paths.items()
+    }
+    schedule = None if cfg.schedule is None else Path(os.path.abspath(cfg.schedule))
+    return replace(cfg, data=replace(data, **found), schedule=schedule)
 
 
 def find_calibrated(cfg: CalibrateConfig) -> CalibrateConfig:

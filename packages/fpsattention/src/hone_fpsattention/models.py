@@ -1,11 +1,13 @@
 """How FPSAttention enters diffusers' video transformers: ``attach`` and its handle. The mechanics are ``hone_video``'s.
 
 The regime of a forward is that of its noise level: of the timestep that the model is called with, the largest where
-each token has one. Both branches of guidance see the same timestep, and so the same regime.
+each token has one. Samples of a batch at different noise levels, as in training, have each their own. Both branches of
+guidance see the same timestep, and so the same regime.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -48,18 +50,33 @@ class _FPSAttention(Method):
         number = 0 if timestep is None else regime_index(self.config, timestep / NUM_TRAIN_TIMESTEPS)
         return None if self.config.regimes[number].plain else number
 
+    def plan_each(self, timesteps: Sequence[float]) -> int | tuple[int, ...] | None:
+        """The regime of each sample; one number where they share it."""
+        numbers = tuple(regime_index(self.config, timestep / NUM_TRAIN_TIMESTEPS) for timestep in timesteps)
+        return self.plan(0, timesteps[0]) if len(set(numbers)) == 1 else numbers
+
     def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *,
-        plan: int,
+        plan: int | tuple[int, ...],
         layer: int | Tensor,
         grid: Grid,
         text_tokens: int,
         rope: Rope | None = None,
     ) -> Tensor:
+        if isinstance(plan, tuple):
+            rows = [[i for i, number in enumerate(plan) if number == regime] for regime in sorted(set(plan))]
+            parts = [
+                self.attend(
+                    q[at], k[at], v[at], plan=plan[at[0]], layer=layer, grid=grid, text_tokens=text_tokens, rope=rope
+                )
+                for at in rows
+            ]
+            order = sorted(range(len(plan)), key=[i for at in rows for i in at].__getitem__)
+            return torch.cat(parts)[order]
         if plan < 0:
             raise RuntimeError(
                 "FPSAttention goes by the noise level, and begin_step() was called without one; call "
@@ -133,14 +150,14 @@ def _(window, scales, box, tile, block, border, grid, text_tokens, device):
 class FPSAttentionHandle(VideoHandle[FPSAttentionConfig]):
     """FPSAttention on a model, as ``attach`` returned it; also a context manager that detaches at the end."""
 
-    def begin_step(self, step: int, *, sigma: float | None = None) -> None:
+    def begin_step(self, step: int, *, sigma: float | Sequence[float] | None = None) -> None:
         """Say which denoising step this thread's coming forwards belong to, and its noise level.
 
         Without this call the timestep of every forward is read back from the device, if there are several regimes.
 
         Args:
             step: From 0.
-            sigma: Noise level in [0, 1]; not needed where one regime holds everywhere.
+            sigma: Noise level in [0, 1], or those of a batch's samples; not needed where one regime holds everywhere.
 
         Raises:
             ValueError: ``step`` is negative, or ``sigma`` is missing or out of range.
@@ -148,8 +165,11 @@ class FPSAttentionHandle(VideoHandle[FPSAttentionConfig]):
         if sigma is None and len(self.config.regimes) > 1:
             raise ValueError("sigma, the noise level in [0, 1], is needed: it chooses one of several regimes")
         super().begin_step(step)
-        if sigma is not None:
-            self._steps.plan = self._attachments[0].method.plan(step, sigma * NUM_TRAIN_TIMESTEPS)
+        method = self._attachments[0].method
+        if isinstance(sigma, Sequence):
+            self._steps.plan = method.plan_each([level * NUM_TRAIN_TIMESTEPS for level in sigma])
+        elif sigma is not None:
+            self._steps.plan = method.plan(step, sigma * NUM_TRAIN_TIMESTEPS)
 
 
 def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) -> FPSAttentionHandle:
@@ -158,8 +178,9 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
     Regimes go by the noise level of each forward; what else there is to know says ``hone_video.handle.attach_method``.
 
     Args:
-        model_or_pipeline: A ``WanTransformer3DModel`` or ``CogVideoXTransformer3DModel`` (text-, image- or
-            video-conditioned), or a pipeline that holds one; of a Wan2.2 pipeline both transformers.
+        model_or_pipeline: A ``WanTransformer3DModel``, ``CogVideoXTransformer3DModel`` (text-, image- or
+            video-conditioned) or ``HunyuanVideoTransformer3DModel``, or a pipeline that holds one; of a Wan2.2 pipeline
+            both transformers.
         config: Name in ``PRESETS``, settings, or a calibrated schedule, which must be of this model and, of a pipeline,
             of its scheduler.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +16,24 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.grids import Grid
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline
-from hone_video.videos import save_video, video_name
+from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import PRESETS, FPSAttentionConfig, GenerateConfig, VideoConfig
 from .models import attach
 from .schedule import Schedule, step_regimes
+from .tuned import Tuned, load_tuned, put_lora, read_tuned
 from .windows import covers, density
 
-__all__ = ["GenerateReport", "check_windows", "default_preset", "draw", "generate", "open_pipeline", "video_grid"]
+__all__ = [
+    "GenerateReport",
+    "check_windows",
+    "default_preset",
+    "draw",
+    "generate",
+    "open_pipeline",
+    "render",
+    "video_grid",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +62,8 @@ def default_preset(pipeline: str) -> str:
     return {"wan": "wan2.1-1.3b", "cogvideox": "cogvideox-5b"}[PIPELINES[pipeline].family]
 
 
-def open_pipeline(cfg: VideoConfig, device: torch.device) -> Any:
-    """Load a pipeline, with its own scheduler.
+def open_pipeline(cfg: VideoConfig, device: torch.device, tuned: Tuned | None = None) -> Any:
+    """Load a pipeline, with its own scheduler and, where given, trained weights.
 
     Raises:
         CheckpointError: It is not there, not whole, or of an unsupported class.
@@ -62,9 +72,13 @@ def open_pipeline(cfg: VideoConfig, device: torch.device) -> Any:
     assert cfg.model is not None
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
     dtype = resolve_dtype(cfg.dtype, device)
+    ready = {} if tuned is None else load_tuned(tuned, name, dtype=dtype)
     pipe = load_pipeline(
-        cfg.model, name, device=device, dtype=dtype, offload=cfg.offload, local_files_only=cfg.local_files_only
-    )
+        cfg.model, name, device=device, dtype=dtype, offload=cfg.offload, local_files_only=cfg.local_files_only,
+        ready=ready,
+    )  # fmt: skip
+    if tuned is not None:
+        put_lora(pipe, tuned)
     check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
     return pipe
 
@@ -145,36 +159,77 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
             this size; before the sampling starts.
         RuntimeError: The model produced values that are not finite.
     """
-    video, device = cfg.video, resolve_device(run.device)
+    video = cfg.video
     targets = [run.artifacts / video_name(i, prompt) for i, prompt in enumerate(video.prompts)]
-    todo = [i for i, target in enumerate(targets) if not target.is_file()]
-    if not todo:
-        return GenerateReport.of(run)
-    pipe = open_pipeline(video, device)
-    grid = video_grid(pipe, video)
-    settings: FPSAttentionConfig | Schedule | None = None
-    if not cfg.dense:
-        name = cfg.preset or default_preset(type(pipe).__name__)
-        settings = Schedule.load(cfg.schedule) if cfg.schedule else cfg.attention or PRESETS[name].config
-    config = settings.config if isinstance(settings, Schedule) else settings
-    labels: dict[str, str | int | float] = {"steps": video.steps, "grid": "x".join(map(str, grid))}
-    if config is not None:
-        check_windows(config, grid)
-        shares = [density(grid, config.tile, regime.window, border=config.border).tiles for regime in config.regimes]
-        regimes = step_regimes(config, video.steps)
-        run.row("density", sum(shares[i] for i in regimes) / len(regimes), better="lower", labels=labels)
-    variant = "dense" if config is None else "fpsattention"
-    progress = progress_bar(len(todo) * video.steps, desc="steps", quiet=run.quiet)
-    with nullcontext() if settings is None else attach(pipe, settings), progress as bar:
-        for i in todo:
-            with Stopwatch(device) as watch:
-                frames = draw(pipe, video, i, step_done=bar.update)
-            fps = cfg.fps or PIPELINES[type(pipe).__name__].fps
-            advice = f"try dtype float32 or bfloat16 (this run: {video.dtype})"
-            save_video(frames, targets[i], fps=fps, what=f"prompt {i}", advice=advice)
-            of: dict[str, str | int | float] = {"prompt": i, "seed": video.seed + i, **labels}
-            run.row("seconds", watch.seconds, unit="s", better="lower", variant=variant, labels=of)
-            if watch.peak_bytes is not None:
-                peak = watch.peak_bytes / 2**30
-                run.row("peak_memory", peak, unit="GiB", better="lower", variant=variant, labels=of)
+    render(cfg, run, targets)
     return GenerateReport.of(run)
+
+
+def render(cfg: GenerateConfig, run: Run, targets: Sequence[Path]) -> None:
+    """Make the videos of the prompts that are not there yet; with several processes, together.
+
+    Args and Raises: As for ``generate``.
+    """
+    video, device = cfg.video, resolve_device(run.device)
+    todo = missing_videos(targets)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(len(todo) * video.steps, desc="steps", quiet=run.quiet))
+        sampler = Sampler(cfg, device, stack, run) if todo else None
+
+        def make(index: int) -> tuple[Any, list[dict[str, Any]]]:
+            assert sampler is not None
+            return sampler.make(index, bar.update)
+
+        kind = PIPELINES[find_pipeline(str(video.model), local_files_only=video.local_files_only)]
+        advice = f"try dtype float32 or bfloat16 (this run: {video.dtype})"
+        make_videos(run, targets, make, fps=cfg.fps or kind.fps, what="prompt {}", advice=advice)
+
+
+class Sampler:
+    """A pipeline with its trained weights and its attention.
+
+    Args:
+        cfg: What to generate, and how.
+        device: Where.
+        stack: Closes what is attached.
+        run: Gets the density.
+
+    Raises: As ``generate``.
+    """
+
+    def __init__(self, cfg: GenerateConfig, device: torch.device, stack: ExitStack, run: Run) -> None:
+        self.cfg, self.device = cfg, device
+        video = cfg.video
+        tuned = None if cfg.tuned is None else read_tuned(cfg.tuned)
+        self.pipe = open_pipeline(video, device, tuned)
+        grid = video_grid(self.pipe, video)
+        settings: FPSAttentionConfig | Schedule | None = None
+        if not cfg.dense:
+            own = default_preset(type(self.pipe).__name__)
+            settings = Schedule.load(cfg.schedule) if cfg.schedule else cfg.attention
+            if settings is None and cfg.preset is None and tuned is not None:
+                settings = tuned.schedule
+            settings = settings or PRESETS[cfg.preset or own].config
+        config = settings.config if isinstance(settings, Schedule) else settings
+        self.labels: dict[str, str | int | float] = {"steps": video.steps, "grid": "x".join(map(str, grid))}
+        if config is not None:
+            check_windows(config, grid)
+            shares = [density(grid, config.tile, r.window, border=config.border).tiles for r in config.regimes]
+            regimes = step_regimes(config, video.steps)
+            run.row("density", sum(shares[i] for i in regimes) / len(regimes), better="lower", labels=self.labels)
+        self.variant = "dense" if config is None else "fpsattention"
+        if settings is not None:
+            stack.enter_context(attach(self.pipe, settings))
+
+    def make(self, index: int, step_done: Callable[[], object]) -> tuple[Any, list[dict[str, Any]]]:
+        """Frames of a prompt, and rows on how they were made."""
+        with Stopwatch(self.device) as watch:
+            frames = draw(self.pipe, self.cfg.video, index, step_done=step_done)
+        labels = {"prompt": index, "seed": self.cfg.video.seed + index, **self.labels}
+        of = {"better": "lower", "variant": self.variant, "labels": labels}
+        rows: list[dict[str, Any]] = [{"metric": "seconds", "value": watch.seconds, "unit": "s", **of}]
+        if watch.peak_bytes is not None:
+            rows.append({"metric": "peak_memory", "value": watch.peak_bytes / 2**30, "unit": "GiB", **of})
+        return frames, rows

@@ -101,8 +101,10 @@ class AttentionLayer(nn.Module):
         if index is not None:
             # Keys by pixel, the views of a pixel side by side: the order that the mask of published weights scrambles.
             key, value = (take_views(part, index).permute(0, 1, 3, 4, 2, 5).flatten(3, 4) for part in (key, value))
+        # Windows stand where heads do, which all fused backends take.
+        query, key, value = (part.flatten(0, 1) for part in (query, key, value))
         message = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        message = from_windows(message, height, width)
+        message = from_windows(message.unflatten(0, x.shape[:2]), height, width)
         if mask is not None:
             message = torch.roll(message, shift, (2, 3))
         message = self.norm1(self.merge(message))

@@ -13,6 +13,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    HunyuanVideoTransformer3DModel,
     ModelMixin,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -20,15 +21,19 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-__all__ = ["FULL_SIZE", "full_size", "tiny", "tiny_inputs", "tiny_pipeline"]
+__all__ = ["FULL_SIZE", "Kind", "full_size", "tiny", "tiny_inputs", "tiny_pipeline"]
 
 
-def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any) -> ModelMixin:
+Kind = Literal["wan", "cogvideox", "hunyuan"]
+
+
+def tiny(kind: Kind = "wan", seed: int = 0, **config: Any) -> ModelMixin:
     """A real transformer class, small enough for a CPU, with random weights.
 
     Args:
-        kind: ``"wan"`` (4 latent channels, 2 heads of 32, 2 layers, patches 1x2x2, text width 32) or ``"cogvideox"``
-            (the same, with 8 text tokens joined to the video and rotary embedding).
+        kind: ``"wan"`` (4 latent channels, 2 heads of 32, 2 layers, patches 1x2x2, text width 32), ``"cogvideox"``
+            (the same, with 8 text tokens joined to the video and rotary embedding) or ``"hunyuan"`` (HunyuanVideo, one
+            layer of two streams and one of one).
         seed: Of the weights. The global generator is left as it was.
         **config: Fields of the class's config to change.
 
@@ -47,7 +52,7 @@ def tiny(kind: Literal["wan", "cogvideox"] = "wan", seed: int = 0, **config: Any
 
 
 def tiny_inputs(
-    kind: Literal["wan", "cogvideox"] = "wan",
+    kind: Kind = "wan",
     *,
     batch: int = 2,
     frames: int = 3,
@@ -56,7 +61,7 @@ def tiny_inputs(
     timestep: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Random arguments of a ``tiny`` model's forward, with 8 text tokens.
+    """Random arguments of a ``tiny`` model's forward, with 8 text tokens, of which HunyuanVideo's last 3 are padding.
 
     Args:
         kind: As for ``tiny``.
@@ -72,6 +77,16 @@ def tiny_inputs(
     inputs = {"encoder_hidden_states": text, "timestep": torch.full((batch,), timestep)}
     if kind == "wan":
         return {"hidden_states": torch.randn(batch, 4, frames, height, width, generator=generator), **inputs}
+    if kind == "hunyuan":
+        mask = torch.ones(batch, 8)
+        mask[:, 5:] = 0
+        return {
+            "hidden_states": torch.randn(batch, 4, frames, height, width, generator=generator),
+            "encoder_attention_mask": mask,
+            "pooled_projections": torch.randn(batch, 16, generator=generator),
+            "guidance": torch.full((batch,), 6000.0),
+            **inputs,
+        }
     grid = (height // 2, width // 2)
     return {
         "hidden_states": torch.randn(batch, frames, 4, height, width, generator=generator),
@@ -182,6 +197,7 @@ FULL_SIZE: dict[str, tuple[type[ModelMixin], dict[str, Any]]] = {
             "use_rotary_positional_embeddings": True,
         },
     ),
+    "hunyuan-video": (HunyuanVideoTransformer3DModel, {"num_layers": 20, "num_single_layers": 40}),
 }
 """Published architectures by name: the class and the config fields that differ from its defaults."""
 
@@ -217,6 +233,21 @@ _TINY: dict[str, tuple[Callable[..., ModelMixin], dict[str, Any]]] = {
             "patch_size": 2,
             "max_text_seq_length": 8,
             "use_rotary_positional_embeddings": True,
+        },
+    ),
+    "hunyuan": (
+        HunyuanVideoTransformer3DModel,
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 32,
+            "pooled_projection_dim": 16,
+            "rope_axes_dim": (8, 12, 12),
         },
     ),
 }

@@ -12,7 +12,7 @@ checkpointing does, runs with what it had the first time, whatever was called in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -66,6 +66,21 @@ class Method(ABC):
             step: From 0; 0 where nothing counts.
             timestep: The largest of the step; None where it was not read.
         """
+
+    def plan_each(self, timesteps: Sequence[float]) -> Any:
+        """How a forward runs whose samples are at different times, as in training.
+
+        Args:
+            timesteps: One for each sample; of a sample with a time for each token, the largest.
+
+        Raises:
+            ValueError: The method goes by the denoising step, which such samples do not share.
+        """
+        raise ValueError(
+            f"the samples of this batch are at different timesteps, from {min(timesteps):g} to {max(timesteps):g}, and "
+            f"{self.name} goes by the denoising step, which they must share; call handle.begin_step(i) to say which "
+            "step it is, or pass them one by one"
+        )
 
     @abstractmethod
     def attend(

@@ -38,13 +38,16 @@ class Denoiser:
 
     Args:
         pipe: Of a class in ``PIPELINES``; neither text encoder nor VAE is needed.
+        part: Which of its transformers.
 
     Attributes:
         flow: Whether it is a flow model, ``x = (1 - sigma) x_0 + sigma noise``; else CogVideoX's v-prediction.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, part: str = "transformer") -> None:
         self.pipe = pipe
+        transformer = getattr(pipe, part)
+        self.config, self.dtype = transformer.config, transformer.dtype
         self.flow = PIPELINES[type(pipe).__name__].family == "wan"
 
     def grid(self, latents: Tensor) -> tuple[int, int, int]:
@@ -53,7 +56,7 @@ class Denoiser:
         Raises:
             ValueError: The latents are no whole number of patches.
         """
-        config = self.pipe.transformer.config
+        config = self.config
         if self.flow:
             sizes, patch = tuple(latents.shape[-3:]), tuple(config.patch_size)
         else:
@@ -103,17 +106,15 @@ class Denoiser:
             timestep: ``[B]`` in [0, 1000].
             text: ``[B, L, D]``.
         """
-        transformer = self.pipe.transformer
         options: dict[str, Any] = {}
-        if not self.flow and transformer.config.use_rotary_positional_embeddings:
+        if not self.flow and self.config.use_rotary_positional_embeddings:
             options["image_rotary_emb"] = self._rotary(latents)
         if not self.flow:
             timestep = timestep.long()
-        dtype = transformer.dtype
         return model(
-            hidden_states=latents.to(dtype),
+            hidden_states=latents.to(self.dtype),
             timestep=timestep,
-            encoder_hidden_states=text.to(dtype),
+            encoder_hidden_states=text.to(self.dtype),
             return_dict=False,
             **options,
         )[0].float()

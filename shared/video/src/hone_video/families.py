@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from .attachment import Attachment, Forward, Processor, Tables, fixed_size, no_parallelism, reorder_patches
+from .attachment import Attachment, Forward, Method, Processor, Tables, fixed_size, no_parallelism, reorder_patches
 
-__all__ = ["FAMILIES", "CogVideoXAttachment", "WanAttachment"]
+__all__ = ["FAMILIES", "CogVideoXAttachment", "HunyuanVideoAttachment", "WanAttachment"]
 
 
-class WanProcessor(Processor):
-    """Self-attention of Wan: video tokens alone."""
+class _Dispatched(Processor):
+    """Stands for a processor that goes through diffusers' attention dispatch."""
 
     # diffusers sets these two on the processors of a model; they belong to the one that does dense attention.
     @property
@@ -35,6 +36,10 @@ class WanProcessor(Processor):
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         raise RuntimeError(no_parallelism(self.method))
+
+
+class WanProcessor(_Dispatched):
+    """Self-attention of Wan: video tokens alone."""
 
     def __call__(
         self,
@@ -211,7 +216,134 @@ class CogVideoXAttachment(Attachment):
         return _restore(output.transpose(1, 2), forward).transpose(1, 2)
 
 
-FAMILIES: tuple[type[Attachment], ...] = (WanAttachment, CogVideoXAttachment)
+class HunyuanVideoProcessor(_Dispatched):
+    """Self-attention of HunyuanVideo: video, then text, with projections of its own for text in the first blocks."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Tables | tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        tables = image_rotary_emb
+        if not isinstance(tables, Tables) or self.own(tables):
+            pair = tables.pair if isinstance(tables, Tables) else tables
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, pair)
+        video, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        if attn.add_q_proj is None:
+            joint = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+            q, k, v = _heads(attn, joint, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+        else:
+            own = _heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            texts = _heads(attn, encoder_hidden_states, added, (attn.norm_added_q, attn.norm_added_k))
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip(own, texts, strict=True))
+        rope = self.rope(q, v, tables)
+        if rope is None:
+            assert tables.pair is not None
+            q, k = (_rotate_first(x, video, tables.pair) for x in (q, k))
+        # The mask hides padding of the text, which is not here: see HunyuanVideoAttachment.
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tables, None, rope)
+        video_out, text_out = out.transpose(1, 2).flatten(2, 3).type_as(q).split([video, text], dim=1)
+        # The last blocks leave the projection to their own.
+        if getattr(attn, "to_out", None) is not None:
+            video_out = attn.to_out[1](attn.to_out[0](video_out))
+        if getattr(attn, "to_add_out", None) is not None:
+            text_out = attn.to_add_out(text_out)
+        return video_out, text_out
+
+
+def _heads(attn: Any, x: Tensor, projections: tuple[Any, ...], norms: tuple[Any, ...]) -> list[Tensor]:
+    """q, k and v ``[B, S, H, D]`` after their norms."""
+    parts = [projection(x).unflatten(2, (attn.heads, -1)) for projection in projections]
+    return [part if norm is None else norm(part) for part, norm in zip(parts, (*norms, None), strict=True)]
+
+
+def _rotate_first(x: Tensor, video: int, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first ``video`` tokens of ``x [B, S, H, D]``."""
+    return torch.cat([apply_rotary_emb(x[:, :video], tables, sequence_dim=1), x[:, video:]], dim=1)
+
+
+class HunyuanVideoAttachment(Attachment):
+    """HunyuanVideo: tokens are put in order behind the patch embedding, and padding of the text is cut off.
+
+    The model hides the keys of padding from all queries, so what is behind the prompt changes nothing but itself, which
+    nobody reads. Cutting it off needs the length of the prompt on the host, read once per forward.
+    """
+
+    base = HunyuanVideoTransformer3DModel
+    processor = HunyuanVideoProcessor
+    originals = (HunyuanVideoAttnProcessor2_0,)
+
+    @staticmethod
+    def self_attentions(model: Any) -> list[Any]:
+        """See ``Attachment``; blocks of two streams, then those of one."""
+        return [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
+
+    @classmethod
+    def check(cls, model: Any, method: Method, supported: str) -> None:
+        """See ``Attachment``."""
+        super().check(model, method, supported)
+        if model.config.image_condition_type == "token_replace" and method.order != "raster":
+            raise ValueError(
+                f"{method.name} orders tokens, but this {type(model).__name__} treats those of the first frame, by "
+                "their place, in another way (image_condition_type='token_replace'); the text-to-video and "
+                "'latent_concat' models are supported"
+            )
+
+    def place_hooks(self) -> None:
+        """See ``Attachment``."""
+        self.hooks.add("rope", lambda module: module.register_forward_hook(self.rotary))
+        self.hooks.add("x_embedder", lambda module: module.register_forward_hook(self.embed))
+        self.hooks.add("context_embedder", lambda module: module.register_forward_hook(self.cut))
+
+    def start(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """See ``Attachment``."""
+        hidden, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 1, "timestep")
+        mask = _argument(args, kwargs, 3, "encoder_attention_mask")
+        _check_latents(hidden, "batch, channels, frames, height, width")
+        patches = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
+        f, h, w = (fixed_size(n) // size for n, size in zip(hidden.shape[2:], patches, strict=True))
+        self.begin(model, (f, h, w), _text_length(mask) if self.attached else 0, timestep)
+
+    def rotary(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> Tables | None:
+        """Hook of the rotary embedding, ``[N, D]`` each."""
+        forward = self.state.current
+        if forward is None:
+            return None
+        cos, sin = output
+        return Tables.of(forward.sort(cos, 0), forward.sort(sin, 0), forward, self.method)
+
+    def embed(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Hook of the patch embedding, ``[B, N, C]``."""
+        forward = self.state.current
+        return None if forward is None else forward.sort(output, 1)
+
+    def cut(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Hook of the text's embedding, ``[B, text, C]``: its padding goes."""
+        forward = self.state.current
+        return None if forward is None else output[:, : forward.text_tokens]
+
+    def restore(self, output: Tensor, forward: Forward) -> Tensor:
+        """See ``Attachment``; ``[B, C, F, H, W]``."""
+        return _restore(output, forward)
+
+
+@torch.compiler.disable(reason="reading the length of the prompt; compile the blocks instead of the model")
+def _text_length(mask: Tensor) -> int:
+    """Tokens of the prompt, which all items of a batch share."""
+    lengths = mask.sum(dim=1).int().tolist()
+    if min(lengths) != max(lengths):
+        raise ValueError(
+            f"the prompts of a batch must have equally many tokens, since a layout of attention is for all of them; "
+            f"encoder_attention_mask has {lengths}. Run prompts one by one"
+        )
+    return lengths[0]
+
+
+FAMILIES: tuple[type[Attachment], ...] = (WanAttachment, CogVideoXAttachment, HunyuanVideoAttachment)
 """One attachment per transformer class."""
 
 

@@ -186,7 +186,7 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
     models = _transformers(model_or_pipeline)
     for model in models:
         _family(model).check(model, method, _SUPPORTED_TEXT)
-    steps = Steps(method.plan)
+    steps = Steps(method.plan, method.plan_each)
     attachments = tuple(_family(model)(model, method, steps, index) for index, model in enumerate(models))
     made = handle(models, attachments)
     try:

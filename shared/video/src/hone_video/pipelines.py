@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,11 @@ import torch
 from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DiffusionPipeline,
     UniPCMultistepScheduler,
     WanPipeline,
+    WanTransformer3DModel,
 )
 from hone_core.errors import CheckpointError
 
@@ -26,8 +29,10 @@ __all__ = [
     "check_size",
     "find_pipeline",
     "load_pipeline",
+    "load_transformer",
     "make_scheduler",
     "pipeline_parts",
+    "transformer_on_meta",
 ]
 
 log = logging.getLogger(__name__)
@@ -159,6 +164,7 @@ def load_pipeline(
     offload: bool = False,
     local_files_only: bool = False,
     leave_out: tuple[str, ...] = (),
+    ready: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a pipeline that ``find_pipeline`` found.
 
@@ -170,6 +176,7 @@ def load_pipeline(
         offload: Keep on a GPU only the part that is running.
         local_files_only: Never ask the hub, only its local cache.
         leave_out: Parts that are not needed; they are None.
+        ready: Parts that are loaded already, by name.
 
     Raises:
         CheckpointError: The weights cannot be read.
@@ -178,10 +185,10 @@ def load_pipeline(
     dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.float32_vae else dtype
     log.info("loading %s from %s", name, model)
     known = inspect.signature(kind.pipeline.__init__).parameters
-    absent: Any = {part: None for part in leave_out if part in known}
+    given: Any = {part: None for part in leave_out if part in known} | dict(ready or {})
     try:
         pipe = kind.pipeline.from_pretrained(
-            model, torch_dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir(), **absent
+            model, torch_dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir(), **given
         )
     except OSError as error:
         raise CheckpointError(f"{model} could not be loaded: {error}") from error
@@ -243,3 +250,38 @@ def check_size(pipe: Any, *, height: int | None = None, width: int | None = None
             f"frames must be a multiple of {temporal} plus 1 for this model; got {frames}. Take {below} or "
             f"{below + temporal}."
         )
+
+
+def transformer_on_meta(model: str, name: str, part: str = "transformer", *, local_files_only: bool = False) -> Any:
+    """A pipeline's transformer without its weights, for what its config says.
+
+    Args:
+        model: Folder or hub address of the pipeline.
+        name: Its class name.
+        part: Which transformer.
+        local_files_only: Never ask the hub, only its local cache.
+
+    Raises:
+        CheckpointError: The pipeline lacks the part.
+    """
+    kind = _TRANSFORMERS[PIPELINES[name].family]
+    if part not in pipeline_parts(model, local_files_only=local_files_only):
+        raise CheckpointError(f"{model} has no {part}")
+    config: Any = kind.load_config(model, subfolder=part, local_files_only=local_files_only or Path(model).is_dir())
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def load_transformer(folder: str | Path, name: str, *, dtype: torch.dtype) -> Any:
+    """A transformer of a pipeline class from a folder of its own.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return _TRANSFORMERS[PIPELINES[name].family].from_pretrained(str(folder), torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} could not be loaded: {error}") from error
+
+
+_TRANSFORMERS: dict[str, Any] = {"wan": WanTransformer3DModel, "cogvideox": CogVideoXTransformer3DModel}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Steps(threading.local):
     Args:
         plan: Maps a step and its timestep to how it runs, see ``Method.plan``. Called when a step begins: a compiled
             graph sees the plan and not the step.
+        plan_each: Maps the timesteps of samples that are at different ones, see ``Method.plan_each``.
 
     Attributes:
         step: From 0; -1 before the first, or where nothing counts.
@@ -31,13 +32,13 @@ class Steps(threading.local):
         plan: Of the step; that of step 0 where nothing counts.
     """
 
-    def __init__(self, plan: Callable[[int, float | None], Any]) -> None:
+    def __init__(self, plan: Callable[[int, float | None], Any], plan_each: Callable[[Sequence[float]], Any]) -> None:
         # Called in each thread.
-        self._plan = plan
+        self._plan, self._plan_each = plan, plan_each
         self.reset()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Steps, (self._plan,)
+        return Steps, (self._plan, self._plan_each)
 
     def reset(self) -> None:
         """Forget the step: the next forward is step 0 of a new video."""

@@ -14,21 +14,21 @@ class Workload:
     """A model at the size of its usual video.
 
     Attributes:
-        model: Name in ``hone_video.architectures.FULL_SIZE``, or ``tiny-wan`` or ``tiny-cogvideox``.
+        model: Name in ``hone_video.architectures.FULL_SIZE``, or ``tiny-wan``, ``tiny-cogvideox`` or ``tiny-hunyuan``.
         kind: Which family.
         grid: Video tokens along (frames, height, width).
-        text_tokens: Length of the text; in CogVideoX part of the sequence.
+        text_tokens: Length of the text; part of the sequence but in Wan.
     """
 
     model: str
-    kind: Literal["wan", "cogvideox"]
+    kind: Literal["wan", "cogvideox", "hunyuan"]
     grid: Grid
     text_tokens: int
 
     @property
     def joint_text(self) -> int:
         """Text tokens inside self-attention."""
-        return self.text_tokens if self.kind == "cogvideox" else 0
+        return 0 if self.kind == "wan" else self.text_tokens
 
     @property
     def tokens(self) -> int:
@@ -54,5 +54,7 @@ WORKLOADS: dict[str, Workload] = {
 HD_WORKLOADS: dict[str, Workload] = {
     "wan2.1-1.3b-720p": Workload(model="wan2.1-1.3b", kind="wan", grid=(21, 45, 80), text_tokens=512),
     "wan2.1-14b-720p": Workload(model="wan2.1-14b", kind="wan", grid=(21, 45, 80), text_tokens=512),
+    "hunyuan-video-720p": Workload(model="hunyuan-video", kind="hunyuan", grid=(33, 45, 80), text_tokens=256),
+    "tiny-hunyuan": Workload(model="tiny-hunyuan", kind="hunyuan", grid=(3, 8, 10), text_tokens=8),
 }
-"""720p videos of 81 frames: 75,600 tokens."""
+"""720p videos of 81 (Wan) and 129 frames (HunyuanVideo), 75,600 and 118,800 tokens, and one for a CPU."""
