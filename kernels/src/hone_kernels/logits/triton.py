@@ -11,8 +11,14 @@ from torch import Tensor
 
 __all__ = ["PIECES", "read_logits_triton"]
 
-PIECES = {1: 1024, 4: 2048, 32: 4096}
-"""Most rows -> entries of a row that one program reads; more rows take the last. Few rows need more programs."""
+PIECES = {1: (1024, 2), 4: (2048, 4), 32: (4096, 8)}
+"""Most rows -> entries of a row that one program reads, and its warps; more rows take the last. Few rows need more
+programs."""
+
+
+@triton.jit
+def _join_lanes(total, moment, allowed, first, total2, moment2, allowed2, first2):
+    return total + total2, moment + moment2, allowed + allowed2, tl.minimum(first, first2)
 
 
 @triton.jit
@@ -25,15 +31,16 @@ def _pieces_kernel(LOGITS, PARTS, TOKENS, row_stride, vocabulary, parts, PIECE: 
     # A piece without a token that can come has no largest logit; every weight is then 0.
     shift = tl.where(top == -float("inf"), 0.0, top)
     weight = tl.exp(x - shift)
-    total = tl.sum(weight, 0)
-    moment = tl.sum(tl.where(x == -float("inf"), 0.0, x - shift) * weight, 0)
-    first = tl.min(tl.where(x == top, at, vocabulary - 1), 0)
-    allowed = tl.sum((x != -float("inf")).to(tl.int32), 0)
+    moments = tl.where(x == -float("inf"), 0.0, x - shift) * weight
+    firsts = tl.where(x == top, at, vocabulary - 1)
+    total, moment, allowed, first = tl.reduce(
+        (weight, moments, tl.where(x == -float("inf"), 0.0, 1.0), firsts), 0, _join_lanes
+    )
     out = PARTS + (row * parts + part) * 4
     tl.store(out, top)
     tl.store(out + 1, total)
     tl.store(out + 2, moment)
-    tl.store(out + 3, tl.minimum(allowed, 2).to(tl.float32))
+    tl.store(out + 3, allowed)
     tl.store(TOKENS + row * parts + part, first)
 
 
@@ -76,14 +83,14 @@ def _join_kernel(
 
 
 def read_logits_triton(
-    logits: Tensor, size: int, threshold: Tensor | None, gate: str, *, piece: int | None = None
+    logits: Tensor, size: int, threshold: Tensor | None, gate: str, *, piece: int | None = None, warps: int = 4
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``read_logits``; ``piece`` is chosen by the number of rows unless told."""
+    """See ``read_logits``; ``piece`` and ``warps`` are chosen by the number of rows unless a piece is told."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     rows, vocabulary = logits.shape
     if piece is None:
-        piece = next((size for most, size in PIECES.items() if rows <= most), max(PIECES.values()))
+        piece, warps = next((tile for most, tile in PIECES.items() if rows <= most), PIECES[32])
     count = triton.cdiv(vocabulary, piece)
     parts = torch.empty((rows, count, 4), dtype=torch.float32, device=logits.device)
     tokens = torch.empty((rows, count), dtype=torch.int32, device=logits.device)
@@ -91,7 +98,7 @@ def read_logits_triton(
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     forced, uncertain = (torch.empty(rows, dtype=torch.bool, device=logits.device) for _ in range(2))
     _pieces_kernel[(count, rows)](
-        logits, parts, tokens, logits.stride(0), vocabulary, count, PIECE=piece, num_warps=piece // 512
+        logits, parts, tokens, logits.stride(0), vocabulary, count, PIECE=piece, num_warps=warps
     )
     _join_kernel[(rows,)](
         parts, tokens, threshold, entropy, confidence, token, forced, uncertain, count, vocabulary, math.log(size),
