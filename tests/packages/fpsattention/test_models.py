@@ -141,7 +141,6 @@ def test_per_token_timesteps_take_the_largest():
         assert_close(model(hidden, times, text, return_dict=False)[0], expected)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("regimes", [(NEAR, FULL), (NEAR, Regime(e4m3=False)), (Regime(window=(1, 1, 1)), NEAR)])
 def test_samples_at_different_noise_levels_have_each_their_regime(kind, regimes):
     model, args = tiny(kind), list(inputs(kind, batch=4))
@@ -159,7 +158,8 @@ def test_samples_at_different_noise_levels_have_each_their_regime(kind, regimes)
         torch.cat([run(model, [x[i : i + 1] for x in args]) for i in range(4)]).square().sum().backward()
         for name, p in model.named_parameters():
             if p.grad is not None:
-                assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-4)
+                # Sums in another order may round a value to the next E4M3.
+                assert float((p.grad - grads[name]).norm()) <= 1e-3 * float(grads[name].norm()) + 1e-6
         # Said beforehand, nothing is read back.
         handle.begin_step(0, sigma=[0.9, 0.1, 0.95, 0.2])
         assert_close(run(model, args), together)
@@ -182,6 +182,7 @@ def test_samples_with_times_per_token_go_by_their_largest():
     assert_close(together, torch.cat(alone))
 
 
+@torch.no_grad()
 def test_begin_step_says_the_noise_level():
     model, args = tiny("wan"), inputs("wan", 900.0)
     staged = config(FULL, NEAR, boundaries=(0.5,))

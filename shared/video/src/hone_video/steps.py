@@ -66,7 +66,13 @@ class Steps(threading.local):
                 "torch.export cannot read the timestep that the steps are counted by; call handle.begin_step(i) before "
                 "it, and export a program for dense steps and one for sparse ones"
             )
-        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+        values = _per_sample(timestep)
+        if len(set(values)) > 1:
+            # A batch of a training, of no step.
+            self.reset()
+            self.plan = self._plan_each(values)
+            return
+        value = values[0]
         if self._last is None or value > self._last:
             self.step, self.call = 0, -1
         elif value < self._last:
@@ -75,3 +81,10 @@ class Steps(threading.local):
             return
         self._last = value
         self.plan = self._plan(self.step, value)
+
+
+def _per_sample(timestep: Tensor | float) -> list[float]:
+    """The timestep of each sample; of one with a time for each token, the largest."""
+    if not isinstance(timestep, Tensor):
+        return [float(timestep)]
+    return (timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)).tolist()
