@@ -52,8 +52,6 @@ PARTNERS = {"hone-rstitch": ("small",)}
 
 
 NO_HOST_YET = {
-    "hone-fpsattention": "hone_video.host:load_host",
-    "hone-zipr1": "hone_zipr1.host:build_host",
     "hone-zpressor": "hone_zpressor.host:build_tiny",
 }
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
@@ -105,9 +103,6 @@ def test_readme_has_its_sections_in_order_a_picture_and_its_tables(package):
     text = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (.*)$", text, re.M)
     assert [heading for heading in headings if heading in HEADINGS] == list(HEADINGS)
-    if package.name == "hone-zipr1":
-        assert package.name in NO_HOST_YET, "it has a host: show its picture and its table"
-        return
     assert "![" in text
     results = ROOT / "results" / package.folder.name
     assert package.name in NO_DEMO_YET or "demo" in tables._specs(results)
@@ -200,14 +195,6 @@ def test_a_demo_run_again_prints_the_same_and_runs_nothing(package, tmp_path, mo
         # Until its host is trained: what is tested is that the demo repeats itself.
         argv += ["--host", str(load("hone_zpressor.host:save_untrained")(tmp_path / "host.safetensors"))]
     monkeypatch.setattr(sys, "argv", argv)
-
-    if package.name == "hone-zipr1":
-        assert package.name in NO_HOST_YET, "it has a host: run its demo"
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 1
-        assert "train-host" in capsys.readouterr().err
-        return
 
     def demo():
         with pytest.raises(SystemExit) as stop:

@@ -516,7 +516,7 @@ class DemoConfig:
     host: Path | None = None
     """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
     tuned: Path | None = None
-    """A host.safetensors made by train-host (default: the packaged one)."""
+    """A host.safetensors made by train-host (default: the packaged one; with --host, none)."""
     preset: str = "tiny"
     """Attention settings where nothing is trained; a tuned host brings its own."""
     seed: int = 0
@@ -544,7 +544,7 @@ class EvalConfig:
     host: Path | None = None
     """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
     tuned: Path | None = None
-    """A host.safetensors made by train-host (default: the packaged one)."""
+    """A host.safetensors made by train-host (default: the packaged one; with --host, none)."""
     preset: str = "tiny"
     """Attention settings where nothing is trained; a tuned host brings its own."""
     seed: int = 0

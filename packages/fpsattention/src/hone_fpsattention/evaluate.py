@@ -87,7 +87,8 @@ def load_variants(device: torch.device, *, host: Path | None, tuned: Path | None
     Args:
         device: Where to put them.
         host: The dense host; the packaged one if None.
-        tuned: The trained one; the packaged one if None, or none.
+        tuned: The trained one; if None the packaged one, which was trained from the packaged dense host, so that with
+            another ``host`` there is none.
         preset: Attention where nothing is trained.
 
     Raises:
@@ -95,7 +96,7 @@ def load_variants(device: torch.device, *, host: Path | None, tuned: Path | None
     """
     dense, attention = load_host(device, path=host), PRESETS[preset].config
     trained = None
-    if tuned is not None or tuned_host.PACKAGED.is_file():
+    if tuned is not None or host is None:
         trained = tuned_host.load_host(device, path=tuned)
         attention = trained.attention
     variants = {"dense": Variant(dense, None)}
