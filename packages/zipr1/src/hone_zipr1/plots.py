@@ -52,7 +52,7 @@ def curve(lines: Mapping[str, Sequence[Outcome]], dense: Outcome, path: Path, *,
         axes.annotate("dense", (axes.get_xlim()[0], 100 * dense.accuracy), va="bottom", fontsize=7)
         axes.set_xlabel("tokens kept, mean over layers, %")
         axes.set_ylabel("accuracy, %")
-        axes.legend(loc="lower right")
+        axes.legend(loc="center left")
         finish(figure, title=title, note="bars: 95 % bootstrap intervals over questions")
     return path
 
