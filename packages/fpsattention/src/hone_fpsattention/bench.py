@@ -75,8 +75,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     ``split`` of a row is the part; ``variant`` is a dense kernel, ``window``, ``e4m3``, ``e4m3 window``, or a piece of
     the last; in a loop also ``schedule``, the regimes of the model's preset. Rows are ``time`` (``ms``),
     ``peak_memory`` (``GiB``; of one attention with q, k and v, where q's may be taken, of a forward with the weights),
-    the densities of the window, ``prologue_share`` of an attention, ``attention_share`` of a dense forward, and of a forward
-    ``expected``: dense less what one attention saves, times the layers.
+    the densities of the window, ``prologue_share`` of an attention, ``attention_share`` of a dense forward, and of a
+    forward ``expected``: dense less what one attention saves, times the layers.
 
     Args:
         cfg: What to measure.
