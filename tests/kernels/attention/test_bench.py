@@ -171,7 +171,7 @@ def test_nothing_to_time_is_said(on_cpu):
         run([torch.float32], backends=["gluon"])
 
 
-def test_both_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu, caplog):
+def test_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu, caplog):
     def flash(q, k, v):
         out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
         return out.transpose(1, 2)
@@ -180,21 +180,32 @@ def test_both_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu, caplo
     two.flash_attn_func = flash
     three.flash_attn_func = lambda q, k, v: (flash(q, k, v), None)
     on_cpu.setitem(sys.modules, "flash_attn", two)
-    on_cpu.setitem(sys.modules, "flash_attn_interface", three)
+    on_cpu.setitem(sys.modules, "flash_attn_interface", None)
+    on_cpu.setitem(sys.modules, "fa3_fwd_interface", three)
+    four = types.ModuleType("flash_attn.cute")
+    four.flash_attn_func = three.flash_attn_func
+    on_cpu.setitem(sys.modules, "flash_attn.cute", four)
     on_cpu.setitem(sys.modules, "sageattention", None)
     q, k, v = torch.randn(3, 1, 2, 300, 32, dtype=torch.bfloat16).unbind()
     found = providers(random_layout(2, 300, 1.0), torch.bfloat16, [])
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    for name in ("flash-attn 2 dense", "flash-attn 3 dense"):
+    flashes = {f"flash-attn {n} dense" for n in (2, 3, 4)}
+    for name in flashes:
         assert torch.equal(found[name](q, k, v), want)
     assert "sageattention dense" not in found
     rows = run([torch.bfloat16], Shape.parse("2x300x32"), modes=["forward"])
-    assert {"flash-attn 2 dense", "flash-attn 3 dense"} < {r.variant for r in rows}
+    assert flashes < {r.variant for r in rows}
+    # The forward-only build of the third has no gradients, the full one has.
+    backward = providers(random_layout(2, 300, 1.0), torch.bfloat16, [], backward=True)
+    assert flashes - set(backward) == {"flash-attn 3 dense"}
+    on_cpu.setitem(sys.modules, "flash_attn_interface", three)
+    assert flashes < set(providers(random_layout(2, 300, 1.0), torch.bfloat16, [], backward=True))
     (line,) = (line for line in caplog.messages if "left out" in line)
     assert line.startswith("sageattention dense is left out: ModuleNotFoundError: import of sageattention")
 
     on_cpu.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # one without the function
-    on_cpu.setitem(sys.modules, "flash_attn_interface", None)
+    for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute"):
+        on_cpu.setitem(sys.modules, name, None)
     caplog.clear()
     run([torch.bfloat16], Shape.parse("2x300x32"), modes=["forward"])
     assert [x.split(" is left out")[0] for x in caplog.messages if "left out" in x] == list(bench_module._PEERS)

@@ -2,9 +2,10 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch.nn.functional as F
 from hone_core.errors import MissingExtraError, UnsupportedHardwareError
 from hone_core.runs import Run
-from hone_fpsattention.bench import bench
+from hone_fpsattention.bench import _Bench, bench
 from hone_fpsattention.config import BenchConfig
 from hone_kernels.attention_fp8 import api
 
@@ -16,14 +17,20 @@ def measure(tmp_path, **options):
         return bench(cfg, run)
 
 
-@pytest.mark.parametrize("model", ["tiny-wan", "tiny-cogvideox"])
+@pytest.mark.parametrize("model", ["tiny-wan", "tiny-cogvideox", "tiny-hunyuan"])
 def test_rows_of_a_tiny_model(tmp_path, model):
-    report = measure(tmp_path, model=model)
+    report = measure(tmp_path, model=model, parts=("attention", "forward", "loop"), loop_steps=2)
     rows = {(row.split, row.metric, row.variant): row.value for row in report.rows}
-    for variant in ("dense", "window", "e4m3", "e4m3 window", "prologue", "kernel", "back from slots"):
+    for variant in ("dense", "window", "e4m3", "e4m3 window", "prologue", "kernel", "prologue, rotating"):
         assert rows["attention", "time", variant] > 0
     for variant in ("dense", "window", "e4m3", "e4m3 window"):
         assert rows["forward", "time", variant] > 0
+    for variant in ("dense", "window", "e4m3", "e4m3 window", "schedule"):
+        assert rows["loop", "time", variant] > 0
+    both = rows["attention", "time", "e4m3 window"]
+    assert rows["attention", "prologue_share", "e4m3 window"] == rows["attention", "time", "prologue"] / both
+    share = 2 * rows["attention", "time", "dense"] / rows["forward", "time", "dense"]
+    assert rows["forward", "attention_share", "dense"] == pytest.approx(share)
     assert rows["attention", "density_tiles", "e4m3"] == 1
     assert rows["attention", "density_tiles", "window"] == pytest.approx(3 / 20)
     assert rows["attention", "density_slots", "window"] > rows["attention", "density_tokens", "window"]
@@ -38,6 +45,27 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "attention_fp8_reference", lambda *a, **k: tuple(-x for x in right(*a, **k)))
     with pytest.raises(RuntimeError, match=r"e4m3 attention is wrong on cpu: .* No time is reported"):
         measure(tmp_path, model="tiny-wan", parts=("attention",))
+
+
+def test_other_dense_kernels_are_compared_and_take_part_in_the_forward(tmp_path, monkeypatch):
+    def kernels(spoil):
+        flash = lambda q, k, v: F.scaled_dot_product_attention(q, k, v) + spoil  # noqa: E731
+        return lambda self: {"dense": F.scaled_dot_product_attention, "flash-attn 3 dense": flash}
+
+    monkeypatch.setattr(_Bench, "dense_kernels", kernels(0))
+    report = measure(tmp_path / "right", model="tiny-wan")
+    for part in ("attention", "forward"):
+        assert {"dense", "flash-attn 3 dense"} < {row.variant for row in report.rows if row.split == part}
+    assert {row.labels["dense"] for row in report.rows if row.metric == "expected"} <= {"dense", "flash-attn 3 dense"}
+    monkeypatch.setattr(_Bench, "dense_kernels", kernels(1))
+    with pytest.raises(RuntimeError, match="flash-attn 3 dense is wrong on cpu"):
+        measure(tmp_path / "wrong", model="tiny-wan")
+
+
+def test_a_loop_takes_the_preset_of_its_model():
+    for model, preset in (("wan2.1-14b-720p", "wan2.1-14b"), ("hunyuan-video-720p", "hunyuan-video")):
+        assert BenchConfig(model=model).schedule == preset
+    assert BenchConfig(model="tiny-wan").schedule == "tiny"
 
 
 def test_a_published_size_needs_a_gpu(tmp_path):
@@ -62,7 +90,10 @@ def test_linear_layers_need_their_extra_and_a_gpu(module, error, message, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "wan"}, "model must be one of wan2.1-1.3b, .*wan2.1-14b-720p; got 'wan'"),
+        (
+            {"model": "wan"},
+            "model must be one of wan2.1-1.3b, .*wan2.1-14b-720p, hunyuan-video-720p, tiny-hunyuan; got 'wan'",
+        ),
         ({"preset": "best"}, "no preset 'best'; the presets are"),
         ({"parts": ()}, "parts must name some of attention, forward"),
         ({"rounds": 0}, "rounds must be at least 1; got 0"),

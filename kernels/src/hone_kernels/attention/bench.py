@@ -40,12 +40,17 @@ FP8 = torch.float8_e4m3fn
 
 _log = logging.getLogger(__name__)
 
-_PEERS = {
-    "flash-attn 3 dense": ("flash_attn_interface", "flash_attn_func", True),
-    "flash-attn 2 dense": ("flash_attn", "flash_attn_func", True),
-    "sageattention dense": ("sageattention", "sageattn", False),
+_PEERS: dict[str, list[tuple[str, str, bool]]] = {
+    "flash-attn 4 dense": [("flash_attn.cute", "flash_attn_func", True)],
+    "flash-attn 3 dense": [
+        ("flash_attn_interface", "flash_attn_func", True),
+        ("fa3_fwd_interface", "flash_attn_func", False),
+    ],
+    "flash-attn 2 dense": [("flash_attn", "flash_attn_func", True)],
+    "sageattention dense": [("sageattention", "sageattn", False)],
 }
-"""Dense providers of 16-bit inputs that may be installed: module, function, whether it has gradients."""
+"""Dense providers of 16-bit inputs that may be installed: modules, the first of which is taken, their function, whether
+it has gradients."""
 
 _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Relative error (norm) against the reference above which no time is reported."""
@@ -143,7 +148,7 @@ def bench(
     """
     if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
         for name in _PEERS:
-            if isinstance(found := _peer(name), str):
+            if isinstance(found := _peer(name, backward=False), str):
                 _log.info("%s is left out: %s", name, found)
     for shape in shapes:
         for dtype in dtypes:
@@ -302,7 +307,7 @@ def providers(
     found = {f"hone {name}": ours(name) for name in backends}
     if dtype in (torch.bfloat16, torch.float16):
         found[DENSE] = cudnn
-        peers = {name: _peer(name) for name, (_, _, has_gradients) in _PEERS.items() if has_gradients or not backward}
+        peers = {name: _peer(name, backward) for name in _PEERS}
         found |= {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
     # FlexAttention compiles another kernel for a ragged end, its tiles at head size 128 do not fit blocks of 64, and
     # pooled keys are beyond a block mask.
@@ -318,15 +323,24 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _peer(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | str:
+def _peer(name: str, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor] | str:
     """An installed peer on ``[B, H, S, D]``, or why there is none."""
-    module, function, _ = _PEERS[name]
-    try:
-        attend = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a shared library that does not load raises what it likes
-        return f"{type(error).__name__}: {error}"
-    if module == "sageattention":
-        return functools.partial(attend, tensor_layout="HND")
+    reasons = []
+    for module, function, has_gradients in _PEERS[name]:
+        if backward and not has_gradients:
+            reasons.append(f"{module} has no gradients")
+            continue
+        try:
+            attend = getattr(importlib.import_module(module), function)
+        except Exception as error:  # a shared library that does not load raises what it likes
+            reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        return functools.partial(attend, tensor_layout="HND") if module == "sageattention" else _heads_last(attend)
+    return "; ".join(reasons)
+
+
+def _heads_last(attend: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function of ``[B, S, H, D]``, as FlashAttention has it, on ``[B, H, S, D]``."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(*(x.transpose(1, 2) for x in (q, k, v)))  # [B, S, H, D]

@@ -1,9 +1,9 @@
-"""What FPSAttention costs and saves: one attention and one forward, beside dense attention on the same device.
+"""What FPSAttention costs and saves: one attention, one forward and a denoising loop, beside dense attention there.
 
 The models are the published architectures with random weights, so time and memory mean something and pictures do not.
-Dense attention is the fastest kernel that runs there: cuDNN's, and FlashAttention's where it is installed. Each time is
-of the whole attention (prologue, kernel and what puts slots back), with its pieces beside it. Linear layers in E4M3 are
-a variant of their own, never counted as attention.
+Dense attention is cuDNN's, and FlashAttention 3's and 4's where they are installed: what counts is the fastest. Each
+time is of the whole attention (prologue and kernel), with its pieces beside it. Linear layers in E4M3 are a variant of
+their own, never counted as attention.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gc
 import importlib
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,22 +21,31 @@ import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import MissingExtraError, UnsupportedHardwareError
 from hone_core.runs import Report, Run
-from hone_core.timing import Timing, check_values, measure_interleaved
+from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import BlockLayout, block_sparse_attention
 from hone_kernels.attention.bench import providers
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
+from hone_kernels.attention_fp8.reference import rotate
 from hone_video.architectures import FULL_SIZE, full_size, tiny
+from hone_video.attachment import Method
+from hone_video.handle import VideoHandle, attach_method
 from hone_video.workloads import HD_WORKLOADS, WORKLOADS
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .config import BenchConfig, FPSAttentionConfig
+from .config import PRESETS, BenchConfig, FPSAttentionConfig, Regime
 from .method import Plan, fps_attention
 from .models import attach, plan_for
 from .windows import density
 
 __all__ = ["BenchReport", "bench"]
+
+DENSE = Regime(e4m3=False)
+"""What dense kernels are compared with."""
+
+_BLOCKS = (["blocks"], ["transformer_blocks"], ["single_transformer_blocks"])
+"""Where models keep their blocks."""
 
 _TOLERANCE = {False: 1e-2, True: 0.12}
 """Relative error (norm) of the attention against exact attention over the same keys, without and with E4M3: on random
@@ -64,8 +73,10 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Measure, and write rows into the run.
 
     ``split`` of a row is the part; ``variant`` is a dense kernel, ``window``, ``e4m3``, ``e4m3 window``, or a piece of
-    the last. Rows are ``time`` (``ms``), ``peak_memory`` (``GiB``, weights included), the densities of the window, and
-    of a forward ``expected``: dense less what one attention saves, times the layers.
+    the last; in a loop also ``schedule``, the regimes of the model's preset. Rows are ``time`` (``ms``),
+    ``peak_memory`` (``GiB``; of one attention with q, k and v, where q's may be taken, of a forward with the weights),
+    the densities of the window, ``prologue_share`` of an attention, ``attention_share`` of a dense forward, and of a
+    forward ``expected``: dense less what one attention saves, times the layers.
 
     Args:
         cfg: What to measure.
@@ -90,6 +101,24 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     return BenchReport.of(run)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Dense(Method):
+    """The model's own attention by another kernel, on tokens in their own order."""
+
+    name, config = "another dense kernel", None
+
+    def __init__(self, attend: Attend) -> None:
+        self.call = attend
+
+    def plan(self, step: int, timestep: float | None) -> str:
+        return "dense"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Tensor:
+        return self.call(q, k, v)
+
+
 class _Bench:
     """The state that the parts share."""
 
@@ -99,39 +128,45 @@ class _Bench:
         self.dtype = resolve_dtype(cfg.dtype, device)
         shape: Any = self.build(1, "meta").config
         self.heads, self.dim = shape.num_attention_heads, shape.attention_head_dim
-        self.layers = FULL_SIZE[self.work.model][1]["num_layers"] if self.work.model in FULL_SIZE else 2
-        self.saved: dict[str, float] = {}
-        self.dense_attention = ""
+        published = FULL_SIZE[self.work.model][1] if self.work.model in FULL_SIZE else {"num_layers": 2}
+        self.layers = published["num_layers"] + published.get("num_single_layers", 0)
+        self.one: dict[str, float] = {}  # milliseconds of one attention
+        self.dense = self.dense_kernels()
 
     def all(self) -> None:
         if "attention" in self.cfg.parts:
             self.attention()
         if "forward" in self.cfg.parts:
             self.forward()
+        if "loop" in self.cfg.parts:
+            self.loop()
 
     def build(self, layers: int, device: torch.device | str) -> nn.Module:
-        """The transformer, with so many layers."""
+        """The transformer, with so many layers; of HunyuanVideo's a third has two streams, as published."""
+        options: dict[str, Any] = {"num_layers": layers}
+        if self.work.kind == "hunyuan":
+            options = {"num_layers": -(-layers // 3), "num_single_layers": layers - -(-layers // 3)}
         if self.work.model in FULL_SIZE:
-            return full_size(self.work.model, device=device, dtype=self.dtype, num_layers=layers)
-        options = {} if self.work.kind == "wan" else {"max_text_seq_length": self.work.text_tokens}
-        return tiny(self.work.kind, self.cfg.seed, num_layers=layers, **options).to(device)
+            return full_size(self.work.model, device=device, dtype=self.dtype, **options)
+        if self.work.kind == "cogvideox":
+            options["max_text_seq_length"] = self.work.text_tokens
+        return tiny(self.work.kind, self.cfg.seed, **options).to(device)
 
     def plan(self, cfg: FPSAttentionConfig) -> Plan:
         return plan_for(cfg.regimes[0], cfg, self.work.grid, self.work.joint_text, self.device)
 
     def row(self, part: str, metric: str, value: float, variant: str, *, unit: str = "", **options: Any) -> None:
-        better: Literal["none", "lower"] = "none" if metric.startswith("density") or metric == "expected" else "lower"
+        better: Literal["none", "lower"] = "lower" if metric in ("time", "peak_memory", "prologue_share") else "none"
         labels = {"model": self.cfg.model, **options.pop("labels", {})}
         self.run.row(metric, value, unit=unit, better=better, variant=variant, split=part, labels=labels, **options)
 
-    def times(self, part: str, timings: dict[str, Timing], **labels: Any) -> None:
+    def times(self, part: str, timings: dict[str, Timing], *, peak: bool = True, **labels: Any) -> None:
         for variant, timing in timings.items():
             # Half the width between the 20th and the 80th percentile, which outliers do not reach.
             spread = (timing.ms_p80 - timing.ms_p20) / 2
             self.row(part, "time", timing.ms_p50, variant, unit="ms", n=timing.n, spread=spread, labels=labels)
-            if timing.peak_bytes is not None and labels.get("of") is None:
-                peak = timing.peak_bytes / 2**30
-                self.row(part, "peak_memory", peak, variant, unit="GiB", labels=labels)
+            if timing.peak_bytes is not None and peak:
+                self.row(part, "peak_memory", timing.peak_bytes / 2**30, variant, unit="GiB", labels=labels)
 
     def clear(self) -> None:
         gc.collect()
@@ -140,43 +175,73 @@ class _Bench:
 
     # One attention.
 
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Random, in memory as projections leave them."""
+        shape = (1, self.work.tokens, self.heads, self.dim)
+        like: Any = {"device": self.device, "dtype": self.dtype}
+        return tuple(torch.randn(shape, **like).transpose(1, 2) for _ in range(3))  # type: ignore[return-value]
+
     def attention(self) -> None:
-        q, k, v = (
-            torch.randn(1, self.work.tokens, self.heads, self.dim, device=self.device, dtype=self.dtype).transpose(1, 2)
-            for _ in range(3)
-        )
+        q, k, v = self.qkv()
         variants = self.cfg.variants
+        calls: dict[str, Attend] = dict(self.dense)
+        exact = self.cfg.attention.constant(DENSE)
+        for name, call in self.dense.items():
+            self.check(name, call, exact, q, k, v)
         for name, cfg in variants.items():
-            self.check(name, cfg, q, k, v)
-        dense = self.dense_kernels()
-        calls: dict[str, Callable[[], object]] = {name: partial(f, q, k, v) for name, f in dense.items()}
-        for name, cfg in variants.items():
-            calls[name] = partial(fps_attention, q, k, v, plan=self.plan(cfg), cfg=cfg)
-        both = variants["e4m3 window"]
-        plan = self.plan(both)
-        options: Any = {"block": plan.block, "group": plan.groups, "smooth_k": both.smooth_k, "k_valid": plan.valid}
-        operands = quantize_qkv(q, k, v, order=plan.slots, **options)
-        slots = torch.randn(1, len(plan.slots), self.heads, self.dim, device=self.device, dtype=self.dtype)
-        pieces: dict[str, Callable[[], object]] = {
-            "prologue": lambda: quantize_qkv(q, k, v, order=plan.slots, **options),
-            "kernel": lambda: quantized_attention(operands, plan.layout, out_dtype=self.dtype),
-            "back from slots": lambda: slots.transpose(1, 2).index_select(2, plan.places),
-        }
+            calls[name] = partial(fps_attention, plan=self.plan(cfg), cfg=cfg)
+            self.check(f"{name} attention", calls[name], cfg, q, k, v)
+        pieces = self.pieces(variants["e4m3 window"], q, k, v)
         timings = measure_interleaved(
-            calls | pieces, warmup=3, rounds=self.cfg.rounds, seed=self.cfg.seed, device=self.device
-        )
-        self.times("attention", {name: timings[name] for name in calls}, heads=self.heads, dim=self.dim)
-        self.times("attention", {name: timings[name] for name in pieces}, of="e4m3 window")
-        self.dense_attention = min(dense, key=lambda name: timings[name].ms_p50)
-        self.saved = {name: timings[self.dense_attention].ms_p50 - timings[name].ms_p50 for name in variants}
+            {name: partial(call, q, k, v) for name, call in calls.items()} | pieces,
+            warmup=2, rounds=self.cfg.rounds, seed=self.cfg.seed, device=self.device,
+        )  # fmt: skip
+        self.times("attention", {name: timings[name] for name in calls}, peak=False, heads=self.heads, dim=self.dim)
+        self.times("attention", {name: timings[name] for name in pieces}, peak=False, of="e4m3 window")
+        self.one = {name: timings[name].ms_p50 for name in calls}
+        share = timings["prologue"].ms_p50 / self.one["e4m3 window"]
+        self.row("attention", "prologue_share", share, "e4m3 window")
         for name, cfg in variants.items():
             window, text = cfg.regimes[0].window, self.work.joint_text
             found = density(self.work.grid, cfg.tile, window, border=cfg.border, text_tokens=text, block=cfg.block)
             for kind, value in found._asdict().items():
                 self.row("attention", f"density_{kind}", value, name)
+        del q, k, v, pieces
+        if self.device.type == "cuda":
+            self.peaks(calls)
+
+    def pieces(self, cfg: FPSAttentionConfig, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+        """What the attention is made of, and what the rotary embedding adds to the prologue or costs apart from it."""
+        plan = self.plan(cfg)
+        prologue = partial(
+            quantize_qkv, q, k, v, order=plan.slots, block=plan.block, group=plan.groups, longest=plan.longest,
+            smooth_k=cfg.smooth_k, for_lse=False, k_valid=plan.valid,
+        )  # fmt: skip
+        angle = torch.rand(plan.tokens, self.dim // 2, device=self.device) * 6
+        rope = (angle.cos(), angle.sin())
+        operands, out = prologue(), torch.empty_like(q)
+        return {
+            "prologue": prologue,
+            "kernel": lambda: quantized_attention(operands, plan.layout, out=out, order=plan.slots),
+            "prologue, rotating": partial(prologue, rope=rope),
+            "rotation apart": lambda: (rotate(q, *rope), rotate(k, *rope)),
+        }
+
+    def peaks(self, calls: dict[str, Attend]) -> None:
+        """The most memory of one attention with its q, k and v; ours may take that of q."""
+        for name, call in calls.items():
+            self.clear()
+            before = torch.cuda.memory_allocated(self.device)
+            q, k, v = self.qkv()
+            options = {} if name in self.dense else {"overwrite_q": True}
+            with Stopwatch(self.device) as watch:
+                call(q, k, v, **options)
+            del q, k, v
+            assert watch.peak_bytes is not None
+            self.row("attention", "peak_memory", (watch.peak_bytes - before) / 2**30, name, unit="GiB")
         self.clear()
 
-    def dense_kernels(self) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    def dense_kernels(self) -> dict[str, Attend]:
         """Dense attention by whatever runs here."""
         if self.device.type == "cpu":
             return {"dense": scaled_dot_product_attention}
@@ -184,12 +249,17 @@ class _Bench:
         found = providers(layout, self.dtype, ())
         return {name: found[name] for name in found if name.endswith("dense") and not name.startswith("sage")}
 
-    def check(self, name: str, cfg: FPSAttentionConfig, q: Tensor, k: Tensor, v: Tensor) -> None:
+    @property
+    def fastest(self) -> str:
+        """Of the dense kernels."""
+        return min(self.dense, key=lambda name: self.one.get(name, math.inf))
+
+    def check(self, name: str, attend: Attend, cfg: FPSAttentionConfig, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Values first: a wrong kernel is not timed."""
         plan = self.plan(cfg)
         # One head is enough, and the reference is slow: some rows of queries, over all of their keys.
         q, k, v = (x[:, :1] for x in (q, k, v))
-        got = fps_attention(q, k, v, plan=plan, cfg=cfg)
+        got = attend(q, k, v)
         rows = torch.arange(0, len(plan.slots) // plan.block, max(1, len(plan.slots) // plan.block // 8))
         wide_q, wide_k, wide_v = (x.float().index_select(2, plan.slots) for x in (q, k, v))
         lists = plan.layout
@@ -203,54 +273,117 @@ class _Bench:
         place[plan.places] = torch.arange(plan.tokens, device=self.device)
         kept = place[slots] >= 0
         check_values(
-            f"{name} attention",
+            name,
             got[:, :, place[slots[kept]]],
             want[:, :, kept],
             tolerance=_TOLERANCE[cfg.regimes[0].e4m3],
             advice="Run the tests of hone-kernels on this device",
         )
 
-    # One forward.
+    # One forward, and a loop of them.
 
     def forward(self) -> None:
         layers = self.cfg.layers or self.layers
         model = self.build(layers, self.device)
         inputs = self.model_inputs(model)
         labels: dict[str, Any] = {} if layers == self.layers else {"layers": f"{layers} of {self.layers}"}
+        linears = ", linear layers in E4M3"
         self.forwards(model, inputs, mode="eager", **labels)
         if self.cfg.compile_blocks:
-            blocks: Any = model.blocks if self.work.kind == "wan" else model.transformer_blocks
-            for block in blocks:
-                block.compile(fullgraph=True)
-            self.forwards(model, inputs, mode="compiled blocks", **labels)
-            for block in blocks:
-                block._compiled_call_impl = None
+            self.compiled(model, inputs, mode="compiled blocks", **labels)
         if self.cfg.e4m3_linears:
             _round_linears(model)
-            self.forwards(model, inputs, mode="eager, linear layers in E4M3", **labels)
+            self.forwards(model, inputs, mode=f"eager{linears}", **labels)
+            if self.cfg.compile_blocks:
+                self.compiled(model, inputs, mode=f"compiled blocks{linears}", **labels)
+        del model, inputs
+        self.clear()
+
+    def compiled(self, model: Any, inputs: dict[str, Any], **labels: Any) -> None:
+        blocks = [block for name, block in model.named_modules() if name.split(".")[:-1] in _BLOCKS]
+        for block in blocks:
+            block.compile(fullgraph=True)
+        self.forwards(model, inputs, **labels)
+        for block in blocks:
+            block._compiled_call_impl = None
+
+    def dense_contexts(self, model: nn.Module) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+        """The dense model by each kernel: cuDNN's through the model's own code, others in its place."""
+        found: dict[str, Callable[[], AbstractContextManager[Any]]] = {"dense": nullcontext}
+        for name, attend in self.dense.items():
+            if name.startswith("flash"):
+                found[name] = partial(attach_method, model, _Dense(attend), VideoHandle)
+        return found
 
     def forwards(self, model: nn.Module, inputs: dict[str, Any], **labels: Any) -> None:
-        def call(cfg: FPSAttentionConfig | None) -> Callable[[], object]:
+        def call(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], object]:
             def run() -> object:
                 # Replacing the processors takes well under a millisecond, and keeps the variants in one random order.
-                with nullcontext() if cfg is None else attach(model, cfg), self.dense_backend():
+                with context(), self.dense_backend():
                     return model(**inputs, return_dict=False)[0]
 
             return run
 
-        calls = {"dense": call(None)} | {name: call(cfg) for name, cfg in self.cfg.variants.items()}
+        dense = self.dense_contexts(model)
+        contexts = dense | {name: partial(attach, model, cfg) for name, cfg in self.cfg.variants.items()}
+        calls = {name: call(context) for name, context in contexts.items()}
         options: Any = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
-        timings = measure_interleaved(calls, warmup=2, **options)
+        timings = measure_interleaved(calls, warmup=1, **options)
         self.times("forward", timings, **labels)
-        for name, saved in self.saved.items():
-            layers = self.cfg.layers or self.layers
-            expected = timings["dense"].ms_p50 - layers * saved
-            labels_of = {**labels, "dense": self.dense_attention}
-            self.row("forward", "expected", expected, name, unit="ms", labels=labels_of)
+        if not self.one:
+            return
+        # By the kernel that the dense model ran with.
+        best = self.fastest if self.fastest in dense else "dense"
+        attention = self.one[self.fastest]
+        total, layers = timings[best].ms_p50, self.cfg.layers or self.layers
+        labels = {**labels, "dense": self.fastest}
+        self.row("forward", "attention_share", layers * attention / total, best, labels=labels)
+        for name in self.cfg.variants:
+            expected = total - layers * (attention - self.one[name])
+            self.row("forward", "expected", expected, name, unit="ms", labels=labels)
 
     def dense_backend(self) -> Any:
         """CuDNN and nothing else on a GPU."""
         return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if self.device.type == "cuda" else nullcontext()
+
+    def loop(self) -> None:
+        """All denoising steps of a video, without text encoder and VAE, which stay as they are."""
+        from diffusers import UniPCMultistepScheduler
+
+        layers = self.cfg.layers or self.layers
+        model = self.build(layers, self.device)
+        inputs = self.model_inputs(model)
+        schedule = PRESETS[self.cfg.schedule].config
+        # HunyuanVideo is distilled for guidance; the others run twice a step.
+        branches = 1 if self.work.kind == "hunyuan" else 2
+        dense = self.dense_contexts(model)
+        contexts = {name: dense[name] for name in ("dense", self.fastest) if name in dense}
+        contexts |= {name: partial(attach, model, cfg) for name, cfg in self.cfg.variants.items()}
+        contexts["schedule"] = partial(attach, model, schedule)
+
+        def run(steps: int | None) -> None:
+            scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=schedule.shift
+            )
+            scheduler.set_timesteps(self.cfg.loop_steps, device=self.device)
+            latents = inputs["hidden_states"]
+            for t in scheduler.timesteps[:steps]:
+                given = {**inputs, "hidden_states": latents.to(self.dtype), "timestep": t.expand(1)}
+                for _ in range(branches):
+                    velocity = model(**given, return_dict=False)[0]
+                latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+
+        labels: dict[str, Any] = {"steps": self.cfg.loop_steps, "forwards": branches * self.cfg.loop_steps}
+        if layers != self.layers:
+            labels["layers"] = f"{layers} of {self.layers}"
+        for name, context in contexts.items():
+            with context(), self.dense_backend():
+                run(1)
+                with Stopwatch(self.device) as watch:
+                    run(None)
+            self.row("loop", "time", watch.seconds * 1e3, name, unit="ms", n=1, labels=labels)
+        del model, inputs
+        self.clear()
 
     def model_inputs(self, model: Any) -> dict[str, Any]:
         work, config = self.work, model.config
@@ -261,11 +394,16 @@ class _Bench:
             "timestep": torch.full((1,), 500, device=self.device),
             "encoder_hidden_states": torch.randn(1, work.text_tokens, text, **like),
         }
-        if work.kind == "wan":
-            shape = (1, config.in_channels, frames, 2 * height, 2 * width)
-        else:
+        shape = (1, config.in_channels, frames, 2 * height, 2 * width)
+        if work.kind == "hunyuan":
+            inputs["encoder_attention_mask"] = torch.ones(1, work.text_tokens, **like)
+            inputs["pooled_projections"] = torch.randn(1, config.pooled_projection_dim, **like)
+            inputs["guidance"] = torch.full((1,), 6000.0, **like)
+        if work.kind == "cogvideox":
             shape = (1, frames, config.in_channels, 2 * height, 2 * width)
-            angles = torch.rand(math.prod(work.grid), config.attention_head_dim, device=self.device)
+            angles = torch.rand(
+                math.prod(work.grid), config.attention_head_dim // 2, device=self.device
+            ).repeat_interleave(2, dim=1)
             inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
         return {"hidden_states": torch.randn(shape, **like), **inputs}
 

@@ -43,7 +43,7 @@ Scales = Literal["tensor", "tile", "token"]
 Delta = Literal["exact", "forward"]
 Backend = Literal["auto", "reference", "triton"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Part = Literal["attention", "forward"]
+Part = Literal["attention", "forward", "loop"]
 Loss = Literal["flow", "distillation"]
 Size = tuple[int, int, int]
 """Along (frames, height, width)."""
@@ -336,10 +336,11 @@ class BenchConfig:
     """What to measure."""
 
     model: str = "wan2.1-14b-720p"
-    """wan2.1-1.3b, wan2.1-14b or cogvideox-5b at 480p, wan2.1-1.3b-720p or wan2.1-14b-720p, or on a CPU tiny-wan or
-    tiny-cogvideox."""
+    """wan2.1-1.3b, wan2.1-14b or cogvideox-5b at 480p, wan2.1-1.3b-720p, wan2.1-14b-720p or hunyuan-video-720p, or on a
+    CPU tiny-wan, tiny-cogvideox or tiny-hunyuan."""
     parts: tuple[Part, ...] = ("attention", "forward")
-    """``attention``: one layer, and the pieces of FPSAttention in it. ``forward``: one call of the transformer."""
+    """``attention``: one layer, and the pieces of FPSAttention in it. ``forward``: one call of the transformer.
+    ``loop``: all denoising steps, also with the preset that has the model's name."""
     preset: str = "window-661"
     """Attention settings; its first regime, the sparsest, is what is timed (on tiny models: tiny)."""
     layers: int | None = None
@@ -348,6 +349,8 @@ class BenchConfig:
     """Timed rounds of one attention; each calls every variant once, in a random order."""
     forward_rounds: int = 5
     """Likewise of one forward."""
+    loop_steps: int = 10
+    """Denoising steps of the loop."""
     compile_blocks: bool = False
     """Also time the forward with transformer blocks compiled by Inductor."""
     e4m3_linears: bool = False
@@ -363,7 +366,12 @@ class BenchConfig:
         _known_preset(self.preset)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
-        _at_least_one(self, "layers", "rounds", "forward_rounds")
+        _at_least_one(self, "layers", "rounds", "forward_rounds", "loop_steps")
+
+    @property
+    def schedule(self) -> str:
+        """The preset of the loop."""
+        return next((name for name in PRESETS if self.model.startswith(name)), "tiny")
 
     @property
     def attention(self) -> FPSAttentionConfig:
