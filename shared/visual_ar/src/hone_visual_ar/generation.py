@@ -73,6 +73,9 @@ class Generation:
         cache: Keys and values of the scales so far.
         uniform: ``[B, total, groups]`` draws.
         latent: ``[B, d, H, W]`` summed so far, float32.
+        rope: Table of the schedule.
+        seeds: Of each image.
+        state: The policy's own.
         records: What ran.
         indices: ``[B, L, groups]`` of each scale that was sampled at all positions.
     """
@@ -86,6 +89,8 @@ class Generation:
     uniform: Tensor
     latent: Tensor
     rope: Rope | None
+    seeds: tuple[int, ...]
+    state: Any = None
     records: list[ScaleRecord] = field(default_factory=list)
     indices: list[Tensor] = field(default_factory=list)
 
@@ -127,6 +132,7 @@ class Generation:
             uniform=uniforms(seeds, schedule.total, model.groups, device),
             latent=torch.zeros(condition.images, tokenizer.latent_dim, height, width, device=device),
             rope=model.rope(schedule),
+            seeds=tuple(seeds),
         )
 
     def is_last(self, scale: int) -> bool:
@@ -169,8 +175,9 @@ class Generation:
         context = self.context(scale, positions=positions, spread=spread)
         rows, kept = x.shape[:2]
         condition = self.condition if rows == self.condition.rows else self.condition.conditional()
+        before = self.cache.lengths[-1]
         hidden = self.model.run_blocks(x, condition, context, observe=observe)
-        self.ran(scale, kept, rows, keys=kept if spread is None else self.schedule.tokens(scale))
+        self.ran(scale, kept, rows, keys=before + (kept if spread is None else self.schedule.tokens(scale)))
         return hidden
 
     def context(self, scale: int, *, positions: Tensor | None = None, spread: Tensor | None = None) -> AttentionContext:
@@ -185,14 +192,15 @@ class Generation:
         )
 
     def ran(self, scale: int, kept: int, rows: int, *, keys: int) -> None:
-        """Count a scale that ran, and its keys into the cache."""
+        """Write down what ran of a scale; ``keys`` are those that its last block read."""
         record = ScaleRecord(
-            scale=scale, tokens=self.schedule.tokens(scale), kept=kept, rows=rows // self.condition.images,
-            keys=self.cache.length + keys,
-        )  # fmt: skip
+            scale=scale,
+            tokens=self.schedule.tokens(scale),
+            kept=kept,
+            rows=rows // self.condition.images,
+            keys=keys,
+        )
         self.records.append(record)
-        if not self.is_last(scale):
-            self.cache.advance(keys)
 
     def logits(self, hidden: Tensor, scale: int) -> Tensor:
         """Guided and tempered logits ``[B, n, groups, choices]``; hidden rows without a partner are not guided."""
@@ -236,9 +244,9 @@ class Generation:
         size = (self.latent.shape[-2], self.latent.shape[-1])
         self.latent = self.latent + self.tokenizer.spread(grid, size, scale=scale, scales=len(self.schedule))
 
-    def step(self, scale: int, policy: Policy, state: Any) -> bool:
+    def step(self, scale: int, policy: Policy) -> bool:
         """One scale; False if the policy ends the image here."""
-        codes = policy.scale(self, scale, state)
+        codes = policy.scale(self, scale, self.state)
         if codes is None:
             return False
         self.add(codes, scale)
@@ -276,8 +284,8 @@ def generate(
     """
     run = Generation.start(model, tokenizer, condition, schedule, seeds=seeds, sampling=sampling or Sampling())
     used = policy or model.policy or Policy()
-    state = used.begin(run)
+    run.state = used.begin(run)
     for scale in range(len(schedule)):
-        if not run.step(scale, used, state):
+        if not run.step(scale, used):
             break
     return run

@@ -30,7 +30,7 @@ class ScaleKVCache:
         dtype: Of keys and values.
 
     Attributes:
-        length: Positions that are filled, in every layer.
+        lengths: Positions that are filled, of each layer: methods may run other tokens in each.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ScaleKVCache:
         shape = (rows, heads, capacity, dim)
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.lengths = capacity, [0] * layers
 
     def extend(self, layer: int, k: Tensor, v: Tensor, *, write: bool) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer with these behind them.
@@ -53,7 +53,8 @@ class ScaleKVCache:
         Raises:
             RuntimeError: They do not fit.
         """
-        rows, begin, end = k.shape[0], self.length, self.length + k.shape[2]
+        rows, begin = k.shape[0], self.lengths[layer]
+        end = begin + k.shape[2]
         old_k, old_v = self.k[layer][:rows], self.v[layer][:rows]
         if not write:
             if begin == 0:
@@ -63,11 +64,8 @@ class ScaleKVCache:
             raise RuntimeError(f"the cache holds {self.capacity} positions and cannot take {end}")
         old_k[:, :, begin:end] = k
         old_v[:, :, begin:end] = v
+        self.lengths[layer] = end
         return old_k[:, :, :end], old_v[:, :, :end]
-
-    def advance(self, count: int) -> None:
-        """Count positions as filled, once every layer has written them."""
-        self.length += count
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,47 @@
+"""The verbs of ``hone-sparsevar``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hone_core.cli import Verb, run_cli
+
+PACKAGE = "hone-sparsevar"
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run_cli(PACKAGE, VERBS, "SparseVAR: next-scale image models leave flat regions out of the large scales.")
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, presets with where their numbers come from, and the tiny host."""
+    from hone_core.environment import installed
+    from hone_core.hosts import describe_host
+
+    from .config import PRESETS
+
+    return {
+        **installed(PACKAGE, "diffusers"),
+        "tiny host": describe_host(PACKAGE),
+        "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+    }
+
+
+def _verb(run: str, config: str, help: str) -> Verb:
+    return Verb(run=f"hone_sparsevar.{run}", config=f"hone_sparsevar.config:{config}", help=help)
+
+
+VERBS: dict[str, Callable[..., Any] | Verb] = {
+    "info": info,
+    "demo": _verb("demo:demo", "DemoConfig", "Draw scenes dense, sparse, stopped early, and by other masks: pictures."),
+    "eval": _verb("evaluate:evaluate", "EvalConfig", "Quality against work of every variant, on many scenes."),
+    "calibrate": _verb("calibrate:calibrate", "CalibrateConfig", "Which block's change tells textured from flat."),
+    "inspect": _verb("inspection:inspect", "InspectConfig", "What ran in one image, scale by scale."),
+    "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the claims to the test on tiny hosts."),
+    "bench": _verb(
+        "bench:bench", "BenchConfig", "Time the transformer at real sizes, dense, sparse and stopped early."
+    ),
+    "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host: tokenizer, grader, transformer."),
+}

@@ -1,0 +1,331 @@
+"""What of a scale runs, and the settings of every verb. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from hone_core.config import flag
+from hone_core.training import check_budget
+
+__all__ = [
+    "PRESETS",
+    "BenchConfig",
+    "CalibrateConfig",
+    "DemoConfig",
+    "EvalConfig",
+    "HostConfig",
+    "InspectConfig",
+    "Preset",
+    "ReproduceConfig",
+    "SparseVARConfig",
+    "TrainHostConfig",
+]
+
+Score = Literal["map", "inverse", "random", "distance"]
+Fill = Literal["anchor", "anchor_code", "bilinear", "expected", "expected_bilinear", "prev", "zero"]
+Metric = Literal["abs", "rel"]
+KV = Literal["drop", "fill"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseVARConfig:
+    """Which tokens are left out, and what stands in for them."""
+
+    ratio: float = 0.6
+    """Share of the tokens beside the anchors that is left out of a sparse scale, in [0, 1]."""
+    window: int | None = 4
+    """Side of the windows that keep one anchor each; None: no anchors, which ``fill`` must not ask for."""
+    start_scale: int = -3
+    """First sparse scale; negative counts from the end, and as many as there are scales leaves all dense."""
+    detector: int | None = None
+    """Block whose change is the map; half the depth if None. Choose it with ``calibrate``."""
+    select: Literal["topk", "threshold"] = "topk"
+    """``topk``: as many tokens in every image, so that lengths are static. ``threshold``: those above one."""
+    threshold: float = 1.0
+    """``threshold``: of the map's mean."""
+    bucket: int = 128
+    """``threshold``: kept tokens are rounded up to a multiple of this."""
+    metric: Metric = "abs"
+    """``abs``: mean squared change. ``rel``: over the mean square before."""
+    score: Score = "map"
+    """``map``: the method. ``inverse``: the flat parts run. ``random``: chance. ``distance``: squared distance of a
+    scale's input tokens to their mean, as FastVAR scores."""
+    fill: Fill = "anchor"
+    """What excluded positions are drawn from: their ``anchor``'s logits; its drawn code (``anchor_code``); logits
+    interpolated between kept tokens (``bilinear``); the mean code of those (``expected``, ``expected_bilinear``); the
+    last block's output at the scale before (``prev``); or they add nothing (``zero``)."""
+    kv: KV = "drop"
+    """Keys at excluded positions: none (``drop``), or their anchor's with their own rotary row (``fill``)."""
+    seed: int = 0
+    """Of ``random``, beside the image's own."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("metric", Metric), ("score", Score), ("fill", Fill), ("kv", KV)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        if self.select not in ("topk", "threshold"):
+            raise ValueError(f"select must be topk or threshold; got {self.select!r}")
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio is a share of tokens and must lie in [0, 1]; got {self.ratio}")
+        if self.threshold < 0 or self.bucket < 1:
+            raise ValueError(f"threshold must not be negative, bucket at least 1; got {self.threshold}, {self.bucket}")
+        if self.window is None:
+            if self.fill not in ("zero", "prev") or self.kv == "fill":
+                raise ValueError(
+                    f"without anchors fill must be zero or prev and kv drop; got fill={self.fill!r}, kv={self.kv!r}. "
+                    "Give window a side, such as 4"
+                )
+            if self.ratio == 1:
+                raise ValueError("a ratio of 1 without anchors leaves nothing to run; use EarlyStop, or window=4")
+        elif self.window < 1:
+            raise ValueError(f"window must be at least 1; got {self.window}")
+        if self.detector is not None and self.detector < 0:
+            raise ValueError(f"detector is the number of a block, from 0; got {self.detector}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """Named settings and where they come from.
+
+    Attributes:
+        config: The settings.
+        model: What they are for.
+        provenance: Published, or ours.
+    """
+
+    config: SparseVARConfig
+    model: str
+    provenance: str
+
+
+_NAMES = "Ratio and window occur in the release's evaluation folder names (its issue 2); what they mean is our reading."
+
+PRESETS: dict[str, Preset] = {
+    **{
+        f"infinity-{ratio:g}": Preset(
+            config=SparseVARConfig(ratio=ratio),
+            model="Infinity-2B and 8B at 1M pixels",
+            provenance=f"{_NAMES} Start scale, detector and fill are ours.",
+        )
+        for ratio in (0.5, 0.6, 0.7)
+    },
+    "var-512": Preset(
+        config=SparseVARConfig(ratio=0.6, start_scale=-2), model="VAR-d36 at 512 px", provenance="Ours, not measured."
+    ),
+    "tiny": Preset(
+        config=SparseVARConfig(ratio=0.7, start_scale=-2),
+        model="The tiny host (64 px)",
+        provenance="Ours: as many tokens run as where one scale is left out whole.",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture of the tiny host: tokenizer, small Infinity and grader, over generated scenes of 64 px."""
+
+    code_dim: int = 12
+    """Bits of a code."""
+    ae_channels: int = 32
+    """Width of the tokenizer's first level."""
+    ae_multipliers: tuple[int, ...] = (1, 2, 2)
+    """Width of each level over it."""
+    ae_blocks: int = 1
+    """Residual blocks of a level."""
+    depth: int = 8
+    """Blocks of the transformer."""
+    width: int = 144
+    """Channels of the transformer."""
+    heads: int = 3
+    """Attention heads."""
+    grader_channels: int = 32
+    """Width of the grader's first layer."""
+    guidance: float = 2.0
+    """Guidance that the host is sampled with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainHostConfig:
+    """Training of the tiny host: tokenizer, then grader, then transformer."""
+
+    host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
+    """Architecture."""
+    seed: int = 0
+    """Of weights and data."""
+    minutes: float = 5.0
+    """Wall clock of the training, where ``steps`` is not given."""
+    steps: int | None = None
+    """Optimiser steps in place of a time."""
+    batch: int = 256
+    """Images of a step."""
+    tokenizer_share: float = 0.25
+    """Share of the budget that trains the tokenizer."""
+    grader_share: float = 0.1
+    """Share of the budget that trains the grader."""
+    tokenizer_lr: float = 1e-3
+    """Peak rate of tokenizer and grader."""
+    lr: float = 2e-3
+    """Peak rate of the transformer."""
+    flip: float = 0.3
+    """Most bits of a scale that are flipped, as a share, so that later scales learn to repair (self-correction)."""
+    drop: float = 0.1
+    """Share of prompts that are dropped, for guidance."""
+    ema: float = 0.998
+    """Decay of the averaged weights that are exported."""
+    log_every: int = 50
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 120.0
+    """Least time between two checkpoints."""
+    eval_images: int = 512
+    """Images that the grades are over."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if not 0 < self.tokenizer_share + self.grader_share < 1 or min(self.tokenizer_share, self.grader_share) <= 0:
+            raise ValueError(
+                "tokenizer_share and grader_share must be positive and leave the transformer some; got "
+                f"{self.tokenizer_share} and {self.grader_share}"
+            )
+        if not 0 <= self.flip <= 1 or not 0 <= self.drop <= 1:
+            raise ValueError(f"flip and drop are shares in [0, 1]; got {self.flip} and {self.drop}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """The same scenes dense, sparse, stopped early and with other masks."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
+    """Settings of the method."""
+    limit: int = 8
+    """Images."""
+    seed: int = 0
+    """Of the first image; the prompts go with it."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"limit must be at least 1; got {self.limit}")
+
+
+VARIANTS = (
+    "dense", "sparse", "early-stop-1", "early-stop-2", "skip-uncond-2", "fastvar", "random", "inverse", "distance",
+    "no-anchors", "kv-fill", "threshold", "anchor_code", "bilinear", "expected", "expected_bilinear", "prev", "zero",
+)  # fmt: skip
+"""Ways to draw an image that ``eval`` compares: the method, its baselines, and what replaces one part of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Quality against work of many images, variant by variant."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
+    """Settings that variants start from."""
+    variants: tuple[str, ...] = VARIANTS
+    """What is compared; ``dense`` always is."""
+    limit: int = 256
+    """Images."""
+    batch: int = 64
+    """Images at a time."""
+    seed: int = 0
+    """Of the first image; the prompts go with it."""
+    greedy: bool = False
+    """Take the likeliest bits in place of drawing."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown:
+            raise ValueError(f"no variant {', '.join(unknown)}; expected of {', '.join(VARIANTS)}")
+        if self.limit < 2 or self.batch < 1:
+            raise ValueError(f"limit must be at least 2 and batch 1; got {self.limit} and {self.batch}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateConfig:
+    """Which block tells textured from flat."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    limit: int = 64
+    """Images."""
+    start_scale: int = -2
+    """First sparse scale, whose map comes from the scale before."""
+    seed: int = 0
+    """Of the images."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"limit must be at least 1; got {self.limit}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """What the method did in one image, scale by scale."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
+    """Settings of the method."""
+    seed: int = 0
+    """Of the image; the prompt goes with it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The claims, on tiny hosts and several sampling seeds."""
+
+    hosts: tuple[Path, ...] = ()
+    """host.safetensors of further trainings (packaged one if none is given)."""
+    settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
+    """Settings of the method."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Sampling seeds; each draws its own prompts and images."""
+    limit: int = 2000
+    """Images of a seed."""
+    batch: int = 250
+    """Images at a time."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
+        if self.limit < 2 or self.batch < 1:
+            raise ValueError(f"limit must be at least 2 and batch 1; got {self.limit} and {self.batch}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Time of the transformer at real sizes with random weights."""
+
+    model: str = "tiny"
+    """``tiny``, or a published size such as infinity_2b (needs a CUDA device)."""
+    pixels: str = "1M"
+    """Image size of an Infinity."""
+    aspect: float = 1.0
+    """Height over width of an Infinity's images."""
+    batch: int = 1
+    """Images at a time."""
+    settings: SparseVARConfig = field(default_factory=SparseVARConfig)
+    """Settings of the method; masks come from smooth random maps, since random weights make none."""
+    modes: tuple[str, ...] = ("eager",)
+    """``eager``, ``graphs`` (a CUDA graph per scale), ``compiled`` (compiled blocks and graphs)."""
+    dtype: str = "auto"
+    """Of the blocks."""
+    text_tokens: int = 64
+    """Words of a prompt."""
+    warmup: int = 5
+    """Untimed images first."""
+    rounds: int = 20
+    """Timed images of each variant."""
+    seed: int = 0
+    """Of weights and maps."""
+
+    def __post_init__(self) -> None:
+        unknown = [mode for mode in self.modes if mode not in ("eager", "graphs", "compiled")]
+        if unknown or not self.modes:
+            raise ValueError(f"modes must be of eager, graphs, compiled; got {', '.join(self.modes) or 'none'}")
+        if min(self.batch, self.text_tokens, self.rounds) < 1 or self.warmup < 0:
+            raise ValueError("batch, text_tokens and rounds must be at least 1, warmup not negative")

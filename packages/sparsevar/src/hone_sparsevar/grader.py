@@ -1,0 +1,94 @@
+"""The grader: does each place of an image show what was asked for; and features to compare sets of images by."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import COLORS, SHAPES, TEXTURES
+
+__all__ = ["Grader", "frechet", "grade", "grader_loss", "texture_energy"]
+
+
+class Grader(nn.Module):
+    """A small convolutional net that reads shape, colour and texture at each of four places.
+
+    Args:
+        channels: Width of the first layer.
+    """
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        widths, previous = (channels, 2 * channels, 2 * channels, 3 * channels), 3
+        layers: list[nn.Module] = []
+        for index, width in enumerate(widths):
+            layers += [nn.Conv2d(previous, width, 3, stride=1 if index == 0 else 2, padding=1, bias=False)]
+            layers += [nn.GroupNorm(8, width), nn.SiLU()]
+            previous = width
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(2 * previous, len(SHAPES) + len(COLORS) + len(TEXTURES))
+
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 4, 2 C]`` of each place: mean and maximum over it; of images ``[B, 3, 64, 64]`` in [0, 1]."""
+        x = self.body(images * 2 - 1)
+        pooled = torch.cat([F.adaptive_avg_pool2d(x, 2), F.adaptive_max_pool2d(x, 2)], 1)
+        return pooled.flatten(2).transpose(1, 2)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``[B, 4, n]`` of shape, colour and texture."""
+        return self.head(self.features(images)).split([len(SHAPES), len(COLORS), len(TEXTURES)], -1)
+
+
+def grader_loss(grader: Grader, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy; colour and texture count where an object is."""
+    shape, color, texture = grader(images)
+    loss = F.cross_entropy(shape.flatten(0, 1), labels[..., 0].flatten())
+    there = labels[..., 0] > 0
+    for logits, target in ((color, labels[..., 1]), (texture, labels[..., 2])):
+        loss = loss + F.cross_entropy(logits[there], target[there])
+    return loss
+
+
+@torch.no_grad()
+def grade(grader: Grader, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Per image ``[B]``: share of places with the right shape (or none), and of objects with colour and texture.
+
+    ``objects`` is the share of objects of which all three are right.
+    """
+    shape, color, texture = (logits.argmax(-1) for logits in grader(images))
+    there = labels[..., 0] > 0
+    count = there.sum(1).clamp(min=1)
+    right = shape == labels[..., 0]
+    paint, pattern = (color == labels[..., 1]) & there, (texture == labels[..., 2]) & there
+    return {
+        "shape": right.float().mean(1),
+        "color": paint.sum(1) / count,
+        "texture": pattern.sum(1) / count,
+        "objects": (right & paint & pattern).sum(1) / count,
+    }
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    """Frechet distance of two sets of features ``[N, D]``, of normal distributions fitted to them.
+
+    Raises:
+        ValueError: A set has fewer than two.
+    """
+    a, b = (x.detach().cpu().double().numpy() for x in (first, second))
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a Frechet distance needs two images of each set; got {len(a)} and {len(b)}")
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # The trace of the root of a product of two covariances: the roots of its eigenvalues, which are not negative.
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def texture_energy(images: Tensor) -> Tensor:
+    """Mean squared Laplacian ``[B, H, W]`` of images ``[B, 3, H, W]``: high where there is texture or an edge."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device)
+    padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, kernel.expand(3, 1, 3, 3), groups=3).square().mean(1)

@@ -1,0 +1,72 @@
+import pytest
+from hone_core.errors import UnsupportedHardwareError
+from hone_core.runs import Run
+from hone_sparsevar.bench import bench
+from hone_sparsevar.config import BenchConfig, SparseVARConfig
+from hone_sparsevar.flops import gflops, scale_gflops
+from hone_sparsevar.models import SparsePolicy
+from hone_visual_ar import Policy, generate
+from hone_visual_ar.checkpoints import build
+from hone_visual_ar.generation import ScaleRecord
+from hone_visual_ar.schedules import infinity_schedule
+
+
+def start(out, cfg):
+    return Run.start(
+        config=cfg, package="hone-sparsevar", verb="bench", out=out, seed=0, device="cpu", quiet=True, command="x"
+    )
+
+
+def test_the_tiny_model_is_timed_on_a_cpu(tmp_path):
+    cfg = BenchConfig(rounds=1, warmup=0, settings=SparseVARConfig(start_scale=-2))
+    with start(tmp_path / "run", cfg) as run:
+        report = bench(cfg, run)
+    times = {row.variant for row in report.rows if row.metric == "time"}
+    assert times == {"dense", "sparse", "early-stop-1", "early-stop-2", "early-stop-3"}
+    assert "x dense, of" in str(report)
+
+
+def test_what_a_cpu_cannot_time_is_refused(tmp_path):
+    for cfg in (BenchConfig(model="infinity_2b"), BenchConfig(modes=("graphs",))):
+        with start(tmp_path / cfg.model / cfg.modes[0], cfg) as run, pytest.raises(UnsupportedHardwareError):
+            bench(cfg, run)
+    with start(tmp_path / "x", BenchConfig()) as run, pytest.raises(ValueError, match="model must be tiny or one of"):
+        bench(BenchConfig(model="infinity_3b"), run)
+
+
+def records(keep=lambda scale, tokens: tokens):
+    schedule, found, cached = infinity_schedule("1M"), [], 0
+    for scale in range(len(schedule)):
+        tokens = schedule.tokens(scale)
+        kept = keep(scale, tokens)
+        found.append(ScaleRecord(scale=scale, tokens=tokens, kept=kept, rows=2, keys=cached + kept))
+        cached += kept
+    return found
+
+
+def test_work_of_infinity_2b_as_in_the_published_shapes():
+    """57.7 TFLOP of one row: 28 C^2 and 4 C per key, and cross-attention, of each token and block."""
+    model = build("infinity_2b")
+    dense = gflops(records(), model) / 2
+    per_token = 32 * (28 * 2048**2)
+    linear = sum(r.kept for r in records()) * per_token
+    attention = sum(32 * 4 * 2048 * r.kept * r.keys for r in records())
+    head = 10521 * 2 * 2048 * 64
+    assert dense == pytest.approx(1e-9 * (linear + attention + head))
+    assert 57_000 < dense < 58_000
+    # 60 % of the last three scales with an anchor in 16: 2.04 times less, by the method's own count.
+    sparse = gflops(records(lambda k, n: n if k < 10 else n - int(0.6 * n * 15 / 16)), model) / 2
+    assert dense / sparse == pytest.approx(2.04, abs=0.02)
+
+
+def test_records_of_a_run_are_counted(model):
+    transformer, tokenizer, condition, schedule = model
+    sparse = SparsePolicy(SparseVARConfig(ratio=0.5, window=3, start_scale=-1))
+    runs = [
+        generate(transformer, tokenizer, condition, schedule, seeds=[0, 1], policy=policy)
+        for policy in (Policy(), sparse)
+    ]
+    dense, less = (gflops(run.records, transformer) for run in runs)
+    assert less < dense
+    last = scale_gflops(runs[0].records[-1], transformer)
+    assert dense - last == pytest.approx(sum(scale_gflops(r, transformer) for r in runs[0].records[:-1]))

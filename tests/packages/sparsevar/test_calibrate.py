@@ -1,0 +1,40 @@
+import json
+
+import pytest
+import torch
+from hone_core.runs import Run
+from hone_core.testing import assert_close
+from hone_sparsevar.calibrate import auroc, calibrate, spearman
+from hone_sparsevar.config import CalibrateConfig
+
+
+def test_auroc_against_pairs():
+    score = torch.tensor([[0.1, 0.9, 0.4, 0.3, 0.8]])
+    mask = torch.tensor([[False, True, False, True, True]])
+    pairs = [(a, b) for a in score[mask].tolist() for b in score[~mask].tolist()]
+    assert_close(auroc(score, mask), torch.tensor([sum(a > b for a, b in pairs) / len(pairs)], dtype=torch.float64))
+    assert auroc(score, torch.zeros_like(mask)).isnan().all()
+    assert auroc(torch.arange(4.0)[None], torch.tensor([[False, False, True, True]])) == 1
+
+
+def test_rank_correlation():
+    a = torch.tensor([[1.0, 5.0, 2.0, 9.0]])
+    assert_close(spearman(a, a.exp()), torch.tensor([1.0], dtype=torch.float64))
+    assert_close(spearman(a, -a), torch.tensor([-1.0], dtype=torch.float64))
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) with d = 1, 1, 0, 0.
+    assert_close(spearman(a, torch.tensor([[2.0, 5.0, 1.0, 9.0]])), torch.tensor([0.8], dtype=torch.float64))
+
+
+def test_the_choice_is_the_best_by_drawn_images(untrained, tmp_path):
+    cfg = CalibrateConfig(host=untrained, limit=3)
+    run = Run.start(
+        config=cfg, package="hone-sparsevar", verb="calibrate", out=tmp_path / "run", seed=0, device="cpu", quiet=True,
+        command="x",
+    )  # fmt: skip
+    with run:
+        report = calibrate(cfg, run)
+    choice = json.loads(report.file.read_text())
+    assert choice["detector"] == max(range(2), key=choice["rank_correlation"].__getitem__)
+    assert len(choice["auroc"]) == 2
+    with pytest.raises(ValueError, match="must leave a scale before it"):
+        calibrate(CalibrateConfig(host=untrained, start_scale=0), run)

@@ -1,0 +1,39 @@
+import pytest
+from hone_sparsevar.config import (
+    BenchConfig,
+    DemoConfig,
+    EvalConfig,
+    ReproduceConfig,
+    SparseVARConfig,
+    TrainHostConfig,
+)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (SparseVARConfig, {"ratio": 1.2}, r"share of tokens and must lie in \[0, 1\]; got 1.2"),
+        (SparseVARConfig, {"ratio": -0.1}, "must lie in"),
+        (SparseVARConfig, {"window": 0}, "window must be at least 1; got 0"),
+        (SparseVARConfig, {"window": None}, "without anchors fill must be zero or prev and kv drop; got fill='anchor'"),
+        (SparseVARConfig, {"window": None, "fill": "zero", "kv": "fill"}, "kv='fill'"),
+        (SparseVARConfig, {"window": None, "fill": "zero", "ratio": 1.0}, "leaves nothing to run"),
+        (SparseVARConfig, {"detector": -1}, "number of a block, from 0; got -1"),
+        (SparseVARConfig, {"fill": "mean"}, "fill must be one of anchor, .*; got 'mean'"),
+        (SparseVARConfig, {"score": "best"}, "score must be one of map"),
+        (SparseVARConfig, {"select": "all"}, "select must be topk or threshold"),
+        (SparseVARConfig, {"bucket": 0}, "bucket at least 1"),
+        (DemoConfig, {"limit": 0}, "limit must be at least 1"),
+        (EvalConfig, {"variants": ("dense", "magic")}, "no variant magic; expected of dense, sparse"),
+        (EvalConfig, {"limit": 1}, "limit must be at least 2"),
+        (ReproduceConfig, {"seeds": (1, 1)}, "seeds must be different"),
+        (BenchConfig, {"modes": ("fast",)}, "modes must be of eager, graphs, compiled; got fast"),
+        (BenchConfig, {"batch": 0}, "batch, text_tokens and rounds must be at least 1"),
+        (TrainHostConfig, {"minutes": 0.0}, "minutes must be positive"),
+        (TrainHostConfig, {"tokenizer_share": 0.95}, "leave the transformer some"),
+        (TrainHostConfig, {"flip": 1.5}, "flip and drop are shares"),
+    ],
+)
+def test_bad_values(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**options)

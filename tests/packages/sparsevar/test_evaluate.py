@@ -1,0 +1,52 @@
+import torch
+from hone_core.runs import Run
+from hone_core.testing import assert_close
+from hone_sparsevar.config import CalibrateConfig, EvalConfig, InspectConfig
+from hone_sparsevar.evaluate import compare, evaluate, scenes
+from hone_sparsevar.host import load_host
+from hone_sparsevar.inspection import inspect
+from hone_sparsevar.models import variant_of
+
+
+def start(out, config, verb):
+    return Run.start(
+        config=config, package="hone-sparsevar", verb=verb, out=out, seed=0, device="cpu", quiet=True, command="x"
+    )
+
+
+def test_variants_run_at_about_equal_tokens_and_rows_hold_them(untrained, tmp_path):
+    names = ("dense", "sparse", "early-stop-1", "random", "no-anchors")
+    cfg = EvalConfig(host=untrained, variants=names, limit=3, batch=2)
+    with start(tmp_path / "run", cfg, "eval") as run:
+        report = evaluate(cfg, run)
+    tokens = {row.variant: row.value for row in report.rows if row.metric == "tokens"}
+    work = {row.variant: row.value for row in report.rows if row.metric == "gflops"}
+    assert tokens["dense"] == 1
+    assert tokens["sparse"] == tokens["random"] == tokens["no-anchors"] <= tokens["early-stop-1"] < 0.52
+    assert work["sparse"] <= work["early-stop-1"]
+    assert {row.variant for row in report.rows if row.metric == "psnr"} == set(names) - {"dense"}
+    assert "early-stop-1" in str(report)
+    assert (run.figures / "frontier.png").stat().st_size > 0
+
+
+def test_batches_do_not_change_images(untrained):
+    host = load_host(path=untrained)
+    labels, _ = scenes(3, 0)
+    policies = {name: variant_of(name, EvalConfig().settings) for name in ("dense", "sparse")}
+    one, three = (compare(host, policies, labels, seed=4, batch=n, quiet=True) for n in (1, 3))
+    for name in policies:
+        assert_close(one[name].images, three[name].images)
+    # Against itself: nothing differs.
+    same = compare(host, {"dense": policies["dense"], "again": policies["dense"]}, labels, seed=4, batch=3, quiet=True)
+    assert torch.equal(same["again"].images, same["dense"].images)
+    assert same["again"].grades["psnr"].min() == 100
+
+
+def test_inspect_writes_a_line_per_scale(untrained, tmp_path):
+    cfg = InspectConfig(host=untrained)
+    with start(tmp_path / "run", cfg, "inspect") as run:
+        report = inspect(cfg, run)
+    kept = [row.value for row in report.rows if row.metric == "kept"]
+    assert kept == [1, 4, 16, 36, 64, 144 - int(0.7 * 135), 256 - int(0.7 * 240)]
+    assert report.maps.stat().st_size > 0
+    assert CalibrateConfig().start_scale == cfg.settings.start_scale

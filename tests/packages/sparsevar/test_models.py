@@ -1,0 +1,231 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hone_core.testing import assert_close
+from hone_sparsevar import SparsePolicy, SparseVARConfig, attach, tiny
+from hone_sparsevar.config import VARIANTS
+from hone_sparsevar.method import anchor_of, resize_map
+from hone_sparsevar.models import variant_of
+from hone_visual_ar import VAR, VQVAE, Policy, Sampling, generate
+from hone_visual_ar.transformer import scale_mask
+
+SAMPLING = Sampling(guidance=2.0, top_p=0.97)
+SPARSE = SparseVARConfig(ratio=0.6, window=3, start_scale=-3, detector=1)
+
+
+def draw(model, policy, **options):
+    transformer, tokenizer, condition, schedule = model
+    options = {"seeds": [3, 4], "sampling": SAMPLING} | options
+    return generate(transformer, tokenizer, condition, schedule, policy=policy, **options)
+
+
+@pytest.mark.parametrize("fill", ["anchor", "anchor_code", "bilinear", "expected", "expected_bilinear", "prev", "zero"])
+@pytest.mark.parametrize("kv", ["drop", "fill"])
+def test_a_ratio_of_zero_is_dense_bit_for_bit(fill, kv, model):
+    dense = draw(model, Policy())
+    sparse = draw(model, SparsePolicy(replace(SPARSE, ratio=0.0, fill=fill, kv=kv)))
+    assert torch.equal(dense.latent, sparse.latent)
+    assert torch.equal(dense.image(), sparse.image())
+
+
+def test_a_start_past_the_last_scale_is_dense(model):
+    dense = draw(model, Policy())
+    assert torch.equal(draw(model, SparsePolicy(replace(SPARSE, start_scale=5))).latent, dense.latent)
+
+
+class Keep(SparsePolicy):
+    """SparseVAR that keeps its logits at kept positions and the latents that scales were read from."""
+
+    def begin(self, run):
+        self.hidden, self.inputs = {}, []
+        return super().begin(run)
+
+    def scale(self, run, scale, state):
+        if scale:
+            self.inputs.append(run.read(scale))
+        logits = run.model.logits
+        kept = []
+        run.model.logits = lambda hidden, condition: kept.append(logits(hidden, condition)) or kept[-1]
+        try:
+            return super().scale(run, scale, state)
+        finally:
+            run.model.logits = logits
+            self.hidden[scale] = kept[0]
+
+
+@pytest.mark.parametrize("kv", ["drop", "fill"])
+def test_kept_positions_equal_dense_attention_that_cannot_see_the_others(kv, model):
+    """The strongest test of the sparse path: rotary rows, cache and gathers."""
+    transformer, _, condition, schedule = model
+    policy = Keep(replace(SPARSE, kv=kv))
+    run = draw(model, policy)
+    inputs = torch.cat(policy.inputs, 1)
+    start = len(schedule) - 3
+    for image in range(2):
+        seen = torch.ones(schedule.total, dtype=torch.bool)
+        for scale, kept in run.state.kept.items():
+            begin = schedule.start(scale)
+            seen[begin : begin + schedule.tokens(scale)] = False
+            seen[begin + kept[image]] = True
+        if kv == "drop":
+            with torch.no_grad():
+                dense = transformer(condition, torch.cat([inputs, inputs]), schedule, mask=seen)
+        else:
+            dense = _filled(model, inputs, run, image, seen)
+        for scale in range(len(schedule)):
+            begin, row = schedule.start(scale), torch.arange(schedule.tokens(scale))
+            where = run.state.kept[scale][image] if scale >= start else row
+            for half in (0, 2):
+                assert_close(policy.hidden[scale][image + half], dense[image + half, begin + where])
+
+
+def _filled(model, inputs, run, image, seen):
+    """Dense forward in which excluded positions have their anchor's keys and values, block by block."""
+    from hone_visual_ar.layers import AttentionContext
+
+    transformer, _, condition, schedule = model
+    source = torch.arange(schedule.total)
+    for scale in run.state.kept:
+        begin, count = schedule.start(scale), schedule.tokens(scale)
+        anchors = begin + anchor_of(schedule.grids[scale], 3)
+        here = seen[begin : begin + count]
+        source[begin : begin + count] = torch.where(here, source[begin : begin + count], anchors)
+    both = torch.cat([inputs, inputs])
+    parts = [transformer.begin(condition, schedule)]
+    for scale in range(1, len(schedule)):
+        begin = schedule.start(scale) - 1
+        parts.append(transformer.embed(both[:, begin : begin + schedule.tokens(scale)], scale, schedule))
+    x = torch.cat(parts, 1)
+    table = transformer.rope(schedule)
+    context = AttentionContext(rope=table, rope_k=table, spread=source.expand(4, -1), mask=scale_mask(schedule, "cpu"))
+    with torch.no_grad():
+        return transformer.logits(transformer.run_blocks(x, condition, context), condition)
+
+
+def test_kept_tokens_have_the_draws_of_dense(model):
+    """With logits that do not depend on what ran, kept positions come out as dense ones."""
+    schedule = model[3]
+    dense = draw(model, Policy())
+    sparse = draw(model, SparsePolicy(replace(SPARSE, start_scale=-1)))
+    kept, scale = sparse.state.kept[4], len(schedule) - 1
+    assert sparse.records[-1].kept == kept.shape[1] < schedule.tokens(scale)
+    same = (sparse.indices[-1] == dense.indices[-1]).float().mean(-1)
+    assert same.gather(1, kept).mean() > 0.9
+
+
+def test_the_map_is_the_conditional_rows_change_at_the_scale_before(model):
+    seen = {}
+
+    class Watch(Policy):
+        def scale(self, run, scale, state):
+            hidden = run.run(run.embed(scale), scale, observe=lambda n, a, b: seen.update({(scale, n): (a, b)}))
+            return run.codes(run.logits(hidden, scale), scale)
+
+    draw(model, Watch())
+    sparse = draw(model, SparsePolicy(replace(SPARSE, start_scale=-1)))
+    before, after = seen[3, 1]
+    change = (after - before)[:2].square().mean(-1).unflatten(1, (7, 6))
+    assert_close(sparse.state.scores[4], resize_map(change, (10, 9)))
+    inverse = draw(model, SparsePolicy(replace(SPARSE, start_scale=-1, score="inverse")))
+    assert_close(inverse.state.scores[4], -sparse.state.scores[4])
+
+
+def test_zero_and_expected_leave_what_they_say(model):
+    codes = {}
+
+    class Catch(SparsePolicy):
+        def scale(self, run, scale, state):
+            codes[scale] = super().scale(run, scale, state)
+            return codes[scale]
+
+    for fill in ("zero", "expected", "anchor_code"):
+        run = draw(model, Catch(replace(SPARSE, start_scale=-1, fill=fill)))
+        runs = torch.zeros(2, 90, dtype=torch.bool).scatter(1, run.state.kept[4], True)
+        size = codes[4].abs()
+        assert_close(size[runs], torch.full_like(size[runs], 0.5))
+        if fill == "zero":
+            assert (size[~runs] == 0).all()
+        elif fill == "expected":
+            assert (size[~runs] < 0.5).all()
+        else:
+            anchors = anchor_of((10, 9), 3)
+            assert torch.equal(codes[4], torch.where(runs[..., None], codes[4], codes[4][:, anchors]))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_draws_and_says_what_ran(name, model):
+    schedule = model[3]
+    run = draw(model, variant_of(name, SPARSE))
+    assert run.image().isfinite().all()
+    expected = {"dense": 159, "early-stop-1": 69, "early-stop-2": 27, "skip-uncond-2": 159}
+    ran = sum(record.kept for record in run.records)
+    assert ran == expected[name] if name in expected else ran < schedule.total
+    if name == "skip-uncond-2":
+        assert [record.rows for record in run.records] == [2, 2, 2, 1, 1]
+
+
+def test_images_of_a_batch_come_out_as_alone(model):
+    transformer, tokenizer, _, schedule = model
+    words = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(5))
+    for name in ("sparse", "random", "threshold"):
+        policy = variant_of(name, replace(SPARSE, bucket=128) if name == "threshold" else SPARSE)
+        conditions = transformer.condition(words, [6, 6]), transformer.condition(words[1:], [6])
+        both, alone = (
+            generate(transformer, tokenizer, c, schedule, seeds=s, sampling=SAMPLING, policy=policy)
+            for c, s in zip(conditions, ([8, 9], [9]), strict=True)
+        )
+        assert_close(both.latent[1:], alone.latent)
+
+
+def test_unguided_and_var():
+    patch_nums = (1, 2, 4, 7)
+    model = VAR(depth=2, head_dim=16, patch_nums=patch_nums, vocabulary=32, code_dim=8, num_classes=4).eval()
+    tokenizer = VQVAE(vocabulary=32, latent_dim=8, channels=32, scales=4).eval()
+    config = SparseVARConfig(ratio=0.6, start_scale=-1)
+    for guided in (True, False):
+        condition = model.condition(torch.tensor([1, 2]), guided=guided)
+        for fill in ("anchor", "expected", "prev", "zero"):
+            policy = SparsePolicy(replace(config, fill=fill))
+            run = generate(model, tokenizer, condition, model.schedule, seeds=[0, 1], policy=policy)
+            assert run.records[-1].kept == 49 - int(0.6 * 45)
+            assert run.records[-1].rows == 1 + guided
+        dense = generate(model, tokenizer, condition, model.schedule, seeds=[0, 1])
+        none = SparsePolicy(replace(config, ratio=0.0))
+        sparse = generate(model, tokenizer, condition, model.schedule, seeds=[0, 1], policy=none)
+        assert torch.equal(dense.latent, sparse.latent)
+
+
+def test_attach_switches_what_generate_does_and_detaches(model):
+    transformer = model[0]
+    dense = draw(model, None).latent
+    with attach(transformer, SPARSE) as handle:
+        sparse = draw(model, None)
+        assert not torch.equal(sparse.latent, dense)
+        assert torch.equal(sparse.latent, draw(model, SparsePolicy(SPARSE)).latent)
+        with handle.disabled():
+            assert torch.equal(draw(model, None).latent, dense)
+        with pytest.raises(RuntimeError, match="attached to this model already"):
+            attach(transformer, SPARSE)
+    assert transformer.policy is None
+    assert torch.equal(draw(model, None).latent, dense)
+
+
+def test_what_does_not_fit_is_named(model):
+    with pytest.raises(ValueError, match="has 3 blocks, 0 to 2; got detector 3"):
+        attach(model[0], replace(SPARSE, detector=3))
+    with pytest.raises(TypeError, match="expected Infinity or VAR"):
+        attach(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="has 3 blocks"):
+        draw(model, SparsePolicy(replace(SPARSE, detector=3)))
+    with pytest.raises(ValueError, match="has 5 scales, 0 to 4; got scale 6"):
+        draw(model, SparsePolicy(replace(SPARSE, start_scale=6)))
+    with pytest.raises(ValueError, match="start_scale must leave a scale before it"):
+        draw(model, SparsePolicy(replace(SPARSE, start_scale=0)))
+
+
+def test_tiny_is_the_same_each_time_and_leaves_the_generator():
+    state = torch.random.get_rng_state()
+    first, second = tiny()[0], tiny()[0]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert torch.equal(state, torch.random.get_rng_state())

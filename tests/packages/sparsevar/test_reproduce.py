@@ -1,0 +1,29 @@
+from hone_core.runs import Run
+from hone_sparsevar.config import ReproduceConfig
+from hone_sparsevar.reproduce import CLAIMS, reproduce, verdict
+
+
+def test_verdicts_need_three_seeds_that_agree():
+    assert verdict([1.0, 2.0]) == "UNDECIDED, 2 of 3 seeds"
+    assert verdict([0.1, 0.2, 0.3]) == "CONFIRMED"
+    assert verdict([-0.1, 0.0, -0.3]) == "REFUTED"
+    assert verdict([-0.1, 0.2, 0.3]) == "MIXED, 2 of 3"
+
+
+def test_every_claim_is_judged(untrained, tmp_path):
+    cfg = ReproduceConfig(hosts=(untrained,), seeds=(0, 1), limit=2, batch=2)
+    run = Run.start(
+        config=cfg, package="hone-sparsevar", verb="reproduce", out=tmp_path / "run", seed=0, device="cpu", quiet=True,
+        command="x",
+    )  # fmt: skip
+    with run:
+        report = reproduce(cfg, run)
+    assert report.verdicts.keys() == CLAIMS.keys()
+    assert all(text.startswith("UNDECIDED, 2 of 3") for text in report.verdicts.values())
+    margins = [row for row in report.rows if row.metric == "margin"]
+    assert len(margins) == 2 * len(CLAIMS)
+    values = {(row.split, row.variant): row.value for row in report.rows if row.metric == "frechet" and row.split}
+    for row in margins:
+        if row.variant == "C2 random":
+            assert row.value == values[row.split, "random"] - values[row.split, "sparse"]
+    assert "C4 early stop" in str(report)
