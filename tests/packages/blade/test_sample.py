@@ -417,3 +417,31 @@ def test_inspects_a_pipeline(folders, tmp_path):
     assert 0 < report.recall < 1
     with pytest.raises(ValueError, match="nothing to inspect in dense attention"):
         inspect_pipeline(config(folders["wan"], dense=True), run)
+
+
+def test_eval_makes_vbench_s_videos(folders, tmp_path):
+    from hone_blade.config import EvalConfig
+    from hone_blade.evaluate import evaluate
+    from hone_blade.inputs import find_evaluated
+    from hone_video.vbench_config import VBenchConfig
+
+    text = tmp_path / "prompts.txt"
+    text.write_text("a cat\na dog\n")
+    size = {"height": 64, "width": 96, "frames": 5, "guidance": 1.0, "videos_per_prompt": 2}
+    suite = VBenchConfig(model=str(folders["wan"]), vbench_info=text, grade=False, **size)
+    cfg = EvalConfig(protocol="vbench", vbench=suite, preset="tiny", prompts=1)
+    assert cfg.videos(("a", "b")).steps == 8
+    cfg = dataclasses.replace(cfg, comparison=dataclasses.replace(cfg.comparison, steps=2))
+    cfg = find_evaluated(cfg)
+    run = Run.start(package="hone-blade", verb="eval", config=cfg, out=tmp_path / "run", device="cpu", quiet=True)
+    with run:
+        report = evaluate(cfg, run)
+    assert [path.name for path in sorted((tmp_path / "run/artifacts/videos").iterdir())] == [
+        "a cat-0.mp4",
+        "a cat-1.mp4",
+    ]
+    assert "not graded" in str(report)
+    with pytest.raises(ValueError, match="preset and lora are for protocol vbench"):
+        EvalConfig(preset="tiny")
+    with pytest.raises(ValueError, match="host is the tiny one of protocol clips"):
+        EvalConfig(protocol="vbench", vbench=suite, host=tmp_path)

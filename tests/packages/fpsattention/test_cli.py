@@ -160,3 +160,38 @@ def test_dry_run_prints_settings_and_does_nothing(capsys, monkeypatch, tmp_path)
     assert code == 0
     assert json.loads(out)["config"]["steps"] == 5
     assert not any(tmp_path.iterdir())
+
+
+def test_eval_makes_vbench_s_videos_and_goes_on_where_it_stopped(capsys, monkeypatch, pipeline, tmp_path):
+    info = tmp_path / "VBench_full_info.json"
+    entries = [{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "a dog", "dimension": ["scene"]}]
+    info.write_text(json.dumps(entries))
+    argv = ("eval", "--protocol", "vbench", "--model", pipeline, "--vbench-info", info, *VIDEO[2:], "--no-grade")
+    argv += ("--videos-per-prompt", "2", "--dense", "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    # The second video fails, as a machine does that goes down.
+    from hone_fpsattention import sample
+
+    draw, calls = sample.draw, []
+
+    def fail(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no power")
+        return draw(*args, **options)
+
+    monkeypatch.setattr(sample, "draw", fail)
+    code, _, err = call(capsys, monkeypatch, *argv)
+    assert (code, "no power" in err) == (1, True)
+    videos = tmp_path / "run" / "artifacts" / "videos"
+    assert [path.name for path in videos.iterdir()] == ["a cat-0.mp4"]
+    code, out, err = call(capsys, monkeypatch, *argv)
+    assert code == 0, err
+    assert sorted(path.name for path in videos.iterdir()) == [f"a {x}-{i}.mp4" for x in ("cat", "dog") for i in (0, 1)]
+    assert len(calls) == 5
+    assert "not graded" in out
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert sorted(row["labels"]["prompt"] for row in rows if row["metric"] == "seconds") == [0, 1, 2, 3]
+    # Two videos of one prompt are of different noise.
+    assert (videos / "a cat-0.mp4").read_bytes() != (videos / "a cat-1.mp4").read_bytes()
+    code, _, err = call(capsys, monkeypatch, "eval", "--protocol", "vbench", "--vbench-info", info)
+    assert (code, "protocol vbench needs a pipeline: --model FOLDER" in err) == (1, True)

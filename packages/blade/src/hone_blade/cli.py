@@ -54,9 +54,10 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     ),
     "eval": Verb(
         config="hone_blade.config:EvalConfig",
-        prepare="hone_blade.inputs:find_host",
+        prepare="hone_blade.inputs:find_evaluated",
         run="hone_blade.evaluate:evaluate",
-        help="Compare the variants of the demo on many random prompts, with bootstrap intervals.",
+        help="Compare the variants of the demo on many random prompts, with intervals; or a pipeline by VBench.",
+        shared=True,
     ),
     "bench": Verb(
         config="hone_blade.config:BenchConfig",

@@ -13,6 +13,7 @@ from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
 from hone_video.host_config import HostConfig, Solver
 from hone_video.prompts import parse_prompt
+from hone_video.vbench_config import Protocol, VBenchConfig
 from hone_video.workloads import WORKLOADS
 
 __all__ = [
@@ -419,10 +420,18 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """The comparison on many random prompts."""
+    """The comparison on many random prompts, or a pipeline by VBench."""
 
-    prompts: int = field(default=64, metadata=flag("limit"))
-    """Number of random prompts."""
+    protocol: Protocol = "clips"
+    """``clips``: the comparison on the tiny host. ``vbench``: videos of a pipeline for VBench."""
+    vbench: VBenchConfig = field(default_factory=VBenchConfig)
+    """Of that protocol."""
+    preset: str | None = None
+    """VBench: attention settings by name (default: as for generate)."""
+    lora: str | None = None
+    """VBench: LoRA weights: a safetensors file, its folder, or a hub address."""
+    prompts: int | None = field(default=None, metadata=flag("limit"))
+    """Number of prompts (default: 64 random ones; VBench: all)."""
     comparison: Comparison = field(default_factory=Comparison)
     batch: int = 16
     """Clips sampled at once."""
@@ -433,11 +442,32 @@ class EvalConfig:
     """A host.safetensors made by train-host (default: the packaged one)."""
 
     def __post_init__(self) -> None:
-        if self.prompts < 1 or self.batch < 1 or self.stats_every < 2:
+        self.vbench.check(self.protocol)
+        if (self.prompts is not None and self.prompts < 1) or self.batch < 1 or self.stats_every < 2:
             raise ValueError(
                 "prompts and batch must be at least 1, and stats_every at least 2, so that steps are left to time; got "
                 f"{self.prompts}, {self.batch} and {self.stats_every}"
             )
+        known_preset(self.preset)
+        if self.protocol == "clips" and (self.preset is not None or self.lora is not None):
+            raise ValueError("preset and lora are for protocol vbench; the clips compare settings of one density")
+        if self.protocol == "vbench" and self.host is not None:
+            raise ValueError("host is the tiny one of protocol clips; VBench takes a pipeline, --model FOLDER")
+
+    def videos(self, prompts: tuple[str, ...]) -> GenerateConfig:
+        """What VBench's videos are made with.
+
+        Args:
+            prompts: One for each video.
+        """
+        own = self.vbench
+        plain = GenerateConfig(model=str(own.model), prompts=prompts)
+        return replace(
+            plain, preset=self.preset, lora=self.lora, negative_prompt=own.negative_prompt, dense=own.dense,
+            steps=self.comparison.steps or plain.steps, seed=self.comparison.seed,
+            guidance=plain.guidance if own.guidance is None else own.guidance, height=own.height, width=own.width,
+            frames=own.frames, dtype=own.dtype, offload=own.offload, local_files_only=own.local_files_only,
+        )  # fmt: skip
 
 
 def _densities() -> dict[str, Comparison]:

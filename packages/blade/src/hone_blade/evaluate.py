@@ -24,11 +24,13 @@ from hone_video.handle import LayerStats
 from hone_video.host import Host, load_host
 from hone_video.means import write_mean
 from hone_video.quality import psnr, ssim
+from hone_video.vbench import describe_grades, find_suite, grade_videos
 from torch import Tensor
 
 from . import plots
 from .config import BladeConfig, Comparison, EvalConfig
 from .models import BladeHandle, attach
+from .sample import find_inputs, render
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +63,11 @@ FOOTNOTE = """\
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport(Report):
-    """Result of an evaluation; as text, the table.
+    """Result of an evaluation; as text, the table, or VBench's grades.
 
     Attributes:
-        clips: per variant.
-        variants: name -> metric -> mean.
+        clips: per variant; 0 of VBench.
+        variants: name -> metric -> mean; none of VBench.
     """
 
     clips: int
@@ -74,10 +76,14 @@ class EvalReport(Report):
     @classmethod
     def of(cls, run: Run) -> EvalReport:
         """Return the report of a run whose rows are written."""
+        if not any(row.metric == "accuracy" for row in run.rows):
+            return cls(path=run.path, rows=tuple(run.rows), clips=0, variants={})
         variants, clips = means(run)
         return cls(path=run.path, rows=tuple(run.rows), clips=clips, variants=variants)
 
     def __str__(self) -> str:
+        if not self.variants:
+            return describe_grades(self.rows, self.path)
         table = comparison_table(self.variants, self.clips, intervals=True)
         return f"{table}\nresults  {self.path / 'results.json'}"
 
@@ -217,7 +223,7 @@ def write_rows(run: Any, outcomes: Mapping[str, Outcome]) -> None:
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
-    """Compare the variants on random prompts, write the rows and draw them.
+    """Compare the variants on random prompts, write the rows and draw them; or make VBench's videos.
 
     Args:
         cfg: how many prompts, at which density.
@@ -227,9 +233,14 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         CheckpointError: there is no such host.
         ValueError: the comparison does not fit the host; nothing has been sampled then.
     """
+    if cfg.protocol == "vbench":
+        suite = find_suite(cfg.vbench, limit=cfg.prompts)
+        render(find_inputs(cfg.videos(suite.expanded)), run, suite.targets(run))
+        grade_videos(cfg.vbench, suite, run)
+        return EvalReport.of(run)
     host = load_host(resolve_device(run.device), path=cfg.host)
     # not the seed of the noise, and not one that training or its gate uses
-    labels = random_labels(cfg.prompts, torch.Generator().manual_seed(cfg.comparison.seed + 1000))
+    labels = random_labels(cfg.prompts or 64, torch.Generator().manual_seed(cfg.comparison.seed + 1000))
     outcomes = compare(
         host,
         labels,

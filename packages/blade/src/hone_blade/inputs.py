@@ -13,7 +13,7 @@ from hone_video.host_config import PACKAGE, HostConfig
 
 from .config import DemoConfig, DistillConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
 
-__all__ = ["find_demo", "find_host", "find_init", "find_inspected", "find_video_inputs"]
+__all__ = ["find_demo", "find_evaluated", "find_host", "find_init", "find_inspected", "find_video_inputs"]
 
 Hosted = TypeVar("Hosted", DemoConfig, DistillConfig, EvalConfig, InspectConfig, ReproduceConfig)
 
@@ -44,6 +44,23 @@ def find_demo(cfg: DemoConfig) -> DemoConfig:
 def find_init(cfg: TrainConfig) -> TrainConfig:
     """Likewise of the host that training starts from."""
     return cfg if cfg.init is None else replace(cfg, init=_checkpoint(cfg.init))
+
+
+def find_evaluated(cfg: EvalConfig) -> EvalConfig:
+    """The settings, once the host, or pipeline and prompts, are known to be there.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: As ``find_host`` and ``find_video_inputs``; or the videos cannot
+            be graded here.
+    """
+    if cfg.protocol == "clips":
+        return find_host(cfg)
+    from hone_video.vbench import find_suite
+
+    find_video_inputs(cfg.videos(find_suite(cfg.vbench, limit=cfg.prompts).expanded))
+    info = cfg.vbench.vbench_info
+    info = None if info is None else Path(os.path.abspath(info))
+    return replace(cfg, vbench=replace(cfg.vbench, vbench_info=info))
 
 
 def find_video_inputs(cfg: GenerateConfig) -> GenerateConfig:

@@ -45,9 +45,10 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     ),
     "eval": Verb(
         config="hone_fpsattention.config:EvalConfig",
-        prepare="hone_fpsattention.inputs:find_hosts",
+        prepare="hone_fpsattention.inputs:find_evaluated",
         run="hone_fpsattention.evaluate:evaluate",
-        help="Compare the variants of the demo on many random prompts, with bootstrap intervals.",
+        help="Compare the variants of the demo on many random prompts, with intervals; or a pipeline by VBench.",
+        shared=True,
     ),
     "generate": Verb(
         config="hone_fpsattention.config:GenerateConfig",

@@ -12,6 +12,7 @@ from hone_core.training import check_budget
 from hone_video.host_config import HostConfig as DenseHostConfig
 from hone_video.prompts import parse_prompt
 from hone_video.training_config import DataConfig, LoopConfig, LoraTargets, check_lora
+from hone_video.vbench_config import Protocol, VBenchConfig
 from hone_video.workloads import HD_WORKLOADS, WORKLOADS
 
 __all__ = [
@@ -541,26 +542,51 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """The variants of the demo on many random prompts."""
+    """The variants of the demo on many random prompts, or a pipeline by VBench."""
 
-    prompts: int = field(default=64, metadata=flag("limit"))
-    """Number of random prompts."""
+    protocol: Protocol = "clips"
+    """``clips``: the tiny host's variants, graded by what they show. ``vbench``: videos of a pipeline for VBench."""
+    vbench: VBenchConfig = field(default_factory=VBenchConfig)
+    """Of that protocol."""
+    prompts: int | None = field(default=None, metadata=flag("limit"))
+    """Number of prompts (default: 64 random ones; VBench: all)."""
     batch: int = 16
     """Clips sampled at once."""
     steps: int | None = None
-    """Denoising steps (default: the host's own number)."""
+    """Denoising steps (default: the host's own number; VBench: 50)."""
     host: Path | None = None
     """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
     tuned: Path | None = None
-    """A host.safetensors made by train-host (default: the packaged one; with --host, none)."""
-    preset: str = "tiny"
-    """Attention settings where nothing is trained; a tuned host brings its own."""
+    """A host.safetensors made by train-host (default: the packaged one; with --host, none).
+    VBench: a folder that train exported (default: the pipeline's own weights)."""
+    preset: str | None = None
+    """Attention settings where nothing is trained; what was tuned brings its own (default: tiny; VBench: those of the
+    model's kind)."""
     seed: int = 0
     """Seed of prompts and noise."""
 
     def __post_init__(self) -> None:
-        _known_preset(self.preset)
+        self.vbench.check(self.protocol)
+        if self.preset is not None:
+            _known_preset(self.preset)
         _at_least_one(self, "prompts", "batch", "steps")
+        if self.protocol == "vbench" and self.host is not None:
+            raise ValueError("host is the tiny one of protocol clips; VBench takes a pipeline, --model FOLDER")
+
+    def videos(self, prompts: tuple[str, ...]) -> GenerateConfig:
+        """What VBench's videos are made with.
+
+        Args:
+            prompts: One for each video.
+        """
+        own = self.vbench
+        video = VideoConfig(
+            model=own.model, prompts=prompts, negative_prompt=own.negative_prompt, steps=self.steps or 50,
+            guidance=5.0 if own.guidance is None else own.guidance, height=own.height, width=own.width,
+            frames=own.frames, seed=self.seed, dtype=own.dtype, offload=own.offload,
+            local_files_only=own.local_files_only,
+        )  # fmt: skip
+        return GenerateConfig(video=video, preset=self.preset, tuned=self.tuned, dense=own.dense)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

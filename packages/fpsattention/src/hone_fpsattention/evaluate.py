@@ -18,11 +18,13 @@ from hone_video.grader import grade
 from hone_video.host import Host, load_host
 from hone_video.means import write_mean
 from hone_video.quality import psnr, ssim
+from hone_video.vbench import describe_grades, find_suite, grade_videos
 from torch import Tensor
 
 from . import host as tuned_host
 from .config import PRESETS, EvalConfig, FPSAttentionConfig
 from .models import attach
+from .sample import render
 from .schedule import step_regimes
 from .windows import density
 
@@ -188,6 +190,8 @@ class EvalReport(Report):
     """Result of a comparison; as text, a table."""
 
     def __str__(self) -> str:
+        if not any(row.metric == "accuracy" for row in self.rows):
+            return describe_grades(self.rows, self.path)
         cells: dict[str, dict[str, float]] = {}
         bounds: dict[str, tuple[float, float]] = {}
         for row in self.rows:
@@ -210,18 +214,26 @@ class EvalReport(Report):
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
-    """Compare the variants on random prompts, and write the rows.
+    """Compare the variants on random prompts, and write the rows; or make VBench's videos, and have them graded.
 
     Args:
-        cfg: How many prompts, which hosts.
+        cfg: How many prompts, which hosts, or which pipeline.
         run: The run, entered.
 
     Raises:
-        CheckpointError: A host is missing or of another package.
+        CheckpointError: A host is missing or of another package, or there is no pipeline or list of prompts.
+        ValueError: Of a pipeline, as ``hone_fpsattention.sample.generate``.
+        RuntimeError: VBench could not grade.
     """
-    variants = load_variants(resolve_device(run.device), host=cfg.host, tuned=cfg.tuned, preset=cfg.preset)
+    if cfg.protocol == "vbench":
+        suite = find_suite(cfg.vbench, limit=cfg.prompts)
+        render(cfg.videos(suite.expanded), run, suite.targets(run))
+        grade_videos(cfg.vbench, suite, run)
+        return EvalReport.of(run)
+    preset = cfg.preset or "tiny"
+    variants = load_variants(resolve_device(run.device), host=cfg.host, tuned=cfg.tuned, preset=preset)
     # Not the seed of the noise, and not one that training or its gate uses.
-    labels = random_labels(cfg.prompts, torch.Generator().manual_seed(cfg.seed + 1000))
+    labels = random_labels(cfg.prompts or 64, torch.Generator().manual_seed(cfg.seed + 1000))
     outcomes = compare(variants, labels, steps=cfg.steps, batch=cfg.batch, seed=cfg.seed, quiet=run.quiet)
     write_rows(run, outcomes)
     return EvalReport.of(run)

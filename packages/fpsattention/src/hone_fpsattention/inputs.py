@@ -23,7 +23,7 @@ from .config import (
 )
 from .schedule import Schedule
 
-__all__ = ["find_calibrated", "find_finetuned", "find_host", "find_hosts", "find_video"]
+__all__ = ["find_calibrated", "find_evaluated", "find_finetuned", "find_host", "find_hosts", "find_video"]
 
 Hosted = TypeVar("Hosted", CalibrateConfig, DemoConfig, EvalConfig, ReproduceConfig, TrainConfig)
 Compared = TypeVar("Compared", DemoConfig, EvalConfig)
@@ -48,6 +48,23 @@ def find_hosts(cfg: Compared) -> Compared:
         return cfg
     open_host(HostConfig, "hone-fpsattention", cfg.tuned)
     return replace(cfg, tuned=Path(os.path.abspath(cfg.tuned)))
+
+
+def find_evaluated(cfg: EvalConfig) -> EvalConfig:
+    """The settings, once hosts, or pipeline and prompts, are known to be there.
+
+    Raises:
+        CheckpointError: They are not.
+        ValueError: The videos cannot be graded here.
+    """
+    if cfg.protocol == "clips":
+        return find_hosts(cfg)
+    from hone_video.vbench import find_suite
+
+    found = find_video(cfg.videos(find_suite(cfg.vbench, limit=cfg.prompts).expanded))
+    info = cfg.vbench.vbench_info
+    info = None if info is None else Path(os.path.abspath(info))
+    return replace(cfg, tuned=found.tuned, vbench=replace(cfg.vbench, vbench_info=info))
 
 
 def find_video(cfg: GenerateConfig) -> GenerateConfig:
