@@ -18,6 +18,7 @@ TRIED: dict[str, tuple[str, str]] = {
     "torchvision": ("0.26.0", "0.29.2"),
     "transformers": ("5.17.0", "5.24.0"),
     "triton": ("3.6.0", "3.8.0"),
+    "tyro": ("1.0.17", "1.0.17"),
 }
 """The versions that the tests run with: the pinned set, on which everything is measured, and the newest one."""
 
