@@ -461,6 +461,8 @@ class GenerateConfig:
     """A folder that train exported: its weights, with the attention that they are for unless another is given."""
     dense: bool = False
     """Leave attention as it is."""
+    e4m3_linears: bool = False
+    """Linear layers of the blocks in E4M3 too, by torchao (extra linears): no part of FPSAttention's attention."""
     fps: int | None = None
     """Frames per second of the file (default: 16 for Wan, 8 for CogVideoX)."""
 
