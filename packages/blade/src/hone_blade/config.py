@@ -51,7 +51,7 @@ Selection = Literal["threshold", "topk"]
 Mask = Literal["adaptive", "pyramid", "window", "random", "dense"]
 Backend = Literal["auto", "reference", "triton", "gluon"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Part = Literal["attention", "forward", "e2e"]
+Part = Literal["attention", "forward", "e2e", "training"]
 
 _KINDS = {
     bool: "True or False",
@@ -1043,7 +1043,8 @@ class BenchConfig:
     """wan2.1-1.3b, wan2.1-14b or cogvideox-5b, or on a CPU tiny-wan or tiny-cogvideox."""
     parts: tuple[Part, ...] = ("attention", "forward", "e2e")
     """``attention``: one layer, and the pieces of BLADE in it. ``forward``: one call of the transformer. ``e2e``: whole
-    denoising loops, many dense steps with guidance down to few sparse ones without."""
+    denoising loops, many dense steps with guidance down to few sparse ones without. ``training``: one update of a
+    distillation, by part; only if asked for."""
     preset: str | None = None
     """Attention settings by name (default: the model's own)."""
     rounds: int = 20
@@ -1060,6 +1061,10 @@ class BenchConfig:
     """How often each few-step loop runs, one after the other."""
     max_steps: int | None = None
     """Run at most so many steps of a loop and scale the time up; its rows say how many were measured (default: all)."""
+    updates: int = 2
+    """Timed updates of ``training``, of one video each; one more comes before them."""
+    rank: int = 64
+    """Of the LoRA of student and fake score."""
     compile_blocks: bool = False
     """Also time the forward with transformer blocks compiled by Inductor."""
     dtype: Dtype = "auto"
@@ -1073,7 +1078,7 @@ class BenchConfig:
         known_preset(self.preset)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
-        _at_least_one(self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps")
+        _at_least_one(self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps", "updates", "rank")
         if self.attention.mask == "pyramid":
             raise ValueError(
                 f"bench times asa and asa_g, whose settings are not those of a pyramid; got preset {self.preset}. Take "
