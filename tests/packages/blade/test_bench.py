@@ -5,6 +5,7 @@ import torch
 from hone_blade import bench as bench_module
 from hone_blade.bench import bench
 from hone_blade.config import PRESETS, BenchConfig, Preset
+from hone_blade.meter import Meter
 from hone_blade.models import attach
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
@@ -234,3 +235,27 @@ def test_settings_that_make_no_sense(options, message):
 def test_published_sizes_are_not_run_on_a_cpu(tmp_path):
     with pytest.raises(UnsupportedHardwareError, match=r"wan2\.1-1\.3b at its published size needs .* Use tiny-wan or"):
         measure(tmp_path / "run")
+
+
+@KINDS
+def test_an_update_of_a_distillation_by_part(kind, tmp_path):
+    _, rows = measure(tmp_path / "run", model=f"tiny-{kind}", parts=("training",), updates=2, rank=2)
+    seconds = {row["variant"]: row["value"] for row in rows if row["metric"] == "seconds"}
+    parts = ("rollout", "fake", "optimiser", "student", "teacher")
+    assert seconds.keys() == {*parts, "update", "update of the published batch"}
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["update"] == pytest.approx(sum(seconds[name] for name in parts))
+    published = 10 * (seconds["update"] - seconds["optimiser"]) + seconds["optimiser"]
+    assert seconds["update of the published batch"] == pytest.approx(published)
+
+
+def test_sections_inside_others_are_not_counted_twice(monkeypatch):
+    now = iter(float(x) for x in (0, 10, 13, 20, 30, 31))
+    monkeypatch.setattr("hone_blade.meter.time.perf_counter", lambda: next(now))
+    meter = Meter(torch.device("cpu"))
+    with meter("outer"), meter("inner"):
+        pass
+    with meter("outer"):
+        pass
+    assert meter.seconds == {"inner": 3.0, "outer": 20.0 - 3.0 + 1.0}
+    assert not meter.peak

@@ -63,7 +63,7 @@ def test_demo_runs_and_does_not_repeat_itself(capsys, tmp_path, checkpoint, smal
     assert code == 0, err
     assert "random blocks" in out
     first = load_results(tmp_path / "run")
-    assert {row["variant"] for row in first["rows"]} == {"dense", "asa", "asa_g", "window", "random"}
+    assert {row["variant"] for row in first["rows"]} == {"dense", "asa", "asa_g", "psa", "window", "random"}
     code, again, _ = call(capsys, *argv, "--device", "cpu")
     assert code == 0
     assert again == out

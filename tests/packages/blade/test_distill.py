@@ -106,7 +106,7 @@ def test_the_teacher_is_guided_within_its_levels(host, tmp_path):
     state = torch.randn(3, 3, 4, 16, 16, generator=generator)
     time = torch.tensor([599, 600, 901])
     with torch.no_grad():
-        found = made.teacher(text, empty)(state, time)
+        found = made.objective.teacher(text, empty)(state, time)
         conditional, unconditional = (made.trio.network("teacher", x)(state, time) for x in (text, empty))
     torch.testing.assert_close(found[::2], conditional[::2])
     torch.testing.assert_close(found[1], (unconditional + 3 * (conditional - unconditional))[1])

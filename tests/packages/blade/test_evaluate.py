@@ -71,6 +71,7 @@ def test_variants_compute_equally_many_pairs(host):
         assert outcome.seconds > 0
     assert outcomes["dense"].psnr.tolist() == [100.0] * 3
     assert outcomes["dense"].recall == 1.0
+    assert outcomes["psa"].recall == 1.0  # one block whole, one by halves, two by quarters
     for name in ("asa", "window", "random"):
         assert 0.4 < outcomes[name].recall < 1
         assert outcomes[name].psnr.max() < 100
@@ -91,7 +92,7 @@ def test_the_host_is_left_as_it_was(host):
 def test_full_density_is_dense(host):
     everything = Comparison(block=16, density=1.0, pool=1_000_000, samples=4)
     outcomes = compare(host, random_labels(2), everything, quiet=True)
-    for name in ("asa", "window", "random"):
+    for name in ("asa", "psa", "window", "random"):
         assert outcomes[name].psnr.min() > 80
         assert outcomes[name].recall == pytest.approx(1.0)
 
@@ -110,9 +111,9 @@ def test_dense_steps_count(host):
 
 def test_one_step_is_measured_and_not_timed(host, tmp_path):
     outcomes = compare(host, random_labels(2), replace(SPARSE, steps=1), quiet=True)
-    for name in ("asa", "asa_g", "window", "random"):
+    for name in ("asa", "asa_g", "psa", "window", "random"):
         assert outcomes[name].density == pytest.approx(0.5), name
-        assert 0 < outcomes[name].recall < 1, name
+        assert 0 < outcomes[name].recall < 1 or name == "psa", name
         assert outcomes[name].seconds is None, name
     assert (outcomes["dense"].density, outcomes["dense"].recall) == (1.0, 1.0)
     assert outcomes["dense"].seconds > 0

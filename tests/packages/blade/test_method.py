@@ -419,10 +419,10 @@ def test_odd_lengths(tokens):
     assert_close(out, weights @ torch.cat([v, pooled.v], dim=2), atol=1e-6)
 
 
-@pytest.mark.parametrize("mask", ["adaptive", "window", "random"])
+@pytest.mark.parametrize("mask", ["adaptive", "pyramid", "window", "random"])
 def test_batch_elements_are_independent(mask):
     q, k, v = tensors(batch=3, tokens=60)
-    cfg = change(pool=5, mask=mask)
+    cfg = change(pool=0 if mask == "pyramid" else 5, mask=mask)
     whole = adaptive_sparse_attention(q, k, v, cfg=cfg, grid=(3, 4, 5), layer=2)
     for b in range(3):
         part = (x[b : b + 1] for x in (q, k, v))
@@ -458,13 +458,14 @@ def test_gradient_checkpointing_recomputes_the_same_mask(offsets):
     "mask",
     [
         "adaptive",
+        "pyramid",
         "dense",
         pytest.param("window", marks=pytest.mark.slow),
         pytest.param("random", marks=pytest.mark.slow),
     ],
 )
 def test_compiles_whole(mask):
-    cfg = change(pool=5, mask=mask)
+    cfg = change(pool=0 if mask == "pyramid" else 5, mask=mask)
 
     def attend(q, k, v):
         text = q.shape[2] - 60

@@ -5,7 +5,7 @@ import json
 import pytest
 from hone_blade import reproduce as module
 from hone_blade.config import Comparison, ReproduceConfig
-from hone_blade.reproduce import holds
+from hone_blade.reproduce import above, holds
 from hone_core.runs import Row, Run
 from hone_video.host import Host, save_host
 from hone_video.host_config import HostConfig
@@ -62,13 +62,13 @@ def test_a_setting_is_kept_when_a_later_one_is_cut_off(run_once, tmp_path, monke
     second = [row for row in report.rows if row.labels.get("setting") == "half, first dense"]
     dense = [row for row in report.rows if not row.labels]
     for rows in (first, second):
-        assert {row.variant for row in rows} == {"asa", "asa_g", "window", "random"}
+        assert {row.variant for row in rows} == {"asa", "asa_g", "psa", "window", "random"}
     assert {row.variant for row in dense} == {"dense"}
-    assert len(first) == len(second) == 4 * len(dense) == len(report.rows) * 4 / 9
+    assert len(first) == len(second) == 5 * len(dense) == len(report.rows) * 5 / 11
     assert {row.n for row in report.rows if row.metric == "accuracy"} == {4}
     text = str(report)
     assert "half, first dense                   random" in text
-    assert text.count("\n  half") == 2
+    assert text.count("\n  half") == 4
 
 
 def accuracy(low, high):
@@ -86,6 +86,11 @@ def accuracy(low, high):
 def test_the_claim_needs_every_interval_apart(asa, asa_g, window, random, expected):
     found = {"asa": asa, "asa_g": asa_g, "window": window, "random": random}
     assert holds({name: accuracy(*ends) for name, ends in found.items()}) is expected
+
+
+def test_the_pyramid_needs_its_interval_above():
+    assert above(accuracy(0.61, 0.7), accuracy(0.5, 0.6))
+    assert not above(accuracy(0.59, 0.7), accuracy(0.5, 0.6))
 
 
 def test_wrong_settings_are_refused():

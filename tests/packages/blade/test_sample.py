@@ -374,7 +374,7 @@ def test_sizes_that_a_pipeline_would_round_are_refused(folders, tmp_path):
 
 def test_frames_that_are_not_finite_are_no_video(folders, tmp_path):
     pipe = tiny_pipeline("wan")
-    pipe.transformer.proj_out.weight.data.fill_(torch.nan)
+    next(pipe.vae.decoder.parameters()).data.fill_(torch.nan)
     pipe.save_pretrained(tmp_path / "pipe")
     with pytest.raises(RuntimeError, match="prompt 0 gave frames that are not finite"):
         produce(config(tmp_path / "pipe"), tmp_path / "run")
@@ -445,3 +445,18 @@ def test_eval_makes_vbench_s_videos(folders, tmp_path):
         EvalConfig(preset="tiny")
     with pytest.raises(ValueError, match="host is the tiny one of protocol clips"):
         EvalConfig(protocol="vbench", vbench=suite, host=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (float("nan"), ValueError, r"the weight blocks\.0\.attn1\.to_v\.weight of the transformer holds NaN"),
+        (3e38, RuntimeError, "prompt 0: the model's activations became NaN or infinite in step 0"),
+    ],
+)
+def test_what_is_not_finite_is_named_before_time_is_spent(value, error, message, tmp_path):
+    pipe = tiny_pipeline("wan")
+    pipe.transformer.blocks[0].attn1.to_v.weight.data[0] = value
+    pipe.save_pretrained(tmp_path / "wan")
+    with pytest.raises(error, match=message):
+        produce(config(tmp_path / "wan"), tmp_path / "run")

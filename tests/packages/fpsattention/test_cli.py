@@ -195,3 +195,37 @@ def test_eval_makes_vbench_s_videos_and_goes_on_where_it_stopped(capsys, monkeyp
     assert (videos / "a cat-0.mp4").read_bytes() != (videos / "a cat-1.mp4").read_bytes()
     code, _, err = call(capsys, monkeypatch, "eval", "--protocol", "vbench", "--vbench-info", info)
     assert (code, "protocol vbench needs a pipeline: --model FOLDER" in err) == (1, True)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A pipeline whose transformer holds a NaN, and one that overflows."""
+    made = {}
+    for name, value in (("weights", float("nan")), ("activations", 3e38)):
+        pipe = tiny_pipeline("wan")
+        pipe.transformer.blocks[0].attn1.to_v.weight.data[0] = value
+        made[name] = tmp_path_factory.mktemp(name)
+        pipe.save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("weights", "the weight blocks.0.attn1.to_v.weight of the transformer holds NaN or infinity"),
+        ("activations", "prompt 0: the model's activations became NaN or infinite in step 0; try dtype"),
+    ],
+)
+def test_what_is_not_finite_is_named_before_time_is_spent(capsys, monkeypatch, damaged, tmp_path, name, message):
+    argv = ("generate", "--model", damaged[name], *VIDEO, "--preset", "tiny", "--out", tmp_path / "run", "--quiet")
+    code, _, err = call(capsys, monkeypatch, *argv, "--device", "cpu")
+    assert (code, message in err) == (1, True), err
+    assert list((tmp_path / "run" / "artifacts").glob("*.mp4")) == []
+
+
+def test_linear_layers_in_e4m3_need_a_gpu(capsys, monkeypatch, pipeline, tmp_path):
+    pytest.importorskip("torchao")
+    argv = ("generate", "--model", pipeline, *VIDEO, "--preset", "tiny", "--e4m3-linears", "--out", tmp_path / "run")
+    code, _, err = call(capsys, monkeypatch, *argv, "--device", "cpu")
+    assert code == 1
+    assert "linear layers in E4M3 need a GPU of compute capability 8.9; found cpu. Use the same command without" in err

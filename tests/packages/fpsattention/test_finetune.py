@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
-from hone_core.testing import assert_close
+from hone_core.testing import assert_close, requires_gpu
 from hone_fpsattention import cli
 from hone_fpsattention.config import FinetuneConfig, FPSAttentionConfig, GenerateConfig, Regime, VideoConfig
 from hone_fpsattention.finetune import Tuning, finetune, schedule_of
@@ -267,6 +267,30 @@ def test_two_processes_train_what_one_does(trained, tmp_path):
                    for path in (tmp_path / "run", trained[1]))  # fmt: skip
     for name, value in whole.items():
         assert_close(mine[name], value, rtol=1e-2, atol=1e-4)
+
+
+@requires_gpu()
+def test_two_gpus_train_what_one_does_whole_and_sharded(trained, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs")
+    stored = json.loads((trained[1] / "config.json").read_text())
+    stored["loop"]["micro_batch"] = 1
+    stored["attention"]["backend"] = "reference"  # the tiny model's heads are too small for the kernels
+    (tmp_path / "train.json").write_text(json.dumps(stored))
+    sharded = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    for name, options in {
+        "one": ["--num_processes", "1"],
+        "two": ["--num_processes", "2", "--multi_gpu"],
+        "sharded": ["--num_processes", "2", *sharded],
+    }.items():
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", *options, str(Path(__file__).with_name("finetune_worker.py")), "train"]
+        command += ["--config", str(tmp_path / "train.json"), "--dtype", "float32", "--out", str(tmp_path / name)]
+        done = subprocess.run([*command, "--device", "cuda", "--quiet"], capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-4000:]
+    # float32, but matrix products in another order.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 def test_two_processes_share_the_prompts_out(trained, folders, tmp_path):

@@ -1,13 +1,15 @@
 import copy
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from hone_core.errors import UnsupportedHardwareError
 from hone_core.testing import assert_close
 from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime
-from hone_fpsattention.models import FPSAttentionHandle, _FPSAttention, attach, describe_model
+from hone_fpsattention.models import FPSAttentionHandle, _FPSAttention, attach, check_hardware, describe_model
 from hone_fpsattention.schedule import Schedule
 from hone_video.architectures import tiny, tiny_inputs, tiny_pipeline
 
@@ -335,3 +337,49 @@ def test_compiles_to_one_graph_with_inductor(kind, regime):
         handle.begin_step(0)
         assert_close(run(torch.compile(model, fullgraph=True), args), expected, atol=1e-4)
     torch.compiler.reset()
+
+
+# ---- hardware
+
+
+class OnAGpu:
+    """What ``check_hardware`` looks at of a transformer on a GPU."""
+
+    def __init__(self, dim=128):
+        self.config = SimpleNamespace(attention_head_dim=dim)
+
+    def parameters(self):
+        yield SimpleNamespace(device=torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    def make(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+
+    return make
+
+
+def test_a_gpu_without_e4m3_is_refused_unless_what_runs_instead_was_asked_for(gpu):
+    gpu((8, 0))
+    with pytest.raises(
+        UnsupportedHardwareError, match=r"needs compute capability 8\.9 .*; found a card, 8\.0\. Use"
+    ) as no:
+        check_hardware(config(Regime()), OnAGpu())
+    assert "backend='triton', which rounds in torch and multiplies in bfloat16" in str(no.value)
+    check_hardware(config(Regime(), backend="triton"), OnAGpu())
+    check_hardware(config(Regime(window=(1, 1, 1), e4m3=False)), OnAGpu())
+
+
+def test_a_head_size_or_a_scale_without_a_kernel_is_refused(gpu):
+    gpu((9, 0))
+    check_hardware(config(Regime()), OnAGpu())
+    with pytest.raises(
+        UnsupportedHardwareError, match=r"no E4M3 kernel takes this call; found .*head_dim.*96.*Use backend="
+    ):
+        check_hardware(config(Regime()), OnAGpu(dim=96))
+    with pytest.raises(UnsupportedHardwareError, match=r"found scales='token'\. Use backend='reference'"):
+        check_hardware(config(Regime(scales="token")), OnAGpu())
+    check_hardware(config(Regime(scales="token"), backend="reference"), OnAGpu(dim=96))

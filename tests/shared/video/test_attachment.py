@@ -532,7 +532,7 @@ def test_other_refusals_leave_the_model_alone(monkeypatch):
 def test_changes_after_attach_are_noticed():
     model, arguments = tiny("wan"), tiny_inputs("wan")
     with attach(model, SPARSE):
-        with pytest.raises(RuntimeError, match="does not run under diffusers' context"):
+        with pytest.raises(RuntimeError, match="does not run under tensor parallelism"):
             model.blocks[0].attn1.processor._parallel_config = object()
         model.set_attention_backend("native")
         assert model.blocks[0].attn1.processor.original._attention_backend == "native"

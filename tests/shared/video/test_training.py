@@ -119,6 +119,17 @@ def test_bad_settings(change, message):
         LoopConfig(**change)
 
 
+def test_other_ways_to_spread_a_model_are_refused(tmp_path, monkeypatch):
+    import accelerate
+    from hone_core.runs import Run
+
+    for kind in (accelerate.DistributedType.FSDP, accelerate.DistributedType.DEEPSPEED):
+        monkeypatch.setattr(accelerate.Accelerator, "distributed_type", kind)
+        run = Run.start(package="hone-video", verb="train", out=tmp_path / "run", device="cpu")
+        with pytest.raises(ValueError, match=f"or with FSDP2; got {kind.value}. Launch with --use_fsdp"):
+            Loop(LoopConfig(), run)
+
+
 def test_a_batch_that_processes_cannot_share(tmp_path, monkeypatch):
     import accelerate
     from hone_core.runs import Run

@@ -29,20 +29,26 @@ from hone_video.architectures import FULL_SIZE, full_size, tiny
 from hone_video.attachment import reorder_patches
 from hone_video.orders import token_order
 from hone_video.workloads import WORKLOADS, Workload
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .config import BenchConfig, BladeConfig, Part
+from .config import TDM_PRESETS, BenchConfig, BladeConfig, Part
+from .meter import Meter
 from .method import adaptive_sparse_attention, pool_tokens, select_blocks, sparse_layout
 from .models import BladeHandle, LayerStats, attach
+from .objective import Objective
 from .prober import probe
 from .scheduler import TDMScheduler
+from .trio import Trio
 
 __all__ = ["BenchReport", "bench"]
 
 _SPARSE_EVERYWHERE: dict[str, Any] = {"dense_layers": (), "dense_steps": 0, "min_tokens": 0}
 """What makes no layer, step or length dense."""
+
+PUBLISHED_BATCH, GPUS = 80, 8
+"""Videos of an update in the release, and the GPUs that the paper names."""
 
 _TOLERANCE = 2e-2
 """Relative error (norm) of bfloat16 attention against the float32 reference that still passes."""
@@ -67,8 +73,8 @@ class BenchReport(Report):
 def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Measure, and write rows into the run.
 
-    ``split`` of a row is the part; ``variant`` is ``dense``, ``asa`` or ``asa_g``, or a piece of ``asa_g``. Rows are
-    times (``ms`` and ``s``) and ``peak_memory`` (``GiB``, weights included). A speed-up is two rows.
+    ``split`` of a row is the part; ``variant`` is ``dense``, ``asa`` or ``asa_g``, or a piece of ``asa_g`` or of an
+    update. Rows are times (``ms`` and ``s``) and ``peak_memory`` (``GiB``, weights included). A speed-up is two rows.
 
     Args:
         cfg: What to measure.
@@ -119,6 +125,8 @@ class _Bench:
                     self.videos()
                 del self.model
                 self.clear()
+        if "training" in self.cfg.parts:
+            self.training()
 
     def row(self, part: Part, metric: str, value: float, unit: str, variant: str, **options: Any) -> None:
         labels = {"model": self.cfg.model, **options.pop("labels", {})}
@@ -256,6 +264,91 @@ class _Bench:
     def text(self) -> Tensor:
         width = self.model.config.text_dim if self.work.kind == "wan" else self.model.config.text_embed_dim
         return torch.randn(1, self.work.text_tokens, width, device=self.device, dtype=self.dtype)
+
+    # One update of a distillation.
+
+    def training(self) -> None:
+        """Of one video, by part, with what the published batch would take on eight GPUs without communication."""
+        cfg, work, device = self.cfg, self.work, self.device
+        self.model = self.build()
+        inputs = self.model_inputs()
+        given = {key: value for key, value in inputs.items() if key == "image_rotary_emb"}
+
+        def call(model: nn.Module, state: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            return model(
+                hidden_states=state.to(self.dtype),
+                timestep=time,
+                encoder_hidden_states=text,
+                return_dict=False,
+                **given,
+            )[0].float()
+
+        family = "wan2.1-1.3b" if work.kind == "wan" else "cogvideox-5b"
+        tdm = TDM_PRESETS[family].config
+        process = TDMScheduler.from_config(self.scheduler(few=False).config, eta=tdm.eta)
+        settings = self.variants["asa_g"]
+        assert settings is not None
+        with attach(self.model, settings) as handle:
+            trio = Trio(self.model, call, handle, rank=cfg.rank, seed=cfg.seed)
+            self.model.enable_gradient_checkpointing()
+            self.model.train()
+            meters = [Meter(device) for _ in range(cfg.updates + 1)]
+            optimisers = [
+                torch.optim.AdamW(adapter.parameters, 1e-4, betas=(0.0, 0.95), fused=device.type == "cuda")
+                for adapter in (trio.student, trio.fake)
+            ]
+            with progress_bar(len(meters), desc=f"{cfg.model} updates", quiet=self.quiet) as bar:
+                for meter in meters:
+                    self._update(Objective(trio, process, tdm, section=meter), optimisers, meter, inputs)
+                    bar.update()
+        names = tuple(meters[0].seconds)
+        labels = {"batch": 1, "rank": cfg.rank, "rollout_steps": tdm.student_steps, **self.note}
+        means = {}
+        for name in names:
+            found = [meter.seconds[name] for meter in meters[1:]]
+            spread = statistics.stdev(found) if len(found) > 1 else None
+            means[name] = statistics.fmean(found)
+            self.row("training", "seconds", means[name], "s", name, n=len(found), spread=spread, labels=labels)
+            peaks = [meter.peak[name] for meter in meters[1:] if name in meter.peak]
+            if peaks:
+                self.row("training", "peak_memory", max(peaks) / 2**30, "GiB", name, labels=labels)
+        self.row("training", "seconds", sum(means.values()), "s", "update", n=cfg.updates, labels=labels)
+        share = PUBLISHED_BATCH // GPUS
+        published = share * (sum(means.values()) - means["optimiser"]) + means["optimiser"]
+        note = {**labels, "batch": PUBLISHED_BATCH, "gpus": GPUS, "computed": "from the parts, no communication"}
+        self.row("training", "seconds", published, "s", "update of the published batch", labels=note)
+        del self.model
+        self.clear()
+
+    def _update(
+        self,
+        objective: Objective,
+        optimisers: list[torch.optim.AdamW],
+        meter: Meter,
+        inputs: dict[str, Any],
+    ) -> None:
+        """One update of both, the fake score first, as ``distill-pipeline`` does it."""
+        device = self.device
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        noise, text = inputs["hidden_states"].float(), inputs["encoder_hidden_states"]
+        student, fake = optimisers
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with meter("rollout"):
+                states, _ = objective.rollout(text, noise, generator)
+            with meter("fake"):
+                objective.fake_loss(text, states, generator).mean().backward()
+            with meter("optimiser"):
+                self._apply(fake)
+            with meter("student"):
+                objective.student_loss(text, torch.zeros_like(text), states, generator)[0].mean().backward()
+            with meter("optimiser"):
+                self._apply(student)
+
+    @staticmethod
+    def _apply(optimiser: torch.optim.AdamW) -> None:
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
 
     # Whole denoising loops.
 

@@ -17,6 +17,7 @@ from hone_video.vbench_config import Protocol, VBenchConfig
 from hone_video.workloads import WORKLOADS
 
 __all__ = [
+    "FACTORS",
     "PACKAGED_LORA",
     "PRESETS",
     "PROMPTS",
@@ -47,10 +48,10 @@ __all__ = [
 Score = Literal["paper", "official", "mean", "lse"]
 Offsets = Literal["seeded", "strided", "random"]
 Selection = Literal["threshold", "topk"]
-Mask = Literal["adaptive", "window", "random", "dense"]
+Mask = Literal["adaptive", "pyramid", "window", "random", "dense"]
 Backend = Literal["auto", "reference", "triton", "gluon"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Part = Literal["attention", "forward", "e2e"]
+Part = Literal["attention", "forward", "e2e", "training"]
 
 _KINDS = {
     bool: "True or False",
@@ -59,6 +60,9 @@ _KINDS = {
     str: "a string",
     tuple: "a tuple of whole numbers, such as (0,)",
 }
+
+FACTORS = (1, 2, 4, 8)
+"""Tokens that the pyramid averages into one, finest first."""
 
 PACKAGED_LORA = Path(str(files("hone_blade") / "assets" / "lora.safetensors"))
 """Where the tiny host's distilled student ships, in versions that have one."""
@@ -117,8 +121,16 @@ class BladeConfig:
     min_tokens: int = 0
     """Sequences shorter than this run dense."""
     mask: Mask = "adaptive"
-    """``adaptive`` is BLADE. Controls of equal density: ``window`` keeps the blocks nearest in the video, ``random``
-    seeded random ones. ``dense`` keeps everything."""
+    """``adaptive`` is BLADE. ``pyramid`` is Pyramid Sparse Attention, its authors' next method: blocks of less weight
+    are read coarsely rather than skipped. Controls of equal density: ``window`` keeps the blocks nearest in the video,
+    ``random`` seeded random ones. ``dense`` keeps everything."""
+    levels: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
+    """Of the pyramid: bounds up to which a row's blocks, best first, are read at pool factors 1, 2, 4, 8; the rest is
+    skipped. Cumulative shares of the row's scores with ``selection="threshold"``, of its blocks with ``"topk"``. It has
+    no ``mass`` and no ``max_density``; with thresholds ``min_density`` is the least share read at factor 1."""
+    similarity: tuple[float, ...] = ()
+    """Of the pyramid: least mean cosines between the first and last keys of groups of 2, 4, 8 for a block to be read at
+    that factor; blocks below are read finer. Empty: no such cap."""
     backend: Backend = "auto"
     """Backend of the attention, as in ``hone_kernels``. Prober and selection have no Gluon kernel: with ``gluon`` they
     take Triton's."""
@@ -152,8 +164,26 @@ class BladeConfig:
         for name in ("pool", "seed", "dense_steps", "min_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+        self._check_pyramid()
         if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers counts layers from 0; got {self.dense_layers}")
+
+    def _check_pyramid(self) -> None:
+        for name in ("levels", "similarity"):
+            if not all(type(value) in (int, float) for value in getattr(self, name)):
+                raise TypeError(f"{name} must be a tuple of numbers; got {getattr(self, name)!r}")
+        bounds = (0, *self.levels, 1)
+        if len(self.levels) != len(FACTORS) or list(bounds) != sorted(bounds) or self.levels[-1] <= 0:
+            raise ValueError(
+                f"levels must be {len(FACTORS)} ascending shares in [0, 1], the last above 0, for pool factors "
+                f"{FACTORS}; got {self.levels}"
+            )
+        if len(self.similarity) not in (0, len(FACTORS) - 1):
+            raise ValueError(f"similarity must be empty or a cosine for each of {FACTORS[1:]}; got {self.similarity}")
+        if self.mask == "pyramid" and self.pool:
+            raise ValueError(
+                f"the pyramid reads pooled blocks already, so pool must be 0 with mask='pyramid'; got {self.pool}"
+            )
 
     def _check_types(self) -> None:
         for entry in fields(self):
@@ -201,6 +231,10 @@ _PUBLISHED = (
     "Constants of the release (threshold 0.95, least density 0.05, most {density}, pooling {pool}) with the paper's "
     "score and 16 samples, and this package's corrections: seeded samples, true group sizes, an inclusive threshold, "
     "own block kept."
+)
+_PSA = (
+    "Pyramid Sparse Attention: bounds, similarity cap, block size, samples and dense first steps of its release, with "
+    "the paper's score and this package's corrections. Not run on the real weights."
 )
 _RELEASE = (
     "The release as it runs: ratio score on 32 random samples, one block fewer than the threshold, replicated tails."
@@ -271,6 +305,25 @@ PRESETS: dict[str, Preset] = {
         "samples and offsets are ours; the paper does not give them for this table.",
         expected={"sparsity": 0.75},
     ),
+    "wan2.1-1.3b-psa": Preset(
+        config=BladeConfig(
+            mask="pyramid",
+            levels=(0.5, 0.6, 0.7, 0.8),
+            similarity=(0.7, 0.65, 0.6),
+            min_density=0.06,
+            samples=32,
+            dense_steps=15,
+        ),
+        model="Wan2.1-T2V-1.3B, undistilled, 50 steps",
+        provenance=_PSA,
+    ),
+    "cogvideox-5b-psa": Preset(
+        config=BladeConfig(
+            mask="pyramid", selection="topk", levels=(0.1, 0.15, 0.15, 0.35), samples=32, dense_steps=15
+        ),
+        model="CogVideoX-5b, undistilled, 50 steps",
+        provenance=_PSA,
+    ),
     "tiny": Preset(
         config=BladeConfig(block=32, max_density=0.2, min_density=0.05, pool=16, samples=8),
         model="The tiny host of the demo, and small test models",
@@ -281,7 +334,7 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Sparse attention at one density, five ways."""
+    """Sparse attention at one density, six ways."""
 
     density: float = 0.25
     """Query-key pairs computed over all pairs, the pooled keys of ASA_G included. Fractions of a block are dropped, so
@@ -337,7 +390,8 @@ class Comparison:
         """Settings of each variant by name; None is dense.
 
         Blocks are chosen by rank, so that counts are equal: ASA and the static masks keep as many whole blocks as
-        ``density`` holds, and ASA_G as many as leave room for its pooled keys within that.
+        ``density`` holds, ASA_G as many as leave room for its pooled keys within that, and the pyramid reads as many
+        keys as those blocks have.
 
         Args:
             tokens: Length of the sequence.
@@ -370,9 +424,27 @@ class Comparison:
             "dense": None,
             "asa": sparse(),
             "asa_g": sparse(max_density=beside_pooled / blocks, pool=self.pool),
+            "psa": sparse(mask="pyramid", levels=_pyramid_levels(count, blocks)),
             "window": sparse(mask="window"),
             "random": sparse(mask="random"),
         }
+
+
+def _pyramid_levels(count: int, blocks: int) -> tuple[float, ...]:
+    """Bounds of a pyramid that costs no more than ``count`` of ``blocks`` read whole.
+
+    Up to a density of 5/9, 60 % of the cost is read at factor 1, a fifth at 2 and a fifth at 4: the best of the
+    paper's ablation at equal cost, 15, 10 and 20 % of the blocks at a quarter. Above, no block is left to skip, and
+    part of the row stays whole.
+    """
+    coarse = min(count, (blocks - count) / 0.8)
+    half, quarter = int(0.4 * coarse + 1e-9), int(0.8 * coarse + 1e-9)
+    whole = int(count - half / 2 - quarter / 4)
+    rest = count - whole - half / 2 - quarter / 4
+    half += int(2 * rest)
+    quarter += int(4 * rest % 2)
+    bounds = (whole, whole + half, whole + half + quarter)
+    return tuple(min(bound, blocks) / blocks for bound in (*bounds, bounds[-1]))
 
 
 PROMPTS = (
@@ -971,7 +1043,8 @@ class BenchConfig:
     """wan2.1-1.3b, wan2.1-14b or cogvideox-5b, or on a CPU tiny-wan or tiny-cogvideox."""
     parts: tuple[Part, ...] = ("attention", "forward", "e2e")
     """``attention``: one layer, and the pieces of BLADE in it. ``forward``: one call of the transformer. ``e2e``: whole
-    denoising loops, many dense steps with guidance down to few sparse ones without."""
+    denoising loops, many dense steps with guidance down to few sparse ones without. ``training``: one update of a
+    distillation, by part; only if asked for."""
     preset: str | None = None
     """Attention settings by name (default: the model's own)."""
     rounds: int = 20
@@ -988,6 +1061,10 @@ class BenchConfig:
     """How often each few-step loop runs, one after the other."""
     max_steps: int | None = None
     """Run at most so many steps of a loop and scale the time up; its rows say how many were measured (default: all)."""
+    updates: int = 2
+    """Timed updates of ``training``, of one video each; one more comes before them."""
+    rank: int = 64
+    """Of the LoRA of student and fake score."""
     compile_blocks: bool = False
     """Also time the forward with transformer blocks compiled by Inductor."""
     dtype: Dtype = "auto"
@@ -1001,7 +1078,12 @@ class BenchConfig:
         known_preset(self.preset)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
-        _at_least_one(self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps")
+        _at_least_one(self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps", "updates", "rank")
+        if self.attention.mask == "pyramid":
+            raise ValueError(
+                f"bench times asa and asa_g, whose settings are not those of a pyramid; got preset {self.preset}. Take "
+                "one that is not '-psa'"
+            )
         if self.steps == self.few_steps:
             raise ValueError(f"few_steps must differ from steps, the undistilled model's; got {self.steps} for both")
         dense_steps = self.attention.dense_steps

@@ -23,15 +23,16 @@ from hone_core.training import Training
 from hone_video.clips import random_labels
 from hone_video.flow import PatchLinear
 from hone_video.grader import grade
-from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_clips
+from hone_video.host import Host, load_host, to_clips
 from hone_video.means import write_mean
 from torch import Tensor, nn
 
 from .config import BladeConfig, DistillConfig, TDMConfig
 from .lora import load_blade_lora, save_blade_lora
 from .models import attach
+from .objective import Objective
 from .scheduler import TDMScheduler, rollout_timesteps
-from .tdm import Network, draw_times, fake_score_loss, guide, rollout, student_score_loss
+from .tdm import rollout
 from .trio import Trio
 
 __all__ = ["LORA", "DistillReport", "Distillation", "Task", "distill", "host_task", "rollout_clips", "student_host"]
@@ -113,7 +114,7 @@ class Distillation:
         if cfg.checkpointing:
             task.model.enable_gradient_checkpointing()
         task.model.train()
-        self.times = rollout_timesteps(cfg.tdm.student_steps)
+        self.objective = Objective(self.trio, task.process, cfg.tdm)
         self.student, self.fake = (self._optimizer(a.parameters, lr) for a, lr in (
             (self.trio.student, cfg.lr), (self.trio.fake, cfg.fake_lr)))  # fmt: skip
         parts = {"student": self.trio.student, "fake": self.trio.fake}
@@ -130,22 +131,6 @@ class Distillation:
         seed = (self.cfg.seed * 1_000_003 + self.training.step) * 4096 + part
         return torch.Generator(self.device).manual_seed(seed)
 
-    def teacher(self, text: Tensor, empty: Tensor) -> Network:
-        """The guided teacher: one call on a doubled batch."""
-        tdm = self.cfg.tdm
-        if tdm.teacher_guidance == 1:
-            return self.trio.network("teacher", text)
-        both = self.trio.network("teacher", torch.cat([text, empty]))
-        low, high = (bound * NUM_TRAIN_TIMESTEPS for bound in tdm.guidance_interval)
-
-        def run(state: Tensor, time: Tensor) -> Tensor:
-            conditional, unconditional = both(torch.cat([state, state]), torch.cat([time, time])).float().chunk(2)
-            inside = ((time >= low) & (time <= high)).view(-1, *(1,) * (state.ndim - 1))
-            weight = torch.where(inside, tdm.teacher_guidance, 1.0).to(conditional.dtype)
-            return guide(conditional, unconditional, weight)
-
-        return run
-
     def lr_factor(self) -> float:
         """Of the student's rate: warm-up, then half a cosine down to 0."""
         warmup = min(1.0, (self.training.step + 1) / self.cfg.warmup_steps) if self.cfg.warmup_steps else 1.0
@@ -153,7 +138,7 @@ class Distillation:
 
     def update(self) -> dict[str, Tensor]:
         """One update of the fake score and one of the student; what there is to log."""
-        cfg, task, trio, tdm = self.cfg, self.task, self.trio, self.cfg.tdm
+        cfg, task, trio, objective = self.cfg, self.task, self.trio, self.objective
         count = cfg.batch // cfg.accumulate
         trio.dense = self.training.spent() < cfg.dense_share or cfg.dense_share == 1
         seen: dict[str, Tensor] = {name: torch.zeros((), device=self.device) for name in ("fake_loss", "loss", "gap")}
@@ -163,22 +148,14 @@ class Distillation:
                 generator = self.generator(part)
                 text, empty = task.draw(count, generator)
                 noise = torch.randn(count, *task.shape, generator=generator, device=self.device)
-                student, fake = trio.network("student", text), trio.network("fake", text)
-                plain = trio.network("teacher", text)
-                states, _ = rollout(student, task.process, noise, self.times, generator=generator)
-                drawn = draw_times(self.times, count, tdm, generator=generator, device=self.device)
-                loss = fake_score_loss(student, fake, plain, task.process, states, drawn, tdm, generator=generator)
+                states, _ = objective.rollout(text, noise, generator)
+                loss = objective.fake_loss(text, states, generator)
                 (loss.mean() / cfg.accumulate).backward()
                 seen["fake_loss"] += loss.detach().mean() / cfg.accumulate
                 parts.append((generator, text, empty, states))
             seen["fake_norm"] = self._step(self.fake, trio.fake.parameters, skip=self._skips(seen["fake_loss"]))
             for generator, text, empty, states in parts:
-                student, fake = trio.network("student", text), trio.network("fake", text)
-                drawn = draw_times(self.times, count, tdm, generator=generator, device=self.device)
-                loss, gap = student_score_loss(
-                    student, fake, self.teacher(text, empty), task.process, states, drawn, tdm, generator=generator
-                )
-                trio.switch("student")
+                loss, gap = objective.student_loss(text, empty, states, generator)
                 (loss.mean() / cfg.accumulate).backward()
                 seen["loss"] += loss.detach().mean() / cfg.accumulate
                 seen["gap"] += gap.mean() / cfg.accumulate

@@ -50,13 +50,16 @@ VARIANTS = {
     "dense": "dense attention",
     "asa": "adaptive blocks (ASA)",
     "asa_g": "adaptive blocks and pooled tokens (ASA_G)",
+    "psa": "adaptive pool factors (PSA)",
     "window": "static 3-D window",
     "random": "random blocks",
 }
-"""Name -> what it is. The sparse ones compute equally many query-key pairs, ASA_G up to a block fewer in a row."""
+"""Name -> what it is. The sparse ones compute equally many query-key products, ASA_G and PSA up to a block fewer in a
+row."""
 
 FOOTNOTE = """\
-  recall: dense attention's probability on the kept pairs; ASA_G's pooled keys are in the density and not in here.
+  recall: dense attention's probability on the kept pairs; ASA_G's pooled keys are in the density and not in here, and
+  pairs that PSA reads pooled count like those read whole.
   digit: the classifier always names one of the ten digits, broken ones too, so it flatters; look at the clips."""
 """Below a table of a comparison."""
 
@@ -127,7 +130,7 @@ def attention_gflop(host: Host, config: BladeConfig | None, *, density: float, e
     width = cfg.heads * cfg.head_dim
     pairs = 4 * cfg.tokens**2 * width * density  # q k^T and p v
     total = pairs * cfg.layers * sum(evaluations)
-    if config is not None and config.mask == "adaptive":
+    if config is not None and config.mask in ("adaptive", "pyramid"):
         sampled = -(-cfg.tokens // config.block) * config.samples
         total += 2 * sampled**2 * width * cfg.layers * sum(evaluations[config.dense_steps :])
     return total / 1e9

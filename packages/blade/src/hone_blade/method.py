@@ -23,8 +23,9 @@ from hone_kernels.precision import without_autocast
 from jaxtyping import Float
 from torch import Tensor
 
-from .config import Backend, BladeConfig
+from .config import FACTORS, Backend, BladeConfig
 from .prober import probe
+from .pyramid import pyramid_attention, pyramid_density, pyramid_factors
 from .static import static_scores
 
 __all__ = [
@@ -43,17 +44,23 @@ class Stats:
     """What one call of sparse attention did; reading a value waits for the device, computing it did not.
 
     Attributes:
-        density: float32 ``[B, H]``, query-key pairs computed over all pairs, pooled keys not counted.
+        density: float32 ``[B, H]``, query-key pairs computed over all pairs, ASA_G's pooled keys not counted; a pair of
+            blocks that the pyramid reads at factor r counts ``1 / r``.
         pooled: Pooled keys over keys: what ASA_G adds to the density.
         clamped: float32 ``[B, H]``, share of query blocks (those without text) whose threshold asked for more than the
-            upper clamp: at 1 the method is a plain top-k.
-        recall: float32 ``[B, H]`` or None, share of dense attention's probability that lies on kept pairs.
+            upper clamp: at 1 the method is a plain top-k. Of the pyramid, share of pairs that the similarity cap made
+            finer.
+        recall: float32 ``[B, H]`` or None, share of dense attention's probability that lies on kept pairs, at whatever
+            factor.
+        levels: float32 ``[B, H, 4]``, share of the pairs of blocks that the pyramid reads at factors 1, 2, 4, 8; None
+            for other masks.
     """
 
     density: Float[Tensor, "batch heads"]
     pooled: float
     clamped: Float[Tensor, "batch heads"]
     recall: Float[Tensor, "batch heads"] | None = None
+    levels: Float[Tensor, "batch heads 4"] | None = None
 
 
 def runs_dense(cfg: BladeConfig, tokens: int, layer: int | Tensor) -> bool:
@@ -101,6 +108,19 @@ def adaptive_sparse_attention(
         ones = torch.ones(q.shape[:2], dtype=torch.float32, device=q.device)
         return (out, Stats(ones, 0.0, torch.zeros_like(ones), ones if recall else None)) if return_stats else out
 
+    if cfg.mask == "pyramid":
+        factors, capped = _pyramid(q, k, cfg=cfg, text_tokens=text_tokens, layer=layer, scale=scale)
+        out = pyramid_attention(q, k, v, factors, cfg, scale=scale)
+        if not return_stats:
+            return out
+        stats = Stats(
+            density=pyramid_density(factors, k.shape[2], cfg.block),
+            pooled=0.0,
+            clamped=capped,
+            recall=mass_recall(q, k, _read(factors, q, k, cfg), scale=scale, backend=cfg.backend) if recall else None,
+            levels=torch.stack([(factors == factor).float().mean((-1, -2)) for factor in FACTORS], dim=-1),
+        )
+        return out, stats
     kept = _kept_blocks(q, k, cfg=cfg, text_tokens=text_tokens, layer=layer, grid=grid, scale=scale)
     layout = _layout(kept, q, k, cfg)
     pooled = None
@@ -134,12 +154,28 @@ def sparse_layout(
     grid: tuple[int, int, int] | None = None,
     scale: float | None = None,
 ) -> BlockLayout:
-    """The block pairs that ``adaptive_sparse_attention`` would compute (all, where it is dense); arguments as there."""
+    """The block pairs that ``adaptive_sparse_attention`` would compute, at whatever factor; arguments as there."""
     _check(q, k, k, text_tokens)
     if runs_dense(cfg, k.shape[2], layer):
         return BlockLayout.dense(q.shape[2], k.shape[2], block_q=cfg.block, block_k=cfg.block, device=q.device)
+    if cfg.mask == "pyramid":
+        return _read(_pyramid(q, k, cfg=cfg, text_tokens=text_tokens, layer=layer, scale=scale)[0], q, k, cfg)
     kept = _kept_blocks(q, k, cfg=cfg, text_tokens=text_tokens, layer=layer, grid=grid, scale=scale)
     return _layout(kept, q, k, cfg)
+
+
+@torch.no_grad()
+def _pyramid(
+    q: Tensor, k: Tensor, *, cfg: BladeConfig, text_tokens: int, layer: int | Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Pool factors of all pairs of blocks, and the share that the similarity cap changed."""
+    scores = probe(q, k, cfg, layer=layer, scale=scale)
+    return pyramid_factors(scores, k, cfg, text_blocks=_text_blocks(k.shape[2], text_tokens, cfg))
+
+
+def _read(factors: Tensor, q: Tensor, k: Tensor, cfg: BladeConfig) -> BlockLayout:
+    """The pairs that are not skipped."""
+    return BlockLayout.from_mask(factors > 0, q.shape[2], k.shape[2], block_q=cfg.block, block_k=cfg.block)
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def attach(model_or_pipeline: Any, preset_or_config: str | BladeConfig) -> Blade
     Raises:
         TypeError: The model's class is not supported.
         ValueError: The preset is unknown; a method is attached already; a self-attention has a processor that is not
-            the class's own; parallelism is on; ``dense_layers`` names a layer that the model does not have. In every
-            case the model is untouched.
+            the class's own; ring or tensor parallelism is on; ``dense_layers`` names a layer that the model does not
+            have. In every case the model is untouched.
     """
     return attach_method(model_or_pipeline, _Blade(resolve(preset_or_config, PRESETS, BladeConfig)), BladeHandle)

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hone_core.plots import BLUE, GREEN, GREY, INK, PINK, RED, drawing, error_bars, finish
+from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, drawing, error_bars, finish
 from hone_core.runs import Row
 
 __all__ = ["INK", "LOOKS", "accuracy_chart", "arms_chart"]
 
-COLORS = {"dense": GREY, "asa": BLUE, "asa_g": GREEN, "window": RED, "random": PINK}
-TITLES = {"dense": "dense", "asa": "ASA", "asa_g": "ASA_G", "window": "window", "random": "random"}
+COLORS = {"dense": GREY, "asa": BLUE, "asa_g": GREEN, "psa": ORANGE, "window": RED, "random": PINK}
+TITLES = {"dense": "dense", "asa": "ASA", "asa_g": "ASA_G", "psa": "PSA", "window": "window", "random": "random"}
 LOOKS = {name: (title, COLORS[name]) for name, title in TITLES.items()}
 LOOKS |= {"teacher": ("50 guided dense steps", GREY), "student": ("distilled: 8 sparse steps", GREEN)}
 """Title and colour of each variant's column."""

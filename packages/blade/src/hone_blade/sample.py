@@ -20,6 +20,7 @@ from hone_core.io import atomic_write_json
 from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
+from hone_video.finite import check_latents, check_weights
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, pipeline_parts
 from hone_video.videos import make_videos, missing_videos, video_name
 
@@ -187,8 +188,11 @@ def render(inputs: Inputs, run: Run, targets: Sequence[Path]) -> None:
             return _make(sampler, index, bar)
 
         fps = cfg.fps or PIPELINES[inputs.pipeline].fps
-        advice = f"try dtype float32 or bfloat16 (this run: {cfg.dtype})"
-        make_videos(run, targets, make, fps=fps, what="prompt {}", advice=advice)
+        make_videos(run, targets, make, fps=fps, what="prompt {}", advice=_advice(cfg))
+
+
+def _advice(cfg: GenerateConfig) -> str:
+    return f"try dtype float32 or bfloat16 (this run: {cfg.dtype})"
 
 
 def _note(sampler: Sampler, run: Run) -> None:
@@ -224,6 +228,7 @@ class Sampler:
             if file is not None:
                 report = load_blade_lora(pipe, file, transformer=part)
                 self.notices = tuple(dict.fromkeys([*self.notices, report.licence]))
+        check_weights(pipe)
         stated = _stated(inputs.lora, inputs.lora_2)
         if self.notices and stated is None and (self.config.scheduler, self.config.flow_shift) == ("unipc", 3.0):
             self.notices += (
@@ -288,6 +293,7 @@ class Sampler:
             self.pipe.scheduler.generator = generator
 
         def after(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            check_latents(values["latents"], step, what=f"prompt {index}", advice=_advice(cfg))
             if step_done is not None:
                 step_done()
             return values

@@ -56,9 +56,15 @@ class Draw:
     middle: Tensor
     time: Tensor
 
+    def to(self, device: torch.device) -> Draw:
+        """The same times there."""
+        return Draw(*(x.to(device) for x in (self.step, self.start, self.middle, self.time)))
+
 
 def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    """Drawn where the generator is."""
+    source = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=source, dtype=x.dtype).to(x.device)
 
 
 def estimate(network: Network, process: TDMScheduler, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ their own, never counted as attention.
 from __future__ import annotations
 
 import gc
-import importlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.errors import MissingExtraError, UnsupportedHardwareError
+from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import BlockLayout, block_sparse_attention
@@ -35,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import PRESETS, BenchConfig, FPSAttentionConfig, Regime
+from .linears import check_linears, round_linears
 from .method import Plan, fps_attention
 from .models import attach, plan_for
 from .windows import density
@@ -94,7 +94,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
             f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use="tiny-wan"
         )
     if cfg.e4m3_linears:
-        _check_linears(device)
+        check_linears(device)
     torch.manual_seed(cfg.seed)
     with torch.no_grad():
         _Bench(cfg, run, device).all()
@@ -292,7 +292,7 @@ class _Bench:
         if self.cfg.compile_blocks:
             self.compiled(model, inputs, mode="compiled blocks", **labels)
         if self.cfg.e4m3_linears:
-            _round_linears(model)
+            round_linears(model)
             self.forwards(model, inputs, mode=f"eager{linears}", **labels)
             if self.cfg.compile_blocks:
                 self.compiled(model, inputs, mode=f"compiled blocks{linears}", **labels)
@@ -406,27 +406,3 @@ class _Bench:
             ).repeat_interleave(2, dim=1)
             inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
         return {"hidden_states": torch.randn(shape, **like), **inputs}
-
-
-def _check_linears(device: torch.device) -> None:
-    """Whether linear layers can run in E4M3 here, before anything is timed."""
-    try:
-        importlib.import_module("torchao.quantization")
-    except ImportError as error:
-        raise MissingExtraError("linears", "hone-fpsattention", "Linear layers in E4M3") from error
-    if device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UnsupportedHardwareError(
-            "torchao's linear layers in E4M3 need a GPU of compute capability 8.9",
-            found=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-            use="bench without --e4m3-linears",
-        )
-
-
-def _round_linears(model: nn.Module) -> None:
-    """Linear layers of the blocks in E4M3, weights and activations, by torchao."""
-    torchao = importlib.import_module("torchao.quantization")
-    torchao.quantize_(
-        model,
-        torchao.Float8DynamicActivationFloat8WeightConfig(),
-        filter_fn=lambda module, name: isinstance(module, nn.Linear) and "blocks." in name,
-    )

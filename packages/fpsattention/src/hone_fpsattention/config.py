@@ -16,6 +16,7 @@ from hone_video.vbench_config import Protocol, VBenchConfig
 from hone_video.workloads import HD_WORKLOADS, WORKLOADS
 
 __all__ = [
+    "ARMS",
     "BLOCKS",
     "PRESETS",
     "PROMPTS",
@@ -461,6 +462,8 @@ class GenerateConfig:
     """A folder that train exported: its weights, with the attention that they are for unless another is given."""
     dense: bool = False
     """Leave attention as it is."""
+    e4m3_linears: bool = False
+    """Linear layers of the blocks in E4M3 too, by torchao (extra linears): no part of FPSAttention's attention."""
     fps: int | None = None
     """Frames per second of the file (default: 16 for Wan, 8 for CogVideoX)."""
 
@@ -709,30 +712,66 @@ class FinetuneConfig:
             raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
 
 
+ARMS = {
+    "dense": "A, nothing attached",
+    "e4m3": "B1, E4M3 alone",
+    "window": "B2, window alone",
+    "both": "B, both, untrained",
+    "flow": "C, both, trained on flow",
+    "distillation": "C', both, trained on dense velocity",
+    "schedule": "E, wide schedule, untrained",
+    "schedule-trained": "E, wide schedule, trained",
+    "constant": "E, one window, untrained",
+    "constant-trained": "E, one window, trained",
+    "tensor": "G, E4M3, scale per tensor",
+    "tile": "G, E4M3, scale per tile",
+    "token": "G, E4M3, scale per token",
+}
+"""What ``reproduce`` compares: name -> what it is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReproduceConfig:
     """The paper's claims on the tiny host, over seeds."""
 
+    arms: tuple[str, ...] = ()
+    """Which arms, beside dense (default: all): e4m3, window, both, and trained with both, flow and distillation;
+    schedule and constant, and both -trained; tensor, tile and token. One alone has its rows; a verdict needs what it
+    compares."""
     host: Path | None = None
     """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
     preset: str = "tiny"
-    """Attention settings: those of the joint training, and what the other arms are made from."""
+    """Attention settings of the arms but schedule and constant."""
+    schedule_preset: str = "tiny-wide"
+    """Attention settings of schedule; constant has one window, of the same mean density or the next less."""
     prompts: int = field(default=256, metadata=flag("limit"))
     """Number of random prompts of each seed."""
     seeds: int = 3
     """Number of seeds of prompts, noise and training."""
-    train_steps: int = 400
-    """Optimiser steps of each fine-tuning."""
-    train_batch: int = 64
+    train_steps: int = 300
+    """Optimiser steps of each fine-tuning; there are 4 of each seed."""
+    train_batch: int = 32
     """Clips per step."""
-    batch: int = 64
+    lr: float = 2e-3
+    """Peak learning rate, as of train-host."""
+    gate: float = 0.9
+    """Share of digits and of directions that the dense host has to get right."""
+    batch: int = 32
     """Clips sampled at once."""
+    workers: int = field(default=1, metadata=flag(stored=False))
+    """Processes that share the device, a job each (an arm with a seed); results are the same."""
     glyphs: Literal["handwritten", "segments"] = "handwritten"
     """``segments`` needs no scikit-learn and is for smoke runs."""
 
     def __post_init__(self) -> None:
         _known_preset(self.preset)
-        _at_least_one(self, "prompts", "seeds", "train_steps", "train_batch", "batch")
+        _known_preset(self.schedule_preset)
+        _at_least_one(self, "prompts", "seeds", "train_steps", "train_batch", "batch", "workers")
+        unknown = set(self.arms) - set(ARMS)
+        if unknown:
+            raise ValueError(f"no arm {', '.join(sorted(unknown))}; the arms are {', '.join(ARMS)}")
+        if self.lr <= 0 or not 0 <= self.gate <= 1:
+            raise ValueError(f"lr must be positive and gate a share in [0, 1]; got {self.lr} and {self.gate}")
 
 
 def _known_preset(name: str) -> None:

@@ -190,8 +190,8 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
     Raises:
         TypeError: The model's class is not supported.
         ValueError: The preset is unknown; the schedule is of something else; a method is attached already; a
-            self-attention has a processor that is not the class's own; parallelism is on; ``dense_layers`` names a
-            layer that the model does not have.
+            self-attention has a processor that is not the class's own; ring or tensor parallelism is on;
+            ``dense_layers`` names a layer that the model does not have.
         UnsupportedHardwareError: The model is on a GPU that cannot run it in E4M3. In every case the model is
             untouched.
     """

@@ -1,196 +1,247 @@
 """The paper's claims on the tiny host: what rounding, window, schedule and scales each cost, and what training buys.
 
-Arms, each on the same prompts and noise, over seeds:
-
-    A   dense
-    B1  E4M3 alone, B2 the window alone, B both: training-free
-    C   both, trained on the rectified-flow loss (the paper's), C' on the dense host's velocity (ours)
-    E   one window at every step in place of the schedule, at a density as near as there is: training-free, and trained
-    G   scales per tensor, tile and token, in E4M3 alone: training-free
-
-Rules, fixed beforehand. Training rescues if a trained arm's interval reaches within 2 points of A's mean while B's does
-not. The schedule matters if the intervals of its accuracy and of the constant window's are apart, at equal training.
-Granularity matters if the intervals of the PSNR to dense of two granularities are apart.
+Arms are drawn from the same prompts and noise, over seeds (see ``config.ARMS``; the letters are the plan's), and set
+beside each other clip by clip. Intervals are of a bootstrap over seeds and, within each, over clips: a training is one
+draw of its seed. What decides was fixed beforehand, see ``verdicts``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
-from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
-from hone_core.runs import Report, Row, Run
+from hone_core.runs import Better, Report, Row, Run
 from hone_video.clips import random_labels
-from hone_video.host import Host, load_host
-from hone_video.means import write_mean
+from hone_video.prompts import describe
+from hone_video.sheets import contact_sheet, describe_clips
 from torch import Tensor
 
-from .calibration import candidate_regimes
-from .config import PRESETS, FPSAttentionConfig, Loss, Regime, ReproduceConfig, TrainConfig
-from .evaluate import Outcome, Variant, compare, mean_density
-from .train import Tuning, glyphs_of
-from .windows import density
+from .arms import SHOWN, Job, arms_of, finished, guided_host
+from .config import ARMS, ReproduceConfig
+from .plots import INK, arms_chart
 
-__all__ = ["ARMS", "ReproduceReport", "constant_window", "reproduce", "verdicts"]
+__all__ = ["DIFFERENCES", "ReproduceReport", "reproduce", "verdicts"]
 
-ARMS = {
-    "dense": "A   dense",
-    "e4m3": "B1  E4M3 alone",
-    "window": "B2  window alone",
-    "both": "B   both, training-free",
-    "flow": "C   both, trained on flow",
-    "distillation": "C'  both, trained on dense velocity",
-    "constant": "E   constant window, training-free",
-    "constant distillation": "E   constant window, trained",
-    "tensor": "G   E4M3 alone, scale per tensor",
-    "tile": "G   E4M3 alone, scale per tile",
-    "token": "G   E4M3 alone, scale per token",
-}
-"""Name -> what it is."""
+DIFFERENCES = (
+    *((arm, "dense") for arm in ("e4m3", "window", "both", "flow", "distillation")),
+    ("flow", "both"),
+    ("distillation", "both"),
+    ("schedule", "constant"),
+    ("schedule-trained", "constant-trained"),
+    ("tensor", "tile"),
+    ("token", "tile"),
+)
+"""Arms that are subtracted, clip by clip."""
 
 MARGIN = 0.02
-"""Points of accuracy that a rescued arm may miss of dense."""
+"""Share of clips that a rescued arm may have right less often than dense."""
+
+MARGIN_DB = 0.5
+"""PSNR to dense below which granularities count as equal."""
+
+METRICS: dict[str, tuple[str, Better]] = {
+    "accuracy": ("", "higher"),
+    "digit": ("", "higher"),
+    "direction": ("", "higher"),
+    "color": ("", "higher"),
+    "speed": ("", "higher"),
+    "psnr": ("dB", "higher"),
+    "ssim": ("", "higher"),
+    "flow_loss": ("", "lower"),
+}
+"""What a job's file has of each clip: unit and direction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceReport(Report):
-    """Arms over seeds; as text, a table and verdicts."""
+    """Arms over seeds; as text, a table, differences and verdicts."""
 
     def __str__(self) -> str:
         cells: dict[str, dict[str, Row]] = {}
         for row in self.rows:
             cells.setdefault(row.variant, {})[row.metric] = row
-        lines = [f"{'arm':<36} {'digit and direction':>19}  {'PSNR to dense, dB':>20}  density"]
-        for name, found in cells.items():
-            right, near = found["accuracy"], found["psnr"]
-            low, high = right.interval or (right.value, right.value)
-            below, above = near.interval or (near.value, near.value)
-            likeness = "-" if name == "dense" else f"{near.value:.2f} ({below:.2f} to {above:.2f})"
-            lines.append(
-                f"{ARMS[name]:<36} {f'{right.value:.0%} ({low:.0%} to {high:.0%})':>19}  {likeness:>20}  "
-                f"{found['density'].value:.3f}"
-            )
-        lines += ["", *verdicts(cells)]
-        return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
+        lines = [f"{'arm':<48} {'digit and direction':>20} {'PSNR to dense':>13} {'flow loss':>9} {'density':>7}"]
+        for arm, text in ARMS.items():
+            if arm in cells:
+                found = cells[arm]
+                likeness = f"{found['psnr'].value:.2f} dB" if "psnr" in found else "-"
+                lines.append(
+                    f"{f'{arm}: {text}':<48} {_share(found['accuracy']):>20} {likeness:>13} "
+                    f"{found['flow_loss'].value:>9.4f} {found['density'].value:>7.3f}"
+                )
+        shown = {name: found for name, found in cells.items() if "accuracy_difference" in found}
+        if shown:
+            lines += ["", f"{'difference':<36} {'digit and direction':>24} {'flow loss':>30} {'PSNR, dB':>24}"]
+        for name, found in shown.items():
+            psnr = _signed(found["psnr_difference"], 1, ".2f") if "psnr_difference" in found else "-"
+            right = _signed(found["accuracy_difference"], 100, ".1f", "%")
+            lines.append(f"{name:<36} {right:>24} {_signed(found['flow_loss_difference'], 1, '.4f'):>30} {psnr:>24}")
+        return "\n".join([*lines, "", *verdicts(self.rows), f"results  {self.path / 'results.json'}"])
 
 
-def verdicts(cells: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    """What the rules say, in words.
+def _ends(row: Row) -> tuple[float, float]:
+    return row.interval or (row.value, row.value)
+
+
+def _share(row: Row) -> str:
+    low, high = _ends(row)
+    return f"{row.value:.0%} ({low:.0%} to {high:.0%})"
+
+
+def _signed(row: Row, scale: float, digits: str, unit: str = "") -> str:
+    value, low, high = (f"{scale * x:+{digits}}{unit}" for x in (row.value, *_ends(row)))
+    return f"{value} ({low} to {high})"
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """What the differences say, in words. The rules were fixed before anything was trained.
+
+    1. *Rescue*. An arm holds dense where the 95 % interval of its difference in digits and directions right lies above
+       -2 points, is below it where the interval does, and else is undecided. Training rescues if the untrained "both"
+       is below dense and the trained one holds it; it helps if the trained one is better than the untrained.
+    2. *Step-awareness*, at equal density: the schedule trained beside one window trained, by digits and directions
+       right: a difference counts where its interval excludes 0. The held-out loss and the untrained pair are said too.
+    3. *Granularity*, in E4M3 alone: it does not matter if a scale per tensor and one per token have a PSNR to dense
+       within half a dB of that of one per tile, intervals included; it does if one interval lies outside.
 
     Args:
-        cells: Arm -> metric -> row.
+        rows: Of a run; a claim whose arms did not run gets no verdict.
     """
+    found = {(row.metric, row.variant): _ends(row) for row in rows}
 
-    def ends(arm: str, metric: str) -> tuple[float, float]:
-        row = cells[arm][metric]
-        return row.interval or (row.value, row.value)
+    def ends(first: str, second: str, metric: str = "accuracy") -> tuple[float, float]:
+        return found[f"{metric}_difference", f"{first} - {second}"]
 
-    goal = cells["dense"]["accuracy"].value - MARGIN
-    broken = ends("both", "accuracy")[1] < goal
-    rescued = [arm for arm in ("flow", "distillation") if ends(arm, "accuracy")[1] >= goal]
-    if not broken:
-        first = "training-free is within 2 points of dense already: there is nothing to rescue"
-    else:
-        by = " and ".join(ARMS[arm].split("  ")[-1].strip() for arm in rescued)
-        first = f"rescued: {by}" if rescued else "not rescued: no trained arm comes within 2 points of dense"
-    staged, constant = ends("distillation", "accuracy"), ends("constant distillation", "accuracy")
-    apart = staged[0] > constant[1] or constant[0] > staged[1]
-    better = "the schedule" if staged[0] > constant[1] else "the constant window"
-    kinds = ("tensor", "tile", "token")
-    bounds = [ends(kind, "psnr") for kind in kinds]
-    differs = max(low for low, _ in bounds) > min(high for _, high in bounds)
-    return [
-        f"Does joint training rescue E4M3 and window? {first}.",
-        f"Does step-awareness matter at equal density? {f'Yes: {better} is better' if apart else 'No'}.",
-        f"Does scale granularity matter? {'Yes' if differs else 'No'}.",
-    ]
+    def ran(*arms: str) -> bool:
+        return all(("accuracy", arm) in found for arm in arms)
+
+    lines = []
+    trained = [arm for arm in ("flow", "distillation") if ran(arm, "both")]
+    if trained:
+        states = {arm: _holds(ends(arm, "dense")) for arm in ("e4m3", "window", "both", *trained) if ran(arm)}
+        lines.append("beside dense: " + "; ".join(f"{ARMS[arm]} {state}" for arm, state in states.items()))
+        answers = []
+        for arm in trained:
+            low, high = ends(arm, "both")
+            helps = f"it is {_WORDS[(low > 0) - (high < 0)]} than without training" if low > 0 or high < 0 else _NONE
+            answer = {"holds": "yes", "is below": "no", "is undecided": "undecided"}[states[arm]]
+            answers.append(f"{ARMS[arm]}: {answer}; {helps}")
+        question = "does joint training rescue E4M3 and window? "
+        if states["both"] == "is below":
+            lines.append(question + ". ".join(answers))
+        else:
+            lines.append(question + f"without training it {states['both']}: nothing is shown to be broken")
+    pairs = {"trained": ("schedule-trained", "constant-trained"), "untrained": ("schedule", "constant")}
+    said = []
+    for name, pair in pairs.items():
+        if ran(*pair):
+            right, loss = ends(*pair), ends(*pair, "flow_loss")
+            on_loss = _WORDS[(loss[1] < 0) - (loss[0] > 0)]
+            said.append(f"{name}, {_WORDS[(right[0] > 0) - (right[1] < 0)]} on digit and direction, {on_loss} on loss")
+    if said:
+        lines.append("is the schedule better than one window, at equal density? " + "; ".join(said))
+    kinds = [kind for kind in ("tensor", "token") if ran(kind, "tile")]
+    if kinds:
+        bounds = [ends(kind, "tile", "psnr") for kind in kinds]
+        if any(low > MARGIN_DB or high < -MARGIN_DB for low, high in bounds):
+            answer = "yes"
+        elif all(low > -MARGIN_DB and high < MARGIN_DB for low, high in bounds):
+            answer = f"no: less than {MARGIN_DB:g} dB"
+        else:
+            answer = "undecided"
+        lines.append(f"does the granularity of scales matter (per {', per '.join(kinds)} beside per tile)? {answer}")
+    return lines
+
+
+_WORDS = {1: "better", 0: "no difference found", -1: "worse"}
+_NONE = "no difference to no training found"
+
+
+def _holds(ends: tuple[float, float]) -> str:
+    if ends[0] >= -MARGIN:
+        return "holds"
+    return "is below" if ends[1] < -MARGIN else "is undecided"
 
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
-    """Train and compare the arms with every seed.
-
-    A seed's outcomes are stored once it is done, and each training keeps its checkpoint: a run that was cut off goes on
-    where it stopped.
+    """Train, draw and grade the arms with every seed, and compare them.
 
     Args:
-        cfg: Prompts, seeds and steps.
-        run: The run, entered.
+        cfg: Arms, prompts, seeds and steps.
+        run: The run, entered. Its artifacts hold a file per arm and seed; a run that was cut off goes on with the rest,
+            and with the checkpoints of the trainings that it was at.
 
     Raises:
         CheckpointError: There is no such host.
+        RuntimeError: The dense host misses its gate.
     """
-    host = load_host(resolve_device(run.device), path=cfg.host)
-    found: dict[str, dict[str, list[Tensor]]] = {}
-    densities: dict[str, float] = {}
-    with progress_bar(cfg.seeds, desc="seeds", quiet=run.quiet) as bar:
-        for seed in range(cfg.seeds):
-            file = run.artifacts / f"seed{seed}.json"
-            if not file.exists():
-                atomic_write_json(file, _one_seed(host, cfg, run, seed))
-            for arm, values in json.loads(file.read_text(encoding="utf-8")).items():
-                densities[arm] = values.pop("density")
-                for metric, numbers in values.items():
-                    found.setdefault(arm, {}).setdefault(metric, []).append(torch.tensor(numbers))
+    device, folder = str(resolve_device(run.device)), run.artifacts
+    host = guided_host(cfg)
+    arms = arms_of(cfg, host)
+    chosen = [arm for arm in ARMS if arm in (*cfg.arms, "dense") or not cfg.arms]
+    # Dense first, whose clips the others need; then what takes longest.
+    chosen.sort(key=lambda arm: (arm != "dense", arms[arm].loss is None))
+    jobs = [Job(arm, seed) for arm in chosen for seed in range(cfg.seeds)]
+    with progress_bar(len(jobs), desc="arms", quiet=run.quiet) as bar:
+        left = [job for job in jobs if not job.file(folder).is_file()]
+        bar.update(len(jobs) - len(left))
+        for _ in finished([job for job in left if job.arm == "dense"], cfg, device, folder):
             bar.update()
-    for arm, metrics in found.items():
-        for metric, parts in metrics.items():
-            write_mean(run, metric, torch.cat(parts), unit="dB" if metric == "psnr" else "", variant=arm)
-        run.row("density", densities[arm], better="lower", variant=arm)
+        _check_gate(cfg, [torch.load(job.file(folder), weights_only=True) for job in jobs if job.arm == "dense"])
+        for _ in finished([job for job in left if job.arm != "dense"], cfg, device, folder):
+            bar.update()
+    found = {job: torch.load(job.file(folder), weights_only=True) for job in jobs}
+    _write_rows(run, cfg, found)
+    for ending in ("png", "svg"):
+        arms_chart(run.rows, run.figures / f"arms.{ending}")
+    labels = random_labels(cfg.prompts, torch.Generator().manual_seed(1000))[:SHOWN]
+    shown = {arm: found[Job(arm, 0)] for arm in ARMS if arm in chosen}
+    clips = {arm: values["shown"].float() / 255 for arm, values in shown.items()}
+    captions = {arm: describe_clips(host.classifier, clips[arm], shown[arm]["accuracy"]) for arm in clips}
+    looks = {arm: (f"{arm}: {ARMS[arm]}", INK) for arm in clips}
+    contact_sheet(clips, [describe(row) for row in labels], captions, run.figures / "arms_clips.png", looks=looks)
     return ReproduceReport.of(run)
 
 
-def _one_seed(host: Host, cfg: ReproduceConfig, run: Run, seed: int) -> dict[str, dict[str, list[float] | float]]:
-    """Arm -> metric -> a number per clip, and its density."""
-    staged = PRESETS[cfg.preset].config
-    same = staged.constant(constant_window(host, staged))
-    parts = staged.parts()
-    variants = {"dense": Variant(host, None)} | {name: Variant(host, config) for name, config in parts.items()}
-    trainings: dict[str, tuple[FPSAttentionConfig, Loss]] = {
-        "flow": (staged, "flow"),
-        "distillation": (staged, "distillation"),
-        "constant distillation": (same, "distillation"),
+def _check_gate(cfg: ReproduceConfig, dense: Sequence[Mapping[str, Tensor]]) -> None:
+    reached = {name: min(float(values[name].mean()) for values in dense) for name in ("digit", "direction")}
+    if min(reached.values()) < cfg.gate:
+        raise RuntimeError(
+            f"the dense host must get {cfg.gate:.0%} of digits and directions right before its arms mean anything; "
+            "with its worst seed it got " + " and ".join(f"{value:.0%} ({name})" for name, value in reached.items())
+        )
+
+
+def _write_rows(run: Run, cfg: ReproduceConfig, found: Mapping[Job, Mapping[str, Tensor]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(cfg.seeds, (2000, cfg.seeds, 1), generator=generator)
+    clips = torch.randint(cfg.prompts, (2000, cfg.seeds, cfg.prompts), generator=generator)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+
+    def row(metric: str, values: Tensor, variant: str, unit: str, better: Better) -> None:
+        low, high = values[seeds, clips].mean((1, 2)).quantile(ends).tolist()
+        spread = float(values.mean(1).std()) if cfg.seeds > 1 else None
+        options: dict[str, Any] = {"interval": (low, high), "spread": spread, "n": values.numel()}
+        run.row(metric, float(values.mean()), unit=unit, better=better, variant=variant, **options)
+
+    arms = {job.arm for job in found}
+    values = {
+        (arm, name): torch.stack([found[Job(arm, seed)][name].double() for seed in range(cfg.seeds)])
+        for arm in arms
+        for name in METRICS
     }
-    for name, (attention, loss) in trainings.items():
-        variants[name] = Variant(_tuned(host, cfg, run, seed, name, attention, loss), attention)
-    variants["constant"] = Variant(host, same)
-    for kind in ("tensor", "tile", "token"):
-        variants[kind] = Variant(host, staged.constant(Regime(scales=kind)))
-    labels = random_labels(cfg.prompts, torch.Generator().manual_seed(1000 + seed))
-    outcomes = compare({name: variants[name] for name in ARMS}, labels, batch=cfg.batch, seed=seed, quiet=True)
-    return {name: _numbers(outcome) for name, outcome in outcomes.items()}
-
-
-def _tuned(
-    host: Host, cfg: ReproduceConfig, run: Run, seed: int, name: str, attention: FPSAttentionConfig, loss: Loss
-) -> Host:
-    training = TrainConfig(
-        attention=attention, loss=loss, seed=seed, steps=cfg.train_steps, batch=cfg.train_batch, glyphs=cfg.glyphs
-    )
-    tuning = Tuning(training, host, run.artifacts / f"seed{seed}-{name.replace(' ', '-')}.pt")
-    tuning.training.resume()
-    tuning.training.follow(tuning.train(glyphs_of(cfg.glyphs, host.device)), run)
-    return tuning.result()
-
-
-def _numbers(outcome: Outcome) -> dict[str, list[float] | float]:
-    values: dict[str, Tensor] = {"psnr": outcome.psnr, "ssim": outcome.ssim, "accuracy": outcome.grades["accuracy"]}
-    values |= {f"{task}_accuracy": outcome.grades[task] for task in ("digit", "direction", "color", "speed")}
-    return {name: value.tolist() for name, value in values.items()} | {"density": outcome.density}
-
-
-def constant_window(host: Host, staged: FPSAttentionConfig) -> Regime:
-    """The window that at every step reads as much as the schedule does on average, or the next less."""
-    goal = mean_density(host, staged)
-    choices = candidate_regimes(host.config.grid, staged.tile)
-
-    def share(regime: Regime) -> float:
-        return density(host.config.grid, staged.tile, regime.window, border=staged.border).tokens
-
-    fitting = [regime for regime in choices if share(regime) <= goal + 1e-9]
-    if not fitting:
-        raise ValueError(f"no window reads as little as the schedule does on average, {goal:.3g}; take another preset")
-    return max(fitting, key=share)
+    for arm in (arm for arm in ARMS if arm in arms):
+        for name, (unit, better) in METRICS.items():
+            if arm != "dense" or unit != "dB":
+                metric = f"{name}_accuracy" if name in ("digit", "direction", "color", "speed") else name
+                row(metric, values[arm, name], arm, unit, better)
+        run.row("density", float(found[Job(arm, 0)]["density"]), better="lower", variant=arm)
+    for first, second in DIFFERENCES:
+        if first in arms and second in arms:
+            for name in ("accuracy", "flow_loss", *(["psnr"] if second != "dense" else [])):
+                change = values[first, name] - values[second, name]
+                row(f"{name}_difference", change, f"{first} - {second}", METRICS[name][0], "none")

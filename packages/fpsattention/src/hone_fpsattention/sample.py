@@ -14,11 +14,13 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
+from hone_video.finite import check_latents, check_weights
 from hone_video.grids import Grid
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline
 from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import PRESETS, FPSAttentionConfig, GenerateConfig, VideoConfig
+from .linears import check_linears, round_linears
 from .models import attach
 from .schedule import Schedule, step_regimes
 from .tuned import Tuned, load_tuned, put_lora, read_tuned
@@ -129,6 +131,7 @@ def draw(
     """
 
     def after(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        check_latents(values["latents"], step, what=f"prompt {index}", advice=_advice(cfg))
         step_done()
         return values
 
@@ -171,6 +174,8 @@ def render(cfg: GenerateConfig, run: Run, targets: Sequence[Path]) -> None:
     Args and Raises: As for ``generate``.
     """
     video, device = cfg.video, resolve_device(run.device)
+    if cfg.e4m3_linears:
+        check_linears(device)
     todo = missing_videos(targets)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -183,8 +188,11 @@ def render(cfg: GenerateConfig, run: Run, targets: Sequence[Path]) -> None:
             return sampler.make(index, bar.update)
 
         kind = PIPELINES[find_pipeline(str(video.model), local_files_only=video.local_files_only)]
-        advice = f"try dtype float32 or bfloat16 (this run: {video.dtype})"
-        make_videos(run, targets, make, fps=cfg.fps or kind.fps, what="prompt {}", advice=advice)
+        make_videos(run, targets, make, fps=cfg.fps or kind.fps, what="prompt {}", advice=_advice(video))
+
+
+def _advice(cfg: VideoConfig) -> str:
+    return f"try dtype float32 or bfloat16 (this run: {cfg.dtype})"
 
 
 class Sampler:
@@ -204,6 +212,7 @@ class Sampler:
         video = cfg.video
         tuned = None if cfg.tuned is None else read_tuned(cfg.tuned)
         self.pipe = open_pipeline(video, device, tuned)
+        check_weights(self.pipe)
         grid = video_grid(self.pipe, video)
         settings: FPSAttentionConfig | Schedule | None = None
         if not cfg.dense:
@@ -220,6 +229,9 @@ class Sampler:
             regimes = step_regimes(config, video.steps)
             run.row("density", sum(shares[i] for i in regimes) / len(regimes), better="lower", labels=self.labels)
         self.variant = "dense" if config is None else "fpsattention"
+        if cfg.e4m3_linears:
+            round_linears(self.pipe.transformer)
+            self.variant += ", linear layers in E4M3"
         if settings is not None:
             stack.enter_context(attach(self.pipe, settings))
 

@@ -47,5 +47,8 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "generate": _verb(
         "sample:generate", "GenerateConfig", "Answer a question about a picture or a video.", prepare=True
     ),
+    "reproduce": _verb(
+        "reproduce:reproduce", "ReproduceConfig", "Test what rewarding sparsity does, on tiny hosts.", prepare=True
+    ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host on generated mosaics, densely."),
 }

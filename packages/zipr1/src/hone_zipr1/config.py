@@ -17,7 +17,10 @@ __all__ = [
     "GenerateConfig",
     "HostConfig",
     "Kind",
+    "Objective",
     "Preset",
+    "ReinforceConfig",
+    "ReproduceConfig",
     "SparseConfig",
     "TrainHostConfig",
 ]
@@ -27,6 +30,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["digit", "sum"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Questions of a mosaic: the digit of a cell, one character, or the sum of two cells, two characters."""
+Objective = Literal["paper", "budget-policy", "soft-ratio", "supervised"]
 GRID = (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
 """Thresholds of the paper's rollouts, one per rollout of a group."""
 
@@ -215,6 +219,126 @@ class TrainHostConfig:
             raise ValueError(f"batch and held_out must be at least 2; got {self.batch} and {self.held_out}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share; got {self.decay}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReinforceConfig:
+    """What is trained for, and how; where the paper's value was not found, ours."""
+
+    objective: Objective = "paper"
+    """``paper``: GRPO with r_per + C r_eff. ``budget-policy``: the threshold is drawn from a learned distribution and
+    is the answer's first token. ``soft-ratio``: GRPO on correctness, plus the differentiable size of the attention's
+    support. ``supervised``: cross-entropy of the right answers under the same sparse forward."""
+    ps: tuple[float, ...] = GRID
+    """Thresholds: the rollouts of a group take them in turn; of budget-policy the choices."""
+    group: int = 8
+    """Rollouts of a prompt, a multiple of the number of thresholds unless they are drawn."""
+    prompts: int = 8
+    """Prompts per step and process."""
+    updates: int = 1
+    """Optimiser steps on each batch of rollouts."""
+    performance: float = 1.0
+    """Weight of a right answer in the reward."""
+    efficiency: float = 1.0
+    """Weight of 1 - tau in the reward; of soft-ratio it is not used."""
+    gated: bool = True
+    """Whether efficiency counts only in groups with a right answer (C)."""
+    beta: float = 0.04
+    """Weight of the KL to the dense reference."""
+    epsilon: float = 0.2
+    """Clip range of the importance ratios."""
+    temperature: float = 1.0
+    """Of the rollouts."""
+    floor: float = 0.05
+    """Least standard deviation of a group's rewards."""
+    lr: float = 1e-6
+    """Learning rate, AdamW, constant."""
+    budget_lr: float = 1e-3
+    """Learning rate of the budget's distribution."""
+    soft_weight: float = 0.0
+    """soft-ratio and supervised: weight of the support's size."""
+    soft_log: bool = False
+    """Take the logarithm of the size: with soft "entropy" the entropy of the column mass itself."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}; got {self.objective!r}")
+        check_ps(self.ps)
+        if self.objective != "supervised" and self.group < 2:
+            raise ValueError(f"a group needs at least 2 rollouts to compare; got {self.group}")
+        if self.objective != "budget-policy" and self.group % len(self.ps):
+            raise ValueError(
+                f"the rollouts of a group take the {len(self.ps)} thresholds in turn: group must be a multiple of "
+                f"them; got {self.group}"
+            )
+        if min(self.prompts, self.updates) < 1 or min(self.lr, self.budget_lr, self.temperature, self.floor) <= 0:
+            raise ValueError(
+                "prompts, updates, lr, budget_lr, temperature and floor must be positive; got "
+                f"{self.prompts}, {self.updates}, {self.lr}, {self.budget_lr}, {self.temperature}, {self.floor}"
+            )
+        if not 0 < self.epsilon < 1 or self.beta < 0:
+            raise ValueError(f"epsilon lies in (0, 1) and beta is not negative; got {self.epsilon} and {self.beta}")
+        if (self.objective == "soft-ratio") > (self.soft_weight > 0) or (
+            self.soft_weight and self.objective in ("paper", "budget-policy")
+        ):
+            raise ValueError(
+                f"soft_weight is positive with soft-ratio, may be with supervised and is 0 else; got {self.soft_weight}"
+                f" with {self.objective}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmConfig:
+    """One training of ``reproduce``; has what a training needs."""
+
+    reinforce: ReinforceConfig
+    """What is trained for."""
+    sparse: SparseConfig
+    """Selection in its forward pass."""
+    host: str
+    """Digest of the weights that it starts from."""
+    seed: int
+    """Of prompts and draws."""
+    steps: int
+    """Batches of rollouts."""
+    minutes: float = 0.0
+    """Not used: arms are compared at equal steps."""
+    log_every: int = 20
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 20.0
+    """Least time between two checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The paper's claim and the two other objectives on tiny hosts."""
+
+    folders: tuple[Path, ...] = ()
+    """Runs of train-host with different seeds, three or more for a verdict; the packaged host alone if not given."""
+    arms: tuple[str, ...] = ()
+    """Arms to train, by name; all if not given. The verdict needs paper, correctness and sft."""
+    steps: int = 1200
+    """Steps of every arm."""
+    prompts: int = 48
+    """Prompts per step, each with eight rollouts."""
+    lr: float = 1e-4
+    """Learning rate of every arm."""
+    soft_weight: float = 1.0
+    """Of the arm soft-ratio."""
+    items: int = field(default=4000, metadata=flag("limit"))
+    """Held-out questions of each evaluation."""
+    batch: int = 500
+    """Questions at a time there."""
+    workers: int = 1
+    """Arms that are trained at the same time, each in a process."""
+    seed: int = 0
+    """Of prompts, draws and the held-out questions."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.prompts, self.batch, self.workers) < 1 or self.items < 2:
+            raise ValueError("steps, prompts, batch and workers must be positive, and items at least 2")
+        if self.lr <= 0 or self.soft_weight <= 0:
+            raise ValueError(f"lr and soft_weight must be positive; got {self.lr} and {self.soft_weight}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

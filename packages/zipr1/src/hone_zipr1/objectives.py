@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-__all__ = ["GrpoLoss", "advantages", "grpo_loss", "rewards"]
+__all__ = ["BudgetPolicy", "GrpoLoss", "advantages", "grpo_loss", "rewards"]
 
 
 def rewards(
@@ -89,3 +90,51 @@ def grpo_loss(
         error = ((rho - 1).abs() * mask).max()
         mean_kl = (kl * mask).sum() / mask.sum()
     return GrpoLoss(per_row.mean(), mean_kl, error)
+
+
+class BudgetPolicy(nn.Module):
+    """Which threshold a prompt gets: a distribution over a few, by what the prompt is like.
+
+    As an action with a log-probability of its own, the threshold gets the gradient of tau that the paper's objective
+    lacks: there, tau does not depend on what is sampled.
+
+    Args:
+        ps: The choices.
+        dim: Features of a prompt.
+
+    Source: ours (not in the paper).
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, ps: Sequence[float], dim: int) -> None:
+        super().__init__()
+        self.register_buffer("thresholds", torch.tensor(ps))
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.out = nn.Linear(dim, len(ps))
+        # Every threshold is as likely at first.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch choices"]:
+        """Log-probabilities of the choices."""
+        return self.out(self.norm(features.float())).log_softmax(-1)
+
+    @torch.no_grad()
+    def draw(
+        self, features: Float[Tensor, "batch dim"], generator: torch.Generator
+    ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Indices of drawn thresholds, and their log-probabilities.
+
+        Args:
+            features: Of the prompts.
+            generator: On the CPU.
+        """
+        logps = self(features)
+        choice = torch.multinomial(logps.exp().cpu(), 1, generator=generator).to(logps.device)
+        return choice[:, 0], logps.gather(1, choice)[:, 0]
+
+    @torch.no_grad()
+    def best(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
+        """The likeliest threshold of each prompt, which is the one to deploy."""
+        return self.thresholds[self(features).argmax(-1)]

@@ -10,9 +10,11 @@ import numpy as np
 from hone_core.plots import BLUE, GREY, INK, ORANGE, PINK, drawing, error_bars, finish
 
 if TYPE_CHECKING:
+    from hone_core.runs import Row
+
     from .evaluate import Outcome
 
-__all__ = ["curve", "heat_maps"]
+__all__ = ["arms_chart", "curve", "heat_maps"]
 
 STYLES = {
     "top-p": (BLUE, "o-"),
@@ -84,4 +86,26 @@ def heat_maps(shown: Sequence[Mapping[str, Any]], path: Path, *, title: str = ""
                 one.set_xticks([])
                 one.set_yticks([])
         finish(figure, title=title, note="by layer: what was kept of the picture; blue is dropped")
+    return path
+
+
+def arms_chart(rows: Sequence[Row], path: Path) -> Path:
+    """Accuracy against the token ratio of every arm of ``reproduce``, a line through its thresholds.
+
+    Args:
+        rows: Of ``accuracy`` and ``token_ratio``.
+        path: PNG to write.
+    """
+    values = {(row.metric, row.variant, row.split): 100 * row.value for row in rows}
+    arms = dict.fromkeys(row.variant for row in rows if row.metric == "accuracy")
+    with drawing(path, 6.4, 4.0) as figure:
+        axes = figure.subplots()
+        for at, arm in enumerate(arms):
+            splits = [s for m, v, s in values if m == "accuracy" and v == arm and (s.startswith("p ") or s == "dense")]
+            points = sorted((values["token_ratio", arm, s], values["accuracy", arm, s]) for s in splits)
+            axes.plot(*zip(*points, strict=True), "osv^D"[at % 5] + "-", label=arm, markersize=3, linewidth=0.9)
+        axes.set_xlabel("tokens kept, mean over layers, %")
+        axes.set_ylabel("accuracy, %")
+        axes.legend(fontsize=6, ncols=2)
+        finish(figure, note="a point per threshold and the dense model, means over hosts")
     return path

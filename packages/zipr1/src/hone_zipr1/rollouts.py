@@ -9,11 +9,12 @@ import torch
 from hone_lm.decoders import cache_keyword, cache_of
 from torch import Tensor
 
-from .data import Mosaics
+from .data import Mosaics, mosaics
 from .host import ANSWER_TOKENS, Host
 from .models import SparseHandle
+from .reinforce import Drawn
 
-__all__ = ["Rollout", "answer_logps", "rollout"]
+__all__ = ["HostTask", "Rollout", "answer_logps", "rollout"]
 
 
 class Rollout(NamedTuple):
@@ -116,3 +117,53 @@ def answer_logps(
     with given:
         out = host.model(**host.embedded(batch, ids[:, :-1]), use_cache=False, logits_to_keep=ANSWER_TOKENS)
     return (out.logits.float() / temperature).log_softmax(-1)
+
+
+class HostTask:
+    """Mosaics and the tiny host, as ``reinforce`` asks for them.
+
+    Args:
+        host: Trained.
+        original: The same weights, frozen.
+        seed: Of the mosaics; another seed, other mosaics.
+        process: Number of this process among those that train together.
+    """
+
+    def __init__(self, host: Host, original: Host, *, seed: int, process: int = 0) -> None:
+        self.host, self.original = host, original
+        self.model = host.model
+        self._seed = 1_000_000_000 * (seed + 11) + 10_000_000 * process
+
+    def draw(self, step: int, prompts: int, group: int) -> Mosaics:
+        """Mosaics of digits that may be trained on."""
+        cells = self.host.config.cells
+        return mosaics(prompts, cells, self._seed + step, device=self.host.device).repeated(group)
+
+    @torch.no_grad()
+    def features(self, rows: Mosaics) -> Tensor:
+        """Mean embeddings of the picture and of the question, side by side."""
+        embeds, text = self.original.embedded(rows)["inputs_embeds"], self.host.protected(len(rows))
+        parts = [embeds[group].view(len(rows), -1, embeds.shape[-1]).mean(1) for group in (~text, text)]
+        return torch.cat(parts, -1)
+
+    def sample(self, rows: Mosaics, handle: SparseHandle, p: Tensor, temperature: float, seed: int) -> Drawn:
+        """See ``rollout``."""
+        generator = torch.Generator(self.host.device).manual_seed(seed)
+        found = rollout(self.host, rows, handle, p=p, temperature=temperature, generator=generator)
+        return Drawn(found.ids, found.logps, found.mask, found.ratio, self.host.grade(rows, found.ids))
+
+    def logps(
+        self, rows: Mosaics, ids: Tensor, handle: SparseHandle, p: Tensor, temperature: float, soft: bool
+    ) -> Tensor:
+        """See ``answer_logps``."""
+        found = answer_logps(self.host, rows, ids, handle, p=p, soft=soft, temperature=temperature)
+        return found.gather(2, ids[..., None])[..., 0]
+
+    @torch.no_grad()
+    def reference(self, rows: Mosaics, ids: Tensor, temperature: float) -> Tensor:
+        """Of the original, dense."""
+        return answer_logps(self.original, rows, ids, temperature=temperature).gather(2, ids[..., None])[..., 0]
+
+    def right(self, rows: Mosaics) -> tuple[Tensor, Tensor]:
+        """See ``Host.answer_ids``."""
+        return self.host.answer_ids(rows)

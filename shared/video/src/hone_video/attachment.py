@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .grids import Grid, Order
 from .orders import token_order
+from .parallel import refusal
 from .steps import Steps
 
 __all__ = ["Attachment", "Forward", "Method", "Processor", "Recorded", "Tables", "fixed_size", "reorder_patches"]
@@ -182,26 +183,36 @@ class Tables:
         cos: None for a model without rotary embedding, like ``sin``.
         sin: Of the same shape.
         forward: Which forward.
+        local: ``cos`` and ``sin`` of this process's tokens where context parallelism splits them.
         rope: Of a method that rotates, cosines and sines ``[S, D / 2]`` of pairs of neighbouring channels, 1 and 0 for
             text; else None.
     """
 
     def __init__(
-        self, cos: Tensor | None, sin: Tensor | None, forward: Forward, rope: tuple[Tensor, Tensor] | None = None
+        self,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        forward: Forward,
+        rope: tuple[Tensor, Tensor] | None = None,
+        local: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.cos, self.sin, self.forward, self.rope = cos, sin, forward, rope
+        self.cos, self.sin, self.forward, self.rope, self.local = cos, sin, forward, rope, local
 
     @classmethod
-    def of(cls, cos: Tensor, sin: Tensor, forward: Forward, method: Method) -> Tables:
+    def of(
+        cls, cos: Tensor, sin: Tensor, forward: Forward, method: Method, local: tuple[Tensor, Tensor] | None = None
+    ) -> Tables:
         """Tables whose last axis holds each angle of a pair twice, the tokens in the forward's order."""
         rope = None
         if method.rotates and forward.plan is not None:
             rope = (_of_pairs(cos, 0, forward.text_tokens, 1.0), _of_pairs(sin, 1, forward.text_tokens, 0.0))
-        return cls(cos, sin, forward, rope)
+        return cls(cos, sin, forward, rope, local)
 
     @property
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """As the model's own processor expects them."""
+        if self.local is not None:
+            return self.local
         return None if self.cos is None or self.sin is None else (self.cos, self.sin)
 
     def to(self, device: Any, non_blocking: bool = False) -> Tables:
@@ -210,8 +221,8 @@ class Tables:
         def move(x: Tensor | None) -> Any:
             return None if x is None else x.to(device, non_blocking=non_blocking)
 
-        rope = None if self.rope is None else (move(self.rope[0]), move(self.rope[1]))
-        return Tables(move(self.cos), move(self.sin), self.forward, rope)
+        rope, local = (None if x is None else (move(x[0]), move(x[1])) for x in (self.rope, self.local))
+        return Tables(move(self.cos), move(self.sin), self.forward, rope, local)
 
     def __iter__(self) -> Iterator[Tensor]:
         raise RuntimeError(
@@ -298,6 +309,8 @@ class Attachment(ABC):
     base: ClassVar[type[nn.Module]]
     processor: ClassVar[type[Processor]]
     originals: ClassVar[tuple[type, ...]]
+    parallel: ClassVar[bool] = False
+    """Whether the class runs under diffusers' context parallelism."""
 
     def __init__(self, model: nn.Module, method: Method, steps: Steps, index: int) -> None:
         self.method, self.steps, self.index = method, steps, index
@@ -343,10 +356,10 @@ class Attachment(ABC):
                     f"{attn.processor.method.name} is already attached to this {name}; detach it first, by its handle "
                     "or by VideoHandle.of(model).detach()"
                 )
-        if getattr(model, "_parallel_config", None) is not None or any(
-            getattr(_own_processor(attn), "_parallel_config", None) is not None for attn in attentions
-        ):
-            raise ValueError(f"this {name} has an active parallel config. {no_parallelism(method)}")
+        configs = [getattr(x, "_parallel_config", None) for x in (model, *map(_own_processor, attentions))]
+        for config in configs:
+            if config is not None and (reason := cls.refuse_parallelism(config, method)) is not None:
+                raise ValueError(f"this {name} has an active parallel config. {reason}")
         for layer, attn in enumerate(attentions):
             if type(_own_processor(attn)) not in cls.originals:
                 raise ValueError(
@@ -358,6 +371,16 @@ class Attachment(ABC):
             raise ValueError(
                 f"dense_layers must be below the {len(attentions)} layers of this {name}; got {method.dense_layers}"
             )
+
+    @classmethod
+    def refuse_parallelism(cls, config: Any, method: Method) -> str | None:
+        """Why the method does not run with this parallel config; None if it does."""
+        if not cls.parallel:
+            return (
+                f"diffusers has no context parallelism for {cls.base.__name__}, nor does {method.name} attention run "
+                "under one on it. Leave parallelism off"
+            )
+        return refusal(config, method.name)
 
     def apply(self, model: nn.Module) -> None:
         """Replace the processors and register the hooks."""
@@ -453,14 +476,6 @@ def _forget_steps(model: nn.Module) -> None:
         if _keeps_steps(module):
             registry: Any = module._diffusers_hook
             registry.reset_stateful_hooks(recurse=False)
-
-
-def no_parallelism(method: Method) -> str:
-    """Why a parallel config is refused."""
-    return (
-        f"{method.name} attention does not run under diffusers' context or tensor parallelism. "
-        "Detach it first (handle.detach()), or leave parallelism off."
-    )
 
 
 def fixed_size(size: int) -> int:

@@ -21,7 +21,7 @@ class Noisy:
 
     Attributes:
         latents: Like the clean ones, float32.
-        timestep: ``[B]`` in [0, 1000].
+        timestep: ``[B]``, whole numbers up to 1000.
         target: The velocity: ``noise - x_0`` of a flow model, ``sqrt(a) noise - sqrt(1 - a) x_0`` of CogVideoX, whose
             ``a`` is its scheduler's ``alphas_cumprod``.
     """
@@ -71,7 +71,9 @@ class Denoiser:
         return f, h, w
 
     def sample_timestep(self, generator: torch.Generator, *, shift: float, uniform: float = 0.0) -> float:
-        """A time to train at, in [0, 1000]: shifted logit-normal of a flow model, uniform of CogVideoX.
+        """A time to train at, a whole number up to 1000: shifted logit-normal of a flow model, uniform of CogVideoX.
+
+        Whole, as the samplers' own times are: FSDP would round a fraction to bfloat16 on its way into the model.
 
         Args:
             generator: On the CPU.
@@ -79,7 +81,8 @@ class Denoiser:
             uniform: Share of uniform ones, see ``hone_video.flow.sample_sigma``.
         """
         if self.flow:
-            return float(sample_sigma(1, shift=shift, uniform=uniform, generator=generator)) * NUM_TRAIN_TIMESTEPS
+            sigma = float(sample_sigma(1, shift=shift, uniform=uniform, generator=generator))
+            return max(1.0, round(sigma * NUM_TRAIN_TIMESTEPS))
         return float(torch.randint(NUM_TRAIN_TIMESTEPS, (1,), generator=generator))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Noisy:
@@ -88,7 +91,7 @@ class Denoiser:
         Args:
             latents: Clean.
             noise: Standard normal, like them.
-            timestep: ``[B]`` in [0, 1000], whole numbers for CogVideoX.
+            timestep: ``[B]``, whole numbers up to 1000.
         """
         if self.flow:
             level = (timestep / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1, 1)
@@ -103,17 +106,15 @@ class Denoiser:
         Args:
             model: One of the pipeline's transformers, wrapped for training or not.
             latents: Noisy.
-            timestep: ``[B]`` in [0, 1000].
+            timestep: ``[B]``, whole numbers up to 1000.
             text: ``[B, L, D]``.
         """
         options: dict[str, Any] = {}
         if not self.flow and self.config.use_rotary_positional_embeddings:
             options["image_rotary_emb"] = self._rotary(latents)
-        if not self.flow:
-            timestep = timestep.long()
         return model(
             hidden_states=latents.to(self.dtype),
-            timestep=timestep,
+            timestep=timestep.long(),
             encoder_hidden_states=text.to(self.dtype),
             return_dict=False,
             **options,

@@ -12,7 +12,8 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from .attachment import Attachment, Forward, Method, Processor, Tables, fixed_size, no_parallelism, reorder_patches
+from .attachment import Attachment, Forward, Method, Processor, Tables, fixed_size, reorder_patches
+from .parallel import Ulysses
 
 __all__ = ["FAMILIES", "CogVideoXAttachment", "HunyuanVideoAttachment", "WanAttachment"]
 
@@ -35,7 +36,10 @@ class _Dispatched(Processor):
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
-        raise RuntimeError(no_parallelism(self.method))
+        reason = None if config is None else self.attachment.refuse_parallelism(config, self.method)
+        if reason is not None:
+            raise RuntimeError(reason)
+        self.original._parallel_config = config
 
 
 class WanProcessor(_Dispatched):
@@ -59,13 +63,19 @@ class WanProcessor(_Dispatched):
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
+        share, own = Ulysses.of(self._parallel_config), q
+        if share is not None:
+            q, k, v = (share.gather(x) for x in (q, k, v))
         rope = self.rope(q, v, tables)
         if rope is None:
             assert tables.cos is not None
             assert tables.sin is not None
             q, k = (_rotate_pairs(x, tables.cos, tables.sin) for x in (q, k))
         out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tables, attention_mask, rope)
-        out = out.transpose(1, 2).flatten(2, 3).type_as(q)
+        out = out.transpose(1, 2)
+        if share is not None:
+            out = share.scatter(out, own)
+        out = out.flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -77,11 +87,15 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class WanAttachment(Attachment):
-    """Wan: the latents' patches are put in order before the model embeds them, and the output's are put back."""
+    """Wan: the latents' patches are put in order before the model embeds them, and the output's are put back.
+
+    Under context parallelism every process has the whole latents; its tokens are a piece of that order.
+    """
 
     base = WanTransformer3DModel
     processor = WanProcessor
     originals = (WanAttnProcessor,)
+    parallel = True
 
     @staticmethod
     def self_attentions(model: Any) -> list[Any]:
@@ -112,8 +126,13 @@ class WanAttachment(Attachment):
         forward = self.state.current
         if forward is None:
             return None
-        cos, sin = output
-        return Tables.of(forward.sort(cos, 1), forward.sort(sin, 1), forward, self.method)
+        share = Ulysses.of(self.processors[0].original._parallel_config)
+        if share is None:
+            cos, sin = output
+            return Tables.of(forward.sort(cos, 1), forward.sort(sin, 1), forward, self.method)
+        # What diffusers' hook gave is a piece of them in the model's own order.
+        cos, sin = (forward.sort(x, 1) for x in type(module).forward(module, *args))
+        return Tables.of(cos, sin, forward, self.method, (share.share(cos, 1), share.share(sin, 1)))
 
     def restore(self, output: Tensor, forward: Forward) -> Tensor:
         """See ``Attachment``; ``[B, C, F, H, W]``."""

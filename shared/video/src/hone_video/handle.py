@@ -180,8 +180,8 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
     Raises:
         TypeError: The model's class is not supported.
         ValueError: A method is attached already; a self-attention has a processor that is not the class's own;
-            parallelism is on; ``dense_layers`` names a layer that the model does not have. In every case the model is
-            untouched.
+            ring or tensor parallelism is on; ``dense_layers`` names a layer that the model does not have. In every case
+            the model is untouched.
     """
     models = _transformers(model_or_pipeline)
     for model in models:

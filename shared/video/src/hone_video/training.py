@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
 from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.io import atomic_write_json
@@ -50,6 +50,8 @@ from .training_config import LoopConfig
 __all__ = ["Group", "Loop", "Part", "data_index", "seeded"]
 
 log = logging.getLogger(__name__)
+
+_KINDS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
 
 
 def seeded(*names: int | str) -> torch.Generator:
@@ -133,7 +135,7 @@ class Loop:
         device: Of this process.
 
     Raises:
-        ValueError: The batch cannot be shared out over the processes.
+        ValueError: The batch cannot be shared out over the processes, or they are launched in another way.
         MissingExtraError: TensorBoard is asked for and not installed.
     """
 
@@ -151,6 +153,12 @@ class Loop:
         if cfg.batch % (count * cfg.micro_batch):
             raise ValueError(
                 f"batch must be a multiple of processes times micro_batch, {count} x {cfg.micro_batch}; got {cfg.batch}"
+            )
+        kind = self.accelerator.distributed_type
+        if kind not in _KINDS or (kind == DistributedType.FSDP and not self.accelerator.is_fsdp2):
+            raise ValueError(
+                f"training runs in one process, in several with a whole model each, or with FSDP2; got {kind.value}. "
+                "Launch with --use_fsdp --fsdp_version 2, or without"
             )
         self.step = 0
         self.model: Any = None
@@ -195,7 +203,8 @@ class Loop:
         if isinstance(model, FSDPModule):
             self.model = model
         else:
-            model.to(self.device)
+            if not self.accelerator.is_fsdp2:
+                model.to(self.device)
             self.model, *optimizers = self.accelerator.prepare(model, *optimizers)
         trained = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         names = {id(parameter): name for name, parameter in trained.named_parameters()}
