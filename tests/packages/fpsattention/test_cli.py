@@ -84,6 +84,15 @@ def test_calibrate_then_generate_with_its_schedule(capsys, monkeypatch, pipeline
     assert str(video) in out
 
 
+def test_inspect_a_pipeline(capsys, monkeypatch, pipeline, tmp_path):
+    argv = ("inspect", "--model", pipeline, *VIDEO, "--preset", "tiny", "--out", tmp_path / "run", "--device", "cpu")
+    code, out, err = call(capsys, monkeypatch, *argv, "--quiet")
+    assert code == 0, err
+    assert "relative errors" in out
+    rows = json.loads((tmp_path / "run" / "artifacts" / "inspection.json").read_text(encoding="utf-8"))
+    assert {row["step"] for row in rows} == {0, 1, 2}
+
+
 def test_calibrate_on_the_tiny_host(capsys, monkeypatch, tiny_host, tmp_path):
     argv = (
         "calibrate",

@@ -82,6 +82,12 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         run="hone_fpsattention.reproduce:reproduce",
         help="What rounding, window, schedule and granularity cost on the tiny host, and what training buys; seeds.",
     ),
+    "inspect": Verb(
+        config="hone_fpsattention.config:InspectConfig",
+        prepare="hone_fpsattention.inputs:find_inspected",
+        run="hone_fpsattention.inspection:inspect",
+        help="What the attention does by layer and step: density, and the errors of rounding, of the window, of both.",
+    ),
     "bench": Verb(
         config="hone_fpsattention.config:BenchConfig",
         run="hone_fpsattention.bench:bench",

@@ -30,6 +30,7 @@ __all__ = [
     "FinetuneConfig",
     "GenerateConfig",
     "HostConfig",
+    "InspectConfig",
     "Loss",
     "Preset",
     "Regime",
@@ -710,6 +711,43 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
         if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
             raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """What to look at while it draws the first prompt."""
+
+    video: VideoConfig = field(default_factory=lambda: VideoConfig(prompts=PROMPTS[:1]))
+    host: Path | None = None
+    """Without a pipeline: a dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
+    tuned: Path | None = None
+    """A folder that train exported for the pipeline, or without one a host.safetensors made by train-host instead of
+    ``host``; it brings its own attention."""
+    preset: str | None = None
+    """Attention settings by name (default: tiny for the tiny host, else those of the model's kind)."""
+    schedule: Path | None = None
+    """A file that calibrate wrote for the pipeline, instead of a preset."""
+
+    def __post_init__(self) -> None:
+        if not self.video.prompts:
+            raise ValueError("inspect needs a prompt: --prompt TEXT")
+        if self.video.model is None:
+            if self.schedule is not None:
+                raise ValueError("a schedule is for a pipeline; pass --model too, or take --preset")
+            if self.tuned is not None and (self.host is not None or self.preset is not None):
+                raise ValueError("tuned is a host with its attention; drop host and preset, or tuned")
+            parse_prompt(self.video.prompts[0])
+        elif self.host is not None:
+            raise ValueError("give model, a pipeline, or host, a tiny host; not both")
+        else:
+            self.pipeline  # noqa: B018  # it checks what is left
+        if self.preset is not None:
+            _known_preset(self.preset)
+
+    @property
+    def pipeline(self) -> GenerateConfig:
+        """The settings of a pipeline's run."""
+        return GenerateConfig(video=self.video, preset=self.preset, schedule=self.schedule, tuned=self.tuned)
 
 
 ARMS = {

@@ -18,14 +18,23 @@ from .config import (
     FinetuneConfig,
     GenerateConfig,
     HostConfig,
+    InspectConfig,
     ReproduceConfig,
     TrainConfig,
 )
 from .schedule import Schedule
 
-__all__ = ["find_calibrated", "find_evaluated", "find_finetuned", "find_host", "find_hosts", "find_video"]
+__all__ = [
+    "find_calibrated",
+    "find_evaluated",
+    "find_finetuned",
+    "find_host",
+    "find_hosts",
+    "find_inspected",
+    "find_video",
+]
 
-Hosted = TypeVar("Hosted", CalibrateConfig, DemoConfig, EvalConfig, ReproduceConfig, TrainConfig)
+Hosted = TypeVar("Hosted", CalibrateConfig, DemoConfig, EvalConfig, InspectConfig, ReproduceConfig, TrainConfig)
 Compared = TypeVar("Compared", DemoConfig, EvalConfig)
 
 
@@ -118,6 +127,23 @@ def find_calibrated(cfg: CalibrateConfig) -> CalibrateConfig:
     if cfg.video.model is None:
         return find_host(cfg)
     _find_pipeline(cfg.video.model, local_files_only=cfg.video.local_files_only)
+    return cfg
+
+
+def find_inspected(cfg: InspectConfig) -> InspectConfig:
+    """The settings, once host or pipeline, and what goes with it, are known to be there.
+
+    Raises:
+        CheckpointError: They are not.
+        OSError, ValueError: The schedule cannot be read, or is none.
+    """
+    if cfg.video.model is not None:
+        found = find_video(cfg.pipeline)
+        return replace(cfg, schedule=found.schedule, tuned=found.tuned)
+    cfg = find_host(cfg)
+    if cfg.tuned is not None:
+        open_host(HostConfig, "hone-fpsattention", cfg.tuned)
+        cfg = replace(cfg, tuned=Path(os.path.abspath(cfg.tuned)))
     return cfg
 
 

@@ -8,6 +8,7 @@ guidance see the same timestep, and so the same regime.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -85,6 +86,43 @@ class _FPSAttention(Method):
         where = plan_for(self.config.regimes[plan], self.config, grid, text_tokens, q.device)
         # Nobody reads q afterwards.
         return fps_attention(q, k, v, plan=where, cfg=self.config, rope=rope, overwrite_q=not torch.is_grad_enabled())
+
+    def measure(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: int | tuple[int, ...],
+        layer: int | Tensor,
+        grid: Grid,
+        text_tokens: int,
+        rope: Rope | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """``attend``, and ``[4]`` float64: density, and the relative L2 error of rounding, of the window and of both.
+
+        Each error is that of the output against exact attention of the same queries, keys and values, over all of them.
+
+        Raises:
+            ValueError: Samples of the batch are in different regimes.
+        """
+        if isinstance(plan, tuple):
+            raise ValueError("statistics need the samples of a forward in one regime; call the model on one timestep")
+        regime = self.config.regimes[plan]
+        exact = replace(regime, window=None, e4m3=False)
+
+        def run(part: Regime) -> Tensor:
+            where = plan_for(part, self.config, grid, text_tokens, q.device)
+            return fps_attention(q, k, v, plan=where, cfg=self.config, rope=rope)
+
+        own = run(exact).double()
+        errors = []
+        for part in (replace(regime, window=None), replace(regime, e4m3=False), regime):
+            out = run(part)
+            errors.append((out.double() - own).norm() / own.norm())
+        share = plan_for(regime, self.config, grid, text_tokens, q.device).layout.density()
+        return out, torch.stack([share.to(own), *errors])
 
 
 def plan_for(regime: Regime, cfg: FPSAttentionConfig, grid: Grid, text_tokens: int, device: torch.device) -> Plan:

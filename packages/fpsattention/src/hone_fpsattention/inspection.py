@@ -1,0 +1,216 @@
+"""What the attention does inside a model: density, and what rounding and the window each lose, by layer and step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hone_core.devices import resolve_device
+from hone_core.io import atomic_write_json
+from hone_core.plots import drawing
+from hone_core.runs import Report, Run
+from hone_video.handle import LayerStats
+from hone_video.host import load_host
+
+from . import host as tuned_host
+from .config import PRESETS, FPSAttentionConfig, InspectConfig
+from .models import FPSAttentionHandle, attach
+from .sample import Sampler, draw
+
+__all__ = ["InspectReport", "LayerRow", "inspect", "inspect_model", "plot_inspection", "to_rows"]
+
+METRICS = {
+    "density": "density of query-key pairs",
+    "rounding_error": "error of rounding alone",
+    "window_error": "error of the window alone",
+    "error": "error of both",
+}
+"""Metric to the title of its panel. Errors are relative: L2 norm of the difference over that of exact attention."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRow:
+    """One self-attention call, over its batch and heads.
+
+    Attributes:
+        step: Denoising step, from 0.
+        call: Forward within the step; with guidance Wan makes two.
+        model: 1 for the second transformer of a Wan2.2 pipeline.
+        layer: Transformer block.
+        density: Query-key pairs computed over all pairs.
+        rounding_error: Relative L2 error of E4M3 over every tile; like the next two, of the call's own queries, keys
+            and values, against exact attention.
+        window_error: Of the window without rounding.
+        error: Of what ran.
+    """
+
+    step: int
+    call: int
+    model: int
+    layer: int
+    density: float
+    rounding_error: float
+    window_error: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectReport(Report):
+    """Result of an inspection; as text, a line per step.
+
+    Attributes:
+        inspection: The JSON file with a row for every call.
+        figure: The plot.
+    """
+
+    inspection: Path
+    figure: Path
+
+    @classmethod
+    def of(cls, run: Run) -> InspectReport:
+        """Return the report of a run whose rows are written."""
+        files = {"inspection": run.artifacts / "inspection.json", "figure": run.figures / "inspection.png"}
+        return cls(path=run.path, rows=tuple(run.rows), **files)
+
+    def __str__(self) -> str:
+        cells: dict[tuple[str, str], dict[str, float]] = {}
+        for row in self.rows:
+            if row.metric in METRICS and row.variant:
+                cells.setdefault((row.split, row.variant), {})[row.metric] = row.value
+        lines = [f"{'':<12} {'density':>8} {'rounding':>9} {'window':>9} {'both':>9}   relative errors"]
+        for (split, variant), found in cells.items():
+            density, *errors = (found[metric] for metric in METRICS)
+            lines.append(f"{f'{split} {variant}':<12} {density:>8.3f} " + " ".join(f"{e:>9.4f}" for e in errors))
+        return "\n".join([*lines, f"all rows  {self.inspection}", f"plot      {self.figure}"])
+
+
+def to_rows(stats: Iterable[LayerStats]) -> list[LayerRow]:
+    """Numbers of recorded statistics; waits for the device once per call that was recorded."""
+    return [
+        LayerRow(step=step, call=call, model=model, layer=layer, **dict(zip(METRICS, values.tolist(), strict=True)))
+        for step, call, model, layer, values in stats
+    ]
+
+
+def inspect_model(handle: FPSAttentionHandle, call: Callable[[], Any], run: Run, *, title: str = "") -> InspectReport:
+    """Run ``call`` once and write what the attached model's attention did.
+
+    Into the run go ``artifacts/inspection.json`` (all rows), ``figures/inspection.png``, and means by step and by layer
+    as results. Each call of attention costs three more, one of them dense.
+
+    Args:
+        handle: FPSAttention on the model, from ``attach``.
+        call: Runs the model: one forward, or a whole video.
+        run: The run, entered.
+        title: Above the plot.
+
+    Raises:
+        ValueError: ``call`` ran no attention of the method: every regime or layer is the model's own, or another model
+            ran.
+    """
+    with handle.record() as stats:
+        call()
+    rows = to_rows(stats)
+    if not rows:
+        raise ValueError(
+            f"no attention of the method ran. Either every regime or layer is the model's own (dense_layers="
+            f"{handle.config.dense_layers}), or the call did not run the attached model"
+        )
+    for split in ("step", "layer"):
+        for number in sorted({getattr(row, split) for row in rows}):
+            own = [row for row in rows if getattr(row, split) == number]
+            for metric in METRICS:
+                value = sum(getattr(row, metric) for row in own) / len(own)
+                run.row(metric, value, better="lower", n=len(own), variant=str(number), split=split)
+    atomic_write_json(run.artifacts / "inspection.json", [dataclasses.asdict(row) for row in rows])
+    plot_inspection(rows, run.figures / "inspection.png", title=title)
+    return InspectReport.of(run)
+
+
+def inspect(cfg: InspectConfig, run: Run) -> InspectReport:
+    """Look at the tiny host while it draws one clip, or at a real pipeline, whose video is not decoded.
+
+    Args:
+        cfg: What to look at.
+        run: The run, entered.
+
+    Raises:
+        CheckpointError: Weights are not there, or not whole.
+        ValueError: A schedule is of another model, or as ``inspect_model``.
+    """
+    device, video = resolve_device(run.device), cfg.video
+    if video.model is not None:
+        with ExitStack() as stack:
+            pipe = Sampler(cfg.pipeline, device, stack, run).pipe
+            models = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+            handle = FPSAttentionHandle.of([model for model in models if model is not None])
+            title = f"{type(handle.models[0]).__name__}, {video.steps} steps"
+            return inspect_model(handle, lambda: draw(pipe, video, 0, output_type="latent"), run, title=title)
+    if cfg.tuned is None:
+        host, attention = load_host(device, path=cfg.host), PRESETS[cfg.preset or "tiny"].config
+    else:
+        host, attention = _tuned(cfg.tuned, device)
+    text, noise = host.encode_prompt(video.prompts[0]), host.noise(1, video.seed)
+    with attach(host.transformer, attention) as handle:
+        title = f"tiny host: {video.prompts[0]}"
+        return inspect_model(handle, lambda: host.sample(text, noise), run, title=title)
+
+
+def _tuned(path: Path, device: torch.device) -> tuple[tuned_host.TunedHost, FPSAttentionConfig]:
+    host = tuned_host.load_host(device, path=path)
+    return host, host.attention
+
+
+def plot_inspection(rows: Sequence[LayerRow], path: Path, *, title: str = "") -> Path:
+    """Draw one panel per metric: layers down, denoising steps across.
+
+    Density goes from 0 to 1, and the errors share one logarithmic scale of colours. Calls of a step are averaged; a
+    layer that ran the model's own attention in a step is left blank. Layers of a second transformer count after those
+    of the first.
+
+    Args:
+        rows: Of the calls.
+        path: PNG or SVG to write.
+        title: Above the panels.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    from matplotlib.colors import LogNorm
+
+    if not rows:
+        raise ValueError("there are no rows to plot")
+    steps, each = 1 + max(row.step for row in rows), 1 + max(row.layer for row in rows)
+    layers = each * (1 + max(row.model for row in rows))
+    grids = {}
+    for metric in METRICS:
+        total, count = torch.zeros(layers, steps), torch.zeros(layers, steps)
+        for row in rows:
+            at = row.layer + each * row.model, row.step
+            total[at] += getattr(row, metric)
+            count[at] += 1
+        grids[metric] = total / count  # NaN where there is none
+    errors = torch.stack([grid for metric, grid in grids.items() if metric != "density"])
+    seen = errors[errors > 0]
+    low, high = (float(seen.min()), float(seen.max())) if len(seen) else (1e-3, 1.0)
+    with drawing(path, 10.0, min(8.0, 1.9 + 0.16 * layers)) as figure:
+        figure.set_layout_engine("constrained")
+        panels = figure.subplots(1, len(METRICS))
+        for axes, (metric, grid) in zip(panels, grids.items(), strict=True):
+            scale = {"vmin": 0, "vmax": 1} if metric == "density" else {"norm": LogNorm(low, max(high, 1.01 * low))}
+            picture = axes.imshow(grid.numpy(), cmap="cividis", aspect="auto", interpolation="nearest", **scale)
+            axes.set_title(METRICS[metric], fontsize=8)
+            axes.set_xlabel("denoising step")
+            for axis, count_of in ((axes.xaxis, steps), (axes.yaxis, layers)):
+                axis.set_ticks(range(0, count_of, -(-count_of // 8)))
+            if metric in ("density", "error"):
+                figure.colorbar(picture, ax=axes)
+        panels[0].set_ylabel("layer")
+        if title:
+            figure.suptitle(title)
+    return path
