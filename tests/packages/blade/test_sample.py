@@ -15,9 +15,9 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
 )
-from hone_blade.config import PRESETS, BladeConfig, GenerateConfig
+from hone_blade.config import PRESETS, BladeConfig, GenerateConfig, Rollout
 from hone_blade.inspection import inspect_pipeline
-from hone_blade.lora import load_blade_lora, save_blade_lora
+from hone_blade.lora import load_blade_lora, lora_targets, save_blade_lora
 from hone_blade.models import attach
 from hone_blade.sample import GenerateReport, Sampler, find_inputs, generate
 from hone_blade.scheduler import TDMScheduler
@@ -26,7 +26,7 @@ from hone_core.runs import Run
 from hone_video.architectures import tiny, tiny_pipeline
 from hone_video.attachment import Processor
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
 SPARSE = BladeConfig(block=16, samples=8, max_density=0.4, pool=8)
@@ -430,7 +430,7 @@ def test_eval_makes_vbench_s_videos(folders, tmp_path):
     size = {"height": 64, "width": 96, "frames": 5, "guidance": 1.0, "videos_per_prompt": 2}
     suite = VBenchConfig(model=str(folders["wan"]), vbench_info=text, grade=False, **size)
     cfg = EvalConfig(protocol="vbench", vbench=suite, preset="tiny", prompts=1)
-    assert cfg.videos(("a", "b")).steps == 8
+    assert find_inputs(cfg.videos(("a", "b"))).config.steps == 8
     cfg = dataclasses.replace(cfg, comparison=dataclasses.replace(cfg.comparison, steps=2))
     cfg = find_evaluated(cfg)
     run = Run.start(package="hone-blade", verb="eval", config=cfg, out=tmp_path / "run", device="cpu", quiet=True)
@@ -460,3 +460,44 @@ def test_what_is_not_finite_is_named_before_time_is_spent(value, error, message,
     pipe.save_pretrained(tmp_path / "wan")
     with pytest.raises(error, match=message):
         produce(config(tmp_path / "wan"), tmp_path / "run")
+
+
+@pytest.fixture
+def student(folders, tmp_path):
+    """A LoRA of the tiny Wan pipeline whose header states attention and sampling."""
+    model = tiny("wan", num_layers=1)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=lora_targets(model)), "student")
+    stated = Rollout(steps=3, eta=0.25)
+    return save_blade_lora(model, tmp_path / "lora.safetensors", adapter_name="student", config=SPARSE, rollout=stated)
+
+
+def test_a_student_is_sampled_as_it_was_trained(folders, student):
+    inputs = find_inputs(config(folders["wan"], lora=str(student), steps=None, attention=None))
+    assert (inputs.config.scheduler, inputs.config.steps, inputs.config.eta) == ("tdm", 3, 0.25)
+    sampler = Sampler.load(inputs, "cpu")
+    assert sampler.pipe.scheduler.config.eta == 0.25
+    assert sampler.attention == SPARSE
+    # What is asked for comes before what the file states.
+    inputs = find_inputs(config(folders["wan"], lora=str(student), steps=2, eta=1.0))
+    assert (inputs.config.steps, inputs.config.eta) == (2, 1.0)
+    assert find_inputs(config(folders["wan"], steps=None)).config.steps == 8
+
+
+def test_a_header_that_is_none_is_named(folders, student):
+    tensors = load_file(student)
+    save_file(tensors, student, metadata={"hone_blade_rollout": '{"steps": 0}'})
+    with pytest.raises(CheckpointError, match="sampling in its header cannot be read: student_steps must lie in"):
+        find_inputs(config(folders["wan"], lora=str(student), steps=None))
+
+
+def test_a_prompt_file_that_is_not_text_is_refused(folders, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        find_inputs(config(folders["wan"], prompts=(), prompt_file=str(file)))
+
+
+@pytest.mark.parametrize(("eta", "scheduler"), [(1.5, "tdm"), (0.9, "unipc")])
+def test_an_eta_that_says_nothing_is_refused(eta, scheduler):
+    with pytest.raises(ValueError, match="eta lies in"):
+        GenerateConfig(model="x", prompts=("a",), eta=eta, scheduler=scheduler)

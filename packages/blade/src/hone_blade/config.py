@@ -36,6 +36,7 @@ __all__ = [
     "Part",
     "Preset",
     "ReproduceConfig",
+    "Rollout",
     "Score",
     "Selection",
     "StudentsConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "TDMPreset",
     "TrainConfig",
     "known_preset",
+    "read_prompt_file",
 ]
 
 Score = Literal["paper", "official", "mean", "lse"]
@@ -536,7 +538,7 @@ class EvalConfig:
         plain = GenerateConfig(model=str(own.model), prompts=prompts)
         return replace(
             plain, preset=self.preset, lora=self.lora, negative_prompt=own.negative_prompt, dense=own.dense,
-            steps=self.comparison.steps or plain.steps, seed=self.comparison.seed,
+            steps=self.comparison.steps, seed=self.comparison.seed,
             guidance=plain.guidance if own.guidance is None else own.guidance, height=own.height, width=own.width,
             frames=own.frames, dtype=own.dtype, offload=own.offload, local_files_only=own.local_files_only,
         )  # fmt: skip
@@ -684,6 +686,19 @@ class TDMConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """The sampling that a student was trained for."""
+
+    steps: int = 8
+    """Network calls."""
+    eta: float = 0.9
+    """See ``TDMConfig``."""
+
+    def __post_init__(self) -> None:
+        TDMConfig(student_steps=self.steps, eta=self.eta)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TDMPreset:
     """Named settings of a distillation and where they come from.
 
@@ -785,6 +800,11 @@ class DistillConfig:
                 "distillation visits the steps of a video at random, so the attention must be the same in all: "
                 f"expected dense_steps 0, got {self.settings.dense_steps}. Take a preset that is not '-free'"
             )
+
+    @property
+    def rollout(self) -> Rollout:
+        """How the student is sampled."""
+        return Rollout(steps=self.tdm.student_steps, eta=self.tdm.eta)
 
     @property
     def minutes(self) -> float:
@@ -899,8 +919,12 @@ class GenerateConfig:
     LoRA weights that state no settings, as the published ones do not, else ``tdm``."""
     flow_shift: float | None = None
     """Of ``unipc`` (default: the pipeline's own, else 3)."""
-    steps: int = 8
-    """Network calls per video, twice as many with guidance."""
+    steps: int | None = None
+    """Network calls per video, twice as many with guidance (default: those that the LoRA file was trained for, else
+    8)."""
+    eta: float | None = None
+    """Of ``tdm``: share of the predicted noise that is kept from step to step (default: as the LoRA file was trained,
+    else 0.9)."""
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none, as distilled models need."""
     height: int | None = None
@@ -940,6 +964,10 @@ class GenerateConfig:
             raise ValueError(
                 f"flow_shift is positive and goes with scheduler 'unipc'; got {self.flow_shift} with {self.scheduler!r}"
             )
+        if self.eta is not None and (self.scheduler not in ("auto", "tdm") or not 0 <= self.eta <= 1):
+            raise ValueError(
+                f"eta lies in [0, 1] and goes with scheduler 'tdm'; got {self.eta} with {self.scheduler!r}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative; got {self.seed}")
 
@@ -948,17 +976,11 @@ class GenerateConfig:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It holds no prompt.
+            ValueError: It holds no prompt, or is not text.
         """
         if self.prompt_file is None:
             return self.prompts
-        path = Path(self.prompt_file)
-        if not path.is_file():
-            raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
-        prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        if not prompts:
-            raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
-        return prompts
+        return read_prompt_file(Path(self.prompt_file))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1011,6 +1033,25 @@ class InspectConfig:
             seed=self.seed,
             **{name: value for name, value in given.items() if value is not None},
         )
+
+
+def read_prompt_file(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no prompt, or is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file {path} is not UTF-8 text ({error}); expected one prompt a line") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
+    return prompts
 
 
 def known_preset(name: str | None) -> None:

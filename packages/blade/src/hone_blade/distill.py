@@ -189,8 +189,10 @@ class Distillation:
             yield values
 
     def export(self, path: Path) -> Path:
-        """Write the student as a LoRA file with its attention in the header."""
-        return save_blade_lora(self.task.model, path, adapter_name="student", config=self.cfg.settings)
+        """Write the student as a LoRA file with its attention and its sampling in the header."""
+        return save_blade_lora(
+            self.task.model, path, adapter_name="student", config=self.cfg.settings, rollout=self.cfg.rollout
+        )
 
 
 def student_host(host: Host, file: Path) -> BladeConfig:

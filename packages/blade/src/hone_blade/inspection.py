@@ -224,7 +224,7 @@ def inspect_pipeline(cfg: GenerateConfig, run: Run, *, recall: bool = True) -> I
     sampler = Sampler.load(find_inputs(cfg), run.device)
     with sampler.attached() as handle:
         assert handle is not None  # the settings are not dense
-        title = f"{type(handle.models[0]).__name__}, {sampler.attention_name}, {cfg.steps} steps"
+        title = f"{type(handle.models[0]).__name__}, {sampler.attention_name}, {sampler.config.steps} steps"
         return inspect_model(handle, lambda: sampler.draw(0, output_type="latent"), run, recall=recall, title=title)
 
 

@@ -20,10 +20,10 @@ from hone_core.io import save_safetensors
 from hone_video.architectures import full_size
 from torch import nn
 
-from .config import BladeConfig
+from .config import BladeConfig, Rollout
 
 __all__ = ["FILE_NAME", "LoraReport", "Transformer", "expected_keys", "find_lora", "load_blade_lora"]
-__all__ += ["lora_targets", "save_blade_lora"]
+__all__ += ["lora_header", "lora_targets", "save_blade_lora"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _LAYOUTS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     WanTransformer3DModel: ("blocks", ("attn1", "attn2")),
     CogVideoXTransformer3DModel: ("transformer_blocks", ("attn1",)),
 }
-_CONFIG_KEY, _LICENCE_KEY = "hone_blade_config", "license"
+_CONFIG_KEY, _ROLLOUT_KEY, _LICENCE_KEY = "hone_blade_config", "hone_blade_rollout", "license"
 _SHOWN = 4
 
 
@@ -56,6 +56,7 @@ class LoraReport:
         dtype: Of the file, for example ``bfloat16``.
         config: The attention settings that the file says it was trained with, or None. The published files do not say;
             they need the preset of their model.
+        rollout: The sampling that the file says it was trained for, or None.
         licence: One line to show to whoever loads it.
     """
 
@@ -66,6 +67,7 @@ class LoraReport:
     num_values: int
     dtype: str
     config: BladeConfig | None
+    rollout: Rollout | None
     licence: str
 
 
@@ -143,7 +145,7 @@ def load_blade_lora(
     rank = _check(file, shapes, model)
     if not all(name in ("F32", "F16", "BF16", "F64") for name in dtypes):
         raise CheckpointError(f"{file}: expected floating-point tensors; got {', '.join(sorted(dtypes))}")
-    config = _read_config(file, metadata)
+    config, rollout = _read_config(file, metadata), _read_rollout(file, metadata)
 
     from safetensors.torch import load_file
 
@@ -163,6 +165,7 @@ def load_blade_lora(
         num_values=sum(a * b for a, b in shapes.values()),
         dtype=", ".join(_DTYPES.get(name, name) for name in sorted(dtypes)),
         config=config,
+        rollout=rollout,
         licence=_licence(path, metadata),
     )
     log.info("loaded %d LoRA tensors of rank %d from %s. %s", report.num_tensors, rank, file, report.licence)
@@ -211,6 +214,7 @@ def save_blade_lora(
     *,
     adapter_name: str = "blade",
     config: BladeConfig | None = None,
+    rollout: Rollout | None = None,
     licence: str | None = None,
 ) -> Path:
     """Save an adapter in the published layout, which ``load_blade_lora`` and diffusers' ``load_lora_weights`` read.
@@ -220,6 +224,7 @@ def save_blade_lora(
         path: The file, ending in ``.safetensors``.
         adapter_name: Name of the adapter.
         config: Attention settings that it was trained with, kept in the file's header.
+        rollout: Sampling that it was trained for, likewise.
         licence: One line, kept in the header.
 
     Raises:
@@ -251,12 +256,16 @@ def save_blade_lora(
             f"the adapter must cover {', '.join(_PROJECTIONS)} of every attention and nothing else; "
             f"missing {_few(missing)}; beyond {_few(more)}"
         )
-    metadata = {"format": "pt"}
-    if config is not None:
-        metadata[_CONFIG_KEY] = json.dumps(to_dict(config))
+    metadata = {"format": "pt"} | lora_header(config, rollout)
     if licence is not None:
         metadata[_LICENCE_KEY] = licence
     return save_safetensors(tensors, path, metadata=metadata)
+
+
+def lora_header(config: BladeConfig | None, rollout: Rollout | None) -> dict[str, str]:
+    """What a file's header says of how its weights were trained."""
+    stated = {_CONFIG_KEY: config, _ROLLOUT_KEY: rollout}
+    return {key: json.dumps(to_dict(value)) for key, value in stated.items() if value is not None}
 
 
 def _transformer(pipeline_or_model: Any) -> ModelMixin:
@@ -342,6 +351,15 @@ def _read_config(file: Path, metadata: dict[str, str]) -> BladeConfig | None:
         return from_dict(BladeConfig, json.loads(metadata[_CONFIG_KEY]))
     except ValueError as error:
         raise CheckpointError(f"{file}: the attention settings in its header cannot be read: {error}") from error
+
+
+def _read_rollout(file: Path, metadata: dict[str, str]) -> Rollout | None:
+    if _ROLLOUT_KEY not in metadata:
+        return None
+    try:
+        return from_dict(Rollout, json.loads(metadata[_ROLLOUT_KEY]))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the sampling in its header cannot be read: {error}") from error
 
 
 def _licence(path: str | Path, metadata: dict[str, str]) -> str:

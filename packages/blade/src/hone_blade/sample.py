@@ -24,8 +24,8 @@ from hone_video.finite import check_latents, check_weights
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, pipeline_parts
 from hone_video.videos import make_videos, missing_videos, video_name
 
-from .config import PRESETS, BladeConfig, GenerateConfig
-from .lora import Transformer, _read_config, _read_header, find_lora, load_blade_lora
+from .config import PRESETS, BladeConfig, GenerateConfig, Rollout
+from .lora import Transformer, _read_config, _read_header, _read_rollout, find_lora, load_blade_lora
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
@@ -112,7 +112,7 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     """
     # What needs no look at the weights or the hub comes first.
     prompts = cfg.read_prompts()
-    if cfg.preset is not None or cfg.attention is not None:
+    if (cfg.preset is not None or cfg.attention is not None) and cfg.steps is not None:
         _sparse_steps(cfg, *_attention(cfg, None, None))
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
     schedulers, family = ("tdm", *PIPELINES[name].schedulers), PIPELINES[name].family
@@ -131,11 +131,15 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
         None if file is None else find_lora(file, local_files_only=cfg.local_files_only)
         for file in (cfg.lora, cfg.lora_2)
     )
-    stated = _stated(lora, lora_2)
+    stated, rollout = _stated(lora, lora_2), _stated_rollout(lora, lora_2)
     if cfg.scheduler == "auto":
-        published = family == "wan" and stated is None and not lora is lora_2 is None
+        published = family == "wan" and cfg.eta is stated is None and not lora is lora_2 is None
         chosen: dict[str, Any] = {"scheduler": "unipc", "flow_shift": 3.0} if published else {"scheduler": "tdm"}
         cfg = replace(cfg, **chosen)
+    if cfg.steps is None:
+        cfg = replace(cfg, steps=(rollout or Rollout()).steps)
+    if cfg.scheduler == "tdm" and cfg.eta is None and rollout is not None:
+        cfg = replace(cfg, eta=rollout.eta)
     _sparse_steps(cfg, *_attention(cfg, family, stated))
     return Inputs(
         config=replace(cfg, prompts=prompts[: cfg.limit], prompt_file=None, limit=None),
@@ -174,6 +178,7 @@ def render(inputs: Inputs, run: Run, targets: Sequence[Path]) -> None:
     """
     cfg, device = inputs.config, resolve_device(run.device)
     todo = missing_videos(targets)
+    assert cfg.steps is not None  # found by find_inputs
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with ExitStack() as stack:
@@ -258,6 +263,8 @@ class Sampler:
         check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
         if cfg.scheduler != "tdm":
             pipe.scheduler = make_scheduler(cfg.scheduler, pipe, flow_shift=cfg.flow_shift)
+        elif cfg.eta is not None:
+            pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, eta=cfg.eta)
         elif not isinstance(pipe.scheduler, TDMScheduler):
             pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
         if inputs.lora is inputs.lora_2 is None and cfg.scheduler == "tdm":
@@ -335,10 +342,20 @@ def _stated(*loras: str | Path | None) -> BladeConfig | None:
     return found[0] if found else None
 
 
+def _stated_rollout(*loras: str | Path | None) -> Rollout | None:
+    """The sampling in the headers of LoRA files."""
+    files = [Path(lora) for lora in loras if lora is not None]
+    found = {_read_rollout(file, _read_header(file)[2]) for file in files}
+    if len(found) > 1:
+        raise ValueError("lora and lora_2 must state the same sampling; theirs differ. Pass steps and eta")
+    return next(iter(found), None)
+
+
 def _sparse_steps(cfg: GenerateConfig, name: str, settings: BladeConfig | None) -> int:
     """Steps with sparse attention; raises if there are none though the settings are for sparse attention."""
     if settings is None:
         return 0
+    assert cfg.steps is not None
     if settings.dense_steps >= cfg.steps or settings.mask == "dense":
         what = "the attention settings" if name == "custom" else f"preset {name}"
         if settings.mask == "dense":

@@ -51,6 +51,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "generate": _verb(
         "sample:generate", "GenerateConfig", "Answer a question with two models, token by token.", prepare=True
     ),
+    "serve": _verb("serve:serve", "ServeConfig", "OpenAI's routes and a page, on one pair.", prepare=True),
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "Accuracy and cost over thresholds, beside the baselines.", prepare=True
     ),

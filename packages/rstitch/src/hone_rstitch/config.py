@@ -17,11 +17,13 @@ __all__ = [
     "CalibrateConfig",
     "DecoderConfig",
     "DemoConfig",
+    "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
     "HostConfig",
     "Preset",
     "ReproduceConfig",
+    "ServeConfig",
     "SimulateConfig",
     "StitchConfig",
     "TrainHostConfig",
@@ -318,6 +320,27 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How much an engine takes on."""
+
+    max_batch: int = 16
+    """Requests that are written at once."""
+    max_queue: int = 256
+    """Requests that wait at most; beyond them one is refused."""
+    max_tokens: int = 65536
+    """Tokens of prompts and answers that the requests being written may come to, in each model's cache."""
+    large_batch: int = 1
+    """The large model runs when so many requests are at it, or all are: fewer, fuller calls."""
+    timeout: float = 600.0
+    """Seconds from its arrival after which a request is ended."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_queue", "max_tokens", "large_batch", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
     """One prompt, one answer."""
 
@@ -337,6 +360,26 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.ask.strip():
             raise ValueError("what is the question? Give --ask")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """A server of one pair; HONE_RSTITCH_API_KEY in the environment is the key that requests must bear."""
+
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    """The pair."""
+    stitch: StitchConfig = field(default_factory=StitchConfig)
+    """Policy and gate of requests that say nothing of it."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How much it takes on."""
+    address: str = "127.0.0.1"
+    """Where it listens: this machine alone unless told, such as 0.0.0.0."""
+    port: int = 8000
+    """0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must lie in [0, 65535]; got {self.port}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -391,6 +391,7 @@ class _Loop:
         self.size = vocabulary.size
         self.views = [vocabulary.to(model.device) for model in models]
         self.shown, self.sample, self.on_token = shown, sample, on_token
+        self.device = shown.device
         self.hard = [item for item in processors if _is_constraint(item)]
         self.soft = [item for item in processors if not _is_constraint(item)]
         self.ends = {
@@ -447,21 +448,21 @@ class _Loop:
         wanted = [(row, row.gap(model, side.read[row.index])) for row in rows]
         logits, started = side.extend(wanted)
         # The two models may be on two devices; processors and criteria are where the prompts are.
-        logits = self.views[model].read(logits, model).float().to(self.shown.device)
-        logits = self._process(self.hard, rows, logits)
+        logits = self.views[model].read(logits, model).float().to(self.device)
+        logits = self._constrain(rows, logits)
         # A grammar may want what only the large model has. No distribution is left then, and nothing to read off it.
         stuck = ~logits.isfinite().any(-1)
         logits = logits.masked_fill(stuck[:, None], 0.0)
-        warped = self._process(self.soft, rows, logits)
-        signals = read_logits(warped if self.stitch.entropy_on == "processed" else logits, self.size)
-        numbers = [uniform(row.seed, len(row.tokens)) for row in rows] if self.sample else None
-        tokens = choose(warped, numbers)
+        warped = self._warp(rows, logits)
+        processed = torch.tensor([row.gate.config.entropy_on == "processed" for row in rows], device=logits.device)
+        signals = read_logits(torch.where(processed[:, None], warped, logits), self.size)
+        tokens = self._choose(rows, warped)
         chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
         logprobs = (chosen - logits.logsumexp(-1)).tolist()
         entropy, confidence, forced = (value.tolist() for value in signals)
         self._count(model, wanted, side, started, step=True)
         for at, (row, none) in enumerate(zip(rows, stuck.tolist(), strict=True)):
-            signal = (entropy if self.stitch.gate == "entropy" else confidence)[at]
+            signal = (entropy if row.gate.config.gate == "entropy" else confidence)[at]
             if math.isnan(signal):
                 raise ValueError(
                     f"the {('small', 'large')[model]} model's logits are not numbers at token {len(row.tokens)} of row "
@@ -495,16 +496,33 @@ class _Loop:
             if not first:
                 usage.gaps[model].append(len(gap))
 
+    def _constrain(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
+        """Logits ``[rows, vocabulary]`` with minus infinity at what may not come."""
+        return self._process(self.hard, rows, logits)
+
+    def _warp(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
+        """What is drawn from: temperature and the like applied."""
+        return self._process(self.soft, rows, logits)
+
+    def _choose(self, rows: Sequence[_Row], warped: Tensor) -> list[int]:
+        """A token per row."""
+        return choose(warped, [uniform(row.seed, len(row.tokens)) for row in rows] if self.sample else None)
+
+    def _ended(self, row: _Row, token: int, scores: Tensor) -> bool:
+        """Whether the token that was just added to a row is its last."""
+        if token in self.ends or self.shown.shape[1] + len(row.tokens) >= self.max_length:
+            return True
+        if not self.criteria:
+            return False
+        ids = self._ids(row)
+        return any(bool(torch.as_tensor(item(ids, (scores,))).any()) for item in self.criteria)
+
     def _emit(
         self, row: _Row, model: int, token: int, entropy: float, confidence: float, logprob: float, scores: Tensor
     ) -> None:
         row.tokens.append(token)
         row.usage.tokens[model] += 1
-        length = self.shown.shape[1] + len(row.tokens)
-        last = token in self.ends or length >= self.max_length
-        if self.criteria:
-            ids = self._ids(row)
-            last = last or any(bool(torch.as_tensor(item(ids, (scores,))).any()) for item in self.criteria)
+        last = self._ended(row, token, scores)
         if not last:
             row.small_tokens += self.vocabulary.small_ids([token])
         found = StitchToken(
@@ -521,6 +539,9 @@ class _Loop:
         )
         row.discarded = None
         row.done.append(found)
+        self._told(found)
+
+    def _told(self, found: StitchToken) -> None:
         if self.on_token is not None:
             self.on_token(found)
 
@@ -587,6 +608,17 @@ class _Side:
         self.valid = torch.ones(len(rows), held, dtype=torch.bool)
         self.cache_name = cache_argument(model)
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def admit(self, row: _Row) -> None:
+        """Take a row in, whose slots so far are holes."""
+        self.order.append(row.index)
+        self.read[row.index] = 0
+        self.valid = torch.cat([self.valid, torch.zeros(1, self.valid.shape[1], dtype=torch.bool)])
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (
+                    torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (layer.keys, layer.values)
+                )
 
     def extend(self, wanted: Sequence[tuple[_Row, list[int]]]) -> tuple[Tensor, float]:
         """Read a gap for each of some rows; the others' slots of this call stay holes.

@@ -124,6 +124,33 @@ class Pair:
         )
         return small, large
 
+    def chat_prompts(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
+        """Ids of a conversation for the small and the large model, by each tokenizer's chat template.
+
+        Where there is none (or ``chat`` is False) a single message of the user is a question like any other.
+
+        Raises:
+            ValueError: There is no template, and more than a question.
+        """
+        found = []
+        for tokenizer, template in (
+            (self.small_tokenizer, self.small_prompt),
+            (self.tokenizer, self.large_prompt),
+        ):
+            *before, last = messages
+            asked = template.replace("{question}", last["content"]) if last["role"] == "user" else last["content"]
+            if self.chat and getattr(tokenizer, "chat_template", None):
+                turns = [*before, {**last, "content": asked}]
+                found.append(
+                    tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+                )
+            elif before or last["role"] != "user":
+                raise ValueError("this model has no chat template: send one message of the user, or use completions")
+            else:
+                found.append(tokenizer.encode(asked))
+        small, large = found
+        return small, large
+
     def answer(
         self,
         questions: Sequence[str],

@@ -1,0 +1,387 @@
+"""Many requests at once on one pair: rows join and leave a running batch, each at its own model.
+
+A request waits in a bounded queue until the batch and the token budget have room, becomes a row, and is written token
+by token: each round, the rows at the small model share a call, then those at the large one. A row keeps its keys and
+values at the model that it is not at, so that a hand-over reads the gap and nothing else. This engine runs on
+transformers' models and caches; it is the state machine and the interface of the server, not yet the speed of one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from .config import LARGE, SMALL, EngineConfig, SamplingConfig, StitchConfig
+from .generation import StitchToken, Usage, _allows_holes, _Loop, _Row, _Side
+from .method import Gate, choose, uniform
+from .models import Pair
+
+__all__ = ["Engine", "Job", "QueueFullError", "Stats"]
+
+Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request, from ``Engine.submit`` on.
+
+    Attributes:
+        prompts: Ids that the small and the large model are asked.
+        stitch: Policy and gate.
+        sampling: How tokens are drawn.
+        seed: Of the draws.
+        usage: What it cost so far.
+        finish: Why it ended; None while it has not. ``stop`` is an end-of-text token.
+        error: What went wrong, with ``finish`` "error".
+        done: Set when it ended.
+    """
+
+    prompts: tuple[list[int], list[int]]
+    stitch: StitchConfig
+    sampling: SamplingConfig
+    seed: int
+    on_token: Callable[[StitchToken], None] | None
+    on_end: Callable[[], None] | None
+    deadline: float
+    usage: Usage = field(default_factory=Usage)
+    tokens: list[StitchToken] = field(default_factory=list)
+    finish: Finish | None = None
+    error: Exception | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    _cancelled: bool = False
+
+    @property
+    def size(self) -> int:
+        """Slots that it may come to need in each model's cache."""
+        return max(map(len, self.prompts)) + self.sampling.max_new_tokens
+
+    def cancel(self) -> None:
+        """End it at the next step; harmless when it ended."""
+        self._cancelled = True
+
+    def wait(self, timeout: float | None = None) -> Job:
+        """Block until it ended.
+
+        Raises:
+            TimeoutError: It has not within ``timeout`` seconds.
+            Exception: What went wrong in the engine.
+        """
+        if not self.done.wait(timeout):
+            raise TimeoutError(f"the request has not ended within {timeout} s")
+        if self.error is not None:
+            raise self.error
+        return self
+
+
+@dataclass
+class Stats:
+    """Counts since the engine was made.
+
+    Attributes:
+        requests: Ended, by why.
+        tokens: Emitted, by the small and the large model.
+        discarded: Small tokens thrown away.
+        calls: Of each model.
+        waiting: Requests in the queue.
+        running: Rows in the batch.
+    """
+
+    requests: dict[str, int] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+    discarded: int = 0
+    calls: list[int] = field(default_factory=lambda: [0, 0])
+    waiting: int = 0
+    running: int = 0
+
+
+class Engine(_Loop):
+    """Runs the requests of a pair. ``start`` and ``close``, or ``with``, run it in a thread; ``step`` runs one round.
+
+    Args:
+        pair: The models, whose caches must hold plain keys and values in every layer.
+        config: Sizes of queue and batch.
+
+    Raises:
+        ValueError: A model's cache has windows or states, of which rows of different lengths cannot share one.
+    """
+
+    def __init__(self, pair: Pair, config: EngineConfig | None = None) -> None:
+        super().__init__(
+            models=(pair.small, pair.large),
+            stitch=StitchConfig(),
+            vocabulary=pair.vocabulary,
+            prompts=([], []),
+            shown=torch.empty(0, 0, dtype=torch.long, device=pair.device),
+            processors=LogitsProcessorList(),
+            criteria=StoppingCriteriaList(),
+            sample=False,
+            seeds=[],
+            on_token=None,
+        )
+        self.pair, self.config = pair, config or EngineConfig()
+        self.ends = set(pair.vocabulary.eos)
+        self.jobs: dict[int, Job] = {}
+        self.stats = Stats()
+        self._queue: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._next, self._closing = 0, False
+        self._thread: threading.Thread | None = None
+        self._sides = self._fresh()
+        for side in self._sides:
+            if not _allows_holes(side.cache):
+                raise ValueError(
+                    f"the cache of {type(side.model).__name__} has sliding windows or states, and rows of different "
+                    "lengths cannot share it; stitch_generate writes its rows one after the other"
+                )
+
+    def _fresh(self) -> list[_Side]:
+        return [_Side(model, DynamicCache(config=model.config.get_text_config()), self.rows) for model in self.models]
+
+    # What callers do
+
+    def submit(
+        self,
+        prompts: tuple[Sequence[int], Sequence[int]],
+        stitch: StitchConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int = 0,
+        on_token: Callable[[StitchToken], None] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> Job:
+        """Queue a request; callable from any thread.
+
+        Args:
+            prompts: Ids of the small and of the large model's prompt.
+            stitch: Policy and gate.
+            sampling: How tokens are drawn.
+            seed: Of the draws: what is drawn depends on it and on positions, not on who else is in the batch.
+            on_token: Called in the engine's thread with each token that the gate let through.
+            on_end: Called there once it ended.
+
+        Raises:
+            ValueError: A prompt is empty, or longer with its answer than a model or the budget holds.
+            QueueFullError: Too many wait already.
+        """
+        job = Job(
+            (list(prompts[0]), list(prompts[1])), stitch, sampling, seed, on_token, on_end,
+            time.monotonic() + self.config.timeout,
+        )  # fmt: skip
+        if not all(job.prompts):
+            raise ValueError("each model needs a prompt of a token at least")
+        for name, model, prompt in zip(("small", "large"), self.models, job.prompts, strict=True):
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+                raise ValueError(
+                    f"a prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new ones exceed the {limit} "
+                    f"positions of the {name} model"
+                )
+        if job.size > self.config.max_tokens:
+            raise ValueError(
+                f"the request may come to {job.size} tokens, and the engine holds {self.config.max_tokens} in all"
+            )
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if len(self._queue) >= self.config.max_queue:
+                raise QueueFullError(f"{len(self._queue)} requests wait already; try again later")
+            self._queue.append(job)
+            self._changed.notify()
+        return job
+
+    def start(self) -> Engine:
+        """Run in a thread of its own until ``close``."""
+        self._thread = threading.Thread(target=self._serve, name="hone-rstitch engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """End the thread; what has not ended is cancelled."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+        for job in [*self.jobs.values(), *self._queue]:
+            self._end(job, "cancelled")
+        self._queue.clear()
+        self.jobs.clear()
+        self._reset()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread is alive."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def snapshot(self) -> Stats:
+        """Counts as they are now."""
+        with self._changed:
+            self.stats.waiting, self.stats.running = len(self._queue), len(self.rows)
+        return self.stats
+
+    # What the thread does
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closing or self._queue or self.rows):
+                    self._changed.wait()
+                if self._closing:
+                    return
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One round: admit, then a token for the rows at each model. False if there was nothing to do."""
+        self._sweep()
+        self._admit()
+        if not self.rows:
+            return False
+        try:
+            for model in (SMALL, LARGE):
+                asked = [row for row in self.rows if row.gate.active == model]
+                if model == LARGE and len(asked) < min(self.config.large_batch, len(self.rows)) and self._others():
+                    continue
+                if asked:
+                    self._step(model, asked, self._sides[model])
+                    self.stats.calls[model] += 1
+                    self._leave()
+        except Exception as error:
+            for job in self.jobs.values():
+                self._end(job, "error", error)
+            self.jobs.clear()
+            self._reset()
+            return True
+        for side in self._sides:
+            side.shrink(self.rows)
+        if not self.rows:
+            self._reset()
+        return True
+
+    def _others(self) -> bool:
+        """Whether a row is at the small model: waiting for company at the large one would otherwise be for ever."""
+        return any(row.gate.active == SMALL for row in self.rows)
+
+    def _reset(self) -> None:
+        self.rows = []
+        self._sides = self._fresh()
+
+    def _sweep(self) -> None:
+        """End what was cancelled or is late."""
+        now = time.monotonic()
+        with self._changed:
+            late = [job for job in self._queue if job._cancelled or now > job.deadline]
+            for job in late:
+                self._queue.remove(job)
+        for job in late:
+            self._end(job, "cancelled" if job._cancelled else "timeout")
+        for row in list(self.rows):
+            job = self.jobs[row.index]
+            if job._cancelled or now > job.deadline:
+                self._drop(row, "cancelled" if job._cancelled else "timeout")
+        if not self.rows and self._sides[SMALL].order:
+            self._reset()
+
+    def _admit(self) -> None:
+        """Take requests into the batch, first come, first served, while rows and tokens allow."""
+        while len(self.rows) < self.config.max_batch:
+            with self._changed:
+                held = sum(self.jobs[row.index].size for row in self.rows)
+                if not self._queue or held + self._queue[0].size > self.config.max_tokens:
+                    return
+                job = self._queue.popleft()
+            row = _Row(self._next, job.seed, Gate(job.stitch, job.seed), job.prompts, usage=job.usage)
+            self._next += 1
+            self.jobs[row.index] = job
+            self.rows.append(row)
+            for side in self._sides:
+                side.admit(row)
+            if job.stitch.prefill == "both" and len(row.prompts[LARGE]) > 1:
+                wanted = [(row, row.prompts[LARGE][:-1])]
+                self._count(LARGE, wanted, self._sides[LARGE], self._sides[LARGE].extend(wanted)[1], step=False)
+
+    def _leave(self) -> None:
+        for row in list(self.rows):
+            if row.done and row.done[-1].last:
+                self._drop(row, "stop" if row.tokens[-1] in self.ends else "length")
+
+    def _drop(self, row: _Row, finish: Finish) -> None:
+        self.rows.remove(row)
+        self._end(self.jobs.pop(row.index), finish)
+
+    def _end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
+        if job.finish is not None:
+            return
+        job.finish, job.error = finish, error
+        self.stats.requests[finish] = self.stats.requests.get(finish, 0) + 1
+        self.stats.discarded += job.usage.discarded
+        for model in (SMALL, LARGE):
+            self.stats.tokens[model] += job.usage.tokens[model]
+        job.done.set()
+        if job.on_end is not None:
+            job.on_end()
+
+    # What a row decides where a call of ``generate`` decides for all
+
+    def _constrain(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
+        return logits
+
+    def _warp(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
+        warped = logits.clone()
+        for at, row in enumerate(rows):
+            warped[at] = warp(logits[at], self.jobs[row.index].sampling)
+        return warped
+
+    def _choose(self, rows: Sequence[_Row], warped: Tensor) -> list[int]:
+        tokens = choose(warped, None)
+        drawn = [at for at, row in enumerate(rows) if self.jobs[row.index].sampling.temperature > 0]
+        if drawn:
+            numbers = [uniform(rows[at].seed, len(rows[at].tokens)) for at in drawn]
+            for at, token in zip(drawn, choose(warped[drawn], numbers), strict=True):
+                tokens[at] = token
+        return tokens
+
+    def _ended(self, row: _Row, token: int, scores: Tensor) -> bool:
+        return token in self.ends or len(row.tokens) >= self.jobs[row.index].sampling.max_new_tokens
+
+    def _told(self, found: StitchToken) -> None:
+        job = self.jobs[found.row]
+        job.tokens.append(found)
+        if job.on_token is not None:
+            job.on_token(found)
+
+
+def warp(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Temperature, top-k and top-p of one row ``[vocabulary]``, in this order, as transformers has them."""
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if sampling.top_p < 1:
+        ascending = logits.sort(stable=True)
+        cut = ascending.values.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        cut[-1] = False
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(0, ascending.indices, cut), -math.inf)
+    return logits

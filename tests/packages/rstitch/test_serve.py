@@ -1,0 +1,232 @@
+import asyncio
+import json
+import re
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from hone_rstitch.config import EngineConfig, StitchConfig
+from hone_rstitch.engine import Engine
+from hone_rstitch.host import load_host
+from hone_rstitch.serve import _Text, app_of
+
+KEY = "a-key"
+
+
+class Served:
+    """A server on a port of its own."""
+
+    def __init__(self, pair, config=None, **options):
+        self.engine = Engine(pair, config).start()
+        self.server = uvicorn.Server(uvicorn.Config(app_of(self.engine, **options), log_level="error"))
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+        self.engine.close()
+        self.socket.close()
+
+    def client(self, key=KEY, **options):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_host(0)
+
+
+@pytest.fixture(scope="module")
+def served(pair):
+    served = Served(pair, api_key=KEY, stitch=StitchConfig(tau=0.02))
+    yield served
+    served.close()
+
+
+def wait_until_idle(engine):
+    deadline = time.monotonic() + 20
+    while (now := engine.snapshot()).running or now.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return now
+
+
+def direct(pair, question, **options):
+    from hone_rstitch.config import SamplingConfig
+
+    return pair.answer([question], StitchConfig(tau=0.02, **options), SamplingConfig(max_new_tokens=40))
+
+
+def test_chat_with_the_real_client(pair, served):
+    text, output = direct(pair, "123*45")
+    ask = {"model": "hone-rstitch", "messages": [{"role": "user", "content": "123*45"}], "max_tokens": 40}
+    reply = served.client().chat.completions.create(**ask, logprobs=True)
+    assert reply.choices[0].message.content == text[0]
+    assert reply.choices[0].finish_reason == "stop"
+    usage = output.usage[0]
+    assert reply.usage.completion_tokens == sum(usage.tokens)
+    assert reply.usage.rstitch["large_tokens"] == usage.tokens[1]
+    assert reply.usage.rstitch["discarded"] == usage.discarded
+    assert reply.usage.rstitch["large_calls"] == usage.calls[1]
+    who = [entry.model for entry in reply.choices[0].logprobs.content]
+    assert who == [("small", "large")[model] for model in output.models[0].tolist()]
+    assert [e.logprob for e in reply.choices[0].logprobs.content] == pytest.approx(
+        output.logprobs[0].tolist(), abs=1e-4
+    )
+    options = {"stream_options": {"include_usage": True}, "extra_body": {"rstitch": {"trace": True}}}
+    parts = list(served.client().chat.completions.create(**ask, stream=True, **options))
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == text[0]
+    assert [p.choices[0].finish_reason for p in parts if p.choices][-1] == "stop"
+    assert parts[-1].usage.rstitch == reply.usage.rstitch
+    trace = [token for p in parts if p.choices for token in p.choices[0].rstitch]
+    assert [token["model"] for token in trace] == who
+    assert sum(token["discarded_entropy"] is not None for token in trace) == usage.discarded
+    assert len(parts) > 3
+
+
+def test_completions_with_the_real_client(pair, served):
+    client = served.client()
+    reply = client.completions.create(model="hone-rstitch", prompt="123*45=", max_tokens=5, logprobs=1)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage.completion_tokens == len(reply.choices[0].logprobs.tokens) == 5
+    assert len(reply.choices[0].logprobs.models) == 5
+    whole = client.completions.create(model="hone-rstitch", prompt="123*45=", max_tokens=40).choices[0].text
+    at = whole.index("#")
+    stopped = client.completions.create(model="hone-rstitch", prompt="123*45=", max_tokens=40, stop=["+", "#"])
+    assert stopped.choices[0].text == re.split(r"[+#]", whole)[0]
+    assert stopped.choices[0].finish_reason == "stop"
+    parts = client.completions.create(model="hone-rstitch", prompt="123*45=", max_tokens=40, stop="#", stream=True)
+    assert "".join(part.choices[0].text for part in parts) == whole[:at]
+    small = client.completions.create(
+        model="hone-rstitch", prompt="123*45=", max_tokens=9, extra_body={"rstitch": {"policy": "small"}}
+    )
+    assert small.usage.rstitch["large_tokens"] == 0
+    free = {"model": "hone-rstitch", "prompt": "987*65=", "max_tokens": 30, "temperature": 2}
+    free["extra_body"] = {"rstitch": {"policy": "small"}}
+    drawn = [client.completions.create(**free, seed=seed) for seed in (1, 1, 2, 3, 4)]
+    texts = [reply.choices[0].text for reply in drawn]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+    assert [model.id for model in client.models.list()] == ["hone-rstitch"]
+
+
+def test_wrong_requests_are_told_what_is_wrong(served):
+    client = served.client()
+    ask = {"model": "hone-rstitch", "prompt": "1*1=", "max_tokens": 4}
+    for change, words in (
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+        ({"n": 3}, "n: Input should be 1"),
+        ({"presence_penalty": 1.0}, "presence_penalty: Extra inputs are not permitted"),
+        ({"extra_body": {"rstitch": {"taw": 1}}}, "rstitch.taw: Extra inputs"),
+        ({"extra_body": {"rstitch": {"policy": "random"}}}, "share belongs to policy='random'"),
+        ({"extra_body": {"rstitch": {"tau": 0.1, "tau_back": 0.5}}}, "tau_back must be at most tau"),
+        ({"max_tokens": 10**7}, "exceed the"),
+        ({"prompt": ""}, "a prompt of a token at least"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=re.escape(words)):
+            client.completions.create(**(ask | change))
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+        client.completions.create(**(ask | {"model": "gpt"}))
+    with pytest.raises(openai.AuthenticationError, match="a valid API key is needed"):
+        served.client(key="another").models.list()
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(
+            model="hone-rstitch", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "1*1"}]
+        )
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    broken = httpx.post(f"{served.url}/v1/completions", content=b'{"prompt": ', headers=headers)
+    assert broken.status_code == 400
+    assert "JSON decode error" in broken.json()["error"]["message"]
+    # Nobody was hurt.
+    assert client.completions.create(**ask).choices[0].text
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+
+
+def test_a_client_that_leaves_takes_its_request_along(served):
+    before = wait_until_idle(served.engine).requests.get("cancelled", 0)
+    ask = {"model": "hone-rstitch", "prompt": "123*45=", "max_tokens": 200, "temperature": 2.0}
+    with served.client().completions.create(**ask, stream=True) as stream:
+        next(iter(stream))
+    with pytest.raises(openai.APITimeoutError):
+        served.client(timeout=0.005).completions.create(**ask)
+    after = wait_until_idle(served.engine)
+    assert after.requests.get("cancelled", 0) + after.requests.get("stop", 0) > before
+    assert not served.engine.jobs
+
+
+def test_two_hundred_at_once_and_a_full_queue(pair):
+    served = Served(pair, EngineConfig(max_batch=32, max_queue=400))
+
+    async def ask(count):
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="-", max_retries=0) as client:
+            return await asyncio.gather(
+                *(
+                    client.completions.create(
+                        model="hone-rstitch", prompt=f"{100 + i}*{11 + i % 80}=", max_tokens=6, temperature=0
+                    )
+                    for i in range(count)
+                ),
+                return_exceptions=True,
+            )
+
+    try:
+        replies = asyncio.run(ask(200))
+        assert all(reply.choices[0].text for reply in replies)
+        again = served.client("-").completions.create(model="hone-rstitch", prompt="107*18=", max_tokens=6)
+        assert again.choices[0].text == replies[7].choices[0].text
+        assert wait_until_idle(served.engine).running == 0
+        metrics = httpx.get(f"{served.url}/metrics").text
+        written = re.findall(r'tokens_total\{model="\w+"\} (\d+)', metrics)
+        assert sum(map(int, written)) == sum(reply.usage.completion_tokens for reply in [*replies, again])
+    finally:
+        served.close()
+    served = Served(pair, EngineConfig(max_batch=1, max_queue=3))
+    try:
+        replies = asyncio.run(ask(40))
+        refused = [reply for reply in replies if isinstance(reply, openai.RateLimitError)]
+        assert refused
+        assert len(refused) + sum(not isinstance(reply, Exception) for reply in replies) == 40
+        assert refused[0].response.headers["Retry-After"] == "1"
+    finally:
+        served.close()
+
+
+def test_the_page_and_what_it_asks_for(served):
+    page = httpx.get(served.url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http" not in page.text.replace("http-equiv", "")  # it loads nothing from elsewhere
+    body = {"messages": [{"role": "user", "content": "12*34"}], "stream": True, "rstitch": {"trace": True}}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    lines = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=30).text.split("\n\n")
+    assert lines[-2] == "data: [DONE]"
+    first = json.loads(lines[0].removeprefix("data: "))["choices"][0]
+    assert {"text", "model", "entropy", "discarded_entropy"} <= first["rstitch"][0].keys()
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_text_shows_whole_characters_and_no_part_of_a_stop_string():
+    text = _Text(Bytes(), ["END"])
+    assert [text.add(byte) for byte in "é".encode()] == ["", "é"]
+    assert [text.add(ord(c)) for c in "aENxEN"] == ["a", "", "", "ENx", "", ""]
+    assert not text.ended
+    assert text.add(ord("D")) == ""
+    assert text.ended
+    rest = _Text(Bytes(), ["END"])
+    assert [rest.add(ord(c)) for c in "EN"] == ["", ""]
+    assert rest.add(None) == "EN"
