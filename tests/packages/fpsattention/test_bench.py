@@ -1,3 +1,6 @@
+import json
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -62,6 +65,33 @@ def test_other_dense_kernels_are_compared_and_take_part_in_the_forward(tmp_path,
         measure(tmp_path / "wrong", model="tiny-wan")
 
 
+SCRIPT = """
+from unittest import mock
+from hone_fpsattention.cli import main
+# Without an accelerator diffusers divides by their number.
+with mock.patch("torch.accelerator.device_count", return_value=2):
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_alone_and_together(tmp_path):
+    (tmp_path / "bench.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["bench", "--model", "tiny-wan", "--parts", "parallel", "--forward-rounds", "1", "--device", "cpu"]
+    command += [str(tmp_path / "bench.py"), *options, "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    found = {(row["variant"], row["labels"]["processes"]): row["value"] for row in rows if row["metric"] == "time"}
+    assert set(found) == {(name, n) for name in ("dense", "window", "e4m3", "e4m3 window") for n in (1, 2)}
+    assert min(found.values()) > 0
+
+
+def test_parts_for_several_processes_are_theirs(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"is what several processes do, .* got \('parallel',\) in 1"):
+        measure(tmp_path, model="tiny-wan", parts=("parallel",))
+
+
 def test_a_loop_takes_the_preset_of_its_model():
     for model, preset in (("wan2.1-14b-720p", "wan2.1-14b"), ("hunyuan-video-720p", "hunyuan-video")):
         assert BenchConfig(model=model).schedule == preset
@@ -96,6 +126,8 @@ def test_linear_layers_need_their_extra_and_a_gpu(module, error, message, tmp_pa
         ),
         ({"preset": "best"}, "no preset 'best'; the presets are"),
         ({"parts": ()}, "parts must name some of attention, forward"),
+        ({"parts": ("parallel", "loop")}, "stands alone and is of Wan, which diffusers can split; got"),
+        ({"parts": ("parallel",), "model": "cogvideox-5b"}, "stands alone and is of Wan"),
         ({"rounds": 0}, "rounds must be at least 1; got 0"),
     ],
 )

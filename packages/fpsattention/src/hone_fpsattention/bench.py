@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
+from hone_core.processes import Processes
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import BlockLayout, block_sparse_attention
@@ -84,6 +85,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
 
     Raises:
         UnsupportedHardwareError: A published size is asked of a CPU, or the GPU has no E4M3.
+        ValueError: Several processes were launched for parts of one, or the reverse.
         MissingExtraError: Linear layers in E4M3 are asked for and torchao is not installed.
         RuntimeError: An attention differs from its reference on this device; no time is reported then.
     """
@@ -92,6 +94,12 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     if device.type == "cpu" and work.model in FULL_SIZE:
         raise UnsupportedHardwareError(
             f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use="tiny-wan"
+        )
+    count = Processes.of_launcher().count
+    if ("parallel" in cfg.parts) != (count > 1):
+        raise ValueError(
+            f"parts=('parallel',) is what several processes do, as torchrun --nproc-per-node=2 starts them; got "
+            f"{cfg.parts} in {count}"
         )
     if cfg.e4m3_linears:
         check_linears(device)
@@ -140,6 +148,8 @@ class _Bench:
             self.forward()
         if "loop" in self.cfg.parts:
             self.loop()
+        if "parallel" in self.cfg.parts:
+            self.parallel()
 
     def build(self, layers: int, device: torch.device | str) -> nn.Module:
         """The transformer, with so many layers; of HunyuanVideo's a third has two streams, as published."""
@@ -384,6 +394,36 @@ class _Bench:
             self.row("loop", "time", watch.seconds * 1e3, name, unit="ms", n=1, labels=labels)
         del model, inputs
         self.clear()
+
+    def parallel(self) -> None:
+        """One forward by each process alone, and by all together under diffusers' Ulysses."""
+        import torch.distributed as dist
+        from diffusers import ContextParallelConfig
+
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "cpu:gloo")
+        layers, count = self.cfg.layers or self.layers, dist.get_world_size()
+        model: Any = self.build(layers, self.device)
+        inputs = self.model_inputs(model)
+        labels: dict[str, Any] = {} if layers == self.layers else {"layers": f"{layers} of {self.layers}"}
+        contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {"dense": nullcontext}
+        contexts |= {name: partial(attach, model, cfg) for name, cfg in self.cfg.variants.items()}
+
+        def call(name: str) -> Tensor:
+            with contexts[name](), self.dense_backend():
+                return model(**inputs, return_dict=False)[0]
+
+        options: Any = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device, "warmup": 1}
+        calls = {name: partial(call, name) for name in contexts}
+        alone = {name: call(name) for name in contexts}
+        self.times("parallel", measure_interleaved(calls, **options), mode="alone", processes=1, **labels)
+        uneven = bool(self.heads % count or self.work.tokens % count)
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=count, ulysses_anything=uneven))
+        for name in contexts:
+            check_values(f"{name} in {count} processes", call(name), alone[name], tolerance=1e-2)
+        self.times("parallel", measure_interleaved(calls, **options), mode="together", processes=count, **labels)
+        dist.destroy_process_group()
 
     def model_inputs(self, model: Any) -> dict[str, Any]:
         work, config = self.work, model.config

@@ -91,6 +91,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "bench": Verb(
         config="hone_fpsattention.config:BenchConfig",
         run="hone_fpsattention.bench:bench",
-        help="Time dense, windowed and E4M3 attention at real sizes with random weights: one layer, one forward.",
+        shared=True,
+        help="Time dense, windowed and E4M3 attention at real sizes with random weights: layer, forward, loop.",
     ),
 }

@@ -46,7 +46,7 @@ Scales = Literal["tensor", "tile", "token"]
 Delta = Literal["exact", "forward"]
 Backend = Literal["auto", "reference", "triton"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Part = Literal["attention", "forward", "loop"]
+Part = Literal["attention", "forward", "loop", "parallel"]
 Loss = Literal["flow", "distillation"]
 Size = tuple[int, int, int]
 """Along (frames, height, width)."""
@@ -343,7 +343,8 @@ class BenchConfig:
     CPU tiny-wan, tiny-cogvideox or tiny-hunyuan."""
     parts: tuple[Part, ...] = ("attention", "forward")
     """``attention``: one layer, and the pieces of FPSAttention in it. ``forward``: one call of the transformer.
-    ``loop``: all denoising steps, also with the preset that has the model's name."""
+    ``loop``: all denoising steps, also with the preset that has the model's name. ``parallel``: one call by one GPU and
+    by all that torchrun started, of Wan."""
     preset: str = "window-661"
     """Attention settings; its first regime, the sparsest, is what is timed (on tiny models: tiny)."""
     layers: int | None = None
@@ -369,6 +370,11 @@ class BenchConfig:
         _known_preset(self.preset)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
+        if "parallel" in self.parts and ("wan" not in self.model or len(self.parts) > 1):
+            raise ValueError(
+                f"parts=('parallel',) stands alone and is of Wan, which diffusers can split; got {self.parts} of "
+                f"{self.model}"
+            )
         _at_least_one(self, "layers", "rounds", "forward_rounds", "loop_steps")
 
     @property
