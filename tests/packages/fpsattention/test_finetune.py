@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import imageio
@@ -18,10 +19,10 @@ from hone_fpsattention import cli
 from hone_fpsattention.config import FinetuneConfig, FPSAttentionConfig, GenerateConfig, Regime, VideoConfig
 from hone_fpsattention.finetune import Tuning, finetune, schedule_of
 from hone_fpsattention.models import attach, describe_model
-from hone_fpsattention.sample import generate
+from hone_fpsattention.sample import Sampler, generate
 from hone_fpsattention.schedule import Schedule, regime_index
 from hone_fpsattention.tuned import read_tuned
-from hone_video.architectures import tiny_pipeline
+from hone_video.architectures import tiny, tiny_pipeline
 from hone_video.caching import Cache
 from hone_video.training import Loop
 from hone_video.training_config import DataConfig, LoopConfig
@@ -254,6 +255,42 @@ def launch(argv):
     done = subprocess.run([*command, *map(str, argv)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_second_transformer_of_wan2_2_is_trained_on_its_own_steps(folders, cache, tmp_path):
+    pipe = tiny_pipeline("wan", transformer_2=tiny("wan", num_layers=1, seed=1), boundary_ratio=0.6)
+    pipe.save_pretrained(tmp_path / "two")
+    cfg = config(folders, cache, part="transformer_2", steps=2)
+    cfg = dataclasses.replace(cfg, model=str(tmp_path / "two"))
+    run = Run.start(verb="train", config=cfg, out=tmp_path / "look", **CPU)
+    bare = DiffusionPipeline.from_pretrained(tmp_path / "two", transformer=None)
+    tuning = Tuning(cfg, STAGED, bare, Cache.open(cache), Loop(cfg.loop, run))
+    times = []
+    for step in range(20):
+        tuning.loop.step = step
+        times += [time for part in tuning.loop.parts() for time in tuning.draw(part)[2].tolist()]
+    assert 300 < max(times) <= 600
+    report = train(cfg, tmp_path / "run")
+    assert read_tuned(report.tuned).part == "transformer_2"
+    video = VideoConfig(model=str(tmp_path / "two"), prompts=("a cat",), steps=2, guidance=1.0, **SIZE)
+    made = sampler(GenerateConfig(video=video, tuned=report.tuned), tmp_path / "gen")
+    names = {part: [n for n, _ in getattr(made.pipe, part).named_parameters() if "lora" in n]
+             for part in ("transformer", "transformer_2")}  # fmt: skip
+    assert names["transformer"] == []
+    assert names["transformer_2"] != []
+    whole = dataclasses.replace(cfg, lora_rank=0)
+    report = train(whole, tmp_path / "whole")
+    made = sampler(GenerateConfig(video=video, tuned=report.tuned), tmp_path / "gen_whole")
+    before = DiffusionPipeline.from_pretrained(tmp_path / "two")
+    for part, same in (("transformer", True), ("transformer_2", False)):
+        mine, own = (getattr(of, part).proj_out.weight for of in (made.pipe, before))
+        assert torch.equal(mine, own) == same
+
+
+def sampler(cfg, out):
+    run = Run.start(verb="generate", config=cfg, out=out, **CPU)
+    with ExitStack() as stack:
+        return Sampler(cfg, torch.device("cpu"), stack, run)
 
 
 @pytest.mark.slow

@@ -32,6 +32,9 @@ def test_one_process_alone():
     assert alone.share("x", 3) == 3
     assert [alone.take("a"), alone.take("a"), alone.take("b")] == [0, 1, 0]
     alone.wait("end")
+    alone.alone("eval")
+    with pytest.raises(ValueError, match="eval runs in one process; it was launched in 2"):
+        Processes(0, 2).alone("eval")
 
 
 def test_two_processes_share_values_work_and_a_run(tmp_path):

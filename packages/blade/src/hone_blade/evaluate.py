@@ -241,6 +241,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         render(find_inputs(cfg.videos(suite.expanded)), run, suite.targets(run))
         grade_videos(cfg.vbench, suite, run)
         return EvalReport.of(run)
+    run.processes.alone("eval of the clips")
     host = load_host(resolve_device(run.device), path=cfg.host)
     # not the seed of the noise, and not one that training or its gate uses
     labels = random_labels(cfg.prompts or 64, torch.Generator().manual_seed(cfg.comparison.seed + 1000))

@@ -230,6 +230,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         render(cfg.videos(suite.expanded), run, suite.targets(run))
         grade_videos(cfg.vbench, suite, run)
         return EvalReport.of(run)
+    run.processes.alone("eval of the clips")
     preset = cfg.preset or "tiny"
     variants = load_variants(resolve_device(run.device), host=cfg.host, tuned=cfg.tuned, preset=preset)
     # Not the seed of the noise, and not one that training or its gate uses.

@@ -230,7 +230,9 @@ class Sampler:
             run.row("density", sum(shares[i] for i in regimes) / len(regimes), better="lower", labels=self.labels)
         self.variant = "dense" if config is None else "fpsattention"
         if cfg.e4m3_linears:
-            round_linears(self.pipe.transformer)
+            for part in ("transformer", "transformer_2"):
+                if getattr(self.pipe, part, None) is not None:
+                    round_linears(getattr(self.pipe, part))
             self.variant += ", linear layers in E4M3"
         if settings is not None:
             stack.enter_context(attach(self.pipe, settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from hone_core.config import from_dict, to_dict
-from hone_core.errors import CheckpointError
+from hone_core.errors import CheckpointError, MissingExtraError
 from hone_video.lora import LORA_FILE, read_lora_header, save_lora
 from hone_video.pipelines import load_transformer
 from torch import Tensor
@@ -103,7 +104,13 @@ def load_tuned(tuned: Tuned, pipeline: str, *, dtype: torch.dtype) -> dict[str, 
 
 
 def put_lora(pipe: Any, tuned: Tuned) -> None:
-    """Load the trained LoRA into the pipeline, where it is one."""
+    """Load the trained LoRA into the pipeline, where it is one.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
     if tuned.lora is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise MissingExtraError("train", "hone-fpsattention", "A LoRA")
         second = {"load_into_transformer_2": True} if tuned.part == "transformer_2" else {}
         pipe.load_lora_weights(tuned.lora.parent, weight_name=LORA_FILE, **second)

@@ -243,10 +243,11 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
     from hone_core.runs import Run, export_results
 
     processes = Processes.of_launcher()
-    if processes.count > 1 and not table.shared:
-        raise _UsageError(
-            f"{start['verb']} runs in one process; it was launched in {processes.count}. Leave the launcher out"
-        )
+    if not table.shared:
+        try:
+            processes.alone(start["verb"])
+        except ValueError as error:
+            raise _UsageError(str(error)) from error
     function = _import(table.run)
     report = function.__annotations__["return"]
     if isinstance(report, str):

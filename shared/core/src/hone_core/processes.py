@@ -44,6 +44,15 @@ class Processes:
         """Whether this is the first process."""
         return self.rank == 0
 
+    def alone(self, what: str) -> None:
+        """Refuse several processes, for what they would all do.
+
+        Raises:
+            ValueError: There are several.
+        """
+        if self.count > 1:
+            raise ValueError(f"{what} runs in one process; it was launched in {self.count}. Leave the launcher out")
+
     def share(self, name: str, value: Any = None) -> Any:
         """The first process's value, in JSON types, in every process; the others wait for it.
 
