@@ -20,13 +20,17 @@ def info() -> dict[str, Any]:
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
 
-    from .config import PRESETS
+    from .config import HOSTS, PRESETS
 
     return {
         **installed(PACKAGE, "gsplat"),
         "presets": {
             name: f"{preset.config.anchors} anchors, {preset.config.layers} layers, {preset.model}. {preset.provenance}"
             for name, preset in PRESETS.items()
+        },
+        "hosts": {
+            name: f"{one.size[0]} x {one.size[1]}, depths {one.near:g} to {one.far:g}. {one.provenance}"
+            for name, one in HOSTS.items()
         },
         "tiny host": describe_host(PACKAGE),
     }
@@ -50,6 +54,10 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "Rooms from many views, compressed to a few; pictures, a .ply, a flight.",
         prepare=True,
     ),
+    "render": _verb(
+        "photographs:render_capture", "RenderConfig", "Your photographs to a splat and a flight.", prepare=True
+    ),
+    "doctor": _verb("photographs:doctor", "DoctorConfig", "What a host would make of your photographs.", prepare=True),
     "bench": _verb("bench:bench", "BenchConfig", "Time and memory over the number of views."),
     "reproduce": _verb(
         "reproduce:reproduce", "ReproduceConfig", "Put the paper's claims to the test on tiny hosts.", prepare=True

@@ -11,11 +11,15 @@ from hone_core.training import check_budget
 
 __all__ = [
     "ARMS",
+    "HOSTS",
     "PRESETS",
     "BenchConfig",
     "DemoConfig",
+    "DoctorConfig",
     "HostConfig",
+    "HostRange",
     "Preset",
+    "RenderConfig",
     "ReproduceConfig",
     "TrainHostConfig",
     "ZPressorConfig",
@@ -75,6 +79,32 @@ PRESETS = {
         ZPressorConfig(layers=2, precision="float32"), "the tiny host 64x64", "ours: the trained host of this package"
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class HostRange:
+    """What a host was trained with.
+
+    Attributes:
+        near: Least depth, in its units.
+        far: Largest.
+        size: Height and width of its pictures.
+        fov_deg: Least and largest horizontal field of view; None where it is not known.
+        provenance: Where it stands.
+    """
+
+    near: float
+    far: float
+    size: tuple[int, int]
+    fov_deg: tuple[float, float] | None
+    provenance: str
+
+
+HOSTS = {
+    "tiny": HostRange(0.4, 12.0, (64, 64), (55.0, 70.0), "ours: generated rooms"),
+    "mvsplat": HostRange(1.0, 100.0, (256, 256), None, "released config re10k.yaml: RealEstate10K"),
+}
+"""Hosts that take a person's photographs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,3 +249,90 @@ class ReproduceConfig:
             raise ValueError(f"anchor_counts must lie in 2..24; got {self.anchor_counts}")
         if len(set(self.hosts)) < len(self.hosts):
             raise ValueError("hosts: one is named twice")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """What a host would make of your photographs; no weights are needed."""
+
+    colmap: Path | None = None
+    """Folder of a COLMAP model, binary or text, itself or in sparse/0."""
+    transforms: Path | None = None
+    """A ``transforms.json`` of nerfstudio or Blender."""
+    images: Path | None = None
+    """Folder of the pictures, where a COLMAP model has them elsewhere than in images."""
+    model: str = "mvsplat"
+    """Host to ask for, see info."""
+    views: int = 24
+    """Context views, the farthest cameras; all if the capture has fewer."""
+    anchors: int = 6
+    """Of them, those that are left."""
+    near: float | None = None
+    """Least depth of the scene in the capture's units; found if None."""
+    far: float | None = None
+    """Largest; given together with near."""
+
+    def __post_init__(self) -> None:
+        _check_capture(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderConfig:
+    """From your photographs to a splat and a flight through it."""
+
+    colmap: Path | None = None
+    """Folder of a COLMAP model, binary or text, itself or in sparse/0."""
+    transforms: Path | None = None
+    """A ``transforms.json`` of nerfstudio or Blender."""
+    images: Path | None = None
+    """Folder of the pictures, where a COLMAP model has them elsewhere than in images."""
+    model: str = "mvsplat"
+    """Host, see info."""
+    checkpoint: Path | None = None
+    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host."""
+    arm: Literal["zpressor", "anchors", "host"] = "zpressor"
+    """All views fused into the anchors; the anchors alone; or all views, one Gaussian for each of their pixels."""
+    views: int = 24
+    """Context views, the farthest cameras; all if the capture has fewer."""
+    anchors: int = 6
+    """Of them, those that are left."""
+    near: float | None = None
+    """Least depth of the scene in the capture's units; found if None."""
+    far: float | None = None
+    """Largest; given together with near."""
+    size: tuple[int, int] | None = None
+    """Height and width that pictures are cut to; the host's own if None."""
+    frames: int = 120
+    """Of the flight along the context cameras."""
+    fps: int = 30
+    """Of its video."""
+    prune: float = 0.005
+    """Gaussians of less opacity are left out of the splat."""
+    splat: Path | None = None
+    """Copy of the splat, by its suffix .ply or .splat; artifacts/scene.ply is always written."""
+    video: Path | None = None
+    """Copy of the flight, .mp4; artifacts/fly.mp4 is always written."""
+    backend: Literal["torch", "gsplat"] = "torch"
+    """Renderer; gsplat needs the extra gpu."""
+
+    def __post_init__(self) -> None:
+        _check_capture(self)
+        if self.frames < 2 or self.fps < 1 or not 0 <= self.prune < 1:
+            raise ValueError("expected at least two frames, one per second, and prune in [0, 1)")
+        if self.splat is not None and self.splat.suffix not in (".ply", ".splat"):
+            raise ValueError(f"splat: expected a path ending in .ply or .splat; got {self.splat}")
+        if self.video is not None and self.video.suffix != ".mp4":
+            raise ValueError(f"video: expected a path ending in .mp4; got {self.video}")
+
+
+def _check_capture(cfg: DoctorConfig | RenderConfig) -> None:
+    if cfg.colmap is not None and cfg.transforms is not None:
+        raise ValueError("name your photographs by one of colmap and transforms")
+    if cfg.images is not None and cfg.transforms is not None:
+        raise ValueError("images belongs to colmap; transforms.json names its pictures itself")
+    if cfg.model not in HOSTS:
+        raise ValueError(f"model: no host {cfg.model!r}; there are {', '.join(HOSTS)}")
+    if not 2 <= cfg.anchors <= cfg.views:
+        raise ValueError(f"expected 2 <= anchors <= views; got {cfg.anchors} and {cfg.views}")
+    if (cfg.near is None) != (cfg.far is None):
+        raise ValueError("near and far are given together, or not at all")

@@ -1,0 +1,158 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from hone_splat.cameras import intrinsics_px, pixel_centres, rays
+from hone_splat.captures import fit_range, load_views, overlap, read_colmap, read_transforms
+from hone_splat.rooms import Rooms
+from PIL import Image
+
+spec = importlib.util.spec_from_file_location("capturefiles", Path(__file__).with_name("capturefiles.py"))
+capturefiles = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(capturefiles)
+
+
+@pytest.mark.parametrize("kind", ["bin", "txt", "transforms"])
+def test_all_three_formats_give_the_cameras_that_were_written(kind, tmp_path):
+    _, poses, inner, points = capturefiles.room()
+    if kind == "transforms":
+        capture = read_transforms(capturefiles.write_transforms(tmp_path))
+    else:
+        capture = read_colmap(capturefiles.write_colmap(tmp_path, binary=kind == "bin"))
+    assert [path.name for path in capture.images] == [f"{index:03d}.png" for index in range(6)]
+    assert torch.allclose(capture.cam_to_world, poses, atol=1e-5)
+    assert torch.allclose(intrinsics_px(capture.intrinsics_norm, 48, 64)[0], inner, atol=1e-9)
+    assert torch.allclose(capture.points, points, atol=1e-5)
+
+
+def test_pictures_and_cameras_stay_together_through_scaling_and_cutting(tmp_path):
+    capture = read_colmap(capturefiles.write_colmap(tmp_path, binary=True, height=96, width=128))
+    scene = fit_range(capture, 1.0, 100.0)
+    views = load_views(capture, (32, 32), scene)
+    views.check()
+    assert views.image_01.shape == (1, 6, 3, 32, 32)
+    # The same rays through the room give the same colours, but for the blur of scaling down.
+    rooms = Rooms.draw([3])
+    poses = capture.cam_to_world.float()
+    room = Rooms(*(getattr(rooms, n) for n in list(rooms.__dataclass_fields__)[:-1]), views.intrinsics_norm[:, 0])
+    direct, _ = room.see(poses[None], (32, 32))
+    assert (direct - views.image_01).abs().mean() < 0.03
+    assert torch.allclose(views.cam_to_world[0, :, :3, 3], poses[:, :3, 3] * scene.scale, rtol=1e-5)
+
+
+def test_depths_go_where_the_host_knows_them(tmp_path):
+    capture = read_colmap(capturefiles.write_colmap(tmp_path, binary=False))
+    scene = fit_range(capture, 1.0, 100.0)
+    local = (
+        torch.linalg.inv(capture.cam_to_world)
+        @ torch.cat([capture.points, torch.ones(len(capture.points), 1).double()], -1).mT
+    )
+    inside = []
+    for inner, points in zip(capture.intrinsics_norm, local, strict=True):
+        place = inner @ points[:3]
+        x, y = place[0] / place[2], place[1] / place[2]
+        inside.append(points[2][(points[2] > 0) & (x > 0) & (x < 1) & (y > 0) & (y < 1)])
+    seen = torch.cat(inside).sort().values
+    assert scene.depths[0] == pytest.approx(float(seen[round(0.05 * (len(seen) - 1))]), rel=0.02)
+    assert scene.scale * scene.depths[0] == pytest.approx(1.5)
+    assert (scene.near, scene.far) == (1.0, pytest.approx(1.5 * scene.scale * scene.depths[2]))
+    assert fit_range(capture, 1.0, 2.0).far == 2.0
+    assert fit_range(capture, 1.0, 100.0, bounds=(3.0, 30.0)).scale == pytest.approx(0.5)
+
+
+def test_without_points_depth_is_where_the_cameras_look():
+    from hone_splat.cameras import look_at
+    from hone_splat.captures import Capture
+
+    angle = torch.linspace(0, 2, 5, dtype=torch.float64)
+    centre = 4 * torch.stack([angle.cos(), 0 * angle, angle.sin()], -1)
+    poses = look_at(centre, torch.zeros(3).double(), torch.tensor([0.0, 1, 0]).double())
+    inner = torch.tensor([[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]).double().expand(5, 3, 3)
+    capture = Capture((Path("a"),) * 5, poses, inner, (8, 8), None)
+    scene = fit_range(capture, 1.0, 100.0)
+    assert scene.depths == pytest.approx((1.0, 4.0, 16.0))
+    assert "guess" in scene.source
+    side = poses.clone()
+    side[:, :3, :3] = torch.eye(3)
+    with pytest.raises(ValueError, match=r"look at no common place.*Give near and far"):
+        fit_range(Capture(capture.images, side, inner, (8, 8), None), 1.0, 100.0)
+
+
+def test_overlap_counts_the_samples_that_others_see():
+    poses = torch.eye(4).repeat(3, 1, 1)
+    poses[1, 0, 3] = 0.5
+    poses[2, :3, :3] = torch.diag(torch.tensor([-1.0, 1, -1]))  # looks back
+    inner = torch.tensor([[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]).expand(3, 3, 3)
+    found = overlap(poses, inner, 1.0, 4.0, grid=16, planes=16)
+    assert torch.equal(found.diagonal(), torch.ones(3))
+    assert torch.equal(found[2, :2], torch.zeros(2))
+    share = (torch.arange(16) + 0.5) / 16
+    expected = 0.0
+    directions = rays(pixel_centres(16, 16).flatten(0, 1), inner[0], "depth_z")
+    for depth in 1 / (0.25 + 0.75 * share):
+        x = (directions * depth)[:, 0]
+        u = (x - 0.5) / depth + 0.5
+        expected += float(((u > 0) & (u < 1)).float().mean()) / 16
+    assert float(found[0, 1]) == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected < 1
+
+
+def test_bad_colmap_models_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no COLMAP model"):
+        read_colmap(tmp_path)
+    bent = capturefiles.write_colmap(tmp_path / "bent", binary=True, model="OPENCV", extra=(0.1, 0, 0, 0))
+    with pytest.raises(ValueError, match=r"a distorted camera, OPENCV with .*image_undistorter"):
+        read_colmap(bent)
+    straight = capturefiles.write_colmap(tmp_path / "straight", binary=False, model="OPENCV", extra=(0.0, 0, 0, 0))
+    assert len(read_colmap(straight)) == 6
+    short = capturefiles.write_colmap(tmp_path / "short", binary=True)
+    path = short / "sparse/0/images.bin"
+    whole = path.read_bytes()
+    for cut in (4, 40, len(whole) - 3):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"images.bin is cut short"):
+            read_colmap(short)
+    path.write_bytes(whole)
+    cameras = short / "sparse/0/cameras.bin"
+    cameras.write_bytes(cameras.read_bytes().replace(b"\x07", b"\x08", 1))
+    with pytest.raises(ValueError, match=r"000.png has no intrinsics"):
+        read_colmap(short)
+    (bent / "images" / "002.png").unlink()
+    gone = capturefiles.write_colmap(tmp_path / "gone", binary=True)
+    (gone / "images" / "002.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"002.png is missing"):
+        read_colmap(gone)
+    odd = capturefiles.write_colmap(tmp_path / "odd", binary=True)
+    Image.new("RGB", (40, 40)).save(odd / "images" / "001.png")
+    with pytest.raises(ValueError, match="another shape"):
+        read_colmap(odd)
+
+
+def test_bad_transforms_are_named(tmp_path):
+    def left(data):
+        for row in data["frames"][2]["transform_matrix"][:3]:
+            row[0] = -row[0]
+
+    def nan(data):
+        data["frames"][1]["transform_matrix"][0][3] = float("nan")
+
+    def mixed(data):
+        data["frames"][3] |= {"w": 32, "h": 24}
+
+    cases = {
+        "left-handed": left,
+        "001.png: the pose is not finite": nan,
+        "mixed sizes: images/000.png is 64 x 48 and images/003.png 32 x 24": mixed,
+        "has no intrinsics": lambda data: data.pop("fl_x"),
+        "a distorted camera": lambda data: data.update(k1=0.01),
+        "at least two are needed; the capture has 1": lambda data: data.update(frames=data["frames"][:1]),
+        "expected frames, each with": lambda data: data["frames"][0].pop("file_path"),
+    }
+    for number, (message, change) in enumerate(cases.items()):
+        path = capturefiles.write_transforms(tmp_path / str(number), change=change)
+        with pytest.raises(ValueError, match=message):
+            read_transforms(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="no JSON"):
+        read_transforms(path)
