@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_the_papers_objective(task):
             one = rows.part(slice(row, row + 1))
             ids, mask = drawn.ids[row : row + 1], drawn.mask[row]
             logp = task.logps(one, ids, handle, p[row : row + 1], 1.0, False)[0][mask]
-            distance = task.reference(one, ids, 1.0)[0][mask] - logp
+            distance = task.reference(one, ids, 1.0, handle)[0][mask] - logp
             rho = (logp - logp.detach()).exp()
             total = total + (rho * a.float() - 0.04 * (distance.exp() - distance - 1)).mean() / 12
         grads = torch.autograd.grad(-total, [x for x in loop.trained if x.grad is not None])

@@ -31,13 +31,14 @@ def info() -> dict[str, Any]:
     }
 
 
-def _verb(run: str, config: str, help: str, *, prepare: bool = False) -> Verb:
+def _verb(run: str, config: str, help: str, *, prepare: bool = False, shared: bool = False) -> Verb:
     module = run.partition(":")[0]
     return Verb(
         run=f"hone_zipr1.{run}",
         help=help,
         config=f"hone_zipr1.config:{config}",
         prepare=f"hone_zipr1.{module}:prepare" if prepare else None,
+        shared=shared,
     )
 
 
@@ -46,6 +47,13 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "demo": _verb("demo:demo", "DemoConfig", "A tiny model reads digits from fewer and fewer tokens.", prepare=True),
     "generate": _verb(
         "sample:generate", "GenerateConfig", "Answer a question about a picture or a video.", prepare=True
+    ),
+    "train": _verb(
+        "finetune:train",
+        "TrainConfig",
+        "Train a model by reinforcement to live on fewer tokens.",
+        prepare=True,
+        shared=True,
     ),
     "reproduce": _verb(
         "reproduce:reproduce", "ReproduceConfig", "Test what rewarding sparsity does, on tiny hosts.", prepare=True

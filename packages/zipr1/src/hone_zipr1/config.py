@@ -22,6 +22,7 @@ __all__ = [
     "ReinforceConfig",
     "ReproduceConfig",
     "SparseConfig",
+    "TrainConfig",
     "TrainHostConfig",
 ]
 
@@ -235,6 +236,8 @@ class ReinforceConfig:
     """Rollouts of a prompt, a multiple of the number of thresholds unless they are drawn."""
     prompts: int = 8
     """Prompts per step and process."""
+    micro_batch: int = 0
+    """Rows of one forward of the update, whose gradients are summed; 0: all at once."""
     updates: int = 1
     """Optimiser steps on each batch of rollouts."""
     performance: float = 1.0
@@ -271,7 +274,11 @@ class ReinforceConfig:
                 f"the rollouts of a group take the {len(self.ps)} thresholds in turn: group must be a multiple of "
                 f"them; got {self.group}"
             )
-        if min(self.prompts, self.updates) < 1 or min(self.lr, self.budget_lr, self.temperature, self.floor) <= 0:
+        if (
+            min(self.prompts, self.updates) < 1
+            or self.micro_batch < 0
+            or min(self.lr, self.budget_lr, self.temperature, self.floor) <= 0
+        ):
             raise ValueError(
                 "prompts, updates, lr, budget_lr, temperature and floor must be positive; got "
                 f"{self.prompts}, {self.updates}, {self.lr}, {self.budget_lr}, {self.temperature}, {self.floor}"
@@ -285,6 +292,50 @@ class ReinforceConfig:
                 f"soft_weight is positive with soft-ratio, may be with supervised and is 0 else; got {self.soft_weight}"
                 f" with {self.objective}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Reinforcement of a model on questions whose answers can be checked."""
+
+    model: str | None = None
+    """Folder or hub address of a model; the tiny host if not given, which is asked about generated mosaics."""
+    data: Path | None = None
+    """Questions for a model, a JSON object per line: image or video, question, answer, type."""
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    """Objective."""
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    """Selection, at the thresholds of the objective."""
+    lora: int = 0
+    """Rank of adapters on the decoder's attention and MLP, whose model without them is the reference; 0 trains every
+    weight of the decoder, beside a frozen copy."""
+    frames: int = 32
+    """Frames of a video."""
+    max_new_tokens: int = 64
+    """Length of an answer."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is bfloat16 for adapters on a GPU and float32 otherwise, since small steps vanish in it."""
+    seed: int = 0
+    """Of questions and draws."""
+    minutes: float = 60.0
+    """Wall clock of the training itself, where steps is not given."""
+    steps: int | None = None
+    """Batches of rollouts in place of a time."""
+    log_every: int = 1
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 600.0
+    """Least time between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if (self.model is None) != (self.data is None):
+            raise ValueError("a model needs --data with questions; the tiny host (no --model) makes its own")
+        if self.model is None and (self.lora or self.dtype != "auto"):
+            raise ValueError("lora and dtype are of a model; the tiny host is trained whole, in float32")
+        if self.lora < 0 or min(self.frames, self.max_new_tokens) < 1:
+            raise ValueError("lora must not be negative, frames and max_new_tokens must be positive")
+        if self.sparse.policy in ("top-k", "fastv") or self.sparse.p != SparseConfig().p:
+            raise ValueError(f"thresholds are those of --ps, one per rollout; got {self.sparse.label}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,7 +59,10 @@ class Task(Protocol):
     def logps(self, rows: Any, ids: Tensor, handle: SparseHandle, p: Tensor, temperature: float, soft: bool) -> Tensor:
         """``[rows, tokens]`` of given answers under the sparse policy, with gradient."""
 
-    def reference(self, rows: Any, ids: Tensor, temperature: float) -> Tensor:
+    def part(self, rows: Any, which: slice) -> Any:
+        """Some rows."""
+
+    def reference(self, rows: Any, ids: Tensor, temperature: float, handle: SparseHandle) -> Tensor:
         """``[rows, tokens]`` of given answers under the original model with dense attention."""
 
     def right(self, rows: Any) -> tuple[Tensor, Tensor]:
@@ -136,19 +139,30 @@ class Reinforcement:
         mask = torch.cat(
             [torch.ones_like(old[:, : old.shape[1] - drawn.mask.shape[1]], dtype=torch.bool), drawn.mask], 1
         )
-        reference = self.task.reference(rows, drawn.ids, cfg.temperature)
+        parts = self._parts(len(mask))
+        reference = torch.cat(
+            [self.task.reference(self.task.part(rows, at), drawn.ids[at], cfg.temperature, self.handle) for at in parts]
+        )
         found: dict[str, Tensor] = {}
         for update in range(cfg.updates):
-            logp = self.task.logps(rows, drawn.ids, self.handle, p, cfg.temperature, cfg.soft_weight > 0)
-            against = reference
-            if self.budget is not None and features is not None and choice is not None:
-                first = self.budget(features).gather(1, choice[:, None])
-                # The original model has no budget to stay near.
-                logp, against = torch.cat([first, logp], 1), torch.cat([first.detach(), reference], 1)
-            terms = grpo_loss(logp, old, against, advantage, mask, epsilon=cfg.epsilon, beta=cfg.beta)
-            self._update(terms.loss + self._soft())
+            self.optimizer.zero_grad(set_to_none=True)
+            terms = []
+            for at in parts:
+                some = self.task.part(rows, at)
+                logp = self.task.logps(some, drawn.ids[at], self.handle, p[at], cfg.temperature, cfg.soft_weight > 0)
+                against = reference[at]
+                if self.budget is not None and features is not None and choice is not None:
+                    first = self.budget(features[at]).gather(1, choice[at, None])
+                    # The original model has no budget to stay near.
+                    logp, against = torch.cat([first, logp], 1), torch.cat([first.detach(), against], 1)
+                term = grpo_loss(logp, old[at], against, advantage[at], mask[at], epsilon=cfg.epsilon, beta=cfg.beta)
+                share = len(logp) / len(mask)
+                ((term.loss + self._soft()) * share).backward()
+                terms.append((term.loss.detach() * share, term.kl * share, term.ratio_error))
+            self._step()
             if not update:
-                found = {"loss": terms.loss.detach(), "kl": terms.kl, "ratio_error": terms.ratio_error}
+                loss, kl, error = (torch.stack(values) for values in zip(*terms, strict=True))
+                found = {"loss": loss.sum(), "kl": kl.sum(), "ratio_error": error.max()}
         found |= {"reward": reward.mean(), "accuracy": drawn.correct.float().mean(), "tau": drawn.ratio.mean()}
         return found | ({"p": p.mean()} if self.budget is not None else {})
 
@@ -164,11 +178,22 @@ class Reinforcement:
         cfg = self.cfg
         gold, counts = self.task.right(rows)
         p = torch.tensor(cfg.ps, device=gold.device).repeat(len(gold) // len(cfg.ps))
-        logp = self.task.logps(rows, gold, self.handle, p, 1.0, cfg.soft_weight > 0)
-        loss = -(logp * counts).sum() / counts.sum()
-        self._update(loss + self._soft())
-        assert self.handle.stats is not None, "a forward was run"
-        return {"loss": loss.detach(), "tau": self.handle.stats.ratio.mean()}
+        self.optimizer.zero_grad(set_to_none=True)
+        total, kept = torch.zeros((), device=gold.device), []
+        for at in self._parts(len(gold)):
+            soft = cfg.soft_weight > 0
+            logp = self.task.logps(self.task.part(rows, at), gold[at], self.handle, p[at], 1.0, soft)
+            loss = -(logp * counts[at]).sum() / counts.sum()
+            (loss + self._soft() * (len(logp) / len(gold))).backward()
+            total = total + loss.detach()
+            assert self.handle.stats is not None, "a forward was run"
+            kept.append(self.handle.stats.ratio)
+        self._step()
+        return {"loss": total, "tau": torch.cat(kept).mean()}
+
+    def _parts(self, rows: int) -> list[slice]:
+        size = self.cfg.micro_batch or rows
+        return [slice(at, at + size) for at in range(0, rows, size)]
 
     def _soft(self) -> Tensor | float:
         """Weighted size of the support, mean over layers and rows."""
@@ -178,12 +203,11 @@ class Reinforcement:
         size = torch.stack(list(self.handle.stats.soft.values()))
         return self.cfg.soft_weight * (size.log() if self.cfg.soft_log else size).mean()
 
-    def _update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def _step(self) -> None:
         if self.reduce is not None:
             for parameter in self.trained:
-                if parameter.grad is not None:
-                    parameter.grad = self.reduce(parameter.grad)
+                # A process whose rows gave a parameter no gradient still takes part in the mean.
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.reduce(grad)
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()

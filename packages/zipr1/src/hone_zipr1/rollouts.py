@@ -159,8 +159,12 @@ class HostTask:
         found = answer_logps(self.host, rows, ids, handle, p=p, soft=soft, temperature=temperature)
         return found.gather(2, ids[..., None])[..., 0]
 
+    def part(self, rows: Mosaics, which: slice) -> Mosaics:
+        """Some of them."""
+        return rows.part(which)
+
     @torch.no_grad()
-    def reference(self, rows: Mosaics, ids: Tensor, temperature: float) -> Tensor:
+    def reference(self, rows: Mosaics, ids: Tensor, temperature: float, handle: SparseHandle) -> Tensor:
         """Of the original, dense."""
         return answer_logps(self.original, rows, ids, temperature=temperature).gather(2, ids[..., None])[..., 0]
 

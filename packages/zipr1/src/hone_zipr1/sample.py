@@ -178,26 +178,11 @@ def _selection(cfg: GenerateConfig) -> SparseConfig:
 
 def _inputs(processor: Any, cfg: GenerateConfig) -> dict[str, torch.Tensor]:
     """What the processor makes of the question and its picture or video."""
-    from hone_lm.choices import check_text, choice_inputs, choice_prompt
-    from hone_lm.video import read_video
-    from PIL import Image
+    from .questions import Item, model_inputs
 
-    if cfg.video is not None:
-        clip = read_video(cfg.video, num_frames=cfg.frames)
-        # Two options that are never shown: the text style lists none.
-        return choice_inputs(processor, [choice_prompt(processor, cfg.ask, ("a", "b"), style="text")], [clip])
-    check_text(processor, cfg.ask)
-    assert cfg.image is not None, "the config has seen to it"
-    content = [{"type": "image"}, {"type": "text", "text": cfg.ask}]
-    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    else:
-        prompt = f"{processor.image_token}\n{cfg.ask}\n"
-    with Image.open(cfg.image) as picture:
-        made = processor(text=[prompt], images=[picture.convert("RGB")], return_tensors="pt")
-    return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+    media = cfg.video or cfg.image
+    assert media is not None, "the config has seen to it"
+    return model_inputs(processor, [Item(media, cfg.video is not None, cfg.ask, "", "string")], cfg.frames)
 
 
 class _Turn(NamedTuple):

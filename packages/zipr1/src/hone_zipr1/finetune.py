@@ -1,0 +1,217 @@
+"""Train a model, or the tiny host, to answer with few tokens; see ``reinforce`` for the loop.
+
+Runs in one process, or in several that ``accelerate launch`` starts: each samples its own questions, and gradients are
+averaged. Every process holds the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.runs import Report, Run
+from hone_core.training import Training
+
+from .config import TrainConfig
+from .models import attach, check_config
+from .reinforce import Reinforcement, Task
+
+__all__ = ["FinetuneReport", "prepare", "train"]
+
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneReport(Report):
+    """What a training did to its own rollouts; ``eval`` measures the result.
+
+    Attributes:
+        model: the trained weights.
+    """
+
+    model: Path
+
+    @classmethod
+    def of(cls, run: Run) -> FinetuneReport:
+        """Return the report of a finished run."""
+        return cls(path=run.path, rows=tuple(run.rows), model=run.artifacts / "model")
+
+    def __str__(self) -> str:
+        values = {(row.metric, row.split): row.value for row in self.rows}
+        lines = [f"{'':<12}{'first tenth':>12}{'last tenth':>12}   of the steps that were logged"]
+        for name in dict.fromkeys(row.metric for row in self.rows):
+            lines.append(f"{name:<12}{values[name, 'first']:>12.4g}{values[name, 'last']:>12.4g}")
+        return "\n".join([*lines, f"weights  {self.model}", f"results  {self.path / 'results.json'}"])
+
+
+def prepare(cfg: TrainConfig) -> TrainConfig:
+    """Look at the questions and at the model's config, before weights are read.
+
+    Raises:
+        ValueError: A question is none, or the model cannot take the selection.
+        FileNotFoundError: The file, or what a question is about, is missing.
+        CheckpointError: No tiny host is packaged.
+    """
+    if cfg.model is None or cfg.data is None:
+        from hone_core.hosts import open_host
+
+        from .config import HostConfig
+        from .host import PACKAGE
+
+        open_host(HostConfig, PACKAGE)
+        return cfg
+    from hone_lm.checkpoints import read_config
+
+    from .questions import load_items
+
+    if not cfg.data.is_file():
+        raise FileNotFoundError(f"there is no {cfg.data}")
+    load_items(cfg.data)
+    check_config(read_config(cfg.model), cfg.sparse)
+    model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
+    return replace(cfg, data=cfg.data.resolve(), model=model)
+
+
+def train(cfg: TrainConfig, run: Run) -> FinetuneReport:
+    """Train, and write the weights; a stopped run goes on where it was.
+
+    Raises:
+        CheckpointError: The folder's checkpoint is of another config.
+        RuntimeError: The loss is not finite.
+    """
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+
+    device = resolve_device(run.device)
+    accelerator = Accelerator(cpu=device.type != "cuda")
+    count, process = accelerator.num_processes, accelerator.process_index
+    task = _task(cfg, device if count == 1 else accelerator.device, process, count)
+    reduce = (lambda grad: accelerator.reduce(grad, "mean")) if count > 1 else None
+    with attach(task.model, cfg.sparse) as handle:
+        loop = Reinforcement(cfg.reinforce, task, handle, seed=cfg.seed, process=process, reduce=reduce)
+        training = _Together(cfg, run.artifacts / "checkpoint.pt", _resumable(loop, cfg), accelerator)
+        training.resume()
+        training.follow(loop.loop(training), run, show=("accuracy", "tau"))
+    if accelerator.is_main_process:
+        _write(cfg, task, loop, run.artifacts / "model")
+        _write_rows(run)
+    accelerator.wait_for_everyone()
+    return FinetuneReport.of(run)
+
+
+class _Together(Training):
+    """A training of several processes that stop at the same step, of which the first writes the checkpoint."""
+
+    def __init__(self, config: Any, path: Path, parts: dict[str, Any], accelerator: Any) -> None:
+        super().__init__(config, path, parts)
+        self._accelerator = accelerator
+
+    def spent(self) -> float:
+        share = super().spent()
+        if self._accelerator.num_processes == 1:
+            return share
+        clocks = torch.tensor(share, device=self._accelerator.device)
+        return float(self._accelerator.reduce(clocks, "mean"))
+
+    def save(self) -> None:
+        if self._accelerator.is_main_process:
+            super().save()
+
+
+class _Trained:
+    """The weights that are trained, of a model whose others stay."""
+
+    def __init__(self, model: Any) -> None:
+        self._weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Name to weight."""
+        return {name: value.detach() for name, value in self._weights.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over stored values."""
+        with torch.no_grad():
+            for name, value in self._weights.items():
+                value.copy_(state[name])
+
+
+def _resumable(loop: Reinforcement, cfg: TrainConfig) -> dict[str, Any]:
+    return {**loop.parts, "model": _Trained(loop.task.model)}
+
+
+def _task(cfg: TrainConfig, device: torch.device, process: int, processes: int) -> Task:
+    if cfg.model is None or cfg.data is None:
+        from .host import load_host
+        from .rollouts import HostTask
+
+        original, host = load_host(device), load_host(device)
+        original.model.requires_grad_(False)
+        return HostTask(host, original, seed=cfg.seed, process=process)
+    from hone_lm.checkpoints import load_model
+    from hone_lm.decoders import find_decoder
+
+    from .questions import ModelTask, load_items
+
+    whole = cfg.dtype == "auto" and not cfg.lora
+    dtype = torch.float32 if whole else resolve_dtype(cfg.dtype, device)
+    model, processor = load_model(cfg.model, device=device, dtype=dtype)
+    model.requires_grad_(False)
+    frozen: Any = None
+    if cfg.lora:
+        from peft import LoraConfig
+
+        decoder = find_decoder(model).model
+        path = next(name for name, module in model.named_modules() if module is decoder)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(cfg.seed)
+            modules = rf"{path.replace('.', '[.]')}[.].*[.]({'|'.join(ADAPTED)})"
+            model.add_adapter(LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=modules))
+        model.eval()
+    else:
+        frozen = load_model(cfg.model, device=device, dtype=dtype)[0].requires_grad_(False)
+        find_decoder(model).model.requires_grad_(True)
+    return ModelTask(
+        model,
+        processor,
+        load_items(cfg.data),
+        original=frozen,
+        frames=cfg.frames,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.seed,
+        process=process,
+        processes=processes,
+    )
+
+
+def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, folder: Path) -> None:
+    from .rollouts import HostTask
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(task, HostTask):
+        from .host import save_host
+
+        save_host(task.host, folder / "host.safetensors")
+    else:
+        task.model.save_pretrained(folder)  # type: ignore[operator]
+        task.processor.save_pretrained(folder)  # type: ignore[attr-defined]
+    if loop.budget is not None:
+        from safetensors.torch import save_file
+
+        save_file(
+            {name: value.cpu() for name, value in loop.budget.state_dict().items()}, folder / "budget.safetensors"
+        )
+
+
+def _write_rows(run: Run) -> None:
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    few = max(1, len(lines) // 10)
+    for split, part in (("first", lines[:few]), ("last", lines[-few:])):
+        for name in ("accuracy", "tau", "kl", "p"):
+            values = [line[name] for line in part if name in line]
+            if values:
+                better: Any = {"accuracy": "higher", "tau": "lower"}.get(name, "none")
+                run.row(name, sum(values) / len(values), better=better, n=len(values), split=split)

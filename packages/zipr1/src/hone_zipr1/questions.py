@@ -1,0 +1,296 @@
+"""Questions about pictures or videos with answers that a program can check, and a model that is asked them.
+
+A line of JSON per question: ``{"image" or "video": path, "question": text, "answer": text, "type": "choice", "number"
+or "string"}``, paths from the file's folder; a number may have a relative ``"tolerance"``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .models import SparseHandle, visual_ids
+from .reinforce import Drawn
+
+__all__ = ["Item", "ModelTask", "is_right", "load_items", "model_inputs"]
+
+Type = Literal["choice", "number", "string"]
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+_IGNORED = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question.
+
+    Attributes:
+        media: picture or video.
+        is_video: which.
+        question: text.
+        answer: right one.
+        type: how it is checked.
+        tolerance: of a number, relative.
+    """
+
+    media: Path
+    is_video: bool
+    question: str
+    answer: str
+    type: Type
+    tolerance: float = 0.0
+
+
+def load_items(path: Path) -> list[Item]:
+    """Read a file of questions.
+
+    Raises:
+        ValueError: A line is none, or an answer is not of its type.
+        FileNotFoundError: The file, or what a question is about, is missing.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(_item(json.loads(line), path.parent))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{path} has no question")
+    if len({item.is_video for item in found}) > 1:
+        raise ValueError(f"{path} asks about pictures and videos; a batch is of one kind, so make two files")
+    return found
+
+
+def _item(row: Mapping[str, Any], folder: Path) -> Item:
+    media = [name for name in ("image", "video") if row.get(name)]
+    missing = [name for name in ("question", "answer", "type") if not str(row.get(name, "")).strip()]
+    if len(media) != 1 or missing:
+        raise ValueError(
+            f'expected "image" or "video", "question", "answer" and "type"; got {", ".join(row) or "nothing"}'
+        )
+    if row["type"] not in get_args(Type):
+        raise ValueError(f"type must be one of {', '.join(get_args(Type))}; got {row['type']!r}")
+    path = (folder / row[media[0]]).resolve()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    item = Item(
+        path, media[0] == "video", row["question"], str(row["answer"]), row["type"], float(row.get("tolerance", 0))
+    )
+    if not is_right(item.answer, item):
+        raise ValueError(f"the answer {item.answer!r} is no {item.type}")
+    return item
+
+
+def is_right(text: str, item: Item) -> bool:
+    """Whether an answer is right.
+
+    ``choice``: its first letter that stands alone is the right one. ``number``: its last number is the right one,
+    within the tolerance. ``string``: the same words, without case, punctuation and articles.
+    """
+    if item.type == "choice":
+        letters = [re.search(r"\b([A-Z])\b", t.strip()) for t in (text, item.answer)]
+        return all(letters) and len({letter[1] for letter in letters if letter}) == 1
+    if item.type == "number":
+        numbers = [_NUMBER.findall(t) for t in (text, item.answer)]
+        if not all(numbers):
+            return False
+        said, gold = (float(n[-1].replace(",", "")) for n in numbers)
+        return math.isclose(said, gold, rel_tol=max(item.tolerance, 1e-9))
+    first, second = (
+        [word for word in t.lower().translate(_IGNORED).split() if word not in ("a", "an", "the")]
+        for t in (text, item.answer)
+    )
+    return bool(second) and first == second
+
+
+def model_inputs(processor: Any, items: Sequence[Item], frames: int) -> dict[str, Tensor]:
+    """Left-padded model inputs of a batch of questions."""
+    from hone_lm.choices import check_text, choice_inputs, choice_prompt
+    from hone_lm.video import read_video
+    from PIL import Image
+
+    if items[0].is_video:
+        # Two options that are never shown: the text style lists none.
+        prompts = [choice_prompt(processor, item.question, ("a", "b"), style="text") for item in items]
+        return choice_inputs(processor, prompts, [read_video(item.media, num_frames=frames) for item in items])
+    check_text(processor, *(item.question for item in items))
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    prompts, pictures = [], []
+    for item in items:
+        content = [{"type": "image"}, {"type": "text", "text": item.question}]
+        prompts.append(
+            processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            if template
+            else f"{processor.image_token}\n{item.question}\n"
+        )
+        with Image.open(item.media) as picture:
+            pictures.append(picture.convert("RGB"))
+    side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
+    try:
+        made = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
+    finally:
+        processor.tokenizer.padding_side = side
+    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
+class ModelTask:
+    """A model of transformers and a file of questions, as ``reinforce`` asks for them.
+
+    Args:
+        model: Trained; in evaluation mode.
+        processor: Its.
+        items: Questions.
+        original: The same weights, frozen. None: the model without its adapters is the original.
+        frames: Of a video.
+        max_new_tokens: Of an answer.
+        seed: Of the order of the questions.
+        process: Number of this process among those that train together.
+        processes: How many there are; each has questions of its own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        items: Sequence[Item],
+        *,
+        original: Any = None,
+        frames: int = 32,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.model, self.processor, self.items, self.original = model, processor, items, original
+        self.frames, self.max_new_tokens = frames, max_new_tokens
+        self._seed, self._process, self._processes = seed, process, processes
+        self._last: tuple[list[Item], dict[str, Tensor]] | None = None
+
+    def draw(self, step: int, prompts: int, group: int) -> list[Item]:
+        """The next questions; every epoch has its own order."""
+        first = (step * self._processes + self._process) * prompts
+        return [self._at(index) for index in range(first, first + prompts) for _ in range(group)]
+
+    def _at(self, index: int) -> Item:
+        epoch, at = divmod(index, len(self.items))
+        generator = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)
+        return self.items[int(torch.randperm(len(self.items), generator=generator)[at])]
+
+    def part(self, rows: list[Item], which: slice) -> list[Item]:
+        """Some of them."""
+        return rows[which]
+
+    def inputs(self, rows: list[Item]) -> dict[str, Tensor]:
+        """On the model's device; those of the last rows are kept."""
+        from hone_lm.choices import to_model
+
+        if self._last is None or self._last[0] != rows:
+            self._last = rows, to_model(model_inputs(self.processor, rows, self.frames), self.model)
+        return self._last[1]
+
+    @torch.no_grad()
+    def features(self, rows: list[Item]) -> Tensor:
+        """Mean embedding of each prompt's text; what a picture shows is not in it."""
+        inputs = self.inputs(rows)
+        ids = inputs["input_ids"]
+        text = inputs["attention_mask"].bool() & ~torch.isin(
+            ids, torch.tensor(visual_ids(self.model.config), device=ids.device)
+        )
+        embeds = self.model.get_input_embeddings()(ids).float()
+        return (embeds * text[..., None]).sum(1) / text.sum(1, keepdim=True)
+
+    @torch.no_grad()
+    def sample(self, rows: list[Item], handle: SparseHandle, p: Tensor, temperature: float, seed: int) -> Drawn:
+        """Answer by the model's ``generate``, with no warper but the temperature."""
+        inputs, tokenizer = self.inputs(rows), self.processor.tokenizer
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), handle.using(p=p):
+            torch.manual_seed(seed)
+            out = self.model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                suppress_tokens=list(visual_ids(self.model.config)),
+                max_new_tokens=self.max_new_tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        assert handle.stats is not None, "a prompt was read"
+        ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+        logits = torch.stack(out.logits, 1)
+        logps = self._logps(logits, ids, temperature)
+        ends = self.model.generation_config.eos_token_id
+        ended = torch.isin(ids, torch.as_tensor(ends, device=ids.device))
+        mask = ended.cumsum(1) - ended.long() == 0  # to the first end, itself included
+        texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)]
+        correct = [is_right(text, item) for text, item in zip(texts, rows, strict=True)]
+        return Drawn(ids, logps, mask, handle.stats.ratio, torch.tensor(correct, device=ids.device))
+
+    def logps(
+        self, rows: list[Item], ids: Tensor, handle: SparseHandle, p: Tensor, temperature: float, soft: bool
+    ) -> Tensor:
+        """Of given answers; the selection is that of the prompt alone."""
+        inputs = self.inputs(rows)
+        with handle.using(p=p, prompt_tokens=inputs["input_ids"].shape[1], soft=soft):
+            return self._forced(self.model, inputs, ids, temperature)
+
+    @torch.no_grad()
+    def reference(self, rows: list[Item], ids: Tensor, temperature: float, handle: SparseHandle) -> Tensor:
+        """Of the original, dense."""
+        inputs = self.inputs(rows)
+        if self.original is not None:
+            return self._forced(self.original, inputs, ids, temperature)
+        with handle.disabled(), _without_adapters(self.model):
+            return self._forced(self.model, inputs, ids, temperature)
+
+    def _forced(self, model: Any, inputs: Mapping[str, Tensor], ids: Tensor, temperature: float) -> Tensor:
+        given = dict(inputs)
+        given["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+        given["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+        if "mm_token_type_ids" in given:
+            types = given["mm_token_type_ids"]
+            given["mm_token_type_ids"] = torch.cat([types, types.new_zeros(ids.shape)], 1)
+        logits = model(**given, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
+        return self._logps(logits, ids, temperature)
+
+    def _logps(self, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        """Placeholders of pictures are no words: a drawn one would want pixels in the next forward."""
+        logits = logits.float() / temperature
+        placeholders = torch.tensor(visual_ids(self.model.config), device=logits.device)
+        return logits.index_fill(-1, placeholders, -torch.inf).log_softmax(-1).gather(2, ids[..., None])[..., 0]
+
+    def right(self, rows: list[Item]) -> tuple[Tensor, Tensor]:
+        """Answers as the model would write them: the text and the end."""
+        tokenizer = self.processor.tokenizer
+        texts = [tokenizer(item.answer, add_special_tokens=False)["input_ids"] for item in rows]
+        longest = max(map(len, texts)) + 1
+        ids = torch.full((len(rows), longest), tokenizer.eos_token_id, device=self.model.device)
+        counts = torch.zeros_like(ids, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.tensor(text, device=ids.device)
+            counts[row, : len(text) + 1] = True
+        return ids, counts
+
+
+@contextmanager
+def _without_adapters(model: Any) -> Any:
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()

@@ -1,0 +1,202 @@
+"""Training of a model on questions from a file: grades, the policy's two phases, adapters, resume."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hone_lm.tiny import tiny
+from hone_zipr1.config import ReinforceConfig, SparseConfig
+from hone_zipr1.models import attach
+from hone_zipr1.questions import Item, ModelTask, is_right, load_items
+from hone_zipr1.reinforce import Reinforcement
+
+CFG = ReinforceConfig(ps=(0.4, 0.8), group=2, prompts=2, lr=1e-3)
+SELECTION = SparseConfig(recent=4, random=4, protect="none")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A file of two questions of different lengths about pictures of different sizes."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for at, (size, question) in enumerate([(84, "What is it?"), (112, "How many of them are there in all?")]):
+        pixels = np.random.default_rng(at).integers(0, 255, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{at}.png")
+        rows.append({"image": f"{at}.png", "question": question, "answer": str(at + 3), "type": "number"})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "train.jsonl"
+
+
+@pytest.fixture
+def task(asked):
+    model, processor = tiny("qwen2_5_vl", layers=2)
+    original, _ = tiny("qwen2_5_vl", layers=2)
+    return ModelTask(model, processor, load_items(asked), original=original, max_new_tokens=5)
+
+
+def test_the_update_sees_what_the_rollout_saw(task):
+    with attach(task.model, SELECTION) as handle:
+        rows = task.draw(0, 2, 2)
+        assert not task.inputs(rows)["attention_mask"].all(), "prompts are padded"
+        p = torch.tensor([0.4, 0.8, 0.4, 0.8])
+        drawn = task.sample(rows, handle, p, 1.2, 0)
+        assert len(drawn.ratio.unique()) > 2
+        logps = task.logps(rows, drawn.ids, handle, p, 1.2, False).detach()
+        assert float((logps - drawn.logps)[drawn.mask].abs().max()) < 1e-3
+        assert torch.equal(task.sample(rows, handle, p, 1.2, 0).ids, drawn.ids)
+        dense = task.reference(rows, drawn.ids, 1.2, handle)
+        assert float((dense - drawn.logps)[drawn.mask].abs().max()) > 1e-2
+    plain = task._forced(task.model, task.inputs(rows), drawn.ids, 1.2).detach()
+    torch.testing.assert_close(dense, plain)
+
+
+@pytest.mark.parametrize("objective", ["paper", "budget-policy", "soft-ratio", "supervised"])
+def test_a_step_in_parts_is_a_step(asked, objective):
+    found = []
+    for micro in (0, 3):
+        model, processor = tiny("qwen2_5_vl", layers=2)
+        original, _ = tiny("qwen2_5_vl", layers=2)
+        task = ModelTask(model, processor, load_items(asked), original=original, max_new_tokens=5)
+        weight = 0.5 if objective == "soft-ratio" else 0.0
+        cfg = ReinforceConfig(
+            objective=objective, ps=(0.4, 0.8), group=2, prompts=2, lr=1e-3, micro_batch=micro, soft_weight=weight
+        )
+        with attach(model, SELECTION) as handle:
+            loop = Reinforcement(cfg, task, handle)
+            # Untrained answers are all wrong, and would give no advantage.
+            loop.judge = lambda drawn: (drawn.ratio, torch.tensor([1.0, -1.0, 0.5, 0.2]))
+            values = loop.advance(0)
+            if objective != "supervised":
+                assert float(values["ratio_error"]) < 1e-3
+            found.append([x.grad for x in loop.trained])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_epochs_ask_everything_once_and_processes_share_the_questions(asked):
+    items = [Item(asked, False, str(at), "1", "number") for at in range(5)]
+    tasks = [ModelTask(None, None, items, process=process, processes=2, seed=3) for process in range(2)]
+    drawn = [item.question for step in range(3) for task in tasks for item in task.draw(step, 1, 1)]
+    assert sorted(drawn[:5]) == ["0", "1", "2", "3", "4"]
+    assert tasks[0].draw(1, 2, 2)[0] is tasks[0].draw(1, 2, 2)[1]
+
+
+@pytest.mark.parametrize(
+    ("type", "gold", "text", "right"),
+    [
+        ("choice", "B", "(B) a dog", True),
+        ("choice", "B", "The answer is B.", True),
+        ("choice", "B", "C", False),
+        ("choice", "B", "Bird", False),
+        ("number", "1200", "It is 1,200.", True),
+        ("number", "7", "7 of 9", False),
+        ("number", "-2.5", "-2.50", True),
+        ("number", "3", "three", False),
+        ("string", "Red car", "a red  car.", True),
+        ("string", "Red car", "red", False),
+    ],
+)
+def test_grades(asked, type, gold, text, right):
+    assert is_right(text, Item(asked, False, "?", gold, type)) is right
+
+
+def test_a_number_has_its_tolerance(asked):
+    item = Item(asked, False, "?", "100", "number", tolerance=0.05)
+    assert is_right("104.9", item)
+    assert not is_right("106", item)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a", "answer": "b", "type": "string"}, 'line 1: expected "image" or "video"'),
+        ({"image": "0.png", "question": "a", "answer": "b", "type": "text"}, "type must be one of"),
+        ({"image": "0.png", "question": "a", "answer": "b", "type": "number"}, "'b' is no number"),
+    ],
+)
+def test_bad_questions_are_named(asked, tmp_path, row, message):
+    (tmp_path / "0.png").write_bytes((asked.parent / "0.png").read_bytes())
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        load_items(tmp_path / "q.jsonl")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model, processor = tiny("qwen2_5_vl", layers=2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_verb_trains_a_model_and_goes_on_exactly(command, checkpoint, asked, tmp_path, monkeypatch, lora):
+    from safetensors.torch import load_file
+
+    argv = ("train", "--model", checkpoint, "--data", asked, "--lora", lora, "--max-new-tokens", 3)
+    argv += ("--ps", 0.4, 0.8, "--group", 2, "--prompts", 2, "--lr", 1e-3)
+    argv += (
+        "--recent",
+        4,
+        "--random",
+        4,
+        "--protect",
+        "none",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--steps",
+        3,
+    )
+    argv += ("--checkpoint-seconds", -1)
+    # Answers of random weights are all wrong, and would be worth the same.
+    monkeypatch.setattr("hone_zipr1.questions.is_right", lambda text, item: len(text) % 2 == 0 or text == item.answer)
+    code, out, err = command(*argv, "--out", tmp_path / "whole")
+    assert code == 0, err
+    assert "first tenth" in out
+    advance = Reinforcement.advance
+
+    def halting(self, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return advance(self, step)
+
+    monkeypatch.setattr(Reinforcement, "advance", halting)
+    command(*argv, "--out", tmp_path / "parts")
+    monkeypatch.setattr(Reinforcement, "advance", advance)
+    code, _, err = command(*argv, "--out", tmp_path / "parts")
+    assert code == 0, err
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    whole, parts = (load_file(tmp_path / run / "artifacts/model" / name) for run in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    if not lora:
+        before = load_file(checkpoint / name)
+        changed = {key for key in before if not torch.equal(before[key], whole[key])}
+        assert any("layers" in key for key in changed)
+        assert not any("visual" in key for key in changed)
+    else:
+        assert any(float(value.abs().max()) > 0 for key, value in whole.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("train", "--model", "m"), "needs --data"),
+        (("train", "--lora", "4"), "are of a model"),
+        (("train", "--model", "m", "--data", "no.jsonl"), "there is no no.jsonl"),
+        (("train", "--p", "0.8"), "thresholds are those of --ps"),
+        (("train", "--policy", "top-k", "--ratio", "0.5"), "thresholds are those of --ps"),
+    ],
+)
+def test_wrong_usage_is_named_before_anything_runs(command, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*argv)
+    assert code == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
