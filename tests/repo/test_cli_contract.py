@@ -41,8 +41,8 @@ WORDS = {
 }
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}
-# A package may train its tiny host by a verb of its own.
-WORDS |= {"train-host"}
+# A package may train its tiny host by a verb of its own, or a pipeline beside the tiny host.
+WORDS |= {"train-host", "distill-pipeline", "encode-prompts"}
 
 # Runs the entry point and says on stderr what it imported.
 PROBE = f"""

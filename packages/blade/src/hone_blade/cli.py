@@ -52,6 +52,20 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         run="hone_blade.distill:distill",
         help="Train the tiny host to draw in few sparse steps without guidance (TDM); needs only prompts.",
     ),
+    "encode-prompts": Verb(
+        config="hone_blade.config:EncodeConfig",
+        prepare="hone_blade.inputs:find_encoded",
+        run="hone_blade.pipelines:encode_prompts",
+        help="Encode the prompts of a text file with a pipeline's own text encoder, for distill-pipeline.",
+        shared=True,
+    ),
+    "distill-pipeline": Verb(
+        config="hone_blade.config:PipelineDistillConfig",
+        prepare="hone_blade.inputs:find_distilled",
+        run="hone_blade.pipelines:distill_pipeline",
+        help="Train a Wan or CogVideoX pipeline to draw in few sparse steps without guidance; needs only prompts.",
+        shared=True,
+    ),
     "eval": Verb(
         config="hone_blade.config:EvalConfig",
         prepare="hone_blade.inputs:find_evaluated",

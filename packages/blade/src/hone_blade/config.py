@@ -13,6 +13,7 @@ from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
 from hone_video.host_config import HostConfig, Solver
 from hone_video.prompts import parse_prompt
+from hone_video.training_config import LoopConfig
 from hone_video.vbench_config import Protocol, VBenchConfig
 from hone_video.workloads import WORKLOADS
 
@@ -28,12 +29,14 @@ __all__ = [
     "Comparison",
     "DemoConfig",
     "DistillConfig",
+    "EncodeConfig",
     "EvalConfig",
     "GenerateConfig",
     "InspectConfig",
     "Mask",
     "Offsets",
     "Part",
+    "PipelineDistillConfig",
     "Preset",
     "ReproduceConfig",
     "Rollout",
@@ -815,6 +818,89 @@ class DistillConfig:
     def settings(self) -> BladeConfig:
         """The student's attention."""
         return self.attention or PRESETS[self.preset].config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeConfig:
+    """Prompts to encode once."""
+
+    model: str
+    """Folder of a diffusers pipeline, or its hub address, such as ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers``."""
+    prompt_file: Path
+    """UTF-8 text, one prompt a line; empty lines are skipped."""
+    limit: int | None = None
+    """Use only so many of the prompts."""
+    dtype: Dtype = "auto"
+    """Of the text encoder and of what it makes."""
+    local_files_only: bool = False
+    """Never ask the hub, only its local cache."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "limit")
+
+
+def _release_loop() -> LoopConfig:
+    return LoopConfig(
+        steps=300, batch=80, lr=LR, warmup_steps=5, ema=0.0, gradient_checkpointing=True, log_every=1,
+        checkpoint_every=15,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineDistillConfig:
+    """One distillation of a pipeline's transformer."""
+
+    model: str
+    """Folder of a diffusers pipeline, or its hub address, such as ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers``."""
+    prompt_file: Path | None = field(default=None, metadata=flag(instead_of=("cache",)))
+    """UTF-8 text, one prompt a line, encoded into the run's folder first."""
+    cache: Path | None = field(default=None, metadata=flag(instead_of=("prompt_file",)))
+    """Folder of prompts that encode-prompts made, instead."""
+    loop: LoopConfig = field(default_factory=_release_loop)
+    """How it is trained: by default as the release, 300 steps of 80 videos. ``lr`` is the student's, which after the
+    warm-up falls by a cosine."""
+    fake_lr: float = FAKE_LR
+    """Learning rate of the fake score."""
+    beta2: float = 0.95
+    """Decay of AdamW's squared gradients; there is no momentum (beta1 = 0), as in the release."""
+    rank: int = 64
+    """Of the student's and the fake score's LoRA, whose alpha is the rank."""
+    preset: str | None = None
+    """Attention of the student, by name (default: that of the model's kind)."""
+    attention: BladeConfig | None = field(default=None, metadata=flag(hidden=True))
+    """Attention settings in full, instead of ``preset``."""
+    objective: str | None = None
+    """Settings of the objective by name, such as ``wan2.1-1.3b-official`` (default: that of the model's kind)."""
+    tdm: TDMConfig | None = field(default=None, metadata=flag(hidden=True))
+    """Settings of the objective in full, instead."""
+    height: int | None = None
+    """Pixels (default: as published, 480 x 832 x 81 for Wan, 480 x 720 x 49 for CogVideoX)."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Frames."""
+    sample_every: int = 0
+    """Steps between two sheets of samples in the run's figures; 0 for none."""
+    samples: int = 2
+    """Prompts on a sheet, the first ones."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of frozen weights and of the forward; what is trained stays in float32. ``auto``: bfloat16 on a GPU."""
+    local_files_only: bool = False
+    """Never ask the hub, only its local cache."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt_file is None) == (self.cache is None):
+            raise ValueError("give prompts: --prompt-file FILE, one a line, or --cache FOLDER of encode-prompts")
+        known_preset(self.preset)
+        if self.objective is not None and self.objective not in TDM_PRESETS:
+            raise ValueError(f"no objective {self.objective!r}; there are {', '.join(TDM_PRESETS)}")
+        _at_least_one(self, "rank", "height", "width", "frames", "samples")
+        if self.sample_every < 0:
+            raise ValueError(f"sample_every must not be negative; got {self.sample_every}")
+        if self.loop.micro_batch != 1:
+            raise ValueError(
+                f"a forward of a distillation holds one video, so micro_batch must be 1; got {self.loop.micro_batch}"
+            )
 
 
 Claim = Literal["masks", "distillation"]

@@ -11,9 +11,21 @@ from hone_core.errors import CheckpointError
 from hone_core.hosts import open_host
 from hone_video.host_config import PACKAGE, HostConfig
 
-from .config import DemoConfig, DistillConfig, EvalConfig, GenerateConfig, InspectConfig, ReproduceConfig, TrainConfig
+from .config import (
+    DemoConfig,
+    DistillConfig,
+    EncodeConfig,
+    EvalConfig,
+    GenerateConfig,
+    InspectConfig,
+    PipelineDistillConfig,
+    ReproduceConfig,
+    TrainConfig,
+    read_prompt_file,
+)
 
-__all__ = ["find_demo", "find_evaluated", "find_host", "find_init", "find_inspected", "find_video_inputs"]
+__all__ = ["find_demo", "find_distilled", "find_encoded", "find_evaluated", "find_host", "find_init", "find_inspected"]
+__all__ += ["find_video_inputs"]
 
 Hosted = TypeVar("Hosted", DemoConfig, DistillConfig, EvalConfig, InspectConfig, ReproduceConfig)
 
@@ -85,6 +97,33 @@ def find_inspected(cfg: InspectConfig) -> InspectConfig:
         return find_host(cfg)
     find_video_inputs(cfg.pipeline)
     return cfg
+
+
+def find_encoded(cfg: EncodeConfig) -> EncodeConfig:
+    """The settings, once pipeline and prompts are known to be there.
+
+    Raises:
+        CheckpointError: The pipeline is not there, not whole, or of an unsupported class.
+        FileNotFoundError, ValueError: There is no prompt file, or no prompt in it.
+    """
+    read_prompt_file(cfg.prompt_file)
+    from hone_video.pipelines import find_pipeline
+
+    find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
+    return replace(cfg, prompt_file=Path(os.path.abspath(cfg.prompt_file)))
+
+
+def find_distilled(cfg: PipelineDistillConfig) -> PipelineDistillConfig:
+    """The settings, once everything that they name is known to be there and to fit together.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: As ``hone_blade.pipelines.plan_of``.
+    """
+    from .pipelines import plan_of
+
+    plan_of(cfg)
+    prompt_file, cache = (None if x is None else Path(os.path.abspath(x)) for x in (cfg.prompt_file, cfg.cache))
+    return replace(cfg, prompt_file=prompt_file, cache=cache)
 
 
 def _checkpoint(path: Path) -> Path:

@@ -161,6 +161,7 @@ class Loop:
                 "Launch with --use_fsdp --fsdp_version 2, or without"
             )
         self.step = 0
+        self._sum_late = False
         self.model: Any = None
         self.groups: dict[str, Group] = {}
         self.folder = run.path / "checkpoints"
@@ -172,7 +173,7 @@ class Loop:
                 raise MissingExtraError("train", "hone-video", "TensorBoard") from error
             self._board = SummaryWriter
 
-    def prepare(self, model: nn.Module, groups: Mapping[str, Group]) -> Any:
+    def prepare(self, model: nn.Module, groups: Mapping[str, Group], *, wrap: bool = True) -> Any:
         """Wrap a model for training and make the optimisers; also sets ``model`` and ``groups``.
 
         A model that ``fully_shard`` has sharded already stays as it is.
@@ -180,6 +181,9 @@ class Loop:
         Args:
             model: In training mode where that matters, its parameters frozen or not.
             groups: Which parameters are trained how. A parameter has one group.
+            wrap: Whether processes sum gradients in the backward pass. False for groups that take turns in one model,
+                which ``DistributedDataParallel`` does not know; then ``apply`` sums them, and calls run under
+                ``accelerator.autocast()``.
 
         Returns:
             What to call in place of the model.
@@ -200,8 +204,11 @@ class Loop:
             optimizers.append(
                 torch.optim.AdamW(chosen, group.lr, betas=group.betas, eps=group.eps, weight_decay=group.weight_decay)
             )
+        self._sum_late = not wrap
         if isinstance(model, FSDPModule):
             self.model = model
+        elif not wrap:
+            self.model = model.to(self.device)
         else:
             if not self.accelerator.is_fsdp2:
                 model.to(self.device)
@@ -239,6 +246,10 @@ class Loop:
         """Update a group's parameters and averages with what was accumulated; returns the norm of the gradient."""
         group = self.groups[name]
         parameters = list(group.parameters.values())
+        if self._sum_late and self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, "mean")
         norm = self.accelerator.clip_grad_norm_(parameters, self.cfg.clip)
         for options in group.optimizer.param_groups:
             options["lr"] = group.lr * min(1.0, (group.updates + 1) / self.cfg.warmup_steps)

@@ -40,7 +40,7 @@ class LoopConfig:
     checkpoint_every: int = 100
     """Steps between two checkpoints, from which a stopped run goes on exactly."""
     tensorboard: bool = False
-    """Also log for TensorBoard, into the run's folder (extra train)."""
+    """Also log for TensorBoard (extra train), into the run's folder."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "warmup_steps", "log_every", "checkpoint_every"):

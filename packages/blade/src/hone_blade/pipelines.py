@@ -1,0 +1,357 @@
+"""Distil a pipeline's transformer from prompts alone: ``encode-prompts`` and ``distill-pipeline``.
+
+Student and fake score are LoRA adapters of the one frozen transformer, which without them is the teacher. Several
+processes do what one does: samples, times and noise depend on the number of a sample alone.
+
+Differs from the release: the unguided teacher reads the empty prompt (release: a long negative prompt for Wan, a space
+for CogVideoX), and the fake score's rate rises over the first steps too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.environment import code_version
+from hone_core.io import atomic_path
+from hone_core.runs import Report, Run
+from hone_video.caching import Cache, Clip, fill_cache, fingerprint
+from hone_video.denoising import Denoiser
+from hone_video.lora import LORA_FILE, save_lora
+from hone_video.pipelines import (
+    PIPELINES,
+    check_size,
+    find_pipeline,
+    load_pipeline,
+    pipeline_parts,
+    transformer_on_meta,
+)
+from hone_video.training import Group, Loop, Part, seeded
+from torch import Tensor, nn
+
+from .config import (
+    PRESETS,
+    TDM_PRESETS,
+    BladeConfig,
+    EncodeConfig,
+    PipelineDistillConfig,
+    Rollout,
+    TDMConfig,
+    read_prompt_file,
+)
+from .lora import lora_header
+from .models import attach
+from .objective import Objective
+from .scheduler import TDMScheduler
+from .trio import Trio
+
+__all__ = ["EncodeReport", "PipelineDistillation", "PipelineReport", "Plan", "distill_pipeline", "encode_prompts"]
+__all__ += ["plan_of"]
+
+PROMPTS = "prompts"
+"""Where a run's artifacts hold encoded prompts."""
+SHOWN = 4
+"""Frames of each video on a sample sheet."""
+
+_FAMILY = {
+    "wan": ("wan2.1-1.3b", (81, 480, 832)),
+    "cogvideox": ("cogvideox-5b", (49, 480, 720)),
+}
+"""Presets of attention and objective by name, and the size that was published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeReport(Report):
+    """Encoded prompts.
+
+    Attributes:
+        prompts: The folder to pass to ``distill-pipeline --cache``.
+    """
+
+    prompts: Path
+
+    @classmethod
+    def of(cls, run: Run) -> EncodeReport:
+        """Return the report of a run whose prompts are encoded."""
+        return cls(path=run.path, rows=tuple(run.rows), prompts=run.artifacts / PROMPTS)
+
+    def __str__(self) -> str:
+        return f"{self.rows[0].value:.0f} prompts  {self.prompts}"
+
+
+def encode_prompts(cfg: EncodeConfig, run: Run) -> EncodeReport:
+    """Encode the prompts of a text file with the pipeline's own text encoder; a run that was stopped goes on.
+
+    Args:
+        cfg: Pipeline and prompts.
+        run: The run, entered.
+
+    Raises:
+        CheckpointError: There is no such pipeline, or the folder holds other prompts.
+        FileNotFoundError, ValueError: The file holds no prompt, or is not text.
+    """
+    device = resolve_device(run.device)
+    prompts = read_prompt_file(cfg.prompt_file)[: cfg.limit]
+    cache = fill_cache(
+        run.artifacts / PROMPTS, [Clip(prompt) for prompt in prompts], cfg.model, device=device,
+        dtype=resolve_dtype(cfg.dtype, device), processes=run.processes, local_files_only=cfg.local_files_only,
+        quiet=run.quiet,
+    )  # fmt: skip
+    run.row("prompts", len(cache), better="none")
+    return EncodeReport.of(run)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training will be, found before anything is loaded.
+
+    Attributes:
+        pipeline: Class name.
+        attention: Of the student.
+        tdm: Of the objective.
+        size: Frames, height and width.
+        shape: Of a video's latents, as the transformer takes them.
+    """
+
+    pipeline: str
+    attention: BladeConfig
+    tdm: TDMConfig
+    size: tuple[int, int, int]
+    shape: tuple[int, ...]
+
+
+def plan_of(cfg: PipelineDistillConfig) -> Plan:
+    """Look at pipeline, prompts, size and settings; loads no weights.
+
+    Raises:
+        CheckpointError: There is no such pipeline, or the encoded prompts are none, not whole, or another encoder's.
+        FileNotFoundError: There is no prompt file.
+        ValueError: It holds no prompt; the pipeline has two transformers; the model cannot make the size; the attention
+            leaves steps dense.
+    """
+    if cfg.prompt_file is not None:
+        read_prompt_file(cfg.prompt_file)
+    local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
+    name = find_pipeline(cfg.model, **local)
+    if "transformer_2" in pipeline_parts(cfg.model, **local):
+        raise ValueError(
+            f"{cfg.model} has two transformers, as Wan2.2; distill-pipeline trains pipelines of one, such as Wan2.1"
+        )
+    if cfg.cache is not None:
+        Cache.open(cfg.cache, encoder=fingerprint(cfg.model, "text_encoder", **local))
+    preset, usual = _FAMILY[PIPELINES[name].family]
+    attention = cfg.attention or PRESETS[cfg.preset or preset].config
+    if attention.dense_steps:
+        raise ValueError(
+            "distillation visits the steps of a video at random, so the attention must be the same in all: expected "
+            f"dense_steps 0, got {attention.dense_steps}. Take a preset that is not '-free' or '-psa'"
+        )
+    tdm = cfg.tdm or TDM_PRESETS[cfg.objective or preset].config
+    asked = (cfg.frames, cfg.height, cfg.width)
+    frames, height, width = (own if given is None else given for given, own in zip(asked, usual, strict=True))
+    bare = load_pipeline(
+        cfg.model, name, device=torch.device("cpu"), dtype=torch.float32, **local,
+        leave_out=("transformer", "text_encoder", "tokenizer", "vae"),
+    )  # fmt: skip
+    bare.transformer = transformer_on_meta(cfg.model, name, **local)
+    check_size(bare, frames=frames, height=height, width=width)
+    time, space = bare.vae_scale_factor_temporal, bare.vae_scale_factor_spatial
+    channels, sizes = bare.transformer.config.in_channels, ((frames - 1) // time + 1, height // space, width // space)
+    denoiser = Denoiser(bare)
+    shape = (channels, *sizes) if denoiser.flow else (sizes[0], channels, *sizes[1:])
+    denoiser.grid(torch.empty(shape, device="meta"))
+    return Plan(name, attention, tdm, (frames, height, width), shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineReport(Report):
+    """A distilled pipeline.
+
+    Attributes:
+        lora: The student, for ``generate --lora`` and ``pipe.load_lora_weights``.
+    """
+
+    lora: Path
+
+    @classmethod
+    def of(cls, run: Run) -> PipelineReport:
+        """Return the report of a run whose student is exported."""
+        return cls(path=run.path, rows=tuple(run.rows), lora=run.artifacts / LORA_FILE)
+
+    def __str__(self) -> str:
+        values = {row.metric: row.value for row in self.rows}
+        return (
+            f"student  {self.lora}, after {values['steps']:.0f} updates\ngap      {values['gap']:.4g}, mean distance "
+            f"of teacher and fake score over the last tenth\nresults  {self.path / 'results.json'}"
+        )
+
+
+def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
+    """Train the student, and write it as a LoRA with its attention and sampling in the header.
+
+    A run that was stopped goes on from its checkpoint when it is started again with the same folder.
+
+    Args:
+        cfg: The training.
+        run: The run, entered.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ValueError: As ``plan_of``.
+        OSError: A checkpoint cannot be written; the one before is intact.
+        RuntimeError: A loss became infinite.
+    """
+    plan = plan_of(cfg)
+    loop = Loop(cfg.loop, run, bf16={"auto": None, "bfloat16": True, "float32": False}[cfg.dtype])
+    dtype = resolve_dtype(cfg.dtype, loop.device)
+    if cfg.cache is None:
+        assert cfg.prompt_file is not None
+        clips = [Clip(prompt) for prompt in read_prompt_file(cfg.prompt_file)]
+        cache = fill_cache(
+            run.path / "cache", clips, cfg.model, device=loop.device, dtype=dtype, processes=run.processes,
+            local_files_only=cfg.local_files_only, quiet=run.quiet,
+        )  # fmt: skip
+    else:
+        cache = Cache.open(cfg.cache)
+    away = ("text_encoder", "tokenizer", *(() if cfg.sample_every else ("vae",)))
+    pipe = load_pipeline(
+        cfg.model, plan.pipeline, device=torch.device("cpu"), dtype=dtype, local_files_only=cfg.local_files_only,
+        leave_out=away,
+    )  # fmt: skip
+    made = PipelineDistillation(cfg, plan, pipe, cache, loop)
+    loop.resume()
+    loop.follow(made.update, show=("loss", "fake_loss", "gap"))
+    if cfg.sample_every:
+        made.draw_samples()
+    weights = loop.weights("student")
+    if run.processes.main:
+        header = lora_header(plan.attention, Rollout(steps=plan.tdm.student_steps, eta=plan.tdm.eta))
+        header["hone_blade_made"] = f"{run.command or 'hone-blade distill-pipeline'}, commit {code_version()[0]}"
+        tensors = {name: value.to(dtype) for name, value in weights.items()}
+        save_lora(tensors, run.artifacts / LORA_FILE, header=header, adapter_name="student")
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        gaps = [line["gap"] for line in lines][-max(1, len(lines) // 10) :]
+        run.row("gap", sum(gaps) / len(gaps), better="lower", n=len(gaps))
+        run.row("steps", loop.step, better="none")
+    return PipelineReport.of(run)
+
+
+class PipelineDistillation:
+    """A student and its fake score in training.
+
+    Args:
+        cfg: The training.
+        plan: Of ``cfg``.
+        pipe: Holds the transformer, on the CPU.
+        cache: The prompts.
+        loop: Prepared here.
+    """
+
+    def __init__(self, cfg: PipelineDistillConfig, plan: Plan, pipe: Any, cache: Cache, loop: Loop) -> None:
+        self.cfg, self.plan, self.pipe, self.cache, self.loop = cfg, plan, pipe, cache, loop
+        denoiser, model = Denoiser(pipe), pipe.transformer
+
+        def call(network: nn.Module, state: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            return denoiser(network, state, time, text)
+
+        self.trio = Trio(
+            model, call, attach(model, plan.attention), rank=cfg.rank, seed=cfg.loop.seed,
+            fake_sparse=plan.tdm.fake_attention == "sparse",
+        )  # fmt: skip
+        process = TDMScheduler.from_config(pipe.scheduler.config, eta=plan.tdm.eta)
+        self.objective = Objective(self.trio, process, plan.tdm)
+        for adapter in (self.trio.student, self.trio.fake):
+            for parameter in adapter.parameters:
+                parameter.requires_grad_(True)
+        model.train()
+        options: dict[str, Any] = {"weight_decay": cfg.loop.weight_decay, "betas": (0.0, cfg.beta2), "eps": 1e-8}
+        groups = {
+            "student": Group(lr=cfg.loop.lr, select=lambda name: ".student." in name, ema=cfg.loop.ema, **options),
+            "fake": Group(lr=cfg.fake_lr, select=lambda name: ".fake." in name, **options),
+        }
+        loop.prepare(model, groups, wrap=False)
+        self.null = cache.null()[None].to(loop.device)
+
+    def text(self, part: Part) -> Tensor:
+        """Of a part's prompt, ``[1, L, D]``."""
+        return torch.stack([self.cache.item(index)["text"] for index in part.items(len(self.cache))]).to(
+            self.loop.device
+        )
+
+    def update(self) -> dict[str, float]:
+        """One update of the fake score and one of the student."""
+        cfg, loop, objective = self.cfg, self.loop, self.objective
+        if cfg.sample_every and loop.step and loop.step % cfg.sample_every == 0:
+            self.draw_samples()
+        fake_loss = loss = gap = 0.0
+        parts = []
+        for part in loop.parts():
+            text, (generator,) = self.text(part), part.generators("objective")
+            noise = part.randn(self.plan.shape, "noise").to(loop.device)
+            with loop.accelerator.autocast():
+                states, _ = objective.rollout(text, noise, generator)
+                found = objective.fake_loss(text, states, generator)
+            fake_loss += loop.backward(found.mean(), part)
+            parts.append((part, text, generator, states))
+        seen = {"fake_loss": fake_loss}
+        limit = self.plan.tdm.skip_above
+        if limit is not None and loop.mean(seen)["fake_loss"] > limit:
+            for parameter in loop.groups["fake"].parameters.values():
+                parameter.grad = None
+        else:
+            seen["fake_gradient_norm"] = loop.apply("fake")
+        for part, text, generator, states in parts:
+            with loop.accelerator.autocast():
+                found, distance = objective.student_loss(text, self.null, states, generator)
+            loss += loop.backward(found.mean(), part)
+            gap += float(distance.mean()) * part.share
+        loop.groups["student"].lr = cfg.loop.lr * 0.5 * (1 + math.cos(math.pi * loop.step / cfg.loop.steps))
+        seen |= {"loss": loss, "gap": gap, "lr": loop.groups["student"].lr}
+        return seen | {"gradient_norm": loop.apply("student")}
+
+    @torch.no_grad()
+    def draw_samples(self) -> Path | None:
+        """Draw the first prompts with the student as it is: a row each, frames across. Returns the PNG.
+
+        The first process does it; the others go on to where they wait for it.
+        """
+        loop = self.loop
+        if not loop.accelerator.is_main_process:
+            return None
+        rows = []
+        for index in range(min(self.cfg.samples, len(self.cache))):
+            text = self.cache.item(index)["text"][None].to(loop.device)
+            generator = seeded(self.cfg.loop.seed, "sample", index)
+            noise = torch.randn(1, *self.plan.shape, generator=generator).to(loop.device)
+            with loop.accelerator.autocast():
+                _, latents = self.objective.rollout(text, noise, generator)
+            frames = self._decode(latents)  # [F, H, W, 3]
+            shown = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
+            rows.append(np.concatenate([frames[i] for i in shown], axis=1))
+        import imageio.v3 as imageio
+
+        path = loop.run.figures / f"samples-{loop.step:06d}.png"
+        with atomic_path(path) as partial:
+            imageio.imwrite(partial, np.concatenate(rows), extension=".png")
+        return path
+
+    def _decode(self, latents: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        vae = self.pipe.vae.to(self.loop.device)
+        config, latents = vae.config, latents.to(next(vae.parameters()).dtype)
+        if PIPELINES[self.plan.pipeline].family == "wan":
+            mean, std = (
+                torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+                for values in (config.latents_mean, config.latents_std)
+            )
+            latents = latents * std + mean
+        else:
+            latents = latents.transpose(1, 2) / config.scaling_factor
+        video = vae.decode(latents, return_dict=False)[0][0].float()  # [3, F, H, W]
+        self.pipe.vae.to("cpu")
+        pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.permute(1, 2, 3, 0).cpu().numpy()

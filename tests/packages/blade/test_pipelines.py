@@ -1,0 +1,245 @@
+"""Distillation of whole tiny pipelines: prompts, the training, its checkpoints, what generate makes of the student."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from hone_blade.config import BladeConfig, EncodeConfig, GenerateConfig, PipelineDistillConfig, TDMConfig
+from hone_blade.inputs import find_distilled, find_encoded
+from hone_blade.pipelines import PipelineDistillation, distill_pipeline, encode_prompts, plan_of
+from hone_blade.sample import find_inputs, generate
+from hone_core.errors import CheckpointError
+from hone_core.runs import Run
+from hone_core.testing import assert_close
+from hone_video.architectures import tiny_pipeline
+from hone_video.caching import Cache
+from hone_video.training import Loop
+from hone_video.training_config import LoopConfig
+from safetensors.torch import load_file
+
+# diffusers calls functions that other libraries have deprecated, and imageio leaves ffmpeg's pipes to the collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
+SPARSE = BladeConfig(block=16, samples=8, max_density=0.4, pool=8)
+TDM = TDMConfig(student_steps=3, eta=0.8, teacher_guidance=2.0, regularisation=0.5)
+SIZE = {"frames": 9, "height": 64, "width": 64}
+PROMPTS = ("a red cat runs left", "a blue dog", "a cat")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for kind in ("wan", "cogvideox"):
+        made[kind] = tmp_path_factory.mktemp(kind)
+        pipe = tiny_pipeline(kind)
+        torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+        pipe.save_pretrained(made[kind])
+    return made
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n\n".join(PROMPTS))
+    return file
+
+
+@pytest.fixture(scope="module")
+def caches(folders, prompts, tmp_path_factory):
+    return {
+        kind: work(
+            encode_prompts, EncodeConfig(model=str(folder), prompt_file=prompts), tmp_path_factory.mktemp("e")
+        ).prompts
+        for kind, folder in folders.items()
+    }
+
+
+def work(verb, cfg, out, **options):
+    with Run.start(package="hone-blade", verb=verb.__name__, config=cfg, out=out, device="cpu", quiet=True) as run:
+        return verb(cfg, run)
+
+
+def config(folders, caches, kind="wan", *, loop=None, **change):
+    given = {"attention": SPARSE, "tdm": TDM, "rank": 2, "fake_lr": 1e-2, "cache": caches[kind], **SIZE, **change}
+    few = LoopConfig(
+        steps=4, batch=2, lr=1e-2, warmup_steps=1, ema=0.0, log_every=1, checkpoint_every=2,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    return PipelineDistillConfig(model=str(folders[kind]), loop=dataclasses.replace(few, **(loop or {})), **given)
+
+
+def logged(out):
+    return [
+        {name: value for name, value in json.loads(line).items() if name in ("step", "loss", "fake_loss", "gap")}
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(folders, caches, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return work(distill_pipeline, config(folders, caches), out), out
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(folders, caches):
+    cache = Cache.open(caches["wan"])
+    assert [cache.prompt(index) for index in range(len(cache))] == list(PROMPTS)
+    pipe = DiffusionPipeline.from_pretrained(folders["wan"])
+    want = pipe.encode_prompt(PROMPTS[1], do_classifier_free_guidance=False, max_sequence_length=512)[0][0]
+    assert_close(cache.item(1)["text"], want)
+
+
+def test_a_stopped_training_goes_on_exactly(folders, caches, trained, tmp_path, monkeypatch):
+    real = PipelineDistillation.update
+
+    def update(self):
+        if self.loop.step == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(PipelineDistillation, "update", update)
+    cfg = config(folders, caches)
+    with pytest.raises(KeyboardInterrupt):
+        work(distill_pipeline, cfg, tmp_path / "run")
+    monkeypatch.undo()
+    report = work(distill_pipeline, cfg, tmp_path / "run")
+    assert logged(tmp_path / "run") == logged(trained[1])
+    assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3, 4]
+    whole, mine = load_file(trained[0].lora), load_file(report.lora)
+    assert whole.keys() == mine.keys()
+    assert all(torch.equal(mine[name], value) for name, value in whole.items())
+    assert all(value.abs().max() > 0 for value in whole.values())
+    with pytest.raises(FileExistsError, match="another command"):
+        work(distill_pipeline, dataclasses.replace(cfg, rank=3), tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folders, caches, trained, tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    real, cfg = dcp.save, config(folders, caches)
+
+    def save(*args, **options):
+        if any((tmp_path / "run" / "checkpoints").glob("0*")):
+            raise OSError(28, "No space left on device")
+        return real(*args, **options)
+
+    monkeypatch.setattr(dcp, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        work(distill_pipeline, cfg, tmp_path / "run")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*")] == ["00000002"]
+    report = work(distill_pipeline, cfg, tmp_path / "run")
+    for name, value in load_file(trained[0].lora).items():
+        assert torch.equal(load_file(report.lora)[name], value)
+
+
+@KINDS
+def test_generate_samples_the_student_as_it_was_trained(kind, folders, caches, tmp_path):
+    cfg = config(folders, caches, kind, loop={"steps": 1, "batch": 1}, sample_every=1)
+    report = work(distill_pipeline, cfg, tmp_path / "run")
+    assert "student" in str(report)
+    assert (tmp_path / "run" / "figures" / "samples-000001.png").stat().st_size > 0
+    asked = GenerateConfig(model=str(folders[kind]), prompts=("a cat",), lora=str(report.lora), **SIZE)
+    inputs = find_inputs(asked)
+    assert (inputs.config.scheduler, inputs.config.steps, inputs.config.eta) == ("tdm", 3, 0.8)
+    made = work(generate, inputs.config, tmp_path / "videos")
+    assert made.sparse_steps == 3
+    assert len(made.videos) == 1
+    pipe = DiffusionPipeline.from_pretrained(folders[kind])
+    pipe.load_lora_weights(report.lora.parent)
+    assert pipe.transformer.peft_config
+
+
+def test_a_step_moves_both_adapters_and_nothing_else(folders, caches, tmp_path):
+    cfg = config(folders, caches, loop={"steps": 2})
+    pipe = DiffusionPipeline.from_pretrained(folders["wan"])
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    with Run.start(package="hone-blade", verb="x", config=cfg, out=tmp_path / "r", device="cpu", quiet=True) as run:
+        made = PipelineDistillation(cfg, plan_of(cfg), pipe, Cache.open(cfg.cache), Loop(cfg.loop, run))
+        made.update()
+    assert made.loop.groups["student"].lr == cfg.loop.lr  # cosine's start
+    after = {name.replace(".base_layer", ""): value for name, value in pipe.transformer.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for name in ("student", "fake"):
+        moved = [p for key, p in made.loop.groups[name].parameters.items() if "lora_B" in key]
+        assert moved
+        assert all(p.abs().max() > 0 for p in moved)
+
+
+def test_a_fake_score_that_diverged_is_left_alone_if_asked(folders, caches, tmp_path):
+    cfg = config(folders, caches, tdm=dataclasses.replace(TDM, skip_above=1e-9))
+    pipe = DiffusionPipeline.from_pretrained(folders["wan"])
+    with Run.start(package="hone-blade", verb="x", config=cfg, out=tmp_path / "r", device="cpu", quiet=True) as run:
+        made = PipelineDistillation(cfg, plan_of(cfg), pipe, Cache.open(cfg.cache), Loop(cfg.loop, run))
+        assert "fake_gradient_norm" not in made.update()
+    assert all(p.abs().max() == 0 for key, p in made.loop.groups["fake"].parameters.items() if "lora_B" in key)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(folders, caches, trained, tmp_path):
+    worker = Path(__file__).with_name("blade_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    argv = ["distill-pipeline", "--config", trained[1] / "config.json", "--out", tmp_path / "run"]
+    argv += ["--device", "cpu", "--quiet"]
+    done = subprocess.run([*command, *map(str, argv)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for mine, whole in zip(logged(tmp_path / "run"), logged(trained[1]), strict=True):
+        assert mine == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "does not exist"),
+        (b"\n \n", ValueError, "holds no prompt"),
+        (b"\xff\xfe\x00a", ValueError, "is not UTF-8 text"),
+    ],
+)
+def test_a_prompt_file_that_is_none_is_named(folders, tmp_path, content, error, message):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(error, match=message):
+        find_encoded(EncodeConfig(model=str(folders["wan"]), prompt_file=file))
+    with pytest.raises(error, match=message):
+        find_distilled(PipelineDistillConfig(model=str(folders["wan"]), prompt_file=file, **SIZE))
+
+
+def test_what_does_not_fit_is_named_before_anything_is_loaded(folders, caches, tmp_path):
+    with pytest.raises(CheckpointError, match="is no folder of encoded prompts"):
+        find_distilled(config(folders, caches, cache=tmp_path))
+    with pytest.raises(CheckpointError, match="made by another text encoder"):
+        find_distilled(config(folders, caches, cache=caches["cogvideox"]))
+    with pytest.raises(ValueError, match="frames must be a multiple of 4 plus 1"):
+        find_distilled(config(folders, caches, frames=8))
+    with pytest.raises(ValueError, match="height must be a multiple of 16"):
+        find_distilled(config(folders, caches, height=60))
+    with pytest.raises(ValueError, match="expected dense_steps 0, got 12"):
+        find_distilled(config(folders, caches, attention=None, preset="wan2.1-1.3b-free"))
+    (tmp_path / "two").mkdir()
+    tiny_pipeline("wan", transformer_2=tiny_pipeline("wan").transformer).save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="has two transformers"):
+        find_distilled(dataclasses.replace(config(folders, caches), model=str(tmp_path / "two")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cache": None}, "give prompts"),
+        ({"objective": "none"}, "no objective 'none'"),
+        ({"loop": LoopConfig(micro_batch=2)}, "micro_batch must be 1"),
+        ({"sample_every": -1}, "sample_every must not be negative"),
+    ],
+)
+def test_wrong_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        PipelineDistillConfig(**{"model": "x", "cache": Path("c"), **change})
