@@ -1,7 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from hone_splat.depthsplat import DEPTHSPLATS, DepthSplat
 from hone_splat.mvsplat import MVSplat
+from hone_splat.published import PUBLISHED, build_published
+from hone_splat.vit import ViTConfig
 from hone_zpressor import ZPressorConfig, attach
+from hone_zpressor.config import HOSTS, PRESETS
 from hone_zpressor.data import graded_rooms
 from hone_zpressor.host import build_arm
 from hone_zpressor.models import tiny
@@ -142,3 +148,42 @@ def test_tiny_is_a_seed(small):
     assert torch.equal(first.state_dict()[name], again.state_dict()[name])
     assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
     assert build_arm(small, "anchors").handle.config.fuse is False
+
+
+@torch.no_grad()
+def test_depthsplat_with_zpressor_equals_the_oracle(hostref, monkeypatch):
+    thin = {"vit": ViTConfig(width=96, heads=6), "depth_channels": (16, 24, 32, 40), "depth_width": 16}
+    torch.manual_seed(0)
+    host = DepthSplat(replace(DEPTHSPLATS["depthsplat-oct-zpressor-256x448"], **thin)).eval()
+    handle = attach(host, ZPressorConfig(anchors=4, precision="float32"))
+    for parameter in host.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn(parameter.shape)
+        elif not parameter.any():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    given = graded_rooms([3], 7, 1, 64).context
+    given = replace(given, far=200 * given.near)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    depth, (means, covariances, _, opacities) = hostref.depthsplat(
+        host.state_dict(), given.image_01[0], given.cam_to_world[0], given.intrinsics_norm[0], given.near[0],
+        given.far[0], ns=1, uf=8, lowest=8, vit="vits", gen="oct", nn=3, N=4,
+    )  # fmt: skip
+    found = host(given)
+    for ours, theirs in (
+        (found.depth[0], depth), (found.gaussians.means[0], means),
+        (found.gaussians.covariances[0], covariances), (found.gaussians.opacities[0], opacities),
+    ):  # fmt: skip
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+    handle.detach()
+    assert host(given).anchors is None
+
+
+@pytest.mark.parametrize(("kind", "count"), [("mvsplat", 13_441_046), ("depthsplat-oct-zpressor-256x448", 116_072_834)])
+def test_published_counts_with_zpressor(kind, count):
+    with torch.device("meta"):
+        host = build_published(kind)
+        attach(host, PRESETS[kind.partition("-")[0]].config)
+    assert sum(part.numel() for part in host.parameters()) == count
+    names = [name for name in host.state_dict() if ".zipmatch." in name]
+    assert len(names) == 102
+    assert set(HOSTS) == {"tiny", *PUBLISHED}

@@ -1,9 +1,41 @@
+import hashlib
+
 import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
 from hone_splat.mvsplat import MVSplat
-from hone_splat.published import load_published, read_state
+from hone_splat.published import PUBLISHED, build_published, load_published, read_state
+
+# Number of tensors, and the digest of their sorted names and shapes: published files have no others.
+MANIFESTS = {
+    "mvsplat": (471, "939fef153985be3b"),
+    "depthsplat-head-small-256x256": (567, "0c03f6ec68b59e9c"),
+    "depthsplat-head-base-256x256": (751, "61084cb35c267aff"),
+    "depthsplat-head-large-256x256": (919, "963465b9f333d6eb"),
+    "depthsplat-head-base-256x448": (751, "9849d9cc43a111a3"),
+    "depthsplat-oct-small-256x256": (711, "6f7d8d00e9b61a30"),
+    "depthsplat-oct-base-256x448": (907, "d2e010927141a088"),
+    "depthsplat-oct-pmloss-256x448": (907, "d2e010927141a088"),
+    "depthsplat-oct-zpressor-256x448": (717, "e81b03929d8b0cba"),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_names_and_shapes_are_frozen(kind):
+    with torch.device("meta"):
+        state = build_published(kind).state_dict()
+    listing = "\n".join(f"{name} {list(value.shape)}" for name, value in sorted(state.items()))
+    assert (len(state), hashlib.sha256(listing.encode()).hexdigest()[:16]) == MANIFESTS[kind]
+
+
+def test_a_checkpoint_of_the_other_generation_is_named(tmp_path):
+    with torch.device("meta"):
+        state = build_published("depthsplat-oct-small-256x256").state_dict()
+    # Shapes alone, so that the file is small: each tensor is one stored number, spread.
+    torch.save({name: torch.zeros(1).expand(value.shape) for name, value in state.items()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"missing.*It is a checkpoint of depthsplat-oct-small-256x256"):
+        load_published(tmp_path / "a.pth", "depthsplat-head-small-256x256")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
 from hone_core.timing import check_values, measure_interleaved
-from hone_splat.mvsplat import MVSplat
+from hone_splat.published import build_published
 from hone_splat.views import Views
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from .models import attach, tiny
 
 __all__ = ["BenchReport", "bench", "fuse_by_loop"]
 
-SIZES = {"tiny": (64, 64), "mvsplat": (256, 256)}
+SIZES = {"tiny": (64, 64), "mvsplat": (256, 256), "depthsplat": (256, 448)}
+HOSTS = {"mvsplat": "mvsplat", "depthsplat": "depthsplat-oct-zpressor-256x448"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     device = resolve_device(run.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        host = tiny(HostConfig(), seed=cfg.seed) if cfg.model == "tiny" else MVSplat().eval()
+        host = tiny(HostConfig(), seed=cfg.seed) if cfg.model == "tiny" else build_published(HOSTS[cfg.model])
     host.to(device)
     settings = replace(PRESETS[cfg.model].config, anchors=cfg.anchors)
     size = cfg.size or SIZES[cfg.model]
@@ -122,7 +123,8 @@ def _calls(
     if views.count <= cfg.host_views:
         calls["host alone"] = alone
     module = ZPressor(host.channels, settings.layers).to(views.near.device)
-    height, width = (side // 4 for side in views.size)
+    stride = 8 if cfg.model == "depthsplat" else 4
+    height, width = (side // stride for side in views.size)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(1, views.count, host.channels, height, width, generator=generator).to(views.near.device)
     centres = views.cam_to_world[..., :3, 3]

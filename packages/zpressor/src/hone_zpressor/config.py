@@ -103,6 +103,14 @@ class HostRange:
 HOSTS = {
     "tiny": HostRange(0.4, 12.0, (64, 64), (55.0, 70.0), "ours: generated rooms"),
     "mvsplat": HostRange(1.0, 100.0, (256, 256), None, "released config re10k.yaml: RealEstate10K"),
+    **{
+        f"depthsplat-{name}-256x256": HostRange(1.0, 100.0, (256, 256), None, "DepthSplat on RealEstate10K")
+        for name in ("head-small", "head-base", "head-large", "oct-small")
+    },
+    **{
+        f"depthsplat-{name}-256x448": HostRange(1.0, 200.0, (256, 448), None, "DepthSplat on DL3DV, near 1, far 200")
+        for name in ("head-base", "oct-base", "oct-pmloss", "oct-zpressor")
+    },
 }
 """Hosts that take a person's photographs."""
 
@@ -201,8 +209,9 @@ class TrainHostConfig:
 class BenchConfig:
     """Time and memory of host, host with ZPressor, anchors alone, and the loop form of the same module."""
 
-    model: Literal["tiny", "mvsplat"] = "tiny"
-    """``tiny``: the tiny host's architecture. ``mvsplat``: the published one, with random weights."""
+    model: Literal["tiny", "mvsplat", "depthsplat"] = "tiny"
+    """``tiny``: the tiny host's architecture. ``mvsplat``, ``depthsplat``: those that ZPressor was published for, with
+    random weights."""
     size: tuple[int, int] | None = None
     """Height and width of the pictures; the model's own if None."""
     views: tuple[int, ...] = (6, 12)

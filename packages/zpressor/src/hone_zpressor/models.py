@@ -18,7 +18,7 @@ __all__ = ["Host", "ViewCompressor", "ZPressorHandle", "attach", "tiny"]
 
 
 class Host(Protocol):
-    """A network that a compressor can stand in, such as hone_splat's MVSplat."""
+    """A network that a compressor can stand in, such as hone_splat's MVSplat and DepthSplat."""
 
     @property
     def channels(self) -> int:

@@ -7,6 +7,7 @@ still draws plausible pictures.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import torch
 from hone_core.errors import CheckpointError
 from torch import Tensor, nn
 
+from .depthsplat import DEPTHSPLATS, DepthSplat
 from .mvsplat import MVSplat
 
 __all__ = ["PUBLISHED", "build_published", "load_published", "read_state"]
 
-PUBLISHED: dict[str, Callable[[], nn.Module]] = {"mvsplat": MVSplat}
+PUBLISHED: dict[str, Callable[[], nn.Module]] = {
+    "mvsplat": MVSplat,
+    **{name: partial(DepthSplat, cfg) for name, cfg in DEPTHSPLATS.items()},
+}
 """Architectures that checkpoints were published for."""
 COMPRESSOR = "zipmatch."
 OUTSIDE = ("decoder.", "losses.", "data_shim.")
