@@ -34,6 +34,7 @@ SMALLEST_DEMO = {
     "hone-blade": ("--limit", "1", "--steps", "1"),
     "hone-fpsattention": ("--limit", "1", "--steps", "1"),
     "hone-knockout": ("--limit", "8"),
+    "hone-pmloss": ("--size", "16", "--steps", "1"),
     "hone-rstitch": ("--limit", "6", "--taus", "0.03"),
     "hone-sparsevar": ("--limit", "1"),
     "hone-zipr1": ("--limit", "6", "--ps", "0.8"),
@@ -43,22 +44,24 @@ ATTACHABLE = {
     "hone-blade": "transformer",
     "hone-fpsattention": "transformer",
     "hone-knockout": "model",
+    "hone-pmloss": "host",
     "hone-rstitch": "large",
     "hone-sparsevar": "transformer",
     "hone-zipr1": "model",
     "hone-zpressor": "host",
 }
 """Attribute of a package's ``Host`` that ``attach`` takes."""
-PARTNERS = {"hone-rstitch": ("small",)}
+PARTNERS = {"hone-pmloss": ("teacher",), "hone-rstitch": ("small",)}
 """Attributes of it that ``attach`` takes by name."""
 
 
 NO_HOST_YET = {
+    "hone-pmloss": "hone_pmloss.host:build_tiny",
     "hone-sparsevar": "hone_sparsevar.host:build_host",
     "hone-zpressor": "hone_zpressor.host:build_tiny",
 }
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
-NO_VERB_YET = {"hone-zipr1": ("bench",)}
+NO_VERB_YET = {"hone-pmloss": ("bench", "reproduce"), "hone-zipr1": ("bench",)}
 """Verbs that are still missing in a package in progress, whose README says so."""
 NO_DEMO_YET = ("hone-sparsevar", "hone-zpressor")
 """Packages whose demo waits for its trained host to be measured."""

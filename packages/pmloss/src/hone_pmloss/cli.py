@@ -1,0 +1,56 @@
+"""The verbs of ``hone-pmloss``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hone_core.cli import Verb, run_cli
+
+PACKAGE = "hone-pmloss"
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run_cli(
+        PACKAGE, VERBS, "PM-Loss: point maps that teach splats where surfaces are, and a geometry report of any splat."
+    )
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, presets, and the tiny host that is packaged."""
+    from hone_core.environment import installed
+    from hone_core.hosts import describe_host
+
+    from .config import PRESETS
+
+    return {
+        **installed(PACKAGE, "transformers"),
+        "presets": {
+            name: f"weight {preset.config.weight:g}, {preset.config.align}, {preset.config.direction}; {preset.model}. "
+            f"{preset.provenance}"
+            for name, preset in PRESETS.items()
+        },
+        "tiny host": describe_host(PACKAGE),
+    }
+
+
+VERBS: dict[str, Callable[..., Any] | Verb] = {
+    "info": info,
+    "demo": Verb(
+        run="hone_pmloss.demo:demo",
+        config="hone_pmloss.config:DemoConfig",
+        help="A room's point cloud at occlusion edges, by pictures alone and with PM-Loss.",
+    ),
+    "eval": Verb(
+        run="hone_pmloss.evaluate:evaluate",
+        config="hone_pmloss.config:EvalConfig",
+        prepare="hone_pmloss.evaluate:prepare",
+        help="Geometry report of a splat (.ply) against known depth.",
+    ),
+    "train-host": Verb(
+        run="hone_pmloss.train:train_host",
+        config="hone_pmloss.config:TrainHostConfig",
+        help="Train the tiny host and its arms on generated rooms.",
+    ),
+}

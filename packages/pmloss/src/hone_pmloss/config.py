@@ -1,0 +1,205 @@
+"""Settings of the method and of every verb; nothing here loads torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hone_core.training import check_budget
+
+__all__ = [
+    "ARMS",
+    "PRESETS",
+    "DemoConfig",
+    "EvalConfig",
+    "HostConfig",
+    "PMLossConfig",
+    "Preset",
+    "TrainHostConfig",
+]
+
+ARMS = ("photometric", "pm")
+"""Variants of the tiny host: fine-tuned by pictures alone, and with the point maps' loss beside them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PMLossConfig:
+    """How a prediction is compared with a point map; the defaults are the paper's."""
+
+    weight: float = 0.005
+    """Of the term beside the photometric losses."""
+    align: Literal["umeyama", "umeyama_detached", "pose", "none"] = "umeyama"
+    """How the teacher is moved onto the prediction: the best similarity, with its gradient or without; by camera
+    centres; not at all."""
+    direction: Literal["pred2gt", "gt2pred", "both", "paired"] = "pred2gt"
+    """Whose nearest neighbours count; ``paired`` compares each pixel with its own."""
+    robust: Literal["huber"] | None = None
+    """Squared distances, or Huber's, which grow linearly beyond ``huber_delta``."""
+    huber_delta: float = 1.0
+    """In the prediction's units."""
+    cap: float | None = 100.0
+    """Loss of a scene above which it is multiplied by ``cap_factor``; None for never."""
+    cap_factor: float = 1e-5
+    """See ``cap``."""
+    confidence: bool = False
+    """Weight pixels by the teacher's confidence, in the alignment and in the mean."""
+    trim: float = 0.0
+    """Share of pairs, those that fit worst at first, that the alignment leaves out."""
+    scale_normalised: Literal["detached", "full"] | None = None
+    """Divide by the variance of the moved teacher, so that the value does not depend on the scene's scale; ``full``
+    with its gradient, which takes away the pull to shrink the scene."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.huber_delta <= 0 or self.cap_factor < 0 or (self.cap is not None and self.cap <= 0):
+            raise ValueError("weight and cap_factor must be at least 0, huber_delta and cap positive")
+        if not 0 <= self.trim < 1:
+            raise ValueError(f"trim must lie in [0, 1); got {self.trim}")
+        if self.trim and self.align not in ("umeyama", "umeyama_detached"):
+            raise ValueError(f"trim belongs to align='umeyama'; got align={self.align!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Settings with where they come from.
+
+    Attributes:
+        config: The settings.
+        model: What they are for.
+        provenance: Where they stand.
+    """
+
+    config: PMLossConfig
+    model: str
+    provenance: str
+
+
+PRESETS = {
+    "paper": Preset(
+        PMLossConfig(), "DepthSplat 256x448", "released config loss/pcd.yaml: weight 0.005; ignore_large_loss 100"
+    ),
+    "detached": Preset(
+        PMLossConfig(align="umeyama_detached"), "any host", "ours: the similarity is a constant of the step"
+    ),
+    "paired": Preset(PMLossConfig(direction="paired"), "any host", "ours: the control without nearest neighbours"),
+    "known": Preset(
+        PMLossConfig(align="none"), "any host", "ours: for a teacher in the frame and scale of the cameras"
+    ),
+    "tiny": Preset(PMLossConfig(), "the tiny host 64x64", "ours: the paper's settings on this package's host"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture of the tiny host: an MVSplat of the same parts, smaller."""
+
+    channels: tuple[int, int, int] = (24, 32, 64)
+    """Of the feature network."""
+    layers: int = 2
+    """Of the multi-view transformer."""
+    candidates: int = 32
+    """Depths that are compared."""
+    refine_channels: int = 32
+    """Of the U-Net at full resolution."""
+    size: int = 64
+    """Side of the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainHostConfig:
+    """How the tiny host and its two arms are trained on generated rooms."""
+
+    host: HostConfig = field(default_factory=HostConfig)
+    """Architecture."""
+    pm: PMLossConfig = field(default_factory=lambda: PRESETS["tiny"].config)
+    """Loss of the arm that has it."""
+    base_share: float = 0.6
+    """Share of the steps that the host is trained by pictures alone; the two arms start from it and share the rest."""
+    scenes: int = 4
+    """Rooms per step."""
+    targets: int = 4
+    """Views per room that the loss looks at."""
+    gap: tuple[int, int] = (8, 18)
+    """Frames of the path, of 50, from one context view to the other, drawn from this range."""
+    lr: float = 4e-4
+    """Peak learning rate of AdamW."""
+    fine_tune_lr: float = 0.5
+    """Peak of the arms, as a share of it."""
+    warmup_steps: int = 100
+    """Until it is reached, at the start of each stage."""
+    steps: int | None = 10_000
+    """Optimiser steps in all."""
+    minutes: float = 5.0
+    """Not used: the arms share steps equally, so that steps must be given."""
+    graded: int = 48
+    """Rooms, none of them trained on, that the arms are graded on."""
+    graded_targets: int = 5
+    """Views of each between the context views, and beyond them."""
+    log_every: int = 50
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints."""
+    seed: int = 0
+    """Of weights and rooms."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if self.steps is None:
+            raise ValueError("the two arms share steps equally, so that steps must be given")
+        if not 0 < self.base_share < 1:
+            raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
+        if not 2 <= self.gap[0] <= self.gap[1] < 50:
+            raise ValueError(f"expected 2 <= gap < 50; got {self.gap}")
+        if min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1 or not 1 <= self.graded_targets <= 13:
+            raise ValueError("scenes, targets, graded and warmup_steps must be positive, graded_targets 1 to 13")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Depths of a room's pixels, blurred at edges as networks blur them, optimised with and without PM-Loss."""
+
+    size: int = 48
+    """Side of the pictures."""
+    views: int = 3
+    """Context views, whose pixels are the Gaussians."""
+    targets: int = 4
+    """Views between them that the pictures' loss looks at."""
+    steps: int = 100
+    """Optimiser steps of each arm."""
+    blur: int = 5
+    """Pixels over which the first depths are blurred."""
+    weight: float = 1.0
+    """Of PM-Loss beside the mean squared error of the pictures."""
+    lr: float = 0.02
+    """Of Adam, on logarithms of depth."""
+    seed: int = 0
+    """Of the room."""
+
+    def __post_init__(self) -> None:
+        if self.size < 16 or not 2 <= self.views <= 6 or min(self.targets, self.steps) < 1:
+            raise ValueError("expected size >= 16, 2 to 6 views, and at least one target and step")
+        if self.blur < 1 or self.blur % 2 == 0 or self.weight <= 0 or self.lr <= 0:
+            raise ValueError(f"blur must be odd, weight and lr positive; got {self.blur}, {self.weight} and {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """A geometry report of a splat against known depth."""
+
+    ply: Path
+    """The splat, as 3DGS ``.ply``."""
+    truth: Path
+    """Safetensors file with cam_to_world [V, 4, 4] (OpenCV axes), intrinsics_norm [V, 3, 3] and depth_z [V, H, W] in
+    the splat's frame and unit; 0 where no depth is known."""
+    opacity: float = 0.05
+    """Fainter Gaussians are left out."""
+    band: int = 5
+    """Pixels from a depth edge that belong to its band."""
+    jump: float = 0.1
+    """Relative step between neighbouring depths that is an edge."""
+    flying: float = 0.02
+    """Share of the depth from which a centre counts as flying."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.opacity < 1 or self.band < 0 or self.jump <= 0 or self.flying <= 0:
+            raise ValueError("expected 0 <= opacity < 1, band >= 0, and positive jump and flying")

@@ -1,0 +1,103 @@
+"""Context views of generated rooms with their exact depth, and targets between them and beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from hone_splat.cameras import unproject
+from hone_splat.rooms import FAR, NEAR, Rooms
+from hone_splat.views import Views
+from torch import Tensor
+
+__all__ = ["GRADED", "Scene", "graded_rooms", "training_batch"]
+
+GRADED = 1_000_000
+"""Seeds of rooms from here on are graded on, never trained on."""
+CONTEXT = (18, 32)
+"""Frames, of 50, that graded hosts are given."""
+BEYOND = 10
+"""Frames on either side of the contexts from which graded targets beyond them come."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Rooms with what is given and what is asked for.
+
+    Attributes:
+        context: Given.
+        between: Asked for, between the context views.
+        beyond: Asked for, outside them; None while training, which looks between alone, as the release does.
+        distance: ``[B, V, H, W]``, true distance along the ray of the context views' pixels.
+    """
+
+    context: Views
+    between: Views
+    beyond: Views | None
+    distance: Tensor
+
+    def points(self) -> Tensor:
+        """True points of the context views, ``[B, V, H, W, 3]``."""
+        return unproject(self.distance, self.context.cam_to_world, self.context.intrinsics_norm, "distance")
+
+
+def views_of(rooms: Rooms, frames: Tensor, size: int) -> tuple[Views, Tensor]:
+    """Views at frames ``[B, V]`` of each room's path, and their distances."""
+    rows = torch.arange(len(rooms), device=frames.device)[:, None]
+    poses = rooms.cam_to_world[rows, frames]
+    image, distance = rooms.see(poses, (size, size))
+    bounds = torch.ones(frames.shape, device=frames.device)
+    inner = rooms.intrinsics_norm[:, None].expand(*frames.shape, 3, 3)
+    return Views(image, poses, inner, NEAR * bounds, FAR * bounds), distance
+
+
+def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch.device | str = "cpu") -> Scene:
+    """Rooms as they are graded: two context views, targets spread evenly between them and over what lies beyond.
+
+    Args:
+        seeds: Counted from ``GRADED``.
+        targets: Views of each kind.
+        size: Side of the pictures.
+        device: Where they go.
+
+    Source: after the bound-aware split of the release, ours in its numbers.
+    """
+    rooms = Rooms.draw([GRADED + seed for seed in seeds], device=device)
+    first, last = CONTEXT
+    inside = torch.arange(first + 1, last)
+    outside = torch.cat([torch.arange(first - BEYOND, first), torch.arange(last + 1, last + 1 + BEYOND)])
+    if not 1 <= targets <= len(inside):
+        raise ValueError(f"expected 1 to {len(inside)} targets; got {targets}")
+
+    def spread(frames: Tensor) -> Tensor:
+        place = (torch.arange(targets) + 0.5) * len(frames) / targets
+        return frames[place.long()].expand(len(rooms), -1).to(device)
+
+    context, distance = views_of(rooms, torch.tensor(CONTEXT).expand(len(rooms), -1).to(device), size)
+    return Scene(context, views_of(rooms, spread(inside), size)[0], views_of(rooms, spread(outside), size)[0], distance)
+
+
+def training_batch(
+    seeds: Sequence[int], targets: int, gap: tuple[int, int], size: int, *, device: torch.device | str = "cpu"
+) -> Scene:
+    """Rooms with two context views each and targets between them.
+
+    Args:
+        seeds: Of the rooms; the first also decides where the contexts lie.
+        targets: Views that are asked for.
+        gap: Least and largest number of frames from one context view to the other.
+        size: Side of the pictures.
+        device: Where they go.
+    """
+    rooms = Rooms.draw(seeds)
+    generator = torch.Generator().manual_seed(seeds[0])
+    count, frames = len(rooms), rooms.cam_to_world.shape[1]
+    spans = torch.randint(gap[0], gap[1] + 1, (count,), generator=generator)
+    first = (torch.rand(count, generator=generator) * (frames - spans)).long()
+    last = first + spans
+    place = torch.rand(count, targets, generator=generator)
+    asked = first[:, None] + 1 + (place * (spans[:, None] - 1)).long()
+    rooms = Rooms(*(getattr(rooms, field.name).to(device) for field in fields(rooms)))
+    context, distance = views_of(rooms, torch.stack([first, last], 1).to(device), size)
+    return Scene(context, views_of(rooms, asked.to(device), size)[0], None, distance)

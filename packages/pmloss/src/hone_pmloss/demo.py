@@ -1,0 +1,200 @@
+"""The demo: a room's point cloud at occlusion edges, optimised by pictures alone and with PM-Loss beside them.
+
+No network: the depths of the context views' pixels are what is optimised, from the true ones blurred over edges, as
+networks blur them. The teacher is the exact point map in a frame and scale of its own, so that this shows the mechanism
+and nothing of what a real teacher gives. Runs on a two-core CPU and downloads nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from hone_core.devices import resolve_device
+from hone_core.progress import Progress, progress_bar
+from hone_core.runs import Report, Run
+from hone_splat.cameras import quat_to_matrix, unproject
+from hone_splat.files import write_ply
+from hone_splat.gaussians import Gaussians
+from hone_splat.harmonics import C0
+from hone_splat.metrics import psnr
+from hone_splat.rendering import render
+from hone_splat.rooms import Rooms
+from hone_splat.views import Views
+from torch import Tensor
+
+from . import plots
+from .config import DemoConfig, PMLossConfig
+from .data import BEYOND, CONTEXT, GRADED, views_of
+from .geometry import KnownDepth, boundary_band, cloud_errors
+from .method import pm_loss
+from .teachers import OracleTeacher
+
+__all__ = ["ARMS", "DemoReport", "demo"]
+
+ARMS = {
+    "start": "blurred depth, as at the start",
+    "photometric": "pictures alone",
+    "pm": "with PM-Loss",
+    "pm_normalised": "with PM-Loss, scale-normalised",
+}
+METRICS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
+    "flying": ("", "lower"),
+    "accuracy": ("", "lower"),
+    "band_error": ("", "lower"),
+    "psnr_between": ("dB", "higher"),
+    "psnr_beyond": ("dB", "higher"),
+}
+BAND = 2
+"""Pixels from a depth edge that belong to its band."""
+FLYING = 0.1
+"""Share of the depth from which a point counts as flying: at 48 pixels, neighbours are a quarter of that apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoReport(Report):
+    """Result of the demo; as text, a table.
+
+    Attributes:
+        picture: Clouds from above and views from beyond the given ones.
+        splats: Each arm's cloud, by its name.
+        truth: Known depth, for ``eval``.
+    """
+
+    picture: Path
+    splats: dict[str, Path]
+    truth: Path
+
+    @classmethod
+    def of(cls, run: Run) -> DemoReport:
+        """Return the report of a finished run."""
+        splats = {arm: run.artifacts / f"{arm}.ply" for arm in ARMS}
+        truth = run.artifacts / "truth.safetensors"
+        return cls(path=run.path, rows=tuple(run.rows), picture=run.figures / "cloud.png", splats=splats, truth=truth)
+
+    def __str__(self) -> str:
+        found = {(row.variant, row.metric): row.value for row in self.rows}
+        titles = ("flying", "error", "at edges", "PSNR between", "PSNR beyond")
+        lines = [f"{'depths after':<32}" + "".join(f"{title:>14}" for title in titles)]
+        for arm, name in ARMS.items():
+            flying, *errors = (found[arm, metric] for metric in METRICS)
+            shown = [f"{flying:.1%}", *(f"{error:.3f}" for error in errors[:2]), *(f"{db:.2f}" for db in errors[2:])]
+            lines.append(f"{name:<32}" + "".join(f"{value:>14}" for value in shown))
+        lines += ["", f"picture  {self.picture}", *(f"splat    {path}" for path in self.splats.values())]
+        return "\n".join([*lines, f"truth    {self.truth}", f"results  {self.path / 'results.json'}"])
+
+
+def demo(cfg: DemoConfig, run: Run) -> DemoReport:
+    """Optimise the depths in both arms, and grade the clouds against the room."""
+    device = resolve_device(run.device)
+    rooms = Rooms.draw([GRADED + 500 + cfg.seed], device=device)
+    first, last = CONTEXT
+    frames = {
+        "context": torch.linspace(first, last, cfg.views).round().long(),
+        "train": torch.linspace(first + 1, last - 1, cfg.targets).round().long(),
+        "between": torch.arange(first + 2, last, 3),
+        "beyond": torch.cat([torch.arange(first - BEYOND, first, 3), torch.arange(last + 2, last + 1 + BEYOND, 3)]),
+    }
+    seen = {name: views_of(rooms, index[None].to(device), cfg.size) for name, index in frames.items()}
+    views = {name: pair[0] for name, pair in seen.items()}
+    context, distance = seen["context"]
+    truth = KnownDepth.of_distance(context, distance[0])
+    teacher = _own_frame(OracleTeacher(rooms)(context).points.flatten(1, 3), cfg.seed)
+    start = _blurred(distance, cfg.blur).log()
+    depths = {"start": start}
+    settings = {
+        "photometric": None,
+        "pm": PMLossConfig(weight=cfg.weight),
+        "pm_normalised": PMLossConfig(weight=cfg.weight, scale_normalised="full"),
+    }
+    with progress_bar(len(settings) * cfg.steps, desc="depths", quiet=run.quiet) as progress:
+        for arm, pm in settings.items():
+            depths[arm] = _optimise(cfg, context, views["train"], start, teacher, pm, progress)
+    shown = {}
+    for arm, log_depth in depths.items():
+        splat = _splat(context, log_depth)
+        write_ply(splat[0], run.artifacts / f"{arm}.ply")
+        grades, pictures = _grade(splat, truth, views)
+        for metric, (unit, better) in METRICS.items():
+            run.row(metric, grades[metric], unit=unit, better=better, variant=arm)
+        shown[arm] = (splat.means[0], pictures)
+    truth.write(run.artifacts / "truth.safetensors")
+    true_splat = _splat(context, distance.log())
+    plots.clouds(
+        {"true": (true_splat.means[0], views["beyond"].image_01[0])} | {ARMS[arm]: pair for arm, pair in shown.items()},
+        true_splat.sh[0, :, :, 0] * C0 + 0.5,
+        run.figures / "cloud.png",
+        title=f"a room from {cfg.views} views: from above, and as seen from beyond them",
+    )
+    return DemoReport.of(run)
+
+
+def _own_frame(points: Tensor, seed: int) -> Tensor:
+    """Points in another frame and scale, as of a teacher that knows no cameras."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = quat_to_matrix(torch.randn(4, generator=generator)).to(points)
+    return 0.37 * points @ turn.mT + torch.randn(3, generator=generator).to(points)
+
+
+def _blurred(distance: Tensor, width: int) -> Tensor:
+    """Distances averaged over a square, which puts pixels at edges between their surfaces."""
+    half = width // 2
+    return F.avg_pool2d(F.pad(distance, (half,) * 4, mode="replicate"), width, stride=1)
+
+
+def _splat(views: Views, log_depth: Tensor) -> Gaussians:
+    """A round, opaque Gaussian per pixel, of the pixel's colour and about its size."""
+    depth = log_depth.exp()
+    means = unproject(depth, views.cam_to_world, views.intrinsics_norm, "distance").flatten(1, 3)
+    pixel = 1 / (views.size[1] * views.intrinsics_norm[:, :, 0, 0])
+    scale = (0.5 * pixel[..., None, None] * depth.detach()).flatten(1)[..., None].expand(-1, -1, 3)
+    quats = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(means).expand(*means.shape[:2], 4)
+    colour = ((views.image_01.movedim(2, -1).flatten(1, 3) - 0.5) / C0)[..., None]
+    return Gaussians(means, scale, quats, torch.full_like(means[..., 0], 0.95), colour)
+
+
+def _optimise(
+    cfg: DemoConfig,
+    context: Views,
+    targets: Views,
+    start: Tensor,
+    teacher: Tensor,
+    pm: PMLossConfig | None,
+    progress: Progress,
+) -> Tensor:
+    """Logarithms of depth after the steps."""
+    log_depth = start.clone().requires_grad_()
+    # Pixels that nothing pulls at would be moved by rounding alone with a smaller epsilon.
+    optimizer = torch.optim.Adam([log_depth], cfg.lr, eps=1e-5)
+    for _ in range(cfg.steps):
+        splat = _splat(context, log_depth)
+        picture = render(splat, targets.cam_to_world, targets.intrinsics_norm, targets.size)
+        loss = (picture.image_01 - targets.image_01).square().mean()
+        if pm is not None:
+            loss = loss + pm.weight * pm_loss(splat.means, teacher, pm).loss.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        progress.update()
+    return log_depth.detach()
+
+
+@torch.no_grad()
+def _grade(splat: Gaussians, truth: KnownDepth, views: dict[str, Views]) -> tuple[dict[str, float], Tensor]:
+    """Grades of a cloud, and its pictures from beyond."""
+    errors = cloud_errors(splat.means[0], truth, flying=FLYING)
+    band = boundary_band(truth.depth_z, width=BAND).flatten()
+    grades = {
+        "flying": float(errors.flying.double().mean()),
+        "band_error": float(errors.accuracy[band].mean()),
+        "accuracy": float(errors.accuracy.mean()),
+    }
+    pictures = {}
+    for name in ("between", "beyond"):
+        asked = views[name]
+        pictures[name] = render(splat, asked.cam_to_world, asked.intrinsics_norm, asked.size).image_01[0]
+        grades[f"psnr_{name}"] = float(psnr(pictures[name], asked.image_01[0]).mean())
+    return grades, pictures["beyond"]

@@ -1,0 +1,97 @@
+"""The geometry report of a splat: centres against true points, depth against the true one, at edges and elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hone_core.devices import resolve_device
+from hone_core.runs import Report, Run
+from hone_splat.files import read_ply
+
+from . import plots
+from .config import EvalConfig
+from .geometry import KnownDepth, boundary_band, cloud_errors, splat_depth
+
+__all__ = ["GeometryReport", "evaluate", "prepare"]
+
+COVERED = 0.5
+"""Share of a pixel that a splat must cover for its depth to count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometryReport(Report):
+    """Result of ``eval``; as text, a table.
+
+    Attributes:
+        picture: True depth, the splat's, and the error, view by view.
+    """
+
+    picture: Path
+
+    @classmethod
+    def of(cls, run: Run) -> GeometryReport:
+        """Return the report of a finished run."""
+        return cls(path=run.path, rows=tuple(run.rows), picture=run.figures / "depth_errors.png")
+
+    def __str__(self) -> str:
+        lines = [f"{row.metric:<18} {row.split:<14} {row.value:>10.4g} {row.unit}".rstrip() for row in self.rows]
+        return "\n".join([*lines, "", f"picture  {self.picture}", f"results  {self.path / 'results.json'}"])
+
+
+def prepare(cfg: EvalConfig) -> EvalConfig:
+    """Read both files' heads.
+
+    Raises:
+        ValueError: The splat is no 3DGS file, the truth holds impossible cameras, or no Gaussian is opaque enough.
+        CheckpointError: The truth is no such file.
+    """
+    KnownDepth.read(cfg.truth)
+    splat = read_ply(cfg.ply)
+    if not splat.finite():
+        raise ValueError(f"{cfg.ply} holds values that are not finite")
+    if not len(splat.pruned(opacity=cfg.opacity)):
+        raise ValueError(
+            f"{cfg.ply}: none of {len(splat)} Gaussians has an opacity of {cfg.opacity:g}; lower --opacity"
+        )
+    return cfg
+
+
+def evaluate(cfg: EvalConfig, run: Run) -> GeometryReport:
+    """Write the report."""
+    device = resolve_device(run.device)
+    truth = KnownDepth.read(cfg.truth)
+    truth = KnownDepth(truth.cam_to_world.to(device), truth.intrinsics_norm.to(device), truth.depth_z.to(device))
+    splat = read_ply(cfg.ply).pruned(opacity=cfg.opacity).map(lambda part: part.to(device))
+    errors = cloud_errors(splat.means, truth, flying=cfg.flying)
+    for name, values in (("accuracy", errors.accuracy), ("completion", errors.completion)):
+        values = values.double()
+        run.row(
+            name,
+            float(values.mean()),
+            better="lower",
+            n=len(values),
+            spread=float(values.std(correction=0)),
+            split="mean",
+        )
+        run.row(name, float(values.median()), better="lower", n=len(values), split="median")
+    run.row("flying", float(errors.flying.double().mean()), better="lower", n=len(splat))
+    # Distances below that of the true points to each other say nothing.
+    run.row("truth_spacing", float(errors.spacing.median()), better="none", n=len(errors.spacing), split="median")
+    depth, cover = splat_depth(splat, truth)
+    known = truth.known
+    # What is not known lies at no edge.
+    filled = torch.where(known, truth.depth_z, truth.depth_z[known].median())
+    band = boundary_band(filled, width=cfg.band, jump=cfg.jump) & known
+    error = (depth - truth.depth_z).abs() / torch.where(known, truth.depth_z, 1.0)
+    for split, where in (("at edges", band), ("elsewhere", known & ~band)):
+        seen = where & (cover >= COVERED)
+        if bool(seen.any()):
+            run.row("depth_abs_rel", float(error[seen].double().mean()), better="lower", n=int(seen.sum()), split=split)
+        if bool(where.any()):
+            run.row(
+                "uncovered", float((~seen & where).sum() / where.sum()), better="lower", n=int(where.sum()), split=split
+            )
+    plots.depth_errors(truth.depth_z, depth, band, run.figures / "depth_errors.png", title=cfg.ply.name)
+    return GeometryReport.of(run)

@@ -1,0 +1,56 @@
+"""Grades of a host on rooms that it was not trained on: pictures between and beyond the given views, and geometry."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from hone_splat.metrics import psnr
+from hone_splat.mvsplat import MVSplat
+from hone_splat.rendering import render
+from torch import Tensor
+
+from .data import Scene
+from .method import nearest
+
+__all__ = ["METRICS", "grade"]
+
+METRICS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
+    "psnr_between": ("dB", "higher"),
+    "psnr_beyond": ("dB", "higher"),
+    "depth_abs_rel": ("", "lower"),
+    "flying": ("", "lower"),
+}
+"""Name to unit and better direction."""
+FLYING = 0.02
+"""Share of the true distance from which a centre counts as flying."""
+
+
+@torch.inference_mode()
+def grade(host: MVSplat, scenes: list[Scene]) -> dict[str, Tensor]:
+    """Grade a host room by room.
+
+    Args:
+        host: In evaluation mode.
+        scenes: Of any number of rooms each.
+
+    Returns:
+        Values ``[rooms]`` of each of ``METRICS``. A centre flies when the nearest true point of the context views lies
+        further away than ``FLYING`` of its distance from its camera.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in METRICS}
+    for scene in scenes:
+        output = host(scene.context)
+        for name, targets in (("psnr_between", scene.between), ("psnr_beyond", scene.beyond)):
+            assert targets is not None
+            picture = render(output.gaussians, targets.cam_to_world, targets.intrinsics_norm, targets.size)
+            values = psnr(picture.image_01.flatten(0, 1), targets.image_01.flatten(0, 1))
+            found[name].append(values.unflatten(0, (len(targets), -1)).mean(1))
+        true = scene.points().flatten(1, 3)
+        found["depth_abs_rel"].append(((output.depth - scene.distance).abs() / scene.distance).flatten(1).mean(1))
+        share = []
+        for means, points, distance in zip(output.gaussians.means, true, scene.distance.flatten(1), strict=True):
+            index = nearest(means, points)
+            share.append(((means - points[index]).norm(dim=-1) > FLYING * distance[index]).double().mean())
+        found["flying"].append(torch.stack(share))
+    return {name: torch.cat(values).double().cpu() for name, values in found.items()}

@@ -1,0 +1,78 @@
+"""Pictures of the verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from hone_core.plots import drawing, finish
+from torch import Tensor
+
+__all__ = ["clouds", "depth_errors"]
+
+SHOWN = 4
+"""Views per row."""
+
+
+def clouds(arms: Mapping[str, tuple[Tensor, Tensor]], colours: Tensor, path: Path, *, title: str) -> Path:
+    """A row per arm: its centres from above, and its pictures.
+
+    Args:
+        arms: Name to centres ``[G, 3]`` and pictures ``[V, 3, H, W]``.
+        colours: ``[G, 3]`` of the centres, in [0, 1].
+        path: To write.
+        title: Of the figure.
+    """
+    first = next(iter(arms.values()))[1]
+    picks = np.linspace(0, len(first) - 1, min(SHOWN, len(first))).round().astype(int)
+    everything = next(iter(arms.values()))[0].cpu().numpy()
+    low, high = everything.min(0) - 0.3, everything.max(0) + 0.3
+    with drawing(path, 2.6 + 1.8 * len(picks), 2.0 * len(arms) + 0.4) as figure:
+        axes = figure.subplots(
+            len(arms), 1 + len(picks), squeeze=False, gridspec_kw={"width_ratios": [1.4] + [1] * len(picks)}
+        )
+        for line, (name, (centres, images)) in zip(axes, arms.items(), strict=True):
+            points = centres.cpu().numpy()
+            line[0].scatter(points[:, 0], points[:, 2], c=colours.clamp(0, 1).cpu().numpy(), s=0.8, linewidths=0)
+            line[0].set(xlim=(low[0], high[0]), ylim=(low[2], high[2]), aspect="equal", ylabel=name)
+            for axis, pick in zip(line[1:], picks, strict=True):
+                axis.imshow(images[pick].clamp(0, 1).movedim(0, -1).cpu().numpy(), interpolation="nearest")
+            for axis in line:
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.grid(False)
+        finish(figure, title=title)
+    return path
+
+
+def depth_errors(true: Tensor, found: Tensor, band: Tensor, path: Path, *, title: str) -> Path:
+    """True depth, the splat's, and the relative error with the bands along depth edges outlined; a row per view.
+
+    Args:
+        true: ``[V, H, W]``.
+        found: ``[V, H, W]``.
+        band: ``[V, H, W]``, whether a pixel belongs to a band.
+        path: To write.
+        title: Of the figure.
+    """
+    picks = np.linspace(0, len(true) - 1, min(SHOWN, len(true))).round().astype(int)
+    with drawing(path, 6.4, 2.1 * len(picks) + 0.4) as figure:
+        axes = figure.subplots(len(picks), 3, squeeze=False)
+        for line, pick in zip(axes, picks, strict=True):
+            real, drawn = true[pick].cpu().numpy(), found[pick].cpu().numpy()
+            known = np.isfinite(real) & (real > 0)
+            span = {"vmin": float(real[known].min()), "vmax": float(real[known].max())}
+            error = np.where(known, np.abs(drawn - real) / np.where(known, real, 1), np.nan)
+            for axis, image, name, options in (
+                (line[0], real, "true depth", {"cmap": "viridis", **span}),
+                (line[1], drawn, "the splat's", {"cmap": "viridis", **span}),
+                (line[2], error, "relative error, 0 to 20 %", {"cmap": "magma", "vmin": 0.0, "vmax": 0.2}),
+            ):
+                axis.imshow(image, interpolation="nearest", **options)
+                axis.set(xticks=[], yticks=[], title=name)
+                axis.grid(False)
+            if band[pick].any():
+                line[2].contour(band[pick].cpu().numpy(), levels=[0.5], colors="white", linewidths=0.5)
+        finish(figure, title=title)
+    return path

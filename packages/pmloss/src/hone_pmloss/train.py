@@ -1,0 +1,163 @@
+"""Train the tiny host: by pictures alone first, then in two arms of equally many steps from the same weights.
+
+One arm goes on by pictures alone, which is the control that extra steps need; the other with the point maps' loss
+beside them. One command makes the host that ships: ``hone-pmloss train-host``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hone_core.devices import resolve_device
+from hone_core.hosts import save_host
+from hone_core.runs import Run
+from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_splat.mvsplat import MVSplat
+from hone_splat.rendering import render
+from torch import Tensor, nn
+
+from .config import ARMS, PMLossConfig, TrainHostConfig
+from .data import Scene, graded_rooms, training_batch
+from .grading import METRICS, grade
+from .host import PACKAGE, load_host
+from .method import pm_loss
+from .models import tiny
+
+__all__ = ["GATES", "STAGES", "scene_loss", "train_host"]
+
+STAGES = ("base", *ARMS)
+GATES = {f"{arm} psnr_between": 17.0 for arm in ARMS}
+"""PSNR in dB between the context views of graded rooms that each arm must reach before the host says anything; the mean
+colour of the true pictures reaches 12 to 13."""
+
+
+class _Count(nn.Module):
+    """How often the cap fired, over all parts of a run."""
+
+    capped: Tensor
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("capped", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def add(self, capped: Tensor) -> None:
+        self.capped += capped.sum().to(self.capped)
+        self.seen += len(capped)
+
+
+def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
+    """Train, export and grade the arms; a stopped run goes on where it was.
+
+    Raises:
+        CheckpointError: The folder's checkpoint is of another config.
+        RuntimeError: The loss is not finite.
+    """
+    device = resolve_device(run.device)
+    arms = {name: tiny(cfg.host, seed=cfg.seed).to(device) for name in STAGES}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        name: torch.optim.AdamW(arm.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        for name, arm in arms.items()
+    }
+    count = _Count()
+    parts: dict[str, Any] = {**arms, "count": count}
+    parts |= {f"{name} optimizer": optimizer for name, optimizer in optimizers.items()}
+    training = Training(cfg, run.artifacts / "checkpoint.pt", parts)
+    training.resume()
+    training.follow(_train(cfg, training, arms, optimizers, count, device), run)
+    path = run.artifacts / HOST
+    save_host(path, cfg.host, {f"{arm}.": arms[arm].eval() for arm in ARMS}, package=PACKAGE)
+    scenes = [graded_rooms([seed], cfg.graded_targets, cfg.host.size, device=device) for seed in range(cfg.graded)]
+    result = {}
+    for arm in ARMS:
+        grades = grade(load_host(arm, path=path, device=device).host, scenes)
+        for metric, (unit, better) in METRICS.items():
+            values = grades[metric]
+            result[f"{arm} {metric}"] = float(values.mean())
+            n, spread = cfg.graded, float(values.std(correction=0))
+            run.row(metric, float(values.mean()), unit=unit, better=better, n=n, spread=spread, variant=arm)
+    run.row("capped", float(count.capped) / max(1, int(count.seen)), better="lower", n=int(count.seen), variant="pm")
+    details = {
+        "graded": f"{cfg.graded_targets} views between and as many beyond the two given ones, of {cfg.graded} rooms",
+        "teacher": "exact points of the rooms",
+        "parameters": sum(part.numel() for part in arms["pm"].parameters()),
+    }
+    return finish_host(run, training, result, gates=GATES, details=details)
+
+
+def stage_steps(cfg: TrainHostConfig) -> dict[str, int]:
+    """Steps of each stage."""
+    assert cfg.steps is not None
+    each = max(1, round(cfg.steps * (1 - cfg.base_share) / len(ARMS)))
+    return {"base": max(1, cfg.steps - each * len(ARMS))} | dict.fromkeys(ARMS, each)
+
+
+def _train(
+    cfg: TrainHostConfig,
+    training: Training,
+    arms: dict[str, MVSplat],
+    optimizers: dict[str, torch.optim.Optimizer],
+    count: _Count,
+    device: torch.device,
+) -> Iterator[dict[str, float] | None]:
+    """One stage after the other; yields what to log, or None, after each step."""
+    training.start()
+    begins = 0
+    for stage, steps in stage_steps(cfg).items():
+        host = arms[stage].train()
+        if stage != "base" and training.step == begins:
+            host.load_state_dict(arms["base"].state_dict())
+        while training.step < begins + steps:
+            logged = _advance(cfg, stage, host, optimizers[stage], count, training.step - begins, steps, device)
+            training.step += 1
+            stage_number = {"stage": float(STAGES.index(stage))}
+            yield {name: float(value) for name, value in logged.items()} | stage_number if training.due() else None
+        begins += steps
+
+
+def _advance(
+    cfg: TrainHostConfig,
+    stage: str,
+    host: MVSplat,
+    optimizer: torch.optim.Optimizer,
+    count: _Count,
+    step: int,
+    steps: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    # Arms see the same rooms and views.
+    number = (cfg.seed * 4 + (stage != "base")) * 100_000 + step
+    seeds = [number * cfg.scenes % 900_000 + scene for scene in range(cfg.scenes)]
+    scene = training_batch(seeds, cfg.targets, cfg.gap, cfg.host.size, device=device)
+    loss, logged = scene_loss(host, scene, cfg.pm if stage == "pm" else None)
+    if "capped" in logged:
+        count.add(logged.pop("capped"))
+        logged["capped"] = count.capped / count.seen
+    peak = 1.0 if stage == "base" else cfg.fine_tune_lr
+    factor = peak * min(1.0, (step + 1) / cfg.warmup_steps, max(0.02, (steps - step) / steps * 1.5))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(host.parameters(), 0.5)
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.lr * factor
+    optimizer.step()
+    return {"loss": loss.detach(), **logged}
+
+
+def scene_loss(host: MVSplat, scene: Scene, pm: PMLossConfig | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the pictures between the context views, and the weighted term where there is one.
+
+    Returns:
+        The loss, and what to log of the term: its mean before the weight, and which scenes were capped.
+    """
+    output = host(scene.context)
+    targets = scene.between
+    picture = render(output.gaussians, targets.cam_to_world, targets.intrinsics_norm, targets.size)
+    loss = (picture.image_01 - targets.image_01).square().mean()
+    if pm is None:
+        return loss, {}
+    term = pm_loss(output.gaussians.means, scene.points().flatten(1, 3), pm)
+    return loss + pm.weight * term.loss.mean(), {"pm": term.raw.mean(), "capped": term.capped}

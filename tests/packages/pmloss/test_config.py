@@ -1,0 +1,23 @@
+import pytest
+from hone_pmloss.config import DemoConfig, EvalConfig, PMLossConfig, TrainHostConfig
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PMLossConfig(trim=1.0), r"trim must lie in \[0, 1\); got 1.0"),
+        (lambda: PMLossConfig(trim=0.1, align="none"), "trim belongs to align='umeyama'; got align='none'"),
+        (lambda: PMLossConfig(cap=0.0), "cap positive"),
+        (lambda: PMLossConfig(huber_delta=0.0), "huber_delta and cap positive"),
+        (lambda: TrainHostConfig(steps=None), "steps must be given"),
+        (lambda: TrainHostConfig(base_share=1.0), r"base_share must lie in \(0, 1\); got 1.0"),
+        (lambda: TrainHostConfig(gap=(1, 5)), "expected 2 <= gap < 50"),
+        (lambda: TrainHostConfig(graded_targets=14), "graded_targets 1 to 13"),
+        (lambda: DemoConfig(size=8), "expected size >= 16"),
+        (lambda: DemoConfig(blur=4), "blur must be odd"),
+        (lambda: EvalConfig(ply="a", truth="b", opacity=1.0), "expected 0 <= opacity < 1"),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

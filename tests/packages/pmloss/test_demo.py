@@ -1,0 +1,21 @@
+import pytest
+from hone_pmloss.config import DemoConfig, EvalConfig
+from hone_pmloss.demo import ARMS, demo
+from hone_pmloss.evaluate import evaluate, prepare
+from hone_splat.files import read_ply
+
+
+def test_the_demo_leaves_clouds_that_the_report_reads(start):
+    cfg = DemoConfig(size=16, views=2, targets=2, steps=12)
+    with start(cfg) as run:
+        report = demo(cfg, run)
+    values = {(row.variant, row.metric): row.value for row in report.rows}
+    assert {variant for variant, _ in values} == set(ARMS)
+    assert values["pm_normalised", "band_error"] < values["photometric", "band_error"]
+    assert report.picture.is_file()
+    assert "with PM-Loss" in str(report)
+    assert len(read_ply(report.splats["pm"])) == 2 * 16 * 16
+    cfg = prepare(EvalConfig(ply=report.splats["pm"], truth=report.truth, flying=0.1))
+    with start(cfg, "eval") as run:
+        rows = {(row.metric, row.split): row.value for row in evaluate(cfg, run).rows}
+    assert rows["flying", ""] == pytest.approx(values["pm", "flying"], abs=0.01)

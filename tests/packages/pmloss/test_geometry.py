@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hone_core.errors import CheckpointError
+from hone_pmloss.config import EvalConfig
+from hone_pmloss.data import training_batch
+from hone_pmloss.evaluate import GeometryReport, evaluate, prepare
+from hone_pmloss.geometry import KnownDepth, boundary_band, cloud_errors, depth_edges, splat_depth
+from hone_splat.files import write_ply
+from hone_splat.gaussians import Gaussians
+
+
+def wall(size=16):
+    """A camera before a wall at depth 4, whose right half stands at 2."""
+    depth = torch.full((1, size, size), 4.0)
+    depth[:, :, size // 2 :] = 2.0
+    inner = torch.tensor([[[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1]]])
+    return KnownDepth(torch.eye(4)[None], inner, depth)
+
+
+def splat_of(points, scale=0.1):
+    count = len(points)
+    quats = torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
+    return Gaussians(points, torch.full((count, 3), scale), quats, torch.full((count,), 0.99), torch.zeros(count, 3, 1))
+
+
+def test_edges_and_bands_by_hand():
+    truth = wall()
+    edges = depth_edges(truth.depth_z)
+    assert edges[0, 3].nonzero()[:, 0].tolist() == [7, 8]
+    assert boundary_band(truth.depth_z, width=2)[0, 3].nonzero()[:, 0].tolist() == list(range(5, 11))
+    assert torch.equal(boundary_band(truth.depth_z, width=0), edges)
+    assert not depth_edges(truth.depth_z, jump=1.1).any()
+    assert depth_edges(truth.depth_z.mT)[0, :, 3].nonzero()[:, 0].tolist() == [7, 8]
+
+
+def test_errors_of_a_cloud_by_hand():
+    truth = wall()
+    points, depth = truth.points()
+    assert torch.allclose(points[:, 2], depth)
+    assert float(points[0, 0]) == pytest.approx((0.5 / 16 - 0.5) * 4)
+    same = cloud_errors(points, truth)
+    assert float(same.accuracy.max()) == float(same.completion.max()) == 0
+    assert not same.flying.any()
+    assert float(same.spacing.min()) == pytest.approx(2 / 16, abs=1e-5)
+    # One point 0.05 before the far half, 1.25 % of its depth; one before the near half, 2.5 %.
+    moved = points[[0, 15]] - torch.tensor([0, 0, 0.05])
+    errors = cloud_errors(moved, truth)
+    assert errors.accuracy.tolist() == pytest.approx([0.05, 0.05], abs=1e-5)
+    assert errors.flying.tolist() == [False, True]
+    assert float(errors.completion.max()) > 1
+
+
+def test_unknown_depth_is_left_out_and_bad_files_are_named(tmp_path):
+    truth = wall()
+    depth = truth.depth_z.clone()
+    depth[0, 0] = 0
+    depth[0, 1] = torch.inf
+    part = KnownDepth(truth.cam_to_world, truth.intrinsics_norm, depth)
+    assert len(part.points()[0]) == 14 * 16
+    back = KnownDepth.read(part.write(tmp_path / "truth.safetensors"))
+    assert torch.equal(back.known, part.known)
+    with pytest.raises(ValueError, match="no depth is known"):
+        KnownDepth(truth.cam_to_world, truth.intrinsics_norm, 0 * depth.nan_to_num(posinf=0))
+    (tmp_path / "bad").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        KnownDepth.read(tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"depth_z must be \[1, H, W\]"):
+        KnownDepth(truth.cam_to_world, truth.intrinsics_norm, depth[0])
+
+
+def test_known_depth_of_rooms_is_along_the_axis():
+    scene = training_batch([5], 1, (8, 18), 16)
+    truth = KnownDepth.of_distance(scene.context, scene.distance[0])
+    assert torch.allclose(truth.points()[0], scene.points()[0].flatten(0, 2), atol=1e-4)
+
+
+def test_the_report_of_a_true_splat_and_of_one_too_far(tmp_path, start):
+    truth = wall(32)
+    points, _ = truth.points()
+    truth.write(tmp_path / "truth.safetensors")
+    values = {}
+    for name, factor in (("true", 1.0), ("far", 1.1)):
+        splat = splat_of(factor * points, 0.02)
+        depth, cover = splat_depth(splat, truth)
+        assert float(cover.mean()) > 0.9
+        assert float((depth / truth.depth_z).median()) == pytest.approx(factor, abs=0.01)
+        write_ply(splat, tmp_path / f"{name}.ply")
+        cfg = prepare(EvalConfig(ply=tmp_path / f"{name}.ply", truth=tmp_path / "truth.safetensors", band=2))
+        with start(cfg, f"eval-{name}") as run:
+            report = evaluate(cfg, run)
+        assert isinstance(report, GeometryReport)
+        assert report.picture.is_file()
+        assert "depth_abs_rel" in str(report)
+        values[name] = {(row.metric, row.split): row.value for row in report.rows}
+    assert values["true"]["accuracy", "mean"] < 1e-5
+    assert values["true"]["flying", ""] == 0
+    assert values["true"]["depth_abs_rel", "elsewhere"] < 0.01
+    assert values["true"]["depth_abs_rel", "at edges"] > values["true"]["depth_abs_rel", "elsewhere"]
+    # Nothing is aligned: a splat of another scale is wrong everywhere.
+    assert values["far"]["flying", ""] > 0.9
+    assert values["far"]["depth_abs_rel", "elsewhere"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_splat_that_is_too_faint_is_named(tmp_path):
+    truth = wall()
+    truth.write(tmp_path / "truth.safetensors")
+    faint = splat_of(truth.points()[0])
+    write_ply(
+        Gaussians(faint.means, faint.scales, faint.quats_wxyz, 0.01 * faint.opacities, faint.sh), tmp_path / "a.ply"
+    )
+    with pytest.raises(ValueError, match=r"none of 256 Gaussians has an opacity of 0\.05"):
+        prepare(EvalConfig(ply=tmp_path / "a.ply", truth=tmp_path / "truth.safetensors"))

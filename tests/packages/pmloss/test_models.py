@@ -1,0 +1,96 @@
+import pytest
+import torch
+from hone_pmloss import attach
+from hone_pmloss.config import HostConfig, PMLossConfig
+from hone_pmloss.data import training_batch
+from hone_pmloss.method import pm_loss
+from hone_pmloss.models import PMLoss, tiny
+from hone_pmloss.teachers import OracleTeacher, PointMap
+from hone_splat.rooms import Rooms
+from torch import nn
+
+SMALL = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, refine_channels=32, size=32)
+
+
+@pytest.fixture
+def scene():
+    return training_batch([0, 1], 2, (8, 18), 32)
+
+
+@pytest.fixture
+def oracle():
+    return OracleTeacher(Rooms.draw([0, 1]))
+
+
+class Anchors(nn.Module):
+    """A compressor that keeps views as they are, in an order of its own."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def forward(self, features, views):
+        rows = torch.arange(len(self.index))[:, None]
+        return features[rows, self.index], self.index
+
+
+def test_a_training_forward_carries_the_term_and_others_do_not(scene, oracle):
+    host = tiny(SMALL)
+    before = host(scene.context).gaussians.means
+    with attach(host, "paper", teacher=oracle) as handle:
+        assert not hasattr(host(scene.context), "pm")
+        host.train()
+        output = host(scene.context)
+        want = pm_loss(output.gaussians.means, scene.points().flatten(1, 3))
+        assert torch.allclose(output.pm.loss, want.loss, rtol=1e-4)
+        assert torch.allclose(output.pm_loss, 0.005 * want.loss.mean(), rtol=1e-4)
+        output.pm_loss.backward()
+        assert all(part.grad.isfinite().all() for part in host.parameters() if part.grad is not None)
+        assert float(host.depth_predictor.to_disparity[2].weight.grad.abs().max()) > 0
+        with torch.no_grad():
+            assert not hasattr(host(scene.context), "pm")
+        with handle.disabled():
+            assert not hasattr(host(scene.context), "pm")
+        with pytest.raises(ValueError, match=r"detach\(\) its handle first"):
+            attach(host, "paper", teacher=oracle)
+    assert not hasattr(host(scene.context), "pm")
+    assert torch.equal(host.eval()(scene.context).gaussians.means, before)
+
+
+def test_the_teachers_rows_follow_the_anchors(oracle):
+    scene = training_batch([0, 1], 1, (8, 18), 32)
+    host = tiny(SMALL).train()
+    index = torch.tensor([[1, 0], [0, 1]])
+    host.join.zipmatch = Anchors(index)
+    with attach(host, PMLossConfig(cap=None), teacher=oracle):
+        output = host(scene.context)
+    rows = torch.arange(2)[:, None]
+    points = scene.points()
+    right = pm_loss(output.gaussians.means, points[rows, index].flatten(1, 3), PMLossConfig(cap=None)).loss
+    wrong = pm_loss(output.gaussians.means, points.flatten(1, 3), PMLossConfig(cap=None)).loss
+    assert torch.allclose(output.pm.loss, right, rtol=1e-4)
+    assert not torch.allclose(output.pm.loss[0], wrong[0], rtol=1e-2)
+
+
+def test_a_trainer_gives_views_an_answer_or_points(scene, oracle):
+    means = (scene.points() + 0.05 * torch.randn(scene.points().shape)).flatten(1, 3)
+    pm = PMLoss(oracle)
+    given = [pm(means, scene.context), pm(means, oracle(scene.context)), pm(means, scene.points())]
+    given.append(pm(means.view(2, 2, 32, 32, 3), scene.points().flatten(1, 3)))
+    for term in given[1:]:
+        assert torch.allclose(term.loss, given[0].loss, rtol=1e-4)
+    assert float(pm(scene.points().flatten(1, 3), scene.context).loss.max()) < 1e-8
+    with pytest.raises(ValueError, match="there is no teacher to ask"):
+        PMLoss()(means, scene.context)
+    with pytest.raises(ValueError, match="of the same pixels"):
+        pm(means[:, :100], scene.context)
+    poses = PMLoss(lambda views: PointMap(scene.points()), PMLossConfig(align="pose"))
+    poses.teacher.name = "function"
+    with pytest.raises(ValueError, match="function gives no camera centres"):
+        poses(means, scene.context)
+
+
+def test_another_network_is_named(oracle):
+    host = nn.Linear(2, 2)
+    with attach(host, "paper", teacher=oracle), pytest.raises(TypeError, match="Linear gave Tensor"):
+        host(torch.zeros(1, 2))

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from hone_core.runs import Run
+from hone_pmloss import train
+from hone_pmloss.config import HostConfig, PMLossConfig, TrainHostConfig
+from hone_pmloss.data import graded_rooms, training_batch
+from hone_pmloss.grading import METRICS, grade
+from hone_pmloss.host import open_tiny
+from hone_pmloss.models import tiny
+from safetensors.torch import load_file
+
+SMALL = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, refine_channels=32, size=32)
+
+
+@pytest.fixture(scope="module")
+def short():
+    return TrainHostConfig(
+        host=SMALL, steps=5, base_share=0.3, scenes=1, targets=1, graded=1, graded_targets=1, log_every=1,
+        checkpoint_seconds=-1.0,
+    )  # fmt: skip
+
+
+def open_run(cfg, folder):
+    return Run.start(package="hone-pmloss", verb="train-host", config=cfg, out=folder, device="cpu", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def whole(short, tmp_path_factory):
+    with open_run(short, tmp_path_factory.mktemp("whole")) as run:
+        report = train.train_host(short, run)
+    return run, report
+
+
+def test_a_run_leaves_two_graded_arms_and_counts_the_cap(whole, short):
+    run, report = whole
+    assert report.steps == 5
+    assert train.stage_steps(short) == {"base": 1, "photometric": 2, "pm": 2}
+    stored = open_tiny(report.checkpoint)
+    assert stored.facts.result.keys() == {f"{arm} {name}" for arm in ("photometric", "pm") for name in METRICS}
+    (capped,) = [row for row in run.rows if row.metric == "capped"]
+    assert capped.n == 2
+    assert (run.path / "metrics.jsonl").read_text().count('"pm"') == 2
+
+
+def test_a_stopped_run_goes_on_exactly(whole, short, tmp_path, monkeypatch):
+    advance, calls = train._advance, []
+
+    def stop_after_four(*args):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return advance(*args)
+
+    monkeypatch.setattr(train, "_advance", stop_after_four)
+    with pytest.raises(KeyboardInterrupt), open_run(short, tmp_path / "cut") as run:
+        train.train_host(short, run)
+    monkeypatch.setattr(train, "_advance", advance)
+    with open_run(short, tmp_path / "cut") as run:
+        assert run.resumed
+        train.train_host(short, run)
+    first, second = (load_file(one.artifacts / "host.safetensors") for one in (whole[0], run))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert [row for row in run.rows if row.metric == "capped"] == [
+        row for row in whole[0].rows if row.metric == "capped"
+    ]
+
+
+def test_the_arms_see_the_same_rooms_and_differ_by_the_term(short, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "training_batch", lambda seeds, *rest, **kw: seen.append(seeds) or scene)
+    scene = training_batch([0], 1, (8, 18), 32)
+    host = tiny(SMALL).train()
+    optimizer = torch.optim.SGD(host.parameters(), 0.0)
+    for stage in ("photometric", "pm", "base"):
+        train._advance(short, stage, host, optimizer, train._Count(), 1, 2, torch.device("cpu"))
+    assert seen[0] == seen[1] != seen[2]
+    plain, none = train.scene_loss(host, scene, None)
+    whole, logged = train.scene_loss(host, scene, PMLossConfig(weight=0.5))
+    assert none == {}
+    assert float((whole - plain).detach()) == pytest.approx(0.5 * float(logged["pm"]), rel=1e-4)
+
+
+def test_geometry_grades_of_true_depth():
+    class True_(torch.nn.Module):
+        def forward(self, views):
+            output = host(views)
+            points = scene.points().flatten(1, 3)
+            return type(output)(
+                output.gaussians.__class__(
+                    points, output.gaussians.scales, output.gaussians.quats_wxyz, output.gaussians.opacities,
+                    output.gaussians.sh,
+                ),
+                scene.distance, output.views, None, output.features,
+            )  # fmt: skip
+
+    host, scene = tiny(SMALL), graded_rooms([0], 2, 32)
+    right, wrong = grade(True_(), [scene]), grade(host, [scene])
+    assert float(right["flying"]) == float(right["depth_abs_rel"]) == 0
+    assert float(wrong["flying"]) > 0.5
+    assert float(wrong["depth_abs_rel"]) > 0.1
