@@ -68,7 +68,7 @@ def test_interpreted_broken_logits():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("rows", [1, 4, 32, 64])
+@pytest.mark.parametrize("rows", [1, 4, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_machine_code(rows, dtype):
     from hone_kernels.compile import compile_launch, record_launches
