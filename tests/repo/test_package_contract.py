@@ -61,7 +61,7 @@ NO_HOST_YET = {
     "hone-zpressor": "hone_zpressor.host:build_tiny",
 }
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
-NO_VERB_YET = {"hone-pmloss": ("bench", "reproduce"), "hone-zipr1": ("bench",)}
+NO_VERB_YET = {"hone-pmloss": ("bench", "reproduce")}
 """Verbs that are still missing in a package in progress, whose README says so."""
 NO_DEMO_YET = ("hone-sparsevar", "hone-zpressor")
 """Packages whose demo waits for its trained host to be measured."""

@@ -259,3 +259,8 @@ def test_sections_inside_others_are_not_counted_twice(monkeypatch):
         pass
     assert meter.seconds == {"inner": 3.0, "outer": 20.0 - 3.0 + 1.0}
     assert not meter.peak
+
+
+def test_a_pyramid_is_not_timed():
+    with pytest.raises(ValueError, match="bench times asa and asa_g"):
+        BenchConfig(model="wan2.1-1.3b", preset="wan2.1-1.3b-psa")

@@ -458,7 +458,7 @@ def test_gradient_checkpointing_recomputes_the_same_mask(offsets):
     "mask",
     [
         "adaptive",
-        "pyramid",
+        pytest.param("pyramid", marks=pytest.mark.slow),
         "dense",
         pytest.param("window", marks=pytest.mark.slow),
         pytest.param("random", marks=pytest.mark.slow),

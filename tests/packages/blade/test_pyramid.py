@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hone_blade.config import BladeConfig, Comparison
 from hone_blade.method import adaptive_sparse_attention, sparse_layout
 from hone_blade.pyramid import pyramid_attention, pyramid_density, pyramid_factors, similarity_cap
-from hone_core.testing import assert_close, gradcheck
+from hone_core.testing import assert_close, gradcheck, no_host_sync, requires_gpu
 
 PYRAMID = BladeConfig(mask="pyramid", block=16, samples=4, levels=(0.3, 0.5, 0.7, 0.9), min_density=0.0)
 
@@ -200,3 +200,32 @@ def test_the_layout_is_of_what_is_read():
 def test_wrong_pyramids_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         change(**fields)
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize(("tokens", "dim"), [(2048, 128), (2177, 64)])
+def test_gpu_agrees_with_the_reference(tokens, dim):
+    shape = (1, tokens, 2, dim)
+    leaves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)]
+    dout, results = leaves.pop(), {}
+    factors = mixed(1, 2, tokens, 128).cuda()
+    for name in ("triton", "reference"):
+        copies = [x.detach().requires_grad_() for x in leaves]
+        out = pyramid_attention(*copies, factors, change(block=128, backend=name))
+        results[name] = (out, *torch.autograd.grad(out, copies, dout))
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        assert_close(got, want)
+
+
+@requires_gpu(min_sm=80)
+def test_gpu_waits_for_nothing():
+    q, k, v = (torch.randn(1, 2, 2177, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    cfg = change(block=128, samples=16, similarity=(0.7, 0.65, 0.6))
+
+    def attend():
+        return adaptive_sparse_attention(q, k, v, cfg=cfg, text_tokens=50)
+
+    want = attend()  # compiles, and fills the table of sample positions
+    with no_host_sync():
+        out = attend()
+    assert torch.equal(out, want)

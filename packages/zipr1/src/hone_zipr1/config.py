@@ -13,6 +13,7 @@ __all__ = [
     "GRID",
     "KINDS",
     "PRESETS",
+    "BenchConfig",
     "DemoConfig",
     "GenerateConfig",
     "HostConfig",
@@ -462,6 +463,38 @@ class GenerateConfig:
             raise ValueError("give an image or a video, not both")
         if min(self.frames, self.max_new_tokens, self.rounds) < 1:
             raise ValueError("frames, max_new_tokens and rounds must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Times of prefill and decoding with random weights, at ratios that are set: no content decides them."""
+
+    shape: Literal["tiny", "qwen2.5-vl-3b", "qwen2.5-vl-7b"] = "tiny"
+    """``tiny``: the tiny host. Others: the decoder of Qwen2.5-VL with random weights; prompts come as text tokens."""
+    tokens: tuple[int, ...] = (64,)
+    """Lengths of the prompt."""
+    batches: tuple[int, ...] = (1,)
+    """Prompts at once."""
+    ratios: tuple[float, ...] = (0.25,)
+    """Shares of the prompt that every layer keeps, beside the dense model."""
+    recent: float = 64
+    """Probe rows at the end of the prompt."""
+    random: float = 64
+    """Probe rows drawn among the others."""
+    rounds: int = 10
+    """Turns that each variant gets after two that warm up."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
+    seed: int = 0
+    """Of weights and prompts."""
+
+    def __post_init__(self) -> None:
+        if min(*self.tokens, *self.batches, self.rounds, 1 << 30) < 1 or not self.tokens or not self.batches:
+            raise ValueError("tokens, batches and rounds must be positive, at least one of each")
+        check_ps(self.ratios)
+        SparseConfig(policy="top-k", ratio=self.ratios[0], recent=self.recent, random=self.random)
+        if self.shape == "tiny" and max(self.tokens) > 1000:
+            raise ValueError(f"the tiny host has 1024 positions; got {max(self.tokens)} tokens")
 
 
 def check_ps(ps: tuple[float, ...]) -> None:

@@ -1,0 +1,246 @@
+"""What selection saves in prefill and decoding, and what arithmetic allows.
+
+Weights may be random: every layer keeps a set share of the prompt, chosen by the probe rows' attention as ever, so that
+the work is that of the method and its time does not depend on what the attention looks like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.runs import Report, Run
+from hone_core.timing import Timing, check_values, measure_interleaved
+from torch import Tensor
+from transformers import DynamicCache
+
+from . import method
+from .config import BenchConfig, SparseConfig
+from .host import load_host
+from .models import attach, selected_attention
+from .sample import stored_bytes
+
+__all__ = ["SHAPES", "BenchReport", "bench", "decode_bound", "prefill_bound"]
+
+SHAPES: dict[str, dict[str, int]] = {
+    "qwen2.5-vl-3b": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16}
+    | {"num_key_value_heads": 2, "intermediate_size": 11008},
+    "qwen2.5-vl-7b": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
+    | {"num_key_value_heads": 4, "intermediate_size": 18944},
+}
+VOCABULARY = 152064
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Report):
+    """Times of prefill, decoding and one layer's attention."""
+
+    def __str__(self) -> str:
+        lines = []
+        for split in dict.fromkeys(row.split for row in self.rows):
+            rows = {(row.metric, row.variant): row for row in self.rows if row.split == split}
+            lines.append(split)
+            for name in dict.fromkeys(variant for _, variant in rows):
+                prefill, decode = rows["prefill", name], rows["decode", name]
+                text = f"  {name:<10} prefill {prefill.value:9.2f} ms, a decoding step {decode.value:7.2f} ms"
+                text += f", cache {rows['cache', name].value:9.2f} MiB"
+                if name != DENSE:
+                    gains = [rows[phase, DENSE].value / rows[phase, name].value for phase in ("prefill", "decode")]
+                    bounds = [rows[f"{phase}_bound", name].value for phase in ("prefill", "decode")]
+                    text += f"; {gains[0]:.2f}x of at most {bounds[0]:.2f}x and {gains[1]:.2f}x of {bounds[1]:.2f}x"
+                lines.append(text)
+                if ("selection", name) in rows:
+                    layer = {metric: rows[metric, name].value for metric in ("selection", "attention")}
+                    dense = rows["attention", DENSE].value
+                    lines.append(
+                        f"{'':13}one layer: choosing {layer['selection']:.3f} ms, "
+                        f"attention {layer['attention']:.3f} ms, dense {dense:.3f} ms"
+                    )
+        return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
+
+
+def bench(cfg: BenchConfig, run: Run) -> BenchReport:
+    """Time every length, batch and ratio.
+
+    Raises:
+        RuntimeError: The attention of kept tokens is not that under a mask.
+    """
+    device = resolve_device(run.device)
+    model = _model(cfg, device)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for tokens in cfg.tokens:
+        for batch in cfg.batches:
+            ids = torch.randint(10, 200, (batch, tokens), generator=generator).to(device)
+            _whole(cfg, run, model, ids)
+            _layer(cfg, run, model, batch, tokens)
+    return BenchReport.of(run)
+
+
+def _selection(cfg: BenchConfig, ratio: float) -> SparseConfig:
+    return SparseConfig(policy="top-k", ratio=ratio, recent=cfg.recent, random=cfg.random, protect="none")
+
+
+def _name(ratio: float) -> str:
+    return f"tau {ratio:g}"
+
+
+@torch.no_grad()
+def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
+    batch, tokens = ids.shape
+    split = f"{tokens} tokens, batch {batch}"
+
+    def prefill(ratio: float | None) -> Any:
+        cache = DynamicCache()
+        if ratio is None:
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        else:
+            with attach(model, _selection(cfg, ratio)):
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    last = ids[:, :1]
+    position = torch.full((3, batch, 1), tokens, device=ids.device)
+
+    def decode(cache: Any, ratio: float | None) -> None:
+        given = {"input_ids": last, "past_key_values": cache, "use_cache": True, "position_ids": position}
+        if ratio is None:
+            model(**given)
+        else:
+            with attach(model, _selection(cfg, ratio)):
+                model(**given)
+        cache.crop(-1)
+
+    variants: dict[str, float | None] = {DENSE: None} | {_name(ratio): ratio for ratio in cfg.ratios}
+    calls: dict[str, Any] = {name: (lambda ratio=ratio: prefill(ratio)) for name, ratio in variants.items()}
+    _rows(cfg, run, "prefill", measure_interleaved(calls, warmup=2, rounds=cfg.rounds, device=ids.device), split)
+    caches = {name: prefill(ratio) for name, ratio in variants.items()}
+    for name, cache in caches.items():
+        run.row("cache", stored_bytes(cache) / 2**20, unit="MiB", better="lower", variant=name, split=split)
+    calls = {name: (lambda name=name, ratio=ratio: decode(caches[name], ratio)) for name, ratio in variants.items()}
+    _rows(cfg, run, "decode", measure_interleaved(calls, warmup=2, rounds=cfg.rounds, device=ids.device), split)
+    text, width = model.config.get_text_config(), model.dtype.itemsize
+    for ratio in cfg.ratios:
+        bounds = {
+            "prefill_bound": prefill_bound(text, tokens, ratio),
+            "decode_bound": decode_bound(text, tokens, batch, ratio, width),
+        }
+        for metric, value in bounds.items():
+            run.row(metric, value, unit="x", better="none", variant=_name(ratio), split=split)
+
+
+@torch.no_grad()
+def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> None:
+    """Choosing and attending of one layer, apart."""
+    text = model.config.get_text_config()
+    heads, heads_k = text.num_attention_heads, text.num_key_value_heads
+    dim, device = text.hidden_size // heads, model.device
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(batch, count, tokens, dim, generator=generator, device=device).to(model.dtype)
+
+    query, key, value = draw(heads), draw(heads_k), draw(heads_k)
+    real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    last = torch.zeros_like(real)
+    last[:, -1] = True
+    rows = method.probe_rows(tokens, cfg.recent, cfg.random).to(device).expand(batch, -1)
+    split = f"{tokens} tokens, batch {batch}"
+
+    def choose(ratio: float) -> Tensor:
+        rank = method.column_mass(query, key, real=real, rows=rows).rank
+        return method.select(rank, (ratio * real.sum(-1)).ceil().long(), real, last)
+
+    attending: dict[str, Any] = {DENSE: lambda: selected_attention(query, key, value, real)}
+    choosing: dict[str, Any] = {}
+    for ratio in cfg.ratios:
+        keep = choose(ratio)
+        few = slice(0, min(tokens, 1024))
+        q, k, v = (x[:, :, few] for x in (query, key, value))
+        check_values(
+            f"attention of {ratio:g} of the tokens",
+            selected_attention(q, k, v, keep[:, few]),
+            selected_attention(q.float(), k.float(), v.float(), keep[:, few], masked=True),
+            tolerance=2e-2 if model.dtype != torch.float32 else 1e-3,
+        )
+        attending[_name(ratio)] = lambda keep=keep: selected_attention(query, key, value, keep)
+        choosing[_name(ratio)] = lambda ratio=ratio: choose(ratio)
+    _rows(cfg, run, "attention", measure_interleaved(attending, warmup=2, rounds=cfg.rounds, device=device), split)
+    _rows(cfg, run, "selection", measure_interleaved(choosing, warmup=2, rounds=cfg.rounds, device=device), split)
+
+
+def _rows(cfg: BenchConfig, run: Run, metric: str, times: dict[str, Timing], split: str) -> None:
+    for name, timing in times.items():
+        labels = {"ms_p20": timing.ms_p20, "ms_p80": timing.ms_p80}
+        run.row(
+            metric, timing.ms_p50, unit="ms", better="lower", n=cfg.rounds, variant=name, split=split, labels=labels
+        )
+        if timing.peak_bytes is not None and metric in ("prefill", "decode"):
+            peak = timing.peak_bytes / 2**30
+            run.row(f"{metric}_peak", peak, unit="GiB", better="lower", variant=name, split=split)
+
+
+def _linear(text: Any) -> int:
+    """Weights of the decoder's layers."""
+    dim = text.hidden_size // text.num_attention_heads
+    attention = text.hidden_size * dim * 2 * (text.num_attention_heads + text.num_key_value_heads)
+    return text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size)
+
+
+def prefill_bound(text: Any, tokens: int, ratio: float) -> float:
+    """Most that prefill can gain by arithmetic, where attention falls by the square of the ratio and nothing else does.
+
+    Args:
+        text: Config of the decoder.
+        tokens: Of the prompt.
+        ratio: Share of them that is kept.
+    """
+    linear = 2 * _linear(text) * tokens
+    attention = 2 * tokens**2 * text.hidden_size * text.num_hidden_layers  # causal: half of the pairs
+    return (linear + attention) / (linear + ratio**2 * attention)
+
+
+def decode_bound(text: Any, tokens: int, batch: int, ratio: float, width: int) -> float:
+    """Most that a decoding step can gain by the bytes that it reads: the layers' weights once, and every cache.
+
+    Args:
+        text: Config of the decoder.
+        tokens: In each cache.
+        batch: Caches.
+        ratio: Share of the tokens that is kept.
+        width: Bytes of a number.
+    """
+    weights = width * _linear(text)
+    dim = text.hidden_size // text.num_attention_heads
+    cache = batch * tokens * 2 * text.num_key_value_heads * dim * width * text.num_hidden_layers
+    return (weights + cache) / (weights + ratio * cache)
+
+
+def _model(cfg: BenchConfig, device: torch.device) -> Any:
+    dtype = resolve_dtype(cfg.dtype, device)
+    if cfg.shape == "tiny":
+        return load_host(device).model.to(dtype)
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    shape = SHAPES[cfg.shape]
+    pairs = shape["hidden_size"] // shape["num_attention_heads"] // 2
+    section = [pairs // 4, 3 * pairs // 8, 3 * pairs // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
+    config = Qwen2_5_VLConfig(
+        text_config=shape | {"vocab_size": VOCABULARY, "max_position_embeddings": 131072, "rope_parameters": rope},
+        # Prompts are text: no tower is run.
+        vision_config={"depth": 0, "hidden_size": 64, "out_hidden_size": shape["hidden_size"], "num_heads": 2}
+        | {"intermediate_size": 64, "fullatt_block_indexes": []},
+    )
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+            torch.manual_seed(cfg.seed)
+            model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation("sdpa")
+    return model
