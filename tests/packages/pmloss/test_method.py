@@ -132,6 +132,17 @@ def test_a_detached_similarity_has_the_value_and_another_gradient(clouds):
     assert not torch.allclose(first, second, atol=1e-6)
 
 
+def test_autocast_and_16_bits_lose_nothing_more(clouds):
+    means, teacher = (cloud.float() + 100 for cloud in clouds(noise=0.01))
+    want = pm_loss(means, teacher).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pm_loss(means, teacher).loss, want)
+    short = (means - 100).bfloat16()
+    found = pm_loss(short, teacher)
+    assert found.loss.dtype == torch.float32
+    assert torch.allclose(found.loss, pm_loss(short.float(), teacher).loss)
+
+
 def test_the_cap_takes_a_scene_out_and_says_so(clouds, pmref):
     means, teacher = clouds(noise=0.3)
     means = means * torch.tensor([1.0, 100.0], dtype=torch.float64)[:, None, None]

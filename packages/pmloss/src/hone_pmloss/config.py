@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hone_core.config import flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -127,10 +129,10 @@ class TrainHostConfig:
     """Peak of the arms, as a share of it."""
     warmup_steps: int = 100
     """Until it is reached, at the start of each stage."""
-    steps: int | None = 10_000
+    steps: int = 10_000
     """Optimiser steps in all."""
-    minutes: float = 5.0
-    """Not used: the arms share steps equally, so that steps must be given."""
+    minutes: float = field(default=math.inf, metadata=flag(hidden=True))
+    """No bound: the arms share steps equally."""
     graded: int = 48
     """Rooms, none of them trained on, that the arms are graded on."""
     graded_targets: int = 5
@@ -144,8 +146,6 @@ class TrainHostConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
-        if self.steps is None:
-            raise ValueError("the two arms share steps equally, so that steps must be given")
         if not 0 < self.base_share < 1:
             raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
         if not 2 <= self.gap[0] <= self.gap[1] < 50:

@@ -199,7 +199,7 @@ def pm_loss(
     """Mean squared distance from each predicted centre to the nearest point of the teacher, moved onto the prediction.
 
     Args:
-        means: Predicted centres, in the order view, row, column.
+        means: Predicted centres, in the order view, row, column; 16 bits are taken to float32, under autocast too.
         teacher: Points of the same pixels, in any frame and scale; those that are not finite are left out.
         config: Options; the paper's if None. Its ``weight`` is not applied.
         confidence: Of the teacher, at least 0; needed where the config weights by it.
@@ -212,7 +212,20 @@ def pm_loss(
 
     Source: the released ``pmloss``; options other than the defaults are ours.
     """
-    config = config or PMLossConfig()
+    with torch.autocast(means.device.type, enabled=False):
+        # Distances of a thousandth at coordinates of a hundred need float32 at least.
+        means = means.float() if means.dtype.itemsize < 4 else means
+        return _pm_loss(means, teacher, config or PMLossConfig(), confidence, centres, backend)
+
+
+def _pm_loss(
+    means: Tensor,
+    teacher: Tensor,
+    config: PMLossConfig,
+    confidence: Tensor | None,
+    centres: tuple[Tensor, Tensor] | None,
+    backend: Backend,
+) -> PMTerm:
     valid = _check(means, teacher, config, confidence, centres)
     x = torch.where(valid[..., None], teacher, 0.0).to(means.dtype)
     trust = valid.to(means.dtype)

@@ -66,7 +66,9 @@ class PMLoss:
             answer = PointMap(given) if anchors is None else PointMap(given).take(anchors)
         points = answer.points.flatten(1, -2)
         confidence = None if answer.confidence is None else answer.confidence.flatten(1)
-        return pm_loss(means.flatten(1, -2), points.to(means), self.config, confidence=confidence, centres=centres)
+        return pm_loss(
+            means.flatten(1, -2), points.to(means.device), self.config, confidence=confidence, centres=centres
+        )
 
 
 @dataclass(frozen=True)
