@@ -58,6 +58,9 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "photographs:render_capture", "RenderConfig", "Your photographs to a splat and a flight.", prepare=True
     ),
     "doctor": _verb("photographs:doctor", "DoctorConfig", "What a host would make of your photographs.", prepare=True),
+    "eval": _verb(
+        "evaluate:evaluate", "EvalConfig", "PSNR and SSIM on chunks of RealEstate10K or DL3DV.", prepare=True
+    ),
     "bench": _verb("bench:bench", "BenchConfig", "Time and memory over the number of views."),
     "reproduce": _verb(
         "reproduce:reproduce", "ReproduceConfig", "Put the paper's claims to the test on tiny hosts.", prepare=True

@@ -16,6 +16,7 @@ __all__ = [
     "BenchConfig",
     "DemoConfig",
     "DoctorConfig",
+    "EvalConfig",
     "HostConfig",
     "HostRange",
     "Preset",
@@ -332,6 +333,42 @@ class RenderConfig:
             raise ValueError(f"splat: expected a path ending in .ply or .splat; got {self.splat}")
         if self.video is not None and self.video.suffix != ".mp4":
             raise ValueError(f"video: expected a path ending in .mp4; got {self.video}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """PSNR and SSIM on a folder of chunks, with the views of an evaluation index."""
+
+    chunks: Path | None = None
+    """Folder with index.json and its .torch files: RealEstate10K or DL3DV as pixelSplat stores them."""
+    index: Path | None = None
+    """Evaluation index: scene to context and target views."""
+    model: str = "mvsplat"
+    """Host, see info."""
+    checkpoint: Path | None = None
+    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host."""
+    arm: Literal["zpressor", "anchors", "host"] = "zpressor"
+    """All contexts fused into the anchors; the anchors alone; or all contexts."""
+    anchors: int = 6
+    """Contexts that are left."""
+    near: float | None = None
+    """Least depth; the host's own if None."""
+    far: float | None = None
+    """Largest; given together with near."""
+    size: tuple[int, int] | None = None
+    """Height and width that pictures are cut to; the host's own if None."""
+    scenes: int | None = field(default=None, metadata=flag("limit"))
+    """First scenes of the index; all if None."""
+    backend: Literal["torch", "gsplat"] = "torch"
+    """Renderer; gsplat needs the extra gpu."""
+
+    def __post_init__(self) -> None:
+        if self.model not in HOSTS:
+            raise ValueError(f"model: no host {self.model!r}; there are {', '.join(HOSTS)}")
+        if self.anchors < 2 or (self.scenes is not None and self.scenes < 1):
+            raise ValueError("expected at least two anchors and one scene")
+        if (self.near is None) != (self.far is None):
+            raise ValueError("near and far are given together, or not at all")
 
 
 def _check_capture(cfg: DoctorConfig | RenderConfig) -> None:

@@ -24,12 +24,21 @@ from hone_splat.rendering import render
 from hone_splat.videos import write_video
 from torch import Tensor
 
-from .config import HOSTS, PRESETS, DoctorConfig, RenderConfig, ZPressorConfig
+from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ZPressorConfig
 from .host import load_host, open_tiny
 from .method import farthest_points
 from .models import attach
 
-__all__ = ["DoctorReport", "RenderReport", "doctor", "examine", "load_model", "prepare", "render_capture"]
+__all__ = [
+    "DoctorReport",
+    "RenderReport",
+    "doctor",
+    "examine",
+    "find_weights",
+    "load_model",
+    "prepare",
+    "render_capture",
+]
 
 CHUNK = 8
 """Frames that are rendered and kept at a time; a run that was broken off goes on after the last."""
@@ -112,12 +121,21 @@ def prepare(cfg: Any) -> Any:
     """
     read_capture(cfg)
     if isinstance(cfg, RenderConfig):
-        if cfg.model == "tiny":
-            open_tiny(cfg.checkpoint)
-        elif cfg.checkpoint is None or not cfg.checkpoint.is_file():
-            given = "none was named" if cfg.checkpoint is None else f"there is no {cfg.checkpoint}"
-            raise CheckpointError(f"weights of {cfg.model} are not packaged, and {given}: give --checkpoint FILE")
+        find_weights(cfg)
     return cfg
+
+
+def find_weights(cfg: RenderConfig | EvalConfig) -> None:
+    """Look for the weights that a command names.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    if cfg.model == "tiny":
+        open_tiny(cfg.checkpoint)
+    elif cfg.checkpoint is None or not cfg.checkpoint.is_file():
+        given = "none was named" if cfg.checkpoint is None else f"there is no {cfg.checkpoint}"
+        raise CheckpointError(f"weights of {cfg.model} are not packaged, and {given}: give --checkpoint FILE")
 
 
 def contexts(capture: Capture, views: int) -> list[int]:
@@ -202,7 +220,7 @@ def doctor(cfg: DoctorConfig, run: Run) -> DoctorReport:
     return DoctorReport.of(run)
 
 
-def load_model(cfg: RenderConfig, device: torch.device | str = "cpu") -> Any:
+def load_model(cfg: RenderConfig | EvalConfig, device: torch.device | str = "cpu") -> Any:
     """The host with its weights, and the compressor on it.
 
     Raises:

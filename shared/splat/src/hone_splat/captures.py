@@ -15,13 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from .cameras import check_cameras, opengl_to_opencv, quat_to_matrix
 from .views import Views
 
-__all__ = ["Capture", "SceneRange", "fit_range", "load_views", "overlap", "read_colmap", "read_transforms"]
+__all__ = [
+    "Capture",
+    "SceneRange",
+    "fit_picture",
+    "fit_range",
+    "load_views",
+    "overlap",
+    "read_colmap",
+    "read_transforms",
+]
 
 # Names, numbers of parameters and focal lengths of COLMAP's camera models, in the order of their numbers.
 MODELS = (
@@ -383,6 +393,21 @@ def _capture(
     return Capture(tuple(folder / name for name in names), poses, intrinsics, (height, width), points)
 
 
+def fit_picture(
+    image: Image.Image, intrinsics_norm: Tensor, size: tuple[int, int]
+) -> tuple[Float[Tensor, "3 height width"], Float[Tensor, "3 3"]]:
+    """Scale a picture by Lanczos so that it covers ``size``, cut the centre out, and move its intrinsics along."""
+    height, width = size
+    factor = max(height / image.height, width / image.width)
+    scaled = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    image = image.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
+    inner = intrinsics_norm * intrinsics_norm.new_tensor([[scaled[0] / width], [scaled[1] / height], [1.0]])
+    inner[0, 2] -= left / width
+    inner[1, 2] -= top / height
+    return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255, inner
+
+
 def load_views(capture: Capture, size: tuple[int, int], scene: SceneRange) -> Views:
     """Open the pictures, scale them by Lanczos so that they cover ``size``, and cut the centre out.
 
@@ -394,20 +419,12 @@ def load_views(capture: Capture, size: tuple[int, int], scene: SceneRange) -> Vi
     Returns:
         One scene, float32, in the host's units. The principal point is recomputed for the cut.
     """
-    height, width = size
     pictures, matrices = [], []
     for path, inner in zip(capture.images, capture.intrinsics_norm, strict=True):
         with Image.open(path) as image:
-            whole = image.convert("RGB")
-        factor = max(height / whole.height, width / whole.width)
-        scaled = (max(width, round(whole.width * factor)), max(height, round(whole.height * factor)))
-        left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-        whole = whole.resize(scaled, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
-        pictures.append(torch.from_numpy(np.array(whole)).movedim(-1, 0).float() / 255)
-        spread = inner.new_tensor([[scaled[0] / width], [scaled[1] / height], [1.0]])
-        cut = torch.zeros_like(inner)
-        cut[0, 2], cut[1, 2] = left / width, top / height
-        matrices.append(inner * spread - cut)
+            picture, cut = fit_picture(image.convert("RGB"), inner, size)
+        pictures.append(picture)
+        matrices.append(cut)
     poses = capture.cam_to_world.clone()
     poses[:, :3, 3] *= scene.scale
     bounds = torch.ones(1, len(capture))
