@@ -41,6 +41,8 @@ WORDS = {
 }
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}
+# Of photographs.
+WORDS |= {"doctor"}
 # A package may train its tiny host by a verb of its own, or a pipeline beside the tiny host.
 WORDS |= {"train-host", "distill-pipeline", "encode-prompts"}
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hone_pmloss import attach
@@ -6,7 +8,9 @@ from hone_pmloss.data import training_batch
 from hone_pmloss.method import pm_loss
 from hone_pmloss.models import PMLoss, tiny
 from hone_pmloss.teachers import OracleTeacher, PointMap
+from hone_splat.depthsplat import DEPTHSPLATS, DepthSplat
 from hone_splat.rooms import Rooms
+from hone_splat.vit import ViTConfig
 from torch import nn
 
 SMALL = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, refine_channels=32, size=32)
@@ -94,3 +98,16 @@ def test_another_network_is_named(oracle):
     host = nn.Linear(2, 2)
     with attach(host, "paper", teacher=oracle), pytest.raises(TypeError, match="Linear gave Tensor"):
         host(torch.zeros(1, 2))
+
+
+def test_depthsplat_of_the_released_run_carries_the_term():
+    scene = training_batch([0], 1, (8, 18), 64)
+    thin = {"vit": ViTConfig(width=96, heads=6), "depth_channels": (16, 24, 32, 40), "depth_width": 16}
+    torch.manual_seed(0)
+    host = DepthSplat(replace(DEPTHSPLATS["depthsplat-oct-pmloss-256x448"], **thin)).train()
+    with attach(host, "paper", teacher=OracleTeacher(Rooms.draw([0]))):
+        output = host(scene.context)
+    want = pm_loss(output.gaussians.means.detach(), scene.points().flatten(1, 3))
+    assert torch.allclose(output.pm.loss, want.loss, rtol=1e-4)
+    output.pm_loss.backward()
+    assert float(host.depth_predictor.backbone.conv1.weight.grad.abs().max()) > 0
