@@ -2,7 +2,16 @@ import math
 
 import pytest
 import torch
-from hone_zpressor.method import Clusters, ZPressor, assign, cluster_views, farthest_points, information_loss
+from hone_zpressor.method import (
+    Clusters,
+    ViewStream,
+    ZPressor,
+    assign,
+    cluster_views,
+    farthest_points,
+    information_loss,
+    least_seen,
+)
 
 
 def brute_farthest(centres, count):
@@ -176,3 +185,31 @@ def test_information_by_hand():
     flat = torch.tensor([-1.0, 3.0]).view(1, 1, 1, 1, 2).expand(2, 3, 5, 1, 2)
     want = 5 * 0.5 * (4 + 1 - 1 - math.log(4)) / math.log(2)
     assert float(information_loss(flat)) == pytest.approx(want, rel=1e-5)
+
+
+@torch.no_grad()
+def test_views_added_one_by_one_give_what_all_at_once_give():
+    torch.manual_seed(0)
+    module = ZPressor(16, 3)
+    for parameter in module.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape)
+    features, centres = torch.randn(1, 9, 16, 2, 3), torch.randn(1, 9, 3)
+    anchors = farthest_points(centres, 3)
+    stream = ViewStream(module, features[0, anchors[0]], centres[0, anchors[0]], "float32")
+    for view in [view for view in range(9) if view not in anchors[0].tolist()]:
+        before = stream.features
+        touched = stream.add(features[0, view], centres[0, view])
+        changed = (stream.features - before).abs().flatten(1).amax(1) > 0
+        assert changed.tolist() == [anchor == touched for anchor in range(3)]
+        assert touched == int(assign(centres, anchors)[0, view])
+    together = module(features, cluster_views(centres, anchors), "float32")[0]
+    assert torch.allclose(stream.features, together, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected features \[16, 2, 3\]"):
+        stream.add(features[0, 0, :, :1], centres[0, 0])
+
+
+def test_the_least_seen_view_is_the_next_anchor():
+    overlap = torch.tensor([[1.0, 0.9, 0.1, 0.0], [0.9, 1.0, 0.2, 0.0], [0.1, 0.2, 1.0, 0.3], [0.0, 0.0, 0.3, 1.0]])
+    assert least_seen(overlap, 3).tolist() == [1, 3, 2]
+    with pytest.raises(ValueError, match="expected 1 to 4 anchors; got 5"):
+        least_seen(overlap, 5)

@@ -84,7 +84,7 @@ def test_random_anchors_are_a_seed(host, views):
     chosen = []
     for config in settings:
         with attach(host, config) as handle:
-            chosen.append(handle.compressor.choose(views.cam_to_world[..., :3, 3], None).tolist())
+            chosen.append(handle.compressor.choose(views).tolist())
     assert chosen[0] == chosen[1] != chosen[2]
     assert all(len(set(row)) == 3 for row in chosen[2])
 
@@ -187,3 +187,14 @@ def test_published_counts_with_zpressor(kind, count):
     names = [name for name in host.state_dict() if ".zipmatch." in name]
     assert len(names) == 102
     assert set(HOSTS) == {"tiny", *PUBLISHED}
+
+
+@torch.no_grad()
+def test_anchors_by_overlap_take_cameras_that_look_elsewhere(host, views):
+    turned = views.cam_to_world[:, :1].clone()
+    turned[..., :3, :3] = turned[..., :3, :3] @ torch.diag(torch.tensor([-1.0, 1, -1]))
+    # All but the last look the same way from one place; the last looks back.
+    poses = torch.cat([views.cam_to_world[:, :1].expand(-1, views.count - 1, -1, -1), turned], 1)
+    with attach(host, replace(CONFIG, selection="overlap", anchors=2)):
+        found = host(replace(views, cam_to_world=poses))
+    assert found.anchors.tolist() == [[0, views.count - 1]] * 2

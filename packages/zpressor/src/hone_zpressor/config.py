@@ -28,7 +28,7 @@ __all__ = [
 
 ARMS = ("host", "zpressor", "anchors")
 """Variants of the tiny host: all views; many fused into a few; the same few, without fusion."""
-Selection = Literal["distance", "random"]
+Selection = Literal["distance", "overlap", "random"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class ZPressorConfig:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the cross-attention; published weights were trained with bfloat16."""
     selection: Selection = "distance"
-    """How anchors are chosen: farthest points among camera centres, or at random."""
+    """How anchors are chosen: farthest points among camera centres, by what the cameras see, or at random."""
     seed: int = 0
     """Of random anchors."""
 

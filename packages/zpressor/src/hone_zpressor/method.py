@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-__all__ = ["Clusters", "Precision", "ZPressor", "assign", "cluster_views", "farthest_points", "information_loss"]
+__all__ = ["Clusters", "Precision", "ViewStream", "ZPressor", "assign", "cluster_views", "farthest_points"]
+__all__ += ["information_loss", "least_seen"]
 
 Precision = Literal["bfloat16", "float32"]
 """Of the cross-attention's queries, keys and values; published weights were trained with bfloat16."""
@@ -250,6 +251,80 @@ class ZPressor(nn.Module):
         for cross, within in zip(cross_layers, self_layers, strict=True):
             anchor = within(cross(anchor, views, clusters, precision))
         return anchor
+
+
+class ViewStream:
+    """Views that come one by one: each is folded into its nearest anchor, and only that anchor is fused again.
+
+    The result is that of all views at once with the same anchors. Raw tokens are kept, since each layer reads them.
+
+    Args:
+        module: The weights.
+        features: ``[N, C, H, W]`` of the anchors.
+        centres: ``[N, 3]``, their camera centres.
+        precision: Of the cross-attention.
+
+    Source: ours; that an anchor reads its support in no order makes it possible.
+    """
+
+    def __init__(self, module: ZPressor, features: Tensor, centres: Tensor, precision: Precision = "bfloat16") -> None:
+        if features.ndim != 4 or centres.shape != (len(features), 3):
+            raise ValueError(
+                f"expected features [N, C, H, W] and centres [N, 3]; got {list(features.shape)} and "
+                f"{list(centres.shape)}"
+            )
+        self.module, self.centres, self.precision = module, centres, precision
+        self.size = features.shape[2:]
+        self.tokens = [[part[None]] for part in features.flatten(2).mT]
+        self.fused = torch.stack([self._fuse(anchor) for anchor in range(len(centres))])
+
+    def add(self, features: Float[Tensor, "channels height width"], centre: Float[Tensor, " 3"]) -> int:
+        """Fold a view in; returns the number of the anchor that took it."""
+        if features.shape != (self.fused.shape[-1], *self.size):
+            raise ValueError(f"expected features {[self.fused.shape[-1], *self.size]}; got {list(features.shape)}")
+        anchor = int((self.centres - centre).square().sum(-1).argmin())
+        self.tokens[anchor].append(features.flatten(1).mT[None])
+        self.fused = self.fused.index_copy(
+            0, torch.tensor([anchor], device=self.fused.device), self._fuse(anchor)[None]
+        )
+        return anchor
+
+    @property
+    def features(self) -> Float[Tensor, "anchor channels height width"]:
+        """Of the anchors, with everything so far folded in."""
+        return self.fused.mT.unflatten(-1, tuple(self.size))
+
+    def _fuse(self, anchor: int) -> Tensor:
+        views = torch.cat(self.tokens[anchor])
+        support = torch.arange(1, len(views), device=views.device)[None]
+        own = Clusters(support.new_zeros(1, 1), support, torch.ones_like(support, dtype=torch.bool))
+        return self.module.fuse(views[:1], views, own, self.precision)[0]
+
+
+@torch.no_grad()
+def least_seen(overlap: Float[Tensor, "view view"], count: int) -> Int[Tensor, " anchor"]:
+    """Anchors by what cameras see: first the view that the others see most of, then always the one least seen yet.
+
+    Args:
+        overlap: Share of each view, by row, that each other one sees.
+        count: Anchors.
+
+    Raises:
+        ValueError: There are fewer views.
+
+    Source: ours; the paper's anchors know nothing of where a camera looks.
+    """
+    if not 1 <= count <= len(overlap):
+        raise ValueError(f"expected 1 to {len(overlap)} anchors; got {count}")
+    current = int(overlap.sum(1).argmax())
+    chosen = [current]
+    seen = overlap[:, current].clone()
+    while len(chosen) < count:
+        seen[chosen] = torch.inf
+        current = int(seen.argmin())
+        chosen.append(current)
+        seen = torch.maximum(seen, overlap[:, current])
+    return torch.tensor(chosen, device=overlap.device)
 
 
 def information_loss(features: Float[Tensor, "batch anchor channels height width"]) -> Float[Tensor, ""]:

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import torch
 from hone_core.handles import CallState, Handle, resolve
+from hone_splat.captures import overlap
 from hone_splat.mvsplat import MVSplat, MVSplatConfig
 from hone_splat.views import Views
 from torch import Tensor, nn
 
 from .config import PRESETS, HostConfig, ZPressorConfig
-from .method import ZPressor, cluster_views, farthest_points
+from .method import ZPressor, cluster_views, farthest_points, least_seen
 
 __all__ = ["Host", "ViewCompressor", "ZPressorHandle", "attach", "tiny"]
 
@@ -54,15 +55,33 @@ class ViewCompressor(ZPressor):
         if self.state.disabled:
             return None
         centres = views.cam_to_world[..., :3, 3]
-        anchors = self.choose(centres, views.present)
+        anchors = self.choose_by_overlap(views) if self.config.selection == "overlap" else self.choose(views)
         clusters = cluster_views(centres, anchors, views.present)
         if self.config.fuse:
             return super().forward(features, clusters, self.config.precision), anchors
         rows = torch.arange(len(anchors), device=anchors.device)[:, None]
         return features[rows, anchors], anchors
 
-    def choose(self, centres: Tensor, present: Tensor | None) -> Tensor:
-        """Numbers of the anchors, ``[B, N]``."""
+    def choose_by_overlap(self, views: Views) -> Tensor:
+        """Numbers of the anchors, ``[B, N]``, by what the cameras see.
+
+        Raises:
+            ValueError: Scenes have different numbers of views.
+        """
+        if views.present is not None and not bool(views.present.all()):
+            raise ValueError("anchors by overlap need scenes of equally many views; pass them one by one")
+        count = min(self.config.anchors, views.count)
+        scenes = zip(views.cam_to_world, views.intrinsics_norm, views.near, views.far, strict=True)
+        return torch.stack(
+            [
+                least_seen(overlap(poses, inner, float(near.min()), float(far.max())), count)
+                for poses, inner, near, far in scenes
+            ]
+        )
+
+    def choose(self, views: Views) -> Tensor:
+        """Numbers of the anchors, ``[B, N]``, farthest or at random."""
+        centres, present = views.cam_to_world[..., :3, 3], views.present
         count = min(self.config.anchors, centres.shape[1])
         if self.config.selection == "distance":
             return farthest_points(centres, count, present)
