@@ -55,6 +55,9 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare=True,
         shared=True,
     ),
+    "eval": _verb(
+        "grading:grade_model", "EvalConfig", "Grade a model on checkable questions, dense and sparse.", prepare=True
+    ),
     "bench": _verb("bench:bench", "BenchConfig", "Time prefill and decoding, dense and with selected tokens."),
     "reproduce": _verb(
         "reproduce:reproduce", "ReproduceConfig", "Test what rewarding sparsity does, on tiny hosts.", prepare=True

@@ -15,6 +15,7 @@ __all__ = [
     "PRESETS",
     "BenchConfig",
     "DemoConfig",
+    "EvalConfig",
     "GenerateConfig",
     "HostConfig",
     "Kind",
@@ -463,6 +464,37 @@ class GenerateConfig:
             raise ValueError("give an image or a video, not both")
         if min(self.frames, self.max_new_tokens, self.rounds) < 1:
             raise ValueError("frames, max_new_tokens and rounds must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """A model's accuracy on checkable questions, dense and at falling thresholds, each question alone."""
+
+    model: str
+    """Folder or hub address."""
+    data: Path
+    """Questions, a JSON object per line: image or video, question, answer, type."""
+    ps: tuple[float, ...] = (0.8, 0.94, 0.975)
+    """Thresholds, beside the dense model."""
+    preset: str = "paper"
+    """Selection by name, but for its threshold."""
+    random: bool = False
+    """Also spend each threshold's budget on random tokens."""
+    limit: int | None = None
+    """First questions only."""
+    frames: int = 32
+    """Frames of a video."""
+    max_new_tokens: int = 64
+    """Length of an answer."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        check_ps(self.ps)
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
+        if min(self.frames, self.max_new_tokens, 1 if self.limit is None else self.limit) < 1:
+            raise ValueError("frames, max_new_tokens and limit must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

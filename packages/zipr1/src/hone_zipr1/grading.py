@@ -1,0 +1,128 @@
+"""Accuracy of a model on questions from a file: dense, and with selected tokens, on the same inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.progress import progress_bar
+from hone_core.runs import Report, Run
+from hone_core.statistics import bootstrap_interval, paired
+
+from .config import PRESETS, EvalConfig, SparseConfig
+from .evaluate import DENSE, table
+from .models import attach, check_config
+from .questions import is_right, load_items, model_inputs
+
+__all__ = ["EvalReport", "grade_model", "prepare"]
+
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport(Report):
+    """Accuracies and ratios, and the changes from the dense model."""
+
+    def __str__(self) -> str:
+        lines = [table(self.rows)]
+        for row in self.rows:
+            if row.metric == "change" and row.interval is not None:
+                low, high = (100 * end for end in row.interval)
+                lines.append(
+                    f"{row.variant}: {100 * row.value:+.1f} [{low:+.1f}, {high:+.1f}] points from dense, "
+                    f"McNemar p = {row.labels['mcnemar_p']:.2g}"
+                )
+        return "\n".join([*lines, f"answers  {self.path / 'artifacts' / ANSWERS}"])
+
+
+def prepare(cfg: EvalConfig) -> EvalConfig:
+    """Look at the questions and at the model's config, before weights are read.
+
+    Raises:
+        ValueError: A question is none, or the model cannot take the selection.
+        FileNotFoundError: The file, or what a question is about, is missing.
+    """
+    from hone_lm.checkpoints import read_config
+
+    if not cfg.data.is_file():
+        raise FileNotFoundError(f"there is no {cfg.data}")
+    load_items(cfg.data)
+    found = read_config(cfg.model)
+    for config in _variants(cfg).values():
+        if config is not None:
+            check_config(found, config)
+    model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
+    return replace(cfg, data=cfg.data.resolve(), model=model)
+
+
+def _variants(cfg: EvalConfig) -> dict[str, SparseConfig | None]:
+    found: dict[str, SparseConfig | None] = {DENSE: None}
+    base = PRESETS[cfg.preset].config
+    for p in cfg.ps:
+        for one in (replace(base, p=p), *([replace(base, p=p, policy="random")] if cfg.random else [])):
+            found[one.label] = one
+    return found
+
+
+def grade_model(cfg: EvalConfig, run: Run) -> EvalReport:
+    """Ask and grade; a stopped run goes on with the questions that are left."""
+    from hone_lm.checkpoints import load_model
+    from hone_lm.choices import to_model
+
+    device = resolve_device(run.device)
+    items, variants, path = load_items(cfg.data)[: cfg.limit], _variants(cfg), run.artifacts / ANSWERS
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # cut off within a line
+        path.write_text(whole, encoding="utf-8")
+    done = [json.loads(line) for line in whole.splitlines()]
+    model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
+    with progress_bar(len(items), desc="questions", quiet=run.quiet) as bar, path.open("a", encoding="utf-8") as file:
+        bar.update(len(done))
+        for item in items[len(done) :]:
+            inputs = to_model(model_inputs(processor, [item], cfg.frames), model)
+            row = {
+                name: _ask(model, processor, inputs, config, cfg.max_new_tokens) for name, config in variants.items()
+            }
+            for said in row.values():
+                said["right"] = is_right(said["answer"], item)
+            done.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            bar.update()
+    dense = [row[DENSE]["right"] for row in done]
+    for name in variants:
+        right, ratio = [row[name]["right"] for row in done], [row[name]["ratio"] for row in done]
+        values, n = np.asarray(right, dtype=float), len(done)
+        given: dict[str, Any] = {"n": n, "variant": name}
+        run.row("accuracy", values.mean(), better="higher", interval=bootstrap_interval(values), **given)
+        run.row("token_ratio", float(np.mean(ratio)), better="lower", **given)
+        if name != DENSE:
+            uniform = float(np.mean([row[name]["uniform"] for row in done]))
+            run.row("uniform_ratio", uniform, better="none", **given)
+            change = paired(right, dense)
+            labels = {"mcnemar_p": change.p, "to_wrong": change.to_wrong, "to_right": change.to_right}
+            run.row("change", change.change, better="none", interval=change.interval, labels=labels, **given)
+    return EvalReport.of(run)
+
+
+def _ask(
+    model: Any, processor: Any, inputs: dict[str, Any], config: SparseConfig | None, length: int
+) -> dict[str, Any]:
+    """One greedy answer."""
+
+    def answer() -> str:
+        out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+        return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    if config is None:
+        return {"answer": answer(), "ratio": 1.0}
+    with attach(model, config) as handle:
+        said = answer()
+        stats = handle.stats
+    assert stats is not None, "a prompt was read"
+    return {"answer": said, "ratio": float(stats.ratio[0]), "uniform": float(stats.uniform(config.p)[0])}
