@@ -92,35 +92,26 @@ def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
     batch, tokens = ids.shape
     split = f"{tokens} tokens, batch {batch}"
 
-    def prefill(ratio: float | None) -> Any:
-        cache = DynamicCache()
-        if ratio is None:
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        else:
-            with attach(model, _selection(cfg, ratio)):
-                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
     last = ids[:, :1]
     position = torch.full((3, batch, 1), tokens, device=ids.device)
 
-    def decode(cache: Any, ratio: float | None) -> None:
-        given = {"input_ids": last, "past_key_values": cache, "use_cache": True, "position_ids": position}
-        if ratio is None:
-            model(**given)
-        else:
-            with attach(model, _selection(cfg, ratio)):
-                model(**given)
+    def prefill() -> Any:
+        cache = DynamicCache()
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def decode(cache: Any) -> None:
+        model(input_ids=last, past_key_values=cache, use_cache=True, position_ids=position)
         cache.crop(-1)
 
-    variants: dict[str, float | None] = {DENSE: None} | {_name(ratio): ratio for ratio in cfg.ratios}
-    calls: dict[str, Any] = {name: (lambda ratio=ratio: prefill(ratio)) for name, ratio in variants.items()}
-    _rows(cfg, run, "prefill", measure_interleaved(calls, warmup=2, rounds=cfg.rounds, device=ids.device), split)
-    caches = {name: prefill(ratio) for name, ratio in variants.items()}
-    for name, cache in caches.items():
-        run.row("cache", stored_bytes(cache) / 2**20, unit="MiB", better="lower", variant=name, split=split)
-    calls = {name: (lambda name=name, ratio=ratio: decode(caches[name], ratio)) for name, ratio in variants.items()}
-    _rows(cfg, run, "decode", measure_interleaved(calls, warmup=2, rounds=cfg.rounds, device=ids.device), split)
+    stored, device = prefill(), ids.device
+    calls: dict[str, Any] = {"prefill": prefill, "decode": lambda: decode(stored)}
+    _add(cfg, run, DENSE, split, calls, stored, device)
+    for ratio in cfg.ratios:
+        with attach(model, _selection(cfg, ratio)):
+            kept = prefill()
+            calls = {"prefill": prefill, "decode": lambda kept=kept: decode(kept)}
+            _add(cfg, run, _name(ratio), split, calls, kept, device)
     text, width = model.config.get_text_config(), model.dtype.itemsize
     for ratio in cfg.ratios:
         bounds = {
@@ -129,6 +120,15 @@ def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
         }
         for metric, value in bounds.items():
             run.row(metric, value, unit="x", better="none", variant=_name(ratio), split=split)
+
+
+def _add(
+    cfg: BenchConfig, run: Run, name: str, split: str, calls: dict[str, Any], cache: Any, device: torch.device
+) -> None:
+    """Times of one variant, attached beforehand, and what its cache holds."""
+    for phase, call in calls.items():
+        _rows(cfg, run, phase, measure_interleaved({name: call}, warmup=2, rounds=cfg.rounds, device=device), split)
+    run.row("cache", stored_bytes(cache) / 2**20, unit="MiB", better="lower", variant=name, split=split)
 
 
 @torch.no_grad()
