@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "checkpoints": ["MANIFESTS", "load_published"],
         "generation": ["Generation", "Policy", "generate"],
         "infinity": ["INFINITY_SIZES", "Infinity"],
+        "pipelines": ["InfinityPipeline", "VARPipeline"],
         "sampling": ["Sampling"],
         "schedules": ["HART_1024", "VAR_256", "VAR_512", "ScaleSchedule", "infinity_schedule"],
         "tokenizers": ["BSQVAE", "VQVAE", "ScaleTokenizer"],

@@ -8,11 +8,12 @@ Differs: text keys are made once per image; rows of unequal length are padded an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look how to load the class
 from torch import Tensor, nn
 
 from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, SharedAdaLin, modulate
@@ -118,6 +119,10 @@ class Infinity(NextScaleTransformer):
     """
 
     choices = 2
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "cfg_uncond", "text_norm", "text_proj_for_sos", "text_proj_for_ca", "pos_start", "lvl_embed", "word_embed",
+        "shared_ada_lin", "head_nm", "head",
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(

@@ -6,10 +6,11 @@ Source: FoundationVision/VAR, ``models/var.py``, ``models/basic_var.py``; arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look how to load the class
 from torch import Tensor, nn
 
 from .layers import FFN, AttentionContext, HeadNorm, SelfAttention, SharedAdaLin, modulate
@@ -77,6 +78,9 @@ class VAR(NextScaleTransformer):
     """
 
     groups = 1
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "pos_start", "pos_1LC", "word_embed", "class_emb", "lvl_embed", "shared_ada_lin", "head_nm", "head"
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(
