@@ -36,6 +36,7 @@ def _verb(run: str, config: str, help: str) -> Verb:
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb("demo:demo", "DemoConfig", "Draw scenes dense, sparse, stopped early, and by other masks: pictures."),
+    "generate": _verb("sample:generate", "GenerateConfig", "Draw images of prompts with a saved Infinity pipeline."),
     "eval": _verb("evaluate:evaluate", "EvalConfig", "Quality against work of every variant, on many scenes."),
     "calibrate": _verb("calibrate:calibrate", "CalibrateConfig", "Which block's change tells textured from flat."),
     "inspect": _verb("inspection:inspect", "InspectConfig", "What ran in one image, scale by scale."),

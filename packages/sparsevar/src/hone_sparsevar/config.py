@@ -15,6 +15,7 @@ __all__ = [
     "CalibrateConfig",
     "DemoConfig",
     "EvalConfig",
+    "GenerateConfig",
     "HostConfig",
     "InspectConfig",
     "Preset",
@@ -242,6 +243,40 @@ class EvalConfig:
             raise ValueError(f"no variant {', '.join(unknown)}; expected of {', '.join(VARIANTS)}")
         if self.limit < 2 or self.batch < 1:
             raise ValueError(f"limit must be at least 2 and batch 1; got {self.limit} and {self.batch}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """Images from prompts, with a saved Infinity pipeline."""
+
+    model: Path
+    """Folder of an ``InfinityPipeline``, as its ``save_pretrained`` writes it."""
+    prompts: tuple[str, ...] = field(metadata=flag("prompt"))
+    """What to draw, one image each."""
+    preset: str = "infinity-0.6"
+    """Settings of the method by name."""
+    dense: bool = False
+    """Run everything."""
+    pixels: str = "1M"
+    """Size."""
+    aspect: float = 1.0
+    """Height over width."""
+    guidance: float = 4.0
+    """Strength of guidance; 1 is none."""
+    temperature: float = 1.0
+    """Of the bits."""
+    batch: int = 1
+    """Images at a time."""
+    seed: int = 0
+    """Of the first image; the following ones count up."""
+    dtype: str = "auto"
+    """Of transformer blocks and text encoder."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts or self.batch < 1:
+            raise ValueError(f"expected at least one prompt and a batch of 1; got {len(self.prompts)} and {self.batch}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

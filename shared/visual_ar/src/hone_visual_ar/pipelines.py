@@ -24,7 +24,7 @@ from .tokenizers import BSQVAE, VQVAE
 from .transformer import Condition
 from .var import VAR, VAR_SIZES
 
-__all__ = ["InfinityPipeline", "VARPipeline", "count_words", "tokenizer_of"]
+__all__ = ["InfinityPipeline", "VARPipeline", "check_prompts", "count_words", "tokenizer_of"]
 
 OutputType = Literal["pil", "np", "pt"]
 
@@ -58,6 +58,15 @@ def count_words(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], long
                 f"a prompt has {len(found)} tokens, and this model reads at most {longest}; shorten {prompt[:40]!r} ..."
             )
     return words
+
+
+def check_prompts(folder: Path, prompts: Sequence[str], longest: int) -> None:
+    """Hold prompts against the tokenizer of a saved pipeline; no weight is read.
+
+    Raises:
+        ValueError: As ``count_words``.
+    """
+    count_words(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), prompts, longest)
 
 
 def _seeds(seeds: int | Sequence[int], images: int) -> list[int]:
