@@ -239,7 +239,6 @@ def test_checkpointing_changes_nothing(trained, folders, cache, tmp_path):
 
 
 def test_tensorboard_has_the_losses(folders, cache, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     cfg = config(folders, cache, steps=2)
