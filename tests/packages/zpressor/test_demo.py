@@ -10,15 +10,15 @@ from hone_zpressor.host import load_host
 
 
 def test_a_demo_leaves_pictures_a_cloud_and_a_flight(stored, start):
-    cfg = prepare(DemoConfig(host=stored(), views=8, anchors=3, rooms=2, targets=2, frames=2))
+    cfg = prepare(DemoConfig(host=stored(), views=5, anchors=2, rooms=2, targets=1, frames=2))
     with start(cfg) as run:
         report = demo(cfg, run)
     text = str(report)
-    assert "host alone, 8 views" in text
-    assert "ZPressor, 8 to 3" in text
+    assert "host alone, 5 views" in text
+    assert "ZPressor, 5 to 2" in text
     counts = {row.variant.split(",")[0]: row.value for row in run.rows if row.metric == "gaussians"}
-    assert counts == {"host alone": 8 * 1024, "anchors alone": 3 * 1024, "ZPressor": 3 * 1024}
-    assert len(read_ply(report.splat)) == 3 * 1024
+    assert counts == {"host alone": 5 * 1024, "anchors alone": 2 * 1024, "ZPressor": 2 * 1024}
+    assert len(read_ply(report.splat)) == 2 * 1024
     assert report.video.stat().st_size > 300
     assert report.sheet.is_file()
 
