@@ -6,7 +6,7 @@ import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_lm.attention import tap_attention
-from hone_lm.decoders import find_decoder
+from hone_lm.decoders import cache_keyword, find_decoder
 from hone_lm.layouts import RULES
 from hone_lm.tiny import tiny, tiny_inputs
 from hone_zipr1.cache import SparseLayer
@@ -214,13 +214,13 @@ def test_a_later_turn_reads_what_is_left():
     both = torch.cat([inputs["input_ids"], more], 1)
     with sparse(model, 0.3, rows="all") as handle:
         cache = DynamicCache()
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, use_cache=True, **{cache_keyword(model): cache})
         keep = handle.stats.keep
         assert cache.get_seq_length() == inputs["input_ids"].shape[1]
         stored = [layer.keys.shape[-2] for layer in cache.layers]
         assert stored == [int(k.sum()) for k in keep.values()]
         later = model(
-            input_ids=more, attention_mask=torch.ones_like(both), past_key_values=cache, use_cache=True
+            input_ids=more, attention_mask=torch.ones_like(both), use_cache=True, **{cache_keyword(model): cache}
         ).logits
     grown = {layer: torch.cat([k, torch.ones(1, 3, dtype=torch.bool)], 1) for layer, k in keep.items()}
     longer = inputs | {"input_ids": both, "attention_mask": torch.ones_like(both)}
@@ -360,17 +360,17 @@ def test_bad_inputs_are_named():
         with pytest.raises(ValueError, match="output_attentions"):
             model(**inputs, output_attentions=True)
         with pytest.raises(ValueError, match="before this was attached"):
-            model(input_ids=token, past_key_values=filled)
+            model(input_ids=token, **{cache_keyword(model): filled})
         with pytest.raises(RuntimeError, match="not its decoder alone"):
             find_decoder(model).model(inputs_embeds=embeds)
         text = model.config.get_text_config()
         static = StaticCache(config=text, max_cache_len=300)
         with pytest.raises(ValueError, match=r"needs a DynamicCache.*StaticLayer"):
-            model(**inputs, past_key_values=static, use_cache=True)
+            model(**inputs, use_cache=True, **{cache_keyword(model): static})
         offloaded = DynamicCache(config=text, offloading=True) if torch.cuda.is_available() else None
         if offloaded is not None:
             with pytest.raises(ValueError, match="not offloaded"):
-                model(**inputs, past_key_values=offloaded, use_cache=True)
+                model(**inputs, use_cache=True, **{cache_keyword(model): offloaded})
 
 
 def test_a_quantised_cache_is_refused():

@@ -13,6 +13,7 @@ import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.runs import Report, Run
 from hone_core.timing import Timing, check_values, measure_interleaved
+from hone_lm.decoders import cache_keyword
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -91,17 +92,17 @@ def _name(ratio: float) -> str:
 def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
     batch, tokens = ids.shape
     split = f"{tokens} tokens, batch {batch}"
-
+    keyword = cache_keyword(model)
     last = ids[:, :1]
     position = torch.full((3, batch, 1), tokens, device=ids.device)
 
     def prefill() -> Any:
         cache = DynamicCache()
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **{keyword: cache})
         return cache
 
     def decode(cache: Any) -> None:
-        model(input_ids=last, past_key_values=cache, use_cache=True, position_ids=position)
+        model(input_ids=last, use_cache=True, position_ids=position, **{keyword: cache})
         cache.crop(-1)
 
     stored, device = prefill(), ids.device

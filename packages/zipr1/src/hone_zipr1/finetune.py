@@ -162,14 +162,16 @@ def _task(cfg: TrainConfig, device: torch.device, process: int, processes: int) 
     model.requires_grad_(False)
     frozen: Any = None
     if cfg.lora:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         decoder = find_decoder(model).model
         path = next(name for name, module in model.named_modules() if module is decoder)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(cfg.seed)
             modules = rf"{path.replace('.', '[.]')}[.].*[.]({'|'.join(ADAPTED)})"
-            model.add_adapter(LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=modules))
+            # Not by the model's add_adapter, for which each transformers wants a peft of its own.
+            lora = LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=modules)
+            inject_adapter_in_model(lora, model)
         model.eval()
     else:
         frozen = load_model(cfg.model, device=device, dtype=dtype)[0].requires_grad_(False)
@@ -196,7 +198,10 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, folder: Path) -> N
 
         save_host(task.host, folder / "host.safetensors")
     else:
-        task.model.save_pretrained(folder)  # type: ignore[operator]
+        if cfg.lora:
+            _write_adapter(task.model, folder)
+        else:
+            task.model.save_pretrained(folder)  # type: ignore[operator]
         task.processor.save_pretrained(folder)  # type: ignore[attr-defined]
     if loop.budget is not None:
         from safetensors.torch import save_file
@@ -204,6 +209,19 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, folder: Path) -> N
         save_file(
             {name: value.cpu() for name, value in loop.budget.state_dict().items()}, folder / "budget.safetensors"
         )
+
+
+def _write_adapter(model: Any, folder: Path) -> None:
+    """Write what peft reads: its config, and the weights under its names."""
+    from safetensors.torch import save_file
+
+    weights = {
+        f"base_model.model.{name.replace('.default.', '.')}": value.detach().cpu().contiguous()
+        for name, value in model.named_parameters()
+        if ".lora_" in name
+    }
+    model.peft_config["default"].save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _write_rows(run: Run) -> None:

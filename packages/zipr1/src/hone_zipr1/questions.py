@@ -289,8 +289,16 @@ class ModelTask:
 
 @contextmanager
 def _without_adapters(model: Any) -> Any:
-    model.disable_adapters()
+    _adapt(model, False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        _adapt(model, True)
+
+
+def _adapt(model: Any, on: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(enabled=on)
