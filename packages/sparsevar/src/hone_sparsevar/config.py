@@ -43,7 +43,8 @@ class SparseVARConfig:
     detector: int | None = None
     """Block whose change is the map; half the depth if None. Choose it with ``calibrate``."""
     select: Literal["topk", "threshold"] = "topk"
-    """``topk``: as many tokens in every image, so that lengths are static. ``threshold``: those above one."""
+    """``topk``: as many tokens in every image, so that lengths are static. ``threshold``: those above one, and as many
+    in every image as in the batch's fullest, so that what comes out depends on the company."""
     threshold: float = 1.0
     """``threshold``: of the map's mean."""
     bucket: int = 128
