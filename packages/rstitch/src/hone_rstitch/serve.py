@@ -271,7 +271,7 @@ def app_of(
             raise HTTPException(404, f"there is no model {body.model!r}; this server has {model!r}")
         changes = body.rstitch.model_dump(exclude={"trace"}, exclude_none=True)
         if changes.get("policy", default.policy) != "random" and default.policy == "random":
-            changes |= {"share": None, "run_length": None} | {k: v for k, v in changes.items() if k == "share"}
+            changes = {"share": None, "run_length": None} | changes
         return replace(default, **changes)
 
     async def answer(request: Request, body: Body, prompts: tuple[list[int], list[int]], most: int, shape: Any) -> Any:
@@ -319,7 +319,7 @@ def app_of(
     @app.post("/v1/completions", dependencies=[Depends(allowed)])
     async def completions(request: Request, body: Completion) -> Any:
         ids = pair.small_tokenizer.encode(body.prompt), pair.tokenizer.encode(body.prompt)
-        return await answer(request, body, ids, body.max_tokens, _Shape(pair, body, model, began, chat=False))
+        return await answer(request, body, ids, body.max_tokens, _Shape(pair, body, model, chat=False))
 
     @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
     async def chat(request: Request, body: Chat) -> Any:
@@ -330,7 +330,7 @@ def app_of(
             rooms = [limit - len(ids) for limit, ids in zip(limits, prompts, strict=True) if limit is not None]
             room = engine.config.max_tokens - max(map(len, prompts))
             most = max(1, min(most, room, *rooms))
-        return await answer(request, body, prompts, most, _Shape(pair, body, model, began, chat=True))
+        return await answer(request, body, prompts, most, _Shape(pair, body, model, chat=True))
 
     @app.get("/v1/models", dependencies=[Depends(allowed)])
     def models() -> Any:
@@ -357,7 +357,7 @@ def app_of(
 class _Shape:
     """Replies of one route in OpenAI's shape."""
 
-    def __init__(self, pair: Pair, body: Any, model: str, created: int, *, chat: bool) -> None:
+    def __init__(self, pair: Pair, body: Any, model: str, *, chat: bool) -> None:
         self.tokenizer, self.body, self.chat = pair.tokenizer, body, chat
         kind = "chat.completion" if chat else "text_completion"
         self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time())}
