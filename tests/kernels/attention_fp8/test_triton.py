@@ -260,7 +260,7 @@ def compare_places(device, dtype, limit):
     present = slot % 64 < valid[0, slot // 64]
     order[present] = torch.randperm(150).int().to(device)
     mask = torch.rand(1, 1, 4, 4, device=device) < 0.6
-    mask[..., 0] = True
+    mask[..., 0] = mask[..., 2, 2] = True  # the third block, without a token, reads itself too
     layout = BlockLayout.from_mask(mask, 256, 256, block_q=64, block_k=64, k_valid=valid)
     x = quantize_qkv(q, k, v, block=64, order=order, k_valid=valid, backend="triton")
     rows, row_lse = quantized_attention(x, layout, return_lse=True, out_dtype=dtype, backend="triton")
@@ -268,6 +268,7 @@ def compare_places(device, dtype, limit):
     with nan_poison():
         given, lse = quantized_attention(x, layout, return_lse=True, out=out, order=order, backend="triton")
     assert given is out
+    assert lse.isfinite().all()
     assert torch.equal(lse, row_lse)
     assert torch.equal(out[:, :, order[present].long()], rows[:, :, present])
     emulated = torch.empty_like(out)
@@ -283,6 +284,27 @@ def test_places_interpreted():
 @requires_gpu(min_sm=MIN_SM)
 def test_places():
     compare_places("cuda", torch.bfloat16, 3e-2)
+
+
+def check_zeros(device, dtype):
+    """Scales of zeros are so small that their product is none."""
+    q, k = torch.zeros(2, 1, 2, 100, 64, device=device, dtype=dtype)
+    v = torch.randn(1, 2, 100, 64, device=device).to(dtype)
+    layout = BlockLayout.dense(100, 100, block_q=64, block_k=64, device=device)
+    x = quantize_qkv(q, k, v, block=64, backend="triton")
+    out, lse = quantized_attention(x, layout, return_lse=True, out_dtype=torch.float32, backend="triton")
+    assert_close(lse, torch.full_like(lse, math.log(100)), dtype=torch.float32)
+    assert relative(out, x.dequantize()[2].mean(2, keepdim=True).expand_as(out)) < 1e-3
+
+
+@pytest.mark.interpret
+def test_zeros_interpreted():
+    check_zeros("cpu", torch.float16)
+
+
+@requires_gpu(min_sm=MIN_SM)
+def test_zeros():
+    check_zeros("cuda", torch.bfloat16)
 
 
 def check_odd_strides(device, dtype):

@@ -34,6 +34,7 @@ from .reference import dequantize, put_rows
 __all__ = ["TILES", "attention_fp8_forward", "has_e4m3", "tiles_for"]
 
 LOG2_MAX = tl.constexpr(8.807354922057604)  # log2(448)
+SCALE_MIN = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 # Head size -> configuration on compute capability 9.0 and later. The caps let three (128) and four programs share a
 # multiprocessor, as in attention/triton.py (LOG.md).
@@ -78,6 +79,8 @@ def _softmax_step(acc, total, top, q, k, v, scale, valid, MASKED: tl.constexpr):
     logits = tl.dot(q, tl.trans(k))  # [BM, BN]
     if MASKED:
         logits = tl.where((tl.arange(0, k.shape[0]) < valid)[None, :], logits, -float("inf"))
+        # Of two blocks of zeros, as those without a token are, the scales' product is 0, and 0 * inf is NaN.
+        scale = tl.maximum(scale, SCALE_MIN)
     new = tl.maximum(top, tl.max(logits, 1) * scale - LOG2_MAX)
     shift = new
     if MASKED:
