@@ -95,18 +95,24 @@ def column_mass(
     columns = torch.arange(tokens, device=device)
     if real is None:
         real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    every = rows is None
     if rows is None:
         rows = torch.where(real, columns, -1)
     scale = dim**-0.5 if scaling is None else scaling
     mass = torch.zeros(batch, tokens, dtype=dtype, device=device)
     seen = torch.zeros(batch, tokens, dtype=dtype, device=device)
-    keys = key.to(dtype).unsqueeze(2)
-    for part in rows.split(max(1, _ELEMENTS // (batch * heads * tokens)), dim=1):
+    keys = key.to(dtype).unsqueeze(2).transpose(-1, -2)
+    size = max(1, _ELEMENTS // (batch * heads * tokens))
+    for start in range(0, rows.shape[1], size):
+        part = rows[:, start : start + size]
         there, at = part >= 0, part.clamp(min=0)
         visible = (columns <= at[..., None]) & real[:, None] & there[..., None]
-        picked = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim)).to(dtype)
-        picked = picked.reshape(batch, heads_k, heads // heads_k, -1, dim)
-        logits = (picked @ keys.transpose(-1, -2)).flatten(1, 2) * scale  # [B, H, R, T]
+        if every:
+            picked = query[:, :, start : start + size]
+        else:
+            picked = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim))
+        picked = (picked.to(dtype) * scale).unflatten(1, (heads_k, heads // heads_k))
+        logits = (picked @ keys).flatten(1, 2)  # [B, H, R, T]
         # A row that is not there has no visible column: it is given all of them, and then no weight.
         logits = logits.masked_fill(~(visible | ~there[..., None])[:, None], -torch.inf)
         weights = logits.softmax(-1).mean(1) * there[..., None]

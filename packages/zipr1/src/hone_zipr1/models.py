@@ -451,6 +451,9 @@ def selected_attention(
         at = torch.arange(tokens, device=query.device)
         # A dropped row reads itself, for the softmax to be defined, and is then set to zero.
         pairs = ((at[:, None] >= at) & keep[:, None, :]) | (at[:, None] == at)
+        # With a mask and shared heads torch would hold the whole map; with as many heads it does not.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        settings["enable_gqa"] = False
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=pairs[:, None], **settings)
         return out * keep[:, None, :, None]
     counts = keep.sum(-1).tolist()

@@ -106,7 +106,8 @@ class Reinforcement:
             self.trained = [*self.trained, *self.budget.parameters()]
             groups.append({"params": list(self.budget.parameters()), "lr": cfg.budget_lr})
             self.parts["budget"] = self.budget
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        fused = self.trained[0].is_cuda or None
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
         self.parts["optimizer"] = self.optimizer
 
     def loop(self, training: Any) -> Iterator[dict[str, float] | None]:

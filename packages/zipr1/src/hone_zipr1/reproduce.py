@@ -223,7 +223,8 @@ def _finished(jobs: Sequence[Job], cfg: ReproduceConfig, device: str, folder: Pa
         cfg.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
         try:
-            for future in as_completed([pool.submit(work, cfg, job, device, folder) for job in jobs]):
+            # The longest are the last arms: they go first.
+            for future in as_completed([pool.submit(work, cfg, job, device, folder) for job in reversed(jobs)]):
                 future.result()
                 yield
         finally:
