@@ -10,6 +10,7 @@ from hone_blade.distill import Distillation, DistillReport, distill, host_task, 
 from hone_blade.models import attach
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
+from hone_core.testing import requires_gpu
 from hone_video.clips import random_labels
 from hone_video.host import Host, load_host, save_host
 from hone_video.host_config import HostConfig
@@ -82,11 +83,53 @@ def test_parts_of_a_batch_add_up(host, tmp_path):
     values = []
     for part in range(2):
         made = Distillation(single, host_task(load_host(path=host), single.tdm), tmp_path / f"{part}.pt")
-        own = made.generator
-        made.generator = lambda index, own=own, part=part: own(part)
+        own = made.seed
+        made.seed = lambda index, stage, own=own, part=part: own(part, stage)
         values.append(made.update())
     found = Distillation(cfg, host_task(load_host(path=host), cfg.tdm), tmp_path / "whole.pt").update()
     torch.testing.assert_close(found["fake_loss"], (values[0]["fake_loss"] + values[1]["fake_loss"]) / 2)
+
+
+def test_an_update_steps_along_the_gradients_of_its_losses(host, tmp_path):
+    """By hand: the stages' losses from the same draws, ``backward`` and one step of AdamW each."""
+    cfg = replace(SMOKE, warmup_steps=0)
+    made, plain = (
+        Distillation(cfg, host_task(load_host(path=host), cfg.tdm), tmp_path / f"{name}.pt") for name in "ab"
+    )
+    made.update()
+    objective, trio, generator = plain.objective, plain.trio, plain.seed(0, 0)
+    text, empty = plain.task.draw(4, generator)
+    noise = torch.randn(4, *plain.task.shape, generator=generator)
+    drawn = objective.draw(4, generator, noise.device)
+    states = objective.states(text, noise, generator)
+    for stage, optimizer in enumerate((plain.fake, plain.student)):
+        if stage:
+            drawn = objective.draw(4, plain.seed(0, 1), noise.device)
+            loss = objective.student_loss(text, empty, states, drawn, generator)[0]
+        else:
+            loss = objective.fake_loss(text, states, drawn, generator)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    for adapter in ("student", "fake"):
+        for a, b in zip(getattr(made.trio, adapter).parameters, getattr(trio, adapter).parameters, strict=True):
+            assert torch.equal(a, b)
+
+
+@requires_gpu()
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_replayed_updates_are_the_plain_ones(tmp_path, share):
+    """On the packaged host, in two parts, with a change of attention on the way."""
+    cfg = DistillConfig(batch=4, accumulate=2, steps=4, dense_share=share, log_every=1)
+    found = []
+    for graphs in (False, True):
+        own = replace(cfg, graphs=graphs)
+        made = Distillation(own, host_task(load_host("cuda", torch.bfloat16), cfg.tdm), tmp_path / f"{graphs}.pt")
+        values = [{name: seen[name] for name in ("loss", "fake_loss", "gap", "norm")} for seen in made.train()]
+        found.append((values, [p.clone() for p in (*made.trio.student.parameters, *made.trio.fake.parameters)]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -161,6 +204,7 @@ def test_another_config_does_not_go_on(host, tmp_path):
         ({"preset": "wan2.1-1.3b-free", "attention": None}, "dense_steps 0, got 12"),
         ({"preset": "none"}, "no preset 'none'"),
         ({"rank": 0}, "rank must be at least 1"),
+        ({"checkpointing": True}, "add --no-graphs"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -19,6 +19,7 @@ from hone_blade.tdm import (
     noised_again,
     pseudo_huber,
     rollout,
+    rollout_states,
     student_loss,
     student_score_loss,
 )
@@ -284,7 +285,16 @@ def test_rollout_is_the_scheduler():
     def net(x, t):
         return torch.tanh(x + t.view(-1, 1, 1) / 1000)
 
+    asked = []
+
+    def counted(x, t):
+        asked.append(t[0].item())
+        return net(x, t)
+
     states, clean = rollout(net, scheduler, noise, TIMES, generator=torch.Generator().manual_seed(9))
+    alone = rollout_states(counted, scheduler, noise, TIMES, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(alone, states)
+    assert asked == TIMES[:-1]
     scheduler.set_timesteps(8)
     scheduler.generator = torch.Generator().manual_seed(9)
     state = noise

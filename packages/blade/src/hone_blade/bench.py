@@ -334,13 +334,15 @@ class _Bench:
         student, fake = optimisers
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             with meter("rollout"):
-                states, _ = objective.rollout(text, noise, generator)
+                states = objective.states(text, noise, generator)
+            drawn = [objective.draw(len(text), generator, device) for _ in range(2)]
             with meter("fake"):
-                objective.fake_loss(text, states, generator).mean().backward()
+                objective.fake_loss(text, states, drawn[0], generator).mean().backward()
             with meter("optimiser"):
                 self._apply(fake)
             with meter("student"):
-                objective.student_loss(text, torch.zeros_like(text), states, generator)[0].mean().backward()
+                loss, _ = objective.student_loss(text, torch.zeros_like(text), states, drawn[1], generator)
+                loss.mean().backward()
             with meter("optimiser"):
                 self._apply(student)
 

@@ -784,6 +784,9 @@ class DistillConfig:
     """Largest norm of a gradient."""
     checkpointing: bool = False
     """Compute activations again in backward rather than store them."""
+    graphs: bool = True
+    """On a GPU, record an update's launches once and replay them (CUDA graphs): the same values, without the host's
+    time. Not with ``checkpointing``."""
     eval_clips: int = 256
     """Clips that the stored student is graded on, and the teacher beside it."""
     log_every: int = 10
@@ -798,6 +801,8 @@ class DistillConfig:
             raise ValueError(f"dense_share must lie in [0, 1]; got {self.dense_share}")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch = {self.batch}; got {self.accumulate}")
+        if self.checkpointing and self.graphs:
+            raise ValueError("checkpointing does not go with graphs; add --no-graphs")
         if self.settings.dense_steps:
             raise ValueError(
                 "distillation visits the steps of a video at random, so the attention must be the same in all: "

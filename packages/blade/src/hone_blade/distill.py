@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from hone_video.means import write_mean
 from torch import Tensor, nn
 
 from .config import BladeConfig, DistillConfig, TDMConfig
+from .graphs import Replayed
 from .lora import load_blade_lora, save_blade_lora
 from .models import attach
 from .objective import Objective
 from .scheduler import TDMScheduler, rollout_timesteps
-from .tdm import rollout
+from .tdm import Draw, rollout
 from .trio import Trio
 
 __all__ = ["LORA", "DistillReport", "Distillation", "Task", "distill", "host_task", "rollout_clips", "student_host"]
@@ -118,6 +119,9 @@ class Distillation:
         self.student, self.fake = (self._optimizer(a.parameters, lr) for a, lr in (
             (self.trio.student, cfg.lr), (self.trio.fake, cfg.fake_lr)))  # fmt: skip
         parts = {"student": self.trio.student, "fake": self.trio.fake}
+        self.generator = torch.Generator(self.device)
+        self._graphs: dict[tuple[str, bool], Replayed] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.training = Training(cfg, path, {**parts, "student optimizer": self.student, "fake optimizer": self.fake})
 
     def _optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
@@ -126,10 +130,10 @@ class Distillation:
             parameters, lr, betas=(0.0, cfg.beta2), weight_decay=cfg.weight_decay, fused=self.device.type == "cuda"
         )
 
-    def generator(self, part: int) -> torch.Generator:
-        """Of one part of this step's batch."""
-        seed = (self.cfg.seed * 1_000_003 + self.training.step) * 4096 + part
-        return torch.Generator(self.device).manual_seed(seed)
+    def seed(self, part: int, stage: int) -> torch.Generator:
+        """The generator, at the beginning of a stage of one part of this step's batch."""
+        seed = ((self.cfg.seed * 1_000_003 + self.training.step) * 4096 + part) * 2 + stage
+        return self.generator.manual_seed(seed)
 
     def lr_factor(self) -> float:
         """Of the student's rate: warm-up, then half a cosine down to 0."""
@@ -143,26 +147,53 @@ class Distillation:
         trio.dense = self.training.spent() < cfg.dense_share or cfg.dense_share == 1
         seen: dict[str, Tensor] = {name: torch.zeros((), device=self.device) for name in ("fake_loss", "loss", "gap")}
         parts = []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            for part in range(cfg.accumulate):
-                generator = self.generator(part)
-                text, empty = task.draw(count, generator)
-                noise = torch.randn(count, *task.shape, generator=generator, device=self.device)
-                states, _ = objective.rollout(text, noise, generator)
-                loss = objective.fake_loss(text, states, generator)
-                (loss.mean() / cfg.accumulate).backward()
-                seen["fake_loss"] += loss.detach().mean() / cfg.accumulate
-                parts.append((generator, text, empty, states))
-            seen["fake_norm"] = self._step(self.fake, trio.fake.parameters, skip=self._skips(seen["fake_loss"]))
-            for generator, text, empty, states in parts:
-                loss, gap = objective.student_loss(text, empty, states, generator)
-                (loss.mean() / cfg.accumulate).backward()
-                seen["loss"] += loss.detach().mean() / cfg.accumulate
-                seen["gap"] += gap.mean() / cfg.accumulate
+        for part in range(cfg.accumulate):
+            generator = self.seed(part, 0)
+            text, empty = task.draw(count, generator)
+            noise = torch.randn(count, *task.shape, generator=generator, device=self.device)
+            drawn = objective.draw(count, generator, self.device)
+            states, loss, *gradients = self._run(self._fake_stage, text, noise, *drawn.all())
+            _add(trio.fake.parameters, gradients)
+            seen["fake_loss"] += loss
+            parts.append((text, empty, states.clone()))
+        seen["fake_norm"] = self._step(self.fake, trio.fake.parameters, skip=self._skips(seen["fake_loss"]))
+        for part, given in enumerate(parts):
+            drawn = objective.draw(count, self.seed(part, 1), self.device)
+            loss, gap, *gradients = self._run(self._student_stage, *given, *drawn.all())
+            _add(trio.student.parameters, gradients)
+            seen["loss"] += loss
+            seen["gap"] += gap
         for group in self.student.param_groups:
             group["lr"] = cfg.lr * self.lr_factor()
         seen["norm"] = self._step(self.student, trio.student.parameters)
         return seen
+
+    def _run(self, stage: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
+        """A stage, on a GPU as a graph; one for dense attention and one for sparse."""
+        if not self.cfg.graphs or self.device.type != "cuda":
+            return stage(*inputs)
+        key = stage.__name__, self.trio.dense
+        if key not in self._graphs:
+            self._graphs[key] = Replayed(stage, self.generator, self._pool)
+        return self._graphs[key](*inputs)
+
+    def _fake_stage(self, text: Tensor, noise: Tensor, *drawn: Tensor) -> Sequence[Tensor]:
+        """States of a rollout, the fake score's loss on them, and its gradients."""
+        with self._precision():
+            states = self.objective.states(text, noise, self.generator)
+            loss = self.objective.fake_loss(text, states, Draw(*drawn), self.generator).mean() / self.cfg.accumulate
+        return states, loss.detach(), *torch.autograd.grad(loss, self.trio.fake.parameters)
+
+    def _student_stage(self, text: Tensor, empty: Tensor, states: Tensor, *drawn: Tensor) -> Sequence[Tensor]:
+        """The student's loss, the distance of teacher and fake score, and the student's gradients."""
+        with self._precision():
+            loss, gap = self.objective.student_loss(text, empty, states, Draw(*drawn), self.generator)
+            loss, gap = (x.mean() / self.cfg.accumulate for x in (loss, gap))
+        return loss.detach(), gap, *torch.autograd.grad(loss, self.trio.student.parameters)
+
+    def _precision(self) -> torch.autocast:
+        # Cached casts would be those of weights from before an update.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
     def _skips(self, loss: Tensor) -> bool:
         limit = self.cfg.tdm.skip_above
@@ -193,6 +224,12 @@ class Distillation:
         return save_blade_lora(
             self.task.model, path, adapter_name="student", config=self.cfg.settings, rollout=self.cfg.rollout
         )
+
+
+def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Add to gradients; the first ones are copied, since a graph's next replay writes over its own."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
 
 def student_host(host: Host, file: Path) -> BladeConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import TDMConfig
 from .scheduler import TDMScheduler, rollout_timesteps
-from .tdm import Network, draw_times, fake_score_loss, guide, rollout, student_score_loss
+from .tdm import Draw, Network, draw_times, fake_score_loss, guide, rollout, rollout_states, student_score_loss
 from .trio import Trio
 
 __all__ = ["Objective", "Section"]
@@ -64,21 +64,27 @@ class Objective:
 
         return run
 
-    def rollout(self, text: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The student's states ``[K, B, ...]`` and samples ``[B, ...]`` from noise, without gradient."""
-        return rollout(self.trio.network("student", text), self.process, noise, self.times, generator=generator)
+    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> Draw:
+        """Times of a batch, drawn where the generator is, for ``device``."""
+        return draw_times(self.times, count, self.tdm, generator=generator, device=generator.device).to(device)
 
-    def fake_loss(self, text: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
+    def states(self, text: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """The student's states ``[K, B, ...]`` from noise, without gradient."""
+        return rollout_states(self.trio.network("student", text), self.process, noise, self.times, generator=generator)
+
+    def samples(self, text: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """The student's samples ``[B, ...]`` from noise, without gradient."""
+        return rollout(self.trio.network("student", text), self.process, noise, self.times, generator=generator)[1]
+
+    def fake_loss(self, text: Tensor, states: Tensor, drawn: Draw, generator: torch.Generator) -> Tensor:
         """Loss ``[B]`` of the fake score on states of a rollout; ``backward`` may follow at once."""
         student, fake = self.trio.network("student", text), self.trio.network("fake", text)
-        drawn = draw_times(self.times, len(text), self.tdm, generator=generator, device=generator.device)
         return fake_score_loss(
-            student, fake, self._plain_teacher(text), self.process, states, drawn.to(states.device), self.tdm,
-            generator=generator,
-        )  # fmt: skip
+            student, fake, self._plain_teacher(text), self.process, states, drawn, self.tdm, generator=generator
+        )
 
     def student_loss(
-        self, text: Tensor, empty: Tensor, states: Tensor, generator: torch.Generator
+        self, text: Tensor, empty: Tensor, states: Tensor, drawn: Draw, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Loss ``[B]`` of the student and distance ``[B]`` of teacher and fake score; ``backward`` may follow at once.
 
@@ -86,14 +92,13 @@ class Objective:
             text: Of the batch.
             empty: Text of the unguided teacher.
             states: Of the rollout.
-            generator: Of times and noise.
+            drawn: Which of them, and the times.
+            generator: Of the noise.
         """
         student, fake = self.trio.network("student", text), self.trio.network("fake", text)
-        drawn = draw_times(self.times, len(text), self.tdm, generator=generator, device=generator.device)
         loss = student_score_loss(
-            student, fake, self.teacher(text, empty), self.process, states, drawn.to(states.device), self.tdm,
-            generator=generator,
-        )  # fmt: skip
+            student, fake, self.teacher(text, empty), self.process, states, drawn, self.tdm, generator=generator
+        )
         # A checkpointed backward computes the student's blocks again; the fake score was asked last.
         self.trio.switch("student")
         return loss

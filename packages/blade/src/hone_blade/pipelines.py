@@ -294,8 +294,9 @@ class PipelineDistillation:
             text, (generator,) = self.text(part), part.generators("objective")
             noise = part.randn(self.plan.shape, "noise").to(loop.device)
             with loop.accelerator.autocast():
-                states, _ = objective.rollout(text, noise, generator)
-                found = objective.fake_loss(text, states, generator)
+                states = objective.states(text, noise, generator)
+                drawn = objective.draw(len(text), generator, loop.device)
+                found = objective.fake_loss(text, states, drawn, generator)
             fake_loss += loop.backward(found.mean(), part)
             parts.append((part, text, generator, states))
         seen = {"fake_loss": fake_loss}
@@ -307,7 +308,8 @@ class PipelineDistillation:
             seen["fake_gradient_norm"] = loop.apply("fake")
         for part, text, generator, states in parts:
             with loop.accelerator.autocast():
-                found, distance = objective.student_loss(text, self.null, states, generator)
+                drawn = objective.draw(len(text), generator, loop.device)
+                found, distance = objective.student_loss(text, self.null, states, drawn, generator)
             loss += loop.backward(found.mean(), part)
             gap += float(distance.mean()) * part.share
         loop.groups["student"].lr = cfg.loop.lr * 0.5 * (1 + math.cos(math.pi * loop.step / cfg.loop.steps))
@@ -329,7 +331,7 @@ class PipelineDistillation:
             generator = seeded(self.cfg.loop.seed, "sample", index)
             noise = torch.randn(1, *self.plan.shape, generator=generator).to(loop.device)
             with loop.accelerator.autocast():
-                _, latents = self.objective.rollout(text, noise, generator)
+                latents = self.objective.samples(text, noise, generator)
             frames = self._decode(latents)  # [F, H, W, 3]
             shown = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
             rows.append(np.concatenate([frames[i] for i in shown], axis=1))

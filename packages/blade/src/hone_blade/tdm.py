@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ __all__ = [
     "noised_again",
     "pseudo_huber",
     "rollout",
+    "rollout_states",
     "student_loss",
     "student_score_loss",
 ]
@@ -56,9 +58,13 @@ class Draw:
     middle: Tensor
     time: Tensor
 
+    def all(self) -> tuple[Tensor, ...]:
+        """The four, in order."""
+        return self.step, self.start, self.middle, self.time
+
     def to(self, device: torch.device) -> Draw:
         """The same times there."""
-        return Draw(*(x.to(device) for x in (self.step, self.start, self.middle, self.time)))
+        return Draw(*(x.to(device) for x in self.all()))
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -79,6 +85,37 @@ def guide(conditional: Tensor, unconditional: Tensor, weight: float | Tensor) ->
 
 
 @torch.no_grad()
+def rollout_states(
+    network: Network,
+    process: TDMScheduler,
+    noise: Tensor,
+    times: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """States of the student's own sampling, which is ``TDMScheduler``'s; training needs no sample at their end.
+
+    Args:
+        network: The student; one call for each state but the last.
+        process: Noise levels and ``eta``.
+        noise: First states ``[B, ...]``, standard normal.
+        times: Of the states, descending; see ``rollout_timesteps``.
+        generator: Of the fresh noise between the states.
+
+    Returns:
+        ``[K, B, ...]``.
+
+    Source: step 0 of an iteration of the release's training scripts, which makes the sample too and drops it.
+    """
+    states = [noise]
+    for time, following in pairwise(times):
+        clean, own = estimate(network, process, states[-1], _everywhere(time, noise))
+        mixed = process.mix_noise(own, _randn_like(own, generator))
+        states.append(process.add_noise(clean, mixed, following))
+    return torch.stack(states)
+
+
+@torch.no_grad()
 def rollout(
     network: Network,
     process: TDMScheduler,
@@ -87,29 +124,17 @@ def rollout(
     *,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The student's own sampling, which is ``TDMScheduler``'s.
+    """The student's own sampling: its states ``[K, B, ...]`` and the samples ``[B, ...]``.
 
-    Args:
-        network: The student.
-        process: Noise levels and ``eta``.
-        noise: First states ``[B, ...]``, standard normal.
-        times: Of the states, descending; see ``rollout_timesteps``.
-        generator: Of the fresh noise between the states.
-
-    Returns:
-        The states that the network was asked at ``[K, B, ...]``, and the samples ``[B, ...]``.
-
-    Source: step 0 of an iteration of the release's training scripts.
+    Args: As for ``rollout_states``.
     """
-    states, state, clean = [], noise, noise
-    for index, time in enumerate(times):
-        states.append(state)
-        at = torch.full((len(noise),), time, device=noise.device)
-        clean, own = estimate(network, process, state, at)
-        if index + 1 < len(times):
-            mixed = process.mix_noise(own, _randn_like(own, generator))
-            state = process.add_noise(clean, mixed, times[index + 1])
-    return torch.stack(states), clean
+    states = rollout_states(network, process, noise, times, generator=generator)
+    return states, estimate(network, process, states[-1], _everywhere(times[-1], noise))[0]
+
+
+def _everywhere(time: int, states: Tensor) -> Tensor:
+    """One time for each sample."""
+    return torch.full((len(states),), time, device=states.device)
 
 
 def draw_times(
