@@ -1,4 +1,6 @@
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,3 +84,20 @@ def test_scales_weigh_by_the_root_of_their_tokens():
     weights = scale_weights(torch.device("cpu"))
     assert_close(weights.mean(), torch.tensor(1.0))
     assert_close(weights[-1] / weights[0], torch.tensor(1 / 16))
+
+
+def test_blocks_that_do_not_compile_are_trained_as_they_are(tmp_path, monkeypatch, caplog):
+    making = Making(CONFIG, torch.device("cpu"), tmp_path / "c.pt")
+    monkeypatch.setattr(making, "device", SimpleNamespace(type="cuda"))
+    state = making.generator.get_state()
+
+    def fail(stage):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(making, "loss", fail)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: partial(function))
+    making._compile()
+    assert "do not compile (no compiler)" in caplog.text
+    block = making.host.transformer.layers[0]
+    assert block.before == type(block).before.__get__(block)
+    assert torch.equal(making.generator.get_state(), state)

@@ -4,6 +4,7 @@ from hone_core.testing import assert_close
 from hone_visual_ar import Policy, Sampling, ScaleSchedule, generate
 from hone_visual_ar.layers import ScaleKVCache
 from hone_visual_ar.transformer import scale_mask
+from torch._dynamo.utils import counters
 
 SAMPLING = Sampling(guidance=2.0, temperature=0.7, top_p=0.95)
 
@@ -108,3 +109,31 @@ def test_a_full_cache_says_so():
 def test_the_mask_of_training():
     mask = scale_mask(ScaleSchedule(((1, 1), (1, 2))), "cpu")
     assert mask.tolist() == [[True, False, False], [True, True, True], [True, True, True]]
+
+
+def test_all_scales_at_once_read_what_the_mask_says(small):
+    model, _, condition, schedule = small
+    inputs = torch.randn(4, schedule.total - 1, 4, generator=torch.Generator().manual_seed(2))
+    everything = torch.ones(schedule.total, schedule.total, dtype=torch.bool)
+    with torch.no_grad():
+        assert_close(model(condition, inputs, schedule), model(condition, inputs, schedule, mask=everything))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_blocks_compile_to_two_graphs_whatever_the_block_and_scale(small):
+    model, tokenizer, _, schedule = small
+    with torch.no_grad():
+        condition = model.condition(torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(1)), [6, 4])
+    before = generate(model, tokenizer, condition, schedule, seeds=[0, 1], sampling=SAMPLING)
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.compile_around(backend="eager", dynamic=True, fullgraph=True)
+    try:
+        counters["stats"].clear()
+        after = generate(model, tokenizer, condition, schedule, seeds=[0, 1], sampling=SAMPLING)
+        # The first scale has one token, which dynamo never takes for a variable: before and after, twice.
+        assert counters["stats"]["unique_graphs"] <= 4
+    finally:
+        for block in model.layers:
+            del block.before, block.after
+    assert torch.equal(before.latent, after.latent)

@@ -160,8 +160,10 @@ class TrainHostConfig:
     """Wall clock of the training, where ``steps`` is not given."""
     steps: int | None = None
     """Optimiser steps in place of a time."""
-    batch: int = 256
+    batch: int = 128
     """Images of a step."""
+    compile: bool = True
+    """Compile the transformer's blocks, on a GPU."""
     tokenizer_share: float = 0.25
     """Share of the budget that trains the tokenizer."""
     grader_share: float = 0.1

@@ -106,7 +106,7 @@ class FastVARStyle(Policy):
                     keys = run.cache.lengths[number] + here.shape[1]
                     out = block.self_attend(here, parts, context, number)
                 elif which == 1:
-                    out = block.cross_attend(here, condition, number)
+                    out = block.cross_attend(here, condition.keys[number], condition.mask)
                 else:
                     out = block.feed_forward(here, parts)
                 if scale == start - 1 and number >= first:

@@ -9,6 +9,7 @@ Source of the transformer's loss: Infinity (arXiv 2412.04431): cross-entropy of 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from .grader import grade, grader_loss
 from .host import SCHEDULE, Host, load_host, save_host
 
 __all__ = ["GATES", "Making", "grade_host", "self_corrected", "train_host"]
+
+log = logging.getLogger(__name__)
 
 GATES = {"reconstruction_psnr": 20.0, "grader": 0.9, "objects": 0.5}
 """Decibels of the tokenizer, and shares: objects that the grader reads right in real scenes, and in generated ones."""
@@ -114,6 +117,10 @@ class Making:
 
     def loss(self, stage: str) -> Tensor:
         """Of one batch."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self._loss(stage)
+
+    def _loss(self, stage: str) -> Tensor:
         labels, images = self.batch()
         host = self.host
         if stage == "grader":
@@ -143,12 +150,12 @@ class Making:
         for module in self.host.modules.values():
             module.train()
         training.start()
+        self._compile()
         while training.spent() < 1:
             stage, done = self.stage(training.spent())
             optimizer = self.optimizers[stage]
             module = self.host.modules[f"{stage}."]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss = self.loss(stage)
+            loss = self.loss(stage)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -162,9 +169,24 @@ class Making:
                 torch._foreach_lerp_(
                     list(self.ema.parameters()), [p.detach() for p in module.parameters()], weight=1 - cfg.ema
                 )
-            else:
-                self.ema.load_state_dict(self.host.transformer.state_dict())
             yield {"loss": loss.item(), "stage": float(list(self.optimizers).index(stage))} if training.due() else None
+
+    def _compile(self) -> None:
+        """Compile the transformer's blocks, after a look whether they can be: a host is worth more than a fast step."""
+        if self.device.type != "cuda" or not self.cfg.compile:
+            return
+        blocks, state = self.host.transformer.layers, self.generator.get_state()
+        for block in blocks:
+            block.compile_around(dynamic=False)
+        try:
+            self.loss("transformer").backward()
+            torch.cuda.synchronize()
+        except Exception as error:
+            log.warning("the blocks do not compile (%s); training goes on without", str(error).splitlines()[0])
+            for block in blocks:
+                del block.before, block.after
+        self.host.transformer.zero_grad(set_to_none=True)
+        self.generator.set_state(state)
 
     def result(self) -> Host:
         """The host with the transformer's averaged weights."""

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look how to load the class
 from torch import Tensor, nn
 
-from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, SharedAdaLin, modulate
+from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, SharedAdaLin, attend, modulate
 from .rope import Rope, rope_table
 from .schedules import ScaleSchedule
 from .transformer import Condition, NextScaleTransformer, init_linears, start_small
@@ -62,11 +62,11 @@ class InfinityBlock(nn.Module):
         h = modulate(x, scale1, shift1).to(self.sa.proj.weight.dtype)
         return gamma1 * self.sa(h, context, number).float()
 
-    def cross_attend(self, x: Tensor, condition: Condition, number: int) -> Tensor:
-        """What cross-attention adds, float32."""
+    def cross_attend(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """What cross-attention adds, float32; keys and mask are the condition's."""
         norm, dtype = self.ca_norm, self.ca.proj.weight.dtype
         h = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
-        return self.ca(h.to(dtype), condition.keys[number], condition.mask).float()
+        return self.ca(h.to(dtype), keys, mask).float()
 
     def feed_forward(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """What the feed-forward adds, float32."""
@@ -74,12 +74,40 @@ class InfinityBlock(nn.Module):
         h = modulate(x, scale2, shift2).to(self.ffn.fc1.weight.dtype)
         return gamma2 * self.ffn(h).float()
 
+    def before(
+        self, x: Tensor, modulation: Tensor, rope: Rope | None, spread: Tensor | None, rope_k: Rope | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies before self-attention: its queries, keys and values of tokens ``[R, n, C]``."""
+        _, _, scale1, _, shift1, _ = (self.ada_gss.float() + modulation).unbind(2)
+        h = modulate(x, scale1, shift1).to(self.sa.proj.weight.dtype)
+        return self.sa.project(h, rope, spread, rope_k)
+
+    def after(
+        self, x: Tensor, out: Tensor, modulation: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """What lies after self-attention, whose heads gave ``[R, H, n, D]``: tokens ``[R, n, C]``, float32."""
+        parts = (self.ada_gss.float() + modulation).unbind(2)
+        x = x + parts[0] * self.sa.join(out).float()
+        x = x + self.cross_attend(x, keys, mask)
+        return x + self.feed_forward(x, parts)
+
     def forward(self, x: Tensor, condition: Condition, context: AttentionContext, number: int) -> Tensor:
         """Tokens ``[R, n, C]`` in and out, float32."""
-        parts = self.modulation(condition)
-        x = x + self.self_attend(x, parts, context, number)
-        x = x + self.cross_attend(x, condition, number)
-        return x + self.feed_forward(x, parts)
+        assert condition.modulation is not None
+        q, k, v = self.before(x, condition.modulation, context.rope, context.spread, context.rope_k)
+        out = attend(q, k, v, context, number)
+        return self.after(x, out, condition.modulation, condition.keys[number], condition.mask)
+
+    def compile_around(self, **options: Any) -> None:
+        """Compile what lies before and after self-attention; blocks of one shape share the code.
+
+        Cache and attention stay outside, so that neither a block's number nor the cache's length makes new code.
+
+        Args:
+            options: Of ``torch.compile``.
+        """
+        self.before = torch.compile(self.before, **options)  # type: ignore[method-assign]
+        self.after = torch.compile(self.after, **options)  # type: ignore[method-assign]
 
 
 class _Chunk(nn.Module):

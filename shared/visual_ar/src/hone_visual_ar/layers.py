@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 
 from .rope import Rope, rotate
 
-__all__ = ["FFN", "AttentionContext", "CrossAttention", "HeadNorm", "ScaleKVCache", "SelfAttention", "SharedAdaLin"]
+__all__ = [
+    "FFN",
+    "AttentionContext",
+    "CrossAttention",
+    "HeadNorm",
+    "ScaleKVCache",
+    "SelfAttention",
+    "SharedAdaLin",
+    "attend",
+]
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -82,6 +92,7 @@ class AttentionContext:
         cache: Of the scales before; None where all scales run at once.
         write: Keep this scale's keys and values.
         mask: ``[..., tokens, keys]`` bool, True where a query reads a key; None: everything is read.
+        ends: Where each scale ends, if all run at once: a scale reads itself and those before, which takes no mask.
         spread: ``[R, tokens of the scale]``, which token stands in for each position of the scale as key and value;
             None: positions that do not run are not read.
         rope_k: Rows of the positions under ``spread``.
@@ -91,6 +102,7 @@ class AttentionContext:
     cache: ScaleKVCache | None = None
     write: bool = True
     mask: Tensor | None = None
+    ends: tuple[int, ...] = ()
     spread: Tensor | None = None
     rope_k: Rope | None = None
 
@@ -111,6 +123,27 @@ class SelfAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
+    def project(
+        self, x: Tensor, rope: Rope | None, spread: Tensor | None, rope_k: Rope | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[R, H, n, D]`` of tokens ``[R, n, C]`` in the dtype of the weights.
+
+        The other arguments are those of ``AttentionContext``.
+        """
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.float().clamp(max=MAX_LOG_SCALE).exp()
+        k = F.normalize(k.float(), dim=-1)
+        if spread is None:
+            rope_k = rope
+        else:
+            index = spread[:, None, :, None].expand(-1, self.heads, -1, k.shape[-1])
+            k, v = k.gather(2, index), v.gather(2, index)
+        if rope is not None and rope_k is not None:
+            q, k = rotate(q, rope), rotate(k, rope_k)
+        return q.to(v.dtype), k.to(v.dtype), v
+
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         """Attend; ``[R, n, C]`` to the same shape.
 
@@ -119,22 +152,33 @@ class SelfAttention(nn.Module):
             context: Of this forward.
             layer: Number of the block in the cache.
         """
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.float().clamp(max=MAX_LOG_SCALE).exp()
-        k = F.normalize(k.float(), dim=-1)
-        rope_k = context.rope
-        if context.spread is not None:
-            index = context.spread[:, None, :, None].expand(-1, self.heads, -1, k.shape[-1])
-            k, v, rope_k = k.gather(2, index), v.gather(2, index), context.rope_k
-        if context.rope is not None and rope_k is not None:
-            q, k = rotate(q, context.rope), rotate(k, rope_k)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if context.cache is not None:
-            k, v = context.cache.extend(layer, k, v, write=context.write)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=1.0)
+        q, k, v = self.project(x, context.rope, context.spread, context.rope_k)
+        return self.join(attend(q, k, v, context, layer))
+
+    def join(self, out: Tensor) -> Tensor:
+        """Tokens ``[R, n, C]`` of the heads' ``[R, H, n, D]``."""
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer: int) -> Tensor:
+    """Self-attention ``[R, H, n, D]`` of one scale over the cache, or of all scales at once.
+
+    Args:
+        q: ``[R, H, n, D]``.
+        k: Of this forward's tokens.
+        v: Likewise.
+        context: Of this forward.
+        layer: Number of the block in the cache.
+    """
+    if context.cache is not None:
+        k, v = context.cache.extend(layer, k, v, write=context.write)
+    if not context.ends:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=1.0)
+    parts = [
+        F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], scale=1.0)
+        for begin, end in pairwise((0, *context.ends))
+    ]
+    return torch.cat(parts, dim=2)
 
 
 class CrossAttention(nn.Module):

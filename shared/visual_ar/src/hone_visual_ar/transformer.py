@@ -180,8 +180,11 @@ class NextScaleTransformer(ModelMixin, ConfigMixin):
             begin = schedule.start(scale) - schedule.tokens(0)
             parts.append(self.embed(inputs[:, begin : begin + schedule.tokens(scale)], scale, schedule))
         x = torch.cat(parts, dim=1)
-        seen = scale_mask(schedule, x.device)
-        context = AttentionContext(rope=self.rope(schedule), mask=seen if mask is None else seen & mask)
+        if mask is None:
+            ends = tuple(schedule.start(scale + 1) for scale in range(len(schedule)))
+            context = AttentionContext(rope=self.rope(schedule), ends=ends)
+        else:
+            context = AttentionContext(rope=self.rope(schedule), mask=scale_mask(schedule, x.device) & mask)
         return self.logits(self.run_blocks(x, condition, context, observe=observe), condition)
 
 
