@@ -76,6 +76,15 @@ def test_training_moves_student_and_fake_and_nothing_else(host, tmp_path):
         assert all(p.abs().max() > 0 for p in adapter.parameters)
 
 
+def test_rates_rise_and_the_students_falls(host, tmp_path):
+    cfg = replace(SMOKE, warmup_steps=2, lr=1e-2, fake_lr=1e-3)
+    made = Distillation(cfg, host_task(load_host(path=host), cfg.tdm), tmp_path / "c.pt")
+    found = [tuple(x.param_groups[0]["lr"] for x in (made.student, made.fake)) for _ in made.train()]
+    student = [0.5e-2, 1e-2 * (1 + 0.5**0.5) / 2, 0.5e-2, 1e-2 * (1 - 0.5**0.5) / 2]
+    assert [pair[0] for pair in found] == pytest.approx(student)
+    assert [pair[1] for pair in found] == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
+
+
 def test_parts_of_a_batch_add_up(host, tmp_path):
     """With the parts' own draws, an update in two parts is the mean of both."""
     cfg = replace(SMOKE, accumulate=2, steps=1)

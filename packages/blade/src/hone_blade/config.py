@@ -773,9 +773,9 @@ class DistillConfig:
     lr: float = LR
     """Peak learning rate of the student: warm-up, then one cosine down to 0."""
     fake_lr: float = FAKE_LR
-    """Learning rate of the fake score, constant."""
+    """Learning rate of the fake score, constant after the warm-up."""
     warmup_steps: int = 5
-    """Steps over which the student's rate rises."""
+    """Steps over which both rates rise. The release's fake score has none."""
     weight_decay: float = 1e-4
     """Of AdamW, like the next."""
     beta2: float = 0.95

@@ -135,10 +135,14 @@ class Distillation:
         seed = ((self.cfg.seed * 1_000_003 + self.training.step) * 4096 + part) * 2 + stage
         return self.generator.manual_seed(seed)
 
-    def lr_factor(self) -> float:
-        """Of the student's rate: warm-up, then half a cosine down to 0."""
-        warmup = min(1.0, (self.training.step + 1) / self.cfg.warmup_steps) if self.cfg.warmup_steps else 1.0
-        return warmup * 0.5 * (1 + math.cos(math.pi * self.training.spent()))
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of student and fake score: both warm up, and the student's falls by half a cosine to 0.
+
+        Differs: the release starts the fake score at its full rate, by which Adam moves every weight at once.
+        """
+        cfg = self.cfg
+        warmup = min(1.0, (self.training.step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+        return warmup * cfg.lr * 0.5 * (1 + math.cos(math.pi * self.training.spent())), warmup * cfg.fake_lr
 
     def update(self) -> dict[str, Tensor]:
         """One update of the fake score and one of the student; what there is to log."""
@@ -146,6 +150,9 @@ class Distillation:
         count = cfg.batch // cfg.accumulate
         trio.dense = self.training.spent() < cfg.dense_share or cfg.dense_share == 1
         seen: dict[str, Tensor] = {name: torch.zeros((), device=self.device) for name in ("fake_loss", "loss", "gap")}
+        for optimizer, lr in zip((self.student, self.fake), self.rates(), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         parts = []
         for part in range(cfg.accumulate):
             generator = self.seed(part, 0)
@@ -163,8 +170,6 @@ class Distillation:
             _add(trio.student.parameters, gradients)
             seen["loss"] += loss
             seen["gap"] += gap
-        for group in self.student.param_groups:
-            group["lr"] = cfg.lr * self.lr_factor()
         seen["norm"] = self._step(self.student, trio.student.parameters)
         return seen
 
