@@ -21,7 +21,7 @@ def main() -> None:
     run_cli(
         PACKAGE,
         VERBS,
-        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores, block selection, logits.",
+        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores, block selection, logits, splats.",
     )
 
 
@@ -30,7 +30,7 @@ def info() -> dict[str, Any]:
     import torch
     from hone_core.environment import installed
 
-    from hone_kernels import attention, attention_fp8, block_scores, block_select, logits
+    from hone_kernels import attention, attention_fp8, block_scores, block_select, logits, splat_blend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A call that every kernel takes.
@@ -40,10 +40,11 @@ def info() -> dict[str, Any]:
         block_scores: dict(head_dim=128, samples=16),
         block_select: {},
         logits: {},
+        splat_blend: {},
     }
     found = installed(PACKAGE, "triton")
     for op, call in sizes.items():
-        dtype = torch.float32 if op is block_select else torch.bfloat16
+        dtype = torch.float32 if op in (block_select, splat_blend) else torch.bfloat16
         reasons = {name: support.reason(device, dtype, **call) for name, support in op.SUPPORT.items()}
         found[op.__name__.removeprefix("hone_kernels.")] = {
             name: "runs" if reason is None else f"does not: {reason}" for name, reason in reasons.items()

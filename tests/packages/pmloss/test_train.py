@@ -73,7 +73,8 @@ def test_the_arms_see_the_same_rooms_and_differ_by_the_term(short, monkeypatch):
     host = tiny(SMALL).train()
     optimizer = torch.optim.SGD(host.parameters(), 0.0)
     for stage in ("photometric", "pm", "base"):
-        train._advance(short, stage, host, optimizer, train._Count(), 1, 2, torch.device("cpu"))
+        train._rooms(short, stage, torch.device("cpu")).at(1)
+        train._advance(short, stage, host, optimizer, train._Count(), scene, 1, 2)
     assert seen[0] == seen[1] != seen[2]
     plain, none = train.scene_loss(host, scene, None)
     whole, logged = train.scene_loss(host, scene, PMLossConfig(weight=0.5))

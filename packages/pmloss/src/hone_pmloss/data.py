@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from hone_splat.cameras import unproject
-from hone_splat.rooms import FAR, NEAR, Rooms
+from hone_splat.rooms import Rooms
 from hone_splat.views import Views
 from torch import Tensor
 
@@ -37,19 +37,15 @@ class Scene:
     beyond: Views | None
     distance: Tensor
 
+    def __getitem__(self, rows: slice) -> Scene:
+        """Some of the rooms."""
+        context, between = (views.map(lambda part: part[rows]) for views in (self.context, self.between))
+        beyond = None if self.beyond is None else self.beyond.map(lambda part: part[rows])
+        return Scene(context, between, beyond, self.distance[rows])
+
     def points(self) -> Tensor:
         """True points of the context views, ``[B, V, H, W, 3]``."""
         return unproject(self.distance, self.context.cam_to_world, self.context.intrinsics_norm, "distance")
-
-
-def views_of(rooms: Rooms, frames: Tensor, size: int) -> tuple[Views, Tensor]:
-    """Views at frames ``[B, V]`` of each room's path, and their distances."""
-    rows = torch.arange(len(rooms), device=frames.device)[:, None]
-    poses = rooms.cam_to_world[rows, frames]
-    image, distance = rooms.see(poses, (size, size))
-    bounds = torch.ones(frames.shape, device=frames.device)
-    inner = rooms.intrinsics_norm[:, None].expand(*frames.shape, 3, 3)
-    return Views(image, poses, inner, NEAR * bounds, FAR * bounds), distance
 
 
 def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch.device | str = "cpu") -> Scene:
@@ -74,8 +70,9 @@ def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch
         place = (torch.arange(targets) + 0.5) * len(frames) / targets
         return frames[place.long()].expand(len(rooms), -1).to(device)
 
-    context, distance = views_of(rooms, torch.tensor(CONTEXT).expand(len(rooms), -1).to(device), size)
-    return Scene(context, views_of(rooms, spread(inside), size)[0], views_of(rooms, spread(outside), size)[0], distance)
+    context, distance = rooms.views(torch.tensor(CONTEXT).expand(len(rooms), -1).to(device), size)
+    between, beyond = (rooms.views(spread(frames), size)[0] for frames in (inside, outside))
+    return Scene(context, between, beyond, distance)
 
 
 def training_batch(
@@ -98,6 +95,6 @@ def training_batch(
     last = first + spans
     place = torch.rand(count, targets, generator=generator)
     asked = first[:, None] + 1 + (place * (spans[:, None] - 1)).long()
-    rooms = Rooms(*(getattr(rooms, field.name).to(device) for field in fields(rooms)))
-    context, distance = views_of(rooms, torch.stack([first, last], 1).to(device), size)
-    return Scene(context, views_of(rooms, asked.to(device), size)[0], None, distance)
+    views, distance = rooms.to(device).views(torch.cat([first[:, None], last[:, None], asked], 1).to(device), size)
+    context, between = views.map(lambda part: part[:, :2]), views.map(lambda part: part[:, 2:])
+    return Scene(context, between, None, distance[:, :2])

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import plots
 from .config import DemoConfig, PMLossConfig
-from .data import BEYOND, CONTEXT, GRADED, views_of
+from .data import BEYOND, CONTEXT, GRADED
 from .geometry import KnownDepth, boundary_band, cloud_errors
 from .method import pm_loss
 from .teachers import OracleTeacher
@@ -98,7 +98,7 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
         "between": torch.arange(first + 2, last, 3),
         "beyond": torch.cat([torch.arange(first - BEYOND, first, 3), torch.arange(last + 2, last + 1 + BEYOND, 3)]),
     }
-    seen = {name: views_of(rooms, index[None].to(device), cfg.size) for name, index in frames.items()}
+    seen = {name: rooms.views(index[None].to(device), cfg.size) for name, index in frames.items()}
     views = {name: pair[0] for name, pair in seen.items()}
     context, distance = seen["context"]
     truth = KnownDepth.of_distance(context, distance[0])

@@ -16,6 +16,7 @@ from hone_core.runs import Run
 from hone_core.training import HOST, Training, TrainReport, finish_host
 from hone_splat.mvsplat import MVSplat
 from hone_splat.rendering import render
+from hone_splat.rooms import RoomStream
 from torch import Tensor, nn
 
 from .config import ARMS, PMLossConfig, TrainHostConfig
@@ -58,8 +59,9 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     """
     device = resolve_device(run.device)
     arms = {name: tiny(cfg.host, seed=cfg.seed).to(device) for name in STAGES}
+    fused = device.type == "cuda"
     optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.AdamW(arm.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        name: torch.optim.AdamW(arm.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
         for name, arm in arms.items()
     }
     count = _Count()
@@ -109,12 +111,22 @@ def _train(
         host = arms[stage].train()
         if stage != "base" and training.step == begins:
             host.load_state_dict(arms["base"].state_dict())
+        rooms = _rooms(cfg, stage, device)
         while training.step < begins + steps:
-            logged = _advance(cfg, stage, host, optimizers[stage], count, training.step - begins, steps, device)
+            step = training.step - begins
+            logged = _advance(cfg, stage, host, optimizers[stage], count, rooms.at(step), step, steps)
             training.step += 1
             stage_number = {"stage": float(STAGES.index(stage))}
             yield {name: float(value) for name, value in logged.items()} | stage_number if training.due() else None
         begins += steps
+
+
+def _rooms(cfg: TrainHostConfig, stage: str, device: torch.device) -> RoomStream[Scene]:
+    def draw(seeds: range) -> Scene:
+        return training_batch(seeds, cfg.targets, cfg.gap, cfg.host.size, device=device)
+
+    # Arms see the same rooms and views.
+    return RoomStream(draw, (cfg.seed * 4 + (stage != "base")) * 100_000, cfg.scenes)
 
 
 def _advance(
@@ -123,14 +135,10 @@ def _advance(
     host: MVSplat,
     optimizer: torch.optim.Optimizer,
     count: _Count,
+    scene: Scene,
     step: int,
     steps: int,
-    device: torch.device,
 ) -> dict[str, Tensor]:
-    # Arms see the same rooms and views.
-    number = (cfg.seed * 4 + (stage != "base")) * 100_000 + step
-    seeds = [number * cfg.scenes % 900_000 + scene for scene in range(cfg.scenes)]
-    scene = training_batch(seeds, cfg.targets, cfg.gap, cfg.host.size, device=device)
     loss, logged = scene_loss(host, scene, cfg.pm if stage == "pm" else None)
     if "capped" in logged:
         count.add(logged.pop("capped"))

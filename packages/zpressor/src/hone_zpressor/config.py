@@ -174,7 +174,7 @@ class TrainHostConfig:
     """Views of the arms zpressor and anchors; the host takes as many as there are anchors."""
     targets: int = 4
     """Views per room that the loss looks at."""
-    gap: tuple[int, int] = (15, 50)
+    gap: tuple[int, int] = (16, 50)
     """Frames of the path, of 50, that the context views of a step span, drawn from this range."""
     lr: float = 4e-4
     """Peak learning rate of AdamW."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from hone_splat.rooms import FAR, NEAR, Rooms
+from hone_splat.rooms import Rooms
 from hone_splat.views import Views
 from torch import Tensor
 
 from .method import farthest_points
 
-__all__ = ["GRADED", "Scene", "graded_rooms", "training_batch", "views_of"]
+__all__ = ["GRADED", "Scene", "graded_rooms", "training_batch"]
 
 GRADED = 1_000_000
 """Seeds of rooms from here on are graded on, never trained on."""
@@ -32,15 +32,11 @@ class Scene:
     targets: Views
     distance: Tensor
 
-
-def views_of(rooms: Rooms, frames: Tensor, size: int) -> tuple[Views, Tensor]:
-    """Views at frames ``[B, V]`` of each room's path, and their distances."""
-    rows = torch.arange(len(rooms), device=frames.device)[:, None]
-    poses = rooms.cam_to_world[rows, frames]
-    image, distance = rooms.see(poses, (size, size))
-    bounds = torch.ones(frames.shape, device=frames.device)
-    inner = rooms.intrinsics_norm[:, None].expand(*frames.shape, 3, 3)
-    return Views(image, poses, inner, NEAR * bounds, FAR * bounds), distance
+    def __getitem__(self, rows: slice) -> Scene:
+        """Some of the rooms."""
+        return Scene(
+            self.context.map(lambda part: part[rows]), self.targets.map(lambda part: part[rows]), self.distance[rows]
+        )
 
 
 def graded_rooms(
@@ -67,8 +63,7 @@ def graded_rooms(
     rest = free.nonzero()[:, 1].view(len(rooms), -1)
     width = rest.shape[1] // targets
     asked = rest[:, : width * targets : width]
-    given, distance = views_of(rooms, chosen, size)
-    return Scene(given, views_of(rooms, asked, size)[0], distance)
+    return _scene(rooms, chosen, asked, size)
 
 
 def training_batch(
@@ -101,6 +96,11 @@ def training_batch(
     inside.scatter_(1, chosen, False)
     order = torch.rand(inside.shape, generator=generator).masked_fill(~inside, 2.0)
     asked = order.argsort(1)[:, :targets]
-    rooms = Rooms(*(getattr(rooms, name).to(device) for name in rooms.__dataclass_fields__))
-    given, distance = views_of(rooms, chosen.to(device), size)
-    return Scene(given, views_of(rooms, asked.to(device), size)[0], distance)
+    return _scene(rooms.to(device), chosen.to(device), asked.to(device), size)
+
+
+def _scene(rooms: Rooms, given: Tensor, asked: Tensor, size: int) -> Scene:
+    views, distance = rooms.views(torch.cat([given, asked], 1), size)
+    count = given.shape[1]
+    context, targets = views.map(lambda part: part[:, :count]), views.map(lambda part: part[:, count:])
+    return Scene(context, targets, distance[:, :count])

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from hone_core.handles import CallState, Handle, resolve
 from hone_splat.captures import overlap
-from hone_splat.mvsplat import MVSplat, MVSplatConfig
+from hone_splat.mvsplat import MVSplat, tiny_mvsplat
 from hone_splat.views import Views
 from torch import Tensor, nn
 
@@ -152,27 +152,6 @@ def attach(
 
 
 def tiny(cfg: HostConfig | None = None, *, seed: int = 0) -> MVSplat:
-    """A small MVSplat with random weights; the global generator is left as it was.
-
-    It differs from the published one where that only repeats what its weights were trained with: masks, intrinsics and
-    rotations are the right ones.
-    """
+    """A small MVSplat with random weights, see ``tiny_mvsplat``."""
     cfg = cfg or HostConfig()
-    settings = MVSplatConfig(
-        channels=cfg.channels,
-        layers=cfg.layers,
-        candidates=cfg.candidates,
-        cost_channels=32,
-        cost_mults=(1, 1),
-        refine_channels=cfg.refine_channels,
-        refine_mults=(1, 1, 1),
-        sh_degree=0,
-        sh_rotation="right",
-        swin_mask="correct",
-        geometry="exact",
-        pixel_colour=True,
-        nearest=4,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MVSplat(settings).eval()
+    return tiny_mvsplat(cfg.channels, cfg.layers, cfg.candidates, cfg.refine_channels, nearest=4, seed=seed)

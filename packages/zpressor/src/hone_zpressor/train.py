@@ -15,6 +15,7 @@ from hone_core.hosts import save_host
 from hone_core.runs import Run
 from hone_core.training import HOST, Training, TrainReport, finish_host
 from hone_splat.rendering import render
+from hone_splat.rooms import RoomStream
 from torch import nn
 
 from .config import ARMS, TrainHostConfig
@@ -45,8 +46,9 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     arms = {name: build_arm(cfg.host, "host" if name == "base" else name, seed=cfg.seed) for name in STAGES}
     for built in arms.values():
         built.host.to(device)
+    fused = device.type == "cuda"
     optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.AdamW(arm.host.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        name: torch.optim.AdamW(arm.host.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
         for name, arm in arms.items()
     }
     parts: dict[str, Any] = {name: arm.host for name, arm in arms.items()}
@@ -96,11 +98,23 @@ def _train(
         if stage != "base" and training.step == begins:
             # Only the compressor is new; it keeps its initial weights.
             host.load_state_dict(host.state_dict() | arms["base"].host.state_dict())
+        rooms = _rooms(cfg, stage, device)
         while training.step < begins + steps:
-            loss = _advance(cfg, stage, host, optimizers[stage], training.step - begins, steps, device)
+            step = training.step - begins
+            loss = _advance(cfg, stage, host, optimizers[stage], rooms.at(step), step, steps)
             training.step += 1
             yield {"loss": float(loss), "stage": STAGES.index(stage)} if training.due() else None
         begins += steps
+
+
+def _rooms(cfg: TrainHostConfig, stage: str, device: torch.device) -> RoomStream[Scene]:
+    context = cfg.host.zpressor.anchors if stage in ("base", "host") else cfg.context
+
+    def draw(seeds: range) -> Scene:
+        return training_batch(seeds, context, cfg.targets, cfg.gap, cfg.host.size, device=device)
+
+    # Arms see the same rooms and parts of their paths.
+    return RoomStream(draw, (cfg.seed * 4 + (stage != "base")) * 100_000, cfg.scenes)
 
 
 def _advance(
@@ -108,15 +122,10 @@ def _advance(
     stage: str,
     host: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scene: Scene,
     step: int,
     steps: int,
-    device: torch.device,
 ) -> torch.Tensor:
-    # Arms see the same rooms, targets and parts of the path.
-    number = (cfg.seed * 4 + (stage != "base")) * 100_000 + step
-    seeds = [number * cfg.scenes % 900_000 + scene for scene in range(cfg.scenes)]
-    context = cfg.host.zpressor.anchors if stage in ("base", "host") else cfg.context
-    scene = training_batch(seeds, context, cfg.targets, cfg.gap, cfg.host.size, device=device)
     loss = scene_loss(host, scene, information=INFORMATION if stage == "zpressor" else 0.0)
     factor = min(1.0, (step + 1) / cfg.warmup_steps, max(0.02, (steps - step) / steps * 1.5))
     optimizer.zero_grad(set_to_none=True)

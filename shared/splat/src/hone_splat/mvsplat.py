@@ -20,7 +20,7 @@ from .matching import MultiViewTransformer, SweepGeometry, SwinMask, cost_volume
 from .unet import UNet
 from .views import Views
 
-__all__ = ["MVSPLAT", "MVSplat", "MVSplatConfig"]
+__all__ = ["MVSPLAT", "MVSplat", "MVSplatConfig", "tiny_mvsplat"]
 
 STRIDE = 4
 
@@ -209,3 +209,45 @@ class MVSplat(nn.Module):
             image_01=views.image_01 if cfg.pixel_colour else None,
         )
         return HostOutput(gaussians, depth, views, anchors, full.unflatten(0, (-1, count)))
+
+
+def tiny_mvsplat(
+    channels: tuple[int, int, int],
+    layers: int,
+    candidates: int,
+    refine_channels: int,
+    *,
+    nearest: int | None = None,
+    seed: int = 0,
+) -> MVSplat:
+    """A small MVSplat with random weights, to be trained on generated rooms; the global generator is left as it was.
+
+    It differs from the published one where that only repeats what its weights were trained with: masks, intrinsics and
+    rotations are the right ones.
+
+    Args:
+        channels: See ``MVSplatConfig``, as the next four.
+        layers: Of the transformer.
+        candidates: Depths.
+        refine_channels: Of the U-Net at full resolution.
+        nearest: Views that are compared.
+        seed: Of the weights.
+    """
+    settings = MVSplatConfig(
+        channels=channels,
+        layers=layers,
+        candidates=candidates,
+        cost_channels=32,
+        cost_mults=(1, 1),
+        refine_channels=refine_channels,
+        refine_mults=(1, 1, 1),
+        sh_degree=0,
+        sh_rotation="right",
+        swin_mask="correct",
+        geometry="exact",
+        pixel_colour=True,
+        nearest=nearest,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MVSplat(settings).eval()

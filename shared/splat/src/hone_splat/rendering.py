@@ -1,4 +1,4 @@
-"""Pictures of Gaussians: tile-based splatting in plain torch, on any device and with gradients, or by gsplat.
+"""Pictures of Gaussians: tile-based splatting on any device and with gradients, by torch and hone-kernels or by gsplat.
 
 The rules are those of the 3DGS rasteriser: perspective projection of each covariance, 0.3 pixels^2 of dilation, front
 to back within each tile, alpha at most 0.999, nothing below 1/255, and an end where 1e-4 of the light is left.
@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from hone_core.errors import MissingExtraError
+from hone_kernels.splat_blend import TILE, blend_tiles
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,14 +24,7 @@ from .harmonics import evaluate_sh
 __all__ = ["Picture", "render"]
 
 DILATION = 0.3
-MAX_ALPHA = 0.999
 LEAST_ALPHA = 1 / 255
-LEAST_LIGHT = 1e-4
-DARK = 20.0
-TILE = 4
-"""Side of a tile in pixels: few Gaussians of a per-pixel cloud reach more than four of them."""
-CHUNK = 1 << 26
-"""Tile x Gaussian x pixel values composed at a time, which bounds the memory of one step of the loop."""
 
 
 @dataclass(frozen=True)
@@ -96,35 +90,11 @@ def _splat(
     rows, columns = -(-height // TILE), -(-width // TILE)
     values, low, high = _project(gaussians, cam_to_world, inner, size, near)
     tiles, order = _tile_lists(values[..., 9], low, high, rows, columns)
-    flat = values.flatten(0, -2)
-    pieces, places = [], []
-    # Tiles of like counts are composed together, so that little is padded.
     counts = torch.bincount(tiles, minlength=batch * views * rows * columns)
-    starts = counts.cumsum(0) - counts
-    by_count = counts.argsort(descending=True)
-    sizes = counts[by_count].tolist()
-    at = 0
-    while at < len(sizes) and sizes[at]:
-        longest = sizes[at]
-        group = by_count[at : at + max(1, CHUNK // (longest * TILE * TILE))]
-        group = group[: _similar(sizes[at : at + len(group)])]
-        pieces.append(_compose(flat, order, starts[group], counts[group], longest, group, rows, columns))
-        places.append(group)
-        at += len(group)
-    canvas = flat.new_zeros(batch * views * rows * columns, TILE * TILE, 5)
-    if pieces:
-        canvas = canvas.index_copy(0, torch.cat(places), torch.cat(pieces))
+    canvas = blend_tiles(values.flatten(0, -2), order, counts, rows, columns)
     canvas = canvas.view(batch, views, rows, columns, TILE, TILE, 5).permute(0, 1, 6, 2, 4, 3, 5)
     canvas = canvas.reshape(batch, views, 5, rows * TILE, columns * TILE)[..., :height, :width]
     return canvas[:, :, :3], canvas[:, :, 3], canvas[:, :, 4]
-
-
-def _similar(sizes: list[int]) -> int:
-    """How many of the sizes, which fall, are at least half of the first."""
-    for index, value in enumerate(sizes):
-        if 2 * value < sizes[0]:
-            return index
-    return len(sizes)
 
 
 def _project(
@@ -212,32 +182,6 @@ def _tile_lists(depth: Tensor, low: Tensor, high: Tensor, rows: int, columns: in
     by_tile = tile[by_depth].argsort(dim=0, stable=True)
     order = by_depth[by_tile]
     return tile[order], index[order]
-
-
-def _compose(
-    flat: Tensor, order: Tensor, starts: Tensor, counts: Tensor, longest: int, tiles: Tensor, rows: int, columns: int
-) -> Tensor:
-    """Blend each tile's list front to back, ``[tiles, pixels, 5]``."""
-    slot = torch.arange(longest, device=flat.device)
-    used = slot < counts[:, None]
-    member = order[(starts[:, None] + slot).clamp(max=len(order) - 1)]
-    value = flat[member]  # [tiles, longest, 10]
-    within = tiles % (rows * columns)
-    y, x = torch.meshgrid(*(torch.arange(TILE, device=flat.device) + 0.5,) * 2, indexing="ij")
-    pixel_x = (within % columns * TILE)[:, None] + x.flatten()
-    pixel_y = (within // columns * TILE)[:, None] + y.flatten()
-    dx = pixel_x[:, None] - value[..., 0, None]  # [tiles, longest, pixels]
-    dy = pixel_y[:, None] - value[..., 1, None]
-    power = 0.5 * (value[..., 2, None] * dx * dx + value[..., 4, None] * dy * dy) + value[..., 3, None] * dx * dy
-    # Exponents end where nothing is drawn any more: values beyond would be denormal, which a CPU is slow at.
-    alpha = (value[..., 5, None] * torch.exp(-power.clamp(max=DARK))).clamp(max=MAX_ALPHA)
-    alpha = torch.where((alpha >= LEAST_ALPHA) & (power >= 0) & used[..., None], alpha, torch.zeros_like(alpha))
-    log_light = torch.log1p(-alpha)
-    after = log_light.cumsum(1).clamp(min=-DARK)
-    # What lies where less than 1e-4 of the light would be left is not drawn, the Gaussian that crosses it included.
-    weight = torch.where(after.exp() > LEAST_LIGHT, alpha * (after - log_light).exp(), torch.zeros_like(alpha))
-    drawn = torch.cat([value[..., 6:9], torch.ones_like(value[..., :1]), value[..., 9:]], -1)
-    return weight.mT @ drawn
 
 
 def _gsplat(

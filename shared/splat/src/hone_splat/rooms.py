@@ -6,23 +6,59 @@ A scene is drawn from its seed on the CPU, so that it is the same on every devic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cameras import look_at, pixel_centres, rays
+from .views import Views
 
-__all__ = ["FAR", "NEAR", "Rooms"]
+__all__ = ["FAR", "NEAR", "RoomStream", "Rooms"]
 
 NEAR, FAR = 0.4, 12.0
 """Depth range that holds for every camera of every room, in scene units."""
 FRAMES = 50
 OBJECTS = 8
 """Per room: half boxes, half spheres."""
+
+
+class Sliced(Protocol):
+    """A batch of which a slice of its scenes is one again."""
+
+    def __getitem__(self, rows: slice) -> Self: ...
+
+
+S = TypeVar("S", bound=Sliced)
+
+
+class RoomStream(Generic[S]):
+    """Rooms of each training step, drawn for four steps at once: small batches would leave a GPU waiting.
+
+    Args:
+        draw: Seeds to a batch with one scene for each.
+        first: Number of the first step among all that must not share rooms.
+        scenes: Per step.
+    """
+
+    STEPS = 4
+    SEEDS = 900_000
+    """Seeds below are trained on."""
+
+    def __init__(self, draw: Callable[[range], S], first: int, scenes: int) -> None:
+        self.draw, self.first, self.scenes = draw, first, scenes
+        self._held: tuple[int, S] | None = None
+
+    def at(self, step: int) -> S:
+        """Batch of a step, the same whichever came before."""
+        group, place = divmod(step, self.STEPS)
+        if self._held is None or self._held[0] != group:
+            first = (self.first + group * self.STEPS) * self.scenes % self.SEEDS
+            self._held = group, self.draw(range(first, first + self.STEPS * self.scenes))
+        return self._held[1][slice(place * self.scenes, (place + 1) * self.scenes)]
 
 
 @dataclass(frozen=True)
@@ -99,6 +135,19 @@ class Rooms:
 
     def __getitem__(self, index: slice) -> Rooms:
         return Rooms(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Rooms:
+        """The same rooms on another device."""
+        return Rooms(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def views(self, frames: Tensor, size: int) -> tuple[Views, Tensor]:
+        """Square views at frames ``[B, V]`` of each room's path, and their distances ``[B, V, H, W]``."""
+        rows = torch.arange(len(self), device=frames.device)[:, None]
+        poses = self.cam_to_world[rows, frames]
+        image, distance = self.see(poses, (size, size))
+        bounds = torch.ones(frames.shape, device=frames.device)
+        inner = self.intrinsics_norm[:, None].expand(*frames.shape, 3, 3)
+        return Views(image, poses, inner, NEAR * bounds, FAR * bounds), distance
 
     @torch.no_grad()
     def see(self, cam_to_world: Tensor, size: tuple[int, int], *, samples: int = 2) -> tuple[Tensor, Tensor]:

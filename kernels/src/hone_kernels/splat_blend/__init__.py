@@ -1,0 +1,6 @@
+"""Projected Gaussians blended front to back, tile by tile, with gradients."""
+
+from .api import DRAWN, SUPPORT, TILE, VALUES, blend_tiles
+from .reference import blend_tiles_reference
+
+__all__ = ["DRAWN", "SUPPORT", "TILE", "VALUES", "blend_tiles", "blend_tiles_reference"]
