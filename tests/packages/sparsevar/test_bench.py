@@ -23,7 +23,9 @@ def test_the_tiny_model_is_timed_on_a_cpu(tmp_path):
         report = bench(cfg, run)
     times = {row.variant for row in report.rows if row.metric == "time"}
     assert times == {"dense", "sparse", "early-stop-1", "early-stop-2", "early-stop-3"}
-    assert "x dense, of" in str(report)
+    assert "x dense, 1.00 of 1.00 by work" in str(report)
+    cache = {row.variant: row.value for row in report.rows if row.metric == "cache"}
+    assert cache["early-stop-2"] < cache["sparse"] < cache["early-stop-1"] == cache["dense"]
 
 
 def test_what_a_cpu_cannot_time_is_refused(tmp_path):

@@ -120,7 +120,7 @@ def test_all_scales_at_once_read_what_the_mask_says(small):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_blocks_compile_to_two_graphs_whatever_the_block_and_scale(small):
+def test_blocks_and_scales_share_compiled_code(small):
     model, tokenizer, _, schedule = small
     with torch.no_grad():
         condition = model.condition(torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(1)), [6, 4])
@@ -131,9 +131,9 @@ def test_blocks_compile_to_two_graphs_whatever_the_block_and_scale(small):
     try:
         counters["stats"].clear()
         after = generate(model, tokenizer, condition, schedule, seeds=[0, 1], sampling=SAMPLING)
-        # The first scale has one token, which dynamo never takes for a variable: before and after, twice.
-        assert counters["stats"]["unique_graphs"] <= 4
+        # Three parts; the first scale has one token, which dynamo never takes for a variable.
+        assert counters["stats"]["unique_graphs"] <= 6
     finally:
         for block in model.layers:
-            del block.before, block.after
+            del block.before, block.between, block.after
     assert torch.equal(before.latent, after.latent)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,12 @@ from hone_core.timing import Timing, check_values, measure
 from hone_visual_ar.checkpoints import build
 from hone_visual_ar.generation import Generation, Policy
 from hone_visual_ar.infinity import INFINITY_SIZES, Infinity
+from hone_visual_ar.pipelines import tokenizer_of
 from hone_visual_ar.sampling import Sampling
 from hone_visual_ar.schedules import ScaleSchedule, infinity_schedule
-from hone_visual_ar.tokenizers import BSQVAE, ScaleTokenizer
-from hone_visual_ar.transformer import Condition, NextScaleTransformer
+from hone_visual_ar.tokenizers import ScaleTokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import T5Config, T5EncoderModel
 
 from .config import BenchConfig
 from .flops import gflops, scale_gflops
@@ -30,8 +34,6 @@ from .peers import EarlyStop
 
 __all__ = ["BenchReport", "ScaleGraphs", "bench", "smooth_map"]
 
-TOKENIZERS = {14: "bsq_d14_patchify", 16: "bsq_d16", 32: "bsq_d32"}
-STOPS = (1, 2, 3)
 Labels = dict[str, str | int | float]
 
 
@@ -47,6 +49,9 @@ class ScaleGraphs:
     Args:
         start: Makes the empty generation.
         policy: Of static lengths.
+
+    Attributes:
+        peak_bytes: The most that torch's allocator held while graphs were captured: weights, cache and all between.
     """
 
     def __init__(self, start: Callable[[], Generation], policy: Policy) -> None:
@@ -55,6 +60,9 @@ class ScaleGraphs:
         with torch.cuda.stream(stream):
             _eager(start(), policy)
         torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         self.run = start()
         self.run.state = policy.begin(self.run)
         self.graphs: list[torch.cuda.CUDAGraph] = []
@@ -65,6 +73,7 @@ class ScaleGraphs:
             if not going_on:
                 break
             self.graphs.append(graph)
+        self.peak_bytes = torch.cuda.max_memory_allocated()
 
     def __call__(self) -> torch.Tensor:
         """Replay all scales; the summed latent."""
@@ -81,6 +90,14 @@ def _eager(run: Generation, policy: Policy) -> Generation:
     return run
 
 
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU cuDNN's attention first, the fastest that torch has there, for every variant."""
+    if device.type == "cpu":
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchReport(Report):
     """Result of ``bench``; as text, times beside the dense one's."""
@@ -88,16 +105,20 @@ class BenchReport(Report):
     def __str__(self) -> str:
         lines = []
         found = {(row.labels.get("mode"), row.variant, row.metric): row for row in self.rows if not row.split}
+        around = sum(row.value for row in self.rows if row.metric in ("text", "decode"))
         for (mode, variant, metric), row in found.items():
             if metric != "time":
                 continue
             dense = found[mode, "dense", "time"].value
             work = found[mode, "dense", "gflops"].value / found[mode, variant, "gflops"].value
-            lines.append(
-                f"{mode or '':<9} {variant:<14} {row.value:>10.2f} ms +- {row.spread or 0:.2g}"
-                f"  {dense / row.value:5.2f} x dense, of {work:.2f} by work"
-            )
-        lines += [f"decode    {row.value:10.2f} ms" for row in self.rows if row.metric == "decode"]
+            whole = (dense + around) / (row.value + around)
+            line = f"{mode or '':<9} {variant:<14} {row.value:>10.2f} ms +- {row.spread or 0:.2g}"
+            line += f"  {dense / row.value:5.2f} x dense, {dense / row.value / work:.2f} of {work:.2f} by work"
+            line += f", {whole:.2f} with text and decode"
+            if peak := found.get((mode, variant, "peak_memory")):
+                line += f", {peak.value:.2f} GiB"
+            lines.append(line)
+        lines += [f"{r.metric:<9} {r.value:25.2f} ms" for r in self.rows if r.metric in ("text", "decode")]
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
 
@@ -105,7 +126,9 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Time every mode and variant.
 
     Rows: ``time`` (``ms``, transformer of a batch, all scales) and ``gflops`` of each variant and mode; ``scale_time``
-    of each scale by graph (split: the scale); ``peak_memory``; ``cache``; ``decode`` of the tokenizer.
+    of each scale by graph (split: the scale); ``peak_memory`` of weights, cache and what lies between; ``cache``;
+    ``text`` of the text encoder (random weights of Flan-T5-XL's shape) with what the transformer makes of it;
+    ``decode`` of the tokenizer.
 
     Raises:
         ValueError: There is no such model or schedule.
@@ -119,7 +142,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         raise UnsupportedHardwareError(
             f"{cfg.model} in modes {', '.join(cfg.modes)} needs a CUDA device", "no CUDA device", "--model tiny"
         )
-    with torch.no_grad():
+    with torch.no_grad(), _attention(device):
         _Bench(cfg, run, device).all()
     return BenchReport.of(run)
 
@@ -131,85 +154,89 @@ class _Bench:
         self.cfg, self.run, self.device = cfg, run, device
         torch.manual_seed(cfg.seed)
         self.model, self.tokenizer, self.schedule = self.build()
-        self.condition = self.prompts()
+        self.condition = self.model.condition(*self.text())
 
-    def build(self) -> tuple[NextScaleTransformer, ScaleTokenizer, ScaleSchedule]:
+    def build(self) -> tuple[Infinity, ScaleTokenizer, ScaleSchedule]:
         cfg = self.cfg
         if cfg.model == "tiny":
             model, tokenizer, schedule = tiny(cfg.seed)
             return model.to(self.device), tokenizer.to(self.device), schedule
         schedule = infinity_schedule(cfg.pixels, cfg.aspect)
         dtype = resolve_dtype(cfg.dtype, self.device)
-        real = build(cfg.model, self.device)
-        assert isinstance(real, Infinity)
-        codes = build(TOKENIZERS[real.config["code_dim"]], self.device)
-        assert isinstance(codes, BSQVAE)
-        return real.to_body_dtype(dtype).eval(), codes.to(dtype).eval(), schedule
+        real: Any = build(cfg.model, self.device)
+        codes: Any = build(tokenizer_of(cfg.model), self.device)
+        return real.to_body_dtype(dtype).eval(), codes.to(dtype, memory_format=torch.channels_last).eval(), schedule
 
-    def prompts(self) -> Condition:
+    def text(self) -> tuple[torch.Tensor, list[int]]:
         channels, longest = self.model.config["text_channels"], self.model.config["text_maxlen"]
         count = min(self.cfg.text_tokens, longest)
-        text = torch.randn(self.cfg.batch, count, channels, device=self.device)
-        assert isinstance(self.model, Infinity)
-        return self.model.condition(text, [count] * self.cfg.batch)
+        return torch.randn(self.cfg.batch, count, channels, device=self.device), [count] * self.cfg.batch
 
-    def start(self) -> Generation:
-        sampling = Sampling(guidance=4.0, top_p=0.97)
-        seeds = range(self.cfg.batch)
+    def start(self, policy: Policy) -> Generation:
         return Generation.start(
-            self.model, self.tokenizer, self.condition, self.schedule, seeds=seeds, sampling=sampling
+            self.model,
+            self.tokenizer,
+            self.condition,
+            self.schedule,
+            seeds=range(self.cfg.batch),
+            sampling=Sampling(guidance=4.0, top_p=0.97),
+            capacity=policy.capacity(self.schedule),
         )
 
     def policies(self) -> dict[str, Policy]:
         maps = {k: smooth_map(grid, self.cfg.seed + k, self.device) for k, grid in enumerate(self.schedule.grids)}
-        stops = {f"early-stop-{count}": EarlyStop(count) for count in STOPS}
+        stops = {f"early-stop-{count}": EarlyStop(count) for count in self.cfg.stops}
         return {"dense": Policy(), "sparse": SparsePolicy(self.cfg.settings, maps=maps), **stops}
+
+    def eager(self, policy: Policy) -> Generation:
+        return _eager(self.start(policy), policy)
 
     def all(self) -> None:
         self.check()
         for mode in self.cfg.modes:
             if mode == "compiled":
                 for block in self.model.layers:
-                    block.compile(dynamic=False)
+                    block.compile_around(dynamic=True)
             for name, policy in self.policies().items():
                 self.time(mode, name, policy)
                 self.clear()
         self.decode()
+        if self.cfg.model != "tiny":
+            self.encode()
 
     def check(self) -> None:
         """Nothing left out is dense, bit for bit."""
-        dense = _eager(self.start(), Policy())
-        full = _eager(self.start(), SparsePolicy(replace(self.cfg.settings, ratio=0.0, select="topk")))
-        if not torch.equal(full.latent, dense.latent):
+        full = SparsePolicy(replace(self.cfg.settings, ratio=0.0, select="topk"))
+        if not torch.equal(self.eager(full).latent, self.eager(Policy()).latent):
             raise RuntimeError("a ratio of 0 differs from dense on this device; no time is reported")
 
     def time(self, mode: str, name: str, policy: Policy) -> None:
         labels: Labels = {"model": self.cfg.model, "batch": self.cfg.batch, "mode": mode}
-        records = _eager(self.start(), policy).records
-        options = {"warmup": self.cfg.warmup, "repeats": self.cfg.rounds, "device": self.device}
+        options: Any = {"warmup": self.cfg.warmup, "repeats": self.cfg.rounds, "device": self.device}
+        plain = self.eager(policy)
+        records = plain.records
+        self.value("cache", plain.cache.bytes / 2**30, "GiB", name, labels)
         if mode == "eager":
-            self.cache_row(labels, name)
-            timing = measure(lambda: _eager(self.start(), policy), **options)  # type: ignore[arg-type]
+            del plain
+            timing = measure(lambda: self.eager(policy), **options)
+            peak = timing.peak_bytes
         else:
-            graphs = ScaleGraphs(self.start, policy)
-            eager = _eager(self.start(), policy).latent
-            check_values(f"{name} by graph", graphs(), eager, tolerance=1e-5, advice="Time eager alone")
-            timing = measure(graphs, **options)  # type: ignore[arg-type]
+            latent = plain.latent
+            del plain
+            graphs = ScaleGraphs(lambda: self.start(policy), policy)
+            check_values(f"{name} by graph", graphs(), latent, tolerance=1e-5, advice="Time eager alone")
+            timing, peak = measure(graphs, **options), graphs.peak_bytes
+            options |= {"warmup": 1, "repeats": max(1, self.cfg.rounds // 4)}
             for scale, graph in enumerate(graphs.graphs):
-                each = measure(graph.replay, **options)  # type: ignore[arg-type]
-                self.row(
-                    each, "scale_time", name, labels | {"gflops": scale_gflops(records[scale], self.model)}, str(scale)
-                )
+                work = labels | {"gflops": scale_gflops(records[scale], self.model, self.cfg.text_tokens)}
+                self.row(measure(graph.replay, **options), "scale_time", name, work, str(scale))
         self.row(timing, "time", name, labels)
-        work = gflops(records, self.model, self.cfg.text_tokens)
-        self.run.row("gflops", work, unit="GFLOP", better="lower", variant=name, labels=labels)
-        if timing.peak_bytes is not None:
-            peak = timing.peak_bytes / 2**30
-            self.run.row("peak_memory", peak, unit="GiB", better="lower", variant=name, labels=labels)
+        self.value("gflops", gflops(records, self.model, self.cfg.text_tokens), "GFLOP", name, labels)
+        if peak is not None:
+            self.value("peak_memory", peak / 2**30, "GiB", name, labels)
 
-    def cache_row(self, labels: Labels, name: str) -> None:
-        size = self.start().cache.bytes / 2**30
-        self.run.row("cache", size, unit="GiB", better="lower", variant=name, labels=labels)
+    def value(self, metric: str, value: float, unit: str, name: str, labels: Labels) -> None:
+        self.run.row(metric, value, unit=unit, better="lower", variant=name, labels=labels)
 
     def row(self, timing: Timing, metric: str, name: str, labels: Labels, split: str = "") -> None:
         spread = (timing.ms_p80 - timing.ms_p20) / 2
@@ -219,11 +246,27 @@ class _Bench:
         )  # fmt: skip
 
     def decode(self) -> None:
-        latent = self.start().latent
-        timing = measure(
-            lambda: self.tokenizer.decode(latent), warmup=2, repeats=min(10, self.cfg.rounds), device=self.device
-        )
+        latent = self.start(EarlyStop(1)).latent
+        options: Any = {"warmup": 2, "repeats": min(10, self.cfg.rounds), "device": self.device}
+        timing = measure(lambda: self.tokenizer.decode(latent), **options)
         self.row(timing, "decode", "tokenizer", {"model": self.cfg.model, "batch": self.cfg.batch})
+
+    def encode(self) -> None:
+        """The text encoder's time; its weights are random as all others."""
+        text, lengths = self.text()
+        config = T5Config(
+            d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False, use_cache=False,
+        )  # fmt: skip
+        with torch.device(self.device):
+            encoder = T5EncoderModel(config).to(resolve_dtype(self.cfg.dtype, self.device)).eval()
+        ids = torch.randint(0, config.vocab_size, text.shape[:2], device=self.device)
+
+        def both() -> object:
+            return self.model.condition(encoder(ids).last_hidden_state.float(), lengths)
+
+        options: Any = {"warmup": 2, "repeats": min(10, self.cfg.rounds), "device": self.device}
+        self.row(measure(both, **options), "text", "encoder", {"model": self.cfg.model, "batch": self.cfg.batch})
 
     def clear(self) -> None:
         gc.collect()

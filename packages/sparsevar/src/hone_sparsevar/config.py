@@ -349,7 +349,9 @@ class BenchConfig:
     settings: SparseVARConfig = field(default_factory=SparseVARConfig)
     """Settings of the method; masks come from smooth random maps, since random weights make none."""
     modes: tuple[str, ...] = ("eager",)
-    """``eager``, ``graphs`` (a CUDA graph per scale), ``compiled`` (compiled blocks and graphs)."""
+    """``eager``, ``graphs`` (a CUDA graph per scale), ``compiled`` (compiled blocks and graphs; comes last)."""
+    stops: tuple[int, ...] = (1, 2, 3)
+    """Scales that early stopping leaves out."""
     dtype: str = "auto"
     """Of the blocks."""
     text_tokens: int = 64
@@ -365,5 +367,9 @@ class BenchConfig:
         unknown = [mode for mode in self.modes if mode not in ("eager", "graphs", "compiled")]
         if unknown or not self.modes:
             raise ValueError(f"modes must be of eager, graphs, compiled; got {', '.join(self.modes) or 'none'}")
+        if "compiled" in self.modes[:-1]:
+            raise ValueError("compiled must be the last mode: blocks stay compiled from then on")
+        if self.settings.select != "topk" and set(self.modes) != {"eager"}:
+            raise ValueError("graphs need static lengths; take select=topk, or mode eager")
         if min(self.batch, self.text_tokens, self.rounds) < 1 or self.warmup < 0:
             raise ValueError("batch, text_tokens and rounds must be at least 1, warmup not negative")

@@ -87,6 +87,15 @@ class SparsePolicy(Policy):
                 state.chance[scale] = torch.stack(drawn).to(device)
         return state
 
+    def capacity(self, schedule: ScaleSchedule) -> int:
+        """Where lengths are static, what is left out has no place in the cache either."""
+        cfg = self.config
+        if cfg.select == "threshold" or cfg.kv == "fill" or cfg.start_scale == len(schedule):
+            return super().capacity(schedule)
+        start = schedule.resolve(cfg.start_scale)
+        kept = (kept_count(schedule.grids[k], cfg.window, cfg.ratio) for k in range(start, len(schedule) - 1))
+        return schedule.start(start) + sum(kept)
+
     def scale(self, run: Generation, scale: int, state: SparseState) -> Tensor:
         """See the base class."""
         if scale < state.start:
@@ -189,6 +198,9 @@ class _Attached(Policy):
 
     def _now(self) -> Policy:
         return Policy() if self.call.disabled else self.policy
+
+    def capacity(self, schedule: ScaleSchedule) -> int:
+        return self._now().capacity(schedule)
 
     def begin(self, run: Generation) -> Any:
         used = self._now()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hone_visual_ar.generation import Generation, Policy
 from hone_visual_ar.infinity import InfinityBlock
+from hone_visual_ar.schedules import ScaleSchedule
 from torch import Tensor
 
 __all__ = ["EarlyStop", "FastVARStyle", "SkipUncond"]
@@ -22,6 +23,10 @@ class EarlyStop(Policy):
         if count < 1:
             raise ValueError(f"expected at least one scale to leave out; got {count}")
         self.count = count
+
+    def capacity(self, schedule: ScaleSchedule) -> int:
+        """See the base class."""
+        return schedule.start(max(0, len(schedule) - self.count))
 
     def begin(self, run: Generation) -> None:
         """See the base class."""

@@ -184,7 +184,7 @@ class Making:
         except Exception as error:
             log.warning("the blocks do not compile (%s); training goes on without", str(error).splitlines()[0])
             for block in blocks:
-                del block.before, block.after
+                del block.before, block.between, block.after
         self.host.transformer.zero_grad(set_to_none=True)
         self.generator.set_state(state)
 

@@ -54,6 +54,10 @@ class Policy:
         """
         return None
 
+    def capacity(self, schedule: ScaleSchedule) -> int:
+        """Positions that the cache has to hold: those of every scale but the last, which nothing reads again."""
+        return schedule.start(len(schedule) - 1)
+
     def scale(self, run: Generation, scale: int, state: Any) -> Tensor | None:
         """Codes ``[B, L, d]`` that a scale adds to the latent; None adds nothing and ends the image."""
         hidden = run.run(run.embed(scale), scale)
@@ -104,8 +108,11 @@ class Generation:
         *,
         seeds: Sequence[int],
         sampling: Sampling,
+        capacity: int | None = None,
     ) -> Generation:
         """Check what goes together, and make the empty state.
+
+        ``capacity`` is what a policy asks for; None: all scales but the last.
 
         Raises:
             ValueError: Schedule, tokenizer, seeds or guidance do not fit.
@@ -128,7 +135,7 @@ class Generation:
             condition=condition,
             schedule=schedule,
             sampling=sampling,
-            cache=model.new_cache(condition, schedule),
+            cache=model.new_cache(condition, schedule, capacity=capacity),
             uniform=uniforms(seeds, schedule.total, model.groups, device),
             latent=torch.zeros(condition.images, tokenizer.latent_dim, height, width, device=device),
             rope=model.rope(schedule),
@@ -282,8 +289,16 @@ def generate(
     Raises:
         ValueError: These do not go together.
     """
-    run = Generation.start(model, tokenizer, condition, schedule, seeds=seeds, sampling=sampling or Sampling())
     used = policy or model.policy or Policy()
+    run = Generation.start(
+        model,
+        tokenizer,
+        condition,
+        schedule,
+        seeds=seeds,
+        sampling=sampling or Sampling(),
+        capacity=used.capacity(schedule),
+    )
     run.state = used.begin(run)
     for scale in range(len(schedule)):
         if not run.step(scale, used):

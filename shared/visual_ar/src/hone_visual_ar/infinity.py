@@ -64,9 +64,13 @@ class InfinityBlock(nn.Module):
 
     def cross_attend(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """What cross-attention adds, float32; keys and mask are the condition's."""
+        return self.ca.attend(self._ask(x), keys, mask).float()
+
+    def _ask(self, x: Tensor) -> Tensor:
+        """Queries ``[R, H, n, D]`` to the text."""
         norm, dtype = self.ca_norm, self.ca.proj.weight.dtype
         h = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
-        return self.ca(h.to(dtype), keys, mask).float()
+        return self.ca.query(h.to(dtype))
 
     def feed_forward(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """What the feed-forward adds, float32."""
@@ -82,24 +86,27 @@ class InfinityBlock(nn.Module):
         h = modulate(x, scale1, shift1).to(self.sa.proj.weight.dtype)
         return self.sa.project(h, rope, spread, rope_k)
 
-    def after(
-        self, x: Tensor, out: Tensor, modulation: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> Tensor:
-        """What lies after self-attention, whose heads gave ``[R, H, n, D]``: tokens ``[R, n, C]``, float32."""
-        parts = (self.ada_gss.float() + modulation).unbind(2)
-        x = x + parts[0] * self.sa.join(out).float()
-        x = x + self.cross_attend(x, keys, mask)
-        return x + self.feed_forward(x, parts)
+    def between(self, x: Tensor, out: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """What lies between the attentions, the first giving ``[R, H, n, D]``: tokens, and queries to the text."""
+        gamma1 = (self.ada_gss.float() + modulation)[:, :, 0]
+        x = x + gamma1 * self.sa.join(out).float()
+        return x, self._ask(x)
+
+    def after(self, x: Tensor, out: Tensor, modulation: Tensor) -> Tensor:
+        """What lies after cross-attention, whose heads gave ``[R, H, n, D]``: tokens ``[R, n, C]``, float32."""
+        x = x + self.ca.join(out).float()
+        return x + self.feed_forward(x, (self.ada_gss.float() + modulation).unbind(2))
 
     def forward(self, x: Tensor, condition: Condition, context: AttentionContext, number: int) -> Tensor:
         """Tokens ``[R, n, C]`` in and out, float32."""
         assert condition.modulation is not None
         q, k, v = self.before(x, condition.modulation, context.rope, context.spread, context.rope_k)
-        out = attend(q, k, v, context, number)
-        return self.after(x, out, condition.modulation, condition.keys[number], condition.mask)
+        x, q = self.between(x, attend(q, k, v, context, number), condition.modulation)
+        out = F.scaled_dot_product_attention(q, *condition.keys[number], attn_mask=condition.mask)
+        return self.after(x, out, condition.modulation)
 
     def compile_around(self, **options: Any) -> None:
-        """Compile what lies before and after self-attention; blocks of one shape share the code.
+        """Compile what lies around the two attentions; blocks of one shape share the code.
 
         Cache and attention stay outside, so that neither a block's number nor the cache's length makes new code.
 
@@ -107,6 +114,7 @@ class InfinityBlock(nn.Module):
             options: Of ``torch.compile``.
         """
         self.before = torch.compile(self.before, **options)  # type: ignore[method-assign]
+        self.between = torch.compile(self.between, **options)  # type: ignore[method-assign]
         self.after = torch.compile(self.after, **options)  # type: ignore[method-assign]
 
 

@@ -209,14 +209,17 @@ class CrossAttention(nn.Module):
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return k, v
 
-    def attend(self, q: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Attend with queries ``[R, H, n, D]``."""
-        out = F.scaled_dot_product_attention(q, *keys, attn_mask=mask)
+    def query(self, x: Tensor) -> Tensor:
+        """Queries ``[R, H, n, D]`` of tokens ``[R, n, C]``."""
+        return self.mat_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def join(self, out: Tensor) -> Tensor:
+        """Tokens ``[R, n, C]`` of the heads' ``[R, H, n, D]``."""
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Attend; ``[R, n, C]`` to the same shape."""
-        return self.attend(self.mat_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), keys, mask)
+    def attend(self, q: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Attend with queries ``[R, H, n, D]``."""
+        return self.join(F.scaled_dot_product_attention(q, *keys, attn_mask=mask))
 
 
 class FFN(nn.Module):
