@@ -7,7 +7,7 @@ from hone_blade import demo as module
 from hone_blade.config import PROMPTS, BladeConfig, Comparison, DemoConfig
 from hone_blade.demo import DemoReport, _reached, demo
 from hone_blade.evaluate import VARIANTS
-from hone_blade.inputs import find_demo
+from hone_blade.inputs import find_student
 from hone_blade.lora import lora_targets, save_blade_lora
 from hone_blade.models import attach
 from hone_core.errors import CheckpointError
@@ -92,7 +92,7 @@ def test_a_student_is_drawn_beside_its_teacher(tmp_path, monkeypatch):
 
 def test_a_missing_student_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="made by hone-blade distill"):
-        find_demo(DemoConfig(lora=tmp_path / "none.safetensors"))
+        find_student(DemoConfig(lora=tmp_path / "none.safetensors"))
 
 
 def test_the_packaged_student_is_of_the_packaged_host(tmp_path, monkeypatch):

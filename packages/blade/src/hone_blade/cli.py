@@ -35,7 +35,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": Verb(
         config="hone_blade.config:DemoConfig",
-        prepare="hone_blade.inputs:find_demo",
+        prepare="hone_blade.inputs:find_student",
         run="hone_blade.demo:demo",
         help="Draw moving digits with dense, adaptive, static and random attention: a video, a sheet and a table.",
     ),
@@ -80,9 +80,9 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     ),
     "reproduce": Verb(
         config="hone_blade.config:ReproduceConfig",
-        prepare="hone_blade.inputs:find_host",
+        prepare="hone_blade.inputs:find_student",
         run="hone_blade.reproduce:reproduce",
-        help="Whether masks that look beat static ones, or training with them beats adding them after: three seeds.",
+        help="Whether masks that look beat static ones, or training with them beats adding them after; and ablations.",
     ),
     "inspect": Verb(
         config="hone_blade.config:InspectConfig",

@@ -490,9 +490,12 @@ class DemoConfig:
     @property
     def student(self) -> Path | None:
         """The distilled student; None if there is none."""
-        if self.lora is None and self.host is None and PACKAGED_LORA.is_file():
-            return PACKAGED_LORA
-        return self.lora
+        return _student(self.lora, self.host)
+
+
+def _student(lora: Path | None, host: Path | None) -> Path | None:
+    """The student that is asked for, or else the packaged host's."""
+    return PACKAGED_LORA if lora is None and host is None and PACKAGED_LORA.is_file() else lora
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -908,7 +911,7 @@ class PipelineDistillConfig:
             )
 
 
-Claim = Literal["masks", "distillation"]
+Claim = Literal["masks", "distillation", "recall", "decomposition"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -952,7 +955,9 @@ class ReproduceConfig:
     claim: Claim = "masks"
     """``masks``: masks that look at the content beat static ones, in a model as it is, at several densities.
     ``distillation``: training with the sparse attention beats putting it into a student that was trained densely, and
-    training dense first and sparse after; arms A to K, a student each, on one GPU about a quarter of an hour."""
+    training dense first and sparse after; arms A to K, a student each, on one GPU about a quarter of an hour.
+    ``recall``: how much of dense attention's mass masks keep, by score, density, samples and order of tokens, under the
+    best mask. ``decomposition``: what fewer steps, no guidance and sparse attention each save and cost."""
     settings: dict[str, Comparison] = field(default_factory=_densities, metadata=flag(hidden=True))
     """What ``masks`` compares, by name."""
     students: StudentsConfig = field(default_factory=StudentsConfig)
@@ -971,6 +976,9 @@ class ReproduceConfig:
     ran at nearly full speed each."""
     host: Path | None = None
     """A host.safetensors made by train-host (default: the packaged one)."""
+    lora: Path | None = None
+    """A lora.safetensors made by distill, for ``decomposition`` (default: the packaged one, if there is one, and no
+    other host is given)."""
 
     def __post_init__(self) -> None:
         if not self.settings:
@@ -978,6 +986,13 @@ class ReproduceConfig:
         _at_least_one(self, "prompts", "seeds", "batch", "workers")
         if not 0 <= self.gate <= 1:
             raise ValueError(f"gate is a share in [0, 1]; got {self.gate}")
+        if self.lora is not None and self.claim != "decomposition":
+            raise ValueError(f"lora is for claim decomposition; claim {self.claim} reads none. Leave it out")
+
+    @property
+    def student(self) -> Path | None:
+        """The distilled student; None if there is none."""
+        return _student(self.lora, self.host)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,15 @@ from .config import (
     read_prompt_file,
 )
 
-__all__ = ["find_demo", "find_distilled", "find_encoded", "find_evaluated", "find_host", "find_init", "find_inspected"]
+__all__ = [
+    "find_distilled",
+    "find_encoded",
+    "find_evaluated",
+    "find_host",
+    "find_init",
+    "find_inspected",
+    "find_student",
+]
 __all__ += ["find_video_inputs"]
 
 Hosted = TypeVar("Hosted", DemoConfig, DistillConfig, EvalConfig, InspectConfig, ReproduceConfig)
@@ -39,7 +47,10 @@ def find_host(cfg: Hosted) -> Hosted:
     return cfg if cfg.host is None else replace(cfg, host=_checkpoint(cfg.host))
 
 
-def find_demo(cfg: DemoConfig) -> DemoConfig:
+Shown = TypeVar("Shown", DemoConfig, ReproduceConfig)
+
+
+def find_student(cfg: Shown) -> Shown:
     """Likewise, and with its student.
 
     Raises:

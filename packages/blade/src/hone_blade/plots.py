@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, drawing, error_bars, finish
+from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, drawing, error_bars, finish
 from hone_core.runs import Row
 
-__all__ = ["INK", "LOOKS", "accuracy_chart", "arms_chart"]
+__all__ = ["INK", "LOOKS", "accuracy_chart", "arms_chart", "ladder_chart", "recall_chart"]
 
 COLORS = {"dense": GREY, "asa": BLUE, "asa_g": GREEN, "psa": ORANGE, "window": RED, "random": PINK}
 TITLES = {"dense": "dense", "asa": "ASA", "asa_g": "ASA_G", "psa": "PSA", "window": "window", "random": "random"}
@@ -70,4 +70,69 @@ def arms_chart(rows: Sequence[Row], path: Path) -> Path:
             axes.set_xticks(range(len(shown)), [row.variant for row in shown], rotation=60)
             axes.set_ylabel("digit and direction right" if metric == "accuracy" else "Frechet distance to the teacher")
         finish(figure, note=f"{shown[0].n} clips an arm, bars: 95 % over seeds and clips")
+    return path
+
+
+MASKS = {"paper": BLUE, "official": ORANGE, "lse": GREEN, "mean": SKY, "window": RED, "random": PINK, "oracle": GREY}
+"""Colours of what picks blocks."""
+
+
+def recall_chart(rows: Sequence[Row], path: Path) -> Path:
+    """Draw the recall of masks against density and samples, and by order of tokens.
+
+    Args:
+        rows: of a ``reproduce`` run of the claim ``recall``.
+        path: PNG or SVG to write.
+    """
+    with drawing(path, 9.0, 3.2) as figure:
+        panels = dict(zip(("density", "samples", "order"), figure.subplots(1, 3), strict=True))
+        for panel, axes in panels.items():
+            shown = [row for row in rows if row.split == panel]
+            masks = list(dict.fromkeys(row.variant for row in shown))
+            names = list(dict.fromkeys(str(row.labels[panel]) for row in shown))
+            for index, mask in enumerate(masks):
+                own = [row for row in shown if row.variant == mask]
+                heights = [row.value for row in own]
+                if panel == "order":
+                    width = 0.8 / len(masks)
+                    places = [
+                        names.index(str(row.labels[panel])) + (index - (len(masks) - 1) / 2) * width for row in own
+                    ]
+                    axes.bar(places, heights, width, color=MASKS[mask])
+                else:
+                    places = [float(row.labels[panel]) for row in own]
+                    style = "--" if mask == "oracle" else "-"
+                    axes.plot(places, heights, style, marker="o", color=MASKS[mask], label=mask)
+            axes.set_xlabel({"density": "density", "samples": "samples of a block", "order": "order of tokens"}[panel])
+        panels["order"].set_xticks(range(len(names)), names, rotation=30)
+        panels["samples"].set_xscale("log", base=2)
+        panels["density"].set_ylabel("share of dense attention's mass")
+        panels["density"].legend()
+        others = {row.labels["density"] for row in rows if row.split == "order"}
+        finish(figure, note=f"{shown[0].n} clips; middle and right at density {', '.join(sorted(map(str, others)))}")
+    return path
+
+
+def ladder_chart(rows: Sequence[Row], path: Path) -> Path:
+    """Draw task accuracy, network calls and attention's work along a ladder.
+
+    Args:
+        rows: of a ``reproduce`` run of the claim ``decomposition``.
+        path: PNG or SVG to write.
+    """
+    titles = {"accuracy": "digit and direction right", "nfe": "network calls", "attention_gflop": "attention, GFLOP"}
+    with drawing(path, 9.0, 3.0) as figure:
+        for axes, (metric, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+            shown = [row for row in rows if row.metric == metric]
+            for index, row in enumerate(shown):
+                color = GREEN if row.variant.startswith("student") else GREY
+                error = error_bars(row.value, row.interval) if metric == "accuracy" else None
+                axes.barh(index, row.value, color=color, height=0.7, xerr=error, capsize=2, ecolor=INK)
+            axes.set_yticks(range(len(shown)), [row.variant for row in shown])
+            axes.set_xlabel(title)
+            if metric != "accuracy":
+                axes.set_xscale("log")
+        axes.invert_yaxis()
+        count = next(row.n for row in rows if row.metric == "accuracy")
+        finish(figure, note=f"{count} clips, bars: 95 %")
     return path

@@ -4,7 +4,7 @@ For ``masks``, at equal density, both of BLADE's masks are set beside a static w
 and seeds. The rule was fixed beforehand: the claim holds at a density if the accuracies of ASA and of ASA_G have 95 %
 intervals that lie above those of both static masks. Beside them stands the pyramid, at the same number of query-key
 products: whether it is nearer to the dense clip than ASA, as its paper has it by 1.2 dB at a quarter. The students of
-``distillation`` are in ``arms``.
+``distillation`` are in ``arms``, the ablations in ``recall`` and ``decomposition``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from hone_video.means import write_mean
 
 from .arms import compare_arms, describe_arms, is_comparison_of_arms
 from .config import Comparison, ReproduceConfig
+from .decomposition import compare_rungs, describe_rungs, is_decomposition
 from .evaluate import Outcome, compare
+from .recall import compare_recall, describe_recall, is_recall
 
 __all__ = ["ADAPTIVE", "PYRAMID", "STATIC", "ReproduceReport", "above", "holds", "reproduce"]
 
@@ -41,6 +43,9 @@ class ReproduceReport(Report):
     def __str__(self) -> str:
         if is_comparison_of_arms(self.rows):
             return describe_arms(self.rows, self.path)
+        for ablation, describe in ((is_recall, describe_recall), (is_decomposition, describe_rungs)):
+            if ablation(self.rows):
+                return f"{describe(self.rows)}\nresults  {self.path / 'results.json'}"
         cells: dict[tuple[str, str], dict[str, Row]] = {}
         for row in self.rows:
             cells.setdefault((str(row.labels.get("setting", "")), row.variant), {})[row.metric] = row
@@ -82,7 +87,7 @@ def holds(accuracy: Mapping[str, Row]) -> bool:
 
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
-    """Compare the variants at every setting, or the arms of distillation, with every seed.
+    """Compare the variants at every setting, or what else the claim compares, with every seed.
 
     The rows of a setting are stored once it is measured, so that a run that was cut off goes on with the next one.
 
@@ -95,8 +100,9 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
         RuntimeError: The teacher is not good enough to distil.
         ValueError: A comparison does not fit the host.
     """
-    if cfg.claim == "distillation":
-        compare_arms(cfg, run)
+    others = {"distillation": compare_arms, "recall": compare_recall, "decomposition": compare_rungs}
+    if cfg.claim in others:
+        others[cfg.claim](cfg, run)
         return ReproduceReport.of(run)
     host: Host | None = None
     first = next(iter(cfg.settings))
