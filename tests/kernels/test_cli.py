@@ -76,7 +76,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path, argv):
 def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
     assert run(monkeypatch, "info", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    for op in ("attention", "attention_fp8", "block_scores", "block_select", "logits", "splat_blend"):
+    for op in ("attention", "attention_fp8", "block_scores", "block_select", "decoding", "logits", "splat_blend"):
         assert found[op]["reference"] == "runs"
         assert "CUDA device" in found[op]["triton"]
 

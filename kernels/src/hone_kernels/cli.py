@@ -21,7 +21,7 @@ def main() -> None:
     run_cli(
         PACKAGE,
         VERBS,
-        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores, block selection, logits, splats.",
+        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores, block selection, decoding, logits, splats.",
     )
 
 
@@ -30,7 +30,7 @@ def info() -> dict[str, Any]:
     import torch
     from hone_core.environment import installed
 
-    from hone_kernels import attention, attention_fp8, block_scores, block_select, logits, splat_blend
+    from hone_kernels import attention, attention_fp8, block_scores, block_select, decoding, logits, splat_blend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A call that every kernel takes.
@@ -39,6 +39,7 @@ def info() -> dict[str, Any]:
         attention_fp8: dict(head_dim=128, block_q=128, block_k=128),
         block_scores: dict(head_dim=128, samples=16),
         block_select: {},
+        decoding: {},
         logits: {},
         splat_blend: {},
     }

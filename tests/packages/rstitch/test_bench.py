@@ -42,3 +42,38 @@ def test_published_shapes():
         layer = 2 * h * h + 2 * h * kv + 3 * h * shape["intermediate_size"]
         sizes[name] = round(2 * (layers * layer + h * shape["vocab_size"]) / 1e9, 2)
     assert sizes == {"1.5b": 3.09, "7b": 14.14, "14b": 27.98, "32b": 63.97}
+
+
+def test_the_engine_beside_transformers(packaged, start):
+    cfg = BenchConfig(loop="engine", context=6, gaps=(1, 5), tokens=8, batches=(1, 4), share=0.5, rounds=2)
+    with start(cfg) as run:
+        report = bench(cfg, run)
+    found = {}
+    for row in report.rows:
+        found.setdefault(row.metric, {})[row.variant, row.labels.get("batch"), row.labels.get("gap")] = row.value
+    assert found["step"].keys() == {(name, batch, None) for name in ("small", "large") for batch in (1, 4)}
+    assert found["read"].keys() == {(name, 1, gap) for name in ("small", "large") for gap in (1, 5)}
+    whose = {"small", "large", "stitched", "small, transformers", "large, transformers"}
+    assert {variant for variant, batch, _ in found["rate"] if batch == 1} == whose
+    assert {variant for variant, batch, _ in found["rate"] if batch == 4} == whose | {"stitched, large from 2"}
+    assert found["formula_rate"].keys() == {("stitched", 1, None)}
+    assert all(value > 0 for values in found.values() for value in values.values())
+    # Nothing is known of a CPU's bandwidth, so no limit is told.
+    assert "floor" not in found
+    assert "4 x stitched, large from 2" in str(report)
+
+
+def test_the_engine_is_compared_before_it_is_timed(packaged, start, monkeypatch):
+    from hone_rstitch.decoder import Decoder
+
+    forward = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, *args: 1.1 * forward(self, *args))
+    cfg = BenchConfig(loop="engine", context=6, gaps=(1,), tokens=8, batches=(1,), rounds=2)
+    with pytest.raises(RuntimeError, match="logits on pages is wrong"), start(cfg) as run:
+        bench(cfg, run)
+    assert not run.rows
+
+
+def test_the_engine_packs_short_gaps():
+    with pytest.raises(ValueError, match="gaps of up to 64 tokens; got 65"):
+        BenchConfig(loop="engine", gaps=(65,))

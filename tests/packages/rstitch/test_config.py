@@ -50,6 +50,7 @@ def test_labels(values, label):
         ({"policy": "random"}, "share"),
         ({"share": 0.3}, "share"),
         ({"run_length": 2.0}, "run_length"),
+        ({"discards": True}, "discards"),
         ({"policy": "random", "share": 1.2}, "share"),
         ({"policy": "random", "share": 0.9, "run_length": 2.0}, "at least 9"),
     ],

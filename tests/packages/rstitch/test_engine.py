@@ -43,7 +43,14 @@ def submit(engine, question, stitch, sampling, seed, **calls):
     return engine.submit((small[0], large[0]), stitch, sampling, seed=seed, **calls)
 
 
-@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(max_batch=2), EngineConfig(large_batch=3)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(cache=cache, page=16, **changes)
+        for cache in ("paged", "dynamic")
+        for changes in ({}, {"max_batch": 2}, {"large_batch": 3})
+    ],
+)
 def test_a_request_in_company_is_written_as_alone(pair, config):
     engine = Engine(pair, config)
     jobs = [submit(engine, *wish) for wish in wishes()[:4]]
@@ -60,6 +67,12 @@ def test_a_request_in_company_is_written_as_alone(pair, config):
         assert job.usage.gaps == usage.gaps
         assert job.usage.discarded == usage.discarded
         assert job.finish == ("stop" if tokens[-1] in pair.vocabulary.eos else "length")
+    assert engine.paged == (config.cache == "paged")
+    if engine.paged:
+        # Every page and row of the table is free again.
+        free = engine._sides[0].free
+        assert len(set(free.rows)) == config.max_batch
+        assert len(set(free.pages)) == 65536 // 16 + config.max_batch
     stats = engine.snapshot()
     assert (stats.waiting, stats.running) == (0, 0)
     assert sum(stats.tokens) == sum(len(job.tokens) for job in jobs)
@@ -124,11 +137,12 @@ def test_what_a_request_cannot_have_is_refused_when_it_comes(pair):
         EngineConfig(max_batch=0)
 
 
-def test_an_error_ends_the_requests_and_not_the_engine(pair, monkeypatch):
-    engine = Engine(pair)
+@pytest.mark.parametrize("cache", ["paged", "dynamic"])
+def test_an_error_ends_the_requests_and_not_the_engine(pair, monkeypatch, cache):
+    engine = Engine(pair, EngineConfig(cache=cache))
     job = submit(engine, "123*45", StitchConfig(), SamplingConfig(max_new_tokens=30), 0)
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_choose", lambda *args: 1 / 0)
+        patch.setattr(Engine, "_look", lambda *args: 1 / 0)
         engine.step()
     assert job.finish == "error"
     with pytest.raises(ZeroDivisionError):

@@ -203,6 +203,25 @@ def test_random_routing_has_its_share_and_runs(share, run_length):
         assert abs(int(who.sum()) / starts - run_length) < 0.3
 
 
+def test_drawn_discards_cost_what_the_gate_costs():
+    config = StitchConfig(policy="random", share=0.3, run_length=4.0, discards=True)
+    gate, plain = Gate(config, seed=3), Gate(StitchConfig(policy="random", share=0.3, run_length=4.0), seed=3)
+    who, thrown, same = [], 0, []
+    while gate.position < 5000:
+        active = gate.active
+        if gate.step(0.0).emit:
+            who.append(active)
+            same.append(plain.active)
+            plain.step(0.0)
+        else:
+            assert active == SMALL
+            assert gate.active == LARGE
+            thrown += 1
+    assert who == same  # the same tokens are the large model's
+    starts = sum(b > a for a, b in zip([SMALL, *who[:-1]], who, strict=True))
+    assert thrown == starts
+
+
 def test_alone():
     for policy, who in (("small", SMALL), ("large", LARGE)):
         gate = Gate(StitchConfig(policy=policy))

@@ -1,4 +1,4 @@
-"""What a step of each model takes in transformers, how much a gap adds, and what a stitched text makes of it.
+"""What a step of each model takes, how much a gap adds, and what a stitched text makes of it.
 
 Who writes is drawn, at a share and run length that the config says: weights may be random, and no entropy of theirs
 means anything.
@@ -19,6 +19,7 @@ from .config import LARGE, SMALL, BenchConfig, StitchConfig
 from .generation import StitchOutput, stitch_generate
 from .host import load_host
 from .method import token_time
+from .models import Pair
 from .vocabulary import Vocabulary
 
 __all__ = ["SHAPES", "BenchReport", "bench"]
@@ -43,12 +44,16 @@ class BenchReport(Report):
     def __str__(self) -> str:
         lines = []
         for row in self.rows:
+            batch = f"{row.labels['batch']:>3} x " if "batch" in row.labels else ""
             if row.metric == "read":
                 lines.append(f"{row.variant:<5} reads {row.labels['gap']:>3} tokens in {row.value:8.2f} ms")
-        rates = {row.variant: row.value for row in self.rows if row.metric == "rate"}
-        lines += [f"{name:<28} {rate:8.1f} tokens/s" for name, rate in rates.items()]
-        formula = next(row.value for row in self.rows if row.metric == "formula_rate")
-        lines.append(f"{'formula with these steps':<28} {formula:8.1f} tokens/s; who writes was drawn")
+            elif row.metric in ("step", "floor"):
+                what = {"step": "steps in", "floor": "memory allows"}[row.metric]
+                lines.append(f"{batch}{row.variant:<5} {what} {row.value:8.3f} ms")
+            elif row.metric == "rate":
+                lines.append(f"{batch}{row.variant:<28} {row.value:8.1f} tokens/s")
+            elif row.metric == "formula_rate":
+                lines.append(f"{'formula with these steps':<28} {row.value:8.1f} tokens/s; who writes was drawn")
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
 
@@ -60,6 +65,11 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """
     device = resolve_device(run.device)
     small, large, vocabulary = _models(cfg, device)
+    if cfg.loop == "engine":
+        from .rates import rates
+
+        rates(cfg, run, Pair(small, large, None, None, vocabulary))
+        return BenchReport.of(run)
     generator = torch.Generator().manual_seed(cfg.seed)
     ids = torch.randint(0, 10, (1, cfg.context), generator=generator).to(device)
     steps = [_read_times(model, ids, cfg, device, run, name) for model, name in ((small, "small"), (large, "large"))]

@@ -61,6 +61,9 @@ class StitchConfig:
     """``random``: share of tokens that the large model writes."""
     run_length: float | None = None
     """``random``: mean run of large tokens; each token is drawn by itself if None."""
+    discards: bool = False
+    """``random``: where the large model takes over, the small one is asked first and its token thrown away, so that a
+    text costs what a gated one does."""
     prefill: Literal["lazy", "both"] = "lazy"
     """When the large model reads the prompt: at its first token, or at the start, which spares that token the wait."""
 
@@ -81,8 +84,8 @@ class StitchConfig:
                 f"share belongs to policy='random', which needs it; got policy {self.policy!r} and share {self.share}"
             )
         if self.share is None:
-            if self.run_length is not None:
-                raise ValueError("run_length belongs to policy='random'")
+            if self.run_length is not None or self.discards:
+                raise ValueError("run_length and discards belong to policy='random'")
             return
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie in [0, 1]; got {self.share}")
@@ -331,6 +334,13 @@ class EngineConfig:
     """Tokens of prompts and answers that the requests being written may come to, in each model's cache."""
     large_batch: int = 1
     """The large model runs when so many requests are at it, or all are: fewer, fuller calls."""
+    cache: Literal["auto", "paged", "dynamic"] = "auto"
+    """``paged``: dense decoders (Qwen2, Qwen3, Llama) on pages, on a GPU as CUDA graphs. ``dynamic``: transformers' own
+    forward and caches. auto is paged where both models can."""
+    page: int = 64
+    """Tokens of a page: 16, 32 or a multiple of 64."""
+    graphs: bool = True
+    """Capture calls as CUDA graphs, on pages and on a GPU."""
     timeout: float = 600.0
     """Seconds from its arrival after which a request is ended."""
 
@@ -338,6 +348,8 @@ class EngineConfig:
         for name in ("max_batch", "max_queue", "max_tokens", "large_batch", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.page not in (16, 32) and (self.page < 1 or self.page % 64):
+            raise ValueError(f"page must be 16, 32 or a multiple of 64; got {self.page}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -495,8 +507,11 @@ class ReproduceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """Step times and rates of the transformers host, where who writes is drawn: weights may be random."""
+    """Step times and rates, where who writes is drawn: weights may be random."""
 
+    loop: Literal["transformers", "engine"] = "transformers"
+    """``transformers``: the loop of ``stitch_generate``, one text. ``engine``: the engine on pages, beside what memory
+    bandwidth allows."""
     shape: Literal["tiny", "1.5b-7b", "1.5b-14b", "1.5b-32b"] = "tiny"
     """``tiny``: the packaged pair. Others: random weights in the shapes of R1-Distill-Qwen-1.5B and 7B, 14B, or 32B."""
     context: int = 32
@@ -505,20 +520,24 @@ class BenchConfig:
     """Tokens read at once; 1 is a plain decoding step."""
     tokens: int = 32
     """Tokens written per timed text."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """``engine``: requests at once."""
     share: float = 0.2
     """Share of tokens that the large model writes in the stitched text."""
     run_length: float = 2.0
     """Mean run of large tokens in it."""
     rounds: int = 10
-    """Turns that each variant gets after two that warm up."""
+    """Turns that each variant gets after two that warm up; a text of the engine gets three after one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
     """Of random weights and of who writes."""
 
     def __post_init__(self) -> None:
-        if min(self.context, self.tokens, self.rounds, *self.gaps) < 1:
-            raise ValueError("context, gaps, tokens and rounds must be at least 1")
+        if min(self.context, self.tokens, self.rounds, *self.gaps, *self.batches) < 1:
+            raise ValueError("context, gaps, tokens, batches and rounds must be at least 1")
+        if max(self.gaps) > 64 and self.loop == "engine":
+            raise ValueError(f"the engine packs gaps of up to 64 tokens; got {max(self.gaps)}")
         if self.shape == "tiny" and self.context + max(*self.gaps, self.tokens) > 256:
             raise ValueError("the tiny pair has 256 positions; shorten context, gaps or tokens")
 

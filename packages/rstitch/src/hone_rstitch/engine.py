@@ -2,8 +2,8 @@
 
 A request waits in a bounded queue until the batch and the token budget have room, becomes a row, and is written token
 by token: each round, the rows at the small model share a call, then those at the large one. A row keeps its keys and
-values at the model that it is not at, so that a hand-over reads the gap and nothing else. This engine runs on
-transformers' models and caches; it is the state machine and the interface of the server, not yet the speed of one.
+values at the model that it is not at, so that a hand-over reads the gap and nothing else. Models of the kinds that
+``decoder`` knows run on pages, on a GPU as CUDA graphs; others on transformers' own forward and caches.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .config import LARGE, SMALL, EngineConfig, SamplingConfig, StitchConfig
-from .generation import StitchToken, Usage, _allows_holes, _Loop, _Row, _Side
+from .decoder import unsupported
+from .generation import StitchToken, Usage, _allows_holes, _Loop, _Row, _Seen, _Side
 from .method import Gate, choose, uniform
 from .models import Pair
+from .paged import PagedModel, Pages, Reading
 
 __all__ = ["Engine", "Job", "QueueFullError", "Stats"]
 
@@ -115,8 +117,12 @@ class Engine(_Loop):
         pair: The models, whose caches must hold plain keys and values in every layer.
         config: Sizes of queue and batch.
 
+    Attributes:
+        paged: Whether the models run on pages; else on transformers' caches.
+
     Raises:
-        ValueError: A model's cache has windows or states, of which rows of different lengths cannot share one.
+        ValueError: Pages are asked for, and a model is of no kind that runs on them; or a model's cache has windows or
+            states, of which rows of different lengths cannot share one.
     """
 
     def __init__(self, pair: Pair, config: EngineConfig | None = None) -> None:
@@ -140,13 +146,42 @@ class Engine(_Loop):
         self._changed = threading.Condition()
         self._next, self._closing = 0, False
         self._thread: threading.Thread | None = None
-        self._sides = self._fresh()
-        for side in self._sides:
+        reasons = [reason for model in self.models if (reason := unsupported(model)) is not None]
+        if self.config.cache == "paged" and reasons:
+            raise ValueError(f"paged caches are for dense decoders, and {reasons[0]}; leave cache at auto")
+        self.paged = self.config.cache != "dynamic" and not reasons
+        self._sides: list[Any] = self._on_pages() if self.paged else self._fresh()
+        for side in () if self.paged else self._sides:
             if not _allows_holes(side.cache):
                 raise ValueError(
                     f"the cache of {type(side.model).__name__} has sliding windows or states, and rows of different "
                     "lengths cannot share it; stitch_generate writes its rows one after the other"
                 )
+
+    def _on_pages(self) -> list[_PagedSide]:
+        config, page = self.config, self.config.page
+        limits = [getattr(model.config, "max_position_embeddings", config.max_tokens) for model in self.models]
+        # A request's last page may have room left.
+        pages = -(-config.max_tokens // page) + config.max_batch
+        free = Pages(config.max_batch, pages, page)
+        return [
+            _PagedSide(
+                PagedModel(
+                    model, which, self.vocabulary, rows=config.max_batch, pages=pages, page=page,
+                    positions=min(config.max_tokens, max(limits)), graphs=config.graphs and model.device.type == "cuda",
+                ),
+                model,
+                free,
+            )
+            for which, model in enumerate(self.models)
+        ]  # fmt: skip
+
+    def prepare(self) -> Engine:
+        """Capture the graphs of common calls, which else happens as they come; nothing to do on a CPU."""
+        for side in self._sides:
+            if self.paged and side.paged.graphs:
+                side.paged.prepare()
+        return self
 
     def _fresh(self) -> list[_Side]:
         return [_Side(model, DynamicCache(config=model.config.get_text_config()), self.rows) for model in self.models]
@@ -272,10 +307,11 @@ class Engine(_Loop):
             self.jobs.clear()
             self._reset()
             return True
-        for side in self._sides:
-            side.shrink(self.rows)
-        if not self.rows:
-            self._reset()
+        if not self.paged:
+            for side in self._sides:
+                side.shrink(self.rows)
+            if not self.rows:
+                self._reset()
         return True
 
     def _others(self) -> bool:
@@ -283,8 +319,17 @@ class Engine(_Loop):
         return any(row.gate.active == SMALL for row in self.rows)
 
     def _reset(self) -> None:
+        for row in self.rows:
+            self._free(row)
         self.rows = []
-        self._sides = self._fresh()
+        if not self.paged:
+            self._sides = self._fresh()
+
+    def _free(self, row: _Row) -> None:
+        if self.paged:
+            self._sides[SMALL].free.give(*self._sides[SMALL].place[row.index])
+            for side in self._sides:
+                del side.place[row.index], side.read[row.index]
 
     def _sweep(self) -> None:
         """End what was cancelled or is late."""
@@ -299,7 +344,7 @@ class Engine(_Loop):
             job = self.jobs[row.index]
             if job._cancelled or now > job.deadline:
                 self._drop(row, "cancelled" if job._cancelled else "timeout")
-        if not self.rows and self._sides[SMALL].order:
+        if not self.rows and not self.paged and self._sides[SMALL].order:
             self._reset()
 
     def _admit(self) -> None:
@@ -314,11 +359,18 @@ class Engine(_Loop):
             self._next += 1
             self.jobs[row.index] = job
             self.rows.append(row)
-            for side in self._sides:
-                side.admit(row)
+            if self.paged:
+                place = self._sides[SMALL].free.take(job.size)
+                for side in self._sides:
+                    side.admit(row, place)
+            else:
+                for side in self._sides:
+                    side.admit(row)
             if job.stitch.prefill == "both" and len(row.prompts[LARGE]) > 1:
                 wanted = [(row, row.prompts[LARGE][:-1])]
-                self._count(LARGE, wanted, self._sides[LARGE], self._sides[LARGE].extend(wanted)[1], step=False)
+                side = self._sides[LARGE]
+                started = side.absorb(*wanted[0]) if self.paged else side.extend(wanted)[1]
+                self._count(LARGE, wanted, side, started, step=False)
 
     def _leave(self) -> None:
         for row in list(self.rows):
@@ -327,6 +379,7 @@ class Engine(_Loop):
 
     def _drop(self, row: _Row, finish: Finish) -> None:
         self.rows.remove(row)
+        self._free(row)
         self._end(self.jobs.pop(row.index), finish)
 
     def _end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
@@ -342,6 +395,17 @@ class Engine(_Loop):
             job.on_end()
 
     # What a row decides where a call of ``generate`` decides for all
+
+    def _look(self, model: int, wanted: list[tuple[_Row, list[int]]], side: Any) -> tuple[_Seen, float]:
+        if not self.paged:
+            return super()._look(model, wanted, side)
+        found, started = side.extend(wanted)
+        rows = [row for row, _ in wanted]
+        if any(self.jobs[row.index].sampling.temperature > 0 for row in rows):
+            return self._judge(rows, found.logits.float().to(self.device)), started
+        logprobs = [math.log(value) for value in found.confidence]
+        seen = _Seen(found.tokens, found.entropy, found.confidence, logprobs, found.forced, [False] * len(rows), None)
+        return seen, started
 
     def _constrain(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
         return logits
@@ -361,7 +425,7 @@ class Engine(_Loop):
                 tokens[at] = token
         return tokens
 
-    def _ended(self, row: _Row, token: int, scores: Tensor) -> bool:
+    def _ended(self, row: _Row, token: int, scores: Tensor | None) -> bool:
         return token in self.ends or len(row.tokens) >= self.jobs[row.index].sampling.max_new_tokens
 
     def _told(self, found: StitchToken) -> None:
@@ -369,6 +433,35 @@ class Engine(_Loop):
         job.tokens.append(found)
         if job.on_token is not None:
             job.on_token(found)
+
+
+class _PagedSide:
+    """One model on pages: where each request is, and how far it was read there."""
+
+    def __init__(self, paged: PagedModel, model: PreTrainedModel, free: Pages) -> None:
+        self.paged, self.model, self.free = paged, model, free
+        self.place: dict[int, tuple[int, list[int]]] = {}
+        self.read: dict[int, int] = {}
+
+    def admit(self, row: _Row, place: tuple[int, list[int]]) -> None:
+        """Take a row in, with its row of the table and its pages."""
+        self.place[row.index], self.read[row.index] = place, 0
+        self.paged.admit(*place)
+
+    def extend(self, wanted: Sequence[tuple[_Row, list[int]]]) -> tuple[Reading, float]:
+        """Read a gap for each of some rows; what comes after each, and when the call began."""
+        started = time.perf_counter()
+        found = self.paged.read([(self.place[row.index][0], self.read[row.index], gap) for row, gap in wanted])
+        for row, gap in wanted:
+            self.read[row.index] += len(gap)
+        return found, started
+
+    def absorb(self, row: _Row, ids: Sequence[int]) -> float:
+        """Read tokens and nothing after them; when that began."""
+        started = time.perf_counter()
+        self.paged.absorb(self.place[row.index][0], self.read[row.index], ids)
+        self.read[row.index] += len(ids)
+        return started
 
 
 def warp(logits: Tensor, sampling: SamplingConfig) -> Tensor:

@@ -370,6 +370,22 @@ class _Row:
         return [*prompt[read:], *text[max(0, read - len(prompt)) :]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a call said of each of its rows.
+
+    ``stuck`` is a row without an allowed token; ``warped`` is there where stopping criteria may ask for it.
+    """
+
+    tokens: list[int]
+    entropy: list[float]
+    confidence: list[float]
+    logprobs: list[float]
+    forced: list[bool]
+    stuck: list[bool]
+    warped: Tensor | None
+
+
 class _Loop:
     """The state of one call, which dies with it."""
 
@@ -388,7 +404,7 @@ class _Loop:
         on_token: Callable[[StitchToken], None] | None,
     ) -> None:
         self.models, self.stitch, self.vocabulary = models, stitch, vocabulary
-        self.size = vocabulary.size
+        self.size, self.small_ids = vocabulary.size, vocabulary.to_small.tolist()
         self.views = [vocabulary.to(model.device) for model in models]
         self.shown, self.sample, self.on_token = shown, sample, on_token
         self.device = shown.device
@@ -443,12 +459,41 @@ class _Loop:
             for side in sides:
                 side.shrink(live)
 
-    def _step(self, model: int, rows: list[_Row], side: _Side) -> None:
+    def _step(self, model: int, rows: list[_Row], side: Any) -> None:
         """One token of one model for each of some rows."""
         wanted = [(row, row.gap(model, side.read[row.index])) for row in rows]
+        seen, started = self._look(model, wanted, side)
+        self._count(model, wanted, side, started, step=True)
+        for at, (row, none) in enumerate(zip(rows, seen.stuck, strict=True)):
+            signal = (seen.entropy if row.gate.config.gate == "entropy" else seen.confidence)[at]
+            if math.isnan(signal):
+                raise ValueError(
+                    f"the {('small', 'large')[model]} model's logits are not numbers at token {len(row.tokens)} of row "
+                    f"{row.index}; float16 overflows where bfloat16 and float32 do not"
+                )
+            if none and model == LARGE:
+                raise ValueError(f"no token is allowed at position {len(row.tokens)} of row {row.index}")
+            emit, next_model = row.gate.delegate() if none else row.gate.step(signal, forced=seen.forced[at])
+            if not emit:
+                row.discarded = 1.0 if none else seen.entropy[at]
+                row.usage.discarded += 1
+                row.usage.switches += 1
+                continue
+            row.usage.switches += int(model == SMALL and next_model == LARGE)
+            scores = None if seen.warped is None else seen.warped[at : at + 1]
+            self._emit(
+                row, model, seen.tokens[at], seen.entropy[at], seen.confidence[at], seen.logprobs[at], scores
+            )  # fmt: skip
+
+    def _look(self, model: int, wanted: list[tuple[_Row, list[int]]], side: Any) -> tuple[_Seen, float]:
+        """Read gaps and what comes after them; also when the call began."""
         logits, started = side.extend(wanted)
         # The two models may be on two devices; processors and criteria are where the prompts are.
         logits = self.views[model].read(logits, model).float().to(self.device)
+        return self._judge([row for row, _ in wanted], logits), started
+
+    def _judge(self, rows: list[_Row], logits: Tensor) -> _Seen:
+        """Signals of masked logits ``[rows, vocabulary]``, and a token of each."""
         logits = self._constrain(rows, logits)
         # A grammar may want what only the large model has. No distribution is left then, and nothing to read off it.
         stuck = ~logits.isfinite().any(-1)
@@ -460,27 +505,10 @@ class _Loop:
         chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
         logprobs = (chosen - logits.logsumexp(-1)).tolist()
         entropy, confidence, forced = (value.tolist() for value in signals)
-        self._count(model, wanted, side, started, step=True)
-        for at, (row, none) in enumerate(zip(rows, stuck.tolist(), strict=True)):
-            signal = (entropy if row.gate.config.gate == "entropy" else confidence)[at]
-            if math.isnan(signal):
-                raise ValueError(
-                    f"the {('small', 'large')[model]} model's logits are not numbers at token {len(row.tokens)} of row "
-                    f"{row.index}; float16 overflows where bfloat16 and float32 do not"
-                )
-            if none and model == LARGE:
-                raise ValueError(f"no token is allowed at position {len(row.tokens)} of row {row.index}")
-            emit, next_model = row.gate.delegate() if none else row.gate.step(signal, forced=forced[at])
-            if not emit:
-                row.discarded = 1.0 if none else entropy[at]
-                row.usage.discarded += 1
-                row.usage.switches += 1
-                continue
-            row.usage.switches += int(model == SMALL and next_model == LARGE)
-            self._emit(row, model, tokens[at], entropy[at], confidence[at], logprobs[at], warped[at : at + 1])
+        return _Seen(tokens, entropy, confidence, logprobs, forced, stuck.tolist(), warped)
 
     def _count(
-        self, model: int, wanted: list[tuple[_Row, list[int]]], side: _Side, started: float, *, step: bool
+        self, model: int, wanted: list[tuple[_Row, list[int]]], side: Any, started: float, *, step: bool
     ) -> None:
         """Book a call that began at ``started`` to its rows; reading its results has waited for it."""
         if not step and side.model.device.type == "cuda":
@@ -508,7 +536,7 @@ class _Loop:
         """A token per row."""
         return choose(warped, [uniform(row.seed, len(row.tokens)) for row in rows] if self.sample else None)
 
-    def _ended(self, row: _Row, token: int, scores: Tensor) -> bool:
+    def _ended(self, row: _Row, token: int, scores: Tensor | None) -> bool:
         """Whether the token that was just added to a row is its last."""
         if token in self.ends or self.shown.shape[1] + len(row.tokens) >= self.max_length:
             return True
@@ -518,13 +546,23 @@ class _Loop:
         return any(bool(torch.as_tensor(item(ids, (scores,))).any()) for item in self.criteria)
 
     def _emit(
-        self, row: _Row, model: int, token: int, entropy: float, confidence: float, logprob: float, scores: Tensor
+        self,
+        row: _Row,
+        model: int,
+        token: int,
+        entropy: float,
+        confidence: float,
+        logprob: float,
+        scores: Tensor | None,
     ) -> None:
         row.tokens.append(token)
         row.usage.tokens[model] += 1
         last = self._ended(row, token, scores)
         if not last:
-            row.small_tokens += self.vocabulary.small_ids([token])
+            small = self.small_ids[token]
+            if small < 0:
+                self.vocabulary.small_ids([token])  # says so
+            row.small_tokens.append(small)
         found = StitchToken(
             row=row.index,
             position=len(row.tokens) - 1,

@@ -164,6 +164,7 @@ class Gate:
         active: The model that runs next.
         run: Tokens that the large model has written since it took over.
         position: Tokens emitted.
+        due: The next small token is thrown away, as drawn (``discards``).
     """
 
     config: StitchConfig
@@ -172,10 +173,13 @@ class Gate:
     run: int = 0
     position: int = 0
     seen: deque[float] = field(default_factory=deque)
+    due: bool = False
 
     def __post_init__(self) -> None:
         self.seen = deque(maxlen=max(1, self.config.window - 1))
         self.active = {"large": LARGE, "random": self._drawn(first=True)}.get(self.config.policy, SMALL)
+        if self.config.discards:
+            self.due, self.active = self.active == LARGE, SMALL
 
     def step(self, signal: float, *, forced: bool = False) -> Decision:
         """Decide on the token that the active model has just produced.
@@ -195,14 +199,16 @@ class Gate:
         value = signal
         if self.config.window > 1:
             value = math.fsum([*self.seen, signal]) / (len(self.seen) + 1)
-        if gated and active == SMALL and not forced and self.config.uncertain(value):
-            self.active, self.run = LARGE, 0
+        if self.due or (gated and active == SMALL and not forced and self.config.uncertain(value)):
+            self.active, self.run, self.due = LARGE, 0, False
             return Decision(False, LARGE)
         self.position += 1
         if not forced:
             self.seen.append(signal)
         if policy == "random":
             self.active = self._drawn()
+            if self.config.discards and active == SMALL:
+                self.due, self.active = self.active == LARGE, SMALL
         elif gated and active == LARGE:
             self.run += 1
             sure = policy == "one-token" or (not forced and self.config.certain(value))
@@ -218,7 +224,7 @@ class Gate:
         """
         if self.config.policy == "small":
             raise ValueError("the small model has no token that the constraints allow; it cannot write alone")
-        self.active, self.run = LARGE, 0
+        self.active, self.run, self.due = LARGE, 0, False
         return Decision(False, LARGE)
 
     def _drawn(self, *, first: bool = False) -> int:

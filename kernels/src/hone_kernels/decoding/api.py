@@ -1,0 +1,181 @@
+"""The public functions: checks and choice of backend. They are called inside captured graphs, and none waits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hone_kernels.backends import Backend, Support, choose
+
+from .reference import (
+    add_rms_norm_reference,
+    paged_attention_reference,
+    rotate_append_reference,
+    silu_mul_reference,
+)
+
+__all__ = ["SUPPORT", "Backend", "add_rms_norm", "paged_attention", "rotate_append", "silu_mul"]
+
+SUPPORT: dict[str, Support] = {
+    "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+    "triton": Support(dtypes=(torch.float32, torch.bfloat16, torch.float16), language="triton", min_sm=80),
+}
+"""``dtypes`` are those of activations and caches."""
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Add a layer's output to the residual stream and normalise the sum.
+
+    Args:
+        x: ``[T, C]``, contiguous.
+        residual: ``[T, C]``, or None for the first norm.
+        weight: ``[C]``.
+        eps: Added to the mean square.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        The normalised sum and the sum, each ``[T, C]``.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    if x.dim() != 2 or weight.shape != x.shape[1:] or (residual is not None and residual.shape != x.shape):
+        raise ValueError(
+            f"expected x and residual [T, C] and weight [C]; got {list(x.shape)}, "
+            f"{None if residual is None else list(residual.shape)} and {list(weight.shape)}"
+        )
+    if choose("add_rms_norm", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return add_rms_norm_reference(x, residual, weight, eps)
+    from .triton import add_rms_norm_triton  # needs Triton
+
+    return add_rms_norm_triton(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """silu(gate) * up.
+
+    Args:
+        gate_up: ``[T, 2 C]``, contiguous; gates first.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[T, C]``.
+
+    Raises:
+        ValueError: The last axis has no halves.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up must be [T, 2 C]; got {list(gate_up.shape)}")
+    if choose("silu_mul", backend, SUPPORT, gate_up.device, gate_up.dtype) == "reference":
+        return silu_mul_reference(gate_up)
+    from .triton import silu_mul_triton  # needs Triton
+
+    return silu_mul_triton(gate_up)
+
+
+def rotate_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Rotate queries and keys by their positions, and write keys and values to the pages of their rows, in place.
+
+    Args:
+        qkv: ``[tiles * tokens, (H + 2 HK) * D]``, contiguous: queries, keys and values of each token.
+        cos: ``[positions, D / 2]``, of the first half of the rotation.
+        sin: Likewise.
+        positions: int32 ``[tiles, tokens]``, where each token stands in its row; -1 is padding, which is not written.
+        rows: int32 ``[tiles]``, row of the table that each tile of tokens belongs to.
+        table: int32 ``[rows, pages of a row]``: the page that holds positions ``page * i`` and on.
+        keys: ``[pages, HK, page, D]``.
+        values: Likewise.
+        q_norm: ``[D]``, weight of a norm of each query head; None without one.
+        k_norm: Likewise of keys.
+        eps: Of these norms.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        Rotated queries ``[tiles * tokens, H, D]``.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    _check(positions, rows, table, keys, values)
+    dim, heads_k = keys.shape[3], keys.shape[1]
+    heads, rest = divmod(qkv.shape[-1], dim)
+    if qkv.shape[0] != positions.numel() or rest or heads <= 2 * heads_k or (heads - 2 * heads_k) % heads_k:
+        raise ValueError(
+            f"qkv must be [{positions.numel()}, (H + 2 * {heads_k}) * {dim}], H a multiple of {heads_k}; "
+            f"got {list(qkv.shape)}"
+        )
+    if cos.shape != sin.shape or cos.shape[1] != dim // 2:
+        raise ValueError(f"cos and sin must be [positions, {dim // 2}]; got {list(cos.shape)} and {list(sin.shape)}")
+    arguments = (qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm, eps)
+    if choose("rotate_append", backend, SUPPORT, qkv.device, qkv.dtype) == "reference":
+        return rotate_append_reference(*arguments)
+    from .triton import rotate_append_triton  # needs Triton
+
+    return rotate_append_triton(*arguments)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    *,
+    scale: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention of tokens to what the pages of their row hold, up to and with their own position.
+
+    Args:
+        q: ``[tiles * tokens, H, D]``, contiguous.
+        keys: ``[pages, HK, page, D]``; every slot of a named page is finite.
+        values: Likewise.
+        positions: int32 ``[tiles, tokens]``; -1 is padding, whose output is finite and means nothing.
+        rows: int32 ``[tiles]``.
+        table: int32 ``[rows, pages of a row]``.
+        scale: Of the logits.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[tiles * tokens, H, D]``.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    _check(positions, rows, table, keys, values)
+    if q.dim() != 3 or q.shape[0] != positions.numel() or q.shape[2] != keys.shape[3] or q.shape[1] % keys.shape[1]:
+        raise ValueError(
+            f"q must be [{positions.numel()}, H, {keys.shape[3]}], H a multiple of {keys.shape[1]}; got {list(q.shape)}"
+        )
+    if choose("paged_attention", backend, SUPPORT, q.device, q.dtype) == "reference":
+        return paged_attention_reference(q, keys, values, positions, rows, table, scale)
+    from .triton import paged_attention_triton  # needs Triton
+
+    return paged_attention_triton(q, keys, values, positions, rows, table, scale)
+
+
+def _check(positions: Tensor, rows: Tensor, table: Tensor, keys: Tensor, values: Tensor) -> None:
+    if keys.dim() != 4 or keys.shape != values.shape:
+        raise ValueError(f"keys and values must be [pages, HK, page, D]; got {list(keys.shape)}, {list(values.shape)}")
+    if positions.dim() != 2 or rows.shape != positions.shape[:1] or table.dim() != 2:
+        raise ValueError(
+            "expected positions [tiles, tokens], rows [tiles] and table [rows, pages]; got "
+            f"{list(positions.shape)}, {list(rows.shape)} and {list(table.shape)}"
+        )

@@ -1,0 +1,257 @@
+"""Parts of a decoding step in Triton: few, small launches, since a step of a small model is as long as its launches."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["add_rms_norm_triton", "paged_attention_triton", "rotate_append_triton", "silu_mul_triton", "splits_of"]
+
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""Programs that attention is split into at least, where there are keys enough."""
+
+
+@triton.jit
+def _norm_kernel(X, RESIDUAL, WEIGHT, OUT, TOTAL, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    x = tl.load(X + row * width + at, mask=inside, other=0.0)
+    if RESIDUAL is not None:
+        x = (x.to(tl.float32) + tl.load(RESIDUAL + row * width + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(TOTAL + row * width + at, x, mask=inside)
+    wide = x.to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    weight = tl.load(WEIGHT + at, mask=inside, other=0.0).to(tl.float32)
+    # Rounded before the weight, as transformers does.
+    tl.store(OUT + row * width + at, weight * scaled.to(x.dtype).to(tl.float32), mask=inside)
+
+
+def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See ``add_rms_norm``."""
+    tokens, width = x.shape
+    out = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _norm_kernel[(tokens,)](x, residual, weight, out, total, width, eps, BLOCK=block, num_warps=4 + 4 * (block > 2048))
+    return out, total
+
+
+@triton.jit
+def _silu_kernel(X, OUT, width, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(X + row * 2 * width + at, mask=inside, other=0.0)
+    up = tl.load(X + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    tl.store(OUT + row * width + at, active * up, mask=inside)
+
+
+def silu_mul_triton(gate_up: Tensor) -> Tensor:
+    """See ``silu_mul``."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, width)
+    _silu_kernel[(triton.cdiv(width, 512), tokens)](gate_up, out, width, BLOCK=512, num_warps=2)
+    return out
+
+
+@triton.jit
+def _rotate_kernel(
+    QKV, COS, SIN, POSITIONS, ROWS, TABLE, KEYS, VALUES, QUERIES, Q_NORM, K_NORM, eps, tokens, table_stride,
+    heads, heads_k, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    half = tl.arange(0, PADDED)
+    inside = half < DIM // 2
+    source = QKV + (token * (heads + 2 * heads_k) + head) * DIM + half
+    left = tl.load(source, mask=inside, other=0.0)
+    right = tl.load(source + DIM // 2, mask=inside, other=0.0)
+    position = tl.load(POSITIONS + token)
+    where = tl.maximum(position, 0)
+    if head < heads + heads_k:
+        if Q_NORM is not None:
+            a, b = left.to(tl.float32), right.to(tl.float32)
+            scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / DIM + eps)
+            norm = Q_NORM if head < heads else K_NORM
+            first = tl.load(norm + half, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(norm + DIM // 2 + half, mask=inside, other=0.0).to(tl.float32)
+            left = (first * (a * scale).to(left.dtype).to(tl.float32)).to(left.dtype)
+            right = (second * (b * scale).to(right.dtype).to(tl.float32)).to(right.dtype)
+        cos = tl.load(COS + where * (DIM // 2) + half, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(SIN + where * (DIM // 2) + half, mask=inside, other=0.0).to(tl.float32)
+        a, b = left.to(tl.float32), right.to(tl.float32)
+        left = (a * cos - b * sin).to(left.dtype)
+        right = (b * cos + a * sin).to(right.dtype)
+    if head < heads:
+        out = QUERIES + (token * heads + head) * DIM + half
+        tl.store(out, left, mask=inside)
+        tl.store(out + DIM // 2, right, mask=inside)
+    else:
+        row = tl.load(ROWS + token // tokens).to(tl.int64)
+        page = tl.load(TABLE + row * table_stride + where // PAGE).to(tl.int64)
+        kept = inside & (position >= 0)
+        is_key = head < heads + heads_k
+        head_k = head - heads if is_key else head - heads - heads_k
+        offset = ((page * heads_k + head_k) * PAGE + where % PAGE) * DIM + half
+        if is_key:
+            tl.store(KEYS + offset, left, mask=kept)
+            tl.store(KEYS + offset + DIM // 2, right, mask=kept)
+        else:
+            tl.store(VALUES + offset, left, mask=kept)
+            tl.store(VALUES + offset + DIM // 2, right, mask=kept)
+
+
+def rotate_append_triton(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See ``rotate_append``."""
+    heads_k, page, dim = keys.shape[1:]
+    heads = qkv.shape[1] // dim - 2 * heads_k
+    queries = qkv.new_empty(qkv.shape[0], heads, dim)
+    _rotate_kernel[(qkv.shape[0], heads + 2 * heads_k)](
+        qkv, cos, sin, positions, rows, table, keys, values, queries, q_norm, k_norm, eps, positions.shape[1],
+        table.stride(0), heads, heads_k, DIM=dim, PADDED=triton.next_power_of_2(dim // 2), PAGE=page, num_warps=1,
+    )  # fmt: skip
+    return queries
+
+
+@triton.jit
+def _attention_kernel(
+    Q, KEYS, VALUES, POSITIONS, ROWS, TABLE, OUT, LSE, scale, tokens, table_stride, heads, heads_k, splits,
+    GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(tokens * GROUPS, BLOCK_M)
+    tile = tl.program_id(0) // tiles
+    head_k = tl.program_id(1)
+    split = tl.program_id(2)
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = m < tokens * GROUPS
+    token = (tile * tokens + m // GROUPS).to(tl.int64)
+    line = token * heads + head_k * GROUPS + m % GROUPS
+    position = tl.load(POSITIONS + token, mask=real, other=-1)
+    row = tl.load(ROWS + tile).to(tl.int64)
+    d = tl.arange(0, PADDED)
+    inside = d < DIM
+    q = tl.load(Q + line[:, None] * DIM + d[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+    blocks = tl.cdiv(tl.max(position, 0) + 1, BLOCK_N)
+    per = tl.cdiv(blocks, splits)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    for block in range(split * per, tl.minimum(split * per + per, blocks)):
+        at = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        page = tl.load(TABLE + row * table_stride + block * BLOCK_N // PAGE).to(tl.int64)
+        offset = ((page * heads_k + head_k) * PAGE + block * BLOCK_N % PAGE + tl.arange(0, BLOCK_N)) * DIM
+        k = tl.load(KEYS + offset[None, :] + d[:, None], mask=inside[:, None], other=0.0)
+        v = tl.load(VALUES + offset[:, None] + d[None, :], mask=inside[None, :], other=0.0)
+        logits = tl.dot(q, k, input_precision="ieee") * scale
+        logits = tl.where(at[None, :] <= position[:, None], logits, -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        # A query that has seen nothing yet has no highest logit.
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        weights = tl.exp2(logits - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(weights, 1)
+        sums = sums * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    seen = tl.where(total == 0.0, 1.0, total)
+    out = (line * splits + split)[:, None] * DIM + d[None, :]
+    tl.store(OUT + out, sums / seen[:, None], mask=real[:, None] & inside[None, :])
+    if LSE is not None:
+        tl.store(LSE + line * splits + split, tl.where(total == 0.0, -float("inf"), top + tl.log2(seen)), mask=real)
+
+
+@triton.jit
+def _merge_kernel(PARTS, LSE, OUT, splits, DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
+    line = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, PADDED)
+    inside = d < DIM
+    lse = tl.load(LSE + line * splits + split, mask=split < splits, other=-float("inf"))
+    top = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
+    parts = tl.load(
+        PARTS + (line * splits + split)[:, None] * DIM + d[None, :],
+        mask=(split < splits)[:, None] & inside[None, :],
+        other=0.0,
+    )
+    total = tl.sum(weight, 0)
+    out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(OUT + line * DIM + d, out, mask=inside)
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def splits_of(programs: int, longest: int, block: int, multiprocessors: int) -> int:
+    """Into how many parts keys are split: enough to fill the device, at most 32, and each of a block at least.
+
+    Args:
+        programs: Without splits.
+        longest: Positions that a row may have.
+        block: Keys that are read at once.
+        multiprocessors: Of the device.
+    """
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs)
+    return max(1, min(32, wanted, triton.cdiv(longest, block)))
+
+
+def paged_attention_triton(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    scale: float,
+    *,
+    splits: int | None = None,
+) -> Tensor:
+    """See ``paged_attention``; ``splits`` is chosen by the number of programs unless told."""
+    tiles, tokens = positions.shape
+    heads_k, page, dim = keys.shape[1:]
+    heads = q.shape[1]
+    groups = heads // heads_k
+    block_m = min(64, max(16, triton.next_power_of_2(tokens * groups)))
+    block_n = min(64, page)
+    if page % block_n or block_n < 16 or block_n & (block_n - 1):
+        raise ValueError(f"a page must hold 16, 32 or a multiple of 64 tokens; got {page}")
+    programs = tiles * triton.cdiv(tokens * groups, block_m)
+    if splits is None:
+        splits = splits_of(programs * heads_k, table.shape[1] * page, block_n, _multiprocessors(q.device))
+    out = torch.empty_like(q)
+    parts, lse = out, None
+    if splits > 1:
+        parts = torch.empty(q.shape[0], heads, splits, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(q.shape[0], heads, splits, dtype=torch.float32, device=q.device)
+    padded = max(16, triton.next_power_of_2(dim))
+    _attention_kernel[(programs, heads_k, splits)](
+        q, keys, values, positions, rows, table, parts, lse, scale * 1.4426950408889634, tokens, table.stride(0),
+        heads, heads_k, splits, GROUPS=groups, DIM=dim, PADDED=padded, PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(q.shape[0] * heads,)](
+            parts, lse, out, splits, DIM=dim, PADDED=padded, SPLITS=triton.next_power_of_2(splits), num_warps=1
+        )
+    return out

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from hone_core.testing import assert_close, nan_poison, requires_gpu
+from hone_kernels.decoding.reference import (
+    add_rms_norm_reference,
+    paged_attention_reference,
+    rotate_append_reference,
+    silu_mul_reference,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def close(got, want, dtype):
+    assert_close(got.double(), want.double(), atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+def compare_rows(dtype, device, tokens, width):
+    from hone_kernels.decoding.triton import add_rms_norm_triton, silu_mul_triton
+
+    x, residual, weight = (torch.randn(s, device=device).to(dtype) for s in ((tokens, width), (tokens, width), width))
+    with nan_poison():
+        got = [add_rms_norm_triton(x, residual, weight, 1e-6), add_rms_norm_triton(x, None, weight, 1e-6)]
+        product = silu_mul_triton(torch.cat([x, residual], 1))
+    for mine, other in zip(got, (residual, None), strict=True):
+        for a, b in zip(mine, add_rms_norm_reference(x, other, weight, 1e-6), strict=True):
+            close(a, b, dtype)
+    close(product, silu_mul_reference(torch.cat([x, residual], 1).double()), dtype)
+
+
+def compare_pages(dtype, device, *, lengths, tokens, heads, heads_k, dim, page, norms=False, splits=None):
+    """Rows of these lengths whose last ``tokens`` tokens are new; the last tile is padding in part."""
+    from hone_kernels.decoding.triton import paged_attention_triton, rotate_append_triton
+
+    width = -(-max(lengths) // page)
+    count = len(lengths) * width + 1
+    table = (torch.randperm(count - 1, device=device) + 1).int().view(len(lengths), width)
+    positions = torch.tensor([[n - tokens + i for i in range(tokens)] for n in lengths]).int().to(device)
+    positions[-1, tokens // 2 + 1 :] = -1
+    rows = torch.arange(len(lengths), device=device).int().flip(0)
+    positions = positions.flip(0)
+    keys, values = (torch.randn(count, heads_k, page, dim, device=device).to(dtype) for _ in range(2))
+    qkv = torch.randn(len(lengths) * tokens, (heads + 2 * heads_k) * dim, device=device).to(dtype)
+    angles = torch.randn(max(lengths), dim // 2, device=device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = [torch.rand(dim, device=device).to(dtype) if norms else None for _ in range(2)]
+    mine, theirs = (keys.clone(), values.clone()), (keys.clone(), values.clone())
+    with nan_poison():
+        q = rotate_append_triton(qkv, cos, sin, positions, rows, table, *mine, *weights, 1e-6)
+    want = rotate_append_reference(qkv, cos, sin, positions, rows, table, *theirs, *weights, 1e-6)
+    close(q, want, dtype)
+    for a, b in zip(mine, theirs, strict=True):
+        close(a, b, dtype)
+    q = q.contiguous()
+    with nan_poison():
+        out = paged_attention_triton(q, *mine, positions, rows, table, dim**-0.5, splits=splits)
+    exact = paged_attention_reference(q.double(), *(x.double() for x in mine), positions, rows, table, dim**-0.5)
+    real = positions.flatten() >= 0
+    close(out[real], exact[real], dtype)
+    assert out.isfinite().all()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted(dtype):
+    compare_rows(dtype, "cpu", 3, 40)
+    compare_rows(dtype, "cpu", 1, 600)
+    shape = dict(heads=6, heads_k=2, dim=16, page=16)
+    for splits in (None, 1, 3):
+        compare_pages(dtype, "cpu", lengths=[37, 5, 16], tokens=1, splits=splits, **shape)
+    compare_pages(dtype, "cpu", lengths=[70, 33, 12, 20], tokens=12, norms=True, **shape)
+    # Heads that are no power of two, a page of several blocks, more query lines than a tile holds.
+    compare_pages(dtype, "cpu", lengths=[130, 30], tokens=24, heads=4, heads_k=1, dim=10, page=128)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("heads", "heads_k", "tokens"), [(12, 2, 1), (28, 4, 16), (40, 8, 4)])
+def test_machine_code(heads, heads_k, tokens):
+    from hone_kernels.compile import compile_launch, record_launches
+    from hone_kernels.decoding import triton
+
+    bf16 = torch.bfloat16
+    kernels = ("_norm_kernel", "_silu_kernel", "_rotate_kernel", "_attention_kernel", "_merge_kernel")
+    keys = torch.zeros(9, heads_k, 64, 128, dtype=bf16)
+    positions, rows, table = torch.zeros(2, tokens).int(), torch.zeros(2).int(), torch.zeros(2, 40).int()
+    qkv = torch.zeros(2 * tokens, (heads + 2 * heads_k) * 128, dtype=bf16)
+    angles = torch.zeros(100, 64, dtype=bf16)
+    with record_launches(triton, *kernels) as launches:
+        triton.add_rms_norm_triton(qkv[:, :1536], qkv[:, :1536], qkv[0, :1536], 1e-6)
+        triton.silu_mul_triton(qkv)
+        q = triton.rotate_append_triton(qkv, angles, angles, positions, rows, table, keys, keys, None, None, 1e-6)
+        triton.paged_attention_triton(q, keys, keys, positions, rows, table, 0.1, splits=8)
+    assert [launch.name for launch in launches] == list(kernels)
+    built = [compile_launch(launch) for launch in launches]
+    assert [one.spills for one in built] == [0] * 5
+    assert built[3].count("HMMA") + built[3].count("HGMMA") > 0
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gpu(dtype):
+    for tokens, width in ((1, 1536), (5, 3584), (33, 5120), (2, 40)):
+        compare_rows(dtype, "cuda", tokens, width)
+    for heads, heads_k in ((12, 2), (28, 4), (40, 8), (32, 8)):
+        shape = dict(heads=heads, heads_k=heads_k, dim=128, page=64)
+        compare_pages(dtype, "cuda", lengths=[3000], tokens=1, **shape)
+        compare_pages(dtype, "cuda", lengths=[1000, 64, 65, 7, 2049], tokens=4, norms=heads == 32, **shape)
+        compare_pages(dtype, "cuda", lengths=[777, 128, 16], tokens=16, **shape)
+    compare_pages(dtype, "cuda", lengths=[130, 30], tokens=24, heads=4, heads_k=1, dim=10, page=128)
+
+
+def test_splits():
+    from hone_kernels.decoding.triton import splits_of
+
+    assert splits_of(2, 4096, 64, 132) == 32
+    assert splits_of(2, 100, 64, 132) == 2
+    assert splits_of(1000, 4096, 64, 132) == 1
+    assert splits_of(64, 4096, 64, 132) == 5
