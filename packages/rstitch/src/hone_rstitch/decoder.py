@@ -120,7 +120,8 @@ class Decoder:
         Returns:
             ``[asked, vocabulary]`` logits; without ``last`` the hidden states.
         """
-        x, total = F.embedding(ids, self.embedding), None
+        x = F.embedding(ids, self.embedding)
+        total: Tensor | None = None
         where = (positions, rows, table)
         for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
             x, total = add_rms_norm(x, total, layer.before, self.eps)
@@ -133,6 +134,7 @@ class Decoder:
             x = F.linear(silu_mul(F.linear(x, *layer.gate_up)), *layer.down)
         if last is None:
             return x
+        assert total is not None, "a decoder has a layer"
         x, _ = add_rms_norm(x[last], total[last], self.norm, self.eps)
         return F.linear(x, self.head)
 
@@ -155,11 +157,10 @@ def _layer(layer: Any) -> _Layer:
 def _beside(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Weights of layers with one input as those of one layer; theirs become views of it."""
     weight = _joined([layer.weight for layer in layers])
-    biases = [layer.bias for layer in layers]
-    return weight, None if biases[0] is None else _joined([bias for bias in biases if bias is not None])
+    return weight, None if layers[0].bias is None else _joined([layer.bias for layer in layers])
 
 
-def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     data = [part.data for part in parts]
     storages = {x.untyped_storage().data_ptr() for x in data}
     ends = [x.data_ptr() + x.numel() * x.element_size() for x in data]

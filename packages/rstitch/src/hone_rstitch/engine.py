@@ -150,9 +150,10 @@ class Engine(_Loop):
         if self.config.cache == "paged" and reasons:
             raise ValueError(f"paged caches are for dense decoders, and {reasons[0]}; leave cache at auto")
         self.paged = self.config.cache != "dynamic" and not reasons
-        self._sides: list[Any] = self._on_pages() if self.paged else self._fresh()
-        for side in () if self.paged else self._sides:
-            if not _allows_holes(side.cache):
+        self._sides: list[Any] = []
+        self._sides += self._on_pages() if self.paged else self._fresh()
+        for side in self._sides:
+            if not self.paged and not _allows_holes(side.cache):
                 raise ValueError(
                     f"the cache of {type(side.model).__name__} has sliding windows or states, and rows of different "
                     "lengths cannot share it; stitch_generate writes its rows one after the other"

@@ -197,7 +197,7 @@ class _Call:
         self.found = [
             torch.zeros(asked, dtype=dtype, pin_memory=gpu) for dtype in (exact, exact, torch.int64, torch.bool)
         ]
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         if model.graphs and tokens <= MOST_CAPTURED:
             self._capture()
 

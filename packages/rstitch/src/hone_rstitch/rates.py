@@ -6,6 +6,7 @@ import logging
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _steps(cfg: BenchConfig, run: Run, engine: Engine, model: Any, ids: list[int
     wall_of_one = 0.0
     for batch in cfg.batches:
         gaps = [(row, cfg.context, ids[:1]) for row, _ in places[:batch]]
-        times = _wall(lambda gaps=gaps: paged.read(gaps), cfg, paged.device)
+        times = _wall(partial(paged.read, gaps), cfg, paged.device)
         labels = {"batch": batch}
         run.row("step", times.ms_p50, unit="ms", better="lower", n=times.n, variant=name, labels=labels)
         wall_of_one = wall_of_one or times.ms_p50
@@ -87,7 +88,7 @@ def _steps(cfg: BenchConfig, run: Run, engine: Engine, model: Any, ids: list[int
             run.row("of_bandwidth", floor / times.ms_p50, better="higher", variant=name, labels=labels)
     for gap in sorted({1, *cfg.gaps}):
         piece = [(places[0][0], cfg.context, (ids * gap)[:gap])]
-        times = _wall(lambda piece=piece: paged.read(piece), cfg, paged.device)
+        times = _wall(partial(paged.read, piece), cfg, paged.device)
         run.row(
             "read", times.ms_p50, unit="ms", better="lower", n=times.n, variant=name, labels={"gap": gap, "batch": 1}
         )
@@ -114,7 +115,10 @@ def _texts(cfg: BenchConfig, run: Run, engine: Engine, ids: list[int], steps: li
     """Rates of one model alone and of stitched texts, over batches and over when the large model starts."""
     drawn = StitchConfig(policy="random", share=cfg.share, run_length=cfg.run_length, discards=True, prefill="both")
     for batch in cfg.batches:
-        variants = {name: (StitchConfig(policy=name, prefill="both"), 1) for name in NAMES}
+        variants = {
+            "small": (StitchConfig(policy="small", prefill="both"), 1),
+            "large": (StitchConfig(policy="large", prefill="both"), 1),
+        }
         variants |= {
             "stitched" if count == 1 else f"stitched, large from {count}": (drawn, count)
             for count in sorted({1, max(1, batch // 4), max(1, batch // 2)})
