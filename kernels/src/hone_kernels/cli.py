@@ -21,7 +21,7 @@ def main() -> None:
     run_cli(
         PACKAGE,
         VERBS,
-        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores and selection, decoding, logits, splats.",
+        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores, block lists, decoding, logits, splats.",
     )
 
 
