@@ -26,12 +26,40 @@ assert all((out / f"{rank}.json").is_file() for rank in range(together.count))
 """
 
 
+VERB = """
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from hone_core.cli import Verb, run_cli
+from hone_core.runs import Report, Run
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+def work(cfg: Config, run: Run) -> Report:
+    dist.init_process_group("gloo")
+    for _ in range(20):
+        dist.all_reduce(torch.ones(4))
+    return Report.of(run)
+
+if __name__ == "__main__":
+    try:
+        run_cli("hone-core", {"work": Verb(config="verb:Config", run="verb:work", help="Work.", shared=True)}, "")
+    except SystemExit as stop:
+        assert stop.code in (0, None)
+    assert not dist.is_initialized()
+"""
+
+
 def test_one_process_alone():
     alone = Processes()
     assert alone.main
     assert alone.share("x", 3) == 3
     assert [alone.take("a"), alone.take("a"), alone.take("b")] == [0, 1, 0]
     alone.wait("end")
+    alone.end()
     alone.alone("eval")
     with pytest.raises(ValueError, match="eval runs in one process; it was launched in 2"):
         Processes(0, 2).alone("eval")
@@ -52,6 +80,14 @@ def test_two_processes_share_values_work_and_a_run(tmp_path):
     assert results["status"] == "done"
     assert [row["value"] for row in results["rows"]] == [0]
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1, "rank": 0.0}\n'
+
+
+def test_a_verb_ends_the_group_that_it_made(tmp_path):
+    (tmp_path / "verb.py").write_text(VERB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "verb.py"), "work", "--device", "cpu", "--quiet", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_verb_for_one_process_refuses_more(monkeypatch, capsys, tmp_path):

@@ -1,7 +1,6 @@
 """A small training, run by the tests of the loop alone and by ``torchrun``."""
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -70,6 +69,4 @@ if __name__ == "__main__":
             torch.save(found, out / f"{name}.pt")
     with contextlib.suppress(KeyboardInterrupt):
         train(out / "stopped", steps=6, stop=5, kind="fsdp", processes=together)
-    together.wait("end")
-    # Not through the interpreter's end: gloo's threads may still run there, and then abort a process that is done.
-    os._exit(0)
+    together.end()

@@ -437,7 +437,6 @@ class _Bench:
         for name in contexts:
             check_values(f"{name} in {count} processes", call(name), alone[name], tolerance=1e-2)
         self.times("parallel", measure_interleaved(calls, **options), mode="together", processes=count, **labels)
-        dist.destroy_process_group()
 
     def model_inputs(self, model: Any) -> dict[str, Any]:
         work, config = self.work, model.config

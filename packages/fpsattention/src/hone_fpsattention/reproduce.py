@@ -64,22 +64,22 @@ class ReproduceReport(Report):
         cells: dict[str, dict[str, Row]] = {}
         for row in self.rows:
             cells.setdefault(row.variant, {})[row.metric] = row
-        lines = [f"{'arm':<48} {'digit and direction':>20} {'PSNR to dense':>13} {'flow loss':>9} {'density':>7}"]
+        lines = [f"{'arm':<50} {'digit and direction':>20} {'PSNR to dense':>13} {'flow loss':>9} {'density':>7}"]
         for arm, text in ARMS.items():
             if arm in cells:
                 found = cells[arm]
                 likeness = f"{found['psnr'].value:.2f} dB" if "psnr" in found else "-"
                 lines.append(
-                    f"{f'{arm}: {text}':<48} {_share(found['accuracy']):>20} {likeness:>13} "
+                    f"{f'{arm}: {text}':<50} {_share(found['accuracy']):>20} {likeness:>13} "
                     f"{found['flow_loss'].value:>9.4f} {found['density'].value:>7.3f}"
                 )
         shown = {name: found for name, found in cells.items() if "accuracy_difference" in found}
         if shown:
-            lines += ["", f"{'difference':<36} {'digit and direction':>24} {'flow loss':>30} {'PSNR, dB':>24}"]
+            lines += ["", f"{'difference':<36} {'digit and direction':>26} {'flow loss':>30} {'PSNR, dB':>24}"]
         for name, found in shown.items():
             psnr = _signed(found["psnr_difference"], 1, ".2f") if "psnr_difference" in found else "-"
             right = _signed(found["accuracy_difference"], 100, ".1f", "%")
-            lines.append(f"{name:<36} {right:>24} {_signed(found['flow_loss_difference'], 1, '.4f'):>30} {psnr:>24}")
+            lines.append(f"{name:<36} {right:>26} {_signed(found['flow_loss_difference'], 1, '.4f'):>30} {psnr:>24}")
         return "\n".join([*lines, "", *verdicts(self.rows), f"results  {self.path / 'results.json'}"])
 
 

@@ -268,6 +268,7 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
             )
         with run:
             function(cfg, run)
+        processes.end()
     if not processes.main:
         return None
     if export is not None:

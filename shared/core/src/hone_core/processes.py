@@ -1,5 +1,6 @@
 """Several processes of one command, as ``torchrun`` and ``accelerate launch`` start them."""
 
+import gc
 import json
 import os
 from datetime import timedelta
@@ -87,6 +88,21 @@ class Processes:
             if self._open().add(f"{key}/here", 1) == self.count:
                 self._open().set(f"{key}/all", "1")
             self._open().wait([f"{key}/all"], LONG)
+
+    def end(self) -> None:
+        """End the process group, where the work made one, once every process is done with it.
+
+        Its threads may else still let go of what they sent while the interpreter ends, which aborts a process that has
+        done its work.
+        """
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            self.wait("end")
+            gc.collect()  # models that hold the group, and so its threads
+            dist.destroy_process_group()
 
     def _key(self, name: str) -> str:
         self._uses[name] = self._uses.get(name, -1) + 1
