@@ -22,12 +22,12 @@ def some_logits(rows, vocabulary, dtype, device="cpu", spread=4.0):
     return logits
 
 
-def compare(logits, size, threshold=None, gate="entropy", piece=None):
+def compare(logits, size, threshold=None, gate="entropy", piece=None, **options):
     from hone_kernels.logits.triton import read_logits_triton
 
     # Below the registered op, whose dispatch the poison does not reach through.
     with nan_poison():
-        got = LogitSignals(*read_logits_triton(logits, size, threshold, gate, piece=piece))
+        got = LogitSignals(*read_logits_triton(logits, size, threshold, gate, piece=piece, **options))
     want = read_logits(logits.double(), size=size, threshold=threshold, gate=gate, backend="reference")
     assert_close(got.entropy.double(), want.entropy, atol=1e-5, rtol=0)
     assert_close(got.confidence.double(), want.confidence, atol=1e-6, rtol=1e-5)
@@ -75,8 +75,13 @@ def test_machine_code(rows, dtype):
     from hone_kernels.logits import triton
 
     with record_launches(triton, "_pieces_kernel", "_join_kernel") as launches:
-        triton.read_logits_triton(torch.zeros(rows, 151936, dtype=dtype), 151936, torch.zeros(rows), "entropy")
-    assert [compile_launch(launch).spills for launch in launches] == [0, 0]
+        for overlap in (False, True):
+            logits = torch.zeros(rows, 151936, dtype=dtype)
+            triton.read_logits_triton(logits, 151936, torch.zeros(rows), "entropy", overlap=overlap)
+    built = [compile_launch(launch) for launch in launches]
+    assert [one.spills for one in built] == [0] * 4
+    # The second kernel waits for the first where it starts before its end, and only there.
+    assert [one.ptx.count("griddepcontrol") for one in built] == [0, 0, 1, 1]
 
 
 @requires_gpu(min_sm=80)
@@ -92,6 +97,8 @@ def test_gpu():
                     compare(logits, vocabulary, threshold)
                 for piece in (512, 1024, 4096, 8192):
                     compare(logits, vocabulary, piece=piece)
+                    if torch.cuda.get_device_capability()[0] >= 9:
+                        compare(logits, vocabulary, piece=piece, overlap=True)
 
 
 @requires_gpu(min_sm=80)
