@@ -76,7 +76,19 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path, argv):
 def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
     assert run(monkeypatch, "info", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    for op in ("attention", "attention_fp8", "block_scores", "block_select", "decoding", "logits", "splat_blend"):
+    ops = (
+        "attention",
+        "attention_fp8",
+        "block_scores",
+        "block_select",
+        "column_mass",
+        "decoding",
+        "logits",
+        "ragged_decode",
+        "splat_blend",
+        "token_select",
+    )
+    for op in ops:
         assert found[op]["reference"] == "runs"
         assert "CUDA device" in found[op]["triton"]
 
@@ -100,6 +112,11 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         (["--op", "logits", "--modes", "forward"], "logits has no modes to choose; it has shapes, dtypes"),
         (["--op", "logits", "--shapes", "64"], "a shape of logits is ROWSxVOCABULARY such as 64x151936; got '64'"),
         (["--op", "logits", "--dtypes", "float8_e4m3fn"], "logits are not float8_e4m3fn"),
+        (
+            ["--op", "ragged_decode", "--shapes", "1x3x2x64x64"],
+            "BATCHxHEADSxKEY_HEADSxTOKENSxHEAD_SIZE such as 1x28x4x16384",
+        ),
+        (["--op", "column_mass", "--modes", "forward"], "column_mass has no modes to choose; it has shapes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -210,6 +227,22 @@ def test_logits_bench_on_a_gpu(tmp_path):
     argv = ["--op", "logits", "--shapes", "3x1000", "--dtypes", "float16", "--rounds", "2"]
     found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
     assert {r["variant"] for r in found} == {"triton", "torch", "torch compiled", "torch amax alone"}
+
+
+@requires_gpu(min_sm=80)
+def test_column_mass_bench_on_a_gpu(tmp_path):
+    argv = ["--op", "column_mass", "--shapes", "2x8x2x1000x64", "--rounds", "2"]
+    found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    times = {r["variant"] for r in found if r["metric"] == "time"}
+    assert times == {"column mass", "selection", "both", "torch", "causal dense"}
+
+
+@requires_gpu(min_sm=80)
+def test_decode_bench_on_a_gpu(tmp_path):
+    argv = ["--op", "ragged_decode", "--shapes", "2x8x2x1000x64", "--rounds", "2"]
+    found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    times = {r["variant"] for r in found if r["metric"] == "time"}
+    assert times == {"dense sdpa", "triton, all", "triton, 0.25", "sdpa under a mask, 0.25"}
 
 
 @requires_gpu(min_sm=90)

@@ -22,7 +22,7 @@ WORDS = {
 }
 NUMBERS = re.compile(r"\d+").findall
 # Ops and verbs whose rows name no settings: they time what the op chooses by itself.
-WITHOUT = {"attention", "logits", "profile", "sanitize"}
+WITHOUT = {"attention", "column_mass", "logits", "profile", "ragged_decode", "sanitize"}
 
 
 def module(name):

@@ -16,13 +16,17 @@ from hone_kernels.attention import bench as attention_bench
 from hone_kernels.attention_fp8 import bench as fp8_bench
 from hone_kernels.backends import Backend
 from hone_kernels.block_scores import bench as scores_bench
+from hone_kernels.column_mass import bench as mass_bench
 from hone_kernels.config import BenchConfig
+from hone_kernels.ragged_decode import bench as decode_bench
 from hone_kernels.gpu import the_gpu
 from hone_kernels.logits import SUPPORT as LOGITS
 from hone_kernels.logits import bench as logits_bench
 from hone_kernels.rows import TimesReport
 
 __all__ = ["BenchReport", "bench", "plot", "prepare"]
+
+_GROUPED: dict[str, Any] = {"column_mass": mass_bench, "ragged_decode": decode_bench}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,11 @@ def prepare(cfg: BenchConfig) -> BenchConfig:
         )
         for shape in cfg.shapes:
             logits_bench.parse(shape)
+        return cfg
+    if cfg.op in _GROUPED:
+        cfg = replace(cfg, shapes=cfg.shapes or _GROUPED[cfg.op].SHAPES)
+        for shape in cfg.shapes:
+            mass_bench.parse(shape)
         return cfg
     names = attention_bench.SHAPES if cfg.op == "attention" else fp8_bench.PROLOGUES
     cfg = replace(cfg, shapes=cfg.shapes or tuple(names))
@@ -122,6 +131,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
             shapes = {text: logits_bench.parse(text) for text in cfg.shapes}
             dtypes = [getattr(torch, name) for name in cfg.dtypes]
             logits_bench.bench(run, shapes, dtypes, rounds=cfg.rounds, seed=cfg.seed)
+        elif cfg.op in _GROUPED:
+            _GROUPED[cfg.op].bench(run, cfg.shapes, rounds=cfg.rounds, seed=cfg.seed)
         elif cfg.op == "attention_fp8":
             options: dict[str, Any] = dict(densities=cfg.densities, modes=cfg.modes, rounds=cfg.rounds, seed=cfg.seed)
             fp8_bench.bench(run, [_shape(text) for text in cfg.shapes], **options)

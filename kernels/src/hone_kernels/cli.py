@@ -21,7 +21,8 @@ def main() -> None:
     run_cli(
         PACKAGE,
         VERBS,
-        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores, block lists, decoding, logits, splats.",
+        "GPU kernels of hone: block-sparse attention, in FP8 too, block scores, block selection, logits, column "
+        "masses, token selection, decoding, splats.",
     )
 
 
@@ -30,7 +31,18 @@ def info() -> dict[str, Any]:
     import torch
     from hone_core.environment import installed
 
-    from hone_kernels import attention, attention_fp8, block_scores, block_select, decoding, logits, splat_blend
+    from hone_kernels import (
+        attention,
+        attention_fp8,
+        block_scores,
+        block_select,
+        column_mass,
+        decoding,
+        logits,
+        ragged_decode,
+        splat_blend,
+        token_select,
+    )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A call that every kernel takes.
@@ -42,10 +54,13 @@ def info() -> dict[str, Any]:
         decoding: {},
         logits: {},
         splat_blend: {},
+        column_mass: dict(head_dim=128),
+        token_select: {},
+        ragged_decode: dict(head_dim=128),
     }
     found = installed(PACKAGE, "triton")
     for op, call in sizes.items():
-        dtype = torch.float32 if op in (block_select, splat_blend) else torch.bfloat16
+        dtype = torch.float32 if op in (block_select, splat_blend, token_select) else torch.bfloat16
         reasons = {name: support.reason(device, dtype, **call) for name, support in op.SUPPORT.items()}
         found[op.__name__.removeprefix("hone_kernels.")] = {
             name: "runs" if reason is None else f"does not: {reason}" for name, reason in reasons.items()

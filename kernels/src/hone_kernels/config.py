@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 __all__ = ["BenchConfig", "ProfileConfig", "SanitizeConfig", "SpillsConfig", "TuneConfig"]
 
-Op = Literal["attention", "attention_fp8", "block_scores", "logits"]
+Op = Literal["attention", "attention_fp8", "block_scores", "logits", "column_mass", "ragged_decode"]
 Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 Mode = Literal["forward", "forward pooled", "backward", "prologue"]
 Kernel = Literal["attention", "attention_gluon", "attention_fp8", "block_scores"]
@@ -23,6 +23,8 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "attention_fp8": ("shapes", "densities", "modes"),
     "block_scores": ("shapes",),
     "logits": ("shapes", "dtypes"),
+    "column_mass": ("shapes",),
+    "ragged_decode": ("shapes",),
 }
 """What each op's bench lets choose; of the rest it measures what it measures."""
 
@@ -39,10 +41,11 @@ class BenchConfig:
     """What to time."""
 
     op: Op = "attention"
-    """Which op: attention beside every other that is installed, FP8's prologue and gradients, BLADE's prober, or the
-    reading of logits."""
+    """Which op: attention beside every other that is installed, FP8's prologue and gradients, BLADE's prober, the
+    reading of logits, column masses with the selection of tokens, or decoding from ragged caches."""
     shapes: tuple[str, ...] = ()
-    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128; of logits ROWSxVOCABULARY (default: the op's own)."""
+    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128; of logits ROWSxVOCABULARY, of column_mass and
+    ragged_decode BATCHxHEADSxKEY_HEADSxTOKENSxHEAD_SIZE (default: the op's own)."""
     densities: tuple[float, ...] = ()
     """Shares of blocks listed (default: the op's own)."""
     dtypes: tuple[Dtype, ...] = ()
