@@ -18,10 +18,10 @@ from hone_kernels.backends import Backend
 from hone_kernels.block_scores import bench as scores_bench
 from hone_kernels.column_mass import bench as mass_bench
 from hone_kernels.config import BenchConfig
-from hone_kernels.ragged_decode import bench as decode_bench
 from hone_kernels.gpu import the_gpu
 from hone_kernels.logits import SUPPORT as LOGITS
 from hone_kernels.logits import bench as logits_bench
+from hone_kernels.ragged_decode import bench as decode_bench
 from hone_kernels.rows import TimesReport
 
 __all__ = ["BenchReport", "bench", "plot", "prepare"]
