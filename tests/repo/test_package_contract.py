@@ -34,6 +34,7 @@ SMALLEST_DEMO = {
     "hone-blade": ("--limit", "1", "--steps", "1"),
     "hone-fpsattention": ("--limit", "1", "--steps", "1"),
     "hone-knockout": ("--limit", "8"),
+    "hone-motion-anything": ("--limit", "2", "--steps", "1", "--text", "a person bows"),
     "hone-pmloss": ("--size", "16", "--steps", "1"),
     "hone-rstitch": ("--limit", "6", "--taus", "0.03"),
     "hone-sparsevar": ("--limit", "1"),
@@ -44,6 +45,7 @@ ATTACHABLE = {
     "hone-blade": "transformer",
     "hone-fpsattention": "transformer",
     "hone-knockout": "model",
+    "hone-motion-anything": "transformer",
     "hone-pmloss": "host",
     "hone-rstitch": "large",
     "hone-sparsevar": "transformer",
@@ -56,14 +58,15 @@ PARTNERS = {"hone-pmloss": ("teacher",), "hone-rstitch": ("small",)}
 
 
 NO_HOST_YET = {
+    "hone-motion-anything": "hone_motion_anything.host:build_host",
     "hone-pmloss": "hone_pmloss.host:build_tiny",
     "hone-sparsevar": "hone_sparsevar.host:build_host",
     "hone-zpressor": "hone_zpressor.host:build_tiny",
 }
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
-NO_VERB_YET = {"hone-pmloss": ("bench", "reproduce")}
+NO_VERB_YET = {"hone-motion-anything": ("bench",), "hone-pmloss": ("bench", "reproduce")}
 """Verbs that are still missing in a package in progress, whose README says so."""
-NO_DEMO_YET = ("hone-sparsevar", "hone-zpressor")
+NO_DEMO_YET = ("hone-motion-anything", "hone-sparsevar", "hone-zpressor")
 """Packages whose demo waits for its trained host to be measured."""
 
 

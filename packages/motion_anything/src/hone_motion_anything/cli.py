@@ -1,0 +1,47 @@
+"""The verbs of ``hone-motion-anything``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hone_core.cli import Verb, run_cli
+
+PACKAGE = "hone-motion-anything"
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run_cli(
+        PACKAGE, VERBS, "Motion Anything: motion from text and music, by a masked model whose masks attention chooses."
+    )
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, presets with where their numbers come from, and the tiny host."""
+    from hone_core.environment import installed
+    from hone_core.hosts import describe_host
+
+    from .config import PRESETS
+
+    return {
+        **installed(PACKAGE, "imageio-ffmpeg"),
+        "tiny host": describe_host(PACKAGE),
+        "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+    }
+
+
+def _verb(run: str, config: str, help: str) -> Verb:
+    return Verb(run=f"hone_motion_anything.{run}", config=f"hone_motion_anything.config:{config}", help=help)
+
+
+VERBS: dict[str, Callable[..., Any] | Verb] = {
+    "info": info,
+    "demo": _verb(
+        "demo:demo", "DemoConfig", "Text to motion, text and music to dance, and an edit: videos with sound."
+    ),
+    "reproduce": _verb(
+        "reproduce:reproduce", "ReproduceConfig", "Attention masks against controls, trained and judged."
+    ),
+    "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host on the grammar."),
+}

@@ -1,0 +1,175 @@
+"""The tiny host: tokenizer by parts, masked transformer, text encoder and evaluator, trained on the grammar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hone_core import hosts
+from hone_core.hosts import HostFacts
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .config import HostConfig, UnmaskConfig
+from .decoding import guided, unmask
+from .evaluator import Evaluator, TextReader
+from .grammar import FRAMES, TOKEN_FRAMES, WORDS
+from .method import Condition, MotionTransformer
+from .tokenizers import PartTokenizer
+
+__all__ = ["PACKAGE", "PACKAGED", "Host", "build_host", "load_host", "save_host", "save_untrained"]
+
+PACKAGE = "hone-motion-anything"
+PACKAGED = hosts.packaged_host(PACKAGE)
+"""The host that ships with the package."""
+
+
+@dataclass
+class Host:
+    """A trained host.
+
+    Attributes:
+        config: Architecture.
+        tokenizer: Features to tokens of time and part, and back.
+        transformer: Masked transformer.
+        reader: Captions to the text's vector.
+        evaluator: Captions and motions to vectors that are compared.
+        facts: How it was made; None for one without.
+    """
+
+    config: HostConfig
+    tokenizer: PartTokenizer
+    transformer: MotionTransformer
+    reader: TextReader
+    evaluator: Evaluator
+    facts: HostFacts | None = None
+
+    @classmethod
+    def untrained(cls, config: HostConfig | None = None, seed: int = 0) -> Host:
+        """Random weights; the global generator stays."""
+        config = config or HostConfig()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tokenizer = PartTokenizer(config.tokenizer)
+            for quantizer in tokenizer.quantizers:
+                nn.init.normal_(quantizer.codebook)  # type: ignore[arg-type]
+            return cls(
+                config,
+                tokenizer,
+                MotionTransformer(config.transformer),
+                TextReader(len(WORDS), config.evaluator, config.transformer.text_width),
+                Evaluator(len(WORDS), config.evaluator),
+            )
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Prefix in the stored file to module."""
+        return {
+            "tokenizer.": self.tokenizer,
+            "transformer.": self.transformer,
+            "reader.": self.reader,
+            "evaluator.": self.evaluator,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.tokenizer.mean.device
+
+    def to(self, device: torch.device | str) -> Host:
+        """Move it; returns itself."""
+        for module in self.modules.values():
+            module.to(device)
+        return self
+
+    def condition(
+        self, words: Int[Tensor, "batch words"] | None, music: Float[Tensor, "batch tokens 35"] | None = None
+    ) -> Condition:
+        """What a motion is to follow, of word ids and pooled music features."""
+        text = None if words is None else self.reader(words.to(self.device))
+        return Condition(text=text, music=None if music is None else music.to(self.device))
+
+    @torch.no_grad()
+    def tokens(
+        self,
+        condition: Condition,
+        generator: torch.Generator,
+        settings: UnmaskConfig | None = None,
+        *,
+        time: int = FRAMES // TOKEN_FRAMES,
+        start: Int[Tensor, "batch time 6"] | None = None,
+        edit: Bool[Tensor, "batch time 6"] | None = None,
+    ) -> Int[Tensor, "batch time 6"]:
+        """Draw tokens; with ``start`` and ``edit`` make the marked ones anew and keep the others.
+
+        Args:
+            condition: What to follow.
+            generator: On the host's device.
+            settings: Of the generation.
+            time: Time steps of four frames.
+            start: Tokens of a motion.
+            edit: What to make anew.
+        """
+        settings = settings or UnmaskConfig()
+        model = self.transformer
+        valid = torch.ones(condition.batch, time, dtype=torch.bool, device=self.device)
+
+        def attended(ids: Tensor) -> Tensor:
+            temporal, spatial = model.scores(ids, condition, valid)
+            return temporal[..., None] * spatial
+
+        return unmask(
+            lambda ids: guided(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
+            valid,
+            self.config.transformer.parts,
+            model.mask_id,
+            generator,
+            steps=settings.steps,
+            temperature=settings.temperature,
+            keep=settings.keep,
+            start=start,
+            edit=edit,
+            rank=attended if settings.remask == "attention" else None,
+        )
+
+    @torch.no_grad()
+    def draw(
+        self, condition: Condition, generator: torch.Generator, settings: UnmaskConfig | None = None
+    ) -> Float[Tensor, "batch 80 263"]:
+        """Features of motions of four seconds."""
+        return self.tokenizer.decode(self.tokens(condition, generator, settings))
+
+
+def save_host(host: Host, path: Path, facts: HostFacts | None = None) -> Path:
+    """Write weights and architecture; return the path."""
+    return hosts.save_host(path, host.config, host.modules, package=PACKAGE, facts=facts)
+
+
+def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -> Host:
+    """Load the packaged host, or another one made by ``hone-motion-anything train-host``.
+
+    Args:
+        device: Where to put it.
+        path: A ``host.safetensors``.
+
+    Raises:
+        CheckpointError: The file is missing or no such host.
+    """
+    stored = hosts.open_host(HostConfig, PACKAGE, path)
+    host = Host.untrained(stored.config)
+    stored.load(host.modules)
+    host.facts = stored.facts
+    for module in host.modules.values():
+        module.eval().requires_grad_(False)
+    return host.to(device)
+
+
+def build_host() -> Host:
+    """A host of random weights, to try things on until one is packaged."""
+    return Host.untrained()
+
+
+def save_untrained(path: Path) -> Path:
+    """Write a host of random weights, to try commands on; return the path."""
+    return save_host(build_host(), path)

@@ -1,0 +1,104 @@
+"""Training masks: the method's, MoMask's cosine ratio, controls, and the loss of hidden tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .config import MotionAnythingConfig
+from .method import Condition, MotionTransformer, attention_mask, random_mask
+
+__all__ = ["choose_masks", "cosine_mask", "masked_loss"]
+
+
+def cosine_mask(
+    valid: Bool[Tensor, "batch time"], parts: int, generator: torch.Generator
+) -> Bool[Tensor, "batch time parts"]:
+    """A share ``cos(pi u / 2)`` of the tokens at random, u uniform, and one at least.
+
+    Source: MoMask. Differs: over the tokens that are there, where the release counts padding too.
+    """
+    u = torch.rand(len(valid), generator=generator, device=valid.device)
+    places = valid[..., None].expand(*valid.shape, parts).flatten(1)
+    count = (places.sum(1) * torch.cos(math.pi / 2 * u)).round().clamp(min=1)
+    drawn = torch.rand(places.shape, generator=generator, device=valid.device).masked_fill(~places, 2.0)
+    rank = drawn.argsort(dim=1).argsort(dim=1)
+    return ((rank < count[:, None]) & places).view(*valid.shape, parts)
+
+
+def choose_masks(
+    cfg: MotionAnythingConfig,
+    scores: Callable[[], tuple[Tensor, Tensor]],
+    valid: Bool[Tensor, "batch time"],
+    generator: torch.Generator,
+    events: Bool[Tensor, "batch time parts"] | None = None,
+    parts: int = 6,
+) -> tuple[Bool[Tensor, "batch time parts"], Bool[Tensor, " batch"]]:
+    """Tokens to hide in a batch, and the rows whose mask is the method's and not the cosine ratio's.
+
+    The paper hides a fixed share, and a model trained so never sees the empty grid that generation begins from; so
+    each row takes the method's mask with probability ``p_attention``, else MoMask's (ours).
+
+    Args:
+        cfg: ``masking`` says by what: attention, random, events (the known ones, a control).
+        scores: Attention of time steps and parts; called for ``masking="attention"`` alone.
+        valid: Time steps that are there.
+        generator: On the device of ``valid``.
+        events: Known cells, for ``masking="events"``.
+        parts: Columns of the grid.
+    """
+    cosine = cosine_mask(valid, parts, generator)
+    rows = torch.rand(len(valid), generator=generator, device=valid.device) < cfg.p_attention
+    if cfg.masking == "cosine" or not bool(rows.any()):
+        return cosine, torch.zeros_like(rows)
+    if cfg.masking == "attention":
+        mask = attention_mask(*scores(), valid, cfg.alpha_time, cfg.alpha_parts)
+    elif cfg.masking == "events":
+        if events is None:
+            raise ValueError("masking='events' needs the known events of the batch; only generated motions have them")
+        mask = _events_mask(events, valid, cfg, generator)
+    else:
+        mask = random_mask(valid, parts, cfg.alpha_time, cfg.alpha_parts, generator)
+    return torch.where(rows[:, None, None], mask, cosine), rows
+
+
+def _events_mask(events: Tensor, valid: Tensor, cfg: MotionAnythingConfig, generator: torch.Generator) -> Tensor:
+    """The known cells first, then others at random, as many tokens as a random mask of the same shares takes."""
+    budget = (
+        random_mask(valid, events.shape[-1], cfg.alpha_time, cfg.alpha_parts, generator).flatten(1).sum(1, keepdim=True)
+    )
+    places = valid[..., None].expand_as(events).flatten(1)
+    drawn = torch.rand(places.shape, generator=generator, device=valid.device) - 2.0 * events.flatten(1)
+    rank = drawn.masked_fill(~places, 2.0).argsort(dim=1).argsort(dim=1)
+    return ((rank < budget) & places).view(events.shape)
+
+
+def masked_loss(
+    model: MotionTransformer,
+    ids: Int[Tensor, "batch time parts"],
+    condition: Condition,
+    valid: Bool[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time parts"],
+    generator: torch.Generator,
+    corrupt: float = 0.1,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the hidden tokens.
+
+    Of them a share ``corrupt`` gets a wrong id, 88 % of the rest the mask's, and the others stay, as in MoMask; with a
+    share of 0 all get the mask's.
+    """
+    ids = torch.where(valid[..., None], ids, model.pad_id)
+    u = torch.rand(ids.shape, generator=generator, device=ids.device)
+    wrong = (torch.rand(ids.shape, generator=generator, device=ids.device) * model.cfg.codes).long()
+    wrong = wrong.clamp(max=model.cfg.codes - 1)
+    shown = torch.where(mask & (u < corrupt), wrong, ids)
+    last = corrupt + 0.88 * (1 - corrupt) if corrupt else 1.0
+    hidden = mask & (u >= corrupt) & (u < last)
+    shown = torch.where(hidden, model.mask_id, shown)
+    logits = model(shown, condition, valid)
+    return F.cross_entropy(logits[mask].float(), ids[mask])

@@ -1,0 +1,45 @@
+import pytest
+from hone_motion_anything.config import (
+    DemoConfig,
+    HostConfig,
+    MotionAnythingConfig,
+    ReproduceConfig,
+    TokenizerConfig,
+    TrainHostConfig,
+    TransformerConfig,
+    UnmaskConfig,
+)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (MotionAnythingConfig, {"masking": "kmeans"}, "masking must be one of attention, random, events, cosine"),
+        (MotionAnythingConfig, {"score_rows": "some"}, "score_rows must be one of"),
+        (MotionAnythingConfig, {"alpha_time": 30}, r"alpha_time is a share and must lie in \[0, 1\]; got 30"),
+        (MotionAnythingConfig, {"p_attention": -0.1}, "p_attention is a share"),
+        (TransformerConfig, {"layers": 3}, "an even number from 2; got 3"),
+        (TransformerConfig, {"heads": 3}, "heads must divide width; got 3 and 512"),
+        (TransformerConfig, {"gate": "sum"}, "gate must be one of product, residual, none; got 'sum'"),
+        (TransformerConfig, {"sat_condition": "x"}, "sat_condition must be one of"),
+        (TransformerConfig, {"music_keys": "x"}, "music_keys must be one of"),
+        (TransformerConfig, {"parts": 0}, "must be at least 1"),
+        (TransformerConfig, {"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        (UnmaskConfig, {"steps": 0}, "steps must be at least 1"),
+        (UnmaskConfig, {"remask": "x"}, "remask must be one of"),
+        (TokenizerConfig, {"codes": 0}, "must be at least 1"),
+        (HostConfig, {"tokenizer": TokenizerConfig(codes=8)}, "as many codes; got 8 and 256"),
+        (TrainHostConfig, {"minutes": 0.0}, "minutes must be positive"),
+        (TrainHostConfig, {"tokenizer_share": 0.95}, "leave the transformer some"),
+        (TrainHostConfig, {"drop": 2.0}, "drop is a share"),
+        (TrainHostConfig, {"clips": 4}, "clips at least batch"),
+        (DemoConfig, {"limit": 1}, "a limit of 2 at least"),
+        (DemoConfig, {"tempo": 10.0}, "from 60 to 180; got 10"),
+        (ReproduceConfig, {"arms": ("attention",)}, "arms must be two or more of"),
+        (ReproduceConfig, {"arms": ("attention", "magic")}, "got attention, magic"),
+        (ReproduceConfig, {"seeds": (1, 1)}, "seeds must be different"),
+    ],
+)
+def test_bad_values(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**options)
