@@ -45,11 +45,11 @@ def start(tmp_path, monkeypatch):
 def test_every_arm_is_trained_drawn_and_compared_and_a_stopped_run_goes_on(start, tmp_path, monkeypatch):
     real, calls = arms.work, []
 
-    def work(cfg, job, *rest):
+    def work(cfg, folder, job, device):
         calls.append(job)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(cfg, job, *rest)
+        return real(cfg, folder, job, device)
 
     monkeypatch.setattr(arms, "work", work)
     with pytest.raises(KeyboardInterrupt):

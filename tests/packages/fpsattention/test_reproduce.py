@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from hone_core.runs import Row, Run
-from hone_fpsattention import arms as module
+from hone_fpsattention import reproduce as module
 from hone_fpsattention.arms import Job, arms_of, constant_window, guided_host, held_out_loss
 from hone_fpsattention.config import ARMS, PRESETS, ReproduceConfig
 from hone_fpsattention.evaluate import mean_density
@@ -32,11 +32,11 @@ def start(tiny_host, tmp_path):
 def test_every_arm_has_its_rows_and_a_stopped_run_goes_on(start, monkeypatch):
     right, calls = module.work, []
 
-    def work(cfg, job, *rest):
+    def work(cfg, folder, job, device):
         calls.append(job)
         if len(calls) == 4:
             raise RuntimeError("power cut")
-        right(cfg, job, *rest)
+        right(cfg, folder, job, device)
 
     monkeypatch.setattr(module, "work", work)
     with pytest.raises(RuntimeError, match="power cut"):

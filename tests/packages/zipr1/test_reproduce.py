@@ -82,16 +82,18 @@ def test_every_arm_is_run_and_a_stopped_run_goes_on(cfg, start, monkeypatch):
     cfg, trained = prepare(cfg), []
     work = module.work
 
-    def halting(cfg, job, *others):
+    def halting(cfg, folder, job, device):
         if len(trained) == 4:
             raise KeyboardInterrupt
         trained.append(job)
-        work(cfg, job, *others)
+        work(cfg, folder, job, device)
 
     monkeypatch.setattr(module, "work", halting)
     with pytest.raises(KeyboardInterrupt), start(cfg) as run:
         reproduce(cfg, run)
-    monkeypatch.setattr(module, "work", lambda cfg, job, *others: (trained.append(job), work(cfg, job, *others)))
+    monkeypatch.setattr(
+        module, "work", lambda cfg, out, job, device: (trained.append(job), work(cfg, out, job, device))
+    )
     with start(cfg) as run:
         report = reproduce(cfg, run)
     assert len(trained) == len(set(trained)) == len(ARMS)

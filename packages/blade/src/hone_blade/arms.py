@@ -7,12 +7,10 @@ same share of the query-key pairs. What decides was fixed beforehand; see ``verd
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_path
+from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Row, Run
 from hone_video.clips import random_labels
@@ -126,36 +125,14 @@ def compare_arms(cfg: ReproduceConfig, run: Run) -> None:
     with progress_bar(len(jobs), desc="students", quiet=run.quiet) as bar:
         done = [job for job in jobs if job.file(folder).is_file()]
         bar.update(len(done))
-        for job in _finished([job for job in jobs if job not in done], cfg, device, folder):
+        left = [job for job in jobs if job not in done]
+        for job in run_jobs(partial(work, cfg, folder), left, workers=cfg.workers, device=device):
             bar.update()
             if job.arm == "A":
                 _check_gate(cfg, job, folder)
     found = {job: torch.load(job.file(folder), weights_only=True) for job in jobs}
     _write_rows(run, cfg, found)
     _draw(run, host, cfg, found)
-
-
-def _finished(jobs: Sequence[Job], cfg: ReproduceConfig, device: str, folder: Path) -> Iterator[Job]:
-    """Do the jobs; each as soon as it is done."""
-    if cfg.workers == 1:
-        for job in jobs:
-            work(cfg, job, device, folder)
-            yield job
-        return
-    threads = max(1, (os.cpu_count() or 1) // cfg.workers)
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(
-        cfg.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        waiting = {pool.submit(work, cfg, job, device, folder): job for job in jobs}
-        try:
-            while waiting:
-                ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    future.result()
-                    yield waiting.pop(future)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _check_gate(cfg: ReproduceConfig, job: Job, folder: Path) -> None:
@@ -173,7 +150,7 @@ def _check_gate(cfg: ReproduceConfig, job: Job, folder: Path) -> None:
 # One job, in a process of its own or not.
 
 
-def work(cfg: ReproduceConfig, job: Job, device: str, folder: Path) -> None:
+def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
     """Do one job and write its file."""
     found = _teacher(cfg, job, device) if job.arm == "A" else _student(cfg, job, device, folder)
     with atomic_path(job.file(folder)) as partial:

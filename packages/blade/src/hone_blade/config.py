@@ -971,9 +971,9 @@ class ReproduceConfig:
     batch: int = 64
     """Clips sampled at once."""
     workers: int = field(default=1, metadata=flag(stored=False))
-    """Processes that ``distillation`` trains students in, side by side on the device; results are the same. On a GPU
-    start NVIDIA's MPS first (``nvidia-cuda-mps-control -d``): without it processes take turns, with it five trainings
-    ran at nearly full speed each."""
+    """Processes that ``distillation`` trains students in, side by side; results are the same. With ``--device cuda``
+    they are spread over all visible GPUs. Start NVIDIA's MPS first (``nvidia-cuda-mps-control -d``): without it the
+    processes of a GPU take turns. Five to a GPU is a good number."""
     host: Path | None = None
     """A host.safetensors made by train-host (default: the packaged one)."""
     lora: Path | None = None

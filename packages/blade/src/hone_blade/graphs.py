@@ -39,22 +39,23 @@ class Replayed:
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The function's outputs for these inputs."""
-        if self._graph is None:
-            self._graph = self._record(inputs)
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
-        self._graph.replay()
+        with torch.cuda.device(inputs[0].device):
+            if self._graph is None:
+                self._graph = self._record(inputs)
+            for own, given in zip(self._inputs, inputs, strict=True):
+                own.copy_(given)
+            self._graph.replay()
         return self._outputs
 
     def _record(self, inputs: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         self._inputs = [x.clone() for x in inputs]
-        drawn, device = self.generator.get_state(), inputs[0].device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        drawn = self.generator.get_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 self.function(*self._inputs)
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side)
         self.generator.set_state(drawn)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +22,7 @@ from .schedule import step_sigmas
 from .train import Tuning, glyphs_of
 from .windows import density
 
-__all__ = ["Arm", "Job", "arms_of", "constant_window", "finished", "guided_host", "held_out_loss", "work"]
+__all__ = ["Arm", "Job", "arms_of", "constant_window", "guided_host", "held_out_loss", "work"]
 
 SHOWN = 4
 """Clips of each arm on the sheet."""
@@ -93,37 +89,14 @@ def constant_window(host: Host, staged: FPSAttentionConfig) -> Regime:
     return max(fitting, key=share)
 
 
-def finished(jobs: Sequence[Job], cfg: ReproduceConfig, device: str, folder: Path) -> Iterator[Job]:
-    """Do the jobs, ``cfg.workers`` at a time; yield each as soon as it is done."""
-    if cfg.workers == 1:
-        for job in jobs:
-            work(cfg, job, device, folder)
-            yield job
-        return
-    threads = max(1, (os.cpu_count() or 1) // cfg.workers)
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(
-        cfg.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        waiting = {pool.submit(work, cfg, job, device, folder): job for job in jobs}
-        try:
-            while waiting:
-                ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    future.result()
-                    yield waiting.pop(future)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def work(cfg: ReproduceConfig, job: Job, device: str, folder: Path) -> None:
+def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
     """Do one job and write its file; the dense job of its seed has to be done.
 
     Args:
         cfg: The comparison.
+        folder: Of the files.
         job: Which.
         device: Where.
-        folder: Of the files.
     """
     host = guided_host(cfg, device)
     arm = arms_of(cfg, host)[job.arm]

@@ -803,7 +803,8 @@ class ReproduceConfig:
     batch: int = 32
     """Clips sampled at once."""
     workers: int = field(default=1, metadata=flag(stored=False))
-    """Processes that share the device, a job each (an arm with a seed); results are the same."""
+    """Processes, a job each (an arm with a seed), with ``--device cuda`` over all visible GPUs; results are the
+    same."""
     glyphs: Literal["handwritten", "segments"] = "handwritten"
     """``segments`` needs no scikit-learn and is for smoke runs."""
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
+from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Better, Report, Row, Run
 from hone_video.clips import random_labels
@@ -20,7 +22,7 @@ from hone_video.prompts import describe
 from hone_video.sheets import contact_sheet, describe_clips
 from torch import Tensor
 
-from .arms import SHOWN, Job, arms_of, finished, guided_host
+from .arms import SHOWN, Job, arms_of, guided_host, work
 from .config import ARMS, ReproduceConfig
 from .plots import INK, arms_chart
 
@@ -189,10 +191,11 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     with progress_bar(len(jobs), desc="arms", quiet=run.quiet) as bar:
         left = [job for job in jobs if not job.file(folder).is_file()]
         bar.update(len(jobs) - len(left))
-        for _ in finished([job for job in left if job.arm == "dense"], cfg, device, folder):
+        do = partial(run_jobs, partial(work, cfg, folder), workers=cfg.workers, device=device)
+        for _ in do([job for job in left if job.arm == "dense"]):
             bar.update()
         _check_gate(cfg, [torch.load(job.file(folder), weights_only=True) for job in jobs if job.arm == "dense"])
-        for _ in finished([job for job in left if job.arm != "dense"], cfg, device, folder):
+        for _ in do([job for job in left if job.arm != "dense"]):
             bar.update()
     found = {job: torch.load(job.file(folder), weights_only=True) for job in jobs}
     _write_rows(run, cfg, found)

@@ -383,7 +383,7 @@ class ReproduceConfig:
     batch: int = 500
     """Questions at a time there."""
     workers: int = 1
-    """Arms that are trained at the same time, each in a process."""
+    """Arms that are trained at the same time, each in a process, with ``--device cuda`` over all visible GPUs."""
     seed: int = 0
     """Of prompts, draws and the held-out questions."""
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError
 from hone_core.hosts import read_facts
 from hone_core.io import atomic_path, atomic_write_json
+from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.statistics import bootstrap_interval
@@ -187,7 +186,8 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     left = [job for job in jobs if not job.file(folder).is_file()]
     with progress_bar(len(jobs), desc="arms", quiet=run.quiet) as bar:
         bar.update(len(jobs) - len(left))
-        for _ in _finished(left, cfg, device, folder):
+        # The longest are the last arms: they go first.
+        for _ in run_jobs(partial(work, cfg, folder), left[::-1], workers=cfg.workers, device=device):
             bar.update()
     found = {job: torch.load(job.file(folder), weights_only=True) for job in jobs}
     seeds = [read_facts(path, PACKAGE).seed for path in paths]
@@ -211,26 +211,6 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     return ReproduceReport.of(run)
 
 
-def _finished(jobs: Sequence[Job], cfg: ReproduceConfig, device: str, folder: Path) -> Iterator[None]:
-    if cfg.workers == 1:
-        for job in jobs:
-            work(cfg, job, device, folder)
-            yield
-        return
-    threads = max(1, (os.cpu_count() or 1) // cfg.workers)
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(
-        cfg.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        try:
-            # The longest are the last arms: they go first.
-            for future in as_completed([pool.submit(work, cfg, job, device, folder) for job in reversed(jobs)]):
-                future.result()
-                yield
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 class _Curve:
     """What ``Training.follow`` needs of a run."""
 
@@ -244,7 +224,7 @@ class _Curve:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
 
 
-def work(cfg: ReproduceConfig, job: Job, device: str, folder: Path) -> None:
+def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
     """Train one arm from one host, evaluate it, and write its file."""
     path = _hosts(cfg)[job.host]
     original = load_host(device, path=path)
