@@ -150,3 +150,22 @@ def test_operands_equal_the_kernels(smooth_k, block, grid, tile, whole):
     assert torch.equal(got.v_scale, theirs.v_scale)
     if smooth_k:
         assert torch.equal(got.k_mean, theirs.k_mean)
+
+
+def test_a_scale_per_token_gains_by_what_it_makes_exact():
+    """E4M3 floats, so it has no need of scales; but each token's largest entry becomes 448, which it holds exactly."""
+    k = torch.randn(1, 1, 256, 64)
+    k[..., 5] = 6 + 4 * torch.rand(256)  # an entry that stands out
+    present, zero = torch.ones(256, dtype=torch.bool), torch.zeros(256, dtype=torch.long)
+
+    def error(groups):
+        found = round_qkv(k, k, k, groups=groups, present=present, smooth_k=False).k
+        return float((found - k).norm() / k.norm())
+
+    def inexact():
+        """The largest entries at 432, half way between two values."""
+        found = round_e4m3(k, k.abs().amax(-1, keepdim=True) * 448 / 432)
+        return float((found - k).norm() / k.norm())
+
+    assert error(torch.arange(256)) < 0.8 * error(zero)
+    assert inexact() > error(zero)

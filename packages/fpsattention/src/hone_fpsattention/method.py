@@ -244,13 +244,12 @@ def _emulated(
     tq, tk, tv = (x + (r.to(wide) - x).detach() for x, r in ((q, rounded.q), (k, rounded.k), (v, rounded.v)))
     out, lse = block_sparse_attention(tq, tk, tv, plan.layout, scale=scale, return_lse=True, backend="reference")
     with torch.no_grad():
-        lossy, lossy_lse = attention_fp8_reference(tq, tk, tv, plan.layout, scale)
+        lossy, _ = attention_fp8_reference(tq, tk, tv, plan.layout, scale)
     error = lossy - out.detach()
     if cfg.delta == "forward":
         # The same value; its gradient to a logit of probability p is -p sum(dout * error), which is what the rounded
         # output in place of the exact one adds to it.
         error = error * (1 - (lse - lse.detach())).unsqueeze(-1)
-    lse = lse + (lossy_lse - lse).detach()
     if rounded.k_mean is not None:
         mean = rounded.k_mean.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         lse = lse + scale * (q * mean.unsqueeze(2)).sum(-1)
