@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from hone_visual_ar.quality import frechet
 from torch import Tensor, nn
 
 from .data import COLORS, SHAPES, TEXTURES
@@ -68,23 +68,6 @@ def grade(grader: Grader, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "texture": pattern.sum(1) / count,
         "objects": (right & paint & pattern).sum(1) / count,
     }
-
-
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Frechet distance of two sets of features ``[N, D]``, of normal distributions fitted to them.
-
-    Raises:
-        ValueError: A set has fewer than two.
-    """
-    a, b = (x.detach().cpu().double().numpy() for x in (first, second))
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"a Frechet distance needs two images of each set; got {len(a)} and {len(b)}")
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of the root of a product of two covariances: the roots of its eigenvalues, which are not negative.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 def texture_energy(images: Tensor) -> Tensor:

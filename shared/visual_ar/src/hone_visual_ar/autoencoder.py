@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Decoder", "Encoder"]
+__all__ = ["Decoder", "Down", "Encoder", "Kit", "ResBlock", "Up", "group_norm"]
 
 
 class _Conv(nn.Module):
@@ -26,34 +26,43 @@ class _Conv(nn.Module):
 class _Norm(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _group_norm(channels)
+        self.norm = group_norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Norm of 32 groups, or of 24 where the channels are no multiple of 32.
+
+    Raises:
+        ValueError: They are neither's.
+    """
     for groups in (32, 24):
         if channels % groups == 0:
             return nn.GroupNorm(groups, channels, eps=1e-6)
     raise ValueError(f"channels of a tokenizer must be a multiple of 32 or 24; got {channels}")
 
 
-class _Kit:
+class Kit:
     """Which layers to build with."""
 
     def __init__(self, nested: bool, attention: bool) -> None:
         self.nested, self.attention = nested, attention
 
     def conv(self, *args: Any, **options: Any) -> nn.Module:
+        """A convolution."""
         return _Conv(*args, **options) if self.nested else nn.Conv2d(*args, **options)
 
     def norm(self, channels: int) -> nn.Module:
-        return _Norm(channels) if self.nested else _group_norm(channels)
+        """A norm."""
+        return _Norm(channels) if self.nested else group_norm(channels)
 
 
-class _ResBlock(nn.Module):
-    def __init__(self, kit: _Kit, inner: int, outer: int) -> None:
+class ResBlock(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, kit: Kit, inner: int, outer: int) -> None:
         super().__init__()
         self.norm1 = kit.norm(inner)
         self.conv1 = kit.conv(inner, outer, 3, padding=1)
@@ -62,6 +71,7 @@ class _ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if inner == outer else kit.conv(inner, outer, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of ``[B, inner, H, W]``."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -71,7 +81,7 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _group_norm(channels)
+        self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -81,33 +91,39 @@ class _Attention(nn.Module):
         return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
 
 
-class _Down(nn.Module):
-    def __init__(self, kit: _Kit, channels: int) -> None:
+class Down(nn.Module):
+    """Halves the resolution, padded on the right and below."""
+
+    def __init__(self, kit: Kit, channels: int) -> None:
         super().__init__()
         self.conv = kit.conv(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of ``[B, C, H, W]``."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class _Up(nn.Module):
-    def __init__(self, kit: _Kit, channels: int) -> None:
+class Up(nn.Module):
+    """Doubles the resolution, nearest."""
+
+    def __init__(self, kit: Kit, channels: int) -> None:
         super().__init__()
         self.conv = kit.conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of ``[B, C, H, W]``."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class _Level(nn.Module):
     """Residual blocks of one resolution, with attention after each where asked."""
 
-    def __init__(self, kit: _Kit, inner: int, outer: int, blocks: int, attention: bool) -> None:
+    def __init__(self, kit: Kit, inner: int, outer: int, blocks: int, attention: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(_ResBlock(kit, inner if i == 0 else outer, outer) for i in range(blocks))
+        self.block = nn.ModuleList(ResBlock(kit, inner if i == 0 else outer, outer) for i in range(blocks))
         self.attn = nn.ModuleList(_Attention(outer) for _ in range(blocks if attention else 0))
-        self.downsample: _Down | None = None
-        self.upsample: _Up | None = None
+        self.downsample: Down | None = None
+        self.upsample: Up | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         for at, block in enumerate(self.block):
@@ -123,11 +139,11 @@ def _as_level(module: nn.Module) -> _Level:
 
 
 class _Middle(nn.Module):
-    def __init__(self, kit: _Kit, channels: int) -> None:
+    def __init__(self, kit: Kit, channels: int) -> None:
         super().__init__()
-        self.block_1 = _ResBlock(kit, channels, channels)
+        self.block_1 = ResBlock(kit, channels, channels)
         self.attn_1 = _Attention(channels) if kit.attention else nn.Identity()
-        self.block_2 = _ResBlock(kit, channels, channels)
+        self.block_2 = ResBlock(kit, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -149,14 +165,14 @@ class Encoder(nn.Module):
         self, channels: int, multipliers: Sequence[int], blocks: int, latent: int, *, nested: bool, attention: bool
     ) -> None:
         super().__init__()
-        kit, widths = _Kit(nested, attention), [channels * m for m in multipliers]
+        kit, widths = Kit(nested, attention), [channels * m for m in multipliers]
         self.conv_in = kit.conv(3, channels, 3, padding=1)
         self.down = nn.ModuleList()
         for at, (inner, outer) in enumerate(zip([channels, *widths], widths, strict=False)):
             last = at == len(widths) - 1
             level = _Level(kit, inner, outer, blocks, attention and last)
             if not last:
-                level.downsample = _Down(kit, outer)
+                level.downsample = Down(kit, outer)
             self.down.append(level)
         self.mid = _Middle(kit, widths[-1])
         self.norm_out = kit.norm(widths[-1])
@@ -179,7 +195,7 @@ class Decoder(nn.Module):
         self, channels: int, multipliers: Sequence[int], blocks: int, latent: int, *, nested: bool, attention: bool
     ) -> None:
         super().__init__()
-        kit, widths = _Kit(nested, attention), [channels * m for m in multipliers]
+        kit, widths = Kit(nested, attention), [channels * m for m in multipliers]
         self.conv_in = kit.conv(latent, widths[-1], 3, padding=1)
         self.mid = _Middle(kit, widths[-1])
         self.up = nn.ModuleList()
@@ -187,7 +203,7 @@ class Decoder(nn.Module):
             inner = widths[min(at + 1, len(widths) - 1)]
             level = _Level(kit, inner, outer, blocks + 1, attention and at == len(widths) - 1)
             if at > 0:
-                level.upsample = _Up(kit, outer)
+                level.upsample = Up(kit, outer)
             self.up.append(level)
         self.norm_out = kit.norm(channels * multipliers[0])
         self.conv_out = kit.conv(channels * multipliers[0], 3, 3, padding=1)

@@ -6,6 +6,7 @@ ones.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,8 @@ from .infinity import INFINITY_SIZES, Infinity
 from .tokenizers import BSQVAE, VQVAE
 from .var import VAR, VAR_SIZES
 
-__all__ = ["MANIFESTS", "Manifest", "build", "key_shapes", "load_published", "manifest_of"]
+__all__ = ["MANIFESTS", "Manifest", "build", "compare_shapes", "digest_of", "key_shapes", "load_published"]
+__all__ += ["manifest_of", "open_checkpoint"]
 
 
 class Manifest(NamedTuple):
@@ -99,9 +101,13 @@ def _derived(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def manifest_of(model: nn.Module) -> Manifest:
     """The manifest that a model's file must have."""
     shapes = key_shapes(model)
+    return Manifest(len(shapes), sum(parameter.numel() for parameter in model.parameters()), digest_of(shapes))
+
+
+def digest_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Digest of names and shapes, whatever their order."""
     lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Manifest(len(lines), parameters, hashlib.sha256("\n".join(lines).encode()).hexdigest())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def load_published(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -116,11 +122,11 @@ def load_published(model: nn.Module, path: str | Path, *, dtype: torch.dtype | N
         CheckpointError: The file is missing, damaged, of another size, or holds other tensors.
     """
     path = Path(path)
-    found = _open(path)
+    found = open_checkpoint(path, (("trainer", "gpt_fsdp"), ("vae",)))
     if isinstance(model, BSQVAE):
         found = {_nested_name(name): value for name, value in found.items()}
     expected = key_shapes(model)
-    _compare(path, model, expected, {name: tuple(value.shape) for name, value in found.items()})
+    compare_shapes(path, model, expected, {name: tuple(value.shape) for name, value in found.items()})
     wanted = dtype or next(model.parameters()).dtype
     state = {
         name: found[name].read().to(wanted) if found[name].floating else found[name].read()
@@ -130,18 +136,34 @@ def load_published(model: nn.Module, path: str | Path, *, dtype: torch.dtype | N
     return model.eval()
 
 
-class _Entry(NamedTuple):
-    """A tensor that is not read yet."""
+class Entry(NamedTuple):
+    """A tensor that is not read yet.
+
+    Attributes:
+        shape: Of it.
+        floating: Whether it holds real numbers.
+        source: The tensor, or what reads it.
+    """
 
     shape: tuple[int, ...]
     floating: bool
     source: Any
 
     def read(self) -> Tensor:
+        """The tensor."""
         return self.source() if callable(self.source) else self.source
 
 
-def _open(path: Path) -> dict[str, _Entry]:
+def open_checkpoint(path: Path, inner: Iterable[tuple[str, ...]] = ()) -> dict[str, Entry]:
+    """Tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file or a folder of shards, none of them read.
+
+    Args:
+        path: File or folder.
+        inner: Keys under which a pickle may hold its state dict, in place of being one.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or holds no tensors by name.
+    """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}; expected a .pth or .safetensors file or a folder")
     try:
@@ -149,14 +171,14 @@ def _open(path: Path) -> dict[str, _Entry]:
             return _open_folder(path)
         if path.suffix == ".safetensors":
             return _open_safetensors([path])
-        return _open_pickle(path)
+        return _open_pickle(path, tuple(inner))
     except CheckpointError:
         raise
     except Exception as error:  # readers raise whatever the damage makes them meet
         raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())}); copy it again") from error
 
 
-def _open_folder(path: Path) -> dict[str, _Entry]:
+def _open_folder(path: Path) -> dict[str, Entry]:
     index = sorted(path.glob("*.safetensors.index.json"))
     if index:
         names = set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values())
@@ -170,30 +192,34 @@ def _open_folder(path: Path) -> dict[str, _Entry]:
     return _open_safetensors(files)
 
 
-def _open_safetensors(files: Iterable[Path]) -> dict[str, _Entry]:
+def _open_safetensors(files: Iterable[Path]) -> dict[str, Entry]:
     from safetensors import safe_open
 
-    found: dict[str, _Entry] = {}
+    found: dict[str, Entry] = {}
     for file in files:
         reader = safe_open(str(file), framework="pt")
         for name in reader.keys():  # noqa: SIM118 - no mapping
             part = reader.get_slice(name)
             floating = part.get_dtype()[0] in "FB"
-            found[name] = _Entry(tuple(part.get_shape()), floating, lambda r=reader, n=name: r.get_tensor(n))
+            found[name] = Entry(tuple(part.get_shape()), floating, lambda r=reader, n=name: r.get_tensor(n))
     return found
 
 
-def _open_pickle(path: Path) -> dict[str, _Entry]:
-    data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for keys in (("trainer", "gpt_fsdp"), ("vae",)):
+def _open_pickle(path: Path, nested: tuple[tuple[str, ...], ...]) -> dict[str, Entry]:
+    # Training checkpoints hold the options of their script too.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for keys in nested:
         inner: Any = data
         for key in keys:
             inner = inner.get(key) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping):
             data = inner
+            break
     if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise CheckpointError(f"{path} is no state dict; expected names and tensors, or them under trainer or vae")
-    return {name: _Entry(tuple(value.shape), value.is_floating_point(), value) for name, value in data.items()}
+        under = " or ".join(keys[0] for keys in nested)
+        raise CheckpointError(f"{path} is no state dict; expected names and tensors, or them under {under}")
+    return {name: Entry(tuple(value.shape), value.is_floating_point(), value) for name, value in data.items()}
 
 
 def _nested_name(name: str) -> str:
@@ -209,9 +235,20 @@ def _nested_name(name: str) -> str:
     return name
 
 
-def _compare(
+def compare_shapes(
     path: Path, model: nn.Module, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> None:
+    """Refuse a file that does not hold exactly a model's tensors.
+
+    Args:
+        path: For the message.
+        model: Likewise.
+        expected: Name to shape.
+        found: Name to shape.
+
+    Raises:
+        CheckpointError: Some are missing, too many or of another shape; the message names the first of each.
+    """
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     wrong = [

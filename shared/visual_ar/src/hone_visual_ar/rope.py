@@ -64,12 +64,12 @@ def _table(schedule: ScaleSchedule, dim: int, device: torch.device) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn adjacent pairs of channels.
+    """Turn adjacent pairs of channels, in float32 at least.
 
     Args:
         x: ``[R, H, tokens, dim]``.
         rope: Rows of these tokens.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([rope.cos * even - rope.sin * odd, rope.sin * even + rope.cos * odd], dim=-1)
     return turned.flatten(-2)

@@ -1,0 +1,209 @@
+"""Time of drawing grids at real sizes with random weights: the release's loop, ours, and raster in the same engine.
+
+Beside the times stands the least time in which the weights of all passes can be read from memory.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.errors import UnsupportedHardwareError
+from hone_core.runs import Report, Run
+from hone_core.timing import Timing, check_values, measure
+from hone_visual_ar.sampling import Sampling
+
+from .checkpoints import SIZES, build
+from .config import BenchConfig
+from .generation import Decoding, GraphedDecoding
+from .method import guide
+from .models import tiny, tiny_tokenizer
+from .release_loop import ReleaseLoop
+from .transformer import NARForImageGeneration
+
+__all__ = ["BenchReport", "bench", "weight_bytes"]
+
+Labels = dict[str, str | int | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport(Report):
+    """Result of ``bench``; as text, times beside the release's loop."""
+
+    def __str__(self) -> str:
+        lines = []
+        times = {
+            (row.labels["model"], row.labels["batch"], row.variant): row for row in self.rows if row.metric == "time"
+        }
+        floors = {
+            (row.labels["model"], row.labels["batch"], row.variant): row.value
+            for row in self.rows
+            if row.metric == "weight_floor"
+        }
+        for key, row in times.items():
+            model, batch, variant = key
+            release = times[model, batch, "release"].value
+            line = (
+                f"{model:<10} batch {batch:<5}{variant:<16}{row.value:>10.2f} ms  {release / row.value:6.2f} x release"
+            )
+            if key in floors:
+                line += f", weights alone {floors[key]:.2f} ms"
+            lines.append(line)
+        lines += [
+            f"{row.labels['model']:<10} batch {row.labels['batch']:<5}{'decode':<16}{row.value:>10.2f} ms"
+            for row in self.rows
+            if row.metric == "decode"
+        ]
+        return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of weights that every pass reads: all but the tables that rows are looked up in."""
+    tables = {id(model.tok_embeddings.weight), *(id(p) for p in model.cls_embedding.parameters())}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+
+
+def bench(cfg: BenchConfig, run: Run) -> BenchReport:
+    """Time every model and batch.
+
+    Rows, each with labels ``model`` and ``batch``: ``time`` of a batch of grids (``ms``) and ``peak_memory``, of the
+    variants ``release``, ``eager``, ``graphs`` and ``raster-...`` of each; ``passes``; ``weight_floor``; ``decode`` of
+    the tokenizer.
+
+    Raises:
+        ValueError: There is no such model.
+        UnsupportedHardwareError: A published size, or graphs, are asked of a CPU.
+        RuntimeError: The loops differ; no time is reported then.
+    """
+    device = resolve_device(run.device)
+    sizes = [
+        name
+        for name, (kind, options) in SIZES.items()
+        if kind is NARForImageGeneration and "num_classes" not in options
+    ]
+    for name in cfg.models:
+        if name not in ("tiny", *sizes):
+            raise ValueError(f"model must be of tiny, {', '.join(sizes)}; got {name!r}")
+    if device.type == "cpu" and (set(cfg.models) != {"tiny"} or cfg.graphs):
+        raise UnsupportedHardwareError(
+            f"{', '.join(cfg.models)} needs a CUDA device, and graphs do", "no CUDA device", "--model tiny"
+        )
+    with torch.no_grad():
+        for name in cfg.models:
+            for kind in ("nar", "llamagen") if cfg.raster else ("nar",):
+                _Bench(cfg, run, device, name, kind).all()
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    return BenchReport.of(run)
+
+
+class _Bench:
+    """One model at all batches."""
+
+    def __init__(self, cfg: BenchConfig, run: Run, device: torch.device, name: str, kind: str) -> None:
+        self.cfg, self.run, self.device, self.name = cfg, run, device, name
+        self.prefix = "" if kind == "nar" else "raster-"
+        self.dtype = resolve_dtype(cfg.dtype, device)
+        if name == "tiny":
+            model: Any = tiny(kind, seed=cfg.seed)
+        else:
+            # A raster model of M, which LlamaGen does not publish, is built like the others.
+            cls, options = SIZES[name]
+            if kind == "llamagen":
+                from .transformer import LlamaGenForImageGeneration as cls
+            with torch.random.fork_rng(devices=[device]), torch.device(device):
+                torch.manual_seed(cfg.seed)
+                model = cls(**options)
+                for head in range(model.heads):
+                    # A head of zeros, as training starts from, would draw evenly.
+                    name_of = ("output", "medusa_output")[head]
+                    torch.nn.init.normal_(model.get_submodule(name_of).weight, std=0.02)
+        self.model = model.to(device, self.dtype).eval()
+        self.graphs = device.type == "cuda" if cfg.graphs is None else cfg.graphs
+        self.tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+
+    def all(self) -> None:
+        for batch in self.cfg.batches:
+            labels = torch.arange(batch, device=self.device) % self.model.num_classes
+            facts: Labels = {"model": self.name, "batch": batch, "dtype": str(self.dtype).removeprefix("torch.")}
+            release = ReleaseLoop(self.model, self.cfg.guidance)
+            self.check(release, labels)
+            self.time(f"{self.prefix}release", facts, partial(release, labels))
+            for graphed in (False, True) if self.graphs else (False,):
+                self.ours(graphed, labels, facts)
+            passes = len(self.model.order.steps)
+            name = "raster" if self.prefix else "nar"
+            self.run.row("passes", passes, unit="passes", better="lower", variant=name, labels=facts)
+            if not self.prefix:
+                self.decode(batch, facts)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Guided logits of tokens, teacher-forced."""
+        rows = self.cfg.guidance != 1
+        conditional = self.model(tokens, labels).logits
+        if not rows:
+            return conditional
+        drop = torch.ones_like(labels, dtype=torch.bool)
+        return guide(conditional, self.model(tokens, labels, drop=drop).logits, self.cfg.guidance)
+
+    def check(self, release: ReleaseLoop, labels: torch.Tensor) -> None:
+        few = labels[:2]
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        shape = (len(few), self.model.tokens)
+        tokens = torch.randint(self.model.vocab_size, shape, generator=generator).to(self.device)
+        _, got = release(few, forced=tokens)
+        assert got is not None
+        check_values("the release's loop", got, self.forward(tokens, few), tolerance=self.tolerance)
+
+    def ours(self, graphed: bool, labels: torch.Tensor, facts: Labels) -> None:
+        variant = f"{self.prefix}{'graphs' if graphed else 'eager'}"
+        kind: type[Decoding] = GraphedDecoding if graphed else Decoding
+        run = kind(self.model, len(labels), sampling=Sampling(guidance=self.cfg.guidance))
+        seeds = range(len(labels))
+
+        def draw() -> torch.Tensor:
+            run.load(self.model.condition(labels, guided=self.cfg.guidance != 1), seeds)
+            return run.run()
+
+        tokens = draw()
+        last = self.model.order.steps[-1]
+        assert run.logits is not None
+        want = self.forward(tokens[:2], labels[:2])[:, list(last)]
+        check_values(variant, run.logits[:2], want, tolerance=self.tolerance)
+        self.time(variant, facts, draw)
+        if self.cfg.bandwidth is not None:
+            floor = len(self.model.order.steps) * weight_bytes(self.model) / self.cfg.bandwidth / 1e9
+            self.run.row("weight_floor", floor, unit="ms", better="lower", variant=variant, labels=facts)
+
+    def time(self, variant: str, facts: Labels, work: Callable[[], object]) -> None:
+        timing = measure(work, warmup=self.cfg.warmup, repeats=self.cfg.rounds, device=self.device)
+        self.row("time", timing, variant, facts)
+        if timing.peak_bytes is not None:
+            peak = timing.peak_bytes / 2**30
+            self.run.row("peak_memory", peak, unit="GiB", better="lower", variant=variant, labels=facts)
+
+    def row(self, metric: str, timing: Timing, variant: str, facts: Labels) -> None:
+        spread = (timing.ms_p80 - timing.ms_p20) / 2
+        self.run.row(
+            metric, timing.ms_p50, unit="ms", better="lower", n=timing.n, spread=spread, variant=variant, labels=facts
+        )
+
+    def decode(self, batch: int, facts: Labels) -> None:
+        if self.name == "tiny":
+            vae: Any = tiny_tokenizer(self.cfg.seed)
+        else:
+            vae = build("vq_ds16", device=self.device)
+        vae = vae.to(self.device, self.dtype).eval()
+        codes = torch.zeros(batch, *self.model.grid, dtype=torch.long, device=self.device)
+        self.row(
+            "decode",
+            measure(lambda: vae.decode(codes), warmup=1, repeats=min(5, self.cfg.rounds), device=self.device),
+            "tokenizer",
+            facts,
+        )

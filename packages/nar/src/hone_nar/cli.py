@@ -1,0 +1,46 @@
+"""The verbs of ``hone-nar``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hone_core.cli import Verb, run_cli
+
+PACKAGE = "hone-nar"
+
+
+def main() -> None:
+    """Entry point of the script."""
+    run_cli(PACKAGE, VERBS, "NAR: image models that draw whole diagonals of tokens at a time.")
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, presets with where their numbers come from, published sizes, and the tiny host."""
+    from hone_core.environment import installed
+    from hone_core.hosts import describe_host
+
+    from .checkpoints import MANIFESTS
+    from .config import PRESETS
+
+    return {
+        **installed(PACKAGE, "diffusers"),
+        "tiny host": describe_host(PACKAGE),
+        "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+        "sizes": {name: f"{manifest.parameters:,} parameters" for name, manifest in MANIFESTS.items()},
+    }
+
+
+def _verb(run: str, config: str, help: str) -> Verb:
+    return Verb(run=f"hone_nar.{run}", config=f"hone_nar.config:{config}", help=help)
+
+
+VERBS: dict[str, Callable[..., Any] | Verb] = {
+    "info": info,
+    "demo": _verb("demo:demo", "DemoConfig", "Draw digits by NAR and by a raster model: a GIF and a sheet."),
+    "generate": _verb("sample:generate", "GenerateConfig", "Draw images of classes or prompts with a saved pipeline."),
+    "eval": _verb("evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits."),
+    "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the central claim to the test on digits."),
+    "bench": _verb("bench:bench", "BenchConfig", "Time drawing at real sizes: the release's loop, ours, and raster."),
+    "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host: NAR and a raster model."),
+}

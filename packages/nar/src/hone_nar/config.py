@@ -1,0 +1,250 @@
+"""How heads are mixed, and the settings of every verb. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from hone_core.config import flag
+from hone_core.training import check_budget
+
+__all__ = ["HEADS", "PRESETS", "BenchConfig", "DemoConfig", "EvalConfig", "GenerateConfig", "HostConfig", "NARConfig"]
+__all__ += ["Preset", "ReproduceConfig", "TrainHostConfig"]
+
+HEADS = ("right", "below", "back")
+"""Heads by the axis that they move along: the last, the one before, the one before that."""
+Mix = Literal["average", "right", "below", "back"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NARConfig:
+    """How the heads' logits become one distribution where several reach a token."""
+
+    mix: Mix = "average"
+    """``average`` of their logits, as trained; or one head alone wherever it reaches, an ablation."""
+
+    def __post_init__(self) -> None:
+        if self.mix not in get_args(Mix):
+            raise ValueError(f"mix must be one of {', '.join(get_args(Mix))}; got {self.mix!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """Named settings and where they come from.
+
+    Attributes:
+        config: The settings.
+        model: What they are for.
+        provenance: Published, or ours.
+    """
+
+    config: NARConfig
+    model: str
+    provenance: str
+
+
+PRESETS: dict[str, Preset] = {
+    "nar": Preset(config=NARConfig(), model="every NAR", provenance="Section 3.3, and the release's average of logits"),
+    "right-only": Preset(
+        config=NARConfig(mix="right"), model="NAR of images", provenance="Table 5, first row: the right head alone"
+    ),
+    "below-only": Preset(
+        config=NARConfig(mix="below"), model="NAR of images", provenance="Table 5, second row: the below head alone"
+    ),
+    "tiny": Preset(config=NARConfig(), model="the tiny host", provenance="As nar"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostConfig:
+    """Architecture of the tiny host: a NAR, and a raster LlamaGen of as many blocks in all."""
+
+    dim: int = 64
+    """Channels."""
+    layers: int = 3
+    """Blocks before the below head's own; the raster model has one more."""
+    heads: int = 4
+    """Of attention."""
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.layers, self.heads) < 1 or self.dim % (4 * self.heads):
+            raise ValueError(f"dim must be a multiple of 4 heads; got {self.dim} and {self.heads}")
+
+
+def _check_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainHostConfig:
+    """Training of the tiny host: NAR, then the raster model, for as long each."""
+
+    host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
+    """Architecture."""
+    seed: int = 0
+    """Of weights and data."""
+    minutes: float = 4.0
+    """Wall clock of the training, where ``steps`` is None."""
+    steps: int | None = 3000
+    """Optimiser steps of both models together, in place of a time."""
+    batch: int = 64
+    """Images of a step."""
+    lr: float = 2e-3
+    """Peak rate."""
+    drop: float = 0.1
+    """Share of classes that are dropped, for guidance."""
+    dropout: float = 0.1
+    """Of tokens, residual branches and feed-forward."""
+    ema: float = 0.995
+    """Decay of the averaged weights that are exported."""
+    log_every: int = 50
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 120.0
+    """Least time between two checkpoints."""
+    eval_images: int = 500
+    """Drawn images that the grades are over."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if self.steps is not None and self.steps < 2:
+            raise ValueError(f"steps are of two models; got {self.steps}")
+        if not 0 <= self.drop < 1 or not 0 <= self.dropout < 1 or not 0 < self.ema < 1:
+            raise ValueError(
+                f"drop, dropout and ema are shares in [0, 1); got {self.drop}, {self.dropout} and {self.ema}"
+            )
+        _check_least(self, 1, "batch")
+        _check_least(self, 20, "eval_images")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Digits by NAR and by a raster model, the picture growing from the corner."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    limit: int = 10
+    """Images, whose classes count up."""
+    guidance: float = 1.0
+    """Strength of guidance; 1 is none."""
+    seed: int = 0
+    """Of the first image."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, 1, "limit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Quality of drawn digits, or exact likelihoods, of both models and of one head alone."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    nll: bool = False
+    """Likelihoods of held-out digits alone; nothing is drawn."""
+    limit: int = 1000
+    """Images that are drawn of each variant."""
+    batch: int = 250
+    """Images at a time."""
+    guidance: float = 1.0
+    """Strength of guidance; 1 is none."""
+    seed: int = 0
+    """Of the first image."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, 1, "batch")
+        _check_least(self, 20, "limit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """Images of classes or prompts, with a saved pipeline."""
+
+    model: Path
+    """Folder of a ``NARPipeline``, as its ``save_pretrained`` writes it."""
+    classes: tuple[int, ...] = ()
+    """Of each image, for a model of classes."""
+    prompts: tuple[str, ...] = field(default=(), metadata=flag("prompt"))
+    """What to draw, one image each, for a model of texts."""
+    guidance: float = 2.0
+    """Strength of guidance; 1 is none. Published: 2 of classes (Table 1), 7.5 of texts."""
+    temperature: float = 1.0
+    """Of the tokens."""
+    top_k: int = 0
+    """Entries of the codebook that are kept; 0 keeps all."""
+    top_p: float = 0.0
+    """Least mass that is kept; 0 keeps all."""
+    batch: int = 1
+    """Images at a time."""
+    seed: int = 0
+    """Of the first image; the following ones count up."""
+    dtype: str = "auto"
+    """Of transformer and text encoder."""
+
+    def __post_init__(self) -> None:
+        if bool(self.classes) == bool(self.prompts):
+            raise ValueError("give classes or prompts, and not both")
+        _check_least(self, 1, "batch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Time of drawing at real sizes with random weights: the release's loop, ours, and raster in the same engine."""
+
+    models: tuple[str, ...] = field(default=("tiny",), metadata=flag("model"))
+    """``tiny``, or published sizes such as nar_l (need a CUDA device)."""
+    batches: tuple[int, ...] = field(default=(1,), metadata=flag("batch"))
+    """Images at a time, each of them timed."""
+    raster: bool = True
+    """Also time a raster LlamaGen of the size."""
+    graphs: bool | None = None
+    """Steps as CUDA graphs; None: where there is a CUDA device."""
+    guidance: float = 2.0
+    """Strength of guidance; 1 is none, at half the work."""
+    dtype: str = "auto"
+    """Of the weights."""
+    warmup: int = 2
+    """Untimed batches first."""
+    rounds: int = 10
+    """Timed batches of each."""
+    bandwidth: float | None = None
+    """Memory bandwidth of the device in TB/s, for the least time in which weights can be read (H100 SXM 3.35, H200
+    4.8); that floor is left out if None."""
+    seed: int = 0
+    """Of weights and classes."""
+
+    def __post_init__(self) -> None:
+        if not self.models or not self.batches or min(self.batches) < 1:
+            raise ValueError(f"expected models and batches of at least 1; got {self.models} and {self.batches}")
+        _check_least(self, 1, "rounds")
+        _check_least(self, 0, "warmup")
+        if self.bandwidth is not None and self.bandwidth <= 0:
+            raise ValueError(f"bandwidth must be positive; got {self.bandwidth}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The paper's central claim on digits: several ways to train and draw, over several seeds."""
+
+    host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
+    """Architecture."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights, order of data and draws."""
+    steps: int = 900
+    """Optimiser steps of each training."""
+    batch: int = 64
+    """Images of a step."""
+    lr: float = 1e-3
+    """Peak rate."""
+    dropout: float = 0.1
+    """Of tokens, residual branches and feed-forward."""
+    limit: int = 1500
+    """Images that are drawn of each variant."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
+        _check_least(self, 1, "steps", "batch")
+        _check_least(self, 20, "limit")

@@ -1,0 +1,143 @@
+"""Exact likelihoods of held-out digits, and quality of drawn ones, by NAR, by a raster model, and by one head alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from hone_core.devices import resolve_device
+from hone_core.progress import progress_bar
+from hone_core.runs import Report, Row, Run
+from torch import Tensor
+
+from .config import EvalConfig, Mix
+from .data import CLASSES, digits
+from .grading import accuracy, bits, distance
+from .host import Host, draw_digits, load_host
+
+__all__ = ["VARIANTS", "EvalReport", "Variant", "evaluate", "table", "variants_of"]
+
+VARIANTS = ("nar", "raster", "right-only", "below-only")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to draw.
+
+    Attributes:
+        name: Of it.
+        model: That draws.
+        kind: How its heads are mixed.
+    """
+
+    name: str
+    model: torch.nn.Module
+    kind: Mix | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forwards per image."""
+        return len(self.model.order.steps)  # type: ignore[union-attr,arg-type]
+
+
+def variants_of(host: Host) -> list[Variant]:
+    """Those of ``VARIANTS``."""
+    single = [Variant(f"{kind}-only", host.nar, kind) for kind in ("right", "below")]
+    return [Variant("nar", host.nar, "average"), Variant("raster", host.raster), *single]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Variants with their values, as text."""
+    found = {(row.variant, row.metric): row for row in rows}
+    names = list(dict.fromkeys(row.variant for row in rows))
+    lines = [f"{'':<12}{'bits/token':>11}{'accuracy':>10}{'distance':>10}{'passes':>8}{'ms/image':>10}"]
+    for name in names:
+        line = f"{name:<12}"
+        for metric, width, form in (
+            ("bits_per_token", 11, ".3f"), ("accuracy", 10, ".3f"), ("distance", 10, ".1f"), ("passes", 8, ".0f"),
+            ("time_per_image", 10, ".2f"),
+        ):  # fmt: skip
+            row = found.get((name, metric))
+            line += f"{format(row.value, form) if row else '':>{width}}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport(Report):
+    """Result of ``eval``; as text, the table."""
+
+    def __str__(self) -> str:
+        return f"{table(self.rows)}\nresults  {self.path / 'results.json'}"
+
+
+def likelihood_rows(run: Run, variant: Variant, split: str = "") -> Tensor:
+    """Write the row of exact bits per token; returns bits of each token."""
+    test = digits("test").to(variant.model.tok_embeddings.weight.device)  # type: ignore[union-attr,arg-type]
+    model, kind = variant.model, variant.kind
+    found = bits(lambda tokens, labels: model.nll(tokens, labels, kind=kind), test)  # type: ignore[operator]
+    each = found.mean(1)
+    half = 1.96 * float(each.std()) / math.sqrt(len(each))
+    value = float(each.mean())
+    run.row(
+        "bits_per_token", value, unit="bits", better="lower", n=len(each), spread=float(each.std()),
+        interval=(value - half, value + half), variant=variant.name, split=split,
+    )  # fmt: skip
+    return found
+
+
+def drawing_rows(
+    run: Run, variant: Variant, limit: int, *, batch: int, seed: int, guidance: float = 1.0, split: str = ""
+) -> Tensor:
+    """Draw, and write rows of accuracy, distance, passes and time; returns tokens ``[limit, 64]``."""
+    labels = torch.arange(limit) % CLASSES
+    parts = []
+    begin = time.perf_counter()
+    for at in range(0, limit, batch):
+        part = labels[at : at + batch]
+        seeds = range(seed + at, seed + at + len(part))
+        tokens = draw_digits(variant.model, part, seeds, guidance=guidance, kind=variant.kind)  # type: ignore[arg-type]
+        parts.append(tokens.cpu())
+    seconds = time.perf_counter() - begin
+    tokens = torch.cat(parts)
+    right = accuracy(tokens, labels).float()
+    name = variant.name
+    run.row("accuracy", float(right.mean()), better="higher", n=limit, variant=name, split=split)
+    run.row("distance", distance(tokens), better="lower", n=limit, variant=name, split=split)
+    run.row("passes", variant.passes, unit="passes", better="lower", variant=name, split=split)
+    labels_of_time: dict[str, str | int | float] = {"batch": min(batch, limit)}
+    run.row(
+        "time_per_image", 1e3 * seconds / limit, unit="ms", better="lower", n=limit, variant=name, split=split,
+        labels=labels_of_time,
+    )  # fmt: skip
+    return tokens
+
+
+def real_rows(run: Run, split: str = "") -> None:
+    """Write what held-out digits themselves reach."""
+    test = digits("test")
+    right = accuracy(test.tokens, test.labels).float()
+    run.row("accuracy", float(right.mean()), better="higher", n=len(test), variant="real digits", split=split)
+    run.row("distance", distance(test.tokens), better="lower", n=len(test), variant="real digits", split=split)
+
+
+def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
+    """Measure every variant.
+
+    Raises:
+        CheckpointError: There is no host.
+    """
+    host = load_host(resolve_device(run.device), path=cfg.host)
+    variants = variants_of(host)
+    with progress_bar(len(variants), desc="variants", quiet=run.quiet) as bar:
+        for variant in variants:
+            likelihood_rows(run, variant)
+            if not cfg.nll:
+                drawing_rows(run, variant, cfg.limit, batch=cfg.batch, seed=cfg.seed, guidance=cfg.guidance)
+            bar.update()
+    if not cfg.nll:
+        real_rows(run)
+    return EvalReport.of(run)

@@ -1,0 +1,250 @@
+"""Drawing grids step by step over fixed buffers, so that each step can be a CUDA graph.
+
+Slots lie in the order in which they are drawn: a step reads the prefix of the cache and writes the slice after it, and
+no mask is needed but for the padding of texts. Everything of a run is in ``Decoding``, nothing on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from hone_core.errors import UnsupportedHardwareError
+from hone_visual_ar.sampling import Sampling, draw, uniforms
+from torch import Tensor
+
+from .config import Mix
+from .method import guide, mask_of
+from .transformer import Condition, slot_ids
+
+__all__ = ["Decoding", "GraphedDecoding", "generate", "single_values"]
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def single_values(sampling: Sampling) -> tuple[float, float]:
+    """Strength of guidance, and temperature.
+
+    Raises:
+        ValueError: Guidance or temperature are given per scale, which these models do not have.
+    """
+    if not isinstance(sampling.guidance, float | int) or not isinstance(sampling.temperature, float | int):
+        raise ValueError("these models have no scales; give guidance and temperature one value each")
+    return float(sampling.guidance), float(sampling.temperature)
+
+
+class Decoding:
+    """Buffers of batches of one size, and the steps that fill them.
+
+    Args:
+        model: Of images or clips.
+        images: Of a batch.
+        sampling: How tokens are drawn.
+        kind: How heads are mixed; None: as ``attach`` says, or their average.
+        guided_tokens: Guidance ends once more tokens than this are drawn; None: never.
+
+    Attributes:
+        tokens: ``[B, tokens]`` codes in slots, drawn so far.
+        logits: Of the last step, guided, ``[B, n, vocabulary]``.
+        passes: Forwards of the model so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        images: int,
+        *,
+        sampling: Sampling,
+        kind: Mix | None = None,
+        guided_tokens: int | None = None,
+    ) -> None:
+        self.model, self.images, self.sampling, self.guided_tokens = model, images, sampling, guided_tokens
+        self.strength, self._temperature = single_values(sampling)
+        self.guided = self.strength != 1
+        self.rows, device = images * (1 + self.guided), model.tok_embeddings.weight.device
+        self.plan = model.plan(kind, device)
+        self.cache = model.new_cache(self.rows)
+        count, start = model.tokens, model.cls_token_num
+        self.tokens = torch.zeros(images, count, dtype=torch.long, device=device)
+        self.uniform = torch.zeros(images, count, device=device)
+        self.embedding = torch.zeros(
+            self.rows,
+            start,
+            model.tok_embeddings.weight.shape[1],
+            device=device,
+            dtype=model.tok_embeddings.weight.dtype,
+        )
+        self.mask: Tensor | None = None
+        if model.num_classes is None:
+            shape = (self.rows, 1, start + count, start + count)
+            self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._first = mask_of(model.order, start, device)[:start, :start]
+        self.starts = model.order.starts
+        # Sources of a step as places among the tokens of the step before, and the same weights for every row.
+        self._sources = []
+        for step in range(len(model.order.steps)):
+            begin, end = self.starts[step], self.starts[step + 1]
+            before = start + self.starts[step - 1] if step else 0
+            self._sources.append((self.plan.source[begin:end] - before).clamp(min=0))
+        self.logits: Tensor | None = None
+        self.passes = 0
+
+    @torch.no_grad()
+    def load(self, condition: Condition, seeds: Sequence[int]) -> None:
+        """Put in the condition of a batch and the draws of its images' seeds.
+
+        Raises:
+            ValueError: There are not as many rows or seeds as images.
+        """
+        if condition.images != self.images or len(condition.embedding) != self.rows or len(seeds) != self.images:
+            raise ValueError(
+                f"expected {self.images} images in {self.rows} rows and as many seeds; got {condition.images}, "
+                f"{len(condition.embedding)} and {len(seeds)}"
+            )
+        self.embedding.copy_(condition.embedding)
+        ids = slot_ids(self.model.order, self.tokens.device)
+        self.uniform.copy_(uniforms(seeds, self.model.tokens, 1, self.tokens.device)[:, ids, 0])
+        if self.mask is not None:
+            start = self.model.cls_token_num
+            self.mask.copy_(mask_of(self.model.order, start, self.tokens.device, condition.words)[:, None])
+        self.passes = 0
+
+    def step(self, step: int) -> None:
+        """One forward, and the draws of a step's tokens; reads and writes buffers alone."""
+        model, start = self.model, self.model.cls_token_num
+        if step == 0:
+            x, begin, end = self.embedding, 0, start
+        else:
+            first, last = self.starts[step - 1], self.starts[step]
+            begin, end = start + first, start + last
+            x = model.tok_embeddings(self.tokens[:, first:last])
+            x = torch.cat([x, x]) if self.guided else x
+        mask: Tensor | None
+        if self.mask is not None:
+            mask = self.mask[:, :, begin:end, :end]
+        else:
+            mask = self._first if step == 0 and start > 1 else None
+        hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache)
+        first, last = self.starts[step], self.starts[step + 1]
+        logits: Tensor | None = None
+        for head, state in enumerate(hidden):
+            weight = self.plan.weight[first:last, head, None]
+            each = model.head(head, state[:, self._sources[step][:, head]]) * weight
+            logits = each if logits is None else logits + each
+        assert logits is not None
+        if self.guided:
+            conditional, unconditional = logits.split(self.images)
+            over = self.guided_tokens is not None and first > self.guided_tokens
+            logits = conditional if over else guide(conditional, unconditional, self.strength)
+        self.logits = logits / self._temperature
+        self.tokens[:, first:last] = draw(self.logits, self.uniform[:, first:last], self.sampling)
+
+    @torch.no_grad()
+    def run(self, on_step: Callable[[int], None] | None = None) -> Tensor:
+        """All steps.
+
+        Args:
+            on_step: Called after each with its number, such as to show what is there.
+
+        Returns:
+            Codes ``[B, tokens]`` in raster order.
+        """
+        for step in range(len(self.model.order.steps)):
+            self.step(step)
+            self.passes += 1
+            if on_step is not None:
+                on_step(step)
+        return self.raster()
+
+    def raster(self) -> Tensor:
+        """Codes ``[B, tokens]`` as they stand, in raster order."""
+        return self.tokens[:, slot_ids(self.model.order, self.tokens.device).argsort()]
+
+
+class GraphedDecoding(Decoding):
+    """The same, each step captured once as a CUDA graph and replayed; arguments are those of ``Decoding``.
+
+    Shapes differ between steps and never within one, so that there is a graph of each. ``load`` may put in another
+    batch of the size; weights that are moved or replaced after the first run are not seen.
+
+    Args:
+        capture: Makes what repeats a step's work on the same buffers; a CUDA graph's capture unless given.
+
+    Raises:
+        UnsupportedHardwareError: The model is not on a CUDA device, and ``capture`` is not given.
+    """
+
+    def __init__(self, *args: Any, capture: Capture | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if capture is None and self.tokens.device.type != "cuda":
+            raise UnsupportedHardwareError(
+                "a graph for each step needs a CUDA device", f"the model is on {self.tokens.device}", "Decoding"
+            )
+        self._capture: Capture = capture or self._capture_graph
+        self._replays: list[Callable[[], None]] = []
+        self._pool: Any = None
+
+    @torch.no_grad()
+    def run(self, on_step: Callable[[int], None] | None = None) -> Tensor:
+        """See the base class."""
+        if not self._replays:
+            # Libraries make their workspaces in a first run that is not captured.
+            self._aside(lambda: Decoding.run(self))
+            steps = range(len(self.model.order.steps))
+            self._replays = [self._capture(partial(self.step, step)) for step in steps]
+            self.passes = 0
+        for number, replay in enumerate(self._replays):
+            replay()
+            self.passes += 1
+            if on_step is not None:
+                on_step(number)
+        return self.raster()
+
+    def _aside(self, work: Callable[[], Any]) -> None:
+        if self.tokens.device.type != "cuda":
+            work()
+            return
+        stream = torch.cuda.Stream(self.tokens.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture_graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        self._pool = self._pool or graph.pool()
+        return graph.replay
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    condition: Condition,
+    *,
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    kind: Mix | None = None,
+    guided_tokens: int | None = None,
+    on_step: Callable[[Decoding, int], None] | None = None,
+) -> Tensor:
+    """Draw codes ``[B, tokens]`` in raster order.
+
+    Args:
+        model: Of images or clips.
+        condition: Of the images, with unconditional rows where the guidance is not 1.
+        seeds: Of each image; an image does not depend on its company.
+        sampling: How tokens are drawn.
+        kind: How heads are mixed; None: as ``attach`` says, or their average.
+        guided_tokens: Guidance ends once more tokens than this are drawn; None: never.
+        on_step: Called after each step with the run and the step's number.
+
+    Raises:
+        ValueError: These do not go together.
+    """
+    run = Decoding(model, condition.images, sampling=sampling or Sampling(), kind=kind, guided_tokens=guided_tokens)
+    run.load(condition, seeds)
+    return run.run(None if on_step is None else lambda step: on_step(run, step))

@@ -1,0 +1,150 @@
+"""The tiny host: a NAR and a raster LlamaGen of as many blocks that draw handwritten digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hone_core import hosts
+from hone_core.hosts import HostFacts
+from hone_visual_ar.sampling import Sampling
+from torch import Tensor
+
+from .config import HostConfig, Mix
+from .data import CLASSES, GRID, LEVELS
+from .generation import Decoding, generate
+from .transformer import LlamaGenForImageGeneration, NARForImageGeneration
+
+__all__ = [
+    "PACKAGE",
+    "PACKAGED",
+    "Host",
+    "build_host",
+    "digit_model",
+    "draw_digits",
+    "load_host",
+    "save_host",
+    "save_untrained",
+]
+
+PACKAGE = "hone-nar"
+PACKAGED = hosts.packaged_host(PACKAGE)
+"""The host that ships with the package."""
+
+Model = NARForImageGeneration | LlamaGenForImageGeneration
+
+
+def digit_model(kind: str, config: HostConfig, *, dropout: float = 0.0) -> Model:
+    """A model of digits: ``nar``, ``raster``, or ``one-head``, which draws diagonals with a single head.
+
+    All have as many blocks.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if kind not in ("nar", "raster", "one-head"):
+        raise ValueError(f"kind must be nar, raster or one-head; got {kind!r}")
+    options = {
+        "dim": config.dim, "n_head": config.heads, "vocab_size": LEVELS, "grid": GRID, "num_classes": CLASSES,
+        "multiple_of": 64, "dropout": dropout,
+    }  # fmt: skip
+    if kind == "nar":
+        return NARForImageGeneration(n_layer=config.layers, **options)
+    return LlamaGenForImageGeneration(n_layer=config.layers + 1, diagonal=kind == "one-head", **options)
+
+
+@dataclass
+class Host:
+    """A trained host.
+
+    Attributes:
+        config: Architecture.
+        nar: Draws diagonals.
+        raster: Draws one token after the other.
+        facts: How it was made; None for one without.
+    """
+
+    config: HostConfig
+    nar: NARForImageGeneration
+    raster: LlamaGenForImageGeneration
+    facts: HostFacts | None = None
+
+    @classmethod
+    def untrained(cls, config: HostConfig | None = None, seed: int = 0, *, dropout: float = 0.0) -> Host:
+        """Random weights; the global generator stays."""
+        config = config or HostConfig()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            nar, raster = (digit_model(kind, config, dropout=dropout) for kind in ("nar", "raster"))
+        assert isinstance(nar, NARForImageGeneration)
+        assert isinstance(raster, LlamaGenForImageGeneration)
+        return cls(config, nar, raster)
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Prefix in the stored file to module."""
+        return {"nar.": self.nar, "raster.": self.raster}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.nar.tok_embeddings.weight.device
+
+    def to(self, device: torch.device | str) -> Host:
+        """Move it; returns itself."""
+        for module in self.modules.values():
+            module.to(device)
+        return self
+
+
+def draw_digits(
+    model: Model,
+    labels: Tensor,
+    seeds: Sequence[int],
+    *,
+    guidance: float = 1.0,
+    greedy: bool = False,
+    kind: Mix | None = None,
+    on_step: Callable[[Decoding, int], None] | None = None,
+) -> Tensor:
+    """Draw tokens ``[B, 64]`` of classes ``[B]``; the arguments are those of ``generate``."""
+    labels = labels.to(model.tok_embeddings.weight.device)
+    condition = model.condition(labels, guided=guidance != 1)
+    sampling = Sampling(guidance=guidance, greedy=greedy)
+    return generate(model, condition, seeds=seeds, sampling=sampling, kind=kind, on_step=on_step)
+
+
+def save_host(host: Host, path: Path, facts: HostFacts | None = None) -> Path:
+    """Write weights and architecture; return the path."""
+    return hosts.save_host(path, host.config, host.modules, package=PACKAGE, facts=facts)
+
+
+def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -> Host:
+    """Load the packaged host, or another one made by ``hone-nar train-host``.
+
+    Args:
+        device: Where to put it.
+        path: A ``host.safetensors``.
+
+    Raises:
+        CheckpointError: The file is missing or no such host.
+    """
+    stored = hosts.open_host(HostConfig, PACKAGE, path)
+    host = Host.untrained(stored.config)
+    stored.load(host.modules)
+    host.facts = stored.facts
+    for module in host.modules.values():
+        module.eval().requires_grad_(False)
+    return host.to(device)
+
+
+def build_host() -> Host:
+    """A host of random weights, to try things on."""
+    return Host.untrained()
+
+
+def save_untrained(path: Path) -> Path:
+    """Write a host of random weights, to try commands on; return the path."""
+    return save_host(build_host(), path)

@@ -1,0 +1,223 @@
+"""``NARPipeline``: classes or prompts in, images out, in the manner of diffusers, with NAR or a raster LlamaGen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from hone_visual_ar.pipelines import count_words
+from hone_visual_ar.sampling import Sampling
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from .checkpoints import SIZES, build, load_published
+from .generation import Decoding, generate
+from .tokenizer import LlamaGenVQModel
+from .transformer import LlamaGenForImageGeneration, NARForImageGeneration
+
+__all__ = ["NARPipeline", "pad_left"]
+
+OutputType = Literal["pil", "np", "pt", "codes"]
+
+
+def pad_left(features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Text features moved to the right end, and zero where there is no word.
+
+    Args:
+        features: ``[B, T, C]``, words first.
+        words: ``[B, T]`` bool, True at words.
+
+    Returns:
+        Both, padded on the left.
+    """
+    count, length = words.sum(1), words.shape[1]
+    places = (torch.arange(length, device=words.device)[None] + count[:, None]) % length
+    moved = words.gather(1, places)
+    rows = features.gather(1, places[..., None].expand_as(features))
+    return rows * moved[..., None], moved
+
+
+class NARPipeline(DiffusionPipeline):
+    """Images with NAR, or with a raster LlamaGen in the same engine.
+
+    Args:
+        transformer: Of classes, or of texts.
+        vae: Its tokenizer of images.
+        text_encoder: Flan-T5-XL, for a model of texts; None for one of classes.
+        tokenizer: Of the text encoder.
+    """
+
+    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 - as diffusers declares it
+
+    def __init__(
+        self,
+        transformer: NARForImageGeneration | LlamaGenForImageGeneration,
+        vae: LlamaGenVQModel,
+        text_encoder: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        if transformer.vocab_size != vae.choices:
+            raise ValueError(
+                f"transformer and tokenizer do not belong together: {transformer.vocab_size} codes and {vae.choices}"
+            )
+        if transformer.num_classes is None:
+            if text_encoder is None or tokenizer is None:
+                raise ValueError("a model of texts needs text_encoder and tokenizer, such as google/flan-t5-xl")
+            channels = transformer.config.caption_dim
+            if text_encoder.config.d_model != channels:
+                raise ValueError(
+                    f"this model reads texts of {channels} channels; the encoder gives {text_encoder.config.d_model}"
+                )
+        elif text_encoder is not None or tokenizer is not None:
+            raise ValueError("a model of classes reads no text; leave text_encoder and tokenizer out")
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    @classmethod
+    def from_published(
+        cls,
+        model: str,
+        *,
+        transformer: str | Path,
+        vae: str | Path,
+        text_encoder: str | None = None,
+        grid: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A pipeline of published files; every name and shape is compared before a weight is read.
+
+        Args:
+            model: Size, such as ``nar_xl`` or ``llamagen_b``.
+            transformer: Its file.
+            vae: ``vq_ds16_c2i.pt``, or ``vq_ds16_t2i.pt`` of texts.
+            text_encoder: Folder or hub address of the T5, for a model of texts.
+            grid: Rows and columns of tokens, where they are not 16 x 16: (24, 24) of 384 px, (32, 32) of 512 px.
+            dtype: Of transformer and text encoder.
+            local_files_only: Ask no hub.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, or of another size.
+            ValueError: There is no such image model.
+        """
+        kinds = (NARForImageGeneration, LlamaGenForImageGeneration)
+        names = [name for name, (kind, _) in SIZES.items() if kind in kinds]
+        if model not in names:
+            raise ValueError(f"no published image model {model!r}; expected one of {', '.join(names)}")
+        body: Any = load_published(build(model, grid=grid), transformer, dtype=dtype)
+        image: Any = load_published(build("vq_ds16"), vae)
+        if text_encoder is None:
+            return cls(body, image)
+        words = AutoTokenizer.from_pretrained(text_encoder, local_files_only=local_files_only)
+        text = T5EncoderModel.from_pretrained(text_encoder, dtype=dtype, local_files_only=local_files_only)
+        return cls(body, image, text, words)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features ``[B, T, caption_dim]`` of prompts, padded on the left, and where their words are.
+
+        Raises:
+            ValueError: A prompt is empty or longer than the model reads.
+        """
+        encoder, tokenizer = self.text_encoder, self.tokenizer
+        assert encoder is not None
+        assert tokenizer is not None
+        cleaned = [prompt.lower().strip() for prompt in prompts]
+        if not all(cleaned):
+            raise ValueError(f"prompt {cleaned.index('')} holds no word")
+        length = self.transformer.cls_token_num
+        found = count_words(tokenizer, cleaned, length)
+        ids = torch.zeros(len(found), length, dtype=torch.long)
+        words = torch.zeros(len(found), length, dtype=torch.bool)
+        for row, each in enumerate(found):
+            ids[row, : len(each)], words[row, : len(each)] = torch.tensor(each), True
+        device = encoder.device
+        ids, words = ids.to(device), words.to(device)
+        features = encoder(ids, attention_mask=words.long()).last_hidden_state
+        features, words = pad_left(features, words)
+        place = self.transformer.tok_embeddings.weight
+        return features.to(place.device, place.dtype), words.to(place.device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | None = None,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        guided_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        greedy: bool = False,
+        seeds: int | Sequence[int] = 0,
+        on_step: Callable[[Decoding, int], None] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            class_labels: Of each image, for a model of classes.
+            prompt: One or several, for a model of texts.
+            guidance_scale: 1 draws without guidance, at half the work. If None, the published 2 of classes (Table 1)
+                or 7.5 of texts.
+            guided_tokens: Guidance ends once more tokens than this are drawn; None: never.
+            temperature: Of the tokens.
+            top_k: Entries of the codebook that are kept; 0 keeps all.
+            top_p: Least mass that is kept; 0 keeps all.
+            greedy: Take the likeliest entries.
+            seeds: Of each image; one number counts up from itself.
+            on_step: Called after each step with the run and the step's number.
+            output_type: ``pil``, ``np`` (``[B, H, W, 3]``), ``pt`` (``[B, 3, H, W]``), in [0, 1], or ``codes``.
+            return_dict: Give an ``ImagePipelineOutput``; a tuple of its images otherwise.
+
+        Raises:
+            ValueError: Classes, prompts, seeds or sampling do not fit; nothing has run then.
+        """
+        if output_type not in ("pil", "np", "pt", "codes"):
+            raise ValueError(f"output_type must be pil, np, pt or codes; got {output_type!r}")
+        model = self.transformer
+        if guidance_scale is None:
+            guidance_scale = 7.5 if model.num_classes is None else 2.0
+        sampling = Sampling(guidance=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+        guided = guidance_scale != 1
+        if model.num_classes is None:
+            if prompt is None or class_labels is not None:
+                raise ValueError("this model draws texts; give prompt and no class_labels")
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            numbers = _seeds(seeds, len(prompts))
+            text, words = self.encode_prompt(prompts)
+            condition = model.condition(text=text, words=words, guided=guided)
+        else:
+            if class_labels is None or prompt is not None:
+                raise ValueError("this model draws classes; give class_labels and no prompt")
+            classes = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+            if not classes:
+                raise ValueError("expected at least one class; got none")
+            numbers = _seeds(seeds, len(classes))
+            labels = torch.tensor(classes, device=model.tok_embeddings.weight.device)
+            condition = model.condition(labels, guided=guided)
+        codes = generate(
+            model, condition, seeds=numbers, sampling=sampling, guided_tokens=guided_tokens, on_step=on_step
+        )
+        grid = codes.unflatten(1, model.grid)
+        images: Any = grid
+        if output_type != "codes":
+            images = (self.vae.decode(grid).float() + 1) / 2
+            if output_type != "pt":
+                images = images.permute(0, 2, 3, 1).cpu().numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _seeds(seeds: int | Sequence[int], images: int) -> list[int]:
+    if isinstance(seeds, int):
+        return list(range(seeds, seeds + images))
+    if len(seeds) != images:
+        raise ValueError(f"expected one seed, or one for each of {images} images; got {len(seeds)}")
+    return list(seeds)

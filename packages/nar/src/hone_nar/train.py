@@ -1,0 +1,179 @@
+"""Train the tiny host: NAR and the raster model in turns, a step each, so that both get as many.
+
+One command makes it as it ships: ``hone-nar train-host``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hone_core.devices import resolve_device
+from hone_core.runs import Better, Run
+from hone_core.training import HOST, Training, TrainReport, finish_host
+from torch import Tensor, nn
+
+from .config import TrainHostConfig
+from .data import CLASSES, Digits, digits
+from .grading import accuracy, bits, distance
+from .host import Host, Model, draw_digits, load_host, save_host
+
+__all__ = ["GATES", "Learner", "Making", "grade_host", "train_host"]
+
+GATES = {"nar_accuracy": 0.8, "raster_accuracy": 0.8}
+"""Share of drawn digits that read as what was asked for."""
+
+
+class Learner:
+    """One model of digits in training.
+
+    Args:
+        model: On its device; trained in place.
+        lr: Peak rate.
+        ema: Decay of the averaged weights.
+        drop: Share of classes that are dropped.
+        loss: ``mixture`` or ``separate``.
+    """
+
+    def __init__(self, model: Model, *, lr: float, ema: float, drop: float = 0.1, loss: str = "mixture") -> None:
+        self.model, self.lr, self.ema, self.drop, self.loss = model, lr, ema, drop, loss
+        self.average: Model = copy.deepcopy(model).requires_grad_(False).eval()
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        fused = matrices[0].device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What an exact continuation needs."""
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
+
+    def step(self, batch: Digits, done: float, number: int, *, drop: Tensor) -> Tensor:
+        """One update; the loss in nats per token.
+
+        Args:
+            batch: Digits.
+            done: Share of the training that is over.
+            number: Of the model's updates so far.
+            drop: ``[B]`` uniforms in [0, 1).
+        """
+        self.model.train()
+        found = self.model(batch.tokens, batch.labels, drop=drop < self.drop, loss=self.loss)
+        assert found.loss is not None
+        self.optimizer.zero_grad(set_to_none=True)
+        found.loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        factor = min(1.0, done / 0.04 + 0.02) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        self.optimizer.step()
+        decay = min(self.ema, (1 + number) / (10 + number))
+        torch._foreach_lerp_(
+            list(self.average.parameters()), [p.detach() for p in self.model.parameters()], weight=1 - decay
+        )
+        return found.loss.detach()
+
+
+def seeded_step(device: torch.device, *numbers: int) -> torch.Generator:
+    """A generator on the CPU of some numbers; the device's own is seeded alike, for dropout."""
+    generator = torch.Generator().manual_seed(hash(numbers) % 2**63)
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    (torch.cuda.manual_seed if device.type == "cuda" else torch.manual_seed)(seed)
+    return generator
+
+
+def take_step(learner: Learner, train: Digits, batch: int, done: float, *numbers: int) -> Tensor:
+    """An update on random digits; what is random in it depends on ``numbers``, the last of which counts updates."""
+    device = train.tokens.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        generator = seeded_step(device, *numbers)
+        picked = torch.randint(len(train), (batch,), generator=generator)
+        drop = torch.rand(batch, generator=generator)
+        part = Digits(train.tokens[picked.to(device)], train.labels[picked.to(device)])
+        return learner.step(part, done, numbers[-1], drop=drop.to(device))
+
+
+class Making:
+    """A host in training, and everything that an exact continuation needs.
+
+    Args:
+        cfg: The run.
+        device: Where.
+        path: File of the resumable state.
+    """
+
+    def __init__(self, cfg: TrainHostConfig, device: torch.device, path: Path) -> None:
+        self.cfg = cfg
+        self.host = Host.untrained(cfg.host, cfg.seed, dropout=cfg.dropout).to(device)
+        self.data = digits("train").to(device)
+        self.learners = [
+            Learner(model, lr=cfg.lr, ema=cfg.ema, drop=cfg.drop) for model in (self.host.nar, self.host.raster)
+        ]
+        parts = {
+            f"{name} {part}": value
+            for name, learner in zip(("nar", "raster"), self.learners, strict=True)
+            for part, value in learner.parts.items()
+        }
+        self.training = Training(cfg, path, parts)
+
+    def train(self) -> Iterator[dict[str, float] | None]:
+        """Run to the end of the budget; yield what is to be logged after each step, or None."""
+        cfg, training = self.cfg, self.training
+        training.start()
+        while training.spent() < 1:
+            turn = training.step % 2
+            loss = take_step(
+                self.learners[turn], self.data, cfg.batch, training.spent(), cfg.seed, turn, training.step // 2
+            )
+            training.step += 1
+            yield {"loss": float(loss), "raster": float(turn)} if training.due() else None
+
+    def result(self) -> Host:
+        """The host with averaged weights."""
+        nar, raster = (learner.average for learner in self.learners)
+        return Host(self.host.config, nar, raster)
+
+
+@torch.no_grad()
+def grade_host(host: Host, images: int) -> dict[str, float]:
+    """Of each model: bits per token of held-out digits, and accuracy and distance of drawn ones."""
+    test = digits("test").to(host.device)
+    labels = torch.arange(images) % CLASSES
+    found = {}
+    for name, model in (("nar", host.nar), ("raster", host.raster)):
+        drawn = draw_digits(model, labels, range(images))
+        found[f"{name}_bits"] = float(bits(model.nll, test).mean())
+        found[f"{name}_accuracy"] = float(accuracy(drawn, labels).float().mean())
+        found[f"{name}_distance"] = distance(drawn)
+    return found
+
+
+def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
+    """Train, export and grade a host; a stopped run goes on where it was.
+
+    Raises:
+        CheckpointError: The folder's checkpoint is of another config.
+        RuntimeError: The loss is not finite.
+    """
+    device = resolve_device(run.device)
+    making = Making(cfg, device, run.artifacts / "checkpoint.pt")
+    making.training.resume()
+    making.training.follow(making.train(), run)
+    path = save_host(making.result(), run.artifacts / HOST)
+    grades = grade_host(load_host(device, path=path), cfg.eval_images)
+    for name, value in grades.items():
+        better: Better = "higher" if name.endswith("accuracy") else "lower"
+        unit = "bits per token" if name.endswith("bits") else ""
+        count = len(digits("test")) if name.endswith("bits") else cfg.eval_images
+        run.row(name, value, unit=unit, better=better, n=count, split="test")
+    sizes = {name.rstrip("."): sum(p.numel() for p in m.parameters()) for name, m in making.host.modules.items()}
+    details = {
+        "graded": f"bits of {len(digits('test'))} held-out digits; {cfg.eval_images} drawn without guidance",
+        "parameters": sizes,
+    }
+    return finish_host(run, making.training, grades, gates=GATES, details=details)

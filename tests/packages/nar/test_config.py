@@ -1,0 +1,35 @@
+import pytest
+from hone_nar.config import (
+    BenchConfig,
+    DemoConfig,
+    EvalConfig,
+    GenerateConfig,
+    HostConfig,
+    NARConfig,
+    ReproduceConfig,
+    TrainHostConfig,
+)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (NARConfig, {"mix": "left"}, "mix must be one of average, right, below, back; got 'left'"),
+        (HostConfig, {"dim": 60, "heads": 4}, "dim must be a multiple of 4 heads; got 60 and 4"),
+        (TrainHostConfig, {"steps": None, "minutes": 0.0}, "minutes must be positive"),
+        (TrainHostConfig, {"steps": 1}, "steps are of two models"),
+        (TrainHostConfig, {"drop": 1.0}, r"shares in \[0, 1\)"),
+        (TrainHostConfig, {"eval_images": 3}, "eval_images must be at least 20"),
+        (DemoConfig, {"limit": 0}, "limit must be at least 1"),
+        (EvalConfig, {"limit": 3}, "limit must be at least 20"),
+        (GenerateConfig, {"model": "x"}, "give classes or prompts, and not both"),
+        (GenerateConfig, {"model": "x", "classes": (1,), "prompts": ("a",)}, "and not both"),
+        (BenchConfig, {"models": ()}, "expected models and batches"),
+        (BenchConfig, {"batches": (0,)}, "batches of at least 1"),
+        (BenchConfig, {"bandwidth": 0.0}, "bandwidth must be positive"),
+        (ReproduceConfig, {"seeds": (1, 1)}, "seeds must be different"),
+    ],
+)
+def test_bad_values(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**options)

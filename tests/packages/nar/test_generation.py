@@ -1,0 +1,97 @@
+import pytest
+import torch
+from hone_core.errors import UnsupportedHardwareError
+from hone_nar.generation import Decoding, GraphedDecoding, generate
+from hone_nar.models import tiny
+from hone_visual_ar.sampling import Sampling
+
+SAMPLING = Sampling(guidance=2.0, top_k=10, top_p=0.9)
+
+
+def draw(model, labels, seeds, **options):
+    sampling = options.pop("sampling", SAMPLING)
+    condition = model.condition(torch.tensor(labels), guided=sampling.guidance != 1)
+    return generate(model, condition, seeds=seeds, sampling=sampling, **options)
+
+
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "video"])
+def test_an_image_does_not_depend_on_its_company(kind):
+    model = tiny(kind)
+    both = draw(model, [3, 7], [11, 12])
+    assert torch.equal(draw(model, [7], [12]), both[1:])
+    assert not torch.equal(draw(model, [7], [13]), both[1:])
+    assert not torch.equal(draw(model, [6], [12]), both[1:])
+
+
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "video"])
+def test_steps_on_fixed_buffers_can_be_repeated(kind):
+    """What a graph replays: the same work on the same buffers, whatever was in them before."""
+    model = tiny(kind)
+    captured = []
+
+    def capture(work):
+        captured.append(work)
+        return work
+
+    run = GraphedDecoding(model, 2, sampling=SAMPLING, capture=capture)
+    for labels, seeds in (([3, 7], [11, 12]), ([0, 1], [5, 6]), ([3, 7], [11, 12])):
+        run.load(model.condition(torch.tensor(labels), guided=True), seeds)
+        assert torch.equal(run.run(), draw(model, labels, seeds))
+        assert run.passes == len(model.order.steps)
+    assert len(captured) == len(model.order.steps)
+
+
+def test_graphs_work_on_texts():
+    model = tiny("nar", num_classes=None, cls_token_num=5, caption_dim=24)
+    run = GraphedDecoding(model, 1, sampling=SAMPLING, capture=lambda work: work)
+    for words in ([False, True, True, True, True], [False, False, False, False, True]):
+        given = {"text": torch.randn(1, 5, 24), "words": torch.tensor([words])}
+        run.load(model.condition(**given, guided=True), [4])
+        wanted = generate(model, model.condition(**given, guided=True), seeds=[4], sampling=SAMPLING)
+        assert torch.equal(run.run(), wanted)
+
+
+def test_a_graph_needs_a_gpu():
+    with pytest.raises(UnsupportedHardwareError, match="needs a CUDA device"):
+        GraphedDecoding(tiny(), 1, sampling=SAMPLING)
+
+
+def test_draws_follow_the_distribution():
+    """The first token of many seeds, by chi-square."""
+    model, count = tiny("nar", vocab_size=8, grid=(1, 2)), 4000
+    with torch.no_grad():
+        wanted = model(torch.zeros(1, 2, dtype=torch.long), torch.tensor([3])).logits[0, 0].softmax(-1)
+    drawn = draw(model, [3] * count, range(count), sampling=Sampling())[:, 0]
+    found = torch.bincount(drawn, minlength=8).float()
+    # 24.3 is passed by one in a thousand at 7 degrees of freedom.
+    assert float(((found - count * wanted) ** 2 / (count * wanted)).sum()) < 24.3
+
+
+def test_greedy_and_one_choice_do_not_draw():
+    model = tiny()
+    for sampling in (Sampling(greedy=True), Sampling(top_k=1)):
+        assert torch.equal(draw(model, [3], [1], sampling=sampling), draw(model, [3], [2], sampling=sampling))
+
+
+def test_guidance_ends_after_some_tokens():
+    model = tiny()
+    greedy = Sampling(guidance=4.0, greedy=True)
+    full, none = draw(model, [3], [0], sampling=greedy), draw(model, [3], [0], sampling=Sampling(greedy=True))
+    assert torch.equal(draw(model, [3], [0], sampling=greedy, guided_tokens=36), full)
+    part = draw(model, [3], [0], sampling=greedy, guided_tokens=6)
+    # Steps of 1, 2, 3 and 4 tokens are guided: when the fifth begins, 10 tokens are more than 6.
+    ids = list(model.order.ids)
+    assert torch.equal(part[:, ids[:10]], full[:, ids[:10]])
+    assert not torch.equal(part, full)
+    assert not torch.equal(part, none)
+
+
+def test_what_does_not_go_together_is_refused():
+    model = tiny()
+    run = Decoding(model, 2, sampling=SAMPLING)
+    with pytest.raises(ValueError, match="expected 2 images in 4 rows"):
+        run.load(model.condition(torch.tensor([1, 2])), [0, 1])
+    with pytest.raises(ValueError, match="as many seeds"):
+        run.load(model.condition(torch.tensor([1, 2]), guided=True), [0])
+    with pytest.raises(ValueError, match="have no scales"):
+        Decoding(model, 2, sampling=Sampling(guidance=(1.0, 2.0)))

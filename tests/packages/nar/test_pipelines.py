@@ -1,0 +1,107 @@
+import pytest
+import torch
+from hone_core.errors import CheckpointError
+from hone_nar.config import GenerateConfig
+from hone_nar.models import tiny, tiny_tokenizer
+from hone_nar.pipelines import NARPipeline, pad_left
+from hone_nar.sample import check_inputs, generate
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "cat", "blue", "dog"]
+
+
+@pytest.fixture(scope="module", params=["nar", "llamagen"])
+def classes(request):
+    return NARPipeline(tiny(request.param), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def texts():
+    words = Tokenizer(WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = T5EncoderModel(T5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+    return NARPipeline(
+        tiny("nar", num_classes=None, cls_token_num=6, caption_dim=24), tiny_tokenizer(), encoder, tokenizer
+    )
+
+
+def test_images_of_classes(classes, tmp_path):
+    both = classes([3, 7], seeds=[1, 5], output_type="pt").images
+    assert both.shape == (2, 3, 24, 24)
+    assert 0 <= both.min() <= both.max() <= 1
+    torch.testing.assert_close(classes(7, seeds=5, output_type="pt").images, both[1:], atol=1e-5, rtol=0)
+    classes.save_pretrained(tmp_path)
+    again = NARPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(again([3, 7], seeds=[1, 5], output_type="pt").images, both)
+    codes = classes([3, 7], seeds=[1, 5], output_type="codes").images
+    assert codes.shape == (2, 6, 6)
+    assert classes(3).images[0].size == (24, 24)
+
+
+def test_images_of_texts(texts, tmp_path):
+    both = texts(prompt=["a red cat", "A dog "], seeds=[1, 5], output_type="pt").images
+    torch.testing.assert_close(texts(prompt="a dog", seeds=5, output_type="pt").images, both[1:], atol=1e-5, rtol=0)
+    texts.save_pretrained(tmp_path)
+    again = NARPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(prompt="a dog", seeds=5, output_type="pt").images, both[1:], atol=1e-5, rtol=0)
+
+
+def test_words_are_moved_to_the_right_and_padding_is_nothing(texts):
+    features = torch.arange(1.0, 13.0).view(2, 3, 2)
+    words = torch.tensor([[True, False, False], [True, True, True]])
+    moved, there = pad_left(features, words)
+    assert moved[0].tolist() == [[0, 0], [0, 0], [1, 2]]
+    assert there[0].tolist() == [False, False, True]
+    assert torch.equal(moved[1], features[1])
+    encoded, where = texts.encode_prompt(["a red cat", "a"])
+    assert where.sum(1).tolist() == [4, 2]
+    assert not encoded[1, :4].any()
+
+
+def test_bad_input_is_named(classes, texts):
+    for call, message in (
+        (lambda: classes(10), "classes are 0 to 9; got 10"),
+        (lambda: classes([]), "at least one class"),
+        (lambda: classes(1, prompt="a"), "draws classes; give class_labels and no prompt"),
+        (lambda: classes([1, 2], seeds=[1]), "one for each of 2 images; got 1"),
+        (lambda: classes(1, output_type="jpg"), "output_type must be"),
+        (lambda: texts(1), "draws texts; give prompt"),
+        (lambda: texts(prompt=" "), "prompt 0 holds no word"),
+        (lambda: texts(prompt="a a a a a a a"), "8 tokens, and this model reads at most 6"),
+        (lambda: NARPipeline(tiny("nar", vocab_size=16), tiny_tokenizer()), "do not belong together: 16 codes and 32"),
+        (lambda: NARPipeline(texts.transformer, tiny_tokenizer()), "needs text_encoder and tokenizer"),
+        (
+            lambda: NARPipeline(tiny("nar"), tiny_tokenizer(), texts.text_encoder, texts.tokenizer),
+            "reads no text; leave",
+        ),
+        (lambda: NARPipeline.from_published("vq_ds16", transformer="x", vae="y"), "no published image model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_verb_writes_an_image_of_each_class_whatever_the_batch(classes, start, tmp_path):
+    classes.save_pretrained(tmp_path / "model")
+    options = {"model": tmp_path / "model", "classes": (1, 2, 3), "seed": 4}
+    files = []
+    for batch in (1, 2):
+        cfg = GenerateConfig(**options, batch=batch)
+        with start(cfg, "generate", tmp_path / str(batch)) as run:
+            files.append(generate(cfg, run).images)
+    assert [file.name for file in files[0]] == ["00000.png", "00001.png", "00002.png"]
+    assert [one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True)] == [True] * 3
+    for wrong, message in (({"classes": (10,)}, "classes are 0 to 9; got 10"), ({"top_p": 2.0}, "top_p")):
+        with pytest.raises(ValueError, match=message):
+            check_inputs(GenerateConfig(**(options | wrong)))
+    with pytest.raises(ValueError, match="this model draws classes; got prompts"):
+        check_inputs(GenerateConfig(model=tmp_path / "model", prompts=("a",)))
+    with pytest.raises(CheckpointError, match="no saved pipeline"):
+        check_inputs(GenerateConfig(model=tmp_path, classes=(1,)))

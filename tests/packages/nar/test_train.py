@@ -1,0 +1,67 @@
+import json
+
+import pytest
+import torch
+from hone_core.errors import CheckpointError
+from hone_nar.config import HostConfig, TrainHostConfig
+from hone_nar.data import digits
+from hone_nar.host import digit_model, load_host
+from hone_nar.train import Learner, Making, take_step, train_host
+
+CONFIG = TrainHostConfig(
+    host=HostConfig(dim=16, layers=1, heads=2), steps=8, batch=4, eval_images=20, log_every=1, dropout=0.2
+)
+
+
+def test_a_host_is_trained_graded_and_loads(start, tmp_path):
+    with start(CONFIG, "train-host", tmp_path / "run") as run:
+        report = train_host(CONFIG, run)
+    assert report.steps == 8
+    assert not report.passed
+    names = {f"{model}_{grade}" for model in ("nar", "raster") for grade in ("bits", "accuracy", "distance")}
+    assert set(report.result) == names
+    assert load_host(path=report.checkpoint).config == CONFIG.host
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # In turns, so that both have as many updates.
+    assert [line["raster"] for line in lines] == 4 * [0, 1]
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):
+    whole = Making(CONFIG, torch.device("cpu"), tmp_path / "whole.pt")
+    for _ in whole.train():
+        pass
+    cut = Making(CONFIG, torch.device("cpu"), tmp_path / "cut.pt")
+    for at, _ in enumerate(cut.train()):
+        if at == 4:
+            break
+    cut.training.save()
+    torch.rand(7)  # other draws in between
+    again = Making(CONFIG, torch.device("cpu"), tmp_path / "cut.pt")
+    assert again.training.resume()
+    for _ in again.train():
+        pass
+    for name, module in whole.result().modules.items():
+        other = again.result().modules[name]
+        for first, second in zip(module.parameters(), other.parameters(), strict=True):
+            assert torch.equal(first, second)
+    later = Making(TrainHostConfig(host=CONFIG.host, steps=10), torch.device("cpu"), tmp_path / "cut.pt")
+    with pytest.raises(CheckpointError, match=r"differs in .*steps"):
+        later.training.resume()
+
+
+@pytest.mark.parametrize("loss", ["mixture", "separate"])
+def test_a_few_steps_learn(loss):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = digit_model("nar", CONFIG.host)
+    learner, train = Learner(model, lr=1e-2, ema=0.5, loss=loss), digits("train")
+    losses = [float(take_step(learner, train, 32, step / 40, 0, step)) for step in range(40)]
+    assert losses[0] == pytest.approx(2.83, abs=0.02)  # log 17: heads of zeros
+    assert sum(losses[-5:]) / 5 < 2.2
+
+
+def test_a_step_leaves_the_global_generator_alone():
+    learner = Learner(digit_model("raster", CONFIG.host, dropout=0.5), lr=1e-3, ema=0.9)
+    state = torch.random.get_rng_state()
+    take_step(learner, digits("train"), 4, 0.5, 0, 0)
+    assert torch.equal(torch.random.get_rng_state(), state)
