@@ -38,7 +38,7 @@ def test_what_attach_does_not_take():
 
 def test_a_warm_start_keeps_the_raster_models_head():
     raster = tiny("llamagen")
-    model = warm_start(raster)
+    model = warm_start(raster).eval()
     assert sum(p.numel() for p in model.parameters()) > sum(p.numel() for p in raster.parameters())
     # The second token is predicted by the right head alone, from the first one, as in the raster model.
     with torch.no_grad():
