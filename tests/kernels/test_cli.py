@@ -85,6 +85,7 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         "decoding",
         "logits",
         "ragged_decode",
+        "nearest_points",
         "splat_blend",
         "token_select",
     )

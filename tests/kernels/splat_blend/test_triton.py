@@ -79,7 +79,7 @@ def test_compiles_without_spills():
             assert compile_launch(launch, sm).spills == 0, launch
 
 
-@requires_gpu()
+@requires_gpu(min_sm=80)
 def test_on_a_gpu():
     compare([40, 0, 3, 17, 40, 1, 33, 8], 2, 2, "cuda")
     compare([40] * 64, 4, 8, "cuda", opacity=0.3)

@@ -1,14 +1,25 @@
+import json
 from types import SimpleNamespace
 
 import imageio_ffmpeg
 import pytest
 import torch
 from hone_blade import demo as module
-from hone_blade.config import PROMPTS, BladeConfig, Comparison, DemoConfig
+from hone_blade.config import (
+    PACKAGED_LORA,
+    PRESETS,
+    PROMPTS,
+    TDM_PRESETS,
+    BladeConfig,
+    Comparison,
+    DemoConfig,
+    DistillConfig,
+)
 from hone_blade.demo import DemoReport, _reached, demo
+from hone_blade.distill import rollout_clips, student_host
 from hone_blade.evaluate import VARIANTS
 from hone_blade.inputs import find_student
-from hone_blade.lora import lora_targets, save_blade_lora
+from hone_blade.lora import _read_header, _read_rollout, lora_targets, save_blade_lora
 from hone_blade.models import attach
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run, load_results
@@ -102,6 +113,26 @@ def test_the_packaged_student_is_of_the_packaged_host(tmp_path, monkeypatch):
     there.touch()
     assert DemoConfig().student == there
     assert DemoConfig(host=tmp_path / "host.safetensors").student is None
+
+
+def test_the_packaged_student_draws_what_it_is_asked_for():
+    """In 8 sparse steps, where the teacher's weights with the same attention and noise miss most digits."""
+    host = load_host()
+    labels = torch.tensor([parse_prompt(prompt) for prompt in PROMPTS[:3]])
+    tdm = TDM_PRESETS["tiny"].config
+    assert PACKAGED_LORA.stat().st_size < 8 * 2**20
+    settings = student_host(host, PACKAGED_LORA)
+    assert settings == PRESETS["tiny"].config
+    assert _read_rollout(PACKAGED_LORA, _read_header(PACKAGED_LORA)[2]) == DistillConfig().rollout
+    with attach(host.transformer, settings):
+        right = grade(host.classifier, rollout_clips(host, labels, tdm, seed=0), labels)["accuracy"]
+        host.transformer.disable_adapters()
+        before = grade(host.classifier, rollout_clips(host, labels, tdm, seed=0), labels)["accuracy"]
+    assert right.sum() == 3
+    assert before.sum() < 3
+    facts = json.loads(PACKAGED_LORA.with_suffix(".json").read_text())
+    assert facts["result"]["accuracy"] > 0.9
+    assert facts["environment"]["commit"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hone_core.hosts import HostFacts, write_facts
 from hone_core.runs import Run
+from hone_pmloss.config import HostConfig
+from hone_pmloss.host import PACKAGE, save_untrained
 from hone_splat.cameras import quat_to_matrix
 
 
@@ -42,3 +45,20 @@ def start(tmp_path):
         return Run.start(package="hone-pmloss", verb=verb, config=cfg, out=tmp_path / verb, device="cpu", quiet=True)
 
     return open_run
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Write a small host that was not trained, with facts that claim that it passed or missed its gates."""
+
+    def make(name="host", *, passed=True, offset="bounded"):
+        config = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, size=32, offset=offset)
+        path = save_untrained(tmp_path / name / "host.safetensors", config)
+        facts = HostFacts(
+            command="none", seed=0, steps=0, seconds=0.0, result={}, gates={}, passed=passed, train_config={},
+            environment={},
+        )  # fmt: skip
+        write_facts(path, facts, package=PACKAGE)
+        return path
+
+    return make

@@ -218,7 +218,7 @@ def test_alignment_by_camera_centres(clouds):
 
 @pytest.mark.parametrize("backend", ["torch", "kdtree"])
 def test_nearest_by_brute_force(backend, monkeypatch):
-    monkeypatch.setattr("hone_pmloss.method.CHUNK", 500)
+    monkeypatch.setattr("hone_kernels.nearest_points.reference.CHUNK", 500)
     generator = torch.Generator().manual_seed(0)
     # Differences of a thousandth at coordinates of a hundred, in float32.
     points, cloud = (100 + 1e-2 * torch.randn(n, 3, generator=generator) for n in (67, 101))

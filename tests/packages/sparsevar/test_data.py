@@ -45,8 +45,8 @@ def test_prompts_by_hand():
     assert text.shape == (2, 7, 128)
     assert torch.equal(text[0, 0], table[0])
     # Vocabulary: begin, 4 places, 4 shapes, 6 colours, 4 textures.
-    assert torch.equal(text[0, 1], table[5 + 3] + table[2])
-    assert torch.equal(text[0, 2], table[9 + 5] + table[2])
-    assert torch.equal(text[0, 3], table[15 + 1] + table[2])
-    assert torch.equal(text[1, 4], table[5 + 2] + table[4])
+    assert torch.equal(text[0, 1], table[5 + 3] * table[2].sign() + table[2])
+    assert torch.equal(text[0, 2], table[9 + 5] * table[2].sign() + table[2])
+    assert torch.equal(text[0, 3], table[15 + 1] * table[2].sign() + table[2])
+    assert torch.equal(text[1, 4], table[5 + 2] * table[4].sign() + table[4])
     assert text[0, 4:].abs().sum() == 0

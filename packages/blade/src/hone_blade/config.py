@@ -748,6 +748,9 @@ TDM_PRESETS: dict[str, TDMPreset] = {
 LR, FAKE_LR = 1e-4, 5e-4
 """The release's learning rates of student and fake score."""
 
+TINY_LR, TINY_FAKE_LR = 1e-3, 2e-4
+"""Those of the tiny host, ours: the best of five pairs tried (results/blade/distill_rates_*.json)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
@@ -773,9 +776,9 @@ class DistillConfig:
     """Parts that a batch is cut into, to fit memory."""
     rank: int = 64
     """Of the student's and the fake score's LoRA, whose alpha is the rank."""
-    lr: float = LR
+    lr: float = TINY_LR
     """Peak learning rate of the student: warm-up, then one cosine down to 0."""
-    fake_lr: float = FAKE_LR
+    fake_lr: float = TINY_FAKE_LR
     """Learning rate of the fake score, constant after the warm-up."""
     warmup_steps: int = 5
     """Steps over which both rates rise. The release's fake score has none."""
@@ -924,9 +927,9 @@ class StudentsConfig:
     """Clips of an update."""
     rank: int = 64
     """Of the adapters."""
-    lr: float = LR
+    lr: float = TINY_LR
     """Peak learning rate of a student."""
-    fake_lr: float = FAKE_LR
+    fake_lr: float = TINY_FAKE_LR
     """Learning rate of the fake score."""
     tdm: TDMConfig = field(default_factory=lambda: TDM_PRESETS["tiny"].config)
     comparison: Comparison = field(default_factory=lambda: Comparison(density=0.1875), metadata=flag(hidden=True))

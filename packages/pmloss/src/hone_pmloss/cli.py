@@ -48,6 +48,17 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare="hone_pmloss.evaluate:prepare",
         help="Geometry report of a splat (.ply) against known depth.",
     ),
+    "bench": Verb(
+        run="hone_pmloss.bench:bench",
+        config="hone_pmloss.config:BenchConfig",
+        help="Time nearest neighbours by every backend, and the parts of a training step.",
+    ),
+    "reproduce": Verb(
+        run="hone_pmloss.reproduce:reproduce",
+        config="hone_pmloss.config:ReproduceConfig",
+        prepare="hone_pmloss.reproduce:prepare",
+        help="Put the paper's claims to the test on tiny hosts.",
+    ),
     "train-host": Verb(
         run="hone_pmloss.train:train_host",
         config="hone_pmloss.config:TrainHostConfig",

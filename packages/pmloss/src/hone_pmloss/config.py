@@ -13,11 +13,13 @@ from hone_core.training import check_budget
 __all__ = [
     "ARMS",
     "PRESETS",
+    "BenchConfig",
     "DemoConfig",
     "EvalConfig",
     "HostConfig",
     "PMLossConfig",
     "Preset",
+    "ReproduceConfig",
     "TrainHostConfig",
 ]
 
@@ -103,6 +105,9 @@ class HostConfig:
     """Depths that are compared."""
     refine_channels: int = 32
     """Of the U-Net at full resolution."""
+    offset: Literal["bounded", "unconstrained"] = "bounded"
+    """How far a Gaussian may lie from its pixel's ray: half a pixel, or anywhere, as the release frees it together with
+    the loss."""
     size: int = 64
     """Side of the pictures."""
 
@@ -152,6 +157,57 @@ class TrainHostConfig:
             raise ValueError(f"expected 2 <= gap < 50; got {self.gap}")
         if min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1 or not 1 <= self.graded_targets <= 13:
             raise ValueError("scenes, targets, graded and warmup_steps must be positive, graded_targets 1 to 13")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceConfig:
+    """The paper's claims on tiny hosts: pictures alone against PM-Loss, with bounded offsets and with free ones."""
+
+    hosts: tuple[Path, ...] = ()
+    """Files made by train-host, of several seeds; the packaged one if empty."""
+    free: tuple[Path, ...] = ()
+    """Files of the same seeds in the same order, made by train-host with --host.offset unconstrained; without them the
+    loss cannot be told from the freed offset."""
+    rooms: int = field(default=96, metadata=flag("limit"))
+    """Generated rooms per host, none of them trained on."""
+    targets: int = 8
+    """Views between the context views, and beyond them, that are looked from."""
+    seed: int = 0
+    """Of the rooms."""
+
+    def __post_init__(self) -> None:
+        if self.rooms < 2 or not 1 <= self.targets <= 13:
+            raise ValueError("expected at least two rooms, and 1 to 13 targets")
+        if self.free and len(self.free) != max(1, len(self.hosts)):
+            raise ValueError(f"free: expected a file for each of hosts; got {len(self.free)} for {len(self.hosts)}")
+        if len({*self.hosts, *self.free}) < len(self.hosts) + len(self.free):
+            raise ValueError("hosts, free: one is named twice")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """What the term costs: nearest neighbours by every backend, and the parts of a training step."""
+
+    model: Literal["tiny", "depthsplat"] = "tiny"
+    """Host of the step: the tiny one, or the published DepthSplat of the paper with random weights."""
+    size: tuple[int, int] | None = None
+    """Height and width of the pictures; the model's own if None."""
+    views: tuple[int, ...] = (2,)
+    """Context views; a cloud has a point for each of their pixels."""
+    targets: int = 8
+    """Views that the pictures' loss looks at."""
+    rounds: int = 5
+    """Turns that each variant gets after two that warm up."""
+    all_pairs: int = 800_000
+    """Largest cloud that is compared pair by pair."""
+    seed: int = 0
+    """Of the room and of the order."""
+
+    def __post_init__(self) -> None:
+        if not self.views or not 2 <= min(self.views) <= max(self.views) <= 24:
+            raise ValueError(f"expected 2 to 24 views; got {self.views}")
+        if self.rounds < 1 or not 1 <= self.targets <= 24:
+            raise ValueError("expected at least one round, and 1 to 24 targets")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from hone_kernels.nearest_points import nearest_points
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -19,9 +20,7 @@ from .config import PMLossConfig
 
 __all__ = ["Backend", "PMTerm", "Similarity", "nearest", "pm_loss", "umeyama"]
 
-Backend = Literal["auto", "torch", "kdtree"]
-CHUNK = 1 << 25
-"""Distances held at a time."""
+Backend = Literal["auto", "torch", "triton", "kdtree"]
 FLAT = 1e-9
 """Share of the largest below which a singular value, or a sum of two, counts as zero."""
 
@@ -164,8 +163,9 @@ def nearest(
     Args:
         points: Queries.
         cloud: At least one point.
-        backend: ``torch`` compares all pairs, in chunks, by differences of coordinates, on any device; ``kdtree`` is
-            scipy's on the CPU; ``auto`` takes the tree on a CPU.
+        backend: ``torch`` compares all pairs, in chunks, by differences of coordinates, on any device; ``triton`` is
+            hone-kernels' on a GPU, which passes over what is far, in float32; ``kdtree`` is scipy's on the CPU;
+            ``auto`` takes the tree on a CPU and the kernel on a GPU.
 
     Raises:
         ValueError: The cloud is empty.
@@ -178,13 +178,7 @@ def nearest(
         _, found = cKDTree(cloud.double().cpu().numpy()).query(points.double().cpu().numpy())
         return torch.as_tensor(found, dtype=torch.long, device=points.device)
     points, cloud = points.float() if points.dtype.itemsize < 4 else points, cloud.to(points)
-    rows = max(1, CHUNK // len(cloud))
-    pieces = [
-        # The form |a|^2 + |b|^2 - 2ab would lose distances of a thousandth at coordinates of a hundred.
-        torch.cdist(part, cloud, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-        for part in points.split(rows)
-    ]
-    return torch.cat(pieces) if pieces else points.new_zeros(0, dtype=torch.long)
+    return nearest_points(points, cloud, backend="reference" if backend == "torch" else backend)[0]
 
 
 def pm_loss(

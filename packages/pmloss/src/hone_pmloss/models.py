@@ -148,4 +148,4 @@ def attach(host: nn.Module, config: str | PMLossConfig = "paper", *, teacher: Te
 def tiny(cfg: HostConfig | None = None, *, seed: int = 0) -> MVSplat:
     """A small MVSplat with random weights, see ``tiny_mvsplat``."""
     cfg = cfg or HostConfig()
-    return tiny_mvsplat(cfg.channels, cfg.layers, cfg.candidates, cfg.refine_channels, seed=seed)
+    return tiny_mvsplat(cfg.channels, cfg.layers, cfg.candidates, cfg.refine_channels, offset=cfg.offset, seed=seed)

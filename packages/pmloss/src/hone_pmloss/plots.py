@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from hone_core.plots import drawing, finish
+from hone_core.plots import drawing, error_bars, finish
+from hone_core.statistics import bootstrap_interval
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["clouds", "depth_errors"]
+__all__ = ["clouds", "depth_errors", "differences"]
 
 SHOWN = 4
 """Views per row."""
@@ -74,5 +76,29 @@ def depth_errors(true: Tensor, found: Tensor, band: Tensor, path: Path, *, title
                 axis.grid(False)
             if band[pick].any():
                 line[2].contour(band[pick].cpu().numpy(), levels=[0.5], colors="white", linewidths=0.5)
+        finish(figure, title=title)
+    return path
+
+
+def differences(arms: Mapping[str, Mapping[str, NDArray[np.floating]]], path: Path, *, title: str) -> Path:
+    """Each metric of each arm less that of the first arm, room by room: mean and its 95 % interval.
+
+    Args:
+        arms: Name to metric to values ``[rooms]``.
+        path: To write.
+        title: Of the figure.
+    """
+    first, *others = arms
+    metrics = list(arms[first])
+    with drawing(path, 2.3 * len(metrics) + 0.6, 2.6) as figure:
+        for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            for place, name in enumerate(others):
+                gap = arms[name][metric] - arms[first][metric]
+                bars = np.asarray(error_bars(float(gap.mean()), bootstrap_interval(gap)))
+                axis.errorbar([place], [gap.mean()], bars, marker="o", capsize=3)
+            axis.axhline(0.0, color="black", linewidth=0.8)
+            axis.set_xticks(range(len(others)), others, rotation=20)
+            axis.set_xlim(-0.6, len(others) - 0.4)
+            axis.set_title(metric)
         finish(figure, title=title)
     return path

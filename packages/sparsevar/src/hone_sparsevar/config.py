@@ -156,7 +156,7 @@ class TrainHostConfig:
     """Architecture."""
     seed: int = 0
     """Of weights and data."""
-    minutes: float = 5.0
+    minutes: float = 8.0
     """Wall clock of the training, where ``steps`` is not given."""
     steps: int | None = None
     """Optimiser steps in place of a time."""
@@ -164,11 +164,11 @@ class TrainHostConfig:
     """Images of a step."""
     compile: bool = True
     """Compile the transformer's blocks, on a GPU."""
-    tokenizer_share: float = 0.25
+    tokenizer_share: float = 0.36
     """Share of the budget that trains the tokenizer."""
-    grader_share: float = 0.1
+    grader_share: float = 0.04
     """Share of the budget that trains the grader."""
-    tokenizer_lr: float = 1e-3
+    tokenizer_lr: float = 2e-3
     """Peak rate of tokenizer and grader."""
     lr: float = 2e-3
     """Peak rate of the transformer."""

@@ -72,7 +72,9 @@ def caption(label: Tensor) -> str:
 
 
 def words(labels: Tensor, table: Tensor) -> tuple[Tensor, list[int]]:
-    """Prompts as a text encoder would give them: each word carries the place that it speaks of.
+    """Prompts as a text encoder would give them: each word is bound to the place that it speaks of.
+
+    A place turns the signs of a word's vector, so that what was said of which place survives a sum over the words.
 
     Args:
         labels: ``[B, 4, 3]``.
@@ -85,7 +87,7 @@ def words(labels: Tensor, table: Tensor) -> tuple[Tensor, list[int]]:
     offset = 1 + len(PLACES)
     first = torch.tensor([offset, offset + len(SHAPES), offset + len(SHAPES) + len(COLORS)], device=device)
     place = table[1 : 1 + len(PLACES)][None, :, None]
-    said = (table[labels + first] + place).flatten(1, 2)  # [B, 12, channels]
+    said = (table[labels + first] * place.sign() + place).flatten(1, 2)  # [B, 12, channels]
     present = (labels[..., :1] > 0).expand(-1, -1, 3).flatten(1)
     order = (~present).sort(dim=1, stable=True).indices
     said = (said * present[..., None]).gather(1, order[..., None].expand_as(said))

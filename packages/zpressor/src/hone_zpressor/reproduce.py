@@ -10,17 +10,15 @@ Beside them: farthest anchors against random ones, and a sweep over the number o
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hone_core.claims import ClaimsReport, decided, write_claims
 from hone_core.devices import resolve_device
 from hone_core.hosts import packaged_host
-from hone_core.io import atomic_write_json
-from hone_core.runs import Report, Run
+from hone_core.runs import Run
 from hone_core.statistics import bootstrap_interval
 
 from . import plots
@@ -29,7 +27,7 @@ from .data import graded_rooms
 from .grading import Grades, grade, with_settings
 from .host import PACKAGE, load_host, open_tiny
 
-__all__ = ["RULES", "ReproduceReport", "decided", "prepare", "reproduce", "verdict_over_seeds"]
+__all__ = ["RULES", "prepare", "reproduce"]
 
 MARGIN = 0.5
 """Decibels within which quality counts as held; set before any host was judged."""
@@ -41,36 +39,7 @@ RULES = {
     "farthest": "PSNR with the farthest cameras as anchors above that with random ones, likewise",
 }
 """Each is a difference that must be above zero; so decides its 95 % interval over rooms."""
-SEEDS = 3
 SWEEP_VIEWS = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceReport(Report):
-    """Verdicts; as text, with their numbers.
-
-    Attributes:
-        verdict: Contents of ``artifacts/verdict.json``.
-    """
-
-    verdict: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, run: Run) -> ReproduceReport:
-        """Return the report of a finished run."""
-        verdict = json.loads((run.artifacts / "verdict.json").read_text(encoding="utf-8"))
-        return cls(path=run.path, rows=tuple(run.rows), verdict=verdict)
-
-    def __str__(self) -> str:
-        found = self.verdict
-        lines = [f"{len(found['hosts'])} host(s), {found['rooms']} rooms each, judged at {found['judged']} views"]
-        for claim, rule in RULES.items():
-            lines.append(f"{claim}: {found['claims'][claim]} ({rule})")
-            for host in found["hosts"]:
-                numbers = host["claims"][claim]
-                low, high = numbers["interval"]
-                lines.append(f"  {host['name']}: {numbers['margin']:+.2f} [{low:+.2f}, {high:+.2f}] dB")
-        return "\n".join([*lines, f"pictures {self.path / 'figures'}", f"results  {self.path / 'results.json'}"])
 
 
 def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
@@ -88,14 +57,13 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
     return cfg
 
 
-def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
+def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:
     """Grade every arm of every host, apply the rules, and write the verdict."""
     device = resolve_device(run.device)
     hosts = [_host(cfg, run, number, path, device) for number, path in enumerate(cfg.hosts or (None,))]
-    claims = {claim: verdict_over_seeds([host["claims"][claim]["holds"] for host in hosts]) for claim in RULES}
-    verdict = {"rooms": cfg.rooms, "judged": list(cfg.judged), "rules": RULES, "claims": claims, "hosts": hosts}
-    atomic_write_json(run.artifacts / "verdict.json", verdict)
-    return ReproduceReport.of(run)
+    judged = " and ".join(map(str, cfg.judged))
+    heading = f"{len(hosts)} host(s), {cfg.rooms} rooms each, judged at {judged} views"
+    return write_claims(run, heading, RULES, hosts, unit=dict.fromkeys(RULES, "dB"), items=cfg.rooms)
 
 
 def _host(cfg: ReproduceConfig, run: Run, number: int, path: Path | None, device: torch.device) -> dict[str, Any]:
@@ -155,34 +123,5 @@ def _host(cfg: ReproduceConfig, run: Run, number: int, path: Path | None, device
         "held": psnr["zpressor", max(cfg.judged)] - psnr["zpressor", above] + MARGIN,
         "farthest": over("zpressor", "random"),
     }
-    claims = {claim: decided(values) for claim, values in gaps.items()}
-    for claim, numbers in claims.items():
-        run.row(
-            "margin",
-            numbers["margin"],
-            unit="dB",
-            better="none",
-            n=cfg.rooms,
-            interval=(numbers["interval"][0], numbers["interval"][1]),
-            variant=claim,
-            split=name,
-            labels={"holds": numbers["holds"]},
-        )
+    claims = {claim: decided(values.numpy()) for claim, values in gaps.items()}
     return {"name": name, "path": str(path or "packaged"), "claims": claims}
-
-
-def decided(gaps: torch.Tensor) -> dict[str, Any]:
-    """Mean of a difference per room, its 95 % interval, and what the interval says."""
-    low, high = bootstrap_interval(gaps.numpy())
-    holds = "yes" if low > 0 else "no" if high <= 0 else "undecided"
-    return {"margin": float(gaps.mean()), "interval": [low, high], "holds": holds}
-
-
-def verdict_over_seeds(holds: Sequence[str]) -> str:
-    """Over the seeds: confirmed or refuted where there are enough of them and all say so."""
-    counts = ", ".join(f"{word} on {holds.count(word)}" for word in ("yes", "no", "undecided") if word in holds)
-    if len(holds) < SEEDS:
-        return f"UNDECIDED, {len(holds)} of {SEEDS} seeds ({counts})"
-    if len(set(holds)) == 1 and holds[0] != "undecided":
-        return f"{'CONFIRMED' if holds[0] == 'yes' else 'REFUTED'} ({counts})"
-    return f"{'MIXED' if {'yes', 'no'} <= set(holds) else 'UNDECIDED'} ({counts})"

@@ -6,6 +6,7 @@ Keys and shapes are those of the published checkpoints, without their prefix ``e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ class MVSplatConfig:
     """How the cost volume projects."""
     pixel_colour: bool = False
     """Add the pixel's colour to the Gaussian's; not in the published weights."""
+    offset: Literal["bounded", "unconstrained"] = "bounded"
+    """How far a Gaussian may lie from its pixel's ray: half a pixel, or anywhere, as PM-Loss frees it."""
     nearest: int | None = None
     """Views that are compared with each, itself included; None for all."""
 
@@ -196,7 +199,7 @@ class MVSplat(nn.Module):
         pixel = torch.linalg.inv(views.intrinsics_norm[..., :2, :2]) @ raw.new_tensor([1 / width, 1 / height])
         scale = (low + (high - low) * scale.sigmoid()) * depth[:, :, None] * 0.1 * pixel.sum(-1)[..., None, None, None]
         gaussians = to_gaussians(
-            offset.sigmoid() - 0.5,
+            offset.sigmoid() - 0.5 if cfg.offset == "bounded" else 0.5 * offset,
             scale,
             quat,
             colour,
@@ -218,6 +221,7 @@ def tiny_mvsplat(
     refine_channels: int,
     *,
     nearest: int | None = None,
+    offset: Literal["bounded", "unconstrained"] = "bounded",
     seed: int = 0,
 ) -> MVSplat:
     """A small MVSplat with random weights, to be trained on generated rooms; the global generator is left as it was.
@@ -231,6 +235,7 @@ def tiny_mvsplat(
         candidates: Depths.
         refine_channels: Of the U-Net at full resolution.
         nearest: Views that are compared.
+        offset: See ``MVSplatConfig``.
         seed: Of the weights.
     """
     settings = MVSplatConfig(
@@ -246,6 +251,7 @@ def tiny_mvsplat(
         swin_mask="correct",
         geometry="exact",
         pixel_colour=True,
+        offset=offset,
         nearest=nearest,
     )
     with torch.random.fork_rng(devices=[]):
