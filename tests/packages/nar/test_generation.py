@@ -3,6 +3,7 @@ import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_nar.generation import Decoding, GraphedDecoding, generate
 from hone_nar.models import tiny
+from hone_nar.transformer import Pieces
 from hone_visual_ar.sampling import Sampling
 
 SAMPLING = Sampling(guidance=2.0, top_k=10, top_p=0.9)
@@ -95,3 +96,21 @@ def test_what_does_not_go_together_is_refused():
         run.load(model.condition(torch.tensor([1, 2]), guided=True), [0])
     with pytest.raises(ValueError, match="have no scales"):
         Decoding(model, 2, sampling=Sampling(guidance=(1.0, 2.0)))
+
+
+def test_compiled_pieces_are_made_once_for_all_blocks_and_steps():
+    """By a backend that runs what was traced, so that no compiler is needed."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    pieces = Pieces(*(torch.compile(piece, dynamic=True, backend=backend) for piece in Pieces()))
+    model = tiny("nar", n_layer=4)
+    run = Decoding(model, 2, sampling=SAMPLING, pieces=pieces)
+    run.load(model.condition(torch.tensor([3, 7]), guided=True), [11, 12])
+    assert torch.equal(run.run(), draw(model, [3, 7], [11, 12]))
+    # Two pieces, of one token and of several.
+    assert len(made) <= 4

@@ -24,7 +24,7 @@ from .generation import Decoding, GraphedDecoding
 from .method import guide
 from .models import tiny, tiny_tokenizer
 from .release_loop import ReleaseLoop
-from .transformer import NARForImageGeneration
+from .transformer import NARForImageGeneration, compiled_pieces
 
 __all__ = ["BenchReport", "bench", "weight_bytes"]
 
@@ -72,7 +72,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Time every model and batch.
 
     Rows, each with labels ``model`` and ``batch``: ``time`` of a batch of grids (``ms``) and ``peak_memory``, of the
-    variants ``release``, ``eager``, ``graphs`` and ``raster-...`` of each; ``passes``; ``weight_floor``; ``decode`` of
+    variants ``release``, ``eager``, ``graphs`` (one for each step), ``compiled`` (graphs of compiled blocks) and
+    ``raster-...`` of each; ``passes``; ``weight_floor``; ``decode`` of
     the tokenizer.
 
     Raises:
@@ -135,8 +136,8 @@ class _Bench:
             release = ReleaseLoop(self.model, self.cfg.guidance)
             self.check(release, labels)
             self.time(f"{self.prefix}release", facts, partial(release, labels))
-            for graphed in (False, True) if self.graphs else (False,):
-                self.ours(graphed, labels, facts)
+            for mode in ("eager", "graphs", "compiled") if self.graphs else ("eager",):
+                self.ours(mode, labels, facts)
             passes = len(self.model.order.steps)
             name = "raster" if self.prefix else "nar"
             self.run.row("passes", passes, unit="passes", better="lower", variant=name, labels=facts)
@@ -161,10 +162,11 @@ class _Bench:
         assert got is not None
         check_values("the release's loop", got, self.forward(tokens, few), tolerance=self.tolerance)
 
-    def ours(self, graphed: bool, labels: torch.Tensor, facts: Labels) -> None:
-        variant = f"{self.prefix}{'graphs' if graphed else 'eager'}"
-        kind: type[Decoding] = GraphedDecoding if graphed else Decoding
-        run = kind(self.model, len(labels), sampling=Sampling(guidance=self.cfg.guidance))
+    def ours(self, mode: str, labels: torch.Tensor, facts: Labels) -> None:
+        variant = f"{self.prefix}{mode}"
+        kind: type[Decoding] = Decoding if mode == "eager" else GraphedDecoding
+        pieces = compiled_pieces() if mode == "compiled" else None
+        run = kind(self.model, len(labels), sampling=Sampling(guidance=self.cfg.guidance), pieces=pieces)
         seeds = range(len(labels))
 
         def draw() -> torch.Tensor:

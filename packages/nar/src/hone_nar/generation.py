@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import Mix
 from .method import guide, mask_of
-from .transformer import Condition, slot_ids
+from .transformer import Condition, Pieces, slot_ids
 
 __all__ = ["Decoding", "GraphedDecoding", "generate", "single_values"]
 
@@ -44,6 +44,7 @@ class Decoding:
         sampling: How tokens are drawn.
         kind: How heads are mixed; None: as ``attach`` says, or their average.
         guided_tokens: Guidance ends once more tokens than this are drawn; None: never.
+        pieces: What blocks run, such as ``compiled_pieces()``.
 
     Attributes:
         tokens: ``[B, tokens]`` codes in slots, drawn so far.
@@ -59,7 +60,9 @@ class Decoding:
         sampling: Sampling,
         kind: Mix | None = None,
         guided_tokens: int | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
+        self.pieces = pieces
         self.model, self.images, self.sampling, self.guided_tokens = model, images, sampling, guided_tokens
         self.strength, self._temperature = single_values(sampling)
         self.guided = self.strength != 1
@@ -126,7 +129,7 @@ class Decoding:
             mask = self.mask[:, :, begin:end, :end]
         else:
             mask = self._first if step == 0 and start > 1 else None
-        hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache)
+        hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache, pieces=self.pieces)
         first, last = self.starts[step], self.starts[step + 1]
         logits: Tensor | None = None
         for head, state in enumerate(hidden):

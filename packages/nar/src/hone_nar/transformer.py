@@ -9,7 +9,7 @@ Source: FoundationVision/LlamaGen, ``autoregressive/models/gpt.py``; ThisisBillh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -35,7 +35,9 @@ __all__ = [
     "NARForImageGeneration",
     "NARForVideoGeneration",
     "NAROutput",
+    "Pieces",
     "SlotCache",
+    "compiled_pieces",
     "rope_table",
     "slot_ids",
 ]
@@ -89,6 +91,37 @@ class SlotCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
 
 
+Before = Callable[["TransformerBlock", Tensor, Rope | None], tuple[Tensor, Tensor, Tensor]]
+After = Callable[["TransformerBlock", Tensor, Tensor], Tensor]
+
+
+def _before(block: TransformerBlock, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+    return block.attention.project(block.attention_norm(x), rope)
+
+
+def _after(block: TransformerBlock, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + block.attention.resid_dropout(block.attention.wo(attended))
+    return x + block.feed_forward(block.ffn_norm(x))
+
+
+class Pieces(NamedTuple):
+    """A block's work before and after attention, neither of which depends on how much is in the cache.
+
+    Attributes:
+        before: Norm, projection, rotation.
+        after: Output projection, norm, feed-forward.
+    """
+
+    before: Before = _before
+    after: After = _after
+
+
+@lru_cache(maxsize=4)
+def compiled_pieces(backend: str = "inductor") -> Pieces:
+    """The same, compiled once for all blocks and numbers of tokens; kept for 4 backends of torch.compile."""
+    return Pieces(*(torch.compile(piece, dynamic=True, backend=backend) for piece in Pieces()))
+
+
 class Span(NamedTuple):
     """What attention is given by one forward.
 
@@ -97,12 +130,14 @@ class Span(NamedTuple):
         mask: ``[..., n, K]`` bool, True may be read; None: everything.
         cache: Where earlier positions are; None in a teacher-forced forward.
         begin: First position of these tokens in the cache.
+        pieces: What a block does besides.
     """
 
     rope: Rope | None
     mask: Tensor | None
     cache: SlotCache | None = None
     begin: int = 0
+    pieces: Pieces = Pieces()
 
 
 @dataclass
@@ -141,20 +176,24 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, span: Span, layer: int) -> Tensor:
-        """Tokens ``[R, n, C]`` on themselves and what the cache holds."""
+    def project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[R, heads, n, dim]`` of tokens ``[R, n, C]``."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.dim)).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.heads_k, self.heads_k], dim=1)
-        if span.rope is not None:
-            q, k = rotate(q, span.rope).to(x.dtype), rotate(k, span.rope).to(x.dtype)
+        if rope is not None:
+            q, k = rotate(q, rope).to(x.dtype), rotate(k, rope).to(x.dtype)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, layer: int) -> Tensor:
+        """Attention ``[R, n, C]`` of tokens on themselves and what the cache holds."""
         if span.cache is not None:
-            end = span.begin + x.shape[1]
+            end = span.begin + q.shape[2]
             keys, values = span.cache.k[layer], span.cache.v[layer]
             keys[:, :, span.begin : end] = k
             values[:, :, span.begin : end] = v
             k, v = keys[:, :, :end], values[:, :, :end]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, enable_gqa=self.heads != self.heads_k)
-        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+        return out.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -185,8 +224,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, span: Span, layer: int) -> Tensor:
         """Tokens ``[R, n, C]``."""
-        x = x + self.attention(self.attention_norm(x), span, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
+        before, after = span.pieces
+        q, k, v = before(self, x, span.rope)
+        return after(self, x, self.attention.attend(q, k, v, span, layer))
 
 
 class LabelEmbedder(nn.Module):
@@ -352,11 +392,17 @@ class _Transformer(ModelMixin, ConfigMixin):
         return x, table.rows(rows)
 
     def run_blocks(
-        self, x: Tensor, *, begin: int = 0, mask: Tensor | None = None, cache: SlotCache | None = None
+        self,
+        x: Tensor,
+        *,
+        begin: int = 0,
+        mask: Tensor | None = None,
+        cache: SlotCache | None = None,
+        pieces: Pieces | None = None,
     ) -> list[Tensor]:
         """Hidden states ``[R, n, C]`` that each head reads, of tokens at positions from ``begin`` on."""
         x, rope = self.place(self.tok_dropout(x), begin)
-        span, found = Span(rope, mask, cache, begin), []
+        span, found = Span(rope, mask, cache, begin, pieces or Pieces()), []
         for number, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, span, number, use_reentrant=False)
