@@ -38,6 +38,7 @@ WORDS = {
     "recommend",
     "simulate",
     "distill",
+    "extract",
 }
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}

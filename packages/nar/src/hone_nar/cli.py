@@ -39,6 +39,18 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb("demo:demo", "DemoConfig", "Draw digits by NAR and by a raster model: a GIF and a sheet."),
     "generate": _verb("sample:generate", "GenerateConfig", "Draw images of classes or prompts with a saved pipeline."),
+    "extract": Verb(
+        run="hone_nar.extract:extract",
+        config="hone_nar.config:ExtractConfig",
+        prepare="hone_nar.extract:check",
+        help="Write codes of images in folders, to train on.",
+    ),
+    "train": Verb(
+        run="hone_nar.finetune:train",
+        config="hone_nar.config:TrainConfig",
+        prepare="hone_nar.finetune:check",
+        help="Train NAR or LlamaGen on codes.",
+    ),
     "eval": _verb("evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits."),
     "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the central claim to the test on digits."),
     "bench": _verb("bench:bench", "BenchConfig", "Time drawing at real sizes: the release's loop, ours, and raster."),

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 from hone_core.config import flag
 from hone_core.training import check_budget
+from hone_video.training_config import LoopConfig
 
 __all__ = ["HEADS", "PRESETS", "BenchConfig", "DemoConfig", "EvalConfig", "GenerateConfig", "HostConfig", "NARConfig"]
-__all__ += ["Preset", "ReproduceConfig", "TrainHostConfig"]
+__all__ += ["ExtractConfig", "Preset", "ReproduceConfig", "TrainConfig", "TrainHostConfig"]
 
 HEADS = ("right", "below", "back")
 """Heads by the axis that they move along: the last, the one before, the one before that."""
@@ -119,6 +120,84 @@ class TrainHostConfig:
         _check_least(self, 20, "eval_images")
 
 
+def _release_loop() -> LoopConfig:
+    return LoopConfig(
+        steps=1_500_000, batch=256, micro_batch=32, lr=1e-4, warmup_steps=1, weight_decay=0.05, ema=0.9999,
+        log_every=100, checkpoint_every=5000,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Training on stored codes, as the release trains on ImageNet: 300 passes of 256 images a step."""
+
+    data: Path
+    """Folder of codes: what ``extract`` wrote, or the release's ``*_codes`` and ``*_labels``."""
+    model: str = "nar_b"
+    """``tiny``, or a published size, such as nar_l or llamagen_b."""
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of tokens; those of the codes."""
+    codebook: int = 16384
+    """Entries; those of the codes."""
+    classes: int = 1000
+    """Classes of the model; not fewer than the codes have."""
+    start: Path | None = None
+    """Weights of this size to begin with."""
+    raster: Path | None = None
+    """Weights of a raster LlamaGen of this size: its last block and head are cloned for the below head."""
+    loss: Literal["mixture", "separate"] = "mixture"
+    """Cross-entropy of the heads' averaged logits, as published, or of each head."""
+    drop: float = 0.1
+    """Share of classes that are dropped, for guidance."""
+    dropout: float = 0.1
+    """Of tokens, residual branches and feed-forward."""
+    milestones: tuple[float, ...] = (1 / 2, 2 / 3, 5 / 6)
+    """Shares of the training at which the rate falls."""
+    factor: float = 0.2
+    """What the rate falls by."""
+    dtype: str = "auto"
+    """Of the forward: auto, bfloat16 or float32; weights are float32."""
+    loop: LoopConfig = field(default_factory=_release_loop)
+    """Length, batch, rate and what is kept on the way."""
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("mixture", "separate"):
+            raise ValueError(f"loss must be mixture or separate; got {self.loss!r}")
+        if self.start is not None and self.raster is not None:
+            raise ValueError("give start or raster, and not both")
+        if not 0 <= self.drop < 1 or not 0 <= self.dropout < 1 or not 0 < self.factor <= 1:
+            raise ValueError(
+                f"drop and dropout are shares in [0, 1), factor lies in (0, 1]; got {self.drop}, {self.dropout} and "
+                f"{self.factor}"
+            )
+        if any(not 0 < share < 1 for share in self.milestones):
+            raise ValueError(f"milestones are shares of the training in (0, 1); got {self.milestones}")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be auto, bfloat16 or float32; got {self.dtype!r}")
+        _check_least(self, 1, "classes", "codebook")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractConfig:
+    """Codes of images in folders, one for each class."""
+
+    images: Path
+    """Folder with a folder of images for each class; classes are numbered by name."""
+    vae: Path
+    """``vq_ds16_c2i.pt``, or a folder of a saved ``LlamaGenVQModel``."""
+    size: int = 256
+    """Side of a view in pixels."""
+    crops: Literal["ten", "center"] = "ten"
+    """Views of an image: corners and centre of one a tenth larger, each mirrored too; or its centre."""
+    dtype: str = "auto"
+    """Of the tokenizer."""
+
+    def __post_init__(self) -> None:
+        if self.crops not in ("ten", "center"):
+            raise ValueError(f"crops must be ten or center; got {self.crops!r}")
+        _check_least(self, 1, "size")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """Digits by NAR and by a raster model, the picture growing from the corner."""
@@ -138,14 +217,18 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Quality of drawn digits, or exact likelihoods, of both models and of one head alone."""
+    """Quality of drawn digits, or exact likelihoods alone, of the tiny host; or likelihoods of a saved model."""
 
+    model: Path | None = None
+    """Folder of a saved NAR or LlamaGen, whose likelihoods of ``data`` are taken."""
+    data: Path | None = None
+    """Folder of codes, as ``train`` reads it."""
     host: Path | None = None
     """A host.safetensors made by train-host; the packaged one if not given."""
     nll: bool = False
-    """Likelihoods of held-out digits alone; nothing is drawn."""
+    """Likelihoods alone; nothing is drawn."""
     limit: int = 1000
-    """Images that are drawn of each variant."""
+    """Images that are drawn of each variant; with ``model``, that likelihoods are taken of, from the first."""
     batch: int = 250
     """Images at a time."""
     guidance: float = 1.0
@@ -156,6 +239,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _check_least(self, 1, "batch")
         _check_least(self, 20, "limit")
+        if (self.model is None) != (self.data is None) or (self.model is not None and not self.nll):
+            raise ValueError("likelihoods of a saved model need --model, --data and --nll together")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
+from hone_core.errors import CheckpointError
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from torch import Tensor
@@ -17,6 +21,7 @@ from .config import EvalConfig, Mix
 from .data import CLASSES, digits
 from .grading import accuracy, bits, distance
 from .host import Host, draw_digits, load_host
+from .transformer import LlamaGenForImageGeneration, NARForImageGeneration
 
 __all__ = ["VARIANTS", "EvalReport", "Variant", "evaluate", "table", "variants_of"]
 
@@ -79,14 +84,19 @@ def likelihood_rows(run: Run, variant: Variant, split: str = "") -> Tensor:
     test = digits("test").to(variant.model.tok_embeddings.weight.device)  # type: ignore[union-attr,arg-type]
     model, kind = variant.model, variant.kind
     found = bits(lambda tokens, labels: model.nll(tokens, labels, kind=kind), test)  # type: ignore[operator]
-    each = found.mean(1)
-    half = 1.96 * float(each.std()) / math.sqrt(len(each))
+    _bits_row(run, found, variant.name, split)
+    return found
+
+
+def _bits_row(run: Run, bits_of: Tensor, variant: str, split: str = "") -> None:
+    each = bits_of.mean(1)
+    spread = float(each.std()) if len(each) > 1 else 0.0
+    half = 1.96 * spread / math.sqrt(len(each))
     value = float(each.mean())
     run.row(
-        "bits_per_token", value, unit="bits", better="lower", n=len(each), spread=float(each.std()),
-        interval=(value - half, value + half), variant=variant.name, split=split,
+        "bits_per_token", value, unit="bits", better="lower", n=len(each), spread=spread,
+        interval=(value - half, value + half), variant=variant, split=split,
     )  # fmt: skip
-    return found
 
 
 def drawing_rows(
@@ -128,8 +138,12 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     """Measure every variant.
 
     Raises:
-        CheckpointError: There is no host.
+        CheckpointError: There is no host, saved model or folder of codes.
+        ValueError: Model and codes do not fit.
     """
+    if cfg.model is not None and cfg.data is not None:
+        _saved(cfg, cfg.model, cfg.data, run)
+        return EvalReport.of(run)
     host = load_host(resolve_device(run.device), path=cfg.host)
     variants = variants_of(host)
     with progress_bar(len(variants), desc="variants", quiet=run.quiet) as bar:
@@ -141,3 +155,28 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     if not cfg.nll:
         real_rows(run)
     return EvalReport.of(run)
+
+
+def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
+    """Write the row of a saved model's exact bits per token of codes' first views."""
+    from .codes import open_codes
+
+    codes = open_codes(data)
+    kinds = {cls.__name__: cls for cls in (NARForImageGeneration, LlamaGenForImageGeneration)}
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} holds no saved model; expected what train writes") from error
+    if kind not in kinds:
+        raise CheckpointError(f"{folder} holds a {kind}; expected one of {', '.join(kinds)}")
+    model: Any = kinds[kind].from_pretrained(folder).to(resolve_device(run.device)).eval()
+    count = min(cfg.limit, len(codes))
+    device, parts = resolve_device(run.device), []
+    with torch.no_grad(), progress_bar(count, desc="images", quiet=run.quiet) as bar:
+        for at in range(0, count, cfg.batch):
+            items = [codes.item(index) for index in range(at, min(at + cfg.batch, count))]
+            tokens = torch.stack([views[0] for views, _ in items]).to(device)
+            labels = torch.tensor([label for _, label in items], device=device)
+            parts.append(model.nll(tokens, labels).cpu() / math.log(2))
+            bar.update(len(items))
+    _bits_row(run, torch.cat(parts), "raster" if model.order.raster else "nar")
