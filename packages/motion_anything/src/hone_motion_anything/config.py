@@ -251,7 +251,7 @@ class TrainHostConfig:
     """The method."""
     seed: int = 0
     """Of weights and data."""
-    minutes: float = 8.0
+    minutes: float = 6.0
     """Wall clock of the training, where ``steps`` is not given."""
     steps: int | None = None
     """Optimiser steps in place of a time."""
@@ -259,7 +259,7 @@ class TrainHostConfig:
     """Motions of a step."""
     clips: int = 16384
     """Motions that are generated once and drawn from."""
-    tokenizer_share: float = 0.35
+    tokenizer_share: float = 0.25
     """Share of the budget that trains the tokenizer."""
     evaluator_share: float = 0.1
     """Share of the budget that trains the evaluator."""
