@@ -319,7 +319,7 @@ class RenderConfig:
     prune: float = 0.005
     """Gaussians of less opacity are left out of the splat."""
     splat: Path | None = None
-    """Copy of the splat, by its suffix .ply or .splat; artifacts/scene.ply is always written."""
+    """Copy of the splat, by its suffix .ply, .splat or .spz; artifacts/scene.ply is always written."""
     video: Path | None = None
     """Copy of the flight, .mp4; artifacts/fly.mp4 is always written."""
     backend: Literal["torch", "gsplat"] = "torch"
@@ -329,8 +329,8 @@ class RenderConfig:
         _check_capture(self)
         if self.frames < 2 or self.fps < 1 or not 0 <= self.prune < 1:
             raise ValueError("expected at least two frames, one per second, and prune in [0, 1)")
-        if self.splat is not None and self.splat.suffix not in (".ply", ".splat"):
-            raise ValueError(f"splat: expected a path ending in .ply or .splat; got {self.splat}")
+        if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
+            raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
         if self.video is not None and self.video.suffix != ".mp4":
             raise ValueError(f"video: expected a path ending in .mp4; got {self.video}")
 

@@ -18,7 +18,8 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_splat.cameras import fly_through
 from hone_splat.captures import Capture, SceneRange, fit_range, load_views, overlap, read_colmap, read_transforms
-from hone_splat.files import read_ply, write_ply, write_splat
+from hone_splat.files import read_ply, write_ply
+from hone_splat.formats import write_cloud
 from hone_splat.published import load_published
 from hone_splat.rendering import render
 from hone_splat.videos import write_video
@@ -276,7 +277,7 @@ def render_capture(cfg: RenderConfig, run: Run) -> RenderReport:
     frames = _frames(cfg, run, cloud, chosen.cam_to_world.float(), views.intrinsics_norm[0, 0], size, scene)
     write_video(frames, run.artifacts / "fly.mp4", fps=cfg.fps)
     if cfg.splat is not None:
-        (write_ply if cfg.splat.suffix == ".ply" else write_splat)(cloud, cfg.splat)
+        write_cloud(cloud, cfg.splat)
     if cfg.video is not None:
         with atomic_path(cfg.video) as scratch:
             shutil.copyfile(run.artifacts / "fly.mp4", scratch)
