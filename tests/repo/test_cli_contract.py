@@ -38,6 +38,7 @@ WORDS = {
     "recommend",
     "simulate",
     "distill",
+    "convert",
 }
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}

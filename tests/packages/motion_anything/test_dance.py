@@ -134,3 +134,5 @@ def test_resampling_is_straight_between_frames():
     found = resampled(joints, 20, 60)
     assert found.shape == (13, 2, 3)
     assert found[:, 0, 0] == pytest.approx(np.arange(13) / 3)
+    # Never beyond the last frame.
+    assert len(resampled(np.zeros((243, 2, 3)), 60, 20)) == 81

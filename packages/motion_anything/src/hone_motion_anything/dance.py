@@ -28,7 +28,7 @@ def resampled(joints: ArrayLike, fps: float, to: float = FPS) -> Array:
     """Joints ``[frames, joints, 3]`` at another frame rate, straight between frames."""
     data = np.asarray(joints, dtype=np.float64)
     last = (len(data) - 1) / fps
-    at = np.arange(round(last * to) + 1) * fps / to
+    at = np.arange(int(last * to + 1e-9) + 1) * fps / to
     low = np.minimum(at.astype(int), len(data) - 2)
     part = (at - low)[:, None, None]
     return data[low] * (1 - part) + data[low + 1] * part
