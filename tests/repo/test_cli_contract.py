@@ -43,7 +43,7 @@ WORDS = {
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}
 # Of photographs.
-WORDS |= {"doctor"}
+WORDS |= {"doctor", "view"}
 # A package may train its tiny host by a verb of its own, or a pipeline beside the tiny host.
 WORDS |= {"train-host", "train-router", "distill-pipeline", "encode-prompts"}
 

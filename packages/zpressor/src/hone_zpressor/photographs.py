@@ -25,7 +25,7 @@ from hone_splat.rendering import render
 from hone_splat.videos import write_video
 from torch import Tensor
 
-from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ZPressorConfig
+from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
 from .host import load_host, open_tiny
 from .method import farthest_points
 from .models import attach
@@ -33,11 +33,13 @@ from .models import attach
 __all__ = [
     "DoctorReport",
     "RenderReport",
+    "contexts",
     "doctor",
     "examine",
     "find_weights",
     "load_model",
     "prepare",
+    "read_capture",
     "render_capture",
 ]
 
@@ -95,7 +97,7 @@ class RenderReport(Report):
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
 
-def read_capture(cfg: DoctorConfig | RenderConfig) -> tuple[Capture, SceneRange]:
+def read_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> tuple[Capture, SceneRange]:
     """The photographs that a command names, and how they are scaled.
 
     Raises:
@@ -126,7 +128,7 @@ def prepare(cfg: Any) -> Any:
     return cfg
 
 
-def find_weights(cfg: RenderConfig | EvalConfig) -> None:
+def find_weights(cfg: RenderConfig | EvalConfig | ViewConfig) -> None:
     """Look for the weights that a command names.
 
     Raises:
@@ -221,7 +223,7 @@ def doctor(cfg: DoctorConfig, run: Run) -> DoctorReport:
     return DoctorReport.of(run)
 
 
-def load_model(cfg: RenderConfig | EvalConfig, device: torch.device | str = "cpu") -> Any:
+def load_model(cfg: RenderConfig | EvalConfig | ViewConfig, device: torch.device | str = "cpu") -> Any:
     """The host with its weights, and the compressor on it.
 
     Raises:
