@@ -39,13 +39,14 @@ WORDS = {
     "simulate",
     "distill",
     "extract",
+    "convert",
 }
 # Of kernels alone.
 WORDS |= {"tune", "profile", "sanitize", "spills"}
 # Of photographs.
-WORDS |= {"doctor"}
+WORDS |= {"doctor", "view"}
 # A package may train its tiny host by a verb of its own, or a pipeline beside the tiny host.
-WORDS |= {"train-host", "distill-pipeline", "encode-prompts"}
+WORDS |= {"train-host", "train-router", "distill-pipeline", "encode-prompts"}
 
 # Runs the entry point and says on stderr what it imported.
 PROBE = f"""

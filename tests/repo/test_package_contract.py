@@ -66,7 +66,7 @@ NO_HOST_YET = {
     "hone-zpressor": "hone_zpressor.host:build_tiny",
 }
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
-NO_VERB_YET = {"hone-motion-anything": ("bench",)}
+NO_VERB_YET = {}
 """Verbs that are still missing in a package in progress, whose README says so."""
 NO_DEMO_YET = ("hone-motion-anything", "hone-sparsevar", "hone-zpressor")
 """Packages whose demo waits for its trained host to be measured."""

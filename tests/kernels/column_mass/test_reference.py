@@ -18,16 +18,17 @@ def test_by_hand():
     assert last.seen.tolist() == [[1, 1]]
 
 
+@pytest.mark.parametrize("earlier", [0, 2])
 @pytest.mark.parametrize("padded", [False, True])
-def test_brute_force(padded):
-    q, k = torch.randn(2, 4, 9, 3, dtype=torch.float64), torch.randn(2, 2, 9, 3, dtype=torch.float64)
-    rows = torch.tensor([[0, 4, 8], [3, 8, -1]])
+def test_brute_force(padded, earlier):
+    q, k = torch.randn(2, 4, 9 - earlier, 3, dtype=torch.float64), torch.randn(2, 2, 9, 3, dtype=torch.float64)
+    rows = torch.tensor([[0, 4, 8], [3, 8, -1]]).clamp(max=8 - earlier)
     real = torch.rand(2, 9) < 0.7 if padded else None
     got = column_mass(q, k, rows, real=real)
     for b in range(2):
         mass, seen = [0.0] * 9, [0] * 9
         for row in [r for r in rows[b].tolist() if r >= 0]:
-            columns = [j for j in range(row + 1) if real is None or real[b, j]]
+            columns = [j for j in range(row + earlier + 1) if real is None or real[b, j]]
             for j in columns:
                 seen[j] += 1
             for h in range(4):
@@ -52,6 +53,7 @@ def test_opcheck():
     [
         ({"k": torch.zeros(1, 3, 5, 16)}, ValueError, "query heads must be a multiple of key heads"),
         ({"k": torch.zeros(1, 2, 5, 16).double()}, TypeError, "must share a dtype"),
+        ({"q": torch.zeros(1, 4, 6, 16)}, ValueError, "q must not have more tokens than k; got 6 and 5"),
         ({"rows": torch.zeros(1, 0).long()}, ValueError, r"rows must be integers \[1, R\], R at least 1"),
         ({"rows": torch.zeros(1, 2)}, ValueError, "got torch.float32"),
         ({"real": torch.ones(1, 4).bool()}, ValueError, r"real must be bool \[1, 5\]"),

@@ -35,6 +35,9 @@ def compare(q, k, rows, real):
 @pytest.mark.parametrize("padded", [False, True])
 def test_interpreted(dtype, padded):
     compare(*case(2, 4, 2, 77, 16, 5, dtype, padded=padded))
+    # A later turn, of which q holds the last tokens alone.
+    q, k, rows, real = case(2, 4, 2, 77, 16, 5, dtype, padded=padded)
+    compare(q[:, :, 70:], k, (rows - 70).clamp(min=-1), real)
     # More rows than a tile, more keys than a piece.
     compare(*case(1, 2, 1, 530, 16, 70, dtype, padded=padded))
 
@@ -74,6 +77,7 @@ def test_gpu():
             for padded in (False, True):
                 q, k, rows, real = case(batch, heads, heads_k, tokens, dim, num_rows, dtype, "cuda", padded)
                 compare(q, k, rows, real)
+                compare(q[:, :, tokens // 2 :], k, (rows - tokens // 2).clamp(min=-1), real)
                 first, second = (column_mass(q, k, rows, real=real, backend="triton") for _ in range(2))
                 assert torch.equal(first.mass, second.mass)
 

@@ -4,7 +4,15 @@ import sys
 
 import pytest
 from hone_core.config import from_dict, to_dict
-from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime
+from hone_fpsattention.config import (
+    PRESETS,
+    PROMPTS,
+    CalibrateConfig,
+    FPSAttentionConfig,
+    InspectConfig,
+    Regime,
+    VideoConfig,
+)
 from hone_fpsattention.windows import density
 
 
@@ -128,3 +136,17 @@ def test_bad_regimes_are_named(change, error, message):
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         FPSAttentionConfig().tile = (1, 1, 1)
+
+
+@pytest.mark.parametrize("cls", [CalibrateConfig, InspectConfig])
+def test_what_the_tiny_host_would_not_read_is_refused(cls):
+    prompts = ("a red 7 moving left, slow",)
+    assert cls(video=VideoConfig(prompts=prompts, seed=3)).video.seed == 3
+    with pytest.raises(ValueError, match=r"steps, height: of a pipeline, not of the tiny host; pass --model FOLDER"):
+        cls(video=VideoConfig(prompts=prompts, steps=3, height=32))
+    assert cls(video=VideoConfig(model="folder", prompts=prompts, steps=3)).video.steps == 3
+
+
+def test_inspect_looks_at_one_video():
+    with pytest.raises(ValueError, match="inspect looks at one video; got 2 prompts"):
+        InspectConfig(video=VideoConfig(prompts=PROMPTS))

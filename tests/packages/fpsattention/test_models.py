@@ -269,6 +269,15 @@ def test_pipelines_with_two_transformers():
 # ---- what is refused
 
 
+def test_a_preset_takes_the_schedulers_shift():
+    pipe = tiny_pipeline("wan")
+    assert PRESETS["wan2.1-14b"].config.shift == 5.0
+    with attach(pipe, "wan2.1-14b") as handle:
+        assert handle.config == dataclasses.replace(PRESETS["wan2.1-14b"].config, shift=3.0)
+    with attach(pipe.transformer, "wan2.1-14b") as handle:
+        assert handle.config == PRESETS["wan2.1-14b"].config
+
+
 def test_another_shift_is_refused():
     pipe = tiny_pipeline("wan")
     staged = config(NEAR, Regime(), boundaries=(0.5,), shift=5.0)

@@ -169,6 +169,8 @@ def test_verdicts():
     assert said[2].endswith("untrained, no difference found on digit and direction, no difference found on loss")
     assert said[3].endswith("no: less than 0.5 dB")
     assert "nothing is shown to be broken" in verdicts(rows())[1]
+    harmed = verdicts(rows(**broken, accuracy_flow_dense=(-0.8, -0.6), accuracy_flow_both=(-0.3, -0.1)))
+    assert "trained on flow: no; it is worse than without training." in harmed[1]
     assert "undecided;" in verdicts(rows(**broken, accuracy_flow_dense=(-0.05, 0.01)))[1]
     trained = "scheduletrained_constanttrained"
     better = {f"accuracy_{trained}": (0.01, 0.05), f"flow_loss_{trained}": (0.1, 0.2)}

@@ -122,6 +122,19 @@ def test_the_learning_rate_rises_and_falls(tiny_host, tmp_path):
     assert_close(torch.tensor(rates), torch.tensor([0.25, 0.976, 0.505, 0.01]), atol=1e-3)
 
 
+def test_the_average_follows_the_student_slowly_once_it_has_begun(tiny_host, tmp_path):
+    cfg = dataclasses.replace(config(tiny_host, steps=4), ema=0.3)
+    tuning = Tuning(cfg, load_host(path=tiny_host), tmp_path / "checkpoint.pt")
+    name = "blocks.0.ffn.net.2.weight"
+    student, average = (dict(model.named_parameters())[name] for model in (tuning.student, tuning.ema))
+    want = student.detach().clone()
+    # (1 + n) / (10 + n) after n updates, until that is more than the decay.
+    for decay, _ in zip((2 / 11, 3 / 12, 0.3, 0.3), tuning.train(segment_glyphs()), strict=True):
+        want = decay * want + (1 - decay) * student.detach()
+        assert_close(average, want, rtol=1e-5, atol=1e-7)
+    assert float((student - average).detach().abs().max()) > 1e-5
+
+
 # ---- runs
 
 

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from hone_motion_anything.dance import beat_alignment, motion_beats, resampled
 from hone_motion_anything.metrics import diversity, frechet, matching, multimodality, r_precision, repeated
 
 
@@ -57,24 +56,3 @@ def test_diversity_and_multimodality():
 def test_intervals_of_repetitions():
     mean, half = repeated([1.0, 3.0, 1.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(1.96 / 2))
-
-
-def test_beats_of_a_pendulum():
-    t = np.arange(240) / 60
-    joints = np.zeros((240, 2, 3))
-    joints[:, 0, 0] = np.cos(np.pi * (t + 0.002))  # it stands at each whole second
-    found = motion_beats(joints)
-    assert np.abs(found - [60, 120, 180]).max() <= 1
-    assert beat_alignment(joints, [60, 120, 180]) > 0.9
-    assert beat_alignment(joints, [90, 150]) == pytest.approx(0, abs=1e-6)
-    assert beat_alignment(joints, [63]) == pytest.approx(np.exp(-(min(abs(found - 63)) ** 2) / 18))
-    assert beat_alignment(np.zeros((50, 2, 3)), [10]) == 0
-    with pytest.raises(ValueError, match="has no beat"):
-        beat_alignment(joints, [])
-
-
-def test_resampling_is_straight_between_frames():
-    joints = np.arange(5.0)[:, None, None] * np.ones((1, 2, 3))
-    found = resampled(joints, 20, 60)
-    assert found.shape == (13, 2, 3)
-    assert found[:, 0, 0] == pytest.approx(np.arange(13) / 3)

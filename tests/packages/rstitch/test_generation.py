@@ -330,7 +330,7 @@ def test_reading_a_gap_at_once_is_reading_it_token_by_token(pairs):
         side = _Side(large, DynamicCache(config=large.config), [row])
         for length in cut:
             read = side.read[0]
-            found, _ = side.extend([(row, row.gap(LARGE, read)[:length])])
+            found, _, _ = side.extend([(row, row.gap(LARGE, read)[:length])])
         logits.append(found)
     for found in logits[1:]:
         torch.testing.assert_close(found, logits[0], atol=1e-10, rtol=0)

@@ -127,3 +127,9 @@ def test_shared():
     found = Vocabulary.shared(6, 8, [2])
     assert found.to_small.tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
     assert found.size == 6
+
+
+def test_a_vocabulary_without_ends_is_read():
+    vocabulary = Vocabulary.shared(3, 5, ())
+    logits = torch.arange(5.0)[None]
+    assert vocabulary.read(logits, 1)[0].isfinite().tolist() == [True, True, True, False, False]

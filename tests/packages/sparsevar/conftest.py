@@ -44,3 +44,23 @@ def model():
     with torch.no_grad():
         condition = transformer.condition(words, [6, 4])
     return transformer, tokenizer, condition, ScaleSchedule(((1, 1), (3, 2), (5, 4), (7, 6), (10, 9)), (16, 14))
+
+
+@pytest.fixture(scope="session")
+def folder(model, tmp_path_factory):
+    """A saved pipeline that reads two words."""
+    from hone_visual_ar import InfinityPipeline
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text = T5EncoderModel(T5Config(vocab_size=4, d_model=128, d_kv=16, d_ff=64, num_layers=1, num_heads=2)).eval()
+    path = tmp_path_factory.mktemp("pipeline")
+    InfinityPipeline(model[0], model[1], text, tokenizer).save_pretrained(path)
+    return path

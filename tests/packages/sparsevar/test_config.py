@@ -30,7 +30,7 @@ from hone_sparsevar.config import (
         (BenchConfig, {"modes": ("fast",)}, "modes must be of eager, graphs, compiled; got fast"),
         (BenchConfig, {"batch": 0}, "batch, text_tokens and rounds must be at least 1"),
         (TrainHostConfig, {"minutes": 0.0}, "minutes must be positive"),
-        (TrainHostConfig, {"tokenizer_share": 0.95}, "leave the transformer some"),
+        (TrainHostConfig, {"tokenizer_share": 0.97}, "leave the transformer some"),
         (TrainHostConfig, {"flip": 1.5}, "flip and drop are shares"),
     ],
 )

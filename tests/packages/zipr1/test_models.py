@@ -1,15 +1,16 @@
 """Token selection inside real classes: equal to the dense model whose dropped keys and values are masked."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from hone_core.testing import assert_close
+from hone_core.testing import assert_close, requires_gpu
 from hone_lm.attention import tap_attention
 from hone_lm.decoders import cache_keyword, find_decoder
 from hone_lm.layouts import RULES
 from hone_lm.tiny import tiny, tiny_inputs
-from hone_zipr1.cache import SparseLayer
+from hone_zipr1.cache import Kept, SparseLayer
 from hone_zipr1.config import SparseConfig
 from hone_zipr1.models import attach, check_config, selected_attention, sparse, visual_ids
 from transformers import DynamicCache, QuantizedCache, StaticCache
@@ -48,7 +49,10 @@ def written(model, inputs, **options):
 
 
 def masked_dense(model, inputs, keep):
-    """Logits of the dense model whose layer l reads only what ``keep[l]`` says, and writes nothing elsewhere."""
+    """Logits of the dense model whose layer l reads only what ``keep[l]`` says, and writes nothing elsewhere.
+
+    ``[batch, tokens]``, or ``[batch, tokens, tokens]`` where rows differ in what they read.
+    """
     decoder = find_decoder(model)
 
     def attend(base, module, query, key, value, attention_mask, **kwargs):
@@ -57,8 +61,10 @@ def masked_dense(model, inputs, keep):
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         logits = torch.einsum("bhid,bhjd->bhij", query, key) * kwargs["scaling"]
-        pairs = torch.ones(tokens, tokens).tril().bool() & kept[:, None, None, :]
-        weights = torch.where(pairs, logits, -1e30).softmax(-1) * kept[:, None, :, None]
+        pairs = kept if kept.dim() == 3 else kept[:, None, :].expand(-1, tokens, -1)
+        there = pairs.diagonal(dim1=1, dim2=2)
+        pairs = torch.ones(tokens, tokens).tril().bool() & pairs[:, None]
+        weights = torch.where(pairs, logits, -1e30).softmax(-1) * there[:, None, :, None]
         return torch.einsum("bhij,bhjd->bihd", weights, value), None
 
     tap = tap_attention(decoder, attend)
@@ -227,6 +233,56 @@ def test_a_later_turn_reads_what_is_left():
     assert_close(later, masked_dense(model, longer, grown)[:, -3:], atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("rows", ["all", "probe"])
+def test_a_later_turn_on_a_full_cache_chooses_anew(rows):
+    model, inputs = get("llava_onevision", TWO)
+    real, keyword = inputs["attention_mask"].bool(), cache_keyword(model)
+    said, more = torch.tensor([[30], [31]]), torch.tensor([[40, 50, 60], [61, 51, 41]])
+    first, new = real.shape[1], 4
+    whole = torch.cat([real, torch.ones(2, new, dtype=torch.bool)], 1)
+    # generate counts positions from the first real token; this class by itself does not.
+    places = (whole.long().cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache()
+    with sparse(model, 0.6, rows=rows, recent=2, random=1, cache="retrieve", protect="none") as handle:
+        model(**inputs, use_cache=True, position_ids=places[:, :first], **{keyword: cache})
+        before = handle.stats
+        step = {"attention_mask": whole[:, : first + 1].long(), "position_ids": places[:, first : first + 1]}
+        model(input_ids=said, use_cache=True, **step, **{keyword: cache})
+        assert handle.stats is before
+        step = {"attention_mask": whole.long(), "position_ids": places[:, first + 1 :]}
+        later = model(input_ids=more, use_cache=True, **step, **{keyword: cache}).logits
+        now = handle.stats
+    assert now.real.shape[1] == first + new
+    assert now.protected[:, first:].tolist() == [[True, False, False, True]] * 2
+    assert torch.equal(now.protected[:, :first], before.protected)
+    assert any((now.keep[layer][:, :first] & ~before.keep[layer]).any() for layer in range(LAYERS))
+    assert all((now.keep[layer] & ~whole).sum() == 0 for layer in range(LAYERS))
+    # Each row of the whole read what was chosen in its turn; a prompt's dropped tokens stay without output.
+    keep = {}
+    for layer in range(LAYERS):
+        pairs = torch.cat([before.keep[layer], torch.ones(2, new, dtype=torch.bool)], 1)[:, None].repeat(
+            1, first + new, 1
+        )
+        pairs[:, first + 1 :] = now.keep[layer][:, None]
+        keep[layer] = pairs
+    longer = inputs | {"input_ids": torch.cat([inputs["input_ids"], said, more], 1), "attention_mask": whole.long()}
+    expected = masked_dense(model, longer | {"position_ids": places}, keep)[:, -3:]
+    assert_close(later, expected, atol=1e-9, rtol=0)
+    assert 0 < float(now.uniform(0.6)[0]) <= 1
+
+
+def test_later_turns_at_p_of_one_are_the_dense_model_bit_for_bit():
+    model, inputs = get("llava_onevision")
+    more = torch.tensor([[40, 50, 60]])
+    found = []
+    for p in (None, 1.0):
+        cache = DynamicCache()
+        with nullcontext() if p is None else sparse(model, p, cache="retrieve"):
+            model(**inputs, use_cache=True, **{cache_keyword(model): cache})
+            found.append(model(input_ids=more, use_cache=True, **{cache_keyword(model): cache}).logits)
+    assert torch.equal(*found)
+
+
 def test_prompt_lookup_writes_what_plain_decoding_does():
     model, inputs = get("llava_onevision")
     with sparse(model, 0.3, rows="all") as handle:
@@ -242,7 +298,7 @@ def test_cache_layer_counts_what_was_seen_and_takes_back_only_what_is_whole():
     states = torch.arange(6.0).view(1, 1, 6, 1).expand(2, 1, 6, 1)
     layer.update(states, states)
     keep = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 1]]).bool()
-    layer.evict(keep)
+    layer.evict(Kept.of(keep))
     assert layer.get_seq_length() == 6
     assert layer.get_mask_sizes(2) == (8, 0)
     assert layer.keys[0, 0, :, 0].tolist() == [0, 2, 5]
@@ -274,6 +330,25 @@ def test_gathered_and_masked_attention_agree_with_gradients():
         for one, other in zip(*found, strict=True):
             assert_close(one, other, atol=1e-12, rtol=0)
         assert not found[0][0][0, :, 1].any()
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize("cache", ["evict", "retrieve"])
+@pytest.mark.parametrize("rows", ["all", "probe"])
+def test_kernels_choose_and_answer_as_the_formulas_do(cache, rows):
+    model, inputs = get("qwen2_5_vl", TWO)
+    settings = {"rows": rows, "recent": 8, "random": 8, "cache": cache}
+    model = copy.deepcopy(model).float()
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    with sparse(model, 0.6, **settings) as handle:
+        ids, logits = written(model, inputs)
+        keep = handle.stats.keep
+    model.cuda()
+    with sparse(model, 0.6, **settings) as handle:
+        found, again = written(model, {k: v.cuda() for k, v in inputs.items()})
+        assert all(torch.equal(keep[layer], handle.stats.keep[layer].cpu()) for layer in keep)
+    assert torch.equal(found.cpu(), ids)
+    assert_close(again.cpu(), logits, atol=2e-3, rtol=2e-3)
 
 
 def test_eager_runs_the_same():

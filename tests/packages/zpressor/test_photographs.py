@@ -88,7 +88,7 @@ def test_a_folder_becomes_a_splat_and_a_flight_and_goes_on_where_it_broke_off(
         ({"colmap": Path("a"), "transforms": Path("b")}, "one of colmap and transforms"),
         ({"colmap": Path("a"), "near": 1.0}, "near and far are given together"),
         ({"colmap": Path("a"), "model": "other"}, "no host 'other'"),
-        ({"colmap": Path("a"), "model": "tiny", "splat": Path("a.obj")}, "ending in .ply or .splat"),
+        ({"colmap": Path("a"), "model": "tiny", "splat": Path("a.obj")}, "ending in .ply, .splat or .spz"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.testing import assert_close
-from hone_video.training import Loop, data_index, seeded
+from hone_video.training import Group, Loop, data_index, seeded
 from hone_video.training_config import LoopConfig
 from training_worker import train
 
@@ -76,6 +76,28 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(whole, launched):
     train(launched / "stopped", steps=6)
     for line, other in zip(logged(launched / "stopped"), logged(whole[0]), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_rate_and_average_by_hand(tmp_path):
+    """A gradient of one at every step: AdamW then moves by the learning rate."""
+    from hone_core.runs import Run
+
+    cfg = LoopConfig(steps=5, batch=1, lr=0.1, warmup_steps=4, clip=10.0)
+    with Run.start(package="hone-video", verb="train", config=cfg, out=tmp_path / "run", device="cpu") as run:
+        loop, model = Loop(cfg, run), torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        loop.prepare(model, {"student": Group(lr=cfg.lr, ema=0.3)})
+        value = average = 0.0
+        # The rate rises over four steps; the decay is (1 + n) / (10 + n) after n, until that is more than the group's.
+        for rise, decay in zip((0.25, 0.5, 0.75, 1.0, 1.0), (2 / 11, 3 / 12, 0.3, 0.3, 0.3), strict=True):
+            (part,) = loop.parts()
+            loop.backward(loop.model(torch.ones(1, 1)).sum(), part)
+            assert loop.apply("student") == pytest.approx(1.0)
+            value -= 0.1 * rise
+            average = decay * average + (1 - decay) * value
+            assert float(model.weight.detach()) == pytest.approx(value, abs=1e-6)
+            assert float(loop.weights("student")["weight"]) == pytest.approx(average, abs=1e-6)
+        assert float(loop.weights("student", averaged=False)["weight"]) == pytest.approx(-0.35, abs=1e-6)
 
 
 def test_what_is_no_checkpoint_is_refused(whole, tmp_path):

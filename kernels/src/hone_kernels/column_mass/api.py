@@ -46,10 +46,10 @@ def column_mass(
 ) -> ColumnMass:
     """Sum the softmax of some rows over the rows, column by column; no call waits for the device, no gradient flows.
 
-    Row i sees the keys 0 .. i.
+    Row i sees the keys 0 .. i + TK - TQ: where there are more keys than queries, those are of earlier turns.
 
     Args:
-        q: ``[B, H, TQ, D]``.
+        q: ``[B, H, TQ, D]``, TQ at most TK.
         k: ``[B, HK, TK, D]``, H a multiple of HK.
         rows: int32 or int64 ``[B, R]``, positions of rows in q, below TQ; negative for none.
         real: bool ``[B, TK]``, False for keys that no row sees.
@@ -64,6 +64,8 @@ def column_mass(
     """
     check_heads(q, k)
     scale = check_scale(scale, q.shape[3])
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"q must not have more tokens than k; got {q.shape[2]} and {k.shape[2]}")
     if rows.dim() != 2 or len(rows) != len(q) or not rows.shape[1] or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"rows must be integers [{len(q)}, R], R at least 1; got {rows.dtype} {list(rows.shape)}")
     if real is not None and (real.shape != (len(k), k.shape[2]) or real.dtype != torch.bool):

@@ -19,7 +19,8 @@ def column_mass_reference(
     heads, dim = q.shape[1], q.shape[3]
     columns = torch.arange(k.shape[2], device=q.device)
     there, at = rows >= 0, rows.clamp(min=0).long()
-    visible = (columns <= at[..., None]) & there[..., None]  # [B, R, TK]
+    before = k.shape[2] - q.shape[2]  # keys of earlier turns
+    visible = (columns <= at[..., None] + before) & there[..., None]  # [B, R, TK]
     if real is not None:
         visible = visible & real[:, None]
     picked = q.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim)).to(exact)

@@ -20,7 +20,7 @@ _CHUNK = 512
 def _lse_kernel(
     Q, K, ROWS, REAL, PART,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    num_rows, num_k, chunks, scale_log2,
+    num_rows, num_k, before, chunks, scale_log2,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """PART[bh, chunk, row]: log-sum-exp, base 2, of a row's logits in a chunk of the keys."""
@@ -41,7 +41,8 @@ def _lse_kernel(
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     first = chunk * CHUNK
-    stop = tl.minimum(tl.minimum(first + CHUNK, num_k), tl.max(row, 0) + 1)
+    last = tl.where(there, row + before, -1)  # the last key that a row sees
+    stop = tl.minimum(tl.minimum(first + CHUNK, num_k), tl.max(last, 0) + 1)
     for start in range(first, stop, BN):
         at = start + c
         k = tl.load(keys + at.to(tl.int64)[None, :] * stride_kt + d[:, None], mask=(at < num_k)[None, :], other=0.0)
@@ -49,7 +50,7 @@ def _lse_kernel(
         if REAL is not None:
             live = live & (tl.load(REAL + b * num_k + at, mask=live, other=0) != 0)
         s = tl.dot(q, k, input_precision="tf32x3") * scale_log2
-        s = tl.where(live[None, :] & (at[None, :] <= row[:, None]), s, -float("inf"))
+        s = tl.where(live[None, :] & (at[None, :] <= last[:, None]), s, -float("inf"))
         new = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new == -float("inf"), 0.0, new)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
@@ -79,7 +80,7 @@ def _join_kernel(PART, LSE, num_rows, chunks, BM: tl.constexpr):
 def _mass_kernel(
     Q, K, ROWS, REAL, LSE, MASS, SEEN,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    num_rows, num_k, scale_log2,
+    num_rows, num_k, before, scale_log2,
     H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """MASS[key head, b, column]: weights of a tile of columns, summed over rows and the heads of one key head."""
@@ -101,8 +102,9 @@ def _mass_kernel(
     for first in range(0, num_rows, BM):
         r = first + m
         row = tl.load(ROWS + b * num_rows + r, mask=r < num_rows, other=-1)
-        if tl.max(row, 0) >= start:
-            visible = live[None, :] & (at[None, :] <= row[:, None])
+        last = tl.where(row >= 0, row + before, -1)
+        if tl.max(last, 0) >= start:
+            visible = live[None, :] & (at[None, :] <= last[:, None])
             seen += tl.sum(visible.to(tl.int32), 0)
             for g in range(0, H // HK):
                 h = hk * (H // HK) + g
@@ -137,12 +139,12 @@ def column_mass_triton(q: Tensor, k: Tensor, rows: Tensor, real: Tensor | None, 
     seen = torch.empty((batch, num_k), dtype=torch.int32, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3])
     _lse_kernel[(chunks, triton.cdiv(num_rows, tile_q), batch * heads)](
-        q, k, rows, real, part, *strides, num_rows, num_k, chunks, scale * LOG2E,
+        q, k, rows, real, part, *strides, num_rows, num_k, num_k - q.shape[2], chunks, scale * LOG2E,
         H=heads, GROUP=heads // heads_k, D=dim, BM=tile_q, BN=tile_k, CHUNK=_CHUNK, num_warps=4, num_stages=3,
     )  # fmt: skip
     _join_kernel[(triton.cdiv(num_rows, 64), batch * heads)](part, lse, num_rows, chunks, BM=64, num_warps=2)
     _mass_kernel[(triton.cdiv(num_k, tile_k), heads_k, batch)](
-        q, k, rows, real, lse, mass, seen, *strides, num_rows, num_k, scale * LOG2E,
+        q, k, rows, real, lse, mass, seen, *strides, num_rows, num_k, num_k - q.shape[2], scale * LOG2E,
         H=heads, HK=heads_k, D=dim, BM=tile_q, BN=tile_k, num_warps=4 if narrow else 8, num_stages=2,
     )  # fmt: skip
     return mass.sum(0), seen

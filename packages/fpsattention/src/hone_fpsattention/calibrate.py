@@ -18,7 +18,7 @@ from hone_video.prompts import parse_prompt
 
 from .calibration import Errors, attach_probe, candidate_regimes, gather_errors, search
 from .config import PRESETS, CalibrateConfig, FPSAttentionConfig, Regime
-from .models import describe_model, scheduler_shift
+from .models import describe_model, preset_for, scheduler_shift
 from .plots import error_map
 from .sample import default_preset, draw, open_pipeline, video_grid
 from .schedule import Schedule, step_regimes
@@ -135,9 +135,8 @@ def _tiny(cfg: CalibrateConfig, device: torch.device) -> Source:
 
 def _pipeline(cfg: CalibrateConfig, device: torch.device) -> Source:
     pipe = open_pipeline(cfg.video, device)
-    base = PRESETS[cfg.preset or default_preset(type(pipe).__name__)].config
     shift = scheduler_shift(pipe.scheduler)
-    base = (base if shift is None else replace(base, shift=shift)).constant(0)
+    base = preset_for(cfg.preset or default_preset(type(pipe).__name__), shift).constant(0)
 
     def sample(index: int, done: Callable[[], None]) -> object:
         return draw(pipe, cfg.video, index, output_type="latent", step_done=done)

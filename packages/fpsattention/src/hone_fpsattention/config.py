@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -453,6 +453,19 @@ class VideoConfig:
         if self.guidance < 1:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
 
+    def check_host(self) -> None:
+        """Refuse what the tiny host, which has its own size and steps, would not read.
+
+        Raises:
+            ValueError: More than prompts and a seed is given.
+        """
+        read = ("model", "prompts", "seed")
+        given = [f.name for f in fields(self) if f.name not in read and getattr(self, f.name) != f.default]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: of a pipeline, not of the tiny host; pass --model FOLDER, or leave out"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
@@ -509,6 +522,7 @@ class CalibrateConfig:
         if not self.video.prompts:
             raise ValueError("calibrate needs a prompt: --prompt TEXT")
         if self.video.model is None:
+            self.video.check_host()
             for prompt in self.video.prompts:
                 parse_prompt(prompt)
         if self.video.model is not None and self.host is not None:
@@ -721,7 +735,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
-    """What to look at while it draws the first prompt."""
+    """What to look at while it draws one prompt."""
 
     video: VideoConfig = field(default_factory=lambda: VideoConfig(prompts=PROMPTS[:1]))
     host: Path | None = None
@@ -737,7 +751,10 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if not self.video.prompts:
             raise ValueError("inspect needs a prompt: --prompt TEXT")
+        if len(self.video.prompts) > 1:
+            raise ValueError(f"inspect looks at one video; got {len(self.video.prompts)} prompts")
         if self.video.model is None:
+            self.video.check_host()
             if self.schedule is not None:
                 raise ValueError("a schedule is for a pipeline; pass --model too, or take --preset")
             if self.tuned is not None and (self.host is not None or self.preset is not None):

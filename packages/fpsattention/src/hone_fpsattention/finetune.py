@@ -27,8 +27,8 @@ from hone_video.pipelines import find_pipeline, load_pipeline, transformer_on_me
 from hone_video.training import Group, Loop, Part
 from torch import Tensor
 
-from .config import PRESETS, FinetuneConfig, FPSAttentionConfig
-from .models import NUM_TRAIN_TIMESTEPS, attach, describe_model, scheduler_shift
+from .config import FinetuneConfig, FPSAttentionConfig
+from .models import NUM_TRAIN_TIMESTEPS, attach, describe_model, preset_for, scheduler_shift
 from .sample import check_windows, default_preset
 from .schedule import Schedule, regime_share
 from .tuned import export_tuned
@@ -95,11 +95,11 @@ def schedule_of(cfg: FinetuneConfig) -> tuple[Schedule, tuple[int, int, int]]:
         schedule = Schedule.load(cfg.schedule)
         schedule.check(model=describe_model(model), sampler=sampler, shift=shift or schedule.config.shift)
     else:
-        config = cfg.attention or PRESETS[cfg.preset or default_preset(name)].config
+        config = cfg.attention or preset_for(cfg.preset or default_preset(name), shift)
         if shift is not None and len(config.regimes) > 1 and shift != config.shift:
             raise ValueError(
                 f"the pipeline's scheduler has shift {shift:g}, but these settings map steps to noise levels by "
-                f"{config.shift:g}; take a preset or a schedule of this shift"
+                f"{config.shift:g}; take a preset, or a schedule of this shift"
             )
         shares = zip(config.regimes, regime_share(config), strict=True)
         tiles = [density(grid, config.tile, r.window, border=config.border).tiles * share for r, share in shares]

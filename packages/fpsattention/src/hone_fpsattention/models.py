@@ -28,7 +28,7 @@ from .method import Plan, Rope, fps_attention
 from .schedule import Schedule, regime_index
 from .tiles import Tiling
 
-__all__ = ["NUM_TRAIN_TIMESTEPS", "FPSAttentionHandle", "attach", "describe_model", "plan_for"]
+__all__ = ["NUM_TRAIN_TIMESTEPS", "FPSAttentionHandle", "attach", "describe_model", "plan_for", "preset_for"]
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps over this are noise levels, in every model that is supported."""
@@ -219,8 +219,8 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
         model_or_pipeline: A ``WanTransformer3DModel``, ``CogVideoXTransformer3DModel`` (text-, image- or
             video-conditioned) or ``HunyuanVideoTransformer3DModel``, or a pipeline that holds one; of a Wan2.2 pipeline
             both transformers.
-        config: Name in ``PRESETS``, settings, or a calibrated schedule, which must be of this model and, of a pipeline,
-            of its scheduler.
+        config: Name in ``PRESETS``, of a pipeline with its scheduler's shift; settings; or a calibrated schedule. Both
+            of these must have the scheduler's shift, and a schedule must be of this model and sampler.
 
     Returns:
         The handle. Keep it: it is how to detach.
@@ -239,8 +239,10 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
         schedule.check(
             model=describe_model(model_or_pipeline), sampler=_sampler(scheduler, schedule), shift=config.shift
         )
-    config = resolve(config, PRESETS, FPSAttentionConfig)
     shift = None if scheduler is None else scheduler_shift(scheduler)
+    if isinstance(config, str):
+        config = preset_for(config, shift)
+    config = resolve(config, PRESETS, FPSAttentionConfig)
     if shift is not None and len(config.regimes) > 1 and shift != config.shift:
         raise ValueError(
             f"the pipeline's scheduler has shift {shift:g}, but these settings map steps to noise levels by "
@@ -249,6 +251,15 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
     transformer = getattr(model_or_pipeline, "transformer", model_or_pipeline)
     check_hardware(config, transformer)
     return attach_method(model_or_pipeline, _FPSAttention(config), FPSAttentionHandle)
+
+
+def preset_for(name: str, shift: float | None) -> FPSAttentionConfig:
+    """A preset at a scheduler's timestep shift; None keeps the preset's, which is that of the published model.
+
+    Its boundaries are fractions of the steps, whatever the shift.
+    """
+    config = resolve(name, PRESETS, FPSAttentionConfig)
+    return config if shift is None else replace(config, shift=shift)
 
 
 def _sampler(scheduler: Any, schedule: Schedule) -> str:

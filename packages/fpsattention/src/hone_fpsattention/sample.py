@@ -19,9 +19,9 @@ from hone_video.grids import Grid
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline
 from hone_video.videos import make_videos, missing_videos, video_name
 
-from .config import PRESETS, FPSAttentionConfig, GenerateConfig, VideoConfig
+from .config import FPSAttentionConfig, GenerateConfig, VideoConfig
 from .linears import check_linears, round_linears
-from .models import attach
+from .models import attach, preset_for, scheduler_shift
 from .schedule import Schedule, step_regimes
 from .tuned import Tuned, load_tuned, put_lora, read_tuned
 from .windows import covers, density
@@ -220,7 +220,7 @@ class Sampler:
             settings = Schedule.load(cfg.schedule) if cfg.schedule else cfg.attention
             if settings is None and cfg.preset is None and tuned is not None:
                 settings = tuned.schedule
-            settings = settings or PRESETS[cfg.preset or own].config
+            settings = settings or preset_for(cfg.preset or own, scheduler_shift(self.pipe.scheduler))
         config = settings.config if isinstance(settings, Schedule) else settings
         self.labels: dict[str, str | int | float] = {"steps": video.steps, "grid": "x".join(map(str, grid))}
         if config is not None:

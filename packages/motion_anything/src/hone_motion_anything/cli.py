@@ -40,6 +40,24 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "demo": _verb(
         "demo:demo", "DemoConfig", "Text to motion, text and music to dance, and an edit: videos with sound."
     ),
+    "generate": Verb(
+        run="hone_motion_anything.sample:generate",
+        config="hone_motion_anything.config:GenerateConfig",
+        prepare="hone_motion_anything.sample:prepare",
+        help="Motions for texts, to music, or edits of a motion.",
+    ),
+    "convert": Verb(
+        run="hone_motion_anything.convert:convert",
+        config="hone_motion_anything.config:ConvertConfig",
+        prepare="hone_motion_anything.convert:prepare",
+        help="A motion into another format, or a published checkpoint into safetensors.",
+    ),
+    "eval": _verb(
+        "evaluate:evaluate", "EvalConfig", "Metrics of text to motion and of dance, repeated, with intervals."
+    ),
+    "bench": _verb(
+        "bench:bench", "BenchConfig", "Time the unmasking loop at published shapes, as released and as here."
+    ),
     "reproduce": _verb(
         "reproduce:reproduce", "ReproduceConfig", "Attention masks against controls, trained and judged."
     ),

@@ -13,8 +13,12 @@ __all__ = [
     "ARMS",
     "PRESETS",
     "ArmConfig",
+    "BenchConfig",
+    "ConvertConfig",
     "DemoConfig",
+    "EvalConfig",
     "EvaluatorConfig",
+    "GenerateConfig",
     "HostConfig",
     "MotionAnythingConfig",
     "Preset",
@@ -251,7 +255,7 @@ class TrainHostConfig:
     """The method."""
     seed: int = 0
     """Of weights and data."""
-    minutes: float = 8.0
+    minutes: float = 6.0
     """Wall clock of the training, where ``steps`` is not given."""
     steps: int | None = None
     """Optimiser steps in place of a time."""
@@ -259,7 +263,7 @@ class TrainHostConfig:
     """Motions of a step."""
     clips: int = 16384
     """Motions that are generated once and drawn from."""
-    tokenizer_share: float = 0.35
+    tokenizer_share: float = 0.25
     """Share of the budget that trains the tokenizer."""
     evaluator_share: float = 0.1
     """Share of the budget that trains the evaluator."""
@@ -379,3 +383,134 @@ class ReproduceConfig:
             raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
         if min(self.steps, self.limit - 1) < 1 or not 2 <= self.batch <= self.clips:
             raise ValueError("steps must be at least 1, limit and batch at least 2, clips at least batch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """Motions of four seconds for texts, to music, or edits, with a tiny host."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    texts: tuple[str, ...] = field(default=(), metadata=flag("text"))
+    """What the person does, one motion each; may be left out with music."""
+    music: Path | None = None
+    """WAV to dance to."""
+    music_start: float = 0.0
+    """Second of the music at which the motion begins."""
+    edit: Path | None = None
+    """Motion of which a part is made anew: .npy, .npz, .bvh or .pkl."""
+    edit_parts: tuple[str, ...] = ()
+    """A host.safetensors made by train-host, whose tokenizer and evaluator all arms share; the packaged one if None."""
+    edit_seconds: tuple[float, float] | None = None
+    """Interval to make anew, in seconds: in-betweening; everything if not given."""
+    fps: float | None = None
+    """Frames a second of the motion, where its file does not say."""
+    up: Literal["y", "z"] = "y"
+    """Axis that is up in the motion's file."""
+    formats: tuple[str, ...] = field(default=("bvh", "mp4"), metadata=flag("to"))
+    """Formats to write: bvh, npz, npy, mp4."""
+    unmask: UnmaskConfig = field(default_factory=UnmaskConfig)
+    """Generation."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        if not self.texts and self.music is None:
+            raise ValueError("say what to make: a --text, --music, or both")
+        unknown = [part for part in self.edit_parts if part not in BODY_PARTS]
+        if unknown:
+            raise ValueError(f"no part {', '.join(unknown)}; they are {', '.join(BODY_PARTS)}")
+        if self.edit is None and (self.edit_parts or self.edit_seconds):
+            raise ValueError("edit_parts and edit_seconds are of an edit: name the motion with --edit")
+        if self.edit_seconds is not None and not 0 <= self.edit_seconds[0] < self.edit_seconds[1] <= 4:
+            raise ValueError(f"edit_seconds must be an interval within 0 and 4; got {self.edit_seconds}")
+        wrong = [kind for kind in self.formats if kind not in ("bvh", "npz", "npy", "mp4")]
+        if wrong or not self.formats:
+            raise ValueError(f"formats are of bvh, npz, npy, mp4; got {', '.join(wrong) or 'none'}")
+        if self.music_start < 0:
+            raise ValueError(f"music_start must not be negative; got {self.music_start}")
+
+
+BODY_PARTS = ("root", "left leg", "right leg", "torso", "left arm", "right arm")
+"""As in ``skeletons.PARTS``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """A motion into another format, or a published checkpoint into safetensors."""
+
+    source: Path
+    """Motion (.npy of joints or features, .npz of SMPL's poses, .bvh, .pkl of AIST++), or a checkpoint."""
+    to: str = "bvh"
+    """Format of the motion: bvh, npz, npy, mp4."""
+    features: bool = False
+    """Write features in place of joints, as .npy."""
+    skeleton: Literal["humanml3d", "kit"] = "humanml3d"
+    """Whose joints the motion has."""
+    fps: float | None = None
+    """Frames a second, where the file does not say; where it does, they must agree."""
+    up: Literal["y", "z"] = "y"
+    """Axis that is up in the file."""
+    model: str | None = None
+    """Which published model the checkpoint is, such as momask-mask."""
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"fps must be positive; got {self.fps}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """The protocol of text to motion and of dance, on generated scenes."""
+
+    host: Path | None = None
+    """A host.safetensors made by train-host; the packaged one if not given."""
+    unmask: UnmaskConfig = field(default_factory=UnmaskConfig)
+    """Generation."""
+    repetitions: int = 20
+    """Repetitions that intervals are over."""
+    limit: int = 1024
+    """Texts of a repetition."""
+    dances: int = 40
+    """Dances of a repetition; AIST++'s protocol has 40."""
+    many_texts: int = 100
+    """Texts of the multimodality."""
+    many: int = 30
+    """Motions of each."""
+    seed: int = 0
+    """Of scenes and draws."""
+
+    def __post_init__(self) -> None:
+        if min(self.repetitions, self.many_texts) < 1 or min(self.limit, self.dances, self.many) < 3:
+            raise ValueError("repetitions and many_texts must be at least 1; limit, dances and many at least 3")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Time of the unmasking loop at published shapes, random weights."""
+
+    model: Literal["tiny", "momask", "mogents"] = "tiny"
+    """Shapes of."""
+    batches: tuple[int, ...] = (1, 32)
+    """Motions at a time."""
+    tokens: int = 49
+    """Time steps: 49 are the 196 frames that HumanML3D has at most."""
+    steps: int = 10
+    """Passes; MoMask's."""
+    guidance: float = 4.0
+    """Strength of the text; MoMask's."""
+    graphs: bool = False
+    """Also the pass as one CUDA graph."""
+    dtype: str = "float32"
+    """Of the weights."""
+    rounds: int = 10
+    """Timed generations of each way."""
+    seed: int = 0
+    """Of weights and draws."""
+
+    def __post_init__(self) -> None:
+        _one_of("model", self.model, ("tiny", "momask", "mogents"))
+        if not self.batches or min(*self.batches, self.tokens, self.steps, self.rounds) < 1:
+            raise ValueError("batches, tokens, steps and rounds must be at least 1")
+        if self.guidance == 1:
+            raise ValueError("a guidance of 1 is none, and the ways would not differ; give another")

@@ -100,6 +100,8 @@ def attention_mask(
     Source: Algorithm 1; the union of both masks is how its two steps follow each other in algorithms 2 and 3.
     """
     frames = select(temporal, valid, alpha_time)
+    if spatial.shape[-1] == 1:  # whole frames have no parts to choose from
+        return frames[..., None]
     parts = select(spatial, valid[..., None].expand_as(spatial), alpha_parts)
     return frames[..., None] | parts
 

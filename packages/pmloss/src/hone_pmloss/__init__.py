@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "config": ["PRESETS", "PMLossConfig"],
         "method": ["PMTerm", "Similarity", "nearest", "pm_loss", "umeyama"],
         "models": ["PMLoss", "PMLossHandle", "attach", "tiny"],
+        "vggt": ["VGGTTeacher"],
         "teachers": ["DepthTeacher", "OracleTeacher", "PointMap", "PrecomputedTeacher", "Shots"],
     },
 )

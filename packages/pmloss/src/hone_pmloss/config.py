@@ -243,7 +243,7 @@ class EvalConfig:
     """A geometry report of a splat against known depth."""
 
     ply: Path
-    """The splat, as 3DGS ``.ply``."""
+    """The splat: 3DGS ``.ply``, ``.splat`` or ``.spz``."""
     truth: Path
     """Safetensors file with cam_to_world [V, 4, 4] (OpenCV axes), intrinsics_norm [V, 3, 3] and depth_z [V, H, W] in
     the splat's frame and unit; 0 where no depth is known."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
-from hone_splat.files import read_ply
+from hone_splat.formats import read_cloud
 
 from . import plots
 from .config import EvalConfig
@@ -48,7 +48,7 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
         CheckpointError: The truth is no such file.
     """
     KnownDepth.read(cfg.truth)
-    splat = read_ply(cfg.ply)
+    splat = read_cloud(cfg.ply)
     if not splat.finite():
         raise ValueError(f"{cfg.ply} holds values that are not finite")
     if not len(splat.pruned(opacity=cfg.opacity)):
@@ -63,7 +63,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> GeometryReport:
     device = resolve_device(run.device)
     truth = KnownDepth.read(cfg.truth)
     truth = KnownDepth(truth.cam_to_world.to(device), truth.intrinsics_norm.to(device), truth.depth_z.to(device))
-    splat = read_ply(cfg.ply).pruned(opacity=cfg.opacity).map(lambda part: part.to(device))
+    splat = read_cloud(cfg.ply).pruned(opacity=cfg.opacity).map(lambda part: part.to(device))
     errors = cloud_errors(splat.means, truth, flying=cfg.flying)
     for name, values in (("accuracy", errors.accuracy), ("completion", errors.completion)):
         values = values.double()

@@ -60,6 +60,12 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "calibrate:calibrate", "CalibrateConfig", "Choose tau for a wanted share or time.", prepare=True
     ),
     "simulate": _verb("simulate:simulate", "SimulateConfig", "When should the large model start? Throughput of both."),
+    "profile": _verb(
+        "profile:profile", "ProfileConfig", "Time both models' calls here, for train-router.", prepare=True
+    ),
+    "train-router": _verb(
+        "reinforce:train_router", "TrainRouterConfig", "Train the router of R-Stitch+ by DAPO.", prepare=True
+    ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train a tiny pair on generated products."),
     "reproduce": _verb(
         "reproduce:reproduce", "ReproduceConfig", "Put the paper's claims to the test on tiny pairs.", prepare=True

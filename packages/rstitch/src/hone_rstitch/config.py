@@ -22,17 +22,19 @@ __all__ = [
     "GenerateConfig",
     "HostConfig",
     "Preset",
+    "ProfileConfig",
     "ReproduceConfig",
     "ServeConfig",
     "SimulateConfig",
     "StitchConfig",
     "TrainHostConfig",
+    "TrainRouterConfig",
 ]
 
 SMALL, LARGE = 0, 1
 """Names of the two models wherever an integer says who."""
 
-Policy = Literal["stitch", "one-token", "random", "small", "large"]
+Policy = Literal["stitch", "one-token", "router", "random", "small", "large"]
 GateSignal = Literal["entropy", "confidence"]
 
 
@@ -41,8 +43,9 @@ class StitchConfig:
     """Policy and gate of one request."""
 
     policy: Policy = "stitch"
-    """``stitch``: the gate in both directions. ``one-token``: the large model hands back after each token. ``random``:
-    drawn, see ``share``. ``small`` and ``large``: that model alone."""
+    """``stitch``: the gate in both directions. ``one-token``: the large model hands back after each token. ``router``:
+    the gate, where a trained network may keep a doubtful small token (R-Stitch+). ``random``: drawn, see ``share``.
+    ``small`` and ``large``: that model alone."""
     gate: GateSignal = "entropy"
     """``entropy``: of the next token over ln V (the paper from v3 on). ``confidence``: its largest probability (v1)."""
     tau: float = 0.02
@@ -116,7 +119,7 @@ class StitchConfig:
         text += "" if self.tau_back is None else f", back {self.tau_back:g}"
         text += "" if self.window == 1 else f", window {self.window}"
         text += "" if self.min_large_run == 1 else f", runs from {self.min_large_run}"
-        return text if self.policy == "stitch" else f"one-token {text}"
+        return text if self.policy == "stitch" else f"{self.policy} {text}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -540,6 +543,92 @@ class BenchConfig:
             raise ValueError(f"the engine packs gaps of up to 64 tokens; got {max(self.gaps)}")
         if self.shape == "tiny" and self.context + max(*self.gaps, self.tokens) > 256:
             raise ValueError("the tiny pair has 256 positions; shorten context, gaps or tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Calls to time on this machine, for the latency estimate of R-Stitch+."""
+
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    """The pair."""
+    cached: tuple[int, ...] = (0, 32, 64, 128)
+    """Tokens that a call finds in its cache."""
+    tokens: tuple[int, ...] = (1, 2, 8, 32, 64)
+    """Tokens that it reads; 1 is a decoding step."""
+    rounds: int = 20
+    """Times that each call is timed."""
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, *self.tokens) < 1 or min(self.cached) < 0:
+            raise ValueError("rounds and tokens must be at least 1, cached at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRouterConfig:
+    """Training of the router of R-Stitch+ on a pair, both models frozen."""
+
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    """The pair."""
+    data: Path | None = None
+    """JSON lines to train on; generated products if None."""
+    held_out: Path | None = None
+    """JSON lines that the router is held against thresholds on; generated products if None."""
+    format: Literal["number", "math"] = "number"
+    """How an answer is graded."""
+    stitch: StitchConfig = field(default_factory=lambda: StitchConfig(policy="router", tau=0.001))
+    """Gate of the positions at which the router is asked: a low tau leaves it many."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How tokens are drawn."""
+    latency: Path | None = None
+    """Latencies in milliseconds, made by ``profile``; if None a call costs what the weights do that it reads, in steps
+    of the large model."""
+    price: float = 0.01
+    """lambda, what a unit of latency takes from a right answer's reward of 1; the paper has 5e-6 (milliseconds)."""
+    width: int = 128
+    """Of the router's inner layer."""
+    steps: int = 150
+    """Updates."""
+    batch: int = 32
+    """Problems per update."""
+    rollouts: int = 8
+    """Answers per problem."""
+    epochs: int = 4
+    """Passes over an update's routes."""
+    lr: float = 1e-3
+    """Learning rate."""
+    scale: Literal["group", "batch"] = "group"
+    """What advantages are divided by. ``group``: the spread of a problem's own answers (DAPO), so that a saved step
+    among right answers weighs as much as a right answer among wrong ones. ``batch``: that of all answers (ours)."""
+    clip_low: float = 0.2
+    """Lower bound of the clipped ratio is 1 less this."""
+    clip_high: float = 0.28
+    """Upper bound is 1 and this."""
+    items: int = field(default=500, metadata=flag("limit"))
+    """Held-out problems at most."""
+    taus: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
+    """Thresholds that the router is held against."""
+    log_every: int = 5
+    """Updates between two logged ones."""
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints."""
+    seed: int = 0
+    """Of the router's weights, the problems and the routes."""
+
+    def __post_init__(self) -> None:
+        _check_taus(self.taus)
+        if min(self.steps, self.batch, self.epochs, self.width, self.log_every) < 1 or self.rollouts < 2:
+            raise ValueError("steps, batch, epochs, width and log_every must be at least 1, rollouts at least 2")
+        if self.lr <= 0 or self.price < 0 or not 0 < self.clip_low < 1 or self.clip_high <= 0 or self.items < 2:
+            raise ValueError("expected lr > 0, price >= 0, 0 < clip_low < 1, clip_high > 0 and items >= 2")
+        if self.stitch.policy != "router":
+            raise ValueError(f"the router is asked by policy 'router'; got {self.stitch.policy!r}")
+        if (self.data is None) != (self.held_out is None):
+            raise ValueError("give data and held_out, two sets of problems, or neither")
+
+    @property
+    def minutes(self) -> float:
+        """No budget of time."""
+        return math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

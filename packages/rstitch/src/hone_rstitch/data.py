@@ -14,7 +14,7 @@ import torch
 from hone_core.errors import MissingExtraError
 from torch import Tensor
 
-__all__ = ["CHARACTERS", "CHECKS", "Problem", "grade", "product_batch", "products", "read_jsonl", "working"]
+__all__ = ["CHARACTERS", "CHECKS", "Problem", "grade", "practice", "product_batch", "products", "read_jsonl", "working"]
 
 CHARACTERS = "0123456789*+=#?."
 """All that a worked product is written with."""
@@ -67,6 +67,22 @@ def products(count: int, *, seed: int = 0) -> list[Problem]:
     if not 1 <= count <= len(held):
         raise ValueError(f"there are {len(held)} held-out products; got {count}")
     return [Problem(f"{a}*{b}", f"{a}*{b}", str(a * b)) for a, b in random.Random(seed).sample(held, count)]
+
+
+def practice(count: int, key: Sequence[int]) -> list[Problem]:
+    """Products that models are trained on, none of them held out; a function of ``key`` alone.
+
+    Args:
+        count: How many.
+        key: Numbers that name the batch.
+    """
+    rng = random.Random(",".join(map(str, key)))
+    found: list[Problem] = []
+    while len(found) < count:
+        a, b = rng.randrange(100, 1000), rng.randrange(10, 100)
+        if not is_held_out(a, b):
+            found.append(Problem(f"{a}*{b}", f"{a}*{b}", str(a * b)))
+    return found
 
 
 def product_batch(count: int, key: Sequence[int], *, eos: int, pad: int, verbose: float = 0.0) -> tuple[Tensor, Tensor]:

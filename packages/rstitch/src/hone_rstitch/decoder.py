@@ -107,7 +107,9 @@ class Decoder:
         return layers * two * heads * dim * self.cache.element_size()
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, positions: Tensor, rows: Tensor, table: Tensor, last: Tensor | None) -> Tensor:
+    def __call__(
+        self, ids: Tensor, positions: Tensor, rows: Tensor, table: Tensor, last: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Read tokens into the cache.
 
         Args:
@@ -118,7 +120,8 @@ class Decoder:
             last: int ``[asked]``, tokens after which logits are wanted; None for none.
 
         Returns:
-            ``[asked, vocabulary]`` logits; without ``last`` the hidden states.
+            ``[asked, vocabulary]`` logits, and the normalised hidden states that they are of; without ``last`` nothing
+            that is of use.
         """
         x = F.embedding(ids, self.embedding)
         total: Tensor | None = None
@@ -133,10 +136,10 @@ class Decoder:
             x, total = add_rms_norm(F.linear(x, *layer.out), total, layer.after, self.eps)
             x = F.linear(silu_mul(F.linear(x, *layer.gate_up)), *layer.down)
         if last is None:
-            return x
+            return x, x
         assert total is not None, "a decoder has a layer"
         x, _ = add_rms_norm(x[last], total[last], self.norm, self.eps)
-        return F.linear(x, self.head)
+        return F.linear(x, self.head), x
 
 
 def _layer(layer: Any) -> _Layer:

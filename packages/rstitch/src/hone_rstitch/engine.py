@@ -27,6 +27,7 @@ from .generation import StitchToken, Usage, _allows_holes, _Loop, _Row, _Seen, _
 from .method import Gate, choose, uniform
 from .models import Pair
 from .paged import PagedModel, Pages, Reading
+from .router import Router, Routing
 
 __all__ = ["Engine", "Job", "QueueFullError", "Stats"]
 
@@ -116,6 +117,7 @@ class Engine(_Loop):
     Args:
         pair: The models, whose caches must hold plain keys and values in every layer.
         config: Sizes of queue and batch.
+        router: Of R-Stitch+, for requests with policy ``router``.
 
     Attributes:
         paged: Whether the models run on pages; else on transformers' caches.
@@ -125,7 +127,7 @@ class Engine(_Loop):
             states, of which rows of different lengths cannot share one.
     """
 
-    def __init__(self, pair: Pair, config: EngineConfig | None = None) -> None:
+    def __init__(self, pair: Pair, config: EngineConfig | None = None, *, router: Router | None = None) -> None:
         super().__init__(
             models=(pair.small, pair.large),
             stitch=StitchConfig(),
@@ -137,6 +139,7 @@ class Engine(_Loop):
             sample=False,
             seeds=[],
             on_token=None,
+            routing=None if router is None else Routing(router.to(pair.small.device)),
         )
         self.pair, self.config = pair, config or EngineConfig()
         self.ends = set(pair.vocabulary.eos)
@@ -185,7 +188,9 @@ class Engine(_Loop):
         return self
 
     def _fresh(self) -> list[_Side]:
-        return [_Side(model, DynamicCache(config=model.config.get_text_config()), self.rows) for model in self.models]
+        sides = [_Side(model, DynamicCache(config=model.config.get_text_config()), self.rows) for model in self.models]
+        sides[SMALL].wants_hidden = self.routing is not None
+        return sides
 
     # What callers do
 
@@ -217,6 +222,8 @@ class Engine(_Loop):
             (list(prompts[0]), list(prompts[1])), stitch, sampling, seed, on_token, on_end,
             time.monotonic() + self.config.timeout,
         )  # fmt: skip
+        if stitch.policy == "router" and self.routing is None:
+            raise ValueError("policy 'router' needs a router, which this engine has not")
         if not all(job.prompts):
             raise ValueError("each model needs a prompt of a token at least")
         for name, model, prompt in zip(("small", "large"), self.models, job.prompts, strict=True):
@@ -370,7 +377,7 @@ class Engine(_Loop):
             if job.stitch.prefill == "both" and len(row.prompts[LARGE]) > 1:
                 wanted = [(row, row.prompts[LARGE][:-1])]
                 side = self._sides[LARGE]
-                started = side.absorb(*wanted[0]) if self.paged else side.extend(wanted)[1]
+                started = side.absorb(*wanted[0]) if self.paged else side.extend(wanted)[2]
                 self._count(LARGE, wanted, side, started, step=False)
 
     def _leave(self) -> None:
@@ -403,9 +410,13 @@ class Engine(_Loop):
         found, started = side.extend(wanted)
         rows = [row for row, _ in wanted]
         if any(self.jobs[row.index].sampling.temperature > 0 for row in rows):
-            return self._judge(rows, found.logits.float().to(self.device)), started
+            return self._judge(rows, found.logits.float().to(self.device), found.hidden), started
         logprobs = [math.log(value) for value in found.confidence]
-        seen = _Seen(found.tokens, found.entropy, found.confidence, logprobs, found.forced, [False] * len(rows), None)
+        stuck = [False] * len(rows)
+        seen = _Seen(
+            found.tokens, found.entropy, found.confidence, logprobs, found.forced, stuck, None, found.logits,
+            found.hidden,
+        )  # fmt: skip
         return seen, started
 
     def _constrain(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:

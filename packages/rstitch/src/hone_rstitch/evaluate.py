@@ -20,6 +20,7 @@ from .config import LARGE, SMALL, EvalConfig, SamplingConfig, StitchConfig
 from .data import Problem, grade, products, read_jsonl
 from .host import load_models
 from .models import Pair, check_models
+from .router import Routing
 
 __all__ = [
     "Answer",
@@ -176,12 +177,13 @@ class Answers:
                 }
                 self.known[row["setting"], row["name"]] = Answer(**fields)
 
-    def ask(self, stitch: StitchConfig, *, label: str | None = None) -> Outcome:
+    def ask(self, stitch: StitchConfig, *, label: str | None = None, routing: Routing | None = None) -> Outcome:
         """Answers to all problems under a setting.
 
         Args:
             stitch: Policy and gate.
             label: Of the setting; the config's own if None.
+            routing: The router, with policy ``router``.
         """
         label = stitch.label if label is None else label
         left = [(at, name, problem) for at, (name, problem) in enumerate(self.asked) if (label, name) not in self.known]
@@ -193,6 +195,7 @@ class Answers:
                     stitch,
                     self.sampling,
                     seed=[self.seed * 1_000_003 + at for at, _, _ in part],
+                    routing=routing,
                 )
                 doubts = _doubts(output)
                 lines = []

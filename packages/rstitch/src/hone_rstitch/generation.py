@@ -54,6 +54,7 @@ from transformers.utils import ModelOutput
 
 from .config import LARGE, SMALL, StitchConfig
 from .method import Gate, choose, read_logits, uniform
+from .router import Routing, route_features
 from .vocabulary import Vocabulary
 
 __all__ = ["StitchOutput", "StitchToken", "Usage", "stitch_decoding", "stitch_generate"]
@@ -258,6 +259,7 @@ def stitch_decoding(
     small_attention_mask: Tensor | None = None,
     seed: int | Sequence[int] | None = None,
     on_token: Callable[[StitchToken], None] | None = None,
+    routing: Routing | None = None,
     **model_kwargs: Any,
 ) -> Tensor | StitchOutput:
     """R-Stitch as a decoding method: ``large.generate(ids, custom_generate=stitch_decoding, slm=small)``.
@@ -277,6 +279,7 @@ def stitch_decoding(
         seed: Seed of the draws: one per row, or that of the first row, the next row's being one more. None takes one
             from torch's generator. Only what is drawn depends on it.
         on_token: Called with each ``StitchToken``.
+        routing: The router of R-Stitch+, with policy ``router``.
         model_kwargs: What ``generate`` prepares: attention mask, positions, cache.
 
     Raises:
@@ -284,6 +287,8 @@ def stitch_decoding(
             padded elsewhere than on the left, or a cache whose rows cannot be of different lengths.
     """
     stitch = StitchConfig() if stitch is None else stitch
+    if (stitch.policy == "router") != (routing is not None):
+        raise ValueError(f"routing belongs to policy='router', which needs it; got policy {stitch.policy!r}")
     _check_options(generation_config, logits_processor, model_kwargs)
     vocabulary = _shared(slm, model) if vocabulary is None else vocabulary
     rows_large = _rows(model)
@@ -321,6 +326,7 @@ def stitch_decoding(
         sample=bool(generation_config.do_sample),
         seeds=_seeds(seed, len(prompts)),
         on_token=on_token,
+        routing=routing,
     )
     loop.run(cache)
     pad = generation_config._pad_token_tensor
@@ -374,7 +380,8 @@ class _Row:
 class _Seen:
     """What a call said of each of its rows.
 
-    ``stuck`` is a row without an allowed token; ``warped`` is there where stopping criteria may ask for it.
+    ``stuck`` is a row without an allowed token; ``warped`` is there where stopping criteria may ask for it, ``hidden``
+    where a router may.
     """
 
     tokens: list[int]
@@ -384,6 +391,8 @@ class _Seen:
     forced: list[bool]
     stuck: list[bool]
     warped: Tensor | None
+    logits: Tensor
+    hidden: Tensor | None
 
 
 class _Loop:
@@ -402,12 +411,13 @@ class _Loop:
         sample: bool,
         seeds: list[int],
         on_token: Callable[[StitchToken], None] | None,
+        routing: Routing | None = None,
     ) -> None:
         self.models, self.stitch, self.vocabulary = models, stitch, vocabulary
         self.size, self.small_ids = vocabulary.size, vocabulary.to_small.tolist()
         self.views = [vocabulary.to(model.device) for model in models]
         self.shown, self.sample, self.on_token = shown, sample, on_token
-        self.device = shown.device
+        self.device, self.routing = shown.device, routing
         self.hard = [item for item in processors if _is_constraint(item)]
         self.soft = [item for item in processors if not _is_constraint(item)]
         self.ends = {
@@ -443,12 +453,13 @@ class _Loop:
 
     def _write(self, rows: list[_Row], caches: Sequence[Any]) -> None:
         sides = [_Side(model, cache, rows) for model, cache in zip(self.models, caches, strict=True)]
+        sides[SMALL].wants_hidden = self.routing is not None
         if self.stitch.prefill == "both":
             # All but the last token: the first step must have something to read.
             gaps = [row.gap(LARGE, sides[LARGE].read[row.index])[:-1] for row in rows]
             wanted = [(row, gap) for row, gap in zip(rows, gaps, strict=True) if gap]
             if wanted:
-                self._count(LARGE, wanted, sides[LARGE], sides[LARGE].extend(wanted)[1], step=False)
+                self._count(LARGE, wanted, sides[LARGE], sides[LARGE].extend(wanted)[2], step=False)
         live = rows
         while live:
             for model in (SMALL, LARGE):
@@ -464,6 +475,7 @@ class _Loop:
         wanted = [(row, row.gap(model, side.read[row.index])) for row in rows]
         seen, started = self._look(model, wanted, side)
         self._count(model, wanted, side, started, step=True)
+        keep = self._kept(model, rows, seen)
         for at, (row, none) in enumerate(zip(rows, seen.stuck, strict=True)):
             signal = (seen.entropy if row.gate.config.gate == "entropy" else seen.confidence)[at]
             if math.isnan(signal):
@@ -473,7 +485,9 @@ class _Loop:
                 )
             if none and model == LARGE:
                 raise ValueError(f"no token is allowed at position {len(row.tokens)} of row {row.index}")
-            emit, next_model = row.gate.delegate() if none else row.gate.step(signal, forced=seen.forced[at])
+            emit, next_model = (
+                row.gate.delegate() if none else row.gate.step(signal, forced=seen.forced[at], keep=keep[at])
+            )
             if not emit:
                 row.discarded = 1.0 if none else seen.entropy[at]
                 row.usage.discarded += 1
@@ -487,12 +501,36 @@ class _Loop:
 
     def _look(self, model: int, wanted: list[tuple[_Row, list[int]]], side: Any) -> tuple[_Seen, float]:
         """Read gaps and what comes after them; also when the call began."""
-        logits, started = side.extend(wanted)
+        logits, hidden, started = side.extend(wanted)
         # The two models may be on two devices; processors and criteria are where the prompts are.
         logits = self.views[model].read(logits, model).float().to(self.device)
-        return self._judge([row for row, _ in wanted], logits), started
+        return self._judge([row for row, _ in wanted], logits, hidden), started
 
-    def _judge(self, rows: list[_Row], logits: Tensor) -> _Seen:
+    def _kept(self, model: int, rows: list[_Row], seen: _Seen) -> list[bool]:
+        """Rows whose doubtful small token the router keeps."""
+        found = [False] * len(rows)
+        if self.routing is None or model != SMALL:
+            return found
+        asked = []
+        for at, row in enumerate(rows):
+            signal = (seen.entropy if row.gate.config.gate == "entropy" else seen.confidence)[at]
+            stuck = seen.stuck[at] or row.gate.config.policy != "router"
+            if not stuck and row.gate.doubts(signal, forced=seen.forced[at]):
+                asked.append(at)
+        if asked:
+            assert seen.hidden is not None, "the small model's hidden states are kept for the router"
+            lengths = torch.tensor([len(rows[at].prompts[SMALL]) + len(rows[at].tokens) for at in asked])
+            entropy = torch.tensor([seen.entropy[at] for at in asked])
+            features = route_features(seen.hidden[asked], seen.logits[asked], entropy, lengths)
+            whose = [rows[at] for at in asked]
+            actions = self.routing.decide(
+                features, [row.index for row in whose], [row.seed for row in whose], [len(row.tokens) for row in whose]
+            )
+            for at, action in zip(asked, actions, strict=True):
+                found[at] = action == SMALL
+        return found
+
+    def _judge(self, rows: list[_Row], logits: Tensor, hidden: Tensor | None) -> _Seen:
         """Signals of masked logits ``[rows, vocabulary]``, and a token of each."""
         logits = self._constrain(rows, logits)
         # A grammar may want what only the large model has. No distribution is left then, and nothing to read off it.
@@ -505,7 +543,7 @@ class _Loop:
         chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
         logprobs = (chosen - logits.logsumexp(-1)).tolist()
         entropy, confidence, forced = (value.tolist() for value in signals)
-        return _Seen(tokens, entropy, confidence, logprobs, forced, stuck.tolist(), warped)
+        return _Seen(tokens, entropy, confidence, logprobs, forced, stuck.tolist(), warped, logits, hidden)
 
     def _count(
         self, model: int, wanted: list[tuple[_Row, list[int]]], side: Any, started: float, *, step: bool
@@ -645,6 +683,7 @@ class _Side:
         self.read = dict.fromkeys(self.order, held)
         self.valid = torch.ones(len(rows), held, dtype=torch.bool)
         self.cache_name = cache_argument(model)
+        self.wants_hidden = False
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def admit(self, row: _Row) -> None:
@@ -658,11 +697,12 @@ class _Side:
                     torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (layer.keys, layer.values)
                 )
 
-    def extend(self, wanted: Sequence[tuple[_Row, list[int]]]) -> tuple[Tensor, float]:
+    def extend(self, wanted: Sequence[tuple[_Row, list[int]]]) -> tuple[Tensor, Tensor | None, float]:
         """Read a gap for each of some rows; the others' slots of this call stay holes.
 
         Returns:
-            Logits after the last token of each gap ``[rows, vocabulary]``, and when the call began.
+            Logits after the last token of each gap ``[rows, vocabulary]``, the hidden states there ``[rows, channels]``
+            if they are wanted, and when the call began.
         """
         started = time.perf_counter()
         width = max(len(gap) for _, gap in wanted)
@@ -685,8 +725,12 @@ class _Side:
         inputs[self.cache_name] = self.cache
         if not bool(visible.all()):
             inputs["attention_mask"] = visible.long().to(device)
+        if self.wants_hidden:
+            inputs["output_hidden_states"] = True
         out = self.model(**inputs, use_cache=True, return_dict=True, **self.keep)
-        return out.logits[[place[row.index] for row, _ in wanted], -1], started
+        whose = [place[row.index] for row, _ in wanted]
+        hidden = out.hidden_states[-1][whose, -1] if self.wants_hidden else None
+        return out.logits[whose, -1], hidden, started
 
     def shrink(self, live: Sequence[_Row]) -> None:
         """Drop finished rows once they are half of all, and close holes once they are half of all slots."""

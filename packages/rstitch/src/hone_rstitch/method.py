@@ -181,7 +181,16 @@ class Gate:
         if self.config.discards:
             self.due, self.active = self.active == LARGE, SMALL
 
-    def step(self, signal: float, *, forced: bool = False) -> Decision:
+    def doubts(self, signal: float, *, forced: bool = False) -> bool:
+        """Whether the gate would throw the small model's token away; a router is asked only then."""
+        gated = self.config.policy in ("stitch", "one-token", "router")
+        return gated and self.active == SMALL and not forced and self.config.uncertain(self._value(signal))
+
+    def _value(self, signal: float) -> float:
+        # Emitted positions only: what the small model thought of a discarded one is gone with its token.
+        return signal if self.config.window == 1 else math.fsum([*self.seen, signal]) / (len(self.seen) + 1)
+
+    def step(self, signal: float, *, forced: bool = False, keep: bool = False) -> Decision:
         """Decide on the token that the active model has just produced.
 
         Both boundaries are those of Algorithm 1: a token of the small model is thrown away when H > tau, the large
@@ -190,16 +199,13 @@ class Gate:
         Args:
             signal: Entropy or confidence of its distribution, whichever the config's gate reads.
             forced: Only one token was allowed: it is kept, says nothing of confidence, and is not remembered.
+            keep: The router keeps the small model's token, doubtful as it is (policy ``router``).
 
         Source: arXiv 2507.17307, Algorithm 1.
         """
         policy, active = self.config.policy, self.active
-        gated = policy in ("stitch", "one-token")
-        # Emitted positions only: what the small model thought of a discarded one is gone with its token.
-        value = signal
-        if self.config.window > 1:
-            value = math.fsum([*self.seen, signal]) / (len(self.seen) + 1)
-        if self.due or (gated and active == SMALL and not forced and self.config.uncertain(value)):
+        value = self._value(signal)
+        if self.due or (not keep and self.doubts(signal, forced=forced)):
             self.active, self.run, self.due = LARGE, 0, False
             return Decision(False, LARGE)
         self.position += 1
@@ -209,7 +215,7 @@ class Gate:
             self.active = self._drawn()
             if self.config.discards and active == SMALL:
                 self.due, self.active = self.active == LARGE, SMALL
-        elif gated and active == LARGE:
+        elif policy in ("stitch", "one-token", "router") and active == LARGE:
             self.run += 1
             sure = policy == "one-token" or (not forced and self.config.certain(value))
             if sure and self.run >= self.config.min_large_run:
@@ -266,6 +272,7 @@ def stitch(
     stop: Sequence[int] = (),
     seed: int | None = None,
     warp: Callable[[Tensor], Tensor] = lambda logits: logits,
+    keep: Callable[[list[int], Signals], bool] = lambda tokens, signals: False,
 ) -> list[Step]:
     """R-Stitch without caches: the definition of right for every loop that has them.
 
@@ -278,6 +285,7 @@ def stitch(
         seed: Seed of the draws; None is greedy. Random routing then has seed 0.
         warp: Temperature, top-k, top-p: applied before drawing, and before the entropy only if
             ``entropy_on="processed"``.
+        keep: The router of R-Stitch+, asked in doubt with the text so far: whether the small model's token is kept.
 
     Source: arXiv 2507.17307, Algorithm 1. Differs: the paper's counter also advances when a token is thrown away, so
     that its budget is one of iterations.
@@ -293,7 +301,9 @@ def stitch(
         signals = read_logits((warped if config.entropy_on == "processed" else logits)[None], size)
         signal = float(getattr(signals, config.gate))
         (token,) = choose(warped[None], None if seed is None else [uniform(seed, len(tokens))])
-        emit, _ = gate.step(signal, forced=bool(signals.forced))
+        forced = bool(signals.forced)
+        kept = gate.doubts(signal, forced=forced) and keep(tokens, signals)
+        emit, _ = gate.step(signal, forced=forced, keep=kept)
         if not emit:
             discarded = True
             continue

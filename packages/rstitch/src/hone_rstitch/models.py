@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .config import PRESETS, ModelsConfig, SamplingConfig, StitchConfig
 from .generation import StitchOutput, StitchToken, stitch_generate
+from .router import Routing
 from .vocabulary import Vocabulary
 
 __all__ = ["Pair", "StitchHandle", "attach", "check_models", "read_pair", "tiny"]
@@ -160,6 +161,7 @@ class Pair:
         seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
         on_token: Callable[[StitchToken], None] | None = None,
+        routing: Routing | None = None,
     ) -> tuple[list[str], StitchOutput]:
         """Answer a batch of questions.
 
@@ -170,6 +172,7 @@ class Pair:
             seed: Seed of the draws, see ``stitch_decoding``.
             stop: Strings that end an answer.
             on_token: Called with each ``StitchToken``.
+            routing: The router of R-Stitch+, with policy ``router``.
 
         Returns:
             The texts, special tokens left out, and the records of every token.
@@ -195,6 +198,7 @@ class Pair:
             stop_strings=list(stop) or None,
             tokenizer=self.tokenizer,
             on_token=on_token,
+            routing=routing,
             max_new_tokens=sampling.max_new_tokens,
             return_dict_in_generate=True,
             pad_token_id=self.large.generation_config.pad_token_id or 0,

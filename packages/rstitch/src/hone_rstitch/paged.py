@@ -65,6 +65,7 @@ class Reading:
 
     Attributes:
         logits: ``[rows, vocabulary]`` over the large model's ids, masked; they hold until the model's next call.
+        hidden: ``[rows, channels]``, normalised, which the logits are of; they hold as long.
         tokens: Likeliest ids.
         entropy: Over ln V.
         confidence: Probability of the likeliest token.
@@ -72,6 +73,7 @@ class Reading:
     """
 
     logits: Tensor
+    hidden: Tensor
     tokens: list[int]
     entropy: list[float]
     confidence: list[float]
@@ -205,7 +207,7 @@ class _Call:
         model = self.model
         self.inputs.copy_(self.host, non_blocking=True)
         ids, positions, rows, last = self.parts
-        logits = model.decoder(ids, positions.view(len(rows), -1), rows, model.table, last)
+        logits, self.hidden = model.decoder(ids, positions.view(len(rows), -1), rows, model.table, last)
         if model.ids is not None:
             logits = logits.index_select(-1, model.ids)
         self.logits = logits.masked_fill_(model.closed, -torch.inf)
@@ -246,4 +248,4 @@ class _Call:
             torch.cuda.current_stream(self.model.device).synchronize()
         count = len(gaps)
         entropy, confidence, tokens, forced = (x[:count].tolist() for x in self.found)
-        return Reading(self.logits[:count], tokens, entropy, confidence, forced)
+        return Reading(self.logits[:count], self.hidden[:count], tokens, entropy, confidence, forced)

@@ -116,7 +116,7 @@ class Vocabulary:
         to_small = self.to_small
         open_ = to_small >= 0
         if model == LARGE:
-            open_ = open_.index_fill(0, torch.tensor(self.eos, device=logits.device), True)
+            open_ = open_.index_fill(0, torch.tensor(self.eos, dtype=torch.long, device=logits.device), True)
             return logits.masked_fill(~open_, -torch.inf)
         return logits.index_select(-1, to_small.clamp(min=0)).masked_fill_(~open_, -torch.inf)
 

@@ -12,11 +12,13 @@ from hone_core.training import check_budget
 __all__ = [
     "PRESETS",
     "BenchConfig",
+    "BenchmarkConfig",
     "CalibrateConfig",
     "DemoConfig",
     "EvalConfig",
     "GenerateConfig",
     "HostConfig",
+    "ImageConfig",
     "InspectConfig",
     "Preset",
     "ReproduceConfig",
@@ -124,6 +126,35 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+VARIANTS = (
+    "dense", "sparse", "early-stop-1", "early-stop-2", "skip-uncond-2", "fastvar", "random", "inverse", "distance",
+    "no-anchors", "kv-fill", "threshold", "anchor_code", "bilinear", "expected", "expected_bilinear", "prev", "zero",
+)  # fmt: skip
+"""Ways to draw an image that ``eval`` compares: the method, its baselines, and what replaces one part of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageConfig:
+    """How a saved Infinity pipeline draws."""
+
+    variant: str = "sparse"
+    """What runs, by its name among those that ``eval`` compares: ``sparse``, ``dense``, ``early-stop-1`` ..."""
+    pixels: str = "1M"
+    """Size."""
+    aspect: float = 1.0
+    """Height over width."""
+    guidance: float = 4.0
+    """Strength of guidance; 1 is none."""
+    temperature: float = 1.0
+    """Of the bits."""
+    dtype: str = "auto"
+    """Of transformer blocks and text encoder."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostConfig:
     """Architecture of the tiny host: tokenizer, small Infinity and grader, over generated scenes of 64 px."""
@@ -214,38 +245,108 @@ class DemoConfig:
             raise ValueError(f"limit must be at least 1; got {self.limit}")
 
 
-VARIANTS = (
-    "dense", "sparse", "early-stop-1", "early-stop-2", "skip-uncond-2", "fastvar", "random", "inverse", "distance",
-    "no-anchors", "kv-fill", "threshold", "anchor_code", "bilinear", "expected", "expected_bilinear", "prev", "zero",
-)  # fmt: skip
-"""Ways to draw an image that ``eval`` compares: the method, its baselines, and what replaces one part of it."""
+Protocol = Literal["scenes", "geneval", "hps", "imagereward", "dpg"]
+IMAGES_PER_PROMPT = {"geneval": 4, "hps": 1, "imagereward": 10, "dpg": 4}
+"""As each benchmark asks for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkConfig:
+    """Images of a benchmark's prompts, under its file names; ``protocol="scenes"`` does not look at these."""
+
+    model: Path | None = None
+    """Benchmarks: folder of an ``InfinityPipeline``, as its ``save_pretrained`` writes it."""
+    prompts: Path | None = None
+    """Benchmarks: the prompts as they are published: ``evaluation_metadata.jsonl`` of GenEval; the folder of text files
+    of DPG-Bench; the folder of ``anime.json``, ``concept-art.json`` ... of HPS v2; ``benchmark-prompts.json`` of
+    ImageReward."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """Benchmarks: how images are drawn."""
+    images_per_prompt: int | None = None
+    """Benchmarks: default 4 (GenEval, DPG), 10 (ImageReward), 1 (HPS)."""
+    grade: bool = True
+    """Benchmarks: run the scorer, which must be there; without, only draw."""
+    scorer: Path | None = None
+    """GenEval and DPG: checkout of djghosh13/geneval or TencentQQGYLab/ELLA."""
+    scorer_python: str = "python"
+    """Benchmarks: interpreter that has the scorer's own, older packages."""
+    weights: Path | None = None
+    """GenEval: folder of the Mask2Former weights."""
+    fid: Path | None = None
+    """Benchmarks: folder of images that the drawn ones are held against, by torch-fidelity (extra ``fid``)."""
+
+    def check(self, protocol: str) -> None:
+        """Refuse a protocol that is unknown, or that lacks its inputs or has some too many.
+
+        Raises:
+            ValueError: See above.
+        """
+        if protocol not in get_args(Protocol):
+            raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}")
+        if protocol == "scenes":
+            if self != BenchmarkConfig():
+                raise ValueError("protocol scenes takes a host and no pipeline, prompts or scorer; name a benchmark")
+            return
+        if self.model is None or self.prompts is None:
+            raise ValueError(f"protocol {protocol} needs a pipeline and its prompts: --model FOLDER --prompts PATH")
+        if self.images_per_prompt is not None and self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt must be at least 1; got {self.images_per_prompt}")
+        if protocol == "dpg" and self.images_per_prompt not in (None, 4):
+            raise ValueError(f"DPG-Bench reads a square of four images; got images_per_prompt={self.images_per_prompt}")
+        if self.grade and protocol in ("geneval", "dpg") and self.scorer is None:
+            raise ValueError(f"{protocol} is scored by its own checkout: give --scorer FOLDER, or --no-grade")
+        if self.grade and protocol == "geneval" and self.weights is None:
+            raise ValueError("GenEval needs the folder of its Mask2Former weights: --weights FOLDER, or --no-grade")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Quality against work of many images, variant by variant."""
+    """Quality against work of many images of the tiny host, variant by variant; or a pipeline under a benchmark."""
 
+    protocol: Protocol = "scenes"
+    """``scenes``: the tiny host's variants. ``geneval``, ``hps``, ``imagereward``, ``dpg``: a pipeline's images."""
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    """Of the other protocols."""
     host: Path | None = None
     """A host.safetensors made by train-host; the packaged one if not given."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings that variants start from."""
+    preset: str | None = None
+    """Benchmarks: settings by name, in place of single ones."""
     variants: tuple[str, ...] = VARIANTS
     """What is compared; ``dense`` always is."""
-    limit: int = 256
-    """Images."""
+    limit: int | None = None
+    """Images (default: 256); prompts of a benchmark (default: all)."""
     batch: int = 64
     """Images at a time."""
     seed: int = 0
-    """Of the first image; the prompts go with it."""
+    """Of the first image; the prompts go with it. Of a benchmark, of each prompt's first image."""
     greedy: bool = False
     """Take the likeliest bits in place of drawing."""
 
     def __post_init__(self) -> None:
+        self.benchmark.check(self.protocol)
         unknown = [name for name in self.variants if name not in VARIANTS]
         if unknown:
             raise ValueError(f"no variant {', '.join(unknown)}; expected of {', '.join(VARIANTS)}")
-        if self.limit < 2 or self.batch < 1:
-            raise ValueError(f"limit must be at least 2 and batch 1; got {self.limit} and {self.batch}")
+        scenes = self.protocol == "scenes"
+        least = 2 if scenes else 1
+        if (self.limit is not None and self.limit < least) or self.batch < 1:
+            raise ValueError(f"limit must be at least {least} and batch 1; got {self.limit} and {self.batch}")
+        if scenes and self.preset is not None:
+            raise ValueError("preset is for benchmarks; scenes take single settings, such as --ratio")
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
+            if self.settings != PRESETS["tiny"].config:
+                raise ValueError("give a preset or single settings, not both")
+        if not scenes and (self.host is not None or self.variants != VARIANTS or self.greedy):
+            raise ValueError(f"host, variants and greedy are for protocol scenes; {self.protocol} takes --variant")
+
+    @property
+    def used(self) -> SparseVARConfig:
+        """Settings of a benchmark."""
+        return self.settings if self.preset is None else PRESETS[self.preset].config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,30 +357,18 @@ class GenerateConfig:
     """Folder of an ``InfinityPipeline``, as its ``save_pretrained`` writes it."""
     prompts: tuple[str, ...] = field(metadata=flag("prompt"))
     """What to draw, one image each."""
-    preset: str = "infinity-0.6"
-    """Settings of the method by name."""
-    dense: bool = False
-    """Run everything."""
-    pixels: str = "1M"
-    """Size."""
-    aspect: float = 1.0
-    """Height over width."""
-    guidance: float = 4.0
-    """Strength of guidance; 1 is none."""
-    temperature: float = 1.0
-    """Of the bits."""
+    settings: SparseVARConfig = field(default_factory=lambda: PRESETS["infinity-0.6"].config)
+    """Settings of the method."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """How they are drawn."""
     batch: int = 1
     """Images at a time."""
     seed: int = 0
     """Of the first image; the following ones count up."""
-    dtype: str = "auto"
-    """Of transformer blocks and text encoder."""
 
     def __post_init__(self) -> None:
         if not self.prompts or self.batch < 1:
             raise ValueError(f"expected at least one prompt and a batch of 1; got {len(self.prompts)} and {self.batch}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

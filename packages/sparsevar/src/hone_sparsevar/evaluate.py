@@ -15,6 +15,7 @@ from hone_visual_ar.generation import Generation, Policy
 from torch import Tensor
 
 from . import plots
+from .benchmarks import judge
 from .config import EvalConfig
 from .data import random_labels, render
 from .flops import gflops
@@ -162,9 +163,12 @@ def table(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport(Report):
-    """Result of ``eval``; as text, the table."""
+    """Result of ``eval``; as text, the table, or a benchmark's scores."""
 
     def __str__(self) -> str:
+        if not any(row.metric == "gflops" for row in self.rows):
+            lines = [f"{row.metric:<20}{row.value:>10.4g}" for row in self.rows]
+            return "\n".join([*lines, f"images   {self.path / 'artifacts' / 'images'}"])
         chart = self.path / "figures" / "frontier.png"
         return f"{table(self.rows)}\nchart    {chart}\nresults  {self.path / 'results.json'}"
 
@@ -183,13 +187,16 @@ def real_features(host: Host, images: Tensor, batch: int) -> Tensor:
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
-    """Draw and grade every variant.
+    """Draw and grade every variant; or a benchmark's images, see ``benchmarks.judge``.
 
     Raises:
         CheckpointError: There is no host.
     """
+    if cfg.protocol != "scenes":
+        judge(cfg, run)
+        return EvalReport.of(run)
     host = load_host(resolve_device(run.device), path=cfg.host)
-    labels, images = scenes(cfg.limit, cfg.seed)
+    labels, images = scenes(256 if cfg.limit is None else cfg.limit, cfg.seed)
     policies = {name: variant_of(name, cfg.settings) for name in dict.fromkeys(("dense", *cfg.variants))}
     outcomes = compare(host, policies, labels, seed=cfg.seed, batch=cfg.batch, greedy=cfg.greedy, quiet=run.quiet)
     write_rows(run, outcomes, real_features(host, images, cfg.batch))

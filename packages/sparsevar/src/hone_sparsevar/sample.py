@@ -7,7 +7,7 @@ image is written whole or not at all, so that the same command goes on where it 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from hone_core.runs import Report, Run
 from hone_visual_ar.pipelines import InfinityPipeline, check_prompts
 from hone_visual_ar.schedules import infinity_schedule
 
-from .config import PRESETS, GenerateConfig
-from .models import attach
+from .config import GenerateConfig, ImageConfig, SparseVARConfig
+from .models import variant_of
 
-__all__ = ["GenerateReport", "check_inputs", "generate"]
+__all__ = ["GenerateReport", "Wanted", "check_inputs", "draw_images", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +44,84 @@ class GenerateReport(Report):
         return "\n".join(map(str, self.images))
 
 
-def check_inputs(cfg: GenerateConfig) -> None:
+def check_inputs(model: Path, prompts: Sequence[str], image: ImageConfig, settings: SparseVARConfig) -> None:
     """Hold prompts, size and settings against the folder's configs; no weight is read.
 
     Raises:
         CheckpointError: The folder holds no saved Infinity pipeline.
         ValueError: A prompt is too long, or size, start scale or detector do not exist.
     """
-    schedule = infinity_schedule(cfg.pixels, cfg.aspect)
+    schedule = infinity_schedule(image.pixels, image.aspect)
     try:
-        kind = json.loads((cfg.model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-        model = json.loads((cfg.model / "transformer" / "config.json").read_text(encoding="utf-8"))
+        kind = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        config = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{cfg.model} holds no saved pipeline; make it with from_published and save_pretrained of InfinityPipeline"
+            f"{model} holds no saved pipeline; make it with from_published and save_pretrained of InfinityPipeline"
         ) from error
     if kind != "InfinityPipeline":
-        raise CheckpointError(f"{cfg.model} holds a {kind}; expected an InfinityPipeline")
-    settings = None if cfg.dense else PRESETS[cfg.preset].config
-    if settings is not None:
-        if schedule.resolve(settings.start_scale) < 1:
-            raise ValueError(f"start_scale must leave a scale before it; got {settings.start_scale}")
-        if settings.detector is not None and settings.detector >= model["depth"]:
-            raise ValueError(f"this model has {model['depth']} blocks; got detector {settings.detector}")
-    check_prompts(cfg.model, cfg.prompts, model["text_maxlen"])
+        raise CheckpointError(f"{model} holds a {kind}; expected an InfinityPipeline")
+    if schedule.resolve(settings.start_scale) < 1:
+        raise ValueError(f"start_scale must leave a scale before it; got {settings.start_scale}")
+    if settings.detector is not None and settings.detector >= config["depth"]:
+        raise ValueError(f"this model has {config['depth']} blocks; got detector {settings.detector}")
+    check_prompts(model, prompts, config["text_maxlen"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """One image to draw.
+
+    Attributes:
+        prompt: What it shows.
+        seed: Its own.
+        file: Where it goes.
+    """
+
+    prompt: str
+    seed: int
+    file: Path
+
+
+def draw_images(
+    model: Path, wanted: Sequence[Wanted], image: ImageConfig, settings: SparseVARConfig, run: Run, *, batch: int
+) -> None:
+    """Draw what is not there yet; each file is written whole or not at all.
+
+    Args:
+        model: Folder of the pipeline.
+        wanted: Images.
+        image: How they are drawn.
+        settings: Of the method.
+        run: The run, entered.
+        batch: Images at a time.
+    """
+    missing = [item for item in wanted if not item.file.is_file()]
+    if not missing:
+        return
+    device = resolve_device(run.device)
+    dtype = resolve_dtype(image.dtype, device)
+    pipe = InfinityPipeline.from_pretrained(
+        model, dtype={"transformer": dtype, "text_encoder": dtype}, local_files_only=True
+    ).to(device)
+    policy = variant_of(image.variant, settings)
+    with progress_bar(len(missing), desc="images", quiet=run.quiet) as bar:
+        for begin in range(0, len(missing), batch):
+            part = missing[begin : begin + batch]
+            images = pipe(
+                [item.prompt for item in part],
+                pixels=image.pixels,
+                aspect=image.aspect,
+                guidance_scale=image.guidance,
+                temperature=image.temperature,
+                seeds=[item.seed for item in part],
+                policy=policy,
+            ).images
+            for item, drawn in zip(part, images, strict=True):
+                item.file.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(item.file) as scratch:
+                    drawn.save(scratch, quality=95)
+            bar.update(len(part))
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
@@ -76,32 +130,10 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     Raises:
         CheckpointError, ValueError: As ``check_inputs``, before weights are read.
     """
-    check_inputs(cfg)
-    files = [run.artifacts / f"{number:05}.png" for number in range(len(cfg.prompts))]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
-    if not missing:
-        return GenerateReport.of(run)
-    device = resolve_device(run.device)
-    dtype = resolve_dtype(cfg.dtype, device)
-    pipe = InfinityPipeline.from_pretrained(
-        cfg.model, dtype={"transformer": dtype, "text_encoder": dtype}, local_files_only=True
-    ).to(device)
-    with ExitStack() as stack:
-        if not cfg.dense:
-            stack.enter_context(attach(pipe.transformer, cfg.preset))
-        bar = stack.enter_context(progress_bar(len(missing), desc="images", quiet=run.quiet))
-        for begin in range(0, len(missing), cfg.batch):
-            part = missing[begin : begin + cfg.batch]
-            images = pipe(
-                [cfg.prompts[number] for number in part],
-                pixels=cfg.pixels,
-                aspect=cfg.aspect,
-                guidance_scale=cfg.guidance,
-                temperature=cfg.temperature,
-                seeds=[cfg.seed + number for number in part],
-            ).images
-            for number, image in zip(part, images, strict=True):
-                with atomic_path(files[number]) as scratch:
-                    image.save(scratch)
-            bar.update(len(part))
+    check_inputs(cfg.model, cfg.prompts, cfg.image, cfg.settings)
+    wanted = [
+        Wanted(prompt=prompt, seed=cfg.seed + number, file=run.artifacts / f"{number:05}.png")
+        for number, prompt in enumerate(cfg.prompts)
+    ]
+    draw_images(cfg.model, wanted, cfg.image, cfg.settings, run, batch=cfg.batch)
     return GenerateReport.of(run)

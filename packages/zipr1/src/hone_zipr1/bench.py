@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from . import method
 from .config import BenchConfig, SparseConfig
 from .host import load_host
-from .models import attach, selected_attention
+from .models import attach, choose, masses, selected_attention
 from .sample import stored_bytes
 
 __all__ = ["SHAPES", "BenchReport", "bench", "decode_bound", "prefill_bound"]
@@ -150,14 +150,14 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
     rows = method.probe_rows(tokens, cfg.recent, cfg.random).to(device).expand(batch, -1)
     split = f"{tokens} tokens, batch {batch}"
 
-    def choose(ratio: float) -> Tensor:
-        rank = method.column_mass(query, key, real=real, rows=rows).rank
-        return method.select(rank, (ratio * real.sum(-1)).ceil().long(), real, last)
+    def chosen(ratio: float) -> Tensor:
+        mass, rank = masses(query, key, real=None, rows=rows)
+        return choose(mass, rank, None, ratio, real, last)
 
     attending: dict[str, Any] = {DENSE: lambda: selected_attention(query, key, value, real)}
     choosing: dict[str, Any] = {}
     for ratio in cfg.ratios:
-        keep = choose(ratio)
+        keep = chosen(ratio)
         few = slice(0, min(tokens, 1024))
         q, k, v = (x[:, :, few] for x in (query, key, value))
         check_values(
@@ -167,7 +167,7 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
             tolerance=2e-2 if model.dtype != torch.float32 else 1e-3,
         )
         attending[_name(ratio)] = lambda keep=keep: selected_attention(query, key, value, keep)
-        choosing[_name(ratio)] = lambda ratio=ratio: choose(ratio)
+        choosing[_name(ratio)] = lambda ratio=ratio: chosen(ratio)
     _rows(cfg, run, "attention", measure_interleaved(attending, warmup=2, rounds=cfg.rounds, device=device), split)
     _rows(cfg, run, "selection", measure_interleaved(choosing, warmup=2, rounds=cfg.rounds, device=device), split)
 

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["SparseLayer", "sparse_layers"]
+__all__ = ["Kept", "SparseLayer", "sparse_layers"]
+
+
+class Kept(NamedTuple):
+    """Where the kept tokens of each sample stand, the others behind them.
+
+    Attributes:
+        keep: ``[batch, tokens]``.
+        places: ``[batch, most]``, positions of the kept tokens, ascending; of a sample that kept fewer than another,
+            of some that it did not keep behind them.
+        valid: ``[batch, most]``, which entries are kept ones; None: all.
+    """
+
+    keep: Tensor
+    places: Tensor
+    valid: Tensor | None
+
+    @classmethod
+    def of(cls, keep: Tensor) -> Kept:
+        """Look where they are; the one place that waits for the device."""
+        counts = keep.sum(-1)
+        low, most = torch.stack(counts.aminmax()).tolist()
+        places = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
+        valid = None if low == most else torch.arange(most, device=keep.device) < counts[:, None]
+        return cls(keep, places, valid)
+
+    def take(self, states: Tensor) -> Tensor:
+        """``[batch, heads, most, dim]`` of ``[batch, heads, tokens, dim]``."""
+        return states.gather(2, self.places[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+    def spread(self, states: Tensor) -> Tensor:
+        """The inverse of ``take``: ``[batch, heads, tokens, dim]``, zero where nothing was kept."""
+        slot = (self.keep.cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
+        back = states.gather(2, slot.expand(-1, states.shape[1], -1, states.shape[3]))
+        return back * self.keep[:, None, :, None]
 
 
 class SparseLayer(DynamicLayer):
@@ -24,6 +58,7 @@ class SparseLayer(DynamicLayer):
         positions: ``[batch, stored]``, where each stored token stood among those seen; None: nothing was dropped.
         valid: ``[batch, stored]``, which stored tokens are read; None as well then.
         whole: Whether all stored tokens are read.
+        protected: ``[batch, tokens]``, which of the first tokens a selection may not drop; later ones are text.
     """
 
     keys: Tensor
@@ -35,6 +70,7 @@ class SparseLayer(DynamicLayer):
         self.positions: Tensor | None = None
         self.valid: Tensor | None = None
         self.whole = True
+        self.protected: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; see ``DynamicLayer``."""
@@ -47,23 +83,16 @@ class SparseLayer(DynamicLayer):
         self.seen += new
         return keys, values
 
-    def evict(self, keep: Tensor) -> None:
+    def evict(self, kept: Kept) -> None:
         """Drop what is not kept, for good.
 
         Args:
-            keep: ``[batch, seen]``; nothing was evicted before.
+            kept: Of all that was seen; nothing was evicted before.
         """
-        keys, values = self.keys, self.values
-        counts = keep.sum(-1)
-        stored = int(counts.max())
-        # Kept ones first, each in its order.
-        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :stored]
-        index = order[:, None, :, None]
-        self.keys = keys.gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3]))
-        self.values = values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
-        self.positions = order
-        self.valid = torch.arange(stored, device=keep.device) < counts[:, None]
-        self.whole = bool((counts == stored).all())
+        self.keys, self.values = kept.take(self.keys), kept.take(self.values)
+        self.positions, self.valid, self.whole = kept.places, kept.valid, kept.valid is None
+        if kept.valid is None:
+            self.valid = torch.ones_like(kept.places, dtype=torch.bool)
         self.prompt = self.seen
 
     def read(self, keep: Tensor) -> None:
@@ -98,6 +127,8 @@ class SparseLayer(DynamicLayer):
         if self.positions is not None and self.valid is not None:
             self.positions, self.valid = self.positions[:, :stop], self.valid[:, :stop]
         self.seen = left
+        if self.protected is not None:
+            self.protected = self.protected[:, :left]
 
     def reset(self) -> None:
         """Forget everything."""
@@ -108,6 +139,8 @@ class SparseLayer(DynamicLayer):
             self.keys, self.values = self.keys[index], self.values[index]
         if self.positions is not None and self.valid is not None:
             self.positions, self.valid = self.positions[index], self.valid[index]
+        if self.protected is not None:
+            self.protected = self.protected[index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take samples in another order, as beams do."""

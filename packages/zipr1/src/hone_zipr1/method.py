@@ -18,6 +18,7 @@ __all__ = [
     "column_mass",
     "kept_mass",
     "probe_rows",
+    "ranked",
     "select",
     "soft_ratio",
     "token_ratio",
@@ -70,7 +71,7 @@ def _count(amount: float, tokens: int) -> int:
 
 
 def column_mass(
-    query: Float[Tensor, "batch heads tokens dim"],
+    query: Float[Tensor, "batch heads queries dim"],
     key: Float[Tensor, "batch heads_k tokens dim"],
     *,
     real: Bool[Tensor, "batch tokens"] | None = None,
@@ -81,23 +82,22 @@ def column_mass(
     """Column sums of the causal attention map, without holding the map.
 
     Args:
-        query: After rotary positions.
+        query: After rotary positions; the last of ``key``'s tokens, where earlier turns have gone before.
         key: Likewise.
         real: False where the batch is padded; such rows and columns have no mass.
-        rows: Positions of the rows to look at, -1 for none; all if None.
+        rows: Rows of ``query`` to look at, -1 for none; all if None.
         scaling: Of the logits; 1 / sqrt(dim) if None.
-        normalizer: What a_j is divided by for the ranking. ``count``: the rows looked at that see column j.
-            ``zipcache``: all rows that see it, as in ZipCache's release, also where only some were summed.
+        normalizer: See ``ranked``.
     """
-    batch, heads, tokens, dim = query.shape
-    heads_k, device = key.shape[1], query.device
+    batch, heads, queries, dim = query.shape
+    heads_k, tokens, device = key.shape[1], key.shape[2], query.device
     dtype = torch.promote_types(query.dtype, torch.float32)
     columns = torch.arange(tokens, device=device)
     if real is None:
         real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     every = rows is None
     if rows is None:
-        rows = torch.where(real, columns, -1)
+        rows = torch.where(real, columns, -1)[:, tokens - queries :] - (tokens - queries)
     scale = dim**-0.5 if scaling is None else scaling
     mass = torch.zeros(batch, tokens, dtype=dtype, device=device)
     seen = torch.zeros(batch, tokens, dtype=dtype, device=device)
@@ -106,7 +106,7 @@ def column_mass(
     for start in range(0, rows.shape[1], size):
         part = rows[:, start : start + size]
         there, at = part >= 0, part.clamp(min=0)
-        visible = (columns <= at[..., None]) & real[:, None] & there[..., None]
+        visible = (columns <= at[..., None] + tokens - queries) & real[:, None] & there[..., None]
         if every:
             picked = query[:, :, start : start + size]
         else:
@@ -118,8 +118,26 @@ def column_mass(
         weights = logits.softmax(-1).mean(1) * there[..., None]
         mass = mass + weights.sum(1)
         seen = seen + visible.sum(1)
+    return ranked(mass, seen, real, normalizer)
+
+
+def ranked(
+    mass: Float[Tensor, "batch tokens"],
+    seen: Float[Tensor, "batch tokens"] | Int[Tensor, "batch tokens"],
+    real: Bool[Tensor, "batch tokens"],
+    normalizer: Normalizer = "count",
+) -> Mass:
+    """The mass with the rank by it.
+
+    Args:
+        mass: Column sums over some rows.
+        seen: How many of these rows see a column.
+        real: Where tokens are.
+        normalizer: What a_j is divided by for the ranking. ``count``: the rows looked at that see column j.
+            ``zipcache``: all rows that see it, as in ZipCache's release, also where only some were summed.
+    """
     if normalizer == "zipcache":
-        seen = real.flip(-1).cumsum(-1).flip(-1).to(dtype)
+        seen = real.flip(-1).cumsum(-1).flip(-1)
     return Mass(mass, mass / seen.clamp(min=1))
 
 

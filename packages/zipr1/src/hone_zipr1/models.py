@@ -15,16 +15,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hone_core.handles import CallState, Handle, Hooks, resolve
+from hone_kernels.column_mass import column_mass
+from hone_kernels.ragged_decode import decode_attention
+from hone_kernels.token_select import select_tokens
 from hone_lm.attention import AttentionTap, tap_attention
 from hone_lm.decoders import Decoder, cache_keyword, cache_of, find_decoder
 from hone_lm.layouts import RULES
 from torch import Tensor, nn
 
 from . import method
-from .cache import SparseLayer, sparse_layers
+from .cache import Kept, SparseLayer, sparse_layers
 from .config import PRESETS, SparseConfig
 
-__all__ = ["SparseHandle", "Stats", "attach", "check_config", "selected_attention", "sparse", "visual_ids"]
+__all__ = [
+    "SparseHandle",
+    "Stats",
+    "attach",
+    "check_config",
+    "choose",
+    "masses",
+    "selected_attention",
+    "sparse",
+    "visual_ids",
+]
 
 _PASS = "hone_zipr1"
 """Argument of the decoder that takes a forward's ``_Pass`` to every layer's attention."""
@@ -107,7 +120,8 @@ class _Pass:
 
     Attributes:
         p: a number, or one per sample.
-        prompt: tokens over which the selection is made; those after it are an answer, and kept.
+        prompt: tokens over which the selection is made, earlier turns included; those after it are an answer, and kept.
+        earlier: tokens of earlier turns, in the cache.
         stats: of this forward, if it selects.
         real: ``[batch, tokens so far]``, or None without padding.
         cache: that is filled.
@@ -118,6 +132,7 @@ class _Pass:
 
     p: float | Tensor
     prompt: int
+    earlier: int
     stats: Stats | None
     real: Tensor | None
     cache: Any
@@ -261,24 +276,32 @@ class SparseHandle(Handle[SparseConfig]):
             cache = DynamicCache()
             kwargs = kwargs | {self._keyword: cache}
         real = None if inputs.mask is None else inputs.mask.bool().to(states.device)
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        earlier = 0 if cache is None else int(cache.get_seq_length())
+        if cache is not None and earlier:
             if not isinstance(cache.layers[0], SparseLayer):
                 raise ValueError(
                     "the cache was filled before this was attached; attach first, then run the whole prompt"
                 )
-            running = _Pass(1.0, 0, None, real, cache, False)
-            return args, kwargs | {_PASS: running}
-        if cache is not None:
+            # A later turn chooses anew among all that is stored; an answer, and guesses at it, are only appended.
+            turn = self.config.cache == "retrieve" and tokens > 1 and not inputs.candidates
+            if not turn:
+                return args, kwargs | {_PASS: _Pass(1.0, 0, earlier, None, real, cache, False)}
+        elif cache is not None:
             sparse_layers(cache, self.decoder.num_layers)
-        prompt = tokens - inputs.candidates if given.prompt_tokens is None else given.prompt_tokens
+        prompt = earlier + (tokens - inputs.candidates if given.prompt_tokens is None else given.prompt_tokens)
         here = torch.ones(batch, prompt, dtype=torch.bool, device=states.device) if real is None else real[:, :prompt]
         p: float | Tensor = self.config.p
         if given.p is not None:
             if given.p.shape != (batch,) or not bool(((given.p > 0) & (given.p <= 1)).all()):
                 raise ValueError(f"p must be {batch} numbers in (0, 1], one per sample; got {given.p}")
             p = given.p.to(states.device)
-        stats = Stats(here, self._protected(inputs, given, here), self._rows(here))
-        running = _Pass(p, prompt, stats, real, cache, given.soft)
+        protected = self._protected(inputs, given, here[:, earlier:])
+        if cache is not None and earlier:
+            before = cache.layers[0].protected
+            written = here.new_ones(batch, earlier - before.shape[1])
+            protected = torch.cat([before, written, protected], -1) & here
+        stats = Stats(here, protected, self._rows(here[:, earlier:], earlier))
+        running = _Pass(p, prompt, earlier, stats, real, cache, given.soft)
         return args, kwargs | {_PASS: running}
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -311,10 +334,11 @@ class SparseHandle(Handle[SparseConfig]):
             )
         return (~self._is_visual(inputs.ids[:, : real.shape[1]]) | last) & real
 
-    def _rows(self, real: Tensor) -> Tensor | None:
-        """Positions of the probe rows of each sample; None for all rows."""
+    def _rows(self, real: Tensor, earlier: int) -> Tensor | None:
+        """Positions of the probe rows of each sample, after those of earlier turns; None for all rows."""
         if self.config.rows == "all":
-            return None
+            at = torch.arange(earlier, earlier + real.shape[1], device=real.device)
+            return torch.where(real, at, -1) if earlier else None
         lengths = real.sum(-1).tolist()
         drawn = {
             length: method.probe_rows(length, self.config.recent, self.config.random, self.config.seed)
@@ -323,7 +347,7 @@ class SparseHandle(Handle[SparseConfig]):
         found = torch.full((len(real), max(map(len, drawn.values()))), -1)
         starts = real.to(torch.uint8).argmax(-1).tolist()
         for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-            found[row, : len(drawn[length])] = drawn[length] + start
+            found[row, : len(drawn[length])] = drawn[length] + start + earlier
         return found.to(real.device)
 
     # In a layer.
@@ -349,23 +373,33 @@ class SparseHandle(Handle[SparseConfig]):
             if stored.positions is None:
                 return base(module, query, key, value, attention_mask, **kwargs)
             return _continued(stored, running.real, module, query, key, value, kwargs), None
-        if self.config.policy == "top-p" and isinstance(running.p, float) and running.p == 1.0 and not running.soft:
-            running.stats.keep[layer] = running.stats.real
-            return base(module, query, key, value, attention_mask, **kwargs)
-        keep = self._choose(running, layer, query, key, kwargs.get("scaling"))
+        if stored is not None:
+            stored.protected = running.stats.protected
+        whole = self.config.policy == "top-p" and isinstance(running.p, float) and running.p == 1.0
+        if whole and not running.soft:
+            keep = running.stats.real
+        else:
+            keep = self._choose(running, layer, query, key, kwargs.get("scaling"))
         running.stats.keep[layer] = keep
+        if running.earlier and not (keep is running.stats.real and stored is not None and stored.positions is None):
+            assert stored is not None, "that is where earlier turns are"
+            return _anew(stored, keep, query, key, value, kwargs), None
         if keep is running.stats.real:
             return base(module, query, key, value, attention_mask, **kwargs)
         after = query.shape[2] - running.prompt
         if after:
             later = torch.ones(len(keep), after, dtype=torch.bool, device=keep.device)
             keep = torch.cat([keep, later if running.real is None else running.real[:, running.prompt :]], -1)
+        masked, evicted = self.config.compute == "mask", stored is not None and self.config.cache == "evict"
+        kept = Kept.of(keep) if evicted or not masked else None
         out = selected_attention(
             query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
-            masked=self.config.compute == "mask",
+            masked=masked, kept=kept,
         )  # fmt: skip
-        if stored is not None:
-            (stored.evict if self.config.cache == "evict" else stored.read)(keep)
+        if stored is not None and kept is not None and evicted:
+            stored.evict(kept)
+        elif stored is not None:
+            stored.read(keep)
         return out.transpose(1, 2).contiguous(), None
 
     def _choose(self, running: _Pass, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
@@ -385,11 +419,11 @@ class SparseHandle(Handle[SparseConfig]):
             place = real.cumsum(-1)
             rows = (real & (place == place[:, -1:])).to(torch.uint8).argmax(-1, keepdim=True)
         with torch.set_grad_enabled(running.soft and torch.is_grad_enabled()):
-            mass, rank = method.column_mass(
-                query[:, :, : running.prompt],
+            mass, rank = masses(
+                query[:, :, : running.prompt - running.earlier],
                 key[:, :, : running.prompt],
-                real=real,
-                rows=rows,
+                real=None if running.real is None else real,
+                rows=None if rows is None else rows - running.earlier,
                 scaling=scaling,
                 normalizer=cfg.normalizer,
             )
@@ -398,13 +432,9 @@ class SparseHandle(Handle[SparseConfig]):
         mass, rank = mass.detach(), rank.detach()
         if dense:
             return real
-        if cfg.ratio is not None:
-            budget = (cfg.ratio * real.sum(-1)).ceil().long()
-        else:
-            budget = method.topp_budget(mass, running.p, real)
         if cfg.policy == "random":
             rank = _drawn(real, cfg.seed, layer)
-        keep = method.select(rank, budget, real, protected)
+        keep = choose(mass, rank, running.p if cfg.ratio is None else None, cfg.ratio, real, protected)
         if cfg.policy == "fastv":
             running.fixed = keep
             return real
@@ -412,6 +442,42 @@ class SparseHandle(Handle[SparseConfig]):
         first = real.to(torch.uint8).argmax(-1, keepdim=True)
         stats.sink[layer] = (mass.gather(1, first) / mass.sum(-1, keepdim=True))[:, 0]
         return keep
+
+
+def masses(
+    query: Tensor,
+    key: Tensor,
+    *,
+    real: Tensor | None,
+    rows: Tensor | None,
+    scaling: float | None = None,
+    normalizer: method.Normalizer = "count",
+) -> method.Mass:
+    """``method.column_mass``, on a GPU by its kernel where no gradient is asked for; no padding where real is None."""
+    if not query.is_cuda or (torch.is_grad_enabled() and query.requires_grad):
+        return method.column_mass(query, key, real=real, rows=rows, scaling=scaling, normalizer=normalizer)
+    batch, tokens = key.shape[0], key.shape[2]
+    everywhere = torch.ones(batch, tokens, dtype=torch.bool, device=key.device) if real is None else real
+    if rows is None:
+        here = everywhere[:, tokens - query.shape[2] :]
+        rows = torch.where(here, torch.arange(query.shape[2], device=key.device), -1)
+    found = column_mass(query, key, rows, real=real, scale=scaling)
+    return method.ranked(found.mass, found.seen, everywhere, normalizer)
+
+
+def choose(
+    mass: Tensor, rank: Tensor, p: float | Tensor | None, ratio: float | None, real: Tensor, protected: Tensor
+) -> Tensor:
+    """``method.select`` by ``method.topp_budget`` or, where p is None, by a share of the tokens; a kernel on a GPU."""
+    share = None if p is None else torch.as_tensor(p, dtype=torch.float32, device=mass.device).expand(len(mass))
+    budget = None if ratio is None else (ratio * real.sum(-1)).ceil().long()
+    if mass.is_cuda:
+        weights = None if share is None else mass
+        return select_tokens(rank, real=real, protected=protected, mass=weights, p=share, budget=budget).keep
+    if budget is None:
+        assert p is not None, "one of the two sets the budget"
+        budget = method.topp_budget(mass, p, real)
+    return method.select(rank, budget, real, protected)
 
 
 def _drawn(real: Tensor, seed: int, layer: int) -> Tensor:
@@ -430,6 +496,7 @@ def selected_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     masked: bool = False,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Causal attention among the kept tokens of each sample; the others' output is zero.
 
@@ -441,6 +508,7 @@ def selected_attention(
         scaling: Of the logits; 1 / sqrt(dim) if None.
         dropout: Of the weights.
         masked: Compute all pairs under a mask, which is no faster; else gather the kept tokens and compute theirs.
+        kept: ``Kept.of(keep)``, where the caller has it.
 
     Returns:
         ``[batch, heads, tokens, dim]``.
@@ -456,20 +524,10 @@ def selected_attention(
         settings["enable_gqa"] = False
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=pairs[:, None], **settings)
         return out * keep[:, None, :, None]
-    counts = keep.sum(-1).tolist()
-    # Samples that kept as many tokens are computed together.
-    out = query.new_zeros(query.shape)
-    for count in sorted(set(counts)):
-        rows = torch.tensor([row for row, c in enumerate(counts) if c == count], device=query.device)
-        index = keep[rows].nonzero()[:, 1].view(len(rows), 1, count, 1)
-
-        def take(states: Tensor, rows: Tensor = rows, index: Tensor = index) -> Tensor:
-            return states[rows].gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
-
-        part = F.scaled_dot_product_attention(take(query), take(key), take(value), is_causal=True, **settings)
-        spread = query.new_zeros(len(rows), *query.shape[1:]).scatter(2, index.expand_as(part), part)
-        out = out.index_copy(0, rows, spread)
-    return out
+    kept = Kept.of(keep) if kept is None else kept
+    # Kept tokens stand at the left in their order, so that what fills a row up is seen by no row that counts.
+    query, key, value = kept.take(query), kept.take(key), kept.take(value)
+    return kept.spread(F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings))
 
 
 def _continued(
@@ -489,6 +547,9 @@ def _continued(
         mask = (pairs | (positions[:, None, :] == at[:, None]))[:, None]
         stored.whole = stored.whole and (real is None or bool(real[:, -new:].all()))
     elif not stored.whole:
+        if query.is_cuda and not (query.requires_grad or kwargs.get("dropout")):
+            out = decode_attention(query, key, value, valid, scale=kwargs.get("scaling"))
+            return out.transpose(1, 2).contiguous()
         mask = valid[:, None, None, :]
     out = F.scaled_dot_product_attention(
         query,
@@ -500,6 +561,25 @@ def _continued(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).contiguous()
+
+
+def _anew(stored: SparseLayer, keep: Tensor, query: Tensor, key: Tensor, value: Tensor, kwargs: Any) -> Tensor:
+    """Attention of a later turn to what was chosen among all that is stored; its dropped tokens' output is zero."""
+    stored.read(keep)
+    new, tokens = query.shape[2], key.shape[2]
+    at = torch.arange(tokens, device=query.device)
+    own = at[-new:, None] == at
+    pairs = ((at[-new:, None] >= at) & keep[:, None, :]) | own
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=pairs[:, None],
+        scale=kwargs.get("scaling"),
+        dropout_p=kwargs.get("dropout", 0.0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return (out * keep[:, None, -new:, None]).transpose(1, 2).contiguous()
 
 
 def attach(model: nn.Module, config: SparseConfig | str) -> SparseHandle:

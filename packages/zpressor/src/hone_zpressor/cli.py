@@ -57,6 +57,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "render": _verb(
         "photographs:render_capture", "RenderConfig", "Your photographs to a splat and a flight.", prepare=True
     ),
+    "view": _verb("viewing:view", "ViewConfig", "A splat in the browser, with a slider for its anchors.", prepare=True),
     "doctor": _verb("photographs:doctor", "DoctorConfig", "What a host would make of your photographs.", prepare=True),
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "PSNR and SSIM on chunks of RealEstate10K or DL3DV.", prepare=True

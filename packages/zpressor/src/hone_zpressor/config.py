@@ -23,6 +23,7 @@ __all__ = [
     "RenderConfig",
     "ReproduceConfig",
     "TrainHostConfig",
+    "ViewConfig",
     "ZPressorConfig",
 ]
 
@@ -319,7 +320,7 @@ class RenderConfig:
     prune: float = 0.005
     """Gaussians of less opacity are left out of the splat."""
     splat: Path | None = None
-    """Copy of the splat, by its suffix .ply or .splat; artifacts/scene.ply is always written."""
+    """Copy of the splat, by its suffix .ply, .splat or .spz; artifacts/scene.ply is always written."""
     video: Path | None = None
     """Copy of the flight, .mp4; artifacts/fly.mp4 is always written."""
     backend: Literal["torch", "gsplat"] = "torch"
@@ -329,10 +330,55 @@ class RenderConfig:
         _check_capture(self)
         if self.frames < 2 or self.fps < 1 or not 0 <= self.prune < 1:
             raise ValueError("expected at least two frames, one per second, and prune in [0, 1)")
-        if self.splat is not None and self.splat.suffix not in (".ply", ".splat"):
-            raise ValueError(f"splat: expected a path ending in .ply or .splat; got {self.splat}")
+        if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
+            raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
         if self.video is not None and self.video.suffix != ".mp4":
             raise ValueError(f"video: expected a path ending in .mp4; got {self.video}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """A page in the browser: a splat, or one of your photographs whose number of anchors you set there."""
+
+    splat: Path | None = None
+    """File to show, .ply, .splat or .spz; made of the photographs if None."""
+    colmap: Path | None = None
+    """Folder of a COLMAP model, binary or text, itself or in sparse/0; beside a splat its cameras are shown."""
+    transforms: Path | None = None
+    """A ``transforms.json`` of nerfstudio or Blender; likewise."""
+    images: Path | None = None
+    """Folder of the pictures, where a COLMAP model has them elsewhere than in images."""
+    model: str = "mvsplat"
+    """Host, see info."""
+    checkpoint: Path | None = None
+    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host."""
+    arm: Literal["zpressor", "anchors", "host"] = "zpressor"
+    """All views fused into the anchors; the anchors alone; or all views."""
+    views: int = 24
+    """Context views, the farthest cameras; all if the capture has fewer."""
+    anchors: int = 6
+    """Of them, those that are left, at first."""
+    near: float | None = None
+    """Least depth of the scene in the capture's units; found if None."""
+    far: float | None = None
+    """Largest; given together with near."""
+    size: tuple[int, int] | None = None
+    """Height and width that pictures are cut to; the host's own if None."""
+    prune: float = 0.005
+    """Gaussians of less opacity are left out."""
+    address: str = "127.0.0.1"
+    """To listen at; others than this machine reach the page at 0.0.0.0."""
+    port: int = 8080
+    """To listen at."""
+    seconds: float | None = None
+    """After which the page closes; None for when the command is interrupted."""
+
+    def __post_init__(self) -> None:
+        _check_capture(self)
+        if not 0 <= self.prune < 1 or (self.seconds is not None and self.seconds <= 0):
+            raise ValueError("expected prune in [0, 1), and positive seconds")
+        if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
+            raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -371,7 +417,7 @@ class EvalConfig:
             raise ValueError("near and far are given together, or not at all")
 
 
-def _check_capture(cfg: DoctorConfig | RenderConfig) -> None:
+def _check_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> None:
     if cfg.colmap is not None and cfg.transforms is not None:
         raise ValueError("name your photographs by one of colmap and transforms")
     if cfg.images is not None and cfg.transforms is not None:

@@ -18,13 +18,14 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_splat.cameras import fly_through
 from hone_splat.captures import Capture, SceneRange, fit_range, load_views, overlap, read_colmap, read_transforms
-from hone_splat.files import read_ply, write_ply, write_splat
+from hone_splat.files import read_ply, write_ply
+from hone_splat.formats import write_cloud
 from hone_splat.published import load_published
 from hone_splat.rendering import render
 from hone_splat.videos import write_video
 from torch import Tensor
 
-from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ZPressorConfig
+from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
 from .host import load_host, open_tiny
 from .method import farthest_points
 from .models import attach
@@ -32,11 +33,13 @@ from .models import attach
 __all__ = [
     "DoctorReport",
     "RenderReport",
+    "contexts",
     "doctor",
     "examine",
     "find_weights",
     "load_model",
     "prepare",
+    "read_capture",
     "render_capture",
 ]
 
@@ -94,7 +97,7 @@ class RenderReport(Report):
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
 
-def read_capture(cfg: DoctorConfig | RenderConfig) -> tuple[Capture, SceneRange]:
+def read_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> tuple[Capture, SceneRange]:
     """The photographs that a command names, and how they are scaled.
 
     Raises:
@@ -125,7 +128,7 @@ def prepare(cfg: Any) -> Any:
     return cfg
 
 
-def find_weights(cfg: RenderConfig | EvalConfig) -> None:
+def find_weights(cfg: RenderConfig | EvalConfig | ViewConfig) -> None:
     """Look for the weights that a command names.
 
     Raises:
@@ -220,7 +223,7 @@ def doctor(cfg: DoctorConfig, run: Run) -> DoctorReport:
     return DoctorReport.of(run)
 
 
-def load_model(cfg: RenderConfig | EvalConfig, device: torch.device | str = "cpu") -> Any:
+def load_model(cfg: RenderConfig | EvalConfig | ViewConfig, device: torch.device | str = "cpu") -> Any:
     """The host with its weights, and the compressor on it.
 
     Raises:
@@ -276,7 +279,7 @@ def render_capture(cfg: RenderConfig, run: Run) -> RenderReport:
     frames = _frames(cfg, run, cloud, chosen.cam_to_world.float(), views.intrinsics_norm[0, 0], size, scene)
     write_video(frames, run.artifacts / "fly.mp4", fps=cfg.fps)
     if cfg.splat is not None:
-        (write_ply if cfg.splat.suffix == ".ply" else write_splat)(cloud, cfg.splat)
+        write_cloud(cloud, cfg.splat)
     if cfg.video is not None:
         with atomic_path(cfg.video) as scratch:
             shutil.copyfile(run.artifacts / "fly.mp4", scratch)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .gaussians import Gaussians
 from .harmonics import C0
 
-__all__ = ["read_ply", "read_splat", "write_ply", "write_splat"]
+__all__ = ["check_cloud", "read_ply", "read_splat", "write_ply", "write_splat"]
 
 LEAST = 1e-6
 """Opacities are stored as logits, so that 0 and 1 are moved in by this much; sizes of 0 likewise before a logarithm."""
@@ -29,7 +29,7 @@ def write_ply(gaussians: Gaussians, path: str | Path) -> Path:
     Raises:
         ValueError: It is a batch, or a value is not finite.
     """
-    _check(gaussians)
+    check_cloud(gaussians)
     count = len(gaussians)
     opacity = torch.logit(gaussians.opacities.double(), LEAST)
     scale = gaussians.scales.double().clamp(min=LEAST).log()
@@ -101,7 +101,7 @@ def write_splat(gaussians: Gaussians, path: str | Path) -> Path:
     Raises:
         ValueError: It is a batch, or a value is not finite.
     """
-    _check(gaussians)
+    check_cloud(gaussians)
     visible = gaussians.scales.prod(-1) * gaussians.opacities
     ordered = gaussians[visible.argsort(descending=True)].map(lambda part: part.detach().cpu())
     table = np.zeros(len(ordered), SPLAT)
@@ -137,7 +137,12 @@ def read_splat(path: str | Path) -> Gaussians:
     )
 
 
-def _check(gaussians: Gaussians) -> None:
+def check_cloud(gaussians: Gaussians) -> None:
+    """Refuse what no file holds.
+
+    Raises:
+        ValueError: It is a batch, or a value is not finite.
+    """
     if gaussians.means.ndim != 2:
         raise ValueError(f"a file holds one scene; got a batch {list(gaussians.means.shape[:-2])}. Index it first.")
     if not gaussians.finite():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .depthsplat import DEPTHSPLATS, DepthSplat
 from .mvsplat import MVSplat
 
-__all__ = ["PUBLISHED", "build_published", "load_published", "read_state"]
+__all__ = ["PUBLISHED", "build_published", "load_published", "read_state", "state_difference"]
 
 PUBLISHED: dict[str, Callable[[], nn.Module]] = {
     "mvsplat": MVSplat,
@@ -104,9 +104,9 @@ def load_published(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor] 
         host = build_published(kind)
     state = read_state(path)
     own, compressor = _split(state)
-    wrong = _difference(host, own)
+    wrong = state_difference(host, own)
     if wrong:
-        others = [name for name in PUBLISHED if name != kind and not _difference(_on_meta(name), own)]
+        others = [name for name in PUBLISHED if name != kind and not state_difference(_on_meta(name), own)]
         advice = (
             f"It is a checkpoint of {' or '.join(others)}: name that instead." if others else "It fits no host here."
         )
@@ -127,9 +127,9 @@ def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
     return own, compressor
 
 
-def _difference(host: nn.Module, state: dict[str, Tensor]) -> str:
-    """What of a state does not fit a host; empty where all does."""
-    expected = {name: value.shape for name, value in host.state_dict().items()}
+def state_difference(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """What of a state does not fit a model; empty where all does."""
+    expected = {name: value.shape for name, value in model.state_dict().items()}
     parts = {
         "missing": [name for name in expected if name not in state],
         "too many": [name for name in state if name not in expected],

@@ -1,0 +1,78 @@
+"""``convert``: a motion into another format, or a published checkpoint into safetensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hone_core.io import save_safetensors
+from hone_core.runs import Report, Run
+
+from .checkpoints import MANIFESTS, load_published
+from .config import ConvertConfig
+from .motion_files import READS, SKELETONS, WRITES, read_motion, write_motion
+
+__all__ = ["ConvertReport", "convert", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport(Report):
+    """Result of ``convert``; as text, the file.
+
+    Attributes:
+        target: What was written.
+    """
+
+    target: Path
+
+    @classmethod
+    def of(cls, run: Run) -> ConvertReport:
+        """Return the report of a run that is done."""
+        (target,) = run.artifacts.iterdir()
+        return cls(path=run.path, rows=tuple(run.rows), target=target)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{row.value:g} {row.metric}" for row in self.rows)
+        return f"{self.target}\n{counts}"
+
+
+def prepare(cfg: ConvertConfig) -> ConvertConfig:
+    """Look at the names before anything is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A format is not known.
+    """
+    if not cfg.source.is_file():
+        raise FileNotFoundError(f"there is no {cfg.source}")
+    if cfg.model is None:
+        if cfg.source.suffix not in READS:
+            raise ValueError(
+                f"{cfg.source}: expected a file that ends in {', '.join(READS)}, or --model for a checkpoint"
+            )
+        if f".{cfg.to}" not in WRITES:
+            raise ValueError(f"--to must be one of {', '.join(w[1:] for w in WRITES)}; got {cfg.to}")
+    elif cfg.model not in MANIFESTS:
+        raise ValueError(f"no published model {cfg.model!r}; they are {', '.join(MANIFESTS)}")
+    return cfg
+
+
+def convert(cfg: ConvertConfig, run: Run) -> ConvertReport:
+    """Read, check and write into the run's ``artifacts``.
+
+    Raises:
+        ValueError: The motion is not what was said; the message names file and frame.
+        CheckpointError: The checkpoint is another one, or damaged.
+    """
+    if cfg.model is not None:
+        model = load_published(cfg.model, cfg.source)
+        meta = {"hone": cfg.model, "of": MANIFESTS[cfg.model].where, "licence": MANIFESTS[cfg.model].licence}
+        save_safetensors(model.state_dict(), run.artifacts / f"{cfg.source.stem}.safetensors", metadata=meta)
+        count = sum(value.numel() for value in model.state_dict().values())
+        run.row("numbers", count, better="none")
+        return ConvertReport.of(run)
+    motion = read_motion(cfg.source, SKELETONS[cfg.skeleton], fps=cfg.fps, up=cfg.up)
+    write_motion(motion, run.artifacts / f"{cfg.source.stem}.{cfg.to}", features=cfg.features)
+    run.row("frames", len(motion.joints), better="none")
+    run.row("frames a second", motion.fps, better="none")
+    return ConvertReport.of(run)

@@ -1,0 +1,133 @@
+"""``generate``: motions for texts, to music, or edits of a motion in time and by part, with a tiny host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hone_core.devices import resolve_device
+from hone_core.runs import Report, Run
+from jaxtyping import Bool
+from torch import Tensor
+
+from .config import GenerateConfig, HostConfig
+from .dance import resampled
+from .features import extract, recover
+from .grammar import FRAMES, TOKEN_FRAMES, text_ids
+from .host import PACKAGE, load_host
+from .motion_files import Motion, read_motion, write_motion
+from .music import RATE, music_features, pooled, read_wav, write_wav
+from .skeletons import HUMANML3D, PARTS
+
+__all__ = ["GenerateReport", "edit_cells", "generate", "prepare"]
+
+SECONDS = FRAMES / HUMANML3D.fps
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateReport(Report):
+    """Result of ``generate``; as text, the files.
+
+    Attributes:
+        files: In the order of the texts.
+    """
+
+    files: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> GenerateReport:
+        """Return the report of a run whose files are there."""
+        return cls(path=run.path, rows=tuple(run.rows), files=tuple(sorted(run.artifacts.glob("motion-*"))))
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.files))
+
+
+def _track(cfg: GenerateConfig) -> Tensor | None:
+    """The four seconds of the music that are danced to."""
+    if cfg.music is None:
+        return None
+    track = read_wav(cfg.music)
+    first, count = round(cfg.music_start * RATE), round(SECONDS * RATE)
+    if len(track) - first < count:
+        raise ValueError(
+            f"{cfg.music}: the music is shorter than the motion: {max(0, len(track) - first) / RATE:.2f} of "
+            f"{SECONDS:g} s from second {cfg.music_start:g}"
+        )
+    return track[first : first + count]
+
+
+def _edited(cfg: GenerateConfig) -> Tensor | None:
+    """Features ``[1, 80, 263]`` of the motion to edit."""
+    if cfg.edit is None:
+        return None
+    motion = read_motion(cfg.edit, fps=cfg.fps, up=cfg.up)
+    joints = motion.joints
+    if motion.fps != HUMANML3D.fps:
+        joints = torch.from_numpy(resampled(joints.numpy(), motion.fps, HUMANML3D.fps))
+    if len(joints) < FRAMES:
+        raise ValueError(
+            f"{cfg.edit} lasts {len(joints) / HUMANML3D.fps:.2f} s; the tiny host edits motions of {SECONDS:g} s"
+        )
+    # One frame more than rows; where there is none the last one stands still.
+    joints = torch.cat([joints, joints[-1:]])[: FRAMES + 1]
+    return extract(joints).float()[None]
+
+
+def prepare(cfg: GenerateConfig) -> GenerateConfig:
+    """Look at texts, music, motion and host before weights are read.
+
+    Raises:
+        ValueError: A text is empty or unknown, the music too short, the motion not what was said.
+        FileNotFoundError: A file is missing.
+        CheckpointError: There is no host.
+    """
+    from hone_core.hosts import open_host
+
+    if cfg.texts:
+        text_ids(cfg.texts)
+    _track(cfg)
+    _edited(cfg)
+    open_host(HostConfig, PACKAGE, cfg.host)
+    return cfg
+
+
+def edit_cells(cfg: GenerateConfig) -> Bool[Tensor, "1 time parts"]:
+    """What an edit makes anew: all parts of an interval, some parts of all of it, or both."""
+    cells = torch.zeros(1, FRAMES // TOKEN_FRAMES, len(PARTS), dtype=torch.bool)
+    first, last = cfg.edit_seconds or (0.0, SECONDS)
+    parts = [PARTS.index(part) for part in cfg.edit_parts] or list(range(len(PARTS)))
+    rate = HUMANML3D.fps / TOKEN_FRAMES
+    # A token that reaches into the interval is made anew.
+    cells[:, int(first * rate) : -int(-last * rate // 1), parts] = True
+    return cells
+
+
+def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
+    """Make one motion for each text into the run's ``artifacts``, and the music beside it.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError: As ``prepare``.
+    """
+    host = load_host(resolve_device(run.device), path=cfg.host)
+    track, known = _track(cfg), _edited(cfg)
+    count = max(1, len(cfg.texts))
+    words = text_ids(cfg.texts) if cfg.texts else None
+    music = None if track is None else pooled(music_features(track), TOKEN_FRAMES)[None].expand(count, -1, -1)
+    condition = host.condition(words, music)
+    generator = torch.Generator(host.device).manual_seed(cfg.seed)
+    if known is None:
+        tokens = host.tokens(condition, generator, cfg.unmask)
+    else:
+        start = host.tokenizer.encode(known.to(host.device)).expand(count, -1, -1)
+        cells = edit_cells(cfg).to(host.device).expand(count, -1, -1)
+        tokens = host.tokens(condition, generator, cfg.unmask, start=start, edit=cells)
+        run.row("made anew", float(cells.float().mean()), better="none", n=count)
+    for number, joints in enumerate(recover(host.tokenizer.decode(tokens)).cpu().double()):
+        motion = Motion(joints, HUMANML3D.fps, HUMANML3D)
+        for kind in cfg.formats:
+            write_motion(motion, run.artifacts / f"motion-{number:03}.{kind}")
+    if track is not None:
+        write_wav(track, run.artifacts / "music.wav")
+    return GenerateReport.of(run)

@@ -1,0 +1,155 @@
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hone_core.testing import assert_close
+from hone_motion_anything.cli import main
+from hone_motion_anything.exports import write_bvh, write_smpl
+from hone_motion_anything.features import extract, recover
+from hone_motion_anything.grammar import draw_scenes, perform
+from hone_motion_anything.motion_files import Motion, read_motion, write_motion
+from hone_motion_anything.skeletons import HUMANML3D, KIT
+
+
+@pytest.fixture(scope="module")
+def joints():
+    return perform(draw_scenes(1, torch.Generator().manual_seed(0)))[0].double()
+
+
+def save(path, joints):
+    np.save(path, np.asarray(joints))
+    return path
+
+
+def test_formats_hold_the_same_motion(joints, tmp_path):
+    source = save(tmp_path / "a.npy", joints)
+    motion = read_motion(source, fps=20)
+    for name in ("b.bvh", "b.npz", "b.npy"):
+        back = read_motion(write_motion(motion, tmp_path / name), fps=20)
+        assert (back.joints - joints).norm(dim=-1).max() < 1e-3, name
+    path = write_motion(motion, tmp_path / "c.npy", features=True)
+    assert_close(torch.from_numpy(np.load(path)), extract(joints).float())
+    again = read_motion(path)
+    assert again.fps == 20
+    assert_close(again.joints, recover(torch.from_numpy(np.load(path)).double()))
+    assert write_motion(Motion(joints[:3], 20, HUMANML3D), tmp_path / "d.mp4").stat().st_size > 1000
+
+
+def test_other_frame_rates_are_resampled_for_features(joints, tmp_path):
+    fast = torch.from_numpy(np.repeat(joints.numpy(), 3, 0))
+    path = write_motion(Motion(fast, 60, HUMANML3D), tmp_path / "a.npy", features=True)
+    assert np.load(path).shape == (80, 263)
+
+
+def test_z_up_is_turned(joints, tmp_path):
+    turned = torch.stack([joints[..., 0], -joints[..., 2], joints[..., 1]], -1)
+    source = save(tmp_path / "z.npy", turned)
+    assert_close(read_motion(source, fps=20, up="z").joints, joints)
+    with pytest.raises(ValueError, match=r"z\.npy: bodies stand along z and not along y, as was said; pass --up z"):
+        read_motion(source, fps=20)
+    with pytest.raises(ValueError, match=r"y\.npy: bodies stand along y and not along z"):
+        read_motion(save(tmp_path / "y.npy", joints), fps=20, up="z")
+
+
+def test_a_motion_of_aist(joints, tmp_path):
+    with np.load(write_smpl(joints, tmp_path / "a.npz")) as data:
+        held = {"smpl_poses": data["poses"], "smpl_scaling": np.array([93.0]), "smpl_trans": data["trans"] * 93}
+    path = tmp_path / "gBR_sBM_cAll_d04_mBR0_ch01.pkl"
+    path.write_bytes(pickle.dumps(held))
+    motion = read_motion(path)
+    assert motion.fps == 60
+    assert (motion.joints - joints).norm(dim=-1).max() < 1e-3
+    path.write_bytes(pickle.dumps({"smpl_poses": print}))
+    with pytest.raises(ValueError, match=r"is no motion of AIST\+\+: it asks for builtins\.print"):
+        read_motion(path)
+
+
+def bad_files(joints, folder):
+    holed = joints.clone()
+    holed[7, 3] = torch.nan
+    write_bvh(joints, folder / "cut.bvh")
+    text = (folder / "cut.bvh").read_text()
+    (folder / "cut.bvh").write_text(text[: len(text) * 2 // 3])
+    save(folder / "a.npy", joints)
+    save(folder / "nan.npy", holed)
+    save(folder / "kit.npy", joints[:, :21])
+    save(folder / "cm.npy", 100 * joints)
+    save(folder / "flat.npy", joints.flatten(1))
+    write_bvh(joints, folder / "a.bvh")
+    (folder / "text.npy").write_text("no array")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("a.npy",), "does not say how fast it is"),
+        (("nan.npy", "--fps", "20"), "nan.npy, frame 7: a joint is not finite"),
+        (("kit.npy", "--fps", "20"), "which is another skeleton"),
+        (("a.npy", "--fps", "20", "--skeleton", "kit"), "expected [frames, 21, 3] for KIT-ML"),
+        (("cm.npy", "--fps", "20"), "no person is so"),
+        (("flat.npy", "--fps", "20"), "got [81, 66]"),
+        (("a.npy", "--fps", "20", "--up", "z"), "bodies stand along y"),
+        (("a.bvh", "--fps", "30"), "has 20 frames a second and not 30"),
+        (("cut.bvh",), "is cut short"),
+        (("text.npy", "--fps", "20"), "is no array of numbers"),
+        (("nowhere.npy",), "there is no"),
+        (("a.npy", "--to", "fbx"), "--to must be one of"),
+        (("a.bvh", "--to", "bvh", "--features"), "features are written as .npy"),
+        (("a.npy", "--model", "magic"), "no published model 'magic'"),
+        (("a.npy", "--model", "momask-mask"), "cannot be read as a checkpoint"),
+    ],
+)
+def test_bad_input_names_file_and_frame(argv, message, joints, tmp_path, monkeypatch, capsys):
+    bad_files(joints, tmp_path)
+    source, *rest = argv
+    command = ["convert", "--source", str(tmp_path / source), *rest, "--out", str(tmp_path / "run"), "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["hone-motion-anything", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1
+    assert out == ""
+    assert message in err
+    assert source in err or "--to" in message or "model" in message
+
+
+def test_the_verb_writes_and_repeats(joints, tmp_path, monkeypatch, capsys):
+    source = save(tmp_path / "a.npy", joints)
+    command = [
+        "convert",
+        "--source",
+        str(source),
+        "--fps",
+        "20",
+        "--to",
+        "npz",
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
+    printed = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["hone-motion-anything", *command])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "81 frames" in printed[0]
+    assert (tmp_path / "run" / "artifacts" / "a.npz").is_file()
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert {row["metric"] for row in rows} == {"frames", "frames a second"}
+
+
+def test_features_of_kit(tmp_path):
+    # Hips and shoulders of one width would cancel in the release's heading.
+    offsets = torch.tensor(KIT.directions).double() * torch.linspace(0.1, 0.3, 21)[:, None]
+    places = torch.zeros(4, 21, 3).double()
+    for joint in range(1, 21):
+        places[:, joint] = places[:, KIT.parents[joint]] + offsets[joint]
+    path = write_motion(Motion(places, 12.5, KIT), tmp_path / "k.npy", features=True)
+    assert np.load(path).shape == (3, 251)
+    assert read_motion(path, KIT).joints.shape == (3, 21, 3)

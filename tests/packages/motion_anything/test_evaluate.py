@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+from hone_core.runs import Run
+from hone_motion_anything.config import EvalConfig, UnmaskConfig
+from hone_motion_anything.evaluate import evaluate, with_hands
+
+
+def test_metrics_of_real_and_generated_with_intervals(untrained, tmp_path):
+    cfg = EvalConfig(
+        host=untrained, repetitions=2, limit=6, dances=4, many_texts=2, many=4, unmask=UnmaskConfig(steps=2)
+    )
+    run = Run.start(
+        config=cfg, package="hone-motion-anything", verb="eval", out=tmp_path / "run", seed=0, device="cpu", quiet=True,
+        command="x",
+    )  # fmt: skip
+    with run:
+        report = evaluate(cfg, run)
+    found = {(row.split, row.variant, row.metric): row for row in report.rows}
+    assert {metric for _, _, metric in found} == {
+        *("R1", "R2", "R3", "FID", "MM-Dist", "Diversity", "MModality", "events"),
+        *("FIDk", "FIDg", "Divk", "Divg", "BAS"),
+    }
+    assert found["text", "real", "events"].value > 0.9
+    assert found["dance", "real", "BAS"].value > 0.3
+    row = found["text", "generated", "FID"]
+    assert row.n == 2
+    assert row.interval[1] - row.interval[0] == pytest.approx(2 * 1.96 * row.spread / np.sqrt(2))
+    assert "R1" in str(report)
+
+
+def test_hands_lie_on_as_forearms_point():
+    joints = np.zeros((2, 22, 3))
+    joints[:, 20] = [0.3, 0, 0]
+    joints[:, 21, 1] = -0.3
+    found = with_hands(joints)
+    assert found.shape == (2, 24, 3)
+    assert found[0, 22] == pytest.approx([0.3 + np.linalg.norm([0.0867, -0.0106, -0.0156]), 0, 0])
+    assert found[0, 23, 1] < -0.38

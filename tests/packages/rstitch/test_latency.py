@@ -1,0 +1,67 @@
+import itertools
+
+import pytest
+import torch
+from hone_rstitch.config import LARGE, SMALL, StitchConfig
+from hone_rstitch.generation import stitch_generate
+from hone_rstitch.latency import Call, Latency, calls, read_latency, text_latency, write_latency
+from hone_rstitch.vocabulary import Vocabulary
+
+
+class Token:
+    def __init__(self, model, discarded=None):
+        self.model, self.discarded_entropy = model, discarded
+
+
+def test_calls_by_hand():
+    # Prompts of 5 and 7; small, small, large after a thrown-away token, large, small.
+    text = [Token(SMALL), Token(SMALL), Token(LARGE, 0.5), Token(LARGE), Token(SMALL)]
+    assert calls(text, (5, 7)) == [
+        Call(SMALL, 5, 0),
+        Call(SMALL, 1, 5),
+        Call(SMALL, 1, 6),  # thrown away
+        Call(LARGE, 9, 0),  # prompt and two tokens
+        Call(LARGE, 1, 9),
+        Call(SMALL, 2, 7),  # what the large model wrote
+    ]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_calls_are_those_that_were_made(pairs, share):
+    small, large = pairs()
+    seen = []
+    output = stitch_generate(
+        large, small, torch.arange(3, 12)[None], small_input_ids=torch.arange(3, 8)[None],
+        stitch=StitchConfig(policy="random", share=share, discards=True), seed=4,
+        vocabulary=Vocabulary.shared(96, 112, (2,)), max_new_tokens=40, eos_token_id=None, pad_token_id=0,
+        return_dict_in_generate=True, on_token=seen.append,
+    )  # fmt: skip
+    usage = output.usage[0]
+    found = calls(seen, (5, 9))
+    for model in (SMALL, LARGE):
+        own = [call for call in found if call.model == model]
+        assert len(own) == usage.calls[model]
+        assert [call.tokens for call in own[1:]] == usage.gaps[model]
+        assert all(b.cached == a.cached + a.tokens for a, b in itertools.pairwise(own))
+
+
+def test_fit_finds_the_coefficients(tmp_path):
+    true = Latency((1e-5, 2e-4, 0.03, 4.0), (2e-3, 3.0))
+    points = [(n, kv, true.of(n, kv)) for n in (1, 2, 8, 64) for kv in (0, 100, 1000)]
+    found = Latency.fit(points)
+    assert found.prefill == pytest.approx(true.prefill)
+    assert found.decode == pytest.approx(true.decode)
+    write_latency(tmp_path / "a.json", (true, found))
+    assert read_latency(tmp_path / "a.json") == (true, found)
+    with pytest.raises(ValueError, match="calls that read one token to fit 2 coefficients"):
+        Latency.fit([point for point in points if point[0] > 1])
+    with pytest.raises(ValueError, match="several tokens to fit 4"):
+        Latency.fit([point for point in points if point[1] == 0])
+    (tmp_path / "b.json").write_text('{"small": {}}')
+    with pytest.raises(ValueError, match="make it with hone-rstitch profile"):
+        read_latency(tmp_path / "b.json")
+
+
+def test_a_text_takes_the_sum_of_its_calls():
+    small, large = Latency((0, 0, 1.0, 0), (0.5, 2.0)), Latency((0, 0, 10.0, 0), (0, 7.0))
+    assert text_latency((small, large), [Call(SMALL, 5, 0), Call(SMALL, 1, 5), Call(LARGE, 3, 0)]) == 5 + 4.5 + 30
