@@ -12,9 +12,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["PIECES", "read_logits_triton"]
 
-PIECES = {1: (2048, 4), 128: (1024, 1), 512: (2048, 1)}
-"""Most rows -> entries of a row that one program reads, and its warps; more rows take the last. Chosen on an H100 among
-pieces of 1,024 to 16,384 entries at 1 to 16 warps, for bfloat16 and 151,936 entries."""
+PIECES = {2: {1024: (2048, 2)}, 4: {32: (1024, 1), 1024: (2048, 4)}}
+"""Bytes of an entry -> most rows -> entries of a row that one program reads, and its warps; more rows take the last.
+Chosen on an H200 among pieces of 512 to 8,192 entries at 1 to 8 warps, for 151,936 entries."""
+OVERLAPPED = 128
+"""Most rows whose second launch overlaps the first; beyond them its programs are in the way."""
 
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
@@ -104,6 +106,10 @@ def _join_kernel(
     tl.store(UNCERTAIN + row, uncertain & (forced == 0))
 
 
+def _launches_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def read_logits_triton(
     logits: Tensor,
     size: int,
@@ -112,18 +118,21 @@ def read_logits_triton(
     *,
     piece: int | None = None,
     warps: int = 4,
-    overlap: bool = False,
+    overlap: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``read_logits``.
 
-    ``piece`` and ``warps`` are chosen by the number of rows unless a piece is told. With ``overlap`` the second kernel
-    is on its way while the first ends (programmatic dependent launch, from Hopper on).
+    ``piece`` and ``warps`` are chosen by dtype and number of rows unless a piece is told. With ``overlap`` the second
+    kernel is on its way while the first ends (programmatic dependent launch, from Hopper on); chosen if None.
     """
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     rows, vocabulary = logits.shape
     if piece is None:
-        piece, warps = next((tile for most, tile in PIECES.items() if rows <= most), PIECES[512])
+        sizes = PIECES[logits.dtype.itemsize]
+        piece, warps = next((tile for most, tile in sizes.items() if rows <= most), sizes[1024])
+    if overlap is None:
+        overlap = rows <= OVERLAPPED and _launches_overlap(logits.device)
     count = triton.cdiv(vocabulary, piece)
     parts = torch.empty((rows, count, 4), dtype=torch.float32, device=logits.device)
     entropy, confidence = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
