@@ -307,6 +307,10 @@ class RenderConfig:
     """Context views, the farthest cameras; all if the capture has fewer."""
     anchors: int = 6
     """Of them, those that are left."""
+    budget_seconds: float | None = None
+    """In place of anchors: as many as a forward of this length has time for, found by trying."""
+    budget_gib: float | None = None
+    """Likewise, as many as this much memory of a CUDA device holds, weights included."""
     near: float | None = None
     """Least depth of the scene in the capture's units; found if None."""
     far: float | None = None
@@ -330,6 +334,11 @@ class RenderConfig:
         _check_capture(self)
         if self.frames < 2 or self.fps < 1 or not 0 <= self.prune < 1:
             raise ValueError("expected at least two frames, one per second, and prune in [0, 1)")
+        budgets = [value for value in (self.budget_seconds, self.budget_gib) if value is not None]
+        if any(value <= 0 for value in budgets):
+            raise ValueError("budget_seconds and budget_gib must be positive")
+        if budgets and self.arm == "host":
+            raise ValueError("a budget chooses the number of anchors, and the arm host has none")
         if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
             raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
         if self.video is not None and self.video.suffix != ".mp4":
