@@ -41,7 +41,7 @@ WORDS = {
     "extract",
     "convert",
 }
-# Of kernels alone.
+# Of kernels, and of what layers keep.
 WORDS |= {"tune", "profile", "sanitize", "spills"}
 # Of photographs.
 WORDS |= {"doctor", "view"}
