@@ -204,7 +204,8 @@ class Loop:
             optimizers.append(
                 torch.optim.AdamW(chosen, group.lr, betas=group.betas, eps=group.eps, weight_decay=group.weight_decay)
             )
-        self._sum_late = not wrap
+        # A sharded model sums in its own backward.
+        self._sum_late = not wrap and not isinstance(model, FSDPModule)
         if isinstance(model, FSDPModule):
             self.model = model
         elif not wrap:
