@@ -14,6 +14,7 @@ __all__ = [
     "HOSTS",
     "PRESETS",
     "BenchConfig",
+    "ConvertConfig",
     "DemoConfig",
     "DoctorConfig",
     "EvalConfig",
@@ -388,6 +389,28 @@ class ViewConfig:
             raise ValueError("expected prune in [0, 1), and positive seconds")
         if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
             raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """Your photographs as chunks of RealEstate10K and DL3DV, with an evaluation index."""
+
+    captures: tuple[Path, ...] = ()
+    """Scenes: folders of COLMAP models, or ``transforms.json`` files; each is called by its folder."""
+    model: str = "mvsplat"
+    """Host whose depths the cameras are scaled to, see info."""
+    context: int = 12
+    """Views of the evaluation index that are given."""
+    targets: int = 8
+    """Views that are asked for."""
+    frames: int = 50
+    """First views of a scene that the index chooses from."""
+
+    def __post_init__(self) -> None:
+        if self.model not in HOSTS:
+            raise ValueError(f"model: no host {self.model!r}; there are {', '.join(HOSTS)}")
+        if self.context < 2 or self.targets < 1 or self.frames < self.context + self.targets:
+            raise ValueError("expected two contexts, a target, and frames for both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
