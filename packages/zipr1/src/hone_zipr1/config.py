@@ -505,8 +505,8 @@ class EvalConfig:
     preset: str = "paper"
     """Selection by name, but for its threshold."""
     peers: bool = False
-    """Also spend each threshold's budget as others do: on the best-ranked tokens in equal shares, on random ones, and as
-    FastV, which keeps everything in its first two layers, and where that is too much already next to nothing later."""
+    """Also spend each threshold's budget as others do: on the best-ranked tokens in equal shares, on random ones, and
+    as FastV, which keeps everything in its first two layers, and where that is too much next to nothing later."""
     limit: int | None = None
     """First questions only."""
     frames: int = 32
