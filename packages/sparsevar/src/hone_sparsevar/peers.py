@@ -138,7 +138,7 @@ class SkipVARStyle(Policy):
         at: Scale after which is decided, from its thumbnail and that of the scale before.
         side: Latents of a thumbnail, along a side.
 
-    Source: fakerone-li/SkipVAR: thumbnails of 8 x 8 latents after the tenth of thirteen scales, Sobel maps of two scales
+    Source: fakerone-li/SkipVAR: thumbnails of 8 x 8 latents after the tenth of thirteen scales, Sobel maps of both
         and a spectrum beyond 0.4, and both actions for one to three scales.
     Differs: the release decides by a pickled logistic regression, which is not read: ``decide`` is the caller's.
     """

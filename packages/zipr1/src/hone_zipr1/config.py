@@ -504,8 +504,9 @@ class EvalConfig:
     """Thresholds, beside the dense model."""
     preset: str = "paper"
     """Selection by name, but for its threshold."""
-    random: bool = False
-    """Also spend each threshold's budget on random tokens."""
+    peers: bool = False
+    """Also spend each threshold's budget as others do: on the best-ranked tokens in equal shares, on random ones, and
+    as FastV, which keeps everything in its first two layers, and where that is too much next to nothing later."""
     limit: int | None = None
     """First questions only."""
     frames: int = 32

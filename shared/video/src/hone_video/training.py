@@ -29,6 +29,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -145,6 +146,9 @@ class Loop:
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
+        # Every process loads whole weights. With this on, accelerate's default, it takes those of all but the first to
+        # be empty, and fails at parameters of the model itself; transformers would leave text encoders empty there.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self.accelerator = Accelerator(
             mixed_precision="bf16" if (cuda if bf16 is None else bf16) else "no", cpu=not cuda
         )
