@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
-from hone_core.devices import resolve_device
+from hone_core.devices import resolve_device, use_device
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
@@ -144,10 +144,9 @@ class Loop:
         self.cfg, self.run = cfg, run
         device = resolve_device(run.device)
         cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
-        # Every process loads whole weights. Else accelerate, which has this on by default, takes those of all but the first
-        # to be empty, and fails at parameters of the model itself; transformers would leave text encoders empty there.
+        use_device(device)
+        # Every process loads whole weights. With this on, accelerate's default, it takes those of all but the first to
+        # be empty, and fails at parameters of the model itself; transformers would leave text encoders empty there.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self.accelerator = Accelerator(
             mixed_precision="bf16" if (cuda if bf16 is None else bf16) else "no", cpu=not cuda
