@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hone_core.testing import assert_close
-from hone_kernels.decoding import add_rms_norm, linear_of_one, paged_attention, rotate_append, silu_mul
+from hone_kernels.decoding import add_rms_norm, paged_attention, rotate_append, silu_mul
 from torch.nn import functional as F
 
 
@@ -88,16 +88,3 @@ def test_bad_shapes_are_named():
         paged_attention(x[:, None], cache, cache[0], one, one[:, 0], table, scale=1.0)
     with pytest.raises(ValueError, match=r"expected positions \[tiles, tokens\]"):
         paged_attention(x[:, None], cache, cache, one, one, table, scale=1.0)
-
-
-def test_a_layer_of_one_token_with_its_surroundings():
-    x, weight, bias, norm = torch.randn(1, 6), torch.randn(8, 6), torch.randn(8), torch.rand(6)
-    residual = torch.randn(1, 4)
-    plain = F.linear(F.rms_norm(x, (6,), norm, 1e-6), weight, bias)
-    assert_close(linear_of_one(x, weight, bias, norm=norm), plain)
-    gated = F.silu(plain[:, :4]) * plain[:, 4:] + residual
-    assert_close(linear_of_one(x, weight, bias, norm=norm, residual=residual, gated=True), gated)
-    with pytest.raises(ValueError, match=r"x must be \[1, 6\]"):
-        linear_of_one(torch.zeros(2, 6), weight)
-    with pytest.raises(ValueError, match="the residual must have the output's shape"):
-        linear_of_one(x, weight, residual=residual)

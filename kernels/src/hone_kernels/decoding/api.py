@@ -9,13 +9,12 @@ from hone_kernels.backends import Backend, Support, choose
 
 from .reference import (
     add_rms_norm_reference,
-    linear_of_one_reference,
     paged_attention_reference,
     rotate_append_reference,
     silu_mul_reference,
 )
 
-__all__ = ["SUPPORT", "Backend", "add_rms_norm", "linear_of_one", "paged_attention", "rotate_append", "silu_mul"]
+__all__ = ["SUPPORT", "Backend", "add_rms_norm", "paged_attention", "rotate_append", "silu_mul"]
 
 SUPPORT: dict[str, Support] = {
     "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
@@ -74,47 +73,6 @@ def silu_mul(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
     from .triton import silu_mul_triton  # needs Triton
 
     return silu_mul_triton(gate_up)
-
-
-def linear_of_one(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: Tensor | None = None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    gated: bool = False,
-    backend: Backend = "auto",
-) -> Tensor:
-    """A linear layer of a single token, with what stands before and after it in a decoder, in one launch.
-
-    Args:
-        x: ``[1, C]``.
-        weight: ``[N, C]``, contiguous.
-        bias: ``[N]``.
-        norm: ``[C]``, weight of an RMS norm of x; None without one.
-        eps: Of the norm.
-        residual: ``[1, N]``, added at the end.
-        gated: The first half of the outputs are gates, and silu(gate) * up is what comes out, ``[1, N / 2]``.
-        backend: Which; see ``SUPPORT``.
-
-    Returns:
-        ``[1, N]``.
-
-    Raises:
-        ValueError: Shapes do not fit together.
-    """
-    outputs, width = weight.shape
-    if x.shape != (1, width) or (gated and outputs % 2):
-        raise ValueError(f"x must be [1, {width}], and gated outputs even; got {list(x.shape)} and {outputs}")
-    if residual is not None and residual.shape != (1, outputs // 2 if gated else outputs):
-        raise ValueError(f"the residual must have the output's shape; got {list(residual.shape)}")
-    if choose("linear_of_one", backend, SUPPORT, x.device, x.dtype) == "reference":
-        return linear_of_one_reference(x, weight, bias, norm, eps, residual, gated)
-    from .triton import linear_of_one_triton  # needs Triton
-
-    return linear_of_one_triton(x, weight, bias, norm, eps, residual, gated)
 
 
 def rotate_append(

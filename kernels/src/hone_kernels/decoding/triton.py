@@ -9,14 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = [
-    "add_rms_norm_triton",
-    "linear_of_one_triton",
-    "paged_attention_triton",
-    "rotate_append_triton",
-    "silu_mul_triton",
-    "splits_of",
-]
+__all__ = ["add_rms_norm_triton", "paged_attention_triton", "rotate_append_triton", "silu_mul_triton", "splits_of"]
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """Programs that attention is split into at least, where there are keys enough."""
@@ -65,71 +58,6 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, width)
     _silu_kernel[(triton.cdiv(width, 512), tokens)](gate_up, out, width, BLOCK=512, num_warps=2)
-    return out
-
-
-@triton.jit
-def _linear_kernel(
-    X, WEIGHT, BIAS, NORM, RESIDUAL, OUT, outputs, eps, WIDTH: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < outputs
-    line = n.to(tl.int64)[:, None] * WIDTH
-    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    ups = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in tl.range(0, WIDTH, BLOCK_K, loop_unroll_factor=4):
-        k = start + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (k < WIDTH)[None, :]
-        weight = tl.load(WEIGHT + line + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(X + k, mask=k < WIDTH, other=0.0).to(tl.float32)
-        if NORM is not None:
-            # The norm's factor is one number, which is multiplied at the end.
-            squares += x * x
-            x *= tl.load(NORM + k, mask=k < WIDTH, other=0.0).to(tl.float32)
-        sums += weight * x[None, :]
-        if GATED:
-            up = tl.load(WEIGHT + outputs.to(tl.int64) * WIDTH + line + k[None, :], mask=mask, other=0.0)
-            ups += up.to(tl.float32) * x[None, :]
-    factor = 1.0
-    if NORM is not None:
-        factor = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
-    out = tl.sum(sums, 1) * factor
-    kind = OUT.dtype.element_ty
-    if BIAS is not None:
-        out += tl.load(BIAS + n, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.sum(ups, 1) * factor
-        if BIAS is not None:
-            up += tl.load(BIAS + outputs + n, mask=inside, other=0.0).to(tl.float32)
-        out = out.to(kind).to(tl.float32)
-        out = (out / (1.0 + tl.exp(-out))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
-    if RESIDUAL is not None:
-        out = out.to(kind).to(tl.float32) + tl.load(RESIDUAL + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(OUT + n, out, mask=inside)
-
-
-def linear_of_one_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-    *,
-    tile: tuple[int, int, int] | None = None,
-) -> Tensor:
-    """See ``linear_of_one``; ``tile`` is outputs and inputs that a program takes at once, and its warps."""
-    outputs, width = weight.shape
-    outputs = outputs // 2 if gated else outputs
-    block_n, block_k, warps = (4, 1024, 4) if tile is None else tile
-    out = x.new_empty(1, outputs)
-    _linear_kernel[(triton.cdiv(outputs, block_n),)](
-        x, weight, bias, norm, residual, out, outputs, eps, WIDTH=width, GATED=gated, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=warps,
-    )  # fmt: skip
     return out
 
 

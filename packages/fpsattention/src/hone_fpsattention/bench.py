@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.devices import resolve_device, resolve_dtype, use_device
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.processes import Processes
 from hone_core.runs import Report, Run
@@ -422,8 +422,7 @@ class _Bench:
         import torch.distributed as dist
         from diffusers import ContextParallelConfig
 
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        use_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "cpu:gloo")
         layers, count = self.cfg.layers or self.layers, dist.get_world_size()
         model: Any = self.build(layers, self.device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hone_kernels.decoding import add_rms_norm, linear_of_one, paged_attention, rotate_append, silu_mul
+from hone_kernels.decoding import add_rms_norm, paged_attention, rotate_append, silu_mul
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,8 +123,6 @@ class Decoder:
             ``[asked, vocabulary]`` logits, and the normalised hidden states that they are of; without ``last`` nothing
             that is of use.
         """
-        if last is not None and len(ids) == 1:
-            return self._one(ids, positions, rows, table)
         x = F.embedding(ids, self.embedding)
         total: Tensor | None = None
         where = (positions, rows, table)
@@ -142,22 +140,6 @@ class Decoder:
         assert total is not None, "a decoder has a layer"
         x, _ = add_rms_norm(x[last], total[last], self.norm, self.eps)
         return F.linear(x, self.head), x
-
-    def _one(self, ids: Tensor, positions: Tensor, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """A single token, whose layers wait for their weights and for the launches between them: fewer of those."""
-        x = F.embedding(ids, self.embedding)
-        where = (positions, rows, table)
-        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
-            qkv = linear_of_one(x, *layer.qkv, norm=layer.before, eps=self.eps)
-            q = rotate_append(
-                qkv, self.cos, self.sin, *where, keys, values, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.eps
-            )
-            seen = paged_attention(q, keys, values, *where, scale=self.scale).flatten(1)
-            x = linear_of_one(seen, *layer.out, residual=x)
-            hidden = linear_of_one(x, *layer.gate_up, norm=layer.after, eps=self.eps, gated=True)
-            x = linear_of_one(hidden, *layer.down, residual=x)
-        x, _ = add_rms_norm(x, None, self.norm, self.eps)
-        return linear_of_one(x, self.head), x
 
 
 def _layer(layer: Any) -> _Layer:

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
-from hone_core.devices import resolve_device
+from hone_core.devices import resolve_device, use_device
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
@@ -144,8 +144,7 @@ class Loop:
         self.cfg, self.run = cfg, run
         device = resolve_device(run.device)
         cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
+        use_device(device)
         # Every process loads whole weights. With this on, accelerate's default, it takes those of all but the first to
         # be empty, and fails at parameters of the model itself; transformers would leave text encoders empty there.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
