@@ -41,10 +41,10 @@ WORDS = {
     "extract",
     "convert",
 }
-# Of kernels alone.
+# Of kernels, and of what layers keep.
 WORDS |= {"tune", "profile", "sanitize", "spills"}
 # Of photographs.
-WORDS |= {"doctor", "view"}
+WORDS |= {"doctor", "view", "convert"}
 # A package may train its tiny host by a verb of its own, or a pipeline beside the tiny host.
 WORDS |= {"train-host", "train-router", "distill-pipeline", "encode-prompts"}
 

@@ -60,15 +60,13 @@ PARTNERS = {"hone-pmloss": ("teacher",), "hone-rstitch": ("small",)}
 
 
 NO_HOST_YET = {
-    "hone-motion-anything": "hone_motion_anything.host:build_host",
     "hone-pmloss": "hone_pmloss.host:build_tiny",
     "hone-sparsevar": "hone_sparsevar.host:build_host",
-    "hone-zpressor": "hone_zpressor.host:build_tiny",
 }
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
 NO_VERB_YET = {}
 """Verbs that are still missing in a package in progress, whose README says so."""
-NO_DEMO_YET = ("hone-motion-anything", "hone-sparsevar", "hone-zpressor")
+NO_DEMO_YET = ("hone-sparsevar",)
 """Packages whose demo waits for its trained host to be measured."""
 
 

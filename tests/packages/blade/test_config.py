@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from hone_blade.config import PRESETS, BladeConfig
+from hone_blade.config import PRESETS, BladeConfig, InspectConfig
 from hone_core.config import from_dict, to_dict
 
 
@@ -113,3 +113,12 @@ def test_nan_is_no_share(name):
 def test_whole_fractions_may_be_integers_and_lists_come_in_as_tuples():
     assert BladeConfig(max_density=1).max_density == 1
     assert from_dict(BladeConfig, {"dense_layers": [0, 2]}).dense_layers == (0, 2)
+
+
+def test_a_pipeline_is_inspected_as_it_would_generate():
+    cfg = InspectConfig(
+        model="folder", prompt="a fox", offload=True, height=64, width=80, frames=9, steps=4, dtype="bfloat16"
+    )
+    made = cfg.pipeline
+    assert (made.prompts, made.offload, made.dtype, made.steps) == (("a fox",), True, "bfloat16", 4)
+    assert (made.height, made.width, made.frames) == (64, 80, 9)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -184,14 +185,49 @@ def test_a_fake_score_that_diverged_is_left_alone_if_asked(folders, caches, tmp_
     assert all(p.abs().max() == 0 for key, p in made.loop.groups["fake"].parameters.items() if "lora_B" in key)
 
 
+def launch(count, *argv, stop=None):
+    """A command in processes of its own, which die before the update of that number."""
+    worker = Path(__file__).with_name("blade_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", worker]
+    done = subprocess.run(
+        list(map(str, [*command, *argv, "--device", "cpu", "--quiet"])), capture_output=True, text=True, timeout=250,
+        env=os.environ | ({} if stop is None else {"STOP": str(stop)}),
+    )  # fmt: skip
+    assert (done.returncode == 0) == (stop is None), done.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(folders, caches, trained, tmp_path):
-    worker = Path(__file__).with_name("blade_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    argv = ["distill-pipeline", "--config", trained[1] / "config.json", "--out", tmp_path / "run"]
-    argv += ["--device", "cpu", "--quiet"]
-    done = subprocess.run([*command, *map(str, argv)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(2, "distill-pipeline", "--config", trained[1] / "config.json", "--out", tmp_path / "run")
+    for mine, whole in zip(logged(tmp_path / "run"), logged(trained[1]), strict=True):
+        assert mine == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_model(folders, caches, trained, tmp_path):
+    """FSDP2: the same losses and student as one process."""
+    shared = ["distill-pipeline", "--config", trained[1] / "config.json", "--shard", "--sample-every", "2"]
+    launch(2, *shared, "--out", tmp_path / "run")
+    for mine, whole in zip(logged(tmp_path / "run"), logged(trained[1]), strict=True):
+        assert mine == pytest.approx(whole, rel=1e-3)
+    one, two = (load_file(folder / "artifacts" / trained[0].lora.name) for folder in (trained[1], tmp_path / "run"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name].shape == value.shape
+        assert (two[name] - value).norm() <= 0.05 * value.norm(), name
+    sheets = sorted(file.name for file in (tmp_path / "run" / "figures").glob("samples-*"))
+    assert sheets == ["samples-000002.png", "samples-000004.png"]
+
+
+@pytest.mark.slow
+def test_a_sharded_training_goes_on_with_fewer_processes(folders, caches, trained, tmp_path):
+    shared = ["distill-pipeline", "--config", trained[1] / "config.json", "--shard"]
+    launch(2, *shared, "--out", tmp_path / "run", stop=3)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*")] == ["00000002"]
+    cfg = config(folders, caches, shard=True)
+    options = {"config": cfg, "out": tmp_path / "run", "device": "cpu", "quiet": True}
+    with Run.start(package="hone-blade", verb="distill-pipeline", **options) as run:
+        distill_pipeline(cfg, run)
     for mine, whole in zip(logged(tmp_path / "run"), logged(trained[1]), strict=True):
         assert mine == pytest.approx(whole, rel=1e-3)
 

@@ -85,6 +85,9 @@ def test_two_processes_alone_and_together(tmp_path):
     found = {(row["variant"], row["labels"]["processes"]): row["value"] for row in rows if row["metric"] == "time"}
     assert set(found) == {(name, n) for name in ("dense", "window", "e4m3", "e4m3 window") for n in (1, 2)}
     assert min(found.values()) > 0
+    errors = {row["variant"]: row["value"] for row in rows if row["metric"] == "relative_error"}
+    assert set(errors) == {"dense", "window", "e4m3", "e4m3 window"}
+    assert max(errors.values()) < 1e-4
 
 
 def test_parts_for_several_processes_are_theirs(tmp_path, monkeypatch):
@@ -128,6 +131,7 @@ def test_linear_layers_need_their_extra_and_a_gpu(module, error, message, tmp_pa
         ({"parts": ()}, "parts must name some of attention, forward"),
         ({"parts": ("parallel", "loop")}, "stands alone and is of Wan, which diffusers can split; got"),
         ({"parts": ("parallel",), "model": "cogvideox-5b"}, "stands alone and is of Wan"),
+        ({"model": "tiny-wan", "dtype": "bfloat16"}, "tiny models are float32; leave dtype out, got 'bfloat16'"),
         ({"rounds": 0}, "rounds must be at least 1; got 0"),
     ],
 )

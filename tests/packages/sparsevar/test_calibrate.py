@@ -5,7 +5,7 @@ import torch
 from hone_core.runs import Run
 from hone_core.testing import assert_close
 from hone_sparsevar.calibrate import auroc, calibrate, spearman
-from hone_sparsevar.config import CalibrateConfig
+from hone_sparsevar.config import CalibrateConfig, ImageConfig
 
 
 def test_auroc_against_pairs():
@@ -38,3 +38,24 @@ def test_the_choice_is_the_best_by_drawn_images(untrained, tmp_path):
     assert len(choice["auroc"]) == 2
     with pytest.raises(ValueError, match="must leave a scale before it"):
         calibrate(CalibrateConfig(host=untrained, start_scale=0), run)
+
+
+def test_a_pipeline_is_calibrated_on_what_it_draws(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\ncat\n")
+    options = {"model": folder, "prompts": tmp_path / "prompts.txt", "image": ImageConfig(pixels="0.06M")}
+    found = []
+    for batch in (1, 2):
+        cfg = CalibrateConfig(batch=batch, **options)
+        with Run.start(
+            package="hone-sparsevar", verb="calibrate", config=cfg, out=tmp_path / str(batch), device="cpu", quiet=True
+        ) as run:
+            report = calibrate(cfg, run)
+        found.append(json.loads(report.file.read_text()))
+    assert found[0]["rank_correlation"] == pytest.approx(found[1]["rank_correlation"], abs=2e-3)
+    assert (found[0]["images"], found[0]["start_scale"], found[0]["grid"]) == (2, -3, [16, 16])
+    assert "auroc" not in found[0]
+    assert str(report).count("\n") == 4
+    with pytest.raises(ValueError, match="go together"):
+        CalibrateConfig(model=folder)
+    with pytest.raises(ValueError, match="is for a pipeline"):
+        CalibrateConfig(batch=2)

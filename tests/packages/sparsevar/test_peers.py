@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hone_core.testing import assert_close
-from hone_sparsevar.peers import EarlyStop, FastVARStyle, SkipUncond, high_frequency
+from hone_sparsevar.peers import EarlyStop, FastVARStyle, SkipUncond, SkipVARStyle, edge_change, high_frequency
 from hone_visual_ar import Policy, Sampling, generate
 
 
@@ -9,6 +9,15 @@ def draw(model, policy, **options):
     transformer, tokenizer, condition, schedule = model
     options = {"sampling": Sampling(guidance=2.0)} | options
     return generate(transformer, tokenizer, condition, schedule, seeds=[3, 4], policy=policy, **options)
+
+
+def one(model, policy):
+    """One image, as SkipVARStyle draws."""
+    transformer, tokenizer, _, schedule = model
+    with torch.no_grad():
+        condition = transformer.condition(torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0)), [5])
+    sampling = Sampling(guidance=2.0)
+    return generate(transformer, tokenizer, condition, schedule, seeds=[3], sampling=sampling, policy=policy)
 
 
 def test_stopping_early_is_the_latent_without_the_last_scales(model):
@@ -60,3 +69,35 @@ def test_high_frequencies_of_a_wave():
     fast = torch.sin(2 * torch.pi * x / 4).expand(1, 3, 32, 32)
     assert high_frequency(slow) < 0.01
     assert high_frequency(fast) > 0.99
+
+
+def test_skipvar_style_does_what_was_decided_of_two_thumbnails(model):
+    seen = []
+
+    def decide(action, count):
+        return lambda *features: seen.append(features) or (action, count)
+
+    assert torch.equal(one(model, SkipVARStyle(decide("dense", 0), at=-3)).latent, one(model, Policy()).latent)
+    assert torch.equal(one(model, SkipVARStyle(decide("stop", 1), at=-3)).latent, one(model, EarlyStop(1)).latent)
+    assert torch.equal(one(model, SkipVARStyle(decide("unguided", 2), at=-3)).latent, one(model, SkipUncond(2)).latent)
+    # An action for more scales than are left begins with the next one.
+    assert torch.equal(one(model, SkipVARStyle(decide("stop", 4), at=-3)).latent, one(model, EarlyStop(2)).latent)
+    halves = [one(model, EarlyStop(count)) for count in (3, 2)]
+    with torch.no_grad():
+        small = [run.tokenizer.decode(run.tokenizer.shrink(run.latent, (8, 8))) for run in halves]
+    assert seen[0] == (float(edge_change(*small)[0]), float(high_frequency(small[1])[0]))
+    assert len(set(seen)) == 1
+    with pytest.raises(ValueError, match="decides for one image; got a batch of 2"):
+        draw(model, SkipVARStyle(decide("dense", 0)))
+    with pytest.raises(ValueError, match="must name stop, unguided or dense and a count; got"):
+        one(model, SkipVARStyle(decide("halt", 1), at=-3))
+    with pytest.raises(ValueError, match="a scale before and one behind it; got -1"):
+        one(model, SkipVARStyle(decide("dense", 0), at=-1))
+
+
+def test_edges_change_by_hand():
+    flat, dot = torch.zeros(1, 3, 3, 3), torch.zeros(1, 3, 3, 3)
+    dot[..., 1, 1] = 1.0
+    # Sobel of a dot: both axes 1 at the four corners, one axis 2 at the four sides, 0 in the middle.
+    assert_close(edge_change(flat, dot), torch.tensor([(4 * 2**0.5 + 8) / 9]))
+    assert edge_change(dot, dot) == 0

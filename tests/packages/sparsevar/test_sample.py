@@ -9,8 +9,8 @@ from PIL import Image
 
 
 def draw(folder, path, variant="sparse", **options):
-    image = ImageConfig(pixels="0.06M", variant=variant)
-    cfg = GenerateConfig(model=folder, prompts=("a cat", "a", "cat"), image=image, **options)
+    image = ImageConfig(pixels="0.06M")
+    cfg = GenerateConfig(model=folder, prompts=("a cat", "a", "cat"), variant=variant, image=image, **options)
     with Run.start(package="hone-sparsevar", verb="generate", config=cfg, out=path, device="cpu", quiet=True) as run:
         report = generate(cfg, run)
     return [np.asarray(Image.open(file)).astype(int) for file in report.images]

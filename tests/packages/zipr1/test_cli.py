@@ -55,10 +55,55 @@ def test_generate_at_p_of_one_is_the_dense_answer(command, checkpoint, tmp_path)
     assert said["layer_ratio"] == [1.0, 1.0]
 
 
+def test_inspect_says_what_a_prompt_is_without_weights(command, checkpoint):
+    folder, picture = checkpoint
+    (folder / "model.safetensors").rename(folder / "away")
+    try:
+        code, out, err = command("inspect", "--model", folder, "--image", picture, "--ask", "What?", "--json")
+    finally:
+        (folder / "away").rename(folder / "model.safetensors")
+    assert code == 0, err
+    found = json.loads(out)
+    assert 0 < found["visual"] < found["tokens"]
+    assert list(found["uniform"].values()) == sorted(found["uniform"].values())
+    assert found["prefill_bound"] > 1
+    code, out, err = command("inspect", "--ask", "digit B3")
+    assert code == 0, err
+    assert "69 tokens, 64 visual; the selection looks at all rows" in out
+    assert "uniform attention would keep 44.9 % at p = 0.8" in out
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_profile_shows_each_layer(command, checkpoint, tmp_path, kind):
+    folder, picture = checkpoint
+    media = picture
+    if kind == "video":
+        media = tmp_path / "clip.npy"
+        np.save(media, np.random.default_rng(0).integers(0, 255, (4, 56, 84, 3), dtype=np.uint8))
+    argv = ("profile", "--model", folder, f"--{kind}", media, "--ask", "What?", "--p", "0.6", "--shown", "2")
+    argv += ("--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    code, out, err = command(*argv)
+    assert code == 0, err
+    assert "uniform attention would keep" in out
+    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    ratios = [row["value"] for row in rows if row["metric"] == "token_ratio"]
+    assert len(ratios) == 3
+    assert ratios[2] == pytest.approx(sum(ratios[:2]) / 2)
+    seen = [row for row in rows if row["metric"] == "visual_ratio"]
+    # Text is kept in any case, so that the share among visual tokens is lower.
+    assert all(row["value"] < ratio for row, ratio in zip(seen, ratios, strict=False))
+    assert (tmp_path / "run/figures/kept.png").read_bytes().startswith(b"\x89PNG")
+    assert command(*argv)[1] == out
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
         (("generate",), 2, "--ask"),
+        (("profile", "--ask", "a", "--shown", "0"), 1, "shown must be positive"),
+        (("profile", "--ask", " "), 1, "the question is empty"),
+        (("inspect", "--ask", "a", "--model", "x", "--video", "no.mp4"), 1, "there is no no.mp4"),
+        (("inspect", "--ask", "what?"), 1, "digit B3"),
         (("generate", "--ask", "a", "--p", "0"), 1, "p is a share"),
         (("generate", "--ask", "a", "--model", "x"), 1, "needs an image or a video"),
         (("generate", "--ask", "a", "--model", "x", "--image", "no.png"), 1, "there is no no.png"),

@@ -205,13 +205,13 @@ def test_wrong_usage_is_named_before_anything_runs(command, tmp_path, monkeypatc
 def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, checkpoint, asked, tmp_path, monkeypatch):
     from hone_zipr1 import grading
 
-    argv = ("eval", "--model", checkpoint, "--data", asked, "--ps", 0.9, 1, "--random", "--max-new-tokens", 3)
+    argv = ("eval", "--model", checkpoint, "--data", asked, "--ps", 0.9, 1, "--peers", "--max-new-tokens", 3)
     argv += ("--device", "cpu", "--quiet", "--out", tmp_path / "run")
     ask, asks = grading._ask, []
 
     def halting(*given):
         asks.append(given)
-        if len(asks) == 7:  # in the second question
+        if len(asks) == 12:  # in the second question
             raise KeyboardInterrupt
         return ask(*given)
 
@@ -221,11 +221,14 @@ def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, chec
         file.write('{"dense": {"ans')
     code, out, err = command(*argv)
     assert code == 0, err
-    assert len(asks) == 7 + 5
+    assert len(asks) == 12 + 9
     rows = [json.loads(line) for line in (tmp_path / "run/artifacts/answers.jsonl").read_text().splitlines()]
-    assert [set(row) for row in rows] == [{"dense", "top-p 0.9", "random 0.9", "top-p 1", "random 1"}] * 2
+    peers = {f"{name} as top-p {p}" for name in ("FastV", "top-k", "random") for p in ("0.9", "1")}
+    assert [set(row) for row in rows] == [{"dense", "top-p 0.9", "top-p 1", *peers}] * 2
     for row in rows:
         assert row["top-p 1"]["answer"] == row["dense"]["answer"]
         assert row["top-p 1"]["ratio"] == 1
-        assert row["random 0.9"]["ratio"] < 1
+        assert row["random as top-p 0.9"]["ratio"] < 1
+        assert abs(row["top-k as top-p 0.9"]["ratio"] - row["top-p 0.9"]["ratio"]) < 0.05
+        assert row["top-k as top-p 1"]["answer"] == row["dense"]["answer"]
     assert "points from dense" in out

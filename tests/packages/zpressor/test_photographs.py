@@ -117,3 +117,18 @@ def test_missing_weights_are_named(folder, tmp_path):
         prepare(RenderConfig(colmap=folder))
     with pytest.raises(CheckpointError):
         prepare(RenderConfig(colmap=folder, model="tiny", checkpoint=tmp_path / "none.safetensors"))
+
+
+def test_a_budget_chooses_the_anchors(folder, start, stored):
+    settings = dict(colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3, size=(32, 32), frames=2)
+    cfg = RenderConfig(**settings, budget_seconds=1e6, prune=0.0)
+    with start(cfg, "render") as run:
+        report = render_capture(cfg, run)
+    rows = {row.metric: row.value for row in report.rows}
+    assert rows["anchors"] == 6
+    assert rows["gaussians"] == 6 * 32 * 32
+    small = RenderConfig(**settings, budget_seconds=1e-9)
+    with pytest.raises(ValueError, match="is too small: a forward with 2 anchors takes"), start(small, "less") as run:
+        render_capture(small, run)
+    with pytest.raises(ValueError, match="the arm host has none"):
+        RenderConfig(**settings, budget_gib=1.0, arm="host")

@@ -8,7 +8,7 @@ import hone_core
 import hone_core.progress as progress
 import pytest
 import torch
-from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.devices import resolve_device, resolve_dtype, use_device
 from hone_core.environment import TRIED, code_version, environment, untried
 from hone_core.errors import CheckpointError, MissingExtraError, UnsupportedHardwareError
 from hone_core.lazy import lazy_names
@@ -147,3 +147,16 @@ def test_bar_on_a_terminal(monkeypatch):
     assert "frames" in terminal.getvalue()
     assert "2/3" in terminal.getvalue()
     assert "loss=0.5" in terminal.getvalue()
+
+
+def test_a_device_without_an_index_is_in_use_already(monkeypatch):
+    """As ``--device cuda`` gives it: torch refuses it."""
+    from torch.cuda import _utils
+
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append(_utils._get_device_index(device)))
+    with pytest.raises(ValueError, match="with a specified index"):
+        torch.cuda.set_device(torch.device("cuda"))
+    for name in ("cuda", "cpu", "cuda:1"):
+        use_device(torch.device(name))
+    assert used == [1]

@@ -152,6 +152,17 @@ def test_other_ways_to_spread_a_model_are_refused(tmp_path, monkeypatch):
             Loop(LoopConfig(), run)
 
 
+def test_every_process_has_whole_weights_under_fsdp(tmp_path, monkeypatch):
+    """As ``accelerate launch`` sets it: on, which is for models that only the first process loads."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from hone_core.runs import Run
+
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    Loop(LoopConfig(), Run.start(package="hone-video", verb="train", out=tmp_path / "run", device="cpu"))
+    assert not FullyShardedDataParallelPlugin().cpu_ram_efficient_loading
+
+
 def test_a_batch_that_processes_cannot_share(tmp_path, monkeypatch):
     import accelerate
     from hone_core.runs import Run

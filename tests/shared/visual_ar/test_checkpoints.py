@@ -123,3 +123,10 @@ def test_files_that_are_none(tmp_path):
             load_published(tiny(), tmp_path / name)
     with pytest.raises(ValueError, match="no published model 'infinity_3b'"):
         build("infinity_3b")
+
+
+def test_what_cannot_be_built_says_why():
+    with pytest.raises(ValueError, match=r"HART cannot be built: .* unknown"):
+        build("hart_0.7b_1024")
+    with pytest.raises(ValueError, match="no published model 'infinity_3b'; expected one of"):
+        build("infinity_3b")

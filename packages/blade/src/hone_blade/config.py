@@ -890,6 +890,9 @@ class PipelineDistillConfig:
     """Pixels."""
     frames: int | None = None
     """Frames."""
+    shard: bool = False
+    """Share the transformer out over the processes (FSDP2) instead of holding it whole in each: for one that does not
+    fit a card. Results are the same up to the order of sums."""
     sample_every: int = 0
     """Steps between two sheets of samples in the run's figures; 0 for none."""
     samples: int = 2
@@ -1116,15 +1119,26 @@ class InspectConfig:
     """Also measure the share of dense attention's mass that is kept, which costs a dense attention per call."""
     dtype: Dtype = "auto"
     """Of a pipeline's transformer and text encoder."""
+    height: int | None = None
+    """Pixels of a pipeline's video (default: its own, like width and frames)."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Frames."""
+    offload: bool = False
+    """Keep on the GPU only the part of the pipeline that is running."""
     seed: int = 0
     """Seed of the starting noise."""
 
     def __post_init__(self) -> None:
         if self.model is not None and self.host is not None:
             raise ValueError("give model, a pipeline, or host, a tiny host; not both")
-        if self.model is None and (self.lora is not None or self.dtype != "auto"):
-            raise ValueError("lora and dtype are for a pipeline; pass --model too")
-        _at_least_one(self, "steps")
+        if self.model is None:
+            given = [name for name in ("lora", "height", "width", "frames") if getattr(self, name) is not None]
+            given += ["dtype"] * (self.dtype != "auto") + ["offload"] * self.offload
+            if given:
+                raise ValueError(f"{' and '.join(given)}: for a pipeline; pass --model too")
+        _at_least_one(self, "steps", "height", "width", "frames")
         known_preset(self.preset)
         if self.model is None:
             parse_prompt(self.prompt)
@@ -1140,7 +1154,11 @@ class InspectConfig:
             prompts=(self.prompt,),
             preset=self.preset,
             lora=self.lora,
+            height=self.height,
+            width=self.width,
+            frames=self.frames,
             dtype=self.dtype,
+            offload=self.offload,
             seed=self.seed,
             **{name: value for name, value in given.items() if value is not None},
         )

@@ -163,10 +163,10 @@ def _distilled(cfg: DemoConfig, student: Path, host: Host, labels: torch.Tensor,
         captions[name] = describe_clips(host.classifier, clips[name], grades["accuracy"])
     prompts = [describe(row) for row in labels]
     looks = {
-        name: (f"{plots.LOOKS[name][0]}: {sum(calls)} network calls, {seconds / count:.2f} s", plots.LOOKS[name][1])
-        for name, (seconds, calls, _, _) in costs.items()
+        name: (f"{plots.LOOKS[name][0]} ({sum(calls)} calls)", plots.LOOKS[name][1])
+        for name, (_, calls, _, _) in costs.items()
     }
-    title = "same prompts; the student was distilled from the teacher without any video"
+    title = "same prompts; the right one was distilled from the left one without any video"
     contact_sheet(clips, prompts, captions, run.figures / "distilled.png", looks=looks, title=title, frames=4)
     write_video(clips, prompts, run.artifacts / "distilled.mp4", looks=plots.LOOKS, title="")
 

@@ -241,6 +241,22 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
     return PipelineReport.of(run)
 
 
+def _shard(model: nn.Module, loop: Loop) -> None:
+    """Share a transformer's parameters out over the processes, block by block (FSDP2)."""
+    if loop.accelerator.num_processes == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(loop.device.type, (loop.accelerator.num_processes,))
+    # Adapters are float32 beside weights of 16 bits; the forward casts them itself.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    model.to(loop.device)
+    for block in next(getattr(model, name) for name in ("blocks", "transformer_blocks") if hasattr(model, name)):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
 class PipelineDistillation:
     """A student and its fake score in training.
 
@@ -265,10 +281,9 @@ class PipelineDistillation:
         )  # fmt: skip
         process = TDMScheduler.from_config(pipe.scheduler.config, eta=plan.tdm.eta)
         self.objective = Objective(self.trio, process, plan.tdm)
-        for adapter in (self.trio.student, self.trio.fake):
-            for parameter in adapter.parameters:
-                parameter.requires_grad_(True)
         model.train()
+        if cfg.shard:
+            _shard(model, loop)
         options: dict[str, Any] = {"weight_decay": cfg.loop.weight_decay, "betas": (0.0, cfg.beta2), "eps": 1e-8}
         groups = {
             "student": Group(lr=cfg.loop.lr, select=lambda name: ".student." in name, ema=cfg.loop.ema, **options),
@@ -320,10 +335,10 @@ class PipelineDistillation:
     def draw_samples(self) -> Path | None:
         """Draw the first prompts with the student as it is: a row each, frames across. Returns the PNG.
 
-        The first process does it; the others go on to where they wait for it.
+        The first process does it, with the others' shares of a sharded model; else they go on.
         """
-        loop = self.loop
-        if not loop.accelerator.is_main_process:
+        loop, main = self.loop, self.loop.accelerator.is_main_process
+        if not main and not self.cfg.shard:
             return None
         rows = []
         for index in range(min(self.cfg.samples, len(self.cache))):
@@ -332,9 +347,13 @@ class PipelineDistillation:
             noise = torch.randn(1, *self.plan.shape, generator=generator).to(loop.device)
             with loop.accelerator.autocast():
                 latents = self.objective.samples(text, noise, generator)
+            if not main:
+                continue
             frames = self._decode(latents)  # [F, H, W, 3]
             shown = np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)
             rows.append(np.concatenate([frames[i] for i in shown], axis=1))
+        if not main:
+            return None
         import imageio.v3 as imageio
 
         path = loop.run.figures / f"samples-{loop.step:06d}.png"

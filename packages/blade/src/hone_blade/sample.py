@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.devices import resolve_device, resolve_dtype, use_device
 from hone_core.io import atomic_write_json
 from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
@@ -179,8 +179,7 @@ def render(inputs: Inputs, run: Run, targets: Sequence[Path]) -> None:
     cfg, device = inputs.config, resolve_device(run.device)
     todo = missing_videos(targets)
     assert cfg.steps is not None  # found by find_inputs
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    use_device(device)
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(len(todo) * cfg.steps, desc="steps", quiet=run.quiet))
         sampler = Sampler.load(inputs, device) if todo else None

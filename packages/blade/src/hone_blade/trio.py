@@ -85,18 +85,21 @@ class Trio:
         self.student, self.fake = Adapter(model, "student"), Adapter(model, "fake")
         for parameter in (*self.student.parameters, *self.fake.parameters):
             parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
         self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self.dense = False
         """Whether student and fake score attend densely, as in plain TDM."""
 
     def switch(self, role: Role) -> None:
-        """Make the transformer one of the three; it stays so, since backward computes checkpointed blocks again."""
+        """Make the transformer one of the three; it stays so, since backward computes checkpointed blocks again.
+
+        Which parameters need gradients stays as it is (peft's own ``set_adapter`` would change it): a sharded model has
+        to know it once and for all, and an adapter that is not the role's takes no part in a forward anyway.
+        """
         for layer in self.layers:
-            if role == "teacher":
-                layer.enable_adapters(False)
-            else:
-                layer.enable_adapters(True)
-                layer.set_adapter(role)
+            layer._disable_adapters = role == "teacher"
+            if role != "teacher":
+                layer._active_adapter = [role]
 
     @contextmanager
     def attention(self, role: Role) -> Iterator[None]:

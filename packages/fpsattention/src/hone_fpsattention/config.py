@@ -360,7 +360,7 @@ class BenchConfig:
     e4m3_linears: bool = False
     """Also time the forward with linear layers in E4M3, by torchao (extra linears)."""
     dtype: Dtype = "auto"
-    """Of weights and inputs."""
+    """Of weights and inputs; tiny models are float32."""
     seed: int = 0
     """Seed of weights, inputs and noise."""
 
@@ -375,6 +375,8 @@ class BenchConfig:
                 f"parts=('parallel',) stands alone and is of Wan, which diffusers can split; got {self.parts} of "
                 f"{self.model}"
             )
+        if self.model.startswith("tiny") and self.dtype not in ("auto", "float32"):
+            raise ValueError(f"tiny models are float32; leave dtype out, got {self.dtype!r}")
         _at_least_one(self, "layers", "rounds", "forward_rounds", "loop_steps")
 
     @property

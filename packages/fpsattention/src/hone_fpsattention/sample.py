@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.devices import resolve_device, resolve_dtype, use_device
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
@@ -177,8 +177,7 @@ def render(cfg: GenerateConfig, run: Run, targets: Sequence[Path]) -> None:
     if cfg.e4m3_linears:
         check_linears(device)
     todo = missing_videos(targets)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    use_device(device)
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar(len(todo) * video.steps, desc="steps", quiet=run.quiet))
         sampler = Sampler(cfg, device, stack, run) if todo else None

@@ -52,6 +52,13 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare="hone_motion_anything.convert:prepare",
         help="A motion into another format, or a published checkpoint into safetensors.",
     ),
+    "train": Verb(
+        run="hone_motion_anything.fit:fit",
+        config="hone_motion_anything.config:TrainConfig",
+        prepare="hone_motion_anything.fit:prepare",
+        help="Train tokenizer or transformer on HumanML3D, in one process or several.",
+        shared=True,
+    ),
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "Metrics of text to motion and of dance, repeated, with intervals."
     ),

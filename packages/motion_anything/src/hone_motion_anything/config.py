@@ -24,6 +24,7 @@ __all__ = [
     "Preset",
     "ReproduceConfig",
     "TokenizerConfig",
+    "TrainConfig",
     "TrainHostConfig",
     "TransformerConfig",
     "UnmaskConfig",
@@ -514,3 +515,54 @@ class BenchConfig:
             raise ValueError("batches, tokens, steps and rounds must be at least 1")
         if self.guidance == 1:
             raise ValueError("a guidance of 1 is none, and the ways would not differ; give another")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The tokenizer by parts, then the masked transformer with the method, on HumanML3D."""
+
+    data: Path
+    """Folder of HumanML3D, with new_joint_vecs, texts and train.txt."""
+    stage: Literal["tokenizer", "transformer"] = "tokenizer"
+    """What is trained; the transformer needs a tokenizer that was."""
+    tokenizer: Path | None = None
+    """``transformer``: a tokenizer.safetensors of the first stage."""
+    clip: Path | None = None
+    """``transformer``: folder of CLIP's text model and tokenizer, openai/clip-vit-base-patch32."""
+    tokenizer_sizes: TokenizerConfig = field(
+        default_factory=lambda: TokenizerConfig(width=192, depth=3, codes=512, code_dim=128), metadata=flag(hidden=True)
+    )
+    """Sizes of the tokenizer; ours."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig, metadata=flag(hidden=True))
+    """Sizes of the transformer."""
+    settings: MotionAnythingConfig = field(default_factory=lambda: PRESETS["default"].config)
+    """The method."""
+    seed: int = 0
+    """Of weights, order and draws."""
+    minutes: float = 240.0
+    """Wall clock of the training, where ``steps`` is not given. Ours."""
+    steps: int | None = None
+    """Optimiser steps in place of a time."""
+    batch: int = 64
+    """Motions of a step, over all processes; the paper has 512 for the tokenizer and 64 for the transformer."""
+    lr: float = 2e-4
+    """Peak rate; the paper's. A tenth of it in the last fifth, which is ours."""
+    warmup: int = 2000
+    """Steps of the linear rise; the paper's."""
+    decay: float = 0.01
+    """Of AdamW; ours."""
+    drop: float = 0.1
+    """Share of texts that are left out, for guidance; MoMask's."""
+    log_every: int = 50
+    """Steps between two logged ones."""
+    checkpoint_seconds: float = 300.0
+    """Least time between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.minutes, self.steps)
+        if self.stage == "transformer" and (self.tokenizer is None or self.clip is None):
+            raise ValueError("the transformer needs --tokenizer, made by --stage tokenizer, and --clip")
+        if self.batch < 1 or self.warmup < 1:
+            raise ValueError(f"batch and warmup must be at least 1; got {self.batch} and {self.warmup}")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop is a share in [0, 1]; got {self.drop}")

@@ -19,7 +19,7 @@ from .data import generated
 from .drawing import draw_frames, strip, write_video
 from .features import part_columns, recover
 from .grading import draw_clips, mask_overlap
-from .grammar import FRAMES, TOKEN_FRAMES, right, text_ids
+from .grammar import FRAMES, TOKEN_FRAMES, caption, right, text_ids
 from .host import Host, load_host
 from .method import attention_mask
 from .music import beat_frames, click_track, music_features, pooled, write_wav
@@ -107,8 +107,10 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     valid = torch.ones_like(ids[..., 0], dtype=torch.bool)
     mask = attention_mask(*host.transformer.scores(ids, host.condition(plain.words[:1]), valid), valid, 0.3, 0.3)
     real = recover(plain.features[0]).cpu()
-    cells = {"known cells": plain.cells[0].float(), "hidden by attention": mask[0].float()}
-    rows = {"known cells": real, "hidden by attention": real} | dict(zip(cfg.texts, joints, strict=True))
+    said = caption(plain.scenes, 0)
+    known, hidden = f"{said}: cells that move", f"{said}: cells that attention hides"
+    cells = {known: plain.cells[0].float(), hidden: mask[0].float()}
+    rows = {known: real, hidden: real} | dict(zip(cfg.texts, joints, strict=True))
     strip(rows, report.sheet, cells=cells)
 
     _grade(host, cfg, run)

@@ -413,9 +413,17 @@ class EvalConfig:
     """Gate of the curve; its tau is replaced by each of ``taus``."""
     taus: tuple[float, ...] = (0.001, 0.02, 0.03)
     """Thresholds of the curve."""
-    baselines: tuple[Literal["small", "large", "random", "cascade"], ...] = ("small", "large", "random", "cascade")
+    baselines: tuple[Literal["small", "large", "random", "cascade", "speculative"], ...] = (
+        "small",
+        "large",
+        "random",
+        "cascade",
+    )
     """``random``: at the share that each threshold came to. ``cascade``: the small model answers, and the large one
-    answers anew where the small one was once unsure."""
+    answers anew where the small one was once unsure. ``speculative``: the large model's greedy text, the small model
+    drafting."""
+    draft: int = 5
+    """Tokens of a draft, of ``speculative``."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How tokens are drawn."""
     samples: int = 1
@@ -429,6 +437,8 @@ class EvalConfig:
         _check_taus(self.taus)
         if self.samples < 1 or self.batch < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError("samples, batch and limit must be at least 1")
+        if "speculative" in self.baselines and (self.sampling.temperature > 0 or self.draft < 1):
+            raise ValueError("the baseline speculative is greedy, with drafts of a token at least")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise ValueError("several greedy samples of a problem are the same one; give a temperature")
         if self.stitch.policy not in ("stitch", "one-token"):

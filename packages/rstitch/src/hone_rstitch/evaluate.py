@@ -21,6 +21,7 @@ from .data import Problem, grade, products, read_jsonl
 from .host import load_models
 from .models import Pair, check_models
 from .router import Routing
+from .speculative import agreements, speculative_calls
 
 __all__ = [
     "Answer",
@@ -177,13 +178,21 @@ class Answers:
                 }
                 self.known[row["setting"], row["name"]] = Answer(**fields)
 
-    def ask(self, stitch: StitchConfig, *, label: str | None = None, routing: Routing | None = None) -> Outcome:
+    def ask(
+        self,
+        stitch: StitchConfig,
+        *,
+        label: str | None = None,
+        routing: Routing | None = None,
+        draft: int | None = None,
+    ) -> Outcome:
         """Answers to all problems under a setting.
 
         Args:
             stitch: Policy and gate.
             label: Of the setting; the config's own if None.
             routing: The router, with policy ``router``.
+            draft: Count the calls of speculative decoding with so many drafted tokens; with policy ``large``, greedy.
         """
         label = stitch.label if label is None else label
         left = [(at, name, problem) for at, (name, problem) in enumerate(self.asked) if (label, name) not in self.known]
@@ -198,13 +207,18 @@ class Answers:
                     routing=routing,
                 )
                 doubts = _doubts(output)
+                usages = [(usage.calls[SMALL], usage.calls[LARGE]) for usage in output.usage]
+                if draft is not None:
+                    usages = self._drafted([problem.question for _, _, problem in part], output, draft)
                 lines = []
-                for (_, name, problem), text, usage, doubt in zip(part, texts, output.usage, doubts, strict=True):
+                for (_, name, problem), text, usage, called, doubt in zip(
+                    part, texts, output.usage, usages, doubts, strict=True
+                ):
                     answer = Answer(
                         text=text,
                         right=grade(text, problem.answer, self.format),
                         tokens=(usage.tokens[SMALL], usage.tokens[LARGE]),
-                        calls=(usage.calls[SMALL], usage.calls[LARGE]),
+                        calls=called,
                         discarded=usage.discarded,
                         switches=usage.switches,
                         seconds=(usage.seconds[SMALL], usage.seconds[LARGE]),
@@ -216,6 +230,16 @@ class Answers:
                     file.writelines(lines)
                 bar.update(len(part))
         return Outcome(label, tuple(self.known[label, name] for name, _ in self.asked), self.samples)
+
+    def _drafted(self, questions: Sequence[str], output: Any, draft: int) -> list[tuple[int, int]]:
+        """Calls of speculative decoding that would write these texts."""
+        count = output.models.shape[1]
+        texts = [
+            row[: sum(usage.tokens)].tolist()
+            for row, usage in zip(output.sequences[:, -count:], output.usage, strict=True)
+        ]
+        same = agreements(self.pair, self.pair.prompts(questions)[0], texts)
+        return [speculative_calls(agree, draft, self.sampling.max_new_tokens) for agree in same]
 
 
 def matched_random(outcome: Outcome, *, runs: bool = False) -> StitchConfig:
@@ -406,7 +430,11 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         if "cascade" in cfg.baselines:
             found = cascade(alone["small"], alone["large"], calls=stitched.calls(LARGE))
             lines["cascade"].append(replace(found, label=f"cascade as {stitched.label}"))
-    for outcome in [*alone.values(), *(outcome for line in lines.values() for outcome in line)]:
+    speculative: list[Outcome] = []
+    if "speculative" in cfg.baselines:
+        name = f"speculative, drafts of {cfg.draft}"
+        speculative = [answers.ask(StitchConfig(policy="large"), label=name, draft=cfg.draft)]
+    for outcome in [*alone.values(), *speculative, *(outcome for line in lines.values() for outcome in line)]:
         write_rows(run, outcome, ratio)
     if "small" in alone:
         wrong = [not right for right in alone["small"].right]

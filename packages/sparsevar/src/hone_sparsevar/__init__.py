@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "host": ["load_host"],
         "method": ["change_map", "select"],
         "models": ["SparsePolicy", "SparseVARHandle", "attach", "tiny"],
-        "peers": ["EarlyStop", "FastVARStyle", "SkipUncond"],
+        "peers": ["EarlyStop", "FastVARStyle", "SkipUncond", "SkipVARStyle"],
     },
 )
 __version__ = "0.1.0"

@@ -117,6 +117,8 @@ class BenchReport(Report):
             line += f", {whole:.2f} with text and decode"
             if peak := found.get((mode, variant, "peak_memory")):
                 line += f", {peak.value:.2f} GiB"
+            if outside := found.get((mode, variant, "outside_blocks")):
+                line += f", {outside.value:.2f} ms of it outside the blocks"
             lines.append(line)
         lines += [f"{r.metric:<9} {r.value:25.2f} ms" for r in self.rows if r.metric in ("text", "decode")]
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
@@ -125,10 +127,10 @@ class BenchReport(Report):
 def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Time every mode and variant.
 
-    Rows: ``time`` (``ms``, transformer of a batch, all scales) and ``gflops`` of each variant and mode; ``scale_time``
-    of each scale by graph (split: the scale); ``peak_memory`` of weights, cache and what lies between; ``cache``;
-    ``text`` of the text encoder (random weights of Flan-T5-XL's shape) with what the transformer makes of it;
-    ``decode`` of the tokenizer.
+    Rows: ``time`` (``ms``, transformer of a batch, all scales) and ``gflops`` of each variant and mode; by graph
+    ``scale_time`` of each scale (split: the scale) and ``outside_blocks``, of all that is not blocks; ``peak_memory``
+    of weights, cache and what lies between; ``cache``; ``text`` of the text encoder (random weights of Flan-T5-XL's
+    shape) with what the transformer makes of it; ``decode`` of the tokenizer.
 
     Raises:
         ValueError: There is no such model or schedule.
@@ -230,10 +232,23 @@ class _Bench:
             for scale, graph in enumerate(graphs.graphs):
                 work = labels | {"gflops": scale_gflops(records[scale], self.model, self.cfg.text_tokens)}
                 self.row(measure(graph.replay, **options), "scale_time", name, work, str(scale))
+            del graphs
+            self.clear()
+            self.outside(name, policy, labels)
         self.row(timing, "time", name, labels)
         self.value("gflops", gflops(records, self.model, self.cfg.text_tokens), "GFLOP", name, labels)
         if peak is not None:
             self.value("peak_memory", peak / 2**30, "GiB", name, labels)
+
+    def outside(self, name: str, policy: Policy, labels: Labels) -> None:
+        """Time of all that is not blocks: embedding, selection, gather, head, draws, filling, the latent."""
+        options: Any = {"warmup": 1, "repeats": max(3, self.cfg.rounds // 2), "device": self.device}
+        self.model.run_blocks = lambda x, *_, **__: x  # type: ignore[method-assign]
+        try:
+            graphs = ScaleGraphs(lambda: self.start(policy), policy)
+            self.row(measure(graphs, **options), "outside_blocks", name, labels)
+        finally:
+            del self.model.run_blocks
 
     def value(self, metric: str, value: float, unit: str, name: str, labels: Labels) -> None:
         self.run.row(metric, value, unit=unit, better="lower", variant=name, labels=labels)

@@ -25,6 +25,7 @@ from hone_core.runs import Run
 from PIL import Image
 
 from .config import IMAGES_PER_PROMPT, EvalConfig
+from .models import variant_of
 from .sample import Wanted, check_inputs, draw_images
 
 __all__ = ["Prompt", "judge", "read_prompts"]
@@ -154,7 +155,7 @@ def judge(cfg: EvalConfig, run: Run) -> None:
         for prompt in prompts
         for number, file in enumerate(prompt.files)
     ]
-    draw_images(own.model, wanted, own.image, cfg.used, run, batch=cfg.batch)
+    draw_images(own.model, wanted, own.image, variant_of(own.variant, cfg.used), run, batch=cfg.batch)
     if cfg.protocol == "geneval":
         for prompt in prompts:
             atomic_write_json(folder / prompt.files[0].parts[0] / "metadata.jsonl", prompt.facts)

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device
+from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json
+from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_visual_ar.generation import Generation, Policy
+from hone_visual_ar.schedules import infinity_schedule
 from torch import Tensor
 
-from .config import CalibrateConfig
+from .config import CalibrateConfig, SparseVARConfig
 from .data import random_labels, render, words
 from .grader import texture_energy
 from .host import SCHEDULE, Host, load_host
 from .method import change_map, resize_map
+from .sample import check_inputs, load_pipeline
 
 __all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "mask_scores", "spearman"]
 
@@ -92,14 +97,19 @@ class Watch(Policy):
 
     Args:
         scale: Number.
+
+    Attributes:
+        last: The changes of the last generation, in the order of the blocks.
     """
 
     def __init__(self, scale: int) -> None:
         self.scale_ = scale
+        self.last: list[Tensor] = []
 
     def begin(self, run: Generation) -> list[Tensor]:
         """See the base class."""
-        return []
+        self.last = []
+        return self.last
 
     def scale(self, run: Generation, scale: int, state: list[Tensor]) -> Tensor | None:
         """See the base class."""
@@ -118,12 +128,42 @@ class Watch(Policy):
 def image_scores(host: Host, images: int, scale: int, seed: int, *, batch: int = 64) -> Tensor:
     """Rank correlation ``[images, blocks]`` of each block's map with the Laplacian energy of the image drawn."""
     generator = torch.Generator().manual_seed(80_000 + seed)
-    grid, found = SCHEDULE.grids[scale], []
+    found = []
     for at in range(0, images, batch):
         labels = random_labels(min(batch, images - at), generator)
-        run = host.draw(labels, range(seed + at, seed + at + len(labels)), policy=Watch(scale - 1))
-        energy = F.adaptive_avg_pool2d(texture_energy((run.image() + 1) / 2)[:, None], grid).flatten(1)
-        found.append(torch.stack([spearman(resize_map(m, grid).flatten(1), energy) for m in run.state], 1))
+        watch = Watch(scale - 1)
+        run = host.draw(labels, range(seed + at, seed + at + len(labels)), policy=watch)
+        found.append(_correlation((run.image() + 1) / 2, watch.last, SCHEDULE.grids[scale]))
+    return torch.cat(found)
+
+
+def _correlation(image_01: Tensor, changes: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    """``[B, blocks]`` of maps ``[B, h, w]`` at the scale before ``grid``."""
+    energy = F.adaptive_avg_pool2d(texture_energy(image_01)[:, None], grid).flatten(1)
+    return torch.stack([spearman(resize_map(change, grid).flatten(1), energy) for change in changes], 1)
+
+
+def pipeline_scores(cfg: CalibrateConfig, prompts: list[str], run: Run) -> Tensor:
+    """As ``image_scores``, of a saved pipeline's images."""
+    assert cfg.model is not None
+    schedule = infinity_schedule(cfg.image.pixels, cfg.image.aspect)
+    scale = schedule.resolve(cfg.start)
+    pipe, watch, found = load_pipeline(cfg.model, cfg.image, run.device), Watch(scale - 1), []
+    with progress_bar(len(prompts), desc="images", quiet=run.quiet) as bar:
+        for at in range(0, len(prompts), cfg.batch):
+            part = prompts[at : at + cfg.batch]
+            images = pipe(
+                part,
+                pixels=cfg.image.pixels,
+                aspect=cfg.image.aspect,
+                guidance_scale=cfg.image.guidance,
+                temperature=cfg.image.temperature,
+                seeds=cfg.seed + at,
+                policy=watch,
+                output_type="pt",
+            ).images
+            found.append(_correlation(images, watch.last, schedule.grids[scale]).cpu())
+            bar.update(len(part))
     return torch.cat(found)
 
 
@@ -143,40 +183,58 @@ class CalibrateReport(Report):
         return cls(path=run.path, rows=tuple(run.rows), file=run.artifacts / "detector.json")
 
     def __str__(self) -> str:
-        lines = [f"{'block':<8}{'AUROC, known masks':>20}{'rank correlation, drawn':>26}"]
         values = {(row.variant, row.metric): row.value for row in self.rows}
-        names = dict.fromkeys(row.variant for row in self.rows if row.metric == "auroc")
-        lines += [f"{name:<8}{values[name, 'auroc']:>20.3f}{values[name, 'rank_correlation']:>26.3f}" for name in names]
+        lines = [f"{'block':<8}{'rank correlation, drawn':>26}{'AUROC, known masks':>20}"]
+        for name in dict.fromkeys(row.variant for row in self.rows):
+            known = values.get((name, "auroc"))
+            lines.append(
+                f"{name:<8}{values[name, 'rank_correlation']:>26.3f}{'-' if known is None else f'{known:.3f}':>20}"
+            )
         return "\n".join([*lines, f"detector {self.file}"])
 
 
 def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     """Score every block and name the best.
 
-    The choice is by rank correlation with drawn images, which needs no known mask; the masks check it.
+    The choice is by rank correlation with drawn images, which needs no known mask; on the host the masks check it.
 
     Raises:
-        CheckpointError: There is no host.
-        ValueError: The scale has none before it.
+        CheckpointError: There is no host, no pipeline or no prompts.
+        ValueError: The scale has none before it, or a prompt is too long.
     """
-    host = load_host(resolve_device(run.device), path=cfg.host)
-    scale = SCHEDULE.resolve(cfg.start_scale)
+    schedule = SCHEDULE if cfg.model is None else infinity_schedule(cfg.image.pixels, cfg.image.aspect)
+    scale = schedule.resolve(cfg.start)
     if scale < 1:
-        raise ValueError(f"start_scale must leave a scale before it to be measured; got {cfg.start_scale}")
-    by_mask = mask_scores(host, cfg.limit, scale, cfg.seed).nanmean(0)
-    by_image = image_scores(host, cfg.limit, scale, cfg.seed).nanmean(0)
-    for block in range(len(by_mask)):
-        options = {"better": "higher", "n": cfg.limit, "variant": str(block)}
-        run.row("auroc", float(by_mask[block]), **options)  # type: ignore[arg-type]
-        run.row("rank_correlation", float(by_image[block]), **options)  # type: ignore[arg-type]
+        raise ValueError(f"start_scale must leave a scale before it to be measured; got {cfg.start}")
+    choice: dict[str, Any] = {"grid": list(schedule.last), "start_scale": cfg.start}
+    by_mask: Tensor | None = None
+    if cfg.model is None:
+        host = load_host(resolve_device(run.device), path=cfg.host)
+        by_mask = mask_scores(host, cfg.limit, scale, cfg.seed).nanmean(0)
+        by_image, count = image_scores(host, cfg.limit, scale, cfg.seed).nanmean(0), cfg.limit
+        choice |= {"model": "tiny", "auroc": [round(float(x), 4) for x in by_mask]}
+    else:
+        prompts = _prompts(cfg)
+        check_inputs(cfg.model, prompts, cfg.image, SparseVARConfig(start_scale=cfg.start))
+        by_image, count = pipeline_scores(cfg, prompts, run).nanmean(0), len(prompts)
+        choice |= {"model": cfg.model.name}
     best = int(by_image.argmax())
-    choice = {
-        "model": "tiny",
-        "grid": list(SCHEDULE.last),
-        "start_scale": cfg.start_scale,
-        "detector": best,
-        "rank_correlation": [round(float(x), 4) for x in by_image],
-        "auroc": [round(float(x), 4) for x in by_mask],
-    }
+    for block, value in enumerate(by_image.tolist()):
+        run.row("rank_correlation", value, better="higher", n=count, variant=str(block))
+        if by_mask is not None:
+            run.row("auroc", float(by_mask[block]), better="higher", n=count, variant=str(block))
+    choice |= {"detector": best, "images": count, "rank_correlation": [round(float(x), 4) for x in by_image]}
     atomic_write_json(run.artifacts / "detector.json", choice)
     return CalibrateReport.of(run)
+
+
+def _prompts(cfg: CalibrateConfig) -> list[str]:
+    assert cfg.prompts is not None
+    try:
+        lines = [line.strip() for line in cfg.prompts.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise CheckpointError(f"{cfg.prompts} cannot be read: {error}") from error
+    found = [line for line in lines if line][: cfg.limit]
+    if not found:
+        raise CheckpointError(f"{cfg.prompts} holds no prompt; write one a line")
+    return found

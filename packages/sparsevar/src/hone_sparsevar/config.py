@@ -133,12 +133,15 @@ VARIANTS = (
 """Ways to draw an image that ``eval`` compares: the method, its baselines, and what replaces one part of it."""
 
 
+def _check_variant(name: str) -> None:
+    if name not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {name!r}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageConfig:
     """How a saved Infinity pipeline draws."""
 
-    variant: str = "sparse"
-    """What runs, by its name among those that ``eval`` compares: ``sparse``, ``dense``, ``early-stop-1`` ..."""
     pixels: str = "1M"
     """Size."""
     aspect: float = 1.0
@@ -149,10 +152,6 @@ class ImageConfig:
     """Of the bits."""
     dtype: str = "auto"
     """Of transformer blocks and text encoder."""
-
-    def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,6 +259,8 @@ class BenchmarkConfig:
     """Benchmarks: the prompts as they are published: ``evaluation_metadata.jsonl`` of GenEval; the folder of text files
     of DPG-Bench; the folder of ``anime.json``, ``concept-art.json`` ... of HPS v2; ``benchmark-prompts.json`` of
     ImageReward."""
+    variant: str = "sparse"
+    """Benchmarks: what runs, by its name among ``variants``."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Benchmarks: how images are drawn."""
     images_per_prompt: int | None = None
@@ -289,6 +290,7 @@ class BenchmarkConfig:
             return
         if self.model is None or self.prompts is None:
             raise ValueError(f"protocol {protocol} needs a pipeline and its prompts: --model FOLDER --prompts PATH")
+        _check_variant(self.variant)
         if self.images_per_prompt is not None and self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1; got {self.images_per_prompt}")
         if protocol == "dpg" and self.images_per_prompt not in (None, 4):
@@ -359,6 +361,8 @@ class GenerateConfig:
     """What to draw, one image each."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["infinity-0.6"].config)
     """Settings of the method."""
+    variant: str = "sparse"
+    """What runs, by its name among those that ``eval`` compares: ``sparse``, ``dense``, ``early-stop-1`` ..."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """How they are drawn."""
     batch: int = 1
@@ -367,6 +371,7 @@ class GenerateConfig:
     """Of the first image; the following ones count up."""
 
     def __post_init__(self) -> None:
+        _check_variant(self.variant)
         if not self.prompts or self.batch < 1:
             raise ValueError(f"expected at least one prompt and a batch of 1; got {len(self.prompts)} and {self.batch}")
 
@@ -377,16 +382,35 @@ class CalibrateConfig:
 
     host: Path | None = None
     """A host.safetensors made by train-host; the packaged one if not given."""
+    model: Path | None = None
+    """Folder of an ``InfinityPipeline`` in place of a host."""
+    prompts: Path | None = None
+    """Text file, a prompt a line, that the pipeline draws; 32 or more make a choice that holds."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """How the pipeline draws."""
     limit: int = 64
     """Images."""
-    start_scale: int = -2
-    """First sparse scale, whose map comes from the scale before."""
+    batch: int = 1
+    """Images of the pipeline at a time."""
+    start_scale: int | None = None
+    """First sparse scale, whose map comes from the scale before (default: -2 of the host, -3 of a pipeline)."""
     seed: int = 0
     """Of the images."""
 
     def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise ValueError(f"limit must be at least 1; got {self.limit}")
+        if self.limit < 1 or self.batch < 1:
+            raise ValueError(f"limit and batch must be at least 1; got {self.limit} and {self.batch}")
+        if (self.model is None) != (self.prompts is None):
+            raise ValueError("a pipeline and its prompts go together: --model FOLDER --prompts FILE")
+        if self.model is not None and self.host is not None:
+            raise ValueError("give a host or a pipeline, not both")
+        if self.model is None and (self.image != ImageConfig() or self.batch != 1):
+            raise ValueError("how images are drawn is for a pipeline, --model FOLDER; the host has its own settings")
+
+    @property
+    def start(self) -> int:
+        """The first sparse scale."""
+        return (-2 if self.model is None else -3) if self.start_scale is None else self.start_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

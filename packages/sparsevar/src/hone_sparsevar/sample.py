@@ -16,13 +16,14 @@ from hone_core.errors import CheckpointError
 from hone_core.io import atomic_path
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
+from hone_visual_ar.generation import Policy
 from hone_visual_ar.pipelines import InfinityPipeline, check_prompts
 from hone_visual_ar.schedules import infinity_schedule
 
 from .config import GenerateConfig, ImageConfig, SparseVARConfig
 from .models import variant_of
 
-__all__ = ["GenerateReport", "Wanted", "check_inputs", "draw_images", "generate"]
+__all__ = ["GenerateReport", "Wanted", "check_inputs", "draw_images", "generate", "load_pipeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,17 @@ class Wanted:
     file: Path
 
 
+def load_pipeline(model: Path, image: ImageConfig, device: str) -> InfinityPipeline:
+    """The pipeline of a folder, on a device."""
+    place = resolve_device(device)
+    dtype = resolve_dtype(image.dtype, place)
+    return InfinityPipeline.from_pretrained(
+        model, dtype={"transformer": dtype, "text_encoder": dtype}, local_files_only=True
+    ).to(place)
+
+
 def draw_images(
-    model: Path, wanted: Sequence[Wanted], image: ImageConfig, settings: SparseVARConfig, run: Run, *, batch: int
+    model: Path, wanted: Sequence[Wanted], image: ImageConfig, policy: Policy, run: Run, *, batch: int
 ) -> None:
     """Draw what is not there yet; each file is written whole or not at all.
 
@@ -92,19 +102,14 @@ def draw_images(
         model: Folder of the pipeline.
         wanted: Images.
         image: How they are drawn.
-        settings: Of the method.
+        policy: What of a scale runs.
         run: The run, entered.
         batch: Images at a time.
     """
     missing = [item for item in wanted if not item.file.is_file()]
     if not missing:
         return
-    device = resolve_device(run.device)
-    dtype = resolve_dtype(image.dtype, device)
-    pipe = InfinityPipeline.from_pretrained(
-        model, dtype={"transformer": dtype, "text_encoder": dtype}, local_files_only=True
-    ).to(device)
-    policy = variant_of(image.variant, settings)
+    pipe = load_pipeline(model, image, run.device)
     with progress_bar(len(missing), desc="images", quiet=run.quiet) as bar:
         for begin in range(0, len(missing), batch):
             part = missing[begin : begin + batch]
@@ -135,5 +140,5 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
         Wanted(prompt=prompt, seed=cfg.seed + number, file=run.artifacts / f"{number:05}.png")
         for number, prompt in enumerate(cfg.prompts)
     ]
-    draw_images(cfg.model, wanted, cfg.image, cfg.settings, run, batch=cfg.batch)
+    draw_images(cfg.model, wanted, cfg.image, variant_of(cfg.variant, cfg.settings), run, batch=cfg.batch)
     return GenerateReport.of(run)

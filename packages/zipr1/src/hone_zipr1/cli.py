@@ -7,6 +7,8 @@ from typing import Any
 
 from hone_core.cli import Verb, run_cli
 
+from .inspection import inspect
+
 PACKAGE = "hone-zipr1"
 
 
@@ -47,6 +49,13 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "demo": _verb("demo:demo", "DemoConfig", "A tiny model reads digits from fewer and fewer tokens.", prepare=True),
     "generate": _verb(
         "sample:generate", "GenerateConfig", "Answer a question about a picture or a video.", prepare=True
+    ),
+    "inspect": inspect,
+    "profile": Verb(
+        run="hone_zipr1.inspection:profile",
+        help="Run one prompt and show what each layer kept of it.",
+        config="hone_zipr1.config:ProfileConfig",
+        prepare="hone_zipr1.sample:prepare",
     ),
     "train": _verb(
         "finetune:train",

@@ -13,6 +13,7 @@ __all__ = [
     "GRID",
     "KINDS",
     "PRESETS",
+    "AskConfig",
     "BenchConfig",
     "DemoConfig",
     "EvalConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "Kind",
     "Objective",
     "Preset",
+    "ProfileConfig",
     "ReinforceConfig",
     "ReproduceConfig",
     "SparseConfig",
@@ -421,8 +423,8 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig:
-    """A question about a picture or a video, and what is kept for its answer."""
+class AskConfig:
+    """A question about a picture or a video, and the selection for it."""
 
     ask: str
     """Question. Of the tiny host: "digit B3" or "sum A1 C2" (rows are letters, columns numbers)."""
@@ -438,14 +440,6 @@ class GenerateConfig:
     """Share of the attention mass, in (0, 1]; in place of the preset's."""
     preset: str = "paper"
     """Selection by name; of the tiny host the preset is tiny unless another is named."""
-    cache: Literal["evict", "retrieve"] = "evict"
-    """Whether dropped tokens leave the cache or are only not read."""
-    compare_dense: bool = False
-    """Answer with the dense model too: texts, tokens in the cache and times side by side."""
-    max_new_tokens: int = 64
-    """Length of the answer."""
-    rounds: int = 3
-    """Timed answers of each, in turns after one that warms up; times are medians."""
     dtype: Dtype = "auto"
     """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
@@ -462,8 +456,40 @@ class GenerateConfig:
             raise ValueError("a model needs an image or a video to look at; the tiny host (no --model) makes its own")
         if self.image is not None and self.video is not None:
             raise ValueError("give an image or a video, not both")
-        if min(self.frames, self.max_new_tokens, self.rounds) < 1:
-            raise ValueError("frames, max_new_tokens and rounds must be positive")
+        if self.frames < 1:
+            raise ValueError(f"frames must be positive; got {self.frames}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig(AskConfig):
+    """A question about a picture or a video, and how it is answered."""
+
+    cache: Literal["evict", "retrieve"] = "evict"
+    """Whether dropped tokens leave the cache or are only not read."""
+    compare_dense: bool = False
+    """Answer with the dense model too: texts, tokens in the cache and times side by side."""
+    max_new_tokens: int = 64
+    """Length of the answer."""
+    rounds: int = 3
+    """Timed answers of each, in turns after one that warms up; times are medians."""
+
+    def __post_init__(self) -> None:
+        AskConfig.__post_init__(self)
+        if min(self.max_new_tokens, self.rounds) < 1:
+            raise ValueError("max_new_tokens and rounds must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig(AskConfig):
+    """A question about a picture or a video, and what each layer keeps for it."""
+
+    shown: int = 6
+    """Frames in the picture, spread over the video; and layers, spread over the decoder."""
+
+    def __post_init__(self) -> None:
+        AskConfig.__post_init__(self)
+        if self.shown < 1:
+            raise ValueError(f"shown must be positive; got {self.shown}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -478,8 +504,9 @@ class EvalConfig:
     """Thresholds, beside the dense model."""
     preset: str = "paper"
     """Selection by name, but for its threshold."""
-    random: bool = False
-    """Also spend each threshold's budget on random tokens."""
+    peers: bool = False
+    """Also spend each threshold's budget as others do: on the best-ranked tokens in equal shares, on random ones, and
+    as FastV, which keeps everything in its first two layers, and where that is too much next to nothing later."""
     limit: int | None = None
     """First questions only."""
     frames: int = 32

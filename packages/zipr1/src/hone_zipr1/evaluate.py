@@ -17,7 +17,7 @@ from .method import uniform_ratio
 from .models import attach
 from .rollouts import Rollout, rollout
 
-__all__ = ["DENSE", "Outcome", "ask", "held_out", "table", "uniform_of", "write_rows"]
+__all__ = ["DENSE", "Outcome", "ask", "at_budget", "held_out", "table", "uniform_of", "write_rows"]
 
 DENSE = "dense"
 
@@ -113,23 +113,35 @@ def ask(
     )
 
 
-def peers(host: Host, asked: Mosaics, outcome: Outcome, config: SparseConfig, *, batch: int) -> list[Outcome]:
-    """Other ways to spend the mean ratio of an outcome: FastV, the ranking at a fixed ratio, random tokens.
+FASTV_LAYER = 2
+"""First layer of FastV that drops."""
 
-    FastV keeps everything in its first layers and less after them, so that its mean is the same; where that is not
-    possible, it is left out.
+
+def at_budget(config: SparseConfig, tau: float, layers: int) -> dict[str, SparseConfig]:
+    """Other ways to spend a mean ratio, by name; our re-implementations.
+
+    Args:
+        config: A selection by its threshold.
+        tau: What it kept.
+        layers: Of the decoder. FastV keeps everything in the first two and less after them, for the same mean; where
+            that is not possible, next to nothing.
     """
-    layers, first = host.config.layers, 2
-    fixed = replace(config, policy="top-k", ratio=min(1.0, outcome.tau))
-    found = [
-        ask(host, asked, fixed, batch=batch, label=f"top-k as {outcome.label}"),
-        ask(host, asked, replace(config, policy="random"), batch=batch, label=f"random as {outcome.label}"),
-    ]
-    later = (outcome.tau * layers - first) / (layers - first)
-    if later > 0:
-        fastv = replace(config, policy="fastv", ratio=min(1.0, later), fastv_layer=first)
-        found.insert(0, ask(host, asked, fastv, batch=batch, label=f"FastV as {outcome.label}"))
-    return found
+    later = (tau * layers - FASTV_LAYER) / (layers - FASTV_LAYER) if layers > FASTV_LAYER else 0.0
+    fastv = {"policy": "fastv", "ratio": min(1.0, max(later, 1e-6)), "fastv_layer": min(FASTV_LAYER, layers - 1)}
+    return {
+        "FastV": replace(config, **fastv),  # type: ignore[arg-type]
+        "top-k": replace(config, policy="top-k", ratio=min(1.0, tau)),
+        "random": replace(config, policy="random"),
+    }
+
+
+def peers(host: Host, asked: Mosaics, outcome: Outcome, config: SparseConfig, *, batch: int) -> list[Outcome]:
+    """What ``at_budget`` answers at the mean ratio of an outcome; without FastV where it would keep more."""
+    layers = host.config.layers
+    others = at_budget(config, outcome.tau, layers)
+    if outcome.tau * layers <= FASTV_LAYER:
+        del others["FastV"]
+    return [ask(host, asked, other, batch=batch, label=f"{name} as {outcome.label}") for name, other in others.items()]
 
 
 def write_rows(run: Run, outcome: Outcome, *, split: str = "held_out") -> None:

@@ -14,7 +14,7 @@ from hone_core.runs import Report, Run
 from hone_core.statistics import bootstrap_interval, paired
 
 from .config import PRESETS, EvalConfig, SparseConfig
-from .evaluate import DENSE, table
+from .evaluate import DENSE, at_budget, table
 from .models import attach, check_config
 from .questions import is_right, load_items, model_inputs
 
@@ -52,20 +52,27 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
         raise FileNotFoundError(f"there is no {cfg.data}")
     load_items(cfg.data)
     found = read_config(cfg.model)
-    for config in _variants(cfg).values():
-        if config is not None:
-            check_config(found, config)
+    for config in _selections(cfg):
+        check_config(found, config)
     model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
     return replace(cfg, data=cfg.data.resolve(), model=model)
 
 
-def _variants(cfg: EvalConfig) -> dict[str, SparseConfig | None]:
-    found: dict[str, SparseConfig | None] = {DENSE: None}
-    base = PRESETS[cfg.preset].config
-    for p in cfg.ps:
-        for one in (replace(base, p=p), *([replace(base, p=p, policy="random")] if cfg.random else [])):
-            found[one.label] = one
-    return found
+def _selections(cfg: EvalConfig) -> list[SparseConfig]:
+    return [replace(PRESETS[cfg.preset].config, p=p) for p in cfg.ps]
+
+
+def _answers(model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig) -> dict[str, dict[str, Any]]:
+    """Of one question: dense, at each threshold and, if so asked, by others at what each threshold kept."""
+    given = (model, processor, inputs, cfg.max_new_tokens)
+    row = {DENSE: _ask(*given, None)}
+    for one in _selections(cfg):
+        row[one.label] = _ask(*given, one)
+        if cfg.peers:
+            layers = model.config.get_text_config().num_hidden_layers
+            for name, other in at_budget(one, row[one.label]["ratio"], layers).items():
+                row[f"{name} as {one.label}"] = _ask(*given, other)
+    return row
 
 
 def grade_model(cfg: EvalConfig, run: Run) -> EvalReport:
@@ -74,7 +81,7 @@ def grade_model(cfg: EvalConfig, run: Run) -> EvalReport:
     from hone_lm.choices import to_model
 
     device = resolve_device(run.device)
-    items, variants, path = load_items(cfg.data)[: cfg.limit], _variants(cfg), run.artifacts / ANSWERS
+    items, path = load_items(cfg.data)[: cfg.limit], run.artifacts / ANSWERS
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:  # cut off within a line
@@ -85,9 +92,7 @@ def grade_model(cfg: EvalConfig, run: Run) -> EvalReport:
         bar.update(len(done))
         for item in items[len(done) :]:
             inputs = to_model(model_inputs(processor, [item], cfg.frames), model)
-            row = {
-                name: _ask(model, processor, inputs, config, cfg.max_new_tokens) for name, config in variants.items()
-            }
+            row = _answers(model, processor, inputs, cfg)
             for said in row.values():
                 said["right"] = is_right(said["answer"], item)
             done.append(row)
@@ -95,15 +100,16 @@ def grade_model(cfg: EvalConfig, run: Run) -> EvalReport:
             file.flush()
             bar.update()
     dense = [row[DENSE]["right"] for row in done]
-    for name in variants:
+    for name in done[0]:
         right, ratio = [row[name]["right"] for row in done], [row[name]["ratio"] for row in done]
         values, n = np.asarray(right, dtype=float), len(done)
         given: dict[str, Any] = {"n": n, "variant": name}
         run.row("accuracy", values.mean(), better="higher", interval=bootstrap_interval(values), **given)
         run.row("token_ratio", float(np.mean(ratio)), better="lower", **given)
         if name != DENSE:
-            uniform = float(np.mean([row[name]["uniform"] for row in done]))
-            run.row("uniform_ratio", uniform, better="none", **given)
+            if "uniform" in done[0][name]:
+                uniform = float(np.mean([row[name]["uniform"] for row in done]))
+                run.row("uniform_ratio", uniform, better="none", **given)
             change = paired(right, dense)
             labels = {"mcnemar_p": change.p, "to_wrong": change.to_wrong, "to_right": change.to_right}
             run.row("change", change.change, better="none", interval=change.interval, labels=labels, **given)
@@ -111,7 +117,7 @@ def grade_model(cfg: EvalConfig, run: Run) -> EvalReport:
 
 
 def _ask(
-    model: Any, processor: Any, inputs: dict[str, Any], config: SparseConfig | None, length: int
+    model: Any, processor: Any, inputs: dict[str, Any], length: int, config: SparseConfig | None
 ) -> dict[str, Any]:
     """One greedy answer."""
 
@@ -125,4 +131,5 @@ def _ask(
         said = answer()
         stats = handle.stats
     assert stats is not None, "a prompt was read"
-    return {"answer": said, "ratio": float(stats.ratio[0]), "uniform": float(stats.uniform(config.p)[0])}
+    found = {"answer": said, "ratio": float(stats.ratio[0])}
+    return found if config.ratio is not None else found | {"uniform": float(stats.uniform(config.p)[0])}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .evaluate import Outcome
 
-__all__ = ["arms_chart", "curve", "heat_maps"]
+__all__ = ["arms_chart", "curve", "heat_maps", "kept_maps"]
 
 STYLES = {
     "top-p": (BLUE, "o-"),
@@ -86,6 +86,36 @@ def heat_maps(shown: Sequence[Mapping[str, Any]], path: Path, *, title: str = ""
                 one.set_xticks([])
                 one.set_yticks([])
         finish(figure, title=title, note="by layer: what was kept of the picture; blue is dropped")
+    return path
+
+
+def kept_maps(
+    maps: Sequence[Sequence[Sequence[Sequence[int]]]],
+    frames: Sequence[int],
+    layers: Sequence[int],
+    path: Path,
+    *,
+    title: str,
+) -> Path:
+    """A frame per row, a layer per column: which of its tokens were kept.
+
+    Args:
+        maps: By frame and layer, rows of 0 and 1 per visual token.
+        frames: Their numbers.
+        layers: Likewise.
+        path: PNG to write.
+        title: Over the picture.
+    """
+    with drawing(path, 1.1 * len(layers) + 0.6, 1.2 * len(frames) + 0.5) as figure:
+        grid = figure.subplots(len(frames), len(layers), squeeze=False)
+        for axes, frame, row in zip(grid, frames, maps, strict=True):
+            axes[0].set_ylabel(f"frame {frame}", fontsize=7)
+            for axis, layer, kept in zip(axes, layers, row, strict=True):
+                axis.imshow(np.asarray(kept), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+                axis.set_title(f"{layer}: {100 * np.mean(kept):.0f} %", fontsize=7)
+                axis.set_xticks([])
+                axis.set_yticks([])
+        finish(figure, title=title)
     return path
 
 

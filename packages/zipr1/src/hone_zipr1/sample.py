@@ -7,16 +7,18 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run
 
-from .config import PRESETS, GenerateConfig, SparseConfig
+from .config import PRESETS, AskConfig, GenerateConfig, SparseConfig
 
-__all__ = ["GenerateReport", "generate", "prepare", "stored_bytes"]
+__all__ = ["GenerateReport", "generate", "load_asked", "prepare", "processed", "selection_of", "stored_bytes"]
+
+Ask = TypeVar("Ask", bound=AskConfig)
 
 ANSWERS = "answers.json"
 
@@ -66,7 +68,7 @@ class GenerateReport(Report):
         return "\n".join([*lines, f"answers and times in {self.path}"])
 
 
-def prepare(cfg: GenerateConfig) -> GenerateConfig:
+def prepare(cfg: Ask) -> Ask:
     """Look for everything that can be wrong before weights are read, and for files before anything is imported.
 
     Raises:
@@ -87,17 +89,16 @@ def prepare(cfg: GenerateConfig) -> GenerateConfig:
         parse_question(cfg.ask, open_host(HostConfig, PACKAGE).config.cells)
         return replace(cfg, preset="tiny" if cfg.preset == "paper" else cfg.preset)
     from hone_lm.checkpoints import read_config
-    from transformers import AutoProcessor
 
     from .models import check_config
 
-    found = read_config(cfg.model)
-    check_config(found, _selection(cfg))
-    inputs = _inputs(AutoProcessor.from_pretrained(cfg.model), cfg)
+    check_config(read_config(cfg.model), selection_of(cfg))
+    found, inputs = processed(cfg)
     tokens, context = inputs["input_ids"].shape[1], found.get_text_config().max_position_embeddings
-    if tokens + cfg.max_new_tokens > context:
+    answer = cfg.max_new_tokens if isinstance(cfg, GenerateConfig) else 0
+    if tokens + answer > context:
         raise ValueError(
-            f"the prompt has {tokens} tokens and the answer up to {cfg.max_new_tokens}; {cfg.model} has a context of "
+            f"the prompt has {tokens} tokens and the answer up to {answer}; {cfg.model} has a context of "
             f"{context}. Take a smaller picture, or fewer frames"
         )
     absolute = {
@@ -112,26 +113,40 @@ def prepare(cfg: GenerateConfig) -> GenerateConfig:
     return replace(cfg, model=absolute.get("model", cfg.model))
 
 
-def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
-    """Answer, and compare."""
-    from .host import load_host
-    from .models import attach
+def processed(cfg: AskConfig) -> tuple[Any, Any]:
+    """The model's config, and what its processor makes of the question; weights of a model are not read."""
+    if cfg.model is None:
+        model, _, inputs = load_asked(cfg, torch.device("cpu"))
+        return model.config, inputs
+    from hone_lm.checkpoints import read_config
+    from transformers import AutoProcessor
 
-    device = resolve_device(run.device)
+    return read_config(cfg.model), _inputs(AutoProcessor.from_pretrained(cfg.model), cfg)
+
+
+def load_asked(cfg: AskConfig, device: torch.device) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """Model, processor, and what the processor makes of the question."""
     if cfg.model is None:
         from .data import mosaics, parse_question
+        from .host import load_host
 
         host = load_host(device)
         kind, asked = parse_question(cfg.ask, host.config.cells)
         batch = mosaics(1, host.config.cells, cfg.seed, split="test", device=device).asking(kind, asked)
-        model, processor, inputs = host.model, host.processor, host.inputs(batch)
-    else:
-        from hone_lm.checkpoints import load_model
-        from hone_lm.choices import to_model
+        return host.model, host.processor, host.inputs(batch)
+    from hone_lm.checkpoints import load_model
+    from hone_lm.choices import to_model
 
-        model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
-        inputs = to_model(_inputs(processor, cfg), model)
-    selection = _selection(cfg)
+    model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
+    return model, processor, to_model(_inputs(processor, cfg), model)
+
+
+def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
+    """Answer, and compare."""
+    from .models import attach
+
+    model, processor, inputs = load_asked(cfg, resolve_device(run.device))
+    selection = selection_of(cfg)
     variants: dict[str, SparseConfig | None] = {"dense": None} if cfg.compare_dense else {}
     variants[selection.label] = selection
     turns: dict[str, list[_Turn]] = {name: [] for name in variants}
@@ -171,12 +186,15 @@ def stored_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-def _selection(cfg: GenerateConfig) -> SparseConfig:
-    chosen = replace(PRESETS[cfg.preset].config, cache=cfg.cache)
+def selection_of(cfg: AskConfig) -> SparseConfig:
+    """The preset's, with the flags'."""
+    chosen = PRESETS[cfg.preset].config
+    if isinstance(cfg, GenerateConfig):
+        chosen = replace(chosen, cache=cfg.cache)
     return chosen if cfg.p is None else replace(chosen, p=cfg.p)
 
 
-def _inputs(processor: Any, cfg: GenerateConfig) -> dict[str, torch.Tensor]:
+def _inputs(processor: Any, cfg: AskConfig) -> dict[str, torch.Tensor]:
     """What the processor makes of the question and its picture or video."""
     from .questions import Item, model_inputs
 

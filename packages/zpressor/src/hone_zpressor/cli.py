@@ -59,6 +59,9 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     ),
     "view": _verb("viewing:view", "ViewConfig", "A splat in the browser, with a slider for its anchors.", prepare=True),
     "doctor": _verb("photographs:doctor", "DoctorConfig", "What a host would make of your photographs.", prepare=True),
+    "convert": _verb(
+        "conversion:convert", "ConvertConfig", "Your photographs as chunks with an evaluation index.", prepare=True
+    ),
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "PSNR and SSIM on chunks of RealEstate10K or DL3DV.", prepare=True
     ),

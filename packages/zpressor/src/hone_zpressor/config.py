@@ -14,6 +14,7 @@ __all__ = [
     "HOSTS",
     "PRESETS",
     "BenchConfig",
+    "ConvertConfig",
     "DemoConfig",
     "DoctorConfig",
     "EvalConfig",
@@ -222,6 +223,8 @@ class BenchConfig:
     """Views that are left."""
     host_views: int = 12
     """Most views that the host alone is given."""
+    sweep: Literal["reference", "triton"] = "reference"
+    """What computes the host's cost volume."""
     rounds: int = 5
     """Turns that each variant gets after two that warm up."""
     seed: int = 0
@@ -307,6 +310,10 @@ class RenderConfig:
     """Context views, the farthest cameras; all if the capture has fewer."""
     anchors: int = 6
     """Of them, those that are left."""
+    budget_seconds: float | None = None
+    """In place of anchors: as many as a forward of this length has time for, found by trying."""
+    budget_gib: float | None = None
+    """Likewise, as many as this much memory of a CUDA device holds, weights included."""
     near: float | None = None
     """Least depth of the scene in the capture's units; found if None."""
     far: float | None = None
@@ -330,6 +337,11 @@ class RenderConfig:
         _check_capture(self)
         if self.frames < 2 or self.fps < 1 or not 0 <= self.prune < 1:
             raise ValueError("expected at least two frames, one per second, and prune in [0, 1)")
+        budgets = [value for value in (self.budget_seconds, self.budget_gib) if value is not None]
+        if any(value <= 0 for value in budgets):
+            raise ValueError("budget_seconds and budget_gib must be positive")
+        if budgets and self.arm == "host":
+            raise ValueError("a budget chooses the number of anchors, and the arm host has none")
         if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
             raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
         if self.video is not None and self.video.suffix != ".mp4":
@@ -379,6 +391,28 @@ class ViewConfig:
             raise ValueError("expected prune in [0, 1), and positive seconds")
         if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
             raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """Your photographs as chunks of RealEstate10K and DL3DV, with an evaluation index."""
+
+    captures: tuple[Path, ...] = ()
+    """Scenes: folders of COLMAP models, or ``transforms.json`` files; each is called by its folder."""
+    model: str = "mvsplat"
+    """Host whose depths the cameras are scaled to, see info."""
+    context: int = 12
+    """Views of the evaluation index that are given."""
+    targets: int = 8
+    """Views that are asked for."""
+    frames: int = 50
+    """First views of a scene that the index chooses from."""
+
+    def __post_init__(self) -> None:
+        if self.model not in HOSTS:
+            raise ValueError(f"model: no host {self.model!r}; there are {', '.join(HOSTS)}")
+        if self.context < 2 or self.targets < 1 or self.frames < self.context + self.targets:
+            raise ValueError("expected two contexts, a target, and frames for both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

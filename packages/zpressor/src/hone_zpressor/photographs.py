@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from hone_splat.formats import write_cloud
 from hone_splat.published import load_published
 from hone_splat.rendering import render
 from hone_splat.videos import write_video
+from hone_splat.views import Views
 from torch import Tensor
 
+from .budget import Budget, forward_cost, most_anchors
 from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
 from .host import load_host, open_tiny
 from .method import farthest_points
@@ -250,8 +252,6 @@ def load_model(cfg: RenderConfig | EvalConfig | ViewConfig, device: torch.device
 
 
 def _set_anchors(handle: Any, anchors: int) -> None:
-    from dataclasses import replace
-
     handle.compressor.config = handle.config = replace(handle.config, anchors=anchors)
 
 
@@ -267,7 +267,11 @@ def render_capture(cfg: RenderConfig, run: Run) -> RenderReport:
     file = run.artifacts / "scene.ply"
     if not file.exists():
         host = load_model(cfg, device)
-        cloud = host(views.map(lambda part: part.to(device))).gaussians[0]
+        given = views.map(lambda part: part.to(device))
+        anchors = _fit_budget(cfg, host, given)
+        if anchors is not None:
+            run.row("anchors", anchors, better="none")
+        cloud = host(given).gaussians[0]
         write_ply(cloud.pruned(opacity=cfg.prune).scaled(1 / scene.scale), file)
     # Frames are of the file, so that a run that goes on draws the same ones.
     cloud = read_ply(file).map(lambda part: part.to(device))
@@ -285,6 +289,16 @@ def render_capture(cfg: RenderConfig, run: Run) -> RenderReport:
             shutil.copyfile(run.artifacts / "fly.mp4", scratch)
     shutil.rmtree(run.artifacts / "frames")
     return RenderReport.of(run)
+
+
+def _fit_budget(cfg: RenderConfig, host: Any, views: Views) -> int | None:
+    """Set the most anchors that the budget allows; None where there is no budget."""
+    if cfg.budget_seconds is None and cfg.budget_gib is None:
+        return None
+    budget = Budget(cfg.budget_seconds, cfg.budget_gib)
+    found = most_anchors(lambda anchors: forward_cost(host, views, anchors), views.count, budget)
+    host.join.zipmatch.config = replace(host.join.zipmatch.config, anchors=found)
+    return found
 
 
 def _frames(

@@ -8,7 +8,7 @@ from hone_core.processes import Processes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_device", "resolve_device", "resolve_dtype"]
+__all__ = ["check_device", "resolve_device", "resolve_dtype", "use_device"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,6 +52,17 @@ def resolve_device(name: "str | torch.device" = "auto") -> "torch.device":
             found = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
             raise UnsupportedHardwareError(f"device {text!r} was asked for", found=found, use="--device cpu or auto")
     return torch.device(text)
+
+
+def use_device(device: "torch.device") -> None:
+    """Make it the current one of this thread, which is where what names no device goes.
+
+    A CUDA device without an index is the current one already, and ``torch.cuda.set_device`` refuses it; so is a CPU.
+    """
+    import torch
+
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def resolve_dtype(name: "str | torch.dtype" = "auto", device: "str | torch.device" = "cpu") -> "torch.dtype":

@@ -58,10 +58,17 @@ class ChunkScene:
             file = io.BytesIO()
             Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
             images.append(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8))
+        return cls.of_pictures(key, tuple(images), cam_to_world, intrinsics_norm)
+
+    @classmethod
+    def of_pictures(
+        cls, key: str, images: tuple[Tensor, ...], cam_to_world: Tensor, intrinsics_norm: Tensor
+    ) -> ChunkScene:
+        """From the bytes of pictures, poses and intrinsics."""
         inner = intrinsics_norm[:, [0, 1, 0, 1], [0, 1, 2, 2]]
         world_to_cam = torch.linalg.inv(cam_to_world.double())[:, :3].flatten(1)
         cameras = torch.cat([inner.double(), torch.zeros(len(inner), 2), world_to_cam], 1)
-        return cls(key, cameras.float(), tuple(images))
+        return cls(key, cameras.float(), images)
 
     def views(self, index: Sequence[int], size: tuple[int, int], near: float, far: float) -> Views:
         """Some of the views, scaled by Lanczos so that they cover ``size``, and cut.

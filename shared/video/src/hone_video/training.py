@@ -29,6 +29,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -38,7 +39,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
-from hone_core.devices import resolve_device
+from hone_core.devices import resolve_device, use_device
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
@@ -143,8 +144,10 @@ class Loop:
         self.cfg, self.run = cfg, run
         device = resolve_device(run.device)
         cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
+        use_device(device)
+        # Every process loads whole weights. With this on, accelerate's default, it takes those of all but the first to
+        # be empty, and fails at parameters of the model itself; transformers would leave text encoders empty there.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self.accelerator = Accelerator(
             mixed_precision="bf16" if (cuda if bf16 is None else bf16) else "no", cpu=not cuda
         )
@@ -204,7 +207,8 @@ class Loop:
             optimizers.append(
                 torch.optim.AdamW(chosen, group.lr, betas=group.betas, eps=group.eps, weight_decay=group.weight_decay)
             )
-        self._sum_late = not wrap
+        # A sharded model sums in its own backward.
+        self._sum_late = not wrap and not isinstance(model, FSDPModule)
         if isinstance(model, FSDPModule):
             self.model = model
         elif not wrap:

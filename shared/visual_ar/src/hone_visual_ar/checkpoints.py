@@ -76,6 +76,12 @@ def build(name: str, device: torch.device | str = "meta") -> nn.Module:
         **{key: (VAR, options) for key, options in VAR_SIZES.items()},
         **{key: (VQVAE if key[0] == "v" else BSQVAE, options) for key, options in TOKENIZER_SIZES.items()},
     }
+    if name.startswith("hart"):
+        raise ValueError(
+            "HART cannot be built: its config.json could not be read, so width, heads, hidden width, what conditions "
+            "the head's norm, and steps and width of the residual diffusion are unknown. Its schedule is "
+            "schedules.HART_1024"
+        )
     if name not in sizes:
         raise ValueError(f"no published model {name!r}; expected one of {', '.join(sizes)}")
     cls, options = sizes[name]
