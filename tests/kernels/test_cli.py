@@ -86,6 +86,7 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         "logits",
         "ragged_decode",
         "nearest_points",
+        "plane_sweep",
         "splat_blend",
         "token_select",
     )

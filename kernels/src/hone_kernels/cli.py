@@ -40,6 +40,7 @@ def info() -> dict[str, Any]:
         decoding,
         logits,
         nearest_points,
+        plane_sweep,
         ragged_decode,
         splat_blend,
         token_select,
@@ -55,6 +56,7 @@ def info() -> dict[str, Any]:
         decoding: {},
         logits: {},
         nearest_points: {},
+        plane_sweep: {},
         splat_blend: {},
         column_mass: dict(head_dim=128),
         token_select: {},
@@ -62,7 +64,11 @@ def info() -> dict[str, Any]:
     }
     found = installed(PACKAGE, "triton")
     for op, call in sizes.items():
-        dtype = torch.float32 if op in (block_select, nearest_points, splat_blend, token_select) else torch.bfloat16
+        dtype = (
+            torch.float32
+            if op in (block_select, nearest_points, plane_sweep, splat_blend, token_select)
+            else torch.bfloat16
+        )
         reasons = {name: support.reason(device, dtype, **call) for name, support in op.SUPPORT.items()}
         found[op.__name__.removeprefix("hone_kernels.")] = {
             name: "runs" if reason is None else f"does not: {reason}" for name, reason in reasons.items()

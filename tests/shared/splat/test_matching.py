@@ -50,7 +50,7 @@ def test_a_sweep_in_pieces_is_the_same(monkeypatch):
     features = torch.randn(1, 3, 4, 8, 8)
     candidates = torch.linspace(0.1, 1.0, 7).view(1, 1, 7, 1, 1).expand(1, 3, 7, 1, 1)
     whole = cost_volume(features, poses, inner, candidates, neighbours(poses), "official")
-    monkeypatch.setattr("hone_splat.matching.SWEEP_VALUES", 1)
+    monkeypatch.setattr("hone_kernels.plane_sweep.reference.VALUES", 1)
     pieces = cost_volume(features, poses, inner, candidates, neighbours(poses), "official")
     assert whole.shape == (1, 3, 7, 8, 8)
     assert torch.allclose(whole, pieces, atol=1e-6)

@@ -67,6 +67,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         host = tiny(HostConfig(), seed=cfg.seed) if cfg.model == "tiny" else build_published(HOSTS[cfg.model])
+    host.config = replace(host.config, sweep=cfg.sweep)
     host.to(device)
     settings = replace(PRESETS[cfg.model].config, anchors=cfg.anchors)
     size = cfg.size or SIZES[cfg.model]

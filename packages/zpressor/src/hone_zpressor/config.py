@@ -223,6 +223,8 @@ class BenchConfig:
     """Views that are left."""
     host_views: int = 12
     """Most views that the host alone is given."""
+    sweep: Literal["reference", "triton"] = "reference"
+    """What computes the host's cost volume."""
     rounds: int = 5
     """Turns that each variant gets after two that warm up."""
     seed: int = 0

@@ -20,7 +20,15 @@ from .dpt import DPT, resize
 from .features import FeatureNet, normalise, upsample, window_position
 from .harmonics import ShRotation
 from .hosts import Compressor, HostOutput, check_views
-from .matching import MultiViewTransformer, SweepGeometry, SwinMask, cost_volume, neighbours, plane_candidates
+from .matching import (
+    MultiViewTransformer,
+    SweepBackend,
+    SweepGeometry,
+    SwinMask,
+    cost_volume,
+    neighbours,
+    plane_candidates,
+)
 from .unet import UNet
 from .views import Views
 from .vit import PATCH, VITS, ViT, ViTConfig
@@ -66,6 +74,8 @@ class DepthSplatConfig:
     """How colours turn from camera to world."""
     swin_mask: SwinMask = "official"
     """Mask of shifted windows."""
+    sweep: SweepBackend = "reference"
+    """What computes the cost volume; ``triton`` keeps no warped features, and was not measured on a GPU yet."""
     geometry: SweepGeometry = "official"
     """How the cost volume projects."""
 
@@ -314,7 +324,7 @@ class DepthSplat(nn.Module):
             maps = matches[i].unflatten(0, (-1, count))
             inner = intrinsics_px(views.intrinsics_norm, *maps.shape[-2:])
             tried = candidates.unflatten(0, (-1, count))
-            cost = cost_volume(maps, views.cam_to_world, inner, tried, index, cfg.geometry).flatten(0, 1)
+            cost = cost_volume(maps, views.cam_to_world, inner, tried, index, cfg.geometry, cfg.sweep).flatten(0, 1)
             given = torch.cat([cost, joint[i]], 1)
             share = torch.softmax(head(regressor(given, count) + residual(given)).float(), 1)
             coarse = (share * candidates).sum(1, keepdim=True)

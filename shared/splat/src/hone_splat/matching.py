@@ -9,10 +9,19 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from hone_kernels.plane_sweep import sweep_planes
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["MultiViewTransformer", "SweepGeometry", "SwinMask", "cost_volume", "neighbours", "plane_candidates"]
+__all__ = [
+    "MultiViewTransformer",
+    "SweepBackend",
+    "SweepGeometry",
+    "SwinMask",
+    "cost_volume",
+    "neighbours",
+    "plane_candidates",
+]
 
 SwinMask = Literal["official", "correct"]
 """``official`` repeats the mask of shifted windows in the wrong order for more than one neighbour, as all published
@@ -20,9 +29,8 @@ weights were trained with; the order of the neighbours then matters."""
 SweepGeometry = Literal["official", "exact"]
 """``official`` projects with the reference view's intrinsics and from integer pixels; ``exact`` with the other view's
 own and from pixel centres."""
+SweepBackend = Literal["reference", "triton", "auto"]
 BLOCKED = -100.0
-SWEEP_VALUES = 1 << 28
-"""Warped feature values held at a time."""
 
 
 def neighbours(
@@ -199,6 +207,7 @@ def cost_volume(
     inverse_depth: Float[Tensor, "batch view candidate height width"],
     index: Int[Tensor, "batch view other"],
     geometry: SweepGeometry,
+    backend: SweepBackend = "reference",
 ) -> Float[Tensor, "batch view candidate height width"]:
     """Likeness of each view to its neighbours under each candidate depth, the mean over them.
 
@@ -209,9 +218,10 @@ def cost_volume(
         inverse_depth: Candidates of each pixel; sizes of one are spread.
         index: See ``neighbours``.
         geometry: See ``SweepGeometry``.
+        backend: Of ``hone_kernels.plane_sweep``.
     """
-    batch, views, channels, height, width = features.shape
-    others, count = index.shape[-1], inverse_depth.shape[2]
+    batch, views, _, height, width = features.shape
+    others = index.shape[-1]
     half = 0.0 if geometry == "official" else 0.5
     rows, columns = torch.meshgrid(
         torch.arange(height, device=features.device) + half,
@@ -226,23 +236,14 @@ def cost_volume(
     # A point at inverse depth s lies at (ray + s * shift) / s; dividing by its last entry loses the 1 / s.
     ray = target @ relative[..., :3, :3] @ (torch.linalg.inv(inner_px) @ pixels)[:, :, None]
     shift = target @ relative[..., :3, 3:]
-    theirs = take_views(features, index).flatten(0, 2)
-    per = max(1, SWEEP_VALUES // (batch * views * others * channels * height * width))
-    pieces = []
-    for candidates in inverse_depth.split(per, dim=2):
-        planes = candidates.expand(-1, -1, -1, height, width).flatten(-2)[:, :, None, :, None]  # [B, V, 1, D, 1, P]
-        depth = 1 / planes
-        point = ray[:, :, :, None] * depth + shift[:, :, :, None]  # [B, V, m, D, 3, P]
-        place = point[..., :2, :] / point[..., 2:, :].clamp(min=1e-3)
-        if geometry == "official":
-            place = 2 * place / place.new_tensor([[width - 1], [height - 1]]) - 1
-        else:
-            place = 2 * place / place.new_tensor([[width], [height]]) - 1
-        grid = place.mT.reshape(batch * views * others, -1, width, 2)
-        warped = F.grid_sample(
-            theirs, grid, mode="bilinear", padding_mode="zeros", align_corners=geometry == "official"
-        )
-        warped = warped.view(batch, views, others, channels, -1, height, width)
-        pieces.append(torch.einsum("bvchw,bvmcdhw->bvdhw", features, warped) / (others * channels**0.5))
-    assert sum(piece.shape[2] for piece in pieces) == count
-    return torch.cat(pieces, 2)
+    first = torch.arange(batch, device=features.device)[:, None, None] * views
+    found = sweep_planes(
+        features.flatten(0, 1),
+        (index + first).flatten(0, 1),
+        ray.flatten(0, 1),
+        shift.flatten(0, 1),
+        inverse_depth.flatten(0, 1),
+        half=half,
+        backend=backend,
+    )
+    return found.unflatten(0, (batch, views))

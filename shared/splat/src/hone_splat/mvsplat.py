@@ -17,7 +17,15 @@ from .cameras import DepthConvention, intrinsics_px
 from .features import FeatureNet, normalise, upsample, window_position
 from .harmonics import ShRotation
 from .hosts import Compressor, HostOutput, check_views
-from .matching import MultiViewTransformer, SweepGeometry, SwinMask, cost_volume, neighbours, plane_candidates
+from .matching import (
+    MultiViewTransformer,
+    SweepBackend,
+    SweepGeometry,
+    SwinMask,
+    cost_volume,
+    neighbours,
+    plane_candidates,
+)
 from .unet import UNet
 from .views import Views
 
@@ -54,6 +62,8 @@ class MVSplatConfig:
     """How colours turn from camera to world."""
     swin_mask: SwinMask = "official"
     """Mask of shifted windows."""
+    sweep: SweepBackend = "reference"
+    """What computes the cost volume; ``triton`` keeps no warped features, and was not measured on a GPU yet."""
     geometry: SweepGeometry = "official"
     """How the cost volume projects."""
     pixel_colour: bool = False
@@ -172,7 +182,7 @@ class MVSplat(nn.Module):
         )
         candidates = plane_candidates(views.near, views.far, cfg.candidates)
         inner = intrinsics_px(views.intrinsics_norm, *matched.shape[-2:])
-        cost = cost_volume(matched, views.cam_to_world, inner, candidates, index, cfg.geometry)
+        cost = cost_volume(matched, views.cam_to_world, inner, candidates, index, cfg.geometry, cfg.sweep)
         return self._gaussians(views, features, matched, cost, candidates, anchors)
 
     def _gaussians(
