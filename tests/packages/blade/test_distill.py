@@ -15,6 +15,7 @@ from hone_video.clips import random_labels
 from hone_video.host import Host, load_host, save_host
 from hone_video.host_config import HostConfig
 from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TINY = HostConfig(
     frames=4, height=16, width=16, layers=2, heads=1, head_dim=32, ffn_dim=32, text_dim=16, steps=2, solver="euler",
@@ -129,13 +130,17 @@ def test_an_update_steps_along_the_gradients_of_its_losses(host, tmp_path):
 @requires_gpu()
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_replayed_updates_are_the_plain_ones(tmp_path, share):
-    """On the packaged host, in two parts, with a change of attention on the way."""
+    """On the packaged host, in two parts, with a change of attention on the way.
+
+    Dense attention by plain products: the backward of the fast one differs from run to run.
+    """
     cfg = DistillConfig(batch=4, accumulate=2, steps=4, dense_share=share, log_every=1)
     found = []
     for graphs in (False, True):
         own = replace(cfg, graphs=graphs)
         made = Distillation(own, host_task(load_host("cuda", torch.bfloat16), cfg.tdm), tmp_path / f"{graphs}.pt")
-        values = [{name: seen[name] for name in ("loss", "fake_loss", "gap", "norm")} for seen in made.train()]
+        with sdpa_kernel(SDPBackend.MATH):
+            values = [{name: seen[name] for name in ("loss", "fake_loss", "gap", "norm")} for seen in made.train()]
         found.append((values, [p.clone() for p in (*made.trio.student.parameters, *made.trio.fake.parameters)]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))

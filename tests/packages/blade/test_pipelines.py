@@ -115,7 +115,7 @@ def test_a_stopped_training_goes_on_exactly(folders, caches, trained, tmp_path, 
     report = work(distill_pipeline, cfg, tmp_path / "run")
     assert logged(tmp_path / "run") == logged(trained[1])
     assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3, 4]
-    whole, mine = load_file(trained[0].lora), load_file(report.lora)
+    whole, mine = load_file(trained[0].student), load_file(report.student)
     assert whole.keys() == mine.keys()
     assert all(torch.equal(mine[name], value) for name, value in whole.items())
     assert all(value.abs().max() > 0 for value in whole.values())
@@ -139,8 +139,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(folders, caches, trained, tmp_pa
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*")] == ["00000002"]
     report = work(distill_pipeline, cfg, tmp_path / "run")
-    for name, value in load_file(trained[0].lora).items():
-        assert torch.equal(load_file(report.lora)[name], value)
+    for name, value in load_file(trained[0].student).items():
+        assert torch.equal(load_file(report.student)[name], value)
 
 
 @KINDS
@@ -149,14 +149,14 @@ def test_generate_samples_the_student_as_it_was_trained(kind, folders, caches, t
     report = work(distill_pipeline, cfg, tmp_path / "run")
     assert "student" in str(report)
     assert (tmp_path / "run" / "figures" / "samples-000001.png").stat().st_size > 0
-    asked = GenerateConfig(model=str(folders[kind]), prompts=("a cat",), lora=str(report.lora), **SIZE)
+    asked = GenerateConfig(model=str(folders[kind]), prompts=("a cat",), lora=str(report.student), **SIZE)
     inputs = find_inputs(asked)
     assert (inputs.config.scheduler, inputs.config.steps, inputs.config.eta) == ("tdm", 3, 0.8)
     made = work(generate, inputs.config, tmp_path / "videos")
     assert made.sparse_steps == 3
     assert len(made.videos) == 1
     pipe = DiffusionPipeline.from_pretrained(folders[kind])
-    pipe.load_lora_weights(report.lora.parent)
+    pipe.load_lora_weights(report.student.parent)
     assert pipe.transformer.peft_config
 
 
@@ -174,6 +174,62 @@ def test_a_step_moves_both_adapters_and_nothing_else(folders, caches, tmp_path):
         moved = [p for key, p in made.loop.groups[name].parameters.items() if "lora_B" in key]
         assert moved
         assert all(p.abs().max() > 0 for p in moved)
+
+
+@KINDS
+def test_a_student_trained_whole_goes_on_exactly_and_is_sampled(kind, folders, caches, tmp_path, monkeypatch):
+    """Its weights all move and the teacher's do not; a stopped run is the uninterrupted one."""
+    cfg = config(folders, caches, kind, rank=0, fake_lr=1e-3, loop={"steps": 3, "lr": 1e-3, "checkpoint_every": 1})
+    whole = work(distill_pipeline, cfg, tmp_path / "whole")
+    real = PipelineDistillation.update
+
+    def update(self):
+        if self.loop.step == 2:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(PipelineDistillation, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        work(distill_pipeline, cfg, tmp_path / "parts")
+    monkeypatch.undo()
+    parts = work(distill_pipeline, cfg, tmp_path / "parts")
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    one, two = (load_file(report.student / "diffusion_pytorch_model.safetensors") for report in (whole, parts))
+    before = DiffusionPipeline.from_pretrained(folders[kind]).transformer.state_dict()
+    assert one.keys() == two.keys() == before.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    moved = [name for name in one if not torch.equal(one[name], before[name])]
+    assert len(moved) > 0.9 * len(one)
+
+    asked = GenerateConfig(model=str(folders[kind]), prompts=("a cat",), transformer=str(whole.student), **SIZE)
+    inputs = find_inputs(asked)
+    assert (inputs.config.scheduler, inputs.config.steps, inputs.config.eta) == ("tdm", 3, 0.8)
+    made = work(generate, inputs.config, tmp_path / "videos")
+    assert (made.attention, made.sparse_steps) == ("custom", 3)
+    with pytest.raises(CheckpointError, match="is no transformer of hone-blade distill-pipeline"):
+        find_inputs(dataclasses.replace(asked, transformer=str(tmp_path)))
+    with pytest.raises(ValueError, match="give lora or transformer"):
+        dataclasses.replace(asked, lora="x")
+
+
+def test_a_student_trained_whole_has_the_losses_of_its_roles(folders, caches, tmp_path):
+    """All three begin as the teacher, each with its attention; gradients go to the one in training."""
+    cfg = config(folders, caches, rank=0)
+    pipe = DiffusionPipeline.from_pretrained(folders["wan"])
+    with Run.start(package="hone-blade", verb="x", config=cfg, out=tmp_path / "r", device="cpu", quiet=True) as run:
+        made = PipelineDistillation(cfg, plan_of(cfg), pipe, Cache.open(cfg.cache), Loop(cfg.loop, run))
+    lora = config(folders, caches, rank=2)
+    plain = DiffusionPipeline.from_pretrained(folders["wan"])
+    with Run.start(package="hone-blade", verb="x", config=lora, out=tmp_path / "s", device="cpu", quiet=True) as run:
+        other = PipelineDistillation(lora, plan_of(lora), plain, Cache.open(lora.cache), Loop(lora.loop, run))
+    generator = torch.Generator().manual_seed(0)
+    text, state = made.null, torch.randn(1, *made.plan.shape, generator=generator)
+    for role in ("teacher", "student", "fake"):
+        found, wanted = (x.trio.network(role, text)(state, torch.tensor([500])) for x in (made, other))
+        assert_close(found.detach(), wanted.detach())
+    made.trio.network("fake", text)(state, torch.tensor([500])).sum().backward()
+    assert any(p.grad is not None for p in made.trio.pair.fake.parameters())
+    assert all(p.grad is None for p in (*made.trio.pair.student.parameters(), *pipe.transformer.parameters()))
 
 
 def test_a_fake_score_that_diverged_is_left_alone_if_asked(folders, caches, tmp_path):
@@ -210,13 +266,30 @@ def test_two_processes_share_the_model(folders, caches, trained, tmp_path):
     launch(2, *shared, "--out", tmp_path / "run")
     for mine, whole in zip(logged(tmp_path / "run"), logged(trained[1]), strict=True):
         assert mine == pytest.approx(whole, rel=1e-3)
-    one, two = (load_file(folder / "artifacts" / trained[0].lora.name) for folder in (trained[1], tmp_path / "run"))
+    one, two = (load_file(folder / "artifacts" / trained[0].student.name) for folder in (trained[1], tmp_path / "run"))
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert two[name].shape == value.shape
         assert (two[name] - value).norm() <= 0.05 * value.norm(), name
     sheets = sorted(file.name for file in (tmp_path / "run" / "figures").glob("samples-*"))
     assert sheets == ["samples-000002.png", "samples-000004.png"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_models_that_are_trained_whole(folders, caches, tmp_path):
+    cfg = config(folders, caches, rank=0, fake_lr=1e-3, loop={"steps": 3, "lr": 1e-3})
+    one = work(distill_pipeline, cfg, tmp_path / "one")
+    launch(2, "distill-pipeline", "--config", one.path / "config.json", "--shard", "--out", tmp_path / "two")
+    for mine, whole in zip(logged(tmp_path / "two"), logged(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(whole, rel=1e-3)
+    file = Path("artifacts") / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = DiffusionPipeline.from_pretrained(folders["wan"]).transformer.state_dict()
+    mine, whole = load_file(tmp_path / "two" / file), load_file(tmp_path / "one" / file)
+    assert mine.keys() == whole.keys() == before.keys()
+    step = {name: whole[name] - value for name, value in before.items()}
+    apart = sum((mine[name] - whole[name]).square().sum() for name in whole)
+    assert apart < 0.01 * sum(value.square().sum() for value in step.values())
+    assert json.loads((tmp_path / "two" / file).with_name("config.json").read_text())["_class_name"].startswith("Wan")
 
 
 @pytest.mark.slow
@@ -274,6 +347,7 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(folders, caches, t
         ({"objective": "none"}, "no objective 'none'"),
         ({"loop": LoopConfig(micro_batch=2)}, "micro_batch must be 1"),
         ({"sample_every": -1}, "sample_every must not be negative"),
+        ({"rank": -1}, "rank must be positive, or 0"),
     ],
 )
 def test_wrong_settings_are_refused(change, message):

@@ -67,7 +67,7 @@ def test_the_engine_is_compared_before_it_is_timed(packaged, start, monkeypatch)
     from hone_rstitch.decoder import Decoder
 
     forward = Decoder.__call__
-    monkeypatch.setattr(Decoder, "__call__", lambda self, *args: 1.1 * forward(self, *args))
+    monkeypatch.setattr(Decoder, "__call__", lambda self, *args: tuple(1.1 * x for x in forward(self, *args)))
     cfg = BenchConfig(loop="engine", context=6, gaps=(1,), tokens=8, batches=(1,), rounds=2)
     with pytest.raises(RuntimeError, match="logits on pages is wrong"), start(cfg) as run:
         bench(cfg, run)

@@ -56,6 +56,9 @@ ARMS = {
 }
 """Name -> what it is; the letters are the plan's."""
 
+COLUMNS = {"A": "teacher", "B": "dense", "C": "B, drawn sparse", "D": "sparse", "G": "window", "H": "random blocks"}
+"""Arms on the sheet of clips, in words that fit above them."""
+
 DIFFERENCES = tuple(("D", other) for other in ("B", "C", "C asa", "C 2 dense", "E", "F", "G", "H", "I", "J", "K"))
 
 GRADES = ("accuracy", "digit", "direction", "color", "speed")
@@ -344,8 +347,8 @@ def _write_rows(run: Run, cfg: ReproduceConfig, found: Mapping[Job, Mapping[str,
             for s, c in zip(few.seeds, few.clips, strict=True)
         ]
         distances[arm] = value, np.array(drawn)
-        n = len(reference)
-        run.row("frechet", value, better="lower", n=n, variant=arm, interval=_interval(distances[arm][1]))
+        # A sample drawn again from itself lies farther away: of distances only differences have an interval.
+        run.row("frechet", value, better="lower", n=len(reference), variant=arm)
     for first, second in DIFFERENCES:
         change, name = accuracy[first] - accuracy[second], f"{first} - {second}"
         row("accuracy_difference", change, name, "none")
@@ -359,10 +362,10 @@ def _draw(run: Run, host: Host, cfg: ReproduceConfig, found: Mapping[Job, Mappin
         plots.arms_chart(run.rows, run.figures / f"arms.{ending}")
     labels = random_labels(cfg.prompts, torch.Generator().manual_seed(2000))[:SHOWN]
     own = {arm: arm for arm in ARMS} | {"C": "B", "C asa": "B", "C 2 dense": "B", "K": "D"}
-    shown = {arm: found[Job(own[arm], 0)][arm] for arm in ("A", "B", "C", "D", "G", "H")}
+    shown = {arm: found[Job(own[arm], 0)][arm] for arm in COLUMNS}
     clips = {arm: values["shown"].float() / 255 for arm, values in shown.items()}
     captions = {arm: describe_clips(host.classifier, clips[arm], shown[arm]["accuracy"]) for arm in clips}
-    looks = {arm: (f"{arm}: {ARMS[arm]}", plots.INK) for arm in clips}
+    looks = {arm: (f"{arm}: {title}", plots.INK) for arm, title in COLUMNS.items()}
     prompts = [describe(row) for row in labels]
     contact_sheet(clips, prompts, captions, run.figures / "arms_clips.png", looks=looks)
 

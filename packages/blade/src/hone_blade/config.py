@@ -791,7 +791,7 @@ class DistillConfig:
     checkpointing: bool = False
     """Compute activations again in backward rather than store them."""
     graphs: bool = True
-    """On a GPU, record an update's launches once and replay them (CUDA graphs): the same values, without the host's
+    """On a GPU, record an update's launches once and replay them (CUDA graphs): the same kernels, without the host's
     time. Not with ``checkpointing``."""
     eval_clips: int = 256
     """Clips that the stored student is graded on, and the teacher beside it."""
@@ -875,7 +875,8 @@ class PipelineDistillConfig:
     beta2: float = 0.95
     """Decay of AdamW's squared gradients; there is no momentum (beta1 = 0), as in the release."""
     rank: int = 64
-    """Of the student's and the fake score's LoRA, whose alpha is the rank."""
+    """Of the student's and the fake score's LoRA, whose alpha is the rank; 0 trains all weights of both, beside a
+    frozen teacher."""
     preset: str | None = None
     """Attention of the student, by name (default: that of the model's kind)."""
     attention: BladeConfig | None = field(default=None, metadata=flag(hidden=True))
@@ -908,7 +909,9 @@ class PipelineDistillConfig:
         known_preset(self.preset)
         if self.objective is not None and self.objective not in TDM_PRESETS:
             raise ValueError(f"no objective {self.objective!r}; there are {', '.join(TDM_PRESETS)}")
-        _at_least_one(self, "rank", "height", "width", "frames", "samples")
+        if self.rank < 0:
+            raise ValueError(f"rank must be positive, or 0 to train every weight; got {self.rank}")
+        _at_least_one(self, "height", "width", "frames", "samples")
         if self.sample_every < 0:
             raise ValueError(f"sample_every must not be negative; got {self.sample_every}")
         if self.loop.micro_batch != 1:
@@ -1027,6 +1030,8 @@ class GenerateConfig:
     """LoRA weights: a safetensors file, its folder, or a hub address. Wan2.2: of its first transformer."""
     lora_2: str | None = None
     """Likewise of the second transformer of Wan2.2."""
+    transformer: str | None = None
+    """Folder of a transformer that distill-pipeline trained whole (``--rank 0``), in place of the pipeline's own."""
     scheduler: Literal["auto", "tdm", "unipc", "dpm", "default"] = "auto"
     """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan) and ``dpm`` (CogVideoX, trailing times):
     what the release samples with. ``default``: the pipeline's own. ``auto``: ``unipc`` with flow shift 3 for Wan with
@@ -1059,6 +1064,8 @@ class GenerateConfig:
     """Never ask the hub, only its local cache."""
 
     def __post_init__(self) -> None:
+        if self.transformer is not None and self.lora is not None:
+            raise ValueError("give lora or transformer, a student that was trained whole; not both")
         if bool(self.prompts) == (self.prompt_file is not None):
             what = "both" if self.prompts else "no prompt"
             raise ValueError(

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline, ModelMixin, WanTransformer3DModel
 from diffusers.utils.torch_utils import is_compiled_module
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
-from hone_core.io import save_safetensors
+from hone_core.io import atomic_write_json, save_safetensors
 from hone_video.architectures import full_size
-from torch import nn
+from torch import Tensor, nn
 
 from .config import BladeConfig, Rollout
 
 __all__ = ["FILE_NAME", "LoraReport", "Transformer", "expected_keys", "find_lora", "load_blade_lora"]
-__all__ += ["lora_header", "lora_targets", "save_blade_lora"]
+__all__ += ["lora_header", "lora_targets", "read_student", "save_blade_lora", "save_student"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ Transformer = Literal["transformer", "transformer_2"]
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The file that is looked for in a folder or hub repository."""
+
+STATED = "blade.json"
+"""Beside a transformer that was trained whole: its attention and sampling."""
 
 _PREFIX = "transformer"
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -260,6 +265,40 @@ def save_blade_lora(
     if licence is not None:
         metadata[_LICENCE_KEY] = licence
     return save_safetensors(tensors, path, metadata=metadata)
+
+
+def save_student(model: Any, weights: Mapping[str, Tensor], folder: Path, header: Mapping[str, str]) -> Path:
+    """Write a transformer that was trained whole, as ``from_pretrained`` reads it, and beside it what it is for.
+
+    Args:
+        model: Of its class, for config and dtypes.
+        weights: All its parameters.
+        folder: To write.
+        header: See ``lora_header``.
+    """
+    kind: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        plain = kind.from_config(model.config)
+    own = model.state_dict()  # of a sharded model in parts: buffers are whole, and of the rest only the dtype counts
+    whole = {name: weights.get(name, value).to(value.dtype).cpu() for name, value in own.items()}
+    plain.load_state_dict(whole, assign=True)
+    plain.save_pretrained(folder)
+    atomic_write_json(folder / STATED, dict(header))
+    return folder
+
+
+def read_student(folder: str | Path) -> tuple[BladeConfig | None, Rollout | None]:
+    """What a transformer that was trained whole is for; its weights are not read.
+
+    Raises:
+        CheckpointError: The folder holds none.
+    """
+    folder = Path(folder)
+    try:
+        header = json.loads((folder / STATED).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no transformer of hone-blade distill-pipeline --rank 0: {error}") from error
+    return _read_config(folder, header), _read_rollout(folder, header)
 
 
 def lora_header(config: BladeConfig | None, rollout: Rollout | None) -> dict[str, str]:

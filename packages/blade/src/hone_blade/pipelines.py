@@ -45,17 +45,19 @@ from .config import (
     TDMConfig,
     read_prompt_file,
 )
-from .lora import lora_header
+from .lora import lora_header, save_student
 from .models import attach
 from .objective import Objective
 from .scheduler import TDMScheduler
-from .trio import Trio
+from .trio import Trio, WholeTrio
 
 __all__ = ["EncodeReport", "PipelineDistillation", "PipelineReport", "Plan", "distill_pipeline", "encode_prompts"]
 __all__ += ["plan_of"]
 
 PROMPTS = "prompts"
 """Where a run's artifacts hold encoded prompts."""
+TRANSFORMER = "transformer"
+"""Where a run's artifacts hold a student that was trained whole."""
 SHOWN = 4
 """Frames of each video on a sample sheet."""
 
@@ -174,26 +176,28 @@ class PipelineReport(Report):
     """A distilled pipeline.
 
     Attributes:
-        lora: The student, for ``generate --lora`` and ``pipe.load_lora_weights``.
+        student: For ``generate``: a file for ``--lora``, which ``pipe.load_lora_weights`` reads too; or, if it was
+            trained whole, a folder for ``--transformer``.
     """
 
-    lora: Path
+    student: Path
 
     @classmethod
     def of(cls, run: Run) -> PipelineReport:
         """Return the report of a run whose student is exported."""
-        return cls(path=run.path, rows=tuple(run.rows), lora=run.artifacts / LORA_FILE)
+        file, folder = run.artifacts / LORA_FILE, run.artifacts / TRANSFORMER
+        return cls(path=run.path, rows=tuple(run.rows), student=folder if folder.is_dir() else file)
 
     def __str__(self) -> str:
         values = {row.metric: row.value for row in self.rows}
         return (
-            f"student  {self.lora}, after {values['steps']:.0f} updates\ngap      {values['gap']:.4g}, mean distance "
-            f"of teacher and fake score over the last tenth\nresults  {self.path / 'results.json'}"
+            f"student  {self.student}, after {values['steps']:.0f} updates\ngap      {values['gap']:.4g}, mean "
+            f"distance of teacher and fake score over the last tenth\nresults  {self.path / 'results.json'}"
         )
 
 
 def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
-    """Train the student, and write it as a LoRA with its attention and sampling in the header.
+    """Train the student, and write it with its attention and sampling: as a LoRA, or as a transformer.
 
     A run that was stopped goes on from its checkpoint when it is started again with the same folder.
 
@@ -232,8 +236,12 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
     if run.processes.main:
         header = lora_header(plan.attention, Rollout(steps=plan.tdm.student_steps, eta=plan.tdm.eta))
         header["hone_blade_made"] = f"{run.command or 'hone-blade distill-pipeline'}, commit {code_version()[0]}"
-        tensors = {name: value.to(dtype) for name, value in weights.items()}
-        save_lora(tensors, run.artifacts / LORA_FILE, header=header, adapter_name="student")
+        if cfg.rank:
+            tensors = {name: value.to(dtype) for name, value in weights.items()}
+            save_lora(tensors, run.artifacts / LORA_FILE, header=header, adapter_name="student")
+        else:
+            tensors = {name.removeprefix("student."): value for name, value in weights.items()}
+            save_student(pipe.transformer, tensors, run.artifacts / TRANSFORMER, header)
         lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         gaps = [line["gap"] for line in lines][-max(1, len(lines) // 10) :]
         run.row("gap", sum(gaps) / len(gaps), better="lower", n=len(gaps))
@@ -275,19 +283,27 @@ class PipelineDistillation:
         def call(network: nn.Module, state: Tensor, time: Tensor, text: Tensor) -> Tensor:
             return denoiser(network, state, time, text)
 
-        self.trio = Trio(
-            model, call, attach(model, plan.attention), rank=cfg.rank, seed=cfg.loop.seed,
-            fake_sparse=plan.tdm.fake_attention == "sparse",
-        )  # fmt: skip
+        sparse = plan.tdm.fake_attention == "sparse"
+        self.trio: Trio
+        if cfg.rank:
+            handle = attach(model, plan.attention)
+            self.trio = Trio(model, call, handle, rank=cfg.rank, seed=cfg.loop.seed, fake_sparse=sparse)
+        else:
+            self.trio = whole = WholeTrio(model, call, plan.attention, fake_sparse=sparse)
+            model.to(loop.device).train()
+            model = whole.pair
         process = TDMScheduler.from_config(pipe.scheduler.config, eta=plan.tdm.eta)
         self.objective = Objective(self.trio, process, plan.tdm)
         model.train()
         if cfg.shard:
-            _shard(model, loop)
+            for part in (model,) if cfg.rank else (pipe.transformer, model.student, model.fake):
+                _shard(part, loop)
         options: dict[str, Any] = {"weight_decay": cfg.loop.weight_decay, "betas": (0.0, cfg.beta2), "eps": 1e-8}
         groups = {
-            "student": Group(lr=cfg.loop.lr, select=lambda name: ".student." in name, ema=cfg.loop.ema, **options),
-            "fake": Group(lr=cfg.fake_lr, select=lambda name: ".fake." in name, **options),
+            "student": Group(
+                lr=cfg.loop.lr, select=lambda name: ".student." in f".{name}", ema=cfg.loop.ema, **options
+            ),
+            "fake": Group(lr=cfg.fake_lr, select=lambda name: ".fake." in f".{name}", **options),
         }
         loop.prepare(model, groups, wrap=False)
         self.null = cache.null()[None].to(loop.device)

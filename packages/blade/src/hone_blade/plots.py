@@ -65,7 +65,7 @@ def arms_chart(rows: Sequence[Row], path: Path) -> Path:
             shown = [row for row in rows if row.metric == metric]
             for index, row in enumerate(shown):
                 color = {"A": GREY, "B": GREY, "D": GREEN}.get(row.variant, BLUE)
-                error = error_bars(row.value, row.interval)
+                error = error_bars(row.value, row.interval) if metric == "accuracy" else None
                 axes.bar(index, row.value, color=color, width=0.7, yerr=error, capsize=2, ecolor=INK)
             axes.set_xticks(range(len(shown)), [row.variant for row in shown], rotation=60)
             axes.set_ylabel("digit and direction right" if metric == "accuracy" else "Frechet distance to the teacher")

@@ -21,11 +21,19 @@ from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.finite import check_latents, check_weights
-from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, pipeline_parts
+from hone_video.pipelines import (
+    PIPELINES,
+    check_size,
+    find_pipeline,
+    load_pipeline,
+    load_transformer,
+    make_scheduler,
+    pipeline_parts,
+)
 from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import PRESETS, BladeConfig, GenerateConfig, Rollout
-from .lora import Transformer, _read_config, _read_header, _read_rollout, find_lora, load_blade_lora
+from .lora import Transformer, _read_config, _read_header, _read_rollout, find_lora, load_blade_lora, read_student
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
@@ -132,6 +140,8 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
         for file in (cfg.lora, cfg.lora_2)
     )
     stated, rollout = _stated(lora, lora_2), _stated_rollout(lora, lora_2)
+    if cfg.transformer is not None:
+        stated, rollout = read_student(cfg.transformer)
     if cfg.scheduler == "auto":
         published = family == "wan" and cfg.eta is stated is None and not lora is lora_2 is None
         chosen: dict[str, Any] = {"scheduler": "unipc", "flow_shift": 3.0} if published else {"scheduler": "tdm"}
@@ -234,6 +244,8 @@ class Sampler:
                 self.notices = tuple(dict.fromkeys([*self.notices, report.licence]))
         check_weights(pipe)
         stated = _stated(inputs.lora, inputs.lora_2)
+        if self.config.transformer is not None:
+            stated = read_student(self.config.transformer)[0]
         if self.notices and stated is None and (self.config.scheduler, self.config.flow_shift) == ("unipc", 3.0):
             self.notices += (
                 "Sampled with UniPC, flow shift 3, as the authors of the published Wan weights do, since the file "
@@ -251,13 +263,17 @@ class Sampler:
             ValueError: The model cannot make the size that is asked for.
         """
         cfg, device = inputs.config, resolve_device(device)
+        dtype, ready = resolve_dtype(cfg.dtype, device), {}
+        if cfg.transformer is not None:
+            ready["transformer"] = load_transformer(cfg.transformer, inputs.pipeline, dtype=dtype)
         pipe = load_pipeline(
             cfg.model,
             inputs.pipeline,
             device=device,
-            dtype=resolve_dtype(cfg.dtype, device),
+            dtype=dtype,
             offload=cfg.offload,
             local_files_only=cfg.local_files_only,
+            ready=ready,
         )
         check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
         if cfg.scheduler != "tdm":
@@ -266,7 +282,7 @@ class Sampler:
             pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, eta=cfg.eta)
         elif not isinstance(pipe.scheduler, TDMScheduler):
             pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config)
-        if inputs.lora is inputs.lora_2 is None and cfg.scheduler == "tdm":
+        if inputs.lora is inputs.lora_2 is cfg.transformer is None and cfg.scheduler == "tdm":
             log.warning(
                 "no LoRA: a model that was not distilled makes poor videos in %d steps of the TDM rollout; pass a "
                 "LoRA, or scheduler 'default' with about 50 steps and guidance",

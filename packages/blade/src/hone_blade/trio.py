@@ -1,12 +1,14 @@
-"""Teacher, student and fake score on one set of frozen weights.
+"""Teacher, student and fake score.
 
-Student and fake score are LoRA adapters of the same transformer, the teacher is the transformer without either, so
-training holds the weights once. The attention goes with the role: the teacher's is dense, the student's sparse, the
-fake score's as asked for.
+With LoRA, student and fake score are adapters of the same frozen transformer, and the teacher is the transformer
+without either, so training holds the weights once (``Trio``). Trained whole, they are three transformers
+(``WholeTrio``). The attention goes with the role: the teacher's is dense, the student's sparse, the fake score's as
+asked for.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +19,12 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .config import BladeConfig
 from .lora import lora_targets
-from .models import BladeHandle
+from .models import BladeHandle, attach
 from .tdm import Network
 
-__all__ = ["Adapter", "Call", "Role", "Trio"]
+__all__ = ["Adapter", "Call", "Pair", "Role", "Trio", "WholeTrio"]
 
 Role = Literal["teacher", "student", "fake"]
 
@@ -105,10 +108,19 @@ class Trio:
     def attention(self, role: Role) -> Iterator[None]:
         """The role's attention, inside the block."""
         sparse = not self.dense and (role == "student" or (role == "fake" and self.fake_sparse))
+        handle = self.handle_of(role)
         with ExitStack() as stack:
-            if not sparse:
-                stack.enter_context(self.handle.disabled())
+            if not sparse and handle is not None:
+                stack.enter_context(handle.disabled())
             yield
+
+    def model_of(self, role: Role) -> Any:
+        """What is called for a role."""
+        return self.model
+
+    def handle_of(self, role: Role) -> BladeHandle | None:
+        """Sparse attention on it; None if it never has any."""
+        return self.handle
 
     def network(self, role: Role, text: Tensor) -> Network:
         """One of the three for a batch of texts ``[B, ...]``; each call switches."""
@@ -116,6 +128,53 @@ class Trio:
         def run(state: Tensor, time: Tensor) -> Tensor:
             self.switch(role)
             with self.attention(role):
-                return self.call(self.model, state, time, text)
+                return self.call(self.model_of(role), state, time, text)
 
         return run
+
+
+class Pair(nn.Module):
+    """Student and fake score, as the module that is trained.
+
+    Args:
+        student: A transformer.
+        fake: Another.
+    """
+
+    def __init__(self, student: Any, fake: Any) -> None:
+        super().__init__()
+        self.student, self.fake = student, fake
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of both."""
+        self.student.enable_gradient_checkpointing()
+        self.fake.enable_gradient_checkpointing()
+
+
+class WholeTrio(Trio):
+    """Three transformers, student and fake score with all their weights in training.
+
+    Args:
+        teacher: It is frozen; the others begin as float32 copies of it.
+        call: How they are called.
+        config: Sparse attention.
+        fake_sparse: Whether the fake score's attention is the student's.
+    """
+
+    def __init__(self, teacher: Any, call: Call, config: BladeConfig, *, fake_sparse: bool = True) -> None:
+        self.call, self.fake_sparse, self.dense = call, fake_sparse, False
+        teacher.requires_grad_(False)
+        self.pair = Pair(*(copy.deepcopy(teacher).float().requires_grad_(True) for _ in range(2)))
+        self.models: dict[Role, Any] = {"teacher": teacher, "student": self.pair.student, "fake": self.pair.fake}
+        self.handles = {role: attach(self.models[role], config) for role in ("student", "fake")}
+
+    def switch(self, role: Role) -> None:
+        """Nothing: each has a transformer of its own."""
+
+    def model_of(self, role: Role) -> Any:
+        """What is called for a role."""
+        return self.models[role]
+
+    def handle_of(self, role: Role) -> BladeHandle | None:
+        """Sparse attention on it; the teacher never has any."""
+        return self.handles.get(role)

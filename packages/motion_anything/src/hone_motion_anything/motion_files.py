@@ -16,6 +16,7 @@ from torch import Tensor
 from .dance import resampled
 from .exports import read_bvh, read_smpl, write_bvh, write_smpl
 from .features import extract, recover
+from .gltf import write_gltf
 from .rotations import axis_angle_to_quat
 from .skeletons import HUMANML3D, KIT, SMPL_OFFSETS, Skeleton, forward_kinematics
 
@@ -23,7 +24,7 @@ __all__ = ["READS", "SKELETONS", "WRITES", "Motion", "read_motion", "write_motio
 
 SKELETONS = {"humanml3d": HUMANML3D, "kit": KIT}
 READS = (".npy", ".npz", ".bvh", ".pkl")
-WRITES = (".npy", ".npz", ".bvh", ".mp4")
+WRITES = (".npy", ".npz", ".bvh", ".gltf", ".mp4")
 AIST_FPS = 60.0
 
 
@@ -169,7 +170,7 @@ def write_motion(motion: Motion, path: str | Path, *, features: bool = False) ->
 
     Args:
         motion: What was read or made.
-        path: ``.npy``, ``.npz`` (SMPL's poses), ``.bvh`` or ``.mp4``.
+        path: ``.npy``, ``.npz`` (SMPL's poses), ``.bvh``, ``.gltf`` or ``.mp4``.
         features: For ``.npy``: features in place of joints, at the set's frame rate.
 
     Raises:
@@ -182,6 +183,8 @@ def write_motion(motion: Motion, path: str | Path, *, features: bool = False) ->
         raise ValueError(f"{path}: features are written as .npy")
     if path.suffix == ".bvh":
         return write_bvh(motion.joints, path, skeleton, fps=motion.fps)
+    if path.suffix == ".gltf":
+        return write_gltf(motion.joints, path, skeleton, fps=motion.fps)
     if path.suffix == ".npz":
         return write_smpl(motion.joints, path, fps=motion.fps)
     if path.suffix == ".mp4":

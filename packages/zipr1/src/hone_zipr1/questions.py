@@ -22,7 +22,7 @@ from torch import Tensor
 from .models import SparseHandle, visual_ids
 from .reinforce import Drawn
 
-__all__ = ["Item", "ModelTask", "is_right", "load_items", "model_inputs"]
+__all__ = ["Item", "ModelTask", "is_right", "load_items", "model_inputs", "picture_inputs"]
 
 Type = Literal["choice", "number", "string"]
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
@@ -115,7 +115,7 @@ def is_right(text: str, item: Item) -> bool:
 
 def model_inputs(processor: Any, items: Sequence[Item], frames: int) -> dict[str, Tensor]:
     """Left-padded model inputs of a batch of questions."""
-    from hone_lm.choices import check_text, choice_inputs, choice_prompt
+    from hone_lm.choices import choice_inputs, choice_prompt
     from hone_lm.video import read_video
     from PIL import Image
 
@@ -123,23 +123,39 @@ def model_inputs(processor: Any, items: Sequence[Item], frames: int) -> dict[str
         # Two options that are never shown: the text style lists none.
         prompts = [choice_prompt(processor, item.question, ("a", "b"), style="text") for item in items]
         return choice_inputs(processor, prompts, [read_video(item.media, num_frames=frames) for item in items])
-    check_text(processor, *(item.question for item in items))
-    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    prompts, pictures = [], []
+    pictures = []
     for item in items:
-        content = [{"type": "image"}, {"type": "text", "text": item.question}]
+        with Image.open(item.media) as picture:
+            pictures.append([picture.convert("RGB")])
+    return picture_inputs(processor, [item.question for item in items], pictures)
+
+
+def picture_inputs(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    """What the processor makes of questions with their pictures, padded at the left.
+
+    Args:
+        processor: Of the model.
+        texts: Questions.
+        pictures: Of each question, as PIL images in RGB; they stand before its text.
+    """
+    from hone_lm.choices import check_text
+
+    check_text(processor, *texts)
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    prompts = []
+    for text, own in zip(texts, pictures, strict=True):
+        content = [*({"type": "image"} for _ in own), {"type": "text", "text": text}]
         prompts.append(
             processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
             if template
-            else f"{processor.image_token}\n{item.question}\n"
+            else f"{processor.image_token}\n" * len(own) + f"{text}\n"
         )
-        with Image.open(item.media) as picture:
-            pictures.append(picture.convert("RGB"))
     side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
     try:
-        made = processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
+        shown = [picture for own in pictures for picture in own]
+        made = processor(text=prompts, images=shown or None, padding=True, return_tensors="pt")
     finally:
         processor.tokenizer.padding_side = side
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}

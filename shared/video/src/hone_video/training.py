@@ -207,8 +207,7 @@ class Loop:
             optimizers.append(
                 torch.optim.AdamW(chosen, group.lr, betas=group.betas, eps=group.eps, weight_decay=group.weight_decay)
             )
-        # A sharded model sums in its own backward.
-        self._sum_late = not wrap and not isinstance(model, FSDPModule)
+        self._sum_late = not wrap
         if isinstance(model, FSDPModule):
             self.model = model
         elif not wrap:
@@ -251,7 +250,8 @@ class Loop:
         group = self.groups[name]
         parameters = list(group.parameters.values())
         if self._sum_late and self.accelerator.num_processes > 1:
-            for parameter in parameters:
+            # Sharded parameters are summed by the backward of their module.
+            for parameter in (p for p in parameters if _local(p) is p):
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(own, "mean")
         norm = self.accelerator.clip_grad_norm_(parameters, self.cfg.clip)
