@@ -4,6 +4,7 @@ import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_nar.checkpoints import MANIFESTS, SIZES, build, key_shapes, load_published
+from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny, tiny_tokenizer
 from hone_visual_ar.checkpoints import Manifest, digest_of
 from safetensors.torch import save_file
@@ -41,6 +42,14 @@ def test_files_as_the_releases_write_them(kind, tmp_path):
         assert same(model, load_published(tiny(kind), tmp_path / name))
     half = load_published(tiny(kind), tmp_path / "a.pt", dtype=torch.bfloat16)
     assert same(model.bfloat16(), half)
+
+
+def test_larps_prior_is_dropped(tmp_path):
+    options = {"frames": 4, "size": 16, "tokens": 6, "dim": 16, "depth": 1, "heads": 2, "codebook_size": 16}
+    first, second = LARPTokenizer(**options), LARPTokenizer(**options)
+    save_file(first.state_dict() | {"prior_model.head.weight": torch.zeros(3)}, tmp_path / "larp.safetensors")
+    assert not same(first, second)
+    assert same(first, load_published(second, tmp_path / "larp.safetensors"))
 
 
 def test_the_tokenizers_usage_is_dropped(tmp_path):

@@ -22,6 +22,10 @@ def test_flags_reach_the_config(capsys, monkeypatch, tmp_path):
     code, out, err = call(capsys, monkeypatch, "train-host", "--dry-run", "--weight", "0.5", "--json")
     assert code == 0, err
     assert '"weight": 0.5' in out + err
+    # The flag that the README and reproduce name.
+    code, out, err = call(capsys, monkeypatch, "train-host", "--dry-run", "--offset", "unconstrained", "--json")
+    assert code == 0, err
+    assert '"offset": "unconstrained"' in out + err
     absent = str(tmp_path / "absent")
     code, _, err = call(capsys, monkeypatch, "eval", "--dry-run", "--ply", absent, "--truth", absent)
     assert code == 1

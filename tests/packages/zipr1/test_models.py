@@ -271,6 +271,32 @@ def test_a_later_turn_on_a_full_cache_chooses_anew(rows):
     assert 0 < float(now.uniform(0.6)[0]) <= 1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_turns_of_generate(family):
+    model, inputs = get(family)
+    settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": list(visual_ids(model.config))}
+    found, ratios = [], []
+    for p, cache_kind in ((None, "evict"), (1.0, "retrieve"), (0.5, "retrieve"), (0.5, "evict")):
+        cache = DynamicCache()
+        with nullcontext() if p is None else sparse(model, p, rows="all", cache=cache_kind) as handle:
+            said = model.generate(**inputs, **settings, **{cache_keyword(model): cache})
+            first = handle.stats if handle else None
+            ids = torch.cat([said, torch.tensor([[40, 50, 60]])], 1)
+            later = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if "mm_token_type_ids" in inputs:
+                types = inputs["mm_token_type_ids"]
+                later["mm_token_type_ids"] = torch.cat([types, types.new_zeros(1, ids.shape[1] - types.shape[1])], 1)
+            found.append(model.generate(**later, **settings, **{cache_keyword(model): cache}))
+            ratios.append((first, handle.stats) if handle else None)
+    assert torch.equal(found[0], found[1])
+    _, whole, (before, anew), (evicted, same) = ratios
+    assert whole[1].ratio.tolist() == [1.0]
+    # Chosen anew over both turns on a full cache, not again where the rest is gone.
+    assert anew.real.shape[1] == found[2].shape[1] - 4
+    assert before.real.shape[1] == inputs["input_ids"].shape[1]
+    assert evicted is same
+
+
 def test_later_turns_at_p_of_one_are_the_dense_model_bit_for_bit():
     model, inputs = get("llava_onevision")
     more = torch.tensor([[40, 50, 60]])

@@ -98,9 +98,6 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         for name in cfg.models:
             for kind in ("nar", "llamagen") if cfg.raster else ("nar",):
                 _Bench(cfg, run, device, name, kind).all()
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
     return BenchReport.of(run)
 
 
@@ -129,7 +126,16 @@ class _Bench:
         self.graphs = device.type == "cuda" if cfg.graphs is None else cfg.graphs
         self.tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
 
+    def clear(self) -> None:
+        """Give memory back: graphs and caches hold each other."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def all(self) -> None:
+        # Each size is compiled anew, and torch.compile gives up silently after some.
+        compiled_pieces.cache_clear()
+        torch._dynamo.reset()
         for batch in self.cfg.batches:
             labels = torch.arange(batch, device=self.device) % self.model.num_classes
             facts: Labels = {"model": self.name, "batch": batch, "dtype": str(self.dtype).removeprefix("torch.")}
@@ -138,6 +144,7 @@ class _Bench:
             self.time(f"{self.prefix}release", facts, partial(release, labels))
             for mode in ("eager", "graphs", "compiled") if self.graphs else ("eager",):
                 self.ours(mode, labels, facts)
+                self.clear()
             passes = len(self.model.order.steps)
             name = "raster" if self.prefix else "nar"
             self.run.row("passes", passes, unit="passes", better="lower", variant=name, labels=facts)

@@ -15,6 +15,7 @@ from hone_core.errors import CheckpointError
 from hone_visual_ar.checkpoints import Manifest, compare_shapes, open_checkpoint
 from torch import nn
 
+from .larp import LARPTokenizer
 from .tokenizer import LlamaGenVQModel
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
@@ -37,6 +38,7 @@ MANIFESTS: dict[str, Manifest] = {
         ("llamagen_xxl", 340, 1410972672, "b409385ae31706aab9865851c98704c8a10868962debed1be5b31c9ed1101c1c"),
         ("llamagen_3b", 172, 3096659200, "d50ec5365a9cd1b430e8bec0872c048ef0aaac11fbf21627161331eb06fdd6ad"),
         ("llamagen_xl_t2i", 258, 777678080, "d7e608d2a7cb881bb8c26e9bfc6448aabf6d8d53fd538c72a5fa7f744ca7b721"),
+        ("larp_l_long", 280, 172179984, "edb9497d51cb146300652ac00315a679a56ab390ab29d28f1feac35674dd7072"),
         ("vq_ds16", 343, 71883403, "44b74cd41ffdd8c9e9e8e5e2fc69eb30e14e75b5154f968ee48e60f80136c367"),
         ("vq_ds8", 299, 70109835, "a17c2017faac6e7c6c1db0bb7ef68206f1060fd067a6211dc1082a66ebf3167d"),
     )
@@ -60,13 +62,15 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "nar_video_lp": (NARForVideoGeneration, {"n_layer": 30, "n_head": 20, "dim": 1280}),
     **{f"llamagen_{name}": (LlamaGenForImageGeneration, _WIDTHS[name]) for name in ("b", "l", "xl", "xxl", "3b")},
     "llamagen_xl_t2i": (LlamaGenForImageGeneration, _TEXT),
+    "larp_l_long": (LARPTokenizer, {}),
     "vq_ds16": (LlamaGenVQModel, {}),
     "vq_ds8": (LlamaGenVQModel, {"multipliers": (1, 2, 2, 4)}),
 }
 """Class and options of each published model; grids are 16 x 16, and 4 x 16 x 16 of clips, unless ``build`` is told."""
 
 _INNER = (("model", "sd"), ("model",), ("module",), ("state_dict",))
-_DROPPED = ("freqs_cis", "quantize.codebook_used")
+_DROPPED = ("freqs_cis", "quantize.codebook_used", "prior_model.")
+"""Tables that are made anew, usage, and a model that LARP trains beside its tokenizer."""
 
 
 def build(name: str, *, grid: Sequence[int] | None = None, device: torch.device | str = "meta") -> Any:
@@ -84,8 +88,8 @@ def build(name: str, *, grid: Sequence[int] | None = None, device: torch.device 
         raise ValueError(f"no published model {name!r}; expected one of {', '.join(SIZES)}")
     cls, options = SIZES[name]
     if grid is not None:
-        if cls is LlamaGenVQModel:
-            raise ValueError(f"{name} is a tokenizer, which reads images of any size; give no grid")
+        if cls in (LlamaGenVQModel, LARPTokenizer):
+            raise ValueError(f"{name} is a tokenizer, whose grid follows from its input; give no grid")
         options = {**options, "grid": tuple(grid)}
     with torch.device(device):
         return cls(**options)
@@ -115,7 +119,7 @@ def load_published(model: nn.Module, path: str | Path, *, dtype: torch.dtype | N
         CheckpointError: The file is missing, damaged, of another size, or holds other tensors.
     """
     path = Path(path)
-    found = {name: entry for name, entry in open_checkpoint(path, _INNER).items() if name not in _DROPPED}
+    found = {name: entry for name, entry in open_checkpoint(path, _INNER).items() if not name.startswith(_DROPPED)}
     expected = key_shapes(model)
     _check_kind(path, model, expected, found)
     compare_shapes(path, model, expected, {name: entry.shape for name, entry in found.items()})

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from .checkpoints import SIZES, build, load_published
 from .generation import Decoding, generate
+from .larp import LARPTokenizer
 from .tokenizer import LlamaGenVQModel
-from .transformer import LlamaGenForImageGeneration, NARForImageGeneration
+from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
-__all__ = ["NARPipeline", "pad_left"]
+__all__ = ["NARPipeline", "NARVideoPipeline", "pad_left"]
 
 OutputType = Literal["pil", "np", "pt", "codes"]
 
@@ -195,11 +196,8 @@ class NARPipeline(DiffusionPipeline):
         else:
             if class_labels is None or prompt is not None:
                 raise ValueError("this model draws classes; give class_labels and no prompt")
-            classes = [class_labels] if isinstance(class_labels, int) else list(class_labels)
-            if not classes:
-                raise ValueError("expected at least one class; got none")
-            numbers = _seeds(seeds, len(classes))
-            labels = torch.tensor(classes, device=model.tok_embeddings.weight.device)
+            labels = _labels(class_labels, model)
+            numbers = _seeds(seeds, len(labels))
             condition = model.condition(labels, guided=guided)
         codes = generate(
             model, condition, seeds=numbers, sampling=sampling, guided_tokens=guided_tokens, on_step=on_step
@@ -213,6 +211,92 @@ class NARPipeline(DiffusionPipeline):
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class NARVideoPipeline(DiffusionPipeline):
+    """Clips of classes with NAR on LARP's tokens.
+
+    Args:
+        transformer: Of clips.
+        vae: Its tokenizer of clips.
+    """
+
+    def __init__(self, transformer: NARForVideoGeneration, vae: LARPTokenizer) -> None:
+        super().__init__()
+        if (transformer.vocab_size, transformer.tokens) != (vae.choices, vae.config.tokens):
+            raise ValueError(
+                f"transformer and tokenizer do not belong together: {transformer.tokens} tokens of "
+                f"{transformer.vocab_size} codes, and {vae.config.tokens} of {vae.choices}"
+            )
+        self.register_modules(transformer=transformer, vae=vae)
+
+    @classmethod
+    def from_published(
+        cls, model: str, *, transformer: str | Path, vae: str | Path, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """A pipeline of published files; every name and shape is compared before a weight is read.
+
+        Args:
+            model: ``nar_video_l`` or ``nar_video_lp``.
+            transformer: Its file.
+            vae: File or folder of LARP-L-long's tokenizer.
+            dtype: Of the transformer.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, or of another size.
+            ValueError: There is no such model of clips.
+        """
+        names = [name for name, (kind, _) in SIZES.items() if kind is NARForVideoGeneration]
+        if model not in names:
+            raise ValueError(f"no published model of clips {model!r}; expected one of {', '.join(names)}")
+        body: Any = load_published(build(model), transformer, dtype=dtype)
+        return cls(body, load_published(build("larp_l_long"), vae))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int],
+        *,
+        guidance_scale: float = 1.25,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        greedy: bool = False,
+        seeds: int | Sequence[int] = 0,
+        output_type: Literal["np", "pt", "codes"] = "np",
+    ) -> Any:
+        """Draw clips.
+
+        Args:
+            class_labels: Of each clip.
+            guidance_scale: The paper's is 1.25, its script's 2.5; 1 draws without, at half the work.
+            temperature: Of the tokens.
+            top_k: Entries of the codebook that are kept; 0 keeps all.
+            top_p: Least mass that is kept; 0 keeps all.
+            greedy: Take the likeliest entries.
+            seeds: Of each clip; one number counts up from itself.
+            output_type: ``np`` (``[B, F, H, W, 3]``) or ``pt`` (``[B, 3, F, H, W]``), in [0, 1], or ``codes``.
+
+        Raises:
+            ValueError: Classes, seeds or sampling do not fit; nothing has run then.
+        """
+        if output_type not in ("np", "pt", "codes"):
+            raise ValueError(f"output_type must be np, pt or codes; got {output_type!r}")
+        sampling = Sampling(guidance=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+        labels = _labels(class_labels, self.transformer)
+        condition = self.transformer.condition(labels, guided=guidance_scale != 1)
+        codes = generate(self.transformer, condition, seeds=_seeds(seeds, len(labels)), sampling=sampling)
+        if output_type == "codes":
+            return codes
+        clips = self.vae.decode(codes).float()
+        return clips if output_type == "pt" else clips.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def _labels(class_labels: int | Sequence[int], model: Any) -> Tensor:
+    classes = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+    if not classes:
+        raise ValueError("expected at least one class; got none")
+    return torch.tensor(classes, device=model.tok_embeddings.weight.device)
 
 
 def _seeds(seeds: int | Sequence[int], images: int) -> list[int]:

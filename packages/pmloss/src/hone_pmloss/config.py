@@ -166,7 +166,7 @@ class ReproduceConfig:
     hosts: tuple[Path, ...] = ()
     """Files made by train-host, of several seeds; the packaged one if empty."""
     free: tuple[Path, ...] = ()
-    """Files of the same seeds in the same order, made by train-host with --host.offset unconstrained; without them the
+    """Files of the same seeds in the same order, made by train-host with --offset unconstrained; without them the
     loss cannot be told from the freed offset."""
     rooms: int = field(default=96, metadata=flag("limit"))
     """Generated rooms per host, none of them trained on."""
