@@ -8,8 +8,9 @@ import time
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
-from hone_rstitch.config import EngineConfig, StitchConfig
+from hone_rstitch.config import EngineConfig, ServeConfig, StitchConfig
 from hone_rstitch.engine import Engine
 from hone_rstitch.host import load_host
 from hone_rstitch.serve import _Text, app_of
@@ -20,8 +21,8 @@ KEY = "a-key"
 class Served:
     """A server on a port of its own."""
 
-    def __init__(self, pair, config=None, **options):
-        self.engine = Engine(pair, config).start()
+    def __init__(self, pair, config=None, router=None, **options):
+        self.engine = Engine(pair, config, router=router).start()
         self.server = uvicorn.Server(uvicorn.Config(app_of(self.engine, **options), log_level="error"))
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -230,3 +231,26 @@ def test_text_shows_whole_characters_and_no_part_of_a_stop_string():
     rest = _Text(Bytes(), ["END"])
     assert [rest.add(ord(c)) for c in "EN"] == ["", ""]
     assert rest.add(None) == "EN"
+
+
+def test_a_router_of_its_own(pair):
+    from hone_rstitch.router import Router
+
+    router = Router(pair.small.config.hidden_size)
+    with torch.no_grad():
+        router.out.bias.copy_(torch.tensor([9.0, 0.0]))  # it keeps every small token
+    ask = {"model": "hone-rstitch", "messages": [{"role": "user", "content": "123*45"}], "max_tokens": 40}
+    extra = {"rstitch": {"policy": "router", "tau": 0.0001}}
+    for given in (router, None):
+        served = Served(pair, router=given, api_key=KEY)
+        try:
+            if given is None:
+                with pytest.raises(openai.BadRequestError, match="needs a router"):
+                    served.client().chat.completions.create(**ask, extra_body=extra)
+                continue
+            reply = served.client().chat.completions.create(**ask, extra_body=extra)
+            assert reply.usage.rstitch["large_tokens"] == 0
+        finally:
+            served.close()
+    with pytest.raises(ValueError, match="make one with train-router"):
+        ServeConfig(stitch=StitchConfig(policy="router"))

@@ -49,4 +49,4 @@ def test_inspect_writes_a_line_per_scale(untrained, tmp_path):
     kept = [row.value for row in report.rows if row.metric == "kept"]
     assert kept == [1, 4, 16, 36, 64, 144 - int(0.7 * 135), 256 - int(0.7 * 240)]
     assert report.maps.stat().st_size > 0
-    assert CalibrateConfig().start_scale == cfg.settings.start_scale
+    assert CalibrateConfig().start == cfg.settings.start_scale

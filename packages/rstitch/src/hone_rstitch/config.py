@@ -387,6 +387,8 @@ class ServeConfig:
     """Policy and gate of requests that say nothing of it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How much it takes on."""
+    router: Path | None = None
+    """Made by train-router, for policy ``router``."""
     address: str = "127.0.0.1"
     """Where it listens: this machine alone unless told, such as 0.0.0.0."""
     port: int = 8000
@@ -395,6 +397,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must lie in [0, 65535]; got {self.port}")
+        if self.stitch.policy == "router" and self.router is None:
+            raise ValueError("policy 'router' needs a router; make one with train-router")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from .engine import Engine, Job, QueueFullError
 from .generation import StitchToken
 from .host import load_models
 from .models import Pair, check_models
+from .router import load_router
 
 try:
     import uvicorn
@@ -53,7 +54,7 @@ class Stitch(BaseModel):
     """``rstitch`` in the body of a request: what of the gate it wants otherwise than the server does."""
 
     model_config = ConfigDict(extra="forbid")
-    policy: Literal["stitch", "one-token", "random", "small", "large"] | None = None
+    policy: Literal["stitch", "one-token", "router", "random", "small", "large"] | None = None
     gate: Literal["entropy", "confidence"] | None = None
     tau: float | None = None
     tau_back: float | None = None
@@ -271,7 +272,7 @@ def app_of(
             raise HTTPException(404, f"there is no model {body.model!r}; this server has {model!r}")
         changes = body.rstitch.model_dump(exclude={"trace"}, exclude_none=True)
         if changes.get("policy", default.policy) != "random" and default.policy == "random":
-            changes = {"share": None, "run_length": None} | changes
+            changes = {"share": None, "run_length": None, "discards": False} | changes
         return replace(default, **changes)
 
     async def answer(request: Request, body: Body, prompts: tuple[list[int], list[int]], most: int, shape: Any) -> Any:
@@ -454,9 +455,11 @@ def prepare(cfg: ServeConfig) -> ServeConfig:
 
     Raises:
         ValueError: They are not of one family.
-        OSError: There is no such checkpoint.
+        OSError: There is no such checkpoint, or no such router.
     """
     check_models(cfg.models)
+    if cfg.router is not None:
+        load_router(cfg.router)
     return cfg
 
 
@@ -472,7 +475,9 @@ def serve(cfg: ServeConfig, run: Run) -> ServeReport:
     with socket.create_server((cfg.address, cfg.port), family=family, backlog=2048) as bound:
         pair = load_models(cfg.models, device=resolve_device(run.device))
         name = cfg.models.large or "hone-rstitch"
-        engine = Engine(pair, cfg.engine)
+        width = pair.small.config.get_text_config().hidden_size
+        router = None if cfg.router is None else load_router(cfg.router, hidden=width)
+        engine = Engine(pair, cfg.engine, router=router)
         with engine:
             app = app_of(engine, model=name, stitch=cfg.stitch, api_key=key)
             where = f"http://{cfg.address}:{bound.getsockname()[1]}"
