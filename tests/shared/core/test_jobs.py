@@ -23,6 +23,18 @@ def write(folder, job, device):
     (folder / f"{job}.txt").write_text(f"{device} {torch.get_num_threads()} {os.getpid()}")
 
 
+def write_after_the_bad_one(folder, job, device):
+    """As ``write``, and slowly: not before the job that fails has begun."""
+    if job == "bad":
+        (folder / "begun").touch()
+    until = time.monotonic() + 60
+    while not (folder / "begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    write(folder, job, device)
+    time.sleep(0.2)
+
+
 def wait_for(folder, job, device):
     """The first job is done when the second is, so both have to run at a time."""
     (folder / job).touch()
@@ -55,8 +67,8 @@ def test_workers_run_at_the_same_time(tmp_path):
 def test_a_job_that_fails_ends_them_all(tmp_path, workers):
     jobs = ["bad", *map(str, range(20))]
     with pytest.raises(ValueError, match="this one fails"):
-        list(run_jobs(partial(write, tmp_path), jobs, workers=workers, device="cpu"))
-    assert len(list(tmp_path.iterdir())) < 20
+        list(run_jobs(partial(write_after_the_bad_one, tmp_path), jobs, workers=workers, device="cpu"))
+    assert len(list(tmp_path.glob("*.txt"))) < 20
 
 
 def test_workers_are_spread_over_the_gpus(monkeypatch):
