@@ -84,6 +84,25 @@ def test_calibrate_then_generate_with_its_schedule(capsys, monkeypatch, pipeline
     assert str(video) in out
 
 
+def test_a_sampler_at_another_shift_takes_a_schedule_of_that_shift(capsys, monkeypatch, pipeline, tmp_path):
+    file = schedule(config=dataclasses.replace(STAGED, shift=5.0)).save(tmp_path / "schedule.json")
+    argv = ("generate", "--model", pipeline, *VIDEO, "--flow-shift", "5", "--out", tmp_path / "run", "--device", "cpu")
+    code, out, err = call(capsys, monkeypatch, *argv, "--schedule", file, "--quiet")
+    assert code == 0, err
+    assert "of the tiles are read" in out
+
+
+def test_a_shift_is_of_wan_and_positive(capsys, monkeypatch, tmp_path):
+    tiny_pipeline("cogvideox").save_pretrained(tmp_path / "cog")
+    argv = ("generate", "--model", tmp_path / "cog", "--prompt", "a", "--device", "cpu", "--out", tmp_path / "run")
+    code, _, err = call(capsys, monkeypatch, *argv, "--flow-shift", "5", "--quiet")
+    assert code == 1
+    assert "flow_shift is of Wan's samplers; CogVideoXPipeline has none" in err
+    code, _, err = call(capsys, monkeypatch, *argv, "--flow-shift", "0", "--quiet")
+    assert code == 1
+    assert "flow_shift must be a positive number, 1 for none; got 0.0" in err
+
+
 def test_inspect_a_pipeline(capsys, monkeypatch, pipeline, tmp_path):
     argv = ("inspect", "--model", pipeline, *VIDEO, "--preset", "tiny", "--out", tmp_path / "run", "--device", "cpu")
     code, out, err = call(capsys, monkeypatch, *argv, "--quiet")

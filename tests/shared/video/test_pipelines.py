@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import huggingface_hub
 import pytest
@@ -6,7 +7,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hone_core.errors import CheckpointError
 from hone_video.architectures import tiny_pipeline
-from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler
+from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, with_flow_shift
 
 # diffusers calls functions that other libraries have deprecated.
 pytestmark = [
@@ -117,3 +118,34 @@ def test_schedulers_keep_the_settings_of_the_pipelines_own():
     assert made.config.timestep_spacing == "trailing"
     with pytest.raises(ValueError, match="scheduler must be unipc, dpm or default; got 'euler'"):
         make_scheduler("euler", pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("shift", partial(FlowMatchEulerDiscreteScheduler, num_train_timesteps=500)),
+        ("flow_shift", partial(UniPCMultistepScheduler, prediction_type="flow_prediction", use_flow_sigmas=True)),
+    ],
+)
+def test_another_shift_is_the_same_sampler_at_other_noise_levels(name, made):
+    own, there = made(**{name: 3.0}), made(**{name: 5.0})
+    moved = with_flow_shift(own, 5.0)
+    assert type(moved) is type(own)
+    for scheduler in (own, there, moved):
+        scheduler.set_timesteps(4)
+    assert torch.equal(moved.sigmas, there.sigmas)
+    assert torch.equal(moved.timesteps, there.timesteps)
+    assert (moved.sigmas[1:4] > own.sigmas[1:4]).all()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        CogVideoXDPMScheduler(),
+        UniPCMultistepScheduler(flow_shift=3.0),  # which it reads with use_flow_sigmas alone
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ],
+)
+def test_a_sampler_without_a_shift_of_its_own_gets_none(own):
+    with pytest.raises(ValueError, match=f"{type(own).__name__} has no timestep shift of its own to set"):
+        with_flow_shift(own, 5.0)

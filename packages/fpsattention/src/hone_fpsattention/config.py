@@ -433,6 +433,8 @@ class VideoConfig:
     """Denoising steps."""
     guidance: float = 5.0
     """Classifier-free guidance weight; 1 is none."""
+    flow_shift: float | None = None
+    """Timestep shift of the sampler; Wan is made for 3 at 480p and 5 at 720p (default: the pipeline's own)."""
     height: int | None = None
     """Pixels (default: the pipeline's own, like width and frames)."""
     width: int | None = None
@@ -454,6 +456,8 @@ class VideoConfig:
         _at_least_one(self, "steps", "height", "width", "frames")
         if self.guidance < 1:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
+        if self.flow_shift is not None and not 0 < self.flow_shift < float("inf"):
+            raise ValueError(f"flow_shift must be a positive number, 1 for none; got {self.flow_shift}")
 
     def check_host(self) -> None:
         """Refuse what the tiny host, which has its own size and steps, would not read.

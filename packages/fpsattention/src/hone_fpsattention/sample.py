@@ -16,7 +16,7 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.finite import check_latents, check_weights
 from hone_video.grids import Grid
-from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline
+from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, with_flow_shift
 from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import FPSAttentionConfig, GenerateConfig, VideoConfig
@@ -69,16 +69,20 @@ def open_pipeline(cfg: VideoConfig, device: torch.device, tuned: Tuned | None = 
 
     Raises:
         CheckpointError: It is not there, not whole, or of an unsupported class.
-        ValueError: The model cannot make the size that is asked for.
+        ValueError: The model cannot make the size that is asked for, or its sampler has no timestep shift to set.
     """
     assert cfg.model is not None
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
+    if cfg.flow_shift is not None and PIPELINES[name].family != "wan":
+        raise ValueError(f"flow_shift is of Wan's samplers; {name} has none. Leave it out")
     dtype = resolve_dtype(cfg.dtype, device)
     ready = {} if tuned is None else load_tuned(tuned, name, dtype=dtype)
     pipe = load_pipeline(
         cfg.model, name, device=device, dtype=dtype, offload=cfg.offload, local_files_only=cfg.local_files_only,
         ready=ready,
     )  # fmt: skip
+    if cfg.flow_shift is not None:
+        pipe.scheduler = with_flow_shift(pipe.scheduler, cfg.flow_shift)
     if tuned is not None:
         put_lora(pipe, tuned)
     check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)

@@ -33,6 +33,7 @@ __all__ = [
     "make_scheduler",
     "pipeline_parts",
     "transformer_on_meta",
+    "with_flow_shift",
 ]
 
 log = logging.getLogger(__name__)
@@ -222,6 +223,25 @@ def make_scheduler(name: str, pipe: Any, *, flow_shift: float | None = None) -> 
     if name == "default":
         return own
     raise ValueError(f"scheduler must be unipc, dpm or default; got {name!r}")
+
+
+def with_flow_shift(scheduler: Any, shift: float) -> Any:
+    """The same sampler at another timestep shift ``s``, ``sigma = s u / (1 + (s - 1) u)``.
+
+    Args:
+        scheduler: A diffusers flow scheduler; it stays as it is.
+        shift: Positive; 1 is none. Wan is published with 3 for 480p and 5 for 720p.
+
+    Raises:
+        ValueError: The sampler has no such shift, or takes it from the size of the video.
+    """
+    config = scheduler.config
+    name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+    if name not in config or config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has no timestep shift of its own to set; leave out the flow shift"
+        )
+    return type(scheduler).from_config(config, **{name: shift})
 
 
 def check_size(pipe: Any, *, height: int | None = None, width: int | None = None, frames: int | None = None) -> None:
