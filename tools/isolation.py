@@ -34,8 +34,8 @@ for name in names:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        # A module may be of an extra, and then says which.
-        if type(error).__name__ != "MissingExtraError":
+        # A module may be of an extra, or for a program that loads it, and then says which.
+        if type(error).__name__ not in ("MissingExtraError", "MissingProgramError"):
             raise
 for name in getattr(package, "__all__", []):
     getattr(package, name)

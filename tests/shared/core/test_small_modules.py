@@ -10,8 +10,14 @@ import pytest
 import torch
 from hone_core.devices import resolve_device, resolve_dtype, use_device
 from hone_core.environment import TRIED, code_version, environment, untried
-from hone_core.errors import CheckpointError, MissingExtraError, UnsupportedHardwareError
+from hone_core.errors import CheckpointError, MissingExtraError, MissingProgramError, UnsupportedHardwareError
 from hone_core.lazy import lazy_names
+
+
+def test_a_module_for_another_program_says_which():
+    error = MissingProgramError("lmms-eval", "hone-zipr1")
+    assert "pip install lmms-eval hone-zipr1" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_missing_extra_gives_the_install_line():

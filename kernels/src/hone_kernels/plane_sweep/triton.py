@@ -16,7 +16,7 @@ from .reference import LEAST_DEPTH
 
 __all__ = ["CANDIDATES", "PIXELS", "sweep_planes_backward", "sweep_planes_forward"]
 
-PIXELS, CANDIDATES = 16, 8
+PIXELS, CANDIDATES = 8, 8
 """Of a program."""
 
 

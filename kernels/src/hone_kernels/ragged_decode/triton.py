@@ -49,13 +49,13 @@ def _pieces_kernel(
                 V + b * stride_vb + hk * stride_vh + token[:, None] * stride_vt + d[None, :],
                 mask=live[:, None], other=0.0,
             )  # fmt: skip
-            s = tl.dot(q, k, input_precision="tf32x3") * scale_log2
+            s = tl.dot(q, k, input_precision="ieee") * scale_log2
             s = tl.where(live[None, :], s, -float("inf"))
             new = tl.maximum(top, tl.max(s, 1))
             weights = tl.exp2(s - new[:, None])
             shrink = tl.exp2(top - new)
             total = total * shrink + tl.sum(weights, 1)
-            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
+            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             top = new
     safe = tl.where(total > 0, total, 1.0)
     at_head = (b * H + h) * pieces + piece
@@ -91,7 +91,7 @@ def decode_attention_triton(
     q, k, v, valid = unit_last(q), unit_last(k), unit_last(v), valid.contiguous()
     batch, heads, _, dim = q.shape
     heads_k, num_k = k.shape[1:3]
-    tile = 64 if q.element_size() == 2 else 32
+    tile = 64 if q.element_size() == 2 else 16
     chunk = triton.cdiv(triton.cdiv(batch * heads_k * num_k, programs), tile) * tile
     pieces = triton.cdiv(num_k, chunk)
     part = torch.empty((batch, heads, pieces, dim), dtype=torch.float32, device=q.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.errors import MissingProgramError
 from hone_core.progress import progress_bar
 
 from .config import PRESETS
@@ -22,6 +23,8 @@ __all__ = ["SparseModel", "manifest"]
 
 # lmms-eval loads this module. It cannot be an extra: its latex2sympy2 wants another antlr4 than the math-verify of
 # hone-rstitch, and one resolution holds the extras of all members.
+if importlib.util.find_spec("lmms_eval") is None:
+    raise MissingProgramError("lmms-eval", "hone-zipr1")
 _Base: Any = importlib.import_module("lmms_eval.api.model").lmms
 _registry: Any = importlib.import_module("lmms_eval.models.registry_v2")
 _log = logging.getLogger(__name__)

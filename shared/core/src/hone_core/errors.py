@@ -1,6 +1,6 @@
 """Errors that a caller can act on: each message says what was needed, what was found and what to do."""
 
-__all__ = ["CheckpointError", "MissingExtraError", "UnsupportedHardwareError"]
+__all__ = ["CheckpointError", "MissingExtraError", "MissingProgramError", "UnsupportedHardwareError"]
 
 
 class MissingExtraError(ImportError):
@@ -22,6 +22,25 @@ class MissingExtraError(ImportError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.extra, self.package, self.needed_for)
+
+
+class MissingProgramError(ImportError):
+    """A module that another program loads was imported where that program is not installed.
+
+    Args:
+        program: Distribution that loads it, for example ``lmms-eval``.
+        package: Distribution that the module is of.
+    """
+
+    def __init__(self, program: str, package: str) -> None:
+        self.program, self.package = program, package
+        super().__init__(
+            f"this module of {package} is for {program}, which is not installed and is no extra. "
+            f"Install it beside: pip install {program} {package}."
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.program, self.package)
 
 
 class UnsupportedHardwareError(RuntimeError):
