@@ -28,6 +28,8 @@ def test_info(monkeypatch, capsys):
         (("demo", "--limit", "0"), "limit must be at least 1"),
         (("eval", "--limit", "2"), "limit must be at least 20"),
         (("generate", "--model", "nowhere", "--classes", "1"), "holds no saved pipeline"),
+        (("generate", "--model", "nowhere", "--classes", "1", "--dry-run"), "holds no saved pipeline"),
+        (("eval", "--nll", "--model", "nowhere", "--data", "x", "--dry-run"), "nowhere holds no saved model"),
         (("generate", "--model", "nowhere"), "give classes or prompts"),
         (("bench", "--model", "nar_l", "--device", "cpu"), "needs a CUDA device"),
         (("reproduce", "--seeds", "1", "1"), "seeds must be different"),

@@ -36,6 +36,9 @@ def test_the_releases_folders_are_read(tmp_path):
     views, label = codes.item(10)  # by number, not by name
     assert views.shape == (10, 4)
     assert (int(views[0, 0]), label) == (10, 1)
+    (tmp_path / "imagenet256_labels" / "3.npy").unlink()
+    with pytest.raises(CheckpointError, match=r"imagenet256_labels lacks the label 3\.npy, and 0 more"):
+        open_codes(tmp_path)
 
 
 def test_what_is_no_folder_of_codes_is_refused(tmp_path):
@@ -46,6 +49,9 @@ def test_what_is_no_folder_of_codes_is_refused(tmp_path):
     folder_of(tmp_path / "a")
     (tmp_path / "a" / "00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks 00001.safetensors, class dog; run hone-nar extract"):
+        open_codes(tmp_path / "a")
+    (tmp_path / "a" / "00001.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"00001.safetensors holds no codes .*; remove it"):
         open_codes(tmp_path / "a")
     folder_of(tmp_path / "b", counts=(0,))
     with pytest.raises(CheckpointError, match="holds no image"):

@@ -31,27 +31,31 @@ def info() -> dict[str, Any]:
     }
 
 
-def _verb(run: str, config: str, help: str) -> Verb:
-    return Verb(run=f"hone_nar.{run}", config=f"hone_nar.config:{config}", help=help)
+def _verb(run: str, config: str, help: str, prepare: str | None = None) -> Verb:
+    return Verb(
+        run=f"hone_nar.{run}",
+        config=f"hone_nar.config:{config}",
+        prepare=None if prepare is None else f"hone_nar.{prepare}",
+        help=help,
+    )
 
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb("demo:demo", "DemoConfig", "Draw digits by NAR and by a raster model: a GIF and a sheet."),
-    "generate": _verb("sample:generate", "GenerateConfig", "Draw images of classes or prompts with a saved pipeline."),
-    "extract": Verb(
-        run="hone_nar.extract:extract",
-        config="hone_nar.config:ExtractConfig",
-        prepare="hone_nar.extract:check",
-        help="Write codes of images in folders, to train on.",
+    "generate": _verb(
+        "sample:generate",
+        "GenerateConfig",
+        "Draw images of classes or prompts with a saved pipeline.",
+        "sample:check_inputs",
     ),
-    "train": Verb(
-        run="hone_nar.finetune:train",
-        config="hone_nar.config:TrainConfig",
-        prepare="hone_nar.finetune:check",
-        help="Train NAR or LlamaGen on codes.",
+    "extract": _verb(
+        "extract:extract", "ExtractConfig", "Write codes of images in folders, to train on.", "extract:check"
     ),
-    "eval": _verb("evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits."),
+    "train": _verb("finetune:train", "TrainConfig", "Train NAR or LlamaGen on codes.", "finetune:check"),
+    "eval": _verb(
+        "evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits.", "evaluate:check"
+    ),
     "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the central claim to the test on digits."),
     "bench": _verb("bench:bench", "BenchConfig", "Time drawing at real sizes: the release's loop, ours, and raster."),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host: NAR and a raster model."),

@@ -98,9 +98,12 @@ def open_codes(folder: Path) -> Codes:
 
 
 def _part(file: Path, label: int) -> tuple[int, Any]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    reader = safe_open(str(file), framework="pt").get_slice("codes")
+    try:
+        reader = safe_open(str(file), framework="pt").get_slice("codes")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} holds no codes ({error}); remove it and run hone-nar extract again") from error
     return reader.get_shape()[0], lambda at: (reader[at].long(), label)
 
 
@@ -110,9 +113,13 @@ def _release(folder: Path) -> Codes | None:
     codes, labels = (next(iter(sorted(folder.glob(f"*_{what}"))), None) for what in ("codes", "labels"))
     if codes is None or labels is None:
         return None
-    files = sorted(codes.glob("*.npy"), key=lambda file: int(file.stem))
+    files = sorted((file for file in codes.glob("*.npy") if file.stem.isdecimal()), key=lambda file: int(file.stem))
     if not files:
-        raise CheckpointError(f"{codes} holds no .npy file")
+        raise CheckpointError(f"{codes} holds no numbered .npy file")
+    labelled = {file.name for file in labels.glob("*.npy")}
+    lacking = [file.name for file in files if file.name not in labelled]
+    if lacking:
+        raise CheckpointError(f"{labels} lacks the label {lacking[0]}, and {len(lacking) - 1} more")
 
     def read(at: int) -> tuple[Tensor, int]:
         views = torch.from_numpy(np.load(files[at]).astype("int64"))

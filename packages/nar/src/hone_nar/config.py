@@ -81,7 +81,7 @@ def _check_least(config: object, least: int, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainHostConfig:
-    """Training of the tiny host: NAR, then the raster model, for as long each."""
+    """Training of the tiny host: NAR and the raster model in turns, as many steps each."""
 
     host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
     """Architecture."""

@@ -17,13 +17,14 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from torch import Tensor
 
+from .codes import open_codes
 from .config import EvalConfig, Mix
 from .data import CLASSES, digits
 from .grading import accuracy, bits, distance
 from .host import Host, draw_digits, load_host
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration
 
-__all__ = ["VARIANTS", "EvalReport", "Variant", "evaluate", "table", "variants_of"]
+__all__ = ["VARIANTS", "EvalReport", "Variant", "check", "evaluate", "table", "variants_of"]
 
 VARIANTS = ("nar", "raster", "right-only", "below-only")
 
@@ -134,6 +135,18 @@ def real_rows(run: Run, split: str = "") -> None:
     run.row("distance", distance(test.tokens), better="lower", n=len(test), variant="real digits", split=split)
 
 
+def check(cfg: EvalConfig) -> EvalConfig:
+    """Look for a saved model and codes; no weight is read.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    if cfg.model is not None and cfg.data is not None:
+        _class_of(cfg.model)
+        open_codes(cfg.data)
+    return cfg
+
+
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     """Measure every variant.
 
@@ -157,11 +170,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     return EvalReport.of(run)
 
 
-def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
-    """Write the row of a saved model's exact bits per token of codes' first views."""
-    from .codes import open_codes
-
-    codes = open_codes(data)
+def _class_of(folder: Path) -> type[Any]:
     kinds = {cls.__name__: cls for cls in (NARForImageGeneration, LlamaGenForImageGeneration)}
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
@@ -169,7 +178,13 @@ def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
         raise CheckpointError(f"{folder} holds no saved model; expected what train writes") from error
     if kind not in kinds:
         raise CheckpointError(f"{folder} holds a {kind}; expected one of {', '.join(kinds)}")
-    model: Any = kinds[kind].from_pretrained(folder).to(resolve_device(run.device)).eval()
+    return kinds[kind]
+
+
+def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
+    """Write the row of a saved model's exact bits per token of codes' first views."""
+    codes, cls = open_codes(data), _class_of(folder)
+    model: Any = cls.from_pretrained(folder).to(resolve_device(run.device)).eval()
     count = min(cfg.limit, len(codes))
     device, parts = resolve_device(run.device), []
     with torch.no_grad(), progress_bar(count, desc="images", quiet=run.quiet) as bar:

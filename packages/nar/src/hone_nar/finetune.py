@@ -4,7 +4,7 @@ What a step does depends on its number alone, see ``hone_video.training``: image
 classes and dropout.
 
 Source: the release's ``train_c2i.py`` (optimiser, rates, the loss on the mixture, a random view of ten).
-Differs: EMA is on unless told; ``warm_start`` is ours and FlashAR's.
+Differs: EMA is on unless told; ``warm_start`` is ours.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def attach(model: Any, config: str | NARConfig = "nar") -> NARHandle:
 def warm_start(raster: LlamaGenForImageGeneration) -> NARForImageGeneration:
     """A NAR to train, of a raster model's weights: the below head begins as a clone of the last block and the head.
 
-    Differs: the paper trains from random weights; its authors' FlashAR starts from raster weights in this way.
+    Differs: the paper trains from random weights. Its authors' FlashAR clones the top of a raster model too, but runs
+        the clone beside the original and mixes by a gate; here it runs after the last block, where NAR has it.
 
     Args:
         raster: LlamaGen in raster order.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
-from hone_core.io import atomic_write_json
+from hone_core.io import atomic_path, atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Better, Report, Run
 from torch import Tensor
@@ -135,7 +135,8 @@ def _trained(cfg: ReproduceConfig, run: Run, name: str, seed: int, device: torch
             if not math.isfinite(float(value)):
                 raise RuntimeError(f"the loss of {name} became {float(value)}; lower lr")
             run.log(step=step + 1, **{f"loss of {name}, seed {seed}": float(value)})
-    torch.save(learner.average.state_dict(), file)
+    with atomic_path(file) as scratch:
+        torch.save(learner.average.state_dict(), scratch)
     return learner.average
 
 

@@ -43,7 +43,7 @@ class GenerateReport(Report):
         return "\n".join(map(str, self.images))
 
 
-def check_inputs(cfg: GenerateConfig) -> None:
+def check_inputs(cfg: GenerateConfig) -> GenerateConfig:
     """Hold classes, prompts and sampling against the folder's configs; no weight is read.
 
     Raises:
@@ -70,6 +70,7 @@ def check_inputs(cfg: GenerateConfig) -> None:
             raise ValueError(f"classes are 0 to {classes - 1}; got {', '.join(map(str, wrong))}")
     else:
         check_prompts(cfg.model, cfg.prompts, model["cls_token_num"])
+    return cfg
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
