@@ -9,7 +9,7 @@ from hone_nar.config import EvalConfig, TrainConfig
 from hone_nar.evaluate import evaluate
 from hone_nar.finetune import TINY, check, rate, train
 from hone_nar.transformer import LlamaGenForImageGeneration, NARForImageGeneration
-from hone_video.training import Loop
+from hone_video.training import Group, Loop
 from hone_video.training_config import LoopConfig
 
 LOOP = LoopConfig(
@@ -87,6 +87,14 @@ def test_training_begins_with_weights_that_are_given(cfg, start, tmp_path):
     assert all(torch.allclose(value, same[name]) for name, value in nar.state_dict().items())
     with pytest.raises(CheckpointError, match="would stay random"):
         load_published(NARForImageGeneration(**options), tmp_path / "raster.pt")
+
+
+def test_vectors_are_spared_from_weight_decay(cfg, start, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("hone_nar.finetune.Group", lambda **options: made.append(Group(**options)) or made[0])
+    run_train(start, replace(cfg, loop=replace(LOOP, steps=1)), tmp_path)
+    found = {(p.ndim > 1, part["weight_decay"]) for part in made[0].optimizer.param_groups for p in part["params"]}
+    assert found == {(True, 0.05), (False, 0.0)}
 
 
 def test_the_rate_falls_at_milestones():

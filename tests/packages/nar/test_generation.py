@@ -114,3 +114,18 @@ def test_compiled_pieces_are_made_once_for_all_blocks_and_steps():
     assert torch.equal(run.run(), draw(model, [3, 7], [11, 12]))
     # Two pieces, of one token and of several.
     assert len(made) <= 4
+
+
+def test_temperature_divides_the_logits_and_draws_belong_to_places():
+    model, seed = tiny(), 3
+    runs = []
+    for temperature in (1.0, 0.5):
+        run = Decoding(model, 1, sampling=Sampling(guidance=2.0, temperature=temperature))
+        run.load(model.condition(torch.tensor([3]), guided=True), [seed])
+        with torch.no_grad():
+            run.step(0)
+        runs.append(run)
+    assert torch.equal(runs[1].logits, 2 * runs[0].logits)
+    # The uniform of a slot is that of its place in raster order, whatever the order of drawing.
+    by_place = torch.rand(36, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(runs[0].uniform[0], by_place[list(model.order.ids)])

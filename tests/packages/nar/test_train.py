@@ -65,3 +65,12 @@ def test_a_step_leaves_the_global_generator_alone():
     state = torch.random.get_rng_state()
     take_step(learner, digits("train"), 4, 0.5, 0, 0)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_average_follows_slowly():
+    learner = Learner(digit_model("nar", CONFIG.host), lr=1e-2, ema=0.75)
+    for number, decay in ((0, 0.1), (1000, 0.75)):
+        before = [p.clone() for p in learner.average.parameters()]
+        take_step(learner, digits("train"), 4, 0.5, 0, number)
+        for old, new, now in zip(before, learner.average.parameters(), learner.model.parameters(), strict=True):
+            torch.testing.assert_close(new, decay * old + (1 - decay) * now)
