@@ -80,6 +80,13 @@ def bad_files(joints, folder):
     save(folder / "flat.npy", joints.flatten(1))
     write_bvh(joints, folder / "a.bvh")
     (folder / "text.npy").write_text("no array")
+    (folder / "empty.npy").write_bytes(b"")
+    (folder / "empty.npz").write_bytes(b"")
+    (folder / "zip.npy").write_bytes(write_smpl(joints, folder / "a.npz").read_bytes())
+    save(folder / "complex.npy", joints.numpy() + 1j)
+    save(folder / "side.npy", joints[..., [1, 0, 2]])
+    with np.load(folder / "a.npz") as data:
+        np.savez(folder / "still.npz", **{**data, "mocap_framerate": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -95,6 +102,13 @@ def bad_files(joints, folder):
         (("a.bvh", "--fps", "30"), "has 20 frames a second and not 30"),
         (("cut.bvh",), "is cut short"),
         (("text.npy", "--fps", "20"), "is no array of numbers"),
+        (("empty.npy", "--fps", "20"), "is no array of numbers"),
+        (("empty.npz",), "is no NPZ"),
+        (("zip.npy", "--fps", "20"), "it holds several arrays"),
+        (("complex.npy", "--fps", "20"), "it holds complex128"),
+        (("side.npy", "--fps", "20"), "bodies stand along x and not along y, as was said; turn it first"),
+        (("still.npz",), "frames a second must be positive; got 0"),
+        (("a.npy", "--fps", "-20"), "frames a second must be positive; got -20"),
         (("nowhere.npy",), "there is no"),
         (("a.npy", "--to", "fbx"), "--to must be one of"),
         (("a.bvh", "--to", "bvh", "--features"), "features are written as .npy"),

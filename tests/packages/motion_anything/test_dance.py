@@ -104,6 +104,11 @@ def test_foot_contact():
     # By hand: constant acceleration is its own maximum, so the mean of the feet's squared steps.
     step = np.diff(0.5 * t**2)[1:]
     assert foot_contact_score(glide) == pytest.approx(10000 * (step**2).mean())
+    # Who falls while the feet slide evenly is pushed by nothing.
+    fall = np.zeros((40, 24, 3))
+    fall[..., 0] = np.arange(40)[:, None] / 64
+    fall[:, 0, 1] = -(np.arange(40) ** 2)
+    assert foot_contact_score(fall) == 0
 
 
 def test_bad_joints():

@@ -61,6 +61,13 @@ def test_generated_features_come_through_a_bvh(tmp_path):
     assert (back - motion).norm(dim=-1).max() < 1e-3
 
 
+def change_row(text, frame, change):
+    lines = text.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("Frame Time")) + 1 + frame
+    lines[at] = " ".join(change(lines[at].split()))
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -69,7 +76,15 @@ def test_generated_features_come_through_a_bvh(tmp_path):
         (lambda text: text.replace("Frames: 81", "Frames: x"), r"expected a number; got x"),
         (lambda text: text[:100], r"expected .*; got its end"),
         (lambda text: text.replace("Xrotation", "Wrotation", 1), "unknown channel Wrotation"),
-        (lambda text: " ".join(text.split(" ")[:-1]) + " nan\n", "expected a finite number; got nan"),
+        (
+            lambda text: " ".join(text.split(" ")[:-1]) + " nan\n",
+            r"line 215, frame 80: expected a finite number; got nan",
+        ),
+        (lambda text: change_row(text, 7, lambda row: row[:-1]), "frame 7 is cut short"),
+        (lambda text: change_row(text, 7, lambda row: [*row, "1"]), "frame 7 is too much"),
+        (lambda text: text + text.splitlines()[-1] + "\n", "holds 82: frame 81 is too much"),
+        (lambda text: "HIERARCHY ROOT a { OFFSET 0 0 0 CHANNELS 0 } MOTION Frames: 2 Frame Time: 1", "has a channel"),
+        (lambda text: "HIERARCHY ROOT a {" + 2000 * " OFFSET 0 0 0 CHANNELS 0 JOINT b {", "too deep"),
     ],
 )
 def test_a_damaged_bvh_is_refused_with_its_line(change, message, joints, tmp_path):
@@ -95,6 +110,15 @@ def test_bad_npz(joints, tmp_path):
         read_smpl(tmp_path / "d.npz")
     with pytest.raises(FileNotFoundError):
         read_smpl(tmp_path / "e.npz")
+    held["poses"][5, 3] = 0
+    for name, value, message in (
+        ("poses", np.full((81, 72), "x"), "expected numbers; got <U1"),
+        ("offsets", np.zeros((3, 3)), r"expected offsets \[22, 3\]"),
+        ("mocap_framerate", np.ones(2), ".* one mocap_framerate"),
+    ):
+        np.savez(tmp_path / "f.npz", **held | {name: value})
+        with pytest.raises(ValueError, match=rf"f\.npz: {message}"):
+            read_smpl(tmp_path / "f.npz")
 
 
 def test_rotation_vectors_and_the_fit_of_several_bones():

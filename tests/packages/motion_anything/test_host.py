@@ -3,6 +3,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_motion_anything.config import UnmaskConfig
 from hone_motion_anything.data import fake_batch
+from hone_motion_anything.grading import mask_overlap
 from hone_motion_anything.grammar import text_ids
 from hone_motion_anything.host import Host, load_host
 
@@ -46,6 +47,20 @@ def test_an_edit_of_a_part_leaves_the_others_columns_bit_for_bit(untrained):
     others = [column for part, own in enumerate(part_columns()) if part != 4 for column in own]
     assert torch.equal(before[..., others], after[..., others])
     assert not torch.equal(before, after)
+
+
+def test_overlap_of_masks_with_events(untrained, monkeypatch):
+    host, clips = load_host(path=untrained), fake_batch(3)
+    mask = torch.zeros_like(clips.cells)
+    mask[:, :5] = True
+    monkeypatch.setattr("hone_motion_anything.grading.attention_mask", lambda *_: mask)
+    found = mask_overlap(host, clips)
+    for row in range(3):
+        cells = {tuple(cell) for cell in clips.cells[row].nonzero().tolist()}
+        hit = sum(step < 5 for step, _ in cells)
+        assert found.recall[row] == pytest.approx(hit / len(cells))
+        assert found.precision[row] == pytest.approx(hit / 30)
+        assert found.share[row] == 0.25
 
 
 def test_missing_and_damaged(untrained, tmp_path):

@@ -155,6 +155,23 @@ def test_scores_of_a_text_are_its_row_of_attention_or_the_mean_of_all():
     assert_close(net.scores(ids, condition, valid, "all")[0], mean)
 
 
+def test_scores_of_parts_are_the_conditions_attention_to_them():
+    net = model()
+    ids, condition, valid = inputs()
+    x = net.embed(ids)
+    _, by_frame, _ = net.given(condition, 6)
+    layer = net.blocks[0].spatial
+    wanted = torch.zeros(2, 6, 3).double()
+    for row in range(2):
+        for step in range(6):
+            keys = layer.condition_keys(by_frame[row, step][None])[0]
+            asked = layer.attention.q(layer.attention.norm_q(keys)).view(-1, 2, 8)
+            parts = layer.attention.k(layer.attention.norm_k(x[row, step])).view(3, 2, 8)
+            weights = [(asked[:, head] @ parts[:, head].T / math.sqrt(8)).softmax(-1) for head in range(2)]
+            wanted[row, step] = torch.stack(weights).mean((0, 1))
+    assert_close(net.scores(ids, condition, valid)[1], wanted)
+
+
 def test_gates():
     ids, condition, valid = inputs()
     none, product, residual = (model(gate=gate) for gate in ("none", "product", "residual"))
@@ -199,6 +216,21 @@ def test_loss_is_over_hidden_tokens_and_has_the_right_gradient():
     logits = net(torch.where(mask, net.mask_id, ids), condition, valid)
     wanted = -logits[mask].log_softmax(-1).gather(-1, ids[mask][:, None]).mean()
     assert_close(found, wanted.float(), atol=1e-6)
+
+
+def test_loss_counts_hidden_tokens_that_are_shown_wrong_or_as_they_are():
+    net = model()
+    ids, condition, valid = inputs()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    seen = []
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    found = masked_loss(net, ids, condition, valid, mask, torch.Generator().manual_seed(0), corrupt=0.5)
+    assert (seen[0][mask] == net.mask_id).any()
+    assert (seen[0][mask] != net.mask_id).any()
+    assert torch.equal(seen[0][~mask], ids[~mask])
+    logits = net(seen[0], condition, valid)
+    assert_close(found, -logits[mask].log_softmax(-1).gather(-1, ids[mask][:, None]).mean().float(), atol=1e-6)
 
 
 def test_which_masks_a_training_takes():
@@ -255,6 +287,20 @@ def test_unmasking_fixes_the_surest_first_and_ends_with_all():
     hidden = [(ids == 5).sum().item() for ids in seen]
     assert hidden == [6, round(6 * math.cos(math.pi / 6)), round(6 * math.cos(math.pi / 3)), 1]
     assert (seen[-1] == 5).nonzero().tolist() == [[0, 0, 0]]
+
+
+def test_a_rank_hides_its_largest_again():
+    seen = []
+
+    def logits(ids):
+        seen.append(ids.clone())
+        return torch.zeros(1, 4, 1, 5)
+
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    rank = torch.tensor([1.0, 4, 2, 3]).view(1, 4, 1)
+    unmask(logits, valid, 1, 5, torch.Generator().manual_seed(0), steps=3, rank=lambda ids: rank)
+    hidden = [(ids[0, :, 0] == 5).nonzero()[:, 0].tolist() for ids in seen]
+    assert hidden == [[0, 1, 2, 3], [1, 2, 3], [1]]
 
 
 def test_draws_follow_the_softmax():

@@ -3,7 +3,7 @@ import json
 import pytest
 from hone_core.runs import Run
 from hone_motion_anything.config import ReproduceConfig
-from hone_motion_anything.reproduce import CLAIMS, reproduce, verdict
+from hone_motion_anything.reproduce import CLAIMS, _margins, reproduce, verdict
 
 
 def test_verdicts():
@@ -11,6 +11,15 @@ def test_verdicts():
     assert verdict([-0.1, -0.2, -0.3]) == "REFUTED"
     assert verdict([0.1, -0.2, 0.3]) == "MIXED, 2 of 3"
     assert verdict([0.1]).startswith("UNDECIDED")
+
+
+def test_margins_are_positive_where_the_claim_holds():
+    better = {"events": 0.75, "frechet": 0.25, "mask_recall": 0.75, "mask_share": 0.5}
+    worse = better | {"events": 0.5, "frechet": 0.5}
+    graded = {"attention 0": better, "random 0": worse, "events 0": better, "cosine 0": worse}
+    assert _margins(ReproduceConfig(seeds=(0,)), graded) == {claim: [0.25] for claim in CLAIMS}
+    some = ReproduceConfig(seeds=(0,), arms=("events", "random"))
+    assert list(_margins(some, graded)) == ["C5 known events over random"]
 
 
 def test_arms_are_trained_graded_judged_and_not_trained_twice(untrained, tmp_path, monkeypatch):

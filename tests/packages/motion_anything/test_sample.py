@@ -68,6 +68,7 @@ def test_cells_of_an_edit():
         ((), "say what to make"),
         (("--text", ""), "the text is empty"),
         (("--text", "a person", "--edit-parts", "torso"), "name the motion with --edit"),
+        (("--text", "a person", "--fps", "20"), "name the motion with --edit"),
         (("--text", "a person", "--edit", "M", "--edit-parts", "tail"), "no part tail"),
         (("--text", "a person", "--edit", "M", "--edit-seconds", "3", "2"), "an interval within 0 and 4"),
         (("--text", "a person", "--edit", "M", "--fps", "60"), "has 20 frames a second and not 60"),

@@ -6,8 +6,9 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_motion_anything.config import TrainHostConfig
-from hone_motion_anything.host import load_host
-from hone_motion_anything.train import Making, contrast, train_host
+from hone_motion_anything.data import fake_batch
+from hone_motion_anything.host import Host, load_host
+from hone_motion_anything.train import Making, contrast, train_host, transformer_loss
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,17 @@ def test_contrast_is_least_where_pairs_meet():
     # Rows that say the same share their target: half each, log 2 by row.
     assert contrast(text, text.clone(), same).item() == pytest.approx(2 / 3 * torch.tensor(2.0).log().item(), abs=1e-6)
     assert contrast(text, text.roll(1, 0), same) > 10
+
+
+def test_dropped_texts_are_not_seen_by_the_loss(small):
+    host = Host.untrained(small, seed=1)
+    host.transformer.eval()
+    clips = fake_batch(4)
+    other = replace(clips, words=clips.words.roll(1, 0))
+    tokens, at = host.tokenizer.encode(clips.features), torch.arange(4)
+
+    def loss(clips, drop):
+        return transformer_loss(host, clips, tokens, at, torch.Generator().manual_seed(0), drop=drop, corrupt=0.0)[0]
+
+    assert torch.equal(loss(clips, 1.0), loss(other, 1.0))
+    assert not torch.equal(loss(clips, 0.0), loss(other, 0.0))

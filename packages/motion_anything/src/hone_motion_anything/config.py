@@ -264,7 +264,7 @@ class TrainHostConfig:
     """Motions of a step."""
     clips: int = 16384
     """Motions that are generated once and drawn from."""
-    tokenizer_share: float = 0.25
+    tokenizer_share: float = 0.35
     """Share of the budget that trains the tokenizer."""
     evaluator_share: float = 0.1
     """Share of the budget that trains the evaluator."""
@@ -401,7 +401,7 @@ class GenerateConfig:
     edit: Path | None = None
     """Motion of which a part is made anew: .npy, .npz, .bvh or .pkl."""
     edit_parts: tuple[str, ...] = ()
-    """A host.safetensors made by train-host, whose tokenizer and evaluator all arms share; the packaged one if None."""
+    """Parts of the body to make anew: root, left leg, right leg, torso, left arm, right arm; all if not given."""
     edit_seconds: tuple[float, float] | None = None
     """Interval to make anew, in seconds: in-betweening; everything if not given."""
     fps: float | None = None
@@ -421,8 +421,8 @@ class GenerateConfig:
         unknown = [part for part in self.edit_parts if part not in BODY_PARTS]
         if unknown:
             raise ValueError(f"no part {', '.join(unknown)}; they are {', '.join(BODY_PARTS)}")
-        if self.edit is None and (self.edit_parts or self.edit_seconds):
-            raise ValueError("edit_parts and edit_seconds are of an edit: name the motion with --edit")
+        if self.edit is None and (self.edit_parts or self.edit_seconds or self.fps is not None or self.up != "y"):
+            raise ValueError("edit_parts, edit_seconds, fps and up are of an edit: name the motion with --edit")
         if self.edit_seconds is not None and not 0 <= self.edit_seconds[0] < self.edit_seconds[1] <= 4:
             raise ValueError(f"edit_seconds must be an interval within 0 and 4; got {self.edit_seconds}")
         wrong = [kind for kind in self.formats if kind not in ("bvh", "gltf", "npz", "npy", "mp4")]
@@ -455,10 +455,6 @@ class ConvertConfig:
     model: str | None = None
     """Which published model the checkpoint is, such as momask-mask."""
 
-    def __post_init__(self) -> None:
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"fps must be positive; got {self.fps}")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
@@ -471,7 +467,7 @@ class EvalConfig:
     repetitions: int = 20
     """Repetitions that intervals are over."""
     limit: int = 1024
-    """Texts of a repetition."""
+    """Texts of a repetition; below 32 R-precision's pool shrinks, below 301 the pairs of the diversity."""
     dances: int = 40
     """Dances of a repetition; AIST++'s protocol has 40."""
     many_texts: int = 100

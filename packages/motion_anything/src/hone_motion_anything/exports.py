@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +108,10 @@ class _Words:
         self.words = [(word, number) for number, line in enumerate(text.splitlines(), 1) for word in line.split()]
         self.at = 0
 
-    def fail(self, expected: str) -> ValueError:
+    def fail(self, expected: str, frame: int | None = None) -> ValueError:
         found, line = self.words[self.at] if self.at < len(self.words) else ("its end", self.last)
-        return ValueError(f"{self.path}, line {line}: expected {expected}; got {found}. The file is damaged, or no BVH")
+        where = f"{self.path}, line {line}" + ("" if frame is None else f", frame {frame}")
+        return ValueError(f"{where}: expected {expected}; got {found}. The file is damaged, or no BVH")
 
     @property
     def last(self) -> int:
@@ -123,15 +126,16 @@ class _Words:
         self.at += 1
         return self.words[self.at - 1][0]
 
-    def numbers(self, count: int) -> list[float]:
-        found = []
+    def numbers(self, count: int, width: int | None = None) -> list[float]:
+        """The next ones; ``width`` are a frame."""
+        found: list[float] = []
         for _ in range(count):
             try:
                 value = float(self.peek())
             except ValueError:
-                raise self.fail("a number") from None
+                raise self.fail("a number", width and len(found) // width) from None
             if not math.isfinite(value):
-                raise self.fail("a finite number")
+                raise self.fail("a finite number", width and len(found) // width)
             found.append(value)
             self.at += 1
         return found
@@ -185,7 +189,10 @@ def read_bvh(
 
     words.take("HIERARCHY")
     words.take("ROOT")
-    joint(-1)
+    try:
+        joint(-1)
+    except RecursionError:
+        raise ValueError(f"{path}: its joints stand in one another too deep. The file is damaged, or no BVH") from None
     words.take("MOTION")
     words.take("Frames:")
     frames = int(words.numbers(1)[0])
@@ -195,12 +202,18 @@ def read_bvh(
     if frames < 1 or seconds <= 0:
         raise ValueError(f"{path} says {frames} frames of {seconds} s; expected at least one of a positive time")
     width = sum(map(len, channels))
+    if not width:
+        raise ValueError(f"{path}: no joint has a channel")
     found = (len(words.words) - words.at) / width
     if found != frames:
+        rows = [len(list(row)) for _, row in groupby(words.words[words.at :], key=lambda word: word[1])]
+        odd = next((frame for frame, row in enumerate(rows) if row != width), min(len(rows), frames))
+        short = odd == len(rows) or rows[odd] < width
         raise ValueError(
-            f"{path} says {frames} frames of {width} numbers and holds {found:g}: frame {int(found)} is cut short"
+            f"{path} says {frames} frames of {width} numbers and holds {found:g}: frame {odd} is "
+            f"{'cut short' if short else 'too much'}"
         )
-    data = torch.tensor(words.numbers(frames * width), dtype=torch.float64).view(frames, width)
+    data = torch.tensor(words.numbers(frames * width, width), dtype=torch.float64).view(frames, width)
     places: list[Tensor] = []
     turns: list[Tensor] = []
     at = 0
@@ -274,24 +287,30 @@ def read_smpl(path: str | Path) -> tuple[Float[Tensor, "frames 22 3"], float]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no NPZ, or is cut short")
     try:
         with np.load(path, allow_pickle=False) as data:
             held = {name: data[name] for name in data.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no NPZ: {error}") from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is a damaged NPZ: {error}") from error
     if missing := [name for name in ("poses", "trans", "mocap_framerate") if name not in held]:
         raise ValueError(f"{path} has no {', '.join(missing)}; it holds {', '.join(held) or 'nothing'}")
-    poses, trans = held["poses"], held["trans"]
+    poses, trans, rate = held["poses"], held["trans"], held["mocap_framerate"]
+    rest = held.get("offsets", np.asarray(SMPL_OFFSETS)[:22])
+    if other := [value.dtype for value in (poses, trans, rate, rest) if value.dtype.kind not in "iuf"]:
+        raise ValueError(f"{path}: expected numbers; got {other[0]}")
     if poses.ndim != 2 or poses.shape[1] < 66 or trans.shape != (len(poses), 3):
         raise ValueError(
             f"{path}: expected poses [frames, 66 or more] and trans [frames, 3]; got {poses.shape}, {trans.shape}"
         )
+    if rest.shape != (22, 3) or rate.size != 1:
+        raise ValueError(f"{path}: expected offsets [22, 3] and one mocap_framerate; got {rest.shape}, {rate.shape}")
     bad = ~(np.isfinite(poses).all(1) & np.isfinite(trans).all(1))
     if bad.any():
         raise ValueError(f"{path}, frame {int(bad.nonzero()[0][0])}: a pose is not finite")
     vectors = torch.from_numpy(poses[:, :66]).double().unflatten(1, (22, 3))
-    rest = held.get("offsets", np.asarray(SMPL_OFFSETS)[:22])
     joints = forward_kinematics(
         axis_angle_to_quat(vectors), torch.from_numpy(trans).double(), torch.from_numpy(rest), HUMANML3D.parents
     )
-    return joints, float(held["mocap_framerate"])
+    return joints, float(rate.item())

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .motion_files import read_numbers
 from .skeletons import HUMANML3D, Skeleton
 
 __all__ = ["LONGEST", "Clip", "read_clips", "read_texts"]
@@ -84,7 +84,7 @@ def read_clips(folder: Path, split: str, skeleton: Skeleton = HUMANML3D) -> list
         path = folder / "new_joint_vecs" / f"{name}.npy"
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}, which {names.name} lists")
-        features = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        features = read_numbers(path).float()
         if features.ndim != 2 or features.shape[1] != skeleton.width:
             raise ValueError(
                 f"{path}: expected [rows, {skeleton.width}] for {skeleton.name}; got {list(features.shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .gltf import write_gltf
 from .rotations import axis_angle_to_quat
 from .skeletons import HUMANML3D, KIT, SMPL_OFFSETS, Skeleton, forward_kinematics
 
-__all__ = ["READS", "SKELETONS", "WRITES", "Motion", "read_motion", "write_motion"]
+__all__ = ["READS", "SKELETONS", "WRITES", "Motion", "read_motion", "read_numbers", "write_motion"]
 
 SKELETONS = {"humanml3d": HUMANML3D, "kit": KIT}
 READS = (".npy", ".npz", ".bvh", ".pkl")
@@ -61,6 +62,9 @@ def read_motion(path: str | Path, skeleton: Skeleton = HUMANML3D, *, fps: float 
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     joints, said = _read(path, skeleton)
+    for rate in (said, fps):
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"{path}: frames a second must be positive; got {rate:g}")
     if said is None and fps is None:
         raise ValueError(f"{path} does not say how fast it is: give its frames a second with --fps, such as 20")
     if said is not None and fps is not None and abs(said - fps) > 0.01 * fps:
@@ -93,11 +97,7 @@ def _read(path: Path, skeleton: Skeleton) -> tuple[Tensor, float | None]:
         return read_aist(path), AIST_FPS
     if path.suffix != ".npy":
         raise ValueError(f"{path}: expected a file that ends in {', '.join(READS)}")
-    try:
-        data = np.load(path, allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no array of numbers: {error}") from error
-    values = torch.from_numpy(np.asarray(data, dtype=np.float64))
+    values = read_numbers(path)
     if values.ndim == 2 and values.shape[1] == skeleton.width:
         bad = ~torch.isfinite(values).all(-1)
         if bool(bad.any()):
@@ -109,6 +109,21 @@ def _read(path: Path, skeleton: Skeleton) -> tuple[Tensor, float | None]:
             f"{list(values.shape)}"
         )
     return values, None
+
+
+def read_numbers(path: Path) -> Float[Tensor, "*dims"]:
+    """Real numbers of an ``.npy``, in double precision.
+
+    Raises:
+        ValueError: It is damaged or holds something else; the message names the file.
+    """
+    try:
+        data = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no array of numbers: {error}") from error
+    if not isinstance(data, np.ndarray) or data.dtype.kind not in "iuf":
+        raise ValueError(f"{path} is no array of numbers: it holds {getattr(data, 'dtype', 'several arrays')}")
+    return torch.from_numpy(data.astype(np.float64))
 
 
 def _check_stance(joints: Tensor, skeleton: Skeleton, path: Path, up: str) -> None:
@@ -126,7 +141,8 @@ def _check_stance(joints: Tensor, skeleton: Skeleton, path: Path, up: str) -> No
         found = "xyz"[int(share.argmax())]
         # What was turned for z is named as in the file.
         found = found if up == "y" else {"x": "x", "z": "y"}[found]
-        raise ValueError(f"{path}: bodies stand along {found} and not along {up}, as was said; pass --up {found}")
+        todo = "turn it first" if found == "x" else f"pass --up {found}"
+        raise ValueError(f"{path}: bodies stand along {found} and not along {up}, as was said; {todo}")
 
 
 class _Arrays(pickle.Unpickler):

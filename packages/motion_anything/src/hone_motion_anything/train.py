@@ -1,6 +1,6 @@
 """Train the tiny host on the grammar: tokenizer, evaluator, then the transformer with masks by the method.
 
-One command makes it as it ships: ``hone-motion-anything train-host``.
+One command makes such a host: ``hone-motion-anything train-host``; ``info`` says which made the one that ships.
 """
 
 from __future__ import annotations
