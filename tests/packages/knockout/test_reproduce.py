@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from hone_core.claims import verdict_over_seeds
 from hone_core.runs import Run, load_results
 from hone_knockout.config import ReproduceConfig, SweepConfig
 from hone_knockout.evaluate import configurations
@@ -9,7 +10,6 @@ from hone_knockout.reproduce import (
     ReproduceReport,
     judge,
     reproduce,
-    verdict_over_seeds,
 )
 
 LAYERS = 10

@@ -1,16 +1,17 @@
 import json
 
 import pytest
+from hone_core.claims import verdict_over_margins
 from hone_core.runs import Run
 from hone_motion_anything.config import ReproduceConfig
-from hone_motion_anything.reproduce import CLAIMS, _margins, reproduce, verdict
+from hone_motion_anything.reproduce import CLAIMS, _margins, reproduce
 
 
 def test_verdicts():
-    assert verdict([0.1, 0.2, 0.3]) == "CONFIRMED"
-    assert verdict([-0.1, -0.2, -0.3]) == "REFUTED"
-    assert verdict([0.1, -0.2, 0.3]) == "MIXED, 2 of 3"
-    assert verdict([0.1]).startswith("UNDECIDED")
+    assert verdict_over_margins([0.1, 0.2, 0.3]) == "CONFIRMED"
+    assert verdict_over_margins([-0.1, -0.2, -0.3]) == "REFUTED"
+    assert verdict_over_margins([0.1, -0.2, 0.3]) == "MIXED, 2 of 3"
+    assert verdict_over_margins([0.1]).startswith("UNDECIDED")
 
 
 def test_margins_are_positive_where_the_claim_holds():

@@ -1,6 +1,7 @@
 import pytest
+from hone_core.claims import verdict_over_margins
 from hone_nar.config import HostConfig, ReproduceConfig
-from hone_nar.reproduce import CLAIMS, reproduce, verdict
+from hone_nar.reproduce import CLAIMS, reproduce
 
 
 def test_every_claim_is_judged_and_trainings_are_kept(start, tmp_path):
@@ -29,4 +30,4 @@ def test_every_claim_is_judged_and_trainings_are_kept(start, tmp_path):
     ],
 )
 def test_verdicts(values, wanted):
-    assert verdict(values) == wanted
+    assert verdict_over_margins(values) == wanted

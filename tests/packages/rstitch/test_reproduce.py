@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from hone_core.claims import verdict_over_seeds
 from hone_rstitch.config import ReproduceConfig
-from hone_rstitch.reproduce import RULES, ReproduceReport, decided, prepare, reproduce, verdict_over_seeds
+from hone_rstitch.reproduce import RULES, ReproduceReport, decided, prepare, reproduce
 
 
 @pytest.mark.parametrize(("shift", "holds"), [(0.5, "yes"), (0.0, "undecided"), (-0.5, "no")])

@@ -1,13 +1,14 @@
+from hone_core.claims import verdict_over_margins
 from hone_core.runs import Run
 from hone_sparsevar.config import ReproduceConfig
-from hone_sparsevar.reproduce import CLAIMS, reproduce, verdict
+from hone_sparsevar.reproduce import CLAIMS, reproduce
 
 
 def test_verdicts_need_three_seeds_that_agree():
-    assert verdict([1.0, 2.0]) == "UNDECIDED, 2 of 3 seeds"
-    assert verdict([0.1, 0.2, 0.3]) == "CONFIRMED"
-    assert verdict([-0.1, 0.0, -0.3]) == "REFUTED"
-    assert verdict([-0.1, 0.2, 0.3]) == "MIXED, 2 of 3"
+    assert verdict_over_margins([1.0, 2.0]) == "UNDECIDED, 2 of 3 seeds"
+    assert verdict_over_margins([0.1, 0.2, 0.3]) == "CONFIRMED"
+    assert verdict_over_margins([-0.1, 0.0, -0.3]) == "REFUTED"
+    assert verdict_over_margins([-0.1, 0.2, 0.3]) == "MIXED, 2 of 3"
 
 
 def test_every_claim_is_judged(untrained, tmp_path):

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from hone_core.claims import verdict_over_seeds
 from hone_zipr1 import reproduce as module
 from hone_zipr1.config import ReproduceConfig
 from hone_zipr1.host import load_host
-from hone_zipr1.reproduce import ARMS, RULES, judge, matching_p, over_seeds, prepare, reproduce, trainings
+from hone_zipr1.reproduce import ARMS, RULES, judge, matching_p, prepare, reproduce, trainings
 
 
 def result(right, ratio, items=1000):
@@ -40,11 +41,11 @@ def test_equal_ratio_compares_the_same_questions(first, second, expected):
 
 
 def test_over_seeds():
-    assert over_seeds(["yes"] * 3).startswith("CONFIRMED")
-    assert over_seeds(["no"] * 3).startswith("REFUTED")
-    assert over_seeds(["yes", "no", "yes"]).startswith("MIXED")
-    assert over_seeds(["yes", "undecided", "yes"]).startswith("UNDECIDED")
-    assert over_seeds(["yes"] * 2).startswith("UNDECIDED, 2 of 3")
+    assert verdict_over_seeds(["yes"] * 3).startswith("CONFIRMED")
+    assert verdict_over_seeds(["no"] * 3).startswith("REFUTED")
+    assert verdict_over_seeds(["yes", "no", "yes"]).startswith("MIXED")
+    assert verdict_over_seeds(["yes", "undecided", "yes"]).startswith("UNDECIDED")
+    assert verdict_over_seeds(["yes"] * 2).startswith("UNDECIDED, 2 of 3")
 
 
 def test_arms_differ_in_one_thing_each():

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from hone_core.claims import SEEDS, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run, load_results
@@ -33,7 +34,7 @@ from .host import Host, load_host
 from .recommend import choose, halves
 from .train import GATES, grade_host
 
-__all__ = ["RULES", "ReproduceReport", "judge", "reproduce", "verdict_over_seeds"]
+__all__ = ["RULES", "ReproduceReport", "judge", "reproduce"]
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ MIXES = {
     "temporal only": ("order", "direction"),
     "order only": ("order",),
 }
-SEEDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,16 +283,6 @@ def _recipe(
         f"{name}: {recipe.config.label}, chosen on {recipe.chosen_on} questions; on the other {len(rows)}: "
         f"{100 * pair.change:+.1f} points [{low:+.1f}, {high:+.1f}], McNemar p {shown_p(pair.p)}"
     )
-
-
-def verdict_over_seeds(holds: Sequence[str]) -> str:
-    """Over the seeds: a rule is confirmed or refuted where there are enough of them and all say so."""
-    counts = ", ".join(f"{word} on {holds.count(word)}" for word in ("yes", "no", "undecided") if word in holds)
-    if len(holds) < SEEDS:
-        return f"UNDECIDED, {len(holds)} of {SEEDS} seeds ({counts})"
-    if len(set(holds)) == 1 and holds[0] != "undecided":
-        return f"{'CONFIRMED' if holds[0] == 'yes' else 'REFUTED'} ({counts})"
-    return f"{'MIXED' if {'yes', 'no'} <= set(holds) else 'UNDECIDED'} ({counts})"
 
 
 def _disagreement(hosts: Sequence[Mapping[str, Any]]) -> str:

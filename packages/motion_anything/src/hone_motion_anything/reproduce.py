@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean, stdev
 
 import torch
+from hone_core.claims import VERDICTS, MarginsReport, verdict_over_margins
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
-from hone_core.runs import Report, Run
+from hone_core.runs import Run
 from hone_core.training import Training
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from .metrics import frechet
 from .models import attach
 from .train import learning_rate, seeded, transformer_loss
 
-__all__ = ["CLAIMS", "ReproduceReport", "reproduce", "train_arm", "verdict"]
+__all__ = ["CLAIMS", "ReproduceReport", "reproduce", "train_arm"]
 
 CLAIMS = {
     "C1 events, attention over random": "share of motions whose events are all right, attention's less random's",
@@ -43,31 +44,8 @@ CLAIMS = {
 that helps."""
 
 
-def verdict(values: Sequence[float]) -> str:
-    """Over seeds, fewer than three of which decide nothing."""
-    positive = sum(value > 0 for value in values)
-    if len(values) < 3:
-        return f"UNDECIDED, {len(values)} of 3 seeds"
-    if positive in (0, len(values)):
-        return "CONFIRMED" if positive else "REFUTED"
-    return f"MIXED, {positive} of {len(values)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceReport(Report):
-    """Result of ``reproduce``; as text, verdicts and the arms.
-
-    Attributes:
-        verdicts: Claim to verdict.
-    """
-
-    verdicts: dict[str, str]
-
-    @classmethod
-    def of(cls, run: Run) -> ReproduceReport:
-        """Return the report of a run whose rows are written."""
-        found = json.loads((run.artifacts / "verdicts.json").read_text(encoding="utf-8"))
-        return cls(path=run.path, rows=tuple(run.rows), verdicts=found)
+class ReproduceReport(MarginsReport):
+    """Result of ``reproduce``; as text, verdicts and the arms."""
 
     def __str__(self) -> str:
         margins = {row.variant: row for row in self.rows if row.metric == "margin_mean"}
@@ -171,8 +149,8 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
         run.row("margin_mean", mean(values), better="higher", n=len(values), spread=spread, variant=claim)
         for seed, value in zip(cfg.seeds, values, strict=True):
             run.row("margin", value, better="higher", variant=claim, split=f"of seed {seed}")
-        verdicts[claim] = verdict(values)
-    atomic_write_json(run.artifacts / "verdicts.json", verdicts)
+        verdicts[claim] = verdict_over_margins(values)
+    atomic_write_json(run.artifacts / VERDICTS, verdicts)
     return ReproduceReport.of(run)
 
 

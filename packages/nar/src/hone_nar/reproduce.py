@@ -9,18 +9,16 @@ Source: Table 1 (quality beside raster), Table 4 (one head), Table 5 (one head a
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from hone_core.claims import VERDICTS, MarginsReport, verdict_over_margins
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_path, atomic_write_json
 from hone_core.progress import progress_bar
-from hone_core.runs import Better, Report, Run
+from hone_core.runs import Better, Run
 from torch import Tensor
 
 from .config import ReproduceConfig
@@ -30,7 +28,7 @@ from .host import digit_model
 from .method import diagonal_order
 from .train import Learner, take_step
 
-__all__ = ["CLAIMS", "ReproduceReport", "reproduce", "verdict"]
+__all__ = ["CLAIMS", "ReproduceReport", "reproduce"]
 
 CLAIMS = {
     "likelihood": "bits per token of raster less NAR's",
@@ -50,31 +48,8 @@ TRAININGS = {
 """Name to kind of model and loss."""
 
 
-def verdict(values: Sequence[float]) -> str:
-    """Over seeds, fewer than three of which decide nothing."""
-    positive = sum(value > 0 for value in values)
-    if len(values) < 3:
-        return f"UNDECIDED, {len(values)} of 3 seeds"
-    if positive in (0, len(values)):
-        return "CONFIRMED" if positive else "REFUTED"
-    return f"MIXED, {positive} of {len(values)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceReport(Report):
-    """Result of ``reproduce``; as text, verdicts and the means over seeds.
-
-    Attributes:
-        verdicts: Claim to verdict.
-    """
-
-    verdicts: dict[str, str]
-
-    @classmethod
-    def of(cls, run: Run) -> ReproduceReport:
-        """Return the report of a run whose rows are written."""
-        found = json.loads((run.artifacts / "verdicts.json").read_text(encoding="utf-8"))
-        return cls(path=run.path, rows=tuple(run.rows), verdicts=found)
+class ReproduceReport(MarginsReport):
+    """Result of ``reproduce``; as text, verdicts and the means over seeds."""
 
     def __str__(self) -> str:
         margins = {row.variant: row for row in self.rows if row.metric == "margin_mean"}
@@ -108,11 +83,11 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
                 run.row("margin", value, better="higher", variant=claim, split=split)
     real_rows(run, "mean")
     _write_means(run)
-    verdicts = {claim: verdict(values) for claim, values in margins.items()}
+    verdicts = {claim: verdict_over_margins(values) for claim, values in margins.items()}
     for claim, values in margins.items():
         spread = stdev(values) if len(values) > 1 else None
         run.row("margin_mean", mean(values), better="higher", n=len(values), spread=spread, variant=claim)
-    atomic_write_json(run.artifacts / "verdicts.json", verdicts)
+    atomic_write_json(run.artifacts / VERDICTS, verdicts)
     return ReproduceReport.of(run)
 
 

@@ -13,12 +13,13 @@ Claim 6 is ours to ask: the paper's own figure finds the tokens around a harmful
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hone_core.claims import SEEDS, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run
@@ -30,7 +31,7 @@ from .data import products
 from .evaluate import Answers, Outcome, auroc, cascade, matched_random, step_ratio, write_rows
 from .host import load_host, open_pair
 
-__all__ = ["MARGIN", "RULES", "ReproduceReport", "decided", "prepare", "reproduce", "verdict_over_seeds"]
+__all__ = ["MARGIN", "RULES", "ReproduceReport", "decided", "prepare", "reproduce"]
 
 MARGIN = 2.0
 """Points of accuracy within which it counts as kept; set before any pair was run."""
@@ -45,7 +46,6 @@ RULES = {
     "window": "accuracy of the gate averaged over a window above the plain gate's at the same share",
 }
 """Each is a difference that must be above zero; so decides its 95 % interval."""
-SEEDS = 3
 DRAWS = 2000
 VERBOSE = SamplingConfig(max_new_tokens=96)
 TUNED = 200
@@ -229,13 +229,3 @@ def decided(margins: np.ndarray) -> dict[str, Any]:
     low, high = (float(value) for value in np.percentile(margins[1:], [2.5, 97.5]))
     holds = "yes" if low > 0 else "no" if high <= 0 else "undecided"
     return {"margin": float(margins[0]), "interval": [low, high], "holds": holds}
-
-
-def verdict_over_seeds(holds: Sequence[str]) -> str:
-    """Over the seeds: confirmed or refuted where there are enough of them and all say so."""
-    counts = ", ".join(f"{word} on {holds.count(word)}" for word in ("yes", "no", "undecided") if word in holds)
-    if len(holds) < SEEDS:
-        return f"UNDECIDED, {len(holds)} of {SEEDS} seeds ({counts})"
-    if len(set(holds)) == 1 and holds[0] != "undecided":
-        return f"{'CONFIRMED' if holds[0] == 'yes' else 'REFUTED'} ({counts})"
-    return f"{'MIXED' if {'yes', 'no'} <= set(holds) else 'UNDECIDED'} ({counts})"

@@ -5,15 +5,14 @@ Source: the abstract's claims, made testable; C1 to C5 are ours to phrase. None 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
+from hone_core.claims import VERDICTS, MarginsReport, verdict_over_margins
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
-from hone_core.runs import Report, Run
+from hone_core.runs import Run
 
 from . import plots
 from .calibrate import image_scores, mask_scores
@@ -22,7 +21,7 @@ from .evaluate import compare, real_features, scenes, table, write_rows
 from .host import SCHEDULE, load_host
 from .models import variant_of
 
-__all__ = ["CLAIMS", "ReproduceReport", "reproduce", "verdict"]
+__all__ = ["CLAIMS", "ReproduceReport", "reproduce"]
 
 CLAIMS = {
     "C1 best block": "AUROC of the best block's map against known masks, less 0.8",
@@ -37,31 +36,8 @@ CLAIMS = {
 """Each holds where its number is positive."""
 
 
-def verdict(values: Sequence[float]) -> str:
-    """Over hosts and seeds, fewer than three of which decide nothing."""
-    positive = sum(value > 0 for value in values)
-    if len(values) < 3:
-        return f"UNDECIDED, {len(values)} of 3 seeds"
-    if positive in (0, len(values)):
-        return "CONFIRMED" if positive else "REFUTED"
-    return f"MIXED, {positive} of {len(values)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceReport(Report):
-    """Result of ``reproduce``; as text, verdicts and the table of the first seed.
-
-    Attributes:
-        verdicts: Claim to verdict.
-    """
-
-    verdicts: dict[str, str]
-
-    @classmethod
-    def of(cls, run: Run) -> ReproduceReport:
-        """Return the report of a run whose rows are written."""
-        found = json.loads((run.artifacts / "verdicts.json").read_text(encoding="utf-8"))
-        return cls(path=run.path, rows=tuple(run.rows), verdicts=found)
+class ReproduceReport(MarginsReport):
+    """Result of ``reproduce``; as text, verdicts and the table of the first seed."""
 
     def __str__(self) -> str:
         margins = {row.variant: row for row in self.rows if row.metric == "margin_mean"}
@@ -98,11 +74,11 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
             for claim in CLAIMS:
                 margins[claim].append(found[claim])
                 run.row("margin", found[claim], better="higher", variant=claim, split=split)
-    verdicts = {claim: verdict(values) for claim, values in margins.items()}
+    verdicts = {claim: verdict_over_margins(values) for claim, values in margins.items()}
     for claim, values in margins.items():
         spread = stdev(values) if len(values) > 1 else None
         run.row("margin_mean", mean(values), better="higher", n=len(values), spread=spread, variant=claim)
-    atomic_write_json(run.artifacts / "verdicts.json", verdicts)
+    atomic_write_json(run.artifacts / VERDICTS, verdicts)
     first = next(row.split for row in run.rows if row.metric == "gflops")
     plots.frontier([row for row in run.rows if row.split == first], run.figures / "frontier.png")
     return ReproduceReport.of(run)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hone_core.claims import SEEDS, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError
 from hone_core.hosts import read_facts
@@ -42,7 +43,6 @@ PS = (0.8, 0.94, 0.975)
 WIDE = (0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.96, 0.975)
 """Thresholds of the arms with a wide grid."""
 SELECTION = SparseConfig(rows="all", compute="mask", cache="retrieve")
-SEEDS = 3
 
 ARMS = {
     "untrained": "random weights",
@@ -200,7 +200,7 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
             judge(claim, {arm: found[Job(arm, host)] for arm in ("pretrained", *arms)}) for host in range(len(paths))
         ]
         claims[claim] = {
-            "verdict": over_seeds([holds for holds, _ in judged]),
+            "verdict": verdict_over_seeds([holds for holds, _ in judged]),
             "shown": {str(seed): f"{holds}, {text}" for seed, (holds, text) in zip(seeds, judged, strict=True)},
         }
     notes = [] if len(seeds) >= SEEDS else [f"{len(seeds)} host(s); a verdict wants {SEEDS} seeds"]
@@ -349,16 +349,6 @@ def judge(claim: str, found: Mapping[str, _Found]) -> tuple[str, str]:
     if fall < 5 or min(more.values()) <= 2:
         return "no", text
     return ("yes" if fall >= 25 and loss <= 1 and more["correctness"] >= 10 else "undecided"), text
-
-
-def over_seeds(holds: Sequence[str]) -> str:
-    """Confirmed or refuted where there are enough hosts and all say so."""
-    counts = ", ".join(f"{word} on {holds.count(word)}" for word in ("yes", "no", "undecided") if word in holds)
-    if len(holds) < SEEDS:
-        return f"UNDECIDED, {len(holds)} of {SEEDS} seeds ({counts})"
-    if len(set(holds)) == 1 and holds[0] != "undecided":
-        return f"{'CONFIRMED' if holds[0] == 'yes' else 'REFUTED'} ({counts})"
-    return f"{'MIXED' if {'yes', 'no'} <= set(holds) else 'UNDECIDED'} ({counts})"
 
 
 def _write_rows(

@@ -12,11 +12,22 @@ from hone_core.statistics import bootstrap_interval
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["SEEDS", "ClaimsReport", "decided", "verdict_over_seeds", "write_claims"]
+__all__ = [
+    "SEEDS",
+    "VERDICTS",
+    "ClaimsReport",
+    "MarginsReport",
+    "decided",
+    "verdict_over_margins",
+    "verdict_over_seeds",
+    "write_claims",
+]
 
 SEEDS = 3
 """Hosts that a verdict needs at least."""
 VERDICT = "verdict.json"
+VERDICTS = "verdicts.json"
+"""Artifact of ``MarginsReport``: claim to verdict."""
 
 
 def decided(margins: "ArrayLike") -> dict[str, Any]:
@@ -46,6 +57,16 @@ def verdict_over_seeds(holds: Sequence[str]) -> str:
     if len(set(holds)) == 1 and holds[0] != "undecided":
         return f"{'CONFIRMED' if holds[0] == 'yes' else 'REFUTED'} ({counts})"
     return f"{'MIXED' if {'yes', 'no'} <= set(holds) else 'UNDECIDED'} ({counts})"
+
+
+def verdict_over_margins(margins: Sequence[float]) -> str:
+    """Of a claim that holds where its number is positive, one number a seed: what all of them say, by sign alone."""
+    positive = sum(margin > 0 for margin in margins)
+    if len(margins) < SEEDS:
+        return f"UNDECIDED, {len(margins)} of {SEEDS} seeds"
+    if positive in (0, len(margins)):
+        return "CONFIRMED" if positive else "REFUTED"
+    return f"MIXED, {positive} of {len(margins)}"
 
 
 def write_claims(
@@ -118,3 +139,20 @@ class ClaimsReport(Report):
                     text = f"  {host['name']}: {numbers['margin']:+.3g} [{low:+.3g}, {high:+.3g}] {unit}"
                     lines.append(text.rstrip())
         return "\n".join([*lines, f"pictures {self.path / 'figures'}", f"results  {self.path / 'results.json'}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginsReport(Report):
+    """Verdicts of ``verdict_over_margins``; a package says how they read.
+
+    Attributes:
+        verdicts: Claim to verdict.
+    """
+
+    verdicts: Mapping[str, str]
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Return the report of a run whose rows and artifact ``VERDICTS`` are written."""
+        found = json.loads((run.artifacts / VERDICTS).read_text(encoding="utf-8"))
+        return cls(path=run.path, rows=tuple(run.rows), verdicts=found)
