@@ -34,6 +34,42 @@ def test_rows_of_every_variant(start):
     assert "one layer: choosing" in str(report)
 
 
+def test_decoding_alone_from_caches_of_unequal_samples(start, monkeypatch):
+    from hone_zipr1 import bench as module
+
+    kept = []
+    filled = module._filled
+
+    def looked_at(*given):
+        cache = filled(*given)
+        kept.append([layer.valid for layer in cache.layers] if given[-1] else cache)
+        return cache
+
+    monkeypatch.setattr(module, "_filled", looked_at)
+    cfg = BenchConfig(tokens=(48,), batches=(3,), ratios=(0.25,), decode_only=True, rounds=2)
+    with start(cfg) as run:
+        report = bench(cfg, run)
+    # What decoding appended is taken back; 0.5, 1 and 1.5 times 12 tokens are kept.
+    assert [valid.sum(-1).tolist() for valid in kept[1]] == [[6, 12, 18]] * 6
+    values = {(row.metric, row.variant): row.value for row in run.rows}
+    assert values["cache", "tau 0.25"] == pytest.approx(values["cache", "dense"] * 18 / 48)
+    assert values["decode_bound", "tau 0.25"] > 1
+    assert ("prefill", "dense") not in values
+    assert "in decode" in str(report)
+    assert "prefill" not in str(report)
+
+
+def test_an_installed_flash_attention_3_is_found(tmp_path, monkeypatch):
+    from hone_zipr1.bench import flash_attention_3
+
+    assert flash_attention_3() is None
+    (tmp_path / "fa3_fwd_interface.py").write_text("def flash_attn_func(q, k, v, causal):\n    return q")
+    monkeypatch.syspath_prepend(tmp_path)
+    attend = flash_attention_3()
+    assert attend is not None
+    assert attend(1, 2, 3, causal=True) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -42,6 +78,7 @@ def test_rows_of_every_variant(start):
         ({"ratios": (1.5,)}, "distinct shares"),
         ({"tokens": (2048,)}, "1024 positions"),
         ({"recent": 0}, "recent must be positive"),
+        ({"decode_only": True, "ratios": (0.7,)}, "at most 2/3"),
     ],
 )
 def test_bad_values_are_named(change, message):

@@ -6,10 +6,15 @@ the work is that of the method and its time does not depend on what the attentio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.runs import Report, Run
 from hone_core.timing import Timing, check_values, measure_interleaved
@@ -18,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from . import method
+from .cache import Kept, sparse_layers
 from .config import BenchConfig, SparseConfig
 from .host import load_host
 from .models import attach, choose, masses, selected_attention
@@ -33,6 +39,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 VOCABULARY = 152064
 DENSE = "dense"
+FLASH = "dense, FlashAttention 3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +52,22 @@ class BenchReport(Report):
             rows = {(row.metric, row.variant): row for row in self.rows if row.split == split}
             lines.append(split)
             for name in dict.fromkeys(variant for _, variant in rows):
-                prefill, decode = rows["prefill", name], rows["decode", name]
-                text = f"  {name:<10} prefill {prefill.value:9.2f} ms, a decoding step {decode.value:7.2f} ms"
+                if ("decode", name) not in rows:
+                    lines.append(f"{'':13}one layer: {rows['attention', name].value:.3f} ms {name}")
+                    continue
+                text = f"  {name:<10} "
+                if ("prefill", name) in rows:
+                    text += f"prefill {rows['prefill', name].value:9.2f} ms, "
+                text += f"a decoding step {rows['decode', name].value:7.2f} ms"
                 text += f", cache {rows['cache', name].value:9.2f} MiB"
                 if name != DENSE:
-                    gains = [rows[phase, DENSE].value / rows[phase, name].value for phase in ("prefill", "decode")]
-                    bounds = [rows[f"{phase}_bound", name].value for phase in ("prefill", "decode")]
-                    text += f"; {gains[0]:.2f}x of at most {bounds[0]:.2f}x and {gains[1]:.2f}x of {bounds[1]:.2f}x"
+                    gains = [
+                        f"{rows[phase, DENSE].value / rows[phase, name].value:.2f}x of at most "
+                        f"{rows[f'{phase}_bound', name].value:.2f}x in {phase}"
+                        for phase in ("prefill", "decode")
+                        if (phase, name) in rows
+                    ]
+                    text += f"; {', '.join(gains)}"
                 lines.append(text)
                 if ("selection", name) in rows:
                     layer = {metric: rows[metric, name].value for metric in ("selection", "attention")}
@@ -74,6 +90,9 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     generator = torch.Generator().manual_seed(cfg.seed)
     for tokens in cfg.tokens:
         for batch in cfg.batches:
+            if cfg.decode_only:
+                _decoding(cfg, run, model, batch, tokens)
+                continue
             ids = torch.randint(10, 200, (batch, tokens), generator=generator).to(device)
             _whole(cfg, run, model, ids)
             _layer(cfg, run, model, batch, tokens)
@@ -93,34 +112,75 @@ def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
     batch, tokens = ids.shape
     split = f"{tokens} tokens, batch {batch}"
     keyword = cache_keyword(model)
-    last = ids[:, :1]
-    position = torch.full((3, batch, 1), tokens, device=ids.device)
 
     def prefill() -> Any:
         cache = DynamicCache()
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **{keyword: cache})
         return cache
 
-    def decode(cache: Any) -> None:
-        model(input_ids=last, use_cache=True, position_ids=position, **{keyword: cache})
-        cache.crop(-1)
-
     stored, device = prefill(), ids.device
-    calls: dict[str, Any] = {"prefill": prefill, "decode": lambda: decode(stored)}
+    calls: dict[str, Any] = {"prefill": prefill, "decode": partial(_decode, model, stored, batch, tokens)}
     _add(cfg, run, DENSE, split, calls, stored, device)
     for ratio in cfg.ratios:
         with attach(model, _selection(cfg, ratio)):
             kept = prefill()
-            calls = {"prefill": prefill, "decode": lambda kept=kept: decode(kept)}
+            calls = {"prefill": prefill, "decode": partial(_decode, model, kept, batch, tokens)}
             _add(cfg, run, _name(ratio), split, calls, kept, device)
-    text, width = model.config.get_text_config(), model.dtype.itemsize
+    text = model.config.get_text_config()
     for ratio in cfg.ratios:
-        bounds = {
-            "prefill_bound": prefill_bound(text, tokens, ratio),
-            "decode_bound": decode_bound(text, tokens, batch, ratio, width),
-        }
-        for metric, value in bounds.items():
-            run.row(metric, value, unit="x", better="none", variant=_name(ratio), split=split)
+        bound = prefill_bound(text, tokens, ratio)
+        run.row("prefill_bound", bound, unit="x", better="none", variant=_name(ratio), split=split)
+    _decode_bounds(cfg, run, model, batch, tokens)
+
+
+def _decode(model: Any, cache: Any, batch: int, tokens: int) -> None:
+    """One step after the prompt, which is taken back."""
+    position = torch.full((3, batch, 1), tokens, device=model.device)
+    last = torch.full((batch, 1), 10, device=model.device)
+    model(input_ids=last, use_cache=True, position_ids=position, **{cache_keyword(model): cache})
+    cache.crop(-1)
+
+
+def _decode_bounds(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> None:
+    for ratio in cfg.ratios:
+        bound = decode_bound(model.config.get_text_config(), tokens, batch, ratio, model.dtype.itemsize)
+        split = f"{tokens} tokens, batch {batch}"
+        run.row("decode_bound", bound, unit="x", better="none", variant=_name(ratio), split=split)
+
+
+@torch.no_grad()
+def _decoding(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> None:
+    """Decoding from caches of random keys and values."""
+    split, device = f"{tokens} tokens, batch {batch}", model.device
+    cache = _filled(cfg, model, batch, tokens, None)
+    _add(cfg, run, DENSE, split, {"decode": partial(_decode, model, cache, batch, tokens)}, cache, device)
+    for ratio in cfg.ratios:
+        with attach(model, _selection(cfg, ratio)):
+            del cache
+            cache = _filled(cfg, model, batch, tokens, ratio)
+            calls = {"decode": partial(_decode, model, cache, batch, tokens)}
+            _add(cfg, run, _name(ratio), split, calls, cache, device)
+            del calls
+    _decode_bounds(cfg, run, model, batch, tokens)
+
+
+def _filled(cfg: BenchConfig, model: Any, batch: int, tokens: int, ratio: float | None) -> Any:
+    """A cache of random numbers, whole or of samples that keep a share, from a half to one and a half of the ratio."""
+    text, device = model.config.get_text_config(), model.device
+    shape = (batch, text.num_key_value_heads, tokens, text.hidden_size // text.num_attention_heads)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    cache = DynamicCache()
+    if ratio is not None:
+        sparse_layers(cache, text.num_hidden_layers)
+        spread = torch.linspace(0.5, 1.5, batch, device=device) if batch > 1 else torch.ones(1, device=device)
+        counts = (spread * ratio * tokens).ceil()
+    for layer in range(text.num_hidden_layers):
+        keys, values = (torch.randn(shape, generator=generator, device=device, dtype=model.dtype) for _ in range(2))
+        cache.update(keys, values, layer)
+        if ratio is not None:
+            order = torch.rand(batch, tokens, generator=generator, device=device).argsort(-1).argsort(-1)
+            cache.layers[layer].evict(Kept.of(order < counts[:, None]))
+    return cache
 
 
 def _add(
@@ -154,7 +214,11 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
         mass, rank = masses(query, key, real=None, rows=rows)
         return choose(mass, rank, None, ratio, real, last)
 
-    attending: dict[str, Any] = {DENSE: lambda: selected_attention(query, key, value, real)}
+    attending: dict[str, Any] = {
+        DENSE: partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=heads != heads_k)
+    }
+    if (flash := flash_attention_3()) is not None and device.type == "cuda":
+        attending[FLASH] = partial(flash, *(x.transpose(1, 2) for x in (query, key, value)), causal=True)
     choosing: dict[str, Any] = {}
     for ratio in cfg.ratios:
         keep = chosen(ratio)
@@ -170,6 +234,14 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
         choosing[_name(ratio)] = lambda ratio=ratio: chosen(ratio)
     _rows(cfg, run, "attention", measure_interleaved(attending, warmup=2, rounds=cfg.rounds, device=device), split)
     _rows(cfg, run, "selection", measure_interleaved(choosing, warmup=2, rounds=cfg.rounds, device=device), split)
+
+
+def flash_attention_3() -> Callable[..., Any] | None:
+    """FlashAttention 3 on ``[batch, tokens, heads, dim]``, where one of its packages is installed."""
+    for package in ("flash_attn_interface", "fa3_fwd_interface"):
+        if find_spec(package) is not None:
+            return import_module(package).flash_attn_func
+    return None
 
 
 def _rows(cfg: BenchConfig, run: Run, metric: str, times: dict[str, Timing], split: str) -> None:

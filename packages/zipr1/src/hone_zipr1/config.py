@@ -540,6 +540,9 @@ class BenchConfig:
     """Probe rows at the end of the prompt."""
     random: float = 64
     """Probe rows drawn among the others."""
+    decode_only: bool = False
+    """Fill the caches with random keys and values in place of a prefill, for caches beside which the activations of one
+    would not fit: decoding alone is timed. A sample keeps between a half and one and a half of the set share."""
     rounds: int = 10
     """Turns that each variant gets after two that warm up."""
     dtype: Dtype = "auto"
@@ -552,6 +555,11 @@ class BenchConfig:
             raise ValueError("tokens, batches and rounds must be positive, at least one of each")
         check_ps(self.ratios)
         SparseConfig(policy="top-k", ratio=self.ratios[0], recent=self.recent, random=self.random)
+        if self.decode_only and max(self.ratios) > 2 / 3:
+            raise ValueError(
+                f"with decode_only some samples keep one and a half of the ratio, so that it is at most 2/3; got "
+                f"{max(self.ratios)}"
+            )
         if self.shape == "tiny" and max(self.tokens) > 1000:
             raise ValueError(f"the tiny host has 1024 positions; got {max(self.tokens)} tokens")
 
