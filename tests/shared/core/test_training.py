@@ -6,7 +6,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.hosts import HostFacts, open_host, save_host
 from hone_core.runs import Run
-from hone_core.training import Training, TrainReport, check_budget, finish_host
+from hone_core.training import LogFile, Training, TrainReport, check_budget, finish_host
 from torch import nn
 
 
@@ -108,6 +108,13 @@ def test_follow_logs_saves_and_stops_the_clock(tmp_path):
     assert again.training.resume()
     assert again.training.spent() == 1
     assert not list(again.steps())
+
+
+def test_a_log_that_is_no_run_is_lines_of_a_file(tmp_path):
+    for step in (1, 2):
+        LogFile(tmp_path / "log.jsonl").log(step=step, loss=0.5 / step)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
 
 
 def test_checkpoints_are_written_on_the_way(tmp_path):

@@ -6,7 +6,6 @@ same share of the query-key pairs. What decides was fixed beforehand; see ``verd
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from hone_core.io import atomic_path
 from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Row, Run
+from hone_core.training import LogFile
 from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.host import Host, load_host
@@ -173,19 +173,6 @@ def _teacher(cfg: ReproduceConfig, job: Job, device: str) -> dict[str, dict[str,
     return {"A": _measure(host, draw, cfg, job.seed)[0], "reference": {"features": reference}}
 
 
-class _Curve:
-    """What ``Training.follow`` needs of a run."""
-
-    quiet = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def log(self, *, step: int, **scalars: float) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-
-
 def _student(cfg: ReproduceConfig, job: Job, device: str, folder: Path) -> dict[str, dict[str, Tensor]]:
     half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     teacher = load_host(device, half, path=cfg.host)
@@ -194,7 +181,7 @@ def _student(cfg: ReproduceConfig, job: Job, device: str, folder: Path) -> dict[
     checkpoint = folder / f"{name}.checkpoint"
     training = Distillation(settings, host_task(teacher, settings.tdm), checkpoint)
     training.training.resume()
-    training.training.follow(training.train(), _Curve(folder / f"{name}.jsonl"))
+    training.training.follow(training.train(), LogFile(folder / f"{name}.jsonl"))
     lora = training.export(folder / f"{name}.safetensors")
     del training, teacher
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from hone_core.io import atomic_path
+from hone_core.training import LogFile
 from hone_video.clips import load_glyphs, random_labels, render, segment_glyphs
 from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_latents
 from torch import Tensor
@@ -120,19 +120,6 @@ def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
     checkpoint.unlink(missing_ok=True)
 
 
-class _Curve:
-    """What ``Training.follow`` needs of a run."""
-
-    quiet = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def log(self, *, step: int, **scalars: float) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-
-
 def _tuned(host: Host, arm: Arm, cfg: ReproduceConfig, job: Job, checkpoint: Path) -> Host:
     assert arm.loss is not None
     training = TrainConfig(
@@ -141,7 +128,7 @@ def _tuned(host: Host, arm: Arm, cfg: ReproduceConfig, job: Job, checkpoint: Pat
     )  # fmt: skip
     tuning = Tuning(training, host, checkpoint)
     tuning.training.resume()
-    tuning.training.follow(tuning.train(glyphs_of(cfg.glyphs, host.device)), _Curve(checkpoint.with_suffix(".jsonl")))
+    tuning.training.follow(tuning.train(glyphs_of(cfg.glyphs, host.device)), LogFile(checkpoint.with_suffix(".jsonl")))
     return tuning.result()
 
 

@@ -375,6 +375,9 @@ class ReproduceConfig:
     """Peak rate."""
     limit: int = 1024
     """Held-out scenes that each arm is graded on."""
+    workers: int = field(default=1, metadata=flag(stored=False))
+    """Processes, a training each, with ``--device cuda`` over all visible GPUs; results are the same. Five to a GPU is
+    a good number, under NVIDIA's MPS (``nvidia-cuda-mps-control -d``): without it they take turns."""
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS]
@@ -382,8 +385,8 @@ class ReproduceConfig:
             raise ValueError(f"arms must be two or more of {', '.join(ARMS)}; got {', '.join(self.arms)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
-        if min(self.steps, self.limit - 1) < 1 or not 2 <= self.batch <= self.clips:
-            raise ValueError("steps must be at least 1, limit and batch at least 2, clips at least batch")
+        if min(self.steps, self.workers, self.limit - 1) < 1 or not 2 <= self.batch <= self.clips:
+            raise ValueError("steps and workers must be at least 1, limit and batch at least 2, clips at least batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,16 +9,23 @@ Source: the ablation of masking strategies, where attention masks beat random on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from hone_core.claims import VERDICTS, MarginsReport, verdict_over_margins
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
+from hone_core.jobs import run_jobs
+from hone_core.progress import progress_bar
 from hone_core.runs import Run
-from hone_core.training import Training
+from hone_core.training import LogFile, Training
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .config import ArmConfig, ReproduceConfig
@@ -31,7 +38,7 @@ from .metrics import frechet
 from .models import attach
 from .train import learning_rate, seeded, transformer_loss
 
-__all__ = ["CLAIMS", "ReproduceReport", "reproduce", "train_arm"]
+__all__ = ["CLAIMS", "Job", "ReproduceReport", "reproduce", "train_arm", "work"]
 
 CLAIMS = {
     "C1 events, attention over random": "share of motions whose events are all right, attention's less random's",
@@ -50,7 +57,7 @@ class ReproduceReport(MarginsReport):
     def __str__(self) -> str:
         margins = {row.variant: row for row in self.rows if row.metric == "margin_mean"}
         lines = [
-            f"{found:<22}{claim}: {CLAIMS[claim]}: {margins[claim].value:.4g} +- {margins[claim].spread or 0:.2g}"
+            f"{found:<24}{claim}: {CLAIMS[claim]}: {margins[claim].value:.4g} +- {margins[claim].spread or 0:.2g}"
             for claim, found in self.verdicts.items()
         ]
         arms = list(dict.fromkeys(row.variant for row in self.rows if row.split.startswith("seed")))
@@ -96,53 +103,70 @@ def train_arm(
     host.reader.eval()
 
 
+class Job(NamedTuple):
+    """One training."""
+
+    arm: str
+    seed: int
+
+    def file(self, folder: Path) -> Path:
+        """Where its grades are."""
+        return folder / f"{self.arm}-{self.seed}.json"
+
+
+class Material(NamedTuple):
+    """What all trainings share, on one device.
+
+    Attributes:
+        host: Whose tokenizer and evaluator they have.
+        clips: To train on, without music and with it.
+        tokens: Of the clips.
+        held: Held-out clips, likewise.
+        real: Vectors of the first held-out motions.
+    """
+
+    host: Host
+    clips: list[Clips]
+    tokens: list[Tensor]
+    held: list[Clips]
+    real: NDArray[np.floating]
+
+
+# A process makes it once; what a training changes is its own.
+@lru_cache(maxsize=1)
+def _material(path: Path | None, clips: int, limit: int, device: torch.device) -> Material:
+    host = load_host(device, path=path)
+    made = [generated(clips // 2, 1, dance=dance, device=device) for dance in (False, True)]
+    with torch.no_grad():
+        tokens = [torch.cat([host.tokenizer.encode(part) for part in kind.features.split(512)]) for kind in made]
+    held = [generated(limit, 30_000, dance=dance, device=device) for dance in (False, True)]
+    return Material(host, made, tokens, held, embed(host, held[0], held[0].features)[1])
+
+
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
-    """Train every arm with every seed, grade, and judge; arms that are done are not trained again.
+    """Train every arm with every seed, grade, and judge.
+
+    A run that was cut off goes on with the arms that are missing, from the checkpoints of those that it was at.
 
     Raises:
         CheckpointError: There is no host.
     """
-    device = resolve_device(run.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    stored = load_host(device, path=cfg.host)
-    clips = [generated(cfg.clips // 2, 1, dance=dance, device=device) for dance in (False, True)]
-    with torch.no_grad():
-        tokens = [torch.cat([stored.tokenizer.encode(p) for p in c.features.split(512)]) for c in clips]
-    held = [generated(cfg.limit, 30_000, dance=dance, device=device) for dance in (False, True)]
-    _, real = embed(stored, held[0], held[0].features)
-
-    book = run.artifacts / "arms.json"
-    graded: dict[str, dict[str, float]] = json.loads(book.read_text(encoding="utf-8")) if book.is_file() else {}
-    for seed in cfg.seeds:
-        for arm in cfg.arms:
-            key = f"{arm} {seed}"
-            if key not in graded:
-                settings = replace(cfg.settings, masking=arm)  # type: ignore[arg-type]
-                fresh = Host.untrained(stored.config, seed).to(device)
-                host = Host(stored.config, stored.tokenizer, fresh.transformer, fresh.reader, stored.evaluator)
-                own = ArmConfig(settings=settings, seed=seed, steps=cfg.steps, batch=cfg.batch, lr=cfg.lr)
-                generator = torch.Generator(device).manual_seed(seed)
-                parameters = [*host.transformer.parameters(), *host.reader.parameters()]
-                optimizer = torch.optim.AdamW(parameters, cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
-                parts = {"transformer": host.transformer, "reader": host.reader, "optimizer": optimizer}
-                path = run.artifacts / "checkpoint.pt"
-                training = Training(own, path, parts | {"generator": generator})
-                if (run.artifacts / "training.txt").is_file():
-                    if (run.artifacts / "training.txt").read_text(encoding="utf-8") == key:
-                        training.resume()
-                    else:
-                        path.unlink(missing_ok=True)
-                (run.artifacts / "training.txt").write_text(key, encoding="utf-8")
-                attach(host.transformer, settings)
-                training.follow(train_arm(host, own, clips, tokens, training, generator), run)
-                graded[key] = _grade(host, held, real, seed)
-                atomic_write_json(book, graded)
-    for key, grades in graded.items():
-        arm, seed_name = key.split()
+    load_host(path=cfg.host)
+    device, folder = str(resolve_device(run.device)), run.artifacts
+    # All arms of a seed before the next seed: what a cut leaves can be compared.
+    jobs = [Job(arm, seed) for seed in cfg.seeds for arm in cfg.arms]
+    left = [job for job in jobs if not job.file(folder).is_file()]
+    with progress_bar(len(jobs), desc="trainings", quiet=run.quiet) as bar:
+        bar.update(len(jobs) - len(left))
+        for _ in run_jobs(partial(work, cfg, folder), left, workers=cfg.workers, device=device):
+            bar.update()
+    graded: dict[Job, dict[str, float]] = {
+        job: json.loads(job.file(folder).read_text(encoding="utf-8")) for job in jobs
+    }
+    for job, grades in graded.items():
         for metric, value in grades.items():
             better = "lower" if metric == "frechet" else "none" if metric == "mask_share" else "higher"
-            run.row(metric, value, better=better, n=cfg.limit, variant=arm, split=f"seed {seed_name}")  # type: ignore[arg-type]
+            run.row(metric, value, better=better, n=cfg.limit, variant=job.arm, split=f"seed {job.seed}")  # type: ignore[arg-type]
     verdicts = {}
     for claim, values in _margins(cfg, graded).items():
         spread = stdev(values) if len(values) > 1 else None
@@ -154,7 +178,42 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     return ReproduceReport.of(run)
 
 
-def _grade(host: Host, held: Sequence[Clips], real: object, seed: int) -> dict[str, float]:
+def work(cfg: ReproduceConfig, folder: Path, job: Job, place: str) -> None:
+    """Train one arm with one seed, grade it, and write its file."""
+    device = torch.device(place)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    shared = _material(cfg.host, cfg.clips, cfg.limit, device)
+    stored = shared.host
+    fresh = Host.untrained(stored.config, job.seed).to(device)
+    host = Host(stored.config, stored.tokenizer, fresh.transformer, fresh.reader, stored.evaluator)
+    own = ArmConfig(
+        settings=replace(cfg.settings, masking=job.arm),  # type: ignore[arg-type]
+        seed=job.seed,
+        steps=cfg.steps,
+        batch=cfg.batch,
+        lr=cfg.lr,
+    )
+    generator = torch.Generator(device).manual_seed(job.seed)
+    optimizer = torch.optim.AdamW(
+        [*host.transformer.parameters(), *host.reader.parameters()],
+        cfg.lr,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        fused=device.type == "cuda",
+    )
+    parts = {"transformer": host.transformer, "reader": host.reader, "optimizer": optimizer, "generator": generator}
+    checkpoint = job.file(folder).with_suffix(".checkpoint")
+    training = Training(own, checkpoint, parts)
+    training.resume()
+    attach(host.transformer, own.settings)
+    loop = train_arm(host, own, shared.clips, shared.tokens, training, generator)
+    training.follow(loop, LogFile(checkpoint.with_suffix(".jsonl")))
+    atomic_write_json(job.file(folder), _grade(host, shared.held, shared.real, job.seed))
+    checkpoint.unlink()
+
+
+def _grade(host: Host, held: Sequence[Clips], real: NDArray[np.floating], seed: int) -> dict[str, float]:
     plain, dance = held
     drawn, danced = draw_clips(host, plain, seed), draw_clips(host, dance, seed)
     _, made = embed(host, plain, drawn)
@@ -162,24 +221,24 @@ def _grade(host: Host, held: Sequence[Clips], real: object, seed: int) -> dict[s
     return {
         "events": float(right(recover(drawn), plain.scenes).float().mean()),
         "dance_events": float(right(recover(danced), dance.scenes).float().mean()),
-        "frechet": frechet(made, real),  # type: ignore[arg-type]
+        "frechet": frechet(made, real),
         "mask_recall": float(found.recall.mean()),
         "mask_precision": float(found.precision.mean()),
         "mask_share": float(found.share.mean()),
     }
 
 
-def _margins(cfg: ReproduceConfig, graded: dict[str, dict[str, float]]) -> dict[str, list[float]]:
+def _margins(cfg: ReproduceConfig, graded: Mapping[Job, Mapping[str, float]]) -> dict[str, list[float]]:
     """Claim to its number for each seed; claims whose arms were not asked for are left out."""
 
     def less(first: str, second: str, metric: str) -> list[float] | None:
         if first not in cfg.arms or second not in cfg.arms:
             return None
-        return [graded[f"{first} {seed}"][metric] - graded[f"{second} {seed}"][metric] for seed in cfg.seeds]
+        return [graded[Job(first, seed)][metric] - graded[Job(second, seed)][metric] for seed in cfg.seeds]
 
     finds = None
     if "attention" in cfg.arms:
-        rows = [graded[f"attention {seed}"] for seed in cfg.seeds]
+        rows = [graded[Job("attention", seed)] for seed in cfg.seeds]
         finds = [row["mask_recall"] - row["mask_share"] for row in rows]
     found = [
         less("attention", "random", "events"),

@@ -25,7 +25,7 @@ from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.statistics import bootstrap_interval
-from hone_core.training import HOST, Training
+from hone_core.training import HOST, LogFile, Training
 
 from . import plots
 from .config import ArmConfig, ReinforceConfig, ReproduceConfig, SparseConfig
@@ -211,19 +211,6 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     return ReproduceReport.of(run)
 
 
-class _Curve:
-    """What ``Training.follow`` needs of a run."""
-
-    quiet = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def log(self, *, step: int, **scalars: float) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-
-
 def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
     """Train one arm from one host, evaluate it, and write its file."""
     path = _hosts(cfg)[job.host]
@@ -248,7 +235,7 @@ def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
             loop = Reinforcement(arm.reinforce, task, handle, seed=cfg.seed)
             training = Training(arm, folder / f"{job.arm}-{job.host}.checkpoint", loop.parts)
             training.resume()
-            training.follow(loop.loop(training), _Curve(folder / f"{job.arm}-{job.host}.jsonl"))
+            training.follow(loop.loop(training), LogFile(folder / f"{job.arm}-{job.host}.jsonl"))
         budget = loop.budget
     found = {"dense": ask(host, asked, None, batch=cfg.batch)}
     for p in PS:

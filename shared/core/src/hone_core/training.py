@@ -17,7 +17,7 @@ from hone_core.io import atomic_path
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 
-__all__ = ["Budgeted", "Log", "TrainReport", "Training", "check_budget", "finish_host"]
+__all__ = ["Budgeted", "Log", "LogFile", "TrainReport", "Training", "check_budget", "finish_host"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,24 @@ class Log(Protocol):
 
     def log(self, *, step: int, **scalars: float) -> None:
         """Keep the values of a step."""
+
+
+class LogFile:
+    """A ``Log`` that is no run: one training of several, in a file of JSON lines.
+
+    Args:
+        path: The file; lines are added to it.
+    """
+
+    quiet = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, *, step: int, **scalars: float) -> None:
+        """Keep the values of a step."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
 
 
 def check_budget(minutes: float, steps: int | None) -> None:
