@@ -27,6 +27,23 @@ def test_the_releases_loop_gives_the_teacher_forced_logits(kind, grid, guidance)
     assert len(drawn.unique()) > 3
 
 
+@pytest.mark.parametrize("kind", ["text", "raster text", "video"])
+def test_the_releases_loop_draws_texts_and_clips(kind):
+    options = {} if kind == "video" else {"num_classes": None, "cls_token_num": 5, "caption_dim": 24, "grid": (3, 4)}
+    model = tiny({"text": "nar", "raster text": "llamagen", "video": "video"}[kind], **options)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(32, (2, model.tokens), generator=generator)
+    words = torch.tensor([[False, False, True, True, True], [True] * 5])
+    given = {"labels": torch.tensor([1, 5])}
+    if kind != "video":
+        given = {"text": torch.randn(2, 5, 24, generator=generator) * words[..., None], "words": words}
+    _, found = ReleaseLoop(model, 3.0)(**given, forced=tokens)
+    with torch.no_grad():
+        without = model(tokens, **given, drop=torch.ones(2, dtype=torch.bool)).logits
+        wanted = without + 3.0 * (model(tokens, **given).logits - without)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+
+
 def test_the_tiny_model_is_timed_on_a_cpu(start, tmp_path):
     cfg = BenchConfig(rounds=1, warmup=0, batches=(1, 2), bandwidth=3.0)
     with start(cfg, "bench", tmp_path / "run") as run:

@@ -18,6 +18,7 @@ def test_every_claim_is_judged_and_trainings_are_kept(start, tmp_path):
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "artifacts").glob("*.pt")}
     assert len(files) == 4
     assert "heads" in str(report)
+    assert "less raster's, 1 at once: " in str(report)
 
 
 @pytest.mark.parametrize(

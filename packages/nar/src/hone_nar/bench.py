@@ -24,7 +24,14 @@ from .generation import Decoding, GraphedDecoding
 from .method import guide
 from .models import tiny, tiny_tokenizer
 from .release_loop import ReleaseLoop
-from .transformer import NARForImageGeneration, compiled_pieces
+from .transformer import (
+    HEAD_NAMES,
+    LlamaGenForImageGeneration,
+    NARForImageGeneration,
+    NARForVideoGeneration,
+    compiled_pieces,
+    output_name,
+)
 
 __all__ = ["BenchReport", "bench", "weight_bytes"]
 
@@ -82,11 +89,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         RuntimeError: The loops differ; no time is reported then.
     """
     device = resolve_device(run.device)
-    sizes = [
-        name
-        for name, (kind, options) in SIZES.items()
-        if kind is NARForImageGeneration and "num_classes" not in options
-    ]
+    sizes = [name for name, (kind, _) in SIZES.items() if kind in (NARForImageGeneration, NARForVideoGeneration)]
     for name in cfg.models:
         if name not in ("tiny", *sizes):
             raise ValueError(f"model must be of tiny, {', '.join(sizes)}; got {name!r}")
@@ -96,7 +99,9 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         )
     with torch.no_grad():
         for name in cfg.models:
-            for kind in ("nar", "llamagen") if cfg.raster else ("nar",):
+            # No release draws clips in raster order with these tokens.
+            video = name != "tiny" and SIZES[name][0] is NARForVideoGeneration
+            for kind in ("nar", "llamagen") if cfg.raster and not video else ("nar",):
                 _Bench(cfg, run, device, name, kind).all()
     return BenchReport.of(run)
 
@@ -114,14 +119,15 @@ class _Bench:
             # A raster model of M, which LlamaGen does not publish, is built like the others.
             cls, options = SIZES[name]
             if kind == "llamagen":
-                from .transformer import LlamaGenForImageGeneration as cls
+                cls = LlamaGenForImageGeneration
+            if "num_classes" in options:
+                options = {**options, "grid": (32, 32)}
             with torch.random.fork_rng(devices=[device]), torch.device(device):
                 torch.manual_seed(cfg.seed)
                 model = cls(**options)
-                for head in range(model.heads):
+                for head in HEAD_NAMES[model.heads]:
                     # A head of zeros, as training starts from, would draw evenly.
-                    name_of = ("output", "medusa_output")[head]
-                    torch.nn.init.normal_(model.get_submodule(name_of).weight, std=0.02)
+                    torch.nn.init.normal_(model.get_submodule(output_name(head)).weight, std=0.02)
         self.model = model.to(device, self.dtype).eval()
         self.graphs = device.type == "cuda" if cfg.graphs is None else cfg.graphs
         self.tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
@@ -137,13 +143,13 @@ class _Bench:
         compiled_pieces.cache_clear()
         torch._dynamo.reset()
         for batch in self.cfg.batches:
-            labels = torch.arange(batch, device=self.device) % self.model.num_classes
+            given = self.given(batch)
             facts: Labels = {"model": self.name, "batch": batch, "dtype": str(self.dtype).removeprefix("torch.")}
             release = ReleaseLoop(self.model, self.cfg.guidance)
-            self.check(release, labels)
-            self.time(f"{self.prefix}release", facts, partial(release, labels))
+            self.check(release)
+            self.time(f"{self.prefix}release", facts, partial(release, **given))
             for mode in ("eager", "graphs", "compiled") if self.graphs else ("eager",):
-                self.ours(mode, labels, facts)
+                self.ours(mode, batch, given, facts)
                 self.clear()
             passes = len(self.model.order.steps)
             name = "raster" if self.prefix else "nar"
@@ -151,39 +157,48 @@ class _Bench:
             if not self.prefix:
                 self.decode(batch, facts)
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Guided logits of tokens, teacher-forced."""
-        rows = self.cfg.guidance != 1
-        conditional = self.model(tokens, labels).logits
-        if not rows:
-            return conditional
-        drop = torch.ones_like(labels, dtype=torch.bool)
-        return guide(conditional, self.model(tokens, labels, drop=drop).logits, self.cfg.guidance)
-
-    def check(self, release: ReleaseLoop, labels: torch.Tensor) -> None:
-        few = labels[:2]
+    def given(self, batch: int) -> dict[str, torch.Tensor]:
+        """Classes that count up, or random texts of a third of the words that there is room for."""
+        if self.model.num_classes is not None:
+            return {"labels": torch.arange(batch, device=self.device) % self.model.num_classes}
         generator = torch.Generator().manual_seed(self.cfg.seed)
-        shape = (len(few), self.model.tokens)
-        tokens = torch.randint(self.model.vocab_size, shape, generator=generator).to(self.device)
-        _, got = release(few, forced=tokens)
-        assert got is not None
-        check_values("the release's loop", got, self.forward(tokens, few), tolerance=self.tolerance)
+        length, channels = self.model.cls_token_num, self.model.config.caption_dim
+        words = (torch.arange(length) >= length - length // 3).expand(batch, -1)
+        text = torch.randn(batch, length, channels, generator=generator) * words[..., None]
+        return {"text": text.to(self.device, self.dtype), "words": words.to(self.device)}
 
-    def ours(self, mode: str, labels: torch.Tensor, facts: Labels) -> None:
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Guided logits of tokens, teacher-forced."""
+        given = self.given(len(tokens))
+        conditional = self.model(tokens, **given).logits
+        if self.cfg.guidance == 1:
+            return conditional
+        drop = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
+        return guide(conditional, self.model(tokens, **given, drop=drop).logits, self.cfg.guidance)
+
+    def check(self, release: ReleaseLoop) -> None:
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        shape = (2, self.model.tokens)
+        tokens = torch.randint(self.model.vocab_size, shape, generator=generator).to(self.device)
+        _, got = release(**self.given(2), forced=tokens)
+        assert got is not None
+        check_values("the release's loop", got, self.forward(tokens), tolerance=self.tolerance)
+
+    def ours(self, mode: str, batch: int, given: dict[str, torch.Tensor], facts: Labels) -> None:
         variant = f"{self.prefix}{mode}"
         kind: type[Decoding] = Decoding if mode == "eager" else GraphedDecoding
         pieces = compiled_pieces() if mode == "compiled" else None
-        run = kind(self.model, len(labels), sampling=Sampling(guidance=self.cfg.guidance), pieces=pieces)
-        seeds = range(len(labels))
+        run = kind(self.model, batch, sampling=Sampling(guidance=self.cfg.guidance), pieces=pieces)
 
         def draw() -> torch.Tensor:
-            run.load(self.model.condition(labels, guided=self.cfg.guidance != 1), seeds)
+            run.load(self.model.condition(**given, guided=self.cfg.guidance != 1), range(batch))
             return run.run()
 
         tokens = draw()
         last = self.model.order.steps[-1]
         assert run.logits is not None
-        want = self.forward(tokens[:2], labels[:2])[:, list(last)]
+        # The texts of a small batch are the first of a large one.
+        want = self.forward(tokens[:2])[:, list(last)]
         check_values(variant, run.logits[:2], want, tolerance=self.tolerance)
         self.time(variant, facts, draw)
         if self.cfg.bandwidth is not None:
@@ -207,9 +222,11 @@ class _Bench:
         if self.name == "tiny":
             vae: Any = tiny_tokenizer(self.cfg.seed)
         else:
-            vae = build("vq_ds16", device=self.device)
+            video = isinstance(self.model, NARForVideoGeneration)
+            vae = build("larp_l_long" if video else "vq_ds16", device=self.device)
         vae = vae.to(self.device, self.dtype).eval()
-        codes = torch.zeros(batch, *self.model.grid, dtype=torch.long, device=self.device)
+        shape = (self.model.tokens,) if len(self.model.grid) == 3 else self.model.grid
+        codes = torch.zeros(batch, *shape, dtype=torch.long, device=self.device)
         self.row(
             "decode",
             measure(lambda: vae.decode(codes), warmup=1, repeats=min(5, self.cfg.rounds), device=self.device),

@@ -279,11 +279,11 @@ class BenchConfig:
     """Time of drawing at real sizes with random weights: the release's loop, ours, and raster in the same engine."""
 
     models: tuple[str, ...] = field(default=("tiny",), metadata=flag("model"))
-    """``tiny``, or published sizes such as nar_l (need a CUDA device)."""
+    """``tiny``, or published sizes such as nar_l, nar_xl_t2i (texts, at 512 px) or nar_video_l (need a CUDA device)."""
     batches: tuple[int, ...] = field(default=(1,), metadata=flag("batch"))
     """Images at a time, each of them timed."""
     raster: bool = True
-    """Also time a raster LlamaGen of the size."""
+    """Also time a raster LlamaGen of the size; of clips there is none."""
     graphs: bool | None = None
     """Steps as CUDA graphs; None: where there is a CUDA device."""
     guidance: float = 2.0

@@ -17,54 +17,62 @@ from hone_visual_ar.rope import Rope, rotate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .method import guide, mask_of
-from .transformer import rope_table, slot_ids
+from .method import guide, mask_of, mix
+from .transformer import NARForVideoGeneration, rope_table, slot_ids
 
 __all__ = ["ReleaseLoop"]
 
 
 class ReleaseLoop:
-    """Draws classes as the release does.
+    """Draws classes or texts as the release does.
 
     Args:
-        model: NAR or LlamaGen of images and classes.
+        model: NAR of images or clips, or LlamaGen.
         guidance: Strength; 1 is none.
     """
 
     def __init__(self, model: Any, guidance: float) -> None:
         self.model, self.guidance = model, guidance
-        device = model.tok_embeddings.weight.device
-        table = rope_table(model.order, 1, model.head_dim, model.config.rope_base, device)
-        places = F.pad(1 + slot_ids(model.order, device).argsort(), (1, 0))
-        self.rope = Rope(table.cos[places], table.sin[places])
+        self.device = model.tok_embeddings.weight.device
+        self.start = model.cls_token_num
+        # Position in slots of each one in raster order, behind the condition.
+        at = self.start + slot_ids(model.order, self.device).argsort()
+        self.places = torch.cat([torch.arange(self.start, device=self.device), at])
+        self.rope: Rope | None = None
+        if not isinstance(model, NARForVideoGeneration):
+            table = rope_table(model.order, self.start, model.head_dim, model.config.rope_base, self.device)
+            self.rope = Rope(table.cos[self.places], table.sin[self.places])
+        self.plan = model.plan(None, self.device)
 
     @torch.no_grad()
-    def __call__(self, labels: Tensor, *, forced: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, labels: Tensor | None = None, *, forced: Tensor | None = None, **text: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Codes ``[B, tokens]`` in raster order.
 
         Args:
-            labels: ``[B]``.
+            labels: ``[B]``, for a model of classes.
             forced: ``[B, tokens]`` codes to go on with in place of what is drawn, for comparisons.
+            text: ``text`` and ``words`` as of the model's ``condition``, for a model of texts.
 
         Returns:
             The codes; and with ``forced``, the guided logits ``[B, tokens, vocabulary]``.
         """
-        model = self.model
-        images, device = len(labels), labels.device
-        rows = images * (1 + (self.guidance != 1))
-        count = 1 + model.tokens
+        model, start, device = self.model, self.start, self.device
+        condition = model.condition(labels, guided=self.guidance != 1, **text)
+        images, rows = condition.images, len(condition.embedding)
+        count = start + model.tokens
         capacity = -(-count // 8) * 8
         weight = model.tok_embeddings.weight
         shape = (rows, model.layers[0].attention.heads_k, capacity, model.head_dim)
         caches = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.layers]
-        places = F.pad(1 + slot_ids(model.order, device).argsort(), (1, 0))
-        mask = torch.zeros(capacity, capacity, dtype=torch.bool, device=device)
-        mask[:count, :count] = mask_of(model.order, 1, device)[places][:, places]
-        mask = mask.repeat(rows, 1, 1)
+        mask = torch.zeros(rows, capacity, capacity, dtype=torch.bool, device=device)
+        seen = mask_of(model.order, start, device, condition.words)
+        mask[:, :count, :count] = seen[..., self.places, :][..., self.places]
         tokens = torch.zeros(images, model.tokens, dtype=torch.long, device=device)
         kept: list[Tensor] | None = [] if forced is not None else None
-        x = model.condition(labels, guided=self.guidance != 1).embedding.to(weight.dtype)
-        position = torch.arange(1, device=device)
+        x = condition.embedding.to(weight.dtype)
+        position = torch.arange(start, device=device)
         for step, ids in enumerate(model.order.steps):
             heads = self._forward(x, position, mask, caches)
             logits = self._mix(heads, step)
@@ -74,7 +82,7 @@ class ReleaseLoop:
                 kept.append(logits)
             drawn = _draw(logits)
             place = torch.tensor(ids)
-            position = (1 + place).to(device)
+            position = (start + place).to(device)
             place = place.to(device)
             tokens[:, place] = drawn
             current = drawn if forced is None else forced[:, place]
@@ -85,7 +93,11 @@ class ReleaseLoop:
 
     def _forward(self, x: Tensor, position: Tensor, mask: Tensor, caches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         model = self.model
-        rope = Rope(self.rope.cos[position], self.rope.sin[position])
+        rope = None
+        if self.rope is not None:
+            rope = Rope(self.rope.cos[position], self.rope.sin[position])
+        else:
+            x = x + model.abs_pe[:, position].to(x.dtype)
         seen = mask[:, None, position]
         logits, head = [], 0
         for number, block in enumerate(model.layers):
@@ -93,10 +105,12 @@ class ReleaseLoop:
             qkv = attention.wqkv(block.attention_norm(x)).unflatten(-1, (-1, attention.dim)).transpose(1, 2)
             q, k, v = qkv.split([attention.heads, attention.heads_k, attention.heads_k], dim=1)
             keys, values = caches[number]
-            keys[:, :, position] = rotate(k, rope).to(x.dtype)
+            if rope is not None:
+                q, k = rotate(q, rope).to(x.dtype), rotate(k, rope).to(x.dtype)
+            keys[:, :, position] = k
             values[:, :, position] = v
             with sdpa_kernel(SDPBackend.MATH):
-                out = F.scaled_dot_product_attention(rotate(q, rope).to(x.dtype), keys, values, attn_mask=seen)
+                out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
             x = x + attention.wo(out.transpose(1, 2).flatten(2))
             x = x + block.feed_forward(block.ffn_norm(x))
             if number >= model.n_layer - 1:
@@ -105,9 +119,16 @@ class ReleaseLoop:
         return logits
 
     def _mix(self, heads: list[Tensor], step: int) -> Tensor:
-        """First from the right head, last from the below head, the others from both."""
+        """First from the right head, last from the below head, the others from both; of clips, from those there are."""
         if len(heads) == 1:
             return heads[0][:, -1:]
+        if len(heads) == 3:
+            starts = self.model.order.starts
+            before = self.start + starts[step - 1] if step else 0
+            slots = slice(starts[step], starts[step + 1])
+            source = (self.plan.source[slots] - before).clamp(min=0)
+            each = [logits[:, source[:, head]] for head, logits in enumerate(heads)]
+            return mix(each, self.plan.weight[slots])
         right, below = heads
         if step == 0:
             return (right[:, -1:] + below[:, -1:]) / 2

@@ -57,8 +57,11 @@ class ReproduceReport(MarginsReport):
             f"{self.verdicts[claim]:<22}{claim}: {rule}: {margins[claim].value:.3f} +- {margins[claim].spread or 0:.2g}"
             for claim, rule in CLAIMS.items()
         ]
-        means = table([row for row in self.rows if row.split == "mean"])
-        return "\n".join([*lines, "", means, f"results  {self.path / 'results.json'}"])
+        rows = [row for row in self.rows if row.split == "mean"]
+        excess = [f"{row.variant}: {row.value:+.3f}" for row in rows if row.metric == "excess_bits"]
+        means = table([row for row in rows if row.metric != "excess_bits"])
+        lines += ["", means, "", f"bits of NAR less raster's, {', '.join(excess)}"]
+        return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:

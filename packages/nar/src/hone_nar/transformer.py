@@ -38,6 +38,7 @@ __all__ = [
     "Pieces",
     "SlotCache",
     "compiled_pieces",
+    "output_name",
     "rope_table",
     "slot_ids",
 ]
@@ -299,15 +300,15 @@ class _Transformer(ModelMixin, ConfigMixin):
             for _ in range(cfg.n_layer + heads - 1)
         )
         for name in HEAD_NAMES[heads]:
-            self.add_module(_norm_name(name), RMSNorm(cfg.dim, cfg.norm_eps))
-            self.add_module(_output_name(name), nn.Linear(cfg.dim, cfg.vocab_size, bias=False))
+            self.add_module(norm_name(name), RMSNorm(cfg.dim, cfg.norm_eps))
+            self.add_module(output_name(name), nn.Linear(cfg.dim, cfg.vocab_size, bias=False))
 
     def _start(self, zeroed: Sequence[str]) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for name in zeroed:
-            nn.init.zeros_(self.get_submodule(_output_name(name)).weight)
+            nn.init.zeros_(self.get_submodule(output_name(name)).weight)
 
     @property
     def tokens(self) -> int:
@@ -415,7 +416,7 @@ class _Transformer(ModelMixin, ConfigMixin):
     def head(self, number: int, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of a head, float32 at least."""
         name = HEAD_NAMES[self.heads][number]
-        logits = self.get_submodule(_output_name(name))(self.get_submodule(_norm_name(name))(hidden))
+        logits = self.get_submodule(output_name(name))(self.get_submodule(norm_name(name))(hidden))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(
@@ -489,11 +490,13 @@ class _Transformer(ModelMixin, ConfigMixin):
         return SlotCache(len(self.layers), shape, device=weight.device, dtype=weight.dtype)
 
 
-def _norm_name(head: str) -> str:
+def norm_name(head: str) -> str:
+    """Published name of the norm before a head of ``HEAD_NAMES``."""
     return f"norm_{head}" if head in ("R", "D", "B") else f"{head}norm"
 
 
-def _output_name(head: str) -> str:
+def output_name(head: str) -> str:
+    """Published name of a head of ``HEAD_NAMES``."""
     return f"output_{head}" if head in ("R", "D", "B") else f"{head}output"
 
 
