@@ -65,6 +65,8 @@ class ScaleGraphs:
         torch.cuda.reset_peak_memory_stats()
         self.run = start()
         self.run.state = policy.begin(self.run)
+        # The first graph reads it, and a capture hands what nothing holds back to the driver.
+        self.first_latent = self.run.latent
         self.graphs: list[torch.cuda.CUDAGraph] = []
         for scale in range(len(self.run.schedule)):
             graph = torch.cuda.CUDAGraph()
