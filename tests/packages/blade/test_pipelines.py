@@ -14,9 +14,10 @@ from hone_blade.config import BladeConfig, EncodeConfig, GenerateConfig, Pipelin
 from hone_blade.inputs import find_distilled, find_encoded
 from hone_blade.pipelines import PipelineDistillation, distill_pipeline, encode_prompts, plan_of
 from hone_blade.sample import find_inputs, generate
+from hone_core.config import to_dict
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
-from hone_core.testing import assert_close
+from hone_core.testing import assert_close, requires_gpu
 from hone_video.architectures import tiny_pipeline
 from hone_video.caching import Cache
 from hone_video.training import Loop
@@ -241,12 +242,12 @@ def test_a_fake_score_that_diverged_is_left_alone_if_asked(folders, caches, tmp_
     assert all(p.abs().max() == 0 for key, p in made.loop.groups["fake"].parameters.items() if "lora_B" in key)
 
 
-def launch(count, *argv, stop=None):
+def launch(count, *argv, stop=None, device="cpu"):
     """A command in processes of its own, which die before the update of that number."""
     worker = Path(__file__).with_name("blade_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", worker]
     done = subprocess.run(
-        list(map(str, [*command, *argv, "--device", "cpu", "--quiet"])), capture_output=True, text=True, timeout=250,
+        list(map(str, [*command, *argv, "--device", device, "--quiet"])), capture_output=True, text=True, timeout=250,
         env=os.environ | ({} if stop is None else {"STOP": str(stop)}),
     )  # fmt: skip
     assert (done.returncode == 0) == (stop is None), done.stderr[-4000:]
@@ -303,6 +304,24 @@ def test_a_sharded_training_goes_on_with_fewer_processes(folders, caches, traine
         distill_pipeline(cfg, run)
     for mine, whole in zip(logged(tmp_path / "run"), logged(trained[1]), strict=True):
         assert mine == pytest.approx(whole, rel=1e-3)
+
+
+@requires_gpu()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_gpus_train_what_one_does_whole_and_sharded(folders, caches, tmp_path, dtype):
+    """In float32 to the order of sums; in 16 bits, in which gradients are rounded, to a hundredth."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs")
+    # Blocks that the kernels take.
+    cfg = config(folders, caches, dtype=dtype, attention=dataclasses.replace(SPARSE, block=32, max_density=0.5))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(cfg)))
+    for name, count, options in (("one", 1, []), ("two", 2, []), ("sharded", 2, ["--shard"])):
+        argv = ["distill-pipeline", "--config", file, *options, "--out", tmp_path / name]
+        launch(count, *argv, device="cuda")
+    for name in ("two", "sharded"):
+        for mine, whole in zip(logged(tmp_path / name), logged(tmp_path / "one"), strict=True):
+            assert mine == pytest.approx(whole, rel=1e-3 if dtype == "float32" else 1e-2)
 
 
 @pytest.mark.parametrize(
