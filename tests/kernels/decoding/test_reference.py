@@ -1,7 +1,14 @@
 import pytest
 import torch
 from hone_core.testing import assert_close
-from hone_kernels.decoding import add_rms_norm, paged_attention, rotate_append, silu_mul
+from hone_kernels.decoding import (
+    add_rms_norm,
+    linear_of_one,
+    paged_attention,
+    rotate_append,
+    rotate_attend,
+    silu_mul,
+)
 from torch.nn import functional as F
 
 
@@ -88,3 +95,34 @@ def test_bad_shapes_are_named():
         paged_attention(x[:, None], cache, cache[0], one, one[:, 0], table, scale=1.0)
     with pytest.raises(ValueError, match=r"expected positions \[tiles, tokens\]"):
         paged_attention(x[:, None], cache, cache, one, one, table, scale=1.0)
+
+
+def test_a_layer_of_one_token_with_its_surroundings():
+    x, weight, bias, norm = torch.randn(1, 6), torch.randn(8, 6), torch.randn(8), torch.rand(6)
+    residual = torch.randn(1, 4)
+    plain = F.linear(F.rms_norm(x, (6,), norm, 1e-6), weight, bias)
+    assert_close(linear_of_one(x, weight, bias, norm=norm), plain)
+    gated = F.silu(plain[:, :4]) * plain[:, 4:] + residual
+    assert_close(linear_of_one(x, weight, bias, norm=norm, residual=residual, gated=True), gated)
+    with pytest.raises(ValueError, match=r"x must be \[1, 6\]"):
+        linear_of_one(torch.zeros(2, 6), weight)
+    with pytest.raises(ValueError, match="the residual must have the output's shape"):
+        linear_of_one(x, weight, residual=residual)
+
+
+def test_one_token_a_row_in_one_launch():
+    one, cache = torch.zeros(1, 1, dtype=torch.int32), torch.randn(2, 1, 16, 4)
+    qkv, angles, table = torch.randn(1, 3 * 4), torch.randn(3, 2), torch.tensor([[1]], dtype=torch.int32)
+    keys, values, counts = cache.clone(), cache.flip(0), torch.zeros(1, dtype=torch.int32)
+    where = (one + 2, one[0], table)
+    seen = rotate_attend(qkv, angles.cos(), angles.sin(), *where, keys, values, counts, scale=0.5)
+    other = (cache.clone(), cache.flip(0))
+    q = rotate_append(qkv, angles.cos(), angles.sin(), *where, *other)
+    assert_close(seen, paged_attention(q, *other, *where, scale=0.5))
+    assert_close(keys, other[0])
+    assert not torch.equal(keys[1, :, 2], cache[1, :, 2])
+    with pytest.raises(ValueError, match=r"counts int32 \[1\] at least; got 1 and torch.int64 \[1\]"):
+        rotate_attend(qkv, angles, angles, *where, keys, values, counts.long(), scale=0.5)
+    two = torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="one token a tile"):
+        rotate_attend(qkv.repeat(2, 1), angles, angles, two, one[0], table, keys, values, counts, scale=0.5)

@@ -48,6 +48,10 @@ def test_the_engine_beside_transformers(packaged, start):
     cfg = BenchConfig(loop="engine", context=6, gaps=(1, 5), tokens=8, batches=(1, 4), share=0.5, rounds=2)
     with start(cfg) as run:
         report = bench(cfg, run)
+    graphs = {
+        (row.variant, row.labels["batch"], row.labels["launches"]) for row in report.rows if row.metric == "graph"
+    }
+    assert graphs == {(name, n, way) for name in ("small", "large") for n in (1, 4) for way in ("plain", "fused")}
     found = {}
     for row in report.rows:
         found.setdefault(row.metric, {})[row.variant, row.labels.get("batch"), row.labels.get("gap")] = row.value
@@ -67,11 +71,24 @@ def test_the_engine_is_compared_before_it_is_timed(packaged, start, monkeypatch)
     from hone_rstitch.decoder import Decoder
 
     forward = Decoder.__call__
-    monkeypatch.setattr(Decoder, "__call__", lambda self, *args: tuple(1.1 * x for x in forward(self, *args)))
+    monkeypatch.setattr(
+        Decoder, "__call__", lambda self, *args, **kw: tuple(1.1 * x for x in forward(self, *args, **kw))
+    )
     cfg = BenchConfig(loop="engine", context=6, gaps=(1,), tokens=8, batches=(1,), rounds=2)
     with pytest.raises(RuntimeError, match="logits on pages is wrong"), start(cfg) as run:
         bench(cfg, run)
     assert not run.rows
+
+
+def test_ways_of_different_values_are_not_timed(packaged, start, monkeypatch):
+    from hone_rstitch.decoder import Decoder
+
+    one = Decoder._one
+    monkeypatch.setattr(Decoder, "_one", lambda self, *args: tuple(1.1 * x for x in one(self, *args)))
+    cfg = BenchConfig(loop="engine", context=6, gaps=(1,), tokens=8, batches=(1,), rounds=2)
+    with pytest.raises(RuntimeError, match="logits in fewer launches is wrong"), start(cfg) as run:
+        bench(cfg, run)
+    assert "graph" not in {row.metric for row in run.rows}
 
 
 def test_the_engine_packs_short_gaps():

@@ -33,8 +33,8 @@ def alone(pair, small, large, stitch, tokens, seed=0, **sampling):
     return output.sequences[0, len(large) :].tolist(), output.models[0].tolist(), output.entropy[0], output.usage[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ragged_rows_at_two_models_are_rows_alone(pairs, family):
+@pytest.mark.parametrize(("family", "fused"), [*((family, False) for family in FAMILIES), ("qwen3", True)])
+def test_ragged_rows_at_two_models_are_rows_alone(pairs, family, fused):
     pair = make(pairs, family)
     # Prompts below and above what is packed with others, of unlike lengths for the two models.
     asked = list(zip(prompts([3, 70, 40, 1, 90]), prompts([5, 20, 130, 1, 80], 1), strict=True))
@@ -47,7 +47,7 @@ def test_ragged_rows_at_two_models_are_rows_alone(pairs, family):
         StitchConfig(tau=float(tau), prefill="both"),
         StitchConfig(policy="random", share=0.2, run_length=20.0),
     ]
-    engine = Engine(pair, EngineConfig(cache="paged", page=16, max_batch=4, max_tokens=1024))
+    engine = Engine(pair, EngineConfig(cache="paged", page=16, max_batch=4, max_tokens=1024, fused=fused))
     jobs = [
         engine.submit(ids, stitch, SamplingConfig(max_new_tokens=60), seed=at)
         for at, (ids, stitch) in enumerate(zip(asked, stitches, strict=True))
@@ -84,12 +84,13 @@ def test_draws_are_those_of_the_loop(pairs):
     assert [token.token for token in jobs[1].tokens] == alone(pair, small, large, stitch, 30, 8)[0]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_gap_is_its_tokens_one_by_one(family):
+def test_a_long_gap_is_its_tokens_one_by_one(family, fused):
     model = tiny(family)[1].double()
     (ids,) = prompts([CHUNK + 90])
     model.config.max_position_embeddings = 2048
-    sizes = dict(rows=2, pages=2 * (2048 // 64), page=64, positions=2048, graphs=False)
+    sizes = dict(rows=2, pages=2 * (2048 // 64), page=64, positions=2048, graphs=False, fused=fused)
     paged = PagedModel(model, 1, Vocabulary.shared(112, 112, ()), **sizes)
     paged.admit(1, range(40, 40 + 32))
     together = paged.read([(1, 0, ids)]).logits.clone()

@@ -9,12 +9,22 @@ from hone_kernels.backends import Backend, Support, choose
 
 from .reference import (
     add_rms_norm_reference,
+    linear_of_one_reference,
     paged_attention_reference,
     rotate_append_reference,
     silu_mul_reference,
 )
 
-__all__ = ["SUPPORT", "Backend", "add_rms_norm", "paged_attention", "rotate_append", "silu_mul"]
+__all__ = [
+    "SUPPORT",
+    "Backend",
+    "add_rms_norm",
+    "linear_of_one",
+    "paged_attention",
+    "rotate_append",
+    "rotate_attend",
+    "silu_mul",
+]
 
 SUPPORT: dict[str, Support] = {
     "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
@@ -75,6 +85,49 @@ def silu_mul(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
     return silu_mul_triton(gate_up)
 
 
+def linear_of_one(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A linear layer of a single token, with what stands before and after it in a decoder, in one launch.
+
+    Weights and biases are read before the kernels launched earlier have ended: none of those may write them.
+
+    Args:
+        x: ``[1, C]``.
+        weight: ``[N, C]``, contiguous.
+        bias: ``[N]``.
+        norm: ``[C]``, weight of an RMS norm of x; None without one.
+        eps: Of the norm.
+        residual: ``[1, N]``, added at the end; ``[1, N / 2]`` where gated.
+        gated: The first half of the outputs are gates, and silu(gate) * up is what comes out, ``[1, N / 2]``.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[1, N]``.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    outputs, width = weight.shape
+    if x.shape != (1, width) or (gated and outputs % 2):
+        raise ValueError(f"x must be [1, {width}], and gated outputs even; got {list(x.shape)} and {outputs}")
+    if residual is not None and residual.shape != (1, outputs // 2 if gated else outputs):
+        raise ValueError(f"the residual must have the output's shape; got {list(residual.shape)}")
+    if choose("linear_of_one", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return linear_of_one_reference(x, weight, bias, norm, eps, residual, gated)
+    from .triton import linear_of_one_triton  # needs Triton
+
+    return linear_of_one_triton(x, weight, bias, norm, eps, residual, gated)
+
+
 def rotate_append(
     qkv: Tensor,
     cos: Tensor,
@@ -113,21 +166,70 @@ def rotate_append(
         ValueError: Shapes do not fit together.
     """
     _check(positions, rows, table, keys, values)
-    dim, heads_k = keys.shape[3], keys.shape[1]
-    heads, rest = divmod(qkv.shape[-1], dim)
-    if qkv.shape[0] != positions.numel() or rest or heads <= 2 * heads_k or (heads - 2 * heads_k) % heads_k:
-        raise ValueError(
-            f"qkv must be [{positions.numel()}, (H + 2 * {heads_k}) * {dim}], H a multiple of {heads_k}; "
-            f"got {list(qkv.shape)}"
-        )
-    if cos.shape != sin.shape or cos.shape[1] != dim // 2:
-        raise ValueError(f"cos and sin must be [positions, {dim // 2}]; got {list(cos.shape)} and {list(sin.shape)}")
+    _check_qkv(qkv, cos, sin, positions, keys)
     arguments = (qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm, eps)
     if choose("rotate_append", backend, SUPPORT, qkv.device, qkv.dtype) == "reference":
         return rotate_append_reference(*arguments)
     from .triton import rotate_append_triton  # needs Triton
 
     return rotate_append_triton(*arguments)
+
+
+def rotate_attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    *,
+    scale: float,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``rotate_append`` and ``paged_attention`` in one launch, for rows with one new token each.
+
+    Args:
+        qkv: ``[tiles, (H + 2 HK) * D]``, contiguous: queries, keys and values of each token.
+        cos: ``[positions, D / 2]``, of the first half of the rotation.
+        sin: Likewise.
+        positions: int32 ``[tiles, 1]``; -1 is padding, which is not written and whose output means nothing.
+        rows: int32 ``[tiles]``, all different but for padding.
+        table: int32 ``[rows, pages of a row]``.
+        keys: ``[pages, HK, page, D]``; every slot of a named page is finite.
+        values: Likewise.
+        counts: int32 ``[tiles * HK]`` or more, zeros, and zeros again when the launch has ended: programs that share a
+            head count themselves there. Calls that run at the same time need one each.
+        scale: Of the logits.
+        q_norm: ``[D]``, weight of a norm of each query head; None without one.
+        k_norm: Likewise of keys.
+        eps: Of these norms.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[tiles, H, D]``.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    _check(positions, rows, table, keys, values)
+    _check_qkv(qkv, cos, sin, positions, keys)
+    if positions.shape[1] != 1 or counts.dtype != torch.int32 or counts.numel() < len(rows) * keys.shape[1]:
+        raise ValueError(
+            f"expected one token a tile and counts int32 [{len(rows) * keys.shape[1]}] at least; got "
+            f"{positions.shape[1]} and {counts.dtype} {list(counts.shape)}"
+        )
+    if choose("rotate_attend", backend, SUPPORT, qkv.device, qkv.dtype) == "reference":
+        q = rotate_append_reference(qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm, eps)
+        return paged_attention_reference(q, keys, values, positions, rows, table, scale)
+    from .triton import rotate_attend_triton  # needs Triton
+
+    return rotate_attend_triton(qkv, cos, sin, positions, rows, table, keys, values, counts, q_norm, k_norm, eps, scale)
 
 
 def paged_attention(
@@ -179,3 +281,15 @@ def _check(positions: Tensor, rows: Tensor, table: Tensor, keys: Tensor, values:
             "expected positions [tiles, tokens], rows [tiles] and table [rows, pages]; got "
             f"{list(positions.shape)}, {list(rows.shape)} and {list(table.shape)}"
         )
+
+
+def _check_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor) -> None:
+    dim, heads_k = keys.shape[3], keys.shape[1]
+    heads, rest = divmod(qkv.shape[-1], dim)
+    if qkv.shape[0] != positions.numel() or rest or heads <= 2 * heads_k or (heads - 2 * heads_k) % heads_k:
+        raise ValueError(
+            f"qkv must be [{positions.numel()}, (H + 2 * {heads_k}) * {dim}], H a multiple of {heads_k}; "
+            f"got {list(qkv.shape)}"
+        )
+    if cos.shape != sin.shape or cos.shape[1] != dim // 2:
+        raise ValueError(f"cos and sin must be [positions, {dim // 2}]; got {list(cos.shape)} and {list(sin.shape)}")

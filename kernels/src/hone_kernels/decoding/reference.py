@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_rms_norm_reference", "paged_attention_reference", "rotate_append_reference", "silu_mul_reference"]
+__all__ = [
+    "add_rms_norm_reference",
+    "linear_of_one_reference",
+    "paged_attention_reference",
+    "rotate_append_reference",
+    "silu_mul_reference",
+]
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -23,6 +29,22 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     """See ``silu_mul``."""
     gate, up = gate_up.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
+
+
+def linear_of_one_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """See ``linear_of_one``."""
+    x = x if norm is None else _norm(x, norm, eps)
+    out = torch.nn.functional.linear(x, weight, bias)
+    out = silu_mul_reference(out) if gated else out
+    return out if residual is None else residual + out
 
 
 def rotate_append_reference(

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["add_rms_norm_triton", "paged_attention_triton", "rotate_append_triton", "silu_mul_triton", "splits_of"]
+__all__ = [
+    "add_rms_norm_triton",
+    "linear_of_one_triton",
+    "paged_attention_triton",
+    "rotate_append_triton",
+    "rotate_attend_triton",
+    "silu_mul_triton",
+    "splits_of",
+]
 
+LOG2E = math.log2(math.e)
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """Programs that attention is split into at least, where there are keys enough."""
 
@@ -59,6 +70,108 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(tokens, width)
     _silu_kernel[(triton.cdiv(width, 512), tokens)](gate_up, out, width, BLOCK=512, num_warps=2)
     return out
+
+
+@triton.jit
+def _linear_kernel(
+    X, WEIGHT, BIAS, NORM, RESIDUAL, OUT, outputs, width, eps, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < outputs
+    k = tl.arange(0, BLOCK_K)
+    lines = WEIGHT + n.to(tl.int64)[:, None] * width + k[None, :]
+    ups = lines + outputs.to(tl.int64) * width
+    first = inside[:, None] & (k < width)[None, :]
+    # Weights are nobody's output: the first ones are on their way while the launch before still works.
+    weight = tl.load(lines, mask=first, other=0.0)
+    if GATED:
+        up = tl.load(ups, mask=first, other=0.0)
+    if NORM is not None:
+        scale = tl.load(NORM + k, mask=k < width, other=0.0)
+    if OVERLAP:
+        gdc_wait()
+    x = tl.load(X + k, mask=k < width, other=0.0)
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, width, BLOCK_K):
+        at = start + k
+        left = at + BLOCK_K < width
+        after = inside[:, None] & left[None, :]
+        following = tl.load(lines + start + BLOCK_K, mask=after, other=0.0)
+        if GATED:
+            following_up = tl.load(ups + start + BLOCK_K, mask=after, other=0.0)
+        following_x = tl.load(X + at + BLOCK_K, mask=left, other=0.0)
+        wide = x.to(tl.float32)
+        if NORM is not None:
+            # The norm's factor is one number, which is multiplied at the end.
+            squares += wide * wide
+            wide *= scale.to(tl.float32)
+            scale = tl.load(NORM + at + BLOCK_K, mask=left, other=0.0)
+        sums += weight.to(tl.float32) * wide[None, :]
+        weight = following
+        if GATED:
+            up_sums += up.to(tl.float32) * wide[None, :]
+            up = following_up
+        x = following_x
+    factor = 1.0
+    if NORM is not None:
+        factor = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+    out = tl.sum(sums, 1) * factor
+    kind = OUT.dtype.element_ty
+    if BIAS is not None:
+        out += tl.load(BIAS + n, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up_out = tl.sum(up_sums, 1) * factor
+        if BIAS is not None:
+            up_out += tl.load(BIAS + outputs + n, mask=inside, other=0.0).to(tl.float32)
+        out = out.to(kind).to(tl.float32)
+        out = (out / (1.0 + tl.exp(-out))).to(kind).to(tl.float32) * up_out.to(kind).to(tl.float32)
+    if RESIDUAL is not None:
+        out = out.to(kind).to(tl.float32) + tl.load(RESIDUAL + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(OUT + n, out, mask=inside)
+
+
+def linear_of_one_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+    *,
+    tile: tuple[int, int, int] | None = None,
+    overlap: bool | None = None,
+) -> Tensor:
+    """See ``linear_of_one``; ``tile`` is outputs and inputs that a program takes at once, and its warps.
+
+    With ``overlap`` the launch is on its way while the one before ends (programmatic dependent launch, from Hopper on);
+    chosen if None.
+    """
+    outputs, width = weight.shape
+    outputs = outputs // 2 if gated else outputs
+    block_n, block_k, warps = (4, 1024, 4) if tile is None else tile
+    overlap = _launches_overlap(x.device) if overlap is None else overlap
+    out = x.new_empty(1, outputs)
+    _linear_kernel[(triton.cdiv(outputs, block_n),)](
+        x, weight, bias, norm, residual, out, outputs, width, eps, GATED=gated, BLOCK_N=block_n, BLOCK_K=block_k,
+        OVERLAP=overlap, num_warps=warps, **_pdl(overlap),
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache
+def _launches_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _pdl(overlap: bool) -> dict[str, bool]:
+    # An option that older compilers do not know is not named where it is off.
+    return {"launch_pdl": True} if overlap else {}
 
 
 @triton.jit
@@ -198,6 +311,157 @@ def _merge_kernel(PARTS, LSE, OUT, splits, DIM: tl.constexpr, PADDED: tl.constex
     tl.store(OUT + line * DIM + d, out, mask=inside)
 
 
+@triton.jit
+def _turned(
+    SOURCE, NORM, COS, SIN, place, d, mask, eps, kind: tl.constexpr, DIM: tl.constexpr, AXIS: tl.constexpr
+):  # fmt: skip
+    """Heads at pointers ``SOURCE``, normalised if there is a norm, and rotated."""
+    partner = (d + DIM // 2) % DIM
+    x = tl.load(SOURCE + d, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(SOURCE + partner, mask=mask, other=0.0).to(tl.float32)
+    if NORM is not None:
+        factor = tl.rsqrt(tl.sum(x * x, AXIS, keep_dims=True) / DIM + eps)
+        own = tl.load(NORM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        other = tl.load(NORM + partner, mask=d < DIM, other=0.0).to(tl.float32)
+        x = (own * (x * factor).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+        y = (other * (y * factor).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    angle = place * (DIM // 2) + d % (DIM // 2)
+    cos = tl.load(COS + angle, mask=d < DIM, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + angle, mask=d < DIM, other=0.0).to(tl.float32)
+    return (x * cos + y * tl.where(d < DIM // 2, -sin, sin)).to(kind)
+
+
+@triton.jit
+def _attend_kernel(
+    QKV, COS, SIN, POSITIONS, ROWS, TABLE, KEYS, VALUES, Q_NORM, K_NORM, PARTS, LSE, COUNTS, OUT, eps, scale,
+    table_stride, heads, heads_k, splits, GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    head_k = tl.program_id(1)
+    split = tl.program_id(2)
+    kind = KEYS.dtype.element_ty
+    position = tl.load(POSITIONS + token)
+    place = tl.maximum(position, 0)
+    blocks = tl.cdiv(position + 1, BLOCK_N)
+    per = tl.maximum(tl.cdiv(blocks, splits), 1)
+    # Programs beyond these have no keys. Padding has none either, and one program that says so.
+    active = tl.maximum(tl.cdiv(blocks, per), 1)
+    if split < active:
+        d = tl.arange(0, PADDED)
+        inside = d < DIM
+        m = tl.arange(0, BLOCK_M)
+        real = m < GROUPS
+        line = token * heads + head_k * GROUPS + m
+        source = QKV + token * (heads + 2 * heads_k) * DIM
+        of_q = (source + (head_k * GROUPS + m) * DIM)[:, None]
+        seen_q = real[:, None] & inside[None, :]
+        q = _turned(of_q, Q_NORM, COS, SIN, place, d[None, :], seen_q, eps, kind, DIM, 1)
+        new_k = _turned(source + (heads + head_k) * DIM, K_NORM, COS, SIN, place, d, inside, eps, kind, DIM, 0)
+        new_v = tl.load(source + (heads + heads_k + head_k) * DIM + d, mask=inside, other=0.0).to(kind)
+        row = tl.load(ROWS + token).to(tl.int64)
+        if split == active - 1:
+            last = tl.load(TABLE + row * table_stride + place // PAGE).to(tl.int64)
+            kept = ((last * heads_k + head_k) * PAGE + place % PAGE) * DIM + d
+            tl.store(KEYS + kept, new_k, mask=inside & (position >= 0))
+            tl.store(VALUES + kept, new_v, mask=inside & (position >= 0))
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        sums = tl.zeros([BLOCK_M, PADDED], tl.float32)
+        for block in range(split * per, tl.minimum(split * per + per, blocks)):
+            at = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            page = tl.load(TABLE + row * table_stride + block * BLOCK_N // PAGE).to(tl.int64)
+            offset = ((page * heads_k + head_k) * PAGE + block * BLOCK_N % PAGE + tl.arange(0, BLOCK_N)) * DIM
+            # The token's own slot is written by this launch, and so not read.
+            old = at < position
+            k = tl.load(KEYS + offset[None, :] + d[:, None], mask=inside[:, None] & old[None, :], other=0.0)
+            v = tl.load(VALUES + offset[:, None] + d[None, :], mask=inside[None, :] & old[:, None], other=0.0)
+            k = tl.where((at == position)[None, :], new_k[:, None], k)
+            v = tl.where((at == position)[:, None], new_v[None, :], v)
+            logits = tl.dot(q, k, input_precision="ieee") * scale
+            logits = tl.where((at <= position)[None, :], logits, -float("inf"))
+            higher = tl.maximum(top, tl.max(logits, 1))
+            weights = tl.exp2(logits - higher[:, None])
+            fade = tl.exp2(top - higher)
+            total = total * fade + tl.sum(weights, 1)
+            sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision="ieee")
+            top = higher
+        mean = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        if active == 1:
+            tl.store(OUT + line[:, None] * DIM + d[None, :], mean, mask=seen_q)
+        else:
+            tl.store(PARTS + (line * splits + split)[:, None] * DIM + d[None, :], mean, mask=seen_q)
+            tl.store(LSE + line * splits + split, top + tl.log2(total), mask=real)
+            tl.debug_barrier()
+            # Whoever comes last finds all parts written, and joins them.
+            count = COUNTS + token * heads_k + head_k
+            if tl.atomic_add(count, 1, sem="acq_rel") == active - 1:
+                part = tl.arange(0, SPLITS)
+                there = part < active
+                for group in tl.static_range(GROUPS):
+                    one = token * heads + head_k * GROUPS + group
+                    lse = tl.load(LSE + one * splits + part, mask=there, other=-float("inf"), cache_modifier=".cg")
+                    weight = tl.exp2(lse - tl.max(lse, 0))
+                    parts = tl.load(
+                        PARTS + (one * splits + part)[:, None] * DIM + d[None, :],
+                        mask=there[:, None] & inside[None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    joined = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+                    tl.store(OUT + one * DIM + d, joined, mask=inside)
+                tl.store(count, 0)
+
+
+def rotate_attend_triton(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    *,
+    splits: int | None = None,
+    overlap: bool | None = None,
+) -> Tensor:
+    """See ``rotate_attend``; ``splits`` and ``overlap`` are chosen unless told, as by the launches that it replaces."""
+    heads_k, page, dim = keys.shape[1:]
+    heads = qkv.shape[1] // dim - 2 * heads_k
+    groups, tiles = heads // heads_k, len(rows)
+    block_n = _keys_of_a_block(page)
+    if splits is None:
+        splits = splits_of(tiles * heads_k, table.shape[1] * page, block_n, _multiprocessors(qkv.device))
+    overlap = _launches_overlap(qkv.device) if overlap is None else overlap
+    out = qkv.new_empty(tiles, heads, dim)
+    parts = torch.empty(tiles, heads, splits, dim, dtype=torch.float32, device=qkv.device)
+    lse = torch.empty(tiles, heads, splits, dtype=torch.float32, device=qkv.device)
+    _attend_kernel[(tiles, heads_k, splits)](
+        qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm, parts, lse, counts, out, eps,
+        scale * LOG2E, table.stride(0), heads, heads_k, splits, GROUPS=groups, DIM=dim,
+        PADDED=max(16, triton.next_power_of_2(dim)), PAGE=page, BLOCK_M=max(16, triton.next_power_of_2(groups)),
+        BLOCK_N=block_n, SPLITS=triton.next_power_of_2(splits), OVERLAP=overlap, num_warps=4, num_stages=2,
+        **_pdl(overlap),
+    )  # fmt: skip
+    return out
+
+
+def _keys_of_a_block(page: int) -> int:
+    block = min(64, page)
+    if page % block or block < 16 or block & (block - 1):
+        raise ValueError(f"a page must hold 16, 32 or a multiple of 64 tokens; got {page}")
+    return block
+
+
 @functools.lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -233,9 +497,7 @@ def paged_attention_triton(
     heads = q.shape[1]
     groups = heads // heads_k
     block_m = min(64, max(16, triton.next_power_of_2(tokens * groups)))
-    block_n = min(64, page)
-    if page % block_n or block_n < 16 or block_n & (block_n - 1):
-        raise ValueError(f"a page must hold 16, 32 or a multiple of 64 tokens; got {page}")
+    block_n = _keys_of_a_block(page)
     programs = tiles * triton.cdiv(tokens * groups, block_m)
     if splits is None:
         splits = splits_of(programs * heads_k, table.shape[1] * page, block_n, _multiprocessors(q.device))
@@ -246,7 +508,7 @@ def paged_attention_triton(
         lse = torch.empty(q.shape[0], heads, splits, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(dim))
     _attention_kernel[(programs, heads_k, splits)](
-        q, keys, values, positions, rows, table, parts, lse, scale * 1.4426950408889634, tokens, table.stride(0),
+        q, keys, values, positions, rows, table, parts, lse, scale * LOG2E, tokens, table.stride(0),
         heads, heads_k, splits, GROUPS=groups, DIM=dim, PADDED=padded, PAGE=page, BLOCK_M=block_m, BLOCK_N=block_n,
         num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -50,6 +50,8 @@ class BenchReport(Report):
             elif row.metric in ("step", "floor"):
                 what = {"step": "steps in", "floor": "memory allows"}[row.metric]
                 lines.append(f"{batch}{row.variant:<5} {what} {row.value:8.3f} ms")
+            elif row.metric == "graph":
+                lines.append(f"{batch}{row.variant:<5} without the host {row.value:8.3f} ms, {row.labels['launches']}")
             elif row.metric == "rate":
                 lines.append(f"{batch}{row.variant:<28} {row.value:8.1f} tokens/s")
             elif row.metric == "formula_rate":

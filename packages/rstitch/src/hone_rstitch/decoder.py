@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hone_kernels.decoding import add_rms_norm, paged_attention, rotate_append, silu_mul
+from hone_kernels.decoding import add_rms_norm, linear_of_one, paged_attention, rotate_append, rotate_attend, silu_mul
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,12 +68,13 @@ class Decoder:
         pages: In all, for every row together.
         page: Tokens that a page holds.
         positions: Of a row, at most.
+        rows: With one token each that a call may read, at most.
 
     Raises:
         ValueError: The model is not supported.
     """
 
-    def __init__(self, model: Any, *, pages: int, page: int, positions: int) -> None:
+    def __init__(self, model: Any, *, pages: int, page: int, positions: int, rows: int = 1) -> None:
         reason = unsupported(model)
         if reason is not None:
             raise ValueError(f"paged caches are for dense decoders: {reason}")
@@ -91,6 +92,7 @@ class Decoder:
         self.cos, self.sin = (x[0, :, : self.dim // 2].contiguous() for x in (cos, sin))
         shape = (len(self.layers), 2, pages, config.num_key_value_heads, page, self.dim)
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._counts = torch.zeros(rows * config.num_key_value_heads, dtype=torch.int32, device=self.device)
 
     @property
     def step_bytes(self) -> int:
@@ -108,7 +110,14 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(
-        self, ids: Tensor, positions: Tensor, rows: Tensor, table: Tensor, last: Tensor | None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        table: Tensor,
+        last: Tensor | None,
+        *,
+        fused: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Read tokens into the cache.
 
@@ -118,21 +127,20 @@ class Decoder:
             rows: int32 ``[tiles]``, row of the table that each tile is of.
             table: int32 ``[rows, pages of a row]``.
             last: int ``[asked]``, tokens after which logits are wanted; None for none.
+            fused: In fewer launches; each tile is one token, of a row of its own.
 
         Returns:
             ``[asked, vocabulary]`` logits, and the normalised hidden states that they are of; without ``last`` nothing
             that is of use.
         """
+        where = (positions, rows, table)
+        if fused and len(ids) == 1 and last is not None:
+            return self._one(ids, where)
         x = F.embedding(ids, self.embedding)
         total: Tensor | None = None
-        where = (positions, rows, table)
-        for layer, (keys, values) in zip(self.layers, self.cache, strict=True):
+        for layer, cache in zip(self.layers, self.cache, strict=True):
             x, total = add_rms_norm(x, total, layer.before, self.eps)
-            q = rotate_append(
-                F.linear(x, *layer.qkv), self.cos, self.sin, *where, keys, values,
-                q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.eps,
-            )  # fmt: skip
-            x = paged_attention(q, keys, values, *where, scale=self.scale).flatten(1)
+            x = self._attend(layer, F.linear(x, *layer.qkv), where, cache, fused)
             x, total = add_rms_norm(F.linear(x, *layer.out), total, layer.after, self.eps)
             x = F.linear(silu_mul(F.linear(x, *layer.gate_up)), *layer.down)
         if last is None:
@@ -140,6 +148,29 @@ class Decoder:
         assert total is not None, "a decoder has a layer"
         x, _ = add_rms_norm(x[last], total[last], self.norm, self.eps)
         return F.linear(x, self.head), x
+
+    def _one(self, ids: Tensor, where: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A single token: five launches a layer, each of which reads its first weights while the one before ends."""
+        x = F.embedding(ids, self.embedding)
+        for layer, cache in zip(self.layers, self.cache, strict=True):
+            qkv = linear_of_one(x, *layer.qkv, norm=layer.before, eps=self.eps)
+            x = linear_of_one(self._attend(layer, qkv, where, cache, True), *layer.out, residual=x)
+            hidden = linear_of_one(x, *layer.gate_up, norm=layer.after, eps=self.eps, gated=True)
+            x = linear_of_one(hidden, *layer.down, residual=x)
+        x, _ = add_rms_norm(x, None, self.norm, self.eps)
+        return linear_of_one(x, self.head), x
+
+    def _attend(
+        self, layer: _Layer, qkv: Tensor, where: tuple[Tensor, Tensor, Tensor], cache: Tensor, fused: bool
+    ) -> Tensor:
+        keys, values = cache
+        norms: dict[str, Any] = {"q_norm": layer.q_norm, "k_norm": layer.k_norm, "eps": self.eps}
+        if fused:
+            return rotate_attend(
+                qkv, self.cos, self.sin, *where, keys, values, self._counts, scale=self.scale, **norms
+            ).flatten(1)
+        q = rotate_append(qkv, self.cos, self.sin, *where, keys, values, **norms)
+        return paged_attention(q, keys, values, *where, scale=self.scale).flatten(1)
 
 
 def _layer(layer: Any) -> _Layer:

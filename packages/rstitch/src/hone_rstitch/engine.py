@@ -173,6 +173,7 @@ class Engine(_Loop):
                 PagedModel(
                     model, which, self.vocabulary, rows=config.max_batch, pages=pages, page=page,
                     positions=min(config.max_tokens, max(limits)), graphs=config.graphs and model.device.type == "cuda",
+                    fused=config.fused,
                 ),
                 model,
                 free,

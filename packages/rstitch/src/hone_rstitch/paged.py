@@ -20,7 +20,7 @@ from .config import LARGE
 from .decoder import Decoder
 from .vocabulary import Vocabulary
 
-__all__ = ["PagedModel", "Pages", "Reading"]
+__all__ = ["Call", "PagedModel", "Pages", "Reading"]
 
 LONGEST_GAP = 64
 """Tokens of a gap that is packed with others; a longer one is read before, but for its last token."""
@@ -92,6 +92,7 @@ class PagedModel:
         page: Tokens of a page.
         positions: Of a request, at most.
         graphs: Capture calls; the device must be a GPU then.
+        fused: Calls of one token a row take fewer launches.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class PagedModel:
         page: int,
         positions: int,
         graphs: bool,
+        fused: bool,
     ) -> None:
-        self.decoder = Decoder(model, pages=pages, page=page, positions=positions)
-        self.device, self.rows, self.graphs = self.decoder.device, rows, graphs
+        self.decoder = Decoder(model, pages=pages, page=page, positions=positions, rows=_bucket(rows))
+        self.device, self.rows, self.graphs, self.fused = self.decoder.device, rows, graphs, fused
         self.size = vocabulary.size
         vocabulary = vocabulary.to(self.device)
         self.closed = vocabulary.to_small < 0
@@ -116,7 +118,7 @@ class PagedModel:
             self.closed[list(vocabulary.eos)] = False
         self.table = torch.zeros(rows, -(-positions // page), dtype=torch.int32, device=self.device)
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
-        self._calls: dict[tuple[int, int, int], _Call] = {}
+        self._calls: dict[tuple[int, int, int, bool], Call] = {}
 
     def admit(self, row: int, pages: Sequence[int]) -> None:
         """Give a row of the table its pages."""
@@ -136,11 +138,18 @@ class PagedModel:
             else:
                 short.append((row, read, ids))
         tile, tiles = packing([len(ids) for _, _, ids in short])
-        asked = tiles if tile == 1 and tiles == len(short) else self.rows
-        shape = (_bucket(tiles), tile, _bucket(asked))
+        if tiles == len(short) and tile == 1:
+            return self.step(tiles, fused=self.fused).run(short)
+        return self._call(_bucket(tiles), tile, _bucket(self.rows), False).run(short)
+
+    def step(self, rows: int, *, fused: bool) -> Call:
+        """The call that reads a token for each of so many rows."""
+        return self._call(_bucket(rows), 1, _bucket(rows), fused)
+
+    def _call(self, *shape: Any) -> Call:
         if shape not in self._calls:
-            self._calls[shape] = _Call(self, *shape)
-        return self._calls[shape].run(short)
+            self._calls[shape] = Call(self, *shape)
+        return self._calls[shape]
 
     def absorb(self, row: int, read: int, ids: Sequence[int]) -> None:
         """Read tokens of one row and nothing after them."""
@@ -157,11 +166,10 @@ class PagedModel:
             self.decoder(inputs[0], inputs[1].view(tiles, tile), rows, self.table, None)
 
     def prepare(self) -> None:
-        """Capture the calls that most steps are: one token for each of so many rows, and short gaps of a row."""
+        """Capture the calls that most steps are: one token for each of so many rows."""
         count = 1
         while count < 2 * self.rows:
-            shape = (count, 1, count)
-            self._calls.setdefault(shape, _Call(self, *shape))
+            self.step(count, fused=self.fused)
             count *= 2
 
 
@@ -182,11 +190,16 @@ def _bucket(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-class _Call:
-    """Calls of one shape: ``tiles`` tiles of ``tile`` tokens, logits after ``asked`` of them."""
+class Call:
+    """Calls of one shape: ``tiles`` tiles of ``tile`` tokens, logits after ``asked`` of them; see ``PagedModel``.
 
-    def __init__(self, model: PagedModel, tiles: int, tile: int, asked: int) -> None:
-        self.model, self.tile = model, tile
+    Attributes:
+        graph: What was captured, if anything.
+        logits: ``[asked, vocabulary]``, of the last run.
+    """
+
+    def __init__(self, model: PagedModel, tiles: int, tile: int, asked: int, fused: bool) -> None:
+        self.model, self.tile, self.fused = model, tile, fused
         gpu = model.device.type == "cuda"
         tokens = tiles * tile
         self.host = torch.zeros(2 * tokens + tiles + asked, dtype=torch.int32, pin_memory=gpu)
@@ -207,7 +220,9 @@ class _Call:
         model = self.model
         self.inputs.copy_(self.host, non_blocking=True)
         ids, positions, rows, last = self.parts
-        logits, self.hidden = model.decoder(ids, positions.view(len(rows), -1), rows, model.table, last)
+        logits, self.hidden = model.decoder(
+            ids, positions.view(len(rows), -1), rows, model.table, last, fused=self.fused
+        )
         if model.ids is not None:
             logits = logits.index_select(-1, model.ids)
         self.logits = logits.masked_fill_(model.closed, -torch.inf)
@@ -229,7 +244,15 @@ class _Call:
             self._work()
         self.graph = graph
 
+    def again(self) -> None:
+        """Launch it with what it was last given, and wait for nothing."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._work()
+
     def run(self, gaps: Sequence[tuple[int, int, Sequence[int]]]) -> Reading:
+        """See ``PagedModel.read``."""
         self.positions[:] = -1
         tile, start = self.tile, 0
         for at, (row, read, ids) in enumerate(gaps):
@@ -240,10 +263,7 @@ class _Call:
             self.rows[start // tile : after // tile] = row
             self.last[at] = end - 1
             start = after
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self._work()
+        self.again()
         if self.model.device.type == "cuda":
             torch.cuda.current_stream(self.model.device).synchronize()
         count = len(gaps)

@@ -40,7 +40,9 @@ def rates(cfg: BenchConfig, run: Run, pair: Pair) -> None:
     """
     most = max(cfg.batches)
     room = cfg.context + max(cfg.tokens, *cfg.gaps) + 1
-    engine = Engine(pair, EngineConfig(cache="paged", max_batch=most, max_tokens=most * room, max_queue=most))
+    engine = Engine(
+        pair, EngineConfig(cache="paged", max_batch=most, max_tokens=most * room, max_queue=most, fused=cfg.fused)
+    )
     generator = torch.Generator().manual_seed(cfg.seed)
     # Ordinary ids of both models; the packaged pair has few.
     ids = torch.randint(0, 10, (cfg.context,), generator=generator).tolist()
@@ -77,10 +79,17 @@ def _steps(cfg: BenchConfig, run: Run, engine: Engine, model: Any, ids: list[int
         labels = {"batch": batch}
         run.row("step", times.ms_p50, unit="ms", better="lower", n=times.n, variant=name, labels=labels)
         wall_of_one = wall_of_one or times.ms_p50
-        call = paged._calls[1 << (batch - 1).bit_length(), 1, 1 << (batch - 1).bit_length()]
-        if call.graph is not None:
-            inside = measure_interleaved({"": call.graph.replay}, warmup=2, rounds=cfg.rounds, device=paged.device)[""]
-            run.row("graph", inside.ms_p50, unit="ms", better="lower", n=inside.n, variant=name, labels=labels)
+        calls = {word: paged.step(batch, fused=word == "fused") for word in ("plain", "fused")}
+        said = {word: call.run(gaps).logits[:, open_] for word, call in calls.items()}
+        check_values(f"the {name} model's logits in fewer launches", said["fused"], said["plain"], tolerance=tolerance)
+        inside = measure_interleaved(
+            {word: call.again for word, call in calls.items()}, warmup=2, rounds=cfg.rounds, device=paged.device
+        )
+        for word, one in inside.items():
+            run.row(
+                "graph", one.ms_p50, unit="ms", better="lower", n=one.n, variant=name,
+                labels=labels | {"launches": word},
+            )  # fmt: skip
         if bandwidth is not None:
             size = paged.decoder.step_bytes + batch * (cfg.context + 1) * paged.decoder.token_bytes
             floor = 1e3 * size / bandwidth
