@@ -36,7 +36,9 @@ def test_a_run_leaves_two_graded_arms_and_counts_the_cap(whole, short):
     assert report.steps == 5
     assert train.stage_steps(short) == {"base": 1, "photometric": 2, "pm": 2}
     stored = open_tiny(report.checkpoint)
-    assert stored.facts.result.keys() == {f"{arm} {name}" for arm in ("photometric", "pm") for name in METRICS}
+    assert stored.facts.result.keys() == {
+        f"{arm} {name}" for arm in ("photometric", "pm") for name in [*METRICS, "on_surface"]
+    }
     (capped,) = [row for row in run.rows if row.metric == "capped"]
     assert capped.n == 2
     assert (run.path / "metrics.jsonl").read_text().count('"pm"') == 2
@@ -82,6 +84,36 @@ def test_the_arms_see_the_same_rooms_and_differ_by_the_term(short, monkeypatch):
     assert float((whole - plain).detach()) == pytest.approx(0.5 * float(logged["pm"]), rel=1e-4)
 
 
+def test_depths_teach_the_base_alone(short, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, "training_batch", lambda *rest, **kw: scene)
+    whole = train.scene_loss
+
+    def keep(host, scene, pm, *, depth):
+        seen[stage] = depth
+        return whole(host, scene, pm, depth=depth)
+
+    scene = training_batch([0], 1, (8, 18), 32)
+    host = tiny(SMALL).train()
+    plain, _ = whole(host, scene, None)
+    taught, logged = whole(host, scene, None, depth=0.5)
+    ratio = host(scene.context).depth / scene.distance
+    assert float(logged["depth"]) == pytest.approx(float(ratio.log().abs().mean().detach()), rel=1e-4)
+    assert float((taught - plain).detach()) == pytest.approx(0.5 * float(logged["depth"]), rel=1e-4)
+    monkeypatch.setattr(train, "scene_loss", keep)
+    for stage in train.STAGES:
+        train._advance(short, stage, host, torch.optim.SGD(host.parameters(), 0.0), train._Count(), scene, 0, 2)
+    assert seen == {"base": 0.1, "photometric": 0.0, "pm": 0.0}
+
+
+def test_a_host_of_good_pictures_and_flying_centres_misses_its_gates(short, tmp_path, monkeypatch):
+    grades = {name: torch.ones(1) for name in METRICS} | {"psnr_between": torch.tensor([30.0])}
+    monkeypatch.setattr(train, "grade", lambda host, scenes: grades | {"flying": torch.tensor([share])})
+    for share, passed in ((0.97, False), (0.5, True)):
+        with open_run(short, tmp_path / str(share)) as run:
+            assert train.train_host(short, run).passed == passed
+
+
 def test_geometry_grades_of_true_depth():
     class True_(torch.nn.Module):
         def forward(self, views):
@@ -98,5 +130,6 @@ def test_geometry_grades_of_true_depth():
     host, scene = tiny(SMALL), graded_rooms([0], 2, 32)
     right, wrong = grade(True_(), [scene]), grade(host, [scene])
     assert float(right["flying"]) == float(right["depth_abs_rel"]) == 0
+    assert float(right["depth_close"]) == 1
     assert float(wrong["flying"]) > 0.5
     assert float(wrong["depth_abs_rel"]) > 0.1

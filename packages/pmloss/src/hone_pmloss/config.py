@@ -101,8 +101,8 @@ class HostConfig:
     """Of the feature network."""
     layers: int = 2
     """Of the multi-view transformer."""
-    candidates: int = 32
-    """Depths that are compared."""
+    candidates: int = 64
+    """Depths that are compared; half of them lie nearer or further than anything in a room."""
     refine_channels: int = 32
     """Of the U-Net at full resolution."""
     offset: Literal["bounded", "unconstrained"] = "bounded"
@@ -121,7 +121,10 @@ class TrainHostConfig:
     pm: PMLossConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Loss of the arm that has it."""
     base_share: float = 0.6
-    """Share of the steps that the host is trained by pictures alone; the two arms start from it and share the rest."""
+    """Share of the steps before the arms part; the two start from the same weights and share the rest."""
+    base_depth: float = 0.1
+    """Weight, before the arms part, of the mean error of the depths' logarithms beside the pictures': it stands for the
+    depth network that published hosts begin with. The arms themselves see no depth; 0 for pictures alone throughout."""
     scenes: int = 4
     """Rooms per step."""
     targets: int = 4
@@ -153,6 +156,8 @@ class TrainHostConfig:
         check_budget(self.minutes, self.steps)
         if not 0 < self.base_share < 1:
             raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
+        if self.base_depth < 0:
+            raise ValueError(f"base_depth must be at least 0; got {self.base_depth}")
         if not 2 <= self.gap[0] <= self.gap[1] < 50:
             raise ValueError(f"expected 2 <= gap < 50; got {self.gap}")
         if min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1 or not 1 <= self.graded_targets <= 13:
