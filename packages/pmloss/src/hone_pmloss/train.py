@@ -33,8 +33,8 @@ STAGES = ("base", *ARMS)
 LEAST = {"psnr_between": 17.0, "depth_close": 0.6, "on_surface": 0.4}
 GATES = {f"{arm} {name}": least for arm in ARMS for name, least in LEAST.items()}
 """What each arm must reach on graded rooms before the host says anything: PSNR in dB between the context views, of
-which the mean colour of the true pictures reaches 12 to 13; the share of pixels of close depth, and that of centres that
-do not fly, of which one depth for all pixels reaches at most 0.44 and 0.16."""
+which the mean colour of the true pictures reaches 12 to 13; the share of pixels of close depth, and that of centres
+that do not fly, of which one depth for all pixels reaches at most 0.44 and 0.16."""
 
 
 class _Count(nn.Module):
