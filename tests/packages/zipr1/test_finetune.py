@@ -184,6 +184,26 @@ def test_the_verb_trains_a_model_and_goes_on_exactly(command, checkpoint, asked,
         assert any(float(value.abs().max()) > 0 for key, value in whole.items() if "lora_B" in key)
 
 
+def test_every_process_loads_whole_weights_under_fsdp(command, checkpoint, asked, tmp_path, monkeypatch):
+    """As ``accelerate launch`` sets it: on, and then all processes but the first would train zeros."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from hone_lm import checkpoints
+
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert FullyShardedDataParallelPlugin().cpu_ram_efficient_loading
+    found = []
+
+    def load(*given, **named):
+        found.append(FullyShardedDataParallelPlugin().cpu_ram_efficient_loading)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "load_model", load)
+    argv = ("train", "--model", checkpoint, "--data", asked, "--steps", 1, "--device", "cpu", "--quiet")
+    command(*argv, "--out", tmp_path / "run")
+    assert found == [False]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.processes import load_whole_weights
 from hone_core.runs import Report, Run
 from hone_core.training import Training
 
@@ -87,6 +88,7 @@ def train(cfg: TrainConfig, run: Run) -> FinetuneReport:
     from accelerate import Accelerator  # type: ignore[import-untyped]
 
     device = resolve_device(run.device)
+    load_whole_weights()
     accelerator = Accelerator(cpu=device.type != "cuda")
     count, process = accelerator.num_processes, accelerator.process_index
     task = _task(cfg, device if count == 1 else accelerator.device, process, count)

@@ -6,10 +6,19 @@ import os
 from datetime import timedelta
 from typing import Any, Self
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "load_whole_weights"]
 
 LONG = timedelta(days=30)
 """What a process waits for another one: a video can take an hour, and a launcher ends all if one fails."""
+
+
+def load_whole_weights() -> None:
+    """Have every process load the weights it asks for; call it before accelerate and transformers look.
+
+    Launched with FSDP, accelerate's default is that the first process alone reads weights and hands them out when the
+    model is wrapped. Until then those of all others are zeros, and those of a model that is never wrapped stay so.
+    """
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 class Processes:

@@ -29,7 +29,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -42,6 +41,7 @@ from accelerate import Accelerator, DistributedType  # type: ignore[import-untyp
 from hone_core.devices import resolve_device, use_device
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.io import atomic_write_json
+from hone_core.processes import load_whole_weights
 from hone_core.progress import progress_bar
 from hone_core.runs import Run
 from torch import Tensor, nn
@@ -145,9 +145,7 @@ class Loop:
         device = resolve_device(run.device)
         cuda = device.type == "cuda"
         use_device(device)
-        # Every process loads whole weights. With this on, accelerate's default, it takes those of all but the first to
-        # be empty, and fails at parameters of the model itself; transformers would leave text encoders empty there.
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        load_whole_weights()
         self.accelerator = Accelerator(
             mixed_precision="bf16" if (cuda if bf16 is None else bf16) else "no", cpu=not cuda
         )
