@@ -19,7 +19,14 @@ def run(stored, tmp_path_factory):
 def test_the_table_has_every_way_to_choose_and_the_uniform_ratio(run):
     run, report = run
     found = {row.variant for row in run.rows if row.metric == "accuracy"}
-    assert {"dense", "top-p 0.5", "top-p 0.9", "random as top-p 0.5", "top-k as top-p 0.9"} <= found
+    assert {
+        "dense",
+        "top-p 0.5",
+        "top-p 0.9",
+        "random as top-p 0.5",
+        "top-k as top-p 0.9",
+        "VisionZip as top-p 0.9",
+    } <= found
     values = {(row.metric, row.variant): row.value for row in run.rows}
     assert values["token_ratio", "dense"] == 1
     assert values["token_ratio", "top-p 0.5"] < values["token_ratio", "top-p 0.9"] < 1

@@ -231,7 +231,7 @@ def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, chec
 
     def halting(*given):
         asks.append(given)
-        if len(asks) == 12:  # in the second question
+        if len(asks) == 14:  # in the second question
             raise KeyboardInterrupt
         return ask(*given)
 
@@ -241,9 +241,9 @@ def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, chec
         file.write('{"dense": {"ans')
     code, out, err = command(*argv)
     assert code == 0, err
-    assert len(asks) == 12 + 9
+    assert len(asks) == 14 + 11
     rows = [json.loads(line) for line in (tmp_path / "run/artifacts/answers.jsonl").read_text().splitlines()]
-    peers = {f"{name} as top-p {p}" for name in ("FastV", "top-k", "random") for p in ("0.9", "1")}
+    peers = {f"{name} as top-p {p}" for name in ("FastV", "VisionZip", "top-k", "random") for p in ("0.9", "1")}
     assert [set(row) for row in rows] == [{"dense", "top-p 0.9", "top-p 1", *peers}] * 2
     for row in rows:
         assert row["top-p 1"]["answer"] == row["dense"]["answer"]

@@ -30,7 +30,9 @@ __all__ = [
     "TrainHostConfig",
 ]
 
-Policy = Literal["top-p", "top-k", "random", "fastv"]
+Policy = Literal["top-p", "top-k", "random", "fastv", "visionzip"]
+BY_RATIO = ("top-k", "fastv", "visionzip")
+"""Policies whose budget is a share of the prompt."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["digit", "sum"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -59,9 +61,10 @@ class SparseConfig:
     """Tokens that stay in any case and count in the budget: all text, or only the last token of the prompt."""
     policy: Policy = "top-p"
     """``top-p``: the paper. ``top-k``: its ranking at a fixed ratio. ``random``: top-p's budget in each layer, spent on
-    random tokens. ``fastv``: from one layer on, the tokens that the last row attends to most there."""
+    random tokens. ``fastv``: from one layer on, the tokens that the last row attends to most there. ``visionzip``: all
+    text, the tokens that the vision tower attends to most, and a few that the others are merged into."""
     ratio: float | None = None
-    """``top-k`` and ``fastv``: share of the prompt that is kept."""
+    """``top-k``, ``fastv`` and ``visionzip``: share of the prompt that is kept."""
     fastv_layer: int = 2
     """``fastv``: first layer, counted from 0, without the dropped tokens."""
     dense_layers: tuple[int, ...] = ()
@@ -88,9 +91,14 @@ class SparseConfig:
                 f"recent must be positive, so that every token is seen by a probe row, and random not negative; got "
                 f"{self.recent} and {self.random}"
             )
-        if (self.policy in ("top-k", "fastv")) != (self.ratio is not None):
+        if (self.policy in BY_RATIO) != (self.ratio is not None):
             raise ValueError(
-                f"ratio belongs to policy top-k or fastv, which need it; got {self.policy} and {self.ratio}"
+                f"ratio belongs to policy {', '.join(BY_RATIO)}, which need it; got {self.policy} and {self.ratio}"
+            )
+        if self.policy == "visionzip" and (self.dense_layers or self.cache == "retrieve" or self.protect == "none"):
+            raise ValueError(
+                "visionzip drops visual tokens before the first layer, for good: it has no dense_layers, no "
+                "cache='retrieve' and no protect='none'"
             )
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is a share of the prompt in (0, 1]; got {self.ratio}")
@@ -338,7 +346,7 @@ class TrainConfig:
             raise ValueError("lora and dtype are of a model; the tiny host is trained whole, in float32")
         if self.lora < 0 or min(self.frames, self.max_new_tokens) < 1:
             raise ValueError("lora must not be negative, frames and max_new_tokens must be positive")
-        if self.sparse.policy in ("top-k", "fastv") or self.sparse.p != SparseConfig().p:
+        if self.sparse.policy in BY_RATIO or self.sparse.p != SparseConfig().p:
             raise ValueError(f"thresholds are those of --ps, one per rollout; got {self.sparse.label}")
 
 
@@ -505,8 +513,9 @@ class EvalConfig:
     preset: str = "paper"
     """Selection by name, but for its threshold."""
     peers: bool = False
-    """Also spend each threshold's budget as others do: on the best-ranked tokens in equal shares, on random ones, and
-    as FastV, which keeps everything in its first two layers, and where that is too much next to nothing later."""
+    """Also spend each threshold's budget as others do: on the best-ranked tokens in equal shares, on random ones, as
+    FastV, which keeps everything in its first two layers, and where that is too much next to nothing later, and, on
+    Qwen models, as VisionZip, which keeps all text."""
     limit: int | None = None
     """First questions only."""
     frames: int = 32

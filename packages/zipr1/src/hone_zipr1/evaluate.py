@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hone_core.runs import Row, Run
@@ -16,6 +17,7 @@ from .host import Host
 from .method import uniform_ratio
 from .models import attach
 from .rollouts import Rollout, rollout
+from .visionzip import FAMILIES
 
 __all__ = ["DENSE", "Outcome", "ask", "at_budget", "held_out", "table", "uniform_of", "write_rows"]
 
@@ -117,28 +119,34 @@ FASTV_LAYER = 2
 """First layer of FastV that drops."""
 
 
-def at_budget(config: SparseConfig, tau: float, layers: int) -> dict[str, SparseConfig]:
+def at_budget(config: SparseConfig, tau: float, model: Any) -> dict[str, SparseConfig]:
     """Other ways to spend a mean ratio, by name; our re-implementations.
 
     Args:
         config: A selection by its threshold.
         tau: What it kept.
-        layers: Of the decoder. FastV keeps everything in the first two and less after them, for the same mean; where
-            that is not possible, next to nothing.
+        model: Config of the model. FastV keeps everything in the first two layers and less after them, for the same
+            mean; where that is not possible, next to nothing. VisionZip is only among them where the model's tower is
+            understood.
     """
+    layers = model.get_text_config().num_hidden_layers
     later = (tau * layers - FASTV_LAYER) / (layers - FASTV_LAYER) if layers > FASTV_LAYER else 0.0
     fastv = {"policy": "fastv", "ratio": min(1.0, max(later, 1e-6)), "fastv_layer": min(FASTV_LAYER, layers - 1)}
-    return {
-        "FastV": replace(config, **fastv),  # type: ignore[arg-type]
+    others = {
+        "FastV": replace(config, **fastv),
+        "VisionZip": replace(config, policy="visionzip", ratio=min(1.0, tau)),
         "top-k": replace(config, policy="top-k", ratio=min(1.0, tau)),
         "random": replace(config, policy="random"),
     }
+    if model.model_type not in FAMILIES:
+        del others["VisionZip"]
+    return others
 
 
 def peers(host: Host, asked: Mosaics, outcome: Outcome, config: SparseConfig, *, batch: int) -> list[Outcome]:
     """What ``at_budget`` answers at the mean ratio of an outcome; without FastV where it would keep more."""
     layers = host.config.layers
-    others = at_budget(config, outcome.tau, layers)
+    others = at_budget(config, outcome.tau, host.model.config)
     if outcome.tau * layers <= FASTV_LAYER:
         del others["FastV"]
     return [ask(host, asked, other, batch=batch, label=f"{name} as {outcome.label}") for name, other in others.items()]

@@ -69,8 +69,7 @@ def _answers(model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig
     for one in _selections(cfg):
         row[one.label] = _ask(*given, one)
         if cfg.peers:
-            layers = model.config.get_text_config().num_hidden_layers
-            for name, other in at_budget(one, row[one.label]["ratio"], layers).items():
+            for name, other in at_budget(one, row[one.label]["ratio"], model.config).items():
                 row[f"{name} as {one.label}"] = _ask(*given, other)
     return row
 

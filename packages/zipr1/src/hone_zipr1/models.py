@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import method
 from .cache import Kept, SparseLayer, sparse_layers
 from .config import PRESETS, SparseConfig
+from .visionzip import Zipped, check_tower, look, zipped
 
 __all__ = [
     "SparseHandle",
@@ -112,6 +113,9 @@ class _Inputs:
     mask: Tensor | None
     ids: Tensor | None
     candidates: int
+    grid: Tensor | None = None
+    """Of the pictures or frames that the vision tower is running on."""
+    tower: Zipped = field(default_factory=Zipped)
 
 
 @dataclass
@@ -126,7 +130,7 @@ class _Pass:
         real: ``[batch, tokens so far]``, or None without padding.
         cache: that is filled.
         soft: whether the support's size is recorded with gradient.
-        fixed: choice of an earlier layer that holds for the later ones (FastV).
+        fixed: choice that holds for the layers that are left (FastV, VisionZip).
         seen: layers whose attention came through.
     """
 
@@ -177,6 +181,12 @@ class SparseHandle(Handle[SparseConfig]):
             "", lambda module: module.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
         )
         before(path, self._before_decoder)
+        self._tower: Any = None
+        if config.policy == "visionzip":
+            self._tower = model.get_submodule("model.visual")
+            if len(self._tower.blocks):
+                before("model.visual", self._before_tower)
+                before(f"model.visual.blocks.{len(self._tower.blocks) - 1}.attn", self._before_attention)
         self._hooks.add(path, lambda module: module.register_forward_hook(self._after_decoder, with_kwargs=True))
 
     @property
@@ -302,6 +312,11 @@ class SparseHandle(Handle[SparseConfig]):
             protected = torch.cat([before, written, protected], -1) & here
         stats = Stats(here, protected, self._rows(here[:, earlier:], earlier))
         running = _Pass(p, prompt, earlier, stats, real, cache, given.soft)
+        if self._tower is not None:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is None:
+                raise ValueError("visionzip needs the embeddings of a prompt with a picture or a video; got token ids")
+            running.fixed, kwargs["inputs_embeds"] = self._zipped(inputs, embeds, here, protected)
         return args, kwargs | {_PASS: running}
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -315,6 +330,27 @@ class SparseHandle(Handle[SparseConfig]):
             )
         if running.stats is not None:
             self.stats = running.stats
+
+    def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._state.current is not None:
+            self._state.current.grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+
+    def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = self._state.current
+        if inputs is not None and inputs.grid is not None:
+            states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            look(self._tower, module, states, kwargs, inputs.grid, inputs.tower)
+
+    def _zipped(self, inputs: _Inputs, embeds: Tensor, real: Tensor, protected: Tensor) -> tuple[Tensor, Tensor]:
+        """VisionZip's choice and the embeddings with merged tokens; see ``visionzip.zipped``."""
+        assert self.config.ratio is not None, "the policy needs one"
+        prompt = real.shape[1]
+        visual = real & ~protected if inputs.ids is None else real & self._is_visual(inputs.ids[:, :prompt])
+        if inputs.ids is not None and len(inputs.ids[:, :prompt][visual].unique()) > 1:
+            raise ValueError("visionzip takes pictures or a video; got both in one batch")
+        known = inputs.tower if len(self._tower.blocks) else None
+        keep, merged = zipped(embeds[:, :prompt], visual, real, self.config.ratio, known)
+        return keep, torch.cat([merged, embeds[:, prompt:]], 1)
 
     def _is_visual(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self._visual, device=ids.device))
@@ -654,6 +690,8 @@ def check_config(found: Any, config: SparseConfig) -> None:
     late = [layer for layer in config.dense_layers if layer >= text.num_hidden_layers]
     if late:
         raise ValueError(f"layers are 0 .. {text.num_hidden_layers - 1}; dense_layers names {late}")
+    if config.policy == "visionzip":
+        check_tower(found.model_type)
     if config.policy == "fastv" and config.fastv_layer >= text.num_hidden_layers:
         raise ValueError(
             f"fastv_layer must be below the {text.num_hidden_layers} layers, or nothing is dropped; "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hone_core.plots import BLUE, GREY, INK, ORANGE, PINK, drawing, error_bars, finish
+from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, drawing, error_bars, finish
 
 if TYPE_CHECKING:
     from hone_core.runs import Row
@@ -21,6 +21,7 @@ STYLES = {
     "top-k": (ORANGE, "^:"),
     "random": (GREY, "s--"),
     "FastV": (PINK, "v-."),
+    "VisionZip": (GREEN, "d--"),
 }
 
 
