@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hone_rstitch import bench as module
 from hone_rstitch.bench import BenchReport, bench
@@ -46,6 +48,7 @@ def test_published_shapes():
 
 def test_the_engine_beside_transformers(packaged, start):
     cfg = BenchConfig(loop="engine", context=6, gaps=(1, 5), tokens=8, batches=(1, 4), share=0.5, rounds=2)
+    cfg = replace(cfg, peers=("eager", "static", "assisted"))
     with start(cfg) as run:
         report = bench(cfg, run)
     graphs = {
@@ -58,7 +61,8 @@ def test_the_engine_beside_transformers(packaged, start):
     assert found["step"].keys() == {(name, batch, None) for name in ("small", "large") for batch in (1, 4)}
     assert found["read"].keys() == {(name, 1, gap) for name in ("small", "large") for gap in (1, 5)}
     whose = {"small", "large", "stitched", "small, transformers", "large, transformers"}
-    assert {variant for variant, batch, _ in found["rate"] if batch == 1} == whose
+    once = {"small, transformers, static cache", "large, transformers, static cache", "large, assisted decoding"}
+    assert {variant for variant, batch, _ in found["rate"] if batch == 1} == whose | once
     assert {variant for variant, batch, _ in found["rate"] if batch == 4} == whose | {"stitched, large from 2"}
     assert found["formula_rate"].keys() == {("stitched", 1, None)}
     assert all(value > 0 for values in found.values() for value in values.values())

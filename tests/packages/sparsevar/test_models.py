@@ -38,6 +38,17 @@ def test_a_start_past_the_last_scale_is_dense(model):
     assert torch.equal(draw(model, SparsePolicy(replace(SPARSE, start_scale=5))).latent, dense.latent)
 
 
+def test_given_maps_are_followed_and_the_measured_ones_go_on(model):
+    schedule = model[3]
+    maps = {scale: torch.arange(schedule.tokens(scale)).float().view(grid) for scale, grid in enumerate(schedule.grids)}
+    given = draw(model, SparsePolicy(SPARSE, maps=maps))
+    kept = given.state.kept[2][0]
+    assert kept[-1] == 19
+    assert torch.equal(given.state.scores[4][1], maps[4])
+    assert given.state.map.shape == (2, 10, 9)
+    assert not torch.equal(given.state.map[0], maps[4])
+
+
 class Keep(SparsePolicy):
     """SparseVAR that keeps its logits at kept positions and the latents that scales were read from."""
 

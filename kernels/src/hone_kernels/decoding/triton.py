@@ -154,7 +154,9 @@ def linear_of_one_triton(
     """
     outputs, width = weight.shape
     outputs = outputs // 2 if gated else outputs
-    block_n, block_k, warps = (4, 1024, 4) if tile is None else tile
+    if tile is None:
+        tile = (2, 1024, 4) if gated else (4, 1024, 4) if norm is not None else (2, 2048, 4)
+    block_n, block_k, warps = tile
     overlap = _launches_overlap(x.device) if overlap is None else overlap
     out = x.new_empty(1, outputs)
     _linear_kernel[(triton.cdiv(outputs, block_n),)](

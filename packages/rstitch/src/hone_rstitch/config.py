@@ -544,6 +544,9 @@ class BenchConfig:
     """``engine``: requests at once."""
     fused: bool = False
     """``engine``: calls of one token a row take fewer launches. Steps are timed both ways, texts are written so."""
+    peers: tuple[Literal["eager", "static", "assisted"], ...] = ("eager",)
+    """``engine``: what of transformers is run beside it. ``static``: a static cache, compiled on a GPU (minutes).
+    ``assisted``: the small model drafts for the large one; random weights accept nothing."""
     share: float = 0.2
     """Share of tokens that the large model writes in the stitched text."""
     run_length: float = 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from hone_core.runs import Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .config import LARGE, SMALL, BenchConfig, EngineConfig, SamplingConfig, StitchConfig
 from .engine import Engine, Job
@@ -174,19 +177,51 @@ def _text(
 
 
 def _beside(cfg: BenchConfig, run: Run, pair: Pair, ids: list[int]) -> None:
-    """The large model alone in transformers' generate, for the largest and the smallest batch."""
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    """Both models in transformers' generate, for the smallest batch and, eager, the largest."""
     for batch in sorted({min(cfg.batches), max(cfg.batches)}):
         prompt = torch.tensor([ids] * batch, device=pair.device)
-        for name, model in zip(NAMES, (pair.small, pair.large), strict=True):
-            seconds = []
-            for new in (1, 1 + min(cfg.tokens, 32)) * 2:
-                with Stopwatch(pair.device) as watch:
-                    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, **options)
-                seconds.append(watch.seconds)
-            rate = batch * min(cfg.tokens, 32) / (seconds[3] - seconds[2])
-            labels = {"batch": batch}
-            run.row("rate", rate, unit="tokens/s", better="higher", n=1, variant=f"{name}, transformers", labels=labels)
+        ways: dict[str, dict[str, Any]] = {}
+        if "eager" in cfg.peers:
+            ways["transformers"] = {}
+        if "static" in cfg.peers and batch == min(cfg.batches):
+            ways["transformers, static cache"] = {"cache_implementation": "static"}
+        for way, options in ways.items():
+            for name, model in zip(NAMES, (pair.small, pair.large), strict=True):
+                _rate(cfg, run, f"{name}, {way}", model, prompt, options)
+        if "assisted" in cfg.peers and batch == 1:
+            # It refuses vocabularies that differ in padding.
+            pair.small.resize_token_embeddings(pair.large.config.vocab_size)
+            _rate(cfg, run, "large, assisted decoding", pair.large, prompt, {"assistant_model": pair.small})
+
+
+class _Clock(StoppingCriteria):
+    """When texts had which length; generate asks after each of its steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seen: list[tuple[float, int]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seen.append((time.perf_counter(), input_ids.shape[1]))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _rate(cfg: BenchConfig, run: Run, variant: str, model: Any, prompt: Tensor, options: dict[str, Any]) -> None:
+    new = 1 + min(cfg.tokens, 32)
+    for _ in range(3):  # the first two compile and warm up
+        clock = _Clock(prompt.device)
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, eos_token_id=None,
+            pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]), **options,
+        )  # fmt: skip
+    (first, before), (last, after) = clock.seen[0], clock.seen[-1]
+    if after == before:
+        raise RuntimeError(f"{variant} wrote {new} tokens in one step, which is too few to time; give more --tokens")
+    rate = len(prompt) * (after - before) / (last - first)
+    run.row("rate", rate, unit="tokens/s", better="higher", n=1, variant=variant, labels={"batch": len(prompt)})
+    log.info("%d x %s: %.1f tokens/s", len(prompt), variant, rate)
 
 
 def _bandwidth(device: torch.device) -> float | None:

@@ -62,7 +62,8 @@ class SparsePolicy(Policy):
 
     Args:
         config: Settings.
-        maps: Scale to ``[h, w]`` scores in place of measured ones, for timing with random weights.
+        maps: Scale to ``[h, w]`` scores in place of measured ones, which are measured all the same: for timing with
+            random weights.
     """
 
     def __init__(self, config: SparseVARConfig, *, maps: dict[int, Tensor] | None = None) -> None:
@@ -126,7 +127,7 @@ class SparsePolicy(Policy):
 
     def _observe(self, run: Generation, state: SparseState, into: list[Tensor]) -> Observe | None:
         """Measure the detector's change on the conditional rows."""
-        if self.config.score in ("random", "distance") or self.maps is not None:
+        if self.config.score in ("random", "distance"):
             return None
         images, metric = run.condition.images, self.config.metric
 
@@ -148,8 +149,6 @@ class SparsePolicy(Policy):
 
     def _score(self, run: Generation, scale: int, state: SparseState, x: Tensor) -> Tensor:
         kind, grid, images = self.config.score, run.schedule.grids[scale], run.condition.images
-        if self.maps is not None:
-            return self.maps[scale].flatten().expand(images, -1)
         if kind == "random":
             return state.chance[scale]
         if kind == "distance":
@@ -157,6 +156,8 @@ class SparsePolicy(Policy):
             return (tokens - tokens.mean(1, keepdim=True)).square().sum(-1)
         assert state.map is not None
         score = resize_map(state.map, grid).flatten(1)
+        if self.maps is not None:
+            score = self.maps[scale].flatten().expand(images, -1)
         return -score if kind == "inverse" else score
 
     def _refill(
