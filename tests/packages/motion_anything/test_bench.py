@@ -2,26 +2,30 @@ import pytest
 import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run
-from hone_motion_anything.bench import bench, eager_loop
+from hone_core.testing import requires_gpu
+from hone_motion_anything.bench import bench, eager_loop, eager_refine
 from hone_motion_anything.config import BenchConfig
 from hone_motion_anything.method import Condition
-from hone_motion_anything.published import MaskTransformer
+from hone_motion_anything.published import MaskTransformer, ResidualTransformer
 
 
-def start(cfg, out):
+def start(cfg, out, device="cpu"):
     return Run.start(
-        config=cfg, package="hone-motion-anything", verb="bench", out=out, seed=0, device="cpu", quiet=True, command="x"
-    )
+        config=cfg, package="hone-motion-anything", verb="bench", out=out, seed=0, device=device, quiet=True,
+        command="x",
+    )  # fmt: skip
 
 
 def test_times_of_each_way(tmp_path):
     cfg = BenchConfig(batches=(1, 2), tokens=5, steps=2, rounds=2)
     with start(cfg, tmp_path / "run") as run:
         report = bench(cfg, run)
-    assert [(row.variant, row.labels["batch"]) for row in report.rows] == [
-        ("released loop", 1), ("one batch", 1), ("released loop", 2), ("one batch", 2),
-    ]  # fmt: skip
+    ways = ["released loop", "one batch", "text encoder", "decoder"]
+    assert [(row.variant, row.labels["batch"]) for row in report.rows] == [(way, b) for b in (1, 2) for way in ways]
     assert all(row.value > 0 for row in report.rows)
+    lines = str(report).splitlines()
+    assert lines[1].endswith("1.00")
+    assert len(lines[3].split()) == 4  # a part of the work has no speedup
 
 
 def test_graphs_need_a_gpu(tmp_path):
@@ -33,12 +37,26 @@ def test_graphs_need_a_gpu(tmp_path):
         bench(cfg, run)
 
 
+@requires_gpu()
+def test_a_whole_generation_is_one_graph(tmp_path):
+    cfg = BenchConfig(graphs=True, batches=(1, 3), tokens=5, steps=3, rounds=2)
+    with start(cfg, tmp_path / "run", "cuda") as run:
+        report = bench(cfg, run)
+    assert [row.variant for row in report.rows].count("one batch, one graph") == 2
+
+
 @torch.no_grad()
 def test_the_released_loop_fills_the_grid():
     torch.manual_seed(0)
     model = MaskTransformer(20, 12, 24, 32, 1, 3).eval()
     valid = torch.arange(6)[None] < torch.tensor([6, 4])[:, None]
     g = torch.Generator().manual_seed(0)
-    found = eager_loop(model, Condition(text=torch.randn(2, 512)), valid, 1, g, 3, 4.0)
+    condition = Condition(text=torch.randn(2, 512))
+    found = eager_loop(model, condition, valid, 1, g, 3, 4.0)
     assert (found[valid] < 20).all()
     assert (found[~valid] == 21).all()
+    residual = ResidualTransformer(20, 12, 24, 32, 1, 3, levels=3).eval()
+    levels = eager_refine(residual, found, condition, valid, g, 5.0)
+    assert torch.equal(levels[..., 0][valid], found[valid])
+    assert ((levels[valid] >= 0) & (levels[valid] < 20)).all()
+    assert (levels[~valid] == -1).all()

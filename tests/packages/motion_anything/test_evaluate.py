@@ -7,7 +7,14 @@ from hone_motion_anything.evaluate import evaluate, with_hands
 
 def test_metrics_of_real_and_generated_with_intervals(untrained, tmp_path):
     cfg = EvalConfig(
-        host=untrained, repetitions=2, limit=6, dances=4, many_texts=2, many=4, unmask=UnmaskConfig(steps=2)
+        host=untrained,
+        repetitions=2,
+        limit=6,
+        dances=4,
+        real_dances=16,
+        many_texts=2,
+        many=4,
+        unmask=UnmaskConfig(steps=2),
     )
     run = Run.start(
         config=cfg, package="hone-motion-anything", verb="eval", out=tmp_path / "run", seed=0, device="cpu", quiet=True,

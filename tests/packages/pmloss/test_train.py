@@ -4,6 +4,7 @@ from hone_core.runs import Run
 from hone_pmloss import train
 from hone_pmloss.config import HostConfig, PMLossConfig, TrainHostConfig
 from hone_pmloss.data import graded_rooms, training_batch
+from hone_pmloss.geometry import boundary_band
 from hone_pmloss.grading import METRICS, grade
 from hone_pmloss.host import open_tiny
 from hone_pmloss.models import tiny
@@ -131,5 +132,10 @@ def test_geometry_grades_of_true_depth():
     right, wrong = grade(True_(), [scene]), grade(host, [scene])
     assert float(right["flying"]) == float(right["depth_abs_rel"]) == 0
     assert float(right["depth_close"]) == 1
+    assert float(right["depth_at_edges"]) == 0
+    error = ((host(scene.context).depth - scene.distance).abs() / scene.distance)[0].detach()
+    edges = boundary_band(scene.distance[0], width=2)
+    assert 0.05 < float(edges.double().mean()) < 0.95
+    assert float(wrong["depth_at_edges"]) == pytest.approx(float(error[edges].mean()), rel=1e-4)
     assert float(wrong["flying"]) > 0.5
     assert float(wrong["depth_abs_rel"]) > 0.1

@@ -18,7 +18,9 @@ def test_every_claim_gets_its_verdict(stored, start):
         numbers = report.verdict["hosts"][0]["claims"][claim]
         assert numbers["interval"][0] <= numbers["margin"] <= numbers["interval"][1]
     rows = {(row.variant, row.labels["views"]): row for row in run.rows if row.metric == "psnr"}
-    assert rows.keys() == {(arm, views) for arm in ("host", "zpressor", "anchors", "random") for views in (6, 8)}
+    assert rows.keys() == {
+        (arm, views) for arm in ("host", "zpressor", "anchors", "overlap", "random") for views in (6, 8)
+    }
     assert rows["host", 8].labels["anchors"] == 8
     assert rows["zpressor", 8].labels["anchors"] == 3
     margin = rows["zpressor", 8].value - rows["host", 8].value

@@ -473,6 +473,8 @@ class EvalConfig:
     """Texts of a repetition; below 32 R-precision's pool shrinks, below 301 the pairs of the diversity."""
     dances: int = 40
     """Dances of a repetition; AIST++'s protocol has 40."""
+    real_dances: int = 1024
+    """Other dances, the real ones that distances are to; AIST++'s protocol has all of the set."""
     many_texts: int = 100
     """Texts of the multimodality."""
     many: int = 30
@@ -481,8 +483,10 @@ class EvalConfig:
     """Of scenes and draws."""
 
     def __post_init__(self) -> None:
-        if min(self.repetitions, self.many_texts) < 1 or min(self.limit, self.dances, self.many) < 3:
-            raise ValueError("repetitions and many_texts must be at least 1; limit, dances and many at least 3")
+        if min(self.repetitions, self.many_texts) < 1 or min(self.limit, self.dances, self.real_dances, self.many) < 3:
+            raise ValueError(
+                "repetitions and many_texts must be at least 1; limit, dances, real_dances and many at least 3"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -244,8 +244,7 @@ class MaskTransformer2D(_Published):
         x = self.position2d_enc(x)
         steps = valid.T.reshape(-1)  # time steps of all rows that are there; the text's row is none
         inner = x[1:].permute(1, 0, 2, 3).reshape(parts, time * batch, -1)
-        replaced = inner.clone()
-        replaced[:, steps] = _stack(self, 2)(inner[:, steps])
+        replaced = torch.where(steps[:, None], _stack(self, 2)(inner), inner)
         x = replaced.view(parts, time, batch, -1).transpose(0, 1)
         row = self.position2d_enc(torch.cat([said, x]))
         text_unseen = torch.cat([torch.ones_like(valid[:, :1]), ~valid], 1)
@@ -328,8 +327,7 @@ class _Residual(_Published):
 
     def level(self, level: int, batch: int) -> Tensor:
         """The level's row ``[1, B, D]``."""
-        one_hot = F.one_hot(torch.tensor(level), self.levels).to(self.quant_emb.weight)
-        return self.quant_emb(one_hot).expand(1, batch, -1)
+        return (self.quant_emb.weight[:, level] + self.quant_emb.bias).expand(1, batch, -1)
 
 
 class ResidualTransformer(_Residual):
@@ -400,8 +398,7 @@ class ResidualTransformer2D(_Residual):
         x = _over_all(self.seqTransEncoder, self.position2d_enc(torch.cat([head, x])), hidden)[2:]
         steps = valid.T.reshape(-1)
         inner = self.position2d_enc(x).permute(1, 0, 2, 3).reshape(parts, time * batch, -1)
-        added = torch.zeros_like(inner)
-        added[:, steps] = _stack(self, 2)(inner[:, steps])
+        added = torch.where(steps[:, None], _stack(self, 2)(inner), 0.0)
         # The release reads the memory of [P, T] as [T, P]: time steps and columns change places, in training too.
         mixed = added.view(parts, time, batch, -1).permute(2, 0, 1, 3).reshape(batch, time, parts, -1)
         x = x + mixed.permute(1, 2, 0, 3)

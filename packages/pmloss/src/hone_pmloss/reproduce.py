@@ -4,7 +4,7 @@ From the same weights and on the same rooms, one arm went on by pictures alone a
 
 1. Beyond the given views, the arm with PM-Loss draws better pictures.
 2. Between them it is no worse.
-3. Fewer of its centres fly off the surfaces, and its depth is closer to the true one.
+3. Fewer of its centres fly off the surfaces, and its depth is closer to the true one, at depth edges too.
 
 The release frees the pixels' offsets together with the loss: with hosts of both kinds, the loss is judged with free
 offsets too, and the freed offset by itself.
@@ -39,6 +39,7 @@ RULES = {
     "between": f"PSNR between them, with PM-Loss at most {MARGIN:g} dB below pictures alone",
     "flying": "share of flying centres, pictures alone above PM-Loss",
     "depth": "relative error of depth, pictures alone above PM-Loss",
+    "depth at edges": "the same within two pixels of depth edges",
     "beyond, free": "as beyond, with free offsets in both arms",
     "flying, free": "as flying, with free offsets in both arms",
     "offset alone": "PSNR beyond the given views by pictures alone, free offsets above bounded ones",
@@ -122,6 +123,7 @@ def _host(
         "between": over("psnr_between", "pm", "photometric") + MARGIN,
         "flying": over("flying", "photometric", "pm"),
         "depth": over("depth_abs_rel", "photometric", "pm"),
+        "depth at edges": over("depth_at_edges", "photometric", "pm"),
     }
     if free:
         gaps |= {

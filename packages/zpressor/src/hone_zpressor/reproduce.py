@@ -5,7 +5,7 @@
 2. Fusion does better than its anchors alone, from training as long.
 3. Quality holds as views are added: ZPressor at the most views is at most half a decibel below itself at few.
 
-Beside them: farthest anchors against random ones, and a sweep over the number of anchors.
+Beside them: farthest anchors against random ones, anchors by overlap, and a sweep over the number of anchors.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def _host(cfg: ReproduceConfig, run: Run, number: int, path: Path | None, device
                 "host": ("host", {}),
                 "zpressor": ("zpressor", {}),
                 "anchors": ("anchors", {}),
+                "overlap": ("zpressor", {"selection": "overlap"}),
                 "random": ("zpressor", {"selection": "random"}),
             }
             for variant, (arm, changes) in variants.items():
