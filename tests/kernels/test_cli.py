@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -263,9 +264,51 @@ def test_profile_reads_what_ncu_says():
     names = ['"ID"', *(f'"{metric}"' for metric in COUNTERS.values())]
     values = ['"0"', '"82.99"', '"80.25"', '"45.95"', '"9,009,376"']
     text = "\n".join(["==PROF== words", ",".join(names), '"","%","%","%","ns"', ",".join(values)])
-    assert counters(text) == {"matrix_units": 82.99, "multiprocessors": 80.25, "l2": 45.95, "duration": 9009376.0}
+    found = {"matrix_units": 82.99, "multiprocessors": 80.25, "l2": 45.95, "duration": 9009376.0}
+    assert counters(text, COUNTERS) == found
     with pytest.raises(RuntimeError, match="ncu gave no table: nothing"):
-        counters("nothing")
+        counters("nothing", COUNTERS)
+
+
+NCU = """#!/bin/sh
+echo "$@" >> {log}
+echo '"ID",{names}'
+echo '"","%","%","%","ns","%"'
+echo '"0","1","2","3","4,000","55"'
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")
+@pytest.mark.parametrize(
+    ("op", "kernels"),
+    [("column_mass", ["lse", "mass"]), ("token_select", ["select"]), ("ragged_decode", ["pieces"])],
+)
+def test_profile_counts_the_kernels_of_an_op_that_reads_memory(tmp_path, monkeypatch, op, kernels):
+    from hone_kernels import profile as module
+    from hone_kernels.config import ProfileConfig
+
+    names = ",".join(f'"{metric}"' for metric in (module.COUNTERS | module.MEMORY).values())
+    (tmp_path / "ncu").write_text(NCU.format(log=tmp_path / "log", names=names))
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(module, "the_gpu", lambda name: torch.device("cuda"))
+    cfg = module.prepare(ProfileConfig(op=op))
+    with Run.start(package="p", verb="profile", out=tmp_path / "run") as run:
+        module.profile(dataclasses.replace(cfg, shapes=cfg.shapes[:1]), run)
+    values = {(row.variant, row.metric): row.value for row in run.rows}
+    assert {name for name, _ in values} == set(kernels)
+    assert all(values[name, "dram"] == 55 and values[name, "duration"] == 4000 for name in kernels)
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert [f"regex:_{name}_kernel " in call for name, call in zip(kernels, calls, strict=True)] == [True] * len(
+        kernels
+    )
+
+
+def test_profile_refuses_what_is_of_attention():
+    from hone_kernels.config import ProfileConfig
+
+    with pytest.raises(ValueError, match="kinds and densities are of attention; ragged_decode has"):
+        ProfileConfig(op="ragged_decode", densities=(0.5,))
 
 
 @pytest.mark.compile

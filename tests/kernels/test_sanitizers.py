@@ -63,6 +63,7 @@ def test_each_kernel_is_run_under_each_tool_once():
         ("triton", "attention"),
         ("triton", "attention_fp8"),
         ("triton", "block_scores"),
+        ("triton", "ragged_decode"),
         ("gluon", "attention"),
     ]
     assert [(*c.tools, *c.backends, *c.parts) for c in found] == [

@@ -15,7 +15,8 @@ Kind = Literal["gluon", "triton", "fp8 triton"]
 Tool = Literal["memcheck", "synccheck", "racecheck"]
 Backend = Literal["triton", "gluon"]
 Ours = Literal["reference", "triton", "gluon"]
-Part = Literal["attention", "attention_fp8", "block_scores"]
+Part = Literal["attention", "attention_fp8", "block_scores", "ragged_decode"]
+Profiled = Literal["attention", "column_mass", "token_select", "ragged_decode"]
 Tokens = Literal["whole", "ragged", "padded"]
 
 TAKEN: dict[str, tuple[str, ...]] = {
@@ -96,16 +97,21 @@ class TuneConfig:
 class ProfileConfig:
     """What to count cycles of."""
 
-    shapes: tuple[str, ...] = ("wan-1.3b 480p", "cogvideox-5b")
-    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128."""
-    kinds: tuple[Kind, ...] = get_args(Kind)
-    """Which forward kernels."""
-    densities: tuple[float, ...] = (1.0, 0.1)
-    """Shares of blocks listed."""
+    op: Profiled = "attention"
+    """Which op."""
+    shapes: tuple[str, ...] = ()
+    """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128; of the other ops BATCHxHEADSxKEY_HEADSxTOKENSxHEAD_SIZE
+    (default: some of Wan and CogVideoX, of Qwen2.5-VL-7B)."""
+    kinds: tuple[Kind, ...] = ()
+    """Which forward kernels of attention (default: all)."""
+    densities: tuple[float, ...] = ()
+    """Shares of blocks listed, attention only (default: 1 and 0.1)."""
     seed: int = 0
     """Seed of data and lists."""
 
     def __post_init__(self) -> None:
+        if self.op != "attention" and (self.kinds or self.densities):
+            raise ValueError(f"kinds and densities are of attention; {self.op} has one kernel of each kind")
         for density in self.densities:
             if not 0 < density <= 1:
                 raise ValueError(f"a density lies in (0, 1]; got {density}")
@@ -120,7 +126,7 @@ class SanitizeConfig:
     backends: tuple[Backend, ...] = get_args(Backend)
     """Kernels of which backend; FP8 and the prober have Triton's alone."""
     parts: tuple[Part, ...] = get_args(Part)
-    """Kernels of which op; block_scores brings block_select along."""
+    """Kernels of which op; block_scores brings block_select along, ragged_decode column_mass and token_select."""
     timeout: float = 600.0
     """Seconds for one part under one tool."""
     seed: int = 0

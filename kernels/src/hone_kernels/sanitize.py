@@ -34,8 +34,11 @@ from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
 from hone_kernels.backends import Backend
 from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_select import select_blocks
+from hone_kernels.column_mass import column_mass
 from hone_kernels.config import SanitizeConfig
 from hone_kernels.gpu import the_gpu
+from hone_kernels.ragged_decode import decode_attention
+from hone_kernels.token_select import select_tokens
 
 __all__ = ["cases", "counts", "find_sanitizer", "prepare", "run_case", "sanitize"]
 
@@ -43,6 +46,7 @@ FOUND = 9
 """Exit code that compute-sanitizer is told to give where it reports something."""
 
 _RIGHT = "values right"
+_DEVICE = "cuda"
 _log = logging.getLogger(__name__)
 
 
@@ -68,7 +72,7 @@ def find_sanitizer() -> str | None:
 
 
 def cases(cfg: SanitizeConfig) -> list[SanitizeConfig]:
-    """A config per tool, backend and part; the FP8 and score kernels are Triton's alone."""
+    """A config per tool, backend and part; Gluon has attention alone."""
     return [
         dataclasses.replace(cfg, tools=(tool,), backends=(backend,), parts=(part,))
         for tool, backend, part in itertools.product(cfg.tools, cfg.backends, cfg.parts)
@@ -171,7 +175,8 @@ def run_case(case: SanitizeConfig) -> None:
     """
     torch.manual_seed(case.seed)
     (backend,), (part,) = case.backends, case.parts
-    {"attention": _attention, "attention_fp8": _attention_fp8, "block_scores": _scores_and_selection}[part](backend)
+    parts = {"attention": _attention, "attention_fp8": _attention_fp8, "block_scores": _scores_and_selection}
+    (parts | {"ragged_decode": _tokens})[part](backend)
     torch.cuda.synchronize()
 
 
@@ -258,6 +263,34 @@ def _scores_and_selection(backend: Backend) -> None:
         _close(f"block_scores {kind}", [got], [want.double()], [1e-3])
         for mass in (None, 0.9):
             select_blocks(got, backend=backend, min_keep=1, max_keep=4, mass=mass, keep_diagonal=True, forced=1)
+
+
+def _tokens(backend: Backend) -> None:
+    """Masses of odd lengths with padding and absent rows, selection by mass and by budget, caches with holes."""
+    for dim in (64, 128):
+        q = torch.randn(2, 6, 141, dim, device=_DEVICE, dtype=torch.float16)
+        k, v = (torch.randn(2, 2, 141, dim, device=_DEVICE, dtype=torch.float16) for _ in range(2))
+        real = torch.ones(2, 141, dtype=torch.bool, device=_DEVICE)
+        real[0, :37] = False
+        rows = torch.arange(100, 141, device=_DEVICE).repeat(2, 1)
+        rows[:, :3] = -1
+        got = column_mass(q, k, rows, real=real, backend=backend)
+        want = column_mass(q.double(), k.double(), rows, real=real, backend="reference")
+        _close(f"column_mass d{dim}", got, [x.double() for x in want], [1e-3, 1e-9])
+        protected = torch.zeros_like(real)
+        protected[:, -1] = True
+        rank, budget = got.mass / got.seen.clamp(min=1), torch.tensor([50, 7], device=_DEVICE)
+        given: dict[str, Any] = dict(real=real, protected=protected, budget=budget)
+        mine, theirs = (select_tokens(rank, **given, backend=name) for name in (backend, "reference"))
+        if not torch.equal(mine.keep, theirs.keep) or not torch.equal(mine.num, theirs.num):
+            raise RuntimeError("token_select: another set of tokens")
+        p = torch.tensor([0.9, 1.0], device=_DEVICE)
+        select_tokens(rank, real=real, protected=protected, mass=got.mass, p=p, backend=backend)
+        valid = torch.rand(2, 141, device=_DEVICE) < 0.5
+        valid[1] = False
+        out = decode_attention(q[:, :, :1], k, v, valid, backend=backend)
+        exact = decode_attention(q[:, :, :1].double(), k.double(), v.double(), valid, backend="reference")
+        _close(f"ragged_decode d{dim}", [out], [exact], [1e-2])
 
 
 if __name__ == "__main__":
