@@ -416,8 +416,9 @@ class ServeConfig:
 class EvalConfig:
     """Accuracy, shares and cost over a set of problems, for a curve of thresholds and its baselines."""
 
-    data: Path | None = None
-    """JSON lines with question and answer (or problem and solution); generated products if None."""
+    data: str | None = None
+    """JSON lines or parquet with question and answer (or problem and solution), here or on the hub
+    (hf://datasets/OWNER/NAME/FILE), or aime24, amc23, math500; generated products if None."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded: ``number`` compares the last number of the text, ``math`` uses math-verify (extra)."""
     limit: int | None = None
@@ -466,8 +467,8 @@ class EvalConfig:
 class CalibrateConfig:
     """Choose tau for a wanted share of large tokens, or for a wanted time per token."""
 
-    data: Path | None = None
-    """JSON lines with a question each; generated products if None. Not the set that is reported on."""
+    data: str | None = None
+    """Problems, as ``eval`` takes them; generated products if None. Not the set that is reported on."""
     limit: int = 100
     """Problems at most."""
     share: float = 0.2
@@ -602,10 +603,10 @@ class TrainRouterConfig:
 
     models: ModelsConfig = field(default_factory=ModelsConfig)
     """The pair."""
-    data: Path | None = None
-    """JSON lines to train on; generated products if None."""
-    held_out: Path | None = None
-    """JSON lines that the router is held against thresholds on; generated products if None."""
+    data: str | None = None
+    """Problems to train on, as ``eval`` takes them; generated products if None."""
+    held_out: str | None = None
+    """Problems that the router is held against thresholds on; generated products if None."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded."""
     stitch: StitchConfig = field(default_factory=lambda: StitchConfig(policy="router", tau=0.001))
