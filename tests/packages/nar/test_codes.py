@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
-from hone_nar.codes import INDEX, open_codes, write_class, write_index
+from hone_nar.codes import INDEX, open_codes, write_class, write_index, write_texts
 
 
 def folder_of(path, counts=(2, 3), views=2, tokens=6):
@@ -23,6 +23,42 @@ def test_images_come_back_with_their_class(tmp_path):
         views, found = codes.item(index)
         assert found == label
         assert torch.equal(views, written[label][at])
+
+
+def test_texts_lie_beside_their_codes(tmp_path):
+    codes = torch.arange(30).view(5, 1, 6)
+    write_texts(tmp_path, 0, codes[:3], ["a", "b", "c"])
+    write_texts(tmp_path, 1, codes[3:], ["d", "e"])
+    write_index(tmp_path, grid=(2, 3), choices=30, shards=2)
+    found = open_codes(tmp_path)
+    assert (len(found), found.texts, found.classes) == (5, True, None)
+    for index, text in enumerate("abcde"):
+        views, label = found.item(index)
+        assert label == text
+        assert torch.equal(views, codes[index])
+    (tmp_path / "00001.json").write_text('["d"]')
+    with pytest.raises(CheckpointError, match=r"00001.json does not hold 2 texts"):
+        open_codes(tmp_path)
+    (tmp_path / "00001.json").unlink()
+    with pytest.raises(CheckpointError, match=r"00001.json does not hold 2 texts"):
+        open_codes(tmp_path)
+
+
+def test_codes_out_of_range_are_named_with_their_file(tmp_path):
+    folder_of(tmp_path)
+    codes = open_codes(tmp_path)
+    codes.check(tokens=6, choices=136, classes=2)
+    # The last of the second class is 135.
+    with pytest.raises(CheckpointError, match=r"00001.safetensors, image 2: codes must lie in 0 to 134; got 135"):
+        codes.check(tokens=6, choices=135, classes=2)
+    codes.check(tokens=6, choices=124, classes=2, limit=4)
+    with pytest.raises(CheckpointError, match=r"00001.safetensors, image 0: classes are 0 to 0; got 1"):
+        codes.check(tokens=6, choices=136, classes=1)
+    with pytest.raises(CheckpointError, match=r"00000.safetensors, image 0: expected views of 9 tokens; got \[2, 6\]"):
+        codes.check(tokens=9, choices=136, classes=2)
+    write_class(tmp_path, 0, torch.full((1, 1, 6), -1))
+    with pytest.raises(CheckpointError, match=r"00000.safetensors, image 0: codes must lie in 0 to 135; got -1"):
+        open_codes(tmp_path).check(tokens=6, choices=136, classes=2)
 
 
 def test_the_releases_folders_are_read(tmp_path):

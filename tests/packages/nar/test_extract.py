@@ -1,10 +1,14 @@
+import json
+
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_nar.codes import open_codes
 from hone_nar.config import ExtractConfig
-from hone_nar.extract import check, extract, views_of
+from hone_nar.extract import check, clips_of, extract, find_texts, views_of
+from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny_tokenizer
 from PIL import Image
 
@@ -64,3 +68,78 @@ def test_bad_input_is_named_before_work(images, start):
     (images / "images" / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(CheckpointError, match="no image that can be read"):
         views_of(images / "images" / "cat" / "0.png", 30, "ten")
+
+
+def test_images_with_texts(images, start):
+    lines = [{"file_name": f"cat/{at}.png", "text": f" cat {at}"} for at in range(2)]
+    lines.append({"file_name": "dog/0.png", "text": "dog"})
+    listing = images / "images" / "metadata.jsonl"
+    listing.write_text("\n".join(map(json.dumps, lines)))
+    cfg = ExtractConfig(images=images / "images", vae=images / "vae", size=32, kind="texts", crops="center", shard=2)
+    with start(cfg, "extract", images / "run") as run:
+        report = extract(cfg, run)
+    codes = open_codes(report.codes)
+    assert (len(codes), codes.grid, codes.texts, len(codes.shards)) == (3, (8, 8), True, 2)
+    views, text = codes.item(1)
+    assert text == "cat 1"
+    pixels = views_of(images / "images" / "cat" / "1.png", 32, "center")
+    with torch.no_grad():
+        assert torch.equal(views, tiny_tokenizer().encode(pixels).flatten(1))
+    assert "3 images with texts" in str(report)
+    for text, message in (
+        ("{}", "line 1: expected file_name and text"),
+        ('{"file_name": "cat/9.png", "text": "a"}', "line 1: there is no"),
+        ('{"file_name": "cat/0.png", "text": " "}', "line 1: the text holds no word"),
+        ("", "lists no image"),
+    ):
+        listing.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            find_texts(images / "images")
+    listing.unlink()
+    with pytest.raises(CheckpointError, match=r"there is no .*metadata.jsonl"):
+        find_texts(images / "images")
+
+
+# imageio-ffmpeg leaves the pipes of its process to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_clips_are_windows_of_videos(tmp_path, start):
+    (tmp_path / "videos" / "jump").mkdir(parents=True)
+    file = tmp_path / "videos" / "jump" / "a.mp4"
+    frames = np.zeros((10, 32, 48, 3), dtype=np.uint8)
+    frames[:, :, 8:24] = 250  # the left half of the middle
+    for at in range(10):
+        frames[at, :, 24:40] = 20 * at
+    writer = imageio_ffmpeg.write_frames(str(file), (48, 32), fps=8, quality=10, macro_block_size=1)
+    writer.send(None)
+    for frame in frames:
+        writer.send(frame)
+    writer.close()
+    windows = clips_of(file, 4, 16, "ten")
+    assert windows.shape == (2, 2, 3, 4, 16, 16)  # two frames are left over
+    assert torch.equal(windows[:, 1], windows[:, 0].flip(-1))
+    found = windows[:, 0, :, :, 4:12, 10:14].mean((1, 3, 4)).flatten()
+    torch.testing.assert_close(found, torch.arange(8) * 20 / 255, atol=0.03, rtol=0)
+    assert float(windows[0, 0, :, :, :, 2:6].mean()) == pytest.approx(250 / 255, abs=0.03)
+    with pytest.raises(CheckpointError, match="has 10 frames; a clip has 11"):
+        clips_of(file, 11, 16, "ten")
+    vae = LARPTokenizer(frames=4, size=16, tokens=6, dim=16, depth=1, heads=2, codebook_size=16).eval()
+    vae.save_pretrained(tmp_path / "larp")
+    cfg = ExtractConfig(images=tmp_path / "videos", vae=tmp_path / "larp", kind="clips", grid=(1, 2, 3))
+    with start(cfg, "extract", tmp_path / "run") as run:
+        codes = open_codes(extract(cfg, run).codes)
+    assert (len(codes), codes.grid, codes.choices, codes.classes) == (2, (1, 2, 3), 16, 1)
+    with torch.no_grad():
+        assert torch.equal(codes.item(1)[0], vae.encode(windows[1]))
+    wrong = ExtractConfig(images=tmp_path / "videos", vae=tmp_path / "larp", kind="clips", grid=(2, 2, 3))
+    with (
+        start(wrong, "extract", tmp_path / "b") as run,
+        pytest.raises(ValueError, match="gives 6 tokens; got --grid of 12"),
+    ):
+        extract(wrong, run)
+    tiny_tokenizer().save_pretrained(tmp_path / "vq")
+    wrong = ExtractConfig(images=tmp_path / "videos", vae=tmp_path / "vq", kind="clips")
+    with start(wrong, "extract", tmp_path / "c") as run, pytest.raises(CheckpointError, match="clips need a LARPTok"):
+        extract(wrong, run)
+    file.write_bytes(b"no video")
+    with pytest.raises(CheckpointError, match="cannot be read as a video"):
+        clips_of(file, 4, 16, "ten")

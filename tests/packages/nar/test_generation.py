@@ -16,7 +16,7 @@ def draw(model, labels, seeds, **options):
     return generate(model, condition, seeds=seeds, sampling=sampling, **options)
 
 
-@pytest.mark.parametrize("kind", ["nar", "llamagen", "video"])
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "flashar", "video"])
 def test_an_image_does_not_depend_on_its_company(kind):
     model = tiny(kind)
     both = draw(model, [3, 7], [11, 12])
@@ -25,7 +25,7 @@ def test_an_image_does_not_depend_on_its_company(kind):
     assert not torch.equal(draw(model, [6], [12]), both[1:])
 
 
-@pytest.mark.parametrize("kind", ["nar", "llamagen", "video"])
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "flashar", "video"])
 def test_steps_on_fixed_buffers_can_be_repeated(kind):
     """What a graph replays: the same work on the same buffers, whatever was in them before."""
     model = tiny(kind)
@@ -55,7 +55,7 @@ def test_graphs_work_on_texts():
 
 @requires_gpu()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["nar", "llamagen", "video", "text"])
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "flashar", "video", "text"])
 def test_graphs_draw_what_steps_draw(kind, dtype):
     options = {"num_classes": None, "cls_token_num": 5, "caption_dim": 24} if kind == "text" else {}
     model = tiny("nar" if kind == "text" else kind, **options).to("cuda", dtype)

@@ -56,5 +56,5 @@ def test_tiny_models_leave_the_global_generator_alone():
     torch.manual_seed(3)
     tiny("nar")
     assert torch.equal(torch.rand(1), wanted)
-    with pytest.raises(ValueError, match="kind must be one of nar, llamagen, video"):
+    with pytest.raises(ValueError, match="kind must be one of nar, llamagen, flashar, video"):
         tiny("var")

@@ -3,8 +3,9 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_nar.config import GenerateConfig
 from hone_nar.models import tiny, tiny_tokenizer
-from hone_nar.pipelines import NARPipeline, pad_left
+from hone_nar.pipelines import NARPipeline
 from hone_nar.sample import check_inputs, generate
+from hone_nar.texts import pad_left
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

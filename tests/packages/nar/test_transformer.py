@@ -74,6 +74,8 @@ def text_of(model, rows=2):
         ("nar", {"num_classes": None, "cls_token_num": 5, "caption_dim": 24}),
         ("llamagen", {}),
         ("llamagen", {"grid": (4, 5), "diagonal": True}),
+        ("flashar", {"grid": (4, 5)}),
+        ("flashar", {"depth": 2, "num_classes": None, "cls_token_num": 5, "caption_dim": 24}),
         ("video", {}),
         ("video", {"grid": (3, 2, 3)}),
     ],
@@ -108,7 +110,9 @@ def test_a_token_reaches_later_steps_alone():
     assert bool((change[step > 3] > 1e-6).all())
 
 
-@pytest.mark.parametrize(("kind", "grid"), [("nar", (2, 2)), ("llamagen", (2, 2)), ("video", (1, 2, 2))])
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("nar", (2, 2)), ("llamagen", (2, 2)), ("flashar", (2, 2)), ("video", (1, 2, 2))]
+)
 def test_likelihoods_of_all_grids_sum_to_one(kind, grid):
     model = tiny(kind, grid=grid, vocab_size=3, dim=16, n_head=2, multiple_of=16).double()
     every = torch.tensor(list(itertools.product(range(3), repeat=math.prod(grid))))

@@ -57,11 +57,11 @@ def test_inputs_are_looked_for_first(tmp_path, monkeypatch):
     file = tmp_path / "set.jsonl"
     file.write_text('{"question": "1+1", "answer": 2}\n')
     models = ModelsConfig(small="a", large="b")
-    assert prepare(CalibrateConfig(share=0.1, data=file, models=models)).data.is_absolute()
+    assert prepare(CalibrateConfig(share=0.1, data=str(file), models=models)).data == str(file.resolve())
     assert looked == [models]
     with pytest.raises(ValueError, match="multiplies"):
-        prepare(CalibrateConfig(share=0.1, data=file))
+        prepare(CalibrateConfig(share=0.1, data=str(file)))
     with pytest.raises(ValueError, match="which problems"):
         prepare(CalibrateConfig(share=0.1, models=models))
     with pytest.raises(FileNotFoundError):
-        prepare(CalibrateConfig(share=0.1, data=tmp_path / "no.jsonl", models=models))
+        prepare(CalibrateConfig(share=0.1, data=str(tmp_path / "no.jsonl"), models=models))

@@ -1,6 +1,17 @@
 import pytest
 import torch
-from hone_rstitch.data import CHARACTERS, Problem, grade, is_held_out, product_batch, products, read_jsonl, working
+from hone_rstitch.data import (
+    CHARACTERS,
+    HUB,
+    SETS,
+    Problem,
+    grade,
+    is_held_out,
+    product_batch,
+    products,
+    read_problems,
+    working,
+)
 
 
 def test_working_of_a_product():
@@ -60,8 +71,56 @@ def test_verbose_batches_check_themselves_as_often_as_said():
 def test_jsonl(tmp_path):
     file = tmp_path / "set.jsonl"
     file.write_text('{"problem": "1+1", "solution": "2"}\n\n{"id": "b", "question": "2+2", "answer": 4}\n')
-    assert read_jsonl(file) == [Problem("1", "1+1", "2"), Problem("b", "2+2", "4")]
-    assert len(read_jsonl(file, limit=1)) == 1
+    assert read_problems(file) == [Problem("1", "1+1", "2"), Problem("b", "2+2", "4")]
+    assert len(read_problems(file, limit=1)) == 1
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path / "set.parquet"
+    rows = [
+        {"id": 7, "problem": "1+1", "solution": "because", "answer": 2.0},
+        {"id": 8, "problem": "1/2", "answer": 0.5},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    # An answer stands before a solution, and whole numbers are written as such.
+    assert read_problems(file) == [Problem("7", "1+1", "2"), Problem("8", "1/2", "0.5")]
+
+
+def test_problems_of_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"problem": "1+1", "answer": "2"}\n')
+    asked = []
+
+    def download(name, path, **options):
+        asked.append((name, path, options["revision"]))
+        assert options["repo_type"] == "dataset"
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    want = [Problem("1", "1+1", "2")]
+    assert read_problems("math500") == want
+    assert read_problems("hf://datasets/me/sums@v2/data/test.jsonl") == want
+    assert asked == [("HuggingFaceH4/MATH-500", "test.jsonl", None), ("me/sums", "data/test.jsonl", "v2")]
+    assert all(HUB.fullmatch(address) for address in SETS.values())
+    with pytest.raises(ValueError, match="expected hf://datasets/OWNER/NAME/FILE; got hf://datasets/me"):
+        read_problems("hf://datasets/me")
+    for error, kind, match in (
+        (LocalEntryNotFoundError("no"), ConnectionError, "cannot be reached"),
+        (EntryNotFoundError("no"), FileNotFoundError, "the hub has no hf://"),
+    ):
+
+        def fail(*args, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+        with pytest.raises(kind, match=match):
+            read_problems("hf://datasets/me/sums/test.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +137,7 @@ def test_bad_jsonl_is_named(tmp_path, text, match):
     file = tmp_path / "set.jsonl"
     file.write_text(text)
     with pytest.raises(ValueError, match=match):
-        read_jsonl(file)
+        read_problems(file)
 
 
 @pytest.mark.parametrize(

@@ -154,5 +154,5 @@ def test_the_verb_writes_its_curve_and_prints_it_again(packaged, start):
 
 def test_inputs_are_looked_for_first(tmp_path):
     with pytest.raises(ValueError, match="multiplies"):
-        prepare(EvalConfig(data=tmp_path / "x.jsonl"))
+        prepare(EvalConfig(data=str(tmp_path / "x.jsonl")))
     assert prepare(EvalConfig()).data is None

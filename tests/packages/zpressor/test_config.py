@@ -9,6 +9,7 @@ from hone_zpressor.config import PRESETS, BenchConfig, DemoConfig, ReproduceConf
     [
         (lambda: ZPressorConfig(anchors=1), "anchors must be at least 2; got 1"),
         (lambda: ZPressorConfig(layers=0), "layers must be at least 1"),
+        (lambda: ZPressorConfig(attention="varlen", precision="float32"), 'needs precision="bfloat16"; got float32'),
         (lambda: DemoConfig(views=4), "2 <= anchors <= views"),
         (lambda: DemoConfig(frames=1), "two frames"),
         (lambda: DemoConfig(views=40, targets=11), "at most 50 views with the targets"),

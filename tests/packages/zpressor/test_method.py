@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hone_core.testing import requires_gpu
+from hone_zpressor import method
 from hone_zpressor.method import (
     Clusters,
     ViewStream,
@@ -116,6 +118,62 @@ def test_scenes_of_different_views_are_each_as_alone(module):
     alone, chosen = fuse(module, features[1:, keep], centres[1:, keep], 4)
     assert anchors[1].tolist() == keep[chosen[0]].tolist()
     assert torch.allclose(found[1], alone[0], atol=1e-5)
+
+
+def ragged(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+    """What torch's varlen_attn documents, sequence by sequence."""
+    spans = [list(zip(cu.tolist(), cu.tolist()[1:], strict=False)) for cu in (cu_seq_q, cu_seq_k)]
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) >= tuple(max(b - a for a, b in some) for some in spans)
+    out = torch.empty_like(query)
+    for (a, b), (c, d) in zip(*spans, strict=True):
+        weights = torch.softmax(query[a:b, 0] @ key[c:d, 0].mT / query.shape[-1] ** 0.5, -1)
+        out[a:b, 0] = weights @ value[c:d, 0]
+    assert (b, d) == (len(query), len(key))
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alone", [False, True])
+def test_ragged_lists_of_support_hold_what_padded_ones_do(module, monkeypatch, alone):
+    monkeypatch.setattr(method, "varlen_attn", ragged)
+    features, centres = scene(2, 9)
+    present = torch.ones(2, 9, dtype=torch.bool)
+    present[1, 3:] = False  # two anchors and one view, so that a pair of this scene has no support
+    clusters = cluster_views(centres, farthest_points(centres, 2, present), present)
+    if alone:
+        clusters = Clusters(clusters.anchors[:1], clusters.support[:2], clusters.real[:2])
+        features = features[:1]
+    else:
+        assert sorted(clusters.real.sum(1).tolist())[:2] == [0, 1]
+    tokens = features.flatten(0, 1).flatten(2).mT
+    first = torch.arange(len(features))[:, None] * 9
+    anchor = tokens[(clusters.anchors + first).flatten()]
+    plain = module.fuse(anchor, tokens, clusters, "float32")
+    assert torch.allclose(module.fuse(anchor, tokens, clusters, "float32", "varlen"), plain, atol=1e-5)
+
+
+def test_ragged_lists_need_bfloat16_on_a_gpu(module):
+    features, centres = scene(1, 4)
+    clusters = cluster_views(centres, farthest_points(centres, 2))
+    with pytest.raises(ValueError, match="needs precision"):
+        module(features, clusters, "bfloat16", "varlen")
+
+
+@requires_gpu(min_sm=80)
+def test_ragged_lists_on_a_gpu():
+    torch.manual_seed(0)
+    built = ZPressor(128, 2).cuda()
+    features, centres = (part.cuda() for part in scene(2, 14, (16, 28)))
+    clusters = cluster_views(centres, farthest_points(centres, 6))
+    found = []
+    for attention in ("padded", "varlen"):
+        given = features.clone().requires_grad_()
+        fused = built(given, clusters, "bfloat16", attention)
+        (grad,) = torch.autograd.grad(fused.square().sum(), given)
+        found.append((fused.detach(), grad))
+    for plain, ragged_ in zip(*found, strict=True):
+        assert float((plain - ragged_).norm() / plain.norm()) < 1e-2
 
 
 def test_the_order_of_support_does_not_matter(module):

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     {
         "checkpoints": ["MANIFESTS", "build", "load_published"],
         "config": ["PRESETS", "NARConfig"],
+        "flashar": ["FlashARForImageGeneration", "post_train_start"],
         "generation": ["Decoding", "GraphedDecoding", "generate"],
         "host": ["load_host"],
         "larp": ["LARPTokenizer"],

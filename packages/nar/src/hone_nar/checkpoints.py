@@ -15,6 +15,7 @@ from hone_core.errors import CheckpointError
 from hone_visual_ar.checkpoints import Manifest, compare_shapes, open_checkpoint
 from torch import nn
 
+from .flashar import FlashARForImageGeneration
 from .larp import LARPTokenizer
 from .tokenizer import LlamaGenVQModel
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
@@ -38,12 +39,18 @@ MANIFESTS: dict[str, Manifest] = {
         ("llamagen_xxl", 340, 1410972672, "b409385ae31706aab9865851c98704c8a10868962debed1be5b31c9ed1101c1c"),
         ("llamagen_3b", 172, 3096659200, "d50ec5365a9cd1b430e8bec0872c048ef0aaac11fbf21627161331eb06fdd6ad"),
         ("llamagen_xl_t2i", 258, 777678080, "d7e608d2a7cb881bb8c26e9bfc6448aabf6d8d53fd538c72a5fa7f744ca7b721"),
+        ("flashar_b", 100, 131600161, "da0f5f9bc96474cb4975d8b9f7023cb9b9f20c4ebcb9964c9a278313828baa7d"),
+        ("flashar_l", 184, 373584929, "d9d24f192c8e516a09d6447494bc4864ba89228df4ee6675bbe50da3cb7fdbe7"),
+        ("flashar_xl", 268, 817039649, "0ad11d7616ecad1195fa7144f7a3918c7f6ce8dffbc00a0e09bdd6777defb6e4"),
+        ("flashar_xxl", 352, 1465503265, "df2b05e061a8544ba0c87e452b71d90866b9b89268c93de8aea5ac7c8b9e0502"),
+        ("flashar_xl_t2i", 270, 820018209, "32e5d9b699befc9bc0245b5496f3b8af3f48dc7b3fcf374d31f3d54f2e86db6e"),
         ("larp_l_long", 280, 172179984, "edb9497d51cb146300652ac00315a679a56ab390ab29d28f1feac35674dd7072"),
         ("vq_ds16", 343, 71883403, "44b74cd41ffdd8c9e9e8e5e2fc69eb30e14e75b5154f968ee48e60f80136c367"),
         ("vq_ds8", 299, 70109835, "a17c2017faac6e7c6c1db0bb7ef68206f1060fd067a6211dc1082a66ebf3167d"),
     )
 }
-"""Read off the releases' own classes at their published sizes, without what is dropped on loading."""
+"""Read off the releases' own classes at their published sizes, without what is dropped on loading; FlashAR's by the
+names in its code."""
 
 _WIDTHS: dict[str, dict[str, int]] = {
     "b": {"n_layer": 12, "n_head": 12, "dim": 768},
@@ -62,6 +69,8 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "nar_video_lp": (NARForVideoGeneration, {"n_layer": 30, "n_head": 20, "dim": 1280}),
     **{f"llamagen_{name}": (LlamaGenForImageGeneration, _WIDTHS[name]) for name in ("b", "l", "xl", "xxl", "3b")},
     "llamagen_xl_t2i": (LlamaGenForImageGeneration, _TEXT),
+    **{f"flashar_{name}": (FlashARForImageGeneration, _WIDTHS[name]) for name in ("b", "l", "xl", "xxl")},
+    "flashar_xl_t2i": (FlashARForImageGeneration, _TEXT),
     "larp_l_long": (LARPTokenizer, {}),
     "vq_ds16": (LlamaGenVQModel, {}),
     "vq_ds8": (LlamaGenVQModel, {"multipliers": (1, 2, 2, 4)}),

@@ -129,14 +129,17 @@ def _release_loop() -> LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Training on stored codes, as the release trains on ImageNet: 300 passes of 256 images a step."""
+    """Training on stored codes; by itself as the release trains on ImageNet: 300 passes of 256 images a step."""
 
     data: Path
     """Folder of codes: what ``extract`` wrote, or the release's ``*_codes`` and ``*_labels``."""
     model: str = "nar_b"
-    """``tiny``, or a published size, such as nar_l or llamagen_b."""
-    grid: tuple[int, int] = (16, 16)
-    """Rows and columns of tokens; those of the codes."""
+    """A published size that the codes are for, such as nar_l, llamagen_b or flashar_l of classes, nar_xl_t2i of texts,
+    nar_video_l of clips; or tiny, tiny-raster, tiny-flashar."""
+    text_encoder: str | None = None
+    """Folder or hub address of the T5 that reads the images' texts, such as google/flan-t5-xl."""
+    grid: tuple[int, ...] = (16, 16)
+    """Rows and columns of tokens, of clips frames before them; those of the codes."""
     codebook: int = 16384
     """Entries; those of the codes."""
     classes: int = 1000
@@ -145,24 +148,44 @@ class TrainConfig:
     """Weights of this size to begin with."""
     raster: Path | None = None
     """Weights of a raster LlamaGen of this size: its last block and head are cloned for the below head."""
-    loss: Literal["mixture", "separate"] = "mixture"
-    """Cross-entropy of the heads' averaged logits, as published, or of each head."""
+    loss: Literal["mixture", "separate", "flashar"] = "mixture"
+    """Cross-entropy of the heads' averaged logits, as published; of each head; or, of FlashAR, of the mixture and a
+    twentieth of each head's."""
+    first_stage: float = 0.2
+    """FlashAR: share of the training in which the new parts alone learn."""
+    backbone_rate: float = 0.2
+    """FlashAR: rate of the backbone over that of the new parts, after the first stage."""
     drop: float = 0.1
-    """Share of classes that are dropped, for guidance."""
+    """Share of conditions that are dropped, for guidance."""
     dropout: float = 0.1
     """Of tokens, residual branches and feed-forward."""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """How the rate falls: at milestones, or as half a cosine, as of texts and in the clips' scripts."""
     milestones: tuple[float, ...] = (1 / 2, 2 / 3, 5 / 6)
     """Shares of the training at which the rate falls."""
     factor: float = 0.2
     """What the rate falls by."""
+    least: float = 0.0
+    """Share of the rate that a cosine ends at."""
+    decay: Literal["matrices", "linear"] = "matrices"
+    """What weight decay is of: matrices and tables, as of images; or linear layers alone, as of clips."""
     dtype: str = "auto"
     """Of the forward: auto, bfloat16 or float32; weights are float32."""
     loop: LoopConfig = field(default_factory=_release_loop)
     """Length, batch, rate and what is kept on the way."""
 
     def __post_init__(self) -> None:
-        if self.loss not in ("mixture", "separate"):
-            raise ValueError(f"loss must be mixture or separate; got {self.loss!r}")
+        for name, words in (
+            ("loss", ("mixture", "separate", "flashar")), ("schedule", ("steps", "cosine")),
+            ("decay", ("matrices", "linear")),
+        ):  # fmt: skip
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}; got {getattr(self, name)!r}")
+        if not 0 <= self.first_stage < 1 or not 0 < self.backbone_rate <= 1 or not 0 <= self.least < 1:
+            raise ValueError(
+                "first_stage and least are shares in [0, 1), backbone_rate lies in (0, 1]; got "
+                f"{self.first_stage}, {self.least} and {self.backbone_rate}"
+            )
         if self.start is not None and self.raster is not None:
             raise ValueError("give start or raster, and not both")
         if not 0 <= self.drop < 1 or not 0 <= self.dropout < 1 or not 0 < self.factor <= 1:
@@ -179,23 +202,35 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig:
-    """Codes of images in folders, one for each class."""
+    """Codes of images of classes, of images with texts, or of clips of classes."""
 
     images: Path
-    """Folder with a folder of images for each class; classes are numbered by name."""
+    """Folder with a folder of images for each class, which are numbered by name; of texts, a folder of images with a
+    ``metadata.jsonl``, a line for each: ``{"file_name": "a.png", "text": "a red cat"}``; of clips, a folder of videos
+    for each class."""
     vae: Path
-    """``vq_ds16_c2i.pt``, or a folder of a saved ``LlamaGenVQModel``."""
+    """``vq_ds16_c2i.pt`` (``vq_ds16_t2i.pt`` of texts), or a folder of a saved ``LlamaGenVQModel``; of clips, LARP's
+    file, or a folder of a saved ``LARPTokenizer``."""
+    kind: Literal["classes", "texts", "clips"] = "classes"
+    """What is read."""
     size: int = 256
-    """Side of a view in pixels."""
+    """Side of a view in pixels; of clips, the tokenizer says."""
     crops: Literal["ten", "center"] = "ten"
-    """Views of an image: corners and centre of one a tenth larger, each mirrored too; or its centre."""
+    """Views of an image: corners and centre of one a tenth larger, each mirrored too; or its centre. Of clips, those of
+    all frames: a centre, and with ``ten`` its mirror too."""
+    grid: tuple[int, int, int] = (4, 16, 16)
+    """Of clips: frames, rows and columns that the tokenizer's row of tokens is laid out as."""
+    shard: int = 1000
+    """Of texts: images of a file."""
     dtype: str = "auto"
     """Of the tokenizer."""
 
     def __post_init__(self) -> None:
         if self.crops not in ("ten", "center"):
             raise ValueError(f"crops must be ten or center; got {self.crops!r}")
-        _check_least(self, 1, "size")
+        if self.kind not in ("classes", "texts", "clips"):
+            raise ValueError(f"kind must be classes, texts or clips; got {self.kind!r}")
+        _check_least(self, 1, "size", "shard")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,9 +255,11 @@ class EvalConfig:
     """Quality of drawn digits, or exact likelihoods alone, of the tiny host; or likelihoods of a saved model."""
 
     model: Path | None = None
-    """Folder of a saved NAR or LlamaGen, whose likelihoods of ``data`` are taken."""
+    """Folder of a saved NAR, LlamaGen or FlashAR, whose likelihoods of ``data`` are taken."""
     data: Path | None = None
     """Folder of codes, as ``train`` reads it."""
+    text_encoder: str | None = None
+    """With ``model``: the T5 that reads the images' texts."""
     host: Path | None = None
     """A host.safetensors made by train-host; the packaged one if not given."""
     nll: bool = False
@@ -241,6 +278,8 @@ class EvalConfig:
         _check_least(self, 20, "limit")
         if (self.model is None) != (self.data is None) or (self.model is not None and not self.nll):
             raise ValueError("likelihoods of a saved model need --model, --data and --nll together")
+        if self.text_encoder is not None and self.model is None:
+            raise ValueError("--text-encoder belongs to --model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

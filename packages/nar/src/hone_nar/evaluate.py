@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hone_core.devices import resolve_device
+from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from torch import Tensor
 
-from .codes import open_codes
+from .codes import Codes, open_codes
 from .config import EvalConfig, Mix
 from .data import CLASSES, digits
+from .flashar import FlashARForImageGeneration
 from .grading import accuracy, bits, distance
 from .host import Host, draw_digits, load_host
-from .transformer import LlamaGenForImageGeneration, NARForImageGeneration
+from .texts import TextReader, condition_of
+from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
 __all__ = ["VARIANTS", "EvalReport", "Variant", "check", "evaluate", "table", "variants_of"]
 
@@ -136,22 +138,39 @@ def real_rows(run: Run, split: str = "") -> None:
 
 
 def check(cfg: EvalConfig) -> EvalConfig:
-    """Look for a saved model and codes; no weight is read.
+    """Look for a saved model and codes, and hold those that are measured against its config; no weight is read.
 
     Raises:
-        CheckpointError: There are none.
+        CheckpointError: There are none, or codes are out of range.
+        ValueError: The codes are of texts and no encoder is named, or the other way round, or of another kind of model.
     """
     if cfg.model is not None and cfg.data is not None:
-        _class_of(cfg.model)
-        open_codes(cfg.data)
+        _fitting(cfg, cfg.model, cfg.data)
     return cfg
+
+
+def _fitting(cfg: EvalConfig, folder: Path, data: Path) -> tuple[type[Any], Codes]:
+    cls, options = _class_of(folder)
+    codes, classes = open_codes(data), options["num_classes"]
+    if codes.texts != (classes is None):
+        raise ValueError(
+            f"the model draws {'texts' if classes is None else 'classes'}, and the codes are of "
+            f"{'texts' if codes.texts else 'classes'}"
+        )
+    if codes.texts != (cfg.text_encoder is not None):
+        raise ValueError("--text-encoder belongs to codes of texts, and only to them; as google/flan-t5-xl")
+    grid = tuple(options["grid"])
+    if codes.grid is not None and tuple(codes.grid) != grid:
+        raise ValueError(f"the codes are of a grid of {codes.grid}, and the model draws {grid}")
+    codes.check(tokens=math.prod(grid), choices=options["vocab_size"], classes=classes, limit=cfg.limit)
+    return cls, codes
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     """Measure every variant.
 
     Raises:
-        CheckpointError: There is no host, saved model or folder of codes.
+        CheckpointError: There is no host, saved model or folder of codes, or codes are out of range.
         ValueError: Model and codes do not fit.
     """
     if cfg.model is not None and cfg.data is not None:
@@ -170,28 +189,34 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     return EvalReport.of(run)
 
 
-def _class_of(folder: Path) -> type[Any]:
-    kinds = {cls.__name__: cls for cls in (NARForImageGeneration, LlamaGenForImageGeneration)}
+def _class_of(folder: Path) -> tuple[type[Any], dict[str, Any]]:
+    """Class and config of a saved model."""
+    known = (NARForImageGeneration, LlamaGenForImageGeneration, FlashARForImageGeneration, NARForVideoGeneration)
+    kinds = {cls.__name__: cls for cls in known}
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = options["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} holds no saved model; expected what train writes") from error
     if kind not in kinds:
         raise CheckpointError(f"{folder} holds a {kind}; expected one of {', '.join(kinds)}")
-    return kinds[kind]
+    return kinds[kind], options
 
 
 def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
     """Write the row of a saved model's exact bits per token of codes' first views."""
-    codes, cls = open_codes(data), _class_of(folder)
-    model: Any = cls.from_pretrained(folder).to(resolve_device(run.device)).eval()
-    count = min(cfg.limit, len(codes))
-    device, parts = resolve_device(run.device), []
+    cls, codes = _fitting(cfg, folder, data)
+    device = resolve_device(run.device)
+    model: Any = cls.from_pretrained(folder).to(device).eval()
+    reader = None
+    if cfg.text_encoder is not None:
+        reader = TextReader.load(cfg.text_encoder, model.cls_token_num, device, resolve_dtype("auto", device))
+    count, parts = min(cfg.limit, len(codes)), []
     with torch.no_grad(), progress_bar(count, desc="images", quiet=run.quiet) as bar:
         for at in range(0, count, cfg.batch):
             items = [codes.item(index) for index in range(at, min(at + cfg.batch, count))]
             tokens = torch.stack([views[0] for views, _ in items]).to(device)
-            labels = torch.tensor([label for _, label in items], device=device)
-            parts.append(model.nll(tokens, labels).cpu() / math.log(2))
+            given = condition_of([label for _, label in items], reader, device)
+            parts.append(model.nll(tokens, **given).cpu() / math.log(2))
             bar.update(len(items))
     _bits_row(run, torch.cat(parts), "raster" if model.order.raster else "nar")

@@ -1,16 +1,22 @@
-"""Images in folders, one for each class, to codes that a model is trained on.
+"""Images or videos in folders to codes that a model is trained on.
 
 Source: the release's ``extract_codes_c2i.py``: ten crops of an image that is a tenth larger.
-Differs: images are fitted by one bicubic resampling; codes lie in a file for each class.
+Differs: images are fitted by one bicubic resampling; codes lie in a file for each class. Clips are windows of a video
+    that follow each other, where the release draws a window at random in training.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
 from hone_core.progress import progress_bar
@@ -18,13 +24,16 @@ from hone_core.runs import Report, Run
 from torch import Tensor
 
 from .checkpoints import build, load_published
-from .codes import class_file, write_class, write_index
+from .codes import class_file, write_class, write_index, write_texts
 from .config import ExtractConfig
+from .larp import LARPTokenizer
 from .tokenizer import LlamaGenVQModel
 
-__all__ = ["ExtractReport", "extract", "find_images", "views_of"]
+__all__ = ["ExtractReport", "clips_of", "extract", "find_images", "find_texts", "views_of"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
+LISTING = "metadata.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +53,55 @@ class ExtractReport(Report):
 
     def __str__(self) -> str:
         values = {row.metric: row.value for row in self.rows}
-        return f"codes    {self.codes}\n{'':8} {values['images']:.0f} images of {values['classes']:.0f} classes"
+        what = f" of {values['classes']:.0f} classes" if "classes" in values else " with texts"
+        return f"codes    {self.codes}\n{'':8} {values['images']:.0f} images{what}"
 
 
-def find_images(folder: Path) -> dict[str, list[Path]]:
-    """Image files of each class, by the names of the folders, sorted.
+def find_images(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, list[Path]]:
+    """Files of each class, by the names of the folders, sorted.
 
     Raises:
-        CheckpointError: There is no folder, no class in it, or a class without an image.
+        CheckpointError: There is no folder, no class in it, or a class without a file.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder of images at {folder}")
     found = {
-        part.name: sorted(file for file in part.rglob("*") if file.suffix.lower() in SUFFIXES)
+        part.name: sorted(file for file in part.rglob("*") if file.suffix.lower() in suffixes)
         for part in sorted(folder.iterdir())
         if part.is_dir()
     }
     empty = [name for name, files in found.items() if not files]
     if not found or empty:
         what = f"no image of class {', '.join(empty[:3])}" if empty else "no folder of a class"
-        raise CheckpointError(f"{folder} holds {what}; expected one for each class, of {', '.join(SUFFIXES)} files")
+        raise CheckpointError(f"{folder} holds {what}; expected one for each class, of {', '.join(suffixes)} files")
+    return found
+
+
+def find_texts(folder: Path) -> list[tuple[Path, str]]:
+    """Images that ``metadata.jsonl`` lists, and their texts.
+
+    Raises:
+        CheckpointError: There is none, a line is no such entry, an image is missing, or a text holds no word.
+    """
+    listing = folder / LISTING
+    if not listing.is_file():
+        raise CheckpointError(f"there is no {listing}; expected a line for each image, with file_name and text")
+    found = []
+    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            file, text = folder / entry["file_name"], entry["text"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{listing}, line {number}: expected file_name and text; got {line[:80]}") from error
+        if not file.is_file():
+            raise CheckpointError(f"{listing}, line {number}: there is no {file}")
+        if not text:
+            raise CheckpointError(f"{listing}, line {number}: the text holds no word")
+        found.append((file, text))
+    if not found:
+        raise CheckpointError(f"{listing} lists no image")
     return found
 
 
@@ -96,47 +134,129 @@ def views_of(file: Path, size: int, crops: str) -> Tensor:
     return torch.cat([five, five.flip(-1)])
 
 
+def clips_of(file: Path, frames: int, size: int, crops: str) -> Tensor:
+    """Windows ``[N, views, 3, frames, size, size]`` of a video in [0, 1], at its own rate, one after the other.
+
+    Args:
+        file: Of a format that ffmpeg reads.
+        frames: Of a window; what is left at the end is not used.
+        size: Side in pixels, of the middle of the picture.
+        crops: ``center``, or ``ten``, which adds the mirrored one.
+
+    Raises:
+        CheckpointError: It cannot be read, or is shorter than a window.
+    """
+    import imageio_ffmpeg
+    import numpy as np
+
+    try:
+        with contextlib.closing(imageio_ffmpeg.read_frames(str(file))) as reader:
+            wide, high = next(reader)["size"]
+            read = [torch.from_numpy(np.frombuffer(data, np.uint8).reshape(high, wide, 3).copy()) for data in reader]
+    except (OSError, RuntimeError, ValueError, StopIteration) as error:
+        raise CheckpointError(f"{file} cannot be read as a video ({str(error)[-300:]})") from error
+    if len(read) < frames:
+        raise CheckpointError(f"{file} has {len(read)} frames; a clip has {frames}. Leave it out")
+    video = torch.stack(read[: len(read) // frames * frames]).permute(0, 3, 1, 2).float() / 255
+    side = min(video.shape[2:])
+    top, left = ((length - side) // 2 for length in video.shape[2:])
+    video = video[:, :, top : top + side, left : left + side]
+    if side != size:
+        video = F.interpolate(video, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    windows = video.unflatten(0, (-1, frames)).transpose(1, 2)
+    views = [windows] if crops == "center" else [windows, windows.flip(-1)]
+    return torch.stack(views, 1)
+
+
 def check(cfg: ExtractConfig) -> ExtractConfig:
     """Look for images and tokenizer; no weight is read.
 
     Raises:
         CheckpointError: One of them is missing.
     """
-    find_images(cfg.images)
+    _find(cfg)
     if not cfg.vae.exists():
         raise CheckpointError(f"there is no tokenizer at {cfg.vae}; name vq_ds16_c2i.pt or a saved folder")
     return cfg
 
 
-def extract(cfg: ExtractConfig, run: Run) -> ExtractReport:
-    """Write codes of every class; one that is done is not repeated.
+def _find(cfg: ExtractConfig) -> list[tuple[str, list[tuple[Path, str]]]]:
+    """Files of each part, with their texts; parts are classes, or some images with texts."""
+    if cfg.kind == "texts":
+        pairs = find_texts(cfg.images)
+        return [("", pairs[at : at + cfg.shard]) for at in range(0, len(pairs), cfg.shard)]
+    found = find_images(cfg.images, VIDEO_SUFFIXES if cfg.kind == "clips" else SUFFIXES)
+    return [(name, [(file, "") for file in files]) for name, files in found.items()]
 
-    Raises:
-        CheckpointError: Images or tokenizer are missing or damaged.
-        ValueError: The size is no multiple of the tokenizer's stride.
-    """
-    found = find_images(cfg.images)
-    device = resolve_device(run.device)
-    vae: Any
-    if cfg.vae.is_dir() and (cfg.vae / "config.json").is_file():
-        vae = LlamaGenVQModel.from_pretrained(cfg.vae)
-    else:
-        vae = load_published(build("vq_ds16"), cfg.vae)
-    vae = vae.to(device, resolve_dtype(cfg.dtype, device)).eval()
+
+def _tokenizer(cfg: ExtractConfig) -> Any:
+    cls, name = (LARPTokenizer, "larp_l_long") if cfg.kind == "clips" else (LlamaGenVQModel, "vq_ds16")
+    if not (cfg.vae.is_dir() and (cfg.vae / "config.json").is_file()):
+        return load_published(build(name), cfg.vae)
+    kind = json.loads((cfg.vae / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    if kind != cls.__name__:
+        raise CheckpointError(f"{cfg.vae} holds a {kind}; {cfg.kind} need a {cls.__name__}")
+    return cls.from_pretrained(cfg.vae)
+
+
+def _encoder(cfg: ExtractConfig, vae: Any, device: torch.device) -> tuple[tuple[int, ...], Callable[[Path], Tensor]]:
+    """The grid, and what makes codes ``[N, views, tokens]`` of a file."""
+    if cfg.kind == "clips":
+        _, frames, side, _ = vae.shape
+        if math.prod(cfg.grid) != vae.config.tokens:
+            raise ValueError(f"the tokenizer gives {vae.config.tokens} tokens; got --grid of {math.prod(cfg.grid)}")
+
+        def of_clips(file: Path) -> Tensor:
+            clips = clips_of(file, frames, side, cfg.crops)
+            return torch.stack([vae.encode(views.to(device)).cpu() for views in clips])
+
+        return cfg.grid, of_clips
     if cfg.size % vae.stride:
         raise ValueError(f"size must be a multiple of {vae.stride}; got {cfg.size}")
     side = cfg.size // vae.stride
-    with torch.no_grad(), progress_bar(sum(map(len, found.values())), desc="images", quiet=run.quiet) as bar:
-        for number, files in enumerate(found.values()):
-            if class_file(run.artifacts, number).is_file():
+    return (side, side), lambda file: vae.encode(views_of(file, cfg.size, cfg.crops).to(device)).flatten(1).cpu()[None]
+
+
+def extract(cfg: ExtractConfig, run: Run) -> ExtractReport:
+    """Write codes of every class or part; one that is done is not repeated.
+
+    Raises:
+        CheckpointError: Images or tokenizer are missing or damaged, or the tokenizer is of another kind.
+        ValueError: The size is no multiple of the tokenizer's stride, or the grid is not of its tokens.
+    """
+    found = _find(cfg)
+    device = resolve_device(run.device)
+    vae = _tokenizer(cfg)
+    vae = vae.to(device, resolve_dtype(cfg.dtype, device)).eval()
+    grid, encode = _encoder(cfg, vae, device)
+    images = 0
+    with torch.no_grad(), progress_bar(sum(len(files) for _, files in found), desc="images", quiet=run.quiet) as bar:
+        for number, (_, files) in enumerate(found):
+            done = class_file(run.artifacts, number)
+            if done.is_file():
                 bar.update(len(files))
+                images += _count(done)
                 continue
             codes = []
-            for file in files:
-                codes.append(vae.encode(views_of(file, cfg.size, cfg.crops).to(device)).flatten(1).cpu())
+            for file, _ in files:
+                codes.append(encode(file))
                 bar.update()
-            write_class(run.artifacts, number, torch.stack(codes))
-    write_index(run.artifacts, grid=(side, side), choices=vae.choices, classes=list(found))
-    run.row("images", sum(map(len, found.values())), better="none")
-    run.row("classes", len(found), better="none")
+            part = torch.cat(codes)
+            images += len(part)
+            if cfg.kind == "texts":
+                write_texts(run.artifacts, number, part, [text for _, text in files])
+            else:
+                write_class(run.artifacts, number, part)
+    classes = None if cfg.kind == "texts" else [name for name, _ in found]
+    write_index(run.artifacts, grid=grid, choices=vae.choices, classes=classes, shards=len(found))
+    run.row("images", images, better="none")
+    if classes is not None:
+        run.row("classes", len(found), better="none")
     return ExtractReport.of(run)
+
+
+def _count(file: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as stored:
+        return stored.get_slice("codes").get_shape()[0]

@@ -131,12 +131,8 @@ class Decoding:
             mask = self._first if step == 0 and start > 1 else None
         hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache, pieces=self.pieces)
         first, last = self.starts[step], self.starts[step + 1]
-        logits: Tensor | None = None
-        for head, state in enumerate(hidden):
-            weight = self.plan.weight[first:last, head, None]
-            each = model.head(head, state[:, self._sources[step][:, head]]) * weight
-            logits = each if logits is None else logits + each
-        assert logits is not None
+        each = [model.head(head, state[:, self._sources[step][:, head]]) for head, state in enumerate(hidden)]
+        logits = model.mixed(each, self.plan.weight[first:last])
         if self.guided:
             conditional, unconditional = logits.split(self.images)
             over = self.guided_tokens is not None and first > self.guided_tokens

@@ -10,6 +10,7 @@ import torch
 from hone_core.handles import CallState, Handle, resolve
 
 from .config import PRESETS, NARConfig
+from .flashar import FlashARForImageGeneration
 from .method import plan_of
 from .tokenizer import LlamaGenVQModel
 from .transformer import Attached, LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
@@ -53,7 +54,7 @@ def attach(model: Any, config: str | NARConfig = "nar") -> NARHandle:
     """
     settings = resolve(config, PRESETS, NARConfig)
     found = getattr(model, "transformer", model)
-    if not isinstance(found, NARForImageGeneration | NARForVideoGeneration):
+    if not isinstance(found, NARForImageGeneration | NARForVideoGeneration | FlashARForImageGeneration):
         raise TypeError(
             f"expected a NAR, or a pipeline of one; got {type(found).__name__}. A raster LlamaGen has no head to mix; "
             "make a NAR of it with warm_start"
@@ -67,8 +68,9 @@ def attach(model: Any, config: str | NARConfig = "nar") -> NARHandle:
 def warm_start(raster: LlamaGenForImageGeneration) -> NARForImageGeneration:
     """A NAR to train, of a raster model's weights: the below head begins as a clone of the last block and the head.
 
-    Differs: the paper trains from random weights. Its authors' FlashAR clones the top of a raster model too, but runs
-        the clone beside the original and mixes by a gate; here it runs after the last block, where NAR has it.
+    Differs: the paper trains from random weights. Its authors' FlashAR (``flashar.post_train_start``) clones the top of
+        a raster model too, but runs the clone beside the original and mixes by a gate; here it runs after the last
+        block, where NAR has it.
 
     Args:
         raster: LlamaGen in raster order.
@@ -91,11 +93,11 @@ def warm_start(raster: LlamaGenForImageGeneration) -> NARForImageGeneration:
 
 def tiny(
     kind: str = "nar", *, seed: int = 0, **options: Any
-) -> NARForImageGeneration | LlamaGenForImageGeneration | NARForVideoGeneration:
+) -> NARForImageGeneration | LlamaGenForImageGeneration | NARForVideoGeneration | FlashARForImageGeneration:
     """A small model with random weights; the global generator stays.
 
     Args:
-        kind: ``nar``, ``llamagen`` or ``video``.
+        kind: ``nar``, ``llamagen``, ``flashar`` or ``video``.
         seed: Of the weights.
         options: Of the class, over ours.
 
@@ -105,6 +107,7 @@ def tiny(
     kinds: dict[str, tuple[Any, tuple[int, ...]]] = {
         "nar": (NARForImageGeneration, (6, 6)),
         "llamagen": (LlamaGenForImageGeneration, (6, 6)),
+        "flashar": (FlashARForImageGeneration, (6, 6)),
         "video": (NARForVideoGeneration, (2, 3, 4)),
     }
     if kind not in kinds:

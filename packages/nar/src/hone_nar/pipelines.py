@@ -8,37 +8,21 @@ from typing import Any, Literal, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from hone_visual_ar.pipelines import count_words
 from hone_visual_ar.sampling import Sampling
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from .checkpoints import SIZES, build, load_published
+from .flashar import FlashARForImageGeneration
 from .generation import Decoding, generate
 from .larp import LARPTokenizer
+from .texts import encode_texts
 from .tokenizer import LlamaGenVQModel
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
-__all__ = ["NARPipeline", "NARVideoPipeline", "pad_left"]
+__all__ = ["NARPipeline", "NARVideoPipeline"]
 
 OutputType = Literal["pil", "np", "pt", "codes"]
-
-
-def pad_left(features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Text features moved to the right end, and zero where there is no word.
-
-    Args:
-        features: ``[B, T, C]``, words first.
-        words: ``[B, T]`` bool, True at words.
-
-    Returns:
-        Both, padded on the left.
-    """
-    count, length = words.sum(1), words.shape[1]
-    places = (torch.arange(length, device=words.device)[None] + count[:, None]) % length
-    moved = words.gather(1, places)
-    rows = features.gather(1, places[..., None].expand_as(features))
-    return rows * moved[..., None], moved
 
 
 class NARPipeline(DiffusionPipeline):
@@ -55,7 +39,7 @@ class NARPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: NARForImageGeneration | LlamaGenForImageGeneration,
+        transformer: NARForImageGeneration | LlamaGenForImageGeneration | FlashARForImageGeneration,
         vae: LlamaGenVQModel,
         text_encoder: T5EncoderModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -92,7 +76,7 @@ class NARPipeline(DiffusionPipeline):
         """A pipeline of published files; every name and shape is compared before a weight is read.
 
         Args:
-            model: Size, such as ``nar_xl`` or ``llamagen_b``.
+            model: Size, such as ``nar_xl``, ``llamagen_b`` or ``flashar_l``.
             transformer: Its file.
             vae: ``vq_ds16_c2i.pt``, or ``vq_ds16_t2i.pt`` of texts.
             text_encoder: Folder or hub address of the T5, for a model of texts.
@@ -104,7 +88,7 @@ class NARPipeline(DiffusionPipeline):
             CheckpointError: A file is missing, damaged, or of another size.
             ValueError: There is no such image model.
         """
-        kinds = (NARForImageGeneration, LlamaGenForImageGeneration)
+        kinds = (NARForImageGeneration, LlamaGenForImageGeneration, FlashARForImageGeneration)
         names = [name for name, (kind, _) in SIZES.items() if kind in kinds]
         if model not in names:
             raise ValueError(f"no published image model {model!r}; expected one of {', '.join(names)}")
@@ -126,19 +110,7 @@ class NARPipeline(DiffusionPipeline):
         encoder, tokenizer = self.text_encoder, self.tokenizer
         assert encoder is not None
         assert tokenizer is not None
-        cleaned = [prompt.lower().strip() for prompt in prompts]
-        if not all(cleaned):
-            raise ValueError(f"prompt {cleaned.index('')} holds no word")
-        length = self.transformer.cls_token_num
-        found = count_words(tokenizer, cleaned, length)
-        ids = torch.zeros(len(found), length, dtype=torch.long)
-        words = torch.zeros(len(found), length, dtype=torch.bool)
-        for row, each in enumerate(found):
-            ids[row, : len(each)], words[row, : len(each)] = torch.tensor(each), True
-        device = encoder.device
-        ids, words = ids.to(device), words.to(device)
-        features = encoder(ids, attention_mask=words.long()).last_hidden_state
-        features, words = pad_left(features, words)
+        features, words = encode_texts(encoder, tokenizer, prompts, self.transformer.cls_token_num)
         place = self.transformer.tok_embeddings.weight
         return features.to(place.device, place.dtype), words.to(place.device)
 

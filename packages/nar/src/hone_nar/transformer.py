@@ -35,15 +35,19 @@ __all__ = [
     "NARForImageGeneration",
     "NARForVideoGeneration",
     "NAROutput",
+    "NARTransformer",
     "Pieces",
     "SlotCache",
+    "Span",
     "compiled_pieces",
     "output_name",
     "rope_table",
     "slot_ids",
 ]
 
-Loss = Literal["mixture", "separate"]
+Loss = Literal["mixture", "separate", "flashar"]
+AUXILIARY = 0.05
+"""Weight of the heads' own losses beside the mixture's in FlashAR's training."""
 HEAD_NAMES = {1: ("",), 2: ("", "medusa_"), 3: ("R", "D", "B")}
 """Published names of the heads by the axes of the grid: last axis first."""
 
@@ -257,8 +261,8 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", torch.randn(tokens, channels) / channels**0.5)
 
 
-class _Transformer(ModelMixin, ConfigMixin):
-    """What all of them share."""
+class NARTransformer(ModelMixin, ConfigMixin):
+    """What all of these models share; none by itself."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
@@ -276,7 +280,7 @@ class _Transformer(ModelMixin, ConfigMixin):
     attached: Attached | None = None
     """What ``attach`` put on the model."""
 
-    def _build(self, *, order: Order, heads: int) -> None:
+    def _build(self, *, order: Order, heads: int, extra: int | None = None) -> None:
         cfg: Any = self.config
         if cfg.dim % cfg.n_head or cfg.n_head % (cfg.n_kv_head or cfg.n_head):
             raise ValueError(
@@ -297,7 +301,7 @@ class _Transformer(ModelMixin, ConfigMixin):
             TransformerBlock(
                 cfg.dim, cfg.n_head, cfg.n_kv_head or cfg.n_head, cfg.multiple_of, cfg.norm_eps, cfg.dropout
             )
-            for _ in range(cfg.n_layer + heads - 1)
+            for _ in range(cfg.n_layer + (heads - 1 if extra is None else extra))
         )
         for name in HEAD_NAMES[heads]:
             self.add_module(norm_name(name), RMSNorm(cfg.dim, cfg.norm_eps))
@@ -404,14 +408,27 @@ class _Transformer(ModelMixin, ConfigMixin):
         """Hidden states ``[R, n, C]`` that each head reads, of tokens at positions from ``begin`` on."""
         x, rope = self.place(self.tok_dropout(x), begin)
         span, found = Span(rope, mask, cache, begin, pieces or Pieces()), []
-        for number, block in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, span, number, use_reentrant=False)
-            else:
-                x = block(x, span, number)
+        for number in range(len(self.layers)):
+            x = self.run_block(number, x, span)
             if number >= self.n_layer - 1:
                 found.append(x)
         return found
+
+    def run_block(self, number: int, x: Tensor, span: Span) -> Tensor:
+        """Tokens ``[R, n, C]`` through one block, which is computed again in the backward pass where that is on."""
+        block = self.layers[number]
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, span, number, use_reentrant=False)
+        return block(x, span, number)
+
+    def mixed(self, logits: Sequence[Tensor], weight: Tensor) -> Tensor:
+        """One distribution ``[R, n, vocabulary]`` of the heads' logits at the sources of n tokens.
+
+        Args:
+            logits: Of each head ``[R, n, vocabulary]``.
+            weight: ``[n, heads]`` of the plan.
+        """
+        return mix(logits, weight)
 
     def head(self, number: int, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of a head, float32 at least."""
@@ -439,7 +456,8 @@ class _Transformer(ModelMixin, ConfigMixin):
             words: Likewise.
             drop: Likewise.
             kind: How heads are mixed; None: as ``attach`` says, or their average.
-            loss: Which loss to return beside: cross-entropy of the mixture, as NAR is trained, or of each head.
+            loss: Which loss to return beside: cross-entropy of the mixture, as NAR is trained; of each head; or of the
+                mixture and, with a small weight, of each head, as FlashAR is.
 
         Raises:
             ValueError: As ``check_tokens`` and ``condition``.
@@ -454,13 +472,13 @@ class _Transformer(ModelMixin, ConfigMixin):
         hidden = self.run_blocks(x, mask=mask[:, None] if mask.ndim == 3 else mask)
         plan = self.plan(kind, x.device)
         each = [self.head(head, state[:, plan.source[:, head]]) for head, state in enumerate(hidden)]
-        logits = mix(each, plan.weight)
+        logits = self.mixed(each, plan.weight)
         value = None
         if loss is not None:
-            if loss == "mixture":
-                value = F.cross_entropy(logits.flatten(0, 1), drawn.flatten())
-            else:
-                value = separate_loss(each, plan.weight, drawn)
+            value = separate_loss(each, plan.weight, drawn) if loss != "mixture" else None
+            if loss != "separate":
+                own = F.cross_entropy(logits.flatten(0, 1), drawn.flatten())
+                value = own if value is None else own + AUXILIARY * len(each) * value
         return NAROutput(logits[:, ids.argsort()], value)
 
     def plan(self, kind: Mix | None, device: torch.device | str) -> Plan:
@@ -510,7 +528,7 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"classes are 0 to {classes - 1}; got {low if low < 0 else high}")
 
 
-class LlamaGenForImageGeneration(_Transformer):
+class LlamaGenForImageGeneration(NARTransformer):
     """LlamaGen: one token after the other in raster order, from classes or texts.
 
     Args:
@@ -556,7 +574,7 @@ class LlamaGenForImageGeneration(_Transformer):
         self._start([""])
 
 
-class NARForImageGeneration(_Transformer):
+class NARForImageGeneration(NARTransformer):
     """NAR: whole anti-diagonals, by a right and a below head; the latter has a block more. Arguments as LlamaGen's."""
 
     @register_to_config
@@ -585,7 +603,7 @@ class NARForImageGeneration(_Transformer):
         self._start([""])
 
 
-class NARForVideoGeneration(_Transformer):
+class NARForVideoGeneration(NARTransformer):
     """NAR of clips: planes of equal distance, by three heads, with learned positions in place of rotary ones.
 
     Args as of images, with a grid of frames, rows and columns. With LARP's tokens the grid is an index pattern and no

@@ -10,7 +10,7 @@ from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
 
 from .config import CalibrateConfig, StitchConfig
-from .data import products, read_jsonl
+from .data import products, read_problems
 from .evaluate import Answers, Outcome, found_data
 from .host import load_models
 from .method import token_time
@@ -104,7 +104,7 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     """Search on a set of problems, whose answers are not graded for it."""
     pair = load_models(cfg.models, device=resolve_device(run.device))
     # Where they are generated, others than those that eval and demo report on.
-    found = None if cfg.data is None else read_jsonl(cfg.data, limit=cfg.limit)
+    found = None if cfg.data is None else read_problems(cfg.data, limit=cfg.limit)
     problems = found or products(cfg.limit, seed=50_000 + cfg.seed)
     answers = Answers(
         run.artifacts / "answers.jsonl",

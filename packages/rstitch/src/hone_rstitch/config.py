@@ -293,8 +293,15 @@ class ModelsConfig:
     """What the large model is asked."""
     chat: bool = True
     """Put prompts through each model's chat template, where it has one."""
+    servers: tuple[str, ...] = ()
+    """Addresses of two vLLM servers, of the small and the large model, in place of their weights; tokenizers are those
+    of small and large. HONE_RSTITCH_SERVER_KEY in the environment is the key that they want."""
+    top: int = 20
+    """Log-probabilities that servers give for each token, at most what they allow (vLLM's --max-logprobs)."""
 
     def __post_init__(self) -> None:
+        if len(self.servers) not in (0, 2) or self.top < 1:
+            raise ValueError(f"servers are two addresses, top at least 1; got {self.servers} and {self.top}")
         if (self.small is None) != (self.large is None):
             raise ValueError("give small and large, or neither for the packaged pair")
         for name in ("small_prompt", "large_prompt"):
@@ -398,6 +405,7 @@ class ServeConfig:
     """0 takes a free one."""
 
     def __post_init__(self) -> None:
+        _check_weights(self.models)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must lie in [0, 65535]; got {self.port}")
         if self.stitch.policy == "router" and self.router is None:
@@ -408,8 +416,9 @@ class ServeConfig:
 class EvalConfig:
     """Accuracy, shares and cost over a set of problems, for a curve of thresholds and its baselines."""
 
-    data: Path | None = None
-    """JSON lines with question and answer (or problem and solution); generated products if None."""
+    data: str | None = None
+    """JSON lines or parquet with question and answer (or problem and solution), here or on the hub
+    (hf://datasets/OWNER/NAME/FILE), or aime24, amc23, math500; generated products if None."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded: ``number`` compares the last number of the text, ``math`` uses math-verify (extra)."""
     limit: int | None = None
@@ -444,6 +453,8 @@ class EvalConfig:
         _check_taus(self.taus)
         if self.samples < 1 or self.batch < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError("samples, batch and limit must be at least 1")
+        if self.models.servers and "speculative" in self.baselines:
+            raise ValueError("the baseline speculative asks for both models' choices, which servers do not give")
         if "speculative" in self.baselines and (self.sampling.temperature > 0 or self.draft < 1):
             raise ValueError("the baseline speculative is greedy, with drafts of a token at least")
         if self.samples > 1 and self.sampling.temperature == 0:
@@ -456,8 +467,8 @@ class EvalConfig:
 class CalibrateConfig:
     """Choose tau for a wanted share of large tokens, or for a wanted time per token."""
 
-    data: Path | None = None
-    """JSON lines with a question each; generated products if None. Not the set that is reported on."""
+    data: str | None = None
+    """Problems, as ``eval`` takes them; generated products if None. Not the set that is reported on."""
     limit: int = 100
     """Problems at most."""
     share: float = 0.2
@@ -581,6 +592,7 @@ class ProfileConfig:
     """Times that each call is timed."""
 
     def __post_init__(self) -> None:
+        _check_weights(self.models)
         if min(self.rounds, *self.tokens) < 1 or min(self.cached) < 0:
             raise ValueError("rounds and tokens must be at least 1, cached at least 0")
 
@@ -591,10 +603,10 @@ class TrainRouterConfig:
 
     models: ModelsConfig = field(default_factory=ModelsConfig)
     """The pair."""
-    data: Path | None = None
-    """JSON lines to train on; generated products if None."""
-    held_out: Path | None = None
-    """JSON lines that the router is held against thresholds on; generated products if None."""
+    data: str | None = None
+    """Problems to train on, as ``eval`` takes them; generated products if None."""
+    held_out: str | None = None
+    """Problems that the router is held against thresholds on; generated products if None."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded."""
     stitch: StitchConfig = field(default_factory=lambda: StitchConfig(policy="router", tau=0.001))
@@ -638,6 +650,7 @@ class TrainRouterConfig:
 
     def __post_init__(self) -> None:
         _check_taus(self.taus)
+        _check_weights(self.models)
         if min(self.steps, self.batch, self.epochs, self.width, self.log_every) < 1 or self.rollouts < 2:
             raise ValueError("steps, batch, epochs, width and log_every must be at least 1, rollouts at least 2")
         if self.lr <= 0 or self.price < 0 or not 0 < self.clip_low < 1 or self.clip_high <= 0 or self.items < 2:
@@ -692,3 +705,8 @@ class SimulateConfig:
 def _check_taus(taus: tuple[float, ...]) -> None:
     if not taus or len(set(taus)) < len(taus) or not all(map(math.isfinite, taus)):
         raise ValueError(f"taus must be distinct finite numbers, at least one; got {taus}")
+
+
+def _check_weights(models: ModelsConfig) -> None:
+    if models.servers:
+        raise ValueError("this verb runs the models itself: leave servers out (generate, eval and calibrate take them)")

@@ -1,4 +1,4 @@
-"""Problems: generated products with their working, and JSON lines of real sets, each with a grader."""
+"""Problems: generated products with their working, and real sets from files or the hub, each with a grader."""
 
 from __future__ import annotations
 
@@ -12,14 +12,33 @@ from typing import Any, Literal
 
 import torch
 from hone_core.errors import MissingExtraError
+from hone_lm.question_sets import parquet_rows
 from torch import Tensor
 
-__all__ = ["CHARACTERS", "CHECKS", "Problem", "grade", "practice", "product_batch", "products", "read_jsonl", "working"]
+__all__ = [
+    "CHARACTERS",
+    "CHECKS",
+    "SETS",
+    "Problem",
+    "grade",
+    "practice",
+    "product_batch",
+    "products",
+    "read_problems",
+    "working",
+]
 
 CHARACTERS = "0123456789*+=#?."
 """All that a worked product is written with."""
 CHECKS = 2
 """Times that the verbose model works a product out before it answers."""
+SETS = {
+    "aime24": "hf://datasets/HuggingFaceH4/aime_2024/data/train-00000-of-00001.parquet",
+    "amc23": "hf://datasets/AI-MO/aimo-validation-amc/data/train-00000-of-00001.parquet",
+    "math500": "hf://datasets/HuggingFaceH4/MATH-500/test.jsonl",
+}
+"""Sets of the paper: AIME 2024 (30), AMC (83), MATH-500 (500). Licences are their own."""
+HUB = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 FIELDS = {"question": ("question", "problem", "prompt"), "answer": ("answer", "solution", "target")}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -114,40 +133,72 @@ def product_batch(count: int, key: Sequence[int], *, eos: int, pad: int, verbose
     return ids, targets
 
 
-def read_jsonl(path: Path, *, limit: int | None = None) -> list[Problem]:
-    """Read a problem per line.
+def read_problems(address: str | Path, *, limit: int | None = None) -> list[Problem]:
+    """Read problems: a file, one on the hub, or a set by its name.
 
-    The question is ``question``, ``problem`` or ``prompt``, the answer ``answer``, ``solution`` or ``target``, and the
-    name ``id`` where there is one.
+    The question of a row is ``question``, ``problem`` or ``prompt``, the answer ``answer``, ``solution`` or ``target``,
+    and the name ``id`` where there is one.
 
     Args:
-        path: JSON lines.
+        address: JSON lines or a parquet file; ``hf://datasets/OWNER/NAME/FILE``, with ``@REVISION`` after the name if
+            wanted, which is fetched once; or one of ``SETS``.
         limit: Problems at most.
 
     Raises:
-        ValueError: A line is no such object, or two problems have one id.
-        FileNotFoundError: There is no such file.
+        ValueError: A row is no such object, two problems have one id, or the address names no file.
+        FileNotFoundError: There is no such file, here or on the hub.
+        ConnectionError: The hub cannot be reached, and the file was not fetched before.
+        MissingExtraError: A parquet file, and pyarrow is not installed.
     """
+    name = SETS.get(str(address), str(address))
+    path = _fetched(name) if name.startswith("hf:") else Path(address)
+    rows = parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     problems: list[Problem] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+    for number, row in enumerate(rows, 1):
         values = {}
         for field, names in FIELDS.items():
             found = [row[name] for name in names if isinstance(row, dict) and row.get(name) not in (None, "")]
             if not found:
-                raise ValueError(f"{path}:{number}: expected one of {', '.join(names)}")
-            values[field] = str(found[0])
+                raise ValueError(f"{address}:{number}: expected one of {', '.join(names)}")
+            values[field] = _text(found[0])
         problems.append(Problem(str(row.get("id", number)), **values))
     if len({problem.id for problem in problems}) < len(problems):
-        raise ValueError(f"{path}: two problems have one id")
+        raise ValueError(f"{address}: two problems have one id")
     if not problems:
-        raise ValueError(f"{path} holds no problem")
+        raise ValueError(f"{address} holds no problem")
     return problems[:limit]
+
+
+def _text(value: Any) -> str:
+    # Answers of contests are whole numbers, which some sets keep as floating-point ones.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _json_rows(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+    return rows
+
+
+def _fetched(address: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    found = HUB.fullmatch(address)
+    if found is None:
+        raise ValueError(f"expected hf://datasets/OWNER/NAME/FILE; got {address}")
+    try:
+        return Path(hf_hub_download(found["name"], found["file"], repo_type="dataset", revision=found["revision"]))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(f"the hub cannot be reached, and {address} was not fetched before") from error
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(f"the hub has no {address}") from error
 
 
 def grade(text: str, answer: str, format: Literal["number", "math"] = "number") -> bool:

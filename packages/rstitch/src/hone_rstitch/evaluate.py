@@ -17,7 +17,7 @@ from hone_core.statistics import bootstrap_interval
 
 from . import plots
 from .config import LARGE, SMALL, EvalConfig, SamplingConfig, StitchConfig
-from .data import Problem, grade, products, read_jsonl
+from .data import SETS, Problem, grade, products, read_problems
 from .host import load_models
 from .models import Pair, check_models
 from .router import Routing
@@ -373,22 +373,24 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
     return cfg
 
 
-def found_data(data: Path | None, *, tiny: bool) -> Path | None:
-    """The path of a problem file, read once.
+def found_data(data: str | None, *, tiny: bool) -> str | None:
+    """What names a set of problems, read once; a file's path is absolute then.
 
     Raises:
         ValueError: It holds no problems, or is missing or given where it must not be.
+        FileNotFoundError: There is no such file.
+        ConnectionError: It is on the hub, which cannot be reached.
     """
     if tiny != (data is None):
         raise ValueError(
             "the packaged pair only multiplies: leave data out, or give small and large"
             if tiny
-            else "which problems? Give data, JSON lines with question and answer"
+            else f"which problems? Give data: JSON lines with question and answer, or {', '.join(SETS)}"
         )
     if data is None:
         return None
-    read_jsonl(data)
-    return data.resolve()
+    read_problems(data)
+    return data if data in SETS or data.startswith("hf:") else str(Path(data).resolve())
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
@@ -402,7 +404,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     if cfg.data is None:
         problems = products(cfg.limit or GENERATED, seed=cfg.seed)
     else:
-        problems = read_jsonl(cfg.data, limit=cfg.limit)
+        problems = read_problems(cfg.data, limit=cfg.limit)
     answers = Answers(
         run.artifacts / "answers.jsonl",
         pair,

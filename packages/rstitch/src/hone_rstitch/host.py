@@ -123,13 +123,17 @@ def load_host(
 
 
 def load_models(cfg: ModelsConfig, *, device: torch.device | str = "cpu") -> Pair:
-    """The two models that a config names, or the packaged pair.
+    """The two models that a config names, or the packaged pair; on servers if it names those.
 
     Raises:
         ValueError: They are not of one family.
         OSError: There is no such checkpoint.
         CheckpointError: There is no packaged pair of that seed.
     """
+    if cfg.servers:
+        from .remote import remote_pair
+
+        return remote_pair(cfg, load_host(cfg.host) if cfg.small is None else Pair.load(cfg, weights=False))
     return load_host(cfg.host, device=device) if cfg.small is None else Pair.load(cfg, device=device)
 
 

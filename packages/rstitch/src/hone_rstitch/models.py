@@ -76,12 +76,13 @@ class Pair:
         return cls(small.eval(), large.eval(), small_tokenizer, tokenizer, vocabulary, **prompts)
 
     @classmethod
-    def load(cls, cfg: ModelsConfig, *, device: torch.device | str = "cpu") -> Pair:
+    def load(cls, cfg: ModelsConfig, *, device: torch.device | str = "cpu", weights: bool = True) -> Pair:
         """Load two models from folders or the hub.
 
         Args:
             cfg: Which, and what they are asked.
             device: Where both go.
+            weights: Without them the models are shapes alone, on the meta device.
 
         Raises:
             ValueError: They are not of one family, or are not named.
@@ -91,14 +92,18 @@ class Pair:
             raise ValueError("which models? Name small and large; the packaged pair is hone_rstitch.host.load_host()")
         from hone_core.devices import resolve_dtype
         from hone_lm.checkpoints import find_licence
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         names = (cfg.small, cfg.large)
         tokenizers, vocabulary = read_pair(*names)
         for name in names:
             log.info("licence of %s: %s", name, find_licence(name) or "unknown; read its page before you use it")
-        dtype = resolve_dtype(cfg.dtype, device)
-        small, large = (AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval() for name in names)
+        if weights:
+            dtype = resolve_dtype(cfg.dtype, device)
+            small, large = (AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval() for name in names)
+        else:
+            with torch.device("meta"):
+                small, large = (AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)) for name in names)
         return cls(
             small,
             large,

@@ -24,7 +24,7 @@ from hone_core.training import Training
 from torch import Tensor, nn
 
 from .config import SMALL, StitchConfig, TrainRouterConfig
-from .data import Problem, grade, practice, products, read_jsonl
+from .data import Problem, grade, practice, products, read_problems
 from .evaluate import Answers, Outcome, found_data, step_ratio, table, write_rows
 from .host import load_models
 from .latency import Call, Latency, calls, read_latency, text_latency
@@ -148,7 +148,7 @@ def train_router(cfg: TrainRouterConfig, run: Run) -> TrainRouterReport:
     optimizer = torch.optim.AdamW(router.parameters(), cfg.lr, weight_decay=0.0)
     training = Training(cfg, run.artifacts / "checkpoint.pt", {"router": router, "optimizer": optimizer})
     training.resume()
-    problems = None if cfg.data is None else read_jsonl(cfg.data)
+    problems = None if cfg.data is None else read_problems(cfg.data)
     training.follow(_train(cfg, training, pair, router, optimizer, latencies, problems), run, show=("reward", "small"))
     path = run.artifacts / "router.safetensors"
     save_router(path, router)
@@ -274,7 +274,7 @@ def _compare(cfg: TrainRouterConfig, run: Run, pair: Pair, router: Router, ratio
     if cfg.held_out is None:
         problems = products(cfg.items, seed=80_000 + cfg.seed)
     else:
-        problems = read_jsonl(cfg.held_out, limit=cfg.items)
+        problems = read_problems(cfg.held_out, limit=cfg.items)
     # A repeated command finds the answers of the same router.
     answers = Answers(
         run.artifacts / "answers.jsonl", pair, problems, cfg.sampling, format=cfg.format, batch=cfg.batch * 4,

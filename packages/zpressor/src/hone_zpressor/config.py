@@ -45,6 +45,9 @@ class ZPressorConfig:
     """Pairs of cross- and self-attention."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the cross-attention; published weights were trained with bfloat16."""
+    attention: Literal["padded", "varlen"] = "padded"
+    """Of the cross-attention: over lists of support padded to the longest; or torch's over ragged ones, in bfloat16 on
+    a CUDA device."""
     selection: Selection = "distance"
     """How anchors are chosen: farthest points among camera centres, by what the cameras see, or at random."""
     seed: int = 0
@@ -55,6 +58,8 @@ class ZPressorConfig:
             raise ValueError(f"hosts match views with each other: anchors must be at least 2; got {self.anchors}")
         if self.layers < 1:
             raise ValueError(f"layers must be at least 1; got {self.layers}")
+        if self.attention == "varlen" and self.precision != "bfloat16":
+            raise ValueError(f'attention="varlen" needs precision="bfloat16"; got {self.precision}')
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
-__all__ = ["Clusters", "Precision", "ViewStream", "ZPressor", "assign", "cluster_views", "farthest_points"]
+__all__ = ["Attention", "Clusters", "Precision", "ViewStream", "ZPressor", "assign", "cluster_views", "farthest_points"]
 __all__ += ["information_loss", "least_seen"]
 
 Precision = Literal["bfloat16", "float32"]
 """Of the cross-attention's queries, keys and values; published weights were trained with bfloat16."""
+
+Attention = Literal["padded", "varlen"]
+"""One attention over lists of support that are padded to the longest, with a mask; or torch's over ragged ones, which
+computes nothing for padding, in bfloat16 on a CUDA device."""
 
 
 # Sec. 2.2 of the release's zpressor.py: anchors -----------------------------------------------------------------------
@@ -146,6 +151,7 @@ class CrossAttention(nn.Module):
         views: Float[Tensor, "view token channels"],
         clusters: Clusters,
         precision: Precision,
+        attention: Attention = "padded",
     ) -> Float[Tensor, "pair token channels"]:
         """Every (scene, anchor) pair at once.
 
@@ -154,24 +160,51 @@ class CrossAttention(nn.Module):
             views: Raw tokens of all views; keys and values are made once per view, which supports one anchor at most.
             clusters: Who supports whom.
             precision: Of the attention.
+            attention: See ``Attention``.
         """
-        tokens = anchor.shape[1]
-        width = clusters.support.shape[1]
-        if width == 0:
+        if clusters.support.shape[1] == 0:
             return anchor
-        query = self.projq(self.norm1(anchor))
-        key_value = self.proj_kv(self.norm2(views))[clusters.support]  # [pairs, S, T, 2 C]
-        key, value = key_value.flatten(1, 2).chunk(2, -1)
         kind = torch.bfloat16 if precision == "bfloat16" else anchor.dtype
-        # A pair without support attends to padding, and drops what it found.
+        query = self.projq(self.norm1(anchor)).to(kind)
+        key_value = self.proj_kv(self.norm2(views)).to(kind)
         some = clusters.real.any(1)
-        mask = None
-        if not bool(clusters.real.all()):
-            seen = clusters.real | ~some[:, None]
-            mask = seen.repeat_interleave(tokens, 1)[:, None, None].expand(-1, -1, tokens, -1)
-        query, key, value = (part.to(kind)[:, None] for part in (query, key, value))
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return torch.where(some[:, None, None], anchor + self.proj(found[:, 0].to(anchor.dtype)), anchor)
+        if attention == "varlen":
+            found = _attend_ragged(query, key_value, clusters)
+        else:
+            found = _attend_padded(query, key_value, clusters, some)
+        return torch.where(some[:, None, None], anchor + self.proj(found.to(anchor.dtype)), anchor)
+
+
+def _attend_padded(query: Tensor, key_value: Tensor, clusters: Clusters, some: Tensor) -> Tensor:
+    tokens = query.shape[1]
+    key, value = key_value[clusters.support].flatten(1, 2)[:, None].chunk(2, -1)  # [pairs, 1, S * T, C]
+    mask = None
+    if not bool(clusters.real.all()):
+        # A pair without support attends to padding, and drops what it found.
+        seen = clusters.real | ~some[:, None]
+        mask = seen.repeat_interleave(tokens, 1)[:, None, None].expand(-1, -1, tokens, -1)
+    return F.scaled_dot_product_attention(query[:, None], key, value, attn_mask=mask)[:, 0]
+
+
+def _attend_ragged(query: Tensor, key_value: Tensor, clusters: Clusters) -> Tensor:
+    pairs, tokens, channels = query.shape
+    counts = clusters.real.sum(1)
+    kept = counts.nonzero()[:, 0]
+    # Supports of the pairs that have some, one after the other.
+    key, value = key_value[clusters.support[clusters.real]].view(-1, 1, 2 * channels).chunk(2, -1)
+    limits = F.pad(counts[kept].cumsum(0), (1, 0)) * tokens
+    starts = torch.arange(len(kept) + 1, device=query.device) * tokens
+    found = varlen_attn(
+        query[kept].view(-1, 1, channels),
+        key.contiguous(),
+        value.contiguous(),
+        starts.int(),
+        limits.int(),
+        tokens,
+        clusters.support.shape[1] * tokens,
+    )
+    assert isinstance(found, Tensor)
+    return query.new_zeros(pairs, tokens, channels).index_copy(0, kept, found.view(-1, tokens, channels))
 
 
 class Mlp(nn.Module):
@@ -224,6 +257,7 @@ class ZPressor(nn.Module):
         features: Float[Tensor, "batch view channels height width"],
         clusters: Clusters,
         precision: Precision = "bfloat16",
+        attention: Attention = "padded",
     ) -> Float[Tensor, "batch anchor channels height width"]:
         """Fuse.
 
@@ -231,11 +265,20 @@ class ZPressor(nn.Module):
             features: Of all views.
             clusters: See ``cluster_views``.
             precision: Of the cross-attention.
+            attention: Likewise.
+
+        Raises:
+            ValueError: ``varlen`` is asked for elsewhere than in bfloat16 on a CUDA device.
         """
+        if attention == "varlen" and (precision != "bfloat16" or not features.is_cuda):
+            raise ValueError(
+                f'attention="varlen" needs precision="bfloat16" and a CUDA device; got {precision} on '
+                f'{features.device}. Use "padded".'
+            )
         batch, _, _, height, width = features.shape
         views = features.flatten(0, 1).flatten(2).mT
         first = torch.arange(batch, device=features.device)[:, None] * features.shape[1]
-        fused = self.fuse(views[(clusters.anchors + first).flatten()], views, clusters, precision)
+        fused = self.fuse(views[(clusters.anchors + first).flatten()], views, clusters, precision, attention)
         return fused.mT.unflatten(-1, (height, width)).unflatten(0, (batch, -1))
 
     def fuse(
@@ -244,12 +287,13 @@ class ZPressor(nn.Module):
         views: Float[Tensor, "view token channels"],
         clusters: Clusters,
         precision: Precision,
+        attention: Attention = "padded",
     ) -> Float[Tensor, "pair token channels"]:
         """The layers, on tokens of the anchors and of all views."""
         cross_layers: Any = self.cross_attn_layers[0]
         self_layers: Any = self.self_attn_layers[0]
         for cross, within in zip(cross_layers, self_layers, strict=True):
-            anchor = within(cross(anchor, views, clusters, precision))
+            anchor = within(cross(anchor, views, clusters, precision, attention))
         return anchor
 
 

@@ -58,7 +58,7 @@ class ViewCompressor(ZPressor):
         anchors = self.choose_by_overlap(views) if self.config.selection == "overlap" else self.choose(views)
         clusters = cluster_views(centres, anchors, views.present)
         if self.config.fuse:
-            return super().forward(features, clusters, self.config.precision), anchors
+            return super().forward(features, clusters, self.config.precision, self.config.attention), anchors
         rows = torch.arange(len(anchors), device=anchors.device)[:, None]
         return features[rows, anchors], anchors
 

@@ -20,7 +20,7 @@ from hone_core.errors import MissingExtraError
 
 from .video import PICTURES, Clip, check_video, read_video
 
-__all__ = ["Format", "Item", "check_items", "load_items", "read_clip"]
+__all__ = ["Format", "Item", "check_items", "load_items", "parquet_rows", "read_clip"]
 
 log = logging.getLogger(__name__)
 
@@ -417,14 +417,20 @@ def _table(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
         with path.open(encoding="utf-8", newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
     elif path.suffix == ".parquet":
-        rows = _parquet(path)
+        rows = parquet_rows(path)
     else:
         rows = _json_list(path)
     for number, row in enumerate(rows, 1):
         yield f"{path}:{number}", partial(_object, row)
 
 
-def _parquet(path: Path) -> list[Row]:
+def parquet_rows(path: Path) -> list[Row]:
+    """Rows of a parquet file.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        ValueError: It is no parquet file.
+    """
     try:
         import pyarrow
         from pyarrow import parquet

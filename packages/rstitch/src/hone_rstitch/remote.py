@@ -1,0 +1,342 @@
+"""R-Stitch over two servers that speak OpenAI's completions as vLLM does: each model on as many GPUs as it takes.
+
+The gate runs here, over the log-probabilities that a server streams. When it hands over, the stream is closed, which
+ends the request at the server, and the other server is asked to go on; with prefix caching (vLLM's default) it reads
+the gap and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .config import LARGE, SMALL, ModelsConfig, SamplingConfig, StitchConfig
+from .generation import StitchOutput, StitchToken, Usage
+from .method import Gate
+from .models import Pair
+from .router import Routing
+
+__all__ = ["RemotePair", "Server", "entropy_bounds", "remote_pair"]
+
+log = logging.getLogger(__name__)
+
+NAMES = ("small", "large")
+KEY = "HONE_RSTITCH_SERVER_KEY"
+LEAST = -9000.0
+"""A server's log-probability of what cannot come is below this (vLLM: -9999)."""
+MOST_CLOSED = 1024
+"""Ids that a request names at most as ones that must not come."""
+
+
+def entropy_bounds(logprobs: Sequence[float], size: int) -> tuple[float, float]:
+    """Least and largest entropy of a distribution of which the likeliest tokens are known, in nats.
+
+    Args:
+        logprobs: Of the likeliest tokens; no other is likelier than the last of them.
+        size: Tokens in all.
+    """
+    chances = [math.exp(value) for value in logprobs]
+    known = -math.fsum(chance * math.log(chance) for chance in chances if chance > 0)
+    rest, others = 1.0 - math.fsum(chances), size - len(chances)
+    # Sums of rounded numbers miss 1 by as much.
+    if rest < 1e-6 or others < 1:
+        return known, known
+    # At least: as few tokens as may hold the rest. At most: all others alike.
+    return known - rest * math.log(min(rest, min(chances))), known - rest * math.log(rest / others)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server of one model.
+
+    Attributes:
+        url: Up to and without ``/v1``.
+        timeout: Seconds without a token after which it is given up.
+    """
+
+    url: str
+    timeout: float = 600.0
+
+    def model(self) -> str:
+        """Name of what it serves.
+
+        Raises:
+            ConnectionError: It does not answer.
+        """
+        with self._open("models", None) as reply:
+            return str(json.load(reply)["data"][0]["id"])
+
+    def tokens(self, body: Mapping[str, Any]) -> Generator[tuple[int, float, dict[int, float]]]:
+        """Ids as they come, with their log-probability and those of the likeliest ids. Leaving ends the request.
+
+        Args:
+            body: Of the request, ``logprobs`` in it.
+
+        Raises:
+            ConnectionError: The server refuses the request, or breaks off.
+        """
+        with self._open("completions", {**body, "stream": True, "return_tokens_as_token_ids": True}) as reply:
+            for line in reply:
+                data = line.decode().strip().removeprefix("data:").strip()
+                if not data or data.startswith(":"):
+                    continue
+                if data == "[DONE]":
+                    return
+                part = json.loads(data)
+                if "error" in part:
+                    raise ConnectionError(f"{self.url}: {part['error'].get('message', part['error'])}")
+                for choice in part["choices"]:
+                    said = choice.get("logprobs") or {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+                    for name, value, top in zip(
+                        said["tokens"], said["token_logprobs"], said["top_logprobs"], strict=True
+                    ):
+                        yield self._id(name), value, {self._id(key): chance for key, chance in top.items()}
+
+    def _id(self, name: str) -> int:
+        prefix, _, number = name.rpartition(":")
+        if prefix != "token_id":
+            raise ConnectionError(
+                f"{self.url} names the token {name!r} and not its id; return_tokens_as_token_ids is vLLM's"
+            )
+        return int(number)
+
+    def _open(self, route: str, body: Mapping[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/v1/{route}", data, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read(2000).decode()
+            raise ConnectionError(f"{self.url} refuses with status {error.code}: {said}") from error
+        except OSError as error:
+            raise ConnectionError(f"{self.url} does not answer: {error}") from error
+
+
+@dataclass(eq=False, kw_only=True)
+class RemotePair(Pair):
+    """Two models on servers of their own, in place of a ``Pair`` wherever answers are wanted.
+
+    Attributes:
+        servers: Of the small and the large model.
+        top: Log-probabilities that each token comes with. With all of a vocabulary the entropy is exact; with fewer it
+            is the least that they leave possible.
+    """
+
+    servers: tuple[Server, Server]
+    top: int = 20
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        stitch: StitchConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        on_token: Callable[[StitchToken], None] | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[list[str], StitchOutput]:
+        """See ``Pair.answer``; rows are asked at the same time, and the servers batch them.
+
+        Raises:
+            ValueError: The policy or the gate needs more than log-probabilities.
+            ConnectionError: A server refuses, or breaks off.
+        """
+        if routing is not None or stitch.policy == "router":
+            raise ValueError("the router reads hidden states, which servers do not give")
+        if stitch.entropy_on != "raw":
+            raise ValueError("servers give log-probabilities before temperature and top-p; leave entropy_on at raw")
+        seeds = [seed + at for at in range(len(questions))] if isinstance(seed, int) else list(seed)
+        names = [server.model() for server in self.servers]
+        lock = threading.Lock()
+
+        def told(token: StitchToken) -> None:
+            if on_token is not None:
+                with lock:
+                    on_token(token)
+
+        small, large = self.prompts(questions)
+        rows = [
+            _Row(self, at, (small[at], large[at]), stitch, sampling, seeds[at], names, stop, told)
+            for at in range(len(questions))
+        ]
+        with ThreadPoolExecutor(max_workers=len(rows)) as pool:
+            for task in [pool.submit(row.write) for row in rows]:
+                task.result()
+        open_, asked = sum(row.open for row in rows), sum(row.asked for row in rows)
+        if open_:
+            log.info(
+                "of %d tokens, the top %d log-probabilities left the gate's answer open at %d", asked, self.top, open_
+            )
+        texts = [self.tokenizer.decode([t.token for t in row.tokens], skip_special_tokens=True) for row in rows]
+        return texts, _output(large, rows)
+
+
+def remote_pair(cfg: ModelsConfig, pair: Pair) -> RemotePair:
+    """The pair on the servers that a config names.
+
+    Args:
+        cfg: With ``servers``.
+        pair: Tokenizers and shapes of the models.
+    """
+    small, large = (Server(url) for url in cfg.servers)
+    return RemotePair(
+        small=pair.small, large=pair.large, small_tokenizer=pair.small_tokenizer, tokenizer=pair.tokenizer,
+        vocabulary=pair.vocabulary, small_prompt=pair.small_prompt, large_prompt=pair.large_prompt, chat=pair.chat,
+        servers=(small, large), top=cfg.top,
+    )  # fmt: skip
+
+
+class _Row:
+    """One text on its way."""
+
+    def __init__(
+        self,
+        pair: RemotePair,
+        row: int,
+        prompts: tuple[list[int], list[int]],
+        stitch: StitchConfig,
+        sampling: SamplingConfig,
+        seed: int,
+        names: Sequence[str],
+        stop: Sequence[str],
+        told: Callable[[StitchToken], None],
+    ) -> None:
+        self.pair, self.row, self.prompts, self.stitch, self.sampling = pair, row, prompts, stitch, sampling
+        self.seed, self.names, self.stop, self.told = seed, names, stop, told
+        self.gate = Gate(stitch, seed)
+        self.tokens: list[StitchToken] = []
+        self.usage = Usage()
+        self.began = time.perf_counter()
+        self.asked = self.open = 0
+        self.read = [0, 0]
+        self.thrown: float | None = None
+        to_small = pair.vocabulary.to_small.tolist()
+        self.from_small = {small: large for large, small in enumerate(to_small) if small >= 0}
+        eos = pair.vocabulary.eos
+        rows_small = pair.small.config.get_text_config().vocab_size
+        # What the other model could not read must not come; an end of the large model's text nobody has to read.
+        self.closed = (
+            {id for id in range(rows_small) if id not in self.from_small},
+            {id for id, small in enumerate(to_small) if small < 0 and id not in eos},
+        )
+
+    def write(self) -> None:
+        """Ask one server after the other until the text ends."""
+        while not (self.tokens and self.tokens[-1].last):
+            self._turn(self.gate.active)
+
+    def _turn(self, active: int) -> None:
+        ids = [token.token for token in self.tokens]
+        ids = self.prompts[active] + (ids if active == LARGE else self.pair.vocabulary.small_ids(ids))
+        server, calls = self.pair.servers[active], self.usage.calls[active]
+        started = time.perf_counter()
+        with contextlib.closing(server.tokens(self._body(active, ids))) as stream:
+            for token, logprob, top in stream:
+                self._count(active)
+                if self._step(active, token, logprob, top):
+                    break
+        self.usage.seconds[active] += time.perf_counter() - started
+        if self.usage.calls[active] == calls:
+            raise ConnectionError(f"{server.url} wrote nothing after {len(ids)} tokens")
+
+    def _count(self, active: int) -> None:
+        """Book a step; a server keeps what it has read."""
+        usage, known = self.usage, len(self.prompts[active]) + len(self.tokens)
+        usage.prompt_tokens[active] = len(self.prompts[active])
+        if usage.calls[active]:
+            usage.gaps[active].append(known - self.read[active])
+        usage.calls[active] += 1
+        self.read[active] = known
+
+    def _body(self, active: int, ids: list[int]) -> dict[str, Any]:
+        sampling = self.sampling
+        body: dict[str, Any] = {
+            "model": self.names[active],
+            "prompt": ids,
+            "max_tokens": sampling.max_new_tokens - len(self.tokens),
+            "logprobs": self.pair.top,
+            "temperature": sampling.temperature,
+        }
+        if sampling.temperature > 0:
+            body |= {"top_p": sampling.top_p, "seed": (self.seed * 1_000_003 + len(self.tokens)) % 2**31}
+            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        if 0 < len(self.closed[active]) <= MOST_CLOSED:
+            body["logit_bias"] = {str(id): -100 for id in sorted(self.closed[active])}
+        return body
+
+    def _step(self, active: int, token: int, logprob: float, top: Mapping[int, float]) -> bool:
+        """Put a token through the gate; whether another stream is wanted, or none."""
+        if token in self.closed[active]:
+            raise ConnectionError(
+                f"the {NAMES[active]} model's server wrote id {token}, which the other model has not; does it heed "
+                "logit_bias?"
+            )
+        size = self.pair.vocabulary.size
+        # A drawn token that is none of the likeliest comes as one more.
+        top = dict(sorted(top.items(), key=lambda item: -item[1])[: self.pair.top])
+        closed = math.fsum(math.exp(value) for id, value in top.items() if id in self.closed[active])
+        shift = math.log1p(-closed)
+        likely = [value - shift for id, value in top.items() if id not in self.closed[active] and value > LEAST]
+        low, high = (min(1.0, max(0.0, bound / math.log(size))) for bound in entropy_bounds(likely, size))
+        confidence = math.exp(max(likely))
+        signal = low if self.stitch.gate == "entropy" else confidence
+        if self.stitch.gate == "entropy" and self.stitch.policy in ("stitch", "one-token"):
+            self.asked += 1
+            asks = self.stitch.uncertain if active == SMALL else self.stitch.certain
+            self.open += asks(low) != asks(high)
+        decision = self.gate.step(signal)
+        if not decision.emit:
+            self.usage.discarded += 1
+            self.usage.switches += 1
+            self.thrown = low
+            return True
+        id = token if active == LARGE else self.from_small[token]
+        self.usage.tokens[active] += 1
+        ids = [*(t.token for t in self.tokens), id]
+        last = id in self.pair.vocabulary.eos or len(ids) >= self.sampling.max_new_tokens
+        if self.stop and not last:
+            text = self.pair.tokenizer.decode(ids, skip_special_tokens=True)
+            last = any(word in text for word in self.stop)
+        found = StitchToken(
+            self.row, len(self.tokens), id, active, low, confidence, logprob - shift, self.thrown,
+            time.perf_counter() - self.began, last,
+        )  # fmt: skip
+        self.thrown = None
+        self.tokens.append(found)
+        self.told(found)
+        self.usage.switches += int(active == SMALL and decision.model == LARGE)
+        return last or decision.model != active
+
+
+def _output(prompts: Sequence[Sequence[int]], rows: Sequence[_Row]) -> StitchOutput:
+    width, most = max(map(len, prompts)), max(len(row.tokens) for row in rows)
+    sequences = torch.zeros(len(rows), width + most, dtype=torch.long)
+    models = torch.full((len(rows), most), -1)
+    kinds = ("entropy", "confidence", "logprob", "discarded_entropy", "seconds")
+    values = torch.full((len(kinds), len(rows), most), math.nan, dtype=torch.float64)
+    for at, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        sequences[at, width - len(prompt) : width] = torch.tensor(prompt)
+        for place, token in enumerate(row.tokens):
+            sequences[at, width + place], models[at, place] = token.token, token.model
+            for kind, name in enumerate(kinds):
+                value = getattr(token, name)
+                values[kind, at, place] = math.nan if value is None else value
+    return StitchOutput(sequences, models, *values, [row.usage for row in rows])

@@ -1,0 +1,240 @@
+"""R-Stitch over servers, against a stub that speaks vLLM's completions, with the packaged pair behind it."""
+
+import json
+import math
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from hone_rstitch.config import EvalConfig, ModelsConfig, SamplingConfig, ServeConfig, StitchConfig
+from hone_rstitch.host import load_host, load_models
+from hone_rstitch.method import entropy_nats
+from hone_rstitch.remote import RemotePair, Server, entropy_bounds
+
+ASKED = ["123*45", "987*65", "640*38"]
+SHORT = SamplingConfig(max_new_tokens=40)
+
+
+class Stub:
+    """One model as vLLM serves it: ids in, one or two tokens an event out, raw log-probabilities, logit_bias heeded."""
+
+    def __init__(self, model, eos, heeds_bias=True):
+        stub = self
+        self.bodies, self.written, self.keys = [], [], []
+        self.lock = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply(200, {"data": [{"id": "a-model"}]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with stub.lock:
+                    stub.bodies.append(body)
+                    stub.keys.append(self.headers.get("Authorization"))
+                if body["model"] != "a-model" or body["logprobs"] > 30:
+                    return self.reply(400, {"error": {"message": "logprobs: at most 30"}})
+                self.send_response(200)
+                self.end_headers()
+                count, held = 0, []
+                try:
+                    for token in stub.tokens(model, eos, body, heeds_bias):
+                        held.append(token)
+                        count += 1
+                        if len(held) == 1 + count % 2:
+                            self.event(held)
+                            held = []
+                    if held:
+                        self.event(held)
+                    self.wfile.write(b"data: [DONE]\n\n")
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+                with stub.lock:
+                    stub.written.append(count)
+
+            def event(self, tokens):
+                names, values, tops = zip(*tokens, strict=True)
+                said = {"tokens": names, "token_logprobs": values, "top_logprobs": tops}
+                self.wfile.write(f"data: {json.dumps({'choices': [{'text': '', 'logprobs': said}]})}\n\n".encode())
+                self.wfile.flush()
+
+            def reply(self, status, value):
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(value).encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    @torch.no_grad()
+    def tokens(model, eos, body, heeds_bias):
+        ids = list(body["prompt"])
+        for _ in range(body["max_tokens"]):
+            logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            biased = logprobs.clone()
+            for id, bias in body.get("logit_bias", {}).items():
+                biased[int(id)] += bias * heeds_bias
+            token = int(biased.argmax())
+            top = logprobs.topk(min(body["logprobs"], len(logprobs)))
+            likely = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)) | {token: float(logprobs[token])}
+            named = {f"token_id:{id}": max(value, -9999.0) for id, value in likely.items()}
+            yield f"token_id:{token}", float(logprobs[token]), named
+            ids.append(token)
+            if token in eos:
+                return
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def local():
+    return load_host(0)
+
+
+@pytest.fixture(scope="module")
+def stubs(local):
+    ends = [[model.generation_config.eos_token_id] for model in (local.small, local.large)]
+    stubs = [Stub(model, eos) for model, eos in zip((local.small, local.large), ends, strict=True)]
+    yield stubs
+    for stub in stubs:
+        stub.close()
+
+
+@pytest.fixture
+def remote(stubs):
+    for stub in stubs:
+        for noted in (stub.bodies, stub.written, stub.keys):
+            noted.clear()
+    return load_models(ModelsConfig(servers=tuple(stub.url for stub in stubs), top=30))
+
+
+@pytest.mark.parametrize(
+    "stitch",
+    [
+        StitchConfig(tau=0.01),
+        StitchConfig(tau=0.1, policy="one-token"),
+        StitchConfig(gate="confidence", tau=0.9),
+        StitchConfig(tau=0.02, window=4, min_large_run=3),
+        StitchConfig(policy="random", share=0.5, run_length=3.0),
+        StitchConfig(policy="random", share=0.3, run_length=2.0, discards=True),
+        StitchConfig(policy="small"),
+        StitchConfig(policy="large"),
+    ],
+    ids=lambda stitch: stitch.label,
+)
+def test_servers_write_what_the_models_write(local, remote, stitch):
+    texts, got = remote.answer(ASKED, stitch, SHORT, seed=5)
+    want_texts, want = local.answer(ASKED, stitch, SHORT, seed=[5, 6, 7])
+    assert texts == want_texts
+    assert torch.equal(got.models, want.models)
+    for name in ("entropy", "confidence", "logprobs", "discarded_entropy"):
+        mine, theirs = getattr(got, name), getattr(want, name).double()
+        assert torch.allclose(mine, theirs, atol=1e-4, equal_nan=True), name
+    for mine, theirs in zip(got.usage, want.usage, strict=True):
+        assert (mine.tokens, mine.calls, mine.discarded, mine.switches, mine.gaps, mine.prompt_tokens) == (
+            theirs.tokens, theirs.calls, theirs.discarded, theirs.switches, theirs.gaps, theirs.prompt_tokens
+        )  # fmt: skip
+    large = stitch.policy != "small"
+    assert (max(usage.tokens[1] for usage in got.usage) > 0) == large
+
+
+def test_what_is_sent(stubs, remote, monkeypatch):
+    monkeypatch.setenv("HONE_RSTITCH_SERVER_KEY", "secret")
+    remote.answer(ASKED[:1], StitchConfig(tau=0.01), SHORT)
+    small, large = stubs
+    assert set(small.keys + large.keys) == {"Bearer secret"}
+    body = large.bodies[0]
+    assert (body["return_tokens_as_token_ids"], body["stream"], body["temperature"]) == (True, True, 0)
+    # Ids that only the large model has; what ends its text stays open.
+    assert remote.large.generation_config.eos_token_id not in map(int, body["logit_bias"])
+    assert set(range(20, 24)) <= set(map(int, body["logit_bias"]))
+    assert body["max_tokens"] < 40
+
+
+def test_stop_strings_and_fewer_log_probabilities(local, remote, caplog):
+    text, _ = remote.answer(ASKED[:1], StitchConfig(tau=0.01), SHORT, stop=("#",))
+    assert text == [local.answer(ASKED[:1], StitchConfig(tau=0.01), SHORT, stop=("#",))[0][0]]
+    assert text[0].endswith("#")
+    few = replace(remote, top=1)
+    with caplog.at_level("INFO", "hone_rstitch.remote"):
+        _, less = few.answer(ASKED, StitchConfig(tau=0.005), SHORT)
+    assert "the top 1 log-probabilities left the gate's answer open at" in caplog.text
+    _, whole = remote.answer(ASKED, StitchConfig(tau=0.005), SHORT)
+    assert (less.entropy[0, :3] <= whole.entropy[0, :3] + 1e-9).all()
+
+
+def test_bounds_of_an_entropy():
+    logprobs = torch.randn(40, dtype=torch.float64).mul(3).log_softmax(0).sort(descending=True).values
+    exact = float(entropy_nats(logprobs[None]))
+    for known in (1, 3, 10, 39):
+        low, high = entropy_bounds(logprobs[:known].tolist(), 40)
+        # What lies beyond a millionth counts as nothing.
+        assert low <= exact + 1e-12
+        assert exact <= high + 2e-5
+    assert entropy_bounds(logprobs.tolist(), 40) == pytest.approx((exact, exact))
+    # Half on one token: the rest on one other, or spread over three.
+    low, high = entropy_bounds([math.log(0.5)], 4)
+    assert low == pytest.approx(math.log(2))
+    assert high == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(6))
+    # The known ones bound the others: 0.4 is at least four tokens of 0.1.
+    low, _ = entropy_bounds([math.log(0.5), math.log(0.1)], 40)
+    assert low == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(10))
+
+
+def test_what_servers_cannot_do_is_said(local, stubs, remote):
+    with pytest.raises(ConnectionError, match=r"refuses with status 400.*at most 30"):
+        replace(remote, top=31).answer(ASKED[:1], StitchConfig(), SHORT)
+    with pytest.raises(ValueError, match="hidden states"):
+        remote.answer(ASKED[:1], StitchConfig(policy="router"), SHORT)
+    with pytest.raises(ValueError, match="leave entropy_on at raw"):
+        remote.answer(ASKED[:1], StitchConfig(entropy_on="processed"), SHORT)
+    with pytest.raises(ConnectionError, match="does not answer"):
+        replace(remote, servers=(Server("http://127.0.0.1:9"), remote.servers[1])).answer(ASKED, StitchConfig(), SHORT)
+    with pytest.raises(ValueError, match="servers are two addresses"):
+        ModelsConfig(servers=("http://one",))
+    models = ModelsConfig(servers=("http://one", "http://two"))
+    with pytest.raises(ValueError, match="runs the models itself"):
+        ServeConfig(models=models)
+    with pytest.raises(ValueError, match="which servers do not give"):
+        EvalConfig(models=models, baselines=("speculative",))
+
+
+def test_an_id_that_the_other_model_has_not_is_no_token(local):
+    class Stubborn:
+        config = local.large.config
+
+        def __call__(self, ids):
+            out = local.large(ids)
+            out.logits[..., 22] = 50.0
+            return out
+
+    stubs = [Stub(local.small, [local.small.generation_config.eos_token_id]), Stub(Stubborn(), [], heeds_bias=False)]
+    models = ModelsConfig(servers=tuple(stub.url for stub in stubs), top=30)
+    with pytest.raises(ConnectionError, match="wrote id 22, which the other model has not; does it heed logit_bias"):
+        load_models(models).answer(ASKED[:1], StitchConfig(policy="large"), SHORT)
+    for stub in stubs:
+        stub.close()
+
+
+def test_eval_over_servers(stubs, packaged, start):
+    from hone_rstitch.evaluate import evaluate
+
+    cfg = EvalConfig(
+        models=ModelsConfig(servers=tuple(stub.url for stub in stubs), top=30), limit=4, taus=(0.03,),
+        baselines=("small", "large"), batch=4,
+    )  # fmt: skip
+    assert isinstance(load_models(cfg.models), RemotePair)
+    with start(cfg) as run:
+        evaluate(cfg, run)
+    shares = {row.variant: row.value for row in run.rows if row.metric == "large_share"}
+    assert (shares["small"], shares["large"]) == (0, 1)
+    assert 0 < shares["tau 0.03"] < 1
