@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hone_lm.layouts import RULES
 from hone_lm.tiny import tiny, tiny_inputs
 from hone_zipr1.cache import Kept, SparseLayer
 from hone_zipr1.config import SparseConfig
-from hone_zipr1.models import attach, check_config, selected_attention, sparse, visual_ids
+from hone_zipr1.models import attach, check_config, packed_attention, selected_attention, sparse, visual_ids
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
@@ -375,6 +376,46 @@ def test_kernels_choose_and_answer_as_the_formulas_do(cache, rows):
         assert all(torch.equal(keep[layer], handle.stats.keep[layer].cpu()) for layer in keep)
     assert torch.equal(found.cpu(), ids)
     assert_close(again.cpu(), logits, atol=2e-3, rtol=2e-3)
+
+
+def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """Attention of unequal lengths by its definition."""
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert window_size == (-1, 0)
+    assert cu_seq_q.dtype == torch.int32
+    out = torch.empty_like(query)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    for start, stop in pairwise(cu_seq_q):
+        logits = torch.einsum("ihd,jhd->hij", query[start:stop], key[start:stop]) * scale
+        logits = logits.masked_fill(~torch.ones_like(logits[0]).bool().tril(), -torch.inf)
+        out[start:stop] = torch.einsum("hij,jhd->ihd", logits.softmax(-1), value[start:stop])
+    return out
+
+
+def test_packed_attention_lays_samples_one_after_the_other(monkeypatch):
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", one_by_one)
+    query, key, value = (torch.randn(3, heads, 11, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    keep = torch.rand(3, 11) < torch.tensor([0.3, 0.6, 0.9])[:, None]
+    keep[:, -1] = True
+    assert len(set(keep.sum(-1).tolist())) == 3
+    found = packed_attention(query, key, value, Kept.of(keep), 0.3)
+    assert_close(found, selected_attention(query, key, value, keep, scaling=0.3, masked=True), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match=r"compute='varlen' is of float16 and bfloat16 on a GPU.*got torch.float64"):
+        selected_attention(query, key, value, keep, packed=True)
+
+
+@requires_gpu(min_sm=80)
+def test_packed_attention_on_a_gpu():
+    query, key, value = (torch.randn(3, heads, 300, 64, device="cuda").bfloat16() for heads in (6, 2, 2))
+    keep = torch.rand(3, 300, device="cuda") < torch.tensor([0.2, 0.5, 0.9], device="cuda")[:, None]
+    keep[:, -1] = True
+    found = selected_attention(query, key, value, keep, packed=True)
+    want = selected_attention(query.float(), key.float(), value.float(), keep, masked=True)
+    assert_close(found.float(), want, atol=2e-2, rtol=2e-2)
+    assert not found[~keep[:, None].expand(-1, 6, -1)].any()
 
 
 def test_eager_runs_the_same():

@@ -172,15 +172,19 @@ def _filled(cfg: BenchConfig, model: Any, batch: int, tokens: int, ratio: float 
     cache = DynamicCache()
     if ratio is not None:
         sparse_layers(cache, text.num_hidden_layers)
-        spread = torch.linspace(0.5, 1.5, batch, device=device) if batch > 1 else torch.ones(1, device=device)
-        counts = (spread * ratio * tokens).ceil()
     for layer in range(text.num_hidden_layers):
         keys, values = (torch.randn(shape, generator=generator, device=device, dtype=model.dtype) for _ in range(2))
         cache.update(keys, values, layer)
         if ratio is not None:
-            order = torch.rand(batch, tokens, generator=generator, device=device).argsort(-1).argsort(-1)
-            cache.layers[layer].evict(Kept.of(order < counts[:, None]))
+            cache.layers[layer].evict(Kept.of(_unequal(batch, tokens, ratio, generator, device)))
     return cache
+
+
+def _unequal(batch: int, tokens: int, ratio: float, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random tokens ``[batch, tokens]``, of the samples between a half and one and a half of a ratio."""
+    spread = torch.linspace(0.5, 1.5, batch, device=device) if batch > 1 else torch.ones(1, device=device)
+    order = torch.rand(batch, tokens, generator=generator, device=device).argsort(-1).argsort(-1)
+    return order < (spread * ratio * tokens).ceil()[:, None]
 
 
 def _add(
@@ -231,6 +235,11 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
             tolerance=2e-2 if model.dtype != torch.float32 else 1e-3,
         )
         attending[_name(ratio)] = lambda keep=keep: selected_attention(query, key, value, keep)
+        if cfg.unequal:
+            ragged = _unequal(batch, tokens, ratio, generator, device)
+            both = [partial(selected_attention, query, key, value, ragged, packed=packed) for packed in (False, True)]
+            check_values("packed attention", both[1](), both[0](), tolerance=2e-2)
+            attending |= zip((f"{_name(ratio)}, filled up", f"{_name(ratio)}, packed"), both, strict=True)
         choosing[_name(ratio)] = lambda ratio=ratio: chosen(ratio)
     _rows(cfg, run, "attention", measure_interleaved(attending, warmup=2, rounds=cfg.rounds, device=device), split)
     _rows(cfg, run, "selection", measure_interleaved(choosing, warmup=2, rounds=cfg.rounds, device=device), split)

@@ -72,9 +72,10 @@ class SparseConfig:
     cache: Literal["evict", "retrieve"] = "evict"
     """``evict``: dropped tokens leave the layer's cache for good. ``retrieve``: they stay and are not read, until a new
     turn selects anew."""
-    compute: Literal["gather", "mask"] = "gather"
-    """``gather``: attention of the kept tokens alone. ``mask``: the same under a mask, no faster, for training on short
-    prompts."""
+    compute: Literal["gather", "varlen", "mask"] = "gather"
+    """``gather``: attention of the kept tokens alone, samples filled up to the one that keeps most. ``varlen``: samples
+    one after the other, by torch's attention of unequal lengths; 16 bits on a GPU, without gradients. ``mask``: the
+    same under a mask, no faster, for training on short prompts."""
     soft: Literal["entropy", "participation"] = "entropy"
     """Differentiable size of the support, where a training objective asks for it."""
     seed: int = 0
@@ -552,6 +553,9 @@ class BenchConfig:
     decode_only: bool = False
     """Fill the caches with random keys and values in place of a prefill, for caches beside which the activations of one
     would not fit: decoding alone is timed. A sample keeps between a half and one and a half of the set share."""
+    unequal: bool = False
+    """Also time one layer whose samples keep between a half and one and a half of the set share, filled up and one
+    after the other."""
     rounds: int = 10
     """Turns that each variant gets after two that warm up."""
     dtype: Dtype = "auto"
@@ -564,11 +568,13 @@ class BenchConfig:
             raise ValueError("tokens, batches and rounds must be positive, at least one of each")
         check_ps(self.ratios)
         SparseConfig(policy="top-k", ratio=self.ratios[0], recent=self.recent, random=self.random)
-        if self.decode_only and max(self.ratios) > 2 / 3:
+        if (self.decode_only or self.unequal) and max(self.ratios) > 2 / 3:
             raise ValueError(
-                f"with decode_only some samples keep one and a half of the ratio, so that it is at most 2/3; got "
-                f"{max(self.ratios)}"
+                f"some samples keep one and a half of the ratio with decode_only or unequal, so that it is at most "
+                f"2/3; got {max(self.ratios)}"
             )
+        if self.unequal and (self.decode_only or self.shape == "tiny"):
+            raise ValueError("unequal times the prefill of a shape other than tiny; leave decode_only out")
         if self.shape == "tiny" and max(self.tokens) > 1000:
             raise ValueError(f"the tiny host has 1024 positions; got {max(self.tokens)} tokens")
 

@@ -35,6 +35,7 @@ __all__ = [
     "check_config",
     "choose",
     "masses",
+    "packed_attention",
     "selected_attention",
     "sparse",
     "visual_ids",
@@ -430,7 +431,7 @@ class SparseHandle(Handle[SparseConfig]):
         kept = Kept.of(keep) if evicted or not masked else None
         out = selected_attention(
             query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
-            masked=masked, kept=kept,
+            masked=masked, packed=self.config.compute == "varlen", kept=kept,
         )  # fmt: skip
         if stored is not None and kept is not None and evicted:
             stored.evict(kept)
@@ -532,6 +533,7 @@ def selected_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     masked: bool = False,
+    packed: bool = False,
     kept: Kept | None = None,
 ) -> Tensor:
     """Causal attention among the kept tokens of each sample; the others' output is zero.
@@ -544,11 +546,22 @@ def selected_attention(
         scaling: Of the logits; 1 / sqrt(dim) if None.
         dropout: Of the weights.
         masked: Compute all pairs under a mask, which is no faster; else gather the kept tokens and compute theirs.
+        packed: Lay the samples' kept tokens one after the other, see ``packed_attention``.
         kept: ``Kept.of(keep)``, where the caller has it.
 
     Returns:
         ``[batch, heads, tokens, dim]``.
+
+    Raises:
+        ValueError: They are to be packed, and torch has no such attention for them.
     """
+    if packed:
+        if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or query.requires_grad or dropout:
+            raise ValueError(
+                f"compute='varlen' is of float16 and bfloat16 on a GPU, without gradients and dropout; got "
+                f"{query.dtype} on {query.device}{', with gradients' if query.requires_grad else ''}. Use 'gather'"
+            )
+        return packed_attention(query, key, value, Kept.of(keep) if kept is None else kept, scaling)
     settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     tokens = query.shape[2]
     if masked:
@@ -564,6 +577,31 @@ def selected_attention(
     # Kept tokens stand at the left in their order, so that what fills a row up is seen by no row that counts.
     query, key, value = kept.take(query), kept.take(key), kept.take(value)
     return kept.spread(F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings))
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, kept: Kept, scaling: float | None = None) -> Tensor:
+    """``selected_attention`` by torch's attention of unequal lengths: samples that keep fewer tokens cost less.
+
+    Args:
+        query: ``[batch, heads, tokens, dim]``.
+        key: ``[batch, heads_k, tokens, dim]``.
+        value: Likewise.
+        kept: Of the tokens.
+        scaling: Of the logits; 1 / sqrt(dim) if None.
+    """
+    from torch.nn.attention import varlen
+
+    batch, heads, tokens, dim = query.shape
+    at = kept.keep.flatten().nonzero()[:, 0]
+    ends = F.pad(kept.keep.sum(-1).cumsum(0), (1, 0)).int()
+    q, k, v = (x.transpose(1, 2).flatten(0, 1)[at] for x in (query, key, value))
+    most = kept.places.shape[1]
+    # From torch 2.14 on, heads that share keys are to be named.
+    attend: Callable[..., Any] = varlen.varlen_attn
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
+    out = attend(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), **shared)
+    back = query.new_zeros(batch * tokens, heads, dim).index_copy(0, at, out)
+    return back.view(batch, tokens, heads, dim).transpose(1, 2)
 
 
 def _continued(
