@@ -36,7 +36,16 @@ from hone_video.pipelines import (
 from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import PRESETS, BladeConfig, GenerateConfig, Rollout
-from .lora import Transformer, _read_config, _read_header, _read_rollout, find_lora, load_blade_lora, read_student
+from .lora import (
+    Transformer,
+    _read_config,
+    _read_header,
+    _read_rollout,
+    check_part,
+    find_lora,
+    load_blade_lora,
+    read_student,
+)
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
@@ -135,14 +144,17 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     if own and family not in own:
         fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {family}))]
         raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
-    if cfg.lora_2 is not None and "transformer_2" not in pipeline_parts(
-        cfg.model, local_files_only=cfg.local_files_only
-    ):
+    two = "transformer_2" in pipeline_parts(cfg.model, local_files_only=cfg.local_files_only)
+    if cfg.lora_2 is not None and not two:
         raise ValueError(f"lora_2 is for a second transformer, as Wan2.2 has; {cfg.model} has one. Pass lora")
     lora, lora_2 = (
         None if file is None else find_lora(file, local_files_only=cfg.local_files_only)
         for file in (cfg.lora, cfg.lora_2)
     )
+    parts: tuple[tuple[Path | None, Transformer], ...] = ((lora, "transformer"), (lora_2, "transformer_2"))
+    for file, part in parts:
+        if two and file is not None:
+            check_part(file, part)
     stated, rollout = _stated(lora, lora_2), _stated_rollout(lora, lora_2)
     if cfg.transformer is not None:
         stated, rollout = read_student(cfg.transformer)
