@@ -117,8 +117,10 @@ def test_whole_fractions_may_be_integers_and_lists_come_in_as_tuples():
 
 def test_a_pipeline_is_inspected_as_it_would_generate():
     cfg = InspectConfig(
-        model="folder", prompt="a fox", offload=True, height=64, width=80, frames=9, steps=4, dtype="bfloat16"
-    )
+        model="folder", prompt="a fox", offload=True, height=64, width=80, frames=9, steps=4, dtype="bfloat16",
+        image="a.png", lora="a", lora_2="b",
+    )  # fmt: skip
     made = cfg.pipeline
+    assert (made.images, made.lora, made.lora_2) == (("a.png",), "a", "b")
     assert (made.prompts, made.offload, made.dtype, made.steps) == (("a fox",), True, "bfloat16", 4)
     assert (made.height, made.width, made.frames) == (64, 80, 9)

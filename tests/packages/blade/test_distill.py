@@ -10,7 +10,7 @@ from hone_blade.distill import Distillation, DistillReport, distill, host_task, 
 from hone_blade.models import attach
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
-from hone_core.testing import requires_gpu
+from hone_core.testing import full_disk, requires_gpu
 from hone_video.clips import random_labels
 from hone_video.host import Host, load_host, save_host
 from hone_video.host_config import HostConfig
@@ -66,6 +66,15 @@ def test_a_stopped_run_goes_on_exactly(host, tmp_path):
     assert len(whole) == 4
     for a, b in zip(first.trio.student.parameters, second.trio.student.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(host, tmp_path):
+    whole, _ = losses(host, SMOKE, tmp_path / "whole.pt")
+    part, made = losses(host, SMOKE, tmp_path / "c.pt", until=2)
+    made.update()
+    with full_disk(10_000), pytest.raises(OSError, match=r"c\.pt could not be written: .*File too large"):
+        made.training.save()
+    assert part + losses(host, SMOKE, tmp_path / "c.pt")[0] == whole
 
 
 def test_training_moves_student_and_fake_and_nothing_else(host, tmp_path):

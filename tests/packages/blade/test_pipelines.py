@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 from diffusers import DiffusionPipeline
 from hone_blade.config import BladeConfig, EncodeConfig, GenerateConfig, PipelineDistillConfig, TDMConfig
 from hone_blade.inputs import find_distilled, find_encoded
+from hone_blade.lora import load_blade_lora
 from hone_blade.pipelines import PipelineDistillation, distill_pipeline, encode_prompts, plan_of
-from hone_blade.sample import find_inputs, generate
+from hone_blade.sample import Sampler, find_inputs, generate
+from hone_blade.trio import Experts
 from hone_core.config import to_dict
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
-from hone_core.testing import assert_close, requires_gpu
-from hone_video.architectures import tiny_pipeline
+from hone_core.testing import assert_close, full_disk, requires_gpu
+from hone_video.architectures import tiny, tiny_inputs, tiny_pipeline
 from hone_video.caching import Cache
 from hone_video.training import Loop
 from hone_video.training_config import LoopConfig
@@ -40,10 +43,16 @@ PROMPTS = ("a red cat runs left", "a blue dog", "a cat")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     made = {}
-    for kind in ("wan", "cogvideox"):
+    for kind in ("wan", "cogvideox", "wan2.2"):
         made[kind] = tmp_path_factory.mktemp(kind)
-        pipe = tiny_pipeline(kind)
-        torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+        options = {}
+        if kind == "wan2.2":  # of the rollout's times 999, 666 and 332 the last is the second transformer's
+            options = {"transformer_2": tiny("wan", 1, num_layers=1), "boundary_ratio": 0.5}
+        pipe = tiny_pipeline(kind.removesuffix("2.2"), **options)
+        for seed, model in enumerate((pipe.transformer, getattr(pipe, "transformer_2", None))):
+            if model is not None:
+                generator = torch.Generator().manual_seed(seed)
+                torch.nn.init.normal_(model.proj_out.weight, std=0.3, generator=generator)
         pipe.save_pretrained(made[kind])
     return made
 
@@ -125,17 +134,14 @@ def test_a_stopped_training_goes_on_exactly(folders, caches, trained, tmp_path, 
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(folders, caches, trained, tmp_path, monkeypatch):
-    import torch.distributed.checkpoint as dcp
+    real, cfg = Loop.save, config(folders, caches)
 
-    real, cfg = dcp.save, config(folders, caches)
+    def save(loop):
+        with full_disk(4096) if loop.step == 4 else nullcontext():
+            real(loop)
 
-    def save(*args, **options):
-        if any((tmp_path / "run" / "checkpoints").glob("0*")):
-            raise OSError(28, "No space left on device")
-        return real(*args, **options)
-
-    monkeypatch.setattr(dcp, "save", save)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Loop, "save", save)
+    with pytest.raises(OSError, match=r"a checkpoint could not be written or read: .*File too large"):
         work(distill_pipeline, cfg, tmp_path / "run")
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*")] == ["00000002"]
@@ -324,6 +330,77 @@ def test_two_gpus_train_what_one_does_whole_and_sharded(folders, caches, tmp_pat
             assert mine == pytest.approx(whole, rel=1e-3 if dtype == "float32" else 1e-2)
 
 
+def test_both_transformers_of_wan22_are_trained_and_drawn_with(folders, caches, tmp_path):
+    """A LoRA each, which says which it is for; sampled as the pipeline does, it is the rollout that was trained."""
+    cfg = config(folders, caches, "wan2.2", loop={"steps": 3, "batch": 3})
+    report = work(distill_pipeline, cfg, tmp_path / "run")
+    assert str(report.second) in str(report)
+    for file in (report.student, report.second):
+        assert all(value.abs().max() > 0 for value in load_file(file).values())
+    assert (load_file(report.student).keys()) == (load_file(report.second).keys())
+    asked = GenerateConfig(
+        model=str(folders["wan2.2"]), prompts=(PROMPTS[0],), lora=str(report.student), lora_2=str(report.second), **SIZE
+    )
+    inputs = find_inputs(asked)
+    assert (inputs.config.scheduler, inputs.config.steps, inputs.config.eta) == ("tdm", 3, 0.8)
+    sampler = Sampler.load(inputs, "cpu")
+    with sampler.attached() as handle, handle.record() as rows:
+        drawn = sampler.draw(0, output_type="latent")
+    assert [(row.step, row.model) for row in rows] == [(0, 0), (1, 0), (2, 1)]
+
+    pipe = DiffusionPipeline.from_pretrained(folders["wan2.2"])
+    with Run.start(package="hone-blade", verb="x", config=cfg, out=tmp_path / "r", device="cpu", quiet=True) as run:
+        made = PipelineDistillation(cfg, plan_of(cfg), pipe, Cache.open(cfg.cache), Loop(cfg.loop, run))
+        for part, file in (("transformer", report.student), ("transformer_2", report.second)):
+            own = {
+                name.replace(".weight", ".student.weight").removeprefix("transformer."): value
+                for name, value in load_file(file).items()
+            }
+            found = getattr(pipe, part).load_state_dict(own, strict=False)
+            assert not found.unexpected_keys
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, *made.plan.shape, generator=generator)
+        text = Cache.open(cfg.cache).item(0)["text"][None]
+        assert_close(made.objective.samples(text, noise, generator), drawn)
+
+    for wrong in ({"lora": asked.lora_2, "lora_2": None}, {"lora": None, "lora_2": asked.lora}):
+        with pytest.raises(CheckpointError, match=r"is for the transformer(_2)? of its pipeline, not the transformer"):
+            find_inputs(dataclasses.replace(asked, **wrong))
+    pipe = DiffusionPipeline.from_pretrained(folders["wan2.2"])
+    with pytest.raises(CheckpointError, match="is for the transformer_2 of its pipeline"):
+        load_blade_lora(pipe, report.second, transformer="transformer")
+    assert load_blade_lora(pipe, report.second, transformer="transformer_2").rank == 2
+    pipe = DiffusionPipeline.from_pretrained(folders["wan2.2"])
+    pipe.load_lora_weights(report.student.parent)
+    pipe.load_lora_weights(str(report.second), load_into_transformer_2=True)
+    assert pipe.transformer.peft_config
+    assert pipe.transformer_2.peft_config
+
+
+@pytest.mark.slow
+def test_two_processes_train_two_transformers(folders, caches, tmp_path):
+    """Where a process calls one of them and another the other."""
+    cfg = config(folders, caches, "wan2.2", loop={"steps": 3})
+    one = work(distill_pipeline, cfg, tmp_path / "one")
+    launch(2, "distill-pipeline", "--config", one.path / "config.json", "--out", tmp_path / "two")
+    for mine, whole in zip(logged(tmp_path / "two"), logged(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(whole, rel=1e-3)
+    for file in (one.student.name, one.second.name):
+        mine, whole = (load_file(tmp_path / run / "artifacts" / file) for run in ("two", "one"))
+        for name, value in whole.items():
+            assert (mine[name] - value).norm() <= 0.05 * value.norm(), name
+
+
+def test_a_call_goes_to_the_transformer_of_its_time():
+    high, low = (tiny("wan", seed, num_layers=1) for seed in (0, 1))
+    both, given = Experts(high, low, 500.0), tiny_inputs("wan")
+    for times, model in (([500, 999], high), ([499, 0], low)):
+        given["timestep"] = torch.tensor(times)
+        assert torch.equal(both(**given, return_dict=False)[0], model(**given, return_dict=False)[0])
+    with pytest.raises(ValueError, match=r"on one side of 500; got \[499, 500\]"):
+        both(**{**given, "timestep": torch.tensor([499, 500])})
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
@@ -353,10 +430,12 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(folders, caches, t
         find_distilled(config(folders, caches, height=60))
     with pytest.raises(ValueError, match="expected dense_steps 0, got 12"):
         find_distilled(config(folders, caches, attention=None, preset="wan2.1-1.3b-free"))
-    (tmp_path / "two").mkdir()
-    tiny_pipeline("wan", transformer_2=tiny_pipeline("wan").transformer).save_pretrained(tmp_path / "two")
-    with pytest.raises(ValueError, match="has two transformers"):
-        find_distilled(dataclasses.replace(config(folders, caches), model=str(tmp_path / "two")))
+    for change in ({"shard": True}, {"rank": 0}):
+        with pytest.raises(ValueError, match=r"has two transformers, as Wan2\.2: expected a LoRA, and no shard"):
+            find_distilled(config(folders, caches, "wan2.2", **change))
+    tiny_pipeline("wan", image=True).save_pretrained(tmp_path / "image")
+    with pytest.raises(CheckpointError, match="is a WanImageToVideoPipeline; expected WanPipeline or"):
+        find_distilled(dataclasses.replace(config(folders, caches), model=str(tmp_path / "image")))
 
 
 @pytest.mark.parametrize(

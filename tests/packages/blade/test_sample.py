@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -15,7 +16,9 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
 )
-from hone_blade.config import PRESETS, BladeConfig, GenerateConfig, Rollout
+from hone_blade.config import PRESETS, BladeConfig, EvalConfig, GenerateConfig, Rollout
+from hone_blade.evaluate import evaluate
+from hone_blade.inputs import find_evaluated
 from hone_blade.inspection import inspect_pipeline
 from hone_blade.lora import load_blade_lora, lora_targets, save_blade_lora
 from hone_blade.models import attach
@@ -25,7 +28,9 @@ from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_video.architectures import tiny, tiny_pipeline
 from hone_video.attachment import Processor
+from hone_video.vbench_config import VBenchConfig
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
@@ -227,9 +232,86 @@ def test_other_schedulers_and_dense(kind, scheduler, expected, folders, tmp_path
         assert object_used.config.timestep_spacing == "trailing"
 
 
-def adapter(tmp_path, seed=0, config=None):
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A red and a blue PNG, of another shape than the videos."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (50, 70), color).save(folder / f"{name}.png")
+    return folder
+
+
+@KINDS
+def test_image_to_video(kind, images, tmp_path):
+    """The pipeline gets the image at the video's size; a second image, all else the same, makes another video."""
+    pipe = tiny_pipeline(kind, image=True)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    pipe.save_pretrained(tmp_path / "pipe")
+    both = (str(images / "red.png"), str(images / "blue.png"))
+    cfg = config(tmp_path / "pipe", prompts=("a cat", "a cat"), frames=9, images=both)
+    sampler = Sampler.load(find_inputs(cfg), "cpu")
+    with sampler.attached() as handle, handle.record() as rows:
+        red = sampler.draw(0, output_type="latent")
+    assert [row.step for row in rows] == [0, 1]
+    pipe = sampler.pipe
+    given = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0}
+    for name in ("red", "blue"):
+        generator = torch.Generator().manual_seed(0)
+        pipe.scheduler.generator = generator
+        image = Image.new("RGB", (96, 64), name)
+        with attach(pipe, SPARSE):
+            wanted = pipe(image, prompt="a cat", generator=generator, output_type="latent", **given).frames
+        assert torch.equal(wanted, red) == (name == "red")
+    report = produce(cfg, tmp_path / "run")
+    assert read(report.videos[0]).shape == (9, 64, 96, 3)
+    assert (read(report.videos[0]) != read(report.videos[1])).any()
+    one = find_inputs(dataclasses.replace(cfg, images=both[:1])).config
+    assert one.images == both[:1] * 2
+    assert find_inputs(one).config == one
+
+
+def test_images_that_do_not_fit_are_refused(folders, images, tmp_path):
+    tiny_pipeline("wan", image=True).save_pretrained(tmp_path / "pipe")
+    red = str(images / "red.png")
+    cases = [
+        (config(folders["wan"], images=(red,)), ValueError, "images are for an image-to-video pipeline"),
+        (config(tmp_path / "pipe"), ValueError, r"one for each of the 2 \(--image FILE\); got none"),
+        (config(tmp_path / "pipe", images=(red,) * 3), ValueError, "one for each of the 2 .*got 3"),
+        (config(tmp_path / "pipe", images=("none.png",)), FileNotFoundError, "image none.png does not exist"),
+        (config(tmp_path / "pipe", images=(__file__,)), ValueError, "test_sample.py cannot be read"),
+    ]
+    for cfg, error, message in cases:
+        with pytest.raises(error, match=message):
+            find_inputs(cfg)
+
+
+def test_image_to_video_by_two_transformers_with_a_lora_each(images, tmp_path):
+    """Wan2.2: no CLIP; each LoRA goes on its transformer."""
+    kind = {"num_layers": 1, "in_channels": 12}
+    parts = {"image_encoder": None, "image_processor": None, "boundary_ratio": 0.6}
+    pipe = tiny_pipeline(
+        "wan", image=True, transformer=tiny("wan", **kind), transformer_2=tiny("wan", 1, **kind), **parts
+    )
+    pipe.save_pretrained(tmp_path / "pipe")
+    files = [adapter(tmp_path, seed, SPARSE, pipe.transformer_2) for seed in (0, 1)]
+    cfg = config(
+        tmp_path / "pipe", prompts=("a cat",), images=(str(images / "red.png"),), lora=files[0], lora_2=files[1],
+        attention=None, steps=4,
+    )  # fmt: skip
+    sampler = Sampler.load(find_inputs(cfg), "cpu")
+    with sampler.attached() as handle, handle.record() as rows:
+        both = sampler.draw(0, output_type="latent")
+    assert [(row.step, row.model) for row in rows] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    for part in ("transformer", "transformer_2"):
+        getattr(sampler.pipe, part).disable_lora()
+        with sampler.attached():
+            assert not torch.equal(sampler.draw(0, output_type="latent"), both)
+        getattr(sampler.pipe, part).enable_lora()
+
+
+def adapter(tmp_path, seed=0, config=None, model=None):
     """A LoRA file of the tiny Wan's layout, in the published form unless it states settings."""
-    model = tiny_pipeline("wan").transformer
+    model = tiny_pipeline("wan").transformer if model is None else copy.deepcopy(model)
     torch.manual_seed(seed)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False), "blade")
@@ -420,11 +502,6 @@ def test_inspects_a_pipeline(folders, tmp_path):
 
 
 def test_eval_makes_vbench_s_videos(folders, tmp_path):
-    from hone_blade.config import EvalConfig
-    from hone_blade.evaluate import evaluate
-    from hone_blade.inputs import find_evaluated
-    from hone_video.vbench_config import VBenchConfig
-
     text = tmp_path / "prompts.txt"
     text.write_text("a cat\na dog\n")
     size = {"height": 64, "width": 96, "frames": 5, "guidance": 1.0, "videos_per_prompt": 2}
@@ -441,8 +518,8 @@ def test_eval_makes_vbench_s_videos(folders, tmp_path):
         "a cat-1.mp4",
     ]
     assert "not graded" in str(report)
-    with pytest.raises(ValueError, match="preset and lora are for protocol vbench"):
-        EvalConfig(preset="tiny")
+    with pytest.raises(ValueError, match="preset and lora_2: for protocol vbench"):
+        EvalConfig(preset="tiny", lora_2="x")
     with pytest.raises(ValueError, match="host is the tiny one of protocol clips"):
         EvalConfig(protocol="vbench", vbench=suite, host=tmp_path)
 
@@ -481,6 +558,26 @@ def test_a_student_is_sampled_as_it_was_trained(folders, student):
     inputs = find_inputs(config(folders["wan"], lora=str(student), steps=2, eta=1.0))
     assert (inputs.config.steps, inputs.config.eta) == (2, 1.0)
     assert find_inputs(config(folders["wan"], steps=None)).config.steps == 8
+
+
+def test_vbench_s_videos_of_a_student_are_those_of_generate(folders, student, tmp_path):
+    """Same attention, steps and eta, which its file states; same noise for the first video of a prompt."""
+    text = tmp_path / "prompts.txt"
+    text.write_text("a cat\n")
+    size = {"height": 64, "width": 96, "frames": 5}
+    suite = VBenchConfig(
+        model=str(folders["wan"]), vbench_info=text, grade=False, guidance=1.0, videos_per_prompt=1, **size
+    )
+    cfg = find_evaluated(EvalConfig(protocol="vbench", vbench=suite, lora=str(student)))
+    with Run.start(
+        package="hone-blade", verb="eval", config=cfg, out=tmp_path / "run", device="cpu", quiet=True
+    ) as run:
+        evaluate(cfg, run)
+    sampler = json.loads((tmp_path / "run" / "artifacts" / "sampler.json").read_text())
+    assert (sampler["attention"], sampler["sparse_steps"], sampler["scheduler"]) == ("custom", 3, "tdm")
+    same = GenerateConfig(model=str(folders["wan"]), prompts=("a cat",), lora=str(student), **size)
+    [video] = produce(same, tmp_path / "videos").videos
+    assert (read(tmp_path / "run/artifacts/videos/a cat-0.mp4") == read(video)).all()
 
 
 def test_a_header_that_is_none_is_named(folders, student):

@@ -72,7 +72,7 @@ def test_cells_of_an_edit():
         (("--text", "a person", "--edit", "M", "--edit-parts", "tail"), "no part tail"),
         (("--text", "a person", "--edit", "M", "--edit-seconds", "3", "2"), "an interval within 0 and 4"),
         (("--text", "a person", "--edit", "M", "--fps", "60"), "has 20 frames a second and not 60"),
-        (("--text", "a person", "--to", "fbx"), "formats are of bvh, gltf, npz, npy, mp4; got fbx"),
+        (("--text", "a person", "--to", "fbx"), "formats are of bvh, gltf, npz, npy, mp4, html; got fbx"),
         (("--text", "a person", "--music", "S"), "the music is shorter than the motion: 2.00 of 4 s"),
         (("--text", "a person", "--music", "M"), "is no WAV file"),
     ],

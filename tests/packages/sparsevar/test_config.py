@@ -23,6 +23,7 @@ from hone_sparsevar.config import (
         (SparseVARConfig, {"score": "best"}, "score must be one of map"),
         (SparseVARConfig, {"select": "all"}, "select must be topk or threshold"),
         (SparseVARConfig, {"bucket": 0}, "bucket at least 1"),
+        (SparseVARConfig, {"backend": "cuda"}, "backend must be torch, auto, triton or reference; got 'cuda'"),
         (DemoConfig, {"limit": 0}, "limit must be at least 1"),
         (EvalConfig, {"variants": ("dense", "magic")}, "no variant magic; expected of dense, sparse"),
         (EvalConfig, {"limit": 1}, "limit must be at least 2"),

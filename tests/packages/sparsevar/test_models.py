@@ -49,6 +49,34 @@ def test_given_maps_are_followed_and_the_measured_ones_go_on(model):
     assert not torch.equal(given.state.map[0], maps[4])
 
 
+@pytest.mark.parametrize("change", [{}, {"kv": "fill", "metric": "rel"}, {"fill": "bilinear"}, {"score": "random"}])
+@pytest.mark.parametrize("top_p", [0.0, 0.8])
+def test_fused_kernels_draw_what_the_models_own_operations_do(change, top_p, model):
+    settings = replace(SPARSE, **change)
+    options = {"sampling": replace(SAMPLING, top_p=top_p, temperature=0.7)}
+    plain = draw(model, SparsePolicy(settings), **options)
+    fused = draw(model, SparsePolicy(replace(settings, backend="reference")), **options)
+    assert_close(fused.latent, plain.latent)
+    assert fused.records == plain.records
+    assert all(torch.equal(fused.state.kept[scale], kept) for scale, kept in plain.state.kept.items())
+    if settings.score == "map":
+        assert_close(fused.state.map, plain.state.map)
+    assert [i.shape for i in fused.indices] == [i.shape for i in plain.indices]
+
+
+def test_fused_kernels_without_guidance_and_greedy(model):
+    single = model[2].conditional()
+    for sampling in (replace(SAMPLING, guidance=1.0), Sampling(greedy=True)):
+        plain, fused = (
+            generate(
+                model[0], model[1], single, model[3], seeds=[3, 4], sampling=sampling,
+                policy=SparsePolicy(replace(SPARSE, backend=backend)),
+            )
+            for backend in ("torch", "reference")
+        )  # fmt: skip
+        assert_close(fused.latent, plain.latent)
+
+
 class Keep(SparsePolicy):
     """SparseVAR that keeps its logits at kept positions and the latents that scales were read from."""
 
@@ -222,6 +250,15 @@ def test_unguided_and_var():
         none = SparsePolicy(replace(config, ratio=0.0))
         sparse = generate(model, tokenizer, condition, model.schedule, seeds=[0, 1], policy=none)
         assert torch.equal(dense.latent, sparse.latent)
+    with pytest.raises(ValueError, match="fused kernels are for Infinity; got VAR"):
+        generate(
+            model,
+            tokenizer,
+            condition,
+            model.schedule,
+            seeds=[0, 1],
+            policy=SparsePolicy(replace(config, backend="auto")),
+        )
 
 
 def test_attach_switches_what_generate_does_and_detaches(model):

@@ -3,7 +3,15 @@ import stat
 
 import pytest
 import torch
-from hone_core.io import atomic_path, atomic_write_bytes, atomic_write_json, atomic_write_text, save_safetensors
+from hone_core.io import (
+    atomic_path,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    save_safetensors,
+    save_state,
+)
+from hone_core.testing import full_disk
 from safetensors import safe_open
 
 
@@ -40,6 +48,23 @@ def test_scratch_keeps_the_suffix_and_result_is_readable(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"x")
     assert stat.S_IMODE((tmp_path / "clip.mp4").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.parametrize(("save", "size"), [(save_state, 100), (save_state, 300_000), (save_safetensors, 300_000)])
+def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path, save, size):
+    file = save({"x": torch.ones(3)}, tmp_path / "state.safetensors")
+    before = file.read_bytes()
+    with full_disk(size), pytest.raises(OSError, match=r"state\.safetensors could not be written: .*File too large"):
+        save({"x": torch.ones(100_000)}, file)
+    assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    save({"x": torch.ones(100_000)}, file)
+
+
+def test_what_torch_cannot_save_is_its_own_error(tmp_path):
+    with pytest.raises(Exception, match="pickle"):
+        save_state(lambda: None, tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_safetensors_of_shared_and_strided_tensors(tmp_path):

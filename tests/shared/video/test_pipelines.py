@@ -2,12 +2,15 @@ import json
 from functools import partial
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hone_core.errors import CheckpointError
 from hone_video.architectures import tiny_pipeline
+from hone_video.images import cover, read_image
 from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, with_flow_shift
+from PIL import Image
 
 # diffusers calls functions that other libraries have deprecated.
 pytestmark = [
@@ -34,6 +37,36 @@ def test_finds_and_loads_a_folder(kind, folders):
     assert type(pipe) is PIPELINES[name].pipeline
     assert pipe.transformer.dtype == torch.bfloat16
     assert pipe.vae.dtype == (torch.float32 if kind == "wan" else torch.bfloat16)
+
+
+@KINDS
+def test_image_to_video_is_found_where_it_is_asked_for(kind, tmp_path):
+    tiny_pipeline(kind, image=True).save_pretrained(tmp_path)
+    name = find_pipeline(str(tmp_path), images=True)
+    assert (PIPELINES[name].family, PIPELINES[name].image) == (kind, True)
+    pipe = load_pipeline(str(tmp_path), name, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert type(pipe) is PIPELINES[name].pipeline
+    if kind == "wan":
+        assert pipe.vae.dtype == pipe.image_encoder.dtype == torch.float32
+    with pytest.raises(CheckpointError, match=f"is a {name}; expected WanPipeline or CogVideoXPipeline$"):
+        find_pipeline(str(tmp_path))
+
+
+def test_an_image_covers_the_video(tmp_path):
+    wide = Image.fromarray(np.repeat(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], 20, 0).repeat(3, 2))
+    fitted = np.asarray(cover(wide, 40, 40)).astype(int)  # 60 x 20: the middle 20 columns, twice as large
+    assert fitted.shape == (40, 40, 3)
+    assert np.ptp(fitted[:, :, 0], axis=0).max() == 0
+    np.testing.assert_allclose(fitted[0, 4:-4, 0], 80 + 2 * np.arange(4, 36) - 1, atol=2)
+    sideways = wide.getexif()
+    sideways[0x0112] = 6  # turned a quarter
+    wide.save(tmp_path / "a.png", exif=sideways)
+    assert read_image(tmp_path / "a.png").size == (20, 60)
+    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
+        read_image(tmp_path / "none.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+        read_image(tmp_path / "b.png")
 
 
 # What is missing is said before anything is loaded.

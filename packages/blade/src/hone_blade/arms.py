@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from hone_core.devices import resolve_device
-from hone_core.io import atomic_path
+from hone_core.io import save_state
 from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Row, Run
@@ -156,8 +156,7 @@ def _check_gate(cfg: ReproduceConfig, job: Job, folder: Path) -> None:
 def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
     """Do one job and write its file."""
     found = _teacher(cfg, job, device) if job.arm == "A" else _student(cfg, job, device, folder)
-    with atomic_path(job.file(folder)) as partial:
-        torch.save(found, partial)
+    save_state(found, job.file(folder))
 
 
 def _teacher(cfg: ReproduceConfig, job: Job, device: str) -> dict[str, dict[str, Tensor]]:

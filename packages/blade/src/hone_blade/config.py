@@ -509,7 +509,11 @@ class EvalConfig:
     preset: str | None = None
     """VBench: attention settings by name (default: as for generate)."""
     lora: str | None = None
-    """VBench: LoRA weights: a safetensors file, its folder, or a hub address."""
+    """VBench: LoRA weights: a safetensors file, its folder, or a hub address. Wan2.2: of its first transformer."""
+    lora_2: str | None = None
+    """VBench: likewise of the second transformer of Wan2.2."""
+    transformer: str | None = None
+    """VBench: folder of a transformer that distill-pipeline trained whole, in place of the pipeline's own."""
     prompts: int | None = field(default=None, metadata=flag("limit"))
     """Number of prompts (default: 64 random ones; VBench: all)."""
     comparison: Comparison = field(default_factory=Comparison)
@@ -529,8 +533,12 @@ class EvalConfig:
                 f"{self.prompts}, {self.batch} and {self.stats_every}"
             )
         known_preset(self.preset)
-        if self.protocol == "clips" and (self.preset is not None or self.lora is not None):
-            raise ValueError("preset and lora are for protocol vbench; the clips compare settings of one density")
+        given = [name for name in ("preset", "lora", "lora_2", "transformer") if getattr(self, name) is not None]
+        if self.protocol == "clips" and given:
+            raise ValueError(
+                f"{' and '.join(given)}: for protocol vbench; the clips compare settings of one density. Pass "
+                "--protocol vbench, or leave it out"
+            )
         if self.protocol == "vbench" and self.host is not None:
             raise ValueError("host is the tiny one of protocol clips; VBench takes a pipeline, --model FOLDER")
 
@@ -543,7 +551,8 @@ class EvalConfig:
         own = self.vbench
         plain = GenerateConfig(model=str(own.model), prompts=prompts)
         return replace(
-            plain, preset=self.preset, lora=self.lora, negative_prompt=own.negative_prompt, dense=own.dense,
+            plain, preset=self.preset, lora=self.lora, lora_2=self.lora_2, transformer=self.transformer,
+            negative_prompt=own.negative_prompt, dense=own.dense,
             steps=self.comparison.steps, seed=self.comparison.seed,
             guidance=plain.guidance if own.guidance is None else own.guidance, height=own.height, width=own.width,
             frames=own.frames, dtype=own.dtype, offload=own.offload, local_files_only=own.local_files_only,
@@ -1017,6 +1026,9 @@ class GenerateConfig:
     """UTF-8 text, one prompt a line, instead; empty lines are skipped."""
     limit: int | None = None
     """Use only so many of the prompts."""
+    images: tuple[str, ...] = field(default=(), metadata=flag("image"))
+    """Files of the images that the videos begin with, for an image-to-video pipeline: one for each prompt, or one for
+    all. Scaled to cover the video, and cut to its middle."""
     negative_prompt: str = ""
     """What guidance leads away from; used when ``guidance`` is above 1."""
     preset: str | None = field(default=None, metadata=flag(instead_of=("attention",)))
@@ -1027,9 +1039,10 @@ class GenerateConfig:
     dense: bool = False
     """Leave attention as it is."""
     lora: str | None = None
-    """LoRA weights: a safetensors file, its folder, or a hub address. Wan2.2: of its first transformer."""
+    """LoRA weights: a safetensors file, its folder, or a hub address. Wan2.2: of its first transformer, which draws at
+    high noise."""
     lora_2: str | None = None
-    """Likewise of the second transformer of Wan2.2."""
+    """Likewise of the second transformer of Wan2.2, which draws at low noise."""
     transformer: str | None = None
     """Folder of a transformer that distill-pipeline trained whole (``--rank 0``), in place of the pipeline's own."""
     scheduler: Literal["auto", "tdm", "unipc", "dpm", "default"] = "auto"
@@ -1110,14 +1123,18 @@ class InspectConfig:
 
     model: str | None = field(default=None, metadata=flag(instead_of=("host",)))
     """A diffusers pipeline as for generate (default: the tiny host)."""
-    host: Path | None = field(default=None, metadata=flag(instead_of=("model", "lora")))
+    host: Path | None = field(default=None, metadata=flag(instead_of=("model", "lora", "lora_2", "image")))
     """A host.safetensors made by train-host (default: the packaged one)."""
     prompt: str = "a red 7 moving left, slow"
     """What to draw."""
     preset: str | None = None
     """Attention settings by name (default: tiny for the tiny host, else those of the LoRA or the model)."""
     lora: str | None = None
-    """LoRA weights for a pipeline."""
+    """LoRA weights for a pipeline; Wan2.2: for its first transformer."""
+    lora_2: str | None = None
+    """For the second transformer of Wan2.2."""
+    image: str | None = None
+    """File of the image that the video of an image-to-video pipeline begins with."""
     steps: int | None = None
     """Denoising steps (default: the host's own number, or 8)."""
     guidance: float | None = None
@@ -1141,7 +1158,8 @@ class InspectConfig:
         if self.model is not None and self.host is not None:
             raise ValueError("give model, a pipeline, or host, a tiny host; not both")
         if self.model is None:
-            given = [name for name in ("lora", "height", "width", "frames") if getattr(self, name) is not None]
+            pipelines = ("lora", "lora_2", "image", "height", "width", "frames")
+            given = [name for name in pipelines if getattr(self, name) is not None]
             given += ["dtype"] * (self.dtype != "auto") + ["offload"] * self.offload
             if given:
                 raise ValueError(f"{' and '.join(given)}: for a pipeline; pass --model too")
@@ -1159,8 +1177,10 @@ class InspectConfig:
         return GenerateConfig(
             model=self.model,
             prompts=(self.prompt,),
+            images=() if self.image is None else (self.image,),
             preset=self.preset,
             lora=self.lora,
+            lora_2=self.lora_2,
             height=self.height,
             width=self.width,
             frames=self.frames,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .config import BladeConfig, Rollout
 
-__all__ = ["FILE_NAME", "LoraReport", "Transformer", "expected_keys", "find_lora", "load_blade_lora"]
+__all__ = ["FILE_NAME", "LoraReport", "Transformer", "check_part", "expected_keys", "find_lora", "load_blade_lora"]
 __all__ += ["lora_header", "lora_targets", "read_student", "save_blade_lora", "save_student"]
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ _LAYOUTS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     CogVideoXTransformer3DModel: ("transformer_blocks", ("attn1",)),
 }
 _CONFIG_KEY, _ROLLOUT_KEY, _LICENCE_KEY = "hone_blade_config", "hone_blade_rollout", "license"
+_PART_KEY = "hone_blade_transformer"
 _SHOWN = 4
 
 
@@ -133,8 +134,8 @@ def load_blade_lora(
 
     Raises:
         TypeError: The model's class has no such layout.
-        CheckpointError: The file is not there, is not safetensors, or has unknown, missing or misshapen tensors or
-            values that are not finite.
+        CheckpointError: The file is not there, is not safetensors, has unknown, missing or misshapen tensors or
+            values that are not finite, or says that it is for the other transformer of a pipeline of two.
         ValueError: The pipeline has two transformers and none is named, or ``adapter_name`` is taken.
     """
     pipeline = pipeline_or_model if isinstance(pipeline_or_model, DiffusionPipeline) else None
@@ -147,6 +148,8 @@ def load_blade_lora(
         )
     file = find_lora(path, local_files_only=local_files_only)
     shapes, dtypes, metadata = _read_header(file)
+    if transformer is not None and getattr(pipeline_or_model, "transformer_2", None) is not None:
+        check_part(file, transformer)
     rank = _check(file, shapes, model)
     if not all(name in ("F32", "F16", "BF16", "F64") for name in dtypes):
         raise CheckpointError(f"{file}: expected floating-point tensors; got {', '.join(sorted(dtypes))}")
@@ -301,10 +304,23 @@ def read_student(folder: str | Path) -> tuple[BladeConfig | None, Rollout | None
     return _read_config(folder, header), _read_rollout(folder, header)
 
 
-def lora_header(config: BladeConfig | None, rollout: Rollout | None) -> dict[str, str]:
-    """What a file's header says of how its weights were trained."""
+def lora_header(config: BladeConfig | None, rollout: Rollout | None, part: Transformer | None = None) -> dict[str, str]:
+    """What a file's header says of how its weights were trained, and for which transformer of two."""
     stated = {_CONFIG_KEY: config, _ROLLOUT_KEY: rollout}
-    return {key: json.dumps(to_dict(value)) for key, value in stated.items() if value is not None}
+    header = {key: json.dumps(to_dict(value)) for key, value in stated.items() if value is not None}
+    return header if part is None else header | {_PART_KEY: part}
+
+
+def check_part(file: str | Path, part: Transformer) -> None:
+    """Refuse weights that say they are for the other transformer of a pipeline of two.
+
+    Raises:
+        CheckpointError: They do.
+    """
+    stated = _read_header(Path(file))[2].get(_PART_KEY, part)
+    if stated != part:
+        right = "lora_2" if stated == "transformer_2" else "lora"
+        raise CheckpointError(f"{file} is for the {stated} of its pipeline, not the {part}; pass it as {right}")
 
 
 def _transformer(pipeline_or_model: Any) -> ModelMixin:

@@ -1,7 +1,8 @@
 """Distil a pipeline's transformer from prompts alone: ``encode-prompts`` and ``distill-pipeline``.
 
 Student and fake score are LoRA adapters of the one frozen transformer, which without them is the teacher. Several
-processes do what one does: samples, times and noise depend on the number of a sample alone.
+processes do what one does: samples, times and noise depend on the number of a sample alone. Of Wan2.2 both transformers
+are trained at once, each at the times that it draws at, and each gets a file of its own.
 
 Differs from the release: the unguided teacher reads the empty prompt (release: a long negative prompt for Wan, a space
 for CogVideoX), and the fake score's rate rises over the first steps too.
@@ -45,17 +46,19 @@ from .config import (
     TDMConfig,
     read_prompt_file,
 )
-from .lora import lora_header, save_student
+from .lora import Transformer, lora_header, save_student
 from .models import attach
 from .objective import Objective
 from .scheduler import TDMScheduler
-from .trio import Trio, WholeTrio
+from .trio import Experts, Trio, WholeTrio
 
 __all__ = ["EncodeReport", "PipelineDistillation", "PipelineReport", "Plan", "distill_pipeline", "encode_prompts"]
 __all__ += ["plan_of"]
 
 PROMPTS = "prompts"
 """Where a run's artifacts hold encoded prompts."""
+SECOND_FILE = LORA_FILE.replace(".", "_2.")
+"""The LoRA of the second transformer."""
 TRANSFORMER = "transformer"
 """Where a run's artifacts hold a student that was trained whole."""
 SHOWN = 4
@@ -119,6 +122,7 @@ class Plan:
         tdm: Of the objective.
         size: Frames, height and width.
         shape: Of a video's latents, as the transformer takes them.
+        boundary: Time from which on the first of two transformers draws; None for one transformer.
     """
 
     pipeline: str
@@ -126,6 +130,7 @@ class Plan:
     tdm: TDMConfig
     size: tuple[int, int, int]
     shape: tuple[int, ...]
+    boundary: float | None = None
 
 
 def plan_of(cfg: PipelineDistillConfig) -> Plan:
@@ -134,16 +139,18 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     Raises:
         CheckpointError: There is no such pipeline, or the encoded prompts are none, not whole, or another encoder's.
         FileNotFoundError: There is no prompt file.
-        ValueError: It holds no prompt; the pipeline has two transformers; the model cannot make the size; the attention
-            leaves steps dense.
+        ValueError: It holds no prompt; the model cannot make the size; the attention leaves steps dense; two
+            transformers are to be trained whole, or shared out.
     """
     if cfg.prompt_file is not None:
         read_prompt_file(cfg.prompt_file)
     local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
     name = find_pipeline(cfg.model, **local)
-    if "transformer_2" in pipeline_parts(cfg.model, **local):
+    two = "transformer_2" in pipeline_parts(cfg.model, **local)
+    if two and (cfg.shard or not cfg.rank):
         raise ValueError(
-            f"{cfg.model} has two transformers, as Wan2.2; distill-pipeline trains pipelines of one, such as Wan2.1"
+            f"{cfg.model} has two transformers, as Wan2.2: expected a LoRA, and no shard, since at a time processes "
+            f"call different ones; got rank {cfg.rank}, shard {cfg.shard}"
         )
     if cfg.cache is not None:
         Cache.open(cfg.cache, encoder=fingerprint(cfg.model, "text_encoder", **local))
@@ -159,8 +166,9 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     frames, height, width = (own if given is None else given for given, own in zip(asked, usual, strict=True))
     bare = load_pipeline(
         cfg.model, name, device=torch.device("cpu"), dtype=torch.float32, **local,
-        leave_out=("transformer", "text_encoder", "tokenizer", "vae"),
+        leave_out=("transformer", "transformer_2", "text_encoder", "tokenizer", "vae"),
     )  # fmt: skip
+    boundary = bare.config.boundary_ratio * bare.scheduler.config.num_train_timesteps if two else None
     bare.transformer = transformer_on_meta(cfg.model, name, **local)
     check_size(bare, frames=frames, height=height, width=width)
     time, space = bare.vae_scale_factor_temporal, bare.vae_scale_factor_spatial
@@ -168,7 +176,7 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     denoiser = Denoiser(bare)
     shape = (channels, *sizes) if denoiser.flow else (sizes[0], channels, *sizes[1:])
     denoiser.grid(torch.empty(shape, device="meta"))
-    return Plan(name, attention, tdm, (frames, height, width), shape)
+    return Plan(name, attention, tdm, (frames, height, width), shape, boundary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,20 +186,26 @@ class PipelineReport(Report):
     Attributes:
         student: For ``generate``: a file for ``--lora``, which ``pipe.load_lora_weights`` reads too; or, if it was
             trained whole, a folder for ``--transformer``.
+        second: For ``--lora-2``; None where the pipeline has one transformer.
     """
 
     student: Path
+    second: Path | None
 
     @classmethod
     def of(cls, run: Run) -> PipelineReport:
         """Return the report of a run whose student is exported."""
-        file, folder = run.artifacts / LORA_FILE, run.artifacts / TRANSFORMER
-        return cls(path=run.path, rows=tuple(run.rows), student=folder if folder.is_dir() else file)
+        file, second, folder = (run.artifacts / name for name in (LORA_FILE, SECOND_FILE, TRANSFORMER))
+        return cls(
+            path=run.path, rows=tuple(run.rows), student=folder if folder.is_dir() else file,
+            second=second if second.is_file() else None,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         values = {row.metric: row.value for row in self.rows}
+        second = "" if self.second is None else f"\nsecond   {self.second}, for --lora-2"
         return (
-            f"student  {self.student}, after {values['steps']:.0f} updates\ngap      {values['gap']:.4g}, mean "
+            f"student  {self.student}, after {values['steps']:.0f} updates{second}\ngap      {values['gap']:.4g}, mean "
             f"distance of teacher and fake score over the last tenth\nresults  {self.path / 'results.json'}"
         )
 
@@ -234,9 +248,20 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
         made.draw_samples()
     weights = loop.weights("student")
     if run.processes.main:
-        header = lora_header(plan.attention, Rollout(steps=plan.tdm.student_steps, eta=plan.tdm.eta))
+        rollout = Rollout(steps=plan.tdm.student_steps, eta=plan.tdm.eta)
+        header = lora_header(plan.attention, rollout)
         header["hone_blade_made"] = f"{run.command or 'hone-blade distill-pipeline'}, commit {code_version()[0]}"
-        if cfg.rank:
+        if plan.boundary is not None:
+            parts: tuple[tuple[Transformer, str], ...] = (("transformer", LORA_FILE), ("transformer_2", SECOND_FILE))
+            for part, name in parts:
+                own = {
+                    key.removeprefix(f"{part}."): value.to(dtype)
+                    for key, value in weights.items()
+                    if key.startswith(f"{part}.")
+                }
+                stated = header | lora_header(None, None, part)
+                save_lora(own, run.artifacts / name, header=stated, adapter_name="student")
+        elif cfg.rank:
             tensors = {name: value.to(dtype) for name, value in weights.items()}
             save_lora(tensors, run.artifacts / LORA_FILE, header=header, adapter_name="student")
         else:
@@ -286,7 +311,9 @@ class PipelineDistillation:
         sparse = plan.tdm.fake_attention == "sparse"
         self.trio: Trio
         if cfg.rank:
-            handle = attach(model, plan.attention)
+            handle = attach(model if plan.boundary is None else (model, pipe.transformer_2), plan.attention)
+            if plan.boundary is not None:
+                model = Experts(model, pipe.transformer_2, plan.boundary)
             self.trio = Trio(model, call, handle, rank=cfg.rank, seed=cfg.loop.seed, fake_sparse=sparse)
         else:
             self.trio = whole = WholeTrio(model, call, plan.attention, fake_sparse=sparse)

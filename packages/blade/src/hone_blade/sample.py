@@ -6,8 +6,10 @@ whole or not at all, so the same command with the same run folder goes on where 
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.finite import check_latents, check_weights
+from hone_video.images import cover, read_image
 from hone_video.pipelines import (
     PIPELINES,
     check_size,
@@ -33,7 +36,16 @@ from hone_video.pipelines import (
 from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import PRESETS, BladeConfig, GenerateConfig, Rollout
-from .lora import Transformer, _read_config, _read_header, _read_rollout, find_lora, load_blade_lora, read_student
+from .lora import (
+    Transformer,
+    _read_config,
+    _read_header,
+    _read_rollout,
+    check_part,
+    find_lora,
+    load_blade_lora,
+    read_student,
+)
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
@@ -93,7 +105,7 @@ class Inputs:
 
     Attributes:
         config: The settings with the prompts themselves in place of their file, and only so many as asked for: what a
-            run should keep, so that an edited prompt file is another run.
+            run should keep, so that an edited prompt file is another run. Each prompt has its image, if there are any.
         pipeline: Class name of the pipeline.
         lora: The LoRA file, or None.
         lora_2: Likewise of the second transformer.
@@ -114,15 +126,16 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
 
     Raises:
         CheckpointError: The pipeline or LoRA weights are not there, not whole, or of an unsupported class.
-        FileNotFoundError: There is no prompt file.
-        ValueError: The prompt file holds no prompt; scheduler or preset are not for this pipeline; the attention
-            settings leave every step dense.
+        FileNotFoundError: There is no prompt file, or no such image.
+        ValueError: The prompt file holds no prompt; scheduler, preset or images are not for this pipeline; an image is
+            missing or cannot be read; the attention settings leave every step dense.
     """
     # What needs no look at the weights or the hub comes first.
     prompts = cfg.read_prompts()
     if (cfg.preset is not None or cfg.attention is not None) and cfg.steps is not None:
         _sparse_steps(cfg, *_attention(cfg, None, None))
-    name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
+    name = find_pipeline(cfg.model, images=True, local_files_only=cfg.local_files_only)
+    images = _find_images(cfg, name, len(prompts))
     schedulers, family = ("tdm", *PIPELINES[name].schedulers), PIPELINES[name].family
     if cfg.scheduler not in ("auto", *schedulers):
         raise ValueError(f"scheduler must be one of {', '.join(schedulers)} for a {name}; got {cfg.scheduler!r}")
@@ -131,14 +144,17 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     if own and family not in own:
         fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {family}))]
         raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
-    if cfg.lora_2 is not None and "transformer_2" not in pipeline_parts(
-        cfg.model, local_files_only=cfg.local_files_only
-    ):
+    two = "transformer_2" in pipeline_parts(cfg.model, local_files_only=cfg.local_files_only)
+    if cfg.lora_2 is not None and not two:
         raise ValueError(f"lora_2 is for a second transformer, as Wan2.2 has; {cfg.model} has one. Pass lora")
     lora, lora_2 = (
         None if file is None else find_lora(file, local_files_only=cfg.local_files_only)
         for file in (cfg.lora, cfg.lora_2)
     )
+    parts: tuple[tuple[Path | None, Transformer], ...] = ((lora, "transformer"), (lora_2, "transformer_2"))
+    for file, part in parts:
+        if two and file is not None:
+            check_part(file, part)
     stated, rollout = _stated(lora, lora_2), _stated_rollout(lora, lora_2)
     if cfg.transformer is not None:
         stated, rollout = read_student(cfg.transformer)
@@ -152,11 +168,28 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
         cfg = replace(cfg, eta=rollout.eta)
     _sparse_steps(cfg, *_attention(cfg, family, stated))
     return Inputs(
-        config=replace(cfg, prompts=prompts[: cfg.limit], prompt_file=None, limit=None),
+        config=replace(cfg, prompts=prompts[: cfg.limit], images=images[: cfg.limit], prompt_file=None, limit=None),
         pipeline=name,
         lora=None if lora is None else str(lora),
         lora_2=None if lora_2 is None else str(lora_2),
     )
+
+
+def _find_images(cfg: GenerateConfig, pipeline: str, prompts: int) -> tuple[str, ...]:
+    """An image of each prompt, each of them readable; none for a pipeline that takes none."""
+    if not PIPELINES[pipeline].image:
+        if cfg.images:
+            raise ValueError(f"images are for an image-to-video pipeline; {cfg.model} is a {pipeline}. Leave them out")
+        return ()
+    if len(cfg.images) not in (1, prompts):
+        raise ValueError(
+            f"the videos of a {pipeline} begin with an image: expected one for all prompts or one for each of the "
+            f"{prompts} (--image FILE); got {len(cfg.images) or 'none'}"
+        )
+    for file in dict.fromkeys(cfg.images):
+        read_image(file)
+    found = tuple(os.path.abspath(file) for file in cfg.images)
+    return found * prompts if len(found) == 1 else found
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
@@ -320,7 +353,9 @@ class Sampler:
                 step_done()
             return values
 
-        sizes = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
+        sizes: dict[str, Any] = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
+        if cfg.images:
+            sizes["image"] = cover(read_image(cfg.images[index]), *self._size())
         frames = self.pipe(
             prompt=cfg.prompts[index],
             negative_prompt=cfg.negative_prompt,
@@ -332,6 +367,16 @@ class Sampler:
             **{name: value for name, value in sizes.items() if value is not None},
         ).frames
         return frames if output_type == "latent" else frames[0]
+
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the videos, the pipeline's own where none is asked for."""
+        if PIPELINES[type(self.pipe).__name__].family == "cogvideox":
+            config, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+            own = config.sample_height * scale, config.sample_width * scale
+        else:
+            known = inspect.signature(type(self.pipe).__call__).parameters
+            own = known["height"].default, known["width"].default
+        return self.config.height or own[0], self.config.width or own[1]
 
 
 def _make(sampler: Sampler, index: int, bar: Progress) -> tuple[Any, list[dict[str, Any]]]:

@@ -24,7 +24,7 @@ from .lora import lora_targets
 from .models import BladeHandle, attach
 from .tdm import Network
 
-__all__ = ["Adapter", "Call", "Pair", "Role", "Trio", "WholeTrio"]
+__all__ = ["Adapter", "Call", "Experts", "Pair", "Role", "Trio", "WholeTrio"]
 
 Role = Literal["teacher", "student", "fake"]
 
@@ -62,12 +62,42 @@ class Adapter:
         set_peft_model_state_dict(self.model, state, adapter_name=self.name)
 
 
+class Experts(nn.Module):
+    """The two transformers of Wan2.2 as one: each is called at the noise that it draws at.
+
+    Args:
+        transformer: For times from the boundary up.
+        transformer_2: For times below.
+        boundary: A time, ``boundary_ratio * 1000`` of the pipeline.
+    """
+
+    def __init__(self, transformer: Any, transformer_2: Any, boundary: float) -> None:
+        super().__init__()
+        self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
+
+    def forward(self, *, timestep: Tensor, **arguments: Any) -> Any:
+        """What the transformer of the times ``[B]`` gives.
+
+        Raises:
+            ValueError: They lie on both sides of the boundary.
+        """
+        high = (timestep >= self.boundary).tolist()
+        if len(set(high)) > 1:
+            raise ValueError(f"times of one call must lie on one side of {self.boundary:g}; got {timestep.tolist()}")
+        return (self.transformer if high[0] else self.transformer_2)(timestep=timestep, **arguments)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of both."""
+        self.transformer.enable_gradient_checkpointing()
+        self.transformer_2.enable_gradient_checkpointing()
+
+
 class Trio:
     """The three networks.
 
     Args:
-        model: The transformer; it is frozen, and gets the adapters ``student`` and ``fake``, both beginning as the
-            teacher.
+        model: The transformer, or ``Experts``; it is frozen, and gets the adapters ``student`` and ``fake``, both
+            beginning as the teacher.
         call: How it is called.
         handle: Sparse attention on it.
         rank: Of the adapters; their alpha is the rank.
@@ -83,8 +113,9 @@ class Trio:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
             torch.manual_seed(seed)
-            for name in ("student", "fake"):
-                model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=lora_targets(model)), name)
+            for part in (model.transformer, model.transformer_2) if isinstance(model, Experts) else (model,):
+                for name in ("student", "fake"):
+                    part.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=lora_targets(part)), name)
         self.student, self.fake = Adapter(model, "student"), Adapter(model, "fake")
         for parameter in (*self.student.parameters, *self.fake.parameters):
             parameter.data = parameter.data.float()

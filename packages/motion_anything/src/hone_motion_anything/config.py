@@ -412,7 +412,7 @@ class GenerateConfig:
     up: Literal["y", "z"] = "y"
     """Axis that is up in the motion's file."""
     formats: tuple[str, ...] = field(default=("bvh", "mp4"), metadata=flag("to"))
-    """Formats to write: bvh, gltf, npz, npy, mp4."""
+    """Formats to write: bvh, gltf, npz, npy, mp4, and html, a page that shows all motions with the music."""
     unmask: UnmaskConfig = field(default_factory=UnmaskConfig)
     """Generation."""
     seed: int = 0
@@ -428,9 +428,9 @@ class GenerateConfig:
             raise ValueError("edit_parts, edit_seconds, fps and up are of an edit: name the motion with --edit")
         if self.edit_seconds is not None and not 0 <= self.edit_seconds[0] < self.edit_seconds[1] <= 4:
             raise ValueError(f"edit_seconds must be an interval within 0 and 4; got {self.edit_seconds}")
-        wrong = [kind for kind in self.formats if kind not in ("bvh", "gltf", "npz", "npy", "mp4")]
+        wrong = [kind for kind in self.formats if kind not in ("bvh", "gltf", "npz", "npy", "mp4", "html")]
         if wrong or not self.formats:
-            raise ValueError(f"formats are of bvh, gltf, npz, npy, mp4; got {', '.join(wrong) or 'none'}")
+            raise ValueError(f"formats are of bvh, gltf, npz, npy, mp4, html; got {', '.join(wrong) or 'none'}")
         if self.music_start < 0:
             raise ValueError(f"music_start must not be negative; got {self.music_start}")
 
@@ -446,7 +446,7 @@ class ConvertConfig:
     source: Path
     """Motion (.npy of joints or features, .npz of SMPL's poses, .bvh, .pkl of AIST++), or a checkpoint."""
     to: str = "bvh"
-    """Format of the motion: bvh, gltf, npz, npy, mp4."""
+    """Format of the motion: bvh, gltf, npz, npy, mp4, or html, a page that shows it."""
     features: bool = False
     """Write features in place of joints, as .npy."""
     skeleton: Literal["humanml3d", "kit"] = "humanml3d"

@@ -24,6 +24,7 @@ from .host import Host, load_host
 from .method import attention_mask
 from .music import beat_frames, click_track, music_features, pooled, write_wav
 from .skeletons import HUMANML3D, PARTS
+from .viewer import write_viewer
 
 __all__ = ["DemoReport", "beats_of", "demo"]
 
@@ -39,12 +40,14 @@ class DemoReport(Report):
         texts: Motions of the texts.
         dance: Text and music, with its sound.
         edit: Before and after.
+        viewer: All of them as a page, to look at from every side.
         sheet: Poses, and cells that the method's mask would hide.
     """
 
     texts: Path
     dance: Path
     edit: Path
+    viewer: Path
     sheet: Path
 
     @classmethod
@@ -52,13 +55,19 @@ class DemoReport(Report):
         """Return the report of a run whose rows are written."""
         texts, dance, edit = (run.artifacts / f"{name}.mp4" for name in ("texts", "dance", "edit"))
         return cls(
-            path=run.path, rows=tuple(run.rows), texts=texts, dance=dance, edit=edit, sheet=run.figures / "motions.png"
+            path=run.path,
+            rows=tuple(run.rows),
+            texts=texts,
+            dance=dance,
+            edit=edit,
+            viewer=run.artifacts / "viewer.html",
+            sheet=run.figures / "motions.png",
         )
 
     def __str__(self) -> str:
         lines = [f"{'what':<36}{'of':<14}{'value':>9}"]
         lines += [f"{row.metric:<36}{row.variant:<14}{row.value:>9.3f} {row.unit}".rstrip() for row in self.rows]
-        files = {"texts": self.texts, "dance": self.dance, "edit": self.edit, "poses": self.sheet}
+        files = {"texts": self.texts, "dance": self.dance, "edit": self.edit, "page": self.viewer, "poses": self.sheet}
         lines += ["", *(f"{name:<8} {file}" for name, file in files.items())]
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
@@ -100,6 +109,10 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     after = recover(edited)[0].cpu()
     shown = {cfg.texts[0]: joints[0], f"{PARTS[EDIT[0]]} made anew: {EDIT[1]}": after}
     write_video(draw_frames(shown), report.edit)
+    anew = torch.zeros(tokens.shape[1:], dtype=torch.bool)
+    anew[:, EDIT[0]] = True
+    page = {title: danced, **dict(zip(cfg.texts, joints, strict=True)), list(shown)[1]: after}
+    write_viewer(page, report.viewer, marks={list(shown)[1]: anew}, beats=beats.tolist(), sound=sound)
 
     # Which cells of the real thing the method would hide, beside those that move.
     plain = generated(cfg.limit, cfg.seed + 20_000, dance=False, device=host.device)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .rotations import between, conjugate, continuous, from_six, multiply, rotate, to_matrix, to_six
-from .skeletons import HUMANML3D, Skeleton
+from .skeletons import HUMANML3D, PART_JOINTS, Skeleton
 
 __all__ = ["Columns", "extract", "headings", "mirror", "part_columns", "recover", "recover_by_rotations", "uniform"]
 
@@ -67,10 +67,9 @@ class Columns:
 
 def part_columns() -> tuple[tuple[int, ...], ...]:
     """Columns of the 263 that belong to each of ``skeletons.PARTS``; every column has one owner."""
-    groups = ((0,), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9, 12, 15), (13, 16, 18, 20), (14, 17, 19, 21))
     columns = Columns(22)
     found = []
-    for number, group in enumerate(groups):
+    for number, group in enumerate(PART_JOINTS):
         own = list(range(4)) if number == 0 else []
         for joint in group:
             if joint:

@@ -20,12 +20,13 @@ from .features import extract, recover
 from .gltf import write_gltf
 from .rotations import axis_angle_to_quat
 from .skeletons import HUMANML3D, KIT, SMPL_OFFSETS, Skeleton, forward_kinematics
+from .viewer import write_viewer
 
 __all__ = ["READS", "SKELETONS", "WRITES", "Motion", "read_motion", "read_numbers", "write_motion"]
 
 SKELETONS = {"humanml3d": HUMANML3D, "kit": KIT}
 READS = (".npy", ".npz", ".bvh", ".pkl")
-WRITES = (".npy", ".npz", ".bvh", ".gltf", ".mp4")
+WRITES = (".npy", ".npz", ".bvh", ".gltf", ".mp4", ".html")
 AIST_FPS = 60.0
 
 
@@ -186,7 +187,7 @@ def write_motion(motion: Motion, path: str | Path, *, features: bool = False) ->
 
     Args:
         motion: What was read or made.
-        path: ``.npy``, ``.npz`` (SMPL's poses), ``.bvh``, ``.gltf`` or ``.mp4``.
+        path: ``.npy``, ``.npz`` (SMPL's poses), ``.bvh``, ``.gltf``, ``.mp4`` or ``.html``, a page that shows it.
         features: For ``.npy``: features in place of joints, at the set's frame rate.
 
     Raises:
@@ -203,6 +204,8 @@ def write_motion(motion: Motion, path: str | Path, *, features: bool = False) ->
         return write_gltf(motion.joints, path, skeleton, fps=motion.fps)
     if path.suffix == ".npz":
         return write_smpl(motion.joints, path, fps=motion.fps)
+    if path.suffix == ".html":
+        return write_viewer({path.stem: motion.joints}, path, skeleton, fps=motion.fps)
     if path.suffix == ".mp4":
         from .drawing import draw_frames, write_video
 

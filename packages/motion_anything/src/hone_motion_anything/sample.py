@@ -19,6 +19,7 @@ from .host import PACKAGE, load_host
 from .motion_files import Motion, read_motion, write_motion
 from .music import RATE, music_features, pooled, read_wav, write_wav
 from .skeletons import HUMANML3D, PARTS
+from .viewer import write_viewer
 
 __all__ = ["GenerateReport", "edit_cells", "generate", "prepare"]
 
@@ -38,7 +39,7 @@ class GenerateReport(Report):
     @classmethod
     def of(cls, run: Run) -> GenerateReport:
         """Return the report of a run whose files are there."""
-        return cls(path=run.path, rows=tuple(run.rows), files=tuple(sorted(run.artifacts.glob("motion-*"))))
+        return cls(path=run.path, rows=tuple(run.rows), files=tuple(sorted(run.artifacts.glob("motion*"))))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.files))
@@ -124,10 +125,18 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
         cells = edit_cells(cfg).to(host.device).expand(count, -1, -1)
         tokens = host.tokens(condition, generator, cfg.unmask, start=start, edit=cells)
         run.row("made anew", float(cells.float().mean()), better="none", n=count)
-    for number, joints in enumerate(recover(host.tokenizer.decode(tokens)).cpu().double()):
+    made = recover(host.tokenizer.decode(tokens)).cpu().double()
+    for number, joints in enumerate(made):
         motion = Motion(joints, HUMANML3D.fps, HUMANML3D)
         for kind in cfg.formats:
-            write_motion(motion, run.artifacts / f"motion-{number:03}.{kind}")
-    if track is not None:
-        write_wav(track, run.artifacts / "music.wav")
+            if kind != "html":
+                write_motion(motion, run.artifacts / f"motion-{number:03}.{kind}")
+    sound = None if track is None else write_wav(track, run.artifacts / "music.wav")
+    if "html" in cfg.formats:
+        titles = [f"{number} {text}" for number, text in enumerate(cfg.texts)] or ["to the music"]
+        shown = dict(zip(titles, made, strict=True))
+        marks = {} if known is None else dict.fromkeys(titles, edit_cells(cfg)[0])
+        if known is not None:
+            shown = {"before": recover(known[0].cpu().double()), **shown}
+        write_viewer(shown, run.artifacts / "motions.html", marks=marks, sound=sound)
     return GenerateReport.of(run)

@@ -13,10 +13,21 @@ from torch import Tensor
 
 from .rotations import between, conjugate, kabsch, multiply, rotate
 
-__all__ = ["HUMANML3D", "KIT", "PARTS", "SMPL_OFFSETS", "Skeleton", "forward_kinematics", "local_rotations"]
+__all__ = [
+    "HUMANML3D",
+    "KIT",
+    "PARTS",
+    "PART_JOINTS",
+    "SMPL_OFFSETS",
+    "Skeleton",
+    "forward_kinematics",
+    "local_rotations",
+]
 
 PARTS = ("root", "left leg", "right leg", "torso", "left arm", "right arm")
 """Parts of the body, in the order of token columns. Ours: the paper names no parts."""
+PART_JOINTS = ((0,), (1, 4, 7, 10), (2, 5, 8, 11), (3, 6, 9, 12, 15), (13, 16, 18, 20), (14, 17, 19, 21))
+"""Joints of each."""
 
 
 @dataclass(frozen=True)

@@ -511,6 +511,10 @@ class ReproduceConfig:
     """Packaged pairs, by the seed that they were trained with."""
     folders: tuple[Path, ...] = ()
     """Folders made by train-host, in place of the packaged pairs."""
+    routers: tuple[Path, ...] = ()
+    """Routers made by train-router, one for each pair in its order; without them R-Stitch+ is not tested."""
+    asked: float = 0.001
+    """Tau above which a router is asked: that of its training."""
     items: int = field(default=500, metadata=flag("limit"))
     """Held-out problems per pair."""
     taus: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
@@ -530,10 +534,13 @@ class ReproduceConfig:
             raise ValueError(f"judged must be one of taus; got {self.judged}")
         if self.items < 2 or self.batch < 1 or self.window < 2:
             raise ValueError("expected items and window of at least 2 and a positive batch")
-        for name in ("hosts", "folders"):
+        for name in ("hosts", "folders", "routers"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: one is named twice")
+        pairs = len(self.folders or self.hosts)
+        if len(self.routers) not in (0, pairs):
+            raise ValueError(f"a router for each of the {pairs} pairs, or none; got {len(self.routers)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@
 4. It does so better than asking the large model anew where the small one was in doubt, with as many large steps.
 5. With a large model that writes at length, stitched answers are shorter as well.
 6. The gate averaged over a window of tokens is no better than the plain one at equal share.
+7. A trained router (R-Stitch+) is right more often than thresholds are at its cost.
 
 Claim 6 is ours to ask: the paper's own figure finds the tokens around a harmful one uncertain, not itself.
 """
@@ -30,6 +31,8 @@ from .config import LARGE, ReproduceConfig, SamplingConfig, StitchConfig
 from .data import products
 from .evaluate import Answers, Outcome, auroc, cascade, matched_random, step_ratio, write_rows
 from .host import load_host, open_pair
+from .reinforce import at_cost
+from .router import Routing, load_router
 
 __all__ = ["MARGIN", "RULES", "ReproduceReport", "decided", "prepare", "reproduce"]
 
@@ -44,6 +47,7 @@ RULES = {
     "verbose kept": f"accuracy at most {MARGIN:g} points below that of a large model that checks itself",
     "verbose shorter": "fewer tokens than it",
     "window": "accuracy of the gate averaged over a window above the plain gate's at the same share",
+    "router": "accuracy of a trained router above the best mixture of two thresholds at its cost",
 }
 """Each is a difference that must be above zero; so decides its 95 % interval."""
 DRAWS = 2000
@@ -88,11 +92,19 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
 
     Raises:
         CheckpointError: One is missing.
-        ValueError: One has not: what it does says nothing.
+        ValueError: One has not: what it does says nothing. Or a router is of another pair.
+        FileNotFoundError: There is no such router.
     """
-    cfg = replace(cfg, folders=tuple(folder.resolve() for folder in cfg.folders))
-    for name, path in _pairs(cfg):
-        facts = open_pair(path=path).facts if path else open_pair(int(name.split()[-1])).facts
+    cfg = replace(
+        cfg,
+        folders=tuple(folder.resolve() for folder in cfg.folders),
+        routers=tuple(file.resolve() for file in cfg.routers),
+    )
+    for at, (name, path) in enumerate(_pairs(cfg)):
+        stored = open_pair(path=path) if path else open_pair(int(name.split()[-1]))
+        facts = stored.facts
+        if cfg.routers:
+            load_router(cfg.routers[at], hidden=stored.config.small.width)
         if facts is None or not facts.passed:
             raise ValueError(f"{name} misses its gates ({facts and facts.result}); train it longer")
     return cfg
@@ -101,8 +113,14 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     """Put every pair to the test, apply the rules, and write the verdict."""
     device = resolve_device(run.device)
-    pairs = [_pair(cfg, run, name, path, device) for name, path in _pairs(cfg)]
-    claims = {claim: verdict_over_seeds([pair["claims"][claim]["holds"] for pair in pairs]) for claim in RULES}
+    routers = cfg.routers or (None,) * len(_pairs(cfg))
+    pairs = [
+        _pair(cfg, run, name, path, router, device) for (name, path), router in zip(_pairs(cfg), routers, strict=True)
+    ]
+    claims = {
+        claim: verdict_over_seeds([pair["claims"][claim]["holds"] for pair in pairs if claim in pair["claims"]])
+        for claim in RULES
+    }
     notes = [] if len(pairs) >= SEEDS else [f"{len(pairs)} pair(s); a verdict wants {SEEDS} seeds"]
     notes.append(
         "the verbose model was taught to check itself twice in 7 of 10 texts, so that its length is ours; what is "
@@ -126,7 +144,9 @@ def _pairs(cfg: ReproduceConfig) -> list[tuple[str, Path | None]]:
     return [(f"pair {seed}", None) for seed in cfg.hosts]
 
 
-def _pair(cfg: ReproduceConfig, run: Run, name: str, path: Path | None, device: Any) -> dict[str, Any]:
+def _pair(
+    cfg: ReproduceConfig, run: Run, name: str, path: Path | None, router: Path | None, device: Any
+) -> dict[str, Any]:
     number = int(name.split()[-1])
     pair, verbose = (load_host(number, path=path, verbose=verbose, device=device) for verbose in (False, True))
     ratio = step_ratio(pair)
@@ -165,7 +185,11 @@ def _pair(cfg: ReproduceConfig, run: Run, name: str, path: Path | None, device: 
     long_alone = long.ask(StitchConfig(policy="large"), label="verbose large")
     long_stitched = long.ask(gate, label=f"verbose {gate.label}")
     everything = [*alone.values(), *(o for line in lines.values() for o in line), runs, window]
-    for outcome in [*everything, long_alone, long_stitched]:
+    routed: list[Outcome] = []
+    if router is not None:
+        asked = replace(gate, policy="router", tau=cfg.asked)
+        routed = [plain.ask(asked, routing=Routing(load_router(router).to(device)))]
+    for outcome in [*everything, *routed, long_alone, long_stitched]:
         write_rows(run, outcome, ratio, split=name)
     plots.curve(lines, alone, run.figures / f"curve-{number}.png", title=f"tiny {name}, {cfg.items} held-out products")
 
@@ -198,6 +222,11 @@ def _pair(cfg: ReproduceConfig, run: Run, name: str, path: Path | None, device: 
         "window": differ(window, stitched)
         | ({} if search.reached else {"note": f"share {search.value:.3f} on the tuning set, wanted {target:.3f}"}),
     }
+    for outcome in routed:
+        curve = [*alone.values(), *lines["stitch"]]
+        gaps = 100 * (np.asarray(outcome.right, dtype=float) - at_cost(curve, outcome.cost(ratio), ratio))
+        shown = f"{100 * outcome.accuracy:.1f} % at {outcome.cost(ratio):.1f} large steps"
+        claims["router"] = decided(_means(gaps, cfg.seed)) | {"shown": shown}
     for claim, numbers in claims.items():
         run.row(
             "margin",

@@ -142,7 +142,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     device = resolve_device(run.device)
     if cfg.model != "tiny" and cfg.model not in INFINITY_SIZES:
         raise ValueError(f"model must be tiny or one of {', '.join(INFINITY_SIZES)}; got {cfg.model!r}")
-    if device.type == "cpu" and (cfg.model != "tiny" or set(cfg.modes) != {"eager"}):
+    if device.type == "cpu" and (cfg.model != "tiny" or cfg.kernels or set(cfg.modes) != {"eager"}):
         raise UnsupportedHardwareError(
             f"{cfg.model} in modes {', '.join(cfg.modes)} needs a CUDA device", "no CUDA device", "--model tiny"
         )
@@ -190,7 +190,10 @@ class _Bench:
     def policies(self) -> dict[str, Policy]:
         maps = {k: smooth_map(grid, self.cfg.seed + k, self.device) for k, grid in enumerate(self.schedule.grids)}
         stops = {f"early-stop-{count}": EarlyStop(count) for count in self.cfg.stops}
-        return {"dense": Policy(), "sparse": SparsePolicy(self.cfg.settings, maps=maps), **stops}
+        policies = {"dense": Policy(), "sparse": SparsePolicy(self.cfg.settings, maps=maps), **stops}
+        if self.cfg.kernels:
+            policies["sparse-kernels"] = SparsePolicy(replace(self.cfg.settings, backend="triton"), maps=maps)
+        return policies
 
     def eager(self, policy: Policy) -> Generation:
         return _eager(self.start(policy), policy)
@@ -210,7 +213,7 @@ class _Bench:
 
     def check(self) -> None:
         """Nothing left out is dense, bit for bit."""
-        full = SparsePolicy(replace(self.cfg.settings, ratio=0.0, select="topk"))
+        full = SparsePolicy(replace(self.cfg.settings, ratio=0.0, select="topk", backend="torch"))
         if not torch.equal(self.eager(full).latent, self.eager(Policy()).latent):
             raise RuntimeError("a ratio of 0 differs from dense on this device; no time is reported")
 

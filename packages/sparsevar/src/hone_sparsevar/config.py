@@ -62,6 +62,10 @@ class SparseVARConfig:
     last block's output at the scale before (``prev``); or they add nothing (``zero``)."""
     kv: KV = "drop"
     """Keys at excluded positions: none (``drop``), or their anchor's with their own rotary row (``fill``)."""
+    backend: Literal["torch", "auto", "triton", "reference"] = "torch"
+    """What runs around the blocks of an Infinity's sparse scales. ``torch``: its own operations, with which a ratio of
+    0 is dense bit for bit. Else the fused ones of ``hone_kernels.kept_tokens``, equal up to rounding: ``triton`` on a
+    GPU, their ``reference`` anywhere, or ``auto``."""
     seed: int = 0
     """Of ``random``, beside the image's own."""
 
@@ -69,6 +73,8 @@ class SparseVARConfig:
         for name, allowed in (("metric", Metric), ("score", Score), ("fill", Fill), ("kv", KV)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        if self.backend not in ("torch", "auto", "triton", "reference"):
+            raise ValueError(f"backend must be torch, auto, triton or reference; got {self.backend!r}")
         if self.select not in ("topk", "threshold"):
             raise ValueError(f"select must be topk or threshold; got {self.select!r}")
         if not 0 <= self.ratio <= 1:
@@ -174,8 +180,10 @@ class HostConfig:
     """Attention heads."""
     grader_channels: int = 32
     """Width of the grader's first layer."""
-    guidance: float = 2.0
+    guidance: float = 3.0
     """Guidance that the host is sampled with."""
+    temperature: float = 0.5
+    """Temperature that the host is sampled with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,11 +194,11 @@ class TrainHostConfig:
     """Architecture."""
     seed: int = 0
     """Of weights and data."""
-    minutes: float = 8.0
-    """Wall clock of the training, where ``steps`` is not given."""
+    minutes: float = 4.0
+    """Wall clock of the training, where ``steps`` is not given; compiling comes before."""
     steps: int | None = None
     """Optimiser steps in place of a time."""
-    batch: int = 128
+    batch: int = 64
     """Images of a step."""
     compile: bool = True
     """Compile the transformer's blocks, on a GPU."""
@@ -202,7 +210,7 @@ class TrainHostConfig:
     """Peak rate of tokenizer and grader."""
     lr: float = 2e-3
     """Peak rate of the transformer."""
-    flip: float = 0.3
+    flip: float = 0.2
     """Most bits of a scale that are flipped, as a share, so that later scales learn to repair (self-correction)."""
     drop: float = 0.1
     """Share of prompts that are dropped, for guidance."""
@@ -465,6 +473,8 @@ class BenchConfig:
     """``eager``, ``graphs`` (a CUDA graph per scale), ``compiled`` (compiled blocks and graphs; comes last)."""
     stops: tuple[int, ...] = (1, 2, 3)
     """Scales that early stopping leaves out."""
+    kernels: bool = False
+    """Time the method with fused kernels too, on a CUDA device."""
     dtype: str = "auto"
     """Of the blocks."""
     text_tokens: int = 64

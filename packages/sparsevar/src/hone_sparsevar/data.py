@@ -1,7 +1,9 @@
 """Generated scenes of 64 px whose textured parts are known: what the tiny host draws.
 
 Each of four places holds nothing or one object: a shape, a colour, a texture. The background is a smooth gradient. What
-a prompt leaves open (gradient, exact place, size, phase) is drawn.
+a prompt leaves open is drawn: the gradient, an object's size, and the grains of a noisy one. Places and the phase of
+stripes and checkers are fixed: bits of a token are drawn one by one, so that a small host would draw the mean of what
+it cannot know.
 """
 
 from __future__ import annotations
@@ -113,15 +115,14 @@ def render(labels: Tensor, generator: torch.Generator) -> Scenes:
     y, x = axis[:, None], axis[None, :]
     angle = uniform(batch, 1, 1) * 2 * torch.pi
     along = ((x - 32) * angle.cos() + (y - 32) * angle.sin()) / 90 + 0.5
-    ends = 0.3 + 0.4 * uniform(batch, 2, 3, 1, 1)
+    ends = 0.35 + 0.3 * uniform(batch, 2, 3, 1, 1)
     image = ends[:, 0] + (ends[:, 1] - ends[:, 0]) * along[:, None]
     textured = torch.zeros(batch, IMAGE_PX, IMAGE_PX, dtype=torch.bool, device=device)
     palette = torch.tensor(list(COLORS.values()), device=device)
     for place in range(4):
         shape, color, texture = labels[:, place].unbind(1)
-        cx = 16 + 32 * (place % 2) + 6 * (uniform(batch, 1, 1) - 0.5)
-        cy = 16 + 32 * (place // 2) + 6 * (uniform(batch, 1, 1) - 0.5)
-        radius = 9 + 4 * uniform(batch, 1, 1)
+        cx, cy = 16 + 32 * (place % 2), 16 + 32 * (place // 2)
+        radius = 10 + 2 * uniform(batch, 1, 1)
         dx, dy = x - cx, y - cy
         circle = (dx**2 + dy**2).sqrt() - radius
         square = torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius
@@ -130,11 +131,8 @@ def render(labels: Tensor, generator: torch.Generator) -> Scenes:
         distance = distance.gather(1, shape.view(-1, 1, 1, 1).expand(-1, 1, IMAGE_PX, IMAGE_PX))[:, 0]
         there = (shape > 0).view(-1, 1, 1)
         alpha = (0.5 - distance).clamp(0, 1) * there
-        turn, phase = uniform(batch, 1, 1) * torch.pi, uniform(batch, 2, 1, 1) * 6
-        u = dx * turn.cos() + dy * turn.sin() + phase[:, 0]
-        v = -dx * turn.sin() + dy * turn.cos() + phase[:, 1]
-        stripes = (u / 6).remainder(1) < 0.5
-        checker = ((u / 4).floor() + (v / 4).floor()).remainder(2) == 0
+        stripes = ((y / 6).remainder(1) < 0.5).expand(batch, IMAGE_PX, IMAGE_PX)
+        checker = ((x / 4).floor() + (y / 4).floor()).remainder(2).expand_as(stripes) == 0
         grains = F.interpolate(uniform(batch, 1, 32, 32), scale_factor=2.0)[:, 0] < 0.5
         dark = torch.stack([torch.zeros_like(stripes), stripes, checker, grains], 1)
         dark = dark.gather(1, texture.view(-1, 1, 1, 1).expand(-1, 1, IMAGE_PX, IMAGE_PX))

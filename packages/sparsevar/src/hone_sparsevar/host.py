@@ -103,7 +103,8 @@ class Host:
         """
         with torch.no_grad():
             condition = self.transformer.condition(*words(labels.to(self.device), self.table))
-            sampling = Sampling(guidance=self.config.guidance, greedy=greedy)
+            config = self.config
+            sampling = Sampling(guidance=config.guidance, temperature=config.temperature, greedy=greedy)
             return generate(
                 self.transformer, self.tokenizer, condition, SCHEDULE, seeds=seeds, sampling=sampling, policy=policy
             )

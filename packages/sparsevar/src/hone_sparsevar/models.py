@@ -17,6 +17,7 @@ from hone_visual_ar.transformer import NextScaleTransformer, Observe
 from torch import Tensor
 
 from .config import PRESETS, SparseVARConfig
+from .fused import draw_fused, fuses_draws, run_fused
 from .method import (
     anchor_of,
     by_slot,
@@ -79,6 +80,8 @@ class SparsePolicy(Policy):
         detector = depth // 2 if cfg.detector is None else cfg.detector
         if detector >= depth:
             raise ValueError(f"this model has {depth} blocks, 0 to {depth - 1}; got detector {detector}")
+        if cfg.backend != "torch" and not isinstance(run.model, Infinity):
+            raise ValueError(f"fused kernels are for Infinity; got {type(run.model).__name__}. Take backend='torch'")
         state = SparseState(start=start, detector=detector)
         if cfg.score == "random":
             device = run.latent.device
@@ -114,13 +117,17 @@ class SparsePolicy(Policy):
         twice = (lambda t: torch.cat([t, t])) if run.condition.guided else (lambda t: t)
         rows = twice(idx)
         measured: list[Tensor] = []
-        hidden = run.run(
-            x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1])),
-            scale,
-            positions=rows,
-            spread=twice(slot) if cfg.kv == "fill" else None,
-            observe=self._observe(run, state, measured),
-        )
+        observe = self._observe(run, state, measured)
+        spread = twice(slot) if cfg.kv == "fill" else None
+        if cfg.backend == "torch":
+            kept = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+            hidden = run.run(kept, scale, positions=rows, spread=spread, observe=observe)
+        else:
+            detector = None if observe is None else state.detector
+            hidden, change = run_fused(
+                run, x, scale, rows, spread=spread, detector=detector, metric=cfg.metric, backend=cfg.backend
+            )
+            measured += [] if change is None else [change]
         if measured and state.map is not None:
             state.map = update_map(resize_map(state.map, grid), idx, measured[0])
         return self._refill(run, scale, state, hidden, idx, slot, runs)
@@ -171,6 +178,8 @@ class SparsePolicy(Policy):
             rows = torch.cat([idx, idx]) if run.condition.guided else idx
             state.hidden = full.scatter(1, rows[..., None].expand(-1, -1, full.shape[-1]), hidden)
             return run.codes(run.logits(state.hidden, scale), scale)
+        if cfg.fill == "anchor" and cfg.backend != "torch" and fuses_draws(run):
+            return draw_fused(run, hidden, scale, slot, cfg.backend)
         logits = run.logits(hidden, scale)
         if cfg.fill == "anchor":
             return run.codes(by_slot(logits, slot), scale)

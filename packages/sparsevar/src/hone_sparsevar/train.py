@@ -153,8 +153,8 @@ class Making:
         cfg, training = self.cfg, self.training
         for module in self.host.modules.values():
             module.train()
-        training.start()
         self._compile()
+        training.start()
         while training.spent() < 1:
             stage, done = self.stage(training.spent())
             optimizer = self.optimizers[stage]
@@ -188,7 +188,7 @@ class Making:
         except Exception as error:
             log.warning("the blocks do not compile (%s); training goes on without", str(error).splitlines()[0])
             for block in blocks:
-                del block.before, block.between, block.after
+                block.as_written()
         self.host.transformer.zero_grad(set_to_none=True)
         self.generator.set_state(state)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"]
+__all__ += ["save_state"]
 
 
 @contextmanager
@@ -66,11 +67,39 @@ def save_safetensors(
     """Save tensors atomically in the safetensors format; returns the path.
 
     Tensors are made contiguous first, and tensors that share memory are stored once each.
+
+    Raises:
+        OSError: It cannot be written, such as for a disk that is full; a file that was there is as before.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_path(path) as scratch:
-        save_file(
-            {k: v.detach().clone().contiguous() for k, v in tensors.items()}, scratch, metadata=dict(metadata or {})
-        )
+        try:
+            save_file(
+                {k: v.detach().clone().contiguous() for k, v in tensors.items()}, scratch, metadata=dict(metadata or {})
+            )
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+    return Path(path)
+
+
+def save_state(state: Any, path: str | Path) -> Path:
+    """Save what ``torch.load`` reads, atomically; returns the path.
+
+    Raises:
+        OSError: It cannot be written, such as for a disk that is full; a file that was there is as before.
+    """
+    import torch
+
+    with atomic_path(path) as scratch:
+        try:
+            with scratch.open("wb") as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:
+            # Torch may speak of positions in its archive; the file's own error is behind it.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(f"{path} could not be written: {cause}") from error
     return Path(path)

@@ -13,7 +13,7 @@ from hone_core.config import to_dict
 from hone_core.environment import environment
 from hone_core.errors import CheckpointError
 from hone_core.hosts import HostFacts, read_facts, write_facts
-from hone_core.io import atomic_path
+from hone_core.io import save_state
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 
@@ -167,17 +167,18 @@ class Training:
         self.stop()
 
     def save(self) -> None:
-        """Write the state, whole or not at all."""
-        import torch
+        """Write the state, whole or not at all.
 
+        Raises:
+            OSError: It cannot be written; the checkpoint before is intact.
+        """
         state = {
             "config": to_dict(self.config),
             "step": self.step,
             "seconds": self.elapsed(),
             "parts": {name: _state_of(part) for name, part in self.parts.items()},
         }
-        with atomic_path(self.path) as partial:
-            torch.save(state, partial)
+        save_state(state, self.path)
         self._saved = time.perf_counter()
 
     def resume(self) -> bool:

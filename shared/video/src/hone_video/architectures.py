@@ -10,12 +10,14 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLWan,
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     HunyuanVideoTransformer3DModel,
     ModelMixin,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -95,19 +97,31 @@ def tiny_inputs(
     }
 
 
-def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> DiffusionPipeline:
-    """A whole text-to-video pipeline of the real classes with random weights, small enough for a CPU.
+def tiny_pipeline(
+    kind: Literal["wan", "cogvideox"] = "wan", *, image: bool = False, **options: Any
+) -> DiffusionPipeline:
+    """A whole pipeline of the real classes with random weights, small enough for a CPU.
 
     Its tokenizer knows a few English words and the letters. The transformer is ``tiny`` with one layer.
 
     Args:
         kind: As for ``tiny``.
+        image: Whether its videos begin with an image; Wan's transformer reads it by CLIP too, as Wan2.1's.
         **options: Parts and settings of the pipeline class to change.
 
     Raises:
         ValueError: ``kind`` is another one.
     """
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+        UMT5Config,
+        UMT5EncoderModel,
+    )
 
     words = [("▁" + word, -2.0) for word in ("a", "red", "blue", "cat", "dog", "runs", "left", "right")]
     letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz.,"]
@@ -115,7 +129,8 @@ def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> 
     parts: dict[str, Any] = {"tokenizer": T5Tokenizer(vocab=vocabulary, extra_ids=0)}
     text = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     if kind == "wan":
-        parts["transformer"] = tiny("wan", num_layers=1)
+        more = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 64} if image else {}
+        parts["transformer"] = tiny("wan", num_layers=1, **more)
         parts["scheduler"] = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
@@ -131,8 +146,16 @@ def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> 
                 latents_mean=[0.0] * 4,
                 latents_std=[1.0] * 4,
             ).eval()
-        return WanPipeline(**{**parts, **options})
-    parts["transformer"] = tiny(kind, num_layers=1, max_text_seq_length=226)
+        if not image:
+            return WanPipeline(**{**parts, **options})
+        clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, **clip)).eval()
+        parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        return WanImageToVideoPipeline(**{**parts, **options})
+    more = {"in_channels": 8, "out_channels": 4} if image else {}
+    parts["transformer"] = tiny(kind, num_layers=1, max_text_seq_length=226, **more)
     parts["scheduler"] = CogVideoXDPMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, clip_sample=False
     )
@@ -143,7 +166,7 @@ def tiny_pipeline(kind: Literal["wan", "cogvideox"] = "wan", **options: Any) -> 
         parts["vae"] = AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, **channels
         ).eval()
-    return CogVideoXPipeline(**{**parts, **options})
+    return (CogVideoXImageToVideoPipeline if image else CogVideoXPipeline)(**{**parts, **options})
 
 
 def full_size(

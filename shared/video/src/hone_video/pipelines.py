@@ -7,17 +7,19 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import (
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -51,6 +53,7 @@ class PipelineKind:
         float32_vae: Whether the VAE needs float32 beside a transformer of 16 bits.
         multiple: Height and width are rounded to this many pixels at least, whatever its VAE.
         frame_pairs: Whether it decodes an even number of latent frames, to more frames than were asked for.
+        image: Whether its videos begin with an image.
     """
 
     pipeline: type[DiffusionPipeline]
@@ -60,28 +63,37 @@ class PipelineKind:
     float32_vae: bool = False
     multiple: int = 1
     frame_pairs: bool = False
+    image: bool = False
 
 
 PIPELINES = {
     "WanPipeline": PipelineKind(WanPipeline, "wan", 16, ("unipc", "default"), float32_vae=True, multiple=16),
     "CogVideoXPipeline": PipelineKind(CogVideoXPipeline, "cogvideox", 8, ("dpm", "default"), frame_pairs=True),
 }
+PIPELINES |= {
+    "WanImageToVideoPipeline": replace(PIPELINES["WanPipeline"], pipeline=WanImageToVideoPipeline, image=True),
+    "CogVideoXImageToVideoPipeline": replace(
+        PIPELINES["CogVideoXPipeline"], pipeline=CogVideoXImageToVideoPipeline, image=True
+    ),
+}
 """Class name, as ``model_index.json`` has it, to the facts."""
 
 
-def find_pipeline(model: str, *, local_files_only: bool = False) -> str:
+def find_pipeline(model: str, *, images: bool = False, local_files_only: bool = False) -> str:
     """Class name of the pipeline in a folder or at a hub address; reads its index and loads no weights.
 
     Args:
         model: Folder that holds ``model_index.json``, whole, or hub address ``owner/repository``.
+        images: Whether pipelines are taken too whose videos begin with an image.
         local_files_only: Never ask the hub, only its local cache.
 
     Raises:
         CheckpointError: There is no such pipeline, a part of the folder is missing, or ``PIPELINES`` lacks the class.
     """
     name = _read_pipeline_index(model, local_files_only=local_files_only).get("_class_name")
-    if name not in PIPELINES:
-        raise CheckpointError(f"{model} is a {name}; expected {' or '.join(PIPELINES)}")
+    taken = [known for known, kind in PIPELINES.items() if images or not kind.image]
+    if name not in taken:
+        raise CheckpointError(f"{model} is a {name}; expected {' or '.join(taken)}")
     return name
 
 
@@ -183,7 +195,10 @@ def load_pipeline(
         CheckpointError: The weights cannot be read.
     """
     kind = PIPELINES[name]
-    dtypes: Any = {"default": dtype, "vae": torch.float32} if kind.float32_vae else dtype
+    dtypes: Any = dtype
+    if kind.float32_vae:
+        whole = ("vae", "image_encoder") if kind.image else ("vae",)
+        dtypes = {"default": dtype} | dict.fromkeys(whole, torch.float32)
     log.info("loading %s from %s", name, model)
     known = inspect.signature(kind.pipeline.__init__).parameters
     given: Any = {part: None for part in leave_out if part in known} | dict(ready or {})

@@ -247,8 +247,9 @@ class Loop:
         """Update a group's parameters and averages with what was accumulated; returns the norm of the gradient."""
         group = self.groups[name]
         parameters = list(group.parameters.values())
-        if self._sum_late and self.accelerator.num_processes > 1:
-            # Sharded parameters are summed by the backward of their module.
+        if self._sum_late:
+            # Sharded parameters are summed by the backward of their module. One that no part of the batch has called
+            # has a gradient of zero, however many processes there are.
             for parameter in (p for p in parameters if _local(p) is p):
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(own, "mean")

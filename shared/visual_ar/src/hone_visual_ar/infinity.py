@@ -43,6 +43,9 @@ INFINITY_SIZES: dict[str, dict[str, Any]] = {
 class InfinityBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last modulated by the text's vector."""
 
+    COMPILED = ("before", "project", "between", "after", "almost")
+    """What ``compile_around`` compiles."""
+
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.sa = SelfAttention(width, heads)
@@ -86,6 +89,12 @@ class InfinityBlock(nn.Module):
         h = modulate(x, scale1, shift1).to(self.sa.proj.weight.dtype)
         return self.sa.project(h, rope, spread, rope_k)
 
+    def project(
+        self, h: Tensor, rope: Rope | None, spread: Tensor | None, rope_k: Rope | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The part of ``before`` behind its norm: of modulated tokens, in the dtype of the weights."""
+        return self.sa.project(h, rope, spread, rope_k)
+
     def between(self, x: Tensor, out: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         """What lies between the attentions, the first giving ``[R, H, n, D]``: tokens, and queries to the text."""
         gamma1 = (self.ada_gss.float() + modulation)[:, :, 0]
@@ -96,6 +105,12 @@ class InfinityBlock(nn.Module):
         """What lies after cross-attention, whose heads gave ``[R, H, n, D]``: tokens ``[R, n, C]``, float32."""
         x = x + self.ca.join(out).float()
         return x + self.feed_forward(x, (self.ada_gss.float() + modulation).unbind(2))
+
+    def almost(self, x: Tensor, out: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """``after`` without its last sum: tokens, and what the feed-forward gives before its gate, gamma2."""
+        x = x + self.ca.join(out).float()
+        _, _, _, scale2, _, shift2 = (self.ada_gss.float() + modulation).unbind(2)
+        return x, self.ffn(modulate(x, scale2, shift2).to(self.ffn.fc1.weight.dtype))
 
     def forward(self, x: Tensor, condition: Condition, context: AttentionContext, number: int) -> Tensor:
         """Tokens ``[R, n, C]`` in and out, float32."""
@@ -113,9 +128,13 @@ class InfinityBlock(nn.Module):
         Args:
             options: Of ``torch.compile``.
         """
-        self.before = torch.compile(self.before, **options)  # type: ignore[method-assign]
-        self.between = torch.compile(self.between, **options)  # type: ignore[method-assign]
-        self.after = torch.compile(self.after, **options)  # type: ignore[method-assign]
+        for name in self.COMPILED:
+            setattr(self, name, torch.compile(getattr(self, name), **options))
+
+    def as_written(self) -> None:
+        """Take ``compile_around`` back."""
+        for name in self.COMPILED:
+            delattr(self, name)
 
 
 class _Chunk(nn.Module):

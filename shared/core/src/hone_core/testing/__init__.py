@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "compare": ["TOLERANCES", "Tolerance", "assert_close"],
+        "disk": ["full_disk"],
         "gradients": ["gradcheck"],
         "hardware": ["no_host_sync", "requires_gpu"],
         "interpreter": ["run_interpreted"],

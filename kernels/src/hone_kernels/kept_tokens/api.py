@@ -1,0 +1,177 @@
+"""The public functions: checks and choice of backend. They are called inside captured graphs, and none waits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hone_kernels.backends import Backend, Support, choose
+
+from .reference import add_change_reference, draw_bits_reference, gather_modulate_reference
+
+__all__ = ["SUPPORT", "Backend", "add_change", "draw_bits", "gather_modulate"]
+
+_HALF = (torch.bfloat16, torch.float16)
+
+SUPPORT: dict[str, Support] = {
+    "reference": Support(dtypes=(torch.float64, torch.float32, *_HALF)),
+    "triton": Support(dtypes=(torch.float32, *_HALF), language="triton", min_sm=80),
+}
+"""``dtypes`` are those of the tokens, or of the logits."""
+
+
+def gather_modulate(
+    x: Tensor,
+    idx: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    dtype: torch.dtype,
+    eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Kept tokens, and beside them their norm without weights, times ``1 + scale``, plus ``shift``: one pass.
+
+    Args:
+        x: ``[R, L, C]``, all tokens.
+        idx: int64 ``[R, n]``, positions of the kept ones.
+        scale: ``[R, C]``.
+        shift: ``[R, C]``.
+        dtype: Of the modulated tokens, which are computed in float32.
+        eps: Added to the variance.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[R, n, C]`` of the dtype of ``x``, and ``[R, n, C]`` of ``dtype``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    rows, channels = _tokens("x", x), x.shape[-1]
+    _check("idx", idx, (rows, None), x.device)
+    _check_integers("idx", idx)
+    _check("scale", scale, (rows, channels), x.device)
+    _check("shift", shift, (rows, channels), x.device)
+    if choose("gather_modulate", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return gather_modulate_reference(x, idx, scale, shift, dtype, eps)
+    from .triton import gather_modulate_triton  # needs Triton
+
+    with torch.cuda.device_of(x):
+        return gather_modulate_triton(x, idx, scale, shift, dtype, eps)
+
+
+def add_change(
+    x: Tensor,
+    update: Tensor,
+    gamma: Tensor,
+    before: Tensor,
+    *,
+    images: int | None = None,
+    relative: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The last sum of a residual block, and how much the block changed each token: one pass.
+
+    Args:
+        x: ``[R, n, C]``, tokens before the sum.
+        update: ``[R, n, C]``, what its last layer gives.
+        gamma: ``[R, C]``, its gate.
+        before: ``[R, n, C]``, tokens that entered the block, of the dtype of ``x``.
+        images: Rows whose change is wanted, the first ones; all if None.
+        relative: Divide by the mean square of ``before``.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``x + gamma * update`` ``[R, n, C]`` and, float32 ``[images, n]``, the mean square of what that and ``before``
+        differ by.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    rows = _tokens("x", x)
+    _check("update", update, tuple(x.shape), x.device)
+    _check("before", before, tuple(x.shape), x.device)
+    _check("gamma", gamma, (rows, x.shape[-1]), x.device)
+    if before.dtype != x.dtype:
+        raise ValueError(f"before must have the dtype of x, {x.dtype}; got {before.dtype}")
+    images = rows if images is None else images
+    if not 0 <= images <= rows:
+        raise ValueError(f"images must be a number of rows, 0 to {rows}; got {images}")
+    if choose("add_change", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return add_change_reference(x, update, gamma, before, images, relative)
+    from .triton import add_change_triton  # needs Triton
+
+    with torch.cuda.device_of(x):
+        return add_change_triton(x, update, gamma, before, images, relative)
+
+
+def draw_bits(
+    logits: Tensor,
+    uniform: Tensor,
+    *,
+    slot: Tensor | None = None,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_p: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Bits at every position from the logits of the tokens that ran: guidance, filling and draw in one pass.
+
+    A bit is 1 where its uniform is not below the share of 0.
+
+    Args:
+        logits: ``[B, n, d, 2]``, or ``[2 B, n, d, 2]`` with the unconditional rows behind the conditional ones.
+        uniform: float32 ``[B, L, d]`` in [0, 1).
+        slot: int64 ``[B, L]``, which of the n tokens speaks for each position; None: each for its own, and L is n.
+        guidance: ``guidance * conditional + (1 - guidance) * unconditional``, where there are such rows.
+        temperature: Divides the logits before that.
+        top_p: Where the unlikelier bit has a share of at most ``1 - top_p``, the likelier is taken; 0: never.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        int64 ``[B, L, d]`` of 0 and 1.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or a number is out of its range.
+    """
+    if logits.dim() != 4 or logits.shape[-1] != 2 or uniform.dim() != 3:
+        raise ValueError(
+            f"expected logits [B or 2 B, n, d, 2] and uniform [B, L, d]; got {list(logits.shape)} and "
+            f"{list(uniform.shape)}"
+        )
+    images, tokens = uniform.shape[:2]
+    if len(logits) not in (images, 2 * images):
+        raise ValueError(f"logits must have {images} or {2 * images} rows, as uniform has {images}; got {len(logits)}")
+    _check(
+        "uniform", uniform, (images, tokens if slot is not None else logits.shape[1], logits.shape[2]), logits.device
+    )
+    if slot is not None:
+        _check("slot", slot, (images, tokens), logits.device)
+        _check_integers("slot", slot)
+    if not temperature > 0 or not 0 <= top_p <= 1:
+        raise ValueError(f"temperature must be positive and top_p lie in [0, 1]; got {temperature} and {top_p}")
+    if choose("draw_bits", backend, SUPPORT, logits.device, logits.dtype) == "reference":
+        return draw_bits_reference(logits, uniform, slot, guidance, temperature, top_p)
+    from .triton import draw_bits_triton  # needs Triton
+
+    with torch.cuda.device_of(logits):
+        return draw_bits_triton(logits, uniform, slot, guidance, temperature, top_p)
+
+
+def _tokens(name: str, x: Tensor) -> int:
+    """Rows of ``[R, L, C]``."""
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"{name} must be [R, L, C] and not empty; got {list(x.shape)}")
+    return x.shape[0]
+
+
+def _check(name: str, x: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    fits = x.dim() == len(shape) and all(want in (None, got) for got, want in zip(x.shape, shape, strict=True))
+    if not fits or x.device != device:
+        wanted = ", ".join("n" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must be [{wanted}] on {device}; got {list(x.shape)} on {x.device}")
+
+
+def _check_integers(name: str, x: Tensor) -> None:
+    if x.dtype != torch.int64:
+        raise ValueError(f"{name} must be of int64; got {x.dtype}")

@@ -1,0 +1,50 @@
+"""The three functions as their definitions, on any device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["add_change_reference", "draw_bits_reference", "gather_modulate_reference"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gather_modulate_reference(
+    x: Tensor, idx: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See ``gather_modulate``."""
+    kept = x.gather(1, idx[..., None].expand(-1, -1, x.shape[-1]))
+    wide = _wide(kept)
+    out = F.layer_norm(wide, wide.shape[-1:], eps=eps) * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]
+    return kept, out.to(dtype)
+
+
+def add_change_reference(
+    x: Tensor, update: Tensor, gamma: Tensor, before: Tensor, images: int, relative: bool
+) -> tuple[Tensor, Tensor]:
+    """See ``add_change``."""
+    after = x + (_wide(gamma)[:, None] * _wide(update)).to(x.dtype)
+    change = (_wide(after[:images]) - _wide(before[:images])).square().mean(-1)
+    return after, change / _wide(before[:images]).square().mean(-1) if relative else change
+
+
+def draw_bits_reference(
+    logits: Tensor, uniform: Tensor, slot: Tensor | None, guidance: float, temperature: float, top_p: float
+) -> Tensor:
+    """See ``draw_bits``."""
+    images = len(uniform)
+    wide = _wide(logits) / temperature
+    if len(logits) > images:
+        wide = guidance * wide[:images] + (1 - guidance) * wide[images:]
+    if slot is not None:
+        wide = wide.gather(1, slot[:, :, None, None].expand(-1, -1, *wide.shape[2:]))
+    first, second = wide.softmax(-1).unbind(-1)
+    drawn = first <= uniform * (first + second)
+    if top_p > 0:
+        sure = torch.minimum(first, second) <= 1 - top_p
+        drawn = torch.where(sure, second > first, drawn)
+    return drawn.long()

@@ -1,0 +1,134 @@
+"""The three functions in Triton: a program per token, or per tile of bits. All are bound by memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["add_change_triton", "draw_bits_triton", "gather_modulate_triton"]
+
+
+def _warps(block: int) -> int:
+    return min(8, max(1, block // 512))
+
+
+@triton.jit
+def _gather_kernel(X, INDEX, SCALE, SHIFT, KEPT, OUT, tokens, kept, channels, eps, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)  # of [R, n]
+    row = token // kept
+    at = tl.arange(0, BLOCK)
+    inside = at < channels
+    source = row * tokens + tl.load(INDEX + token)
+    x = tl.load(X + source * channels + at, mask=inside, other=0.0)
+    tl.store(KEPT + token * channels + at, x, mask=inside)
+    wide = x.to(tl.float32)
+    mean = tl.sum(wide, 0) / channels
+    away = tl.where(inside, wide - mean, 0.0)
+    scale = tl.load(SCALE + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(SHIFT + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+    normed = away * tl.rsqrt(tl.sum(away * away, 0) / channels + eps)
+    tl.store(OUT + token * channels + at, normed * (1.0 + scale) + shift, mask=inside)
+
+
+def gather_modulate_triton(
+    x: Tensor, idx: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See ``gather_modulate``."""
+    x, idx, scale, shift = (t.contiguous() for t in (x, idx, scale, shift))
+    (rows, tokens, channels), kept = x.shape, idx.shape[1]
+    out = x.new_empty(rows, kept, channels, dtype=dtype)
+    taken = torch.empty_like(out, dtype=x.dtype)
+    block = triton.next_power_of_2(channels)
+    if kept:
+        _gather_kernel[(rows * kept,)](
+            x, idx, scale, shift, taken, out, tokens, kept, channels, eps, BLOCK=block, num_warps=_warps(block)
+        )
+    return taken, out
+
+
+@triton.jit
+def _change_kernel(
+    X, UPDATE, GAMMA, BEFORE, AFTER, CHANGE, tokens, channels, measured, RELATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)  # of [R, n]
+    at = tl.arange(0, BLOCK)
+    inside = at < channels
+    here = token * channels + at
+    x = tl.load(X + here, mask=inside, other=0.0)
+    update = tl.load(UPDATE + here, mask=inside, other=0.0).to(tl.float32)
+    gamma = tl.load(GAMMA + token // tokens * channels + at, mask=inside, other=0.0).to(tl.float32)
+    after = (x.to(tl.float32) + (gamma * update).to(x.dtype).to(tl.float32)).to(x.dtype)
+    tl.store(AFTER + here, after, mask=inside)
+    if token < measured:
+        before = tl.load(BEFORE + here, mask=inside, other=0.0).to(tl.float32)
+        away = after.to(tl.float32) - before
+        change = tl.sum(away * away, 0) / channels
+        if RELATIVE:
+            change = change / (tl.sum(before * before, 0) / channels)
+        tl.store(CHANGE + token, change)
+
+
+def add_change_triton(
+    x: Tensor, update: Tensor, gamma: Tensor, before: Tensor, images: int, relative: bool
+) -> tuple[Tensor, Tensor]:
+    """See ``add_change``."""
+    x, update, gamma, before = (t.contiguous() for t in (x, update, gamma, before))
+    rows, tokens, channels = x.shape
+    after = torch.empty_like(x)
+    change = x.new_empty(images, tokens, dtype=torch.float32)
+    block = triton.next_power_of_2(channels)
+    _change_kernel[(rows * tokens,)](
+        x, update, gamma, before, after, change, tokens, channels, images * tokens,
+        RELATIVE=relative, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return after, change
+
+
+@triton.jit
+def _draw_kernel(
+    LOGITS, UNIFORM, SLOT, BITS, total, tokens, kept, width, other, guidance, cool, least,
+    GUIDED: tl.constexpr, SURE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # of [B, L, d]
+    inside = at < total
+    position = at // width
+    token = position
+    if SLOT is not None:
+        token = position // tokens * kept + tl.load(SLOT + position, mask=inside, other=0)
+    source = LOGITS + 2 * (token * width + at % width)
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32) / cool
+    second = tl.load(source + 1, mask=inside, other=0.0).to(tl.float32) / cool
+    if GUIDED:
+        first = guidance * first + (1.0 - guidance) * (
+            tl.load(source + other, mask=inside, other=0.0).to(tl.float32) / cool
+        )
+        second = guidance * second + (1.0 - guidance) * (
+            tl.load(source + other + 1, mask=inside, other=0.0).to(tl.float32) / cool
+        )
+    most = tl.maximum(first, second)
+    first, second = tl.exp(first - most), tl.exp(second - most)
+    mass = first + second
+    first, second = first / mass, second / mass
+    bit = first <= tl.load(UNIFORM + at, mask=inside, other=0.0) * (first + second)
+    if SURE:
+        bit = tl.where(tl.minimum(first, second) <= least, second > first, bit)
+    tl.store(BITS + at, bit.to(tl.int64), mask=inside)
+
+
+def draw_bits_triton(
+    logits: Tensor, uniform: Tensor, slot: Tensor | None, guidance: float, temperature: float, top_p: float
+) -> Tensor:
+    """See ``draw_bits``."""
+    logits, uniform = logits.contiguous(), uniform.contiguous()
+    slot = None if slot is None else slot.contiguous()
+    images, tokens, width = uniform.shape
+    bits = torch.empty(uniform.shape, dtype=torch.int64, device=uniform.device)
+    total, kept = uniform.numel(), logits.shape[1]
+    _draw_kernel[(triton.cdiv(total, 1024),)](
+        logits, uniform, slot, bits, total, tokens, kept, width, images * kept * width * 2,
+        float(guidance), float(temperature), float(1 - top_p),
+        GUIDED=len(logits) > images, SURE=top_p > 0, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return bits
