@@ -222,6 +222,22 @@ def test_wrong_usage_is_named_before_anything_runs(command, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_picture_larger_than_the_context_is_refused_before_weights_are_read(
+    command, checkpoint, asked, tmp_path, monkeypatch, verb
+):
+    def load(*given, **named):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("hone_lm.checkpoints.load_model", load)
+    argv = (verb, "--model", checkpoint, "--data", asked, "--device", "cpu", "--quiet", "--out", tmp_path / "run")
+    # The larger picture of the two has 16 visual tokens, the smaller one 9; both questions fit 4096 positions.
+    code, _, err = command(*argv, "--max-new-tokens", 4070)
+    assert code == 1
+    assert "1.png has" in err
+    assert "has a context of 4096" in err
+
+
 def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, checkpoint, asked, tmp_path, monkeypatch):
     from hone_zipr1 import grading
 

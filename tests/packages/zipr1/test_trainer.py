@@ -6,13 +6,14 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from hone_lm.tiny import tiny
 from hone_zipr1.config import SparseConfig
 from hone_zipr1.models import attach
 from hone_zipr1.objectives import advantages, grpo_loss, rewards
 from hone_zipr1.questions import load_items
-from hone_zipr1.trainer import SparseGRPOTrainer, dataset_rows, paper_args, right_answers
+
+# TRL's own default, in a word that newer transformers has another one for.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 PS = (0.4, 0.8)
 SELECTION = SparseConfig(recent=4, random=4, protect="none")
@@ -24,7 +25,15 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def ours():
+    """The module, which TRL comes with; a run of GPU tests alone does without."""
+    from hone_zipr1 import trainer
+
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, ours):
     """A tiny checkpoint and rows of two questions."""
     from PIL import Image
 
@@ -39,7 +48,7 @@ def made(tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"{at}.png")
         lines.append({"image": f"{at}.png", "question": question, "answer": str(at), "type": "number"})
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder, dataset_rows(load_items(folder / "train.jsonl"))
+    return folder, ours.dataset_rows(load_items(folder / "train.jsonl"))
 
 
 def even(completions, **_):
@@ -48,13 +57,16 @@ def even(completions, **_):
 
 
 def build(made, out, **changes):
+    from datasets import Dataset
+    from hone_zipr1.trainer import SparseGRPOTrainer, paper_args
+
     folder, rows = made
     options = {
         name: changes.pop(name) for name in ("correct", "ps", "gated", "peft_config", "tools") if name in changes
     }
     settings = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4, "max_steps": 1}
     settings |= {"learning_rate": 1e-3, "use_cpu": True, "bf16": False, "report_to": [], "logging_steps": 1}
-    settings |= {"save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "seed": 1} | changes
+    settings |= {"save_strategy": "no", "disable_tqdm": True, "seed": 1} | changes
     return SparseGRPOTrainer(
         str(folder / "model"),
         args=paper_args(out, **settings),
@@ -148,13 +160,13 @@ def test_efficiency_counts_only_beside_a_right_answer(made, tmp_path):
     torch.testing.assert_close(trainer._calculate_rewards(*given)[4:, 1], torch.tensor([0.8, 0.6, 0.4, 0.2]))
 
 
-def test_rows_are_graded_as_the_verbs_grade_them(made):
+def test_rows_are_graded_as_the_verbs_grade_them(made, ours):
     _, rows = made
     assert rows[1]["prompt"] == [{"role": "user", "content": "How many of them are there in all?"}]
     assert rows[1]["image"].size == (112, 112)
     said = [[{"role": "assistant", "content": text}] for text in ("It is 1.", "2")]
     given = {name: [rows[1][name]] * 2 for name in ("answer", "type", "tolerance")}
-    assert right_answers(completions=said, prompts=None, **given) == [1.0, 0.0]
+    assert ours.right_answers(completions=said, prompts=None, **given) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -171,9 +183,9 @@ def test_what_cannot_be_is_named(made, tmp_path, change, message):
         build(made, tmp_path, **change)
 
 
-def test_a_video_is_refused(made):
+def test_a_video_is_refused(made, ours):
     folder, _ = made
     items = load_items(folder / "train.jsonl")
     object.__setattr__(items[0], "is_video", True)
     with pytest.raises(ValueError, match="TRL trains on pictures; got the video"):
-        dataset_rows(items)
+        ours.dataset_rows(items)

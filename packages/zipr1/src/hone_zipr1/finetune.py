@@ -54,7 +54,7 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
     """Look at the questions and at the model's config, before weights are read.
 
     Raises:
-        ValueError: A question is none, or the model cannot take the selection.
+        ValueError: A question is none or too long, or the model cannot take the selection.
         FileNotFoundError: The file, or what a question is about, is missing.
         CheckpointError: No tiny host is packaged.
     """
@@ -68,12 +68,13 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
         return cfg
     from hone_lm.checkpoints import read_config
 
-    from .questions import load_items
+    from .questions import check_longest, load_items
 
     if not cfg.data.is_file():
         raise FileNotFoundError(f"there is no {cfg.data}")
-    load_items(cfg.data)
+    items = load_items(cfg.data)
     check_config(read_config(cfg.model), cfg.sparse)
+    check_longest(cfg.model, items, cfg.frames, cfg.max_new_tokens)
     model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
     return replace(cfg, data=cfg.data.resolve(), model=model)
 

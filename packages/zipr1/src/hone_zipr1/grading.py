@@ -16,7 +16,7 @@ from hone_core.statistics import bootstrap_interval, paired
 from .config import PRESETS, EvalConfig, SparseConfig
 from .evaluate import DENSE, at_budget, table
 from .models import attach, check_config
-from .questions import is_right, load_items, model_inputs
+from .questions import check_context, check_longest, is_right, load_items, model_inputs
 
 __all__ = ["EvalReport", "grade_model", "prepare"]
 
@@ -43,17 +43,18 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
     """Look at the questions and at the model's config, before weights are read.
 
     Raises:
-        ValueError: A question is none, or the model cannot take the selection.
+        ValueError: A question is none or too long, or the model cannot take the selection.
         FileNotFoundError: The file, or what a question is about, is missing.
     """
     from hone_lm.checkpoints import read_config
 
     if not cfg.data.is_file():
         raise FileNotFoundError(f"there is no {cfg.data}")
-    load_items(cfg.data)
+    items = load_items(cfg.data)[: cfg.limit]
     found = read_config(cfg.model)
     for config in _selections(cfg):
         check_config(found, config)
+    check_longest(cfg.model, items, cfg.frames, cfg.max_new_tokens)
     model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
     return replace(cfg, data=cfg.data.resolve(), model=model)
 
@@ -90,7 +91,9 @@ def grade_model(cfg: EvalConfig, run: Run) -> EvalReport:
     with progress_bar(len(items), desc="questions", quiet=run.quiet) as bar, path.open("a", encoding="utf-8") as file:
         bar.update(len(done))
         for item in items[len(done) :]:
-            inputs = to_model(model_inputs(processor, [item], cfg.frames), model)
+            made = model_inputs(processor, [item], cfg.frames)
+            check_context(made, model.config, cfg.max_new_tokens, [item])
+            inputs = to_model(made, model)
             row = _answers(model, processor, inputs, cfg)
             for said in row.values():
                 said["right"] = is_right(said["answer"], item)

@@ -43,6 +43,8 @@ __all__ = [
 
 _PASS = "hone_zipr1"
 """Argument of the decoder that takes a forward's ``_Pass`` to every layer's attention."""
+_TOLD = "hone_zipr1_tower"
+"""Attribute of a vision tower's output: what its attention looked at."""
 _IMPLEMENTATIONS = ("eager", "sdpa")
 
 
@@ -114,8 +116,6 @@ class _Inputs:
     mask: Tensor | None
     ids: Tensor | None
     candidates: int
-    grid: Tensor | None = None
-    """Of the pictures or frames that the vision tower is running on."""
     tower: Zipped = field(default_factory=Zipped)
 
 
@@ -167,6 +167,7 @@ class SparseHandle(Handle[SparseConfig]):
             )
         self.stats: Stats | None = None
         self._state: CallState[_Inputs] = CallState()
+        self._looking: CallState[tuple[Tensor, Zipped]] = CallState()
         self._given: CallState[_Given] = CallState()
         self._signature = inspect.signature(model.forward)
         self._keyword = cache_keyword(self.decoder.model)
@@ -187,6 +188,7 @@ class SparseHandle(Handle[SparseConfig]):
             self._tower = model.get_submodule("model.visual")
             if len(self._tower.blocks):
                 before("model.visual", self._before_tower)
+                self._hooks.add("model.visual", lambda module: module.register_forward_hook(self._after_tower))
                 before(f"model.visual.blocks.{len(self._tower.blocks) - 1}.attn", self._before_attention)
         self._hooks.add(path, lambda module: module.register_forward_hook(self._after_decoder, with_kwargs=True))
 
@@ -263,6 +265,9 @@ class SparseHandle(Handle[SparseConfig]):
         keep = inputs.get("logits_to_keep")
         guesses = keep - 1 if cache is not None and isinstance(keep, int) and keep > 1 else 0
         self._state.current = _Inputs(mask, ids, guesses)
+        for output in (inputs.get("mm_encoder_outputs") or {}).values():
+            if self._tower is not None and hasattr(output, _TOLD):
+                self._state.current.tower.add(getattr(output, _TOLD))
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self._state.current = None
@@ -333,14 +338,22 @@ class SparseHandle(Handle[SparseConfig]):
             self.stats = running.stats
 
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._state.current is not None:
-            self._state.current.grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        self._looking.current = (grid, Zipped())
 
     def _before_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = self._state.current
-        if inputs is not None and inputs.grid is not None:
+        if self._looking.current is not None:
+            grid, found = self._looking.current
             states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            look(self._tower, module, states, kwargs, inputs.grid, inputs.tower)
+            look(self._tower, module, states, kwargs, grid, found)
+
+    def _after_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
+        assert self._looking.current is not None, "the tower has begun"
+        (_, found), self._looking.current = self._looking.current, None
+        # Newer transformers run the tower before the model that is generated with, and hand its output on.
+        setattr(output, _TOLD, found)
+        if self._state.current is not None:
+            self._state.current.tower.add(found)
 
     def _zipped(self, inputs: _Inputs, embeds: Tensor, real: Tensor, protected: Tensor) -> tuple[Tensor, Tensor]:
         """VisionZip's choice and the embeddings with merged tokens; see ``visionzip.zipped``."""

@@ -22,7 +22,16 @@ from torch import Tensor
 from .models import SparseHandle, visual_ids
 from .reinforce import Drawn
 
-__all__ = ["Item", "ModelTask", "is_right", "load_items", "model_inputs", "picture_inputs"]
+__all__ = [
+    "Item",
+    "ModelTask",
+    "check_context",
+    "check_longest",
+    "is_right",
+    "load_items",
+    "model_inputs",
+    "picture_inputs",
+]
 
 Type = Literal["choice", "number", "string"]
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
@@ -130,6 +139,52 @@ def model_inputs(processor: Any, items: Sequence[Item], frames: int) -> dict[str
     return picture_inputs(processor, [item.question for item in items], pictures)
 
 
+def check_context(inputs: Mapping[str, Tensor], config: Any, answer: int, items: Sequence[Item]) -> None:
+    """Refuse prompts that leave no room for an answer.
+
+    Args:
+        inputs: Of the model.
+        config: Of the model.
+        answer: Tokens of an answer.
+        items: What the inputs ask about.
+
+    Raises:
+        ValueError: One is too long.
+    """
+    lengths, context = inputs["attention_mask"].sum(-1), config.get_text_config().max_position_embeddings
+    tokens, row = int(lengths.max()), int(lengths.argmax())
+    if tokens + answer > context:
+        raise ValueError(
+            f"the prompt about {items[row].media} has {tokens} tokens and the answer up to {answer}; the model has a "
+            f"context of {context}. Take a smaller picture, or fewer frames"
+        )
+
+
+def check_longest(model: str, items: Sequence[Item], frames: int, answer: int) -> None:
+    """``check_context`` of the largest picture and of the longest question, by the processor; no weights are read.
+
+    Args:
+        model: Folder or hub address.
+        items: Questions.
+        frames: Of a video.
+        answer: Tokens of an answer.
+    """
+    from hone_lm.checkpoints import read_config
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    def pixels(item: Item) -> int:
+        with Image.open(item.media) as picture:
+            return picture.width * picture.height
+
+    config, processor = read_config(model), AutoProcessor.from_pretrained(model)
+    asked = [max(items, key=lambda item: len(item.question))]
+    if not items[0].is_video:
+        asked.append(max(items, key=pixels))
+    for item in asked:
+        check_context(model_inputs(processor, [item], frames), config, answer, [item])
+
+
 def picture_inputs(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
     """What the processor makes of questions with their pictures, padded at the left.
 
@@ -213,7 +268,9 @@ class ModelTask:
         from hone_lm.choices import to_model
 
         if self._last is None or self._last[0] != rows:
-            self._last = rows, to_model(model_inputs(self.processor, rows, self.frames), self.model)
+            inputs = model_inputs(self.processor, rows, self.frames)
+            check_context(inputs, self.model.config, self.max_new_tokens, rows)
+            self._last = rows, to_model(inputs, self.model)
         return self._last[1]
 
     @torch.no_grad()

@@ -91,16 +91,11 @@ def prepare(cfg: Ask) -> Ask:
     from hone_lm.checkpoints import read_config
 
     from .models import check_config
+    from .questions import check_context
 
     check_config(read_config(cfg.model), selection_of(cfg))
     found, inputs = processed(cfg)
-    tokens, context = inputs["input_ids"].shape[1], found.get_text_config().max_position_embeddings
-    answer = cfg.max_new_tokens if isinstance(cfg, GenerateConfig) else 0
-    if tokens + answer > context:
-        raise ValueError(
-            f"the prompt has {tokens} tokens and the answer up to {answer}; {cfg.model} has a context of "
-            f"{context}. Take a smaller picture, or fewer frames"
-        )
+    check_context(inputs, found, cfg.max_new_tokens if isinstance(cfg, GenerateConfig) else 0, [_item(cfg)])
     absolute = {
         name: os.path.abspath(value)
         for name, value in (("image", cfg.image), ("video", cfg.video), ("model", cfg.model))
@@ -196,11 +191,17 @@ def selection_of(cfg: AskConfig) -> SparseConfig:
 
 def _inputs(processor: Any, cfg: AskConfig) -> dict[str, torch.Tensor]:
     """What the processor makes of the question and its picture or video."""
-    from .questions import Item, model_inputs
+    from .questions import model_inputs
+
+    return model_inputs(processor, [_item(cfg)], cfg.frames)
+
+
+def _item(cfg: AskConfig) -> Any:
+    from .questions import Item
 
     media = cfg.video or cfg.image
     assert media is not None, "the config has seen to it"
-    return model_inputs(processor, [Item(media, cfg.video is not None, cfg.ask, "", "string")], cfg.frames)
+    return Item(media, cfg.video is not None, cfg.ask, "", "string")
 
 
 class _Turn(NamedTuple):

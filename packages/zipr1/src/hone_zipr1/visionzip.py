@@ -52,6 +52,11 @@ class Zipped:
     received: list[Tensor] = field(default_factory=list)
     metric: list[Tensor] = field(default_factory=list)
 
+    def add(self, other: Zipped) -> None:
+        """Go on with what another run of the tower said."""
+        self.received += other.received
+        self.metric += other.metric
+
 
 def received(query: Float[Tensor, "heads tokens dim"], key: Float[Tensor, "heads tokens dim"], scale: float) -> Tensor:
     """``[tokens]``, attention that each token gets, mean over heads and over the tokens that attend."""
