@@ -24,7 +24,7 @@ name in results/<folder of the member>/tables.toml:
 - columns: ``where`` picks one result per table row, ``value`` the field to show ("value" unless said), ``digits`` the
   decimals (2), ``unit`` a suffix (the row's own unit unless said; "" for none), ``scale`` a factor for the shown
   number, ``spread = true`` adds the spread, ``interval = true`` the 95 % interval. ``speedup`` divides the baseline's
-  value by the method's.
+  value by the method's; of several baselines (a list in its where) the smallest counts with ``best = true``.
 - A column with ``pivot`` stands for one per value of that field; ``{}`` in its title is the value. ``values`` says
   which, in which order and under which names; unless said, all.
 - each: what holds of every column that does not say otherwise.
@@ -54,7 +54,7 @@ KEYS = {
         *("title", "where", "value", "digits", "unit", "scale", "spread", "interval", "speedup"),
         *("pivot", "values"),
     },
-    "speedup": {"baseline", "method"},
+    "speedup": {"baseline", "method", "best"},
 }
 
 
@@ -124,7 +124,11 @@ def _cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
     picked = [row for row in rows if _fits(row, column.get("where", {}))]
     if speedup := column.get("speedup"):
         _only(speedup, "speedup", "speedup")
-        times = [_one([r for r in picked if _fits(r, speedup[side])], field, place) for side in ("baseline", "method")]
+        sides = {side: [row for row in picked if _fits(row, speedup[side])] for side in ("baseline", "method")}
+        if speedup.get("best"):
+            measured = [row for row in sides["baseline"] if row.get(field) is not None]
+            sides["baseline"] = sorted(measured, key=lambda row: row[field])[:1]
+        times = [_one(rows, field, place) for rows in sides.values()]
         if any(row is None for row in times):
             return _DASH
         return f"{times[0][field] / times[1][field]:.{digits}f}{column.get('unit', 'x')}"

@@ -45,6 +45,8 @@ WORDS = {
 WORDS |= {"tune", "profile", "sanitize", "spills"}
 # Of photographs.
 WORDS |= {"doctor", "view", "convert"}
+# Of motions.
+WORDS |= {"make-set"}
 # A package may train its tiny host by a verb of its own, or a pipeline beside the tiny host.
 WORDS |= {"train-host", "train-router", "distill-pipeline", "encode-prompts"}
 

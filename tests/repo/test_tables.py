@@ -89,6 +89,16 @@ def test_speedup_is_baseline_over_method(repo):
     assert text.splitlines()[2:] == ["| time | 4.00x |"]
 
 
+def test_speedup_over_the_best_of_several_baselines(repo):
+    rows = [{"metric": "time", "value": v, "variant": name} for name, v in [("a", 8.0), ("b", 6.0), ("asa", 2.0)]]
+    (repo / "results/a/x.json").write_text(json.dumps({"rows": rows}))
+    speedup = {"baseline": {"variant": ["a", "b", "absent"]}, "method": {"variant": "asa"}}
+    columns = [{"title": "speed-up", "speedup": speedup | {"best": True}}]
+    assert render(repo, rows=["metric"], columns=columns).splitlines()[2:] == ["| time | 3.00x |"]
+    with pytest.raises(tables.TableError, match="2 results fit"):
+        render(repo, rows=["metric"], columns=[{"title": "speed-up", "speedup": speedup}])
+
+
 def test_interval_is_shown_on_request(repo):
     row = {"metric": "acc", "value": 0.5, "interval": [0.4, 0.625], "variant": "asa"}
     (repo / "results/a/x.json").write_text(json.dumps({"rows": [row]}))

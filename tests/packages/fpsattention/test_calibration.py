@@ -51,6 +51,14 @@ def test_a_window_larger_than_the_grid_is_refused():
         candidate_regimes((21, 45, 80), (6, 8, 8), windows=[(7, 7, 1)])
 
 
+def test_candidates_of_windows_that_are_cut_at_the_border():
+    # Of 3 tiles in a row, a window of 3 leaves one out at each end; one of 5 reads them all.
+    grid, tile = (2, 4, 12), (2, 4, 4)
+    found = candidate_regimes(grid, tile, windows=[(1, 1, 3), (1, 1, 5)], border="cut")
+    assert [regime.window for regime in found] == [(1, 1, 3), None]
+    assert [regime.window for regime in candidate_regimes(grid, tile, windows=[(1, 1, 3)])] == [None]
+
+
 # ---- errors
 
 

@@ -147,15 +147,34 @@ def test_calibrate_on_the_tiny_host(capsys, monkeypatch, tiny_host, tmp_path):
         ),
     ],
 )
-def test_schedules_that_do_not_fit_are_refused_before_sampling(
+def test_schedules_that_do_not_fit_are_refused_before_weights_are_read(
     capsys, monkeypatch, pipeline, tmp_path, change, message
 ):
     file = schedule(**change).save(tmp_path / "schedule.json")
-    argv = ("generate", "--model", pipeline, *VIDEO, "--schedule", file, "--out", tmp_path / "run", "--device", "cpu")
-    code, out, err = call(capsys, monkeypatch, *argv, "--quiet")
+    argv = ("--model", pipeline, *VIDEO, "--schedule", file, "--out", tmp_path / "run", "--dry-run")
+    for verb in ("generate", "inspect"):
+        code, out, err = call(capsys, monkeypatch, verb, *argv)
+        assert (code, out) == (1, "")
+        assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "argv", "message"),
+    [
+        ("generate", (), "are larger than the grid of (3, 4, 4) tokens"),
+        ("generate", ("--preset", "tiny", "--width", "72"), "width must be a multiple of 16 for this model; got 72"),
+        ("calibrate", ("--preset", "tiny", "--budget", "0.1"), "the sparsest has density 0.25. Raise the budget"),
+        ("calibrate", ("--preset", "tiny", "--regimes", "4"), "regimes must lie in [1, 3], the denoising steps; got 4"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_weights_are_read(
+    capsys, monkeypatch, pipeline, tmp_path, verb, argv, message
+):
+    video = () if "--width" in argv else ("--height", "64", "--width", "64", "--frames", "9")
+    code, out, err = call(capsys, monkeypatch, verb, "--model", pipeline, *VIDEO[:4], *video, *argv, "--dry-run")
     assert (code, out) == (1, "")
     assert message in err
-    assert not list((tmp_path / "run" / "artifacts").glob("*.mp4"))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, WanTransformer3DModel
-from hone_core.errors import CheckpointError
+from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.runs import Run
 from hone_core.testing import assert_close, requires_gpu
 from hone_fpsattention import cli
 from hone_fpsattention.config import FinetuneConfig, FPSAttentionConfig, GenerateConfig, Regime, VideoConfig
 from hone_fpsattention.finetune import Tuning, finetune, schedule_of
+from hone_fpsattention.inputs import find_finetuned, find_video
 from hone_fpsattention.models import attach, describe_model
 from hone_fpsattention.sample import Sampler, generate
 from hone_fpsattention.schedule import Schedule, regime_index
@@ -408,6 +409,18 @@ def test_a_loss_that_is_not_finite_stops_the_training(folders, cache, tmp_path):
 def test_bad_settings(folders, cache, change, message):
     with pytest.raises(ValueError, match=message):
         config(folders, cache, **change)
+
+
+def test_a_lora_without_peft_is_refused_before_anything_is_encoded(folders, videos, trained, monkeypatch):
+    monkeypatch.setattr("hone_fpsattention.tuned.importlib.util.find_spec", lambda name: None)
+    install = "needs the extra 'train' of hone-fpsattention"
+    cfg = FinetuneConfig(model=str(folders["wan"]), preset="tiny", data=DataConfig(videos=videos, **SIZE))
+    with pytest.raises(MissingExtraError, match=f"LoRA training {install}"):
+        find_finetuned(cfg)
+    assert find_finetuned(dataclasses.replace(cfg, lora_rank=0)).data.videos == videos
+    video = VideoConfig(model=str(folders["wan"]), prompts=("a cat",), **SIZE)
+    with pytest.raises(MissingExtraError, match=f"A LoRA {install}"):
+        find_video(GenerateConfig(video=video, tuned=trained[0].tuned))
 
 
 def test_what_is_no_export_is_refused(tmp_path, trained):

@@ -246,6 +246,21 @@ def test_smoothing_helps_where_keys_share_a_part_and_keeps_the_log_sum_exp():
     assert errors[True] < errors[False] / 5
 
 
+@pytest.mark.parametrize("regime", [EXACT, ROUNDED])
+@pytest.mark.parametrize("trained", range(3))
+def test_a_gradient_of_one_operand_alone(regime, trained):
+    # As of a LoRA on one projection.
+    operands = tensors(math.prod(GRID))
+    operands[trained].requires_grad_()
+    attend(*operands, regime).square().sum().backward()
+    assert operands[trained].grad.abs().sum() > 0
+
+
+def test_backend_reference_is_the_definition_and_no_kernel(monkeypatch):
+    monkeypatch.setattr(method, "quantize_qkv", None)
+    attend(*tensors(math.prod(GRID)), ROUNDED, dataclasses.replace(CFG, backend="reference"))
+
+
 def test_padding_weighs_nothing():
     # The second tile has 16 tokens of 64; zeros in its padding would add log(1 + 48 / 130) = 0.3 to the log-sum-exp.
     q, k, v = tensors(80)

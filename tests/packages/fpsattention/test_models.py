@@ -325,6 +325,20 @@ def test_dense_layers_keep_the_model_s_own_attention():
         assert float((run(model, args) - expected).abs().max()) > 1e-5
 
 
+def test_a_window_larger_than_the_grid_is_warned_of_once(caplog):
+    model = tiny("wan")
+    config = FPSAttentionConfig(tile=(2, 2, 2), block=64, regimes=(Regime(window=(3, 5, 7), e4m3=False),))
+    with attach(model, config), torch.no_grad():
+        for _ in range(2):
+            model(**tiny_inputs("wan", height=10, width=10))
+        assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+            "window (3, 5, 7) is larger than the grid of (3, 5, 5) tokens in tiles of (2, 2, 2): it reads every tile. "
+            "Make a larger video, or take a smaller window, or smaller tiles"
+        ]
+        model(**tiny_inputs("wan", height=10, width=32))  # 8 tiles wide: no longer
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
+
+
 def test_presets_run():
     for name, preset in PRESETS.items():
         kind = name.split("-")[0] if name.startswith(("cogvideox", "hunyuan")) else "wan"

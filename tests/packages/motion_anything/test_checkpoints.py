@@ -17,7 +17,7 @@ def small_manifests(monkeypatch):
     }
     for name, made in sizes.items():
         old = MANIFESTS[name]
-        new = checkpoints.Manifest(old.key, made, old.where, old.dropped, old.licence)
+        new = checkpoints.Manifest(old.keys, made, old.where, old.dropped, old.licence)
         monkeypatch.setitem(checkpoints.MANIFESTS, name, new)
 
 
@@ -42,6 +42,13 @@ def test_an_authors_file_loads_whole_and_without_clip(small_manifests, tmp_path)
     save_safetensors(state, tmp_path / "mask.safetensors")
     again = load_published("momask-mask", tmp_path / "mask.safetensors")
     assert torch.equal(again.cond_emb.weight, state["cond_emb.weight"])
+
+
+def test_the_entry_is_one_of_the_known_names(small_manifests, tmp_path):
+    state = build("momask-tokenizer").state_dict()
+    torch.save({"net": state, "ep": 5}, tmp_path / "net.tar")
+    loaded = load_published("momask-tokenizer", tmp_path / "net.tar")
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
 
 
 def test_a_loaded_tokenizer_runs(small_manifests, tmp_path):

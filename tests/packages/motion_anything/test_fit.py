@@ -1,4 +1,3 @@
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,28 +33,6 @@ def folder(tmp_path_factory):
         lines = [f"{text}#a/DET#0.0#0.0", "a part of it#a/DET#0.5#3.0"]
         (path / "texts" / f"{index:06}.txt").write_text("\n".join(lines) + "\n")
     (path / "train.txt").write_text("\n".join(f"{index:06}" for index in range(6)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A small CLIP with random weights and a tokenizer of the bytes."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-
-    path = tmp_path_factory.mktemp("clip")
-    letters = [*map(chr, range(33, 127))]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (path / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(path)
-    tokenizer.save_pretrained(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = CLIPTextConfig(
-            vocab_size=len(words), hidden_size=16, intermediate_size=16, projection_dim=8, num_hidden_layers=1,
-            num_attention_heads=2, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
-        )  # fmt: skip
-        CLIPTextModelWithProjection(config).save_pretrained(path)
     return path
 
 

@@ -1,9 +1,19 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
-from hone_motion_anything.pipelines import MoMaskPipeline
-from hone_motion_anything.published import LengthEstimator, MaskTransformer, ResidualTransformer
+from hone_motion_anything.mogents import MoGenTSTokenizer
+from hone_motion_anything.pipelines import MoGenTSPipeline, MoMaskPipeline
+from hone_motion_anything.published import (
+    LengthEstimator,
+    MaskTransformer,
+    MaskTransformer2D,
+    ResidualTransformer,
+    ResidualTransformer2D,
+)
 from hone_motion_anything.tokenizers import RVQVAE
 
 
@@ -11,22 +21,43 @@ def texts_to_vectors(texts):
     return torch.stack([torch.randn(512, generator=torch.Generator().manual_seed(len(text))) for text in texts])
 
 
-@pytest.fixture(scope="module")
-def pipe():
+def momask():
+    tokenizer = RVQVAE(263, 20, 12, 8, 1, 4).eval()
+    for layer in tokenizer.quantizer.layers:
+        layer.codebook.normal_()
+    return MoMaskPipeline(
+        tokenizer,
+        MaskTransformer(20, 12, 24, 32, 1, 3).eval(),
+        ResidualTransformer(20, 12, 24, 32, 1, 3, levels=4).eval(),
+        texts_to_vectors,
+        torch.full((263,), 2.0),
+        torch.full((263,), 0.5),
+        LengthEstimator().eval(),
+    )
+
+
+def mogents():
+    tokenizer = MoGenTSTokenizer(22, 20, 12, 18, 10, 8, 1, 4).eval()
+    for layer in [*tokenizer.quantizer1d.layers, *tokenizer.quantizer2d.layers]:
+        layer.codebook.normal_()
+    return MoGenTSPipeline(
+        tokenizer,
+        MaskTransformer(20, 12, 24, 32, 1, 3, aux=True).eval(),
+        ResidualTransformer(20, 12, 24, 32, 1, 3, levels=4, aux=True).eval(),
+        MaskTransformer2D(18, 10, 24, 32, 1, 3).eval(),
+        ResidualTransformer2D(18, 10, 24, 32, 1, 3, levels=4).eval(),
+        texts_to_vectors,
+        torch.full((263,), 2.0),
+        torch.full((263,), 0.5),
+        LengthEstimator().eval(),
+    )
+
+
+@pytest.fixture(scope="module", params=[momask, mogents])
+def pipe(request):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer = RVQVAE(263, 20, 12, 8, 1, 4).eval()
-        for layer in tokenizer.quantizer.layers:
-            layer.codebook.normal_()
-        return MoMaskPipeline(
-            tokenizer,
-            MaskTransformer(20, 12, 24, 32, 1, 3).eval(),
-            ResidualTransformer(20, 12, 24, 32, 1, 3, levels=4).eval(),
-            texts_to_vectors,
-            torch.full((263,), 2.0),
-            torch.full((263,), 0.5),
-            LengthEstimator().eval(),
-        )
+        return request.param()
 
 
 def test_motions_have_the_lengths_asked_for_and_do_not_depend_on_their_company(pipe):
@@ -41,29 +72,31 @@ def test_motions_have_the_lengths_asked_for_and_do_not_depend_on_their_company(p
 
 def test_features_are_brought_back_to_their_scale(pipe):
     found = pipe(["walks"], [16], steps=2)[0]
-    plain = MoMaskPipeline(
-        pipe.tokenizer, pipe.mask, pipe.residual, pipe.text, torch.zeros(263), torch.ones(263)
-    )(["walks"], [16], steps=2)[0]  # fmt: skip
+    plain = replace(pipe, mean=torch.zeros(263), std=torch.ones(263))(["walks"], [16], steps=2)[0]
     assert torch.allclose(found, plain * 0.5 + 2, atol=1e-5)
 
 
 def test_an_edit_keeps_the_first_level_outside_its_interval(pipe, monkeypatch):
     import hone_motion_anything.pipelines as pipelines
 
-    seen = {}
+    seen = []
 
     def keep(model, ids, *args, **kwargs):
-        seen["ids"] = ids
+        seen.append(ids)
         return refine(model, ids, *args, **kwargs)
 
     refine = pipelines.refine
     monkeypatch.setattr(pipelines, "refine", keep)
     features = 0.5 * torch.randn(40, 263) + 2
-    known = pipe.tokenizer.encode(((features - 2) / 0.5)[None])[0][..., 0]
+    known = pipe.encode(((features - 2) / 0.5)[None])
     edited = pipe.edit(features, "jumps", (0.5, 1.2), steps=3)
     assert edited.shape == (40, 263)
     kept = [0, 1, 6, 7, 8, 9]
-    assert torch.equal(seen["ids"][:, kept, 0], known[:, kept])
+    assert len(seen) == len(known) == len(pipe.streams())
+    for ids, levels, (_, _, parts) in zip(seen, known, pipe.streams(), strict=True):
+        assert ids.shape == (1, 49 if pipe.whole else 10, parts)
+        assert torch.equal(ids[:, kept], levels[:, kept, :, 0])
+        assert not torch.equal(ids[:, :10], levels[..., 0])
     with pytest.raises(ValueError, match="an interval within 2 s"):
         pipe.edit(features, "jumps", (1.0, 3.0))
 
@@ -72,9 +105,8 @@ def test_bad_lengths(pipe):
     for frames in ([15], [200], [16, 16]):
         with pytest.raises(ValueError, match="a multiple of 4 from 16 to 196"):
             pipe(["walks"], frames)
-    bare = MoMaskPipeline(pipe.tokenizer, pipe.mask, pipe.residual, pipe.text, pipe.mean, pipe.std)
     with pytest.raises(ValueError, match="give the pipeline a length estimator"):
-        bare(["walks"])
+        replace(pipe, length=None)(["walks"])
 
 
 def test_files_are_looked_at(tmp_path):
@@ -88,3 +120,36 @@ def test_files_are_looked_at(tmp_path):
         np.save(tmp_path / f"{name}.npy", np.ones(263))
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.tar"):
         MoMaskPipeline.from_files(**paths, clip=tmp_path, meta=tmp_path)
+
+
+@torch.no_grad()
+def test_both_streams_are_read_from_the_authors_files_and_reach_the_motion(tmp_path, monkeypatch):
+    import hone_motion_anything.checkpoints as checkpoints
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = mogents()
+    names = {"tokenizer": "vq_model", "mask": "t2m_transformer_ts", "mask_aux": "t2m_transformer_aux"}
+    names |= {"residual": "res_transformer_ts", "residual_aux": "res_transformer_aux"}
+    state = {key: getattr(pipe, name).state_dict() for name, key in names.items()}
+    for name in ("tokenizer", "mask", "residual"):
+        torch.save({key: state[key] for own, key in names.items() if own.startswith(name)}, tmp_path / f"{name}.tar")
+        for own in (name, f"{name}-aux"):
+            if f"mogents-{own}" in checkpoints.MANIFESTS:
+                made = copy.deepcopy(getattr(pipe, own.replace("-", "_")))
+                small = replace(checkpoints.MANIFESTS[f"mogents-{own}"], build=lambda made=made: made.to("meta"))
+                monkeypatch.setitem(checkpoints.MANIFESTS, f"mogents-{own}", small)
+    for name, value in (("mean", 2.0), ("std", 0.5)):
+        np.save(tmp_path / f"{name}.npy", np.full(263, value))
+    monkeypatch.setattr("hone_motion_anything.pipelines.ClipText", lambda folder, device: texts_to_vectors)
+    files = {"tokenizer": "tokenizer.tar", "masks": "mask.tar", "residuals": "residual.tar"}
+    loaded = MoGenTSPipeline.from_files(
+        **{name: tmp_path / file for name, file in files.items()}, clip=tmp_path, meta=tmp_path
+    )
+    known = pipe(["walks"], [16], steps=2)[0]
+    assert torch.equal(loaded(["walks"], [16], steps=2)[0], known)
+    for name in ("mask", "mask_aux", "residual", "residual_aux"):
+        other = copy.deepcopy(getattr(pipe, name))
+        for parameter in other.parameters():
+            parameter.mul_(-1)
+        assert not torch.equal(replace(pipe, **{name: other})(["walks"], [16], steps=2)[0], known), name

@@ -53,33 +53,56 @@ def test_graphs_work_on_texts():
         assert torch.equal(run.run(), wanted)
 
 
-@requires_gpu()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["nar", "llamagen", "flashar", "video", "text"])
-def test_graphs_draw_what_steps_draw(kind, dtype):
+KINDS = ["nar", "llamagen", "flashar", "video", "text"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def on_a_gpu(kind, dtype):
+    """A model, and what gives the condition of a seed's batch of two."""
     options = {"num_classes": None, "cls_token_num": 5, "caption_dim": 24} if kind == "text" else {}
     model = tiny("nar" if kind == "text" else kind, **options).to("cuda", dtype)
-    runs = [
-        Decoding(model, 2, sampling=SAMPLING),
-        GraphedDecoding(model, 2, sampling=SAMPLING),
-        GraphedDecoding(model, 2, sampling=Sampling(guidance=2.0), pieces=compiled_pieces()),
-    ]
+
+    def given(seed):
+        if kind != "text":
+            return {"labels": torch.tensor([seed, 7], device="cuda")}
+        words = torch.tensor([[False, seed > 0, True, True, True], [True] * 5])
+        text = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return {"text": text.cuda(), "words": words.cuda()}
+
+    return model, given
+
+
+@requires_gpu()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_draw_what_steps_draw(kind, dtype):
+    model, given = on_a_gpu(kind, dtype)
+    runs = [Decoding(model, 2, sampling=SAMPLING), GraphedDecoding(model, 2, sampling=SAMPLING)]
     for seed in range(3):
-        given = {"labels": torch.tensor([seed, 7], device="cuda")}
-        if kind == "text":
-            words = torch.tensor([[False, seed > 0, True, True, True], [True] * 5])
-            text = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
-            given = {"text": text.cuda(), "words": words.cuda()}
         for run in runs:
-            run.load(model.condition(**given, guided=True), [seed, 5])
-        eager, graphs, compiled = (run.run() for run in runs)
+            run.load(model.condition(**given(seed), guided=True), [seed, 5])
+        eager, graphs = (run.run() for run in runs)
         assert torch.equal(eager, graphs)
-        # The compiled one rounds otherwise and may draw another code; its last logits are those of its own codes.
+
+
+@requires_gpu()
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_of_compiled_blocks_give_the_teacher_forced_logits(kind, dtype):
+    """Of its own codes: it rounds otherwise than the uncompiled one, and may draw others."""
+    model, given = on_a_gpu(kind, dtype)
+    torch._dynamo.reset()
+    compiled_pieces.cache_clear()
+    run = GraphedDecoding(model, 2, sampling=Sampling(guidance=2.0), pieces=compiled_pieces())
+    for seed in range(3):
+        run.load(model.condition(**given(seed), guided=True), [seed, 5])
+        codes = run.run()
         with torch.no_grad():
-            without = model(compiled, **given, drop=torch.ones(2, dtype=torch.bool, device="cuda")).logits
-            wanted = without + 2.0 * (model(compiled, **given).logits - without)
+            without = model(codes, **given(seed), drop=torch.ones(2, dtype=torch.bool, device="cuda")).logits
+            wanted = without + 2.0 * (model(codes, **given(seed)).logits - without)
         wanted = wanted[:, list(model.order.steps[-1])]
-        error = float((runs[2].logits - wanted).norm() / wanted.norm())
+        error = float((run.logits - wanted).norm() / wanted.norm())
         assert error < (1e-4 if dtype == torch.float32 else 5e-2)
 
 

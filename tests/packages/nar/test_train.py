@@ -1,11 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hone_core.errors import CheckpointError
-from hone_nar.config import HostConfig, TrainHostConfig
+from hone_nar.config import DemoConfig, HostConfig, TrainHostConfig
 from hone_nar.data import digits
-from hone_nar.host import digit_model, load_host
+from hone_nar.demo import demo
+from hone_nar.flashar import post_train_start
+from hone_nar.host import Host, digit_model, load_host, save_host
 from hone_nar.train import Learner, Making, take_step, train_host
 
 CONFIG = TrainHostConfig(
@@ -74,3 +77,39 @@ def test_the_average_follows_slowly():
         take_step(learner, digits("train"), 4, 0.5, 0, number)
         for old, new, now in zip(before, learner.average.parameters(), learner.model.parameters(), strict=True):
             torch.testing.assert_close(new, decay * old + (1 - decay) * now)
+
+
+def test_a_host_of_clips_is_trained(start, tmp_path):
+    cfg = replace(CONFIG, data="shapes", steps=2)
+    with start(cfg, "train-host", tmp_path / "run") as run:
+        report = train_host(cfg, run)
+    host = load_host(path=report.checkpoint)
+    assert (host.config.data, host.nar.grid, host.raster.grid) == ("shapes", (4, 8, 8), (32, 8))
+    assert len(host.nar.layers) == len(host.raster.layers)
+
+
+@pytest.mark.slow
+def test_a_host_of_clips_is_shown(start, tmp_path):
+    path = save_host(Host.untrained(replace(CONFIG.host, data="shapes")), tmp_path / "host.safetensors")
+    asked = DemoConfig(host=path, limit=2)
+    with start(asked, "demo", tmp_path / "demo") as run:
+        found = demo(asked, run)
+    passes = {row.variant: row.value for row in found.rows if row.metric == "passes"}
+    assert passes == {"nar": 18, "raster": 256, "right-only": 18, "below-only": 18, "back-only": 18}
+
+
+def test_flashars_backbone_waits_and_learns_slowly():
+    model = post_train_start(digit_model("raster", CONFIG.host))
+    learner, train = Learner(model, lr=1e-2, ema=0.5, loss="flashar"), digits("train")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    take_step(learner, train, 4, 0.1, 0, 0)
+    still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    # A gate's first layer has no gradient while the last is zero, and of a head of zeros the branch has none.
+    assert {name for name in before if name not in model.new_names()} <= still
+    assert "medusa_output.weight" not in still
+    rates = {group["late"]: group["lr"] for group in learner.optimizer.param_groups}
+    assert rates[True] == 0
+    take_step(learner, train, 4, 0.3, 0, 1)
+    rates = {group["late"]: group["lr"] for group in learner.optimizer.param_groups}
+    assert rates[True] == pytest.approx(0.2 * rates[False])
+    assert not torch.equal(model.output.weight, before["output.weight"])

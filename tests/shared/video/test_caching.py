@@ -62,7 +62,8 @@ def test_frames_are_taken_at_the_rate_that_is_asked_for_and_the_middle_is_kept(t
 
 def test_what_is_no_video_is_named(tmp_path):
     (tmp_path / "a.mp4").write_text("no video")
-    with pytest.raises(ValueError, match=r"a\.mp4 cannot be read as a video"):
+    # The cause alone, without how ffmpeg was built.
+    with pytest.raises(ValueError, match=r"a\.mp4 cannot be read as a video: [^\n]{,200}$"):
         read_clip(tmp_path / "a.mp4", frames=1, height=8, width=8, fps=8)
 
 

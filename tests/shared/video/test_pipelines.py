@@ -9,7 +9,15 @@ from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, Un
 from hone_core.errors import CheckpointError
 from hone_video.architectures import tiny_pipeline
 from hone_video.images import cover, read_image
-from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, make_scheduler, with_flow_shift
+from hone_video.pipelines import (
+    PIPELINES,
+    check_size,
+    find_pipeline,
+    load_pipeline,
+    make_scheduler,
+    pipeline_on_meta,
+    with_flow_shift,
+)
 from PIL import Image
 
 # diffusers calls functions that other libraries have deprecated.
@@ -67,6 +75,32 @@ def test_an_image_covers_the_video(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"b\.png cannot be read"):
         read_image(tmp_path / "b.png")
+
+
+@KINDS
+def test_an_outline_has_what_configs_say_and_no_weights(kind, folders):
+    name = find_pipeline(str(folders[kind]))
+    whole = load_pipeline(str(folders[kind]), name, device=torch.device("cpu"), dtype=torch.float32)
+    bare = pipeline_on_meta(str(folders[kind]), name)
+    assert type(bare) is type(whole)
+    assert dict(bare.scheduler.config) == dict(whole.scheduler.config)
+    for part in ("transformer", "vae"):
+        assert getattr(bare, part).device.type == "meta"
+        have, want = (
+            {key: value for key, value in getattr(pipe, part).config.items() if not key.startswith("_")}
+            for pipe in (bare, whole)
+        )
+        assert have == want
+    assert bare.text_encoder is None
+
+
+def test_an_outline_knows_the_scale_of_its_own_vae(folders, tmp_path):
+    # Wan2.2's smaller model: a latent is 16 pixels wide, not 8.
+    folder = copy_of(folders["wan"], tmp_path / "copy")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").unlink()
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "scale_factor_spatial": 16}))
+    assert pipeline_on_meta(str(folder), "WanPipeline").vae_scale_factor_spatial == 16
 
 
 # What is missing is said before anything is loaded.

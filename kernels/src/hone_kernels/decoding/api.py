@@ -194,6 +194,9 @@ def rotate_attend(
 ) -> Tensor:
     """``rotate_append`` and ``paged_attention`` in one launch, for rows with one new token each.
 
+    Positions, rows, the table and what was cached for earlier tokens are read before the launches just before have
+    ended: no kernel that overlaps the next one may write them.
+
     Args:
         qkv: ``[tiles, (H + 2 HK) * D]``, contiguous: queries, keys and values of each token.
         cos: ``[positions, D / 2]``, of the first half of the rotation.

@@ -105,12 +105,14 @@ def _linear_kernel(
         if GATED:
             following_up = tl.load(ups + start + BLOCK_K, mask=after, other=0.0)
         following_x = tl.load(X + at + BLOCK_K, mask=left, other=0.0)
+        if NORM is not None:
+            following_scale = tl.load(NORM + at + BLOCK_K, mask=left, other=0.0)
         wide = x.to(tl.float32)
         if NORM is not None:
             # The norm's factor is one number, which is multiplied at the end.
             squares += wide * wide
             wide *= scale.to(tl.float32)
-            scale = tl.load(NORM + at + BLOCK_K, mask=left, other=0.0)
+            scale = following_scale
         sums += weight.to(tl.float32) * wide[None, :]
         weight = following
         if GATED:
@@ -135,6 +137,17 @@ def _linear_kernel(
     tl.store(OUT + n, out, mask=inside)
 
 
+def _tile(outputs: int, width: int, gated: bool, normed: bool) -> tuple[int, int, int]:
+    """Chosen on an H200 among twelve, for the layers of models of 1.5, 7 and 14 billion weights."""
+    if outputs >= 32768:
+        return 2, 512, 2
+    if gated:
+        return (2, 512, 2) if width <= 2048 else (4, 512, 4)
+    if normed:
+        return (4, 1024, 4) if width <= 2048 else (2, 512, 2)
+    return 2, 2048, 4
+
+
 def linear_of_one_triton(
     x: Tensor,
     weight: Tensor,
@@ -155,7 +168,7 @@ def linear_of_one_triton(
     outputs, width = weight.shape
     outputs = outputs // 2 if gated else outputs
     if tile is None:
-        tile = (2, 1024, 4) if gated else (4, 1024, 4) if norm is not None else (2, 2048, 4)
+        tile = _tile(outputs, width, gated, norm is not None)
     block_n, block_k, warps = tile
     overlap = _launches_overlap(x.device) if overlap is None else overlap
     out = x.new_empty(1, outputs)
@@ -314,39 +327,58 @@ def _merge_kernel(PARTS, LSE, OUT, splits, DIM: tl.constexpr, PADDED: tl.constex
 
 
 @triton.jit
-def _turned(
-    SOURCE, NORM, COS, SIN, place, d, mask, eps, kind: tl.constexpr, DIM: tl.constexpr, AXIS: tl.constexpr
-):  # fmt: skip
-    """Heads at pointers ``SOURCE``, normalised if there is a norm, and rotated."""
-    partner = (d + DIM // 2) % DIM
-    x = tl.load(SOURCE + d, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(SOURCE + partner, mask=mask, other=0.0).to(tl.float32)
+def _factors(NORM, COS, SIN, place, d, DIM: tl.constexpr):
+    """Weights of a norm (None: 1) for channels and their partners, and cosines and signed sines of a rotation."""
+    own, other = 1.0, 1.0
     if NORM is not None:
-        factor = tl.rsqrt(tl.sum(x * x, AXIS, keep_dims=True) / DIM + eps)
         own = tl.load(NORM + d, mask=d < DIM, other=0.0).to(tl.float32)
-        other = tl.load(NORM + partner, mask=d < DIM, other=0.0).to(tl.float32)
-        x = (own * (x * factor).to(kind).to(tl.float32)).to(kind).to(tl.float32)
-        y = (other * (y * factor).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+        other = tl.load(NORM + (d + DIM // 2) % DIM, mask=d < DIM, other=0.0).to(tl.float32)
     angle = place * (DIM // 2) + d % (DIM // 2)
     cos = tl.load(COS + angle, mask=d < DIM, other=0.0).to(tl.float32)
     sin = tl.load(SIN + angle, mask=d < DIM, other=0.0).to(tl.float32)
-    return (x * cos + y * tl.where(d < DIM // 2, -sin, sin)).to(kind)
+    return own, other, cos, tl.where(d < DIM // 2, -sin, sin)
+
+
+@triton.jit
+def _turned(x, y, factors, eps, kind: tl.constexpr, NORM: tl.constexpr, DIM: tl.constexpr, AXIS: tl.constexpr):
+    """Heads x, normalised if there is a norm, and rotated; y are each channel's partners."""
+    own, other, cos, sin = factors
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, AXIS, keep_dims=True) / DIM + eps)
+        x = (own * (x * factor).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+        y = (other * (y * factor).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    return (x * cos + y * sin).to(kind)
+
+
+@triton.jit
+def _old_block(CACHE, TABLE, row, head_k, block, position, d, table_stride, heads_k, DIM: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys or values ``[BLOCK_N, PADDED]`` of a block, zero from the new token on: its launch writes that one."""
+    at = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    page = tl.load(TABLE + row * table_stride + block * BLOCK_N // PAGE).to(tl.int64)
+    offset = ((page * heads_k + head_k) * PAGE + block * BLOCK_N % PAGE + tl.arange(0, BLOCK_N)) * DIM
+    return tl.load(CACHE + offset[:, None] + d[None, :], mask=(d < DIM)[None, :] & (at < position)[:, None], other=0.0)
 
 
 @triton.jit
 def _attend_kernel(
     QKV, COS, SIN, POSITIONS, ROWS, TABLE, KEYS, VALUES, Q_NORM, K_NORM, PARTS, LSE, COUNTS, OUT, eps, scale,
     table_stride, heads, heads_k, splits, GROUPS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LINES: tl.constexpr, SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head_k = tl.program_id(1)
     split = tl.program_id(2)
     kind = KEYS.dtype.element_ty
+    # Where tokens stand, and what was cached before this step, no launch nearby writes: all of it is on its way while
+    # the launch before still works.
     position = tl.load(POSITIONS + token)
+    row = tl.load(ROWS + token).to(tl.int64)
     place = tl.maximum(position, 0)
     blocks = tl.cdiv(position + 1, BLOCK_N)
     per = tl.maximum(tl.cdiv(blocks, splits), 1)
@@ -355,35 +387,43 @@ def _attend_kernel(
     if split < active:
         d = tl.arange(0, PADDED)
         inside = d < DIM
+        partner = (d + DIM // 2) % DIM
+        first = split * per
+        k = _old_block(KEYS, TABLE, row, head_k, first, position, d, table_stride, heads_k, DIM, PAGE, BLOCK_N)
+        v = _old_block(VALUES, TABLE, row, head_k, first, position, d, table_stride, heads_k, DIM, PAGE, BLOCK_N)
+        of_k = _factors(K_NORM, COS, SIN, place, d, DIM)
+        of_q = _factors(Q_NORM, COS, SIN, place, d[None, :], DIM)
+        last = tl.load(TABLE + row * table_stride + place // PAGE).to(tl.int64)
+        if OVERLAP:
+            gdc_wait()
         m = tl.arange(0, BLOCK_M)
         real = m < GROUPS
         line = token * heads + head_k * GROUPS + m
-        source = QKV + token * (heads + 2 * heads_k) * DIM
-        of_q = (source + (head_k * GROUPS + m) * DIM)[:, None]
         seen_q = real[:, None] & inside[None, :]
-        q = _turned(of_q, Q_NORM, COS, SIN, place, d[None, :], seen_q, eps, kind, DIM, 1)
-        new_k = _turned(source + (heads + head_k) * DIM, K_NORM, COS, SIN, place, d, inside, eps, kind, DIM, 0)
-        new_v = tl.load(source + (heads + heads_k + head_k) * DIM + d, mask=inside, other=0.0).to(kind)
-        row = tl.load(ROWS + token).to(tl.int64)
+        source = QKV + token * (heads + 2 * heads_k) * DIM
+        at_q = source + ((head_k * GROUPS + m) * DIM)[:, None]
+        at_k = source + (heads + head_k) * DIM
+        q = tl.load(at_q + d[None, :], mask=seen_q, other=0.0)
+        q_partner = tl.load(at_q + partner[None, :], mask=seen_q, other=0.0)
+        new_k = tl.load(at_k + d, mask=inside, other=0.0)
+        k_partner = tl.load(at_k + partner, mask=inside, other=0.0)
+        new_v = tl.load(at_k + heads_k * DIM + d, mask=inside, other=0.0).to(kind)
+        q = _turned(q, q_partner, of_q, eps, kind, Q_NORM is not None, DIM, 1)
+        new_k = _turned(new_k, k_partner, of_k, eps, kind, K_NORM is not None, DIM, 0)
         if split == active - 1:
-            last = tl.load(TABLE + row * table_stride + place // PAGE).to(tl.int64)
             kept = ((last * heads_k + head_k) * PAGE + place % PAGE) * DIM + d
             tl.store(KEYS + kept, new_k, mask=inside & (position >= 0))
             tl.store(VALUES + kept, new_v, mask=inside & (position >= 0))
         top = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         sums = tl.zeros([BLOCK_M, PADDED], tl.float32)
-        for block in range(split * per, tl.minimum(split * per + per, blocks)):
+        end = tl.minimum(first + per, blocks)
+        for block in range(first, end):
             at = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            page = tl.load(TABLE + row * table_stride + block * BLOCK_N // PAGE).to(tl.int64)
-            offset = ((page * heads_k + head_k) * PAGE + block * BLOCK_N % PAGE + tl.arange(0, BLOCK_N)) * DIM
-            # The token's own slot is written by this launch, and so not read.
-            old = at < position
-            k = tl.load(KEYS + offset[None, :] + d[:, None], mask=inside[:, None] & old[None, :], other=0.0)
-            v = tl.load(VALUES + offset[:, None] + d[None, :], mask=inside[None, :] & old[:, None], other=0.0)
-            k = tl.where((at == position)[None, :], new_k[:, None], k)
-            v = tl.where((at == position)[:, None], new_v[None, :], v)
-            logits = tl.dot(q, k, input_precision="ieee") * scale
+            own = (at == position)[:, None]
+            k = tl.where(own, new_k[None, :], k)
+            v = tl.where(own, new_v[None, :], v)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             logits = tl.where((at <= position)[None, :], logits, -float("inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
             weights = tl.exp2(logits - higher[:, None])
@@ -391,6 +431,11 @@ def _attend_kernel(
             total = total * fade + tl.sum(weights, 1)
             sums = sums * fade[:, None] + tl.dot(weights.to(kind), v, input_precision="ieee")
             top = higher
+            # Beyond the last block nothing is read.
+            following = tl.minimum(block + 1, blocks - 1)
+            until = tl.where(block + 1 < end, position, 0)
+            k = _old_block(KEYS, TABLE, row, head_k, following, until, d, table_stride, heads_k, DIM, PAGE, BLOCK_N)
+            v = _old_block(VALUES, TABLE, row, head_k, following, until, d, table_stride, heads_k, DIM, PAGE, BLOCK_N)
         mean = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         if active == 1:
             tl.store(OUT + line[:, None] * DIM + d[None, :], mean, mask=seen_q)
@@ -401,20 +446,31 @@ def _attend_kernel(
             # Whoever comes last finds all parts written, and joins them.
             count = COUNTS + token * heads_k + head_k
             if tl.atomic_add(count, 1, sem="acq_rel") == active - 1:
+                g = tl.arange(0, LINES)
+                of_g = token * heads + head_k * GROUPS + g
                 part = tl.arange(0, SPLITS)
-                there = part < active
-                for group in tl.static_range(GROUPS):
-                    one = token * heads + head_k * GROUPS + group
-                    lse = tl.load(LSE + one * splits + part, mask=there, other=-float("inf"), cache_modifier=".cg")
-                    weight = tl.exp2(lse - tl.max(lse, 0))
+                there = (g < GROUPS)[:, None] & (part < active)[None, :]
+                at_lse = LSE + of_g[:, None] * splits + part[None, :]
+                lse = tl.load(at_lse, mask=there, other=-float("inf"), cache_modifier=".cg")
+                highest = tl.max(lse, 1)
+                # Lines that pad the tile have seen nothing.
+                highest = tl.where(highest == -float("inf"), 0.0, highest)
+                whole = tl.sum(tl.exp2(lse - highest[:, None]), 1)
+                joined = tl.zeros([LINES, PADDED], tl.float32)
+                for start in range(0, active, CHUNK):
+                    some = start + tl.arange(0, CHUNK)
+                    near = (g < GROUPS)[:, None] & (some < active)[None, :]
+                    at_part = of_g[:, None] * splits + some[None, :]
+                    weight = tl.load(LSE + at_part, mask=near, other=-float("inf"), cache_modifier=".cg")
                     parts = tl.load(
-                        PARTS + (one * splits + part)[:, None] * DIM + d[None, :],
-                        mask=there[:, None] & inside[None, :],
+                        PARTS + at_part[:, :, None] * DIM + d[None, None, :],
+                        mask=near[:, :, None] & inside[None, None, :],
                         other=0.0,
                         cache_modifier=".cg",
                     )
-                    joined = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-                    tl.store(OUT + one * DIM + d, joined, mask=inside)
+                    joined += tl.sum(parts * tl.exp2(weight - highest[:, None])[:, :, None], 1)
+                joined = joined / tl.where(whole == 0.0, 1.0, whole)[:, None]
+                tl.store(OUT + of_g[:, None] * DIM + d[None, :], joined, mask=(g < GROUPS)[:, None] & inside[None, :])
                 tl.store(count, 0)
 
 
@@ -451,7 +507,8 @@ def rotate_attend_triton(
         qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm, parts, lse, counts, out, eps,
         scale * LOG2E, table.stride(0), heads, heads_k, splits, GROUPS=groups, DIM=dim,
         PADDED=max(16, triton.next_power_of_2(dim)), PAGE=page, BLOCK_M=max(16, triton.next_power_of_2(groups)),
-        BLOCK_N=block_n, SPLITS=triton.next_power_of_2(splits), OVERLAP=overlap, num_warps=4, num_stages=2,
+        BLOCK_N=block_n, LINES=triton.next_power_of_2(groups), SPLITS=triton.next_power_of_2(splits), CHUNK=8,
+        OVERLAP=overlap, num_warps=4,
         **_pdl(overlap),
     )  # fmt: skip
     return out

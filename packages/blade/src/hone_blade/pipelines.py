@@ -30,8 +30,8 @@ from hone_video.pipelines import (
     check_size,
     find_pipeline,
     load_pipeline,
+    pipeline_on_meta,
     pipeline_parts,
-    transformer_on_meta,
 )
 from hone_video.training import Group, Loop, Part, seeded
 from torch import Tensor, nn
@@ -164,12 +164,8 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     tdm = cfg.tdm or TDM_PRESETS[cfg.objective or preset].config
     asked = (cfg.frames, cfg.height, cfg.width)
     frames, height, width = (own if given is None else given for given, own in zip(asked, usual, strict=True))
-    bare = load_pipeline(
-        cfg.model, name, device=torch.device("cpu"), dtype=torch.float32, **local,
-        leave_out=("transformer", "transformer_2", "text_encoder", "tokenizer", "vae"),
-    )  # fmt: skip
+    bare = pipeline_on_meta(cfg.model, name, **local)
     boundary = bare.config.boundary_ratio * bare.scheduler.config.num_train_timesteps if two else None
-    bare.transformer = transformer_on_meta(cfg.model, name, **local)
     check_size(bare, frames=frames, height=height, width=width)
     time, space = bare.vae_scale_factor_temporal, bare.vae_scale_factor_spatial
     channels, sizes = bare.transformer.config.in_channels, ((frames - 1) // time + 1, height // space, width // space)

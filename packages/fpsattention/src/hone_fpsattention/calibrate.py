@@ -16,7 +16,7 @@ from hone_video.grids import Grid
 from hone_video.host import load_host, make_scheduler
 from hone_video.prompts import parse_prompt
 
-from .calibration import Errors, attach_probe, candidate_regimes, gather_errors, search
+from .calibration import Errors, attach_probe, candidate_regimes, check_search, gather_errors, search
 from .config import PRESETS, CalibrateConfig, FPSAttentionConfig, Regime
 from .models import describe_model, preset_for, scheduler_shift
 from .plots import error_map
@@ -24,7 +24,7 @@ from .sample import default_preset, draw, open_pipeline, video_grid
 from .schedule import Schedule, step_regimes
 from .windows import density
 
-__all__ = ["CalibrateReport", "calibrate"]
+__all__ = ["CalibrateReport", "calibrate", "check_choices"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +80,9 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
         ValueError: A window is larger than the grid, an attention is not finite, or nothing keeps to the budget.
     """
     device = resolve_device(run.device)
-    if cfg.video.model is None:
-        model, base, grid, sampler, steps, sample = _tiny(cfg, device)
-    else:
-        model, base, grid, sampler, steps, sample = _pipeline(cfg, device)
-    candidates = candidate_regimes(grid, base.tile, windows=cfg.windows, scales=cfg.scales, e4m3=cfg.e4m3)
-    densities = [density(grid, base.tile, regime.window, border=base.border).tiles for regime in candidates]
+    source = _tiny(cfg, device) if cfg.video.model is None else _pipeline(cfg, open_pipeline(cfg.video, device))
+    model, base, grid, sampler, steps, sample = source
+    candidates, densities = _choices(cfg, source)
     rows = []
     progress = progress_bar(len(cfg.video.prompts) * steps, desc="measuring", quiet=run.quiet)
     with attach_probe(model, base) as handle, progress as bar:
@@ -133,8 +130,32 @@ def _tiny(cfg: CalibrateConfig, device: torch.device) -> Source:
     return host.transformer, base, host.config.grid, sampler, host.config.steps, sample
 
 
-def _pipeline(cfg: CalibrateConfig, device: torch.device) -> Source:
-    pipe = open_pipeline(cfg.video, device)
+def _choices(cfg: CalibrateConfig, source: Source) -> tuple[tuple[Regime, ...], list[float]]:
+    """What a regime may be, and the density of each."""
+    _, base, grid, _, steps, _ = source
+    candidates = candidate_regimes(
+        grid, base.tile, windows=cfg.windows, scales=cfg.scales, e4m3=cfg.e4m3, border=base.border
+    )
+    densities = [density(grid, base.tile, regime.window, border=base.border).tiles for regime in candidates]
+    check_search(densities, steps=steps, budget=cfg.budget, regimes=cfg.regimes)
+    return candidates, densities
+
+
+def check_choices(cfg: CalibrateConfig, pipe: Any) -> None:
+    """Refuse a search that cannot find anything, before anything is measured.
+
+    Args:
+        cfg: With a pipeline.
+        pipe: That pipeline, with or without its weights.
+
+    Raises:
+        ValueError: A window is larger than the grid, there are fewer steps than regimes, or nothing keeps to the
+            budget.
+    """
+    _choices(cfg, _pipeline(cfg, pipe))
+
+
+def _pipeline(cfg: CalibrateConfig, pipe: Any) -> Source:
     shift = scheduler_shift(pipe.scheduler)
     base = preset_for(cfg.preset or default_preset(type(pipe).__name__), shift).constant(0)
 

@@ -25,13 +25,13 @@ from hone_video.handle import LayerStats, VideoHandle, attach_method
 from jaxtyping import Float
 from torch import Tensor
 
-from .config import FPSAttentionConfig, Regime, Scales, Size
+from .config import Border, FPSAttentionConfig, Regime, Scales, Size
 from .method import fps_attention
 from .models import plan_for
 from .tiles import tile_counts
-from .windows import density
+from .windows import covers, density
 
-__all__ = ["Errors", "Found", "attach_probe", "candidate_regimes", "gather_errors", "search"]
+__all__ = ["Errors", "Found", "attach_probe", "candidate_regimes", "check_search", "gather_errors", "search"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,7 @@ def candidate_regimes(
     windows: Sequence[Size] = (),
     scales: Sequence[Scales] = ("tile",),
     e4m3: bool = True,
+    border: Border = "shift",
 ) -> tuple[Regime, ...]:
     """Regimes to choose from at a grid, sparsest first, no two of the same effect.
 
@@ -70,12 +71,13 @@ def candidate_regimes(
         windows: Tiles along each axis; empty for 1, 3 and all on each.
         scales: What shares a scale.
         e4m3: Whether they round.
+        border: What a window does at the border.
 
     Raises:
         ValueError: A window is larger than the grid along an axis, by more than the tile that makes it odd.
     """
     counts = tile_counts(grid, tile)
-    whole = tuple(n + 1 - n % 2 for n in counts)
+    whole = tuple(n + 1 - n % 2 if border == "shift" else 2 * n - 1 for n in counts)
     for window in windows:
         if any(w > most for w, most in zip(window, whole, strict=True)):
             raise ValueError(
@@ -89,10 +91,10 @@ def candidate_regimes(
         ]
     found: dict[tuple[Any, ...], Regime] = {}
     for window, kind in itertools.product(windows, scales if e4m3 else scales[:1]):
-        reach = tuple(min(w // 2, n // 2) for w, n in zip(window, counts, strict=True))
-        dense = all(2 * r + 1 >= n for r, n in zip(reach, counts, strict=True))
+        reach = tuple(min(w, most) // 2 for w, most in zip(window, whole, strict=True))
+        dense = covers(grid, tile, window, border)
         found.setdefault((reach, kind), Regime(window=None if dense else window, scales=kind, e4m3=e4m3))
-    return tuple(sorted(found.values(), key=lambda regime: density(grid, tile, regime.window).tiles))
+    return tuple(sorted(found.values(), key=lambda regime: density(grid, tile, regime.window, border=border).tiles))
 
 
 class _Probe(Method):
@@ -199,6 +201,19 @@ class Found:
     error: float
 
 
+def check_search(densities: Sequence[float], *, steps: int, budget: float, regimes: int) -> None:
+    """Refuse a search that cannot find anything; arguments and errors as ``search``."""
+    if not 1 <= regimes <= steps:
+        raise ValueError(f"regimes must lie in [1, {steps}], the denoising steps; got {regimes}")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is a mean density in (0, 1]; got {budget}")
+    if min(densities) > budget:
+        raise ValueError(
+            f"no candidate keeps to budget {budget:g}: the sparsest has density {min(densities):.4g}. Raise the "
+            "budget, or add smaller windows"
+        )
+
+
 def search(
     error: Float[Tensor, "steps candidates"],
     candidates: Sequence[Regime],
@@ -227,15 +242,7 @@ def search(
             f"expected a regime and a density for each of {count} candidates; got {len(candidates)} and "
             f"{len(densities)}"
         )
-    if not 1 <= regimes <= steps:
-        raise ValueError(f"regimes must lie in [1, {steps}], the denoising steps; got {regimes}")
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget is a mean density in (0, 1]; got {budget}")
-    if min(densities) > budget:
-        raise ValueError(
-            f"no candidate keeps to budget {budget:g}: the sparsest has density {min(densities):.4g}. Raise the "
-            "budget, or add smaller windows"
-        )
+    check_search(densities, steps=steps, budget=budget, regimes=regimes)
     cost = error.double().cpu()
     dense = torch.tensor(densities, dtype=torch.float64)
     before = torch.cat([cost.new_zeros((1, count)), cost.cumsum(0)])  # total up to a step

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_dtype
 from hone_core.environment import code_version
+from hone_core.errors import CheckpointError
 from hone_core.runs import Report, Run
 from hone_video.caching import Cache, fill_cache, fingerprint, read_clips
 from hone_video.denoising import Denoiser
 from hone_video.lora import add_lora
-from hone_video.pipelines import find_pipeline, load_pipeline, transformer_on_meta
+from hone_video.pipelines import find_pipeline, load_pipeline, pipeline_on_meta
 from hone_video.training import Group, Loop, Part
 from torch import Tensor
 
@@ -72,12 +73,10 @@ def schedule_of(cfg: FinetuneConfig) -> tuple[Schedule, tuple[int, int, int]]:
             made, or the windows are larger than the grid.
     """
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
-    bare = load_pipeline(
-        cfg.model, name, device=torch.device("cpu"), dtype=torch.float32, local_files_only=cfg.local_files_only,
-        leave_out=("transformer", "transformer_2", "text_encoder", "tokenizer", "vae"),
-    )  # fmt: skip
-    model = transformer_on_meta(cfg.model, name, cfg.part, local_files_only=cfg.local_files_only)
-    setattr(bare, cfg.part, model)
+    bare = pipeline_on_meta(cfg.model, name, local_files_only=cfg.local_files_only)
+    model = getattr(bare, cfg.part, None)
+    if model is None:
+        raise CheckpointError(f"{cfg.model} has no {cfg.part}")
     data = cfg.data
     frames, height, width = data.frames, data.height, data.width
     time, space = bare.vae_scale_factor_temporal, bare.vae_scale_factor_spatial

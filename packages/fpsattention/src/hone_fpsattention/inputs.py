@@ -77,22 +77,20 @@ def find_evaluated(cfg: EvalConfig) -> EvalConfig:
 
 
 def find_video(cfg: GenerateConfig) -> GenerateConfig:
-    """The settings, once the pipeline and the schedule are known to be there.
+    """The settings, once pipeline, schedule and what was tuned are known to be there and to fit together.
 
     Raises:
         CheckpointError: The pipeline is not there, not whole, or of an unsupported class.
-        OSError, ValueError: The schedule cannot be read, or is none.
+        OSError, ValueError: The schedule cannot be read, or does not fit; the windows leave nothing out; or the model
+            cannot make this size.
     """
     if cfg.schedule is not None:
-        Schedule.load(cfg.schedule)
-        cfg = replace(cfg, schedule=Path(os.path.abspath(cfg.schedule)))
-    if cfg.tuned is not None:
-        from .tuned import read_tuned
+        Schedule.load(cfg.schedule)  # before torch is there
+    from .sample import check_video
 
-        read_tuned(cfg.tuned)
-        cfg = replace(cfg, tuned=Path(os.path.abspath(cfg.tuned)))
-    _find_pipeline(cfg.video.model, local_files_only=cfg.video.local_files_only)
-    return cfg
+    check_video(cfg)
+    schedule, tuned = (None if path is None else Path(os.path.abspath(path)) for path in (cfg.schedule, cfg.tuned))
+    return replace(cfg, schedule=schedule, tuned=tuned)
 
 
 def find_finetuned(cfg: FinetuneConfig) -> FinetuneConfig:
@@ -100,12 +98,16 @@ def find_finetuned(cfg: FinetuneConfig) -> FinetuneConfig:
 
     Raises:
         CheckpointError: The pipeline is not there, not whole, or of an unsupported class.
+        MissingExtraError: A LoRA is to be trained, and peft is not installed.
         OSError, ValueError: Schedule or videos cannot be read, or do not fit the model.
     """
     from hone_video.caching import read_clips
 
     from .finetune import schedule_of
+    from .tuned import need_peft
 
+    if cfg.lora_rank:
+        need_peft("LoRA training")
     data = cfg.data
     if data.videos is not None:
         read_clips(data.videos, caption=data.caption)
@@ -119,14 +121,18 @@ def find_finetuned(cfg: FinetuneConfig) -> FinetuneConfig:
 
 
 def find_calibrated(cfg: CalibrateConfig) -> CalibrateConfig:
-    """The settings, once host or pipeline is known to be there.
+    """The settings, once host or pipeline is known to be there, and something to choose from.
 
     Raises:
         CheckpointError: It is not.
+        ValueError: The model cannot make this size, a window is larger than the grid, or nothing keeps to the budget.
     """
     if cfg.video.model is None:
         return find_host(cfg)
-    _find_pipeline(cfg.video.model, local_files_only=cfg.video.local_files_only)
+    from .calibrate import check_choices
+    from .sample import outline
+
+    check_choices(cfg, outline(cfg.video))
     return cfg
 
 
@@ -145,10 +151,3 @@ def find_inspected(cfg: InspectConfig) -> InspectConfig:
         open_host(HostConfig, "hone-fpsattention", cfg.tuned)
         cfg = replace(cfg, tuned=Path(os.path.abspath(cfg.tuned)))
     return cfg
-
-
-def _find_pipeline(model: str | None, *, local_files_only: bool) -> None:
-    from hone_video.pipelines import find_pipeline
-
-    assert model is not None
-    find_pipeline(model, local_files_only=local_files_only)

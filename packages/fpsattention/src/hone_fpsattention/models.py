@@ -7,6 +7,7 @@ guidance see the same timestep, and so the same regime.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -27,8 +28,11 @@ from .config import PRESETS, FPSAttentionConfig, Regime
 from .method import Plan, Rope, fps_attention
 from .schedule import Schedule, regime_index
 from .tiles import Tiling
+from .windows import covers
 
 __all__ = ["NUM_TRAIN_TIMESTEPS", "FPSAttentionHandle", "attach", "describe_model", "plan_for", "preset_for"]
+
+log = logging.getLogger(__name__)
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps over this are noise levels, in every model that is supported."""
@@ -144,6 +148,12 @@ def plan_for(regime: Regime, cfg: FPSAttentionConfig, grid: Grid, text_tokens: i
 def _kept(
     regime: Regime, tile: Grid, block: int, border: str, grid: Grid, text_tokens: int, device: torch.device
 ) -> Plan:
+    if regime.window is not None and covers(grid, tile, regime.window, border):  # type: ignore[arg-type]
+        log.warning(
+            "window %s is larger than the grid of %s tokens in tiles of %s: it reads every tile. "
+            "Make a larger video, or take a smaller window, or smaller tiles",
+            *(regime.window, grid, tile),
+        )
     # Tensors that any later caller can use, whatever mode this one is in.
     with torch.inference_mode(False), _disable_current_modes():
         cfg = FPSAttentionConfig(regimes=(regime,), tile=tile, block=block, border=border)  # type: ignore[arg-type]
@@ -213,7 +223,8 @@ class FPSAttentionHandle(VideoHandle[FPSAttentionConfig]):
 def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) -> FPSAttentionHandle:
     """Give a video diffusion transformer FPSAttention, until ``detach()``.
 
-    Regimes go by the noise level of each forward; what else there is to know says ``hone_video.handle.attach_method``.
+    Regimes go by the noise level of each forward. A window that reads every tile of a forward's grid is warned of once;
+    ``windows.covers`` says so before. What else there is to know says ``hone_video.handle.attach_method``.
 
     Args:
         model_or_pipeline: A ``WanTransformer3DModel``, ``CogVideoXTransformer3DModel`` (text-, image- or

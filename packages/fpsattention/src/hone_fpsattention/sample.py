@@ -16,23 +16,33 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.finite import check_latents, check_weights
 from hone_video.grids import Grid
-from hone_video.pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, with_flow_shift
+from hone_video.pipelines import (
+    PIPELINES,
+    check_size,
+    find_pipeline,
+    load_pipeline,
+    pipeline_on_meta,
+    with_flow_shift,
+)
 from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import FPSAttentionConfig, GenerateConfig, VideoConfig
 from .linears import check_linears, round_linears
 from .models import attach, preset_for, scheduler_shift
 from .schedule import Schedule, step_regimes
-from .tuned import Tuned, load_tuned, put_lora, read_tuned
+from .tuned import Tuned, load_tuned, need_peft, put_lora, read_tuned
 from .windows import covers, density
 
 __all__ = [
     "GenerateReport",
+    "check_video",
     "check_windows",
+    "choose_attention",
     "default_preset",
     "draw",
     "generate",
     "open_pipeline",
+    "outline",
     "render",
     "video_grid",
 ]
@@ -73,20 +83,66 @@ def open_pipeline(cfg: VideoConfig, device: torch.device, tuned: Tuned | None = 
     """
     assert cfg.model is not None
     name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
-    if cfg.flow_shift is not None and PIPELINES[name].family != "wan":
-        raise ValueError(f"flow_shift is of Wan's samplers; {name} has none. Leave it out")
     dtype = resolve_dtype(cfg.dtype, device)
     ready = {} if tuned is None else load_tuned(tuned, name, dtype=dtype)
     pipe = load_pipeline(
         cfg.model, name, device=device, dtype=dtype, offload=cfg.offload, local_files_only=cfg.local_files_only,
         ready=ready,
     )  # fmt: skip
-    if cfg.flow_shift is not None:
-        pipe.scheduler = with_flow_shift(pipe.scheduler, cfg.flow_shift)
+    _set_up(pipe, cfg)
     if tuned is not None:
         put_lora(pipe, tuned)
-    check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
     return pipe
+
+
+def _set_up(pipe: Any, cfg: VideoConfig) -> None:
+    """The sampler's shift, and a look at the size."""
+    if cfg.flow_shift is not None:
+        if PIPELINES[type(pipe).__name__].family != "wan":
+            raise ValueError(f"flow_shift is of Wan's samplers; {type(pipe).__name__} has none. Leave it out")
+        pipe.scheduler = with_flow_shift(pipe.scheduler, cfg.flow_shift)
+    check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
+
+
+def outline(cfg: VideoConfig) -> Any:
+    """What ``open_pipeline`` will return, without weights and text encoder.
+
+    Raises: As ``open_pipeline``.
+    """
+    assert cfg.model is not None
+    name = find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
+    pipe = pipeline_on_meta(cfg.model, name, local_files_only=cfg.local_files_only)
+    _set_up(pipe, cfg)
+    return pipe
+
+
+def check_video(cfg: GenerateConfig) -> None:
+    """Refuse what would be refused once the weights are loaded, by the configs alone.
+
+    Raises:
+        CheckpointError: The pipeline is not there, not whole, or of an unsupported class.
+        MissingExtraError: A LoRA is given, and peft is not installed.
+        ValueError: As ``generate``.
+    """
+    tuned = None if cfg.tuned is None else read_tuned(cfg.tuned)
+    if tuned is not None and tuned.lora is not None:
+        need_peft("A LoRA")
+    pipe = outline(cfg.video)
+    settings = choose_attention(cfg, pipe, tuned)
+    if settings is not None:
+        check_windows(settings.config if isinstance(settings, Schedule) else settings, video_grid(pipe, cfg.video))
+        attach(pipe, settings).detach()
+
+
+def choose_attention(cfg: GenerateConfig, pipe: Any, tuned: Tuned | None) -> FPSAttentionConfig | Schedule | None:
+    """What is to be attached; None is the model's own attention."""
+    if cfg.dense:
+        return None
+    settings = Schedule.load(cfg.schedule) if cfg.schedule else cfg.attention
+    if settings is None and cfg.preset is None and tuned is not None:
+        return tuned.schedule
+    preset = cfg.preset or default_preset(type(pipe).__name__)
+    return settings or preset_for(preset, scheduler_shift(pipe.scheduler))
 
 
 def video_grid(pipe: Any, cfg: VideoConfig) -> Grid:
@@ -217,13 +273,7 @@ class Sampler:
         self.pipe = open_pipeline(video, device, tuned)
         check_weights(self.pipe)
         grid = video_grid(self.pipe, video)
-        settings: FPSAttentionConfig | Schedule | None = None
-        if not cfg.dense:
-            own = default_preset(type(self.pipe).__name__)
-            settings = Schedule.load(cfg.schedule) if cfg.schedule else cfg.attention
-            if settings is None and cfg.preset is None and tuned is not None:
-                settings = tuned.schedule
-            settings = settings or preset_for(cfg.preset or own, scheduler_shift(self.pipe.scheduler))
+        settings = choose_attention(cfg, self.pipe, tuned)
         config = settings.config if isinstance(settings, Schedule) else settings
         self.labels: dict[str, str | int | float] = {"steps": video.steps, "grid": "x".join(map(str, grid))}
         if config is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .schedule import Schedule
 
-__all__ = ["Tuned", "export_tuned", "load_tuned", "put_lora", "read_tuned"]
+__all__ = ["Tuned", "export_tuned", "load_tuned", "need_peft", "put_lora", "read_tuned"]
 
 SCHEDULE_FILE = "schedule.json"
 _SCHEDULE, _PART = "hone_fpsattention_schedule", "hone_fpsattention_part"
@@ -103,6 +103,16 @@ def load_tuned(tuned: Tuned, pipeline: str, *, dtype: torch.dtype) -> dict[str, 
     return {tuned.part: load_transformer(tuned.transformer, pipeline, dtype=dtype)}
 
 
+def need_peft(purpose: str) -> None:
+    """Refuse what a LoRA is for where peft is not installed, before anything long begins.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("train", "hone-fpsattention", purpose)
+
+
 def put_lora(pipe: Any, tuned: Tuned) -> None:
     """Load the trained LoRA into the pipeline, where it is one.
 
@@ -110,7 +120,6 @@ def put_lora(pipe: Any, tuned: Tuned) -> None:
         MissingExtraError: peft is not installed.
     """
     if tuned.lora is not None:
-        if importlib.util.find_spec("peft") is None:
-            raise MissingExtraError("train", "hone-fpsattention", "A LoRA")
+        need_peft("A LoRA")
         second = {"load_into_transformer_2": True} if tuned.part == "transformer_2" else {}
         pipe.load_lora_weights(tuned.lora.parent, weight_name=LORA_FILE, **second)

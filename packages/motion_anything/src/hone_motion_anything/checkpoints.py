@@ -24,14 +24,14 @@ class Manifest:
     """What a published file holds.
 
     Attributes:
-        key: Entry of the file that is the state; empty where the file is it.
+        keys: Entry of the file that is the state; the first of these that is there.
         build: Makes the module.
         dropped: Prefixes of entries that are someone else's, such as CLIP's.
         licence: Of the weights, as their authors say.
         where: Which file it is.
     """
 
-    key: str
+    keys: tuple[str, ...]
     build: Callable[[], nn.Module]
     where: str
     dropped: tuple[str, ...] = ()
@@ -40,48 +40,54 @@ class Manifest:
 
 MANIFESTS: dict[str, Manifest] = {
     "momask-tokenizer": Manifest(
-        "vq_model", RVQVAE, "MoMask, rvq_nq6_dc512_nc512_noshare_qdp0.2/model/net_best_fid.tar"
+        ("vq_model", "net"), RVQVAE, "MoMask, rvq_nq6_dc512_nc512_noshare_qdp0.2/model/net_best_fid.tar"
     ),
     "momask-mask": Manifest(
-        "t2m_transformer",
+        ("t2m_transformer",),
         MaskTransformer,
         "MoMask, t2m_nlayer8_nhead6_ld384_ff1024_cdp0.1_rvq6ns/model/latest.tar",
         ("clip_model.",),
     ),
     "momask-residual": Manifest(
-        "res_transformer",
+        ("res_transformer",),
         ResidualTransformer,
         "MoMask, tres_nlayer8_ld384_ff1024_rvq6ns_cdp0.2_sw/model/net_best_fid.tar",
         ("clip_model.",),
     ),
-    "momask-length": Manifest("estimator", LengthEstimator, "MoMask, length_estimator/model/finest.tar"),
-    "mogents-tokenizer": Manifest("vq_model", MoGenTSTokenizer, "MoGenTS, its RVQ-VAE"),
+    "momask-length": Manifest(("estimator",), LengthEstimator, "MoMask, length_estimator/model/finest.tar"),
+    "mogents-tokenizer": Manifest(("vq_model", "net"), MoGenTSTokenizer, "MoGenTS, pretrain_vq/model/net_best_fid.tar"),
     "mogents-mask": Manifest(
-        "t2m_transformer", MaskTransformer2D, "MoGenTS, its 2-D masked transformer", ("clip_model.",)
+        ("t2m_transformer_ts",),
+        MaskTransformer2D,
+        "MoGenTS, the columns' part of pretrain_mtrans/model/net_best_fid.tar",
+        ("clip_model.",),
     ),
     "mogents-mask-aux": Manifest(
-        "t2m_transformer",
+        ("t2m_transformer_aux",),
         lambda: MaskTransformer(aux=True),
-        "MoGenTS, its masked transformer of frames",
+        "MoGenTS, the frames' part of pretrain_mtrans/model/net_best_fid.tar",
         ("clip_model.",),
     ),
     "mogents-residual": Manifest(
-        "res_transformer", ResidualTransformer2D, "MoGenTS, its 2-D residual transformer", ("clip_model.",)
+        ("res_transformer_ts",),
+        ResidualTransformer2D,
+        "MoGenTS, the columns' part of pretrain_rtrans/model/net_best_fid.tar",
+        ("clip_model.",),
     ),
     "mogents-residual-aux": Manifest(
-        "res_transformer",
+        ("res_transformer_aux",),
         lambda: ResidualTransformer(aux=True),
-        "MoGenTS, its residual transformer of frames",
+        "MoGenTS, the frames' part of pretrain_rtrans/model/net_best_fid.tar",
         ("clip_model.",),
     ),
     "t2m-movement": Manifest(
-        "movement_encoder", lambda: MovementConvEncoder(259, 512, 512), "T2M, text_mot_match/model/finest.tar"
+        ("movement_encoder",), lambda: MovementConvEncoder(259, 512, 512), "T2M, text_mot_match/model/finest.tar"
     ),
     "t2m-motion": Manifest(
-        "motion_encoder", lambda: MotionEncoderBiGRUCo(512, 1024, 512), "T2M, text_mot_match/model/finest.tar"
+        ("motion_encoder",), lambda: MotionEncoderBiGRUCo(512, 1024, 512), "T2M, text_mot_match/model/finest.tar"
     ),
     "t2m-text": Manifest(
-        "text_encoder", lambda: TextEncoderBiGRUCo(300, POS_TAGS, 512, 512), "T2M, text_mot_match/model/finest.tar"
+        ("text_encoder",), lambda: TextEncoderBiGRUCo(300, POS_TAGS, 512, 512), "T2M, text_mot_match/model/finest.tar"
     ),
 }
 """Name to what its file holds. Names, shapes and entries are those of the released code; no file was at hand to try."""
@@ -133,8 +139,7 @@ def load_published(name: str, path: str | Path) -> nn.Module:
     """
     model, manifest = build(name, "meta"), MANIFESTS[name]
     data = read_state(path)
-    if manifest.key in data and isinstance(data[manifest.key], Mapping):
-        data = data[manifest.key]
+    data = next((data[key] for key in manifest.keys if isinstance(data.get(key), Mapping)), data)
     state = {key: value for key, value in data.items() if isinstance(value, Tensor)}
     state = {key: value for key, value in state.items() if not key.startswith(manifest.dropped)}
     wanted = model.state_dict()

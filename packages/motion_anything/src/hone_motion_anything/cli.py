@@ -56,8 +56,11 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         run="hone_motion_anything.fit:fit",
         config="hone_motion_anything.config:TrainConfig",
         prepare="hone_motion_anything.fit:prepare",
-        help="Train tokenizer or transformer on HumanML3D, in one process or several.",
+        help="Train tokenizer or transformer on HumanML3D or text, music and dance, in one process or several.",
         shared=True,
+    ),
+    "make-set": _verb(
+        "triples:make_set", "MakeSetConfig", "Write generated motions, captions and music as a set to train on."
     ),
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "Metrics of text to motion and of dance, repeated, with intervals."

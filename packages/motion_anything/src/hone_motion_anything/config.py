@@ -20,6 +20,7 @@ __all__ = [
     "EvaluatorConfig",
     "GenerateConfig",
     "HostConfig",
+    "MakeSetConfig",
     "MotionAnythingConfig",
     "Preset",
     "ReproduceConfig",
@@ -521,11 +522,35 @@ class BenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MakeSetConfig:
+    """Generated motions with captions and music, as a folder of text, music and dance that ``train`` reads."""
+
+    train: int = 512
+    """Motions of the training split."""
+    val: int = 64
+    """Motions of the validation split."""
+    test: int = 64
+    """Motions of the test split."""
+    kinds: tuple[str, ...] = ("text", "both")
+    """That take turns: ``text`` stands without music, ``both`` dances with a caption, ``music`` without one."""
+    seed: int = 0
+    """Of the scenes."""
+
+    def __post_init__(self) -> None:
+        wrong = [kind for kind in self.kinds if kind not in ("text", "both", "music")]
+        if wrong or not self.kinds:
+            raise ValueError(f"kinds are of text, both, music; got {', '.join(wrong) or 'none'}")
+        if min(self.train, self.val, self.test) < 1:
+            raise ValueError(f"every split needs a motion; got {self.train}, {self.val} and {self.test}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """The tokenizer by parts, then the masked transformer with the method, on HumanML3D."""
+    """The tokenizer by parts, then the masked transformer with the method, on HumanML3D or text, music and dance."""
 
     data: Path
-    """Folder of HumanML3D, with new_joint_vecs, texts and train.txt."""
+    """Folder of HumanML3D, with new_joint_vecs, texts and train.txt; or of text, music and dance, with motions, texts,
+    music and train.txt, as make-set writes one."""
     stage: Literal["tokenizer", "transformer"] = "tokenizer"
     """What is trained; the transformer needs a tokenizer that was."""
     tokenizer: Path | None = None
@@ -555,7 +580,7 @@ class TrainConfig:
     decay: float = 0.01
     """Of AdamW; ours."""
     drop: float = 0.1
-    """Share of texts that are left out, for guidance; MoMask's."""
+    """Share of texts that are left out, and of music, for guidance; MoMask's."""
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 300.0

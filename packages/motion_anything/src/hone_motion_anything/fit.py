@@ -1,4 +1,4 @@
-"""``train``: the tokenizer by parts, or the masked transformer with the method, on HumanML3D.
+"""``train``: the tokenizer by parts, or the masked transformer with the method, on HumanML3D or text, music and dance.
 
 Runs in one process, or in several that ``accelerate launch`` starts: each takes its share of every batch, and gradients
 are averaged. What a step does depends on its number alone, so that a stopped training goes on exactly.
@@ -28,6 +28,7 @@ from .models import attach, draw_mask
 from .texts import ClipText
 from .tokenizers import PartTokenizer
 from .train import seeded
+from .triples import is_triples, read_triples
 
 __all__ = ["FitReport", "Fitting", "fit", "load_tokenizer", "load_transformer", "prepare"]
 
@@ -64,7 +65,9 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
         CheckpointError: There is no tokenizer.
     """
     if not (cfg.data / "train.txt").is_file():
-        raise FileNotFoundError(f"there is no {cfg.data / 'train.txt'}; expected a folder of HumanML3D")
+        raise FileNotFoundError(
+            f"there is no {cfg.data / 'train.txt'}; expected a folder of HumanML3D, or of text, music and dance"
+        )
     if cfg.stage == "transformer":
         hosts.open_host(TokenizerConfig, PACKAGE, cfg.tokenizer)
         assert cfg.clip is not None
@@ -129,6 +132,10 @@ class Fitting:
     def __init__(self, cfg: TrainConfig, clips: list[Clip], accelerator: Any, device: torch.device, path: Path) -> None:
         self.cfg, self.clips, self.accelerator, self.device = cfg, clips, accelerator, device
         self.process, self.count = accelerator.process_index, accelerator.num_processes
+        quiet = [index for index, clip in enumerate(clips) if clip.music is None]
+        danced = [index for index, clip in enumerate(clips) if clip.music is not None]
+        # The tokenizer learns of all alike.
+        self.kinds = ([*quiet, *danced], []) if cfg.stage == "tokenizer" else (quiet, danced)
         self.tokens: list[Tensor] = []
         self.texts: list[Tensor] = []
         with torch.random.fork_rng(devices=[]):
@@ -158,15 +165,17 @@ class Fitting:
                 f"{self.cfg.transformer.codes}; set transformer.codes in a --config"
             )
         encode = ClipText(self.cfg.clip, self.device)
+        wide = encode.width
+        if wide != self.cfg.transformer.text_width:
+            raise ValueError(
+                f"{self.cfg.clip} gives texts of {wide} numbers and the transformer takes "
+                f"{self.cfg.transformer.text_width}; set transformer.text_width in a --config"
+            )
         for clip in self.clips:
             rows = min(len(clip.features) // 4, self.cfg.transformer.max_tokens) * 4
             self.tokens.append(tokenizer.encode(clip.features[None, :rows].to(self.device))[0])
-            self.texts.append(encode(clip.captions))
-        if self.texts[0].shape[1] != self.cfg.transformer.text_width:
-            raise ValueError(
-                f"{self.cfg.clip} gives texts of {self.texts[0].shape[1]} numbers and the transformer takes "
-                f"{self.cfg.transformer.text_width}; set transformer.text_width in a --config"
-            )
+            # Without a caption a row of zeros stands there, which is left out for the learned vector.
+            self.texts.append(encode(clip.captions) if clip.captions else torch.zeros(1, wide, device=self.device))
 
     def _generator(self, purpose: int) -> torch.Generator:
         # Of the step and the process alone.
@@ -176,7 +185,9 @@ class Fitting:
     def _batch(self) -> list[int]:
         own = self.cfg.batch // self.count
         draw = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + self.training.step)
-        whole = torch.randint(len(self.clips), (self.cfg.batch,), generator=draw).tolist()
+        # A batch has music or has none, since the two attend differently: as often as its kind is in the set.
+        kind = self.kinds[int(torch.randint(len(self.clips), (), generator=draw)) >= len(self.kinds[0])]
+        whole = [kind[at] for at in torch.randint(len(kind), (self.cfg.batch,), generator=draw).tolist()]
         return whole[self.process * own : (self.process + 1) * own]
 
     def loss(self) -> Tensor:
@@ -203,11 +214,23 @@ class Fitting:
             ids[row, : len(own)], valid[row, : len(own)] = own, True
             which = int(torch.rand((), generator=generator, device=self.device) * len(self.texts[index]))
             texts.append(self.texts[index][which])
-        condition = Condition(text=torch.stack(texts))
+        untold = torch.tensor([not self.clips[index].captions for index in chosen], device=self.device)
+        condition = Condition(text=torch.stack(texts), music=self._music(chosen, longest), no_text=untold)
         mask, _ = draw_mask(self.model, ids, condition, valid, generator)
-        gone = torch.rand(len(chosen), generator=generator, device=self.device) < self.cfg.drop
-        dropped = condition.dropped(gone, gone)
+        gone = torch.rand(2, len(chosen), generator=generator, device=self.device) < self.cfg.drop
+        dropped = condition.dropped(gone[0] | untold, gone[1])
         return masked_loss(self.model, ids, dropped, valid, mask, generator, self.cfg.settings.corrupt)
+
+    def _music(self, chosen: list[int], longest: int) -> Tensor | None:
+        if self.clips[chosen[0]].music is None:
+            return None
+        music = torch.zeros(len(chosen), longest, self.cfg.transformer.music_width, device=self.device)
+        for row, index in enumerate(chosen):
+            own = self.clips[index].music
+            assert own is not None
+            count = len(self.tokens[index])
+            music[row, :count] = own[:count]
+        return music
 
     def train(self) -> Iterator[dict[str, float] | None]:
         """Run to the end of the budget; see ``hone_core.training.Training``."""
@@ -254,7 +277,7 @@ def fit(cfg: TrainConfig, run: Run) -> FitReport:
         device = accelerator.device
     if cfg.batch % accelerator.num_processes:
         raise ValueError(f"batch must be a multiple of {accelerator.num_processes} processes; got {cfg.batch}")
-    clips = read_clips(cfg.data, "train")
+    clips = (read_triples if is_triples(cfg.data) else read_clips)(cfg.data, "train")
     fitting = Fitting(cfg, clips, accelerator, device, run.artifacts / "checkpoint.pt")
     fitting.training.resume()
     losses: list[float] = []

@@ -19,8 +19,10 @@ from torch import Tensor
 from .motion_files import read_numbers
 from .skeletons import HUMANML3D, Skeleton
 
-__all__ = ["LONGEST", "Clip", "read_clips", "read_texts"]
+__all__ = ["LEAST", "LONGEST", "Clip", "checked_features", "read_clips", "read_texts"]
 
+LEAST = 40
+"""Rows of a clip at least; 24 for KIT-ML."""
 LONGEST = 200
 """Rows from which on a clip is left out, as in the release."""
 
@@ -33,11 +35,13 @@ class Clip:
         name: Of the file, with the part's rows.
         features: ``[rows, width]``.
         captions: What it shows.
+        music: ``[rows / 4, 35]`` pooled features of what is danced to; None without.
     """
 
     name: str
     features: Float[Tensor, "rows width"]
     captions: tuple[str, ...]
+    music: Float[Tensor, "tokens 35"] | None = None
 
 
 def read_texts(path: Path) -> list[tuple[str, float, float]]:
@@ -68,6 +72,20 @@ def read_texts(path: Path) -> list[tuple[str, float, float]]:
     return found
 
 
+def checked_features(features: Tensor, path: Path, skeleton: Skeleton) -> Float[Tensor, "rows width"]:
+    """Features of a file, as they came.
+
+    Raises:
+        ValueError: They have another width or are not finite; the message names file and row.
+    """
+    if features.ndim != 2 or features.shape[1] != skeleton.width:
+        raise ValueError(f"{path}: expected [rows, {skeleton.width}] for {skeleton.name}; got {list(features.shape)}")
+    bad = ~torch.isfinite(features).all(-1)
+    if bool(bad.any()):
+        raise ValueError(f"{path}, row {int(bad.nonzero()[0])}: a feature is not finite")
+    return features
+
+
 def read_clips(folder: Path, split: str, skeleton: Skeleton = HUMANML3D) -> list[Clip]:
     """Clips of a split, from 40 rows (24 for KIT-ML) up to ``LONGEST``.
 
@@ -75,7 +93,7 @@ def read_clips(folder: Path, split: str, skeleton: Skeleton = HUMANML3D) -> list
         FileNotFoundError: A file is missing.
         ValueError: Features have another width or are not finite, or a text is damaged; the message names file and row.
     """
-    least = 40 if skeleton is HUMANML3D else 24
+    least = LEAST if skeleton is HUMANML3D else 24
     names = folder / f"{split}.txt"
     if not names.is_file():
         raise FileNotFoundError(f"there is no {names}; expected a folder of {skeleton.name} with {split}.txt in it")
@@ -84,14 +102,7 @@ def read_clips(folder: Path, split: str, skeleton: Skeleton = HUMANML3D) -> list
         path = folder / "new_joint_vecs" / f"{name}.npy"
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}, which {names.name} lists")
-        features = read_numbers(path).float()
-        if features.ndim != 2 or features.shape[1] != skeleton.width:
-            raise ValueError(
-                f"{path}: expected [rows, {skeleton.width}] for {skeleton.name}; got {list(features.shape)}"
-            )
-        bad = ~torch.isfinite(features).all(-1)
-        if bool(bad.any()):
-            raise ValueError(f"{path}, row {int(bad.nonzero()[0])}: a feature is not finite")
+        features = checked_features(read_numbers(path).float(), path, skeleton)
         whole = []
         for caption, start, end in read_texts(folder / "texts" / f"{name}.txt"):
             if start == end == 0:

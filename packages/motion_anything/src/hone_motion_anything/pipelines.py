@@ -1,34 +1,192 @@
-"""MoMask as a pipeline: texts to motions, and edits of an interval, with published weights."""
+"""MoMask and MoGenTS as pipelines: texts to motions, and edits of an interval, with published weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hone_core.errors import CheckpointError
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .checkpoints import load_published
 from .decoding import guided, unmask
 from .method import Condition
-from .published import LengthEstimator, MaskTransformer, ResidualTransformer, refine
+from .mogents import COLUMNS, MoGenTSTokenizer
+from .published import (
+    LengthEstimator,
+    MaskTransformer,
+    MaskTransformer2D,
+    ResidualTransformer,
+    ResidualTransformer2D,
+    refine,
+)
 from .texts import ClipText
 from .tokenizers import RVQVAE
 
-__all__ = ["LONGEST", "MoMaskPipeline"]
+__all__ = ["LONGEST", "MoGenTSPipeline", "MoMaskPipeline"]
 
 LONGEST = 196
 """Frames that HumanML3D's motions have at most."""
 _LEAST = 16
 
 
+class _Pipeline:
+    """What both share: every stream of tokens is drawn from the text alone, and one decoder joins them."""
+
+    text: Callable[[Sequence[str]], Tensor]
+    mean: Tensor
+    std: Tensor
+    length: LengthEstimator | None
+    whole = False
+    """Whether every grid is as long as the longest motion."""
+
+    def streams(self) -> list[tuple[Any, Any, int]]:
+        """Masked transformer, residual one and columns of each kind of tokens."""
+        raise NotImplementedError
+
+    def encode(self, normal: Float[Tensor, "1 frames width"]) -> list[Int[Tensor, "1 time parts levels"]]:
+        """Tokens of each stream."""
+        raise NotImplementedError
+
+    def decode(self, levels: list[Int[Tensor, "1 time parts levels"]]) -> Float[Tensor, "1 frames width"]:
+        """Normalised features of the tokens of one motion."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        texts: Sequence[str],
+        frames: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        steps: int = 10,
+        guidance: float = 4.0,
+        residual_guidance: float = 5.0,
+        temperature: float = 1.0,
+    ) -> list[Float[Tensor, "frames 263"]]:
+        """One motion for each text.
+
+        Args:
+            texts: What the person does.
+            frames: Of each, a multiple of 4 from 16 to 196; None: drawn by the length estimator.
+            seed: Of the draws.
+            steps: Passes of the masked transformers.
+            guidance: Of the masked transformers.
+            residual_guidance: Of the residual ones.
+            temperature: Of the draws of both.
+
+        Raises:
+            ValueError: A text is empty, a length is none, or lengths are missing without an estimator.
+        """
+        condition = Condition(text=self.text(texts))
+        generator = torch.Generator(self.mean.device).manual_seed(seed)
+        if frames is None:
+            if self.length is None:
+                raise ValueError("say how many frames each motion has, or give the pipeline a length estimator")
+            assert condition.text is not None
+            frames = self.length.draw(condition.text, generator).clamp(_LEAST, LONGEST).tolist()
+        wrong = [count for count in frames if count % 4 or not _LEAST <= count <= LONGEST]
+        if wrong or len(frames) != len(texts):
+            raise ValueError(
+                f"expected a multiple of 4 from {_LEAST} to {LONGEST} for each of {len(texts)} texts; got "
+                f"{list(frames)}"
+            )
+        valid = self._valid([count // 4 for count in frames])
+        options: dict[str, Any] = {"steps": steps, "temperature": temperature}
+        return self._made(condition, valid, generator, guidance, residual_guidance, options)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        features: Float[Tensor, "frames 263"],
+        text: str,
+        seconds: tuple[float, float],
+        *,
+        seed: int = 0,
+        steps: int = 10,
+        guidance: float = 4.0,
+        residual_guidance: float = 5.0,
+        temperature: float = 1.0,
+    ) -> Float[Tensor, "frames 263"]:
+        """The motion with an interval made anew: in-betweening, prolongation, another action.
+
+        Tokens outside stay as they are at the first level; the further levels are drawn anew, as in the release.
+
+        Args:
+            features: Of a multiple of 4 frames.
+            text: What happens in the interval.
+            seconds: Its start and end.
+            seed: Of the draws.
+            steps: Passes of the masked transformers.
+            guidance: Of the masked transformers.
+            residual_guidance: Of the residual ones.
+            temperature: Of the draws of both.
+
+        Raises:
+            ValueError: The interval lies outside the motion, or the number of frames is no multiple of 4 up to 196.
+        """
+        count = len(features)
+        if count % 4 or count > LONGEST or not 0 <= seconds[0] < seconds[1] <= count / 20:
+            raise ValueError(
+                f"expected a multiple of 4 frames up to {LONGEST} and an interval within {count / 20:g} s; got {count} "
+                f"and {seconds}"
+            )
+        known = self.encode(((features.to(self.mean) - self.mean) / self.std)[None])
+        valid = self._valid([count // 4])
+        # What stands past the end is not looked at.
+        known = [F.pad(stream, (0, 0, 0, 0, 0, valid.shape[1] - stream.shape[1])) for stream in known]
+        made = torch.zeros_like(valid)
+        made[:, int(seconds[0] * 5) : -int(-seconds[1] * 5 // 1)] = True
+        condition = Condition(text=self.text([text]))
+        generator = torch.Generator(self.mean.device).manual_seed(seed)
+        options: dict[str, Any] = {"steps": steps, "temperature": temperature}
+        return self._made(condition, valid, generator, guidance, residual_guidance, options, known, made)[0]
+
+    def _valid(self, counts: Sequence[int]) -> Tensor:
+        """Time steps ``[B, T]`` that are there."""
+        steps = LONGEST // 4 if self.whole else max(counts)
+        device = self.mean.device
+        return torch.arange(steps, device=device)[None] < torch.tensor(counts, device=device)[:, None]
+
+    def _made(
+        self,
+        condition: Condition,
+        valid: Tensor,
+        generator: torch.Generator,
+        guidance: float,
+        residual_guidance: float,
+        options: dict[str, Any],
+        known: list[Tensor] | None = None,
+        made: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Features of each row, decoded by itself: in the releases padding reaches into the end of a shorter one."""
+        levels = []
+        for number, (mask, residual, parts) in enumerate(self.streams()):
+            edit: dict[str, Any] = {}
+            if known is not None and made is not None:
+                start = known[number][..., 0]
+                edit = {"start": start, "edit": made[..., None].expand_as(start)}
+
+            def asked(ids: Tensor, model: Any = mask) -> Tensor:
+                return guided(model, ids, condition, valid, guidance, 1.0)
+
+            ids = unmask(asked, valid, parts, mask.mask_id, generator, **options, **edit)
+            heat = options["temperature"]
+            levels.append(
+                refine(residual, ids, condition, valid, generator, guidance=residual_guidance, temperature=heat)
+            )
+        rows = [[stream[row, there][None] for stream in levels] for row, there in enumerate(valid)]
+        return [self.decode(row)[0] * self.std + self.mean for row in rows]
+
+
 @dataclass
-class MoMaskPipeline:
+class MoMaskPipeline(_Pipeline):
     """Texts to features of HumanML3D.
 
     Attributes:
@@ -60,7 +218,7 @@ class MoMaskPipeline:
         meta: Path,
         length: Path | None = None,
         device: torch.device | str = "cpu",
-    ) -> MoMaskPipeline:
+    ) -> Self:
         """Read the authors' files, or those that ``convert`` made of them.
 
         Args:
@@ -76,133 +234,120 @@ class MoMaskPipeline:
             FileNotFoundError: A file is missing.
             CheckpointError: One is damaged, or another one.
         """
-        numbers = {}
-        for name in ("mean", "std"):
-            path = meta / f"{name}.npy"
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no {path}")
-            numbers[name] = torch.from_numpy(np.load(path, allow_pickle=False)).float().to(device)
-            if numbers[name].shape != (263,) or not bool(torch.isfinite(numbers[name]).all()):
-                raise CheckpointError(f"{path} must hold 263 finite numbers; got {list(numbers[name].shape)}")
-        parts: dict[str, Any] = {
-            name: load_published(f"momask-{name}", path).to(device)
-            for name, path in (("tokenizer", tokenizer), ("mask", mask), ("residual", residual))
+        numbers = _statistics(meta, device)
+        paths = {"tokenizer": tokenizer, "mask": mask, "residual": residual}
+        parts = {name: load_published(f"momask-{name}", path).to(device) for name, path in paths.items()}
+        return cls(**parts, **numbers, text=ClipText(clip, device), length=_estimator(length, device))  # type: ignore[arg-type]
+
+    def streams(self) -> list[tuple[Any, Any, int]]:
+        """See ``_Pipeline``."""
+        return [(self.mask, self.residual, 1)]
+
+    def encode(self, normal: Tensor) -> list[Tensor]:
+        """See ``_Pipeline``."""
+        return [self.tokenizer.encode(normal)[0][:, :, None]]
+
+    def decode(self, levels: list[Tensor]) -> Tensor:
+        """See ``_Pipeline``."""
+        return self.tokenizer.forward_decoder(levels[0][:, :, 0])
+
+
+@dataclass
+class MoGenTSPipeline(_Pipeline):
+    """Texts to features of HumanML3D, by tokens of whole frames and tokens of time and six columns.
+
+    Differs: a temperature acts on the draws of the first level; in the release it is lost there. Every grid has 49 time
+    steps, as all had in training: its residual transformer mixes time steps by the grid's length, and in the release
+    a motion changes with the longest one of its batch.
+
+    Attributes:
+        tokenizer: Motion to both streams and back.
+        mask_aux: Of the frames' first level.
+        residual_aux: Of their others.
+        mask: Of the columns' first level.
+        residual: Of their others.
+        text: Texts to CLIP's vectors ``[B, 512]``.
+        mean: ``[263]`` that the tokenizer's features were normalised with; not the evaluator's.
+        std: ``[263]`` likewise.
+        length: Frames of a text, MoMask's; None: they have to be given.
+    """
+
+    tokenizer: MoGenTSTokenizer
+    mask_aux: MaskTransformer
+    residual_aux: ResidualTransformer
+    mask: MaskTransformer2D
+    residual: ResidualTransformer2D
+    text: Callable[[Sequence[str]], Tensor]
+    mean: Float[Tensor, " width"]
+    std: Float[Tensor, " width"]
+    length: LengthEstimator | None = None
+    whole = True
+
+    @classmethod
+    def from_files(
+        cls,
+        *,
+        tokenizer: Path,
+        masks: Path,
+        residuals: Path,
+        clip: Path,
+        meta: Path,
+        length: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read the authors' files, each of which holds both streams.
+
+        Args:
+            tokenizer: ``pretrain_vq/model/net_best_fid.tar``.
+            masks: ``pretrain_mtrans/model/net_best_fid.tar``.
+            residuals: ``pretrain_rtrans/model/net_best_fid.tar``.
+            clip: Folder of CLIP's text model and tokenizer.
+            meta: Folder with the tokenizer's ``mean.npy`` and ``std.npy``.
+            length: ``finest.tar`` of MoMask's length estimator.
+            device: Where.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            CheckpointError: One is damaged, or another one.
+        """
+        numbers = _statistics(meta, device)
+        paths = {
+            "tokenizer": tokenizer,
+            "mask-aux": masks,
+            "mask": masks,
+            "residual-aux": residuals,
+            "residual": residuals,
         }
-        estimator: Any = None if length is None else load_published("momask-length", length).to(device)
-        mean, std = numbers["mean"], numbers["std"]
-        return cls(**parts, text=ClipText(clip, device), mean=mean, std=std, length=estimator)
+        parts = {
+            name.replace("-", "_"): load_published(f"mogents-{name}", path).to(device) for name, path in paths.items()
+        }
+        return cls(**parts, **numbers, text=ClipText(clip, device), length=_estimator(length, device))  # type: ignore[arg-type]
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        texts: Sequence[str],
-        frames: Sequence[int] | None = None,
-        *,
-        seed: int = 0,
-        steps: int = 10,
-        guidance: float = 4.0,
-        residual_guidance: float = 5.0,
-        temperature: float = 1.0,
-    ) -> list[Float[Tensor, "frames 263"]]:
-        """One motion for each text.
+    def streams(self) -> list[tuple[Any, Any, int]]:
+        """See ``_Pipeline``."""
+        return [(self.mask_aux, self.residual_aux, 1), (self.mask, self.residual, COLUMNS)]
 
-        Args:
-            texts: What the person does.
-            frames: Of each, a multiple of 4 from 16 to 196; None: drawn by the length estimator.
-            seed: Of the draws.
-            steps: Passes of the masked transformer.
-            guidance: Of the masked transformer.
-            residual_guidance: Of the residual one.
-            temperature: Of the draws of both.
+    def encode(self, normal: Tensor) -> list[Tensor]:
+        """See ``_Pipeline``."""
+        frames, columns = self.tokenizer.encode(normal)
+        return [frames[:, :, None], columns]
 
-        Raises:
-            ValueError: A text is empty, a length is none, or lengths are missing without an estimator.
-        """
-        condition = Condition(text=self.text(texts))
-        generator = torch.Generator(self.mean.device).manual_seed(seed)
-        if frames is None:
-            if self.length is None:
-                raise ValueError("say how many frames each motion has, or give the pipeline a length estimator")
-            assert condition.text is not None
-            frames = self.length.draw(condition.text, generator).clamp(_LEAST, LONGEST).tolist()
-        wrong = [count for count in frames if count % 4 or not _LEAST <= count <= LONGEST]
-        if wrong or len(frames) != len(texts):
-            raise ValueError(
-                f"expected a multiple of 4 from {_LEAST} to {LONGEST} for each of {len(texts)} texts; got "
-                f"{list(frames)}"
-            )
-        counts = torch.tensor(list(frames), device=self.mean.device) // 4
-        valid = torch.arange(int(counts.max()), device=self.mean.device)[None] < counts[:, None]
-        ids = unmask(
-            lambda now: guided(self.mask, now, condition, valid, guidance, 1.0),  # type: ignore[arg-type]
-            valid,
-            1,
-            self.mask.mask_id,
-            generator,
-            steps=steps,
-            temperature=temperature,
-        )
-        return self._decoded(ids, condition, valid, generator, residual_guidance, temperature)
+    def decode(self, levels: list[Tensor]) -> Tensor:
+        """See ``_Pipeline``."""
+        return self.tokenizer.forward_decoder(levels[0][:, :, 0], levels[1])
 
-    @torch.no_grad()
-    def edit(
-        self,
-        features: Float[Tensor, "frames 263"],
-        text: str,
-        seconds: tuple[float, float],
-        *,
-        seed: int = 0,
-        steps: int = 10,
-        guidance: float = 4.0,
-        residual_guidance: float = 5.0,
-        temperature: float = 1.0,
-    ) -> Float[Tensor, "frames 263"]:
-        """The motion with an interval made anew: in-betweening, prolongation, another action.
 
-        Tokens outside stay as they are at the first level; the further levels are drawn anew, as in the release.
+def _statistics(meta: Path, device: torch.device | str) -> dict[str, Tensor]:
+    numbers = {}
+    for name in ("mean", "std"):
+        path = meta / f"{name}.npy"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}")
+        numbers[name] = torch.from_numpy(np.load(path, allow_pickle=False)).float().to(device)
+        if numbers[name].shape != (263,) or not bool(torch.isfinite(numbers[name]).all()):
+            raise CheckpointError(f"{path} must hold 263 finite numbers; got {list(numbers[name].shape)}")
+    return numbers
 
-        Args:
-            features: Of a multiple of 4 frames.
-            text: What happens in the interval.
-            seconds: Its start and end.
-            seed: Of the draws.
-            steps: Passes of the masked transformer.
-            guidance: Of the masked transformer.
-            residual_guidance: Of the residual one.
-            temperature: Of the draws of both.
 
-        Raises:
-            ValueError: The interval lies outside the motion, or the number of frames is no multiple of 4.
-        """
-        count = len(features)
-        if count % 4 or not 0 <= seconds[0] < seconds[1] <= count / 20:
-            raise ValueError(
-                f"expected a multiple of 4 frames and an interval within {count / 20:g} s; got {count} and {seconds}"
-            )
-        known, _ = self.tokenizer.encode(((features.to(self.mean) - self.mean) / self.std)[None])
-        start = known[..., :1]
-        made = torch.zeros_like(start, dtype=torch.bool)
-        made[:, int(seconds[0] * 5) : -int(-seconds[1] * 5 // 1)] = True
-        condition = Condition(text=self.text([text]))
-        valid = torch.ones_like(start[..., 0], dtype=torch.bool)
-        generator = torch.Generator(self.mean.device).manual_seed(seed)
-        ids = unmask(
-            lambda now: guided(self.mask, now, condition, valid, guidance, 1.0),  # type: ignore[arg-type]
-            valid,
-            1,
-            self.mask.mask_id,
-            generator,
-            steps=steps,
-            temperature=temperature,
-            start=start,
-            edit=made,
-        )
-        return self._decoded(ids, condition, valid, generator, residual_guidance, temperature)[0]
-
-    def _decoded(
-        self, ids: Tensor, condition: Condition, valid: Tensor, generator: torch.Generator, scale: float, heat: float
-    ) -> list[Tensor]:
-        """Features of each row, decoded by itself: in the release, padding reaches into the end of a shorter motion."""
-        levels = refine(self.residual, ids, condition, valid, generator, guidance=scale, temperature=heat)
-        rows = [row[there, 0][None] for row, there in zip(levels, valid, strict=True)]
-        return [self.tokenizer.forward_decoder(row)[0] * self.std + self.mean for row in rows]
+def _estimator(path: Path | None, device: torch.device | str) -> Any:
+    return None if path is None else load_published("momask-length", path).to(device)

@@ -34,6 +34,11 @@ class ClipText:
         self.model: Any = CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True).eval().to(device)
         self.device = torch.device(device)
 
+    @property
+    def width(self) -> int:
+        """Numbers of a vector."""
+        return int(self.model.config.projection_dim)
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch: int = 256) -> Float[Tensor, "texts width"]:
         """Vectors of texts; what goes beyond CLIP's 77 tokens is cut off, as in the releases.

@@ -13,9 +13,9 @@ from hone_video.training_config import LoopConfig
 __all__ = ["HEADS", "PRESETS", "BenchConfig", "DemoConfig", "EvalConfig", "GenerateConfig", "HostConfig", "NARConfig"]
 __all__ += ["ExtractConfig", "Preset", "ReproduceConfig", "TrainConfig", "TrainHostConfig"]
 
-HEADS = ("right", "below", "back")
-"""Heads by the axis that they move along: the last, the one before, the one before that."""
 Mix = Literal["average", "right", "below", "back"]
+HEADS: tuple[Mix, ...] = ("right", "below", "back")
+"""Heads by the axis that they move along: the last, the one before, the one before that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +61,20 @@ PRESETS: dict[str, Preset] = {
 class HostConfig:
     """Architecture of the tiny host: a NAR, and a raster LlamaGen of as many blocks in all."""
 
+    data: Literal["digits", "shapes"] = "digits"
+    """What it draws: handwritten digits, or clips of a moving shape."""
     dim: int = 64
     """Channels."""
     layers: int = 3
-    """Blocks before the below head's own; the raster model has one more."""
+    """Blocks before those of further heads; the raster model has as many in all."""
     heads: int = 4
     """Of attention."""
 
     def __post_init__(self) -> None:
         if min(self.dim, self.layers, self.heads) < 1 or self.dim % (4 * self.heads):
             raise ValueError(f"dim must be a multiple of 4 heads; got {self.dim} and {self.heads}")
+        if self.data not in ("digits", "shapes"):
+            raise ValueError(f"data must be digits or shapes; got {self.data!r}")
 
 
 def _check_least(config: object, least: int, *names: str) -> None:
@@ -85,6 +89,8 @@ class TrainHostConfig:
 
     host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
     """Architecture."""
+    data: Literal["digits", "shapes"] = "digits"
+    """What it learns to draw: handwritten digits, or clips of a moving shape (on a GPU)."""
     seed: int = 0
     """Of weights and data."""
     minutes: float = 4.0
@@ -110,6 +116,7 @@ class TrainHostConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
+        HostConfig(data=self.data)
         if self.steps is not None and self.steps < 2:
             raise ValueError(f"steps are of two models; got {self.steps}")
         if not 0 <= self.drop < 1 or not 0 <= self.dropout < 1 or not 0 < self.ema < 1:
@@ -235,7 +242,7 @@ class ExtractConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """Digits by NAR and by a raster model, the picture growing from the corner."""
+    """Digits, or clips of another host, by NAR and by a raster model, the picture growing from the corner."""
 
     host: Path | None = None
     """A host.safetensors made by train-host; the packaged one if not given."""
@@ -350,10 +357,12 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReproduceConfig:
-    """The paper's central claim on digits: several ways to train and draw, over several seeds."""
+    """The paper's central claim on digits or on moving shapes: several ways to train and draw, over several seeds."""
 
     host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
     """Architecture."""
+    data: Literal["digits", "shapes"] = "digits"
+    """Digits; or clips of a moving shape, where it is asked too whether the order must follow the clip."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, order of data and draws."""
     steps: int = 900
@@ -370,5 +379,6 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
+        HostConfig(data=self.data)
         _check_least(self, 1, "steps", "batch")
         _check_least(self, 20, "limit")

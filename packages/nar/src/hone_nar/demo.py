@@ -16,10 +16,8 @@ from torch import Tensor
 
 from . import plots
 from .config import DemoConfig
-from .data import CLASSES, GRID, to_image
 from .evaluate import likelihood_rows, table, variants_of
 from .generation import Decoding
-from .grading import accuracy
 from .host import draw_digits, load_host
 
 __all__ = ["DemoReport", "demo"]
@@ -55,7 +53,8 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
         CheckpointError: There is no host.
     """
     host = load_host(resolve_device(run.device), path=cfg.host)
-    labels = torch.arange(cfg.limit) % CLASSES
+    task = host.task
+    labels = torch.arange(cfg.limit) % task.classes
     seeds = range(cfg.seed, cfg.seed + cfg.limit)
     frames: dict[str, list[Tensor]] = {}
     images, captions = {}, {}
@@ -67,15 +66,15 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
             order = state.model.order
             drawn = torch.zeros(state.model.tokens, dtype=torch.bool)
             drawn[list(order.ids[: order.starts[step + 1]])] = True
-            pictures = to_image(state.raster().cpu())
-            shown.append(torch.stack([plots.unfinished(picture, drawn.view(GRID)) for picture in pictures]))
+            pictures = task.to_image(state.raster().cpu())
+            shown.append(torch.stack([plots.unfinished(picture, task.flat(drawn)) for picture in pictures]))
 
         options = {"guidance": cfg.guidance, "kind": variant.kind}
         draw_digits(variant.model, labels, seeds, on_step=keep, **options)  # type: ignore[arg-type]
         begin = time.perf_counter()
         tokens = draw_digits(variant.model, labels, seeds, **options)  # type: ignore[arg-type]
         per_image = 1e3 * (time.perf_counter() - begin) / cfg.limit
-        right = accuracy(tokens, labels).float()
+        right = task.accuracy(tokens, labels).float()
         run.row("accuracy", float(right.mean()), better="higher", n=cfg.limit, variant=variant.name)
         run.row("passes", variant.passes, unit="passes", better="lower", variant=variant.name)
         run.row(
@@ -84,7 +83,7 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
         )  # fmt: skip
         if variant.name in ("nar", "raster"):
             frames[variant.name] = shown
-        images[variant.name] = to_image(tokens.cpu()).expand(-1, 3, -1, -1)
+        images[variant.name] = task.to_image(tokens.cpu()).expand(-1, 3, -1, -1)
         captions[variant.name] = (
             f"{variant.passes} passes", f"{per_image:.1f} ms an image", f"{float(nll.mean()):.2f} bits per token"
         )  # fmt: skip

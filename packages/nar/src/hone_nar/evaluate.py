@@ -18,17 +18,16 @@ from hone_core.runs import Report, Row, Run
 from torch import Tensor
 
 from .codes import Codes, open_codes
-from .config import EvalConfig, Mix
-from .data import CLASSES, digits
+from .config import HEADS, EvalConfig, Mix
+from .data import Digits
 from .flashar import FlashARForImageGeneration
-from .grading import accuracy, bits, distance
+from .grading import bits
 from .host import Host, draw_digits, load_host
+from .tasks import TASKS, Task
 from .texts import TextReader, condition_of
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
-__all__ = ["VARIANTS", "EvalReport", "Variant", "check", "evaluate", "table", "variants_of"]
-
-VARIANTS = ("nar", "raster", "right-only", "below-only")
+__all__ = ["EvalReport", "Variant", "check", "evaluate", "table", "variants_of"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,15 @@ class Variant:
         name: Of it.
         model: That draws.
         kind: How its heads are mixed.
+        task: What it draws.
+        places: Its model's tokens ``[tokens]`` as places in the grid, where it was trained on permuted ones.
     """
 
     name: str
     model: torch.nn.Module
     kind: Mix | None = None
+    task: Task = TASKS["digits"]
+    places: Tensor | None = None
 
     @property
     def passes(self) -> int:
@@ -52,9 +55,9 @@ class Variant:
 
 
 def variants_of(host: Host) -> list[Variant]:
-    """Those of ``VARIANTS``."""
-    single = [Variant(f"{kind}-only", host.nar, kind) for kind in ("right", "below")]
-    return [Variant("nar", host.nar, "average"), Variant("raster", host.raster), *single]
+    """NAR, raster, and each head of NAR alone."""
+    single = [Variant(f"{kind}-only", host.nar, kind, host.task) for kind in HEADS[: host.nar.heads]]
+    return [Variant("nar", host.nar, "average", host.task), Variant("raster", host.raster, None, host.task), *single]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -84,7 +87,10 @@ class EvalReport(Report):
 
 def likelihood_rows(run: Run, variant: Variant, split: str = "") -> Tensor:
     """Write the row of exact bits per token; returns bits of each token."""
-    test = digits("test").to(variant.model.tok_embeddings.weight.device)  # type: ignore[union-attr,arg-type]
+    test = variant.task.examples("test")
+    if variant.places is not None:
+        test = Digits(test.tokens[:, variant.places], test.labels)
+    test = test.to(variant.model.tok_embeddings.weight.device)  # type: ignore[union-attr,arg-type]
     model, kind = variant.model, variant.kind
     found = bits(lambda tokens, labels: model.nll(tokens, labels, kind=kind), test)  # type: ignore[operator]
     _bits_row(run, found, variant.name, split)
@@ -105,8 +111,9 @@ def _bits_row(run: Run, bits_of: Tensor, variant: str, split: str = "") -> None:
 def drawing_rows(
     run: Run, variant: Variant, limit: int, *, batch: int, seed: int, guidance: float = 1.0, split: str = ""
 ) -> Tensor:
-    """Draw, and write rows of accuracy, distance, passes and time; returns tokens ``[limit, 64]``."""
-    labels = torch.arange(limit) % CLASSES
+    """Draw, and write rows of accuracy, distance, passes and time; returns tokens ``[limit, tokens]``."""
+    task = variant.task
+    labels = torch.arange(limit) % task.classes
     parts = []
     begin = time.perf_counter()
     for at in range(0, limit, batch):
@@ -116,10 +123,12 @@ def drawing_rows(
         parts.append(tokens.cpu())
     seconds = time.perf_counter() - begin
     tokens = torch.cat(parts)
-    right = accuracy(tokens, labels).float()
+    if variant.places is not None:
+        tokens = tokens[:, variant.places.argsort()]
+    right = task.accuracy(tokens, labels).float()
     name = variant.name
     run.row("accuracy", float(right.mean()), better="higher", n=limit, variant=name, split=split)
-    run.row("distance", distance(tokens), better="lower", n=limit, variant=name, split=split)
+    run.row("distance", task.distance(tokens), better="lower", n=limit, variant=name, split=split)
     run.row("passes", variant.passes, unit="passes", better="lower", variant=name, split=split)
     labels_of_time: dict[str, str | int | float] = {"batch": min(batch, limit)}
     run.row(
@@ -129,12 +138,12 @@ def drawing_rows(
     return tokens
 
 
-def real_rows(run: Run, split: str = "") -> None:
-    """Write what held-out digits themselves reach."""
-    test = digits("test")
-    right = accuracy(test.tokens, test.labels).float()
-    run.row("accuracy", float(right.mean()), better="higher", n=len(test), variant="real digits", split=split)
-    run.row("distance", distance(test.tokens), better="lower", n=len(test), variant="real digits", split=split)
+def real_rows(run: Run, task: Task, split: str = "") -> None:
+    """Write what held-out ones themselves reach."""
+    test, name = task.examples("test"), f"real {task.name}"
+    right = task.accuracy(test.tokens, test.labels).float()
+    run.row("accuracy", float(right.mean()), better="higher", n=len(test), variant=name, split=split)
+    run.row("distance", task.distance(test.tokens), better="lower", n=len(test), variant=name, split=split)
 
 
 def check(cfg: EvalConfig) -> EvalConfig:
@@ -185,7 +194,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
                 drawing_rows(run, variant, cfg.limit, batch=cfg.batch, seed=cfg.seed, guidance=cfg.guidance)
             bar.update()
     if not cfg.nll:
-        real_rows(run)
+        real_rows(run, host.task)
     return EvalReport.of(run)
 
 

@@ -24,14 +24,17 @@ def nearest(tokens: Tensor) -> Tensor:
     return train.labels[place]
 
 
-def accuracy(tokens: Tensor, labels: Tensor) -> Tensor:
-    """Which drawn digits ``[N]`` read as what they were asked to show."""
-    return nearest(tokens) == labels.cpu()
+def accuracy(tokens: Tensor, labels: Tensor, read: Callable[[Tensor], Tensor] = nearest) -> Tensor:
+    """Which drawn grids ``[N]`` read as what they were asked to show."""
+    return read(tokens) == labels.cpu()
 
 
-def distance(tokens: Tensor) -> float:
-    """Frechet distance of drawn digits ``[N, 64]`` to the training digits in their first principal components."""
-    train = digits("train").tokens.double()
+def distance(tokens: Tensor, real: Tensor | None = None) -> float:
+    """Frechet distance of drawn grids ``[N, tokens]`` to real ones, by default the training digits.
+
+    Taken in the first principal components of the real ones.
+    """
+    train = (digits("train").tokens if real is None else real).double()
     center = train.mean(0)
     _, _, axes = torch.linalg.svd(train - center, full_matrices=False)
     basis = axes[:COMPONENTS].T

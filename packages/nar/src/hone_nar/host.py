@@ -1,9 +1,10 @@
-"""The tiny host: a NAR and a raster LlamaGen of as many blocks that draw handwritten digits."""
+"""The tiny host: a NAR and a raster LlamaGen of as many blocks that draw digits, or clips of a moving shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ from hone_visual_ar.sampling import Sampling
 from torch import Tensor
 
 from .config import HostConfig, Mix
-from .data import CLASSES, GRID, LEVELS
 from .generation import Decoding, generate
-from .transformer import LlamaGenForImageGeneration, NARForImageGeneration
+from .tasks import TASKS, Task
+from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
 __all__ = [
     "PACKAGE",
@@ -33,26 +34,34 @@ PACKAGE = "hone-nar"
 PACKAGED = hosts.packaged_host(PACKAGE)
 """The host that ships with the package."""
 
-Model = NARForImageGeneration | LlamaGenForImageGeneration
+Model = NARForImageGeneration | NARForVideoGeneration | LlamaGenForImageGeneration
 
 
 def digit_model(kind: str, config: HostConfig, *, dropout: float = 0.0) -> Model:
     """A model of digits: ``nar``, ``raster``, or ``one-head``, which draws diagonals with a single head.
 
-    All have as many blocks.
+    All have as many blocks. Of clips, ``nar`` draws planes by three heads, and ``raster`` row by row and frame after
+    frame, as one tall picture.
 
     Raises:
         ValueError: There is no such kind.
     """
-    if kind not in ("nar", "raster", "one-head"):
-        raise ValueError(f"kind must be nar, raster or one-head; got {kind!r}")
+    task = TASKS[config.data]
+    kinds = ("nar", "raster", "one-head") if len(task.grid) == 2 else ("nar", "raster")
+    if kind not in kinds:
+        raise ValueError(f"kind must be {' or '.join([', '.join(kinds[:-1]), kinds[-1]])}; got {kind!r}")
     options = {
-        "dim": config.dim, "n_head": config.heads, "vocab_size": LEVELS, "grid": GRID, "num_classes": CLASSES,
+        "dim": config.dim, "n_head": config.heads, "vocab_size": task.levels, "num_classes": task.classes,
         "multiple_of": 64, "dropout": dropout,
     }  # fmt: skip
-    if kind == "nar":
-        return NARForImageGeneration(n_layer=config.layers, **options)
-    return LlamaGenForImageGeneration(n_layer=config.layers + 1, diagonal=kind == "one-head", **options)
+    tall = (prod(task.grid[:-1]), task.grid[-1])
+    blocks = config.layers + len(task.grid) - 1
+    if kind == "raster":
+        return LlamaGenForImageGeneration(n_layer=blocks, grid=tall, **options)
+    if kind == "one-head":
+        return LlamaGenForImageGeneration(n_layer=blocks, grid=task.grid, diagonal=True, **options)
+    cls = NARForImageGeneration if len(task.grid) == 2 else NARForVideoGeneration
+    return cls(n_layer=config.layers, grid=task.grid, **options)
 
 
 @dataclass
@@ -67,9 +76,14 @@ class Host:
     """
 
     config: HostConfig
-    nar: NARForImageGeneration
+    nar: NARForImageGeneration | NARForVideoGeneration
     raster: LlamaGenForImageGeneration
     facts: HostFacts | None = None
+
+    @property
+    def task(self) -> Task:
+        """What it draws."""
+        return TASKS[self.config.data]
 
     @classmethod
     def untrained(cls, config: HostConfig | None = None, seed: int = 0, *, dropout: float = 0.0) -> Host:
@@ -78,7 +92,7 @@ class Host:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             nar, raster = (digit_model(kind, config, dropout=dropout) for kind in ("nar", "raster"))
-        assert isinstance(nar, NARForImageGeneration)
+        assert isinstance(nar, NARForImageGeneration | NARForVideoGeneration)
         assert isinstance(raster, LlamaGenForImageGeneration)
         return cls(config, nar, raster)
 
@@ -109,7 +123,7 @@ def draw_digits(
     kind: Mix | None = None,
     on_step: Callable[[Decoding, int], None] | None = None,
 ) -> Tensor:
-    """Draw tokens ``[B, 64]`` of classes ``[B]``; the arguments are those of ``generate``."""
+    """Draw tokens ``[B, tokens]`` of classes ``[B]``; the arguments are those of ``generate``."""
     labels = labels.to(model.tok_embeddings.weight.device)
     condition = model.condition(labels, guided=guidance != 1)
     sampling = Sampling(guidance=guidance, greedy=greedy)

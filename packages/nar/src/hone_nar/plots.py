@@ -33,12 +33,12 @@ def sheet(images: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], p
 
 
 def _page(images: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], title: str = "") -> Sheet:
-    count, side = (next(iter(images.values())).shape[at] for at in (0, 2))
-    cell = side * _SCALE + _GAP
-    page = Sheet(_LEFT + count * cell, _TOP + len(images) * (cell + _GAP))
+    count, _, high, wide = next(iter(images.values())).shape
+    cell, tall = wide * _SCALE + _GAP, high * _SCALE + _GAP
+    page = Sheet(_LEFT + count * cell, _TOP + len(images) * (tall + _GAP))
     page.text(6, 16, title, bold=True)
     for row, (name, pictures) in enumerate(images.items()):
-        top = _TOP + row * (cell + _GAP)
+        top = _TOP + row * (tall + _GAP)
         page.text(6, top + 10, name, bold=True)
         for line, words in enumerate(captions.get(name, ())):
             page.text(6, top + 27 + 14 * line, words, size=11)

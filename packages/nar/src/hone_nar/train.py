@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from hone_core.training import HOST, Training, TrainReport, finish_host
 from torch import Tensor, nn
 
 from .config import TrainHostConfig
-from .data import CLASSES, Digits, digits
-from .grading import accuracy, bits, distance
+from .data import Digits
+from .flashar import FlashARForImageGeneration
+from .grading import bits
 from .host import Host, Model, draw_digits, load_host, save_host
 
 __all__ = ["GATES", "Learner", "Making", "grade_host", "train_host"]
@@ -36,16 +38,21 @@ class Learner:
         lr: Peak rate.
         ema: Decay of the averaged weights.
         drop: Share of classes that are dropped.
-        loss: ``mixture`` or ``separate``.
+        loss: ``mixture`` or ``separate``; of FlashAR ``flashar``, in two stages: its new parts learn first, the rest
+            after a fifth of the training, at a fifth of the rate.
     """
 
     def __init__(self, model: Model, *, lr: float, ema: float, drop: float = 0.1, loss: str = "mixture") -> None:
         self.model, self.lr, self.ema, self.drop, self.loss = model, lr, ema, drop, loss
         self.average: Model = copy.deepcopy(model).requires_grad_(False).eval()
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        vectors = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        fused = matrices[0].device.type == "cuda"
+        new = set(model.new_names()) if isinstance(model, FlashARForImageGeneration) else None
+        groups: list[dict[str, Any]] = []
+        for late in (False, True):
+            chosen = [p for name, p in model.named_parameters() if late == (new is not None and name not in new)]
+            for decay, part in ((0.05, [p for p in chosen if p.ndim > 1]), (0.0, [p for p in chosen if p.ndim < 2])):
+                if part:
+                    groups.append({"params": part, "weight_decay": decay, "late": late})
+        fused = next(model.parameters()).device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
 
     @property
@@ -70,7 +77,7 @@ class Learner:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         factor = min(1.0, done / 0.04 + 0.02) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
+            group["lr"] = self.lr * factor * ((0.2 if done >= 0.2 else 0.0) if group["late"] else 1.0)
         self.optimizer.step()
         decay = min(self.ema, (1 + number) / (10 + number))
         torch._foreach_lerp_(
@@ -109,8 +116,8 @@ class Making:
 
     def __init__(self, cfg: TrainHostConfig, device: torch.device, path: Path) -> None:
         self.cfg = cfg
-        self.host = Host.untrained(cfg.host, cfg.seed, dropout=cfg.dropout).to(device)
-        self.data = digits("train").to(device)
+        self.host = Host.untrained(replace(cfg.host, data=cfg.data), cfg.seed, dropout=cfg.dropout).to(device)
+        self.data = self.host.task.examples("train").to(device)
         self.learners = [
             Learner(model, lr=cfg.lr, ema=cfg.ema, drop=cfg.drop) for model in (self.host.nar, self.host.raster)
         ]
@@ -142,14 +149,16 @@ class Making:
 @torch.no_grad()
 def grade_host(host: Host, images: int) -> dict[str, float]:
     """Of each model: bits per token of held-out digits, and accuracy and distance of drawn ones."""
-    test = digits("test").to(host.device)
-    labels = torch.arange(images) % CLASSES
+    task = host.task
+    test = task.examples("test").to(host.device)
+    labels = torch.arange(images) % task.classes
     found = {}
-    for name, model in (("nar", host.nar), ("raster", host.raster)):
+    models: tuple[tuple[str, Model], ...] = (("nar", host.nar), ("raster", host.raster))
+    for name, model in models:
         drawn = draw_digits(model, labels, range(images))
         found[f"{name}_bits"] = float(bits(model.nll, test).mean())
-        found[f"{name}_accuracy"] = float(accuracy(drawn, labels).float().mean())
-        found[f"{name}_distance"] = distance(drawn)
+        found[f"{name}_accuracy"] = float(task.accuracy(drawn, labels).float().mean())
+        found[f"{name}_distance"] = task.distance(drawn)
     return found
 
 
@@ -166,14 +175,15 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     making.training.follow(making.train(), run)
     path = save_host(making.result(), run.artifacts / HOST)
     grades = grade_host(load_host(device, path=path), cfg.eval_images)
+    held_out = len(making.host.task.examples("test"))
     for name, value in grades.items():
         better: Better = "higher" if name.endswith("accuracy") else "lower"
         unit = "bits per token" if name.endswith("bits") else ""
-        count = len(digits("test")) if name.endswith("bits") else cfg.eval_images
+        count = held_out if name.endswith("bits") else cfg.eval_images
         run.row(name, value, unit=unit, better=better, n=count, split="test")
     sizes = {name.rstrip("."): sum(p.numel() for p in m.parameters()) for name, m in making.host.modules.items()}
     details = {
-        "graded": f"bits of {len(digits('test'))} held-out digits; {cfg.eval_images} drawn without guidance",
+        "graded": f"bits of {held_out} held-out {cfg.data}; {cfg.eval_images} drawn without guidance",
         "parameters": sizes,
     }
     return finish_host(run, making.training, grades, gates=GATES, details=details)

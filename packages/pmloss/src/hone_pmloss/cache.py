@@ -12,7 +12,7 @@ from hone_core.io import save_safetensors
 from hone_splat.views import Views
 from torch import Tensor
 
-from .teachers import PointMap, Shots, Teacher, shots_of
+from .teachers import PointMap, Shots, Teacher, name_views, shots_of
 
 __all__ = ["CachedTeacher"]
 
@@ -60,7 +60,7 @@ class CachedTeacher:
         answers: list[dict[str, Tensor]] = []
         for row, shots in enumerate(shots_of(views)):
             scene = views.map(lambda part, row=row: part[row : row + 1])  # type: ignore[misc]
-            answers.append(self._one(scene, shots))
+            answers.append(self._one(name_views(scene, [shots]), shots))
         kinds = {tuple(sorted(answer)) for answer in answers}
         if len(kinds) > 1:
             raise CheckpointError(f"{self.folder}: scenes of the batch hold different things: {sorted(kinds)}")

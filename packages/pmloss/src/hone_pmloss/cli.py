@@ -48,6 +48,13 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare="hone_pmloss.evaluate:prepare",
         help="Geometry report of a splat (.ply) against known depth.",
     ),
+    "train": Verb(
+        run="hone_pmloss.finetune:train",
+        config="hone_pmloss.config:TrainConfig",
+        prepare="hone_pmloss.finetune:prepare",
+        help="Train a host on chunks with PM-Loss, as released; in several processes under accelerate launch.",
+        shared=True,
+    ),
     "bench": Verb(
         run="hone_pmloss.bench:bench",
         config="hone_pmloss.config:BenchConfig",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from hone_core.config import flag
 from hone_core.training import check_budget
+from hone_splat.training_config import FitConfig
 
 __all__ = [
     "ARMS",
@@ -20,6 +21,7 @@ __all__ = [
     "PMLossConfig",
     "Preset",
     "ReproduceConfig",
+    "TrainConfig",
     "TrainHostConfig",
 ]
 
@@ -91,6 +93,47 @@ PRESETS = {
     ),
     "tiny": Preset(PMLossConfig(), "the tiny host 64x64", "ours: the paper's settings on this package's host"),
 }
+
+
+MODELS = {
+    "depthsplat-oct-pmloss-256x448": (1.0, 200.0, (256, 448)),
+    "depthsplat-oct-base-256x448": (1.0, 200.0, (256, 448)),
+    "mvsplat": (1.0, 100.0, (256, 256)),
+    "tiny": (0.4, 12.0, (64, 64)),
+}
+"""Hosts that are trained on chunks, with their least and largest depth and their size; the first is the release's with
+free offsets, the second its control with bounded ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(FitConfig):
+    """A host trained on chunks with PM-Loss; by itself the released run on DL3DV."""
+
+    model: str = "depthsplat-oct-pmloss-256x448"
+    """Host: depthsplat-oct-pmloss-256x448, depthsplat-oct-base-256x448 (its control, with bounded offsets), mvsplat, or
+    the tiny one."""
+    teacher: Literal["vggt", "depth", "precomputed"] = "vggt"
+    """What gives points: VGGT; a metric depth model of transformers; files that you have."""
+    points: str = ""
+    """VGGT's model.safetensors; the depth model's folder or address; or the folder of files."""
+    metres_per_unit: float = 1.0
+    """Size of the chunks' unit, for a depth model."""
+    cache: Path | None = None
+    """Folder that keeps the teacher's answers; with draws, each is asked for once."""
+    pm: PMLossConfig = field(default_factory=PMLossConfig)
+    """The term; of weight 0, no teacher is asked, which is the control."""
+
+    def __post_init__(self) -> None:
+        # A dataclass with slots is made twice, and super() would look for the first.
+        FitConfig.__post_init__(self)
+        if self.model not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {self.model!r}")
+        if self.model == "tiny" and self.start is not None:
+            raise ValueError("the tiny host has no checkpoint to begin with here: leave --start out")
+        if self.pm.weight and not self.points:
+            raise ValueError(f"name what the teacher {self.teacher} reads: --points, or --weight 0 for none")
+        if self.pm.weight and self.teacher == "precomputed" and self.flip:
+            raise ValueError("points in files are of scenes as they are: give --flip 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,13 +36,14 @@ def info() -> dict[str, Any]:
     }
 
 
-def _verb(run: str, config: str, help: str, *, prepare: bool = False) -> Verb:
+def _verb(run: str, config: str, help: str, *, prepare: bool = False, shared: bool = False) -> Verb:
     module = run.partition(":")[0]
     return Verb(
         run=f"hone_zpressor.{run}",
         help=help,
         config=f"hone_zpressor.config:{config}",
         prepare=f"hone_zpressor.{module}:prepare" if prepare else None,
+        shared=shared,
     )
 
 
@@ -64,6 +65,13 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     ),
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "PSNR and SSIM on chunks of RealEstate10K or DL3DV.", prepare=True
+    ),
+    "train": _verb(
+        "finetune:train",
+        "TrainConfig",
+        "Train a host with ZPressor on chunks, as released; in several processes under accelerate launch.",
+        prepare=True,
+        shared=True,
     ),
     "bench": _verb("bench:bench", "BenchConfig", "Time and memory over the number of views."),
     "reproduce": _verb(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from hone_core.config import flag
 from hone_core.training import check_budget
+from hone_splat.training_config import FitConfig
 
 __all__ = [
     "ARMS",
@@ -23,6 +24,7 @@ __all__ = [
     "Preset",
     "RenderConfig",
     "ReproduceConfig",
+    "TrainConfig",
     "TrainHostConfig",
     "ViewConfig",
     "ZPressorConfig",
@@ -121,6 +123,33 @@ HOSTS = {
     },
 }
 """Hosts that take a person's photographs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(FitConfig):
+    """A host with ZPressor trained on chunks; by itself the second stage of the released run, on DL3DV."""
+
+    model: str = "depthsplat-oct-zpressor-256x448"
+    """Host, see info; ``start`` may hold it alone or with ZPressor."""
+    context: tuple[int, int] = (12, 12)
+    """Least and largest number of context views, drawn for each scene."""
+    zpressor: ZPressorConfig = field(default_factory=lambda: PRESETS["depthsplat"].config)
+    """What stands in the host."""
+    information: float = 1e-5
+    """Weight of the information loss, as in the released configs."""
+
+    def __post_init__(self) -> None:
+        # A dataclass with slots is made twice, and super() would look for the first.
+        FitConfig.__post_init__(self)
+        if self.model not in HOSTS:
+            raise ValueError(f"no host {self.model!r}; there are {', '.join(HOSTS)}")
+        if self.model == "tiny" and self.start is not None:
+            raise ValueError("the tiny host has no checkpoint to begin with here: leave --start out")
+        if self.information < 0 or self.context[0] < self.zpressor.anchors:
+            raise ValueError(
+                f"information must be at least 0, and context views no fewer than anchors; got {self.information}, "
+                f"{self.context} and {self.zpressor.anchors}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,18 @@
-"""How far a picture is from the true one, per picture: PSNR and SSIM by torchmetrics.
+"""How far a picture is from the true one, per picture: PSNR, SSIM and LPIPS by torchmetrics.
 
-LPIPS is not here: it is only LPIPS with its published VGG weights, which nothing in this repository downloads.
+LPIPS is only LPIPS with VGG's published weights: they come from a file that the caller has, and nothing is downloaded.
 """
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from pathlib import Path
 
-__all__ = ["PSNR_CEILING", "psnr", "ssim"]
+import torch
+from hone_core.errors import CheckpointError
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["PSNR_CEILING", "Lpips", "psnr", "ssim"]
 
 PSNR_CEILING = 100.0
 """PSNR of equal pictures, in dB."""
@@ -39,6 +43,53 @@ def ssim(
     )
     assert isinstance(values, Tensor)
     return values.reshape(len(image_01))
+
+
+class Lpips(nn.Module):
+    """Distance of VGG-16's features under the published linear layers, frozen; gradients reach the pictures.
+
+    Args:
+        state: VGG-16's state dict as torchvision publishes it (``vgg16-397923af.pth``); its classifier is not looked
+            at. The linear layers come with torchmetrics.
+
+    Raises:
+        CheckpointError: It is no VGG-16's.
+
+    Source: LPIPS 0.1, net "vgg".
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        from torchmetrics.functional.image.lpips import _LPIPS
+
+        with torch.random.fork_rng(devices=[]):
+            self.net = _LPIPS(net="vgg", pnet_rand=True)
+        # Blocks of torchmetrics keep the layers' numbers: features.5 is slice2.5.
+        places = {name.split(".", 1)[1]: name for name in self.net.net.state_dict()}
+        wanted = {f"features.{name}": place for name, place in places.items()}
+        shapes = {name: self.net.net.state_dict()[place].shape for name, place in wanted.items()}
+        wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
+        if wrong:
+            raise CheckpointError(f"these are no weights of torchvision's VGG-16: {', '.join(wrong[:3])} do not fit")
+        self.net.net.load_state_dict({place: state[name] for name, place in wanted.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Lpips:
+        """Read VGG-16's weights from a file, ``.pth`` or ``.safetensors``.
+
+        Raises:
+            CheckpointError: The file is missing or damaged, or no VGG-16's.
+        """
+        from .published import read_state
+
+        return cls(read_state(path))
+
+    def forward(
+        self, image_01: Float[Tensor, "n 3 height width"], true_01: Float[Tensor, "n 3 height width"]
+    ) -> Float[Tensor, " n"]:
+        """Of each picture; values outside of [0, 1] are not clipped, so that a loss has a gradient there."""
+        _check(image_01, true_01)
+        return self.net(image_01, true_01, normalize=True).flatten()
 
 
 def _check(image_01: Tensor, true_01: Tensor) -> None:

@@ -104,7 +104,9 @@ def read_clip(file: str | Path, *, frames: int, height: int, width: int, fps: fl
                     break
                 found[index] = frame
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read as a video: {error}") from error
+        # ffmpeg's last line has the cause; before it stands how ffmpeg was built.
+        cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{file} cannot be read as a video: {cause}") from error
     if wanted[-1] not in found:
         raise ValueError(
             f"{file} is too short: {len(found)} frames at {rate:g} a second, and {frames} at {fps:g} need "

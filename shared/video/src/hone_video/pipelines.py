@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
     CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
@@ -33,8 +35,8 @@ __all__ = [
     "load_pipeline",
     "load_transformer",
     "make_scheduler",
+    "pipeline_on_meta",
     "pipeline_parts",
-    "transformer_on_meta",
     "with_flow_shift",
 ]
 
@@ -204,7 +206,7 @@ def load_pipeline(
     given: Any = {part: None for part in leave_out if part in known} | dict(ready or {})
     try:
         pipe = kind.pipeline.from_pretrained(
-            model, torch_dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir(), **given
+            model, dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir(), **given
         )
     except OSError as error:
         raise CheckpointError(f"{model} could not be loaded: {error}") from error
@@ -287,24 +289,33 @@ def check_size(pipe: Any, *, height: int | None = None, width: int | None = None
         )
 
 
-def transformer_on_meta(model: str, name: str, part: str = "transformer", *, local_files_only: bool = False) -> Any:
-    """A pipeline's transformer without its weights, for what its config says.
+def pipeline_on_meta(model: str, name: str, *, local_files_only: bool = False) -> Any:
+    """A pipeline with its scheduler, and with transformers and VAE that have no weights: what their configs say.
 
     Args:
         model: Folder or hub address of the pipeline.
         name: Its class name.
-        part: Which transformer.
         local_files_only: Never ask the hub, only its local cache.
 
     Raises:
-        CheckpointError: The pipeline lacks the part.
+        CheckpointError: A config cannot be read.
     """
-    kind = _TRANSFORMERS[PIPELINES[name].family]
-    if part not in pipeline_parts(model, local_files_only=local_files_only):
-        raise CheckpointError(f"{model} has no {part}")
-    config: Any = kind.load_config(model, subfolder=part, local_files_only=local_files_only or Path(model).is_dir())
-    with torch.device("meta"):
-        return kind.from_config(config)
+    kind = PIPELINES[name]
+    there = pipeline_parts(model, local_files_only=local_files_only)
+    known = inspect.signature(kind.pipeline.__init__).parameters
+    local = local_files_only or Path(model).is_dir()
+    transformer, vae = _TRANSFORMERS[kind.family], _VAES[kind.family]
+    away = ("text_encoder", "tokenizer", "image_encoder", "image_processor")
+    parts: dict[str, Any] = {part: None for part in away if part in known}
+    try:
+        for part, of in (("transformer", transformer), ("transformer_2", transformer), ("vae", vae)):
+            if part in known:
+                config: Any = of.load_config(model, subfolder=part, local_files_only=local) if part in there else None
+                with torch.device("meta"):
+                    parts[part] = None if config is None else of.from_config(config)
+        return kind.pipeline.from_pretrained(model, local_files_only=local, **parts)
+    except OSError as error:
+        raise CheckpointError(f"{model} could not be read: {error}") from error
 
 
 def load_transformer(folder: str | Path, name: str, *, dtype: torch.dtype) -> Any:
@@ -314,9 +325,10 @@ def load_transformer(folder: str | Path, name: str, *, dtype: torch.dtype) -> An
         CheckpointError: It cannot be read.
     """
     try:
-        return _TRANSFORMERS[PIPELINES[name].family].from_pretrained(str(folder), torch_dtype=dtype)
+        return _TRANSFORMERS[PIPELINES[name].family].from_pretrained(str(folder), dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} could not be loaded: {error}") from error
 
 
 _TRANSFORMERS: dict[str, Any] = {"wan": WanTransformer3DModel, "cogvideox": CogVideoXTransformer3DModel}
+_VAES: dict[str, Any] = {"wan": AutoencoderKLWan, "cogvideox": AutoencoderKLCogVideoX}

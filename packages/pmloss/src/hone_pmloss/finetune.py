@@ -1,0 +1,124 @@
+"""Training of a published host on chunks with PM-Loss: ``train``, see ``hone_splat.training`` for the loop.
+
+Source: ``scripts/train.sh`` of the release; what it does otherwise by mistake is not repeated, see the README.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hone_core.errors import CheckpointError
+from hone_core.io import save_safetensors
+from hone_core.runs import Report, Run
+from hone_splat.chunks import ChunkSet
+from hone_splat.hosts import HostOutput
+from hone_splat.published import build_published, load_published
+from hone_splat.training import Drawn, fit
+from torch import Tensor
+
+from .cache import CachedTeacher
+from .config import MODELS, TrainConfig
+from .models import PMLoss, tiny
+from .teachers import DepthTeacher, PrecomputedTeacher, Shots, Teacher, name_views
+from .vggt import VGGTTeacher
+
+__all__ = ["TrainedReport", "prepare", "train"]
+
+WEIGHTS = "host.safetensors"
+"""Where a run's artifacts hold the trained weights, with the published names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedReport(Report):
+    """What a training left.
+
+    Attributes:
+        weights: For ``load_published``.
+    """
+
+    weights: Path
+
+    @classmethod
+    def of(cls, run: Run) -> TrainedReport:
+        """Return the report of a finished run."""
+        return cls(path=run.path, rows=tuple(run.rows), weights=run.artifacts / WEIGHTS)
+
+    def __str__(self) -> str:
+        values = {row.metric: row.value for row in self.rows}
+        return (
+            f"weights  {self.weights}\n{'':8} {values['steps']:.0f} steps in {values['seconds']:.0f} s\n"
+            f"results  {self.path / 'results.json'}"
+        )
+
+
+def prepare(cfg: TrainConfig) -> TrainConfig:
+    """Look for chunks and weights.
+
+    Raises:
+        FileNotFoundError: There are no chunks.
+        CheckpointError: Weights to begin with, of VGG-16 or of a teacher are missing.
+    """
+    if not ChunkSet(cfg.chunks).index:
+        raise FileNotFoundError(f"{cfg.chunks} holds no scene")
+    files = [cfg.start, cfg.vgg if cfg.lpips else None]
+    if cfg.pm.weight and cfg.teacher != "depth":
+        files.append(Path(cfg.points))
+    for file in files:
+        if file is not None and not file.exists():
+            raise CheckpointError(f"there are no weights at {file}")
+    return cfg
+
+
+def _host(cfg: TrainConfig) -> Any:
+    if cfg.start is not None:
+        host, compressor = load_published(cfg.start, cfg.model)
+        if compressor is not None:
+            raise CheckpointError(f"{cfg.start} holds ZPressor too, which hone-zpressor train goes on with")
+        return host
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return tiny(seed=cfg.seed) if cfg.model == "tiny" else build_published(cfg.model)
+
+
+def _teacher(cfg: TrainConfig, device: Any) -> Teacher:
+    teacher: Teacher
+    if cfg.teacher == "vggt":
+        teacher = VGGTTeacher.load(Path(cfg.points), device=device)
+    elif cfg.teacher == "depth":
+        teacher = DepthTeacher.load(cfg.points, metres_per_unit=cfg.metres_per_unit, device=device)
+    else:
+        teacher = PrecomputedTeacher(Path(cfg.points))
+    return teacher if cfg.cache is None else CachedTeacher(teacher, cfg.cache)
+
+
+def train(cfg: TrainConfig, run: Run) -> TrainedReport:
+    """Train, and write the weights; a stopped run goes on where it was.
+
+    Raises:
+        CheckpointError: Weights are missing or of another model, or the folder's checkpoint is of another config.
+        RuntimeError: The loss is not finite.
+        ValueError: A scene is too short or damaged.
+    """
+    host = _host(cfg)
+    asked: list[PMLoss] = []
+
+    def term(output: HostOutput, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        means = output.gaussians.means
+        if not cfg.pm.weight:
+            return means.new_zeros(()), {}
+        if not asked:
+            asked.append(PMLoss(_teacher(cfg, means.device), cfg.pm))
+        named = name_views(drawn.context, [Shots(drawn.name, drawn.frames)])
+        found = asked[0](means, named, anchors=output.anchors)
+        logged = {"pm": found.raw.mean(), "capped": found.capped.double().mean()}
+        return cfg.pm.weight * found.loss.mean(), logged
+
+    def export() -> Path:
+        return save_safetensors({k: v.cpu() for k, v in host.state_dict().items()}, run.artifacts / WEIGHTS)
+
+    near, far, size = MODELS[cfg.model]
+    fit(cfg, host, run, near=near, far=far, size=cfg.size or size, term=term, export=export)
+    return TrainedReport.of(run)
