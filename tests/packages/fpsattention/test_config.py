@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hone_core.config import from_dict, to_dict
@@ -8,12 +9,15 @@ from hone_fpsattention.config import (
     PRESETS,
     PROMPTS,
     CalibrateConfig,
+    DemoConfig,
+    EvalConfig,
     FPSAttentionConfig,
     InspectConfig,
     Regime,
     VideoConfig,
 )
 from hone_fpsattention.windows import density
+from hone_video.vbench_config import VBenchConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -145,6 +149,29 @@ def test_what_the_tiny_host_would_not_read_is_refused(cls):
     with pytest.raises(ValueError, match=r"steps, height: of a pipeline, not of the tiny host; pass --model FOLDER"):
         cls(video=VideoConfig(prompts=prompts, steps=3, height=32))
     assert cls(video=VideoConfig(model="folder", prompts=prompts, steps=3)).video.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "message"),
+    [
+        (DemoConfig, {"preset": "tiny", "tuned": Path("x")}, "tuned is a host with its attention; drop preset"),
+        (EvalConfig, {"preset": "tiny", "tuned": Path("x")}, "tuned is a host with its attention; drop preset"),
+        (EvalConfig, {"schedule": Path("x")}, "schedule: of a pipeline, for protocol vbench"),
+        (EvalConfig, {"flow_shift": 5.0}, "flow_shift: of a pipeline, for protocol vbench"),
+        (EvalConfig, {"protocol": "vbench", "vbench": VBenchConfig(model="x"), "batch": 4}, "batch is of protocol"),
+    ],
+)
+def test_what_would_not_be_looked_at_is_refused(cls, given, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**given)
+
+
+def test_vbench_takes_a_schedule_and_a_shift():
+    cfg = EvalConfig(
+        protocol="vbench", vbench=VBenchConfig(model="x"), schedule=Path("s.json"), flow_shift=3.0, tuned=Path("t")
+    )
+    made = cfg.videos(("a cat",))
+    assert (made.schedule, made.video.flow_shift, made.tuned) == (Path("s.json"), 3.0, Path("t"))
 
 
 def test_inspect_looks_at_one_video():

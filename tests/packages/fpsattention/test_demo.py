@@ -47,6 +47,15 @@ def test_eval_without_a_tuned_host(tiny_host, tmp_path):
     assert str(EvalReport.of(run)) == str(report)
 
 
+def test_a_preset_is_what_is_attached_and_not_what_the_tuned_host_has():
+    wide = load_variants(torch.device("cpu"), host=None, tuned=None, preset="tiny-wide")
+    assert list(wide) == ["dense", "e4m3", "window", "both"]
+    assert wide["both"].attention == PRESETS["tiny-wide"].config
+    own = load_variants(torch.device("cpu"), host=None, tuned=None, preset=None)
+    assert list(own) == [*wide, "trained"]
+    assert own["both"].attention == own["trained"].attention == PRESETS["tiny"].config
+
+
 def test_parts_of_a_batch_make_the_same_clips(tiny_host):
     variants = load_variants(torch.device("cpu"), host=tiny_host, tuned=None, preset="tiny")
     labels = torch.tensor([[7, 0, 4, 0, 0], [3, 1, 1, 2, 0], [0, 2, 2, 1, 1]])

@@ -382,6 +382,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(folders, cache, 
     assert schedule_of(data(cfg, attention=None, schedule=good.save(tmp_path / "good.json")))[0] == good
 
 
+def test_a_shift_is_that_of_the_sampler_trained_for(folders, cache, tmp_path):
+    cfg = config(folders, cache, attention=None, preset="tiny", flow_shift=5.0)
+    assert schedule_of(cfg)[0].config.shift == 5.0
+    file = schedule_of(cfg)[0].save(tmp_path / "schedule.json")
+    given = dataclasses.replace(cfg, preset=None, schedule=file)
+    assert schedule_of(given)[0].config.shift == 5.0
+    refused(dataclasses.replace(given, flow_shift=None), "calibrated with shift 5.0, but here it is 3.0")
+    wrong = dataclasses.replace(cfg, model=str(folders["cogvideox"]))
+    refused(wrong, "flow_shift is of Wan's samplers; CogVideoXPipeline has none")
+
+
 def test_a_cache_of_another_size_is_refused(folders, cache, tmp_path):
     cfg = config(folders, cache)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, frames=17))
@@ -403,6 +414,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(folders, cache, tmp_path):
         ({"preset": "tiny"}, "give one of preset and schedule"),
         ({"lora_rank": -1}, "rank must be positive, or 0"),
         ({"drop": 1.0}, r"drop must be in \[0, 1\)"),
+        ({"flow_shift": 0.0}, "flow_shift must be a positive number"),
         ({"straight_through": "other"}, "straight_through must be one of"),
     ],
 )

@@ -241,6 +241,19 @@ def show_empty():
     return {"a": {"b": [], "c": "", "d": {}, "e": 0}, "f": ()}
 
 
+def test_a_long_mapping_has_a_line_for_each_entry(capsys):
+    with pytest.raises(SystemExit):
+        run_cli("hone-core", {"show": show_long}, "", ["show"])
+    text = "x" * 90
+    assert capsys.readouterr().out == f"a\n  b     {text}\n  long\n    c   1\n    dd  {text}\ne  1\n"
+
+
+def show_long():
+    """Return much."""
+    text = "x" * 90
+    return {"a": {"b": text, "long": {"c": 1, "dd": text}}, "e": 1}
+
+
 def test_lazy_verb_reports_a_broken_module(call):
     code, _, err = call("far")
     assert code == 1

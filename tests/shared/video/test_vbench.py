@@ -142,6 +142,7 @@ def test_bad_settings(change, message):
         VBenchConfig(**change)
     for protocol, cfg, said in (
         ("clips", VBenchConfig(model="x"), "model is for protocol vbench"),
+        ("clips", VBenchConfig(height=480, grade=False), "height, grade are for protocol vbench"),
         ("vbench", VBenchConfig(), "protocol vbench needs a pipeline"),
         ("other", VBenchConfig(), "protocol must be one of clips, vbench"),
     ):

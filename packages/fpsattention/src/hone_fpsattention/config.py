@@ -396,6 +396,11 @@ class BenchConfig:
         return {"window": parts["window"], "e4m3": parts["e4m3"], "e4m3 window": parts["both"]}
 
 
+def _check_shift(shift: float | None) -> None:
+    if shift is not None and not 0 < shift < float("inf"):
+        raise ValueError(f"flow_shift must be a positive number, 1 for none; got {shift}")
+
+
 def _at_least_one(cfg: Any, *names: str) -> None:
     for name in names:
         value = getattr(cfg, name)
@@ -456,8 +461,7 @@ class VideoConfig:
         _at_least_one(self, "steps", "height", "width", "frames")
         if self.guidance < 1:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
-        if self.flow_shift is not None and not 0 < self.flow_shift < float("inf"):
-            raise ValueError(f"flow_shift must be a positive number, 1 for none; got {self.flow_shift}")
+        _check_shift(self.flow_shift)
 
     def check_host(self) -> None:
         """Refuse what the tiny host, which has its own size and steps, would not read.
@@ -556,8 +560,8 @@ class DemoConfig:
     """A dense host.safetensors made by hone-blade train-host (default: the packaged one)."""
     tuned: Path | None = None
     """A host.safetensors made by train-host (default: the packaged one; with --host, none)."""
-    preset: str = "tiny"
-    """Attention settings where nothing is trained; a tuned host brings its own."""
+    preset: str | None = None
+    """Attention settings by name, without the tuned host, which has its own (default: that of the tuned host)."""
     seed: int = 0
     """Seed of the starting noise."""
 
@@ -566,7 +570,7 @@ class DemoConfig:
             raise ValueError("the demo needs at least one prompt, such as 'a red 7 moving left, slow'")
         for prompt in self.prompts:
             parse_prompt(prompt)
-        _known_preset(self.preset)
+        _one_attention(self.preset, self.tuned)
         _at_least_one(self, "limit", "steps")
 
 
@@ -590,8 +594,12 @@ class EvalConfig:
     """A host.safetensors made by train-host (default: the packaged one; with --host, none).
     VBench: a folder that train exported (default: the pipeline's own weights)."""
     preset: str | None = None
-    """Attention settings where nothing is trained; what was tuned brings its own (default: tiny; VBench: those of the
-    model's kind)."""
+    """Attention settings by name, of the clips without what was tuned, which has its own (default: that of the tuned
+    host; VBench: that of what was tuned, or of the model's kind)."""
+    schedule: Path | None = None
+    """VBench: a file that calibrate wrote for this model and sampler, instead of a preset."""
+    flow_shift: float | None = None
+    """VBench: timestep shift of the sampler; Wan is made for 3 at 480p and 5 at 720p (default: the pipeline's own)."""
     seed: int = 0
     """Seed of prompts and noise."""
 
@@ -600,8 +608,16 @@ class EvalConfig:
         if self.preset is not None:
             _known_preset(self.preset)
         _at_least_one(self, "prompts", "batch", "steps")
-        if self.protocol == "vbench" and self.host is not None:
-            raise ValueError("host is the tiny one of protocol clips; VBench takes a pipeline, --model FOLDER")
+        if self.protocol == "vbench":
+            if self.host is not None:
+                raise ValueError("host is the tiny one of protocol clips; VBench takes a pipeline, --model FOLDER")
+            if self.batch != 16:
+                raise ValueError("batch is of protocol clips; VBench's videos are made one by one")
+            return
+        given = [name for name in ("schedule", "flow_shift") if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: of a pipeline, for protocol vbench; the tiny host takes --preset")
+        _one_attention(self.preset, self.tuned)
 
     def videos(self, prompts: tuple[str, ...]) -> GenerateConfig:
         """What VBench's videos are made with.
@@ -612,11 +628,13 @@ class EvalConfig:
         own = self.vbench
         video = VideoConfig(
             model=own.model, prompts=prompts, negative_prompt=own.negative_prompt, steps=self.steps or 50,
-            guidance=5.0 if own.guidance is None else own.guidance, height=own.height, width=own.width,
-            frames=own.frames, seed=self.seed, dtype=own.dtype, offload=own.offload,
+            guidance=5.0 if own.guidance is None else own.guidance, flow_shift=self.flow_shift, height=own.height,
+            width=own.width, frames=own.frames, seed=self.seed, dtype=own.dtype, offload=own.offload,
             local_files_only=own.local_files_only,
         )  # fmt: skip
-        return GenerateConfig(video=video, preset=self.preset, tuned=self.tuned, dense=own.dense)
+        return GenerateConfig(
+            video=video, preset=self.preset, schedule=self.schedule, tuned=self.tuned, dense=own.dense
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -714,6 +732,9 @@ class FinetuneConfig:
     """Rank of the LoRA that is trained; 0 trains every weight, as the paper does."""
     lora_targets: LoraTargets = "attention"
     """Layers with a LoRA: the four projections of every attention, or ``all``, the feed-forward layers too."""
+    flow_shift: float | None = None
+    """Timestep shift of the sampler that the model is trained for; Wan is made for 3 at 480p and 5 at 720p, and the
+    paper trains with 5 (default: the pipeline's own)."""
     drop: float = 0.1
     """Probability of training a video without its caption; as published."""
     uniform: float = 0.0
@@ -732,6 +753,7 @@ class FinetuneConfig:
         if self.preset is not None:
             _known_preset(self.preset)
         check_lora(self.lora_rank, self.lora_targets)
+        _check_shift(self.flow_shift)
         for name, kind in (("loss", Loss), ("straight_through", Delta)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
@@ -840,6 +862,13 @@ class ReproduceConfig:
             raise ValueError(f"no arm {', '.join(sorted(unknown))}; the arms are {', '.join(ARMS)}")
         if self.lr <= 0 or not 0 <= self.gate <= 1:
             raise ValueError(f"lr must be positive and gate a share in [0, 1]; got {self.lr} and {self.gate}")
+
+
+def _one_attention(preset: str | None, tuned: Path | None) -> None:
+    if preset is not None:
+        _known_preset(preset)
+    if preset is not None and tuned is not None:
+        raise ValueError("tuned is a host with its attention; drop preset, or tuned")
 
 
 def _known_preset(name: str) -> None:

@@ -83,22 +83,24 @@ class Outcome:
     seconds: float
 
 
-def load_variants(device: torch.device, *, host: Path | None, tuned: Path | None, preset: str) -> dict[str, Variant]:
+def load_variants(
+    device: torch.device, *, host: Path | None, tuned: Path | None, preset: str | None
+) -> dict[str, Variant]:
     """The variants that there are weights for, dense first.
 
     Args:
         device: Where to put them.
         host: The dense host; the packaged one if None.
-        tuned: The trained one; if None the packaged one, which was trained from the packaged dense host, so that with
-            another ``host`` there is none.
-        preset: Attention where nothing is trained.
+        tuned: The trained one; if None the packaged one, which was trained from the packaged dense host for its own
+            attention, so that with another ``host`` or a ``preset`` there is none.
+        preset: Attention without a trained host; None for ``tiny``.
 
     Raises:
         CheckpointError: A host is missing or of another package.
     """
-    dense, attention = load_host(device, path=host), PRESETS[preset].config
+    dense, attention = load_host(device, path=host), PRESETS[preset or "tiny"].config
     trained = None
-    if tuned is not None or host is None:
+    if tuned is not None or (host is None and preset is None):
         trained = tuned_host.load_host(device, path=tuned)
         attention = trained.attention
     variants = {"dense": Variant(dense, None)}
@@ -231,8 +233,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         grade_videos(cfg.vbench, suite, run)
         return EvalReport.of(run)
     run.processes.alone("eval of the clips")
-    preset = cfg.preset or "tiny"
-    variants = load_variants(resolve_device(run.device), host=cfg.host, tuned=cfg.tuned, preset=preset)
+    variants = load_variants(resolve_device(run.device), host=cfg.host, tuned=cfg.tuned, preset=cfg.preset)
     # Not the seed of the noise, and not one that training or its gate uses.
     labels = random_labels(cfg.prompts or 64, torch.Generator().manual_seed(cfg.seed + 1000))
     outcomes = compare(variants, labels, steps=cfg.steps, batch=cfg.batch, seed=cfg.seed, quiet=run.quiet)

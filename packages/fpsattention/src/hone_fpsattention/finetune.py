@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .config import FinetuneConfig, FPSAttentionConfig
 from .models import NUM_TRAIN_TIMESTEPS, attach, describe_model, preset_for, scheduler_shift
-from .sample import check_windows, default_preset
+from .sample import check_windows, default_preset, set_shift
 from .schedule import Schedule, regime_share
 from .tuned import export_tuned
 from .windows import density
@@ -89,6 +89,7 @@ def schedule_of(cfg: FinetuneConfig) -> tuple[Schedule, tuple[int, int, int]]:
     denoiser = Denoiser(bare, cfg.part)
     shape = (channels, *sizes) if denoiser.flow else (sizes[0], channels, *sizes[1:])
     grid = denoiser.grid(torch.empty(shape, device="meta"))
+    set_shift(bare, cfg.flow_shift)
     shift, sampler = scheduler_shift(bare.scheduler), type(bare.scheduler).__name__
     if cfg.schedule is not None:
         schedule = Schedule.load(cfg.schedule)

@@ -73,7 +73,7 @@ def find_evaluated(cfg: EvalConfig) -> EvalConfig:
     found = find_video(cfg.videos(find_suite(cfg.vbench, limit=cfg.prompts).expanded))
     info = cfg.vbench.vbench_info
     info = None if info is None else Path(os.path.abspath(info))
-    return replace(cfg, tuned=found.tuned, vbench=replace(cfg.vbench, vbench_info=info))
+    return replace(cfg, schedule=found.schedule, tuned=found.tuned, vbench=replace(cfg.vbench, vbench_info=info))
 
 
 def find_video(cfg: GenerateConfig) -> GenerateConfig:

@@ -44,6 +44,7 @@ __all__ = [
     "open_pipeline",
     "outline",
     "render",
+    "set_shift",
     "video_grid",
 ]
 
@@ -97,11 +98,21 @@ def open_pipeline(cfg: VideoConfig, device: torch.device, tuned: Tuned | None = 
 
 def _set_up(pipe: Any, cfg: VideoConfig) -> None:
     """The sampler's shift, and a look at the size."""
-    if cfg.flow_shift is not None:
-        if PIPELINES[type(pipe).__name__].family != "wan":
-            raise ValueError(f"flow_shift is of Wan's samplers; {type(pipe).__name__} has none. Leave it out")
-        pipe.scheduler = with_flow_shift(pipe.scheduler, cfg.flow_shift)
+    set_shift(pipe, cfg.flow_shift)
     check_size(pipe, height=cfg.height, width=cfg.width, frames=cfg.frames)
+
+
+def set_shift(pipe: Any, shift: float | None) -> None:
+    """Give the pipeline its sampler at another timestep shift; None keeps it.
+
+    Raises:
+        ValueError: Its sampler has none to set.
+    """
+    if shift is None:
+        return
+    if PIPELINES[type(pipe).__name__].family != "wan":
+        raise ValueError(f"flow_shift is of Wan's samplers; {type(pipe).__name__} has none. Leave it out")
+    pipe.scheduler = with_flow_shift(pipe.scheduler, shift)
 
 
 def outline(cfg: VideoConfig) -> Any:

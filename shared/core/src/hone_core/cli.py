@@ -439,9 +439,25 @@ def _show(result: Any, *, as_json: bool) -> str:
     if as_json:
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     if isinstance(data, Mapping) and (isinstance(result, Mapping) or type(result).__str__ is object.__str__):
-        width = max((len(str(key)) for key in data), default=0)
-        return "\n".join(f"{key!s:<{width}}  {_inline(value)}" for key, value in data.items())
+        return "\n".join(_table(data))
     return str(result)
+
+
+_LONG = 100
+"""Characters of a line from which a mapping gets a line for each entry."""
+
+
+def _table(data: Mapping[str, Any]) -> list[str]:
+    """A line for each entry; for one that is a long mapping itself, a line for each of its own, indented."""
+    width = max((len(str(key)) for key in data), default=0)
+    lines = []
+    for key, value in data.items():
+        line = f"{key!s:<{width}}  {_inline(value)}"
+        if isinstance(value, Mapping) and len(line) > _LONG:
+            lines += [str(key), *(f"  {row}" for row in _table(value))]
+        else:
+            lines.append(line)
+    return lines
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,7 +62,7 @@ class VBenchConfig:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
 
     def check(self, protocol: str) -> None:
-        """Refuse a protocol that is unknown, or that lacks its pipeline or has one too many.
+        """Refuse a protocol that is unknown, that lacks its pipeline, or that would not look at what is given.
 
         Raises:
             ValueError: See above.
@@ -71,8 +71,12 @@ class VBenchConfig:
             raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}")
         if protocol == "vbench" and self.model is None:
             raise ValueError("protocol vbench needs a pipeline: --model FOLDER")
-        if protocol == "clips" and self.model is not None:
-            raise ValueError("model is for protocol vbench; the clips are those of the tiny host")
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if protocol == "clips" and given:
+            raise ValueError(
+                f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for protocol vbench; the clips are those of "
+                "the tiny host"
+            )
 
     @property
     def graded(self) -> tuple[str, ...]:
