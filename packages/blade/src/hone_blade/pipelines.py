@@ -2,8 +2,8 @@
 
 Student and fake score are LoRA adapters of the one frozen transformer, which without them is the teacher. Several
 processes do what one does: samples, times and noise depend on the number of a sample alone. Of Wan2.2 both transformers
-are trained at once, each at the times that it draws at, and each gets a file of its own. Image-to-video needs images too,
-with which the videos begin.
+are trained at once, each at the times that it draws at, and each gets a file of its own. Image-to-video needs
+images too, with which the videos begin.
 
 Differs from the release: the unguided teacher reads the empty prompt (release: a long negative prompt for Wan, a space
 for CogVideoX), and the fake score's rate rises over the first steps too.
@@ -146,8 +146,8 @@ def clips_of(cfg: EncodeConfig) -> tuple[list[Clip], tuple[int, int, int] | None
     bare = pipeline_on_meta(cfg.model, name, **local)
     if bare.config.get("expand_timesteps"):
         raise ValueError(
-            f"{cfg.model} has the image in the first latent frame; expected a pipeline that reads it in channels beside "
-            "the latents, as Wan2.1's and Wan2.2's larger one"
+            f"{cfg.model} has the image in the first latent frame; expected a pipeline that reads it in channels "
+            "beside the latents, as Wan2.1's and Wan2.2's larger one"
         )
     check_size(bare, frames=frames, height=height, width=width)
     return clips, (frames, height, width)
