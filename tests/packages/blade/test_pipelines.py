@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from hone_blade.config import BladeConfig, EncodeConfig, GenerateConfig, PipelineDistillConfig, TDMConfig
 from hone_blade.inputs import find_distilled, find_encoded
 from hone_blade.lora import load_blade_lora
-from hone_blade.pipelines import PipelineDistillation, distill_pipeline, encode_prompts, plan_of
+from hone_blade.pipelines import PipelineDistillation, beginning_with, distill_pipeline, encode_prompts, plan_of
 from hone_blade.sample import Sampler, find_inputs, generate
 from hone_blade.trio import Experts
 from hone_core.config import to_dict
@@ -25,6 +25,7 @@ from hone_video.architectures import tiny, tiny_inputs, tiny_pipeline
 from hone_video.caching import Cache
 from hone_video.training import Loop
 from hone_video.training_config import LoopConfig
+from PIL import Image
 from safetensors.torch import load_file
 
 # diffusers calls functions that other libraries have deprecated, and imageio leaves ffmpeg's pipes to the collector.
@@ -377,6 +378,89 @@ def test_both_transformers_of_wan22_are_trained_and_drawn_with(folders, caches, 
     assert pipe.transformer_2.peft_config
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of two images with prompts, of another shape than the videos."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in ("red", "blue"):
+        Image.new("RGB", (50, 70), name).save(folder / f"{name}.png")
+    lines = [{"file_name": f"{name}.png", "text": f"a {name} cat"} for name in ("red", "blue")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@KINDS
+def test_image_to_video_is_trained_and_drawn_with(kind, pictures, folders, caches, tmp_path):
+    """What is trained reads the image as the pipeline does: its samples are those of ``generate``."""
+    pipe = tiny_pipeline(kind, image=True)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    # CogVideoX draws the image's latents; of so small a variance every draw is the mean.
+    vae = pipe.vae.encoder.conv_out
+    out = vae.conv if kind == "cogvideox" else pipe.vae.quant_conv
+    out.weight.data[4:], out.bias.data[4:] = 0.0, -30.0
+    pipe.save_pretrained(tmp_path / "pipe")
+    asked = EncodeConfig(model=str(tmp_path / "pipe"), image_folder=pictures, **SIZE)
+    cache = work(encode_prompts, find_encoded(asked), tmp_path / "encoded").prompts
+    cfg = dataclasses.replace(
+        config(folders, caches, kind, loop={"steps": 2}, sample_every=1), model=str(tmp_path / "pipe"), cache=cache,
+        frames=None, height=None, width=None,
+    )  # fmt: skip
+    cfg = find_distilled(cfg)
+    report = work(distill_pipeline, cfg, tmp_path / "run")
+    assert all(value.abs().max() > 0 for value in load_file(report.student).values())
+    files = [str(pictures / f"{name}.png") for name in ("red", "blue")]
+    drawing = GenerateConfig(
+        model=str(tmp_path / "pipe"), prompts=("a red cat",) * 2, images=tuple(files), lora=str(report.student), **SIZE
+    )
+    sampler = Sampler.load(find_inputs(drawing), "cpu")
+    with sampler.attached():
+        drawn = [sampler.draw(index, output_type="latent") for index in range(2)]
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    with Run.start(package="hone-blade", verb="x", config=cfg, out=tmp_path / "r", device="cpu", quiet=True) as run:
+        made = PipelineDistillation(cfg, plan_of(cfg), pipe, Cache.open(cfg.cache), Loop(cfg.loop, run))
+    own = {
+        name.replace(".weight", ".student.weight").removeprefix("transformer."): value
+        for name, value in load_file(report.student).items()
+    }
+    assert not pipe.transformer.load_state_dict(own, strict=False).unexpected_keys
+    for index in range(2):
+        (text, _), (_, image) = made.item(0), made.item(index)
+        generator = torch.Generator().manual_seed(index)
+        if kind == "cogvideox":  # the pipeline draws the image's latents first
+            torch.randn(1, 4, 1, 8, 8, generator=generator)
+        noise = torch.randn(1, *made.plan.shape, generator=generator)
+        with beginning_with(image):
+            assert_close(made.objective.samples(text, noise, generator), drawn[index])
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+
+
+def test_images_that_do_not_fit_are_named(pictures, folders, caches, prompts, tmp_path):
+    tiny_pipeline("wan", image=True).save_pretrained(tmp_path / "image")
+    model = str(tmp_path / "image")
+    with pytest.raises(CheckpointError, match="is a WanPipeline, which takes no images; pass --prompt-file"):
+        find_encoded(EncodeConfig(model=str(folders["wan"]), image_folder=pictures))
+    with pytest.raises(CheckpointError, match="is a WanImageToVideoPipeline; expected WanPipeline or"):
+        find_encoded(EncodeConfig(model=model, prompt_file=prompts))
+    with pytest.raises(ValueError, match="give prompts: --prompt-file FILE"):
+        EncodeConfig(model=model)
+    with pytest.raises(ValueError, match="pass --image-folder"):
+        EncodeConfig(model=model, prompt_file=prompts, height=64)
+    asked = dataclasses.replace(config(folders, caches), model=model)
+    with pytest.raises(CheckpointError, match="holds no images that a WanImageToVideoPipeline with this VAE"):
+        find_distilled(asked)
+    with pytest.raises(ValueError, match="expected prompts with images, --cache FOLDER"):
+        find_distilled(dataclasses.replace(asked, cache=None, prompt_file=prompts))
+    tiny_pipeline("wan", image=True, expand_timesteps=True).save_pretrained(tmp_path / "first")
+    with pytest.raises(ValueError, match="has the image in the first latent frame"):
+        find_encoded(EncodeConfig(model=str(tmp_path / "first"), image_folder=pictures, **SIZE))
+    with pytest.raises(ValueError, match="frames must be a multiple of 4 plus 1"):
+        find_encoded(EncodeConfig(model=model, image_folder=pictures, frames=8))
+    cache = work(encode_prompts, EncodeConfig(model=model, image_folder=pictures, **SIZE), tmp_path / "e").prompts
+    with pytest.raises(ValueError, match=r"height must be 64, at which .* was encoded; got 80"):
+        find_distilled(dataclasses.replace(asked, cache=cache, height=80))
+
+
 @pytest.mark.slow
 def test_two_processes_train_two_transformers(folders, caches, tmp_path):
     """Where a process calls one of them and another the other."""
@@ -433,9 +517,6 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(folders, caches, t
     for change in ({"shard": True}, {"rank": 0}):
         with pytest.raises(ValueError, match=r"has two transformers, as Wan2\.2: expected a LoRA, and no shard"):
             find_distilled(config(folders, caches, "wan2.2", **change))
-    tiny_pipeline("wan", image=True).save_pretrained(tmp_path / "image")
-    with pytest.raises(CheckpointError, match="is a WanImageToVideoPipeline; expected WanPipeline or"):
-        find_distilled(dataclasses.replace(config(folders, caches), model=str(tmp_path / "image")))
 
 
 @pytest.mark.parametrize(

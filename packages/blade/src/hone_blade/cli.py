@@ -43,7 +43,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         config="hone_blade.config:GenerateConfig",
         prepare="hone_blade.inputs:find_video_inputs",
         run="hone_blade.sample:generate",
-        help="Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.",
+        help="Make videos from prompts, and images, with a Wan or CogVideoX pipeline, from a folder or the hub.",
         shared=True,
     ),
     "distill": Verb(
@@ -56,7 +56,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         config="hone_blade.config:EncodeConfig",
         prepare="hone_blade.inputs:find_encoded",
         run="hone_blade.pipelines:encode_prompts",
-        help="Encode the prompts of a text file with a pipeline's own text encoder, for distill-pipeline.",
+        help="Encode prompts, or prompts with images, with a pipeline's own encoders, for distill-pipeline.",
         shared=True,
     ),
     "distill-pipeline": Verb(

@@ -846,17 +846,32 @@ class EncodeConfig:
 
     model: str
     """Folder of a diffusers pipeline, or its hub address, such as ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers``."""
-    prompt_file: Path
+    prompt_file: Path | None = field(default=None, metadata=flag(instead_of=("image_folder",)))
     """UTF-8 text, one prompt a line; empty lines are skipped."""
+    image_folder: Path | None = field(default=None, metadata=flag(instead_of=("prompt_file",)))
+    """For an image-to-video pipeline, a folder of images instead, with a ``metadata.jsonl`` of lines like
+    ``{"file_name": "a.png", "text": "the fox turns its head"}``."""
     limit: int | None = None
     """Use only so many of the prompts."""
+    height: int | None = None
+    """Pixels of the videos that begin with the images (default: as published, see distill-pipeline)."""
+    width: int | None = None
+    """Pixels."""
+    frames: int | None = None
+    """Frames."""
     dtype: Dtype = "auto"
     """Of the text encoder and of what it makes."""
     local_files_only: bool = False
     """Never ask the hub, only its local cache."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "limit")
+        _at_least_one(self, "limit", "height", "width", "frames")
+        if (self.prompt_file is None) == (self.image_folder is None):
+            raise ValueError(
+                "give prompts: --prompt-file FILE, one a line, or for an image-to-video pipeline --image-folder FOLDER"
+            )
+        if self.image_folder is None and (self.height, self.width, self.frames) != (None, None, None):
+            raise ValueError("height, width and frames are those of videos that begin with images; pass --image-folder")
 
 
 def _release_loop() -> LoopConfig:
@@ -875,7 +890,7 @@ class PipelineDistillConfig:
     prompt_file: Path | None = field(default=None, metadata=flag(instead_of=("cache",)))
     """UTF-8 text, one prompt a line, encoded into the run's folder first."""
     cache: Path | None = field(default=None, metadata=flag(instead_of=("prompt_file",)))
-    """Folder of prompts that encode-prompts made, instead."""
+    """Folder of prompts that encode-prompts made, instead; for image-to-video with their images."""
     loop: LoopConfig = field(default_factory=_release_loop)
     """How it is trained: by default as the release, 300 steps of 80 videos. ``lr`` is the student's, which after the
     warm-up falls by a cosine."""
@@ -895,7 +910,8 @@ class PipelineDistillConfig:
     tdm: TDMConfig | None = field(default=None, metadata=flag(hidden=True))
     """Settings of the objective in full, instead."""
     height: int | None = None
-    """Pixels (default: as published, 480 x 832 x 81 for Wan, 480 x 720 x 49 for CogVideoX)."""
+    """Pixels (default: as published, 480 x 832 x 81 for Wan, 480 x 720 x 49 for CogVideoX; of image-to-video, as the
+    images were encoded)."""
     width: int | None = None
     """Pixels."""
     frames: int | None = None

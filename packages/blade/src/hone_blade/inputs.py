@@ -114,14 +114,15 @@ def find_encoded(cfg: EncodeConfig) -> EncodeConfig:
     """The settings, once pipeline and prompts are known to be there.
 
     Raises:
-        CheckpointError: The pipeline is not there, not whole, or of an unsupported class.
-        FileNotFoundError, ValueError: There is no prompt file, or no prompt in it.
+        CheckpointError, FileNotFoundError, ValueError: As ``hone_blade.pipelines.clips_of``.
     """
-    read_prompt_file(cfg.prompt_file)
-    from hone_video.pipelines import find_pipeline
+    if cfg.prompt_file is not None:
+        read_prompt_file(cfg.prompt_file)  # before torch is imported
+    from .pipelines import clips_of
 
-    find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
-    return replace(cfg, prompt_file=Path(os.path.abspath(cfg.prompt_file)))
+    clips_of(cfg)
+    prompt_file, images = (None if x is None else Path(os.path.abspath(x)) for x in (cfg.prompt_file, cfg.image_folder))
+    return replace(cfg, prompt_file=prompt_file, image_folder=images)
 
 
 def find_distilled(cfg: PipelineDistillConfig) -> PipelineDistillConfig:

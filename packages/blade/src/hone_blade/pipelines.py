@@ -2,7 +2,8 @@
 
 Student and fake score are LoRA adapters of the one frozen transformer, which without them is the teacher. Several
 processes do what one does: samples, times and noise depend on the number of a sample alone. Of Wan2.2 both transformers
-are trained at once, each at the times that it draws at, and each gets a file of its own.
+are trained at once, each at the times that it draws at, and each gets a file of its own. Image-to-video needs
+images too, with which the videos begin.
 
 Differs from the release: the unguided teacher reads the empty prompt (release: a long negative prompt for Wan, a space
 for CogVideoX), and the fake score's rate rises over the first steps too.
@@ -12,6 +13,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +24,12 @@ import numpy as np
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.environment import code_version
+from hone_core.errors import CheckpointError
 from hone_core.io import atomic_path
 from hone_core.runs import Report, Run
-from hone_video.caching import Cache, Clip, fill_cache, fingerprint
+from hone_video.caching import Cache, Clip, fill_cache, fingerprint, read_clips
 from hone_video.denoising import Denoiser
+from hone_video.images import read_image
 from hone_video.lora import LORA_FILE, save_lora
 from hone_video.pipelines import (
     PIPELINES,
@@ -33,7 +39,7 @@ from hone_video.pipelines import (
     pipeline_on_meta,
     pipeline_parts,
 )
-from hone_video.training import Group, Loop, Part, seeded
+from hone_video.training import Group, Loop, seeded
 from torch import Tensor, nn
 
 from .config import (
@@ -53,7 +59,7 @@ from .scheduler import TDMScheduler
 from .trio import Experts, Trio, WholeTrio
 
 __all__ = ["EncodeReport", "PipelineDistillation", "PipelineReport", "Plan", "distill_pipeline", "encode_prompts"]
-__all__ += ["plan_of"]
+__all__ += ["beginning_with", "clips_of", "plan_of"]
 
 PROMPTS = "prompts"
 """Where a run's artifacts hold encoded prompts."""
@@ -63,6 +69,9 @@ TRANSFORMER = "transformer"
 """Where a run's artifacts hold a student that was trained whole."""
 SHOWN = 4
 """Frames of each video on a sample sheet."""
+
+_GIVEN: ContextVar[dict[str, Tensor] | None] = ContextVar("given", default=None)
+"""What image-to-video transformers read of the image of the video at hand, ``[1, ...]``."""
 
 _FAMILY = {
     "wan": ("wan2.1-1.3b", (81, 480, 832)),
@@ -94,22 +103,54 @@ def encode_prompts(cfg: EncodeConfig, run: Run) -> EncodeReport:
     """Encode the prompts of a text file with the pipeline's own text encoder; a run that was stopped goes on.
 
     Args:
-        cfg: Pipeline and prompts.
+        cfg: Pipeline and prompts, or images.
         run: The run, entered.
 
     Raises:
-        CheckpointError: There is no such pipeline, or the folder holds other prompts.
-        FileNotFoundError, ValueError: The file holds no prompt, or is not text.
+        CheckpointError, FileNotFoundError, ValueError: As ``clips_of``; or the run's folder holds other prompts.
     """
-    device = resolve_device(run.device)
-    prompts = read_prompt_file(cfg.prompt_file)[: cfg.limit]
+    device, (clips, size) = resolve_device(run.device), clips_of(cfg)
     cache = fill_cache(
-        run.artifacts / PROMPTS, [Clip(prompt) for prompt in prompts], cfg.model, device=device,
-        dtype=resolve_dtype(cfg.dtype, device), processes=run.processes, local_files_only=cfg.local_files_only,
-        quiet=run.quiet,
+        run.artifacts / PROMPTS, clips, cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device), size=size,
+        images=size is not None, processes=run.processes, local_files_only=cfg.local_files_only, quiet=run.quiet,
     )  # fmt: skip
     run.row("prompts", len(cache), better="none")
     return EncodeReport.of(run)
+
+
+def clips_of(cfg: EncodeConfig) -> tuple[list[Clip], tuple[int, int, int] | None]:
+    """What is to be encoded, and the size of videos that begin with images; loads no weights.
+
+    Raises:
+        CheckpointError: There is no such pipeline, it is not whole, or of a class that takes no such prompts.
+        FileNotFoundError: There is no such file, or an image is missing.
+        ValueError: The file holds no prompt, or is not text; an image cannot be read, or goes into the first latent
+            frame; the model cannot make the size.
+    """
+    local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
+    if cfg.prompt_file is not None:
+        prompts = read_prompt_file(cfg.prompt_file)[: cfg.limit]
+        find_pipeline(cfg.model, **local)
+        return [Clip(prompt) for prompt in prompts], None
+    assert cfg.image_folder is not None
+    clips = read_clips(cfg.image_folder)[: cfg.limit]
+    name = find_pipeline(cfg.model, images=True, **local)
+    if not PIPELINES[name].image:
+        raise CheckpointError(f"{cfg.model} is a {name}, which takes no images; pass --prompt-file")
+    for clip in clips:
+        assert clip.file is not None
+        read_image(clip.file)
+    usual = _FAMILY[PIPELINES[name].family][1]
+    asked = (cfg.frames, cfg.height, cfg.width)
+    frames, height, width = (own if given is None else given for given, own in zip(asked, usual, strict=True))
+    bare = pipeline_on_meta(cfg.model, name, **local)
+    if bare.config.get("expand_timesteps"):
+        raise ValueError(
+            f"{cfg.model} has the image in the first latent frame; expected a pipeline that reads it in channels "
+            "beside the latents, as Wan2.1's and Wan2.2's larger one"
+        )
+    check_size(bare, frames=frames, height=height, width=width)
+    return clips, (frames, height, width)
 
 
 @dataclass(frozen=True)
@@ -137,7 +178,8 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     """Look at pipeline, prompts, size and settings; loads no weights.
 
     Raises:
-        CheckpointError: There is no such pipeline, or the encoded prompts are none, not whole, or another encoder's.
+        CheckpointError: There is no such pipeline, or the encoded prompts are none, not whole, another encoder's, or
+            without the images that the pipeline begins with.
         FileNotFoundError: There is no prompt file.
         ValueError: It holds no prompt; the model cannot make the size; the attention leaves steps dense; two
             transformers are to be trained whole, or shared out.
@@ -145,16 +187,23 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     if cfg.prompt_file is not None:
         read_prompt_file(cfg.prompt_file)
     local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
-    name = find_pipeline(cfg.model, **local)
+    name = find_pipeline(cfg.model, images=True, **local)
     two = "transformer_2" in pipeline_parts(cfg.model, **local)
     if two and (cfg.shard or not cfg.rank):
         raise ValueError(
             f"{cfg.model} has two transformers, as Wan2.2: expected a LoRA, and no shard, since at a time processes "
             f"call different ones; got rank {cfg.rank}, shard {cfg.shard}"
         )
-    if cfg.cache is not None:
-        Cache.open(cfg.cache, encoder=fingerprint(cfg.model, "text_encoder", **local))
     preset, usual = _FAMILY[PIPELINES[name].family]
+    if cfg.cache is not None:
+        header = Cache.open(cfg.cache, encoder=fingerprint(cfg.model, "text_encoder", **local)).header
+        if PIPELINES[name].image:
+            usual = _size_of_images(cfg, name, header)
+    elif PIPELINES[name].image:
+        raise ValueError(
+            f"{cfg.model} is a {name}: expected prompts with images, --cache FOLDER of encode-prompts --image-folder; "
+            "got a prompt_file"
+        )
     attention = cfg.attention or PRESETS[cfg.preset or preset].config
     if attention.dense_steps:
         raise ValueError(
@@ -168,11 +217,30 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     boundary = bare.config.boundary_ratio * bare.scheduler.config.num_train_timesteps if two else None
     check_size(bare, frames=frames, height=height, width=width)
     time, space = bare.vae_scale_factor_temporal, bare.vae_scale_factor_spatial
-    channels, sizes = bare.transformer.config.in_channels, ((frames - 1) // time + 1, height // space, width // space)
+    channels, sizes = bare.transformer.config.out_channels, ((frames - 1) // time + 1, height // space, width // space)
     denoiser = Denoiser(bare)
     shape = (channels, *sizes) if denoiser.flow else (sizes[0], channels, *sizes[1:])
     denoiser.grid(torch.empty(shape, device="meta"))
     return Plan(name, attention, tdm, (frames, height, width), shape, boundary)
+
+
+def _size_of_images(cfg: PipelineDistillConfig, name: str, header: dict[str, Any]) -> tuple[int, int, int]:
+    """The size that images were encoded at, once it is known to be that of the training."""
+    local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
+    if header["pipeline"] != name or header["vae"] != fingerprint(cfg.model, "vae", **local):
+        raise CheckpointError(
+            f"{cfg.cache} holds no images that a {name} with this VAE begins with; fill a folder with encode-prompts "
+            "--image-folder"
+        )
+    frames, height, width = header["size"]
+    for what, asked, own in (
+        ("frames", cfg.frames, frames),
+        ("height", cfg.height, height),
+        ("width", cfg.width, width),
+    ):
+        if asked not in (None, own):
+            raise ValueError(f"{what} must be {own}, at which {cfg.cache} was encoded; got {asked}. Leave it out")
+    return frames, height, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +300,7 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
         )  # fmt: skip
     else:
         cache = Cache.open(cfg.cache)
-    away = ("text_encoder", "tokenizer", *(() if cfg.sample_every else ("vae",)))
+    away = ("text_encoder", "tokenizer", "image_encoder", "image_processor", *(() if cfg.sample_every else ("vae",)))
     pipe = load_pipeline(
         cfg.model, plan.pipeline, device=torch.device("cpu"), dtype=dtype, local_files_only=cfg.local_files_only,
         leave_out=away,
@@ -286,6 +354,16 @@ def _shard(model: nn.Module, loop: Loop) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+@contextmanager
+def beginning_with(given: dict[str, Tensor]) -> Iterator[None]:
+    """Calls inside read an image; of a text-to-video pipeline, with nothing given, they do not."""
+    token = _GIVEN.set(given)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
 class PipelineDistillation:
     """A student and its fake score in training.
 
@@ -302,7 +380,8 @@ class PipelineDistillation:
         denoiser, model = Denoiser(pipe), pipe.transformer
 
         def call(network: nn.Module, state: Tensor, time: Tensor, text: Tensor) -> Tensor:
-            return denoiser(network, state, time, text)
+            given = {name: value.expand(len(state), *value.shape[1:]) for name, value in (_GIVEN.get() or {}).items()}
+            return denoiser(network, state, time, text, **given)
 
         sparse = plan.tdm.fake_attention == "sparse"
         self.trio: Trio
@@ -331,11 +410,10 @@ class PipelineDistillation:
         loop.prepare(model, groups, wrap=False)
         self.null = cache.null()[None].to(loop.device)
 
-    def text(self, part: Part) -> Tensor:
-        """Of a part's prompt, ``[1, L, D]``."""
-        return torch.stack([self.cache.item(index)["text"] for index in part.items(len(self.cache))]).to(
-            self.loop.device
-        )
+    def item(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Text of a prompt and what there is to read of its image, ``[1, ...]`` each."""
+        found = {name: value[None].to(self.loop.device) for name, value in self.cache.item(index).items()}
+        return found.pop("text"), {name: found[name] for name in ("condition", "image") if name in found}
 
     def update(self) -> dict[str, float]:
         """One update of the fake score and one of the student."""
@@ -345,14 +423,15 @@ class PipelineDistillation:
         fake_loss = loss = gap = 0.0
         parts = []
         for part in loop.parts():
-            text, (generator,) = self.text(part), part.generators("objective")
+            (index,), (generator,) = part.items(len(self.cache)), part.generators("objective")
+            text, image = self.item(index)
             noise = part.randn(self.plan.shape, "noise").to(loop.device)
-            with loop.accelerator.autocast():
+            with loop.accelerator.autocast(), beginning_with(image):
                 states = objective.states(text, noise, generator)
                 drawn = objective.draw(len(text), generator, loop.device)
                 found = objective.fake_loss(text, states, drawn, generator)
             fake_loss += loop.backward(found.mean(), part)
-            parts.append((part, text, generator, states))
+            parts.append((part, text, image, generator, states))
         seen = {"fake_loss": fake_loss}
         limit = self.plan.tdm.skip_above
         if limit is not None and loop.mean(seen)["fake_loss"] > limit:
@@ -360,8 +439,8 @@ class PipelineDistillation:
                 parameter.grad = None
         else:
             seen["fake_gradient_norm"] = loop.apply("fake")
-        for part, text, generator, states in parts:
-            with loop.accelerator.autocast():
+        for part, text, image, generator, states in parts:
+            with loop.accelerator.autocast(), beginning_with(image):
                 drawn = objective.draw(len(text), generator, loop.device)
                 found, distance = objective.student_loss(text, self.null, states, drawn, generator)
             loss += loop.backward(found.mean(), part)
@@ -381,10 +460,9 @@ class PipelineDistillation:
             return None
         rows = []
         for index in range(min(self.cfg.samples, len(self.cache))):
-            text = self.cache.item(index)["text"][None].to(loop.device)
-            generator = seeded(self.cfg.loop.seed, "sample", index)
+            (text, image), generator = self.item(index), seeded(self.cfg.loop.seed, "sample", index)
             noise = torch.randn(1, *self.plan.shape, generator=generator).to(loop.device)
-            with loop.accelerator.autocast():
+            with loop.accelerator.autocast(), beginning_with(image):
                 latents = self.objective.samples(text, noise, generator)
             if not main:
                 continue

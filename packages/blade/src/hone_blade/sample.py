@@ -144,7 +144,9 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     if own and family not in own:
         fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {family}))]
         raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
-    two = "transformer_2" in pipeline_parts(cfg.model, local_files_only=cfg.local_files_only)
+    two = (cfg.lora is not None or cfg.lora_2 is not None) and "transformer_2" in pipeline_parts(
+        cfg.model, local_files_only=cfg.local_files_only
+    )
     if cfg.lora_2 is not None and not two:
         raise ValueError(f"lora_2 is for a second transformer, as Wan2.2 has; {cfg.model} has one. Pass lora")
     lora, lora_2 = (

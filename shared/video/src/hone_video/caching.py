@@ -1,8 +1,9 @@
 """Prompts and videos of a training, encoded once by a pipeline's own text encoder and VAE, and kept in a folder.
 
 ``cache.json`` says of which encoder, size and items it is. Beside it lies a safetensors file per item, with ``text``
-``[L, D]`` and, where there are videos, ``latents`` as the transformer takes them, without the batch; and
-``null.safetensors`` with the text of the empty prompt. A fill that was stopped goes on where it was.
+``[L, D]`` and, where there are videos, ``latents`` as the transformer takes them, without the batch; or, of an
+image-to-video pipeline, what it reads of an image (see ``encode_image``); and ``null.safetensors`` with the text of the
+empty prompt. A fill that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json, save_safetensors
 from hone_core.processes import Processes
 from hone_core.progress import progress_bar
+from PIL import Image
 from torch import Tensor
 
-from .pipelines import PIPELINES, check_size, find_pipeline, load_pipeline
+from .images import cover, read_image
+from .pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, pipeline_on_meta
 
-__all__ = ["Cache", "Clip", "encode_clip", "encode_text", "fill_cache", "fingerprint", "read_clip", "read_clips"]
+__all__ = ["Cache", "Clip", "encode_clip", "encode_image", "encode_text", "fill_cache", "fingerprint", "read_clip"]
+__all__ += ["read_clips"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """What is trained on: a prompt, and its video, if there are videos."""
+    """What is trained on: a prompt, and its video, or the image that a video begins with, if there are any."""
 
     text: str
     file: Path | None = None
@@ -156,6 +160,34 @@ def encode_clip(pipe: Any, video: Tensor) -> Tensor:
     return (latents * config.scaling_factor).transpose(0, 1).contiguous()
 
 
+@torch.no_grad()
+def encode_image(
+    pipe: Any, image: Image.Image, size: tuple[int, int, int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What an image-to-video transformer reads of an image, by the pipeline's own code, without the batch.
+
+    Args:
+        pipe: With its VAE and, if it has one, its CLIP; of its transformer the config is enough.
+        image: Of the video's size.
+        size: Frames, height and width of the video.
+        generator: On the CPU; CogVideoX draws the image's latents.
+
+    Returns:
+        ``condition``, channels that join the latents; and of Wan2.1 ``image`` ``[L, D]``, CLIP's tokens.
+    """
+    frames, height, width = size
+    weight, config = next(pipe.vae.parameters()), pipe.transformer.config
+    pixels = pipe.video_processor.preprocess(image, height=height, width=width).to(weight)
+    _, condition = pipe.prepare_latents(
+        image=pixels, batch_size=1, num_channels_latents=config.out_channels, num_frames=frames, height=height,
+        width=width, dtype=weight.dtype, device=weight.device, generator=generator,
+    )  # fmt: skip
+    found = {"condition": condition[0]}
+    if getattr(config, "image_dim", None) is not None:
+        found["image"] = pipe.encode_image(image, weight.device)[0]
+    return found
+
+
 def fingerprint(model: str, part: str, *, local_files_only: bool = False) -> str:
     """What tells one encoder from another: a hash of its config and of the names and sizes of its weight files.
 
@@ -232,7 +264,7 @@ class Cache:
         return self.header["items"][index]["text"]
 
     def item(self, index: int) -> dict[str, Tensor]:
-        """``text`` and, if there are videos, ``latents`` of an item, on the CPU."""
+        """``text`` and, if there are videos, ``latents`` of an item, or what is kept of its image, on the CPU."""
         return _read(self.path / _name(index))
 
     def null(self) -> Tensor:
@@ -248,6 +280,7 @@ def fill_cache(
     device: torch.device,
     dtype: torch.dtype,
     size: tuple[int, int, int] | None = None,
+    images: bool = False,
     processes: Processes | None = None,
     local_files_only: bool = False,
     quiet: bool = False,
@@ -256,11 +289,12 @@ def fill_cache(
 
     Args:
         path: The folder; made if need be.
-        clips: With videos, all of them, or with prompts alone.
+        clips: With videos, all of them, or with prompts alone; of an image-to-video pipeline, with images.
         model: Folder or hub address of the pipeline.
         device: Where to encode.
         dtype: Of the text encoder, and of the text that is kept.
         size: Frames, height and width of the videos; None for prompts alone.
+        images: Whether the files are images, of an image-to-video pipeline.
         processes: Those that share the work; each calls this with the same arguments.
         local_files_only: Never ask the hub, only its local cache.
         quiet: Show no progress.
@@ -272,7 +306,7 @@ def fill_cache(
     if not clips:
         raise ValueError("there is no prompt to encode")
     path, processes = Path(path), processes or Processes()
-    name = find_pipeline(model, local_files_only=local_files_only)
+    name = find_pipeline(model, images=images, local_files_only=local_files_only)
     header = {
         "schema": SCHEMA,
         "pipeline": name,
@@ -307,6 +341,8 @@ def _encode(
     pipe = load_pipeline(model, name, device=device, dtype=dtype, local_files_only=local_files_only, leave_out=away)
     if size is not None:
         check_size(pipe, frames=size[0], height=size[1], width=size[2])
+        if PIPELINES[name].image:
+            pipe.transformer = pipeline_on_meta(model, name, local_files_only=local_files_only).transformer
     log.info("encoding into %s", path)
     with progress_bar(len(files), desc="encoding", quiet=quiet) as bar:
         while (index := processes.take(f"items of {path}")) < len(files):
@@ -315,7 +351,11 @@ def _encode(
                 continue
             clip = clips[index] if index < len(clips) else Clip("")
             tensors = {"text": encode_text(pipe, clip.text).to(dtype)}
-            if clip.file is not None:
+            if clip.file is not None and PIPELINES[name].image:
+                assert size is not None
+                image = cover(read_image(clip.file), *size[1:])
+                tensors |= encode_image(pipe, image, size, torch.Generator().manual_seed(index))
+            elif clip.file is not None:
                 assert size is not None
                 frames, height, width = size
                 video = read_clip(clip.file, frames=frames, height=height, width=width, fps=PIPELINES[name].fps)

@@ -100,7 +100,10 @@ class Denoiser:
         scheduler = self.pipe.scheduler
         return Noisy(scheduler.add_noise(latents, noise, index), index, scheduler.get_velocity(latents, noise, index))
 
-    def __call__(self, model: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def __call__(
+        self, model: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor, *, condition: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The velocity that a transformer predicts, like ``latents``, float32.
 
         Args:
@@ -108,12 +111,19 @@ class Denoiser:
             latents: Noisy.
             timestep: ``[B]``, whole numbers up to 1000.
             text: ``[B, L, D]``.
+            condition: Of image-to-video, channels that join the latents, ``[B, ...]``.
+            image: Of Wan2.1's image-to-video, CLIP's tokens ``[B, L, D]``.
         """
         options: dict[str, Any] = {}
+        joined = latents if condition is None else torch.cat([latents, condition.to(latents)], 1 if self.flow else 2)
+        if image is not None:
+            options["encoder_hidden_states_image"] = image.to(self.dtype)
+        if not self.flow and condition is not None and self.config.ofs_embed_dim is not None:
+            options["ofs"] = latents.new_full((1,), 2.0, dtype=self.dtype)  # as the pipeline has it
         if not self.flow and self.config.use_rotary_positional_embeddings:
             options["image_rotary_emb"] = self._rotary(latents)
         return model(
-            hidden_states=latents.to(self.dtype),
+            hidden_states=joined.to(self.dtype),
             timestep=timestep.long(),
             encoder_hidden_states=text.to(self.dtype),
             return_dict=False,
