@@ -322,6 +322,9 @@ class TrainConfig:
     lora: int = 0
     """Rank of adapters on the decoder's attention and MLP, whose model without them is the reference; 0 trains every
     weight of the decoder, beside a frozen copy."""
+    shard: bool = False
+    """Share the decoder's layers, and of a whole training those of the frozen copy, out over the processes (FSDP2)
+    instead of holding them whole in each: for a model whose optimiser does not fit a card."""
     frames: int = 32
     """Frames of a video."""
     max_new_tokens: int = 64
@@ -343,8 +346,8 @@ class TrainConfig:
         check_budget(self.minutes, self.steps)
         if (self.model is None) != (self.data is None):
             raise ValueError("a model needs --data with questions; the tiny host (no --model) makes its own")
-        if self.model is None and (self.lora or self.dtype != "auto"):
-            raise ValueError("lora and dtype are of a model; the tiny host is trained whole, in float32")
+        if self.model is None and (self.lora or self.shard or self.dtype != "auto"):
+            raise ValueError("lora, shard and dtype are of a model; the tiny host is trained whole, in float32")
         if self.lora < 0 or min(self.frames, self.max_new_tokens) < 1:
             raise ValueError("lora must not be negative, frames and max_new_tokens must be positive")
         if self.sparse.policy in BY_RATIO or self.sparse.p != SparseConfig().p:

@@ -1,13 +1,16 @@
 """Train a model, or the tiny host, to answer with few tokens; see ``reinforce`` for the loop.
 
 Runs in one process, or in several that ``accelerate launch`` starts: each samples its own questions, and gradients are
-averaged. Every process holds the whole model.
+averaged. Every process holds the whole model, or with ``shard`` its part of the decoder's layers (FSDP2).
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,16 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.processes import load_whole_weights
 from hone_core.runs import Report, Run
 from hone_core.training import Training
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import TrainConfig
 from .models import attach, check_config
-from .reinforce import Reinforcement, Task
+from .reinforce import Reinforcement, Task, whole
 
 __all__ = ["FinetuneReport", "prepare", "train"]
+
+log = logging.getLogger(__name__)
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -86,12 +93,14 @@ def train(cfg: TrainConfig, run: Run) -> FinetuneReport:
         CheckpointError: The folder's checkpoint is of another config.
         RuntimeError: The loss is not finite.
     """
-    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
 
     device = resolve_device(run.device)
     load_whole_weights()
     accelerator = Accelerator(cpu=device.type != "cuda")
     count, process = accelerator.num_processes, accelerator.process_index
+    if accelerator.distributed_type == DistributedType.FSDP and not cfg.shard:
+        log.warning("launched with FSDP, but every process holds the whole model: --shard shares its layers out")
     task = _task(cfg, device if count == 1 else accelerator.device, process, count)
     reduce = (lambda grad: accelerator.reduce(grad, "mean")) if count > 1 else None
     with attach(task.model, cfg.sparse) as handle:
@@ -99,8 +108,9 @@ def train(cfg: TrainConfig, run: Run) -> FinetuneReport:
         training = _Together(cfg, run.artifacts / "checkpoint.pt", _resumable(loop, cfg), accelerator)
         training.resume()
         training.follow(loop.loop(training), run, show=("accuracy", "tau"))
+    weights = _gathered(task.model, accelerator.is_main_process)
     if accelerator.is_main_process:
-        _write(cfg, task, loop, run.artifacts / "model")
+        _write(cfg, task, loop, weights, run.artifacts / "model")
         _write_rows(run)
     accelerator.wait_for_everyone()
     return FinetuneReport.of(run)
@@ -112,38 +122,106 @@ class _Together(Training):
     def __init__(self, config: Any, path: Path, parts: dict[str, Any], accelerator: Any) -> None:
         super().__init__(config, path, parts)
         self._accelerator = accelerator
+        self._written = 0.0
+
+    def start(self) -> None:
+        super().start()
+        self._written = self._saved
 
     def spent(self) -> float:
         share = super().spent()
         if self._accelerator.num_processes == 1:
             return share
-        clocks = torch.tensor(share, device=self._accelerator.device)
-        return float(self._accelerator.reduce(clocks, "mean"))
+        main = self._accelerator.is_main_process
+        due = main and time.perf_counter() - self._written > self.config.checkpoint_seconds
+        clocks = torch.tensor([share, float(due)], device=self._accelerator.device)
+        share, save = self._accelerator.reduce(clocks, "mean").tolist()
+        # Gathering the weights takes all processes: the first one's clock says after which step.
+        self._saved = -math.inf if save else math.inf
+        return share
 
     def save(self) -> None:
         if self._accelerator.is_main_process:
             super().save()
+        else:
+            for part in self.parts.values():
+                part.state_dict()
+        self._written = self._saved = time.perf_counter()
 
 
 class _Trained:
-    """The weights that are trained, of a model whose others stay."""
+    """The weights that are trained, whole, of a model whose others stay."""
 
     def __init__(self, model: Any) -> None:
         self._weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
-        """Name to weight."""
-        return {name: value.detach() for name, value in self._weights.items()}
+        """Name to weight; every process takes part."""
+        return {name: whole(value.detach()) for name, value in self._weights.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over stored values."""
         with torch.no_grad():
             for name, value in self._weights.items():
-                value.copy_(state[name])
+                value.copy_(_like(state[name], value))
+
+
+class _Moments:
+    """An optimiser's state, whole."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the optimiser's; every process takes part."""
+        state = self._optimizer.state_dict()
+        moments = {at: {name: whole(x) for name, x in own.items()} for at, own in state["state"].items()}
+        return state | {"state": moments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a stored state."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        moments = {
+            at: {name: _like(x, parameters[at]) if x.shape == parameters[at].shape else x for name, x in own.items()}
+            for at, own in state["state"].items()
+        }
+        self._optimizer.load_state_dict(state | {"state": moments})
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, shared out as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _shard(model: Any, device: torch.device, processes: int) -> None:
+    """Share the decoder's layers out over the processes; embeddings, norm and tower stay whole in each."""
+    from hone_lm.decoders import find_decoder
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    decoder = find_decoder(model)
+    inside = {id(p) for layer in decoder.layers for p in layer.parameters()}
+    rest = {p for p in decoder.model.parameters() if id(p) not in inside}
+    mesh = init_device_mesh(device.type, (processes,))
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(decoder.model, mesh=mesh, ignored_params=rest)
+
+
+def _gathered(model: Any, keep: bool) -> dict[str, Tensor]:
+    """The model's state with whole tensors, on the CPU where they were shared out; empty unless it is to be kept."""
+    found = {}
+    for name, value in model.state_dict().items():
+        one = whole(value).cpu() if isinstance(value, DTensor) else value
+        if keep:
+            found[name] = one
+    return found
 
 
 def _resumable(loop: Reinforcement, cfg: TrainConfig) -> dict[str, Any]:
-    return {**loop.parts, "model": _Trained(loop.task.model)}
+    return {**loop.parts, "model": _Trained(loop.task.model), "optimizer": _Moments(loop.optimizer)}
 
 
 def _task(cfg: TrainConfig, device: torch.device, process: int, processes: int) -> Task:
@@ -179,6 +257,10 @@ def _task(cfg: TrainConfig, device: torch.device, process: int, processes: int) 
     else:
         frozen = load_model(cfg.model, device=device, dtype=dtype)[0].requires_grad_(False)
         find_decoder(model).model.requires_grad_(True)
+    if cfg.shard and processes > 1:
+        for one in (model, frozen):
+            if one is not None:
+                _shard(one, device, processes)
     return ModelTask(
         model,
         processor,
@@ -189,10 +271,11 @@ def _task(cfg: TrainConfig, device: torch.device, process: int, processes: int) 
         seed=cfg.seed,
         process=process,
         processes=processes,
+        sharded=cfg.shard and processes > 1,
     )
 
 
-def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, folder: Path) -> None:
+def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, weights: dict[str, Tensor], folder: Path) -> None:
     from .rollouts import HostTask
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,9 +285,9 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, folder: Path) -> N
         save_host(task.host, folder / "host.safetensors")
     else:
         if cfg.lora:
-            _write_adapter(task.model, folder)
+            _write_adapter(task.model, weights, folder)
         else:
-            task.model.save_pretrained(folder)  # type: ignore[operator]
+            task.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         task.processor.save_pretrained(folder)  # type: ignore[attr-defined]
     if loop.budget is not None:
         from safetensors.torch import save_file
@@ -214,13 +297,13 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, folder: Path) -> N
         )
 
 
-def _write_adapter(model: Any, folder: Path) -> None:
+def _write_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Write what peft reads: its config, and the weights under its names."""
     from safetensors.torch import save_file
 
     weights = {
         f"base_model.model.{name.replace('.default.', '.')}": value.detach().cpu().contiguous()
-        for name, value in model.named_parameters()
+        for name, value in state.items()
         if ".lora_" in name
     }
     model.peft_config["default"].save_pretrained(folder)

@@ -229,6 +229,7 @@ class ModelTask:
         seed: Of the order of the questions.
         process: Number of this process among those that train together.
         processes: How many there are; each has questions of its own.
+        sharded: Whether they share the model's layers out, and so run each forward together.
     """
 
     def __init__(
@@ -243,9 +244,10 @@ class ModelTask:
         seed: int = 0,
         process: int = 0,
         processes: int = 1,
+        sharded: bool = False,
     ) -> None:
         self.model, self.processor, self.items, self.original = model, processor, items, original
-        self.frames, self.max_new_tokens = frames, max_new_tokens
+        self.frames, self.max_new_tokens, self.sharded = frames, max_new_tokens, sharded
         self._seed, self._process, self._processes = seed, process, processes
         self._last: tuple[list[Item], dict[str, Tensor]] | None = None
 
@@ -302,6 +304,7 @@ class ModelTask:
                 max_new_tokens=self.max_new_tokens,
                 output_logits=True,
                 return_dict_in_generate=True,
+                synced_gpus=self.sharded,
             )
         assert handle.stats is not None, "a prompt was read"
         ids = out.sequences[:, inputs["input_ids"].shape[1] :]

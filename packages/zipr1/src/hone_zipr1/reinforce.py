@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import ReinforceConfig
 from .models import SparseHandle
 from .objectives import BudgetPolicy, advantages, grpo_loss, rewards
 
-__all__ = ["Drawn", "Reinforcement", "Task"]
+__all__ = ["Drawn", "Reinforcement", "Task", "whole"]
 
 
 class Drawn(NamedTuple):
@@ -97,7 +98,9 @@ class Reinforcement:
         self.cfg, self.task, self.handle, self.reduce = cfg, task, handle, reduce
         self._seed = 1_000_003 * (seed + 1) + 101 * process
         self.trained = [p for p in task.model.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": self.trained, "lr": cfg.lr}]
+        # Weights that are shared out over processes, and those that are not, take their steps apart.
+        kinds = [[p for p in self.trained if isinstance(p, DTensor) == shared] for shared in (False, True)]
+        groups: list[dict[str, Any]] = [{"params": kind, "lr": cfg.lr} for kind in kinds if kind]
         self.parts: dict[str, Any] = {"model": task.model}
         self.budget: BudgetPolicy | None = None
         if cfg.objective == "budget-policy":
@@ -206,9 +209,18 @@ class Reinforcement:
 
     def _step(self) -> None:
         if self.reduce is not None:
-            for parameter in self.trained:
+            # The backward of a layer that is shared out has averaged its own.
+            for parameter in (p for p in self.trained if not isinstance(p, DTensor)):
                 # A process whose rows gave a parameter no gradient still takes part in the mean.
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.reduce(grad)
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        norm = torch.stack([whole(torch.linalg.vector_norm(grad)) for grad in grads]).norm()
+        for grad in grads:
+            grad.mul_((1 / (norm + 1e-6)).clamp(max=1))
         self.optimizer.step()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that is shared out over processes as it is; all of them take part."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
