@@ -38,6 +38,7 @@ STEPS = {
     "boundaries": Step(_tool("boundaries")),
     "tracked": Step(_tool("tracked")),
     "tables": Step(_tool("tables", "--check"), _tool("tables")),
+    "methods": Step(_tool("methods", "--check"), _tool("methods")),
     "constraints": Step(_tool("constraints", "--check"), _tool("constraints")),
     "siblings": Step(_tool("pip_install", "--check")),
     "tests": Step(PYTEST),

@@ -72,8 +72,8 @@ def render(spec: dict[str, Any], folder: Path, root: Path = ROOT) -> str:
     for key in ("files", "rows", "columns"):
         if not spec.get(key):
             raise TableError(f"{key} is missing")
-    documents = _documents(spec["files"], folder, root)
-    rows = [_fields(row) for document in documents.values() for row in document["rows"]]
+    found = documents(spec["files"], folder, root)
+    rows = [fields(row) for document in found.values() for row in document["rows"]]
     chosen = [row for row in rows if _fits(row, spec.get("where", {}))]
     if not chosen:
         raise TableError(f"no result fits where = {spec.get('where', {})}")
@@ -88,13 +88,13 @@ def render(spec: dict[str, Any], folder: Path, root: Path = ROOT) -> str:
     lines = [[key.get("title", key["field"]) for key in keys] + [column.get("title", "") for column in columns]]
     for values, members in groups.items():
         cells = [str(key.get("names", {}).get(str(value), value)) for key, value in zip(keys, values, strict=True)]
-        shown = [_cell(members, column, " ".join(cells)) for column in columns]
+        shown = [cell(members, column, " ".join(cells)) for column in columns]
         # A group in which no column finds anything belongs to another table.
         if any(text != _DASH for text in shown):
             lines.append(cells + shown)
     align = ["---"] * len(keys) + ["---:"] * len(columns)
     text = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], align, *lines[1:]]) + "\n"
-    return text + (f"\n{_caption(documents)}\n" if spec.get("caption", True) else "")
+    return text + (f"\n{_caption(found)}\n" if spec.get("caption", True) else "")
 
 
 _DASH = "-"
@@ -118,7 +118,8 @@ def _columns(column: dict[str, Any], rows: list[dict]) -> list[dict[str, Any]]:
     ]
 
 
-def _cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
+def cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
+    """What one column shows of these rows."""
     field, digits, scale = column.get("value", "value"), column.get("digits", 2), column.get("scale", 1)
     place = f"{where}, column {column.get('title', '')!r}"
     picked = [row for row in rows if _fits(row, column.get("where", {}))]
@@ -160,7 +161,8 @@ def _fits(row: dict, where: dict[str, Any]) -> bool:
     return all(row.get(key, "") in (want if isinstance(want, list) else [want]) for key, want in where.items())
 
 
-def _fields(row: dict[str, Any]) -> dict[str, Any]:
+def fields(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a result, its labels among them."""
     return {**{k: v for k, v in row.items() if k != "labels"}, **row.get("labels", {})}
 
 
@@ -169,7 +171,8 @@ def _only(given: dict, kind: str, where: str) -> None:
         raise TableError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(KEYS[kind]))}")
 
 
-def _documents(patterns: list[str], folder: Path, root: Path) -> dict[str, dict]:
+def documents(patterns: list[str], folder: Path, root: Path) -> dict[str, dict]:
+    """The results files that match, by path."""
     found: dict[str, dict] = {}
     for pattern in patterns:
         paths = sorted(folder.glob(pattern))

@@ -8,7 +8,6 @@ import workspace
 from helps import verb_helps
 
 ROOT = workspace.ROOT
-METHODS = "blade fpsattention sparsevar nar rstitch zipr1 knockout pmloss zpressor motion_anything"
 PAGES = [name for name in workspace.tracked_files() if name.suffix == ".md"]
 BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
@@ -87,14 +86,6 @@ def test_the_two_commands_of_the_readme():
     assert "\npip install uv && uv run --package hone-blade hone-blade demo\n" in text
     assert "\npip install uv && uv run --all-packages pytest\n" in text
     assert "uv run --all-packages pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-
-
-def test_readme_lists_the_ten_methods_and_is_honest_about_them():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[?`(\w+)`\]?(?:\([^)]*\))? \|.*\| ([^|]*) \|$", text, re.M)
-    assert " ".join(name for name, _ in rows) == METHODS
-    for name, state in rows:
-        assert (ROOT / "packages" / name).is_dir() == (state != "not yet"), f"{name}: {state}"
 
 
 def test_readme_tree_names_every_top_folder():

@@ -11,3 +11,10 @@ def test_two_sets_along_one_axis_by_hand():
     assert frechet(first, first) == pytest.approx(0)
     with pytest.raises(ValueError, match="two images of each set; got 1 and 2"):
         frechet(first[:1], second)
+
+
+def test_covariances_are_over_n_where_asked():
+    first, second = torch.tensor([[0.0, 5.0], [2.0, 5.0]]), torch.tensor([[0.0, 5.0], [4.0, 5.0]])
+    # Means 1 and 2, and deviations 1 and 2, or root 2 of each.
+    assert frechet(first, second, ddof=0) == pytest.approx(1 + 1)
+    assert frechet(first, second) == pytest.approx(1 + 2)

@@ -259,34 +259,77 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Quality of drawn digits, or exact likelihoods alone, of the tiny host; or likelihoods of a saved model."""
+    """Quality of drawn digits, or likelihoods alone, of the tiny host; likelihoods of a saved model; a benchmark."""
 
+    protocol: Literal["host", "imagenet", "ucf", "geneval"] = "host"
+    """``host``: the tiny host, or ``--nll`` of a saved model. Of a saved pipeline: ``imagenet`` (FID and IS), ``ucf``
+    (FVD of clips), ``geneval``."""
     model: Path | None = None
-    """Folder of a saved NAR, LlamaGen or FlashAR, whose likelihoods of ``data`` are taken."""
+    """Folder of a saved NAR, LlamaGen or FlashAR, whose likelihoods of ``data`` are taken; of a pipeline with the other
+    protocols, as its ``save_pretrained`` writes it."""
     data: Path | None = None
     """Folder of codes, as ``train`` reads it."""
     text_encoder: str | None = None
-    """With ``model``: the T5 that reads the images' texts."""
+    """With ``data``: the T5 that reads the images' texts."""
     host: Path | None = None
     """A host.safetensors made by train-host; the packaged one if not given."""
     nll: bool = False
     """Likelihoods alone; nothing is drawn."""
-    limit: int = 1000
-    """Images that are drawn of each variant; with ``model``, that likelihoods are taken of, from the first."""
+    limit: int | None = None
+    """Images that are drawn of each variant (default 1000), or by the protocol (default: 50000 of imagenet, 10000 of
+    ucf); with ``data``, that likelihoods are taken of (default 1000); prompts of geneval (default: all)."""
     batch: int = 250
     """Images at a time."""
-    guidance: float = 1.0
-    """Strength of guidance; 1 is none."""
+    guidance: float | None = None
+    """Strength of guidance; 1 is none. Default: 1, and the published one of a pipeline."""
     seed: int = 0
     """Of the first image."""
+    reference: Path | None = None
+    """imagenet: ADM's reference batch (with ``scorer``), or a folder of real images (by torch-fidelity, extra ``fid``).
+    ucf: a folder of videos for each class."""
+    detector: Path | None = None
+    """ucf: the I3D that StyleGAN-V ships as TorchScript."""
+    prompts: Path | None = None
+    """geneval: its ``evaluation_metadata.jsonl``."""
+    scorer: Path | None = None
+    """Checkout of openai/guided-diffusion (imagenet) or djghosh13/geneval; without one, images are only drawn."""
+    scorer_python: str = "python"
+    """Interpreter that has the scorer's own, older packages."""
+    weights: Path | None = None
+    """geneval: folder of its Mask2Former."""
 
     def __post_init__(self) -> None:
         _check_least(self, 1, "batch")
-        _check_least(self, 20, "limit")
-        if (self.model is None) != (self.data is None) or (self.model is not None and not self.nll):
-            raise ValueError("likelihoods of a saved model need --model, --data and --nll together")
-        if self.text_encoder is not None and self.model is None:
-            raise ValueError("--text-encoder belongs to --model")
+        if self.limit is not None:
+            _check_least(self, 20 if self.protocol == "host" else 1, "limit")
+        if self.protocol not in ("host", "imagenet", "ucf", "geneval"):
+            raise ValueError(f"protocol must be host, imagenet, ucf or geneval; got {self.protocol!r}")
+        others = ("reference", "detector", "prompts", "scorer", "weights")
+        given = [name for name in others if getattr(self, name) is not None]
+        if self.protocol == "host":
+            if given:
+                raise ValueError(f"--{given[0]} belongs to another protocol than host")
+            if (self.model is None) != (self.data is None) or (self.model is not None and not self.nll):
+                raise ValueError("likelihoods of a saved model need --model, --data and --nll together")
+            if self.text_encoder is not None and self.model is None:
+                raise ValueError("--text-encoder belongs to --model")
+            return
+        if self.model is None or self.nll or any((self.data, self.host, self.text_encoder)):
+            raise ValueError(f"protocol {self.protocol} takes a saved pipeline, --model FOLDER, and no host or codes")
+        takes = {
+            "imagenet": ("reference", "scorer"), "ucf": ("reference", "detector"),
+            "geneval": ("prompts", "scorer", "weights"),
+        }[self.protocol]  # fmt: skip
+        needs = {"imagenet": (), "ucf": ("reference", "detector"), "geneval": ("prompts",)}[self.protocol]
+        wrong, lacking = [name for name in given if name not in takes], [name for name in needs if name not in given]
+        if wrong or lacking:
+            raise ValueError(
+                f"protocol {self.protocol} takes {', '.join(f'--{name}' for name in takes)}; got --{wrong[0]}"
+                if wrong
+                else f"protocol {self.protocol} needs {' and '.join(f'--{name}' for name in lacking)}"
+            )
+        if self.protocol == "geneval" and (self.scorer is None) != (self.weights is None):
+            raise ValueError("GenEval's scorer needs --scorer and --weights together")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

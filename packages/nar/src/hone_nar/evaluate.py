@@ -17,6 +17,7 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from torch import Tensor
 
+from .benchmarks import check_benchmark, judge
 from .codes import Codes, open_codes
 from .config import HEADS, EvalConfig, Mix
 from .data import Digits
@@ -28,6 +29,10 @@ from .texts import TextReader, condition_of
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
 __all__ = ["EvalReport", "Variant", "check", "evaluate", "table", "variants_of"]
+
+
+LIMIT = 1000
+"""Images that are drawn of a variant, or measured of a folder, unless told."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,12 @@ def table(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport(Report):
-    """Result of ``eval``; as text, the table."""
+    """Result of ``eval``; as text, the table, or a benchmark's values."""
 
     def __str__(self) -> str:
+        if any(row.split in ("imagenet", "ucf", "geneval") for row in self.rows):
+            lines = [f"{row.metric:<32}{row.value:.4g}" for row in self.rows]
+            return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
         return f"{table(self.rows)}\nresults  {self.path / 'results.json'}"
 
 
@@ -153,7 +161,9 @@ def check(cfg: EvalConfig) -> EvalConfig:
         CheckpointError: There are none, or codes are out of range.
         ValueError: The codes are of texts and no encoder is named, or the other way round, or of another kind of model.
     """
-    if cfg.model is not None and cfg.data is not None:
+    if cfg.protocol != "host":
+        check_benchmark(cfg)
+    elif cfg.model is not None and cfg.data is not None:
         _fitting(cfg, cfg.model, cfg.data)
     return cfg
 
@@ -171,7 +181,7 @@ def _fitting(cfg: EvalConfig, folder: Path, data: Path) -> tuple[type[Any], Code
     grid = tuple(options["grid"])
     if codes.grid is not None and tuple(codes.grid) != grid:
         raise ValueError(f"the codes are of a grid of {codes.grid}, and the model draws {grid}")
-    codes.check(tokens=math.prod(grid), choices=options["vocab_size"], classes=classes, limit=cfg.limit)
+    codes.check(tokens=math.prod(grid), choices=options["vocab_size"], classes=classes, limit=cfg.limit or LIMIT)
     return cls, codes
 
 
@@ -182,6 +192,9 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         CheckpointError: There is no host, saved model or folder of codes, or codes are out of range.
         ValueError: Model and codes do not fit.
     """
+    if cfg.protocol != "host":
+        judge(cfg, run)
+        return EvalReport.of(run)
     if cfg.model is not None and cfg.data is not None:
         _saved(cfg, cfg.model, cfg.data, run)
         return EvalReport.of(run)
@@ -191,7 +204,8 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         for variant in variants:
             likelihood_rows(run, variant)
             if not cfg.nll:
-                drawing_rows(run, variant, cfg.limit, batch=cfg.batch, seed=cfg.seed, guidance=cfg.guidance)
+                guidance = 1.0 if cfg.guidance is None else cfg.guidance
+                drawing_rows(run, variant, cfg.limit or LIMIT, batch=cfg.batch, seed=cfg.seed, guidance=guidance)
             bar.update()
     if not cfg.nll:
         real_rows(run, host.task)
@@ -220,7 +234,7 @@ def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
     reader = None
     if cfg.text_encoder is not None:
         reader = TextReader.load(cfg.text_encoder, model.cls_token_num, device, resolve_dtype("auto", device))
-    count, parts = min(cfg.limit, len(codes)), []
+    count, parts = min(cfg.limit or LIMIT, len(codes)), []
     with torch.no_grad(), progress_bar(count, desc="images", quiet=run.quiet) as bar:
         for at in range(0, count, cfg.batch):
             items = [codes.item(index) for index in range(at, min(at + cfg.batch, count))]

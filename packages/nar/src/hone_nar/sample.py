@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
@@ -21,7 +22,7 @@ from hone_visual_ar.sampling import Sampling
 from .config import GenerateConfig
 from .pipelines import NARPipeline
 
-__all__ = ["GenerateReport", "check_inputs", "generate"]
+__all__ = ["GenerateReport", "check_inputs", "generate", "read_pipeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,21 @@ class GenerateReport(Report):
         return "\n".join(map(str, self.images))
 
 
+def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Class of a saved pipeline, and the config of its transformer.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    try:
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        return kind, json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} holds no saved pipeline; make it with from_published and save_pretrained of NARPipeline"
+        ) from error
+
+
 def check_inputs(cfg: GenerateConfig) -> GenerateConfig:
     """Hold classes, prompts and sampling against the folder's configs; no weight is read.
 
@@ -51,13 +67,7 @@ def check_inputs(cfg: GenerateConfig) -> GenerateConfig:
         ValueError: A class does not exist, a prompt is too long, or the model takes the other kind.
     """
     Sampling(guidance=cfg.guidance, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
-    try:
-        kind = json.loads((cfg.model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-        model = json.loads((cfg.model / "transformer" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{cfg.model} holds no saved pipeline; make it with from_published and save_pretrained of NARPipeline"
-        ) from error
+    kind, model = read_pipeline(cfg.model)
     if kind != "NARPipeline":
         raise CheckpointError(f"{cfg.model} holds a {kind}; expected a NARPipeline")
     classes = model["num_classes"]

@@ -288,13 +288,39 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """A geometry report of a splat against known depth."""
+    """A geometry report of a splat against known depth, a teacher's depth, or a scanned cloud."""
 
     ply: Path
     """The splat: 3DGS ``.ply``, ``.splat`` or ``.spz``."""
-    truth: Path
+    truth: Path | None = None
     """Safetensors file with cam_to_world [V, 4, 4] (OpenCV axes), intrinsics_norm [V, 3, 3] and depth_z [V, H, W] in
     the splat's frame and unit; 0 where no depth is known."""
+    colmap: Path | None = None
+    """Folder of a COLMAP model whose frame and unit are the splat's; with depths or a teacher."""
+    transforms: Path | None = None
+    """A ``transforms.json`` of nerfstudio or Blender; likewise."""
+    images: Path | None = None
+    """Folder of the pictures, where a COLMAP model has them elsewhere than in images."""
+    depths: Path | None = None
+    """Folder of the pictures' depths along the axis, by their names: COLMAP's .geometric.bin, .npy, or .png."""
+    depth_unit: float = 0.001
+    """Of a .png's values, in the capture's units."""
+    teacher: str | None = None
+    """In place of depths: folder or address of a metric depth model of transformers."""
+    metres_per_unit: float = 1.0
+    """Size of the capture's unit, for the teacher."""
+    side: int = 640
+    """Largest side at which a capture's depths are looked at."""
+    cloud: Path | None = None
+    """A scanned cloud, .ply, in place of cameras and depth, such as DTU's stl*_total.ply."""
+    observed: Path | None = None
+    """DTU's ObsMask*.mat: centres elsewhere do not count."""
+    plane: Path | None = None
+    """DTU's Plane*.mat: true points below it do not count."""
+    thin: float = 0.0
+    """Least spacing that centres are thinned to before a cloud's report; DTU's rule has 0.2."""
+    most: float | None = None
+    """Larger distances are left out of a cloud's report; DTU's rule has 20."""
     opacity: float = 0.05
     """Fainter Gaussians are left out."""
     band: int = 5
@@ -305,5 +331,17 @@ class EvalConfig:
     """Share of the depth from which a centre counts as flying."""
 
     def __post_init__(self) -> None:
+        ways = (self.truth, self.colmap, self.transforms, self.cloud)
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError("name what the splat is measured against by one of truth, colmap, transforms and cloud")
+        captured = self.colmap is not None or self.transforms is not None
+        if int(captured) != (self.depths is not None) + (self.teacher is not None):
+            raise ValueError("depths or a teacher, one of them, belong to colmap or transforms, and to nothing else")
+        if self.cloud is None and (self.observed or self.plane or self.thin or self.most is not None):
+            raise ValueError("observed, plane, thin and most belong to cloud")
+        if min(self.depth_unit, self.metres_per_unit, self.side) <= 0 or self.thin < 0:
+            raise ValueError("expected positive depth_unit, metres_per_unit and side, and thin >= 0")
+        if self.most is not None and self.most <= 0:
+            raise ValueError(f"most must be positive; got {self.most}")
         if not 0 <= self.opacity < 1 or self.band < 0 or self.jump <= 0 or self.flying <= 0:
             raise ValueError("expected 0 <= opacity < 1, band >= 0, and positive jump and flying")

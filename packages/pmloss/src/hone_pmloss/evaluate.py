@@ -9,10 +9,13 @@ import torch
 from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
 from hone_splat.formats import read_cloud
+from torch import Tensor
 
 from . import plots
 from .config import EvalConfig
 from .geometry import KnownDepth, boundary_band, cloud_errors, splat_depth
+from .method import nearest
+from .truths import KnownCloud, find_truth, thinned, truth_of
 
 __all__ = ["GeometryReport", "evaluate", "prepare"]
 
@@ -25,19 +28,21 @@ class GeometryReport(Report):
     """Result of ``eval``; as text, a table.
 
     Attributes:
-        picture: True depth, the splat's, and the error, view by view.
+        picture: True depth, the splat's, and the error, view by view; None where the truth has no cameras.
     """
 
-    picture: Path
+    picture: Path | None
 
     @classmethod
     def of(cls, run: Run) -> GeometryReport:
         """Return the report of a finished run."""
-        return cls(path=run.path, rows=tuple(run.rows), picture=run.figures / "depth_errors.png")
+        picture = run.figures / "depth_errors.png"
+        return cls(path=run.path, rows=tuple(run.rows), picture=picture if picture.exists() else None)
 
     def __str__(self) -> str:
         lines = [f"{row.metric:<18} {row.split:<14} {row.value:>10.4g} {row.unit}".rstrip() for row in self.rows]
-        return "\n".join([*lines, "", f"picture  {self.picture}", f"results  {self.path / 'results.json'}"])
+        shown = [] if self.picture is None else [f"picture  {self.picture}"]
+        return "\n".join([*lines, "", *shown, f"results  {self.path / 'results.json'}"])
 
 
 def prepare(cfg: EvalConfig) -> EvalConfig:
@@ -45,9 +50,10 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
 
     Raises:
         ValueError: The splat is no 3DGS file, the truth holds impossible cameras, or no Gaussian is opaque enough.
+        FileNotFoundError: A file is missing.
         CheckpointError: The truth is no such file.
     """
-    KnownDepth.read(cfg.truth)
+    find_truth(cfg)
     splat = read_cloud(cfg.ply)
     if not splat.finite():
         raise ValueError(f"{cfg.ply} holds values that are not finite")
@@ -61,21 +67,14 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
 def evaluate(cfg: EvalConfig, run: Run) -> GeometryReport:
     """Write the report."""
     device = resolve_device(run.device)
-    truth = KnownDepth.read(cfg.truth)
+    truth = truth_of(cfg, device)
+    if isinstance(truth, KnownCloud):
+        _report_cloud(cfg, run, truth)
+        return GeometryReport.of(run)
     truth = KnownDepth(truth.cam_to_world.to(device), truth.intrinsics_norm.to(device), truth.depth_z.to(device))
     splat = read_cloud(cfg.ply).pruned(opacity=cfg.opacity).map(lambda part: part.to(device))
     errors = cloud_errors(splat.means, truth, flying=cfg.flying)
-    for name, values in (("accuracy", errors.accuracy), ("completion", errors.completion)):
-        values = values.double()
-        run.row(
-            name,
-            float(values.mean()),
-            better="lower",
-            n=len(values),
-            spread=float(values.std(correction=0)),
-            split="mean",
-        )
-        run.row(name, float(values.median()), better="lower", n=len(values), split="median")
+    _rows(run, accuracy=errors.accuracy, completion=errors.completion)
     run.row("flying", float(errors.flying.double().mean()), better="lower", n=len(splat))
     # Distances below that of the true points to each other say nothing.
     run.row("truth_spacing", float(errors.spacing.median()), better="none", n=len(errors.spacing), split="median")
@@ -95,3 +94,35 @@ def evaluate(cfg: EvalConfig, run: Run) -> GeometryReport:
             )
     plots.depth_errors(truth.depth_z, depth, band, run.figures / "depth_errors.png", title=cfg.ply.name)
     return GeometryReport.of(run)
+
+
+def _rows(run: Run, **distances: Tensor) -> None:
+    """Mean and median of some distances."""
+    for name, values in distances.items():
+        values = values.double()
+        mean, spread = float(values.mean()), float(values.std(correction=0))
+        run.row(name, mean, better="lower", n=len(values), spread=spread, split="mean")
+        run.row(name, float(values.median()), better="lower", n=len(values), split="median")
+
+
+def _report_cloud(cfg: EvalConfig, run: Run, truth: KnownCloud) -> None:
+    """Accuracy and completion against a scanned cloud.
+
+    Raises:
+        ValueError: No centre lies where the cloud says something.
+    """
+    centres = read_cloud(cfg.ply).pruned(opacity=cfg.opacity).means
+    if cfg.thin:
+        centres = thinned(centres, cfg.thin)
+    seen, counted = centres[truth.sees(centres)], truth.points[truth.counted()]
+    if not len(seen) or not len(counted):
+        raise ValueError(f"{cfg.ply}: no centre lies where {cfg.cloud} was observed, or no true point counts")
+    # Neighbours are looked for among all points of the other cloud.
+    accuracy = (seen - truth.points[nearest(seen, truth.points)]).norm(dim=-1)
+    completion = (counted - centres[nearest(counted, centres)]).norm(dim=-1)
+    for name, values in (("accuracy", accuracy), ("completion", completion)):
+        close = values if cfg.most is None else values[values < cfg.most]
+        if not len(close):
+            raise ValueError(f"{name}: every distance is {cfg.most:g} or more")
+        _rows(run, **{name: close})
+        run.row("left_out", 1 - len(close) / len(values), better="lower", n=len(values), split=name)

@@ -40,6 +40,8 @@ RULES = {
 }
 """Each is a difference that must be above zero; so decides its 95 % interval over rooms."""
 SWEEP_VIEWS = 24
+Lines = dict[str, dict[int, tuple[float, tuple[float, float]]]]
+"""Arm to views to PSNR and its interval."""
 
 
 def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
@@ -60,18 +62,23 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
 def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:
     """Grade every arm of every host, apply the rules, and write the verdict."""
     device = resolve_device(run.device)
-    hosts = [_host(cfg, run, number, path, device) for number, path in enumerate(cfg.hosts or (None,))]
+    panels: dict[str, Lines] = {}
+    hosts = [_host(cfg, run, number, path, device, panels) for number, path in enumerate(cfg.hosts or (None,))]
+    plots.curves(panels, run.figures / "views.png", title=f"views of {cfg.rooms} rooms that were not trained on")
     judged = " and ".join(map(str, cfg.judged))
     heading = f"{len(hosts)} host(s), {cfg.rooms} rooms each, judged at {judged} views"
     return write_claims(run, heading, RULES, hosts, unit=dict.fromkeys(RULES, "dB"), items=cfg.rooms)
 
 
-def _host(cfg: ReproduceConfig, run: Run, number: int, path: Path | None, device: torch.device) -> dict[str, Any]:
+def _host(
+    cfg: ReproduceConfig, run: Run, number: int, path: Path | None, device: torch.device, panels: dict[str, Lines]
+) -> dict[str, Any]:
     name = f"host {number}"
     arms = {arm: load_host(arm, path=path, device=device) for arm in ("host", "zpressor", "anchors")}
     size, plain = arms["host"].config.size, arms["zpressor"].config.zpressor
     seeds = range(1000 * cfg.seed + 1000, 1000 * cfg.seed + 1000 + cfg.rooms)
-    lines: dict[str, dict[int, tuple[float, tuple[float, float]]]] = {}
+    lines: Lines = {}
+    panels[name] = lines
     psnr: dict[tuple[str, int], torch.Tensor] = {}
 
     def record(variant: str, views: int, grades: Grades, anchors: int) -> None:
@@ -112,7 +119,6 @@ def _host(cfg: ReproduceConfig, run: Run, number: int, path: Path | None, device
                 for arm in ("zpressor", "anchors"):
                     with_settings(arms[arm], selection="distance", anchors=anchors)
                     record(f"{arm}, sweep", views, grade(arms[arm], scenes), anchors)
-    plots.curve(lines, run.figures / f"views-{number}.png", title=f"tiny {name}, {cfg.rooms} rooms", across="views")
 
     def over(first: str, second: str) -> torch.Tensor:
         return torch.stack([psnr[first, views] - psnr[second, views] for views in cfg.judged]).mean(0)

@@ -30,6 +30,7 @@ __all__ = [
     "load_views",
     "overlap",
     "read_colmap",
+    "read_points",
     "read_transforms",
 ]
 
@@ -297,7 +298,7 @@ def read_transforms(path: str | Path) -> Capture:
         raise ValueError(f"{path}: each transform_matrix must be 4 x 4")
     poses = opengl_to_opencv(torch.tensor(matrices, dtype=torch.float64).view(-1, 4, 4))
     named = data.get("ply_file_path")
-    points = _ply_points(path.parent / named) if named and (path.parent / named).is_file() else None
+    points = read_points(path.parent / named) if named and (path.parent / named).is_file() else None
     return _capture(names, path.parent, poses, inner, points)
 
 
@@ -326,8 +327,13 @@ def _frame_intrinsics(entry: dict[str, Any], image: Path) -> tuple[Tensor, tuple
     return _matrix(fx, fy, cx, cy, width, height), (height, width)
 
 
-def _ply_points(path: Path) -> Tensor:
-    """Positions of a point cloud's vertices."""
+def read_points(path: Path) -> Float[Tensor, "point 3"]:
+    """Positions of a ``.ply``'s vertices, in float64.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no point cloud, or is cut short.
+    """
     data = path.read_bytes()
     end = data.find(b"end_header\n")
     lines = data[: max(end, 0)].decode("ascii", errors="replace").splitlines()

@@ -8,8 +8,13 @@ from torch import Tensor
 __all__ = ["frechet"]
 
 
-def frechet(first: Tensor, second: Tensor) -> float:
+def frechet(first: Tensor, second: Tensor, *, ddof: int = 1) -> float:
     """Frechet distance of two sets of features ``[N, D]``, of normal distributions fitted to them.
+
+    Args:
+        first: One set.
+        second: The other.
+        ddof: A covariance is the sum over N less this.
 
     Raises:
         ValueError: A set has fewer than two.
@@ -17,7 +22,7 @@ def frechet(first: Tensor, second: Tensor) -> float:
     a, b = (x.detach().cpu().double().numpy() for x in (first, second))
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a Frechet distance needs two images of each set; got {len(a)} and {len(b)}")
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cov_a, cov_b = np.cov(a, rowvar=False, ddof=ddof), np.cov(b, rowvar=False, ddof=ddof)
     # The trace of the root of a product of two covariances: the roots of its eigenvalues, which are not negative.
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
