@@ -94,7 +94,7 @@ def render(spec: dict[str, Any], folder: Path, root: Path = ROOT) -> str:
             lines.append(cells + shown)
     align = ["---"] * len(keys) + ["---:"] * len(columns)
     text = "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], align, *lines[1:]]) + "\n"
-    return text + (f"\n{_caption(found)}\n" if spec.get("caption", True) else "")
+    return text + (f"\n{caption(found)}\n" if spec.get("caption", True) else "")
 
 
 _DASH = "-"
@@ -188,7 +188,7 @@ def documents(patterns: list[str], folder: Path, root: Path) -> dict[str, dict]:
     return found
 
 
-def _caption(documents: dict[str, dict]) -> str:
+def caption(documents: dict[str, dict]) -> str:
     """Hardware, versions and commit of each file; files that agree share a sentence."""
     sentences: dict[str, list[str]] = {}
     for name, document in documents.items():

@@ -8,10 +8,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from hone_rstitch.config import EvalConfig, ModelsConfig, SamplingConfig, ServeConfig, StitchConfig
+from hone_rstitch.config import (
+    EngineConfig,
+    EvalConfig,
+    ModelsConfig,
+    ProfileConfig,
+    SamplingConfig,
+    ServeConfig,
+    StitchConfig,
+)
+from hone_rstitch.engine import QueueFullError
 from hone_rstitch.host import load_host, load_models
 from hone_rstitch.method import entropy_nats
-from hone_rstitch.remote import RemotePair, Server, entropy_bounds
+from hone_rstitch.remote import RemoteEngine, RemotePair, Server, entropy_bounds
 
 ASKED = ["123*45", "987*65", "640*38"]
 SHORT = SamplingConfig(max_new_tokens=40)
@@ -203,7 +212,9 @@ def test_what_servers_cannot_do_is_said(local, stubs, remote):
         ModelsConfig(servers=("http://one",))
     models = ModelsConfig(servers=("http://one", "http://two"))
     with pytest.raises(ValueError, match="runs the models itself"):
-        ServeConfig(models=models)
+        ProfileConfig(models=models)
+    with pytest.raises(ValueError, match="hidden states"):
+        ServeConfig(models=models, router="a-file")
     with pytest.raises(ValueError, match="which servers do not give"):
         EvalConfig(models=models, baselines=("speculative",))
 
@@ -238,3 +249,55 @@ def test_eval_over_servers(stubs, packaged, start):
     shares = {row.variant: row.value for row in run.rows if row.metric == "large_share"}
     assert (shares["small"], shares["large"]) == (0, 1)
     assert 0 < shares["tau 0.03"] < 1
+
+
+def test_one_server_before_two(local, remote):
+    from fastapi.testclient import TestClient
+    from hone_rstitch.serve import app_of
+
+    (want,), output = local.answer(["123*45"], StitchConfig(tau=0.01), SHORT)
+    with RemoteEngine(remote) as engine, TestClient(app_of(engine, stitch=StitchConfig(tau=0.01))) as client:
+        body = {"messages": [{"role": "user", "content": "123*45"}], "max_tokens": 40, "logprobs": True}
+        reply = client.post("/v1/chat/completions", json=body).json()
+        assert reply["choices"][0]["message"]["content"] == want
+        assert reply["choices"][0]["finish_reason"] == "stop"
+        who = [("small", "large")[model] for model in output.models[0].tolist()]
+        assert [token["model"] for token in reply["choices"][0]["logprobs"]["content"]] == who
+        assert reply["usage"]["rstitch"]["large_calls"] == output.usage[0].calls[1]
+        lines = client.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")
+        parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts) == want
+        refused = client.post("/v1/chat/completions", json=body | {"rstitch": {"policy": "router"}})
+        assert (refused.status_code, "hidden states" in refused.text) == (400, True)
+        assert client.get("/health").json() == {"status": "ok"}
+        assert 'hone_rstitch_requests_total{finish="stop"} 2' in client.get("/metrics").text
+    assert not engine.running
+
+
+def test_requests_to_servers_queue_end_and_fail(remote):
+    ids = ([1, 2, 3], [1, 2, 3])
+    engine = RemoteEngine(remote, EngineConfig(max_batch=1, max_queue=2))
+    jobs = [engine.submit(ids, StitchConfig(), SHORT) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        engine.submit(ids, StitchConfig(), SHORT)
+    jobs[0].cancel()
+    with engine:
+        assert jobs[0].wait(20).finish == "cancelled"
+        assert jobs[1].wait(20).finish in ("stop", "length")
+        with pytest.raises(ValueError, match="exceed the 256 positions of the small model"):
+            engine.submit(ids, StitchConfig(), SamplingConfig(max_new_tokens=254))
+        seen = threading.Event()
+        job = engine.submit(ids, StitchConfig(policy="large"), SHORT, on_token=lambda token: (seen.set(), job.cancel()))
+        assert job.wait(20).finish == "cancelled"
+        assert len(job.tokens) == 1
+    assert engine.snapshot().requests["cancelled"] == 2
+    assert engine.snapshot().running == 0
+    late = RemoteEngine(remote, EngineConfig(timeout=1e-6))
+    with late:
+        assert late.submit(ids, StitchConfig(), SHORT).wait(20).finish == "timeout"
+    broken = RemoteEngine(remote)
+    broken.pair = replace(remote, top=31)
+    with broken, pytest.raises(ConnectionError, match="at most 30"):
+        broken.submit(ids, StitchConfig(), SHORT).wait(20)
+    with pytest.raises(RuntimeError, match="closed"):
+        broken.submit(ids, StitchConfig(), SHORT)

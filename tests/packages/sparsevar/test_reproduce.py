@@ -1,7 +1,7 @@
 from hone_core.claims import verdict_over_margins
 from hone_core.runs import Run
 from hone_sparsevar.config import ReproduceConfig
-from hone_sparsevar.reproduce import CLAIMS, reproduce
+from hone_sparsevar.reproduce import CLAIMS, NEEDED, answer, reproduce
 
 
 def test_verdicts_need_three_seeds_that_agree():
@@ -9,6 +9,17 @@ def test_verdicts_need_three_seeds_that_agree():
     assert verdict_over_margins([0.1, 0.2, 0.3]) == "CONFIRMED"
     assert verdict_over_margins([-0.1, 0.0, -0.3]) == "REFUTED"
     assert verdict_over_margins([-0.1, 0.2, 0.3]) == "MIXED, 2 of 3"
+
+
+def test_tokens_can_go_where_all_says_so():
+    confirmed = dict.fromkeys(CLAIMS, "CONFIRMED")
+    assert answer(confirmed) == "YES"
+    assert answer(confirmed | {"C3 anchors": "REFUTED"}) == "YES"
+    for claim in NEEDED:
+        assert answer(confirmed | {claim: "MIXED, 2 of 3"}) == "UNDECIDED"
+        assert answer(confirmed | {claim: "REFUTED", NEEDED[0]: "UNDECIDED, 1 of 3 seeds"}).startswith(
+            "UNDECIDED" if claim == NEEDED[0] else f"NO, {claim}"
+        )
 
 
 def test_every_claim_is_judged(untrained, tmp_path):
@@ -28,3 +39,4 @@ def test_every_claim_is_judged(untrained, tmp_path):
         if row.variant == "C2 random":
             assert row.value == values[row.split, "random"] - values[row.split, "sparse"]
     assert "C4 early stop" in str(report)
+    assert "low-frequency tokens can go: UNDECIDED" in str(report)

@@ -1,6 +1,10 @@
 """Training of a model on questions from a file: grades, the policy's two phases, adapters, resume."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +224,29 @@ def test_wrong_usage_is_named_before_anything_runs(command, tmp_path, monkeypatc
     assert code == 1
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_train_the_same_weights_and_go_on_exactly(tmp_path):
+    worker = Path(__file__).with_name("zipr1_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    command += ["train", "--steps", "3", "--prompts", "2", "--ps", "0.6", "0.9", "--group", "2", "--rows", "all"]
+    command += ["--lr", "1e-3", "--device", "cpu", "--quiet", "--checkpoint-seconds", "-1", "--out"]
+
+    def launch(name, stop=""):
+        given = {**os.environ, "STOP": stop}
+        done = subprocess.run([*command, str(tmp_path / name)], env=given, capture_output=True, text=True, timeout=280)
+        assert (done.returncode == 0) == (not stop), done.stderr
+        return [torch.load(path) for path in sorted((tmp_path / name).glob("weights-*.pt"))]
+
+    first, second = launch("whole")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert launch("parts", stop="2") == []
+    third, _ = launch("parts")
+    assert all(torch.equal(first[name], third[name]) for name in first)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("verb", ["train", "eval"])

@@ -215,7 +215,7 @@ def test_beams_are_those_of_the_masked_model_and_returned_sequences_of_one_promp
     assert not torch.allclose(cached.sequences_scores, dense.sequences_scores)
 
 
-def test_a_later_turn_reads_what_is_left():
+def test_a_later_turn_reads_what_is_left(caplog):
     model, inputs = get("llava_onevision")
     more = torch.tensor([[40, 50, 60]])
     both = torch.cat([inputs["input_ids"], more], 1)
@@ -226,9 +226,11 @@ def test_a_later_turn_reads_what_is_left():
         assert cache.get_seq_length() == inputs["input_ids"].shape[1]
         stored = [layer.keys.shape[-2] for layer in cache.layers]
         assert stored == [int(k.sum()) for k in keep.values()]
+        assert not caplog.records
         later = model(
             input_ids=more, attention_mask=torch.ones_like(both), use_cache=True, **{cache_keyword(model): cache}
         ).logits
+    assert "a later turn of 3 tokens reads a prompt of which tokens are gone for good" in caplog.text
     grown = {layer: torch.cat([k, torch.ones(1, 3, dtype=torch.bool)], 1) for layer, k in keep.items()}
     longer = inputs | {"input_ids": both, "attention_mask": torch.ones_like(both)}
     assert_close(later, masked_dense(model, longer, grown)[:, -3:], atol=1e-9, rtol=0)

@@ -405,7 +405,8 @@ class ServeConfig:
     """0 takes a free one."""
 
     def __post_init__(self) -> None:
-        _check_weights(self.models)
+        if self.models.servers and (self.router is not None or self.stitch.policy == "router"):
+            raise ValueError("the router reads hidden states, which servers do not give")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must lie in [0, 65535]; got {self.port}")
         if self.stitch.policy == "router" and self.router is None:
@@ -716,4 +717,6 @@ def _check_taus(taus: tuple[float, ...]) -> None:
 
 def _check_weights(models: ModelsConfig) -> None:
     if models.servers:
-        raise ValueError("this verb runs the models itself: leave servers out (generate, eval and calibrate take them)")
+        raise ValueError(
+            "this verb runs the models itself: leave servers out (generate, eval, calibrate and serve take them)"
+        )

@@ -29,7 +29,7 @@ from .models import Pair
 from .paged import PagedModel, Pages, Reading
 from .router import Router, Routing
 
-__all__ = ["Engine", "Job", "QueueFullError", "Stats"]
+__all__ = ["Engine", "Finish", "Job", "QueueFullError", "Stats", "check_room"]
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
@@ -109,6 +109,33 @@ class Stats:
     calls: list[int] = field(default_factory=lambda: [0, 0])
     waiting: int = 0
     running: int = 0
+
+    def book(self, job: Job) -> None:
+        """Count a request that ended."""
+        assert job.finish is not None, "it ended"
+        self.requests[job.finish] = self.requests.get(job.finish, 0) + 1
+        self.discarded += job.usage.discarded
+        for model in (SMALL, LARGE):
+            self.tokens[model] += job.usage.tokens[model]
+
+
+def check_room(pair: Pair, job: Job, config: EngineConfig) -> None:
+    """Whether both models, and the budget, have room for a request.
+
+    Raises:
+        ValueError: A prompt is empty, or longer with its answer than a model or the budget holds.
+    """
+    if not all(job.prompts):
+        raise ValueError("each model needs a prompt of a token at least")
+    most = job.sampling.max_new_tokens
+    for name, model, prompt in zip(("small", "large"), (pair.small, pair.large), job.prompts, strict=True):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(prompt) + most > limit:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and {most} new ones exceed the {limit} positions of the {name} model"
+            )
+    if job.size > config.max_tokens:
+        raise ValueError(f"the request may come to {job.size} tokens, and the engine holds {config.max_tokens} in all")
 
 
 class Engine(_Loop):
@@ -225,19 +252,7 @@ class Engine(_Loop):
         )  # fmt: skip
         if stitch.policy == "router" and self.routing is None:
             raise ValueError("policy 'router' needs a router, which this engine has not")
-        if not all(job.prompts):
-            raise ValueError("each model needs a prompt of a token at least")
-        for name, model, prompt in zip(("small", "large"), self.models, job.prompts, strict=True):
-            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
-                raise ValueError(
-                    f"a prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new ones exceed the {limit} "
-                    f"positions of the {name} model"
-                )
-        if job.size > self.config.max_tokens:
-            raise ValueError(
-                f"the request may come to {job.size} tokens, and the engine holds {self.config.max_tokens} in all"
-            )
+        check_room(self.pair, job, self.config)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the engine is closed")
@@ -395,10 +410,7 @@ class Engine(_Loop):
         if job.finish is not None:
             return
         job.finish, job.error = finish, error
-        self.stats.requests[finish] = self.stats.requests.get(finish, 0) + 1
-        self.stats.discarded += job.usage.discarded
-        for model in (SMALL, LARGE):
-            self.stats.tokens[model] += job.usage.tokens[model]
+        self.stats.book(job)
         job.done.set()
         if job.on_end is not None:
             job.on_end()

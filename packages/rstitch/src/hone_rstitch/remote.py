@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from typing import Any
 
 import torch
 
-from .config import LARGE, SMALL, ModelsConfig, SamplingConfig, StitchConfig
+from .config import LARGE, SMALL, EngineConfig, ModelsConfig, SamplingConfig, StitchConfig
+from .engine import Finish, Job, QueueFullError, Stats, check_room
 from .generation import StitchOutput, StitchToken, Usage
 from .method import Gate
 from .models import Pair
 from .router import Routing
 
-__all__ = ["RemotePair", "Server", "entropy_bounds", "remote_pair"]
+__all__ = ["RemoteEngine", "RemotePair", "Server", "entropy_bounds", "remote_pair"]
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +144,14 @@ class RemotePair(Pair):
     servers: tuple[Server, Server]
     top: int = 20
 
+    def served(self) -> list[str]:
+        """Names of what the servers serve.
+
+        Raises:
+            ConnectionError: One does not answer.
+        """
+        return [server.model() for server in self.servers]
+
     def answer(
         self,
         questions: Sequence[str],
@@ -159,12 +169,11 @@ class RemotePair(Pair):
             ValueError: The policy or the gate needs more than log-probabilities.
             ConnectionError: A server refuses, or breaks off.
         """
-        if routing is not None or stitch.policy == "router":
+        if routing is not None:
             raise ValueError("the router reads hidden states, which servers do not give")
-        if stitch.entropy_on != "raw":
-            raise ValueError("servers give log-probabilities before temperature and top-p; leave entropy_on at raw")
+        check_gate(stitch)
         seeds = [seed + at for at in range(len(questions))] if isinstance(seed, int) else list(seed)
-        names = [server.model() for server in self.servers]
+        names = self.served()
         lock = threading.Lock()
 
         def told(token: StitchToken) -> None:
@@ -187,6 +196,18 @@ class RemotePair(Pair):
             )
         texts = [self.tokenizer.decode([t.token for t in row.tokens], skip_special_tokens=True) for row in rows]
         return texts, _output(large, rows)
+
+
+def check_gate(stitch: StitchConfig) -> None:
+    """Whether log-probabilities are enough for a policy.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if stitch.policy == "router":
+        raise ValueError("the router reads hidden states, which servers do not give")
+    if stitch.entropy_on != "raw":
+        raise ValueError("servers give log-probabilities before temperature and top-p; leave entropy_on at raw")
 
 
 def remote_pair(cfg: ModelsConfig, pair: Pair) -> RemotePair:
@@ -340,3 +361,127 @@ def _output(prompts: Sequence[Sequence[int]], rows: Sequence[_Row]) -> StitchOut
                 value = getattr(token, name)
                 values[kind, at, place] = math.nan if value is None else value
     return StitchOutput(sequences, models, *values, [row.usage for row in rows])
+
+
+class _Left(Exception):
+    """A request that nobody waits for any more, and why."""
+
+
+class RemoteEngine:
+    """Requests on a pair of servers, for ``serve``: what ``engine.Engine`` is for models of its own.
+
+    Args:
+        pair: On servers that batch; each request is a thread here.
+        config: ``max_batch`` requests are written at once, ``max_queue`` wait; sizes of caches are the servers' affair.
+    """
+
+    def __init__(self, pair: RemotePair, config: EngineConfig | None = None) -> None:
+        self.pair, self.config = pair, config or EngineConfig()
+        self.names = pair.served()
+        self._stats = Stats()
+        self._queue: deque[Job] = deque()
+        self._jobs: set[Job] = set()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._threads: list[threading.Thread] = []
+
+    def submit(
+        self,
+        prompts: tuple[Sequence[int], Sequence[int]],
+        stitch: StitchConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int = 0,
+        on_token: Callable[[StitchToken], None] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> Job:
+        """See ``engine.Engine.submit``."""
+        deadline = time.monotonic() + self.config.timeout
+        small, large = prompts
+        job = Job((list(small), list(large)), stitch, sampling, seed, on_token, on_end, deadline)
+        check_gate(stitch)
+        check_room(self.pair, job, self.config)
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if len(self._queue) >= self.config.max_queue:
+                raise QueueFullError(f"{len(self._queue)} requests wait already; try again later")
+            self._queue.append(job)
+            self._changed.notify()
+        return job
+
+    def __enter__(self) -> RemoteEngine:
+        for at in range(self.config.max_batch):
+            thread = threading.Thread(target=self._work, name=f"hone-rstitch request {at}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._closing = True
+            waiting = [*self._queue]
+            self._queue.clear()
+            for job in self._jobs:
+                job.cancel()
+            self._changed.notify_all()
+        for job in waiting:
+            self._end(job, "cancelled")
+
+    @property
+    def running(self) -> bool:
+        """Whether requests are taken."""
+        return bool(self._threads) and not self._closing
+
+    def snapshot(self) -> Stats:
+        """Counts as they are now."""
+        with self._changed:
+            self._stats.waiting, self._stats.running = len(self._queue), len(self._jobs)
+        return self._stats
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._queue or self._closing):
+                    self._changed.wait()
+                if self._closing:
+                    return
+                job = self._queue.popleft()
+                self._jobs.add(job)
+            finish, error = self._write(job)
+            with self._changed:
+                self._jobs.discard(job)
+                self._stats.calls = [a + b for a, b in zip(self._stats.calls, job.usage.calls, strict=True)]
+            self._end(job, finish, error)
+
+    def _write(self, job: Job) -> tuple[Finish, Exception | None]:
+        def check() -> None:
+            if job._cancelled:
+                raise _Left("cancelled")
+            if time.monotonic() > job.deadline:
+                raise _Left("timeout")
+
+        def told(token: StitchToken) -> None:
+            check()
+            job.tokens.append(token)
+            if job.on_token is not None:
+                job.on_token(token)
+
+        row = _Row(self.pair, 0, job.prompts, job.stitch, job.sampling, job.seed, self.names, (), told)
+        row.usage = job.usage
+        try:
+            check()
+            row.write()
+        except _Left as why:
+            return why.args[0], None
+        except Exception as error:
+            return "error", error
+        return "stop" if job.tokens[-1].token in self.pair.vocabulary.eos else "length", None
+
+    def _end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
+        job.finish, job.error = finish, error
+        with self._changed:
+            self._stats.book(job)
+        job.done.set()
+        if job.on_end is not None:
+            job.on_end()

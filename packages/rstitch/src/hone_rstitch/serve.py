@@ -29,6 +29,7 @@ from .engine import Engine, Job, QueueFullError
 from .generation import StitchToken
 from .host import load_models
 from .models import Pair, check_models
+from .remote import RemoteEngine, RemotePair
 from .router import load_router
 
 try:
@@ -151,7 +152,7 @@ class _Text:
 class _Answer:
     """One request's way through the engine, as an async iterator of (text, tokens that it comes from)."""
 
-    engine: Engine
+    engine: Engine | RemoteEngine
     job: Job
     events: asyncio.Queue[StitchToken | None]
     text: _Text
@@ -159,7 +160,12 @@ class _Answer:
 
     @classmethod
     def of(
-        cls, engine: Engine, prompts: tuple[list[int], list[int]], body: Body, stitch: StitchConfig, most: int
+        cls,
+        engine: Engine | RemoteEngine,
+        prompts: tuple[list[int], list[int]],
+        body: Body,
+        stitch: StitchConfig,
+        most: int,
     ) -> _Answer:
         """Submit a request.
 
@@ -225,7 +231,7 @@ class _Answer:
 
 
 def app_of(
-    engine: Engine, *, model: str = "hone-rstitch", stitch: StitchConfig | None = None, api_key: str = ""
+    engine: Engine | RemoteEngine, *, model: str = "hone-rstitch", stitch: StitchConfig | None = None, api_key: str = ""
 ) -> Any:
     """The application, on an engine that runs.
 
@@ -325,7 +331,9 @@ def app_of(
     @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
     async def chat(request: Request, body: Chat) -> Any:
         most = body.max_completion_tokens or body.max_tokens or 1024
-        limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in engine.models]
+        limits = [
+            getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in (pair.small, pair.large)
+        ]
         prompts = pair.chat_prompts([message.model_dump() for message in body.messages])
         if body.max_completion_tokens is None and body.max_tokens is None:
             rooms = [limit - len(ids) for limit, ids in zip(limits, prompts, strict=True) if limit is not None]
@@ -423,7 +431,7 @@ def said(errors: Sequence[Any]) -> str:
     return "; ".join(parts)
 
 
-def prometheus(engine: Engine) -> str:
+def prometheus(engine: Engine | RemoteEngine) -> str:
     """Counts of an engine as text."""
     stats = engine.snapshot()
     lines = [
@@ -477,7 +485,11 @@ def serve(cfg: ServeConfig, run: Run) -> ServeReport:
         name = cfg.models.large or "hone-rstitch"
         width = pair.small.config.get_text_config().hidden_size
         router = None if cfg.router is None else load_router(cfg.router, hidden=width)
-        engine = Engine(pair, cfg.engine, router=router)
+        engine: Engine | RemoteEngine
+        if isinstance(pair, RemotePair):
+            engine = RemoteEngine(pair, cfg.engine)
+        else:
+            engine = Engine(pair, cfg.engine, router=router)
         with engine:
             app = app_of(engine, model=name, stitch=cfg.stitch, api_key=key)
             where = f"http://{cfg.address}:{bound.getsockname()[1]}"

@@ -194,7 +194,7 @@ class TrainHostConfig:
     """Architecture."""
     seed: int = 0
     """Of weights and data."""
-    minutes: float = 4.0
+    minutes: float = 8.0
     """Wall clock of the training, where ``steps`` is not given; compiling comes before."""
     steps: int | None = None
     """Optimiser steps in place of a time."""
@@ -202,7 +202,7 @@ class TrainHostConfig:
     """Images of a step."""
     compile: bool = True
     """Compile the transformer's blocks, on a GPU."""
-    tokenizer_share: float = 0.36
+    tokenizer_share: float = 0.3
     """Share of the budget that trains the tokenizer."""
     grader_share: float = 0.04
     """Share of the budget that trains the grader."""

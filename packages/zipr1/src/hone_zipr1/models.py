@@ -7,6 +7,7 @@ were applied, so that kept tokens stay where they were. Nothing is replaced; ``d
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ __all__ = [
     "sparse",
     "visual_ids",
 ]
+
+_log = logging.getLogger(__name__)
 
 _PASS = "hone_zipr1"
 """Argument of the decoder that takes a forward's ``_Pass`` to every layer's attention."""
@@ -301,6 +304,12 @@ class SparseHandle(Handle[SparseConfig]):
             # A later turn chooses anew among all that is stored; an answer, and guesses at it, are only appended.
             turn = self.config.cache == "retrieve" and tokens > 1 and not inputs.candidates
             if not turn:
+                if tokens > 1 and not inputs.candidates and any(layer.positions is not None for layer in cache.layers):
+                    _log.warning(
+                        "a later turn of %d tokens reads a prompt of which tokens are gone for good; cache='retrieve' "
+                        "keeps them, and chooses anew",
+                        tokens,
+                    )
                 return args, kwargs | {_PASS: _Pass(1.0, 0, earlier, None, real, cache, False)}
         elif cache is not None:
             sparse_layers(cache, self.decoder.num_layers)
