@@ -441,6 +441,8 @@ class ReproduceConfig:
     """host.safetensors of further trainings (packaged one if none is given)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings of the method."""
+    ratios: tuple[float, ...] = (0.3, 0.5, 0.9)
+    """Further ratios of the method, for its line of quality against work."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Sampling seeds; each draws its own prompts and images."""
     limit: int = 2000
@@ -451,6 +453,10 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
+        if not all(0 <= ratio <= 1 for ratio in self.ratios) or self.settings.ratio in self.ratios:
+            raise ValueError(
+                f"ratios are shares in [0, 1] other than that of the settings, {self.settings.ratio}; got {self.ratios}"
+            )
         if self.limit < 2 or self.batch < 1:
             raise ValueError(f"limit must be at least 2 and batch 1; got {self.limit} and {self.batch}")
 
