@@ -29,9 +29,9 @@ def test_every_prompt_has_its_image_whatever_the_batch(folder, tmp_path):
     [
         ({"image": ImageConfig(aspect=1.1)}, "no schedule of height / width 1.1; it has"),
         ({"prompts": ("a cat a cat a cat a cat a cat",)}, "10 tokens, and this model reads at most 8"),
-        ({"settings": SparseVARConfig(start_scale=7)}, "has 7 scales, 0 to 6; got scale 7"),
-        ({"settings": SparseVARConfig(start_scale=0)}, "must leave a scale before it; got 0"),
-        ({"settings": SparseVARConfig(detector=3)}, "has 3 blocks; got detector 3"),
+        ({"settings": SparseVARConfig(start_scale=8)}, "has 7 scales, 0 to 6; got scale 8"),
+        ({"settings": SparseVARConfig(start_scale=0)}, "must leave a scale before it to be measured; got 0"),
+        ({"settings": SparseVARConfig(detector=3)}, "has 3 blocks, 0 to 2; got detector 3"),
     ],
 )
 def test_bad_input_is_named_before_weights_are_read(folder, options, message, monkeypatch):

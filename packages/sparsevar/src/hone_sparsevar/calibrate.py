@@ -27,7 +27,7 @@ from .host import SCHEDULE, Host, load_host
 from .method import change_map, resize_map
 from .sample import check_inputs, load_pipeline
 
-__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "mask_scores", "spearman"]
+__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "mask_scores", "read_lines", "spearman"]
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
         by_image, count = image_scores(host, cfg.limit, scale, cfg.seed).nanmean(0), cfg.limit
         choice |= {"model": "tiny", "auroc": [round(float(x), 4) for x in by_mask]}
     else:
-        prompts = _prompts(cfg)
+        prompts = read_lines(cfg)
         check_inputs(cfg.model, prompts, cfg.image, SparseVARConfig(start_scale=cfg.start))
         by_image, count = pipeline_scores(cfg, prompts, run).nanmean(0), len(prompts)
         choice |= {"model": cfg.model.name}
@@ -228,7 +228,12 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     return CalibrateReport.of(run)
 
 
-def _prompts(cfg: CalibrateConfig) -> list[str]:
+def read_lines(cfg: CalibrateConfig) -> list[str]:
+    """Prompts of a text file, one a line.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds none.
+    """
     assert cfg.prompts is not None
     try:
         lines = [line.strip() for line in cfg.prompts.read_text(encoding="utf-8").splitlines()]

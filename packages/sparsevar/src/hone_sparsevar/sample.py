@@ -21,7 +21,7 @@ from hone_visual_ar.pipelines import InfinityPipeline, check_prompts
 from hone_visual_ar.schedules import infinity_schedule
 
 from .config import GenerateConfig, ImageConfig, SparseVARConfig
-from .models import variant_of
+from .models import fit, variant_of
 
 __all__ = ["GenerateReport", "Wanted", "check_inputs", "draw_images", "generate", "load_pipeline"]
 
@@ -62,10 +62,7 @@ def check_inputs(model: Path, prompts: Sequence[str], image: ImageConfig, settin
         ) from error
     if kind != "InfinityPipeline":
         raise CheckpointError(f"{model} holds a {kind}; expected an InfinityPipeline")
-    if schedule.resolve(settings.start_scale) < 1:
-        raise ValueError(f"start_scale must leave a scale before it; got {settings.start_scale}")
-    if settings.detector is not None and settings.detector >= config["depth"]:
-        raise ValueError(f"this model has {config['depth']} blocks; got detector {settings.detector}")
+    fit(settings, config["depth"], schedule)
     check_prompts(model, prompts, config["text_maxlen"])
 
 
