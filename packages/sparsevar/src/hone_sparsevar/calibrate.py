@@ -25,7 +25,7 @@ from .data import random_labels, render, words
 from .grader import texture_energy
 from .host import SCHEDULE, Host, load_host
 from .method import change_map, resize_map
-from .sample import check_inputs, load_pipeline
+from .sample import check_inputs, drawer
 
 __all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "mask_scores", "read_lines", "spearman"]
 
@@ -148,20 +148,11 @@ def pipeline_scores(cfg: CalibrateConfig, prompts: list[str], run: Run) -> Tenso
     assert cfg.model is not None
     schedule = infinity_schedule(cfg.image.pixels, cfg.image.aspect)
     scale = schedule.resolve(cfg.start)
-    pipe, watch, found = load_pipeline(cfg.model, cfg.image, run.device), Watch(scale - 1), []
+    pipe, watch, found = drawer(cfg.model, cfg.image, run.device), Watch(scale - 1), []
     with progress_bar(len(prompts), desc="images", quiet=run.quiet) as bar:
         for at in range(0, len(prompts), cfg.batch):
             part = prompts[at : at + cfg.batch]
-            images = pipe(
-                part,
-                pixels=cfg.image.pixels,
-                aspect=cfg.image.aspect,
-                guidance_scale=cfg.image.guidance,
-                temperature=cfg.image.temperature,
-                seeds=cfg.seed + at,
-                policy=watch,
-                output_type="pt",
-            ).images
+            images = pipe(part, seeds=cfg.seed + at, policy=watch, output_type="pt").images
             found.append(_correlation(images, watch.last, schedule.grids[scale]).cpu())
             bar.update(len(part))
     return torch.cat(found)

@@ -33,7 +33,7 @@ def _verb(run: str, config: str, help: str, prepare: str | None = None) -> Verb:
     return Verb(
         run=f"hone_sparsevar.{run}",
         config=f"hone_sparsevar.config:{config}",
-        prepare=None if prepare is None else f"hone_sparsevar.inputs:{prepare}",
+        prepare=None if prepare is None else f"hone_sparsevar.{prepare}",
         help=help,
     )
 
@@ -41,23 +41,29 @@ def _verb(run: str, config: str, help: str, prepare: str | None = None) -> Verb:
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb(
-        "demo:demo", "DemoConfig", "Draw scenes dense, sparse, stopped early, and by other masks: pictures.", "host"
+        "demo:demo",
+        "DemoConfig",
+        "Draw scenes dense, sparse, stopped early, and by other masks: pictures.",
+        "inputs:host",
     ),
     "generate": _verb(
-        "sample:generate", "GenerateConfig", "Draw images of prompts with a saved Infinity pipeline.", "generate"
+        "sample:generate", "GenerateConfig", "Draw images of prompts or classes with a saved pipeline.", "sample:check"
     ),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "Quality against work of every variant, on many scenes.", "evaluate"
+        "evaluate:evaluate", "EvalConfig", "Quality against work of every variant, on many scenes.", "inputs:evaluate"
     ),
     "calibrate": _verb(
-        "calibrate:calibrate", "CalibrateConfig", "Which block's change tells textured from flat.", "calibrate"
+        "calibrate:calibrate", "CalibrateConfig", "Which block's change tells textured from flat.", "inputs:calibrate"
     ),
-    "inspect": _verb("inspection:inspect", "InspectConfig", "What ran in one image, scale by scale.", "host"),
+    "inspect": _verb("inspection:inspect", "InspectConfig", "What ran in one image, scale by scale.", "inputs:host"),
     "reproduce": _verb(
-        "reproduce:reproduce", "ReproduceConfig", "Put the claims to the test on tiny hosts.", "reproduce"
+        "reproduce:reproduce", "ReproduceConfig", "Put the claims to the test on tiny hosts.", "inputs:reproduce"
     ),
     "bench": _verb(
-        "bench:bench", "BenchConfig", "Time the transformer at real sizes, dense, sparse and stopped early.", "bench"
+        "bench:bench",
+        "BenchConfig",
+        "Time the transformer at real sizes, dense, sparse and stopped early.",
+        "inputs:bench",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host: tokenizer, grader, transformer."),
 }

@@ -15,7 +15,6 @@ from .config import (
     CalibrateConfig,
     DemoConfig,
     EvalConfig,
-    GenerateConfig,
     HostConfig,
     InspectConfig,
     ReproduceConfig,
@@ -25,7 +24,7 @@ from .host import PACKAGE, SCHEDULE
 from .models import fit
 from .sample import check_inputs
 
-__all__ = ["bench", "calibrate", "evaluate", "generate", "host", "reproduce"]
+__all__ = ["bench", "calibrate", "evaluate", "host", "reproduce"]
 
 
 def _look(path: Path | None, settings: SparseVARConfig) -> None:
@@ -41,16 +40,6 @@ def host(cfg: DemoConfig | InspectConfig) -> DemoConfig | InspectConfig:
         ValueError: It has no such block, or its schedule no such scale.
     """
     _look(cfg.host, cfg.settings)
-    return cfg
-
-
-def generate(cfg: GenerateConfig) -> GenerateConfig:
-    """Of ``generate``.
-
-    Raises:
-        CheckpointError, ValueError: As ``sample.check_inputs``.
-    """
-    check_inputs(cfg.model, cfg.prompts, cfg.image, cfg.settings)
     return cfg
 
 
