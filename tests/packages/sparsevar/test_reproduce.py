@@ -23,7 +23,7 @@ def test_tokens_can_go_where_all_says_so():
 
 
 def test_every_claim_is_judged(untrained, tmp_path):
-    cfg = ReproduceConfig(hosts=(untrained,), seeds=(0, 1), limit=2, batch=2)
+    cfg = ReproduceConfig(hosts=(untrained,), seeds=(0, 1), ratios=(0.2,), limit=2, batch=2)
     run = Run.start(
         config=cfg, package="hone-sparsevar", verb="reproduce", out=tmp_path / "run", seed=0, device="cpu", quiet=True,
         command="x",
@@ -40,3 +40,6 @@ def test_every_claim_is_judged(untrained, tmp_path):
             assert row.value == values[row.split, "random"] - values[row.split, "sparse"]
     assert "C4 early stop" in str(report)
     assert "low-frequency tokens can go: UNDECIDED" in str(report)
+    work = {row.variant: row.value for row in report.rows if row.metric == "gflops"}
+    assert work["sparse"] < work["sparse 0.2"] < work["dense"]
+    assert (tmp_path / "run" / "figures" / "frontier.png").stat().st_size > 1000

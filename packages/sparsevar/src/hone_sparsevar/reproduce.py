@@ -104,6 +104,7 @@ def _draw(
     # Seeds do not share prompts or draws.
     labels, images = scenes(cfg.limit, 1000 * seed)
     policies = {name: variant_of(name, settings) for name in VARIANTS}
+    policies |= {f"sparse {ratio:g}": variant_of("sparse", replace(settings, ratio=ratio)) for ratio in cfg.ratios}
     first = 1_000_000 * seed
     outcomes = compare(host, policies, labels, seed=first, batch=cfg.batch, quiet=run.quiet)
     # Dense again with other draws: how far apart two sets of its images are.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hone_core.devices import resolve_device
@@ -91,7 +91,9 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
                 done[key] |= {"gaussians": len(cloud), "contexts": len(context)}
                 atomic_write_json(file, done)
             bar.update()
-    graded = [("psnr", "dB", "higher"), ("ssim", "", "higher")] + [("lpips", "", "lower")] * (lpips is not None)
+    graded: list[tuple[str, str, Literal["higher", "lower"]]] = [("psnr", "dB", "higher"), ("ssim", "", "higher")]
+    if lpips is not None:
+        graded.append(("lpips", "", "lower"))
     for metric, unit, better in graded:
         values = torch.tensor([done[key][metric] for key in index], dtype=torch.float64)
         spread = float(values.std(correction=0))
