@@ -4,8 +4,8 @@
     python tools/gallery.py --only blade,nar     some packages
     python tools/gallery.py --read               run nothing; a package without a finished demo is left out
 
-A demo's run lies in runs/gallery/<package>; delete the folder to run it again. Words and verdicts are those of the front
-page (docs/methods.toml); the table is the table ``demo`` of results/<package>/tables.toml, of this run.
+A demo's run lies in runs/gallery/<package>; delete the folder to run it again. Words and verdicts are those of the
+front page (docs/methods.toml); the table is the table ``demo`` of results/<package>/tables.toml, of this run.
 """
 
 import argparse

@@ -84,6 +84,8 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         "block_select",
         "column_mass",
         "decoding",
+        "draw_codes",
+        "guided_draw",
         "kept_tokens",
         "logits",
         "ragged_decode",

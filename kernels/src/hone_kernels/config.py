@@ -126,7 +126,8 @@ class SanitizeConfig:
     backends: tuple[Backend, ...] = get_args(Backend)
     """Kernels of which backend; FP8 and the prober have Triton's alone."""
     parts: tuple[Part, ...] = get_args(Part)
-    """Kernels of which op; block_scores brings block_select along, ragged_decode column_mass and token_select."""
+    """Kernels of which op; block_scores brings block_select along, ragged_decode column_mass,
+    token_select and draw_codes."""
     timeout: float = 600.0
     """Seconds for one part under one tool."""
     seed: int = 0

@@ -36,6 +36,7 @@ from hone_kernels.block_scores import KINDS, block_scores
 from hone_kernels.block_select import select_blocks
 from hone_kernels.column_mass import column_mass
 from hone_kernels.config import SanitizeConfig
+from hone_kernels.draw_codes import draw_codes
 from hone_kernels.gpu import the_gpu
 from hone_kernels.ragged_decode import decode_attention
 from hone_kernels.token_select import select_tokens
@@ -265,7 +266,23 @@ def _scores_and_selection(backend: Backend) -> None:
             select_blocks(got, backend=backend, min_keep=1, max_keep=4, mass=mass, keep_diagonal=True, forced=1)
 
 
+def _draws(backend: Backend) -> None:
+    logits = [torch.randn(4, 5, 1000, device=_DEVICE) for _ in range(2)]
+    weight = torch.tensor([[0.5, 0.5]] * 3 + [[1.0, 0.0], [0.0, 1.0]], device=_DEVICE)
+    uniform = torch.rand(2, 5, device=_DEVICE)
+    for top_k in (0, 7):
+        options: dict[str, Any] = {"guidance": 2.0, "top_k": top_k}
+        got = draw_codes(logits, weight, uniform, **options, backend=backend)
+        low, high = (
+            draw_codes(logits, weight, (uniform + shift).clamp(0, 0.999999), **options, backend="reference")
+            for shift in (-1e-5, 1e-5)
+        )
+        if not bool(((got >= low) & (got <= high)).all()):
+            raise RuntimeError("draw_codes: other codes")
+
+
 def _tokens(backend: Backend) -> None:
+    _draws(backend)
     """Masses of odd lengths with padding and absent rows, selection by mass and by budget, caches with holes."""
     for dim in (64, 128):
         q = torch.randn(2, 6, 141, dim, device=_DEVICE, dtype=torch.float16)

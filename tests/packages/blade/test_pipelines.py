@@ -319,8 +319,9 @@ def test_two_gpus_train_what_one_does_whole_and_sharded(folders, caches, tmp_pat
     """In float32 to the order of sums; in 16 bits, in which gradients are rounded, to a hundredth."""
     if torch.cuda.device_count() < 2:
         pytest.skip("two GPUs")
-    # Blocks that the kernels take.
-    cfg = config(folders, caches, dtype=dtype, attention=dataclasses.replace(SPARSE, block=32, max_density=0.5))
+    # Blocks that the kernels take; small steps, since the backward of torch's own attention differs from run to run.
+    sparse = dataclasses.replace(SPARSE, block=32, max_density=0.5)
+    cfg = config(folders, caches, dtype=dtype, attention=sparse, loop={"lr": 1e-3}, fake_lr=1e-3)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_dict(cfg)))
     for name, count, options in (("one", 1, []), ("two", 2, []), ("sharded", 2, ["--shard"])):

@@ -246,6 +246,14 @@ def test_smoothing_helps_where_keys_share_a_part_and_keeps_the_log_sum_exp():
     assert errors[True] < errors[False] / 5
 
 
+def test_a_plain_regime_takes_the_scale_and_no_autocast():
+    q, k, v = tensors(math.prod(GRID), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v, Regime(e4m3=False), scale=0.3)
+    assert out.dtype == torch.float32
+    assert_close(out, masked(q, k, v, torch.tensor(True), 0.3)[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("regime", [EXACT, ROUNDED])
 @pytest.mark.parametrize("trained", range(3))
 def test_a_gradient_of_one_operand_alone(regime, trained):

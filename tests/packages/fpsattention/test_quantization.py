@@ -6,6 +6,7 @@ from hone_core.testing import assert_close
 from hone_fpsattention.quantization import E4M3_MAX, round_e4m3, round_qkv
 from hone_fpsattention.tiles import Tiling
 from hone_kernels.attention_fp8 import quantize_qkv
+from hone_kernels.attention_fp8.reference import in_mean
 
 
 def e4m3_values():
@@ -94,6 +95,25 @@ def test_slots_without_a_token_count_nowhere():
     got = round_qkv(q, k, v, groups=groups, present=present)
     for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale", "k_mean"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+def test_the_mean_of_many_keys_is_that_of_the_kernels_sample():
+    slots = 8_320
+    seen = in_mean(slots, torch.device("cpu"))
+    assert 0 < int(seen.sum()) < slots
+    k = torch.where(seen[:, None], 1.0, 3.0).expand(1, 1, slots, 4)
+    made = round_qkv(k, k, k, groups=torch.zeros(slots, dtype=torch.int64), present=torch.ones(slots, dtype=torch.bool))
+    assert (made.k_mean == 1.0).all()
+
+
+def test_autocast_changes_no_bit():
+    q, k, v = torch.randn(3, 1, 2, 32, 8)
+    where = {"groups": torch.arange(32) // 8, "present": torch.ones(32, dtype=torch.bool)}
+    plain = round_qkv(q, k, v, **where)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = round_qkv(q, k, v, **where)
+    for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale", "k_mean"):
+        assert torch.equal(getattr(cast, name), getattr(plain, name))
 
 
 def test_what_is_not_finite_spoils_itself_only():

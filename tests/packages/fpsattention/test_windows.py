@@ -166,3 +166,11 @@ def test_layout_of_ragged_tiles(border, text):
 
 def test_layout_without_padding_marks_none():
     assert window_layout(Tiling.of((8, 8, 16), (4, 4, 8)), (1, 1, 1)).k_valid is None
+
+
+def test_a_layout_of_half_blocks_says_so_where_all_are_full():
+    # Kernels that round take a block to be 128 tokens otherwise.
+    tiling = Tiling.of((4, 8, 8), (4, 4, 4), block=64)
+    assert tiling.full
+    layout = window_layout(tiling, (1, 1, 1))
+    assert (layout.k_valid == 64).all()

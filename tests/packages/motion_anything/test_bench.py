@@ -3,7 +3,7 @@ import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run
 from hone_core.testing import requires_gpu
-from hone_motion_anything.bench import bench, eager_loop, eager_refine
+from hone_motion_anything.bench import bench, check_tokens, eager_loop, eager_refine
 from hone_motion_anything.config import BenchConfig
 from hone_motion_anything.method import Condition
 from hone_motion_anything.published import MaskTransformer, ResidualTransformer
@@ -37,12 +37,23 @@ def test_graphs_need_a_gpu(tmp_path):
         bench(cfg, run)
 
 
+def test_other_tokens_are_no_speedup():
+    g = torch.Generator()
+
+    def draws(shift=0):
+        return lambda: [torch.randint(9, (50,), generator=g) + shift]
+
+    check_tokens("same", draws(), draws(), g, 3)
+    with pytest.raises(RuntimeError, match=r"other: 100\.0% of the tokens"):
+        check_tokens("other", draws(1), draws(), g, 3)
+
+
 @requires_gpu()
 def test_a_whole_generation_is_one_graph(tmp_path):
     cfg = BenchConfig(graphs=True, batches=(1, 3), tokens=5, steps=3, rounds=2)
     with start(cfg, tmp_path / "run", "cuda") as run:
         report = bench(cfg, run)
-    assert [row.variant for row in report.rows].count("one batch, one graph") == 2
+    assert [row.variant for row in report.rows].count("one graph, fused draws") == 2
 
 
 @torch.no_grad()

@@ -1,5 +1,10 @@
+import json
+import os
+import subprocess
 import sys
-from dataclasses import replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +166,50 @@ def test_bad_input(argv, message, folder, tmp_path, monkeypatch, capsys):
         main()
     assert stop.value.code == 1
     assert message in capsys.readouterr().err
+
+
+class Meeting:
+    """Two processes of accelerate as two threads: each is one, and ``reduce`` waits for the other."""
+
+    device, num_processes = torch.device("cpu"), 2
+
+    def __init__(self, index, barrier, values):
+        self.process_index, self.is_main_process = index, index == 0
+        self.barrier, self.values = barrier, values
+
+    def reduce(self, value, how):
+        assert how == "mean"
+        self.values[self.process_index] = value.clone()
+        self.barrier.wait()
+        found = (self.values[0] + self.values[1]) / 2
+        self.barrier.wait()
+        return found
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(folder, tmp_path):
+    barrier, values = threading.Barrier(2, timeout=60), {}
+    cfg = TrainConfig(data=folder, tokenizer_sizes=SIZES, steps=4, batch=4, warmup=2, log_every=1)
+    clips = read_clips(folder, "train")
+    both = [
+        Fitting(cfg, clips, Meeting(index, barrier, values), torch.device("cpu"), tmp_path / f"{index}.pt")
+        for index in (0, 1)
+    ]
+    assert {tuple(one._batch()) for one in both} != {tuple(both[0]._batch())}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda one: list(one.train()), both))
+    wanted, other = (one.model.state_dict() for one in both)
+    assert all(torch.allclose(value, other[name], atol=1e-6) for name, value in wanted.items())
+
+    settings = {"tokenizer_sizes": asdict(SIZES), "steps": 4, "batch": 4, "warmup": 2, "log_every": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"),
+        *(sys.executable, "-c", "from hone_motion_anything.cli import main; main()", "train", "--data", folder),
+        *("--config", tmp_path / "config.json", "--device", "cpu", "--out", tmp_path / "run", "--quiet"),
+    ]
+    subprocess.run([*map(str, command)], check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # The exported weights are halves; the checkpoint is not.
+    found = torch.load(tmp_path / "run" / "artifacts" / "checkpoint.pt", weights_only=True)["parts"]["model"]
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(value, wanted[name], atol=1e-6) for name, value in found.items())

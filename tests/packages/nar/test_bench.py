@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hone_core.errors import UnsupportedHardwareError
-from hone_nar.bench import bench, weight_bytes
+from hone_nar.bench import bench, check_draws, weight_bytes
 from hone_nar.checkpoints import build
 from hone_nar.config import BenchConfig
 from hone_nar.models import tiny
@@ -54,6 +54,15 @@ def test_the_tiny_model_is_timed_on_a_cpu(start, tmp_path):
     passes = {row.variant: row.value for row in report.rows if row.metric == "passes"}
     assert passes == {"nar": 11, "raster": 36}
     assert "x release, weights alone" in str(report)
+
+
+def test_draws_are_checked_by_their_uniforms():
+    logits = torch.tensor([[[2.0, 1.0, 1.0], [1.0, 2.0, 1.0]]]).log()
+    uniform = torch.tensor([[0.49, 0.76]])
+    assert check_draws("x", torch.tensor([[0, 2]]), logits, uniform, tolerance=1e-6) == 0
+    assert check_draws("x", torch.tensor([[1, 2]]), logits, uniform, tolerance=0.1) == pytest.approx(0.01)
+    with pytest.raises(RuntimeError, match=r"a uniform lies 1\.00e-02 outside of its code's share"):
+        check_draws("x", torch.tensor([[0, 1]]), logits, uniform, tolerance=1e-3)
 
 
 def test_the_floor_counts_what_every_pass_reads():

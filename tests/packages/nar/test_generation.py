@@ -2,6 +2,7 @@ import pytest
 import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.testing import requires_gpu
+from hone_nar.bench import check_draws
 from hone_nar.generation import Decoding, GraphedDecoding, generate
 from hone_nar.models import tiny
 from hone_nar.transformer import Pieces, compiled_pieces
@@ -168,6 +169,41 @@ def test_compiled_pieces_are_made_once_for_all_blocks_and_steps():
     assert torch.equal(run.run(), draw(model, [3, 7], [11, 12]))
     # Two pieces, of one token and of several.
     assert len(made) <= 4
+
+
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "video"])
+def test_fused_draws_are_the_others(kind):
+    model, sampling = tiny(kind), Sampling(guidance=2.0, temperature=0.8, top_k=10)
+    runs = [Decoding(model, 2, sampling=sampling, guided_tokens=12, fused=fused) for fused in (False, True)]
+    for run in runs:
+        run.load(model.condition(torch.tensor([3, 7]), guided=True), [11, 12])
+    assert torch.equal(*(run.run() for run in runs))
+    assert runs[1].logits is None
+
+
+def test_what_is_not_fused_is_refused():
+    for model, sampling in (
+        (tiny("flashar"), Sampling()),
+        (tiny(), Sampling(greedy=True)),
+        (tiny(), Sampling(top_p=0.5)),
+    ):
+        with pytest.raises(ValueError, match="leave fused out for a gate, greedy or top_p"):
+            Decoding(model, 1, sampling=sampling, fused=True)
+
+
+@requires_gpu()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "video", "text"])
+def test_fused_draws_in_graphs_fall_on_their_uniforms(kind, dtype):
+    model, given = on_a_gpu(kind, dtype)
+    run = GraphedDecoding(model, 2, sampling=Sampling(guidance=2.0), fused=True)
+    for seed in range(3):
+        run.load(model.condition(**given(seed), guided=True), [seed, 5])
+        codes = run.run()
+        with torch.no_grad():
+            without = model(codes, **given(seed), drop=torch.ones(2, dtype=torch.bool, device="cuda")).logits
+            logits = without + 2.0 * (model(codes, **given(seed)).logits - without)
+        check_draws("fused", codes, logits, run.uniforms_raster(), tolerance=1e-3 if dtype == torch.float32 else 0.1)
 
 
 def test_temperature_divides_the_logits_and_draws_belong_to_places():

@@ -1,11 +1,15 @@
+import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_nar.config import GenerateConfig
+from hone_nar.extract import clips_of
+from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny, tiny_tokenizer
-from hone_nar.pipelines import NARPipeline
+from hone_nar.pipelines import NARPipeline, NARVideoPipeline
 from hone_nar.sample import check_inputs, generate
 from hone_nar.texts import pad_left
+from hone_video.videos import save_video
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -15,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "cat", "blue", "dog"]
 
 
-@pytest.fixture(scope="module", params=["nar", "llamagen"])
+@pytest.fixture(scope="module", params=["nar", "llamagen", "flashar"])
 def classes(request):
     return NARPipeline(tiny(request.param), tiny_tokenizer())
 
@@ -106,3 +110,19 @@ def test_the_verb_writes_an_image_of_each_class_whatever_the_batch(classes, star
         check_inputs(GenerateConfig(model=tmp_path / "model", prompts=("a",)))
     with pytest.raises(CheckpointError, match="no saved pipeline"):
         check_inputs(GenerateConfig(model=tmp_path, classes=(1,)))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio-ffmpeg's pipes
+def test_the_verb_writes_a_clip_of_each_class(start, tmp_path):
+    vae = LARPTokenizer(frames=4, size=16, tokens=24, dim=16, depth=1, heads=2, codebook_size=32).eval()
+    NARVideoPipeline(tiny("video"), vae).save_pretrained(tmp_path / "model")
+    cfg = GenerateConfig(model=tmp_path / "model", classes=(1, 2), seed=4, fps=8, batch=2)
+    with start(cfg, "generate", tmp_path / "run") as run:
+        files = generate(cfg, run).images
+    assert [file.name for file in files] == ["00000.mp4", "00001.mp4"]
+    clips = NARVideoPipeline.from_pretrained(tmp_path / "model")([1, 2], seeds=[4, 5])
+    for number, (file, clip) in enumerate(zip(files, clips, strict=True)):
+        wanted = save_video(clip, tmp_path / f"{number}.mp4", fps=8, what="", advice="")
+        assert file.read_bytes() == wanted.read_bytes()
+    assert not np.allclose(*clips)
+    assert clips_of(files[1], 4, 16, "center").shape == (1, 1, 3, 4, 16, 16)

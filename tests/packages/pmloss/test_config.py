@@ -12,6 +12,7 @@ from hone_pmloss.config import DemoConfig, EvalConfig, PMLossConfig, TrainHostCo
         (lambda: TrainHostConfig(steps=0), "steps must be at least 1; got 0"),
         (lambda: TrainHostConfig(base_share=1.0), r"base_share must lie in \(0, 1\); got 1.0"),
         (lambda: TrainHostConfig(base_depth=-1.0), "base_depth must be at least 0"),
+        (lambda: TrainHostConfig(teacher_noise=1.0), "expected teacher_noise in"),
         (lambda: TrainHostConfig(gap=(1, 5)), "expected 2 <= gap < 50"),
         (lambda: TrainHostConfig(graded_targets=14), "graded_targets 1 to 13"),
         (lambda: DemoConfig(size=8), "expected size >= 16"),

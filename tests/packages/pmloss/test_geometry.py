@@ -5,8 +5,9 @@ from hone_pmloss.config import EvalConfig
 from hone_pmloss.data import training_batch
 from hone_pmloss.evaluate import GeometryReport, evaluate, prepare
 from hone_pmloss.geometry import KnownDepth, boundary_band, cloud_errors, depth_edges, splat_depth
-from hone_splat.files import write_ply
+from hone_splat.files import read_ply, write_ply
 from hone_splat.gaussians import Gaussians
+from hone_splat.harmonics import C0
 
 
 def wall(size=16):
@@ -90,6 +91,10 @@ def test_the_report_of_a_true_splat_and_of_one_too_far(tmp_path, start):
             report = evaluate(cfg, run)
         assert isinstance(report, GeometryReport)
         assert report.picture.is_file()
+        shown = read_ply(report.errors)
+        assert torch.equal(shown.means, read_ply(cfg.ply).means)
+        # Dark where the splat is right, light where it is not.
+        assert float((shown.sh[..., 0] * C0 + 0.5).mean()) == pytest.approx(0.0 if name == "true" else 0.9, abs=0.15)
         assert "depth_abs_rel" in str(report)
         values[name] = {(row.metric, row.split): row.value for row in report.rows}
     assert values["true"]["accuracy", "mean"] < 1e-5

@@ -1,9 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 from hone_core.runs import Run
 from hone_pmloss import train
 from hone_pmloss.config import HostConfig, PMLossConfig, TrainHostConfig
-from hone_pmloss.data import graded_rooms, training_batch
+from hone_pmloss.data import Scene, graded_rooms, training_batch
 from hone_pmloss.geometry import boundary_band
 from hone_pmloss.grading import METRICS, grade
 from hone_pmloss.host import open_tiny
@@ -90,9 +92,9 @@ def test_depths_teach_the_base_alone(short, monkeypatch):
     monkeypatch.setattr(train, "training_batch", lambda *rest, **kw: scene)
     whole = train.scene_loss
 
-    def keep(host, scene, pm, *, depth):
+    def keep(host, scene, pm, *, depth, points):
         seen[stage] = depth
-        return whole(host, scene, pm, depth=depth)
+        return whole(host, scene, pm, depth=depth, points=points)
 
     scene = training_batch([0], 1, (8, 18), 32)
     host = tiny(SMALL).train()
@@ -105,6 +107,37 @@ def test_depths_teach_the_base_alone(short, monkeypatch):
     for stage in train.STAGES:
         train._advance(short, stage, host, torch.optim.SGD(host.parameters(), 0.0), train._Count(), scene, 0, 2)
     assert seen == {"base": 0.1, "photometric": 0.0, "pm": 0.0}
+
+
+def test_a_worse_teacher_errs_as_it_is_told():
+    scene = training_batch([0, 1], 1, (8, 18), 64)
+    true, centre = scene.points(), scene.context.cam_to_world[:, :, None, None, :3, 3]
+    assert torch.equal(scene.taught(), true)
+
+    def ratio(points):
+        return (points - centre).norm(dim=-1) / scene.distance
+
+    noisy = ratio(scene.taught(noise=0.02, seed=3))
+    assert float((noisy - 1).std()) == pytest.approx(0.02 * 0.66, rel=0.3)  # less between the draws
+    # Slow: neighbours err alike.
+    assert float((noisy[..., 1:] - noisy[..., :-1]).abs().mean()) < 0.2 * float((noisy - 1).abs().mean())
+    assert not torch.equal(scene.taught(noise=0.02, seed=4), scene.taught(noise=0.02, seed=3))
+    blurred = ratio(scene.taught(blur=1)) * scene.distance
+    by_hand = scene.distance[0, 1, 9:12, 19:22].mean()
+    assert float(blurred[0, 1, 10, 20]) == pytest.approx(float(by_hand), rel=1e-4)
+    edges = boundary_band(scene.distance[0], width=0)
+    error = (blurred - scene.distance).abs()[0]
+    assert float(error[edges].mean()) > 5 * float(error[~edges].mean())
+
+
+def test_the_arm_learns_from_the_teacher_that_it_is_given(short, monkeypatch):
+    scene, asked = training_batch([0], 1, (8, 18), 32), []
+    monkeypatch.setattr(Scene, "taught", lambda self, **how: asked.append(how) or self.points())
+    cfg = dataclasses.replace(short, teacher_noise=0.03, teacher_blur=2, seed=1)
+    host = tiny(SMALL).train()
+    for stage in train.STAGES:
+        train._advance(cfg, stage, host, torch.optim.SGD(host.parameters(), 0.0), train._Count(), scene, 7, 9)
+    assert asked == [{"noise": 0.03, "blur": 2, "seed": 1_000_007}]
 
 
 def test_a_host_of_good_pictures_and_flying_centres_misses_its_gates(short, tmp_path, monkeypatch):

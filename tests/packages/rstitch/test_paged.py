@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from hone_core.testing import requires_gpu
 from hone_rstitch.config import EngineConfig, SamplingConfig, StitchConfig
 from hone_rstitch.decoder import Decoder, unsupported
-from hone_rstitch.engine import Engine
+from hone_rstitch.engine import Engine, warp
 from hone_rstitch.generation import stitch_generate
+from hone_rstitch.method import choose
 from hone_rstitch.models import Pair, tiny
-from hone_rstitch.paged import CHUNK, PagedModel, packing
+from hone_rstitch.paged import CHUNK, Draw, PagedModel, draw, packing
 from hone_rstitch.vocabulary import Vocabulary
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -72,16 +74,40 @@ def test_draws_are_those_of_the_loop(pairs):
     small, large = prompts([6]) + prompts([9], 1)
     engine = Engine(pair, EngineConfig(cache="paged", max_tokens=512))
     stitch = StitchConfig(policy="random", share=0.5)
-    warm = SamplingConfig(max_new_tokens=30, temperature=1.3, top_p=0.9)
-    jobs = [
-        engine.submit((small, large), stitch, warm, seed=7),
-        engine.submit((small, large), stitch, SamplingConfig(max_new_tokens=30), seed=8),
+    ways = [
+        dict(temperature=1.3, top_p=0.9),
+        {},
+        dict(temperature=2.0, top_k=5),
+        dict(temperature=1.5, top_k=30, top_p=0.8),
+        dict(temperature=1.7),
     ]
+    jobs = [
+        engine.submit((small, large), stitch, SamplingConfig(max_new_tokens=30, **way), seed=at)
+        for at, way in enumerate(ways)
+    ]
+    processed = StitchConfig(tau=0.5, entropy_on="processed")
+    jobs.append(engine.submit((small, large), processed, SamplingConfig(max_new_tokens=30, **ways[0]), seed=5))
     while engine.step():
         pass
-    want = alone(pair, small, large, stitch, 30, 7, temperature=1.3, top_p=0.9)[0]
-    assert [token.token for token in jobs[0].tokens] == want
-    assert [token.token for token in jobs[1].tokens] == alone(pair, small, large, stitch, 30, 8)[0]
+    for at, (job, way) in enumerate(zip(jobs, [*ways, ways[0]], strict=True)):
+        tokens, models, *_ = alone(pair, small, large, job.stitch, 30, at, **way)
+        assert [token.token for token in job.tokens] == tokens
+        assert [token.model for token in job.tokens] == models
+
+
+def test_a_draw_is_the_loops_own():
+    torch.manual_seed(0)
+    logits = torch.randn(64, 50)
+    logits[:, 3] = -torch.inf
+    logits[:, 8] = logits[:, 9]  # as likely as another
+    ways = [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.6, 0.95, 0), (1.5, 0.5, 7), (0.8, 1.0, 60), (1.2, 1.0, 1), (2.0, 0.05, 0)]
+    draws = [Draw(at / 64, *ways[at % len(ways)]) for at in range(64)]
+    got = draw(logits, logits.argmax(-1), torch.tensor(draws, dtype=torch.float64).T).tolist()
+    for at, (number, temperature, top_p, top_k) in enumerate(draws):
+        row = logits[at]
+        if temperature:
+            row = warp(row, SamplingConfig(temperature=temperature, top_p=top_p, top_k=top_k))
+        assert [got[at]] == choose(row[None], [number] if temperature else None)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -156,3 +182,25 @@ def test_what_cannot_run_on_pages_is_named(pairs):
         Decoder(small, pages=1, page=16, positions=16)
     with pytest.raises(ValueError, match="page must be 16, 32 or a multiple of 64; got 48"):
         EngineConfig(page=48)
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize("fused", [False, True])
+def test_captured_calls_are_calls(fused):
+    """Greedy and drawn rows at both models, with graphs and without."""
+    small, large = (model.to("cuda") for model in tiny("qwen3"))
+    pair = Pair(small, large, None, None, Vocabulary.shared(96, 112, (2,)))
+    asked = list(zip(prompts([3, 70, 40]), prompts([5, 20, 130], 1), strict=True))
+    ways = [SamplingConfig(max_new_tokens=60), SamplingConfig(max_new_tokens=60, temperature=0.8, top_p=0.9)]
+    found = []
+    for graphs in (True, False):
+        config = EngineConfig(cache="paged", page=16, max_batch=4, max_tokens=1024, fused=fused, graphs=graphs)
+        engine = Engine(pair, config).prepare()
+        stitch = StitchConfig(policy="random", share=0.4, run_length=4.0)
+        jobs = [engine.submit(asked[at % 3], stitch, ways[at % 2], seed=at) for at in range(6)]
+        while engine.step():
+            pass
+        assert engine._sides[0].paged.graphs == graphs
+        found.append([[token.token for token in job.wait(0).tokens] for job in jobs])
+    assert found[0] == found[1]
+    assert any(len(set(tokens)) > 5 for tokens in found[0])

@@ -27,7 +27,7 @@ def test_info(monkeypatch, capsys):
         (("demo", "--host", "nowhere/host.safetensors"), "there is no tiny host"),
         (("demo", "--detector", "9"), "has 2 blocks, 0 to 1; got detector 9"),
         (("demo", "--start-scale", "8"), "has 7 scales, 0 to 6; got scale 8"),
-        (("bench", "--model", "infinity_2b", "--aspect", "1.1", "--device", "cpu"), "needs a CUDA device"),
+        (("bench", "--model", "infinity_2b", "--device", "cpu"), "needs a CUDA device"),
         (("bench", "--model", "magic"), "model must be tiny or one of"),
         (("eval", "--variants", "magic"), "no variant magic"),
     ],
@@ -38,3 +38,39 @@ def test_bad_input_is_one_line(argv, message, untrained, tmp_path, monkeypatch, 
     assert code == 1
     assert out == ""
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("demo", "--host", "{host}", "--detector", "2"), "has 2 blocks, 0 to 1; got detector 2"),
+        (("inspect", "--host", "{host}", "--start-scale", "0"), "leave a scale before it to be measured; got 0"),
+        (("eval", "--host", "{host}", "--start-scale", "9"), "has 7 scales, 0 to 6; got scale 9"),
+        (("reproduce", "--hosts", "{host}", "nowhere/host.safetensors"), "there is no tiny host"),
+        (("calibrate", "--host", "{host}", "--start-scale", "0"), "leave a scale before it to be measured; got 0"),
+        (("calibrate", "--model", "{folder}", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
+        (("bench", "--model", "infinity_2b", "--aspect", "1.1"), "no schedule of height / width 1.1"),
+        (("bench", "--model", "infinity_8b", "--detector", "40"), "has 40 blocks, 0 to 39; got detector 40"),
+        (
+            ("generate", "--model", "{folder}", "--prompt", "a a a a a a a a a"),
+            "9 tokens, and this model reads at most 8",
+        ),
+        (
+            ("eval", "--protocol", "hps", "--model", "{folder}", "--prompts", "nowhere", "--no-grade"),
+            "nowhere holds no prompts of hps",
+        ),
+    ],
+)
+def test_a_dry_run_looks_at_what_a_command_needs(argv, message, untrained, folder, tmp_path, monkeypatch, capsys):
+    argv = [part.format(host=untrained, folder=folder) for part in argv]
+    code, out, err = call(monkeypatch, capsys, *argv, "--dry-run", "--out", tmp_path / "run")
+    assert (code, out) == (1, "")
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_what_is_there_prints_it(untrained, folder, tmp_path, monkeypatch, capsys):
+    for argv in (("demo", "--host", untrained), ("generate", "--model", folder, "--prompt", "a cat")):
+        code, out, _ = call(monkeypatch, capsys, *argv, "--dry-run", "--out", tmp_path / "run")
+        assert code == 0
+        assert "ratio" in out

@@ -28,6 +28,8 @@ from hone_sparsevar.config import (
         (EvalConfig, {"variants": ("dense", "magic")}, "no variant magic; expected of dense, sparse"),
         (EvalConfig, {"limit": 1}, "limit must be at least 2"),
         (ReproduceConfig, {"seeds": (1, 1)}, "seeds must be different"),
+        (ReproduceConfig, {"ratios": (0.7,)}, "other than that of the settings, 0.7"),
+        (ReproduceConfig, {"ratios": (1.5,)}, r"shares in \[0, 1\]"),
         (BenchConfig, {"modes": ("fast",)}, "modes must be of eager, graphs, compiled; got fast"),
         (BenchConfig, {"batch": 0}, "batch, text_tokens and rounds must be at least 1"),
         (TrainHostConfig, {"minutes": 0.0}, "minutes must be positive"),

@@ -1,7 +1,7 @@
 from hone_core.claims import verdict_over_margins
 from hone_core.runs import Run
 from hone_sparsevar.config import ReproduceConfig
-from hone_sparsevar.reproduce import CLAIMS, reproduce
+from hone_sparsevar.reproduce import CLAIMS, NEEDED, answer, reproduce
 
 
 def test_verdicts_need_three_seeds_that_agree():
@@ -11,8 +11,19 @@ def test_verdicts_need_three_seeds_that_agree():
     assert verdict_over_margins([-0.1, 0.2, 0.3]) == "MIXED, 2 of 3"
 
 
+def test_tokens_can_go_where_all_says_so():
+    confirmed = dict.fromkeys(CLAIMS, "CONFIRMED")
+    assert answer(confirmed) == "YES"
+    assert answer(confirmed | {"C3 anchors": "REFUTED"}) == "YES"
+    for claim in NEEDED:
+        assert answer(confirmed | {claim: "MIXED, 2 of 3"}) == "UNDECIDED"
+        assert answer(confirmed | {claim: "REFUTED", NEEDED[0]: "UNDECIDED, 1 of 3 seeds"}).startswith(
+            "UNDECIDED" if claim == NEEDED[0] else f"NO, {claim}"
+        )
+
+
 def test_every_claim_is_judged(untrained, tmp_path):
-    cfg = ReproduceConfig(hosts=(untrained,), seeds=(0, 1), limit=2, batch=2)
+    cfg = ReproduceConfig(hosts=(untrained,), seeds=(0, 1), ratios=(0.2,), limit=2, batch=2)
     run = Run.start(
         config=cfg, package="hone-sparsevar", verb="reproduce", out=tmp_path / "run", seed=0, device="cpu", quiet=True,
         command="x",
@@ -28,3 +39,7 @@ def test_every_claim_is_judged(untrained, tmp_path):
         if row.variant == "C2 random":
             assert row.value == values[row.split, "random"] - values[row.split, "sparse"]
     assert "C4 early stop" in str(report)
+    assert "low-frequency tokens can go: UNDECIDED" in str(report)
+    work = {row.variant: row.value for row in report.rows if row.metric == "gflops"}
+    assert work["sparse"] < work["sparse 0.2"] < work["dense"]
+    assert (tmp_path / "run" / "figures" / "frontier.png").stat().st_size > 1000

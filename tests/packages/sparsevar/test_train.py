@@ -38,6 +38,11 @@ def test_a_host_is_trained_graded_and_loads(tmp_path):
     assert load_host(path=report.checkpoint).config == CONFIG.host
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == [0, 0, 0, 1, 2, 2]
+    # Every scale weighs the same, so that the loss is the mean of theirs; at the start all are at chance.
+    scales = [lines[-1][f"nats_scale_{k}"] for k in range(7)]
+    assert sum(scales) / 7 == pytest.approx(lines[-1]["loss"], rel=1e-4)
+    assert scales == pytest.approx([0.693] * 7, abs=0.1)
+    assert "nats_scale_0" not in lines[0]
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from hone_core.errors import CheckpointError
 from hone_splat.chunks import ChunkScene, write_chunks
 from hone_splat.metrics import psnr
 from hone_splat.rendering import render
@@ -51,6 +52,25 @@ def test_scenes_are_graded_once_and_as_by_hand(chunks, stored, start, monkeypatc
         drawn = render(tiny.host(given).gaussians, asked.cam_to_world, asked.intrinsics_norm, (32, 32), near=0.08)
     by_hand = psnr(drawn.image_01.flatten(0, 1), asked.image_01.flatten(0, 1)).mean()
     assert found["psnr"].value == pytest.approx(float(by_hand), abs=0.02)  # chunks hold 8 bits
+
+
+def test_lpips_is_graded_where_there_are_weights(chunks, stored, start, monkeypatch, tmp_path):
+    class Twice(torch.nn.Module):
+        def forward(self, drawn, true):
+            assert 0 <= float(drawn.min()) <= float(drawn.max()) <= 1
+            return 2 * (drawn - true).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(module.Lpips, "load", classmethod(lambda cls, path: Twice()))
+    cfg = EvalConfig(
+        chunks=chunks / "test", index=chunks / "index.json", model="tiny", checkpoint=stored(), anchors=3,
+        size=(32, 32), scenes=1, vgg=tmp_path / "vgg.pth",
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="no weights of VGG-16"):
+        prepare(cfg)
+    with start(cfg, "eval") as run:
+        (row,) = [row for row in evaluate(cfg, run).rows if row.metric == "lpips"]
+    assert row.better == "lower"
+    assert 0 < row.value < 2
 
 
 def test_what_is_missing_is_named(chunks, tmp_path):

@@ -54,10 +54,16 @@ def test_a_file_is_shown(tmp_path, start, port, viewers):
     cloud = Gaussians(
         torch.eye(3), torch.full((3, 3), 0.1), torch.eye(4)[:3], torch.full((3,), 0.5), torch.zeros(3, 3, 1)
     )
-    cfg = viewing.prepare(ViewConfig(splat=write_cloud(cloud, tmp_path / "a.spz"), port=port, seconds=1.0))
+    cfg = viewing.prepare(ViewConfig(splat=write_cloud(cloud, tmp_path / "a.spz"), port=port, seconds=2.0))
     with start(cfg, "view") as run:
         found = []
-        asks = threading.Thread(target=lambda: (time.sleep(0.4), found.append(urllib.request.urlopen(viewers[0].url))))
+
+        def ask():
+            while not viewers:
+                time.sleep(0.02)
+            found.append(urllib.request.urlopen(viewers[0].url))
+
+        asks = threading.Thread(target=ask)
         asks.start()
         report = viewing.view(cfg, run)
         asks.join()

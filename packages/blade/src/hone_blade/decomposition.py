@@ -1,6 +1,7 @@
 """What steps, guidance and sparse attention each save and cost, from the teacher's 50 guided steps to the student.
 
-Every rung of the ladder changes one thing of the one above it.
+Every rung of the ladder changes one thing of the one above it. What it saves is counted in network calls and in
+attention's work; times, which mean something at real sizes, are those of ``hone-blade bench``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Row, Run
-from hone_core.timing import Stopwatch
 from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.host import Host, load_host
@@ -130,25 +130,21 @@ def compare_rungs(cfg: ReproduceConfig, run: Run) -> None:
 
 
 def _draw(rung: Rung, host: Host, cfg: ReproduceConfig, seed: int) -> dict[str, list[float]]:
-    """Grades of each clip, seconds a clip, and density."""
+    """Grades of each clip, and density."""
     labels = random_labels(cfg.prompts, torch.Generator().manual_seed(5000 + seed))
     grades: dict[str, list[float]] = {task: [] for task in TASKS}
-    seconds, density = 0.0, 1.0
+    density = 1.0
     with nullcontext() if rung.attention is None else attach(host.transformer, rung.attention) as handle:
         if handle is not None:
             with handle.record() as stats:
                 rung.draw(host, labels[:1], seed)
             density = torch.stack([row.stats.density.mean() + row.stats.pooled for row in stats]).mean().item()
-        else:
-            rung.draw(host, labels[:1], seed)  # warm
         for at in range(0, cfg.prompts, cfg.batch):
-            with Stopwatch(host.device) as watch:
-                clips = rung.draw(host, labels[at : at + cfg.batch], 1000 * seed + at)
-            seconds += watch.seconds
+            clips = rung.draw(host, labels[at : at + cfg.batch], 1000 * seed + at)
             for task, values in grade(host.classifier, clips, labels[at : at + cfg.batch]).items():
                 if task in grades:
                     grades[task] += values.double().tolist()
-    return {**grades, "seconds": [seconds / cfg.prompts], "density": [density]}
+    return {**grades, "density": [density]}
 
 
 def _write_rows(run: Run, host: Host, ladder: Sequence[Rung], found: dict[str, dict[str, list[float]]]) -> None:
@@ -156,12 +152,11 @@ def _write_rows(run: Run, host: Host, ladder: Sequence[Rung], found: dict[str, d
     for rung in ladder:
         values = found[rung.name]
         where: dict[str, Any] = {"variant": rung.name, "labels": {"change": rung.change or "none"}}
-        density, seconds = (sum(values[name]) / len(values[name]) for name in ("density", "seconds"))
+        density = sum(values["density"]) / len(values["density"])
         flops = attention_gflop(host, rung.attention, density=density, evaluations=rung.evaluations)
         run.row("nfe", sum(rung.evaluations), better="lower", **where)
         run.row("attention_gflop", flops, unit="GFLOP", better="lower", **where)
         run.row("density", density, better="lower", **where)
-        run.row("seconds", seconds, unit="s", better="lower", n=len(values["accuracy"]), **where)
         for task in TASKS:
             write_mean(run, task if task == "accuracy" else f"{task}_accuracy", torch.tensor(values[task]), **where)
         right = torch.tensor(values["accuracy"])
@@ -180,7 +175,7 @@ def describe_rungs(rows: Sequence[Row]) -> str:
     cells: dict[str, dict[str, Row]] = {}
     for row in rows:
         cells.setdefault(row.variant, {})[row.metric] = row
-    lines = [f"{'':<28} {'calls':>5} {'s/clip':>7} {'attn GFLOP':>10} {'digit and direction':>19}  change"]
+    lines = [f"{'':<28} {'calls':>5} {'attn GFLOP':>10} {'digit and direction':>19}  change"]
     for name, values in cells.items():
         right = values["accuracy"]
         low, high = right.interval or (right.value, right.value)
@@ -192,7 +187,7 @@ def describe_rungs(rows: Sequence[Row]) -> str:
                 f"{moved.labels['change']}: {moved.value:+.1%} ({moved.interval[0]:+.1%} to {moved.interval[1]:+.1%})"
             )
         lines.append(
-            f"{name:<28} {values['nfe'].value:>5.0f} {values['seconds'].value:>7.2f} "
+            f"{name:<28} {values['nfe'].value:>5.0f} "
             f"{values['attention_gflop'].value:>10.1f} {f'{right.value:.0%} ({low:.0%} to {high:.0%})':>19}  {change}"
         )
     if not any(name.startswith("student") for name in cells):

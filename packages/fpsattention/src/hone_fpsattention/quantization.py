@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from hone_kernels.attention_fp8.reference import in_mean
-from hone_kernels.precision import without_autocast
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -52,7 +51,6 @@ class Rounded:
     k_mean: Float[Tensor, "batch kv_heads dim"] | None
 
 
-@without_autocast
 def round_e4m3(x: Float[Tensor, "*shape"], amax: Float[Tensor, "*#shape"]) -> Float[Tensor, "*shape"]:
     """What E4M3 holds of x at the scale ``amax / 448``, scaled back, in float32.
 
@@ -71,7 +69,6 @@ def round_e4m3(x: Float[Tensor, "*shape"], amax: Float[Tensor, "*#shape"]) -> Fl
 
 
 @torch.no_grad()
-@without_autocast
 def round_qkv(
     q: Float[Tensor, "batch heads slots dim"],
     k: Float[Tensor, "batch kv_heads slots dim"],

@@ -2,7 +2,7 @@
 
 Baseline is the loops of MoMask and MoGenTS re-created: conditional and unconditional passes one after the other, ranks
 by two sorts, then a pass of each further level. Here both passes are one batch; on a CUDA device the whole generation,
-draws included, is one graph.
+draws included, is one graph, with the draws as one kernel of ``hone_kernels.guided_draw``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Report, Run
 from hone_core.timing import check_values, measure_interleaved
+from hone_kernels.backends import Backend
 from torch import Tensor, nn
 
 from .config import BenchConfig
-from .decoding import guided, unmask
+from .decoding import Passes, guided, passes, unmask
 from .method import Condition
 from .mogents import MoGenTSTokenizer
 from .published import MaskTransformer, MaskTransformer2D, ResidualTransformer, ResidualTransformer2D, refine
@@ -155,19 +156,25 @@ def released_tokens(
 
 
 def generated_tokens(
-    streams: list[Stream], condition: Condition, valid: Tensor, generator: torch.Generator, steps: int, scale: float
+    streams: list[Stream],
+    condition: Condition,
+    valid: Tensor,
+    generator: torch.Generator,
+    steps: int,
+    scale: float,
+    backend: Backend = "auto",
 ) -> list[Tensor]:
     """All levels of every stream ``[B, T, P, levels]``, as here."""
     found = []
     for mask, residual, parts in streams:
-        both = partial(_both, mask, condition, valid, scale)
-        ids = unmask(both, valid, parts, mask.mask_id, generator, steps=steps)
-        found.append(refine(residual, ids, condition, valid, generator, guidance=RESIDUAL_GUIDANCE))
+        both = partial(_passes, mask, condition, valid, scale)
+        ids = unmask(both, valid, parts, mask.mask_id, generator, steps=steps, backend=backend)
+        found.append(refine(residual, ids, condition, valid, generator, guidance=RESIDUAL_GUIDANCE, backend=backend))
     return found
 
 
-def _both(model: Any, condition: Condition, valid: Tensor, scale: float, ids: Tensor) -> Tensor:
-    return guided(model, ids, condition, valid, scale, 1.0)
+def _passes(model: Any, condition: Condition, valid: Tensor, scale: float, ids: Tensor) -> Passes:
+    return passes(model, ids, condition, valid, scale, 1.0)
 
 
 def _of_text(tokens_of: Callable[[Condition], list[Tensor]], text: Tensor) -> list[Tensor]:
@@ -202,6 +209,30 @@ def graphed(
         return out
 
     return replay
+
+
+def check_tokens(
+    name: str,
+    found: Callable[[], list[Tensor]],
+    wanted: Callable[[], list[Tensor]],
+    generator: torch.Generator,
+    seed: int,
+) -> None:
+    """See that two ways draw the same tokens from one seed.
+
+    Raises:
+        RuntimeError: They do not.
+    """
+    both = []
+    for call in (found, wanted):
+        generator.manual_seed(seed)
+        both.append([ids.clone() for ids in call()])
+    for one, other in zip(*both, strict=True):
+        if not torch.equal(one, other):
+            share = float((one != other).float().mean())
+            raise RuntimeError(
+                f"{name}: {share:.1%} of the tokens differ from those without a graph. No time is reported"
+            )
 
 
 def _clip(**sizes: int) -> nn.Module:
@@ -240,7 +271,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
             asked, nothing = mask(ids, condition, valid), mask(ids, condition.dropped(gone, gone), valid)
             check_values(
                 "guidance in one batch",
-                _both(mask, condition, valid, cfg.guidance, ids),
+                guided(mask, ids, condition, valid, cfg.guidance, 1.0),
                 nothing + (asked - nothing) * cfg.guidance,
                 tolerance=tolerance,
             )
@@ -249,16 +280,13 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         released = partial(released_tokens, streams, condition, **options)
         made = partial(_of_text, partial(generated_tokens, streams, **options))
         calls: dict[str, Callable[[], object]] = {"released loop": released, "one batch": partial(made, text)}
-        generator.manual_seed(cfg.seed)
-        levels = made(text)
         if cfg.graphs:
-            replay = graphed(made, text, generator)
-            generator.manual_seed(cfg.seed)
-            for one, other in zip(replay(text), levels, strict=True):
-                if not torch.equal(one, other):
-                    share = float((one != other).float().mean())
-                    raise RuntimeError(f"the graph's tokens differ from those made without it: {share:.1%} of them")
-            calls["one batch, one graph"] = partial(replay, text)
+            plain = partial(_of_text, partial(generated_tokens, streams, **options, backend="reference"))
+            for name, call in (("one graph, torch's draws", plain), ("one graph, fused draws", made)):
+                replay = graphed(call, text, generator)
+                check_tokens(name, partial(replay, text), partial(call, text), generator, cfg.seed)
+                calls[name] = partial(replay, text)
+        levels = made(text)
         said = torch.randint(1000, (batch, 77), generator=draw).to(device)
         said[:, 20:] = END
         calls["text encoder"] = partial(encoder, said)

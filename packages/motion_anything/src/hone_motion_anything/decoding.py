@@ -4,14 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from hone_kernels.backends import Backend
+from hone_kernels.guided_draw import draw_tokens
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .method import Condition, MotionTransformer
 
-__all__ = ["guided", "unmask"]
+__all__ = ["Passes", "draw", "guided", "passes", "unmask"]
+
+
+class Passes(NamedTuple):
+    """Logits of one pass under several settings of the condition, and how guidance weighs them.
+
+    Attributes:
+        logits: ``[S, B, T, P, codes]``.
+        weights: ``[S]``; they sum to one.
+    """
+
+    logits: Float[Tensor, "settings batch time parts codes"]
+    weights: tuple[float, ...]
+
+
+def passes(
+    model: MotionTransformer,
+    ids: Int[Tensor, "batch time parts"],
+    condition: Condition,
+    valid: Bool[Tensor, "batch time"],
+    text_scale: float,
+    music_scale: float,
+) -> Passes:
+    """Logits under each setting of the condition; all settings go through the model as one batch."""
+    batch = condition.batch
+    both = condition.text is not None and condition.music is not None
+    # (text left out, music left out, weight) of each setting.
+    if both:
+        settings = [
+            (True, True, 1 - music_scale),
+            (True, False, music_scale - text_scale),
+            (False, False, text_scale),
+        ]
+    else:
+        scale = text_scale if condition.text is not None else music_scale
+        settings = [(True, True, 1 - scale), (False, False, scale)]
+    settings = [item for item in settings if item[2]]
+    # Nothing is copied from the host: a CUDA graph can hold the pass.
+    text, music = (
+        torch.cat([torch.full((batch,), item[modality], device=ids.device) for item in settings]) for modality in (0, 1)
+    )
+    many = len(settings)
+    rows = condition.rows(torch.arange(batch, device=ids.device).repeat(many)).dropped(text, music)
+    logits = model(ids.repeat(many, 1, 1), rows, valid.repeat(many, 1))
+    return Passes(logits.unflatten(0, (many, batch)), tuple(item[2] for item in settings))
 
 
 def guided(
@@ -22,37 +69,39 @@ def guided(
     text_scale: float,
     music_scale: float,
 ) -> Float[Tensor, "batch time parts codes"]:
-    """Logits with guidance: ``l + w_music (l_music - l) + w_text (l_all - l_music)``, l without a condition (ours).
+    """Logits with guidance: ``l + w_music (l_music - l) + w_text (l_all - l_music)``, l without a condition (ours)."""
+    logits, weights = passes(model, ids, condition, valid, text_scale, music_scale)
+    return torch.stack([part * weight for part, weight in zip(logits, weights, strict=True)]).sum(0)
 
-    All settings of the condition go through the model as one batch.
+
+def draw(
+    found: Passes, generator: torch.Generator, keep: float, temperature: float, backend: Backend = "auto"
+) -> tuple[Int[Tensor, "batch time parts"], Float[Tensor, "batch time parts"]]:
+    """Ids drawn from guided logits, and their probabilities.
+
+    Args:
+        found: Of a pass.
+        generator: On its device.
+        keep: Share of the ids that may be drawn, the likeliest.
+        temperature: Of the draws; 0 takes the likeliest.
+        backend: Of ``hone_kernels.guided_draw``.
     """
-    batch = condition.batch
-    both = condition.text is not None and condition.music is not None
-    # (text left out, music left out, weight) of each pass; the weights sum to one.
-    if both:
-        passes = [
-            (True, True, 1 - music_scale),
-            (True, False, music_scale - text_scale),
-            (False, False, text_scale),
-        ]
-    else:
-        scale = text_scale if condition.text is not None else music_scale
-        passes = [(True, True, 1 - scale), (False, False, scale)]
-    passes = [item for item in passes if item[2]]
-    # Nothing is copied from the host: a CUDA graph can hold the pass.
-    text, music = (
-        torch.cat([torch.full((batch,), item[modality], device=ids.device) for item in passes]) for modality in (0, 1)
+    shape, codes = found.logits.shape[1:-1], found.logits.shape[-1]
+    uniform = torch.rand(shape.numel(), generator=generator, device=found.logits.device)
+    ids, chance = draw_tokens(
+        found.logits.flatten(1, -2),
+        found.weights,
+        uniform,
+        keep=max(1, math.ceil(keep * codes)),
+        temperature=temperature,
+        backend=backend,
     )
-    many = len(passes)
-    rows = condition.rows(torch.arange(batch, device=ids.device).repeat(many)).dropped(text, music)
-    logits = model(ids.repeat(many, 1, 1), rows, valid.repeat(many, 1))
-    parts = [part * item[2] for part, item in zip(logits.chunk(many), passes, strict=True)]
-    return torch.stack(parts).sum(0)
+    return ids.view(shape), chance.view(shape)
 
 
 @torch.no_grad()
 def unmask(
-    logits_of: Callable[[Tensor], Tensor],
+    logits_of: Callable[[Tensor], Tensor | Passes],
     valid: Bool[Tensor, "batch time"],
     parts: int,
     mask_id: int,
@@ -64,11 +113,12 @@ def unmask(
     start: Int[Tensor, "batch time parts"] | None = None,
     edit: Bool[Tensor, "batch time parts"] | None = None,
     rank: Callable[[Tensor], Tensor] | None = None,
+    backend: Backend = "auto",
 ) -> Int[Tensor, "batch time parts"]:
     """Iterative unmasking: draw all hidden tokens, hide again the least sure, fewer each time. MoMask's loop.
 
     Args:
-        logits_of: Ids to guided logits ``[B, T, P, codes]``.
+        logits_of: Ids to logits ``[B, T, P, codes]``, or to those of several settings.
         valid: Time steps that are there; the others keep ``mask_id + 1``.
         parts: Columns.
         mask_id: Of a hidden token.
@@ -79,6 +129,7 @@ def unmask(
         start: Known tokens, of which those outside ``edit`` stay.
         edit: Tokens to make; all without ``start``.
         rank: What of the grid to hide again first, ``[B, T, P]`` of the ids, in place of the least sure: the largest.
+        backend: Of the draws, see ``draw``.
 
     Raises:
         ValueError: Only one of ``start`` and ``edit`` is given.
@@ -98,17 +149,10 @@ def unmask(
         order = sure.masked_fill(~made, math.inf).flatten(1)
         hidden = (order.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]).view(shape) & made
         ids = torch.where(hidden, mask_id, ids)
-        logits = logits_of(ids).float()
-        least = logits.topk(max(1, math.ceil(keep * logits.shape[-1])), dim=-1).values[..., -1:]
-        kept = logits.masked_fill(logits < least, -math.inf)
-        if temperature > 0:
-            noise = torch.rand(kept.shape, generator=generator, device=kept.device).clamp(1e-20, 1)
-            # Gumbel's maximum draws from the softmax.
-            drawn = (kept / temperature - (-noise.log()).log()).argmax(-1)
-        else:
-            drawn = kept.argmax(-1)
+        logits = logits_of(ids)
+        found = logits if isinstance(logits, Passes) else Passes(logits[None], (1.0,))
+        drawn, chance = draw(found, generator, keep, temperature, backend)
         ids = torch.where(hidden, drawn, ids)
-        chance = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
         # What was fixed in an earlier step stays, as in MoMask.
         sure = torch.where(hidden, chance, torch.full_like(chance, 1e5))
         if rank is not None:

@@ -193,8 +193,7 @@ def extract(
 
     Raises:
         ValueError: There are fewer than two frames, another number of joints, or a value that is not finite; the
-        message
-            names the frame.
+            message names the frame.
 
     Source: HumanML3D's ``process_file``.
     """

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .config import HostConfig, UnmaskConfig
-from .decoding import guided, unmask
+from .decoding import passes, unmask
 from .evaluator import Evaluator, TextReader
 from .grammar import FRAMES, TOKEN_FRAMES, WORDS
 from .method import Condition, MotionTransformer
@@ -120,7 +120,7 @@ class Host:
             return temporal[..., None] * spatial
 
         return unmask(
-            lambda ids: guided(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
+            lambda ids: passes(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
             valid,
             self.config.transformer.parts,
             model.mask_id,

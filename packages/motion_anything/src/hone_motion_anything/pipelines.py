@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .checkpoints import load_published
-from .decoding import guided, unmask
+from .decoding import Passes, passes, unmask
 from .method import Condition
 from .mogents import COLUMNS, MoGenTSTokenizer
 from .published import (
@@ -173,8 +173,8 @@ class _Pipeline:
                 start = known[number][..., 0]
                 edit = {"start": start, "edit": made[..., None].expand_as(start)}
 
-            def asked(ids: Tensor, model: Any = mask) -> Tensor:
-                return guided(model, ids, condition, valid, guidance, 1.0)
+            def asked(ids: Tensor, model: Any = mask) -> Passes:
+                return passes(model, ids, condition, valid, guidance, 1.0)
 
             ids = unmask(asked, valid, parts, mask.mask_id, generator, **options, **edit)
             heat = options["temperature"]

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hone_kernels.backends import Backend
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .decoding import Passes, draw
 from .method import Condition
 
 __all__ = ["LengthEstimator", "MaskTransformer", "MaskTransformer2D", "ResidualTransformer", "ResidualTransformer2D"]
@@ -418,6 +420,7 @@ def refine(
     guidance: float = 5.0,
     temperature: float = 1.0,
     keep: float = 0.1,
+    backend: Backend = "auto",
 ) -> Int[Tensor, "batch time parts levels"]:
     """All levels of the codes, one pass for each after the first; -1 where no time step is.
 
@@ -428,18 +431,13 @@ def refine(
     gone = torch.arange(2, device=ids.device).repeat_interleave(len(ids)) == 0
     for _ in range(1, model.levels):
         if guidance == 1:
-            logits = model(found, condition, valid)
+            logits, weights = model(found, condition, valid)[None], [1.0]
         else:
             both = condition.rows(torch.arange(len(ids), device=ids.device).repeat(2)).dropped(gone, gone)
-            nothing, asked = model(found.repeat(2, 1, 1, 1), both, valid.repeat(2, 1)).chunk(2)
-            logits = nothing + guidance * (asked - nothing)
-        logits = logits[..., : model.codes].float()
-        least = logits.topk(max(1, math.ceil(keep * logits.shape[-1])), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-        if temperature > 0:
-            noise = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-20, 1)
-            logits = logits / temperature - (-noise.log()).log()
-        found = torch.cat([found, torch.where(there, logits.argmax(-1), model.pad_id)[..., None]], -1)
+            logits = model(found.repeat(2, 1, 1, 1), both, valid.repeat(2, 1)).unflatten(0, (2, len(ids)))
+            weights = [1 - guidance, guidance]
+        drawn, _ = draw(Passes(logits[..., : model.codes], tuple(weights)), generator, keep, temperature, backend)
+        found = torch.cat([found, torch.where(there, drawn, model.pad_id)[..., None]], -1)
     return torch.where(there[..., None], found, -1)
 
 

@@ -95,8 +95,7 @@ class QuantizeEMAReset(nn.Module):
         code_dim: Numbers of one.
         mu: Decay of the averages.
         averages: Keep sums and counts in the state, so that a training resumes exactly; the release keeps neither,
-        and its
-            files hold the codebook alone.
+            and its files hold the codebook alone.
 
     Differs: which inputs replace rare vectors is drawn at random; the release takes the first of the batch.
     """

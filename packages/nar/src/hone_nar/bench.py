@@ -33,7 +33,7 @@ from .transformer import (
     output_name,
 )
 
-__all__ = ["BenchReport", "bench", "weight_bytes"]
+__all__ = ["BenchReport", "bench", "check_draws", "weight_bytes"]
 
 Labels = dict[str, str | int | float]
 
@@ -79,8 +79,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Time every model and batch.
 
     Rows, each with labels ``model`` and ``batch``: ``time`` of a batch of grids (``ms``) and ``peak_memory``, of the
-    variants ``release``, ``eager``, ``graphs`` (one for each step), ``compiled`` (graphs of compiled blocks) and
-    ``raster-...`` of each; ``passes``; ``weight_floor``; ``decode`` of
+    variants ``release``, ``eager``, ``graphs`` (one for each step), ``compiled`` (graphs of compiled blocks), ``fused``
+    (with draws by one kernel) and ``raster-...`` of each; ``passes``; ``weight_floor``; ``decode`` of
     the tokenizer.
 
     Raises:
@@ -104,6 +104,33 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
             for kind in ("nar", "llamagen") if cfg.raster and not video else ("nar",):
                 _Bench(cfg, run, device, name, kind).all()
     return BenchReport.of(run)
+
+
+def check_draws(
+    what: str, tokens: torch.Tensor, logits: torch.Tensor, uniform: torch.Tensor, *, tolerance: float
+) -> float:
+    """Whether codes are those that uniforms fall on; returns how far the farthest one lies outside of its code's share.
+
+    Args:
+        what: Drew them.
+        tokens: ``[B, n]``.
+        logits: ``[B, n, V]`` that they are drawn from.
+        uniform: ``[B, n]``.
+        tolerance: Mass by which a uniform may lie outside.
+
+    Raises:
+        RuntimeError: One lies farther; no time is reported then.
+    """
+    mass = logits.double().softmax(-1)
+    high = mass.cumsum(-1).gather(-1, tokens[..., None])[..., 0]
+    low = high - mass.gather(-1, tokens[..., None])[..., 0]
+    outside = float(torch.maximum(low - uniform, uniform - high).clamp(min=0).max())
+    if not outside < tolerance:
+        raise RuntimeError(
+            f"{what} is wrong on {tokens.device}: a uniform lies {outside:.2e} outside of its code's share, expected "
+            f"below {tolerance:g}. No time is reported"
+        )
+    return outside
 
 
 class _Bench:
@@ -148,7 +175,7 @@ class _Bench:
             release = ReleaseLoop(self.model, self.cfg.guidance)
             self.check(release)
             self.time(f"{self.prefix}release", facts, partial(release, **given))
-            for mode in ("eager", "graphs", "compiled") if self.graphs else ("eager",):
+            for mode in ("eager", "graphs", "compiled", "fused") if self.graphs else ("eager",):
                 self.ours(mode, batch, given, facts)
                 self.clear()
             passes = len(self.model.order.steps)
@@ -187,19 +214,24 @@ class _Bench:
     def ours(self, mode: str, batch: int, given: dict[str, torch.Tensor], facts: Labels) -> None:
         variant = f"{self.prefix}{mode}"
         kind: type[Decoding] = Decoding if mode == "eager" else GraphedDecoding
-        pieces = compiled_pieces() if mode == "compiled" else None
-        run = kind(self.model, batch, sampling=Sampling(guidance=self.cfg.guidance), pieces=pieces)
+        options: dict[str, Any] = {"pieces": compiled_pieces()} if mode in ("compiled", "fused") else {}
+        if mode == "fused":
+            options["fused"] = True
+        run = kind(self.model, batch, sampling=Sampling(guidance=self.cfg.guidance), **options)
 
         def draw() -> torch.Tensor:
             run.load(self.model.condition(**given, guided=self.cfg.guidance != 1), range(batch))
             return run.run()
 
         tokens = draw()
-        last = self.model.order.steps[-1]
-        assert run.logits is not None
         # The texts of a small batch are the first of a large one.
-        want = self.forward(tokens[:2])[:, list(last)]
-        check_values(variant, run.logits[:2], want, tolerance=self.tolerance)
+        want = self.forward(tokens[:2])
+        if mode == "fused":
+            check_draws(variant, tokens[:2], want, run.uniforms_raster()[:2], tolerance=self.tolerance)
+        else:
+            assert run.logits is not None
+            last = list(self.model.order.steps[-1])
+            check_values(variant, run.logits[:2], want[:, last], tolerance=self.tolerance)
         self.time(variant, facts, draw)
         if self.cfg.bandwidth is not None:
             floor = len(self.model.order.steps) * weight_bytes(self.model) / self.cfg.bandwidth / 1e9

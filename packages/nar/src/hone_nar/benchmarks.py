@@ -109,7 +109,7 @@ def judge(cfg: EvalConfig, run: Run) -> None:
     """Draw what the protocol asks for and measure it; what is drawn is not drawn again.
 
     Raises:
-        See ``check_benchmark``; nothing was drawn then.
+        ValueError: What ``check_benchmark`` refuses; nothing was drawn then.
         RuntimeError: A scorer failed.
     """
     check_benchmark(cfg)

@@ -46,7 +46,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "generate": _verb(
         "sample:generate",
         "GenerateConfig",
-        "Draw images of classes or prompts with a saved pipeline.",
+        "Draw images of classes or prompts, or clips of classes, with a saved pipeline.",
         "sample:check_inputs",
     ),
     "extract": _verb(

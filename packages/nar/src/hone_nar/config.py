@@ -334,16 +334,16 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Images of classes or prompts, with a saved pipeline."""
+    """Images of classes or prompts, or clips of classes, with a saved pipeline."""
 
     model: Path
-    """Folder of a ``NARPipeline``, as its ``save_pretrained`` writes it."""
+    """Folder of a ``NARPipeline`` or ``NARVideoPipeline``, as its ``save_pretrained`` writes it."""
     classes: tuple[int, ...] = ()
-    """Of each image, for a model of classes."""
+    """Of each image or clip, for a model of classes."""
     prompts: tuple[str, ...] = field(default=(), metadata=flag("prompt"))
     """What to draw, one image each, for a model of texts."""
-    guidance: float = 2.0
-    """Strength of guidance; 1 is none. Published: 2 of classes (Table 1), 7.5 of texts."""
+    guidance: float | None = None
+    """Strength of guidance; 1 is none. Default, as published: 2 of classes, 7.5 of texts, 1.25 of clips."""
     temperature: float = 1.0
     """Of the tokens."""
     top_k: int = 0
@@ -354,13 +354,15 @@ class GenerateConfig:
     """Images at a time."""
     seed: int = 0
     """Of the first image; the following ones count up."""
+    fps: int = 25
+    """Frames per second of a clip's file; UCF-101 has 25."""
     dtype: str = "auto"
     """Of transformer and text encoder."""
 
     def __post_init__(self) -> None:
         if bool(self.classes) == bool(self.prompts):
             raise ValueError("give classes or prompts, and not both")
-        _check_least(self, 1, "batch")
+        _check_least(self, 1, "batch", "fps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+
+# A saved pipeline is loaded by what stands in the module of each part's class.
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from torch import Tensor, nn
 
 from .method import diagonal_order

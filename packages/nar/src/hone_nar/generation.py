@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from hone_core.errors import UnsupportedHardwareError
+from hone_kernels.draw_codes import draw_codes
 from hone_visual_ar.sampling import Sampling, draw, uniforms
 from torch import Tensor
 
 from .config import Mix
 from .method import guide, mask_of
-from .transformer import Condition, Pieces, slot_ids
+from .transformer import Condition, NARTransformer, Pieces, slot_ids
 
 __all__ = ["Decoding", "GraphedDecoding", "generate", "single_values"]
 
@@ -45,11 +46,15 @@ class Decoding:
         kind: How heads are mixed; None: as ``attach`` says, or their average.
         guided_tokens: Guidance ends once more tokens than this are drawn; None: never.
         pieces: What blocks run, such as ``compiled_pieces()``.
+        fused: Average, guide and draw by one kernel, ``hone_kernels.draw_codes``, whose sums round in another order.
 
     Attributes:
         tokens: ``[B, tokens]`` codes in slots, drawn so far.
-        logits: Of the last step, guided, ``[B, n, vocabulary]``.
+        logits: Of the last step, guided, ``[B, n, vocabulary]``; None where draws are fused.
         passes: Forwards of the model so far.
+
+    Raises:
+        ValueError: Draws are fused of a model with a gate, or greedy or by top-p.
     """
 
     def __init__(
@@ -61,8 +66,13 @@ class Decoding:
         kind: Mix | None = None,
         guided_tokens: int | None = None,
         pieces: Pieces | None = None,
+        fused: bool = False,
     ) -> None:
-        self.pieces = pieces
+        self.pieces, self.fused = pieces, fused
+        if fused and (type(model).mixed is not NARTransformer.mixed or sampling.greedy or sampling.top_p > 0):
+            raise ValueError(
+                "the fused kernel averages heads, cuts by top_k and draws; leave fused out for a gate, greedy or top_p"
+            )
         self.model, self.images, self.sampling, self.guided_tokens = model, images, sampling, guided_tokens
         self.strength, self._temperature = single_values(sampling)
         self.guided = self.strength != 1
@@ -131,11 +141,26 @@ class Decoding:
             mask = self._first if step == 0 and start > 1 else None
         hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache, pieces=self.pieces)
         first, last = self.starts[step], self.starts[step + 1]
-        each = [model.head(head, state[:, self._sources[step][:, head]]) for head, state in enumerate(hidden)]
+        over = self.guided_tokens is not None and first > self.guided_tokens
+        each = [
+            model.head(head, state[:, self._sources[step][:, head]], wide=not self.fused)
+            for head, state in enumerate(hidden)
+        ]
+        if self.fused:
+            if self.guided and over:
+                each = [logits[: self.images] for logits in each]
+            self.tokens[:, first:last] = draw_codes(
+                each,
+                self.plan.weight[first:last],
+                self.uniform[:, first:last],
+                guidance=1.0 if over else self.strength,
+                temperature=self._temperature,
+                top_k=self.sampling.top_k,
+            )
+            return
         logits = model.mixed(each, self.plan.weight[first:last])
         if self.guided:
             conditional, unconditional = logits.split(self.images)
-            over = self.guided_tokens is not None and first > self.guided_tokens
             logits = conditional if over else guide(conditional, unconditional, self.strength)
         self.logits = logits / self._temperature
         self.tokens[:, first:last] = draw(self.logits, self.uniform[:, first:last], self.sampling)
@@ -160,6 +185,10 @@ class Decoding:
     def raster(self) -> Tensor:
         """Codes ``[B, tokens]`` as they stand, in raster order."""
         return self.tokens[:, slot_ids(self.model.order, self.tokens.device).argsort()]
+
+    def uniforms_raster(self) -> Tensor:
+        """Uniforms ``[B, tokens]`` that codes are drawn by, in raster order."""
+        return self.uniform[:, slot_ids(self.model.order, self.tokens.device).argsort()]
 
 
 class GraphedDecoding(Decoding):

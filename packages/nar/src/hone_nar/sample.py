@@ -1,6 +1,6 @@
-"""Images of classes or prompts, with a saved pipeline.
+"""Images of classes or prompts, or clips of classes, with a saved pipeline.
 
-What can be wrong is found from the folder's configs, before a weight is read. Each image is written whole or not at
+What can be wrong is found from the folder's configs, before a weight is read. Each file is written whole or not at
 all, so that the same command goes on where it stopped.
 """
 
@@ -16,11 +16,12 @@ from hone_core.errors import CheckpointError
 from hone_core.io import atomic_path
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
+from hone_video.videos import save_video
 from hone_visual_ar.pipelines import check_prompts
 from hone_visual_ar.sampling import Sampling
 
 from .config import GenerateConfig
-from .pipelines import NARPipeline
+from .pipelines import NARPipeline, NARVideoPipeline
 
 __all__ = ["GenerateReport", "check_inputs", "generate", "read_pipeline"]
 
@@ -30,7 +31,7 @@ class GenerateReport(Report):
     """Result of ``generate``; as text, the files.
 
     Attributes:
-        images: In the order of classes or prompts.
+        images: PNG files of images, MP4 files of clips, in the order of classes or prompts.
     """
 
     images: tuple[Path, ...]
@@ -38,7 +39,8 @@ class GenerateReport(Report):
     @classmethod
     def of(cls, run: Run) -> GenerateReport:
         """Return the report of a run whose images are there."""
-        return cls(path=run.path, rows=tuple(run.rows), images=tuple(sorted(run.artifacts.glob("*.png"))))
+        found = sorted(file for suffix in ("png", "mp4") for file in run.artifacts.glob(f"*.{suffix}"))
+        return cls(path=run.path, rows=tuple(run.rows), images=tuple(found))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.images))
@@ -66,10 +68,10 @@ def check_inputs(cfg: GenerateConfig) -> GenerateConfig:
         CheckpointError: The folder holds no saved pipeline.
         ValueError: A class does not exist, a prompt is too long, or the model takes the other kind.
     """
-    Sampling(guidance=cfg.guidance, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+    Sampling(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
     kind, model = read_pipeline(cfg.model)
-    if kind != "NARPipeline":
-        raise CheckpointError(f"{cfg.model} holds a {kind}; expected a NARPipeline")
+    if kind not in ("NARPipeline", "NARVideoPipeline"):
+        raise CheckpointError(f"{cfg.model} holds a {kind}; expected a NARPipeline or a NARVideoPipeline")
     classes = model["num_classes"]
     if (classes is None) == bool(cfg.classes):
         wanted, given = ("prompts", "classes") if classes is None else ("classes", "prompts")
@@ -84,35 +86,40 @@ def check_inputs(cfg: GenerateConfig) -> GenerateConfig:
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
-    """Draw one image of each class or prompt into the run's ``artifacts``.
+    """Draw one image or clip of each class or prompt into the run's ``artifacts``.
 
     Raises:
         CheckpointError, ValueError: As ``check_inputs``, before weights are read.
+        RuntimeError: A clip's frames are not finite.
     """
     check_inputs(cfg)
-    files = [run.artifacts / f"{number:05}.png" for number in range(len(cfg.classes or cfg.prompts))]
+    clips = read_pipeline(cfg.model)[0] == "NARVideoPipeline"
+    suffix = "mp4" if clips else "png"
+    files = [run.artifacts / f"{number:05}.{suffix}" for number in range(len(cfg.classes or cfg.prompts))]
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     if not missing:
         return GenerateReport.of(run)
     device = resolve_device(run.device)
     dtype = resolve_dtype(cfg.dtype, device)
-    pipe = NARPipeline.from_pretrained(
-        cfg.model, dtype={"transformer": dtype, "text_encoder": dtype}, local_files_only=True
-    ).to(device)
-    with progress_bar(len(missing), desc="images", quiet=run.quiet) as bar:
+    cls: Any = NARVideoPipeline if clips else NARPipeline
+    parts = {"transformer": dtype} if clips else {"transformer": dtype, "text_encoder": dtype}
+    pipe = cls.from_pretrained(cfg.model, dtype=parts, local_files_only=True).to(device)
+    options: dict[str, Any] = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+    if cfg.guidance is not None:
+        options["guidance_scale"] = cfg.guidance
+    with progress_bar(len(missing), desc="clips" if clips else "images", quiet=run.quiet) as bar:
         for begin in range(0, len(missing), cfg.batch):
             part = missing[begin : begin + cfg.batch]
-            images = pipe(
-                [cfg.classes[number] for number in part] if cfg.classes else None,
-                prompt=[cfg.prompts[number] for number in part] if cfg.prompts else None,
-                guidance_scale=cfg.guidance,
-                temperature=cfg.temperature,
-                top_k=cfg.top_k,
-                top_p=cfg.top_p,
-                seeds=[cfg.seed + number for number in part],
-            ).images
-            for number, image in zip(part, images, strict=True):
+            seeds = [cfg.seed + number for number in part]
+            if cfg.prompts:
+                drawn = pipe(prompt=[cfg.prompts[number] for number in part], seeds=seeds, **options)
+            else:
+                drawn = pipe([cfg.classes[number] for number in part], seeds=seeds, **options)
+            for number, found in zip(part, drawn if clips else drawn.images, strict=True):
+                if clips:
+                    save_video(found, files[number], fps=cfg.fps, what=f"clip {number}", advice="try --dtype float32")
+                    continue
                 with atomic_path(files[number]) as scratch:
-                    image.save(scratch)
+                    found.save(scratch)
             bar.update(len(part))
     return GenerateReport.of(run)

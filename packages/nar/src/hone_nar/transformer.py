@@ -430,10 +430,12 @@ class NARTransformer(ModelMixin, ConfigMixin):
         """
         return mix(logits, weight)
 
-    def head(self, number: int, hidden: Tensor) -> Tensor:
-        """Logits ``[..., vocabulary]`` of a head, float32 at least."""
+    def head(self, number: int, hidden: Tensor, *, wide: bool = True) -> Tensor:
+        """Logits ``[..., vocabulary]`` of a head; float32 at least if ``wide``."""
         name = HEAD_NAMES[self.heads][number]
         logits = self.get_submodule(output_name(name))(self.get_submodule(norm_name(name))(hidden))
+        if not wide:
+            return logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(

@@ -163,6 +163,10 @@ class TrainHostConfig:
     """Architecture."""
     pm: PMLossConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Loss of the arm that has it."""
+    teacher_noise: float = 0.0
+    """Slow errors of the teacher's distances, as a share of them; 0 for exact points."""
+    teacher_blur: int = 0
+    """Pixels to either side over which the teacher's distances are blurred, over edges too."""
     base_share: float = 0.6
     """Share of the steps before the arms part; the two start from the same weights and share the rest."""
     base_depth: float = 0.1
@@ -201,6 +205,11 @@ class TrainHostConfig:
             raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
         if self.base_depth < 0:
             raise ValueError(f"base_depth must be at least 0; got {self.base_depth}")
+        if not 0 <= self.teacher_noise < 1 or not 0 <= self.teacher_blur < self.host.size:
+            raise ValueError(
+                f"expected teacher_noise in [0, 1) and 0 <= teacher_blur < size; got {self.teacher_noise} and "
+                f"{self.teacher_blur}"
+            )
         if not 2 <= self.gap[0] <= self.gap[1] < 50:
             raise ValueError(f"expected 2 <= gap < 50; got {self.gap}")
         if min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1 or not 1 <= self.graded_targets <= 13:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from hone_splat.cameras import unproject
 from hone_splat.rooms import Rooms
 from hone_splat.views import Views
@@ -45,7 +46,30 @@ class Scene:
 
     def points(self) -> Tensor:
         """True points of the context views, ``[B, V, H, W, 3]``."""
-        return unproject(self.distance, self.context.cam_to_world, self.context.intrinsics_norm, "distance")
+        return self._points(self.distance)
+
+    def taught(self, *, noise: float = 0.0, blur: int = 0, seed: int = 0) -> Tensor:
+        """Points as a teacher of less than perfect depth has them, ``[B, V, H, W, 3]``.
+
+        Args:
+            noise: Standard deviation of its slow errors, as a share of the distance: one draw for each eighth of a
+                picture's side, smooth in between.
+            blur: Pixels to either side over which it takes the mean, so that points at edges lie between surfaces.
+            seed: Of the errors.
+        """
+        distance = self.distance
+        if blur:
+            wide = F.pad(distance, (blur,) * 4, mode="replicate")
+            distance = F.avg_pool2d(wide, 2 * blur + 1, stride=1)
+        if noise:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randn(*distance.shape[:2], 8, 8, generator=generator).to(distance)
+            field = F.interpolate(drawn, distance.shape[2:], mode="bilinear", align_corners=True)
+            distance = distance * (1 + noise * field).clamp(min=0.1)
+        return self._points(distance)
+
+    def _points(self, distance: Tensor) -> Tensor:
+        return unproject(distance, self.context.cam_to_world, self.context.intrinsics_norm, "distance")
 
 
 def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch.device | str = "cpu") -> Scene:

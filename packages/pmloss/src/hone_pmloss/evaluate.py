@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
+from hone_splat.files import write_ply
 from hone_splat.formats import read_cloud
+from hone_splat.harmonics import C0
 from torch import Tensor
 
 from . import plots
@@ -29,19 +31,23 @@ class GeometryReport(Report):
 
     Attributes:
         picture: True depth, the splat's, and the error, view by view; None where the truth has no cameras.
+        errors: The splat with its errors as colours, from dark for none to light for twice what makes a centre fly;
+            None likewise.
     """
 
     picture: Path | None
+    errors: Path | None
 
     @classmethod
     def of(cls, run: Run) -> GeometryReport:
         """Return the report of a finished run."""
-        picture = run.figures / "depth_errors.png"
-        return cls(path=run.path, rows=tuple(run.rows), picture=picture if picture.exists() else None)
+        files = (run.figures / "depth_errors.png", run.artifacts / "errors.ply")
+        picture, errors = (file if file.exists() else None for file in files)
+        return cls(path=run.path, rows=tuple(run.rows), picture=picture, errors=errors)
 
     def __str__(self) -> str:
         lines = [f"{row.metric:<18} {row.split:<14} {row.value:>10.4g} {row.unit}".rstrip() for row in self.rows]
-        shown = [] if self.picture is None else [f"picture  {self.picture}"]
+        shown = [] if self.picture is None else [f"picture  {self.picture}", f"errors   {self.errors}"]
         return "\n".join([*lines, "", *shown, f"results  {self.path / 'results.json'}"])
 
 
@@ -75,6 +81,8 @@ def evaluate(cfg: EvalConfig, run: Run) -> GeometryReport:
     splat = read_cloud(cfg.ply).pruned(opacity=cfg.opacity).map(lambda part: part.to(device))
     errors = cloud_errors(splat.means, truth, flying=cfg.flying)
     _rows(run, accuracy=errors.accuracy, completion=errors.completion)
+    colours = (plots.error_colours(errors.relative, 2 * cfg.flying).to(device) - 0.5) / C0
+    write_ply(replace(splat, sh=colours[..., None]), run.artifacts / "errors.ply")
     run.row("flying", float(errors.flying.double().mean()), better="lower", n=len(splat))
     # Distances below that of the true points to each other say nothing.
     run.row("truth_spacing", float(errors.spacing.median()), better="none", n=len(errors.spacing), split="median")

@@ -104,12 +104,14 @@ class CloudErrors:
     Attributes:
         accuracy: ``[N]``, from each point to the nearest true one.
         completion: ``[M]``, from each true point to the nearest of the cloud.
-        flying: ``[N]``, whether a point lies further from the truth than a share of the depth there.
+        relative: ``[N]``, accuracy over the depth there.
+        flying: ``[N]``, whether that is more than a share.
         spacing: ``[M]``, from each true point to the next, below which distances say nothing.
     """
 
     accuracy: Tensor
     completion: Tensor
+    relative: Tensor
     flying: Tensor
     spacing: Tensor
 
@@ -127,7 +129,8 @@ def cloud_errors(points: Float[Tensor, "n 3"], truth: KnownDepth, *, flying: flo
     index = nearest(points, true)
     accuracy = (points - true[index]).norm(dim=-1)
     completion = (true - points[nearest(true, points)]).norm(dim=-1)
-    return CloudErrors(accuracy, completion, accuracy > flying * depth[index], _spacing(true))
+    relative = accuracy / depth[index]
+    return CloudErrors(accuracy, completion, relative, relative > flying, _spacing(true))
 
 
 def _spacing(points: Tensor) -> Tensor:

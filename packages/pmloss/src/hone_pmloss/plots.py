@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from hone_core.plots import drawing, error_bars, finish
 from hone_core.statistics import bootstrap_interval
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["clouds", "depth_errors", "differences"]
+__all__ = ["clouds", "depth_errors", "differences", "error_colours"]
 
 SHOWN = 4
 """Views per row."""
@@ -78,6 +79,13 @@ def depth_errors(true: Tensor, found: Tensor, band: Tensor, path: Path, *, title
                 line[2].contour(band[pick].cpu().numpy(), levels=[0.5], colors="white", linewidths=0.5)
         finish(figure, title=title)
     return path
+
+
+def error_colours(errors: Tensor, most: float) -> Tensor:
+    """Colours ``[N, 3]`` in [0, 1] of errors ``[N]``: dark for none, light from ``most`` on."""
+    from matplotlib import colormaps
+
+    return torch.from_numpy(colormaps["magma"]((errors / most).clamp(0, 1).cpu().numpy())[:, :3]).float()
 
 
 def differences(arms: Mapping[str, Mapping[str, NDArray[np.floating]]], path: Path, *, title: str) -> Path:

@@ -88,7 +88,9 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     run.row("capped", float(count.capped) / max(1, int(count.seen)), better="lower", n=int(count.seen), variant="pm")
     details = {
         "graded": f"{cfg.graded_targets} views between and as many beyond the two given ones, of {cfg.graded} rooms",
-        "teacher": "exact points of the rooms",
+        "teacher": "points of the rooms, exact"
+        if not cfg.teacher_noise and not cfg.teacher_blur
+        else f"points of the rooms, errors of {cfg.teacher_noise:g}, blurred over {cfg.teacher_blur} pixels",
         "parameters": sum(part.numel() for part in arms["pm"].parameters()),
     }
     return finish_host(run, training, result, gates=GATES, details=details)
@@ -144,7 +146,10 @@ def _advance(
     steps: int,
 ) -> dict[str, Tensor]:
     pm, depth = (cfg.pm if stage == "pm" else None), (cfg.base_depth if stage == "base" else 0.0)
-    loss, logged = scene_loss(host, scene, pm, depth=depth)
+    points = None
+    if pm is not None:
+        points = scene.taught(noise=cfg.teacher_noise, blur=cfg.teacher_blur, seed=cfg.seed * 1_000_000 + step)
+    loss, logged = scene_loss(host, scene, pm, depth=depth, points=points)
     if "capped" in logged:
         count.add(logged.pop("capped"))
         logged["capped"] = count.capped / count.seen
@@ -160,7 +165,7 @@ def _advance(
 
 
 def scene_loss(
-    host: MVSplat, scene: Scene, pm: PMLossConfig | None, *, depth: float = 0.0
+    host: MVSplat, scene: Scene, pm: PMLossConfig | None, *, depth: float = 0.0, points: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the pictures between the context views, and the weighted terms beside it.
 
@@ -169,6 +174,7 @@ def scene_loss(
         scene: Rooms.
         pm: Of the point maps' term; None without.
         depth: Weight of the mean absolute error of the depths' logarithms.
+        points: The teacher's, ``[B, V, H, W, 3]``; the true ones if None.
 
     Returns:
         The loss, and what to log: the terms before their weights, and which scenes were capped.
@@ -182,7 +188,8 @@ def scene_loss(
         error = (output.depth.log() - scene.distance.log()).abs().mean()
         loss, logged = loss + depth * error, {"depth": error.detach()}
     if pm is not None:
-        term = pm_loss(output.gaussians.means, scene.points().flatten(1, 3), pm)
+        points = scene.points() if points is None else points
+        term = pm_loss(output.gaussians.means, points.flatten(1, 3), pm)
         logged |= {"pm": term.raw.mean(), "capped": term.capped}
         loss = loss + pm.weight * term.loss.mean()
     return loss, logged

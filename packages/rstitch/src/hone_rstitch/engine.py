@@ -26,7 +26,7 @@ from .decoder import unsupported
 from .generation import StitchToken, Usage, _allows_holes, _Loop, _Row, _Seen, _Side
 from .method import Gate, choose, uniform
 from .models import Pair
-from .paged import PagedModel, Pages, Reading
+from .paged import Draw, PagedModel, Pages, Reading
 from .router import Router, Routing
 
 __all__ = ["Engine", "Finish", "Job", "QueueFullError", "Stats", "check_room"]
@@ -420,14 +420,22 @@ class Engine(_Loop):
     def _look(self, model: int, wanted: list[tuple[_Row, list[int]]], side: Any) -> tuple[_Seen, float]:
         if not self.paged:
             return super()._look(model, wanted, side)
-        found, started = side.extend(wanted)
         rows = [row for row, _ in wanted]
-        if any(self.jobs[row.index].sampling.temperature > 0 for row in rows):
+        jobs = [self.jobs[row.index] for row in rows]
+        warm = [job for job in jobs if job.sampling.temperature > 0]
+        if any(job.stitch.entropy_on == "processed" for job in warm):
+            found, started = side.extend(wanted)
             return self._judge(rows, found.logits.float().to(self.device), found.hidden), started
-        logprobs = [math.log(value) for value in found.confidence]
+        draws = None
+        if warm:
+            draws = [
+                Draw(uniform(row.seed, len(row.tokens)), ask.temperature, ask.top_p, ask.top_k)
+                for row, ask in zip(rows, (job.sampling for job in jobs), strict=True)
+            ]
+        found, started = side.extend(wanted, draws)
         stuck = [False] * len(rows)
         seen = _Seen(
-            found.tokens, found.entropy, found.confidence, logprobs, found.forced, stuck, None, found.logits,
+            found.tokens, found.entropy, found.confidence, found.logprobs, found.forced, stuck, None, found.logits,
             found.hidden,
         )  # fmt: skip
         return seen, started
@@ -473,10 +481,13 @@ class _PagedSide:
         self.place[row.index], self.read[row.index] = place, 0
         self.paged.admit(*place)
 
-    def extend(self, wanted: Sequence[tuple[_Row, list[int]]]) -> tuple[Reading, float]:
+    def extend(
+        self, wanted: Sequence[tuple[_Row, list[int]]], draws: Sequence[Draw] | None = None
+    ) -> tuple[Reading, float]:
         """Read a gap for each of some rows; what comes after each, and when the call began."""
         started = time.perf_counter()
-        found = self.paged.read([(self.place[row.index][0], self.read[row.index], gap) for row, gap in wanted])
+        gaps = [(self.place[row.index][0], self.read[row.index], gap) for row, gap in wanted]
+        found = self.paged.read(gaps, draws)
         for row, gap in wanted:
             self.read[row.index] += len(gap)
         return found, started

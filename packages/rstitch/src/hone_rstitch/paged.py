@@ -7,9 +7,10 @@ once per call and launches once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .config import LARGE
 from .decoder import Decoder
 from .vocabulary import Vocabulary
 
-__all__ = ["Call", "PagedModel", "Pages", "Reading"]
+__all__ = ["Call", "Draw", "PagedModel", "Pages", "Reading", "draw"]
 
 LONGEST_GAP = 64
 """Tokens of a gap that is packed with others; a longer one is read before, but for its last token."""
@@ -66,10 +67,11 @@ class Reading:
     Attributes:
         logits: ``[rows, vocabulary]`` over the large model's ids, masked; they hold until the model's next call.
         hidden: ``[rows, channels]``, normalised, which the logits are of; they hold as long.
-        tokens: Likeliest ids.
+        tokens: Likeliest ids, or drawn ones.
         entropy: Over ln V.
         confidence: Probability of the likeliest token.
         forced: Only one token was allowed.
+        logprobs: Of ``tokens``, in nats.
     """
 
     logits: Tensor
@@ -78,6 +80,47 @@ class Reading:
     entropy: list[float]
     confidence: list[float]
     forced: list[bool]
+    logprobs: list[float]
+
+
+class Draw(NamedTuple):
+    """How a row's token is drawn.
+
+    Attributes:
+        number: In [0, 1), see ``method.uniform``.
+        temperature: 0 is greedy.
+        top_p: 1 is off.
+        top_k: 0 is off.
+    """
+
+    number: float
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+def draw(logits: Tensor, likeliest: Tensor, draws: Tensor) -> Tensor:
+    """Tokens of rows as ``engine.warp`` and ``method.choose`` would draw them, one after the other.
+
+    Args:
+        logits: ``[rows, vocabulary]``, after hard masks.
+        likeliest: ``[rows]``, for those at temperature 0.
+        draws: float64 ``[4, rows]``: number, temperature, top_p, top_k.
+    """
+    number, temperature, top_p, top_k = draws
+    warm, size = temperature > 0, logits.shape[-1]
+    x = logits / torch.where(warm, temperature, 1.0).to(logits.dtype)[:, None]
+    ascending, order = x.sort(dim=-1, stable=True)
+    first = torch.where(top_k > 0, size - top_k, 0.0).clamp(min=0).long()
+    least = ascending.gather(-1, first[:, None])
+    ascending = ascending.masked_fill(ascending < least, -torch.inf)
+    beyond = ascending.softmax(-1).cumsum(-1) <= (1 - top_p).to(x.dtype)[:, None]
+    beyond &= (top_p < 1)[:, None]
+    beyond[:, -1] = False
+    closed = torch.zeros_like(beyond).scatter(-1, order, beyond) | (x < least)
+    mass = x.masked_fill(closed, -torch.inf).double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(mass, (number * mass[:, -1])[:, None], right=True)[:, 0]
+    return torch.where(warm, found, likeliest)
 
 
 class PagedModel:
@@ -118,17 +161,18 @@ class PagedModel:
             self.closed[list(vocabulary.eos)] = False
         self.table = torch.zeros(rows, -(-positions // page), dtype=torch.int32, device=self.device)
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
-        self._calls: dict[tuple[int, int, int, bool], Call] = {}
+        self._calls: dict[tuple[int, int, int, bool, bool], Call] = {}
 
     def admit(self, row: int, pages: Sequence[int]) -> None:
         """Give a row of the table its pages."""
         self.table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
 
-    def read(self, gaps: Sequence[tuple[int, int, Sequence[int]]]) -> Reading:
+    def read(self, gaps: Sequence[tuple[int, int, Sequence[int]]], draws: Sequence[Draw] | None = None) -> Reading:
         """Read gaps and what comes after each.
 
         Args:
             gaps: Row of the table, tokens that it has read, and the ids to read, at least one.
+            draws: Of each row's token; None is the likeliest of all.
         """
         short: list[tuple[int, int, Sequence[int]]] = []
         for row, read, ids in gaps:
@@ -138,13 +182,14 @@ class PagedModel:
             else:
                 short.append((row, read, ids))
         tile, tiles = packing([len(ids) for _, _, ids in short])
+        drawn = draws is not None
         if tiles == len(short) and tile == 1:
-            return self.step(tiles, fused=self.fused).run(short)
-        return self._call(_bucket(tiles), tile, _bucket(self.rows), False).run(short)
+            return self.step(tiles, fused=self.fused, drawn=drawn).run(short, draws)
+        return self._call(_bucket(tiles), tile, _bucket(self.rows), False, drawn).run(short, draws)
 
-    def step(self, rows: int, *, fused: bool) -> Call:
+    def step(self, rows: int, *, fused: bool, drawn: bool = False) -> Call:
         """The call that reads a token for each of so many rows."""
-        return self._call(_bucket(rows), 1, _bucket(rows), fused)
+        return self._call(_bucket(rows), 1, _bucket(rows), fused, drawn)
 
     def _call(self, *shape: Any) -> Call:
         if shape not in self._calls:
@@ -198,8 +243,8 @@ class Call:
         logits: ``[asked, vocabulary]``, of the last run.
     """
 
-    def __init__(self, model: PagedModel, tiles: int, tile: int, asked: int, fused: bool) -> None:
-        self.model, self.tile, self.fused = model, tile, fused
+    def __init__(self, model: PagedModel, tiles: int, tile: int, asked: int, fused: bool, drawn: bool) -> None:
+        self.model, self.tile, self.fused, self.drawn = model, tile, fused, drawn
         gpu = model.device.type == "cuda"
         tokens = tiles * tile
         self.host = torch.zeros(2 * tokens + tiles + asked, dtype=torch.int32, pin_memory=gpu)
@@ -209,9 +254,11 @@ class Call:
         self.positions[:] = -1
         self.parts = self.inputs.split(cuts)
         exact = torch.float64 if model.decoder.dtype == torch.float64 else torch.float32
-        self.found = [
-            torch.zeros(asked, dtype=dtype, pin_memory=gpu) for dtype in (exact, exact, torch.int64, torch.bool)
-        ]
+        kinds = (exact, exact, torch.int64, torch.bool) + (exact,) * drawn
+        self.found = [torch.zeros(asked, dtype=dtype, pin_memory=gpu) for dtype in kinds]
+        if drawn:
+            self.draws = torch.zeros(4, asked, dtype=torch.float64, pin_memory=gpu)
+            self.draw_inputs = torch.zeros_like(self.draws, device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if model.graphs and tokens <= MOST_CAPTURED:
             self._capture()
@@ -227,7 +274,13 @@ class Call:
             logits = logits.index_select(-1, model.ids)
         self.logits = logits.masked_fill_(model.closed, -torch.inf)
         entropy, confidence, token, forced, _ = read_logits(self.logits, size=model.size)
-        for mine, theirs in zip(self.found, (entropy, confidence, token, forced), strict=True):
+        out = [entropy, confidence, token, forced]
+        if self.drawn:
+            self.draw_inputs.copy_(self.draws, non_blocking=True)
+            wide = self.logits.float() if self.logits.dtype in (torch.float16, torch.bfloat16) else self.logits
+            out[2] = draw(wide, token, self.draw_inputs)
+            out.append(wide.gather(-1, out[2][:, None])[:, 0] - wide.logsumexp(-1))
+        for mine, theirs in zip(self.found, out, strict=True):
             mine.copy_(theirs, non_blocking=True)
 
     def _capture(self) -> None:
@@ -251,8 +304,11 @@ class Call:
         else:
             self._work()
 
-    def run(self, gaps: Sequence[tuple[int, int, Sequence[int]]]) -> Reading:
+    def run(self, gaps: Sequence[tuple[int, int, Sequence[int]]], draws: Sequence[Draw] | None = None) -> Reading:
         """See ``PagedModel.read``."""
+        if draws is not None:
+            self.draws[1] = 0.0  # rows that pad the call are greedy
+            self.draws[:, : len(draws)] = torch.tensor(draws, dtype=torch.float64).T
         self.positions[:] = -1
         tile, start = self.tile, 0
         for at, (row, read, ids) in enumerate(gaps):
@@ -267,5 +323,6 @@ class Call:
         if self.model.device.type == "cuda":
             torch.cuda.current_stream(self.model.device).synchronize()
         count = len(gaps)
-        entropy, confidence, tokens, forced = (x[:count].tolist() for x in self.found)
-        return Reading(self.logits[:count], self.hidden[:count], tokens, entropy, confidence, forced)
+        entropy, confidence, tokens, forced, *rest = (x[:count].tolist() for x in self.found)
+        logprobs = rest[0] if rest else [math.log(value) if value > 0 else math.nan for value in confidence]
+        return Reading(self.logits[:count], self.hidden[:count], tokens, entropy, confidence, forced, logprobs)

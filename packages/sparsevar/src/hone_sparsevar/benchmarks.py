@@ -129,12 +129,12 @@ def _dpg(path: Path, images: int, limit: int | None) -> list[Prompt]:
 _READERS = {"geneval": _geneval, "hps": _hps, "imagereward": _imagereward, "dpg": _dpg}
 
 
-def judge(cfg: EvalConfig, run: Run) -> None:
-    """Draw a benchmark's images and have them scored: a row for each of its groups, and ``score`` over them.
+def check_benchmark(cfg: EvalConfig) -> list[Prompt]:
+    """Look for prompts, pipeline and scorer; no weight is read. Return the prompts.
 
     Raises:
-        CheckpointError, ValueError: Prompts, pipeline or scorer are not there; nothing was drawn then.
-        RuntimeError: The scorer failed.
+        CheckpointError, ValueError: One is not there, or they do not fit together.
+        MissingExtraError: FID is asked for without its extra.
     """
     own = cfg.benchmark
     assert own.model is not None
@@ -148,6 +148,18 @@ def judge(cfg: EvalConfig, run: Run) -> None:
         _fidelity()
         if not own.fid.is_dir():
             raise CheckpointError(f"there is no folder of images at {own.fid}")
+    return prompts
+
+
+def judge(cfg: EvalConfig, run: Run) -> None:
+    """Draw a benchmark's images and have them scored: a row for each of its groups, and ``score`` over them.
+
+    Raises:
+        CheckpointError, ValueError: Prompts, pipeline or scorer are not there; nothing was drawn then.
+        RuntimeError: The scorer failed.
+    """
+    own, prompts = cfg.benchmark, check_benchmark(cfg)
+    assert own.model is not None
     folder = run.artifacts / "images"
     # As the benchmarks' own scripts: every prompt starts from the same seed.
     wanted = [

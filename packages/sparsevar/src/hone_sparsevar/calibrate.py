@@ -25,9 +25,9 @@ from .data import random_labels, render, words
 from .grader import texture_energy
 from .host import SCHEDULE, Host, load_host
 from .method import change_map, resize_map
-from .sample import check_inputs, load_pipeline
+from .sample import check_inputs, drawer
 
-__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "mask_scores", "spearman"]
+__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "mask_scores", "read_lines", "spearman"]
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -148,20 +148,11 @@ def pipeline_scores(cfg: CalibrateConfig, prompts: list[str], run: Run) -> Tenso
     assert cfg.model is not None
     schedule = infinity_schedule(cfg.image.pixels, cfg.image.aspect)
     scale = schedule.resolve(cfg.start)
-    pipe, watch, found = load_pipeline(cfg.model, cfg.image, run.device), Watch(scale - 1), []
+    pipe, watch, found = drawer(cfg.model, cfg.image, run.device), Watch(scale - 1), []
     with progress_bar(len(prompts), desc="images", quiet=run.quiet) as bar:
         for at in range(0, len(prompts), cfg.batch):
             part = prompts[at : at + cfg.batch]
-            images = pipe(
-                part,
-                pixels=cfg.image.pixels,
-                aspect=cfg.image.aspect,
-                guidance_scale=cfg.image.guidance,
-                temperature=cfg.image.temperature,
-                seeds=cfg.seed + at,
-                policy=watch,
-                output_type="pt",
-            ).images
+            images = pipe(part, seeds=cfg.seed + at, policy=watch, output_type="pt").images
             found.append(_correlation(images, watch.last, schedule.grids[scale]).cpu())
             bar.update(len(part))
     return torch.cat(found)
@@ -214,7 +205,7 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
         by_image, count = image_scores(host, cfg.limit, scale, cfg.seed).nanmean(0), cfg.limit
         choice |= {"model": "tiny", "auroc": [round(float(x), 4) for x in by_mask]}
     else:
-        prompts = _prompts(cfg)
+        prompts = read_lines(cfg)
         check_inputs(cfg.model, prompts, cfg.image, SparseVARConfig(start_scale=cfg.start))
         by_image, count = pipeline_scores(cfg, prompts, run).nanmean(0), len(prompts)
         choice |= {"model": cfg.model.name}
@@ -228,7 +219,12 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     return CalibrateReport.of(run)
 
 
-def _prompts(cfg: CalibrateConfig) -> list[str]:
+def read_lines(cfg: CalibrateConfig) -> list[str]:
+    """Prompts of a text file, one a line.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds none.
+    """
     assert cfg.prompts is not None
     try:
         lines = [line.strip() for line in cfg.prompts.read_text(encoding="utf-8").splitlines()]

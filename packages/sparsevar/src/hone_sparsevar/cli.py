@@ -29,20 +29,41 @@ def info() -> dict[str, Any]:
     }
 
 
-def _verb(run: str, config: str, help: str) -> Verb:
-    return Verb(run=f"hone_sparsevar.{run}", config=f"hone_sparsevar.config:{config}", help=help)
+def _verb(run: str, config: str, help: str, prepare: str | None = None) -> Verb:
+    return Verb(
+        run=f"hone_sparsevar.{run}",
+        config=f"hone_sparsevar.config:{config}",
+        prepare=None if prepare is None else f"hone_sparsevar.{prepare}",
+        help=help,
+    )
 
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
-    "demo": _verb("demo:demo", "DemoConfig", "Draw scenes dense, sparse, stopped early, and by other masks: pictures."),
-    "generate": _verb("sample:generate", "GenerateConfig", "Draw images of prompts with a saved Infinity pipeline."),
-    "eval": _verb("evaluate:evaluate", "EvalConfig", "Quality against work of every variant, on many scenes."),
-    "calibrate": _verb("calibrate:calibrate", "CalibrateConfig", "Which block's change tells textured from flat."),
-    "inspect": _verb("inspection:inspect", "InspectConfig", "What ran in one image, scale by scale."),
-    "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the claims to the test on tiny hosts."),
+    "demo": _verb(
+        "demo:demo",
+        "DemoConfig",
+        "Draw scenes dense, sparse, stopped early, and by other masks: pictures.",
+        "inputs:host",
+    ),
+    "generate": _verb(
+        "sample:generate", "GenerateConfig", "Draw images of prompts or classes with a saved pipeline.", "sample:check"
+    ),
+    "eval": _verb(
+        "evaluate:evaluate", "EvalConfig", "Quality against work of every variant, on many scenes.", "inputs:evaluate"
+    ),
+    "calibrate": _verb(
+        "calibrate:calibrate", "CalibrateConfig", "Which block's change tells textured from flat.", "inputs:calibrate"
+    ),
+    "inspect": _verb("inspection:inspect", "InspectConfig", "What ran in one image, scale by scale.", "inputs:host"),
+    "reproduce": _verb(
+        "reproduce:reproduce", "ReproduceConfig", "Put the claims to the test on tiny hosts.", "inputs:reproduce"
+    ),
     "bench": _verb(
-        "bench:bench", "BenchConfig", "Time the transformer at real sizes, dense, sparse and stopped early."
+        "bench:bench",
+        "BenchConfig",
+        "Time the transformer at real sizes, dense, sparse and stopped early.",
+        "inputs:bench",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host: tokenizer, grader, transformer."),
 }

@@ -146,16 +146,16 @@ def _check_variant(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageConfig:
-    """How a saved Infinity pipeline draws."""
+    """How a saved pipeline draws; a VAR's size is its weights'."""
 
     pixels: str = "1M"
     """Size."""
     aspect: float = 1.0
     """Height over width."""
-    guidance: float = 4.0
-    """Strength of guidance; 1 is none."""
+    guidance: float | None = None
+    """Strength of guidance (default: 4 of Infinity, of which 1 is none; 1.5 of VAR, of which 0 is none)."""
     temperature: float = 1.0
-    """Of the bits."""
+    """Of bits or tokens."""
     dtype: str = "auto"
     """Of transformer blocks and text encoder."""
 
@@ -194,7 +194,7 @@ class TrainHostConfig:
     """Architecture."""
     seed: int = 0
     """Of weights and data."""
-    minutes: float = 4.0
+    minutes: float = 8.0
     """Wall clock of the training, where ``steps`` is not given; compiling comes before."""
     steps: int | None = None
     """Optimiser steps in place of a time."""
@@ -202,7 +202,7 @@ class TrainHostConfig:
     """Images of a step."""
     compile: bool = True
     """Compile the transformer's blocks, on a GPU."""
-    tokenizer_share: float = 0.36
+    tokenizer_share: float = 0.3
     """Share of the budget that trains the tokenizer."""
     grader_share: float = 0.04
     """Share of the budget that trains the grader."""
@@ -361,12 +361,14 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Images from prompts, with a saved Infinity pipeline."""
+    """Images from prompts or classes, with a saved pipeline."""
 
     model: Path
-    """Folder of an ``InfinityPipeline``, as its ``save_pretrained`` writes it."""
-    prompts: tuple[str, ...] = field(metadata=flag("prompt"))
-    """What to draw, one image each."""
+    """Folder of an ``InfinityPipeline`` or ``VARPipeline``, as its ``save_pretrained`` writes it."""
+    prompts: tuple[str, ...] = field(default=(), metadata=flag("prompt"))
+    """What an Infinity draws, one image each."""
+    classes: tuple[int, ...] = ()
+    """What a VAR draws, one image each."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["infinity-0.6"].config)
     """Settings of the method."""
     variant: str = "sparse"
@@ -380,8 +382,11 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _check_variant(self.variant)
-        if not self.prompts or self.batch < 1:
-            raise ValueError(f"expected at least one prompt and a batch of 1; got {len(self.prompts)} and {self.batch}")
+        if bool(self.prompts) == bool(self.classes) or self.batch < 1:
+            raise ValueError(
+                f"expected prompts (Infinity) or classes (VAR), and a batch of 1 or more; got {len(self.prompts)} "
+                f"prompts, {len(self.classes)} classes and {self.batch}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -441,6 +446,8 @@ class ReproduceConfig:
     """host.safetensors of further trainings (packaged one if none is given)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings of the method."""
+    ratios: tuple[float, ...] = (0.3, 0.5, 0.9)
+    """Further ratios of the method, for its line of quality against work."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Sampling seeds; each draws its own prompts and images."""
     limit: int = 2000
@@ -451,6 +458,10 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
+        if not all(0 <= ratio <= 1 for ratio in self.ratios) or self.settings.ratio in self.ratios:
+            raise ValueError(
+                f"ratios are shares in [0, 1] other than that of the settings, {self.settings.ratio}; got {self.ratios}"
+            )
         if self.limit < 2 or self.batch < 1:
             raise ValueError(f"limit must be at least 2 and batch 1; got {self.limit} and {self.batch}")
 

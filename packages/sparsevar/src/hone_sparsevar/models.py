@@ -32,7 +32,7 @@ from .method import (
 )
 from .peers import EarlyStop, FastVARStyle, SkipUncond
 
-__all__ = ["SparsePolicy", "SparseState", "SparseVARHandle", "attach", "tiny", "variant_of"]
+__all__ = ["SparsePolicy", "SparseState", "SparseVARHandle", "attach", "fit", "tiny", "variant_of"]
 
 
 @dataclass(kw_only=True)
@@ -58,6 +58,27 @@ class SparseState:
     scores: dict[int, Tensor] = field(default_factory=dict)
 
 
+def fit(settings: SparseVARConfig, depth: int, schedule: ScaleSchedule) -> tuple[int, int]:
+    """First sparse scale and detector of a model of ``depth`` blocks.
+
+    Raises:
+        ValueError: There is no such scale or block, or no scale before it to be measured.
+    """
+    # As many as there are scales: none is sparse.
+    scales = len(schedule)
+    start = scales if settings.start_scale == scales else schedule.resolve(settings.start_scale)
+    if start < 1:
+        raise ValueError(f"start_scale must leave a scale before it to be measured; got {settings.start_scale}")
+    return start, _detector(settings, depth)
+
+
+def _detector(settings: SparseVARConfig, depth: int) -> int:
+    detector = depth // 2 if settings.detector is None else settings.detector
+    if detector >= depth:
+        raise ValueError(f"this model has {depth} blocks, 0 to {depth - 1}; got detector {detector}")
+    return detector
+
+
 class SparsePolicy(Policy):
     """SparseVAR as the generation loop asks it.
 
@@ -72,14 +93,8 @@ class SparsePolicy(Policy):
 
     def begin(self, run: Generation) -> SparseState:
         """See the base class."""
-        cfg, scales, depth = self.config, len(run.schedule), len(run.model.layers)
-        # As many as there are scales: none is sparse.
-        start = scales if cfg.start_scale == scales else run.schedule.resolve(cfg.start_scale)
-        if start < 1:
-            raise ValueError(f"start_scale must leave a scale before it to be measured; got {cfg.start_scale}")
-        detector = depth // 2 if cfg.detector is None else cfg.detector
-        if detector >= depth:
-            raise ValueError(f"this model has {depth} blocks, 0 to {depth - 1}; got detector {detector}")
+        cfg, scales = self.config, len(run.schedule)
+        start, detector = fit(cfg, len(run.model.layers), run.schedule)
         if cfg.backend != "torch" and not isinstance(run.model, Infinity):
             raise ValueError(f"fused kernels are for Infinity; got {type(run.model).__name__}. Take backend='torch'")
         state = SparseState(start=start, detector=detector)
@@ -258,9 +273,7 @@ def attach(model: NextScaleTransformer, config: str | SparseVARConfig = "infinit
     found = getattr(model, "transformer", model)
     if not isinstance(found, NextScaleTransformer):
         raise TypeError(f"expected Infinity or VAR, or a pipeline of one; got {type(model).__name__}")
-    depth = len(found.layers)
-    if settings.detector is not None and settings.detector >= depth:
-        raise ValueError(f"this model has {depth} blocks, 0 to {depth - 1}; got detector {settings.detector}")
+    _detector(settings, len(found.layers))
     if found.policy is not None:
         raise RuntimeError("a method is attached to this model already; call its handle's detach() first")
     policy = _Attached(SparsePolicy(settings))

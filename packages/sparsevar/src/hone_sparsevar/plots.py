@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from hone_core.plots import GREY, RED, Sheet, drawing, finish, to_pixels, wrap
+from hone_core.plots import BLUE, GREY, RED, Sheet, drawing, finish, to_pixels, wrap
 from hone_core.runs import Row
 from torch import Tensor
 
@@ -66,14 +66,19 @@ def maps(image: Tensor, scores: Mapping[int, Tensor], kept: Mapping[int, Tensor]
 
 
 def frontier(rows: Sequence[Row], path: Path) -> None:
-    """Frechet distance against work, a point per variant."""
+    """Frechet distance against work, a point per variant; early stops and ratios of the method are lines."""
     work = {row.variant: row.value for row in rows if row.metric == "gflops"}
     quality = {row.variant: row.value for row in rows if row.metric == "frechet"}
     with drawing(path, 6, 4) as figure:
         axis = figure.subplots()
+        ratios = [name for name in quality if name.split()[0] == "sparse"]
+        stops = [name for name in quality if name == "dense" or name.startswith("early-stop")]
+        for line, color in ((stops, BLUE), (ratios, RED)):
+            line.sort(key=lambda name: work[name])
+            axis.plot([work[name] for name in line], [quality[name] for name in line], "-", color=color, linewidth=1)
         for name, value in quality.items():
-            ours = name == "sparse"
-            axis.plot(work[name], value, "o", color=RED if ours else GREY)
+            color = RED if name in ratios else BLUE if name in stops else GREY
+            axis.plot(work[name], value, "o", color=color)
             axis.annotate(name, (work[name], value), xytext=(4, 3), textcoords="offset points", fontsize=7)
         axis.set_xlabel("GFLOP per image")
         axis.set_ylabel("Frechet distance to real scenes (lower is better)")

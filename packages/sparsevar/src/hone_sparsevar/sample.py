@@ -1,4 +1,4 @@
-"""Images from prompts, with a saved Infinity pipeline.
+"""Images from prompts or classes, with a saved pipeline.
 
 What can be wrong with prompts, size and settings is found from the folder's configs, before a weight is read. Each
 image is written whole or not at all, so that the same command goes on where it stopped.
@@ -7,9 +7,11 @@ image is written whole or not at all, so that the same command goes on where it 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
@@ -17,13 +19,13 @@ from hone_core.io import atomic_path
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_visual_ar.generation import Policy
-from hone_visual_ar.pipelines import InfinityPipeline, check_prompts
-from hone_visual_ar.schedules import infinity_schedule
+from hone_visual_ar.pipelines import InfinityPipeline, VARPipeline, check_prompts
+from hone_visual_ar.schedules import ScaleSchedule, infinity_schedule
 
 from .config import GenerateConfig, ImageConfig, SparseVARConfig
-from .models import variant_of
+from .models import fit, variant_of
 
-__all__ = ["GenerateReport", "Wanted", "check_inputs", "draw_images", "generate", "load_pipeline"]
+__all__ = ["GenerateReport", "Wanted", "check", "check_classes", "check_inputs", "draw_images", "drawer", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +55,41 @@ def check_inputs(model: Path, prompts: Sequence[str], image: ImageConfig, settin
         ValueError: A prompt is too long, or size, start scale or detector do not exist.
     """
     schedule = infinity_schedule(image.pixels, image.aspect)
+    config = _config(model, "InfinityPipeline")
+    fit(settings, config["depth"], schedule)
+    check_prompts(model, prompts, config["text_maxlen"])
+
+
+def check_classes(model: Path, classes: Sequence[int], image: ImageConfig, settings: SparseVARConfig) -> None:
+    """Hold classes and settings against the folder's config; no weight is read.
+
+    Raises:
+        CheckpointError: The folder holds no saved VAR pipeline.
+        ValueError: There is no such class, start scale or detector, or a size is asked for.
+    """
+    if (image.pixels, image.aspect) != (ImageConfig().pixels, ImageConfig().aspect):
+        raise ValueError("a VAR draws images of the size that it was trained at; leave pixels and aspect out")
+    config = _config(model, "VARPipeline")
+    wrong = [number for number in classes if not 0 <= number < config["num_classes"]]
+    if wrong:
+        raise ValueError(f"this model draws classes 0 to {config['num_classes'] - 1}; got {wrong[0]}")
+    fit(settings, config["depth"], ScaleSchedule(tuple((side, side) for side in config["patch_nums"])))
+    if settings.backend != "torch":
+        raise ValueError("fused kernels are for Infinity; take --backend torch")
+
+
+def _config(model: Path, wanted: str) -> dict[str, Any]:
+    """Config of the transformer of a saved pipeline."""
     try:
         kind = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
         config = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{model} holds no saved pipeline; make it with from_published and save_pretrained of InfinityPipeline"
+            f"{model} holds no saved pipeline; make it with from_published and save_pretrained of {wanted}"
         ) from error
-    if kind != "InfinityPipeline":
-        raise CheckpointError(f"{model} holds a {kind}; expected an InfinityPipeline")
-    if schedule.resolve(settings.start_scale) < 1:
-        raise ValueError(f"start_scale must leave a scale before it; got {settings.start_scale}")
-    if settings.detector is not None and settings.detector >= config["depth"]:
-        raise ValueError(f"this model has {config['depth']} blocks; got detector {settings.detector}")
-    check_prompts(model, prompts, config["text_maxlen"])
+    if kind != wanted:
+        raise CheckpointError(f"{model} holds a {kind}; expected a saved {wanted}, which takes what was given")
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,23 +97,28 @@ class Wanted:
     """One image to draw.
 
     Attributes:
-        prompt: What it shows.
+        prompt: What it shows: words, or the number of a class.
         seed: Its own.
         file: Where it goes.
     """
 
-    prompt: str
+    prompt: str | int
     seed: int
     file: Path
 
 
-def load_pipeline(model: Path, image: ImageConfig, device: str) -> InfinityPipeline:
-    """The pipeline of a folder, on a device."""
+def drawer(model: Path, image: ImageConfig, device: str, *, classes: bool = False) -> Callable[..., Any]:
+    """The pipeline of a folder on a device, how it draws filled in: called with what is drawn, seeds and policy."""
     place = resolve_device(device)
     dtype = resolve_dtype(image.dtype, place)
-    return InfinityPipeline.from_pretrained(
-        model, dtype={"transformer": dtype, "text_encoder": dtype}, local_files_only=True
-    ).to(place)
+    kind = VARPipeline if classes else InfinityPipeline
+    parts = {"transformer": dtype} if classes else {"transformer": dtype, "text_encoder": dtype}
+    options: dict[str, Any] = {"temperature": image.temperature}
+    if image.guidance is not None:
+        options["guidance_scale"] = image.guidance
+    if not classes:
+        options |= {"pixels": image.pixels, "aspect": image.aspect}
+    return partial(kind.from_pretrained(model, dtype=parts, local_files_only=True).to(place), **options)
 
 
 def draw_images(
@@ -109,19 +137,11 @@ def draw_images(
     missing = [item for item in wanted if not item.file.is_file()]
     if not missing:
         return
-    pipe = load_pipeline(model, image, run.device)
+    pipe = drawer(model, image, run.device, classes=isinstance(missing[0].prompt, int))
     with progress_bar(len(missing), desc="images", quiet=run.quiet) as bar:
         for begin in range(0, len(missing), batch):
             part = missing[begin : begin + batch]
-            images = pipe(
-                [item.prompt for item in part],
-                pixels=image.pixels,
-                aspect=image.aspect,
-                guidance_scale=image.guidance,
-                temperature=image.temperature,
-                seeds=[item.seed for item in part],
-                policy=policy,
-            ).images
+            images = pipe([item.prompt for item in part], seeds=[item.seed for item in part], policy=policy).images
             for item, drawn in zip(part, images, strict=True):
                 item.file.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(item.file) as scratch:
@@ -129,16 +149,30 @@ def draw_images(
             bar.update(len(part))
 
 
-def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
-    """Draw one image of each prompt into the run's ``artifacts``.
+def check(cfg: GenerateConfig) -> GenerateConfig:
+    """Look at the folder's configs.
 
     Raises:
-        CheckpointError, ValueError: As ``check_inputs``, before weights are read.
+        CheckpointError, ValueError: As ``check_inputs`` and ``check_classes``.
     """
-    check_inputs(cfg.model, cfg.prompts, cfg.image, cfg.settings)
+    if cfg.classes:
+        check_classes(cfg.model, cfg.classes, cfg.image, cfg.settings)
+    else:
+        check_inputs(cfg.model, cfg.prompts, cfg.image, cfg.settings)
+    return cfg
+
+
+def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
+    """Draw one image of each prompt or class into the run's ``artifacts``.
+
+    Raises:
+        CheckpointError, ValueError: As ``check``, before weights are read.
+    """
+    check(cfg)
+    prompts: tuple[str | int, ...] = cfg.prompts or cfg.classes
     wanted = [
         Wanted(prompt=prompt, seed=cfg.seed + number, file=run.artifacts / f"{number:05}.png")
-        for number, prompt in enumerate(cfg.prompts)
+        for number, prompt in enumerate(prompts)
     ]
     draw_images(cfg.model, wanted, cfg.image, variant_of(cfg.variant, cfg.settings), run, batch=cfg.batch)
     return GenerateReport.of(run)

@@ -104,6 +104,7 @@ class Making:
         parts |= {f"{name} optimizer": optimizer for name, optimizer in self.optimizers.items()}
         self.training = Training(cfg, path, parts | {"ema": self.ema, "generator": self.generator})
         self.weights = scale_weights(device)
+        self.each = torch.empty(0)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Labels and images of a step."""
@@ -145,8 +146,14 @@ class Making:
         drop = torch.rand(len(labels), generator=self.generator, device=self.device) < self.cfg.drop
         condition = host.transformer.condition(*words(labels, host.table), guided=False, drop=drop)
         logits = host.transformer(condition, inputs, SCHEDULE)
-        each = F.cross_entropy(logits.float().flatten(0, 2), bits.flatten(), reduction="none").view(bits.shape)
-        return (each.mean(-1) * self.weights).mean()
+        each = F.cross_entropy(logits.float().flatten(0, 2), bits.flatten(), reduction="none").view(bits.shape).mean(-1)
+        self.each = each.detach()
+        return (each * self.weights).mean()
+
+    def by_scale(self) -> dict[str, float]:
+        """Mean loss of a bit at each scale, in nats, of the last batch: 0.69 is chance."""
+        sizes = [SCHEDULE.tokens(scale) for scale in range(len(SCHEDULE))]
+        return {f"nats_scale_{k}": part.mean().item() for k, part in enumerate(self.each.split(sizes, dim=1))}
 
     def train(self) -> Iterator[dict[str, float] | None]:
         """Run to the end of the budget; yield what is to be logged after each step, or None."""
@@ -173,7 +180,11 @@ class Making:
                 torch._foreach_lerp_(
                     list(self.ema.parameters()), [p.detach() for p in module.parameters()], weight=1 - cfg.ema
                 )
-            yield {"loss": loss.item(), "stage": float(list(self.optimizers).index(stage))} if training.due() else None
+            if not training.due():
+                yield None
+                continue
+            values = {"loss": loss.item(), "stage": float(list(self.optimizers).index(stage))}
+            yield values | (self.by_scale() if stage == "transformer" else {})
 
     def _compile(self) -> None:
         """Compile the transformer's blocks, after a look whether they can be: a host is worth more than a fast step."""

@@ -451,7 +451,7 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """PSNR and SSIM on a folder of chunks, with the views of an evaluation index."""
+    """PSNR, SSIM and LPIPS on a folder of chunks, with the views of an evaluation index."""
 
     chunks: Path | None = None
     """Folder with index.json and its .torch files: RealEstate10K or DL3DV as pixelSplat stores them."""
@@ -471,6 +471,8 @@ class EvalConfig:
     """Largest; given together with near."""
     size: tuple[int, int] | None = None
     """Height and width that pictures are cut to; the host's own if None."""
+    vgg: Path | None = None
+    """VGG-16's weights as torchvision publishes them, for LPIPS; without them it is left out."""
     scenes: int | None = field(default=None, metadata=flag("limit"))
     """First scenes of the index; all if None."""
     backend: Literal["torch", "gsplat"] = "torch"

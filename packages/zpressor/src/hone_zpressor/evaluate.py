@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hone_core.devices import resolve_device
+from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_splat.chunks import ChunkSet, read_evaluation_index
-from hone_splat.metrics import psnr, ssim
+from hone_splat.metrics import Lpips, psnr, ssim
 from hone_splat.rendering import render
 
 from .config import HOSTS, EvalConfig
@@ -26,7 +27,7 @@ Index = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport(Report):
-    """PSNR and SSIM, means over scenes of means over targets."""
+    """PSNR, SSIM and LPIPS, means over scenes of means over targets."""
 
 
 def _open(cfg: EvalConfig) -> tuple[ChunkSet, Index]:
@@ -46,9 +47,16 @@ def _open(cfg: EvalConfig) -> tuple[ChunkSet, Index]:
 
 
 def prepare(cfg: EvalConfig) -> EvalConfig:
-    """Look for chunks, index and weights."""
+    """Look for chunks, index and weights.
+
+    Raises:
+        FileNotFoundError: Chunks or index are missing.
+        CheckpointError: Weights are missing.
+    """
     _open(cfg)
     find_weights(cfg)
+    if cfg.vgg is not None and not cfg.vgg.is_file():
+        raise CheckpointError(f"there are no weights of VGG-16 at {cfg.vgg}")
     return cfg
 
 
@@ -64,6 +72,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     file = run.artifacts / "scenes.json"
     done: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     host, limits = load_model(cfg, device), HOSTS[cfg.model]
+    lpips = None if cfg.vgg is None else Lpips.load(cfg.vgg).to(device)
     near, far = cfg.near or limits.near, cfg.far or limits.far
     size = cfg.size or limits.size
     with progress_bar(len(index), desc="scenes", quiet=run.quiet) as bar:
@@ -77,15 +86,20 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
                 drawn = render(cloud, poses, inner, size, near=0.2 * near, backend=cfg.backend).image_01[0]
                 true = asked.image_01[0].to(device)
                 done[key] = {"psnr": float(psnr(drawn, true).mean()), "ssim": float(ssim(drawn, true).mean())}
+                if lpips is not None:
+                    done[key]["lpips"] = float(lpips(drawn.clamp(0, 1), true).mean())
                 done[key] |= {"gaussians": len(cloud), "contexts": len(context)}
                 atomic_write_json(file, done)
             bar.update()
-    for metric, unit in (("psnr", "dB"), ("ssim", "")):
+    graded: list[tuple[str, str, Literal["higher", "lower"]]] = [("psnr", "dB", "higher"), ("ssim", "", "higher")]
+    if lpips is not None:
+        graded.append(("lpips", "", "lower"))
+    for metric, unit, better in graded:
         values = torch.tensor([done[key][metric] for key in index], dtype=torch.float64)
         spread = float(values.std(correction=0))
         half = 1.96 * spread / math.sqrt(len(values))
         mean = float(values.mean())
-        run.row(metric, mean, unit=unit, better="higher", n=len(values), spread=spread, variant=cfg.arm,
+        run.row(metric, mean, unit=unit, better=better, n=len(values), spread=spread, variant=cfg.arm,
                 interval=(mean - half, mean + half))  # fmt: skip
     counts = torch.tensor([float(done[key]["gaussians"]) for key in index])
     run.row("gaussians", float(counts.mean()), better="lower", n=len(index), variant=cfg.arm)

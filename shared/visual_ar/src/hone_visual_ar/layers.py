@@ -131,7 +131,7 @@ class SelfAttention(nn.Module):
         The other arguments are those of ``AttentionContext``.
         """
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        qkv = biased(self.mat_qkv, x, bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.float().clamp(max=MAX_LOG_SCALE).exp()
         k = F.normalize(k.float(), dim=-1)
@@ -158,6 +158,13 @@ class SelfAttention(nn.Module):
     def join(self, out: Tensor) -> Tensor:
         """Tokens ``[R, n, C]`` of the heads' ``[R, H, n, D]``."""
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def biased(layer: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer and a bias that it lacks; what took the layer's place, such as a LoRA, is called."""
+    if type(layer) is nn.Linear:
+        return F.linear(x, layer.weight, bias)
+    return layer(x) + bias
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer: int) -> Tensor:
@@ -205,7 +212,7 @@ class CrossAttention(nn.Module):
         Differs: the release computes them again at each scale.
         """
         bias = torch.cat([self.zero_k_bias, self.v_bias])
-        kv = F.linear(text.to(self.mat_kv.weight.dtype), self.mat_kv.weight, bias)
+        kv = biased(self.mat_kv, text.to(self.mat_kv.weight.dtype), bias)
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return k, v
 

@@ -1,0 +1,95 @@
+"""What a command needs, looked for before a weight is read, and before a dry run prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hone_core.hosts import open_host
+from hone_visual_ar.infinity import INFINITY_SIZES
+from hone_visual_ar.schedules import infinity_schedule
+
+from .benchmarks import check_benchmark
+from .calibrate import read_lines
+from .config import (
+    BenchConfig,
+    CalibrateConfig,
+    DemoConfig,
+    EvalConfig,
+    HostConfig,
+    InspectConfig,
+    ReproduceConfig,
+    SparseVARConfig,
+)
+from .host import PACKAGE, SCHEDULE
+from .models import fit
+from .sample import check_inputs
+
+__all__ = ["bench", "calibrate", "evaluate", "host", "reproduce"]
+
+
+def _look(path: Path | None, settings: SparseVARConfig) -> None:
+    """Hold settings against a host's sidecar."""
+    fit(settings, open_host(HostConfig, PACKAGE, path).config.depth, SCHEDULE)
+
+
+def host(cfg: DemoConfig | InspectConfig) -> DemoConfig | InspectConfig:
+    """Of ``demo`` and ``inspect``.
+
+    Raises:
+        CheckpointError: There is no host.
+        ValueError: It has no such block, or its schedule no such scale.
+    """
+    _look(cfg.host, cfg.settings)
+    return cfg
+
+
+def evaluate(cfg: EvalConfig) -> EvalConfig:
+    """Of ``eval``: a host, or a benchmark's prompts, pipeline and scorer.
+
+    Raises:
+        CheckpointError, ValueError: One is not there, or they do not fit together.
+    """
+    if cfg.protocol == "scenes":
+        _look(cfg.host, cfg.settings)
+    else:
+        check_benchmark(cfg)
+    return cfg
+
+
+def calibrate(cfg: CalibrateConfig) -> CalibrateConfig:
+    """Of ``calibrate``.
+
+    Raises:
+        CheckpointError, ValueError: As above.
+    """
+    settings = SparseVARConfig(start_scale=cfg.start)
+    if cfg.model is None:
+        _look(cfg.host, settings)
+    else:
+        check_inputs(cfg.model, read_lines(cfg), cfg.image, settings)
+    return cfg
+
+
+def reproduce(cfg: ReproduceConfig) -> ReproduceConfig:
+    """Of ``reproduce``.
+
+    Raises:
+        CheckpointError, ValueError: Of each host, as above.
+    """
+    for path in cfg.hosts or (None,):
+        _look(path, cfg.settings)
+    return cfg
+
+
+def bench(cfg: BenchConfig) -> BenchConfig:
+    """Of ``bench``: is there such a model, schedule, scale and block.
+
+    Raises:
+        ValueError: There is not.
+    """
+    if cfg.model == "tiny":
+        return cfg
+    if cfg.model not in INFINITY_SIZES:
+        raise ValueError(f"model must be tiny or one of {', '.join(INFINITY_SIZES)}; got {cfg.model!r}")
+    fit(cfg.settings, INFINITY_SIZES[cfg.model]["depth"], infinity_schedule(cfg.pixels, cfg.aspect))
+    return cfg
