@@ -18,6 +18,7 @@ from hone_motion_anything.data import generated
 from hone_motion_anything.fit import Fitting, fit, load_tokenizer, load_transformer, prepare
 from hone_motion_anything.grammar import caption
 from hone_motion_anything.humanml3d import read_clips, read_texts
+from hone_motion_anything.pipelines import MotionAnythingPipeline
 from hone_motion_anything.texts import ClipText
 
 # transformers wraps functions of the standard library that Python has deprecated.
@@ -70,6 +71,9 @@ def test_both_stages_train_and_load(folder, clip, tmp_path):
     with start(prepare(second), tmp_path / "second") as run:
         report = fit(second, run)
     assert load_transformer(report.weights).cfg == sizes
+    first = tmp_path / "first" / "artifacts" / "tokenizer.safetensors"
+    pipe = MotionAnythingPipeline.from_files(tokenizer=first, transformer=report.weights, clip=clip)
+    assert pipe(["a person walks"], [24])[0].shape == (24, 263)
     assert "loss" in str(report)
     with pytest.raises(CheckpointError):
         load_tokenizer(report.weights)

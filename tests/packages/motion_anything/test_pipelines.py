@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
+from hone_motion_anything.config import TokenizerConfig, TransformerConfig, UnmaskConfig
+from hone_motion_anything.features import part_columns
+from hone_motion_anything.method import MotionTransformer
 from hone_motion_anything.mogents import MoGenTSTokenizer
-from hone_motion_anything.pipelines import MoGenTSPipeline, MoMaskPipeline
+from hone_motion_anything.music import click_track
+from hone_motion_anything.pipelines import MoGenTSPipeline, MoMaskPipeline, MotionAnythingPipeline
 from hone_motion_anything.published import (
     LengthEstimator,
     MaskTransformer,
@@ -14,7 +18,7 @@ from hone_motion_anything.published import (
     ResidualTransformer,
     ResidualTransformer2D,
 )
-from hone_motion_anything.tokenizers import RVQVAE
+from hone_motion_anything.tokenizers import RVQVAE, PartTokenizer
 
 
 def texts_to_vectors(texts):
@@ -153,3 +157,72 @@ def test_both_streams_are_read_from_the_authors_files_and_reach_the_motion(tmp_p
         for parameter in other.parameters():
             parameter.mul_(-1)
         assert not torch.equal(replace(pipe, **{name: other})(["walks"], [16], steps=2)[0], known), name
+
+
+@pytest.fixture(scope="module")
+def ours():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = PartTokenizer(TokenizerConfig(width=8, depth=1, codes=16, code_dim=4)).eval()
+        for quantizer in tokenizer.quantizers:
+            torch.nn.init.normal_(quantizer.codebook)
+        sizes = TransformerConfig(width=16, heads=2, hidden=16, layers=2, codes=16, max_tokens=24)
+        return MotionAnythingPipeline(tokenizer, MotionTransformer(sizes).eval(), texts_to_vectors)
+
+
+def test_motion_anything_follows_texts_and_music(ours):
+    made = ours(["walks", "a person runs"], [24, 16], settings=UnmaskConfig(steps=3))
+    assert [motion.shape for motion in made] == [(24, 263), (16, 263)]
+    greedy = UnmaskConfig(steps=3, temperature=0.0)
+    alone = ours(["a person runs"], [16], settings=greedy)[0]
+    assert torch.allclose(ours(["walks", "a person runs"], [24, 16], settings=greedy)[1], alone, atol=1e-4)
+    # Without frames a motion is as long as its music; music changes it, and is enough.
+    track, other = click_track(100, 0.1, 2.1), click_track(130, 0.3, 2.1)
+    both = ours(["a person runs"], music=track, settings=greedy)[0]
+    assert both.shape == (40, 263)
+    assert not torch.allclose(both, ours(["a person runs"], music=other, settings=greedy)[0])
+    assert ours(music=track, settings=greedy)[0].shape == (40, 263)
+    ranked = replace(greedy, remask="attention")
+    assert ours(["a person runs"], [16], settings=ranked)[0].shape == (16, 263)
+    assert replace(ours, length=LengthEstimator().eval())(["walks"], settings=greedy)[0].shape[0] % 4 == 0
+
+
+def test_motion_anything_edits_by_part_and_interval(ours):
+    features = torch.randn(40, 263)
+    known = ours.tokenizer.encode(features[None])
+    arm = ours.edit(features, "waves", parts=["left arm"], settings=UnmaskConfig(steps=3))
+    before = ours.tokenizer.decode(known)[0]
+    own = list(part_columns()[4])
+    others = [column for column in range(263) if column not in own]
+    assert torch.equal(arm[:, others], before[:, others])
+    assert not torch.equal(arm[:, own], before[:, own])
+    seen = {}
+
+    def decode(ids):
+        seen["ids"] = ids
+        return ours.tokenizer.__class__.decode(ours.tokenizer, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours.tokenizer, "decode", decode)
+        ours.edit(features, None, seconds=(0.5, 1.2), music=click_track(100, 0.1, 2.1))
+    kept = [0, 1, 6, 7, 8, 9]
+    assert torch.equal(seen["ids"][:, kept], known[:, kept])
+    assert not torch.equal(seen["ids"], known)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe(), "say what to make"),
+        (lambda pipe: replace(pipe, text=None)(["walks"], [16]), "no CLIP"),
+        (lambda pipe: pipe(["walks"]), "a length estimator"),
+        (lambda pipe: pipe(["walks"], [100]), "a multiple of 4 up to 96"),
+        (lambda pipe: pipe(["walks"], [40], music=click_track(100, 0.1, 1.0)), "the music is shorter than the motion"),
+        (lambda pipe: pipe.edit(torch.zeros(40, 263), "walks", parts=["tail"]), "no part tail"),
+        (lambda pipe: pipe.edit(torch.zeros(40, 263), "walks", seconds=(1.0, 3.0)), "an interval within 2 s"),
+        (lambda pipe: pipe.edit(torch.zeros(40, 263)), "say what to make"),
+    ],
+)
+def test_motion_anything_names_what_is_wrong(ours, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(ours)

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "host": ["load_host"],
         "method": ["Condition", "MotionTransformer", "attention_mask", "select"],
         "models": ["MotionAnythingHandle", "attach", "tiny"],
-        "pipelines": ["MoGenTSPipeline", "MoMaskPipeline"],
+        "pipelines": ["MoGenTSPipeline", "MoMaskPipeline", "MotionAnythingPipeline"],
         "skeletons": ["HUMANML3D", "KIT"],
         "tokenizers": ["RVQVAE", "PartTokenizer"],
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .method import Condition, MotionTransformer
+from .skeletons import PARTS
 
-__all__ = ["Passes", "draw", "guided", "passes", "unmask"]
+__all__ = ["Passes", "draw", "edited", "guided", "passes", "unmask"]
 
 
 class Passes(NamedTuple):
@@ -97,6 +98,20 @@ def draw(
         backend=backend,
     )
     return ids.view(shape), chance.view(shape)
+
+
+def edited(time: int, seconds: tuple[float, float], parts: Sequence[str]) -> Bool[Tensor, "1 time 6"]:
+    """Cells that an edit makes anew: some parts of the body, all if none is named, in an interval.
+
+    Args:
+        time: Time steps of four frames, at 20 a second.
+        seconds: Start and end; a token that reaches into them is made anew.
+        parts: Of ``skeletons.PARTS``.
+    """
+    cells = torch.zeros(1, time, len(PARTS), dtype=torch.bool)
+    own = [PARTS.index(part) for part in parts] or list(range(len(PARTS)))
+    cells[:, int(seconds[0] * 5) : -int(-seconds[1] * 5 // 1), own] = True
+    return cells
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""MoMask and MoGenTS as pipelines: texts to motions, and edits of an interval, with published weights."""
+"""Pipelines: MoMask and MoGenTS with published weights, Motion Anything with weights that ``train`` wrote."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .checkpoints import load_published
-from .decoding import Passes, passes, unmask
-from .method import Condition
+from .config import UnmaskConfig
+from .decoding import Passes, edited, passes, unmask
+from .method import Condition, MotionTransformer
 from .mogents import COLUMNS, MoGenTSTokenizer
+from .music import music_features, pooled
 from .published import (
     LengthEstimator,
     MaskTransformer,
@@ -26,10 +28,11 @@ from .published import (
     ResidualTransformer2D,
     refine,
 )
+from .skeletons import PARTS
 from .texts import ClipText
-from .tokenizers import RVQVAE
+from .tokenizers import RVQVAE, PartTokenizer
 
-__all__ = ["LONGEST", "MoGenTSPipeline", "MoMaskPipeline"]
+__all__ = ["LONGEST", "MoGenTSPipeline", "MoMaskPipeline", "MotionAnythingPipeline"]
 
 LONGEST = 196
 """Frames that HumanML3D's motions have at most."""
@@ -335,6 +338,184 @@ class MoGenTSPipeline(_Pipeline):
     def decode(self, levels: list[Tensor]) -> Tensor:
         """See ``_Pipeline``."""
         return self.tokenizer.forward_decoder(levels[0][:, :, 0], levels[1])
+
+
+@dataclass
+class MotionAnythingPipeline:
+    """Texts, music or both to features of HumanML3D, with what ``train`` wrote.
+
+    Attributes:
+        tokenizer: Motion to tokens of time and part of the body, and back.
+        transformer: Masked transformer with the method.
+        text: Texts to CLIP's vectors ``[B, D]``; None: music alone is followed.
+        length: Frames of a text, MoMask's; None: they have to be given, or the music says them.
+    """
+
+    tokenizer: PartTokenizer
+    transformer: MotionTransformer
+    text: Callable[[Sequence[str]], Tensor] | None = None
+    length: LengthEstimator | None = None
+
+    @classmethod
+    def from_files(
+        cls,
+        *,
+        tokenizer: Path,
+        transformer: Path,
+        clip: Path | None = None,
+        length: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read weights.
+
+        Args:
+            tokenizer: ``tokenizer.safetensors`` of ``train --stage tokenizer``.
+            transformer: ``transformer.safetensors`` of ``train --stage transformer``.
+            clip: Folder of CLIP's text model and tokenizer, the one that was trained with.
+            length: ``finest.tar`` of MoMask's length estimator.
+            device: Where.
+
+        Raises:
+            CheckpointError: A file is missing, damaged or another one.
+        """
+        from .fit import load_tokenizer, load_transformer
+
+        return cls(
+            load_tokenizer(tokenizer, device),
+            load_transformer(transformer, device),
+            None if clip is None else ClipText(clip, device),
+            _estimator(length, device),
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        texts: Sequence[str] = (),
+        frames: Sequence[int] | None = None,
+        *,
+        music: Float[Tensor, " samples"] | None = None,
+        seed: int = 0,
+        settings: UnmaskConfig | None = None,
+    ) -> list[Float[Tensor, "frames 263"]]:
+        """One motion for each text, all to the same music; without texts one to the music.
+
+        Args:
+            texts: What the person does.
+            frames: Of each, a multiple of 4; None: as long as the music, else drawn by the length estimator.
+            music: One channel in [-1, 1] at ``music.RATE`` samples a second, from the first frame on.
+            seed: Of the draws.
+            settings: Of the generation.
+
+        Raises:
+            ValueError: There is nothing to follow, a text is empty, a length is none, or the music is shorter.
+        """
+        heard = None if music is None else pooled(music_features(music, 20))
+        condition = self._condition(texts, heard)
+        generator = torch.Generator(self._device).manual_seed(seed)
+        most = self.transformer.cfg.max_tokens
+        if frames is None and heard is not None:
+            frames = [4 * min(len(heard), most)] * condition.batch
+        elif frames is None:
+            if self.length is None:
+                raise ValueError("say how many frames each motion has, or give the pipeline a length estimator")
+            assert condition.text is not None
+            frames = self.length.draw(condition.text, generator).clamp(_LEAST, 4 * most).tolist()
+        if len(frames) != condition.batch or any(count % 4 or not 4 <= count <= 4 * most for count in frames):
+            raise ValueError(
+                f"expected a multiple of 4 up to {4 * most} for each of {condition.batch} motions; got {list(frames)}"
+            )
+        counts = torch.tensor(list(frames), device=self._device) // 4
+        valid = torch.arange(int(counts.max()), device=self._device)[None] < counts[:, None]
+        ids = self._drawn(condition, valid, generator, settings)
+        return [self.tokenizer.decode(row[there][None])[0] for row, there in zip(ids, valid, strict=True)]
+
+    @torch.no_grad()
+    def edit(
+        self,
+        features: Float[Tensor, "frames 263"],
+        text: str | None = None,
+        *,
+        seconds: tuple[float, float] | None = None,
+        parts: Sequence[str] = (),
+        music: Float[Tensor, " samples"] | None = None,
+        seed: int = 0,
+        settings: UnmaskConfig | None = None,
+    ) -> Float[Tensor, "frames 263"]:
+        """The motion with an interval, some parts of the body, or both made anew.
+
+        Tokens outside stay, and with them the columns that they decode to, but for a few frames beside the interval.
+
+        Args:
+            features: Of a multiple of 4 frames.
+            text: What happens there.
+            seconds: Start and end; all of it if None: an edit by part.
+            parts: Of ``skeletons.PARTS``; all if none is named: in-betweening.
+            music: As for a call.
+            seed: Of the draws.
+            settings: Of the generation.
+
+        Raises:
+            ValueError: The interval lies outside the motion, there is no such part, or as for a call.
+        """
+        count, most = len(features), 4 * self.transformer.cfg.max_tokens
+        first, last = seconds or (0.0, count / 20)
+        if count % 4 or not 4 <= count <= most or not 0 <= first < last <= count / 20:
+            raise ValueError(
+                f"expected a multiple of 4 frames up to {most} and an interval within {count / 20:g} s; got {count} "
+                f"and {seconds}"
+            )
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise ValueError(f"no part {', '.join(unknown)}; they are {', '.join(PARTS)}")
+        heard = None if music is None else pooled(music_features(music, 20))
+        condition = self._condition([] if text is None else [text], heard)
+        start = self.tokenizer.encode(features.to(self._device)[None])
+        valid = torch.ones_like(start[..., 0], dtype=torch.bool)
+        made = edited(count // 4, (first, last), parts).to(self._device)
+        generator = torch.Generator(self._device).manual_seed(seed)
+        ids = self._drawn(condition, valid, generator, settings, start=start, edit=made)
+        return self.tokenizer.decode(ids)[0]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.tokenizer.mean.device
+
+    def _condition(self, texts: Sequence[str], heard: Tensor | None) -> Condition:
+        if not texts and heard is None:
+            raise ValueError("say what to make: texts, music, or both")
+        if texts and self.text is None:
+            raise ValueError("the pipeline has no CLIP to read texts with: give it one, or music alone")
+        said = self.text(texts) if texts and self.text is not None else None
+        if heard is None:
+            return Condition(text=said)
+        many = max(1, len(texts))
+        return Condition(text=said, music=heard.to(self._device)[None].expand(many, -1, -1))
+
+    def _drawn(
+        self,
+        condition: Condition,
+        valid: Tensor,
+        generator: torch.Generator,
+        settings: UnmaskConfig | None,
+        **edit: Tensor,
+    ) -> Tensor:
+        settings, model = settings or UnmaskConfig(), self.transformer
+
+        def attended(ids: Tensor) -> Tensor:
+            temporal, spatial = model.scores(ids, condition, valid)
+            return temporal[..., None] * spatial
+
+        return unmask(
+            lambda ids: passes(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
+            valid,
+            model.cfg.parts,
+            model.mask_id,
+            generator,
+            steps=settings.steps,
+            temperature=settings.temperature,
+            keep=settings.keep,
+            rank=attended if settings.remask == "attention" else None,
+            **edit,  # type: ignore[arg-type]
+        )
 
 
 def _statistics(meta: Path, device: torch.device | str) -> dict[str, Tensor]:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .config import GenerateConfig, HostConfig
 from .dance import resampled
+from .decoding import edited
 from .features import extract, recover
 from .grammar import FRAMES, TOKEN_FRAMES, text_ids
 from .host import PACKAGE, load_host
 from .motion_files import Motion, read_motion, write_motion
 from .music import RATE, music_features, pooled, read_wav, write_wav
-from .skeletons import HUMANML3D, PARTS
+from .skeletons import HUMANML3D
 from .viewer import write_viewer
 
 __all__ = ["GenerateReport", "edit_cells", "generate", "prepare"]
@@ -96,13 +97,7 @@ def prepare(cfg: GenerateConfig) -> GenerateConfig:
 
 def edit_cells(cfg: GenerateConfig) -> Bool[Tensor, "1 time parts"]:
     """What an edit makes anew: all parts of an interval, some parts of all of it, or both."""
-    cells = torch.zeros(1, FRAMES // TOKEN_FRAMES, len(PARTS), dtype=torch.bool)
-    first, last = cfg.edit_seconds or (0.0, SECONDS)
-    parts = [PARTS.index(part) for part in cfg.edit_parts] or list(range(len(PARTS)))
-    rate = HUMANML3D.fps / TOKEN_FRAMES
-    # A token that reaches into the interval is made anew.
-    cells[:, int(first * rate) : -int(-last * rate // 1), parts] = True
-    return cells
+    return edited(FRAMES // TOKEN_FRAMES, cfg.edit_seconds or (0.0, SECONDS), cfg.edit_parts)
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
