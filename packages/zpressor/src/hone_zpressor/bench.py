@@ -1,4 +1,4 @@
-"""What views cost: host alone, host with ZPressor, anchors alone, and the fusion by a loop over anchors."""
+"""What views cost: host alone, host with ZPressor, anchors alone, the fusion by a loop over anchors, one view more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import PRESETS, BenchConfig, HostConfig
 from .data import graded_rooms
-from .method import Clusters, ZPressor, cluster_views, farthest_points
+from .method import Clusters, ViewStream, ZPressor, cluster_views, farthest_points
 from .models import attach, tiny
 
 __all__ = ["BenchReport", "bench", "fuse_by_loop"]
@@ -73,10 +73,12 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     size = cfg.size or SIZES[cfg.model]
     for count in cfg.views:
         views = _views(count, size, device)
-        calls, pair = _calls(cfg, host, settings, views)
+        calls, pair, folded = _calls(cfg, host, settings, views)
         for name in pair.keys() - {"fusion by a loop"}:
             check_values(name, pair[name](), pair["fusion by a loop"](), tolerance=1e-2)
-        times = measure_interleaved(calls | pair, warmup=2, rounds=cfg.rounds, seed=cfg.seed, device=device)
+        times = measure_interleaved(
+            calls | pair | {"one view folded in": folded}, warmup=2, rounds=cfg.rounds, seed=cfg.seed, device=device
+        )
         for name, timing in times.items():
             labels = {"views": count}
             run.row("forward", timing.ms_p50, unit="ms", better="lower", n=cfg.rounds, variant=name, labels=labels)
@@ -103,7 +105,7 @@ def _views(count: int, size: tuple[int, int], device: torch.device) -> Views:
 
 def _calls(
     cfg: BenchConfig, host: Any, settings: Any, views: Views
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]], Callable[[], Any]]:
     def alone() -> Any:
         return host(views).depth
 
@@ -137,4 +139,21 @@ def _calls(
     }
     if features.is_cuda:
         pair["fusion, varlen"] = lambda: module(features, clusters, "bfloat16", "varlen")
-    return calls, pair
+    return calls, pair, _folding(module, features[0], centres[0], clusters, settings.precision)
+
+
+def _folding(
+    module: ZPressor, features: Tensor, centres: Tensor, clusters: Clusters, precision: Any
+) -> Callable[[], Any]:
+    """A call that folds the last view that is no anchor into what holds all others; every call does the same."""
+    anchors = clusters.anchors[0]
+    rest = [view for view in range(len(features)) if view not in anchors.tolist()] or [0]
+    stream = ViewStream(module, features[anchors], centres[anchors], precision)
+    for view in rest[:-1]:
+        stream.add(features[view], centres[view])
+
+    def call() -> Tensor:
+        stream.tokens[stream.add(features[rest[-1]], centres[rest[-1]])].pop()
+        return stream.features
+
+    return call
