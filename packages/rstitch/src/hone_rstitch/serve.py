@@ -489,7 +489,7 @@ def serve(cfg: ServeConfig, run: Run) -> ServeReport:
         if isinstance(pair, RemotePair):
             engine = RemoteEngine(pair, cfg.engine)
         else:
-            engine = Engine(pair, cfg.engine, router=router)
+            engine = Engine(pair, cfg.engine, router=router).prepare()
         with engine:
             app = app_of(engine, model=name, stitch=cfg.stitch, api_key=key)
             where = f"http://{cfg.address}:{bound.getsockname()[1]}"
