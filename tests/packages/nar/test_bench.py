@@ -72,7 +72,8 @@ def test_the_floor_counts_what_every_pass_reads():
 
 
 def test_what_a_cpu_cannot_time_is_refused(start, tmp_path):
-    for at, cfg in enumerate((BenchConfig(models=("nar_l",)), BenchConfig(graphs=True))):
+    wrong = (BenchConfig(models=("nar_l",)), BenchConfig(graphs=True), BenchConfig(modes=("fused",)))
+    for at, cfg in enumerate(wrong):
         with start(cfg, "bench", tmp_path / str(at)) as run, pytest.raises(UnsupportedHardwareError):
             bench(cfg, run)
     cfg = BenchConfig(models=("nar_s",))

@@ -97,6 +97,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         raise UnsupportedHardwareError(
             f"{', '.join(cfg.models)} needs a CUDA device, and graphs do", "no CUDA device", "--model tiny"
         )
+    if "eager" not in cfg.modes and (device.type == "cpu" or cfg.graphs is False):
+        raise UnsupportedHardwareError(f"--modes {' '.join(cfg.modes)} need graphs", "none", "--modes eager")
     with torch.no_grad():
         for name in cfg.models:
             # No release draws clips in raster order with these tokens.
@@ -175,7 +177,7 @@ class _Bench:
             release = ReleaseLoop(self.model, self.cfg.guidance)
             self.check(release)
             self.time(f"{self.prefix}release", facts, partial(release, **given))
-            for mode in ("eager", "graphs", "compiled", "fused") if self.graphs else ("eager",):
+            for mode in (mode for mode in self.cfg.modes if self.graphs or mode == "eager"):
                 self.ours(mode, batch, given, facts)
                 self.clear()
             passes = len(self.model.order.steps)
