@@ -122,6 +122,7 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
             ["--op", "ragged_decode", "--shapes", "1x3x2x64x64"],
             "BATCHxHEADSxKEY_HEADSxTOKENSxHEAD_SIZE such as 1x28x4x16384",
         ),
+        (["--op", "kept_tokens", "--shapes", "3x8x4x64"], "ROWSxTOKENSxKEPTxCHANNELS, of an even number of rows"),
         (["--op", "column_mass", "--modes", "forward"], "column_mass has no modes to choose; it has shapes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -249,6 +250,14 @@ def test_decode_bench_on_a_gpu(tmp_path):
     found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
     times = {r["variant"] for r in found if r["metric"] == "time"}
     assert times == {"dense sdpa", "triton, all", "triton, 0.25", "sdpa under a mask, 0.25"}
+
+
+@requires_gpu(min_sm=80)
+def test_kept_tokens_bench_on_a_gpu(tmp_path):
+    argv = ["--op", "kept_tokens", "--shapes", "2x100x40x768", "--rounds", "2"]
+    found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    times = {(r["split"], r["variant"]) for r in found if r["metric"] == "time"}
+    assert times == {(s, v) for s in ("gather", "change", "draw") for v in ("triton", "torch", "torch compiled")}
 
 
 @requires_gpu(min_sm=90)

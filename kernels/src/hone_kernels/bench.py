@@ -19,6 +19,7 @@ from hone_kernels.block_scores import bench as scores_bench
 from hone_kernels.column_mass import bench as mass_bench
 from hone_kernels.config import BenchConfig
 from hone_kernels.gpu import the_gpu
+from hone_kernels.kept_tokens import bench as kept_bench
 from hone_kernels.logits import SUPPORT as LOGITS
 from hone_kernels.logits import bench as logits_bench
 from hone_kernels.ragged_decode import bench as decode_bench
@@ -26,7 +27,7 @@ from hone_kernels.rows import TimesReport
 
 __all__ = ["BenchReport", "bench", "plot", "prepare"]
 
-_GROUPED: dict[str, Any] = {"column_mass": mass_bench, "ragged_decode": decode_bench}
+_GROUPED: dict[str, Any] = {"column_mass": mass_bench, "kept_tokens": kept_bench, "ragged_decode": decode_bench}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def prepare(cfg: BenchConfig) -> BenchConfig:
     if cfg.op in _GROUPED:
         cfg = replace(cfg, shapes=cfg.shapes or _GROUPED[cfg.op].SHAPES)
         for shape in cfg.shapes:
-            mass_bench.parse(shape)
+            _GROUPED[cfg.op].parse(shape)
         return cfg
     names = attention_bench.SHAPES if cfg.op == "attention" else fp8_bench.PROLOGUES
     cfg = replace(cfg, shapes=cfg.shapes or tuple(names))
