@@ -172,7 +172,7 @@ class Detector(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio-ffmpeg's pipes
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_fvd_of_clips(start, tmp_path, classes):
     vae = LARPTokenizer(frames=4, size=16, tokens=24, dim=16, depth=1, heads=2, codebook_size=32).eval()
     NARVideoPipeline(tiny("video", num_classes=2), vae).save_pretrained(tmp_path / "clips")
