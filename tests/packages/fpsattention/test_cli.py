@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 from hone_fpsattention import cli
@@ -207,6 +209,23 @@ def test_dry_run_prints_settings_and_does_nothing(capsys, monkeypatch, tmp_path)
     assert code == 0
     assert json.loads(out)["config"]["steps"] == 5
     assert not any(tmp_path.iterdir())
+
+
+WITHOUT_TORCHVISION = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torchvision" else find_spec(name, *rest)
+import hone_video.architectures
+from hone_fpsattention.cli import main
+main()
+"""
+
+
+def test_no_word_about_torchvision_which_only_images_need(pipeline):
+    argv = ["generate", "--model", str(pipeline), *VIDEO, "--preset", "tiny", "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCHVISION, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torchvision" not in done.stderr
 
 
 def test_eval_makes_vbench_s_videos_and_goes_on_where_it_stopped(capsys, monkeypatch, pipeline, tmp_path):

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLWan,
     CogVideoXDPMScheduler,
-    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     HunyuanVideoTransformer3DModel,
     ModelMixin,
     UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -112,16 +111,7 @@ def tiny_pipeline(
     Raises:
         ValueError: ``kind`` is another one.
     """
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        T5Config,
-        T5EncoderModel,
-        T5Tokenizer,
-        UMT5Config,
-        UMT5EncoderModel,
-    )
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
     words = [("▁" + word, -2.0) for word in ("a", "red", "blue", "cat", "dog", "runs", "left", "right")]
     letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz.,"]
@@ -148,12 +138,14 @@ def tiny_pipeline(
             ).eval()
         if not image:
             return WanPipeline(**{**parts, **options})
+        from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
         clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, **clip)).eval()
         parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-        return WanImageToVideoPipeline(**{**parts, **options})
+        return diffusers.WanImageToVideoPipeline(**{**parts, **options})
     more = {"in_channels": 8, "out_channels": 4} if image else {}
     parts["transformer"] = tiny(kind, num_layers=1, max_text_seq_length=226, **more)
     parts["scheduler"] = CogVideoXDPMScheduler(
@@ -166,7 +158,7 @@ def tiny_pipeline(
         parts["vae"] = AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, **channels
         ).eval()
-    return (CogVideoXImageToVideoPipeline if image else CogVideoXPipeline)(**{**parts, **options})
+    return (diffusers.CogVideoXImageToVideoPipeline if image else CogVideoXPipeline)(**{**parts, **options})
 
 
 def full_size(

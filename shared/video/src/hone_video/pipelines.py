@@ -11,18 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLWan,
     CogVideoXDPMScheduler,
-    CogVideoXImageToVideoPipeline,
-    CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
     UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
     WanTransformer3DModel,
 )
 from hone_core.errors import CheckpointError
@@ -48,7 +45,7 @@ class PipelineKind:
     """A pipeline class and what its users need to know.
 
     Attributes:
-        pipeline: The class.
+        name: Of the class, as ``model_index.json`` has it.
         family: Of its transformer.
         fps: Frames per second that its models were trained on.
         schedulers: Names that ``make_scheduler`` takes for it.
@@ -58,7 +55,7 @@ class PipelineKind:
         image: Whether its videos begin with an image.
     """
 
-    pipeline: type[DiffusionPipeline]
+    name: str
     family: Literal["wan", "cogvideox"]
     fps: int
     schedulers: tuple[str, ...]
@@ -67,18 +64,20 @@ class PipelineKind:
     frame_pairs: bool = False
     image: bool = False
 
+    @property
+    def pipeline(self) -> type[DiffusionPipeline]:
+        """The class, imported only now: those for images have transformers warn where torchvision is missing."""
+        return getattr(diffusers, self.name)
 
-PIPELINES = {
-    "WanPipeline": PipelineKind(WanPipeline, "wan", 16, ("unipc", "default"), float32_vae=True, multiple=16),
-    "CogVideoXPipeline": PipelineKind(CogVideoXPipeline, "cogvideox", 8, ("dpm", "default"), frame_pairs=True),
-}
-PIPELINES |= {
-    "WanImageToVideoPipeline": replace(PIPELINES["WanPipeline"], pipeline=WanImageToVideoPipeline, image=True),
-    "CogVideoXImageToVideoPipeline": replace(
-        PIPELINES["CogVideoXPipeline"], pipeline=CogVideoXImageToVideoPipeline, image=True
-    ),
-}
-"""Class name, as ``model_index.json`` has it, to the facts."""
+
+_WAN = PipelineKind("WanPipeline", "wan", 16, ("unipc", "default"), float32_vae=True, multiple=16)
+_COGVIDEOX = PipelineKind("CogVideoXPipeline", "cogvideox", 8, ("dpm", "default"), frame_pairs=True)
+_FOR_IMAGES = (
+    replace(_WAN, name="WanImageToVideoPipeline", image=True),
+    replace(_COGVIDEOX, name="CogVideoXImageToVideoPipeline", image=True),
+)
+PIPELINES = {kind.name: kind for kind in (_WAN, _COGVIDEOX, *_FOR_IMAGES)}
+"""Class name to the facts."""
 
 
 def find_pipeline(model: str, *, images: bool = False, local_files_only: bool = False) -> str:
