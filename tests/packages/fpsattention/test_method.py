@@ -215,9 +215,12 @@ def test_the_definition_and_the_kernels_emulation_agree(smooth_k, window, tile, 
 def test_error_is_that_of_the_format():
     q, k, v = tensors(math.prod(GRID), dim=64)
     exact = attend(q, k, v, Regime(e4m3=False))
+    errors = []
     for regime in (Regime(), Regime(scales="tensor"), Regime(scales="token"), Regime(scale_tile=(8, 8, 8))):
-        error = float((attend(q, k, v, regime) - exact).norm() / exact.norm())
-        assert 0.02 < error < 0.08, regime
+        errors.append(float((attend(q, k, v, regime) - exact).norm() / exact.norm()))
+        assert 0.02 < errors[-1] < 0.08, regime
+    # The format floats: what shares a scale matters little where magnitudes are alike.
+    assert max(errors) < 1.1 * min(errors)
 
 
 def test_granularities_differ_where_magnitudes_drift():
