@@ -118,11 +118,19 @@ def test_autocast_changes_no_bit():
 
 def test_what_is_not_finite_spoils_itself_only():
     q, k, v = operands(8)
-    k[0, 0, 2, 3] = torch.inf
+    k[0, 0, 2, 3] = v[0, 0, 2, 3] = torch.inf
     got = round_qkv(q, k, v, groups=torch.zeros(8, dtype=torch.int64), present=torch.ones(8, dtype=torch.bool))
-    bad = got.k.isnan()
-    assert bad.nonzero().tolist() == [[0, 0, 2, 3]]
-    assert bool(got.k_scale.isfinite().all())
+    for x, scale in ((got.k, got.k_scale), (got.v, got.v_scale)):
+        assert x.isnan().nonzero().tolist() == [[0, 0, 2, 3]]
+        assert bool(scale.isfinite().all())
+
+
+def test_scales_of_zeros_divide():
+    zero = torch.zeros(1, 1, 4, 8)
+    got = round_qkv(zero, zero, zero, groups=torch.arange(4), present=torch.ones(4, dtype=torch.bool))
+    for x, scale in ((got.q, got.q_scale), (got.k, got.k_scale), (got.v, got.v_scale)):
+        assert bool((scale > 0).all())
+        assert bool((x == 0).all())
 
 
 def test_finer_scales_and_smoothing_keep_more_of_a_drifting_key():
