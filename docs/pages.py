@@ -12,7 +12,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = {".md", ".png", ".svg", ".gif"}
-START = {"Start": "README.md", "How results are made": "docs/results.md", "Changes": "CHANGELOG.md"}
+START = {
+    "Start": "README.md",
+    "How results are made": "docs/results.md",
+    "Past one machine": "docs/costs.md",
+    "Changes": "CHANGELOG.md",
+}
 WORK = {
     "Contributing": "CONTRIBUTING.md",
     "Conventions": "docs/conventions.md",

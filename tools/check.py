@@ -39,6 +39,7 @@ STEPS = {
     "tracked": Step(_tool("tracked")),
     "tables": Step(_tool("tables", "--check"), _tool("tables")),
     "methods": Step(_tool("methods", "--check"), _tool("methods")),
+    "costs": Step(_tool("costs", "--check"), _tool("costs")),
     "constraints": Step(_tool("constraints", "--check"), _tool("constraints")),
     "siblings": Step(_tool("pip_install", "--check")),
     "tests": Step(PYTEST),

@@ -74,7 +74,7 @@ def render(spec: dict[str, Any], folder: Path, root: Path = ROOT) -> str:
             raise TableError(f"{key} is missing")
     found = documents(spec["files"], folder, root)
     rows = [fields(row) for document in found.values() for row in document["rows"]]
-    chosen = [row for row in rows if _fits(row, spec.get("where", {}))]
+    chosen = [row for row in rows if fits(row, spec.get("where", {}))]
     if not chosen:
         raise TableError(f"no result fits where = {spec.get('where', {})}")
     keys = [{"field": key} if isinstance(key, str) else key for key in spec["rows"]]
@@ -106,7 +106,7 @@ def _columns(column: dict[str, Any], rows: list[dict]) -> list[dict[str, Any]]:
     if "pivot" not in column:
         return [column]
     field, where = column["pivot"], column.get("where", {})
-    found = dict.fromkeys(row[field] for row in rows if field in row and _fits(row, where))
+    found = dict.fromkeys(row[field] for row in rows if field in row and fits(row, where))
     values = column.get("values", list(found))
     names = values if isinstance(values, dict) else {value: value for value in values}
     if unknown := [value for value in names if value not in found]:
@@ -122,10 +122,10 @@ def cell(rows: list[dict], column: dict[str, Any], where: str) -> str:
     """What one column shows of these rows."""
     field, digits, scale = column.get("value", "value"), column.get("digits", 2), column.get("scale", 1)
     place = f"{where}, column {column.get('title', '')!r}"
-    picked = [row for row in rows if _fits(row, column.get("where", {}))]
+    picked = [row for row in rows if fits(row, column.get("where", {}))]
     if speedup := column.get("speedup"):
         _only(speedup, "speedup", "speedup")
-        sides = {side: [row for row in picked if _fits(row, speedup[side])] for side in ("baseline", "method")}
+        sides = {side: [row for row in picked if fits(row, speedup[side])] for side in ("baseline", "method")}
         if speedup.get("best"):
             measured = [row for row in sides["baseline"] if row.get(field) is not None]
             sides["baseline"] = sorted(measured, key=lambda row: row[field])[:1]
@@ -157,7 +157,8 @@ def _one(rows: list[dict], field: str, place: str) -> dict | None:
     return rows[0] if rows else None
 
 
-def _fits(row: dict, where: dict[str, Any]) -> bool:
+def fits(row: dict, where: dict[str, Any]) -> bool:
+    """Whether each field has the wanted value, or one of them."""
     return all(row.get(key, "") in (want if isinstance(want, list) else [want]) for key, want in where.items())
 
 
