@@ -86,6 +86,6 @@ def draw_codes_triton(
         first, second, third, weight, uniform, codes, first.stride(0), first.stride(1), images, tokens, vocabulary,
         guidance, temperature, top_k,
         HEADS=len(given), GUIDED=rows != images, CUT=0 < top_k < vocabulary, PADDED=padded,
-        num_warps=min(16, max(4, padded // 1024)),
+        num_warps=min(32, max(4, padded // 512)),
     )  # fmt: skip
     return codes
