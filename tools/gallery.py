@@ -41,6 +41,11 @@ code { overflow-wrap: anywhere; }
 """
 
 
+def specs(package: str, root: Path = ROOT) -> Path:
+    """Where the tables of a package are specified; that of its demo is missing as long as the demo is."""
+    return root / "results" / package / tables.SPECS
+
+
 def is_done(run: Path) -> bool:
     """Whether a finished demo lies there."""
     results = run / "results.json"
@@ -87,7 +92,7 @@ def _section(package: str, run: Path, said: dict[str, str], root: Path) -> str:
         if picture.suffix == ".svg" and picture.with_suffix(".png").exists():
             continue
         parts.append(f'<img loading="lazy" alt="{picture.stem}" src="{_data(picture, PICTURES[picture.suffix])}">\n')
-    spec = tomllib.loads((root / "results" / package / tables.SPECS).read_text(encoding="utf-8"))["demo"]
+    spec = tomllib.loads(specs(package, root).read_text(encoding="utf-8"))["demo"]
     parts.append(_table(tables.render(spec | {"files": ["results.json"], "caption": False}, run, run)))
     made = {"environment": json.loads((run / "environment.json").read_text(encoding="utf-8"))}
     parts.append(f"<small>{_words(tables.caption({'results.json': made}).strip('*').replace('`', ''))}.</small>\n")
@@ -120,9 +125,12 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / RUNS, help=f"where the demos' runs lie (default: {RUNS})")
     args = parser.parse_args()
     known = list(methods.load())
-    chosen = [name.strip() for name in args.only.split(",") if name.strip()] or known
+    without = [name for name in known if "demo" not in tomllib.loads(specs(name).read_text(encoding="utf-8"))]
+    chosen = [name.strip() for name in args.only.split(",") if name.strip()] or [n for n in known if n not in without]
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"unknown packages {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if early := [name for name in chosen if name in without]:
+        parser.error(f"{', '.join(early)} has no demo yet")
     folders = {package: args.runs.resolve() / package for package in chosen}
     failed = [
         package for package, run in folders.items() if not is_done(run) and not args.read and not perform(package, run)
@@ -133,7 +141,7 @@ def main() -> int:
         return 1
     out = args.runs / "index.html"
     out.write_text(page(done), encoding="utf-8")
-    left = [package for package in chosen if package not in done]
+    left = [package for package in [*chosen, *without] if package not in done]
     print(f"gallery: {out}, {out.stat().st_size / 2**20:.1f} MiB" + (f"; without {', '.join(left)}" if left else ""))
     return 1 if failed else 0
 

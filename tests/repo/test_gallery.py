@@ -55,3 +55,22 @@ def test_a_demo_that_fails_is_no_success(run, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gallery.py", "--only", "nar,blade", "--runs", str(run.parent)])
     assert gallery.main() == 1
     assert asked == [("blade", run.parent / "blade")]
+
+
+def test_a_package_without_a_demo_is_left_out_and_named(run, monkeypatch, capsys):
+    known = list(gallery.methods.load())
+    without = run.parent / "tables.toml"
+    without.write_text("")
+    named = {name: gallery.specs(name) for name in known}
+    monkeypatch.setattr(gallery, "specs", lambda name, root=ROOT: without if name == "blade" else named[name])
+    asked = []
+    monkeypatch.setattr(gallery, "perform", lambda package, folder: asked.append(package) or True)
+    monkeypatch.setattr("sys.argv", ["gallery.py", "--runs", str(run.parent)])
+    assert gallery.main() == 0
+    # That of nar has run.
+    assert asked == [name for name in known if name not in ("blade", "nar") and "[demo]" in named[name].read_text()]
+    assert "blade" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["gallery.py", "--only", "blade", "--runs", str(run.parent)])
+    with pytest.raises(SystemExit):
+        gallery.main()
+    assert "blade has no demo yet" in capsys.readouterr().err

@@ -5,18 +5,17 @@ Source: ``scripts/train.sh`` of the release; what it does otherwise by mistake i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
-from hone_core.runs import Report, Run
+from hone_core.runs import Run
 from hone_splat.chunks import ChunkSet
 from hone_splat.hosts import HostOutput
 from hone_splat.published import build_published, load_published
-from hone_splat.training import Drawn, fit
+from hone_splat.training import WEIGHTS, Drawn, TrainedReport, fit
 from torch import Tensor
 
 from .cache import CachedTeacher
@@ -25,33 +24,7 @@ from .models import PMLoss, tiny
 from .teachers import DepthTeacher, PrecomputedTeacher, Shots, Teacher, name_views
 from .vggt import VGGTTeacher
 
-__all__ = ["TrainedReport", "prepare", "train"]
-
-WEIGHTS = "host.safetensors"
-"""Where a run's artifacts hold the trained weights, with the published names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedReport(Report):
-    """What a training left.
-
-    Attributes:
-        weights: For ``load_published``.
-    """
-
-    weights: Path
-
-    @classmethod
-    def of(cls, run: Run) -> TrainedReport:
-        """Return the report of a finished run."""
-        return cls(path=run.path, rows=tuple(run.rows), weights=run.artifacts / WEIGHTS)
-
-    def __str__(self) -> str:
-        values = {row.metric: row.value for row in self.rows}
-        return (
-            f"weights  {self.weights}\n{'':8} {values['steps']:.0f} steps in {values['seconds']:.0f} s\n"
-            f"results  {self.path / 'results.json'}"
-        )
+__all__ = ["prepare", "train"]
 
 
 def prepare(cfg: TrainConfig) -> TrainConfig:

@@ -419,7 +419,7 @@ class EvalConfig:
 
     data: str | None = None
     """JSON lines or parquet with question and answer (or problem and solution), here or on the hub
-    (hf://datasets/OWNER/NAME/FILE), or aime24, amc23, math500; generated products if None."""
+    (hf://datasets/OWNER/NAME/FILE), or aime24, amc, math500; generated products if None."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded: ``number`` compares the last number of the text, ``math`` uses math-verify (extra)."""
     limit: int | None = None

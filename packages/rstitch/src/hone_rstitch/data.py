@@ -34,10 +34,10 @@ CHECKS = 2
 """Times that the verbose model works a product out before it answers."""
 SETS = {
     "aime24": "hf://datasets/HuggingFaceH4/aime_2024/data/train-00000-of-00001.parquet",
-    "amc23": "hf://datasets/AI-MO/aimo-validation-amc/data/train-00000-of-00001.parquet",
+    "amc": "hf://datasets/AI-MO/aimo-validation-amc/data/train-00000-of-00001.parquet",
     "math500": "hf://datasets/HuggingFaceH4/MATH-500/test.jsonl",
 }
-"""Sets of the paper: AIME 2024 (30), AMC (83), MATH-500 (500). Licences are their own."""
+"""Sets of the paper: AIME 2024 (30), AMC 12 of 2022 and 2023 (83), MATH-500 (500). Licences are their own."""
 HUB = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 FIELDS = {"question": ("question", "problem", "prompt"), "answer": ("answer", "solution", "target")}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

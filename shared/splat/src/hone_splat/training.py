@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from hone_core.devices import resolve_device
 from hone_core.processes import load_whole_weights
-from hone_core.runs import Run
+from hone_core.runs import Report, Run
 from hone_core.training import Training
 from torch import Tensor, nn
 
@@ -31,10 +31,35 @@ from .rendering import render
 from .training_config import FitConfig
 from .views import Views
 
-__all__ = ["Drawn", "Term", "choose_views", "fit", "mirrored", "picture_loss", "scene_of"]
+__all__ = ["WEIGHTS", "Drawn", "Term", "TrainedReport", "choose_views", "fit", "mirrored", "picture_loss", "scene_of"]
 
 SKIP_AFTER = 300
 SKIPPED = 1e-8
+WEIGHTS = "host.safetensors"
+"""Where a run's artifacts hold the trained weights, with the published names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedReport(Report):
+    """What a training left.
+
+    Attributes:
+        weights: For ``published.load_published``, and ``--checkpoint`` of the verbs that draw.
+    """
+
+    weights: Path
+
+    @classmethod
+    def of(cls, run: Run) -> TrainedReport:
+        """Return the report of a finished run."""
+        return cls(path=run.path, rows=tuple(run.rows), weights=run.artifacts / WEIGHTS)
+
+    def __str__(self) -> str:
+        values = {row.metric: row.value for row in self.rows}
+        return (
+            f"weights  {self.weights}\n{'':8} {values['steps']:.0f} steps in {values['seconds']:.0f} s\n"
+            f"results  {self.path / 'results.json'}"
+        )
 
 
 @dataclass(frozen=True)
