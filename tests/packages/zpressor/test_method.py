@@ -191,7 +191,7 @@ def test_without_support_only_self_attention_is_applied(module):
     none = Clusters(torch.tensor([[0, 1]]), torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.bool))
     tokens = features[0].flatten(2).mT
     for block in module.self_attn_layers[0]:
-        tokens = block(tokens)
+        tokens = block(tokens, "float32")
     want = tokens.mT.view_as(features)
     assert torch.allclose(module(features, none, "float32"), want, atol=1e-6)
     # Beside an anchor that has some, too.

@@ -46,7 +46,7 @@ class ZPressorConfig:
     layers: int = 6
     """Pairs of cross- and self-attention."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the cross-attention; published weights were trained with bfloat16."""
+    """As released, bfloat16 holds of the cross-attention, and on a CUDA device of the self-attention too."""
     attention: Literal["padded", "varlen"] = "padded"
     """Of the cross-attention: over lists of support padded to the longest; or torch's over ragged ones, in bfloat16 on
     a CUDA device."""
@@ -257,8 +257,11 @@ class BenchConfig:
     """Views that are left."""
     host_views: int = 12
     """Most views that the host alone is given."""
-    sweep: Literal["reference", "triton"] = "reference"
-    """What computes the host's cost volume."""
+    sweeps: tuple[Literal["reference", "triton"], ...] = ("reference",)
+    """What computes the host's cost volume, each in turn."""
+    matmuls: tuple[Literal["float32", "tf32"], ...] = ("float32",)
+    """Precision of matrix products on a CUDA device, each in turn; convolutions are in TF32 there always, as torch has
+    it."""
     rounds: int = 5
     """Turns that each variant gets after two that warm up."""
     seed: int = 0
@@ -267,6 +270,10 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if not self.views or min(self.views) < self.anchors or self.anchors < 2 or self.rounds < 1:
             raise ValueError("expected at least one round and 2 <= anchors <= each number of views")
+        for name in ("views", "sweeps", "matmuls"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise ValueError(f"expected {name} that differ, and at least one; got {given}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

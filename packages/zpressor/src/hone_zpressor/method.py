@@ -8,6 +8,7 @@ take batches whose scenes may have different numbers of views.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,8 @@ __all__ = ["Attention", "Clusters", "Precision", "ViewStream", "ZPressor", "assi
 __all__ += ["information_loss", "least_seen"]
 
 Precision = Literal["bfloat16", "float32"]
-"""Of the cross-attention's queries, keys and values; published weights were trained with bfloat16."""
+"""Of the queries, keys and values. As released, bfloat16 holds of the cross-attention everywhere, and of the
+self-attention on a CUDA device."""
 
 Attention = Literal["padded", "varlen"]
 """One attention over lists of support that are padded to the longest, with a mask; or torch's over ragged ones, which
@@ -98,6 +100,20 @@ class Clusters:
     anchors: Tensor
     support: Tensor
     real: Tensor
+
+    # What every layer asks, found once: each of these waits for the device.
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether no list is padded."""
+        return bool(self.real.all())
+
+    @cached_property
+    def ragged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The lists one after the other, where each begins and the last ends, and the pairs that have one."""
+        counts = self.real.sum(1)
+        kept = counts.nonzero()[:, 0]
+        return self.support[self.real], F.pad(counts[kept].cumsum(0), (1, 0)).int(), kept
 
 
 def cluster_views(
@@ -179,7 +195,7 @@ def _attend_padded(query: Tensor, key_value: Tensor, clusters: Clusters, some: T
     tokens = query.shape[1]
     key, value = key_value[clusters.support].flatten(1, 2)[:, None].chunk(2, -1)  # [pairs, 1, S * T, C]
     mask = None
-    if not bool(clusters.real.all()):
+    if not clusters.full:
         # A pair without support attends to padding, and drops what it found.
         seen = clusters.real | ~some[:, None]
         mask = seen.repeat_interleave(tokens, 1)[:, None, None].expand(-1, -1, tokens, -1)
@@ -188,18 +204,15 @@ def _attend_padded(query: Tensor, key_value: Tensor, clusters: Clusters, some: T
 
 def _attend_ragged(query: Tensor, key_value: Tensor, clusters: Clusters) -> Tensor:
     pairs, tokens, channels = query.shape
-    counts = clusters.real.sum(1)
-    kept = counts.nonzero()[:, 0]
-    # Supports of the pairs that have some, one after the other.
-    key, value = key_value[clusters.support[clusters.real]].view(-1, 1, 2 * channels).chunk(2, -1)
-    limits = F.pad(counts[kept].cumsum(0), (1, 0)) * tokens
-    starts = torch.arange(len(kept) + 1, device=query.device) * tokens
+    support, limits, kept = clusters.ragged
+    key, value = key_value[support].view(-1, 1, 2 * channels).chunk(2, -1)
+    starts = torch.arange(len(kept) + 1, dtype=torch.int32, device=query.device) * tokens
     found = varlen_attn(
         query[kept].view(-1, 1, channels),
         key.contiguous(),
         value.contiguous(),
-        starts.int(),
-        limits.int(),
+        starts,
+        limits * tokens,
         tokens,
         clusters.support.shape[1] * tokens,
     )
@@ -229,9 +242,12 @@ class SelfAttention(nn.Module):
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.mlp = Mlp(channels)
 
-    def forward(self, x: Float[Tensor, "pair token channels"]) -> Float[Tensor, "pair token channels"]:
-        query, key, value = self.to_qkv(self.norm(x))[:, None].chunk(3, -1)
-        x = x + F.scaled_dot_product_attention(query, key, value)[:, 0]
+    def forward(
+        self, x: Float[Tensor, "pair token channels"], precision: Precision
+    ) -> Float[Tensor, "pair token channels"]:
+        kind = torch.bfloat16 if precision == "bfloat16" and x.is_cuda else x.dtype
+        query, key, value = self.to_qkv(self.norm(x)).to(kind)[:, None].chunk(3, -1)
+        x = x + F.scaled_dot_product_attention(query, key, value)[:, 0].to(x.dtype)
         return x + self.mlp(x)
 
 
@@ -264,8 +280,8 @@ class ZPressor(nn.Module):
         Args:
             features: Of all views.
             clusters: See ``cluster_views``.
-            precision: Of the cross-attention.
-            attention: Likewise.
+            precision: See ``Precision``.
+            attention: Of the cross-attention.
 
         Raises:
             ValueError: ``varlen`` is asked for elsewhere than in bfloat16 on a CUDA device.
@@ -293,7 +309,7 @@ class ZPressor(nn.Module):
         cross_layers: Any = self.cross_attn_layers[0]
         self_layers: Any = self.self_attn_layers[0]
         for cross, within in zip(cross_layers, self_layers, strict=True):
-            anchor = within(cross(anchor, views, clusters, precision, attention))
+            anchor = within(cross(anchor, views, clusters, precision, attention), precision)
         return anchor
 
 
@@ -306,7 +322,7 @@ class ViewStream:
         module: The weights.
         features: ``[N, C, H, W]`` of the anchors.
         centres: ``[N, 3]``, their camera centres.
-        precision: Of the cross-attention.
+        precision: See ``Precision``.
 
     Source: ours; that an anchor reads its support in no order makes it possible.
     """
