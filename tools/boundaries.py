@@ -4,20 +4,23 @@
 
 packages may import shared and kernels, never each other; shared may import core and kernels; kernels import nothing of
 ours, except that the modules of their verbs import core, and their ops no verb; core imports nothing of ours. Every
-distribution that a member imports is one that it declares. There are no circles, neither between members nor between
+distribution that a member imports is one that it declares, and every one that a package installs, by itself or through
+its siblings, is one that a module of ours imports on the way from it (``BEHIND`` names what a library imports for us).
+There are no circles, neither between members nor between
 modules; an import inside a function counts, one under TYPE_CHECKING does not. A config.py loads no torch: not by its
 own imports, those in functions and properties included, and not by a module that they load.
 """
 
 import argparse
 import ast
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from workspace import ROOT, Member, members, report
+from workspace import ROOT, Member, members, report, requirement_name
 
 # Import name to distribution, where they differ by more than case and dashes.
 DISTRIBUTION = {
@@ -28,6 +31,17 @@ DISTRIBUTION = {
     "skimage": "scikit-image",
 }
 
+# Distributions that no module of ours names, and those that import them for us.
+BEHIND = {
+    "accelerate": ("diffusers", "transformers"),  # loading of weights
+    "ftfy": ("diffusers",),  # prompts of Wan's pipelines
+    "huggingface-hub": ("diffusers", "transformers"),
+    "imageio": ("diffusers",),  # export_to_video
+    "imageio-ffmpeg": ("imageio", "diffusers"),
+    "num2words": ("transformers",),  # SmolVLM's processor
+    "sentencepiece": ("transformers",),  # T5's tokenizers
+    "torchvision": ("transformers", "torchmetrics"),  # processors of images and videos; LPIPS
+}
 
 # Modules of kernels that come with an extra: verbs, their settings, and what they share.
 VERBS = frozenset(
@@ -85,6 +99,7 @@ def check(root: Path = ROOT) -> list[str]:
         name: {target for item in items if item.when is not When.TYPING for target in _targets(item, files)} - {name}
         for name, items in imported.items()
     }
+    problems += [problem for member in found for problem in _superfluous(member, by_module, imported, graph)]
     problems += [f"modules import each other in a circle: {path}" for path in circles(graph)]
     problems += [f"members import each other in a circle: {path}" for path in circles(uses)]
     problems += [
@@ -116,10 +131,10 @@ def loads_heavy(name: str, imported: dict[str, list[Import]], files: dict[str, P
     return list(paths.values())
 
 
-def _with_parents(names: set[str], files: dict[str, Path]) -> set[str]:
+def _with_parents(names: set[str], files: Collection[str]) -> set[str]:
     """The modules and the packages that hold them, which load first."""
     split = [name.split(".") for name in names]
-    return {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)} & files.keys()
+    return {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)} & set(files)
 
 
 def _forbidden(member: Member, other: Member, file: Path, where: str) -> list[str]:
@@ -138,10 +153,58 @@ def _forbidden(member: Member, other: Member, file: Path, where: str) -> list[st
 def _undeclared(member: Member, top: str, where: str) -> list[str]:
     if top in sys.stdlib_module_names or top == "__future__":
         return []
-    distribution = DISTRIBUTION.get(top, top.lower().replace("_", "-"))
+    distribution = _distribution(top)
     if distribution in member.dependencies(extras=True):
         return []
     return [f"{where}: {member.name} imports {top} and does not declare {distribution}"]
+
+
+def _distribution(module: str) -> str:
+    top = module.partition(".")[0]
+    return DISTRIBUTION.get(top, top.lower().replace("_", "-"))
+
+
+def _superfluous(
+    member: Member, by_module: dict[str, Member], imported: dict[str, list[Import]], graph: dict[str, set[str]]
+) -> Iterator[str]:
+    """What the member declares in vain, and, of a package, what its siblings install that it has no use for."""
+    by_name = {other.name: other for other in by_module.values()}
+    reached = {name for name in imported if name.partition(".")[0] == member.module}
+    own = {_distribution(item.module) for name in reached for item in imported[name] if item.when is not When.TYPING}
+    queue = list(reached)
+    for name in queue:
+        new = _with_parents(graph[name], imported) - reached
+        reached |= new
+        queue += new
+    used = {_distribution(item.module) for name in reached for item in imported[name] if item.when is not When.TYPING}
+    used |= {name for name, users in BEHIND.items() if used & set(users)}
+    brought = _brought(member, by_name)
+    for name in sorted(member.dependencies() - by_name.keys() - own):
+        if name not in used:
+            yield f"{member.name} declares {name}, which it does not import"
+        elif others := sorted(brought[name] - {member.name}):
+            yield f"{member.name} declares {name}, which it does not import and {others[0]} brings"
+    if member.kind == "packages":
+        for name in sorted(brought.keys() - used - member.dependencies()):
+            yield f"{member.name} installs {name} through {', '.join(sorted(brought[name]))} and has no use for it"
+
+
+def _brought(member: Member, by_name: dict[str, Member]) -> dict[str, set[str]]:
+    """Third-party distributions that come with a member, and the members that declare them; extras where asked for."""
+    brought: dict[str, set[str]] = {}
+    queue = [(member, frozenset[str]())]
+    for current, extras in queue:
+        optional = current.project.get("optional-dependencies", {})
+        for text in [*current.project.get("dependencies", []), *(text for name in extras for text in optional[name])]:
+            name = requirement_name(text)
+            if name in by_name:
+                asked = re.search(r"\[(.*?)\]", text)
+                step = (by_name[name], frozenset(re.split(r"\s*,\s*", asked[1].strip()) if asked else ()))
+                if step not in queue:
+                    queue.append(step)
+            else:
+                brought.setdefault(name, set()).add(current.name)
+    return brought
 
 
 def imports(file: Path, name: str) -> Iterator[Import]:

@@ -58,6 +58,8 @@ class Tree:
         self.pyproject("packages/alpha", '"torch>=2"', '"torch>=2", "tyro"')
         for name in ("__init__", "reference", "api"):
             self.write(f"kernels/src/hone_kernels/op/{name}.py", "VALUE = 1\n")
+        for source in ("packages/alpha/src/hone_alpha", "shared/core/src/hone_core", "kernels/src/hone_kernels/op"):
+            self.write(f"{source}/tensors.py", "import torch\n")
 
     def member(self, folder: str, name: str, dependencies: list[str], more: str = "") -> None:
         self.write(f"{folder}/pyproject.toml", MEMBER_PYPROJECT.format(name=name, dependencies=dependencies, more=more))

@@ -125,3 +125,32 @@ def test_relative_imports_are_resolved(tree):
 def test_circles_are_found_once():
     assert boundaries.circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == ["a -> b -> a"]
     assert boundaries.circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_what_a_member_declares_it_imports(tree):
+    tree.pyproject("packages/alpha", '"tyro"', '"tyro", "einops>=1"')
+    assert boundaries.check(tree.path) == ["hone-alpha declares einops, which it does not import"]
+    # Core brings it, and what a library imports for us counts for those who import that library.
+    tree.pyproject("shared/core", '"torch>=2"', '"torch>=2", "einops>=1", "ftfy"')
+    tree.write(f"{CORE}/runs.py", "import einops\n")
+    tree.write(f"{ALPHA}/models.py", "import hone_core.runs\n")
+    assert boundaries.check(tree.path) == [
+        "hone-core declares ftfy, which it does not import",
+        "hone-alpha declares einops, which it does not import and hone-core brings",
+        "hone-alpha installs ftfy through hone-core and has no use for it",
+    ]
+
+
+def test_a_package_installs_what_it_has_a_use_for(tree):
+    tree.pyproject("shared/core", '"torch>=2"', '"torch>=2", "einops"')
+    tree.write(f"{CORE}/shapes.py", "def f():\n    import einops\n")
+    unused = "hone-alpha installs einops through hone-core and has no use for it"
+    assert boundaries.check(tree.path) == [unused]
+    tree.write(f"{ALPHA}/models.py", "def g():\n    from hone_core import shapes\n")
+    assert boundaries.check(tree.path) == []
+    # An extra is installed where a sibling asks for it, and not otherwise.
+    tree.pyproject("shared/core", ', "einops"]', ']\noptional-dependencies = { x = ["einops"] }')
+    tree.write(f"{ALPHA}/models.py", "")
+    assert boundaries.check(tree.path) == []
+    tree.pyproject("packages/alpha", "hone-core~=0.1.0", "hone-core[x]~=0.1.0")
+    assert boundaries.check(tree.path) == [unused]

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 import tomllib
 
@@ -81,6 +82,28 @@ def test_newest_lane_installs_every_member_with_its_extras():
     assert f"{ROOT / 'kernels'}[bench]" in found
     assert re.fullmatch(r"\d{4}-\d{2}-\d{2}T00:00:00Z", workspace.load_root()["tool"]["hone"]["newest"])
     assert "python3 tools/newest.py" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.kind == "packages"], ids=lambda member: member.name)
+def test_uv_run_of_a_package_installs_what_it_and_its_siblings_declare_and_no_group(member):
+    if not (ROOT / "uv.lock").exists():
+        pytest.skip("no resolution here: uv has not been run in this checkout")
+    command = ["uv", "export", "--package", member.name, "--frozen", "--quiet", "--no-hashes", "--no-header"]
+    shown = subprocess.run(
+        [*command, "--no-emit-workspace"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    locked = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
+    wanted = {(member.name, "")}
+    queue = list(wanted)
+    for name, extra in queue:
+        for package in (package for package in locked if package["name"] == name):
+            needs = (
+                package.get("optional-dependencies", {}).get(extra, []) if extra else package.get("dependencies", [])
+            )
+            new = {(need["name"], part) for need in needs for part in ["", *need.get("extra", [])]} - wanted
+            wanted |= new
+            queue += new
+    assert constraints.pins(shown).keys() == {name for name, _ in wanted} - {m.name for m in MEMBERS}
 
 
 def test_constraints_agree_with_the_resolution():

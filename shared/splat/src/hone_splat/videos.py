@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from hone_core.errors import MissingExtraError
 from hone_core.io import atomic_path
 from jaxtyping import Float
 from torch import Tensor
@@ -16,10 +17,13 @@ def write_video(image_01: Float[Tensor, "frames 3 height width"], path: str | Pa
     """Write frames as H.264, or not at all; returns the path.
 
     Raises:
+        MissingExtraError: imageio-ffmpeg is not installed.
         ValueError: The suffix is not .mp4, a side is odd, or a value is not finite.
     """
-    import imageio_ffmpeg
-
+    try:
+        import imageio_ffmpeg
+    except ImportError as error:
+        raise MissingExtraError("video", "hone-splat", "Writing an MP4") from error
     height, width = image_01.shape[-2:]
     if Path(path).suffix != ".mp4" or height % 2 or width % 2:
         raise ValueError(f"expected a path ending in .mp4 and even sides; got {path} and {height} x {width}")

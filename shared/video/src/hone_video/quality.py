@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hone_core.errors import MissingExtraError
 from torch import Tensor
 
 __all__ = ["PSNR_CEILING", "psnr", "ssim"]
@@ -29,8 +30,14 @@ def ssim(clips: Tensor, reference: Tensor) -> Tensor:
     Args:
         clips: ``[B, 3, F, H, W]`` in [0, 1], frames of at least 11 x 11 pixels.
         reference: likewise.
+
+    Raises:
+        MissingExtraError: torchmetrics is not installed.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise MissingExtraError("quality", "hone-video", "SSIM") from error
 
     _check_pair(clips, reference)
     batch, _, frames = clips.shape[:3]
