@@ -23,6 +23,7 @@ WORK = {
     "Conventions": "docs/conventions.md",
     "Adding a method": "docs/adding_a_method.md",
     "Licence": "LICENSE.md",
+    "Licences of dependencies": "docs/licences.md",
 }
 FIRST = ["method", "models", "config"]
 """Modules of a method that its page of API begins with."""

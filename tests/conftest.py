@@ -17,12 +17,12 @@ MAX_WORKERS = 4
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process per core for the whole suite, at most four; none for a few named files or for GPU tests.
+    """One process per core for the whole suite or for folders of it, at most four; none for named files or GPU tests.
 
     A worker imports torch and diffusers anew, which costs seconds and about a gigabyte, and GPU timings want the device
     for themselves.
     """
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS or all(Path(arg).is_dir() for arg in config.args)
     wants_gpu = config.getoption("require_gpu", default=False) or "not gpu" not in config.getoption("markexpr")
     if not whole or wants_gpu:
         return 0

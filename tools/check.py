@@ -40,6 +40,8 @@ STEPS = {
     "tables": Step(_tool("tables", "--check"), _tool("tables")),
     "methods": Step(_tool("methods", "--check"), _tool("methods")),
     "costs": Step(_tool("costs", "--check"), _tool("costs")),
+    "seconds": Step(_tool("seconds", "--check")),
+    "licences": Step(_tool("licences", "--check")),
     "constraints": Step(_tool("constraints", "--check"), _tool("constraints")),
     "siblings": Step(_tool("pip_install", "--check")),
     "tests": Step(PYTEST),

@@ -4,8 +4,9 @@
     python tools/isolation.py blade --tests all  one member, all its CPU tests
 
 For each member: build the wheels, make a bare environment, install the member's wheel with those of its siblings and of
-its extras' siblings, import every module, time ``--help``. Then add the test tools and run its tests. Third-party
-versions are those of constraints.txt.
+its extras' siblings, look whether what is installed fits together, import every module, time ``--help``. Then add the
+test tools and run its tests. At last all wheels have to fit into one environment. Third-party versions are those of
+constraints.txt.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from workspace import ROOT, Member, closure, find_member, members
+from pip_install import paths, wheel
+from workspace import ROOT, Member, find_member, members
 
 HELP_SECONDS = 1.0
 # Named files of a member's tests that say most per second; where none of them exists, all its tests run.
@@ -58,7 +60,9 @@ def check(member: Member, wheels: Path, scratch: Path, tests: str) -> None:
     _run(["uv", "venv", "--quiet", "--python", sys.executable, str(environment)])
     by_name = {other.name: other for other in members(member.root)}
     extra = [by_name[name] for name in sorted(member.dependencies(extras=True) & by_name.keys())]
-    own = list(dict.fromkeys(_wheel(wheels, other) for other in [*closure(member), *extra]))
+    own = list(
+        dict.fromkeys([*paths(member.name, member.root, wheels=wheels), *(wheel(other, wheels) for other in extra)])
+    )
     _install(environment, scratch, own)
     # From an empty folder, in isolated mode: nothing of the checkout can be imported by accident.
     print(_run([str(binaries / "python"), "-I", "-c", IMPORT_ALL, member.module], cwd=scratch).strip(), flush=True)
@@ -69,7 +73,7 @@ def check(member: Member, wheels: Path, scratch: Path, tests: str) -> None:
             raise IsolationError(f"{script} --help takes {seconds:.2f} s; at most {HELP_SECONDS} are allowed")
     if tests == "none":
         return
-    own = list(dict.fromkeys([*own, _wheel(wheels, by_name["hone-core"])]))
+    own = list(dict.fromkeys([*own, wheel(by_name["hone-core"], wheels)]))
     _install(environment, scratch, [*own, "--group", f"{member.root / 'pyproject.toml'}:test"])
     chosen = [str(member.tests)]
     if tests == "smoke":
@@ -85,16 +89,12 @@ def _install(environment: Path, scratch: Path, what: list[str]) -> None:
         pins.write_text(without_hashes((ROOT / "constraints.txt").read_text(encoding="utf-8")), encoding="utf-8")
     # Outside the checkout, so that uv reads no workspace settings: what a user's environment gets is what is tested.
     _run(["uv", "pip", "install", "--quiet", "--python", str(environment), "-c", str(pins), *what], cwd=scratch)
+    _run(["uv", "pip", "check", "--quiet", "--python", str(environment)], cwd=scratch)
 
 
 def without_hashes(text: str) -> str:
     """Constraints without hashes, which would be asked of the members' own wheels too."""
     return re.sub(r" \\\n(?:\s+--hash=\S+(?: \\)?\n?)+", "\n", text)
-
-
-def _wheel(wheels: Path, member: Member) -> str:
-    (wheel,) = wheels.glob(f"{member.module}-*.whl")
-    return str(wheel)
 
 
 def _time(command: list[str], cwd: Path) -> float:
@@ -139,6 +139,14 @@ def main() -> int:
                 failed.append(member.name)
             shutil.rmtree(scratch / member.name, ignore_errors=True)
             print(f"{time.perf_counter() - start:.0f} s", flush=True)
+        if not args.members:
+            print("== all in one environment", flush=True)
+            try:
+                _run(["uv", "venv", "--quiet", "--python", sys.executable, str(scratch / "all")])
+                _install(scratch / "all", scratch, [wheel(member, wheels) for member in members()])
+            except IsolationError as error:
+                print(error, flush=True)
+                failed.append("all in one environment")
     print(f"isolation: {'failed: ' + ', '.join(failed) if failed else 'ok'}")
     return 1 if failed else 0
 

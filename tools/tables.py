@@ -258,7 +258,7 @@ def run(root: Path = ROOT, *, write: bool) -> list[str]:
             print(f"{name}: written")
         elif fresh != text:
             problems.append(f"{name}: differs from results/; run python tools/tables.py")
-    for file in sorted(root.glob(f"results/*/{SPECS}")):
+    for file in sorted(root.glob(f"results/**/{SPECS}")):
         if unused := [name for name in _specs(file.parent) if name not in shown.get(file.parent, [])]:
             problems.append(f"{file.relative_to(root)}: no README shows {', '.join(unused)}")
     return problems

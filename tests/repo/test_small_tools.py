@@ -27,6 +27,19 @@ def test_pip_install_lists_siblings_first(tree, monkeypatch):
         pip_install.paths("beta", tree.path)
 
 
+def test_pip_install_takes_wheels_of_the_present_version(tree):
+    files = [tree.write(f"dist/hone_{name}-0.1.0-py3-none-any.whl", "") for name in ("core", "kernels", "alpha")]
+    tree.write("dist/hone_core-0.0.9-py3-none-any.whl", "")
+    expected = [str(file) for file in files]
+    assert pip_install.paths("alpha", tree.path, wheels=tree.path / "dist") == expected
+    assert pip_install.paths("alpha", tree.path, "train", tree.path / "dist")[-1] == f"{expected[-1]}[train]"
+    files[1].unlink()
+    with pytest.raises(
+        SystemExit, match=r"holds 0 wheels of hone-kernels 0\.1\.0; expected one\. Build them: uv build"
+    ):
+        pip_install.paths("alpha", tree.path, wheels=tree.path / "dist")
+
+
 def test_pip_install_check_finds_lost_and_circular_siblings(tree):
     assert pip_install.check(tree.path) == []
     tree.pyproject("shared/core", "torch>=2", "hone-kernels~=0.1.0")

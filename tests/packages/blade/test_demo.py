@@ -115,6 +115,7 @@ def test_the_packaged_student_is_of_the_packaged_host(tmp_path, monkeypatch):
     assert DemoConfig(host=tmp_path / "host.safetensors").student is None
 
 
+@pytest.mark.slow
 def test_the_packaged_student_draws_what_it_is_asked_for():
     """In 8 sparse steps, where the teacher's weights with the same attention and noise miss most digits."""
     host = load_host()

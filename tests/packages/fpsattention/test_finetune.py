@@ -346,6 +346,7 @@ def test_two_gpus_train_what_one_does_whole_and_sharded(trained, tmp_path):
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_prompts_out(trained, folders, tmp_path):
     prompts = ("a cat", "a dog", "a red cat")
     video = VideoConfig(model=str(folders["wan"]), prompts=prompts, steps=1, guidance=1.0, **SIZE)
