@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ FIRST = ["method", "models", "config"]
 FOLDER = re.compile(r"(\]\()((?:\.\./)*(?:packages|shared)/\w+|(?:\.\./)*kernels)(#[\w-]+)?\)")
 
 
+@event_priority(100)
 def on_config(config: Any) -> Any:
     """Say what stands in the navigation, and where mkdocstrings finds the sources."""
     packages, shared = _members("packages"), _members("shared")
