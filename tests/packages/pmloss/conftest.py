@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hone_core.config import to_dict
 from hone_core.hosts import HostFacts, write_facts
 from hone_core.runs import Run
 from hone_pmloss.config import HostConfig
@@ -51,12 +52,12 @@ def start(tmp_path):
 def stored(tmp_path):
     """Write a small host that was not trained, with facts that claim that it passed or missed its gates."""
 
-    def make(name="host", *, passed=True, offset="bounded"):
+    def make(name="host", *, passed=True, offset="bounded", seed=0, **trained):
         config = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, size=32, offset=offset)
         path = save_untrained(tmp_path / name / "host.safetensors", config)
         facts = HostFacts(
-            command="none", seed=0, steps=0, seconds=0.0, result={}, gates={}, passed=passed, train_config={},
-            environment={},
+            command="none", seed=seed, steps=0, seconds=0.0, result={}, gates={}, passed=passed,
+            train_config={"host": to_dict(config), **trained}, environment={},
         )  # fmt: skip
         write_facts(path, facts, package=PACKAGE)
         return path

@@ -1,6 +1,10 @@
 import pytest
+import torch
 from hone_core.claims import ClaimsReport
+from hone_pmloss import reproduce as module
 from hone_pmloss.config import ReproduceConfig
+from hone_pmloss.grading import METRICS
+from hone_pmloss.host import load_host
 from hone_pmloss.reproduce import RULES, UNITS, prepare, reproduce
 
 
@@ -11,6 +15,55 @@ def test_hosts_of_the_wrong_kind_are_refused(stored):
         prepare(ReproduceConfig(hosts=(stored("a"),), free=(stored("b"),)))
     with pytest.raises(ValueError, match="a file for each of hosts"):
         ReproduceConfig(hosts=(stored("a"), stored("b")), free=(stored("c"),))
+    with pytest.raises(ValueError, match=r"expected hosts of different seeds; got \[0, 0\]"):
+        prepare(ReproduceConfig(hosts=(stored("a"), stored("b"))))
+    with pytest.raises(ValueError, match="is of seed 1; expected 0, that of"):
+        prepare(ReproduceConfig(hosts=(stored("a"),), free=(stored("b", offset="unconstrained", seed=1),)))
+    with pytest.raises(ValueError, match="were trained with another steps: see --sweep"):
+        prepare(ReproduceConfig(hosts=(stored("a", steps=10), stored("b", seed=1, steps=20))))
+    free = stored("b", offset="unconstrained", pm={"weight": 1.0})
+    with pytest.raises(ValueError, match="were trained with another pm: see --sweep"):
+        prepare(ReproduceConfig(hosts=(stored("a"),), free=(free,)))
+    with pytest.raises(ValueError, match="misses its gates"):
+        prepare(ReproduceConfig(hosts=(stored("a"),), sweep=(stored("b", passed=False),)))
+
+
+def test_a_sweep_is_told_by_what_it_has_of_its_own_and_does_not_decide(stored, start):
+    sweep = (
+        stored("b", pm={"weight": 0.05, "direction": "paired"}, teacher_blur=2, offset="unconstrained"),
+        stored("c", seed=1),
+    )
+    cfg = prepare(ReproduceConfig(hosts=(stored("a"),), sweep=sweep, rooms=2, targets=1))
+    with start(cfg, "reproduce") as run:
+        report = reproduce(cfg, run)
+    gains = [row for row in run.rows if row.metric == "gain" and row.labels["of"] == "flying"]
+    own = "offset unconstrained, weight 0.05, direction paired, teacher blur 2"
+    assert [(row.variant, row.split) for row in gains] == [
+        ("as in the paper", "seed 0"), (own, "seed 0"), ("as in the paper", "seed 1")
+    ]  # fmt: skip
+    assert len(report.verdict["hosts"]) == 1
+    assert (run.figures / "gains.png").stat().st_size > 1000
+    steps = {row.split: row.labels["sha256"] for row in run.rows if row.metric == "steps"}
+    assert steps.keys() == {"host 0", f"sweep 0, {own}", "sweep 1, as in the paper"}
+
+
+def test_a_gain_is_of_the_loss_over_pictures_alone(stored, start, monkeypatch):
+    marks = {"photometric": torch.tensor([1.0, 2.0]), "pm": torch.tensor([4.0, 7.0])}
+    asked = []
+
+    def load(arm, *, path, device):
+        asked.append(arm)
+        return load_host(arm, path=path, device=device)
+
+    monkeypatch.setattr(module, "load_host", load)
+    monkeypatch.setattr(module, "grade", lambda host, scenes: dict.fromkeys(METRICS, marks[asked[-1]]))
+    cfg = prepare(ReproduceConfig(hosts=(stored(),), rooms=2, targets=1))
+    with start(cfg, "reproduce") as run:
+        reproduce(cfg, run)
+    rows = {row.labels["of"]: row for row in run.rows if row.metric == "gain"}
+    assert rows.keys() == METRICS.keys()
+    assert rows["flying"].value == 4.0
+    assert tuple(rows["flying"].interval) == (3.0, 5.0)
 
 
 def test_every_claim_gets_its_verdict(stored, start):
@@ -20,7 +73,7 @@ def test_every_claim_gets_its_verdict(stored, start):
         report = reproduce(cfg, run)
     assert report.verdict["claims"].keys() == RULES.keys() == UNITS.keys()
     (host,) = report.verdict["hosts"]
-    means = {(row.metric, row.variant): row.value for row in run.rows if row.metric != "margin"}
+    means = {(row.metric, row.variant): row.value for row in run.rows if row.metric in METRICS}
     assert {variant for _, variant in means} == {"photometric", "pm", "photometric_free", "pm_free"}
     # Both arms of an untrained host are the same; the two kinds of offsets are not.
     assert host["claims"]["beyond"]["margin"] == host["claims"]["flying"]["margin"] == 0

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_pmloss import train
 from hone_pmloss.config import HostConfig, PMLossConfig, TrainHostConfig
@@ -140,12 +141,47 @@ def test_the_arm_learns_from_the_teacher_that_it_is_given(short, monkeypatch):
     assert asked == [{"noise": 0.03, "blur": 2, "seed": 1_000_007}]
 
 
-def test_a_host_of_good_pictures_and_flying_centres_misses_its_gates(short, tmp_path, monkeypatch):
-    grades = {name: torch.ones(1) for name in METRICS} | {"psnr_between": torch.tensor([30.0])}
-    monkeypatch.setattr(train, "grade", lambda host, scenes: grades | {"flying": torch.tensor([share])})
-    for share, passed in ((0.97, False), (0.5, True)):
-        with open_run(short, tmp_path / str(share)) as run:
-            assert train.train_host(short, run).passed == passed
+@pytest.mark.parametrize(("alone", "pm", "passed"), [(0.97, 0.5, False), (0.5, 0.97, True)])
+def test_pictures_alone_must_pass_the_gates_and_a_loss_that_spoils_its_arm_is_an_answer(
+    short, tmp_path, monkeypatch, alone, pm, passed
+):
+    flying = iter([alone, pm])  # in the order of the arms
+    good = {name: torch.ones(1) for name in METRICS} | {"psnr_between": torch.tensor([30.0])}
+    monkeypatch.setattr(train, "grade", lambda host, scenes: good | {"flying": torch.tensor([next(flying)])})
+    with open_run(short, tmp_path) as run:
+        assert train.train_host(short, run).passed == passed
+
+
+def test_a_sweep_begins_where_the_arms_of_another_run_part(whole, short, tmp_path):
+    start = whole[0].artifacts / "checkpoint.pt"
+
+    def arm(cfg, name):
+        cfg = train.prepare(cfg)
+        with open_run(cfg, tmp_path / name) as run:
+            report = train.train_host(cfg, run)
+        assert report.steps == 5
+        assert (run.path / "metrics.jsonl").read_text().count("\n") == 2
+        return load_file(report.checkpoint)
+
+    again = arm(dataclasses.replace(short, start=start), "again")
+    other = arm(dataclasses.replace(short, start=start, pm=PMLossConfig(weight=5.0)), "other")
+    for name, value in load_file(whole[1].checkpoint).items():
+        assert torch.equal(again[name], value)
+        if name.startswith("photometric."):
+            assert torch.equal(other[name], value)
+    assert any(not torch.equal(other[name], value) for name, value in again.items() if name.startswith("pm."))
+
+
+def test_a_start_that_does_not_fit_is_refused(whole, short, tmp_path):
+    start = whole[0].artifacts / "checkpoint.pt"
+    with pytest.raises(CheckpointError, match="a run with another lr, steps; repeat its settings"):
+        train.prepare(dataclasses.replace(short, start=start, lr=1e-3, steps=9))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of train-host .*absent.pt"):
+        train.prepare(dataclasses.replace(short, start=tmp_path / "absent.pt"))
+    state = torch.load(start, weights_only=True) | {"step": 2}
+    torch.save(state, tmp_path / "early.pt")
+    with pytest.raises(CheckpointError, match="stands at step 2; expected 3"):
+        train.prepare(dataclasses.replace(short, start=tmp_path / "early.pt"))
 
 
 def test_geometry_grades_of_true_depth():

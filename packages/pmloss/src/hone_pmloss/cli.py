@@ -69,6 +69,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "train-host": Verb(
         run="hone_pmloss.train:train_host",
         config="hone_pmloss.config:TrainHostConfig",
+        prepare="hone_pmloss.train:prepare",
         help="Train the tiny host and its arms on generated rooms.",
     ),
 }

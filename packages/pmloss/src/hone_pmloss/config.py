@@ -167,6 +167,10 @@ class TrainHostConfig:
     """Slow errors of the teacher's distances, as a share of them; 0 for exact points."""
     teacher_blur: int = 0
     """Pixels to either side over which the teacher's distances are blurred, over edges too."""
+    start: Path | None = None
+    """``checkpoint.pt`` of another run, from which the weights before the arms part and the arm of pictures alone are
+    taken, so that only the arm with the loss is trained: for a sweep. But for the loss and the teacher, its settings
+    are these."""
     base_share: float = 0.6
     """Share of the steps before the arms part; the two start from the same weights and share the rest."""
     base_depth: float = 0.1
@@ -225,6 +229,9 @@ class ReproduceConfig:
     free: tuple[Path, ...] = ()
     """Files of the same seeds in the same order, made by train-host with --offset unconstrained; without them the
     loss cannot be told from the freed offset."""
+    sweep: tuple[Path, ...] = ()
+    """Files made by train-host with another loss or teacher: what each gains over its pictures alone is reported under
+    what it has of its own, and does not enter the verdict."""
     rooms: int = field(default=96, metadata=flag("limit"))
     """Generated rooms per host, none of them trained on."""
     targets: int = 8
@@ -237,8 +244,8 @@ class ReproduceConfig:
             raise ValueError("expected at least two rooms, and 1 to 13 targets")
         if self.free and len(self.free) != max(1, len(self.hosts)):
             raise ValueError(f"free: expected a file for each of hosts; got {len(self.free)} for {len(self.hosts)}")
-        if len({*self.hosts, *self.free}) < len(self.hosts) + len(self.free):
-            raise ValueError("hosts, free: one is named twice")
+        if len({*self.hosts, *self.free, *self.sweep}) < len(self.hosts) + len(self.free) + len(self.sweep):
+            raise ValueError("hosts, free, sweep: one is named twice")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from hone_core.plots import drawing, error_bars, finish
+from hone_core.plots import BLUE, INK, drawing, error_bars, finish
 from hone_core.statistics import bootstrap_interval
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["clouds", "depth_errors", "differences", "error_colours"]
+__all__ = ["clouds", "depth_errors", "differences", "error_colours", "gains"]
 
+Gain = tuple[str, dict[str, tuple[float, tuple[float, float]]]]
+"""A setting, and each metric's mean difference with its interval."""
 SHOWN = 4
 """Views per row."""
 
@@ -107,6 +109,32 @@ def differences(arms: Mapping[str, Mapping[str, NDArray[np.floating]]], path: Pa
             axis.axhline(0.0, color="black", linewidth=0.8)
             axis.set_xticks(range(len(others)), others, rotation=20)
             axis.set_xlim(-0.6, len(others) - 0.4)
+            axis.set_title(metric)
+        finish(figure, title=title)
+    return path
+
+
+def gains(found: Sequence[Gain], path: Path, *, title: str) -> Path:
+    """Differences metric by metric, a line per setting; several of one setting, such as seeds, stand close together.
+
+    Args:
+        found: In order.
+        path: To write.
+        title: Of the figure.
+    """
+    names = list(dict.fromkeys(name for name, _ in found))
+    metrics = list(found[0][1])
+    with drawing(path, 1.9 * len(metrics) + 1.4, 0.34 * len(names) + 1.2) as figure:
+        for axis, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
+            for line, name in enumerate(names):
+                several = [values[metric] for own, values in found if own == name]
+                for number, (mean, interval) in enumerate(several):
+                    place = line + 0.16 * (number - (len(several) - 1) / 2)
+                    bars = np.asarray(error_bars(mean, interval))
+                    axis.errorbar([mean], [place], xerr=bars, marker="o", color=BLUE, capsize=2)
+            axis.axvline(0.0, color=INK, linewidth=0.8)
+            axis.set_yticks(range(len(names)), names)
+            axis.set_ylim(len(names) - 0.5, -0.5)
             axis.set_title(metric)
         finish(figure, title=title)
     return path

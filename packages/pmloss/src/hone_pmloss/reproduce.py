@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 from hone_core.claims import ClaimsReport, decided, write_claims
+from hone_core.config import to_dict
 from hone_core.devices import resolve_device
-from hone_core.hosts import packaged_host
+from hone_core.hosts import HostFacts, packaged_host
 from hone_core.runs import Run
 from hone_core.statistics import bootstrap_interval
 from torch import Tensor
 
 from . import plots
-from .config import ARMS, ReproduceConfig
+from .config import ARMS, ReproduceConfig, TrainHostConfig
 from .data import graded_rooms
 from .grading import METRICS, grade
 from .host import PACKAGE, load_host, open_tiny
 
-__all__ = ["RULES", "UNITS", "prepare", "reproduce"]
+__all__ = ["RULES", "UNITS", "prepare", "reproduce", "told"]
 
 MARGIN = 0.25
 """Decibels between the given views within which a picture counts as no worse; set before any host was judged."""
@@ -49,71 +50,149 @@ RULES = {
 UNITS = {name: "" if name.startswith(("flying", "depth")) else "dB" for name in RULES}
 FIRST_ROOM = 1000
 """Rooms below are those that train-host grades."""
+TRAINED_ALIKE = ("seed", "start", "graded", "graded_targets", "log_every", "checkpoint_seconds")
+"""Settings in which hosts that are put beside each other may differ."""
+Grades = dict[str, dict[str, Tensor]]
+"""Arm to metric to values ``[rooms]``."""
 
 
 def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
-    """Look whether every host is there, of its kind, and has passed its gates.
+    """Look whether every host is there, of its kind, has passed its gates, and can be put beside the others.
 
     Raises:
         CheckpointError: One is missing.
-        ValueError: One has not passed: what it does says nothing. Or its offsets are not what its flag says.
+        ValueError: One has not passed: what it does says nothing. Or its offsets are not what its flag says, two are of
+            one seed, or it was trained in another way.
     """
-    cfg = replace(
-        cfg, hosts=tuple(path.resolve() for path in cfg.hosts), free=tuple(path.resolve() for path in cfg.free)
-    )
-    kinds = [(path, "bounded") for path in cfg.hosts or (packaged_host(PACKAGE),)]
-    for path, offset in [*kinds, *((path, "unconstrained") for path in cfg.free)]:
+    hosts, free, sweep = (tuple(path.resolve() for path in paths) for paths in (cfg.hosts, cfg.free, cfg.sweep))
+    cfg = replace(cfg, hosts=hosts, free=free, sweep=sweep)
+    for path in (*(hosts or (packaged_host(PACKAGE),)), *free, *sweep):
         stored = open_tiny(path)
         if stored.facts is None or not stored.facts.passed:
             raise ValueError(f"{path} misses its gates ({stored.facts and stored.facts.result}); train it longer")
-        if stored.config.offset != offset:
+        offset = "unconstrained" if path in free else "bounded"
+        if path not in sweep and stored.config.offset != offset:
             raise ValueError(
                 f"{path} has {stored.config.offset} offsets; expected {offset} ones, see --hosts and --free"
             )
+    first = None
+    for path in _seeds(hosts, "hosts"):
+        first = first or path
+        _alike(path, first)
+    for (path, seed), bounded in zip(_seeds(free, "free").items(), hosts or (packaged_host(PACKAGE),), strict=False):
+        _alike(path, bounded)
+        if seed != (expected := _facts(bounded).seed):
+            raise ValueError(f"free: {path} is of seed {seed}; expected {expected}, that of {bounded}")
     return cfg
+
+
+def _facts(path: Path | None) -> HostFacts:
+    facts = open_tiny(path).facts
+    assert facts is not None
+    return facts
+
+
+def _seeds(paths: tuple[Path, ...], name: str) -> dict[Path, int]:
+    seeds = {path: _facts(path).seed for path in paths}
+    if len(set(seeds.values())) < len(seeds):
+        raise ValueError(f"{name}: expected hosts of different seeds; got {list(seeds.values())}")
+    return seeds
+
+
+def _alike(path: Path, other: Path) -> None:
+    """Raise unless two hosts were trained in the same way, but for seed and offsets."""
+
+    def settings(path: Path) -> dict[str, Any]:
+        found = dict(_facts(path).train_config)
+        found["host"] = {key: value for key, value in found.get("host", {}).items() if key != "offset"}
+        return {key: value for key, value in found.items() if key not in TRAINED_ALIKE}
+
+    one, two = settings(path), settings(other)
+    if differ := sorted(key for key in {*one, *two} if one.get(key) != two.get(key)):
+        raise ValueError(f"{path} and {other} were trained with another {', '.join(differ)}: see --sweep")
 
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:
     """Grade both arms of every host, apply the rules, and write the verdict."""
     device = resolve_device(run.device)
-    hosts = []
+    hosts, gains = [], []
     for number, path in enumerate(cfg.hosts or (None,)):
-        free = cfg.free[number] if cfg.free else None
-        hosts.append(_host(cfg, run, f"host {number}", path, free, device))
+        found = {"": path} | ({"_free": cfg.free[number]} if cfg.free else {})
+        grades: Grades = {}
+        for suffix, file in found.items():
+            grades |= _graded(cfg, run, file, f"host {number}", suffix, device)
+            gains.append(_gain(cfg, run, file, grades, suffix))
+        plots.differences(
+            {variant: {metric: values.numpy() for metric, values in one.items()} for variant, one in grades.items()},
+            run.figures / f"host-{number}.png",
+            title=f"tiny host {number}, {cfg.rooms} rooms: each arm less pictures alone",
+        )
+        claims = {claim: decided(values.numpy()) for claim, values in _gaps(grades).items()}
+        hosts.append({"name": f"host {number}", "path": str(path or "packaged"), "claims": claims})
+    for number, file in enumerate(cfg.sweep):
+        name = f"sweep {number}, {told(_facts(file))}"
+        gains.append(_gain(cfg, run, file, _graded(cfg, run, file, name, "", device), ""))
+    plots.gains(gains, run.figures / "gains.png", title=f"the arm with PM-Loss less pictures alone, {cfg.rooms} rooms")
     kinds = "bounded and free offsets" if cfg.free else "bounded offsets"
     heading = f"{len(hosts)} host(s) with {kinds}, {cfg.rooms} rooms each"
     return write_claims(run, heading, RULES, hosts, unit=UNITS, items=cfg.rooms)
 
 
-def _host(
-    cfg: ReproduceConfig, run: Run, name: str, path: Path | None, free: Path | None, device: torch.device
-) -> dict[str, Any]:
-    files = {"": path} | ({"_free": free} if free else {})
-    found: dict[str, dict[str, Tensor]] = {}
-    size = open_tiny(path).config.size
+def told(facts: HostFacts) -> str:
+    """What a host's training has of its own, in words."""
+    usual, own = to_dict(TrainHostConfig()), facts.train_config
+    parts = [("offset", usual["host"]["offset"], own.get("host", {}).get("offset", usual["host"]["offset"]))]
+    parts += [(key, value, own.get("pm", {}).get(key, value)) for key, value in usual["pm"].items()]
+    parts += [(key, usual[key], own.get(key, usual[key])) for key in ("teacher_noise", "teacher_blur")]
+    words = [f"{key.replace('_', ' ')} {value}" for key, default, value in parts if value != default]
+    return ", ".join(words) or "as in the paper"
+
+
+def _graded(cfg: ReproduceConfig, run: Run, path: Path | None, name: str, suffix: str, device: torch.device) -> Grades:
+    """Grades of both arms of a host, each under its name and the suffix; writes a row of each mean."""
+    stored = open_tiny(path)
+    facts = _facts(path)
+    labels: dict[str, str | int | float] = {"seed": facts.seed, "sha256": stored.sha256}
+    run.row("steps", facts.steps, better="none", n=1, variant=told(facts), split=name, labels=labels)
     first = FIRST_ROOM * (cfg.seed + 1)
-    scenes = [graded_rooms([first + room], cfg.targets, size, device=device) for room in range(cfg.rooms)]
-    for suffix, file in files.items():
-        for arm in ARMS:
-            variant = arm + suffix
-            found[variant] = grade(load_host(arm, path=file, device=device).host, scenes)
-            for metric, (unit, better) in METRICS.items():
-                values = found[variant][metric].numpy()
-                run.row(
-                    metric,
-                    float(values.mean()),
-                    unit=unit,
-                    better=better,
-                    n=cfg.rooms,
-                    interval=bootstrap_interval(values),
-                    variant=variant,
-                    split=name,
-                )
-    plots.differences(
-        {variant: {metric: values.numpy() for metric, values in grades.items()} for variant, grades in found.items()},
-        run.figures / f"{name.replace(' ', '-')}.png",
-        title=f"tiny {name}, {cfg.rooms} rooms: each arm less pictures alone",
-    )
+    scenes = [graded_rooms([first + room], cfg.targets, stored.config.size, device=device) for room in range(cfg.rooms)]
+    found: Grades = {}
+    for arm in ARMS:
+        found[arm + suffix] = grade(load_host(arm, path=path, device=device).host, scenes)
+        for metric, (unit, better) in METRICS.items():
+            values = found[arm + suffix][metric].numpy()
+            run.row(
+                metric,
+                float(values.mean()),
+                unit=unit,
+                better=better,
+                n=cfg.rooms,
+                interval=bootstrap_interval(values),
+                variant=arm + suffix,
+                split=name,
+                labels={"seed": facts.seed},
+            )
+    return found
+
+
+def _gain(cfg: ReproduceConfig, run: Run, path: Path | None, grades: Grades, suffix: str) -> plots.Gain:
+    """Write, metric by metric, what the arm with the loss has more than the other; room by room the two are paired."""
+    facts = _facts(path)
+    gain: plots.Gain = (told(facts), {})
+    for metric, (unit, _) in METRICS.items():
+        values = (grades["pm" + suffix][metric] - grades["photometric" + suffix][metric]).numpy()
+        mean, interval = float(values.mean()), bootstrap_interval(values)
+        labels = {"of": metric}
+        run.row(
+            "gain", mean, unit=unit, better="none", n=cfg.rooms, interval=interval, variant=told(facts),
+            split=f"seed {facts.seed}", labels=labels,
+        )  # fmt: skip
+        gain[1][metric] = (mean, interval)
+    return gain
+
+
+def _gaps(found: Grades) -> dict[str, Tensor]:
+    """Claim to its difference ``[rooms]``."""
 
     def over(metric: str, better: str, worse: str) -> Tensor:
         return found[better][metric] - found[worse][metric]
@@ -125,12 +204,11 @@ def _host(
         "depth": over("depth_abs_rel", "photometric", "pm"),
         "depth at edges": over("depth_at_edges", "photometric", "pm"),
     }
-    if free:
+    if "pm_free" in found:
         gaps |= {
             "beyond, free": over("psnr_beyond", "pm_free", "photometric_free"),
             "flying, free": over("flying", "photometric_free", "pm_free"),
             "offset alone": over("psnr_beyond", "photometric_free", "photometric"),
             "as released": over("psnr_beyond", "pm_free", "photometric"),
         }
-    claims = {claim: decided(values.numpy()) for claim, values in gaps.items()}
-    return {"name": name, "path": str(path or "packaged"), "free": str(free or ""), "claims": claims}
+    return gaps

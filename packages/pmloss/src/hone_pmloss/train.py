@@ -7,11 +7,15 @@ beside them. One command makes the host that ships: ``hone-pmloss train-host``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from hone_core.config import to_dict
 from hone_core.devices import resolve_device
+from hone_core.errors import CheckpointError
 from hone_core.hosts import save_host
 from hone_core.runs import Run
 from hone_core.training import HOST, Training, TrainReport, finish_host
@@ -27,14 +31,20 @@ from .host import PACKAGE, load_host
 from .method import pm_loss
 from .models import tiny
 
-__all__ = ["GATES", "STAGES", "scene_loss", "train_host"]
+__all__ = ["GATES", "STAGES", "prepare", "scene_loss", "train_host"]
 
 STAGES = ("base", *ARMS)
 LEAST = {"psnr_between": 17.0, "depth_close": 0.6, "on_surface": 0.4}
-GATES = {f"{arm} {name}": least for arm in ARMS for name, least in LEAST.items()}
-"""What each arm must reach on graded rooms before the host says anything: PSNR in dB between the context views, of
-which the mean colour of the true pictures reaches 12 to 13; the share of pixels of close depth, and that of centres
-that do not fly, of which one depth for all pixels reaches at most 0.44 and 0.16."""
+GATES = {f"photometric {name}": least for name, least in LEAST.items()}
+"""What the arm of pictures alone must reach on graded rooms before the host says anything: PSNR in dB between the
+context views, of which the mean colour of the true pictures reaches 12 to 13; the share of pixels of close depth, and
+that of centres that do not fly, of which one depth for all pixels reaches at most 0.44 and 0.16. The arm with the loss
+has no gate: if the loss spoils it, that is an answer."""
+FREE_TO_DIFFER = (
+    *("pm", "teacher_noise", "teacher_blur", "start"),
+    *("graded", "graded_targets", "log_every", "checkpoint_seconds"),
+)
+"""Settings that a run may have of its own and yet begin with another's weights."""
 
 
 class _Count(nn.Module):
@@ -53,11 +63,23 @@ class _Count(nn.Module):
         self.seen += len(capped)
 
 
+def prepare(cfg: TrainHostConfig) -> TrainHostConfig:
+    """Look whether the run to begin with is there, and of the same settings.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if cfg.start is not None:
+        cfg = replace(cfg, start=cfg.start.resolve())
+        _begun(cfg)
+    return cfg
+
+
 def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     """Train, export and grade the arms; a stopped run goes on where it was.
 
     Raises:
-        CheckpointError: The folder's checkpoint is of another config.
+        CheckpointError: The folder's checkpoint is of another config, or the run to begin with is.
         RuntimeError: The loss is not finite.
     """
     device = resolve_device(run.device)
@@ -71,7 +93,11 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     parts: dict[str, Any] = {**arms, "count": count}
     parts |= {f"{name} optimizer": optimizer for name, optimizer in optimizers.items()}
     training = Training(cfg, run.artifacts / "checkpoint.pt", parts)
-    training.resume()
+    if not training.resume() and cfg.start is not None:
+        begun = _begun(cfg)
+        for stage in ("base", "photometric"):
+            arms[stage].load_state_dict(begun[stage])
+        training.step = cfg.steps - stage_steps(cfg)["pm"]
     training.follow(_train(cfg, training, arms, optimizers, count, device), run)
     path = run.artifacts / HOST
     save_host(path, cfg.host, {f"{arm}.": arms[arm].eval() for arm in ARMS}, package=PACKAGE)
@@ -100,6 +126,27 @@ def stage_steps(cfg: TrainHostConfig) -> dict[str, int]:
     """Steps of each stage."""
     each = max(1, round(cfg.steps * (1 - cfg.base_share) / len(ARMS)))
     return {"base": max(1, cfg.steps - each * len(ARMS))} | dict.fromkeys(ARMS, each)
+
+
+def _begun(cfg: TrainHostConfig) -> dict[str, Any]:
+    """The parts of the checkpoint that a run begins with."""
+    path = cfg.start
+    assert path is not None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before, step, parts = state["config"], state["step"], state["parts"]
+    except Exception as error:  # torch raises whatever the damage makes it meet
+        raise CheckpointError(
+            f"start: {path} is no checkpoint of train-host ({error}); expected a run's artifacts/checkpoint.pt"
+        ) from error
+    now = json.loads(json.dumps(to_dict(cfg)))
+    keys = {*before, *now} - {*FREE_TO_DIFFER}
+    if changed := sorted(key for key in keys if before.get(key) != now.get(key)):
+        raise CheckpointError(f"start: {path} is of a run with another {', '.join(changed)}; repeat its settings")
+    expected = cfg.steps - stage_steps(cfg)["pm"]
+    if step < expected:
+        raise CheckpointError(f"start: {path} stands at step {step}; expected {expected}, where its second arm begins")
+    return parts
 
 
 def _train(
