@@ -153,7 +153,7 @@ def _time_hosts(cfg: BenchConfig, run: Run, host: Any, views: Views) -> None:
     for matmul, sweep, name in product(cfg.matmuls, cfg.sweeps, joined):
         calls[name, sweep, matmul] = _forward(host, views, joined[name], sweep, matmul)
     device = views.near.device
-    shared = {"views": views.count}
+    shared = _shared(views)
     for key in list(calls):
         if not _fits(calls[key]):
             del calls[key]
@@ -284,6 +284,10 @@ def _price_views(run: Run) -> None:
             run.row("view_more", price, unit="ms", better="lower", n=row.n, variant=row.variant, labels=row.labels)
 
 
+def _shared(views: Views) -> dict[str, str | int | float]:
+    return {"size": "x".join(map(str, views.size)), "views": views.count}
+
+
 def _how(sweep: str, matmul: str) -> dict[str, str | int | float]:
     return {"sweep": sweep, "matmul": matmul}
 
@@ -322,7 +326,7 @@ def _time_fusion(cfg: BenchConfig, run: Run, host: Any, views: Views) -> None:
     calls["fusion by a loop"] = lambda: fuse_by_loop(module, features, clusters, settings.precision)
     for name in [name for name in calls if not _fits(calls[name])]:
         del calls[name]
-        run.row("out_of_memory", 1, better="lower", variant=name, labels={"views": views.count} | _how("none", "any"))
+        run.row("out_of_memory", 1, better="lower", variant=name, labels=_shared(views) | _how("none", "any"))
     for name in calls.keys() - {"fusion by a loop"}:
         check_values(name, calls[name](), calls["fusion by a loop"](), tolerance=1e-2)
     calls["one view folded in"] = _folding(module, features[0], centres[0], clusters, settings.precision)
@@ -330,7 +334,7 @@ def _time_fusion(cfg: BenchConfig, run: Run, host: Any, views: Views) -> None:
         with _products(matmul):
             times = measure_interleaved(calls, warmup=2, rounds=2 * cfg.rounds, seed=cfg.seed, device=device)
         for name, timing in times.items():
-            _record(run, timing, name, {"views": views.count} | _how("none", matmul))
+            _record(run, timing, name, _shared(views) | _how("none", matmul))
 
 
 def _folding(
