@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from hone_core.testing import full_disk
 from hone_splat.chunks import ChunkScene, ChunkSet, read_evaluation_index, write_chunks
 from hone_splat.rooms import Rooms
 
@@ -44,6 +45,12 @@ def test_the_layout_is_the_published_one(rooms, tmp_path):
     assert row[:6].tolist() == pytest.approx([float(inner[0, 0]), float(inner[1, 1]), 0.5, 0.5, 0, 0])
     assert torch.allclose(row[6:].view(3, 4) @ pose, torch.eye(4)[:3], atol=1e-5)
     assert data[0]["images"][0].dtype == torch.uint8
+
+
+def test_a_full_disk_is_named_and_leaves_no_index(rooms, tmp_path):
+    with full_disk(1000), pytest.raises(OSError, match=r"000000\.torch could not be written"):
+        write_chunks(scenes(rooms), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_damaged_is_named(rooms, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hone_core.io import atomic_path, atomic_write_json
+from hone_core.io import atomic_write_json, save_state
 from PIL import Image
 from torch import Tensor
 
@@ -169,6 +169,7 @@ def write_chunks(scenes: Iterable[ChunkScene], folder: str | Path, *, chunk_byte
 
     Raises:
         FileExistsError: The folder has an index already.
+        OSError: A chunk cannot be written, such as for a disk that is full.
         ValueError: Two scenes have one name.
     """
     folder = Path(folder)
@@ -180,8 +181,7 @@ def write_chunks(scenes: Iterable[ChunkScene], folder: str | Path, *, chunk_byte
 
     def close() -> None:
         nonlocal waiting, size, number
-        with atomic_path(folder / f"{number:06d}.torch") as scratch:
-            torch.save(waiting, scratch)
+        save_state(waiting, folder / f"{number:06d}.torch")
         waiting, size, number = [], 0, number + 1
 
     for scene in scenes:
