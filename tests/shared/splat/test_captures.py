@@ -129,6 +129,20 @@ def test_bad_colmap_models_are_named(tmp_path):
         read_colmap(odd)
 
 
+def test_damaged_pictures_are_named(tmp_path):
+    folder = capturefiles.write_colmap(tmp_path, binary=True)
+    capture = read_colmap(folder)
+    path = folder / "images" / "002.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])  # its header is there, so that it is found out when it is opened
+    assert len(read_colmap(folder)) == 6
+    with pytest.raises(ValueError, match=r"002\.png cannot be read, copy it again"):
+        load_views(capture, (32, 32), fit_range(capture, 1.0, 100.0))
+    path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"002\.png cannot be read, copy it again"):
+        read_colmap(folder)
+
+
 def test_bad_transforms_are_named(tmp_path):
     def left(data):
         for row in data["frames"][2]["transform_matrix"][:3]:

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "config": ["PRESETS", "ZPressorConfig"],
         "method": ["ZPressor", "assign", "cluster_views", "farthest_points"],
         "models": ["ZPressorHandle", "attach", "tiny"],
+        "streaming": ["SceneStream"],
     },
 )
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,10 @@ class Host(Protocol):
         """Module whose attribute ``zipmatch`` is the compressor, or None."""
 
 
+Fold = Callable[[Tensor, Views], tuple[Tensor, Tensor]]
+"""What compresses in place of the module within one forward, see ``streaming``."""
+
+
 class ViewCompressor(ZPressor):
     """ZPressor with its settings, as it stands in a host.
 
@@ -41,7 +45,7 @@ class ViewCompressor(ZPressor):
     def __init__(self, config: ZPressorConfig, channels: int) -> None:
         super().__init__(channels, config.layers if config.fuse else 0)
         self.config = config
-        self.state: CallState[None] = CallState()
+        self.state: CallState[Fold] = CallState()
 
     def forward(self, features: Tensor, views: Views) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
         """Features ``[B, N, C, h, w]`` and numbers ``[B, N]`` of the anchors; None while disabled.
@@ -54,13 +58,18 @@ class ViewCompressor(ZPressor):
         """
         if self.state.disabled:
             return None
-        centres = views.cam_to_world[..., :3, 3]
-        anchors = self.choose_by_overlap(views) if self.config.selection == "overlap" else self.choose(views)
+        if self.state.current is not None:
+            return self.state.current(features, views)
+        centres, anchors = views.cam_to_world[..., :3, 3], self.anchors_of(views)
         clusters = cluster_views(centres, anchors, views.present)
         if self.config.fuse:
             return super().forward(features, clusters, self.config.precision, self.config.attention), anchors
         rows = torch.arange(len(anchors), device=anchors.device)[:, None]
         return features[rows, anchors], anchors
+
+    def anchors_of(self, views: Views) -> Tensor:
+        """Numbers of the anchors, ``[B, N]``, as the settings say."""
+        return self.choose_by_overlap(views) if self.config.selection == "overlap" else self.choose(views)
 
     def choose_by_overlap(self, views: Views) -> Tensor:
         """Numbers of the anchors, ``[B, N]``, by what the cameras see.

@@ -48,7 +48,11 @@ MODELS = (
     ("RADIAL_FISHEYE", 5, 0),
     ("THIN_PRISM_FISHEYE", 12, 0),
 )
-UNDISTORT = "Hosts take pinhole cameras: undistort the pictures first (colmap image_undistorter, ns-process-data)."
+UNDISTORT = (
+    "Hosts take pinhole cameras: undistort the pictures first, by colmap image_undistorter --image_path IMAGES "
+    "--input_path MODEL --output_path OUT, and name OUT as the COLMAP folder. nerfstudio leaves its MODEL in "
+    "colmap/sparse/0."
+)
 PLY_TYPES = {
     **{"char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4"},
     **{"int8": "i1", "uint8": "u1", "float": "<f4", "double": "<f8", "float32": "<f4", "float64": "<f8"},
@@ -368,8 +372,11 @@ def _image_size(path: Path) -> tuple[int, int]:
     """Width and height, without decoding."""
     if not path.is_file():
         raise FileNotFoundError(f"the picture {path} is missing")
-    with Image.open(path) as image:
-        return image.size
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"the picture {path} cannot be read, copy it again: {error}") from error
 
 
 def _capture(
@@ -424,11 +431,17 @@ def load_views(capture: Capture, size: tuple[int, int], scene: SceneRange) -> Vi
 
     Returns:
         One scene, float32, in the host's units. The principal point is recomputed for the cut.
+
+    Raises:
+        ValueError: A picture is damaged.
     """
     pictures, matrices = [], []
     for path, inner in zip(capture.images, capture.intrinsics_norm, strict=True):
-        with Image.open(path) as image:
-            picture, cut = fit_picture(image.convert("RGB"), inner, size)
+        try:
+            with Image.open(path) as image:
+                picture, cut = fit_picture(image.convert("RGB"), inner, size)
+        except OSError as error:
+            raise ValueError(f"the picture {path} cannot be read, copy it again: {error}") from error
         pictures.append(picture)
         matrices.append(cut)
     poses = capture.cam_to_world.clone()
