@@ -12,7 +12,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = {".md", ".png", ".svg", ".gif"}
+SHOWN = {".css", ".md", ".png", ".svg", ".gif"}
 START = {
     "Start": "README.md",
     "How results are made": "docs/results.md",

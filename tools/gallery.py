@@ -27,7 +27,14 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { margin-bottom: 0; }
-nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: .7rem 0; border-bottom: 1px solid var(--line); }
+nav { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.5rem, 1fr)); gap: 1rem; padding: .7rem 0 2rem; }
+nav a { color: inherit; text-decoration: none; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
+nav a:hover { border-color: #48c; }
+nav img { width: 100%; height: 9rem; object-fit: cover; object-position: 0 0; margin: 0; border-radius: 0; }
+nav b, nav span { display: block; margin: .3rem .7rem; }
+nav span { font-size: 14px; line-height: 1.4; }
+nav span:last-child::first-letter { text-transform: uppercase; }
+nav span:last-child { opacity: .75; margin-bottom: .7rem; }
 section { padding: 1rem 0 2rem; border-bottom: 1px solid var(--line); }
 .run, .verdict { margin: .3rem 0; }
 .verdict { padding: .5rem .8rem; background: var(--soft); border-left: 3px solid #48c; }
@@ -67,30 +74,44 @@ def page(runs: dict[str, Path], root: Path = ROOT) -> str:
     """
     said = methods.load(root)
     sections = [_section(package, run, said[package], root) for package, run in runs.items()]
-    links = "".join(f'<a href="#{package}">{package}</a>' for package in runs)
+    left = [package for package in said if package not in runs]
+    absent = f" Not shown here: {', '.join(left)}." if left else ""
+    links = "".join(_card(package, run, said[package]) for package, run in runs.items())
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>hone: the demos</title>\n<style>{STYLE}</style>\n<h1>hone</h1>\n"
-        "<p>Ten published methods that make generative models do less work, each on a tiny model that it ships.</p>\n"
-        f"<nav>{links}</nav>\n{''.join(sections)}</html>\n"
+        "<p>Ten published methods that make generative models do less work, each on a tiny model that it ships."
+        f"{absent}</p>\n"
+        f"<nav>\n{links}</nav>\n{''.join(sections)}</html>\n"
     )
 
 
+def _card(package: str, run: Path, said: dict[str, str]) -> str:
+    """One method at a glance: the last of its demo's pictures, what it does less of, what was measured."""
+    shown = "".join(f'<img alt="" src="{_data(path, PICTURES[path.suffix])}">' for path in _pictures(run)[-1:])
+    words = f"<b>{package}</b><span>Less of: {_words(said['less'])}.</span><span>{_words(said['measured'])}.</span>"
+    return f'<a href="#{package}">{shown}{words}</a>\n'
+
+
+def _pictures(run: Path) -> list[Path]:
+    """A demo's pictures. A plot is stored as PNG and SVG; one is enough."""
+    found = sorted(path for path in run.glob("figures/*") if path.suffix in PICTURES)
+    return [path for path in found if path.suffix != ".svg" or path.with_suffix(".png") not in found]
+
+
 def _section(package: str, run: Path, said: dict[str, str], root: Path) -> str:
+    verdict = methods.VERDICT.sub(r"<b>\1</b>", _words(said["verdict"]))
     parts = [
         f'<section id="{package}">\n<h2>{package}</h2>\n<p class="run">Less of: {_words(said["less"])}. '
         f'<a href="https://arxiv.org/abs/{said["paper"]}">arXiv {said["paper"]}</a>.</p>\n',
         f'<p class="run">For: {_words(said["run"])}. <code>{html.escape(said["code"])}</code></p>\n',
         f'<p class="run">Measured: {_words(said["measured"])}.</p>\n',
-        f'<p class="verdict">The paper\'s claims, put to the test: {_words(said["verdict"])}.</p>\n',
+        f'<p class="verdict">The paper\'s claims, put to the test: {verdict}.</p>\n',
     ]
     for video in sorted(run.glob("artifacts/*.mp4")):
         parts.append(f'<video controls loop muted playsinline src="{_data(video, "video/mp4")}"></video>\n')
-    for picture in sorted(path for path in run.glob("figures/*") if path.suffix in PICTURES):
-        # A plot is stored as PNG and SVG; one is enough.
-        if picture.suffix == ".svg" and picture.with_suffix(".png").exists():
-            continue
+    for picture in _pictures(run):
         parts.append(f'<img loading="lazy" alt="{picture.stem}" src="{_data(picture, PICTURES[picture.suffix])}">\n')
     spec = tomllib.loads(specs(package, root).read_text(encoding="utf-8"))["demo"]
     parts.append(_table(tables.render(spec | {"files": ["results.json"], "caption": False}, run, run)))

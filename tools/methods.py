@@ -18,6 +18,7 @@ from workspace import ROOT, members, report
 
 SOURCE = "docs/methods.toml"
 MARKER = re.compile(r"^<!-- methods: (?P<name>\w+) -->\n.*?^<!-- /methods -->$", re.M | re.S)
+VERDICT = re.compile(r"\b(not confirmed|confirmed|refuted|undecided|mixed|not tested)\b")
 WORDS = ("run", "paper", "less", "code", "needs", "measured", "verdict")
 
 
@@ -67,7 +68,7 @@ def table(name: str, said: dict[str, dict[str, str]]) -> str:
                 _link(package),
                 f"{entry['less']} ([{entry['paper']}](https://arxiv.org/abs/{entry['paper']}))",
                 entry["measured"],
-                entry["verdict"],
+                VERDICT.sub(r"**\1**", entry["verdict"]),
             ]
             for package, entry in said.items()
         ]

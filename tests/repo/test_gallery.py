@@ -27,7 +27,9 @@ def run(tmp_path):
 def test_the_page_needs_nothing_but_itself(run):
     text = gallery.page({"nar": run})
     sources = re.findall(r'src="([^"]*)"', text)
-    assert sources == ["data:video/mp4;base64,dmlkZW8=", "data:image/png;base64,cGljdHVyZQ=="]
+    picture = "data:image/png;base64,cGljdHVyZQ=="
+    assert sources == [picture, "data:video/mp4;base64,dmlkZW8=", picture]
+    assert "Not shown here: blade, " in text
     assert re.findall(r'href="(?!#)([^"]*)"', text) == ["https://arxiv.org/abs/2503.10696"]
     assert "Measured on A &lt;b&gt; CPU, commit 0123456789; from results.json." in text
 
