@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterable
 from email.message import Message
 
+import constraints
 from workspace import ROOT, members, report, requirement_name
 
 PAGE = ROOT / "docs" / "licences.md"
@@ -116,9 +117,10 @@ def listed(text: str) -> dict[str, str]:
 
 
 def here() -> dict[str, str]:
-    """Licences of what is installed in this environment."""
-    found = {requirement_name(d.metadata["Name"]): d.metadata for d in importlib.metadata.distributions()}
-    return {name: licence(name, metadata) for name, metadata in found.items()}
+    """Licences of what is installed in this environment in the versions of constraints.txt."""
+    pinned = constraints.pins((ROOT / constraints.FILE).read_text(encoding="utf-8"))
+    found = {requirement_name(dist.metadata["Name"]): dist for dist in importlib.metadata.distributions()}
+    return {name: licence(name, dist.metadata) for name, dist in found.items() if dist.version in pinned.get(name, ())}
 
 
 def check(text: str) -> list[str]:
