@@ -80,6 +80,7 @@ def test_lines_fit_their_width():
     assert " ".join(lines) == words
     assert len(lines) > 1
     assert len(wrap(words, 160, size=26)) > len(lines)
+    assert len(wrap(words, 160, bold=True)[0]) < len(lines[0])
     assert wrap("", 100) == []
     assert wrap("unbreakable", 1) == ["unbreakable"]
     sheet = Sheet(160, 20 * len(lines))

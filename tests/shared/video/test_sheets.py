@@ -40,6 +40,25 @@ def test_contact_sheet_shows_first_and_last_frame(clips, tmp_path):
     assert fault.any()
 
 
+def test_titles_that_are_wider_than_their_cells_are_broken(clips, tmp_path):
+    """Each column's letters stay above it, and no line is cut off at the top."""
+    looks = {"dense": ("fifty guided dense steps", "#ff00ff"), "asa": ("distilled: eight sparse steps", "#00ff00")}
+    captions = {name: [""] * 2 for name in clips}
+    for title in ("", "title"):
+        path = contact_sheet(clips, PROMPTS, captions, tmp_path / "s.png", title=title, frames=1, scale=16, looks=looks)
+        picture = (imread(path)[..., :3] * 255).round()
+        for column, (_, color) in enumerate(looks.values()):
+            wanted = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+            rows, columns = np.nonzero((picture == wanted).all(-1))
+            left = 6 + column * (128 + 6)
+            assert left <= columns.min()
+            assert columns.max() < left + 128
+            # two lines of letters, with a gap between them
+            filled = np.diff(np.unique(rows))
+            assert (filled > 4).sum() == 1
+            assert rows.min() > (26 if title else 2)
+
+
 def test_video_has_every_frame(clips, tmp_path):
     path = write_video(clips, PROMPTS, tmp_path / "clips.mp4", title="title", scale=8, fps=4, loops=2, looks=LOOKS)
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path)]

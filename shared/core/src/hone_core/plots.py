@@ -127,18 +127,19 @@ def enlargement(side: int, least: int = FRAME_PX) -> int:
     return max(1, -(-least // side))
 
 
-def wrap(text: str, width: int, *, size: int = 13) -> list[str]:
+def wrap(text: str, width: int, *, size: int = 13, bold: bool = False) -> list[str]:
     """Break a text into lines that fit a width, between words.
 
     Args:
         text: Words; a single one that is too long stays whole.
         width: Pixels.
         size: Height of the letters in pixels, as for ``Sheet.text``.
+        bold: Heavier, likewise.
     """
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _text_width(longer, size) <= width:
+        if lines and _text_width(longer, size, bold) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -146,13 +147,13 @@ def wrap(text: str, width: int, *, size: int = 13) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def _text_width(text: str, size: int) -> float:
+def _text_width(text: str, size: int, bold: bool) -> float:
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
     with _style():
         renderer = RendererAgg(1, 1, _DPI)
-        font = FontProperties(size=size * 72 / _DPI)
+        font = FontProperties(size=size * 72 / _DPI, weight="bold" if bold else "normal")
         return renderer.get_text_width_height_descent(text, font, ismath=False)[0]
 
 

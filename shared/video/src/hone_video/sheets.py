@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from hone_core.io import atomic_path
-from hone_core.plots import Sheet, to_pixels
+from hone_core.plots import Sheet, to_pixels, wrap
 from torch import Tensor
 
 from .grader import ClipClassifier, estimate_motion
@@ -67,8 +67,9 @@ def contact_sheet(
     """
     first = next(iter(clips.values()))
     picks = torch.linspace(0, first.shape[2] - 1, frames).round().long()
-    grid = _Grid(first.shape[-1] * scale * frames, first.shape[-2] * scale, caption=20, title=title, looks=looks)
-    sheet = grid.sheet(list(clips), prompts)
+    size = first.shape[-1] * scale * frames, first.shape[-2] * scale
+    grid = _Grid(*size, caption=20, title=title, looks=[looks[name] for name in clips])
+    sheet = grid.sheet(prompts)
     for column, (name, value) in enumerate(clips.items()):
         for row, caption in enumerate(captions[name]):
             x, y = grid.corner(column, row)
@@ -104,8 +105,9 @@ def write_video(
     import imageio
 
     first = next(iter(clips.values()))
-    grid = _Grid(first.shape[-1] * scale, first.shape[-2] * scale, caption=0, title=title, looks=looks)
-    still = grid.sheet(list(clips), prompts).draw()
+    size = first.shape[-1] * scale, first.shape[-2] * scale
+    grid = _Grid(*size, caption=0, title=title, looks=[looks[name] for name in clips])
+    still = grid.sheet(prompts).draw()
     pictures: list[NDArray[np.uint8]] = []
     for frame in range(first.shape[2]):
         picture = still.copy()
@@ -134,32 +136,33 @@ class _Grid:
         height: of a cell.
         caption: room for a line under each cell.
         title: above everything.
-        looks: variant -> (title, colour).
+        looks: (title, colour) of each column; a title that is wider than its cell is broken into lines.
     """
 
-    GAP, TOP, TITLE, LINE = 6, 26, 26, 22
+    GAP, TOP, TITLE, LINE, SIZE = 6, 26, 26, 22, 14
 
-    def __init__(
-        self, width: int, height: int, *, caption: int, title: str, looks: Mapping[str, tuple[str, str]]
-    ) -> None:
-        self.width, self.height, self.title, self.looks = width, height, title, looks
-        self.top = self.TOP + (self.TITLE if title else 0)
+    def __init__(self, width: int, height: int, *, caption: int, title: str, looks: Sequence[tuple[str, str]]) -> None:
+        self.width, self.height, self.title = width, height, title
+        self.heads = [(wrap(words, width, size=self.SIZE, bold=True), color) for words, color in looks]
+        self.top = self.TOP + (max(len(lines) for lines, _ in self.heads) - 1) * self.LINE
+        self.top += self.TITLE if title else 0
         self.row = self.LINE + height + caption + self.GAP
 
     def corner(self, column: int, row: int) -> tuple[int, int]:
         """Top left pixel (x, y) of a cell."""
         return self.GAP + column * (self.width + self.GAP), self.top + row * self.row + self.LINE
 
-    def sheet(self, names: Sequence[str], prompts: Sequence[str]) -> Sheet:
+    def sheet(self, prompts: Sequence[str]) -> Sheet:
         """The labels, without a cell's content."""
-        right, bottom = self.corner(len(names), len(prompts))
+        right, bottom = self.corner(len(self.heads), len(prompts))
         sheet = Sheet(right, bottom - self.LINE + self.GAP)
         if self.title:
-            sheet.text(self.GAP, self.TITLE / 2 + 2, self.title, size=14)
-        for column, name in enumerate(names):
+            sheet.text(self.GAP, self.TITLE / 2 + 2, self.title, size=self.SIZE)
+        for column, (lines, color) in enumerate(self.heads):
             x = self.corner(column, 0)[0] + self.width / 2
-            title, color = self.looks[name]
-            sheet.text(x, self.top - self.TOP / 2, title, size=14, bold=True, color=color, centered=True)
+            for up, line in enumerate(reversed(lines)):
+                y = self.top - self.TOP / 2 - up * self.LINE
+                sheet.text(x, y, line, size=self.SIZE, bold=True, color=color, centered=True)
         for row, prompt in enumerate(prompts):
             sheet.text(self.GAP, self.corner(0, row)[1] - self.LINE / 2, prompt)
         return sheet
