@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hone_blade import distill as module
 from hone_blade.config import TDM_PRESETS, BladeConfig, DistillConfig, TDMConfig
 from hone_blade.distill import Distillation, DistillReport, distill, host_task, rollout_clips, student_host
 from hone_blade.models import attach
+from hone_blade.tdm import fake_score_loss
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_core.testing import full_disk, requires_gpu
@@ -96,9 +98,9 @@ def test_rates_rise_and_the_students_falls(host, tmp_path):
 
 
 def test_parts_of_a_batch_add_up(host, tmp_path):
-    """With the parts' own draws, an update in two parts is the mean of both."""
-    cfg = replace(SMOKE, accumulate=2, steps=1)
-    single = replace(SMOKE, batch=2, steps=1)
+    """With the parts' own draws, an update in two parts is the mean of both; the fake score hardly moves in between."""
+    cfg = replace(SMOKE, accumulate=2, steps=1, fake_lr=1e-12)
+    single = replace(SMOKE, batch=2, steps=1, fake_lr=1e-12)
     values = []
     for part in range(2):
         made = Distillation(single, host_task(load_host(path=host), single.tdm), tmp_path / f"{part}.pt")
@@ -106,7 +108,45 @@ def test_parts_of_a_batch_add_up(host, tmp_path):
         made.seed = lambda index, stage, own=own, part=part: own(part, stage)
         values.append(made.update())
     found = Distillation(cfg, host_task(load_host(path=host), cfg.tdm), tmp_path / "whole.pt").update()
-    torch.testing.assert_close(found["fake_loss"], (values[0]["fake_loss"] + values[1]["fake_loss"]) / 2)
+    for name in ("fake_loss", "loss", "gap"):
+        torch.testing.assert_close(found[name], (values[0][name] + values[1][name]) / 2)
+        assert values[0][name] != values[1][name]
+
+
+def test_each_step_part_and_stage_has_numbers_of_its_own(host, tmp_path):
+    made = Distillation(SMOKE, host_task(load_host(path=host), SMOKE.tdm), tmp_path / "c.pt")
+    drawn = set()
+    for made.training.step in range(2):
+        drawn |= {torch.rand((), generator=made.seed(part, stage)).item() for part in range(2) for stage in range(2)}
+    assert len(drawn) == 8
+
+
+def test_optimisers_are_the_releases(host, tmp_path):
+    """AdamW without momentum; both gradients are clipped, here to so little that eps stops the step."""
+    cfg = replace(SMOKE, clip=1e-14, warmup_steps=0, weight_decay=0.02, beta2=0.9)
+    made = Distillation(cfg, host_task(load_host(path=host), cfg.tdm), tmp_path / "c.pt")
+    seen = made.update()
+    assert min(seen["norm"], seen["fake_norm"]) > 1e-6
+    for adapter in (made.trio.student, made.trio.fake):
+        moved = [value for name, value in adapter.state_dict().items() if "lora_B" in name]
+        assert max(float(value.abs().max()) for value in moved) < 1e-7
+    for optimizer in (made.student, made.fake):
+        (group,) = optimizer.param_groups
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.0, 0.9), 1e-8, 0.02)
+
+
+def test_the_fake_score_is_held_to_the_unguided_teacher(host, tmp_path):
+    made = Distillation(SMOKE, host_task(load_host(path=host), SMOKE.tdm), tmp_path / "c.pt")
+    objective, draws = made.objective, torch.Generator()
+    text, _ = made.task.draw(4, draws.manual_seed(0))
+    states = objective.states(text, torch.randn(4, *made.task.shape, generator=draws), draws)
+    drawn = objective.draw(4, draws, states.device)
+    networks = (made.trio.network(role, text) for role in ("student", "fake", "teacher"))
+    wanted = fake_score_loss(*networks, made.task.process, states, drawn, SMOKE.tdm, generator=draws.manual_seed(1))
+    assert torch.equal(objective.fake_loss(text, states, drawn, draws.manual_seed(1)), wanted)
+    # Without it there is less to pay.
+    objective.tdm = replace(SMOKE.tdm, regularisation=0.0)
+    assert (objective.fake_loss(text, states, drawn, draws.manual_seed(1)) < wanted).all()
 
 
 def test_an_update_steps_along_the_gradients_of_its_losses(host, tmp_path):
@@ -192,6 +232,7 @@ def test_a_run_exports_a_student_that_draws(host, tmp_path):
     assert DistillReport.of(run) == report
     with safe_open(report.lora, framework="pt") as file:
         assert json.loads(file.metadata()["hone_blade_config"])["block"] == 16
+        assert json.loads(file.metadata()["hone_blade_rollout"]) == {"steps": 3, "eta": 0.9}
     facts = json.loads(report.lora.with_suffix(".json").read_text())
     assert facts["steps"] == 4
     assert "digit_accuracy" in facts["result"]
@@ -211,6 +252,24 @@ def test_a_run_exports_a_student_that_draws(host, tmp_path):
         other = rollout_clips(plain, labels, cfg.tdm, seed=0)
     assert clips.shape == (2, 3, 4, 16, 16)
     assert (clips - other).abs().max() > 1e-3
+
+
+def test_a_student_trained_dense_is_graded_dense(host, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(*args, **options):
+        drawn.append(rollout_clips(*args, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(module, "rollout_clips", draw)
+    cfg = replace(SMOKE, host=host, dense_share=1.0, steps=1)
+    with start(tmp_path / "run", cfg) as run:
+        report = distill(cfg, run)
+    variants = {row.variant for row in report.rows if row.metric == "accuracy"}
+    assert variants == {"teacher, its own sampler", "teacher, 3 steps of the rollout", "student, dense"}
+    loaded, labels = load_host(path=host), random_labels(3, torch.Generator().manual_seed(1))
+    student_host(loaded, report.lora)
+    assert torch.equal(rollout_clips(loaded, labels, cfg.tdm, seed=1), drawn[-1])
 
 
 def test_another_config_does_not_go_on(host, tmp_path):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from hone_blade.config import BladeConfig, EncodeConfig, GenerateConfig, PipelineDistillConfig, TDMConfig
 from hone_blade.inputs import find_distilled, find_encoded
@@ -23,9 +25,10 @@ from hone_core.runs import Run
 from hone_core.testing import assert_close, full_disk, requires_gpu
 from hone_video.architectures import tiny, tiny_inputs, tiny_pipeline
 from hone_video.caching import Cache
-from hone_video.training import Loop
+from hone_video.training import Loop, data_index, seeded
 from hone_video.training_config import LoopConfig
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 # diffusers calls functions that other libraries have deprecated, and imageio leaves ffmpeg's pipes to the collector.
@@ -182,6 +185,125 @@ def test_a_step_moves_both_adapters_and_nothing_else(folders, caches, tmp_path):
         moved = [p for key, p in made.loop.groups[name].parameters.items() if "lora_B" in key]
         assert moved
         assert all(p.abs().max() > 0 for p in moved)
+
+
+def test_updates_are_steps_along_the_gradients_of_their_losses(folders, caches, tmp_path):
+    """By hand: each sample's own numbers, losses of a mean over the batch, and AdamW without momentum."""
+    cfg = config(folders, caches, loop={"clip": 0.01})
+    made = []
+    for name in "ab":
+        pipe = DiffusionPipeline.from_pretrained(folders["wan"])
+        with Run.start(
+            package="hone-blade", verb="x", config=cfg, out=tmp_path / name, device="cpu", quiet=True
+        ) as run:
+            made.append(PipelineDistillation(cfg, plan_of(cfg), pipe, Cache.open(cfg.cache), Loop(cfg.loop, run)))
+    real, plain = made
+    trio, objective, cache = plain.trio, plain.objective, plain.cache
+    assert objective.process.config.eta == TDM.eta
+    rates = {"student": [1e-2, 1e-2 * (1 + 0.5**0.5) / 2], "fake": [1e-2, 1e-2]}
+    optimizers = {
+        name: torch.optim.AdamW(getattr(trio, name).parameters, betas=(0.0, 0.95), eps=1e-8, weight_decay=1e-4)
+        for name in rates
+    }
+    for step in range(2):
+        seen = real.update()
+        real.loop.step += 1
+        losses = dict.fromkeys(("fake_loss", "loss", "gap"), 0.0)
+        kept = []
+        for sample in (2 * step, 2 * step + 1):
+            generator = seeded(0, "objective", sample)
+            text = cache.item(data_index(sample, len(cache), 0))["text"][None]
+            noise = torch.randn(1, *plain.plan.shape, generator=seeded(0, "noise", sample))
+            states = objective.states(text, noise, generator)
+            drawn = objective.draw(1, generator, noise.device)
+            loss = objective.fake_loss(text, states, drawn, generator).mean() / 2
+            loss.backward()
+            losses["fake_loss"] += loss.item()
+            kept.append((text, states, generator))
+        step_of(optimizers["fake"], rates["fake"][step], 0.01)
+        for text, states, generator in kept:
+            drawn = objective.draw(1, generator, states.device)
+            loss, gap = objective.student_loss(text, cache.null()[None], states, drawn, generator)
+            (loss.mean() / 2).backward()
+            losses["loss"] += loss.item() / 2
+            losses["gap"] += gap.item() / 2
+        step_of(optimizers["student"], rates["student"][step], 0.01)
+        assert losses == pytest.approx({name: seen[name] for name in losses}, rel=1e-5)
+        assert seen["lr"] == pytest.approx(rates["student"][step])
+    for name in rates:
+        own = {id(p) for p in getattr(real.trio, name).parameters}
+        assert {id(p) for p in real.loop.groups[name].parameters.values()} == own
+        for a, b in zip(getattr(real.trio, name).parameters, getattr(trio, name).parameters, strict=True):
+            assert_close(a.detach(), b.detach())
+
+
+def step_of(optimizer, rate, clip):
+    (group,) = optimizer.param_groups
+    group["lr"] = rate
+    torch.nn.utils.clip_grad_norm_(group["params"], clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def other_precision():
+    """Accelerate keeps the precision of a process's first training."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_a_student_of_16_bits_is_trained_in_32_and_exported_averaged(folders, caches, tmp_path, monkeypatch):
+    """The file holds the moving averages in the dtype of the model, and says how it was made."""
+    made = []
+    real = PipelineDistillation.__init__
+
+    def keep(self, *args):
+        real(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(PipelineDistillation, "__init__", keep)
+    cfg = config(folders, caches, dtype="bfloat16", loop={"steps": 2, "batch": 1, "ema": 0.9})
+    report = work(distill_pipeline, cfg, tmp_path / "run")
+    (found,) = made
+    assert {p.dtype for group in found.loop.groups.values() for p in group.parameters.values()} == {torch.float32}
+    assert not found.loop.groups["fake"].averages
+    averages = {
+        name.replace(".student", ""): value.bfloat16() for name, value in found.loop.groups["student"].averages.items()
+    }
+    stored = load_file(report.student)
+    assert {name.removeprefix("transformer.") for name in stored} == averages.keys()
+    for name, value in stored.items():
+        assert torch.equal(value, averages[name.removeprefix("transformer.")])
+        assert value.dtype == torch.bfloat16
+    with safe_open(report.student, framework="pt") as file:
+        assert "distill-pipeline, commit " in file.metadata()["hone_blade_made"]
+
+
+def test_the_log_has_the_rate_and_the_report_the_last_gaps(trained):
+    lines = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    rates = [1e-2, 1e-2 * (1 + 0.5**0.5) / 2, 0.5e-2, 1e-2 * (1 - 0.5**0.5) / 2]
+    assert [line["lr"] for line in lines] == pytest.approx(rates)
+    (gap,) = (row.value for row in trained[0].rows if row.metric == "gap")
+    assert gap == lines[-1]["gap"] != lines[0]["gap"]
+
+
+@KINDS
+def test_samples_are_decoded_as_the_pipeline_does(kind, folders):
+    pipe = DiffusionPipeline.from_pretrained(folders[kind])
+    given = {"prompt": "a cat", "num_inference_steps": 1, "guidance_scale": 1.0, "num_frames": 9, "height": 64}
+    latents, frames = (
+        pipe(**given, width=64, generator=torch.Generator().manual_seed(0), output_type=kind).frames
+        for kind in ("latent", "np")
+    )
+    own = SimpleNamespace(
+        pipe=pipe, loop=SimpleNamespace(device=torch.device("cpu")),
+        plan=SimpleNamespace(pipeline=type(pipe).__name__),
+    )  # fmt: skip
+    found = PipelineDistillation._decode(own, latents)
+    assert found.shape == frames[0].shape
+    assert abs(found.astype(float) - frames[0] * 255).max() < 1
 
 
 @KINDS

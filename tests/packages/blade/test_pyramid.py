@@ -123,6 +123,9 @@ def test_counted_factors_by_hand():
     own = dataclasses.replace(cfg, keep_diagonal=True)
     assert factors_of([0.1, 0.5, 0.4, 0.3, 0.2], own).diagonal().tolist() == [1] * 5
     assert factors_of([0.1, 0.5, 0.4, 0.3, 0.2], own)[0].tolist() == [1, 2, 4, 8, 0]
+    # 0.29 of 100 blocks are 29, though 100 * 0.29 is a little less in float64.
+    share = dataclasses.replace(cfg, levels=(0.0, 0.0, 0.0, 0.29))
+    assert int((factors_of([1.0] * 100, share)[0] > 0).sum()) == 29
     # Fewer blocks than a share of them: the best one, at the finest factor that is allowed.
     assert factors_of(
         [0.1, 0.5], change(selection="topk", levels=(0.0, 0.0, 0.1, 0.1), keep_diagonal=False)
@@ -163,6 +166,16 @@ def test_the_cap_makes_blocks_finer_and_never_reads_what_is_skipped():
     assert none.tolist() == [[0.0, 0.0]]
     assert torch.equal(capped, (free > 0).int())
     assert_close(share, ((free > 1).sum((-1, -2)) / (free > 0).sum((-1, -2))).float())
+
+
+def test_a_cap_is_that_of_the_heads_own_keys():
+    """Four query heads on two heads of keys, of which the first's are alike and the second's alternate."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    k = torch.stack([torch.stack([a] * 32), torch.stack([a, b] * 16)])[None]
+    cfg = change(levels=(0.0, 0.0, 0.0, 1.0), similarity=(0.5, 0.5, 0.5))
+    factors, share = pyramid_factors(torch.rand(1, 4, 2, 2), k, cfg)
+    assert factors[0, :, 0, 0].tolist() == [8, 8, 1, 1]
+    assert share.tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
 def test_density_counts_products():

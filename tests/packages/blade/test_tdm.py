@@ -197,6 +197,32 @@ def test_division_by_the_distance_ends_at_five():
     torch.testing.assert_close(loss, torch.tensor([1 / 2, 1 / 5]))
 
 
+def test_a_student_at_its_teachers_estimate_has_a_loss_of_zero():
+    clean = torch.tensor([[1.0, -2.0]], requires_grad=True)
+    loss = student_loss(clean, clean.detach(), clean.detach())
+    loss.sum().backward()
+    assert loss.tolist() == [0.0]
+    assert clean.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_the_weight_by_signal_to_noise_ends_at_five():
+    clean, other = torch.zeros(2, 3), torch.full((2, 3), 2.0)
+    alpha, sigma = torch.tensor([[0.9], [0.6]]), torch.tensor([[0.1], [0.4]])
+    loss = fake_loss(other, clean, alpha=alpha, sigma=sigma, weight="min_snr")
+    torch.testing.assert_close(loss, torch.tensor([4 * 5.0, 4 * 2.25]))
+
+
+@KINDS
+def test_estimates_have_the_dtype_of_the_state(kind):
+    """A network under autocast gives 16 bits; what is learned from is not rounded to them."""
+    state, time = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([20, 500, 979])
+    output = (0.3 * state).bfloat16()
+    scheduler = process(kind)
+    found = estimate(lambda x, t: output, scheduler, state, time)
+    assert [x.dtype for x in found] == [torch.float32] * 2
+    torch.testing.assert_close(found[0], scheduler.predict_x0(output.float(), state, time))
+
+
 def test_guidance_by_hand():
     assert guide(torch.tensor(3.0), torch.tensor(1.0), 5.0) == 11.0
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hone_blade.config import BladeConfig
 from hone_blade.models import attach
-from hone_blade.trio import Trio
+from hone_blade.trio import Trio, WholeTrio
 from hone_video.architectures import tiny, tiny_inputs
 
 SPARSE = BladeConfig(block=16, max_density=0.3, pool=8, samples=4)
@@ -84,6 +84,28 @@ def test_a_checkpointed_backward_is_the_plain_one(made, inputs):
     assert len(grads[0]) == len(grads[1]) > 0
     for plain, again in zip(*grads, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+def test_adapters_are_those_of_their_seed_in_float32_and_draw_nothing_else():
+    found = []
+    for seed in (0, 0, 1):
+        model = tiny("wan").bfloat16()
+        before = torch.get_rng_state()
+        trio = Trio(model, call, attach(model, SPARSE), rank=2, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append([*trio.student.parameters, *trio.fake.parameters])
+        assert {p.dtype for p in found[-1]} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True))
+
+
+def test_what_is_trained_whole_is_float32_beside_a_teacher_of_16_bits():
+    trio = WholeTrio(tiny("wan").bfloat16(), call, SPARSE)
+    assert {p.dtype for p in trio.pair.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in trio.pair.parameters())
+    teacher = list(trio.model_of("teacher").parameters())
+    assert torch.bfloat16 in {p.dtype for p in teacher}
+    assert not any(p.requires_grad for p in teacher)
 
 
 def test_adapters_come_back_from_their_state(made):

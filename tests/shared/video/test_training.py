@@ -54,6 +54,14 @@ def test_a_broken_off_training_goes_on_as_if_it_had_not_been(whole, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000006"]
 
 
+def test_a_training_without_a_checkpoint_begins_anew_and_is_logged_once(whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", steps=6, stop=1)
+    assert len(logged(tmp_path / "run")) == 1
+    train(tmp_path / "run", steps=6)
+    assert logged(tmp_path / "run") == logged(whole[0])
+
+
 def test_micro_batches_change_nothing_but_the_order_of_sums(whole, tmp_path):
     weights = train(tmp_path / "run", steps=6, micro_batch=4)
     for key, value in whole[1].items():

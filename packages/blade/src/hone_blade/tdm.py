@@ -278,7 +278,7 @@ def student_loss(
     loss = _per_sample(pseudo_huber(clean - target, huber))
     if normalise:
         distance = _per_sample((clean - teacher).abs()).detach()
-        loss = loss / distance.clamp(min=torch.finfo(distance.dtype).tiny, max=5)
+        loss = loss / distance.clamp(min=torch.finfo(distance.dtype).eps, max=5)
     return loss
 
 
