@@ -133,7 +133,7 @@ def test_what_a_request_cannot_have_is_refused_when_it_comes(pair):
         engine.submit(([], [1]), ask, SamplingConfig())
     with pytest.raises(ValueError, match="positions of the small model"):
         engine.submit(([1], [1]), ask, SamplingConfig(max_new_tokens=10**7))
-    with pytest.raises(ValueError, match="max_batch must be positive; got 0"):
+    with pytest.raises(ValueError, match="max_batch must be positive and finite; got 0"):
         EngineConfig(max_batch=0)
 
 
@@ -151,6 +151,71 @@ def test_an_error_ends_the_requests_and_not_the_engine(pair, monkeypatch, cache)
     while engine.step():
         pass
     assert after.finish == "stop"
+
+
+@pytest.mark.parametrize("cache", ["paged", "dynamic"])
+def test_a_request_that_fails_takes_no_other_along(pair, monkeypatch, cache):
+    engine = Engine(pair, EngineConfig(cache=cache))
+    sampling = SamplingConfig(max_new_tokens=30)
+    bad = submit(engine, "123*45", StitchConfig(), sampling, 0, on_token=lambda token: [][1])
+    odd = submit(engine, "999*11", StitchConfig(), sampling, 0)
+    good = submit(engine, "123*45", StitchConfig(), sampling, 0, on_end=lambda: [][1])
+    look = Engine._look
+
+    def overflows(self, model, wanted, side):
+        seen, started = look(self, model, wanted, side)
+        for at, (row, _) in enumerate(wanted):
+            if row.index == 1 and len(row.tokens) == 3:
+                seen.entropy[at] = float("nan")
+        return seen, started
+
+    monkeypatch.setattr(Engine, "_look", overflows)
+    while engine.step():
+        pass
+    assert [job.finish for job in (bad, odd, good)] == ["error", "error", "stop"]
+    assert (len(bad.tokens), len(odd.tokens)) == (1, 3)
+    with pytest.raises(IndexError):
+        bad.wait(0)
+    with pytest.raises(ValueError, match="logits are not numbers at token 3 of row 1"):
+        odd.wait(0)
+    assert [token.token for token in good.tokens] == alone(pair, "123*45", StitchConfig(), sampling, 0)[0]
+    assert engine.snapshot().requests == {"error": 2, "stop": 1}
+
+
+@pytest.mark.parametrize("cache", ["paged", "dynamic"])
+def test_a_request_that_cannot_be_admitted_ends_and_leaves_nothing(pair, monkeypatch, cache):
+    with Engine(pair, EngineConfig(cache=cache, page=16)) as engine:
+        sampling = SamplingConfig(max_new_tokens=30)
+        with monkeypatch.context() as patch:
+            # As when memory runs out while the prompt is read.
+            side = type(engine._sides[1])
+            patch.setattr(side, "absorb" if cache == "paged" else "extend", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                submit(engine, "123*45", StitchConfig(prefill="both"), sampling, 0).wait(20)
+        assert engine.running
+        if cache == "paged":
+            free = engine._sides[0].free
+            assert len(set(free.pages)) == 65536 // 16 + engine.config.max_batch
+            assert len(set(free.rows)) == engine.config.max_batch
+            assert not any(side.place or side.read for side in engine._sides)
+        assert submit(engine, "123*45", StitchConfig(prefill="both"), sampling, 0).wait(20).finish == "stop"
+
+
+def test_who_has_left_the_queue_waits_no_more(pair):
+    engine = Engine(pair, EngineConfig(max_queue=2))
+    ended = []
+    jobs = [submit(engine, "1*1", StitchConfig(), SamplingConfig(), 0, on_end=lambda: ended.append(1)) for _ in "12"]
+    with pytest.raises(QueueFullError):
+        submit(engine, "1*1", StitchConfig(), SamplingConfig(), 0)
+    jobs[0].cancel()
+    jobs[1].deadline = 0.0
+    submit(engine, "1*1", StitchConfig(), SamplingConfig(), 0)
+    assert [job.finish for job in jobs] == ["cancelled", "timeout"]
+    assert ended == [1, 1]
+    before = engine.snapshot()
+    engine.close()
+    assert (before.requests, before.waiting) == ({"cancelled": 1, "timeout": 1}, 1)
+    assert engine.snapshot().requests == {"cancelled": 2, "timeout": 1}
 
 
 def test_the_token_budget_holds_requests_back(pair):

@@ -121,3 +121,12 @@ def test_attached_models_write_together_when_asked_as_always(pairs):
     assert torch.equal(large.generate(ids, max_new_tokens=16, do_sample=False), plain)
     with pytest.raises(ValueError, match="no preset"):
         attach(large, "none", small=small)
+
+
+def test_a_template_that_refuses_messages_is_quoted(saved):
+    pair, _ = saved
+    small = build_tokenizer("small")
+    small.chat_template = "{{ raise_exception('roles must alternate') }}"
+    picky = Pair(pair.small, pair.large, small, pair.tokenizer, pair.vocabulary)
+    with pytest.raises(ValueError, match="the chat template refuses these messages: roles must alternate"):
+        picky.chat_prompts([{"role": "user", "content": "1*1"}])

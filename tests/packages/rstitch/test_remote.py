@@ -2,7 +2,9 @@
 
 import json
 import math
+import socket
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -146,7 +148,7 @@ def test_servers_write_what_the_models_write(local, remote, stitch):
     assert texts == want_texts
     assert torch.equal(got.models, want.models)
     for name in ("entropy", "confidence", "logprobs", "discarded_entropy"):
-        mine, theirs = getattr(got, name), getattr(want, name).double()
+        mine, theirs = getattr(got, name), getattr(want, name)
         assert torch.allclose(mine, theirs, atol=1e-4, equal_nan=True), name
     for mine, theirs in zip(got.usage, want.usage, strict=True):
         assert (mine.tokens, mine.calls, mine.discarded, mine.switches, mine.gaps, mine.prompt_tokens) == (
@@ -163,6 +165,8 @@ def test_what_is_sent(stubs, remote, monkeypatch):
     assert set(small.keys + large.keys) == {"Bearer secret"}
     body = large.bodies[0]
     assert (body["return_tokens_as_token_ids"], body["stream"], body["temperature"]) == (True, True, 0)
+    # What is not said vLLM takes from the model's generation_config.json.
+    assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, -1, 0.0, 1.0)
     # Ids that only the large model has; what ends its text stays open.
     assert remote.large.generation_config.eos_token_id not in map(int, body["logit_bias"])
     assert set(range(20, 24)) <= set(map(int, body["logit_bias"]))
@@ -281,6 +285,9 @@ def test_requests_to_servers_queue_end_and_fail(remote):
     with pytest.raises(QueueFullError, match="2 requests wait"):
         engine.submit(ids, StitchConfig(), SHORT)
     jobs[0].cancel()
+    # Who has left makes room for another.
+    jobs.append(engine.submit(ids, StitchConfig(), SHORT))
+    assert jobs[0].finish == "cancelled"
     with engine:
         assert jobs[0].wait(20).finish == "cancelled"
         assert jobs[1].wait(20).finish in ("stop", "length")
@@ -301,3 +308,52 @@ def test_requests_to_servers_queue_end_and_fail(remote):
         broken.submit(ids, StitchConfig(), SHORT).wait(20)
     with pytest.raises(RuntimeError, match="closed"):
         broken.submit(ids, StitchConfig(), SHORT)
+
+
+class Silent(Stub):
+    """A server that says nothing for a while after its first token."""
+
+    @staticmethod
+    def tokens(*args):
+        for at, token in enumerate(Stub.tokens(*args)):
+            if at == 1:
+                time.sleep(10)
+            yield token
+
+
+def test_a_server_that_breaks_off_is_named():
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def once():
+        client, _ = listener.accept()
+        client.recv(10_000)
+        client.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\ndata: {")
+        client.close()
+
+    threading.Thread(target=once, daemon=True).start()
+    server = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=10)
+    with pytest.raises(ConnectionError, match=rf"{server.url} broke off: .*IncompleteRead"):
+        list(server.tokens({"prompt": [1]}))
+    listener.close()
+
+
+def test_a_server_that_says_nothing_holds_no_request_beyond_its_time(local):
+    stubs = [Silent(local.small, []), Stub(local.large, [])]
+    pair = load_models(ModelsConfig(servers=tuple(stub.url for stub in stubs), top=30))
+    engine = RemoteEngine(pair, EngineConfig(max_batch=1, timeout=0.3))
+    with engine:
+        began = time.monotonic()
+        job = engine.submit(([1, 2, 3], [1, 2, 3]), StitchConfig(policy="small"), SHORT)
+        assert job.wait(20).finish == "timeout"
+        assert time.monotonic() - began < 8
+    for stub in stubs:
+        stub.close()
+
+
+def test_an_engine_before_servers_leaves_no_thread(remote):
+    with RemoteEngine(remote, EngineConfig(max_batch=3)) as engine:
+        jobs = [engine.submit(([1, 2, 3], [1, 2, 3]), StitchConfig(policy="large"), SHORT) for _ in range(5)]
+    assert all(job.done.is_set() for job in jobs)
+    assert not any(thread.is_alive() for thread in engine._threads)
+    assert not engine.jobs
+    assert sum(engine.snapshot().requests.values()) == 5

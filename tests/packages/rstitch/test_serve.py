@@ -1,5 +1,6 @@
 import asyncio
 import json
+import random
 import re
 import socket
 import threading
@@ -132,6 +133,9 @@ def test_wrong_requests_are_told_what_is_wrong(served):
         ({"extra_body": {"rstitch": {"policy": "random"}}}, "share belongs to policy='random'"),
         ({"extra_body": {"rstitch": {"tau": 0.1, "tau_back": 0.5}}}, "tau_back must be at most tau"),
         ({"max_tokens": 10**7}, "exceed the"),
+        ({"temperature": 1e-300}, "temperature must be 0 (greedy) or at least 0.001"),
+        ({"stop": ["#", ""]}, "stop: an empty string would end every text"),
+        ({"extra_body": {"rstitch": {"window": 10**21}}}, "window and min_large_run must lie in 1 .. 1048576"),
         ({"prompt": ""}, "a prompt of a token at least"),
     ):
         with pytest.raises(openai.BadRequestError, match=re.escape(words)):
@@ -155,14 +159,122 @@ def test_wrong_requests_are_told_what_is_wrong(served):
 
 def test_a_client_that_leaves_takes_its_request_along(served):
     before = wait_until_idle(served.engine).requests.get("cancelled", 0)
-    ask = {"model": "hone-rstitch", "prompt": "123*45=", "max_tokens": 200, "temperature": 2.0}
-    with served.client().completions.create(**ask, stream=True) as stream:
-        next(iter(stream))
-    with pytest.raises(openai.APITimeoutError):
-        served.client(timeout=0.005).completions.create(**ask)
-    after = wait_until_idle(served.engine)
-    assert after.requests.get("cancelled", 0) + after.requests.get("stop", 0) > before
+    # Without an end of text, so that it ends only by being left.
+    ask = {"model": "hone-rstitch", "prompt": "123*45=", "max_tokens": 240, "extra_body": {"rstitch": {"tau": 1}}}
+    ends, served.engine.ends = served.engine.ends, set()
+    try:
+        with served.client().completions.create(**ask, stream=True) as stream:
+            next(iter(stream))
+        after = wait_until_idle(served.engine)
+        assert after.requests["cancelled"] == before + 1
+        with pytest.raises(openai.APITimeoutError):
+            served.client(timeout=0.05).completions.create(**ask)
+        assert wait_until_idle(served.engine).requests["cancelled"] == before + 2
+    finally:
+        served.engine.ends = ends
     assert not served.engine.jobs
+
+
+def test_clients_that_leave_the_queue_make_room(pair, monkeypatch):
+    served = Served(pair, EngineConfig(max_batch=1, max_queue=2))
+    held, step = threading.Event(), Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: held.wait(20) and step(self))
+    body = json.dumps({"prompt": "123*45=", "max_tokens": 9, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+
+    def ask():
+        client = socket.create_connection(("127.0.0.1", served.socket.getsockname()[1]))
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        return client
+
+    try:
+        gone = [ask(), ask()]
+        while served.engine.snapshot().waiting < 2:
+            time.sleep(0.02)
+        with pytest.raises(openai.RateLimitError):
+            served.client().completions.create(model="", prompt="1*1=")
+        for client in gone:
+            client.close()
+        deadline = time.monotonic() + 10
+        while not all(job._cancelled for job in [*served.engine._queue]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        held.set()
+        reply = served.client().completions.create(model="hone-rstitch", prompt="123*45=", max_tokens=40)
+        assert reply.choices[0].text == "615+4920=#5535."
+        assert wait_until_idle(served.engine).requests == {"cancelled": 2, "stop": 1}
+    finally:
+        held.set()
+        served.close()
+
+
+def test_a_huge_prompt_is_refused_while_others_are_answered(pair, monkeypatch):
+    served = Served(pair, EngineConfig(max_tokens=1000))
+    client, huge = served.client(), {"model": "hone-rstitch", "prompt": "1" * 17_000}
+    ask = {"model": "hone-rstitch", "prompt": "123*45=", "max_tokens": 40}
+    try:
+        with pytest.raises(openai.APIStatusError, match="more than 16000 bytes") as refused:
+            client.completions.create(**huge)
+        assert refused.value.status_code == 413
+        with pytest.raises(openai.BadRequestError, match="exceed the 256 positions"):
+            client.completions.create(**(huge | {"prompt": "1" * 15_000}))
+        with pytest.raises(openai.BadRequestError, match="exceed the 256 positions"):
+            client.chat.completions.create(model="", messages=[{"role": "user", "content": "1" * 15_000}])
+        # A tokenizer that takes its time holds nobody up.
+        encode, busy, go, waited = type(pair.tokenizer).encode, threading.Event(), threading.Event(), []
+
+        def slow(self, text, **options):
+            if text == "9*9=":
+                busy.set()
+                waited.append(go.wait(10))
+            return encode(self, text, **options)
+
+        monkeypatch.setattr(type(pair.tokenizer), "encode", slow)
+        other = threading.Thread(target=lambda: client.completions.create(**(ask | {"prompt": "9*9="})))
+        other.start()
+        assert busy.wait(10)
+        assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+        assert client.completions.create(**ask).choices[0].text == "615+4920=#5535."
+        go.set()
+        other.join()
+        assert all(waited)
+    finally:
+        served.close()
+
+
+def test_what_fails_is_said_and_harms_nobody_else(pair, monkeypatch):
+    served = Served(pair, api_key=KEY)
+    client, ask = served.client(), {"model": "hone-rstitch", "prompt": "123*45=", "max_tokens": 40}
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_look", lambda *args: 1 / 0)
+            for stream in (False, True):
+                with pytest.raises(openai.InternalServerError, match="ZeroDivisionError: division by zero"):
+                    client.completions.create(**ask, stream=stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "submit", lambda *args, **options: (_ for _ in ()).throw(ConnectionError("no host")))
+            with pytest.raises(openai.InternalServerError, match="no host") as failed:
+                client.completions.create(**ask)
+            assert failed.value.status_code == 502
+        assert client.completions.create(**ask).choices[0].text == "615+4920=#5535."
+        no_json = httpx.post(f"{served.url}/v1/completions", content=b'{"prompt": "1"}', headers={"Authorization": KEY})
+        assert no_json.status_code == 401
+        assert no_json.headers["www-authenticate"] == "Bearer"
+        no_json = httpx.post(
+            f"{served.url}/v1/completions", content=b'{"prompt": "1"}', headers={"Authorization": f"Bearer {KEY}"}
+        )
+        assert (no_json.status_code, no_json.json()["error"]["message"]) == (
+            415, "the body must be JSON and say so: Content-Type: application/json"
+        )  # fmt: skip
+        half = httpx.post(
+            f"{served.url}/v1/completions", content=b'{"prompt": "\\ud800"}',
+            headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
+        )  # fmt: skip
+        assert half.status_code == 400
+        assert "surrogates not allowed" in half.json()["error"]["message"]
+        assert httpx.get(f"{served.url}/v1/none").json()["error"]["message"] == "Not Found"
+    finally:
+        served.close()
 
 
 def test_two_hundred_at_once_and_a_full_queue(pair):
@@ -231,6 +343,35 @@ def test_text_shows_whole_characters_and_no_part_of_a_stop_string():
     rest = _Text(Bytes(), ["END"])
     assert [rest.add(ord(c)) for c in "EN"] == ["", ""]
     assert rest.add(None) == "EN"
+
+
+def test_text_as_it_comes_is_the_text_as_a_whole():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    backend = Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(sorted(letters))}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    rng = random.Random(0)
+    for words in ("größer als 漢字 🙂 x", "a\ufffdb", "  ends in part 🙂"):
+        ids = tokenizer.encode(words)[: -1 if "part" in words else None]
+        text = _Text(tokenizer, [])
+        parts = [text.add(id) for id in ids]
+        assert "".join(parts) + text.add(None) == tokenizer.decode(ids)
+        assert "\ufffd" not in "".join(parts).replace("a\ufffdb", "")
+    # Bytes that are no text at all.
+    ids = [rng.randrange(256) for _ in range(300)]
+    text = _Text(tokenizer, [])
+    assert "".join(text.add(id) for id in [*ids, None]) == tokenizer.decode(ids)
+    # The time of a token does not grow with the text.
+    text, seen = _Text(tokenizer, ["zz"]), []
+    decode = text._decode
+    text._decode = lambda ids: seen.append(len(ids)) or decode(ids)
+    for id in tokenizer.encode("word " * 200):
+        text.add(id)
+    assert max(seen) < 8
 
 
 def test_a_router_of_its_own(pair):

@@ -34,6 +34,11 @@ __all__ = [
 SMALL, LARGE = 0, 1
 """Names of the two models wherever an integer says who."""
 
+LONGEST = 2**20
+"""Tokens that any text has at most."""
+COLDEST = 1e-3
+"""Least temperature above 0: logits divided by less may overflow, and the likeliest token comes anyway."""
+
 Policy = Literal["stitch", "one-token", "router", "random", "small", "large"]
 GateSignal = Literal["entropy", "confidence"]
 
@@ -80,8 +85,10 @@ class StitchConfig:
         if (back > self.tau) if self.gate == "entropy" else (back < self.tau):
             side = "at most" if self.gate == "entropy" else "at least"
             raise ValueError(f"tau_back must be {side} tau, the more certain side; got {back} and {self.tau}")
-        if self.window < 1 or self.min_large_run < 1:
-            raise ValueError(f"window and min_large_run must be at least 1; got {self.window} and {self.min_large_run}")
+        if not 1 <= self.window <= LONGEST or not 1 <= self.min_large_run <= LONGEST:
+            raise ValueError(
+                f"window and min_large_run must lie in 1 .. {LONGEST}; got {self.window} and {self.min_large_run}"
+            )
         if (self.policy == "random") != (self.share is not None):
             raise ValueError(
                 f"share belongs to policy='random', which needs it; got policy {self.policy!r} and share {self.share}"
@@ -323,10 +330,12 @@ class SamplingConfig:
     """0 is off."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or 0 < self.temperature < COLDEST:
+            raise ValueError(f"temperature must be 0 (greedy) or at least {COLDEST}; got {self.temperature}")
+        if self.max_new_tokens < 1 or not 0 < self.top_p <= 1 or not 0 <= self.top_k < 2**31:
             raise ValueError(
-                "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got "
-                f"{self.max_new_tokens}, {self.temperature}, {self.top_p}, {self.top_k}"
+                "expected max_new_tokens >= 1, 0 < top_p <= 1 and top_k of 31 bits; got "
+                f"{self.max_new_tokens}, {self.top_p}, {self.top_k}"
             )
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             raise ValueError("top_p and top_k change nothing when temperature is 0; give a temperature")
@@ -341,7 +350,8 @@ class EngineConfig:
     max_queue: int = 256
     """Requests that wait at most; beyond them one is refused."""
     max_tokens: int = 65536
-    """Tokens of prompts and answers that the requests being written may come to, in each model's cache."""
+    """Tokens of prompts and answers that the requests being written may come to, in each model's cache. ``serve``
+    refuses bodies of more than 16 bytes for each."""
     large_batch: int = 1
     """The large model runs when so many requests are at it, or all are: fewer, fuller calls."""
     cache: Literal["auto", "paged", "dynamic"] = "auto"
@@ -359,8 +369,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_queue", "max_tokens", "large_batch", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
         if self.page not in (16, 32) and (self.page < 1 or self.page % 64):
             raise ValueError(f"page must be 16, 32 or a multiple of 64; got {self.page}")
 

@@ -8,6 +8,8 @@ values at the model that it is not at, so that a hand-over reads the gap and not
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import threading
 import time
@@ -29,7 +31,7 @@ from .models import Pair
 from .paged import Draw, PagedModel, Pages, Reading
 from .router import Router, Routing
 
-__all__ = ["Engine", "Finish", "Job", "QueueFullError", "Stats", "check_room"]
+__all__ = ["Engine", "Finish", "Intake", "Job", "QueueFullError", "Stats", "check_room"]
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
@@ -75,6 +77,12 @@ class Job:
     def cancel(self) -> None:
         """End it at the next step; harmless when it ended."""
         self._cancelled = True
+
+    def overdue(self) -> Literal["cancelled", "timeout"] | None:
+        """Why it should end now, if it should."""
+        if self._cancelled:
+            return "cancelled"
+        return "timeout" if time.monotonic() > self.deadline else None
 
     def wait(self, timeout: float | None = None) -> Job:
         """Block until it ended.
@@ -138,7 +146,102 @@ def check_room(pair: Pair, job: Job, config: EngineConfig) -> None:
         raise ValueError(f"the request may come to {job.size} tokens, and the engine holds {config.max_tokens} in all")
 
 
-class Engine(_Loop):
+class Intake:
+    """The way into an engine: a bounded queue of requests, from any thread, each of which ends once.
+
+    Args:
+        pair: Whom they ask.
+        config: Sizes of queue and batch.
+
+    Attributes:
+        jobs: Requests that are being written.
+        stats: Counts, of which ``snapshot`` gives a copy.
+    """
+
+    def __init__(self, pair: Pair, config: EngineConfig | None) -> None:
+        self.pair, self.config = pair, config or EngineConfig()
+        self.jobs: dict[int, Job] = {}
+        self.stats = Stats()
+        self._queue: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+
+    def submit(
+        self,
+        prompts: tuple[Sequence[int], Sequence[int]],
+        stitch: StitchConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int = 0,
+        on_token: Callable[[StitchToken], None] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> Job:
+        """Queue a request; callable from any thread.
+
+        Args:
+            prompts: Ids of the small and of the large model's prompt.
+            stitch: Policy and gate.
+            sampling: How tokens are drawn.
+            seed: Of the draws: what is drawn depends on it and on positions, not on who else is in the batch.
+            on_token: Called in a thread of the engine with each token that the gate let through. What it raises ends
+                its own request.
+            on_end: Called there once it ended.
+
+        Raises:
+            ValueError: A prompt is empty, or longer with its answer than a model or the budget holds; or this engine
+                cannot do what ``stitch`` asks.
+            QueueFullError: Too many wait already.
+            RuntimeError: The engine is closed.
+        """
+        job = Job(
+            (list(prompts[0]), list(prompts[1])), stitch, sampling, seed, on_token, on_end,
+            time.monotonic() + self.config.timeout,
+        )  # fmt: skip
+        self._check(stitch)
+        check_room(self.pair, job, self.config)
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if len(self._queue) >= self.config.max_queue:
+                self._end_late()  # who has left waits no more
+            if len(self._queue) >= self.config.max_queue:
+                raise QueueFullError(f"{len(self._queue)} requests wait already; try again later")
+            self._queue.append(job)
+            self._changed.notify()
+        return job
+
+    def snapshot(self) -> Stats:
+        """Counts as they are now."""
+        with self._changed:
+            self.stats.waiting, self.stats.running = len(self._queue), len(self.jobs)
+            return copy.deepcopy(self.stats)
+
+    def _check(self, stitch: StitchConfig) -> None:
+        """Raise ``ValueError`` where the engine cannot do what is asked."""
+        raise NotImplementedError
+
+    def _end_late(self) -> None:
+        """End what was cancelled, or is late, while it waits."""
+        with self._changed:
+            late = [(job, why) for job in self._queue if (why := job.overdue())]
+            for job, _ in late:
+                self._queue.remove(job)
+        for job, why in late:
+            self._end(job, why)
+
+    def _end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
+        with self._changed:
+            if job.finish is not None:
+                return
+            job.finish, job.error = finish, error
+            self.stats.book(job)
+        job.done.set()
+        if job.on_end is not None:
+            with contextlib.suppress(Exception):  # of a caller who has gone
+                job.on_end()
+
+
+class Engine(Intake, _Loop):
     """Runs the requests of a pair. ``start`` and ``close``, or ``with``, run it in a thread; ``step`` runs one round.
 
     Args:
@@ -155,7 +258,9 @@ class Engine(_Loop):
     """
 
     def __init__(self, pair: Pair, config: EngineConfig | None = None, *, router: Router | None = None) -> None:
-        super().__init__(
+        Intake.__init__(self, pair, config)
+        _Loop.__init__(
+            self,
             models=(pair.small, pair.large),
             stitch=StitchConfig(),
             vocabulary=pair.vocabulary,
@@ -168,13 +273,8 @@ class Engine(_Loop):
             on_token=None,
             routing=None if router is None else Routing(router.to(pair.small.device)),
         )
-        self.pair, self.config = pair, config or EngineConfig()
         self.ends = set(pair.vocabulary.eos)
-        self.jobs: dict[int, Job] = {}
-        self.stats = Stats()
-        self._queue: deque[Job] = deque()
-        self._changed = threading.Condition()
-        self._next, self._closing = 0, False
+        self._next = 0
         self._thread: threading.Thread | None = None
         reasons = [reason for model in self.models if (reason := unsupported(model)) is not None]
         if self.config.cache == "paged" and reasons:
@@ -220,47 +320,11 @@ class Engine(_Loop):
         sides[SMALL].wants_hidden = self.routing is not None
         return sides
 
-    # What callers do
-
-    def submit(
-        self,
-        prompts: tuple[Sequence[int], Sequence[int]],
-        stitch: StitchConfig,
-        sampling: SamplingConfig,
-        *,
-        seed: int = 0,
-        on_token: Callable[[StitchToken], None] | None = None,
-        on_end: Callable[[], None] | None = None,
-    ) -> Job:
-        """Queue a request; callable from any thread.
-
-        Args:
-            prompts: Ids of the small and of the large model's prompt.
-            stitch: Policy and gate.
-            sampling: How tokens are drawn.
-            seed: Of the draws: what is drawn depends on it and on positions, not on who else is in the batch.
-            on_token: Called in the engine's thread with each token that the gate let through.
-            on_end: Called there once it ended.
-
-        Raises:
-            ValueError: A prompt is empty, or longer with its answer than a model or the budget holds.
-            QueueFullError: Too many wait already.
-        """
-        job = Job(
-            (list(prompts[0]), list(prompts[1])), stitch, sampling, seed, on_token, on_end,
-            time.monotonic() + self.config.timeout,
-        )  # fmt: skip
+    def _check(self, stitch: StitchConfig) -> None:
         if stitch.policy == "router" and self.routing is None:
             raise ValueError("policy 'router' needs a router, which this engine has not")
-        check_room(self.pair, job, self.config)
-        with self._changed:
-            if self._closing:
-                raise RuntimeError("the engine is closed")
-            if len(self._queue) >= self.config.max_queue:
-                raise QueueFullError(f"{len(self._queue)} requests wait already; try again later")
-            self._queue.append(job)
-            self._changed.notify()
-        return job
+
+    # What callers do
 
     def start(self) -> Engine:
         """Run in a thread of its own until ``close``."""
@@ -292,12 +356,6 @@ class Engine(_Loop):
         """Whether the thread is alive."""
         return self._thread is not None and self._thread.is_alive()
 
-    def snapshot(self) -> Stats:
-        """Counts as they are now."""
-        with self._changed:
-            self.stats.waiting, self.stats.running = len(self._queue), len(self.rows)
-        return self.stats
-
     # What the thread does
 
     def _serve(self) -> None:
@@ -312,25 +370,28 @@ class Engine(_Loop):
     @torch.no_grad()
     def step(self) -> bool:
         """One round: admit, then a token for the rows at each model. False if there was nothing to do."""
-        self._sweep()
-        self._admit()
-        if not self.rows:
-            return False
         try:
-            for model in (SMALL, LARGE):
-                asked = [row for row in self.rows if row.gate.active == model]
-                if model == LARGE and len(asked) < min(self.config.large_batch, len(self.rows)) and self._others():
-                    continue
-                if asked:
-                    self._step(model, asked, self._sides[model])
-                    self.stats.calls[model] += 1
-                    self._leave()
+            return self._round()
         except Exception as error:
             for job in self.jobs.values():
                 self._end(job, "error", error)
             self.jobs.clear()
             self._reset()
             return True
+
+    def _round(self) -> bool:
+        self._sweep()
+        self._admit()
+        if not self.rows:
+            return False
+        for model in (SMALL, LARGE):
+            asked = [row for row in self.rows if row.gate.active == model]
+            if model == LARGE and len(asked) < min(self.config.large_batch, len(self.rows)) and self._others():
+                continue
+            if asked:
+                self._step(model, asked, self._sides[model])
+                self.stats.calls[model] += 1
+                self._leave()
         if not self.paged:
             for side in self._sides:
                 side.shrink(self.rows)
@@ -343,31 +404,27 @@ class Engine(_Loop):
         return any(row.gate.active == SMALL for row in self.rows)
 
     def _reset(self) -> None:
-        for row in self.rows:
-            self._free(row)
         self.rows = []
         if not self.paged:
             self._sides = self._fresh()
+            return
+        for index in [*self._sides[SMALL].place]:
+            self._free(index)
 
-    def _free(self, row: _Row) -> None:
+    def _free(self, index: int) -> None:
+        """Give back what a row holds; one whose admission failed holds a part of it."""
         if self.paged:
-            self._sides[SMALL].free.give(*self._sides[SMALL].place[row.index])
+            self._sides[SMALL].free.give(*self._sides[SMALL].place[index])
             for side in self._sides:
-                del side.place[row.index], side.read[row.index]
+                side.place.pop(index, None)
+                side.read.pop(index, None)
 
     def _sweep(self) -> None:
         """End what was cancelled or is late."""
-        now = time.monotonic()
-        with self._changed:
-            late = [job for job in self._queue if job._cancelled or now > job.deadline]
-            for job in late:
-                self._queue.remove(job)
-        for job in late:
-            self._end(job, "cancelled" if job._cancelled else "timeout")
+        self._end_late()
         for row in list(self.rows):
-            job = self.jobs[row.index]
-            if job._cancelled or now > job.deadline:
-                self._drop(row, "cancelled" if job._cancelled else "timeout")
+            if why := self.jobs[row.index].overdue():
+                self._drop(row, why)
         if not self.rows and not self.paged and self._sides[SMALL].order:
             self._reset()
 
@@ -379,10 +436,9 @@ class Engine(_Loop):
                 if not self._queue or held + self._queue[0].size > self.config.max_tokens:
                     return
                 job = self._queue.popleft()
+                self.jobs[self._next] = job
             row = _Row(self._next, job.seed, Gate(job.stitch, job.seed), job.prompts, usage=job.usage)
             self._next += 1
-            self.jobs[row.index] = job
-            self.rows.append(row)
             if self.paged:
                 place = self._sides[SMALL].free.take(job.size)
                 for side in self._sides:
@@ -390,6 +446,7 @@ class Engine(_Loop):
             else:
                 for side in self._sides:
                     side.admit(row)
+            self.rows.append(row)
             if job.stitch.prefill == "both" and len(row.prompts[LARGE]) > 1:
                 wanted = [(row, row.prompts[LARGE][:-1])]
                 side = self._sides[LARGE]
@@ -398,22 +455,16 @@ class Engine(_Loop):
 
     def _leave(self) -> None:
         for row in list(self.rows):
-            if row.done and row.done[-1].last:
+            error = self.jobs[row.index].error
+            if error is not None:
+                self._drop(row, "error", error)
+            elif row.done and row.done[-1].last:
                 self._drop(row, "stop" if row.tokens[-1] in self.ends else "length")
 
-    def _drop(self, row: _Row, finish: Finish) -> None:
+    def _drop(self, row: _Row, finish: Finish, error: Exception | None = None) -> None:
         self.rows.remove(row)
-        self._free(row)
-        self._end(self.jobs.pop(row.index), finish)
-
-    def _end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
-        if job.finish is not None:
-            return
-        job.finish, job.error = finish, error
-        self.stats.book(job)
-        job.done.set()
-        if job.on_end is not None:
-            job.on_end()
+        self._free(row.index)
+        self._end(self.jobs.pop(row.index), finish, error)
 
     # What a row decides where a call of ``generate`` decides for all
 
@@ -465,7 +516,13 @@ class Engine(_Loop):
         job = self.jobs[found.row]
         job.tokens.append(found)
         if job.on_token is not None:
-            job.on_token(found)
+            try:
+                job.on_token(found)
+            except Exception as error:
+                job.error = error
+
+    def _broken(self, row: _Row, error: ValueError) -> None:
+        self.jobs[row.index].error = error
 
 
 class _PagedSide:

@@ -186,6 +186,32 @@ class StitchOutput(ModelOutput):
     seconds: Tensor = _ALWAYS_GIVEN
     usage: list[Usage] = _ALWAYS_GIVEN
 
+    @classmethod
+    def of(
+        cls, prompts: Tensor, texts: Sequence[Sequence[StitchToken]], usage: list[Usage], *, pad: int = 0
+    ) -> StitchOutput:
+        """Records of every row, padded to the longest.
+
+        Args:
+            prompts: ``[batch, prompt]`` ids.
+            texts: Tokens of each row.
+            usage: Of each row.
+            pad: Id after a row's end.
+        """
+        width = max(map(len, texts))
+        names = ("entropy", "confidence", "logprob", "discarded_entropy", "seconds")
+        values = torch.full((len(names), len(texts), width), math.nan)
+        models = torch.full((len(texts), width), -1, dtype=torch.int8)
+        new = torch.full((len(texts), width), pad, dtype=prompts.dtype)
+        for row, tokens in enumerate(texts):
+            for token in tokens:
+                at = row, token.position
+                new[at], models[at] = token.token, token.model
+                for i, name in enumerate(names):
+                    value = getattr(token, name)
+                    values[i][at] = math.nan if value is None else value
+        return cls(torch.cat([prompts, new.to(prompts.device)], 1), models, *values, usage)
+
 
 def stitch_generate(
     large: PreTrainedModel,
@@ -330,7 +356,9 @@ def stitch_decoding(
     )
     loop.run(cache)
     pad = generation_config._pad_token_tensor
-    output = loop.output(0 if pad is None else int(pad))
+    output = StitchOutput.of(
+        input_ids, [row.done for row in loop.rows], [row.usage for row in loop.rows], pad=0 if pad is None else int(pad)
+    )
     return output if generation_config.return_dict_in_generate else output.sequences
 
 
@@ -479,10 +507,14 @@ class _Loop:
         for at, (row, none) in enumerate(zip(rows, seen.stuck, strict=True)):
             signal = (seen.entropy if row.gate.config.gate == "entropy" else seen.confidence)[at]
             if math.isnan(signal):
-                raise ValueError(
-                    f"the {('small', 'large')[model]} model's logits are not numbers at token {len(row.tokens)} of row "
-                    f"{row.index}; float16 overflows where bfloat16 and float32 do not"
+                self._broken(
+                    row,
+                    ValueError(
+                        f"the {('small', 'large')[model]} model's logits are not numbers at token {len(row.tokens)} of "
+                        f"row {row.index}; float16 overflows where bfloat16 and float32 do not"
+                    ),
                 )
+                continue
             if none and model == LARGE:
                 raise ValueError(f"no token is allowed at position {len(row.tokens)} of row {row.index}")
             emit, next_model = (
@@ -617,6 +649,10 @@ class _Loop:
         row.done.append(found)
         self._told(found)
 
+    def _broken(self, row: _Row, error: ValueError) -> None:
+        """What becomes of a row whose logits are no numbers."""
+        raise error
+
     def _told(self, found: StitchToken) -> None:
         if self.on_token is not None:
             self.on_token(found)
@@ -644,31 +680,6 @@ class _Loop:
                 ]
                 logits = torch.cat(parts)
         return logits
-
-    def output(self, pad: int) -> StitchOutput:
-        """Everything that was recorded, padded to the longest row."""
-        width = max(len(row.tokens) for row in self.rows)
-        names = ("entropy", "confidence", "logprob", "discarded_entropy", "seconds")
-        values = torch.full((len(names), len(self.rows), width), math.nan)
-        models = torch.full((len(self.rows), width), -1, dtype=torch.int8)
-        new = torch.full((len(self.rows), width), pad, dtype=self.shown.dtype)
-        for row in self.rows:
-            for token in row.done:
-                at = row.index, token.position
-                new[at], models[at] = token.token, token.model
-                for i, name in enumerate(names):
-                    value = getattr(token, name)
-                    values[i][at] = math.nan if value is None else value
-        return StitchOutput(
-            sequences=torch.cat([self.shown, new.to(self.shown.device)], 1),
-            models=models,
-            entropy=values[0],
-            confidence=values[1],
-            logprobs=values[2],
-            discarded_entropy=values[3],
-            seconds=values[4],
-            usage=[row.usage for row in self.rows],
-        )
 
 
 class _Side:

@@ -18,7 +18,7 @@ from .generation import StitchOutput, StitchToken, stitch_generate
 from .router import Routing
 from .vocabulary import Vocabulary
 
-__all__ = ["Pair", "StitchHandle", "attach", "check_models", "read_pair", "tiny"]
+__all__ = ["Pair", "StitchHandle", "attach", "check_models", "pad_left", "read_pair", "tiny"]
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Pair:
         Where there is none (or ``chat`` is False) a single message of the user is a question like any other.
 
         Raises:
-            ValueError: There is no template, and more than a question.
+            ValueError: There is no template, and more than a question; or the template refuses the messages.
         """
         found = []
         for tokenizer, template in (
@@ -146,10 +146,16 @@ class Pair:
             *before, last = messages
             asked = template.replace("{question}", last["content"]) if last["role"] == "user" else last["content"]
             if self.chat and getattr(tokenizer, "chat_template", None):
+                from jinja2 import TemplateError
+
                 turns = [*before, {**last, "content": asked}]
-                found.append(
-                    tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-                )
+                try:
+                    ids = tokenizer.apply_chat_template(
+                        turns, add_generation_prompt=True, tokenize=True, return_dict=False
+                    )
+                except TemplateError as error:
+                    raise ValueError(f"the chat template refuses these messages: {error}") from error
+                found.append(ids)
             elif before or last["role"] != "user":
                 raise ValueError("this model has no chat template: send one message of the user, or use completions")
             else:
@@ -183,8 +189,8 @@ class Pair:
             The texts, special tokens left out, and the records of every token.
         """
         small, large = self.prompts(questions)
-        ids, mask = _pad(large)
-        small_ids, small_mask = _pad(small)
+        ids, mask = pad_left(large)
+        small_ids, small_mask = pad_left(small)
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             # transformers counts 0 as off for top_k, as we do.
@@ -396,7 +402,8 @@ def _prompt_ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
     return tokenizer.encode(text)
 
 
-def _pad(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows as ids ``[rows, tokens]``, zeros before the shorter ones, and a mask of their shape."""
     width = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for at, row in enumerate(rows):

@@ -8,6 +8,7 @@ the gap and nothing else.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import logging
 import math
@@ -16,19 +17,19 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from .config import LARGE, SMALL, EngineConfig, ModelsConfig, SamplingConfig, StitchConfig
-from .engine import Finish, Job, QueueFullError, Stats, check_room
-from .generation import StitchOutput, StitchToken, Usage
+from .engine import Finish, Intake, Job
+from .generation import StitchOutput, StitchToken, StopStrings, Usage
 from .method import Gate
-from .models import Pair
+from .models import Pair, pad_left
 from .router import Routing
 
 __all__ = ["RemoteEngine", "RemotePair", "Server", "entropy_bounds", "remote_pair"]
@@ -39,6 +40,8 @@ NAMES = ("small", "large")
 KEY = "HONE_RSTITCH_SERVER_KEY"
 LEAST = -9000.0
 """A server's log-probability of what cannot come is below this (vLLM: -9999)."""
+CLOSING = 2.0
+"""Seconds that an engine which closes waits for its threads."""
 MOST_CLOSED = 1024
 """Ids that a request names at most as ones that must not come."""
 
@@ -91,7 +94,7 @@ class Server:
             ConnectionError: The server refuses the request, or breaks off.
         """
         with self._open("completions", {**body, "stream": True, "return_tokens_as_token_ids": True}) as reply:
-            for line in reply:
+            for line in self._lines(reply):
                 data = line.decode().strip().removeprefix("data:").strip()
                 if not data or data.startswith(":"):
                     continue
@@ -106,6 +109,12 @@ class Server:
                         said["tokens"], said["token_logprobs"], said["top_logprobs"], strict=True
                     ):
                         yield self._id(name), value, {self._id(key): chance for key, chance in top.items()}
+
+    def _lines(self, reply: Any) -> Iterator[bytes]:
+        try:
+            yield from reply
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionError(f"{self.url} broke off: {error or type(error).__name__}") from error
 
     def _id(self, name: str) -> int:
         prefix, _, number = name.rpartition(":")
@@ -143,6 +152,21 @@ class RemotePair(Pair):
 
     servers: tuple[Server, Server]
     top: int = 20
+
+    @cached_property
+    def from_small(self) -> dict[int, int]:
+        """What the small model's ids are to the large one."""
+        return {small: large for large, small in enumerate(self.vocabulary.to_small.tolist()) if small >= 0}
+
+    @cached_property
+    def closed(self) -> tuple[set[int], set[int]]:
+        """Ids of the small and the large model that must not come, since the other model could not read them.
+
+        An end of the large model's text nobody has to read.
+        """
+        rows, eos = self.small.config.get_text_config().vocab_size, self.vocabulary.eos
+        only_large = {id for id, small in enumerate(self.vocabulary.to_small.tolist()) if small < 0 and id not in eos}
+        return {id for id in range(rows) if id not in self.from_small}, only_large
 
     def served(self) -> list[str]:
         """Names of what the servers serve.
@@ -195,7 +219,7 @@ class RemotePair(Pair):
                 "of %d tokens, the top %d log-probabilities left the gate's answer open at %d", asked, self.top, open_
             )
         texts = [self.tokenizer.decode([t.token for t in row.tokens], skip_special_tokens=True) for row in rows]
-        return texts, _output(large, rows)
+        return texts, StitchOutput.of(pad_left(large)[0], [row.tokens for row in rows], [row.usage for row in rows])
 
 
 def check_gate(stitch: StitchConfig) -> None:
@@ -241,7 +265,7 @@ class _Row:
         told: Callable[[StitchToken], None],
     ) -> None:
         self.pair, self.row, self.prompts, self.stitch, self.sampling = pair, row, prompts, stitch, sampling
-        self.seed, self.names, self.stop, self.told = seed, names, stop, told
+        self.seed, self.names, self.told = seed, names, told
         self.gate = Gate(stitch, seed)
         self.tokens: list[StitchToken] = []
         self.usage = Usage()
@@ -249,15 +273,7 @@ class _Row:
         self.asked = self.open = 0
         self.read = [0, 0]
         self.thrown: float | None = None
-        to_small = pair.vocabulary.to_small.tolist()
-        self.from_small = {small: large for large, small in enumerate(to_small) if small >= 0}
-        eos = pair.vocabulary.eos
-        rows_small = pair.small.config.get_text_config().vocab_size
-        # What the other model could not read must not come; an end of the large model's text nobody has to read.
-        self.closed = (
-            {id for id in range(rows_small) if id not in self.from_small},
-            {id for id, small in enumerate(to_small) if small < 0 and id not in eos},
-        )
+        self.stops = StopStrings(pair.tokenizer, stop, 0) if stop else None
 
     def write(self) -> None:
         """Ask one server after the other until the text ends."""
@@ -294,18 +310,22 @@ class _Row:
             "prompt": ids,
             "max_tokens": sampling.max_new_tokens - len(self.tokens),
             "logprobs": self.pair.top,
+            # All of them: what is left out vLLM takes from the model's generation_config.json.
             "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
         }
         if sampling.temperature > 0:
-            body |= {"top_p": sampling.top_p, "seed": (self.seed * 1_000_003 + len(self.tokens)) % 2**31}
-            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
-        if 0 < len(self.closed[active]) <= MOST_CLOSED:
-            body["logit_bias"] = {str(id): -100 for id in sorted(self.closed[active])}
+            body["seed"] = (self.seed * 1_000_003 + len(self.tokens)) % 2**31
+        if 0 < len(self.pair.closed[active]) <= MOST_CLOSED:
+            body["logit_bias"] = {str(id): -100 for id in sorted(self.pair.closed[active])}
         return body
 
     def _step(self, active: int, token: int, logprob: float, top: Mapping[int, float]) -> bool:
         """Put a token through the gate; whether another stream is wanted, or none."""
-        if token in self.closed[active]:
+        if token in self.pair.closed[active]:
             raise ConnectionError(
                 f"the {NAMES[active]} model's server wrote id {token}, which the other model has not; does it heed "
                 "logit_bias?"
@@ -313,9 +333,9 @@ class _Row:
         size = self.pair.vocabulary.size
         # A drawn token that is none of the likeliest comes as one more.
         top = dict(sorted(top.items(), key=lambda item: -item[1])[: self.pair.top])
-        closed = math.fsum(math.exp(value) for id, value in top.items() if id in self.closed[active])
+        closed = math.fsum(math.exp(value) for id, value in top.items() if id in self.pair.closed[active])
         shift = math.log1p(-closed)
-        likely = [value - shift for id, value in top.items() if id not in self.closed[active] and value > LEAST]
+        likely = [value - shift for id, value in top.items() if id not in self.pair.closed[active] and value > LEAST]
         low, high = (min(1.0, max(0.0, bound / math.log(size))) for bound in entropy_bounds(likely, size))
         confidence = math.exp(max(likely))
         signal = low if self.stitch.gate == "entropy" else confidence
@@ -329,13 +349,12 @@ class _Row:
             self.usage.switches += 1
             self.thrown = low
             return True
-        id = token if active == LARGE else self.from_small[token]
+        id = token if active == LARGE else self.pair.from_small[token]
         self.usage.tokens[active] += 1
         ids = [*(t.token for t in self.tokens), id]
         last = id in self.pair.vocabulary.eos or len(ids) >= self.sampling.max_new_tokens
-        if self.stop and not last:
-            text = self.pair.tokenizer.decode(ids, skip_special_tokens=True)
-            last = any(word in text for word in self.stop)
+        if self.stops is not None and not last:
+            last = bool(self.stops(torch.tensor([ids]), None))
         found = StitchToken(
             self.row, len(self.tokens), id, active, low, confidence, logprob - shift, self.thrown,
             time.perf_counter() - self.began, last,
@@ -347,27 +366,11 @@ class _Row:
         return last or decision.model != active
 
 
-def _output(prompts: Sequence[Sequence[int]], rows: Sequence[_Row]) -> StitchOutput:
-    width, most = max(map(len, prompts)), max(len(row.tokens) for row in rows)
-    sequences = torch.zeros(len(rows), width + most, dtype=torch.long)
-    models = torch.full((len(rows), most), -1)
-    kinds = ("entropy", "confidence", "logprob", "discarded_entropy", "seconds")
-    values = torch.full((len(kinds), len(rows), most), math.nan, dtype=torch.float64)
-    for at, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        sequences[at, width - len(prompt) : width] = torch.tensor(prompt)
-        for place, token in enumerate(row.tokens):
-            sequences[at, width + place], models[at, place] = token.token, token.model
-            for kind, name in enumerate(kinds):
-                value = getattr(token, name)
-                values[kind, at, place] = math.nan if value is None else value
-    return StitchOutput(sequences, models, *values, [row.usage for row in rows])
-
-
 class _Left(Exception):
     """A request that nobody waits for any more, and why."""
 
 
-class RemoteEngine:
+class RemoteEngine(Intake):
     """Requests on a pair of servers, for ``serve``: what ``engine.Engine`` is for models of its own.
 
     Args:
@@ -375,44 +378,22 @@ class RemoteEngine:
         config: ``max_batch`` requests are written at once, ``max_queue`` wait; sizes of caches are the servers' affair.
     """
 
+    pair: RemotePair
+
     def __init__(self, pair: RemotePair, config: EngineConfig | None = None) -> None:
-        self.pair, self.config = pair, config or EngineConfig()
+        config = config or EngineConfig()
+        # A server that says nothing may not hold a request beyond its time.
+        small, large = (replace(one, timeout=min(one.timeout, config.timeout)) for one in pair.servers)
+        super().__init__(replace(pair, servers=(small, large)), config)
         self.names = pair.served()
-        self._stats = Stats()
-        self._queue: deque[Job] = deque()
-        self._jobs: set[Job] = set()
-        self._changed = threading.Condition()
-        self._closing = False
         self._threads: list[threading.Thread] = []
 
-    def submit(
-        self,
-        prompts: tuple[Sequence[int], Sequence[int]],
-        stitch: StitchConfig,
-        sampling: SamplingConfig,
-        *,
-        seed: int = 0,
-        on_token: Callable[[StitchToken], None] | None = None,
-        on_end: Callable[[], None] | None = None,
-    ) -> Job:
-        """See ``engine.Engine.submit``."""
-        deadline = time.monotonic() + self.config.timeout
-        small, large = prompts
-        job = Job((list(small), list(large)), stitch, sampling, seed, on_token, on_end, deadline)
+    def _check(self, stitch: StitchConfig) -> None:
         check_gate(stitch)
-        check_room(self.pair, job, self.config)
-        with self._changed:
-            if self._closing:
-                raise RuntimeError("the engine is closed")
-            if len(self._queue) >= self.config.max_queue:
-                raise QueueFullError(f"{len(self._queue)} requests wait already; try again later")
-            self._queue.append(job)
-            self._changed.notify()
-        return job
 
     def __enter__(self) -> RemoteEngine:
         for at in range(self.config.max_batch):
-            thread = threading.Thread(target=self._work, name=f"hone-rstitch request {at}", daemon=True)
+            thread = threading.Thread(target=self._work, args=[at], name=f"hone-rstitch request {at}", daemon=True)
             thread.start()
             self._threads.append(thread)
         return self
@@ -420,46 +401,41 @@ class RemoteEngine:
     def __exit__(self, *error: object) -> None:
         with self._changed:
             self._closing = True
-            waiting = [*self._queue]
+            left = [*self.jobs.values(), *self._queue]
             self._queue.clear()
-            for job in self._jobs:
-                job.cancel()
             self._changed.notify_all()
-        for job in waiting:
+        for job in left:
+            job.cancel()
             self._end(job, "cancelled")
+        # A thread that waits for a server hears of it with the next token; it need not be waited for.
+        until = time.monotonic() + CLOSING
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     @property
     def running(self) -> bool:
         """Whether requests are taken."""
         return bool(self._threads) and not self._closing
 
-    def snapshot(self) -> Stats:
-        """Counts as they are now."""
-        with self._changed:
-            self._stats.waiting, self._stats.running = len(self._queue), len(self._jobs)
-        return self._stats
-
-    def _work(self) -> None:
+    def _work(self, at: int) -> None:
         while True:
             with self._changed:
                 while not (self._queue or self._closing):
                     self._changed.wait()
                 if self._closing:
                     return
-                job = self._queue.popleft()
-                self._jobs.add(job)
+                job = self.jobs[at] = self._queue.popleft()
             finish, error = self._write(job)
             with self._changed:
-                self._jobs.discard(job)
-                self._stats.calls = [a + b for a, b in zip(self._stats.calls, job.usage.calls, strict=True)]
+                del self.jobs[at]
+                self.stats.calls = [a + b for a, b in zip(self.stats.calls, job.usage.calls, strict=True)]
             self._end(job, finish, error)
 
     def _write(self, job: Job) -> tuple[Finish, Exception | None]:
         def check() -> None:
-            if job._cancelled:
-                raise _Left("cancelled")
-            if time.monotonic() > job.deadline:
-                raise _Left("timeout")
+            self._end_late()
+            if why := job.overdue():
+                raise _Left(why)
 
         def told(token: StitchToken) -> None:
             check()
@@ -472,16 +448,9 @@ class RemoteEngine:
         try:
             check()
             row.write()
-        except _Left as why:
-            return why.args[0], None
+        except _Left as left:
+            return left.args[0], None
         except Exception as error:
-            return "error", error
+            why = job.overdue()
+            return (why, None) if why else ("error", error)
         return "stop" if job.tokens[-1].token in self.pair.vocabulary.eos else "length", None
-
-    def _end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
-        job.finish, job.error = finish, error
-        with self._changed:
-            self._stats.book(job)
-        job.done.set()
-        if job.on_end is not None:
-            job.on_end()

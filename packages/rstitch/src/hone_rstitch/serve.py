@@ -25,7 +25,7 @@ from hone_core.errors import MissingExtraError
 from hone_core.runs import Report, Run
 
 from .config import SMALL, SamplingConfig, ServeConfig, StitchConfig
-from .engine import Engine, Job, QueueFullError
+from .engine import Engine, Intake, Job, QueueFullError
 from .generation import StitchToken
 from .host import load_models
 from .models import Pair, check_models
@@ -38,7 +38,7 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-    from pydantic import BaseModel, ConfigDict, Field
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
     from starlette.exceptions import HTTPException as StarletteHTTPException
 except ImportError as error:
     raise MissingExtraError("serve", "hone-rstitch", "The server") from error
@@ -49,6 +49,19 @@ log = logging.getLogger(__name__)
 
 NAMES = ("small", "large")
 BEARER = HTTPBearer(auto_error=False)
+
+
+BYTES_PER_TOKEN = 16
+"""Bytes of a request's body for each token that the engine holds; a longer body is not read."""
+
+
+def _whole(text: str) -> str:
+    # JSON can hold half of a surrogate pair, which is no text.
+    text.encode()
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 
 
 class Stitch(BaseModel):
@@ -89,6 +102,13 @@ class Body(BaseModel):
     user: str | None = None
     rstitch: Stitch = Field(default_factory=Stitch)
 
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if stop == "" or (isinstance(stop, list) and "" in stop):
+            raise ValueError("an empty string would end every text")
+        return stop
+
     def stops(self) -> list[str]:
         """Strings that end the text."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -97,7 +117,7 @@ class Body(BaseModel):
 class Completion(Body):
     """Of ``/v1/completions``."""
 
-    prompt: str
+    prompt: Text
     max_tokens: int = Field(16, ge=1)
     logprobs: Literal[0, 1] | None = None
 
@@ -107,7 +127,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class Chat(Body):
@@ -125,34 +145,52 @@ class _Text:
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
-        self.shown = 0
         self.ended = False
+        # Text that is certain but for stop strings, and the ids that the next one is decoded with: a tokenizer may
+        # write the first of some ids otherwise than the same id after others.
+        self._held = ""
+        self._before, self._read = 0, 0
 
     def add(self, token: int | None) -> str:
         """Text that is certain after this token; None: after the last one."""
         if token is not None:
             self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        at = min((found for stop in self.stops if (found := text.find(stop)) >= 0), default=-1)
+        known = self._decode(self.ids[self._before : self._read])
+        text = self._decode(self.ids[self._before :])
+        if token is None or not text.endswith("\ufffd"):
+            self._held += text[len(known) :]
+            self._before, self._read = self._read, len(self.ids)
+        at = min((found for stop in self.stops if (found := self._held.find(stop)) >= 0), default=-1)
         if at >= 0:
             self.ended, end = True, at
         elif token is None:
-            end = len(text)
+            end = len(self._held)
         else:
-            end = len(text.rstrip("\ufffd"))
-            for stop in self.stops:
-                held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
-                end = min(end, len(text) - held)
-        new = text[self.shown : max(end, self.shown)]
-        self.shown += len(new)
+            longest = (
+                next((n for n in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:n])), 0)
+                for stop in self.stops
+            )
+            end = len(self._held) - max(longest, default=0)
+        new, self._held = self._held[:end], self._held[end:]
         return new
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class _FailedError(RuntimeError):
+    """The engine could not write a request."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.error = error
 
 
 @dataclass
 class _Answer:
     """One request's way through the engine, as an async iterator of (text, tokens that it comes from)."""
 
-    engine: Engine | RemoteEngine
+    engine: Intake
     job: Job
     events: asyncio.Queue[StitchToken | None]
     text: _Text
@@ -161,7 +199,7 @@ class _Answer:
     @classmethod
     def of(
         cls,
-        engine: Engine | RemoteEngine,
+        engine: Intake,
         prompts: tuple[list[int], list[int]],
         body: Body,
         stitch: StitchConfig,
@@ -199,8 +237,8 @@ class _Answer:
                 if self.text.ended:
                     self.finish = "stop"
                     return
-            if self.job.error is not None:
-                raise self.job.error
+            if (error := self.job.error) is not None:
+                raise error if isinstance(error, ConnectionError) else _FailedError(error)
             if self.job.finish in ("timeout", "cancelled"):
                 raise TimeoutError("the request took too long" if self.job.finish == "timeout" else "the server stops")
             self.finish = str(self.job.finish)
@@ -243,20 +281,29 @@ def app_of(
     """
     app = FastAPI(title="hone-rstitch", docs_url=None, redoc_url=None)
     default, pair, began = stitch or StitchConfig(), engine.pair, int(time.time())
+    app.add_middleware(_Bounded, most=BYTES_PER_TOKEN * engine.config.max_tokens)
+    for tokenizer in (pair.small_tokenizer, pair.tokenizer):
+        tokenizer.encode("1")  # its first call may change it, which threads that share it must not meet
 
     def allowed(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         if api_key and not (given and hmac.compare_digest(given.credentials.encode(), api_key.encode())):
-            raise HTTPException(401, "a valid API key is needed: Authorization: Bearer KEY")
+            raise HTTPException(
+                401, "a valid API key is needed: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"}
+            )
 
     def refuse(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
         return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
     @app.exception_handler(StarletteHTTPException)
     async def _http(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return refuse(error.status_code, str(error.detail))
+        reply = refuse(error.status_code, str(error.detail))
+        reply.headers.update(error.headers or {})
+        return reply
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if not request.headers.get("content-type", "").startswith("application/json"):
+            return refuse(415, "the body must be JSON and say so: Content-Type: application/json")
         return refuse(400, said(error.errors()))
 
     @app.exception_handler(QueueFullError)
@@ -273,6 +320,19 @@ def app_of(
     async def _late(request: Request, error: TimeoutError) -> JSONResponse:
         return refuse(503, str(error), "timeout")
 
+    @app.exception_handler(ConnectionError)
+    async def _upstream(request: Request, error: ConnectionError) -> JSONResponse:
+        return refuse(502, str(error), "upstream_error")
+
+    @app.exception_handler(_FailedError)
+    async def _failed(request: Request, error: _FailedError) -> JSONResponse:
+        log.error("a request failed", exc_info=error.error)
+        return refuse(500, str(error), "server_error")
+
+    @app.exception_handler(Exception)
+    async def _unknown(request: Request, error: Exception) -> JSONResponse:
+        return refuse(500, f"{type(error).__name__}: {error}", "server_error")
+
     def gate(body: Body) -> StitchConfig:
         if body.model not in ("", model):
             raise HTTPException(404, f"there is no model {body.model!r}; this server has {model!r}")
@@ -283,19 +343,21 @@ def app_of(
 
     async def answer(request: Request, body: Body, prompts: tuple[list[int], list[int]], most: int, shape: Any) -> Any:
         found = _Answer.of(engine, prompts, body, gate(body), most)
-        if body.stream:
-            # The first piece is waited for, so that what fails before it has a status of its own.
-            pieces = found.pieces()
-            first: tuple[str, list[StitchToken]] = await anext(pieces, ("", []))
-            return StreamingResponse(stream(found, body, first, pieces, shape), media_type="text/event-stream")
-        text, tokens = "", []
+        pieces = found.pieces()
         watch = asyncio.create_task(gone(request, found.job))
+        text, tokens = "", []
         try:
-            async for new, made in found.pieces():
-                text += new
-                tokens += made
+            if body.stream:
+                # The first piece is waited for, so that what fails before it has a status of its own.
+                first: tuple[str, list[StitchToken]] = await anext(pieces, ("", []))
+            else:
+                async for new, made in pieces:
+                    text += new
+                    tokens += made
         finally:
             watch.cancel()
+        if body.stream:
+            return StreamingResponse(stream(found, body, first, pieces, shape), media_type="text/event-stream")
         return shape.whole(text, tokens, found)
 
     async def gone(request: Request, job: Job) -> None:
@@ -314,6 +376,7 @@ def app_of(
             async for new, made in pieces:
                 yield line(shape.part(new, made, None))
         except Exception as error:
+            log.error("a stream broke off", exc_info=error)
             yield line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
             return
         finally:
@@ -325,8 +388,11 @@ def app_of(
 
     @app.post("/v1/completions", dependencies=[Depends(allowed)])
     async def completions(request: Request, body: Completion) -> Any:
-        ids = pair.small_tokenizer.encode(body.prompt), pair.tokenizer.encode(body.prompt)
-        return await answer(request, body, ids, body.max_tokens, _Shape(pair, body, model, chat=False))
+        # A long prompt takes its time, in which others are answered.
+        small, large = [
+            await asyncio.to_thread(one.encode, body.prompt) for one in (pair.small_tokenizer, pair.tokenizer)
+        ]
+        return await answer(request, body, (small, large), body.max_tokens, _Shape(pair, body, model, chat=False))
 
     @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
     async def chat(request: Request, body: Chat) -> Any:
@@ -334,7 +400,7 @@ def app_of(
         limits = [
             getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in (pair.small, pair.large)
         ]
-        prompts = pair.chat_prompts([message.model_dump() for message in body.messages])
+        prompts = await asyncio.to_thread(pair.chat_prompts, [message.model_dump() for message in body.messages])
         if body.max_completion_tokens is None and body.max_tokens is None:
             rooms = [limit - len(ids) for limit, ids in zip(limits, prompts, strict=True) if limit is not None]
             room = engine.config.max_tokens - max(map(len, prompts))
@@ -361,6 +427,31 @@ def app_of(
         return (files("hone_rstitch") / "page.html").read_text(encoding="utf-8")
 
     return app
+
+
+class _Bounded:
+    """Reads no body that is longer than ``most`` bytes."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        read = 0
+
+        async def counted() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.most:
+                raise HTTPException(
+                    413,
+                    f"the request has more than {self.most} bytes, {BYTES_PER_TOKEN} for each token "
+                    "that this server holds (--max-tokens)",
+                    headers={"Connection": "close"},
+                )
+            return message
+
+        await self.app(scope, counted, send)
 
 
 class _Shape:
@@ -427,11 +518,11 @@ def said(errors: Sequence[Any]) -> str:
     parts = []
     for error in errors:
         place = ".".join(str(part) for part in error["loc"] if part != "body")
-        parts.append(f"{place or 'body'}: {error['msg']}")
+        parts.append(f"{place or 'body'}: {error['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)
 
 
-def prometheus(engine: Engine | RemoteEngine) -> str:
+def prometheus(engine: Intake) -> str:
     """Counts of an engine as text."""
     stats = engine.snapshot()
     lines = [
@@ -485,7 +576,7 @@ def serve(cfg: ServeConfig, run: Run) -> ServeReport:
         name = cfg.models.large or "hone-rstitch"
         width = pair.small.config.get_text_config().hidden_size
         router = None if cfg.router is None else load_router(cfg.router, hidden=width)
-        engine: Engine | RemoteEngine
+        engine: Intake
         if isinstance(pair, RemotePair):
             engine = RemoteEngine(pair, cfg.engine)
         else:
