@@ -49,26 +49,26 @@ def shared(one: float, two: float, count: int) -> float:
 
 
 def independent(root: Path = ROOT) -> list[list[str]]:
-    """Rows of work that is shared out whole."""
+    """Rows of work that is shared out whole; behind each its file."""
     rows = []
-    for what, file, where, command in [
+    for what, file, where, engine in [
         (
             "videos of Wan2.1-1.3B at 480p, 50 guided dense steps",
             "blade/bench_wan2.1-1.3b_e2e.json",
             {"metric": "seconds", "variant": "dense", "nfe": 100},
-            "torchrun --no-python --nproc-per-node=8 hone-blade generate",
+            "torchrun",
         ),
         (
             "the same in 8 sparse steps, after distillation",
             "blade/bench_wan2.1-1.3b_e2e.json",
             {"metric": "seconds", "variant": "asa_g"},
-            "torchrun --no-python --nproc-per-node=8 hone-blade generate",
+            "torchrun",
         ),
         (
             "prompts of that distillation, one a GPU and update",
             "blade/bench_wan2.1-1.3b_training.json",
             {"metric": "seconds", "variant": "update"},
-            "accelerate launch --no_python hone-blade distill-pipeline",
+            "accelerate",
         ),
         (
             "prefills of 32 frames by Qwen2.5-VL-7B's decoder",
@@ -85,7 +85,7 @@ def independent(root: Path = ROOT) -> list[list[str]]:
     ]:
         seconds = measured(file, where, root) / (1000 if where["metric"] == "prefill" else 1)
         rates = [f"{_number(3600 / seconds * count)}" for count in GPUS]
-        rows.append([what, f"{seconds:.3g} s", *rates, _code(command), f"`results/{file}`"])
+        rows.append([what, f"{seconds:.3g} s", *rates, engine, file])
     for what, variant, batch in [
         ("tokens of a 7B model alone, 32 requests a GPU", "large", 32),
         ("tokens stitched with a 1.5B model, 1 request a GPU", "stitched", 1),
@@ -93,12 +93,12 @@ def independent(root: Path = ROOT) -> list[list[str]]:
         file = "rstitch/engine_7b_h200.json"
         rate = measured(file, {"metric": "rate", "variant": variant, "batch": batch, "large_batch": 1}, root)
         rates = [_number(3600 * rate * count) for count in GPUS]
-        rows.append([what, f"{1000 / rate * batch:.3g} ms", *rates, _code("hone-rstitch serve"), f"`results/{file}`"])
+        rows.append([what, f"{1000 / rate * batch:.3g} ms", *rates, "hone-rstitch serve", file])
     return rows
 
 
 def together(root: Path = ROOT) -> list[list[str]]:
-    """Rows of forwards that GPUs share."""
+    """Rows of forwards that GPUs share; behind each its file."""
     rows = []
     file = "fpsattention/parallel_wan2.1-14b-720p.json"
     # Times are of 4 of 40 layers.
@@ -108,17 +108,17 @@ def together(root: Path = ROOT) -> list[list[str]]:
         one, two = (measured(file, where | {"processes": count}, root) / 1000 for count in (1, 2))
         times = [f"{video * shared(one, two, count):.0f} s" for count in (1, 2, 8)]
         rate = 3600 / (video * shared(one, two, 8)) * GPUS[-1] / 8
-        rows.append([name, *times, f"{one / shared(one, two, 8):.1f}", _number(rate), f"`results/{file}`"])
+        rows.append([name, *times, f"{one / shared(one, two, 8):.1f}", _number(rate), file])
     return rows
 
 
 TABLES = {
     "independent": (
-        ["what", "one takes", "an hour of 1 GPU", "of 8", "of 1,000", "carried there by", "from"],
+        ["what", "one takes", "an hour of 1 GPU", "of 8", "of 1,000", "carried there by"],
         independent,
     ),
     "together": (
-        ["Wan2.1-14B at 720p", "1 GPU", "2", "8", "speed-up of 8", "videos an hour of 1,000, by eights", "from"],
+        ["Wan2.1-14B at 720p", "1 GPU", "2", "8", "speed-up of 8", "videos an hour of 1,000, by eights"],
         together,
     ),
 }
@@ -129,10 +129,6 @@ def _number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _code(command: str) -> str:
-    return command if command == "-" else f"`{command}`"
-
-
 def update(text: str, root: Path = ROOT) -> str:
     """The page with its tables written anew."""
     if sorted(match["name"] for match in MARKER.finditer(text)) != sorted(TABLES):
@@ -141,8 +137,10 @@ def update(text: str, root: Path = ROOT) -> str:
     def write(match: re.Match[str]) -> str:
         titles, make = TABLES[match["name"]]
         align = ["---", *["---:"] * (len(titles) - 1)]
-        lines = "".join("| " + " | ".join(line) + " |\n" for line in [titles, align, *make(root)])
-        return f"<!-- costs: {match['name']} -->\n{lines}<!-- /costs -->"
+        rows = make(root)
+        lines = "".join("| " + " | ".join(line) + " |\n" for line in [titles, align, *(row[:-1] for row in rows)])
+        files = ", ".join(f"`results/{file}`" for file in dict.fromkeys(row[-1] for row in rows))
+        return f"<!-- costs: {match['name']} -->\n{lines}\n*From {files}.*\n<!-- /costs -->"
 
     return MARKER.sub(write, text)
 
