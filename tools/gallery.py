@@ -33,7 +33,6 @@ nav a:hover { border-color: #48c; }
 nav img { width: 100%; height: 9rem; object-fit: cover; object-position: 0 0; margin: 0; border-radius: 0; }
 nav b, nav span { display: block; margin: .3rem .7rem; }
 nav span { font-size: 14px; line-height: 1.4; }
-nav span:last-child::first-letter { text-transform: uppercase; }
 nav span:last-child { opacity: .75; margin-bottom: .7rem; }
 section { padding: 1rem 0 2rem; border-bottom: 1px solid var(--line); }
 .run, .verdict { margin: .3rem 0; }
@@ -90,7 +89,7 @@ def page(runs: dict[str, Path], root: Path = ROOT) -> str:
 def _card(package: str, run: Path, said: dict[str, str]) -> str:
     """One method at a glance: the last of its demo's pictures, what it does less of, what was measured."""
     shown = "".join(f'<img alt="" src="{_data(path, PICTURES[path.suffix])}">' for path in _pictures(run)[-1:])
-    words = f"<b>{package}</b><span>Less of: {_words(said['less'])}.</span><span>{_words(said['measured'])}.</span>"
+    words = f"<b>{package}</b><span>Less of: {_words(said['less'])}.</span><span>Measured: {_words(said['measured'])}.</span>"
     return f'<a href="#{package}">{shown}{words}</a>\n'
 
 
