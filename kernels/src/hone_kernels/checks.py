@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_heads", "check_scale", "in_memory", "unit_last"]
+__all__ = ["check_heads", "check_scale", "check_tensor", "in_memory", "unit_last"]
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -53,6 +54,19 @@ def check_scale(scale: float | None, dim: int) -> float:
     if not torch.compiler.is_compiling() and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite; got {scale}. Negate q for a negative one")
     return scale
+
+
+def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], device: torch.device, *dtypes: torch.dtype) -> None:
+    """Check an argument's shape, of which None may be any size, its device and, where some are named, its dtype.
+
+    Raises:
+        ValueError: One does not fit; the message names the first dtype.
+    """
+    fits = x.dim() == len(shape) and all(want in (None, got) for got, want in zip(x.shape, shape, strict=True))
+    if not fits or x.device != device or (dtypes and x.dtype not in dtypes):
+        wanted = ", ".join("n" if want is None else str(want) for want in shape)
+        of = f"{str(dtypes[0]).removeprefix('torch.')} " if dtypes else ""
+        raise ValueError(f"{name} must be {of}[{wanted}] on {device}; got {x.dtype} {list(x.shape)} on {x.device}")
 
 
 def unit_last(x: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ def test_opcheck():
         ({"budget": torch.ones(2, dtype=torch.int32)}, "from mass and p together, or from budget alone"),
         ({"p": None}, "from mass and p together, or from budget alone"),
         ({"p": torch.ones(3)}, r"p must be \[2\]"),
-        ({"mass": torch.zeros(2, 4).double()}, "mass must have the dtype of rank"),
-        ({"real": torch.ones(2, 4)}, "real and protected must be bool"),
-        ({"mass": None, "p": None, "budget": torch.ones(2)}, "budget must be of integers"),
+        ({"mass": torch.zeros(2, 4).double()}, r"mass must be float32 \[2, 4\]"),
+        ({"real": torch.ones(2, 4)}, r"real must be bool \[2, 4\]"),
+        ({"mass": None, "p": None, "budget": torch.ones(2)}, r"budget must be int64 \[2\]"),
         ({"backend": "triton"}, "needs a CUDA device"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_tensor
 
 from .reference import draw_codes_reference
 
@@ -44,7 +45,7 @@ def draw_codes(
     Args:
         logits: Of one to three heads, each ``[R, n, V]`` of one dtype, finite. R is B, or with guidance 2 B,
             conditional rows first.
-        weight: float32 ``[n, heads]``, not negative; a head of weight 0 is not read by the kernel.
+        weight: float32 ``[n, heads]``; a head of weight 0 is not read by the kernel.
         uniform: float32 ``[B, n]`` in [0, 1).
         guidance: Strength; 1 is none.
         temperature: Positive.
@@ -74,10 +75,7 @@ def draw_codes(
         raise ValueError(f"with guidance, rows are conditional and unconditional ones, as many each; got {rows}")
     images = rows // (1 + guided)
     for name, x, shape in (("weight", weight, (tokens, len(logits))), ("uniform", uniform, (images, tokens))):
-        if x.shape != shape or x.device != first.device or x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{name} must be float32 {list(shape)} on {first.device}; got {x.dtype} {list(x.shape)} on {x.device}"
-            )
+        check_tensor(name, x, shape, first.device, torch.float32, torch.float64)
     if not temperature > 0 or top_k < 0:
         raise ValueError(f"temperature must be positive and top_k not negative; got {temperature} and {top_k}")
     backend = choose("draw_codes", backend, SUPPORT, first.device, first.dtype)

@@ -9,32 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hone_kernels.draws import row_warps
+from hone_kernels.triton_draws import draw_row, weighted_row
+
 __all__ = ["draw_codes_triton"]
-
-LEAST: tl.constexpr = tl.constexpr(-(2**31))
-
-
-@triton.jit
-def _mixed(FIRST, SECOND, THIRD, row, token, at, stride_row, stride_token, vocabulary, w0, w1, w2, HEADS: tl.constexpr):
-    """The heads' average of one row; a head of weight 0 is not read."""
-    place = row * stride_row + token * stride_token + at
-    x = w0 * tl.load(FIRST + place, mask=at < tl.where(w0 > 0.0, vocabulary, 0), other=0.0).to(tl.float32)
-    if HEADS > 1:
-        x += w1 * tl.load(SECOND + place, mask=at < tl.where(w1 > 0.0, vocabulary, 0), other=0.0).to(tl.float32)
-    if HEADS > 2:
-        x += w2 * tl.load(THIRD + place, mask=at < tl.where(w2 > 0.0, vocabulary, 0), other=0.0).to(tl.float32)
-    return x
 
 
 @triton.jit
 def _draw_kernel(
     FIRST, SECOND, THIRD, WEIGHT, UNIFORM, CODES, stride_row, stride_token, images, tokens, vocabulary, guidance,
-    temperature, kept, HEADS: tl.constexpr, GUIDED: tl.constexpr, CUT: tl.constexpr, PADDED: tl.constexpr,
+    temperature, keep, HEADS: tl.constexpr, GUIDED: tl.constexpr, CUT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
     at = tl.arange(0, PADDED)
-    there = at < vocabulary
     w0 = tl.load(WEIGHT + token * HEADS)
     w1 = 0.0
     w2 = 0.0
@@ -42,32 +30,16 @@ def _draw_kernel(
         w1 = tl.load(WEIGHT + token * HEADS + 1)
     if HEADS > 2:
         w2 = tl.load(WEIGHT + token * HEADS + 2)
-    x = _mixed(FIRST, SECOND, THIRD, image, token, at, stride_row, stride_token, vocabulary, w0, w1, w2, HEADS)
+    place = image * stride_row + token * stride_token
+    x = weighted_row(FIRST, SECOND, THIRD, place, at, vocabulary, w0, w1, w2, HEADS)
     if GUIDED:
-        row = image + images
-        other = _mixed(FIRST, SECOND, THIRD, row, token, at, stride_row, stride_token, vocabulary, w0, w1, w2, HEADS)
+        place += images * stride_row
+        other = weighted_row(FIRST, SECOND, THIRD, place, at, vocabulary, w0, w1, w2, HEADS)
         x = other + guidance * (x - other)
-    # A zero added drops the sign of a zero.
-    x = tl.where(there, x / temperature + 0.0, -float("inf"))
-    if CUT:
-        # Bits of floats as integers that compare alike; the kept-th largest by bisection on them.
-        bits = x.to(tl.int32, bitcast=True)
-        key = tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST)
-        cut = tl.full((), LEAST, tl.int64)
-        for bit in range(32):
-            trial = cut + (tl.full((), 1, tl.int64) << (31 - bit))
-            count = tl.sum((key >= trial.to(tl.int32)).to(tl.int32), 0)
-            cut = tl.where(count >= kept, trial, cut)
-        x = tl.where(key >= cut.to(tl.int32), x, -float("inf"))
-    top = tl.max(x, 0)
-    mass = tl.exp(x - top)
-    reached = tl.cumsum(mass, 0)
-    total = tl.max(reached, 0)
-    share = tl.load(UNIFORM + image * tokens + token) * total
-    # A running sum that was added up in parallel may fall by a rounding, so that a code has to have a mass of its own.
-    code = tl.min(tl.where((reached > share) & (mass > 0.0) & there, at, PADDED), 0)
-    likeliest = tl.min(tl.where((x == top) & there, at, PADDED - 1), 0)
-    tl.store(CODES + image * tokens + token, tl.where(code < PADDED, code, likeliest).to(tl.int64))
+    x = tl.where(at < vocabulary, x, -float("inf"))
+    here = image * tokens + token
+    code = draw_row(x - tl.max(x, 0), at, UNIFORM + here, keep, temperature, CUT, PADDED)
+    tl.store(CODES + here, code.to(tl.int64))
 
 
 def draw_codes_triton(
@@ -86,6 +58,6 @@ def draw_codes_triton(
         first, second, third, weight, uniform, codes, first.stride(0), first.stride(1), images, tokens, vocabulary,
         guidance, temperature, top_k,
         HEADS=len(given), GUIDED=rows != images, CUT=0 < top_k < vocabulary, PADDED=padded,
-        num_warps=min(32, max(4, padded // 512)),
+        num_warps=row_warps(padded),
     )  # fmt: skip
     return codes

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_tensor
 
 from .reference import draw_tokens_reference
 
@@ -60,11 +61,7 @@ def draw_tokens(
     settings, rows, vocabulary = logits.shape
     if len(weights) != settings:
         raise ValueError(f"weights must be {settings}, as logits have settings; got {len(weights)}")
-    if uniform.shape != (rows,) or uniform.dtype != torch.float32 or uniform.device != logits.device:
-        raise ValueError(
-            f"uniform must be float32 [{rows}] on {logits.device}; got {uniform.dtype} {list(uniform.shape)} on "
-            f"{uniform.device}"
-        )
+    check_tensor("uniform", uniform, (rows,), logits.device, torch.float32)
     keep = vocabulary if keep is None else keep
     if not 1 <= keep <= vocabulary or temperature < 0:
         raise ValueError(f"keep must be 1 to {vocabulary} and temperature not negative; got {keep} and {temperature}")

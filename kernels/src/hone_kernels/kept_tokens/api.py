@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_tensor
 
 from .reference import add_change_reference, draw_bits_reference, gather_modulate_reference
 
@@ -48,10 +49,9 @@ def gather_modulate(
         ValueError: Shapes, dtypes or devices do not fit together.
     """
     rows, channels = _tokens("x", x), x.shape[-1]
-    _check("idx", idx, (rows, None), x.device)
-    _check_integers("idx", idx)
-    _check("scale", scale, (rows, channels), x.device)
-    _check("shift", shift, (rows, channels), x.device)
+    check_tensor("idx", idx, (rows, None), x.device, torch.int64)
+    check_tensor("scale", scale, (rows, channels), x.device)
+    check_tensor("shift", shift, (rows, channels), x.device)
     if choose("gather_modulate", backend, SUPPORT, x.device, x.dtype) == "reference":
         return gather_modulate_reference(x, idx, scale, shift, dtype, eps)
     from .triton import gather_modulate_triton  # needs Triton
@@ -89,11 +89,9 @@ def add_change(
         ValueError: Shapes, dtypes or devices do not fit together.
     """
     rows = _tokens("x", x)
-    _check("update", update, tuple(x.shape), x.device)
-    _check("before", before, tuple(x.shape), x.device)
-    _check("gamma", gamma, (rows, x.shape[-1]), x.device)
-    if before.dtype != x.dtype:
-        raise ValueError(f"before must have the dtype of x, {x.dtype}; got {before.dtype}")
+    check_tensor("update", update, x.shape, x.device)
+    check_tensor("before", before, x.shape, x.device, x.dtype)
+    check_tensor("gamma", gamma, (rows, x.shape[-1]), x.device)
     images = rows if images is None else images
     if not 0 <= images <= rows:
         raise ValueError(f"images must be a number of rows, 0 to {rows}; got {images}")
@@ -142,12 +140,11 @@ def draw_bits(
     images, tokens = uniform.shape[:2]
     if len(logits) not in (images, 2 * images):
         raise ValueError(f"logits must have {images} or {2 * images} rows, as uniform has {images}; got {len(logits)}")
-    _check(
+    check_tensor(
         "uniform", uniform, (images, tokens if slot is not None else logits.shape[1], logits.shape[2]), logits.device
     )
     if slot is not None:
-        _check("slot", slot, (images, tokens), logits.device)
-        _check_integers("slot", slot)
+        check_tensor("slot", slot, (images, tokens), logits.device, torch.int64)
     if not temperature > 0 or not 0 <= top_p <= 1:
         raise ValueError(f"temperature must be positive and top_p lie in [0, 1]; got {temperature} and {top_p}")
     if choose("draw_bits", backend, SUPPORT, logits.device, logits.dtype) == "reference":
@@ -163,15 +160,3 @@ def _tokens(name: str, x: Tensor) -> int:
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"{name} must be [R, L, C] and not empty; got {list(x.shape)}")
     return x.shape[0]
-
-
-def _check(name: str, x: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
-    fits = x.dim() == len(shape) and all(want in (None, got) for got, want in zip(x.shape, shape, strict=True))
-    if not fits or x.device != device:
-        wanted = ", ".join("n" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must be [{wanted}] on {device}; got {list(x.shape)} on {x.device}")
-
-
-def _check_integers(name: str, x: Tensor) -> None:
-    if x.dtype != torch.int64:
-        raise ValueError(f"{name} must be of int64; got {x.dtype}")

@@ -7,11 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hone_kernels.draws import row_warps
+
 __all__ = ["add_change_triton", "draw_bits_triton", "gather_modulate_triton"]
-
-
-def _warps(block: int) -> int:
-    return min(8, max(1, block // 512))
 
 
 @triton.jit
@@ -43,7 +41,7 @@ def gather_modulate_triton(
     block = triton.next_power_of_2(channels)
     if kept:
         _gather_kernel[(rows * kept,)](
-            x, idx, scale, shift, taken, out, tokens, kept, channels, eps, BLOCK=block, num_warps=_warps(block)
+            x, idx, scale, shift, taken, out, tokens, kept, channels, eps, BLOCK=block, num_warps=row_warps(block)
         )
     return taken, out
 
@@ -81,14 +79,20 @@ def add_change_triton(
     block = triton.next_power_of_2(channels)
     _change_kernel[(rows * tokens,)](
         x, update, gamma, before, after, change, tokens, channels, images * tokens,
-        RELATIVE=relative, BLOCK=block, num_warps=_warps(block),
+        RELATIVE=relative, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return after, change
 
 
 @triton.jit
+def _pair(LOGITS, source, inside, temperature):
+    first = tl.load(LOGITS + source, mask=inside, other=0.0).to(tl.float32) / temperature
+    return first, tl.load(LOGITS + source + 1, mask=inside, other=0.0).to(tl.float32) / temperature
+
+
+@triton.jit
 def _draw_kernel(
-    LOGITS, UNIFORM, SLOT, BITS, total, tokens, kept, width, other, guidance, cool, least,
+    LOGITS, UNIFORM, SLOT, BITS, total, tokens, kept, width, other, guidance, temperature, least,
     GUIDED: tl.constexpr, SURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # of [B, L, d]
@@ -97,16 +101,12 @@ def _draw_kernel(
     token = position
     if SLOT is not None:
         token = position // tokens * kept + tl.load(SLOT + position, mask=inside, other=0)
-    source = LOGITS + 2 * (token * width + at % width)
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32) / cool
-    second = tl.load(source + 1, mask=inside, other=0.0).to(tl.float32) / cool
+    source = 2 * (token * width + at % width)
+    first, second = _pair(LOGITS, source, inside, temperature)
     if GUIDED:
-        first = guidance * first + (1.0 - guidance) * (
-            tl.load(source + other, mask=inside, other=0.0).to(tl.float32) / cool
-        )
-        second = guidance * second + (1.0 - guidance) * (
-            tl.load(source + other + 1, mask=inside, other=0.0).to(tl.float32) / cool
-        )
+        first_other, second_other = _pair(LOGITS, source + other, inside, temperature)
+        first = guidance * first + (1.0 - guidance) * first_other
+        second = guidance * second + (1.0 - guidance) * second_other
     most = tl.maximum(first, second)
     first, second = tl.exp(first - most), tl.exp(second - most)
     mass = first + second

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_tensor
 
 from .reference import read_logits_reference
 
@@ -72,13 +73,8 @@ def read_logits(
         raise ValueError(f"size must be at least 2, since the entropy is divided by its logarithm; got {size}")
     if gate not in get_args(Gate):
         raise ValueError(f"gate must be one of {get_args(Gate)}; got {gate!r}")
-    if threshold is not None and (
-        threshold.shape != (rows,) or threshold.dtype != torch.float32 or threshold.device != logits.device
-    ):
-        raise ValueError(
-            f"threshold must be float32 [{rows}] on {logits.device}; got {threshold.dtype} {list(threshold.shape)} on "
-            f"{threshold.device}"
-        )
+    if threshold is not None:
+        check_tensor("threshold", threshold, (rows,), logits.device, torch.float32)
     backend = choose("read_logits", backend, SUPPORT, logits.device, logits.dtype)
     threshold = None if threshold is None else threshold.detach()
     return LogitSignals(*torch.ops.hone_kernels.read_logits(logits.detach(), size, threshold, gate, backend))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
-from hone_kernels.checks import check_heads, check_scale
+from hone_kernels.checks import check_heads, check_scale, check_tensor
 
 from .reference import decode_attention_reference
 
@@ -45,11 +45,7 @@ def decode_attention(
     scale = check_scale(scale, q.shape[3])
     if q.shape[2] != 1:
         raise ValueError(f"q must hold one token of each sample, [B, H, 1, D]; got {list(q.shape)}")
-    if valid.shape != (len(k), k.shape[2]) or valid.dtype != torch.bool or valid.device != q.device:
-        raise ValueError(
-            f"valid must be bool [{len(k)}, {k.shape[2]}] on {q.device}; got {valid.dtype} {list(valid.shape)} on "
-            f"{valid.device}"
-        )
+    check_tensor("valid", valid, (len(k), k.shape[2]), q.device, torch.bool)
     backend = choose("decode_attention", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3])
     return torch.ops.hone_kernels.decode_attention(q.detach(), k.detach(), v.detach(), valid, scale, backend)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_tensor
 
 from .reference import select_tokens_reference
 
@@ -66,21 +67,14 @@ def select_tokens(
     if (mass is None) != (p is None) or (mass is None) == (budget is None):
         raise ValueError("the budget comes from mass and p together, or from budget alone")
     batch = rank.shape[0]
-    wanted = {"real": (real, tuple(rank.shape)), "protected": (protected, tuple(rank.shape))}
-    wanted |= {
-        name: (x, shape)
-        for name, x, shape in (("mass", mass, tuple(rank.shape)), ("p", p, (batch,)), ("budget", budget, (batch,)))
-        if x is not None
-    }
-    for name, (x, shape) in wanted.items():
-        if x.shape != shape or x.device != rank.device:
-            raise ValueError(f"{name} must be {list(shape)} on {rank.device}; got {list(x.shape)} on {x.device}")
-    if real.dtype != torch.bool or protected.dtype != torch.bool:
-        raise ValueError(f"real and protected must be bool; got {real.dtype} and {protected.dtype}")
-    if mass is not None and mass.dtype != rank.dtype:
-        raise ValueError(f"mass must have the dtype of rank, {rank.dtype}; got {mass.dtype}")
-    if budget is not None and budget.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"budget must be of integers; got {budget.dtype}")
+    check_tensor("real", real, rank.shape, rank.device, torch.bool)
+    check_tensor("protected", protected, rank.shape, rank.device, torch.bool)
+    if mass is not None:
+        check_tensor("mass", mass, rank.shape, rank.device, rank.dtype)
+    if p is not None:
+        check_tensor("p", p, (batch,), rank.device)
+    if budget is not None:
+        check_tensor("budget", budget, (batch,), rank.device, torch.int64, torch.int32)
     backend = choose("select_tokens", backend, SUPPORT, rank.device, rank.dtype)
     mass, p = (None if x is None else x.detach() for x in (mass, p))
     return SelectedTokens(
