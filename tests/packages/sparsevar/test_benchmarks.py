@@ -140,7 +140,7 @@ def test_fid_is_that_of_torch_fidelity(folder, suite, monkeypatch):
 def test_a_scorer_that_fails_is_quoted(folder, suite):
     (suite / "scorer" / "evaluation" / "evaluate_images.py").write_text("raise SystemExit('no detector')")
     options = {"scorer": suite / "scorer", "weights": suite / "weights", "images_per_prompt": 1}
-    with pytest.raises(CheckpointError, match="is a checkout of the benchmark"):
+    with pytest.raises(CheckpointError, match="name a checkout of djghosh13/geneval"):
         judged(folder, suite, "geneval", "geneval.jsonl", **options | {"scorer": suite})
     with pytest.raises(RuntimeError, match="no detector"):
         judged(folder, suite, "geneval", "geneval.jsonl", **options)

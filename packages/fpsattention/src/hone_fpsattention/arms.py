@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from hone_core.io import atomic_path
+from hone_core.io import save_state
 from hone_core.training import LogFile
 from hone_video.clips import load_glyphs, random_labels, render, segment_glyphs
 from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_latents
@@ -115,8 +115,7 @@ def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
     found["shown"] = (outcome.clips[:SHOWN] * 255).round().byte()
     if dense:
         found["clips"] = outcome.clips
-    with atomic_path(job.file(folder)) as partial:
-        torch.save(found, partial)
+    save_state(found, job.file(folder))
     checkpoint.unlink(missing_ok=True)
 
 

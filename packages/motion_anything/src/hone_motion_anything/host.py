@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from hone_core import hosts
-from hone_core.hosts import HostFacts
+from hone_core.hosts import HostFacts, ModuleHost
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from .grammar import FRAMES, TOKEN_FRAMES, WORDS
 from .method import Condition, MotionTransformer
 from .tokenizers import PartTokenizer
 
-__all__ = ["PACKAGE", "PACKAGED", "Host", "build_host", "load_host", "save_host", "save_untrained"]
+__all__ = ["PACKAGE", "PACKAGED", "Host", "load_host", "save_host"]
 
 PACKAGE = "hone-motion-anything"
 PACKAGED = hosts.packaged_host(PACKAGE)
@@ -26,7 +26,7 @@ PACKAGED = hosts.packaged_host(PACKAGE)
 
 
 @dataclass
-class Host:
+class Host(ModuleHost):
     """A trained host.
 
     Attributes:
@@ -38,6 +38,8 @@ class Host:
         facts: How it was made; None for one without.
     """
 
+    package: ClassVar[str] = PACKAGE
+    architecture: ClassVar[type[HostConfig]] = HostConfig
     config: HostConfig
     tokenizer: PartTokenizer
     transformer: MotionTransformer
@@ -76,12 +78,6 @@ class Host:
     def device(self) -> torch.device:
         """Where it is."""
         return self.tokenizer.mean.device
-
-    def to(self, device: torch.device | str) -> Host:
-        """Move it; returns itself."""
-        for module in self.modules.values():
-            module.to(device)
-        return self
 
     def condition(
         self, words: Int[Tensor, "batch words"] | None, music: Float[Tensor, "batch tokens 35"] | None = None
@@ -141,35 +137,4 @@ class Host:
         return self.tokenizer.decode(self.tokens(condition, generator, settings))
 
 
-def save_host(host: Host, path: Path, facts: HostFacts | None = None) -> Path:
-    """Write weights and architecture; return the path."""
-    return hosts.save_host(path, host.config, host.modules, package=PACKAGE, facts=facts)
-
-
-def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -> Host:
-    """Load the packaged host, or another one made by ``hone-motion-anything train-host``.
-
-    Args:
-        device: Where to put it.
-        path: A ``host.safetensors``.
-
-    Raises:
-        CheckpointError: The file is missing or no such host.
-    """
-    stored = hosts.open_host(HostConfig, PACKAGE, path)
-    host = Host.untrained(stored.config)
-    stored.load(host.modules)
-    host.facts = stored.facts
-    for module in host.modules.values():
-        module.eval().requires_grad_(False)
-    return host.to(device)
-
-
-def build_host() -> Host:
-    """A host of random weights, to try things on until one is packaged."""
-    return Host.untrained()
-
-
-def save_untrained(path: Path) -> Path:
-    """Write a host of random weights, to try commands on; return the path."""
-    return save_host(build_host(), path)
+load_host, save_host = Host.load, Host.save

@@ -28,6 +28,7 @@ from .transformer import (
     Pieces,
     SlotCache,
     Span,
+    image_grid,
 )
 
 __all__ = ["FlashARForImageGeneration", "post_train_start"]
@@ -61,13 +62,10 @@ class FlashARForImageGeneration(NARTransformer):
         gate_dim: int | None = None,
     ) -> None:
         super().__init__()
-        grid = tuple(grid)
-        if len(grid) != 2:
-            raise ValueError(f"an image's grid has rows and columns; got {grid}")
         if not 1 <= depth <= n_layer:
             raise ValueError(f"depth must be 1 to the {n_layer} blocks; got {depth}")
         self.depth = depth
-        self._build(order=diagonal_order(grid), heads=2, extra=depth)
+        self._build(order=diagonal_order(image_grid(grid)), heads=2, extra=depth)
         hidden = gate_dim or max(32, vocab_size // 512)
         first, last = nn.Linear(2 * vocab_size, hidden, bias=False), nn.Linear(hidden, 1)
         self.hv_gate_mlp = nn.Sequential(first, nn.SiLU(), last)

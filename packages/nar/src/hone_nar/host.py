@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from hone_core import hosts
-from hone_core.hosts import HostFacts
+from hone_core.hosts import HostFacts, ModuleHost
 from hone_visual_ar.sampling import Sampling
 from torch import Tensor
 
@@ -22,12 +22,10 @@ __all__ = [
     "PACKAGE",
     "PACKAGED",
     "Host",
-    "build_host",
     "digit_model",
     "draw_digits",
     "load_host",
     "save_host",
-    "save_untrained",
 ]
 
 PACKAGE = "hone-nar"
@@ -65,7 +63,7 @@ def digit_model(kind: str, config: HostConfig, *, dropout: float = 0.0) -> Model
 
 
 @dataclass
-class Host:
+class Host(ModuleHost):
     """A trained host.
 
     Attributes:
@@ -75,6 +73,8 @@ class Host:
         facts: How it was made; None for one without.
     """
 
+    package: ClassVar[str] = PACKAGE
+    architecture: ClassVar[type[HostConfig]] = HostConfig
     config: HostConfig
     nar: NARForImageGeneration | NARForVideoGeneration
     raster: LlamaGenForImageGeneration
@@ -106,12 +106,6 @@ class Host:
         """Where it is."""
         return self.nar.tok_embeddings.weight.device
 
-    def to(self, device: torch.device | str) -> Host:
-        """Move it; returns itself."""
-        for module in self.modules.values():
-            module.to(device)
-        return self
-
 
 def draw_digits(
     model: Model,
@@ -130,35 +124,4 @@ def draw_digits(
     return generate(model, condition, seeds=seeds, sampling=sampling, kind=kind, on_step=on_step)
 
 
-def save_host(host: Host, path: Path, facts: HostFacts | None = None) -> Path:
-    """Write weights and architecture; return the path."""
-    return hosts.save_host(path, host.config, host.modules, package=PACKAGE, facts=facts)
-
-
-def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -> Host:
-    """Load the packaged host, or another one made by ``hone-nar train-host``.
-
-    Args:
-        device: Where to put it.
-        path: A ``host.safetensors``.
-
-    Raises:
-        CheckpointError: The file is missing or no such host.
-    """
-    stored = hosts.open_host(HostConfig, PACKAGE, path)
-    host = Host.untrained(stored.config)
-    stored.load(host.modules)
-    host.facts = stored.facts
-    for module in host.modules.values():
-        module.eval().requires_grad_(False)
-    return host.to(device)
-
-
-def build_host() -> Host:
-    """A host of random weights, to try things on."""
-    return Host.untrained()
-
-
-def save_untrained(path: Path) -> Path:
-    """Write a host of random weights, to try commands on; return the path."""
-    return save_host(build_host(), path)
+load_host, save_host = Host.load, Host.save

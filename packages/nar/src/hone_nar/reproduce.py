@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from hone_core.claims import VERDICTS, MarginsReport, verdict_over_margins
 from hone_core.devices import resolve_device
-from hone_core.io import atomic_path, atomic_write_json
+from hone_core.io import atomic_write_json, save_state
 from hone_core.progress import progress_bar
 from hone_core.runs import Better, Run
 from torch import Tensor
@@ -154,8 +154,7 @@ def _trained(
             if not math.isfinite(float(value)):
                 raise RuntimeError(f"the loss of {name} became {float(value)}; lower lr")
             run.log(step=step + 1, **{f"loss of {name}, seed {seed}": float(value)})
-    with atomic_path(file) as scratch:
-        torch.save(learner.average.state_dict(), scratch)
+    save_state(learner.average.state_dict(), file)
     return learner.average
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "SlotCache",
     "Span",
     "compiled_pieces",
+    "image_grid",
     "output_name",
     "rope_table",
     "slot_ids",
@@ -569,9 +570,7 @@ class LlamaGenForImageGeneration(NARTransformer):
         diagonal: bool = False,
     ) -> None:
         super().__init__()
-        grid = tuple(grid)
-        if len(grid) != 2:
-            raise ValueError(f"an image's grid has rows and columns; got {grid}")
+        grid = image_grid(grid)
         self._build(order=diagonal_order(grid) if diagonal else raster_order(grid), heads=1)
         self._start([""])
 
@@ -597,10 +596,7 @@ class NARForImageGeneration(NARTransformer):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        grid = tuple(grid)
-        if len(grid) != 2:
-            raise ValueError(f"an image's grid has rows and columns; got {grid}")
-        self._build(order=diagonal_order(grid), heads=2)
+        self._build(order=diagonal_order(image_grid(grid)), heads=2)
         # As the release: the below head starts random.
         self._start([""])
 
@@ -638,6 +634,17 @@ class NARForVideoGeneration(NARTransformer):
         """Learned positions, stored in raster order."""
         rows = F.pad(1 + slot_ids(self.order, x.device), (1, 0))
         return x + self.abs_pe[:, rows[begin : begin + x.shape[1]]].to(x.dtype), None
+
+
+def image_grid(grid: Sequence[int]) -> tuple[int, ...]:
+    """Rows and columns of tokens.
+
+    Raises:
+        ValueError: There are not two of them.
+    """
+    if len(grid) != 2:
+        raise ValueError(f"an image's grid has rows and columns; got {tuple(grid)}")
+    return tuple(grid)
 
 
 def slot_ids(order: Order, device: torch.device | str) -> Tensor:

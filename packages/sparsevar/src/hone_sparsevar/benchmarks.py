@@ -20,8 +20,9 @@ from statistics import mean
 from typing import Any
 
 from hone_core.errors import CheckpointError, MissingExtraError
-from hone_core.io import atomic_path, atomic_write_json
+from hone_core.io import atomic_path
 from hone_core.runs import Run
+from hone_visual_ar import geneval
 from PIL import Image
 
 from .config import IMAGES_PER_PROMPT, EvalConfig
@@ -32,6 +33,7 @@ __all__ = ["Prompt", "judge", "read_prompts"]
 
 log = logging.getLogger(__name__)
 
+DPG = Path("dpg_bench", "compute_dpg_bench.py")
 MODULES = {"hps": "hpsv2", "imagereward": "ImageReward"}
 SCORES = {
     "hps": "import hpsv2; score = lambda file, prompt: hpsv2.score(file, prompt, hps_version='v2.1')[0]",
@@ -43,18 +45,9 @@ TELL = "; json.dump([float(score(*pair)) for pair in pairs], open(sys.argv[1], '
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A prompt of a benchmark.
+class Prompt(geneval.GenEvalPrompt):
+    """A prompt of a benchmark; ``group`` is what its score is averaged under."""
 
-    Attributes:
-        text: The prompt.
-        files: Of its images, below the folder that is scored.
-        group: What its score is averaged under.
-        facts: What the scorer reads beside the images.
-    """
-
-    text: str
-    files: tuple[Path, ...]
     group: str
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -81,15 +74,9 @@ def read_prompts(protocol: str, path: Path, images: int, limit: int | None = Non
 
 
 def _geneval(path: Path, images: int, limit: int | None) -> list[Prompt]:
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
     return [
-        Prompt(
-            text=entry["prompt"],
-            files=tuple(Path(f"{at:05}", "samples", f"{number:05}.png") for number in range(images)),
-            group=entry["tag"],
-            facts=entry,
-        )
-        for at, entry in enumerate(entries)
+        Prompt(text=prompt.text, files=prompt.files, group=prompt.facts["tag"], facts=prompt.facts)
+        for prompt in geneval.read_prompts(path, images, limit)
     ]
 
 
@@ -169,8 +156,7 @@ def judge(cfg: EvalConfig, run: Run) -> None:
     ]
     draw_images(own.model, wanted, own.image, variant_of(own.variant, cfg.used), run, batch=cfg.batch)
     if cfg.protocol == "geneval":
-        for prompt in prompts:
-            atomic_write_json(folder / prompt.files[0].parts[0] / "metadata.jsonl", prompt.facts)
+        geneval.write_facts(folder, prompts)
     run.row("images", len(wanted), better="none", split=cfg.protocol)
     if own.grade:
         grades = _SCORERS[cfg.protocol](cfg, prompts, folder, run.path / "scorer")
@@ -204,12 +190,10 @@ def _check_scorer(cfg: EvalConfig) -> None:
             raise ValueError(f"{own.scorer_python!r} has not {what}; pass --scorer-python PATH, or --no-grade")
         return
     assert own.scorer is not None
-    script = own.scorer / _SCRIPTS[cfg.protocol]
-    if not script.is_file():
-        raise CheckpointError(f"there is no {script}; --scorer is a checkout of the benchmark's repository")
-
-
-_SCRIPTS = {"geneval": Path("evaluation", "evaluate_images.py"), "dpg": Path("dpg_bench", "compute_dpg_bench.py")}
+    if cfg.protocol == "geneval":
+        geneval.check_scorer(own.scorer)
+    elif not (own.scorer / DPG).is_file():
+        raise CheckpointError(f"there is no {own.scorer / DPG}; --scorer is a checkout of the benchmark's repository")
 
 
 def _call(command: Sequence[str | Path], result: Path, *, cwd: Path | None = None, stdin: str = "") -> str:
@@ -224,17 +208,12 @@ def _call(command: Sequence[str | Path], result: Path, *, cwd: Path | None = Non
 
 
 def _score_geneval(cfg: EvalConfig, prompts: list[Prompt], folder: Path, out: Path) -> dict[str, list[float]]:
-    """Share of images that show what was asked for, of each task; the benchmark's score is the mean over tasks."""
-    own, result = cfg.benchmark, (out / "geneval.jsonl").absolute()
+    own = cfg.benchmark
     assert own.scorer is not None
     assert own.weights is not None
-    options: list[str | Path] = ["--outfile", result, "--model-path", own.weights.absolute()]
-    text = _call([own.scorer_python, _SCRIPTS["geneval"], folder.absolute(), *options], result, cwd=own.scorer)
-    grades: dict[str, list[float]] = defaultdict(list)
-    for line in text.splitlines():
-        entry = json.loads(line)
-        grades[entry["tag"]].append(float(entry["correct"]))
-    return dict(grades)
+    return geneval.score(
+        folder, out / "geneval.jsonl", scorer=own.scorer, python=own.scorer_python, weights=own.weights
+    )
 
 
 def _score_dpg(cfg: EvalConfig, prompts: list[Prompt], folder: Path, out: Path) -> dict[str, list[float]]:
@@ -244,7 +223,7 @@ def _score_dpg(cfg: EvalConfig, prompts: list[Prompt], folder: Path, out: Path) 
     squares = out / "squares"
     side = _squares(prompts, folder, squares)
     options = ["--image-root-path", squares.absolute(), "--resolution", side, "--pic-num", 4, "--res-path", result]
-    text = _call([own.scorer_python, _SCRIPTS["dpg"], *map(str, options)], result, cwd=own.scorer)
+    text = _call([own.scorer_python, DPG, *map(str, options)], result, cwd=own.scorer)
     lines = [line.rsplit(", ", 1) for line in text.splitlines() if ".png, " in line]
     if len(lines) != len(prompts):
         raise RuntimeError(f"DPG-Bench scored {len(lines)} of {len(prompts)} prompts; see {result}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from hone_core import hosts
-from hone_core.hosts import HostFacts
+from hone_core.hosts import HostFacts, ModuleHost
 from hone_visual_ar.generation import Generation, Policy, generate
 from hone_visual_ar.infinity import Infinity
 from hone_visual_ar.sampling import Sampling
@@ -30,7 +31,7 @@ SCHEDULE: ScaleSchedule = infinity_schedule("0.06M")
 
 
 @dataclass
-class Host:
+class Host(ModuleHost):
     """A trained host.
 
     Attributes:
@@ -42,6 +43,9 @@ class Host:
         facts: How it was made; None for one without.
     """
 
+    package: ClassVar[str] = PACKAGE
+    architecture: ClassVar[type[HostConfig]] = HostConfig
+    tensors: ClassVar[tuple[str, ...]] = ("table",)
     config: HostConfig
     tokenizer: BSQVAE
     transformer: Infinity
@@ -78,13 +82,6 @@ class Host:
         """Where it is."""
         return self.table.device
 
-    def to(self, device: torch.device | str) -> Host:
-        """Move it; returns itself."""
-        for module in self.modules.values():
-            module.to(device)
-        self.table = self.table.to(device)
-        return self
-
     def draw(
         self,
         labels: Tensor,
@@ -110,28 +107,7 @@ class Host:
             )
 
 
-def save_host(host: Host, path: Path, facts: HostFacts | None = None) -> Path:
-    """Write weights and architecture; return the path."""
-    return hosts.save_host(path, host.config, host.modules, package=PACKAGE, others={"table": host.table}, facts=facts)
-
-
-def load_host(device: torch.device | str = "cpu", *, path: Path | None = None) -> Host:
-    """Load the packaged host, or another one made by ``hone-sparsevar train-host``.
-
-    Args:
-        device: Where to put it.
-        path: A ``host.safetensors``.
-
-    Raises:
-        CheckpointError: The file is missing or no such host.
-    """
-    stored = hosts.open_host(HostConfig, PACKAGE, path)
-    host = Host.untrained(stored.config)
-    host.table = stored.load(host.modules, ("table",))["table"]
-    host.facts = stored.facts
-    for module in host.modules.values():
-        module.eval().requires_grad_(False)
-    return host.to(device)
+load_host, save_host = Host.load, Host.save
 
 
 def build_host() -> Host:

@@ -20,7 +20,7 @@ from hone_core.claims import SEEDS, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError
 from hone_core.hosts import read_facts
-from hone_core.io import atomic_path, atomic_write_json
+from hone_core.io import atomic_write_json, save_state
 from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
@@ -253,8 +253,7 @@ def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
         found["learned"] = ask(host, asked, SELECTION, batch=cfg.batch, p=chosen)
         p = matching_p(host, asked, found["learned"].tau, batch=cfg.batch)
         found["fixed as learned"] = ask(host, asked, replace(SELECTION, p=p), batch=cfg.batch)
-    with atomic_path(job.file(folder)) as partial:
-        torch.save({name: {"right": o.right.cpu(), "ratio": o.ratio.cpu()} for name, o in found.items()}, partial)
+    save_state({name: {"right": o.right.cpu(), "ratio": o.ratio.cpu()} for name, o in found.items()}, job.file(folder))
     (folder / f"{job.arm}-{job.host}.checkpoint").unlink(missing_ok=True)
 
 

@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json, save_safetensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
-__all__ = ["HostFacts", "StoredHost", "describe_host", "open_host", "packaged_host", "read_facts", "save_host"]
-__all__ += ["write_facts"]
+__all__ = ["HostFacts", "ModuleHost", "StoredHost", "describe_host", "open_host", "packaged_host", "read_facts"]
+__all__ += ["save_host", "write_facts"]
 
 FORMAT = "hone host 1"
 """First entry of a sidecar."""
@@ -114,6 +115,67 @@ class StoredHost(Generic[C]):
                 f"{', '.join(tensors) or 'none'} too many. {_advice(self.package)}"
             )
         return rest
+
+
+class ModuleHost:
+    """A host of several modules: how it is moved, stored and loaded. A subclass is a dataclass and says what it is.
+
+    Attributes:
+        package: Distribution name.
+        architecture: Dataclass of ``config``.
+        tensors: Attributes that are stored and belong to no module.
+        config: Architecture.
+        facts: How it was made; None for one without.
+    """
+
+    package: ClassVar[str]
+    architecture: ClassVar[type[Any]]
+    tensors: ClassVar[tuple[str, ...]] = ()
+    config: Any
+    facts: HostFacts | None
+
+    @classmethod
+    def untrained(cls, config: Any = None, seed: int = 0) -> Self:
+        """Random weights; the global generator stays."""
+        raise NotImplementedError
+
+    @property
+    def modules(self) -> "dict[str, nn.Module]":
+        """Prefix in the stored file to module."""
+        raise NotImplementedError
+
+    def to(self, device: "torch.device | str") -> Self:
+        """Move it; returns itself."""
+        for module in self.modules.values():
+            module.to(device)
+        for name in self.tensors:
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def save(self, path: Path, facts: HostFacts | None = None) -> Path:
+        """Write weights and architecture; return the path."""
+        others = {name: getattr(self, name) for name in self.tensors}
+        return save_host(path, self.config, self.modules, package=self.package, others=others, facts=facts)
+
+    @classmethod
+    def load(cls, device: "torch.device | str" = "cpu", *, path: Path | None = None) -> Self:
+        """Load the packaged host, or another one made by ``train-host``; its weights take no gradient.
+
+        Args:
+            device: Where to put it.
+            path: A ``host.safetensors``.
+
+        Raises:
+            CheckpointError: The file is missing or no such host.
+        """
+        stored = open_host(cls.architecture, cls.package, path)
+        host = cls.untrained(stored.config)
+        for name, value in stored.load(host.modules, cls.tensors).items():
+            setattr(host, name, value)
+        host.facts = stored.facts
+        for module in host.modules.values():
+            module.eval().requires_grad_(False)
+        return host.to(device)
 
 
 def packaged_host(package: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def read_prompts(path: Path, images: int = 4, limit: int | None = None) -> list[
     return found
 
 
-def write_facts(folder: Path, prompts: list[GenEvalPrompt]) -> None:
+def write_facts(folder: Path, prompts: Sequence[GenEvalPrompt]) -> None:
     """Write what the scorer reads beside the images."""
     for prompt in prompts:
         atomic_write_json(folder / prompt.files[0].parts[0] / "metadata.jsonl", prompt.facts)
