@@ -87,7 +87,7 @@ def independent(root: Path = ROOT) -> list[list[str]]:
         rates = [f"{_number(3600 / seconds * count)}" for count in GPUS]
         rows.append([what, f"{seconds:.3g} s", *rates, engine, file])
     for what, variant, batch in [
-        ("tokens of a 7B model alone, 32 requests a GPU", "large", 32),
+        ("tokens of a 7B model alone, 64 requests a GPU", "large", 64),
         ("tokens stitched with a 1.5B model, 1 request a GPU", "stitched", 1),
     ]:
         file = "rstitch/engine_7b_h200.json"

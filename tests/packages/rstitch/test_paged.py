@@ -35,8 +35,8 @@ def alone(pair, small, large, stitch, tokens, seed=0, **sampling):
     return output.sequences[0, len(large) :].tolist(), output.models[0].tolist(), output.entropy[0], output.usage[0]
 
 
-@pytest.mark.parametrize(("family", "fused"), [*((family, False) for family in FAMILIES), ("qwen3", True)])
-def test_ragged_rows_at_two_models_are_rows_alone(pairs, family, fused):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_rows_at_two_models_are_rows_alone(pairs, family):
     pair = make(pairs, family)
     # Prompts below and above what is packed with others, of unlike lengths for the two models.
     asked = list(zip(prompts([3, 70, 40, 1, 90]), prompts([5, 20, 130, 1, 80], 1), strict=True))
@@ -49,7 +49,7 @@ def test_ragged_rows_at_two_models_are_rows_alone(pairs, family, fused):
         StitchConfig(tau=float(tau), prefill="both"),
         StitchConfig(policy="random", share=0.2, run_length=20.0),
     ]
-    engine = Engine(pair, EngineConfig(cache="paged", page=16, max_batch=4, max_tokens=1024, fused=fused))
+    engine = Engine(pair, EngineConfig(cache="paged", page=16, max_batch=4, max_tokens=1024))
     jobs = [
         engine.submit(ids, stitch, SamplingConfig(max_new_tokens=60), seed=at)
         for at, (ids, stitch) in enumerate(zip(asked, stitches, strict=True))
@@ -110,13 +110,12 @@ def test_a_draw_is_the_loops_own():
         assert [got[at]] == choose(row[None], [number] if temperature else None)
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_gap_is_its_tokens_one_by_one(family, fused):
+def test_a_long_gap_is_its_tokens_one_by_one(family):
     model = tiny(family)[1].double()
     (ids,) = prompts([CHUNK + 90])
     model.config.max_position_embeddings = 2048
-    sizes = dict(rows=2, pages=2 * (2048 // 64), page=64, positions=2048, graphs=False, fused=fused)
+    sizes = dict(rows=2, pages=2 * (2048 // 64), page=64, positions=2048, graphs=False)
     paged = PagedModel(model, 1, Vocabulary.shared(112, 112, ()), **sizes)
     paged.admit(1, range(40, 40 + 32))
     together = paged.read([(1, 0, ids)]).logits.clone()
@@ -132,6 +131,8 @@ def test_a_long_gap_is_its_tokens_one_by_one(family, fused):
             want = model(torch.tensor([ids[:start]])).logits[0, -1]
         assert torch.allclose(found.logits[0], want, atol=1e-9)
         assert found.tokens == [int(want.argmax())]
+    plain = paged.step(1, fused=False).run([(0, start - 1, ids[start - 1 : start])])
+    assert torch.allclose(plain.logits, found.logits, atol=1e-9)
 
 
 def test_the_models_own_forward_is_what_it_was():
@@ -185,8 +186,7 @@ def test_what_cannot_run_on_pages_is_named(pairs):
 
 
 @requires_gpu(min_sm=80)
-@pytest.mark.parametrize("fused", [False, True])
-def test_captured_calls_are_calls(fused):
+def test_captured_calls_are_calls():
     """Greedy and drawn rows at both models, with graphs and without."""
     small, large = (model.to("cuda") for model in tiny("qwen3"))
     pair = Pair(small, large, None, None, Vocabulary.shared(96, 112, (2,)))
@@ -194,7 +194,7 @@ def test_captured_calls_are_calls(fused):
     ways = [SamplingConfig(max_new_tokens=60), SamplingConfig(max_new_tokens=60, temperature=0.8, top_p=0.9)]
     found = []
     for graphs in (True, False):
-        config = EngineConfig(cache="paged", page=16, max_batch=4, max_tokens=1024, fused=fused, graphs=graphs)
+        config = EngineConfig(cache="paged", page=16, max_batch=4, max_tokens=1024, graphs=graphs)
         engine = Engine(pair, config).prepare()
         stitch = StitchConfig(policy="random", share=0.4, run_length=4.0)
         jobs = [engine.submit(asked[at % 3], stitch, ways[at % 2], seed=at) for at in range(6)]

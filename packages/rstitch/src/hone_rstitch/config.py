@@ -361,9 +361,6 @@ class EngineConfig:
     """Tokens of a page: 16, 32 or a multiple of 64."""
     graphs: bool = True
     """Capture calls as CUDA graphs, on pages and on a GPU."""
-    fused: bool = False
-    """On pages, calls of one token a row take fewer launches: rotation, caches and attention are one, and where there
-    is one row its norms, gates and residuals are in the products beside them."""
     timeout: float = 600.0
     """Seconds from its arrival after which a request is ended."""
 
@@ -571,8 +568,6 @@ class BenchConfig:
     """Tokens written per timed text."""
     batches: tuple[int, ...] = (1, 8, 32)
     """``engine``: requests at once."""
-    fused: bool = False
-    """``engine``: calls of one token a row take fewer launches. Steps are timed both ways, texts are written so."""
     peers: tuple[Literal["eager", "static", "assisted"], ...] = ("eager",)
     """``engine``: what of transformers is run beside it. ``static``: a static cache, compiled on a GPU (minutes).
     ``assisted``: the small model drafts for the large one; random weights accept nothing."""

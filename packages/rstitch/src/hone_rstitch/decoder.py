@@ -68,13 +68,12 @@ class Decoder:
         pages: In all, for every row together.
         page: Tokens that a page holds.
         positions: Of a row, at most.
-        rows: With one token each that a call may read, at most.
 
     Raises:
         ValueError: The model is not supported.
     """
 
-    def __init__(self, model: Any, *, pages: int, page: int, positions: int, rows: int = 1) -> None:
+    def __init__(self, model: Any, *, pages: int, page: int, positions: int) -> None:
         reason = unsupported(model)
         if reason is not None:
             raise ValueError(f"paged caches are for dense decoders: {reason}")
@@ -92,7 +91,7 @@ class Decoder:
         self.cos, self.sin = (x[0, :, : self.dim // 2].contiguous() for x in (cos, sin))
         shape = (len(self.layers), 2, pages, config.num_key_value_heads, page, self.dim)
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self._counts = torch.zeros(rows * config.num_key_value_heads, dtype=torch.int32, device=self.device)
+        self._counts = torch.zeros(config.num_key_value_heads, dtype=torch.int32, device=self.device)
 
     @property
     def step_bytes(self) -> int:
@@ -117,7 +116,7 @@ class Decoder:
         table: Tensor,
         last: Tensor | None,
         *,
-        fused: bool = False,
+        fused: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Read tokens into the cache.
 
@@ -127,7 +126,7 @@ class Decoder:
             rows: int32 ``[tiles]``, row of the table that each tile is of.
             table: int32 ``[rows, pages of a row]``.
             last: int ``[asked]``, tokens after which logits are wanted; None for none.
-            fused: In fewer launches; each tile is one token, of a row of its own.
+            fused: A single token takes five launches a layer.
 
         Returns:
             ``[asked, vocabulary]`` logits, and the normalised hidden states that they are of; without ``last`` nothing
@@ -140,7 +139,7 @@ class Decoder:
         total: Tensor | None = None
         for layer, cache in zip(self.layers, self.cache, strict=True):
             x, total = add_rms_norm(x, total, layer.before, self.eps)
-            x = self._attend(layer, F.linear(x, *layer.qkv), where, cache, fused)
+            x = self._attend(layer, F.linear(x, *layer.qkv), where, cache)
             x, total = add_rms_norm(F.linear(x, *layer.out), total, layer.after, self.eps)
             x = F.linear(silu_mul(F.linear(x, *layer.gate_up)), *layer.down)
         if last is None:
@@ -154,21 +153,25 @@ class Decoder:
         x = F.embedding(ids, self.embedding)
         for layer, cache in zip(self.layers, self.cache, strict=True):
             qkv = linear_of_one(x, *layer.qkv, norm=layer.before, eps=self.eps)
-            x = linear_of_one(self._attend(layer, qkv, where, cache, True), *layer.out, residual=x)
+            x = linear_of_one(self._attend(layer, qkv, where, cache, self._counts), *layer.out, residual=x)
             hidden = linear_of_one(x, *layer.gate_up, norm=layer.after, eps=self.eps, gated=True)
             x = linear_of_one(hidden, *layer.down, residual=x)
         x, _ = add_rms_norm(x, None, self.norm, self.eps)
         return linear_of_one(x, self.head), x
 
     def _attend(
-        self, layer: _Layer, qkv: Tensor, where: tuple[Tensor, Tensor, Tensor], cache: Tensor, fused: bool
+        self,
+        layer: _Layer,
+        qkv: Tensor,
+        where: tuple[Tensor, Tensor, Tensor],
+        cache: Tensor,
+        counts: Tensor | None = None,
     ) -> Tensor:
         keys, values = cache
         norms: dict[str, Any] = {"q_norm": layer.q_norm, "k_norm": layer.k_norm, "eps": self.eps}
-        if fused:
-            return rotate_attend(
-                qkv, self.cos, self.sin, *where, keys, values, self._counts, scale=self.scale, **norms
-            ).flatten(1)
+        if counts is not None:
+            out = rotate_attend(qkv, self.cos, self.sin, *where, keys, values, counts, scale=self.scale, **norms)
+            return out.flatten(1)
         q = rotate_append(qkv, self.cos, self.sin, *where, keys, values, **norms)
         return paged_attention(q, keys, values, *where, scale=self.scale).flatten(1)
 

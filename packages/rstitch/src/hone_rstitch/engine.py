@@ -300,7 +300,6 @@ class Engine(Intake, _Loop):
                 PagedModel(
                     model, which, self.vocabulary, rows=config.max_batch, pages=pages, page=page,
                     positions=min(config.max_tokens, max(limits)), graphs=config.graphs and model.device.type == "cuda",
-                    fused=config.fused,
                 ),
                 model,
                 free,

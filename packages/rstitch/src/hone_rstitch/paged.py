@@ -135,7 +135,6 @@ class PagedModel:
         page: Tokens of a page.
         positions: Of a request, at most.
         graphs: Capture calls; the device must be a GPU then.
-        fused: Calls of one token a row take fewer launches.
     """
 
     def __init__(
@@ -149,10 +148,9 @@ class PagedModel:
         page: int,
         positions: int,
         graphs: bool,
-        fused: bool,
     ) -> None:
-        self.decoder = Decoder(model, pages=pages, page=page, positions=positions, rows=_bucket(rows))
-        self.device, self.rows, self.graphs, self.fused = self.decoder.device, rows, graphs, fused
+        self.decoder = Decoder(model, pages=pages, page=page, positions=positions)
+        self.device, self.rows, self.graphs = self.decoder.device, rows, graphs
         self.size = vocabulary.size
         vocabulary = vocabulary.to(self.device)
         self.closed = vocabulary.to_small < 0
@@ -184,10 +182,10 @@ class PagedModel:
         tile, tiles = packing([len(ids) for _, _, ids in short])
         drawn = draws is not None
         if tiles == len(short) and tile == 1:
-            return self.step(tiles, fused=self.fused, drawn=drawn).run(short, draws)
-        return self._call(_bucket(tiles), tile, _bucket(self.rows), False, drawn).run(short, draws)
+            return self.step(tiles, drawn=drawn).run(short, draws)
+        return self._call(_bucket(tiles), tile, _bucket(self.rows), True, drawn).run(short, draws)
 
-    def step(self, rows: int, *, fused: bool, drawn: bool = False) -> Call:
+    def step(self, rows: int, *, fused: bool = True, drawn: bool = False) -> Call:
         """The call that reads a token for each of so many rows."""
         return self._call(_bucket(rows), 1, _bucket(rows), fused, drawn)
 
@@ -214,7 +212,7 @@ class PagedModel:
         """Capture the calls that most steps are: one token for each of so many rows."""
         count = 1
         while count < 2 * self.rows:
-            self.step(count, fused=self.fused)
+            self.step(count)
             count *= 2
 
 
