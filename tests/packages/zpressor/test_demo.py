@@ -4,7 +4,7 @@ from hone_core.errors import CheckpointError
 from hone_splat.files import read_ply
 from hone_zpressor.config import DemoConfig
 from hone_zpressor.data import graded_rooms
-from hone_zpressor.demo import demo, prepare
+from hone_zpressor.demo import demo, prepare, typical
 from hone_zpressor.grading import draw_targets, grade, with_settings
 from hone_zpressor.host import load_host
 
@@ -21,6 +21,12 @@ def test_a_demo_leaves_pictures_a_cloud_and_a_flight(stored, start):
     assert len(read_ply(report.splat)) == 2 * 1024
     assert report.video.stat().st_size > 300
     assert report.sheet.is_file()
+
+
+def test_the_room_that_is_shown_is_neither_the_best_nor_the_worst():
+    assert typical(torch.tensor([3.0, -1.0, 2.0, 9.0, 0.5])) == 2
+    assert typical(torch.tensor([3.0, -1.0])) == 1
+    assert typical(torch.tensor([3.0])) == 0
 
 
 def test_grades_are_of_each_room(stored):

@@ -1,4 +1,5 @@
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,36 @@ def test_bad_colmap_models_are_named(tmp_path):
     Image.new("RGB", (40, 40)).save(odd / "images" / "001.png")
     with pytest.raises(ValueError, match="another shape"):
         read_colmap(odd)
+
+
+def test_what_image_undistorter_leaves_is_read(tmp_path):
+    folder = capturefiles.write_colmap(tmp_path / "a", binary=True)
+    (folder / "sparse" / "0").rename(folder / "0")
+    (folder / "sparse").rmdir()
+    (folder / "0").rename(folder / "sparse")
+    assert len(read_colmap(folder)) == 6
+
+
+def test_blenders_frames_have_an_angle_and_no_suffix(tmp_path):
+    def blender(data):
+        for frame in data["frames"]:
+            frame["file_path"] = "./" + frame["file_path"].removesuffix(".png")
+        data["frames"].reverse()
+        for key in ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_model"):
+            del data[key]
+        data["camera_angle_x"] = math.radians(60)
+
+    path = capturefiles.write_transforms(tmp_path, change=blender)
+    capture = read_transforms(tmp_path)
+    assert capture.images == read_transforms(path).images
+    assert [image.name for image in capture.images] == [f"{index:03d}.png" for index in range(6)]
+    focal = 32 / math.tan(math.radians(30))
+    want = torch.tensor([[focal, 0, 32], [0, focal, 24], [0, 0, 1]]).double()
+    assert torch.allclose(intrinsics_px(capture.intrinsics_norm, 48, 64)[0], want)
+    _, poses, *_ = capturefiles.room()
+    assert torch.allclose(capture.cam_to_world, poses, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match=r"there is no .*transforms\.json"):
+        read_transforms(tmp_path / "images")
 
 
 def test_damaged_pictures_are_named(tmp_path):

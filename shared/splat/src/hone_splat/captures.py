@@ -280,11 +280,18 @@ def _points_txt(path: Path) -> Tensor:
 def read_transforms(path: str | Path) -> Capture:
     """Read nerfstudio's or Blender's ``transforms.json``, and the points that it names.
 
+    Args:
+        path: The file, or its folder.
+
     Raises:
         FileNotFoundError: The file or a picture is missing.
         ValueError: It is no such file, or a camera is distorted, without intrinsics or impossible.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "transforms.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
     try:
         data = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
