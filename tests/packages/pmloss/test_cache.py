@@ -68,6 +68,26 @@ def test_other_pictures_under_the_same_name_are_refused(tmp_path, views):
         cached(views.map(lambda part: part))
 
 
+def test_an_answer_of_another_size_is_not_kept(tmp_path, views):
+    class Coarse(Counting):
+        def __call__(self, views):
+            return PointMap(super().__call__(views).points[:, :, ::2])
+
+    with pytest.raises(ValueError, match=r"counting gave points \[2, 8, 16, 3\] for 2 views of \(16, 16\)"):
+        CachedTeacher(Coarse(), tmp_path)(views)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scenes_of_which_different_things_are_known_are_named(tmp_path, views):
+    class Plain(Counting):
+        def __call__(self, views):
+            return PointMap(super().__call__(views).points)
+
+    CachedTeacher(Plain(), tmp_path)(name_views(views.map(lambda part: part[:1]), views.shots[:1]))
+    with pytest.raises(CheckpointError, match="hold different things"):
+        CachedTeacher(Counting(), tmp_path)(views)
+
+
 def test_an_interrupted_write_leaves_nothing_and_a_damaged_file_is_named(tmp_path, views, monkeypatch):
     cached = CachedTeacher(Counting(), tmp_path)
 

@@ -114,13 +114,20 @@ def test_scaling_and_moving_the_prediction(clouds):
     means, teacher = clouds(noise=0.2)
     base = pm_loss(means, teacher).loss
     assert torch.allclose(pm_loss(3 * means, teacher).loss, 9 * base)
-    whole = PMLossConfig(scale_normalised=True)
-    assert torch.allclose(pm_loss(3 * means, teacher, whole).loss, pm_loss(means, teacher, whole).loss)
+    whole, detached = (PMLossConfig(scale_normalised=kind) for kind in ("full", "detached"))
+    for cfg in (whole, detached):
+        assert torch.allclose(pm_loss(3 * means, teacher, cfg).loss, pm_loss(means, teacher, cfg).loss)
     factor = torch.ones(2, 1, 1, dtype=torch.float64, requires_grad=True)
     shift = torch.zeros(2, 1, 3, dtype=torch.float64, requires_grad=True)
     grads = torch.autograd.grad(pm_loss(factor * means + shift, teacher).loss.sum(), (factor, shift))
     assert torch.allclose(grads[0][:, 0, 0], 2 * base)  # a constant pull to shrink, named in the README
     assert float(grads[1].abs().max()) < 1e-12
+    # Divided by a constant the pull stays; with the variance's own gradient there is none.
+    pulls = [
+        torch.autograd.grad(pm_loss(factor * means, teacher, cfg).loss.sum(), factor)[0] for cfg in (whole, detached)
+    ]
+    assert float(pulls[0].abs().max()) < 1e-12
+    assert torch.allclose(pulls[1][:, 0, 0], 2 * pm_loss(means, teacher, detached).loss)
 
 
 def test_a_detached_similarity_has_the_value_and_another_gradient(clouds):
@@ -162,6 +169,36 @@ def test_confidence_of_zero_is_as_absence(clouds):
     cfg = PMLossConfig(confidence=True, direction="paired")
     found = pm_loss(means, spoilt, cfg, confidence=confidence)
     assert torch.allclose(found.loss, pm_loss(means[:, 5:], teacher[:, 5:], PMLossConfig(direction="paired")).loss)
+
+
+def test_confidence_weighs_every_direction():
+    # Three pixels on a line, one of which counts threefold; the last centre is 2 off, the first teacher point 1.
+    teacher = torch.tensor([[[0.0, 0, 0], [10, 0, 0], [20, 0, 0]]])
+    means = torch.tensor([[[1.0, 0, 0], [10, 0, 0], [20, 2, 0]]])
+    confidence = torch.tensor([[1.0, 1.0, 3.0]])
+    for direction, factor in (("pred2gt", 1), ("gt2pred", 1), ("both", 2), ("paired", 1)):
+        cfg = PMLossConfig(align="none", direction=direction, confidence=True)
+        assert pm_loss(means, teacher, cfg, confidence=confidence).loss.item() == pytest.approx(factor * 13 / 5)
+        plain = PMLossConfig(align="none", direction=direction)
+        assert pm_loss(means, teacher, plain).loss.item() == pytest.approx(factor * 5 / 3)
+
+
+@pytest.mark.parametrize("direction", ["gt2pred", "both", "paired"])
+@pytest.mark.parametrize("trim", [0.0, 0.2])
+def test_what_is_not_finite_is_left_out_of_every_direction(clouds, direction, trim):
+    means, teacher = clouds(noise=0.1)
+    broken = teacher.clone()
+    broken[:, :6] = torch.nan
+    cfg = PMLossConfig(direction=direction, trim=trim)
+    found, want = pm_loss(means, broken, cfg), pm_loss(means[:, 6:], teacher[:, 6:], cfg)
+    assert torch.allclose(found.similarity.scale, want.similarity.scale)
+    if direction == "paired":
+        assert torch.allclose(found.loss, want.loss)
+    else:
+        moved, rest = want.similarity(teacher[:, 6:]), torch.zeros(2, dtype=torch.float64)
+        gaps = (moved[:, :, None] - means[:, None]).square().sum(-1)
+        rest = gaps.amin(2).mean(1) + (gaps.amin(1).mean(1) if direction == "both" else rest)
+        assert torch.allclose(found.loss, rest)
 
 
 def test_trimming_finds_the_similarity_despite_outliers(clouds):
@@ -245,3 +282,20 @@ def test_bad_input_is_named(clouds):
         pm_loss(means, gone)
     with pytest.raises(ValueError, match="scene 0: the points to be aligned have no extent"):
         pm_loss(means, torch.ones_like(teacher))
+    one = means.clone()
+    one[1] = one[1, :1]
+    with pytest.raises(ValueError, match="scene 1: all predicted centres lie at one place"):
+        pm_loss(one, teacher)
+    assert pm_loss(one, teacher, PMLossConfig(align="none", cap=None)).loss.isfinite().all()
+    trust = torch.ones(means.shape[:2], dtype=torch.float64)
+    for value, where in ((torch.nan, 3), (-0.5, 3), (0.0, slice(None))):
+        wrong = trust.clone()
+        wrong[1, where] = value
+        for align in ("umeyama", "none"):
+            cfg = PMLossConfig(confidence=True, align=align)
+            with pytest.raises(ValueError, match="scene 1: confidence must be finite and at least 0"):
+                pm_loss(means, teacher, cfg, confidence=wrong)
+    # What a teacher says of points that it does not have is not looked at.
+    gone, trust[1, 3] = teacher.clone(), torch.nan
+    gone[1, 3] = torch.nan
+    assert pm_loss(means, gone, PMLossConfig(confidence=True), confidence=trust).loss.isfinite().all()

@@ -88,10 +88,38 @@ def test_a_trainer_gives_views_an_answer_or_points(scene, oracle):
         PMLoss()(means, scene.context)
     with pytest.raises(ValueError, match="of the same pixels"):
         pm(means[:, :100], scene.context)
+    with pytest.raises(ValueError, match=r"same views and pixels; got \[2, 2, 16, 64, 3\] and \[2, 2, 32, 32, 3\]"):
+        pm(means.view(2, 2, 16, 64, 3), scene.points())
     poses = PMLoss(lambda views: PointMap(scene.points()), PMLossConfig(align="pose"))
     poses.teacher.name = "function"
     with pytest.raises(ValueError, match="function gives no camera centres"):
         poses(means, scene.context)
+
+
+def test_a_teacher_of_another_size_is_asked_for_its_nearest_pixels(scene, oracle):
+    coarse = scene.points()[:, :, ::2, ::2]
+    means = (scene.points() + 0.05).flatten(1, 3)
+    found = PMLoss(lambda views: PointMap(coarse), PMLossConfig(align="none", direction="paired"))(means, scene.context)
+    want = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1, 3)
+    assert torch.allclose(found.loss, (means - want).square().sum(-1).mean(1))
+
+
+def test_centres_and_confidence_follow_the_anchors(scene):
+    # Three views, so that their centres fix a frame; the teacher's is another one, and its order is turned.
+    generator = torch.Generator().manual_seed(0)
+    points, centres = torch.randn(1, 3, 4, 4, 3, generator=generator), torch.randn(1, 3, 3, generator=generator)
+    confidence, index = torch.rand(1, 3, 4, 4, generator=generator) + 0.5, torch.tensor([[2, 0, 1]])
+    poses = torch.eye(4).expand(1, 3, 4, 4).clone()
+    poses[..., :3, 3] = 2 * centres + 1
+    part = scene.context.map(lambda value: value[:1, :1].expand(1, 3, *value.shape[2:]))
+    views = replace(part, cam_to_world=poses, image_01=torch.zeros(1, 3, 3, 4, 4))
+    teacher = lambda views: PointMap(points, confidence, centres)  # noqa: E731
+    cfg = PMLossConfig(align="pose", direction="paired", confidence=True)
+    off = torch.zeros(1, 3, 4, 4, 3)
+    off[0, 2] = 0.5  # the view that comes first among the anchors
+    found = PMLoss(teacher, cfg)((2 * points + 1 + off)[:, index[0]], views, anchors=index)
+    want = 0.75 * confidence[0, 2].sum() / confidence.sum()
+    assert float(found.loss) == pytest.approx(float(want), rel=1e-3)
 
 
 def test_another_network_is_named(oracle):

@@ -46,6 +46,27 @@ def test_precomputed_points_are_found_by_scene_and_frame(tmp_path, scene):
         name_views(scene.context, [Shots("room", (9,))])
 
 
+def test_precomputed_points_have_a_confidence_and_any_size(tmp_path, scene):
+    points, trust = torch.randn(2, 14, 14, 3), torch.rand(2, 14, 14)
+    frames = torch.tensor([0, 1])
+    save_safetensors({"points": points, "frames": frames, "confidence": trust}, tmp_path / "a.safetensors")
+    found = PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("a", (1, 0))]))
+    assert torch.equal(found.points[0], points[[1, 0]].repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert torch.equal(found.confidence[0], trust[[1, 0]].repeat_interleave(2, 1).repeat_interleave(2, 2))
+    save_safetensors({"points": points, "frames": frames}, tmp_path / "b.safetensors")
+    both = scene.context.map(lambda part: torch.cat([part, part]))
+    with pytest.raises(CheckpointError, match="some scenes of the batch have a confidence and others none"):
+        PrecomputedTeacher(tmp_path)(name_views(both, [Shots("a", (0, 1)), Shots("b", (0, 1))]))
+    save_safetensors({"points": points[..., :2], "frames": frames}, tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match=r"must hold points \[F, H, W, 3\]"):
+        PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("c", (0, 1))]))
+    (tmp_path / "d.safetensors").write_bytes(b"none")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("d", (0, 1))]))
+    with pytest.raises(CheckpointError, match="no points of scene"):
+        PrecomputedTeacher(tmp_path / "x")(name_views(scene.context, [Shots("../a", (0, 1))]))
+
+
 def tiny_depth_anything(kind="metric"):
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
 

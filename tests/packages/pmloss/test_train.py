@@ -6,11 +6,12 @@ from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_pmloss import train
 from hone_pmloss.config import HostConfig, PMLossConfig, TrainHostConfig
-from hone_pmloss.data import Scene, graded_rooms, training_batch
+from hone_pmloss.data import GRADED, Scene, graded_rooms, training_batch
 from hone_pmloss.geometry import boundary_band
 from hone_pmloss.grading import METRICS, grade
 from hone_pmloss.host import open_tiny
 from hone_pmloss.models import tiny
+from hone_splat.rooms import Rooms
 from safetensors.torch import load_file
 
 SMALL = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, refine_channels=32, size=32)
@@ -176,12 +177,48 @@ def test_a_start_that_does_not_fit_is_refused(whole, short, tmp_path):
     start = whole[0].artifacts / "checkpoint.pt"
     with pytest.raises(CheckpointError, match="a run with another lr, steps; repeat its settings"):
         train.prepare(dataclasses.replace(short, start=start, lr=1e-3, steps=9))
-    with pytest.raises(CheckpointError, match=r"no checkpoint of train-host .*absent.pt"):
+    with pytest.raises(CheckpointError, match=r"there is no file .*absent.pt"):
         train.prepare(dataclasses.replace(short, start=tmp_path / "absent.pt"))
+    (tmp_path / "other.pt").write_text("no checkpoint")
+    with pytest.raises(CheckpointError, match="no checkpoint of train-host"):
+        train.prepare(dataclasses.replace(short, start=tmp_path / "other.pt"))
     state = torch.load(start, weights_only=True) | {"step": 2}
     torch.save(state, tmp_path / "early.pt")
     with pytest.raises(CheckpointError, match="stands at step 2; expected 3"):
         train.prepare(dataclasses.replace(short, start=tmp_path / "early.pt"))
+
+
+def test_the_rate_warms_up_falls_and_is_halved_for_the_arms(short):
+    scene, host = training_batch([0], 1, (8, 18), 32), tiny(SMALL).train()
+    cfg = dataclasses.replace(short, lr=1.0, warmup_steps=2, fine_tune_lr=0.5)
+    optimizer = torch.optim.SGD(host.parameters(), 0.0)
+    rates = {}
+    for stage, step in (("base", 0), ("base", 2), ("base", 8), ("base", 9), ("photometric", 2), ("pm", 2)):
+        before = {name: value.clone() for name, value in host.state_dict().items()}
+        train._advance(cfg, stage, host, optimizer, train._Count(), scene, step, 10)
+        rates[stage, step] = optimizer.param_groups[0]["lr"]
+        host.load_state_dict(before)
+    assert rates == pytest.approx(
+        {("base", 0): 0.5, ("base", 2): 1.0, ("base", 8): 0.3, ("base", 9): 0.15}
+        | {("photometric", 2): 0.5, ("pm", 2): 0.5}
+    )
+
+
+def test_pictures_between_and_beyond_are_graded_apart():
+    host, scene = tiny(SMALL), graded_rooms([0, 1], 2, 32)
+    swapped = dataclasses.replace(scene, between=scene.beyond, beyond=scene.between)
+    right, other = grade(host, [scene]), grade(host, [swapped])
+    assert torch.equal(right["psnr_between"], other["psnr_beyond"])
+    assert not torch.allclose(right["psnr_between"], right["psnr_beyond"])
+    # Room by room, whichever are graded together.
+    apart = torch.cat([grade(host, [scene[row : row + 1]])["psnr_beyond"] for row in range(2)])
+    assert torch.allclose(right["psnr_beyond"], apart, atol=1e-4)
+    # Frames between the given ones, 18 and 32 of 50, and at most ten outside them.
+    path = Rooms.draw([GRADED]).cam_to_world[0]
+    for views, allowed in ((scene.between, range(19, 32)), (scene.beyond, [*range(8, 18), *range(33, 43)])):
+        frames = [int((path - pose).abs().flatten(1).amax(1).argmin()) for pose in views.cam_to_world[0]]
+        assert set(frames) <= set(allowed)
+        assert len(set(frames)) == 2
 
 
 def test_geometry_grades_of_true_depth():

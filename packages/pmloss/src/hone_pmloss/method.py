@@ -201,8 +201,8 @@ def pm_loss(
         backend: Of ``nearest``.
 
     Raises:
-        ValueError: Shapes differ, a prediction is not finite, a scene has fewer than three teacher points, or what the
-            config asks for is not given.
+        ValueError: Shapes differ, a prediction is not finite or, where it is aligned to, all at one place, a scene has
+            fewer than three teacher points, or what the config asks for is not given or no confidence.
 
     Source: the released ``pmloss``; options other than the defaults are ours.
     """
@@ -257,13 +257,24 @@ def _check(
     if (config.align == "pose") != (centres is not None):
         raise ValueError('camera centres belong to align="pose", and to it alone')
     valid = teacher.isfinite().all(-1)
-    broken = ~means.detach().isfinite().flatten(1).all(1)
-    few = valid.sum(1) < 3
-    if bool((broken | few).any()):
-        bad = int((broken | few).nonzero()[0, 0])
-        if bool(broken[bad]):
-            raise ValueError(f"scene {bad}: predicted centres are not finite; the step before diverged")
-        raise ValueError(f"scene {bad}: fewer than three teacher points are finite")
+    centres_now = means.detach()
+    faults = {
+        "predicted centres are not finite; the step before diverged": ~centres_now.isfinite().flatten(1).all(1),
+        "fewer than three teacher points are finite": valid.sum(1) < 3,
+    }
+    if config.align in ("umeyama", "umeyama_detached"):
+        one = (centres_now == centres_now[:, :1]).flatten(1).all(1)
+        faults["all predicted centres lie at one place, onto which any teacher shrinks without loss"] = one
+    if config.confidence:
+        assert confidence is not None
+        known = torch.where(valid, confidence, 0.0)
+        faults["confidence must be finite and at least 0 where there are teacher points, and not 0 at all of them"] = ~(
+            known.isfinite() & (known >= 0)
+        ).all(1) | (known.sum(1) == 0)
+    # One look for all, since each makes a GPU wait.
+    if bool(torch.stack(list(faults.values())).any()):
+        scene, fault = next((int(bad.nonzero()[0, 0]), fault) for fault, bad in faults.items() if bool(bad.any()))
+        raise ValueError(f"scene {scene}: {fault}")
     return valid
 
 

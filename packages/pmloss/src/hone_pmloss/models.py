@@ -64,6 +64,11 @@ class PMLoss:
             answer = given if anchors is None else given.take(anchors)
         else:
             answer = PointMap(given) if anchors is None else PointMap(given).take(anchors)
+        if means.ndim == answer.points.ndim == 5 and means.shape != answer.points.shape:
+            raise ValueError(
+                f"expected centres and teacher points of the same views and pixels; got {list(means.shape)} and "
+                f"{list(answer.points.shape)}"
+            )
         points = answer.points.flatten(1, -2)
         confidence = None if answer.confidence is None else answer.confidence.flatten(1)
         return pm_loss(

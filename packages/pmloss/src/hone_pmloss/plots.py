@@ -109,7 +109,7 @@ def differences(arms: Mapping[str, Mapping[str, NDArray[np.floating]]], path: Pa
             axis.axhline(0.0, color="black", linewidth=0.8)
             axis.set_xticks(range(len(others)), others, rotation=20)
             axis.set_xlim(-0.6, len(others) - 0.4)
-            axis.set_title(metric)
+            axis.set_title(metric.replace("_", " "))
         finish(figure, title=title)
     return path
 
@@ -135,6 +135,6 @@ def gains(found: Sequence[Gain], path: Path, *, title: str) -> Path:
             axis.axvline(0.0, color=INK, linewidth=0.8)
             axis.set_yticks(range(len(names)), names)
             axis.set_ylim(len(names) - 0.5, -0.5)
-            axis.set_title(metric)
+            axis.set_title(metric.replace("_", " "))
         finish(figure, title=title)
     return path

@@ -132,12 +132,15 @@ def _begun(cfg: TrainHostConfig) -> dict[str, Any]:
     """The parts of the checkpoint that a run begins with."""
     path = cfg.start
     assert path is not None
+    if not path.is_file():
+        raise CheckpointError(f"start: there is no file {path}; expected a run's artifacts/checkpoint.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before, step, parts = state["config"], state["step"], state["parts"]
     except Exception as error:  # torch raises whatever the damage makes it meet
         raise CheckpointError(
-            f"start: {path} is no checkpoint of train-host ({error}); expected a run's artifacts/checkpoint.pt"
+            f"start: {path} is no checkpoint of train-host ({type(error).__name__}); expected a run's "
+            "artifacts/checkpoint.pt"
         ) from error
     now = json.loads(json.dumps(to_dict(cfg)))
     keys = {*before, *now} - {*FREE_TO_DIFFER}
