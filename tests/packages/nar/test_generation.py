@@ -87,7 +87,7 @@ def test_graphs_draw_what_steps_draw(kind, dtype):
 
 
 @requires_gpu()
-@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:TensorFloat32")  # torch.compile's own
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_of_compiled_blocks_give_the_teacher_forced_logits(kind, dtype):
