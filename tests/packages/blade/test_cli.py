@@ -217,7 +217,7 @@ def test_help_shows_one_default_and_no_none(capsys, verb):
     assert not re.search(r"\)\. \(default", text)
     if verb == "demo":
         assert "--prompt [STR [STR ...]] What to draw" in text
-        assert "of the starting noise, and of the random masks. (default: 0)" in text
+        assert "Of the starting noise, and of the random masks. (default: 0)" in text
         assert "--steps INT Denoising steps (default: the host's own number)." in text
 
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
 from hone_video.host_config import HostConfig, Solver
@@ -55,7 +55,6 @@ Offsets = Literal["seeded", "strided", "random"]
 Selection = Literal["threshold", "topk"]
 Mask = Literal["adaptive", "pyramid", "window", "random", "dense"]
 Backend = Literal["auto", "reference", "triton", "gluon"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Part = Literal["attention", "forward", "e2e", "training"]
 
 _KINDS = {
@@ -359,7 +358,7 @@ class Comparison:
     steps: int | None = None
     """Denoising steps (default: the host's own number)."""
     seed: int = 0
-    """Seed of the starting noise, and of the random masks."""
+    """Of the starting noise, and of the random masks."""
 
     def __post_init__(self) -> None:
         if self.pool < 1:
@@ -518,7 +517,7 @@ class EvalConfig:
     """Number of prompts (default: 64 random ones; VBench: all)."""
     comparison: Comparison = field(default_factory=Comparison)
     batch: int = 16
-    """Clips sampled at once."""
+    """Clips at a time."""
     stats_every: int = 4
     """Density and recall are measured on every so-many-th step, which is then not timed: recall costs a dense
     attention."""
@@ -576,13 +575,13 @@ class TrainConfig:
     init: Path | None = None
     """A host.safetensors whose weights and word table to start from."""
     seed: int = 0
-    """Seed of weights and data."""
+    """Of weights and data."""
     minutes: float = 7.0
     """Wall-clock budget of the transformer's training, compilation included; the learning rate follows it."""
     steps: int | None = None
-    """Number of optimiser steps instead of a time budget: reproducible, where minutes are not."""
+    """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int = 256
-    """Clips per step."""
+    """Clips of a step."""
     lr: float = 5e-3
     """Peak learning rate of the blocks' matrices, which Muon updates."""
     adamw_lr: float = 2e-3
@@ -598,7 +597,7 @@ class TrainConfig:
     train_shift: float = 3.0
     """Timestep shift of the training noise levels."""
     uniform: float = 0.2
-    """Fraction of uniform noise levels; the rest is logit-normal. Both are shifted."""
+    """Share of uniform noise levels; the rest is logit-normal. Both are shifted."""
     compile: bool = True
     """Compile the transformer's blocks on a GPU."""
     classifier_steps: int = 2000
@@ -623,7 +622,7 @@ class TrainConfig:
     log_every: int = 50
     """Steps between two lines of the log."""
     checkpoint_seconds: float = 90.0
-    """Time between two checkpoints, from which a stopped run goes on."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
@@ -776,7 +775,7 @@ class DistillConfig:
     """Share of the training, at its start, in which student and fake score attend densely: 0 is the paper's joint
     training, 1 plain TDM, between them dense first and sparse after."""
     seed: int = 0
-    """Seed of adapters, prompts and noise."""
+    """Of adapters, prompts and noise."""
     steps: int = 300
     """Updates of student and fake score, one each; the release has 300."""
     batch: int = 32
@@ -807,7 +806,7 @@ class DistillConfig:
     log_every: int = 10
     """Steps between two lines of the log."""
     checkpoint_seconds: float = 120.0
-    """Time between two checkpoints, from which a stopped run goes on."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         known_preset(self.preset)
@@ -1003,7 +1002,7 @@ class ReproduceConfig:
     gate: float = 0.9
     """Share of digits and of directions that the teacher has to get right for ``distillation``, at 50 guided steps."""
     batch: int = 64
-    """Clips sampled at once."""
+    """Clips at a time."""
     workers: int = field(default=1, metadata=flag(stored=False))
     """Processes that ``distillation`` trains students in, side by side; results are the same. With ``--device cuda``
     they are spread over all visible GPUs. Start NVIDIA's MPS first (``nvidia-cuda-mps-control -d``): without it the
@@ -1084,7 +1083,7 @@ class GenerateConfig:
     fps: int | None = None
     """Frames per second of the file (default: 16 for Wan, 8 for CogVideoX)."""
     seed: int = 0
-    """Seed of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
+    """Of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
     dtype: Dtype = "auto"
     """Of transformer and text encoder; Wan's VAE stays in float32, as the release has it."""
     offload: bool = False
@@ -1168,7 +1167,7 @@ class InspectConfig:
     offload: bool = False
     """Keep on the GPU only the part of the pipeline that is running."""
     seed: int = 0
-    """Seed of the starting noise."""
+    """Of the starting noise."""
 
     def __post_init__(self) -> None:
         if self.model is not None and self.host is not None:
@@ -1283,7 +1282,7 @@ class BenchConfig:
     dtype: Dtype = "auto"
     """Of weights and inputs."""
     seed: int = 0
-    """Seed of weights, inputs and noise."""
+    """Of weights, inputs and noise."""
 
     def __post_init__(self) -> None:
         if self.model not in WORKLOADS:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
 from hone_video.host_config import HostConfig as DenseHostConfig
 from hone_video.prompts import parse_prompt
@@ -45,7 +45,6 @@ Border = Literal["shift", "cut"]
 Scales = Literal["tensor", "tile", "token"]
 Delta = Literal["exact", "forward"]
 Backend = Literal["auto", "reference", "triton"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Part = Literal["attention", "forward", "loop", "parallel"]
 Loss = Literal["flow", "distillation"]
 Size = tuple[int, int, int]
@@ -362,7 +361,7 @@ class BenchConfig:
     dtype: Dtype = "auto"
     """Of weights and inputs; tiny models are float32."""
     seed: int = 0
-    """Seed of weights, inputs and noise."""
+    """Of weights, inputs and noise."""
 
     def __post_init__(self) -> None:
         if self.model not in WORKLOADS | HD_WORKLOADS:
@@ -447,7 +446,7 @@ class VideoConfig:
     frames: int | None = None
     """Frames."""
     seed: int = 0
-    """Seed of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
+    """Of the first prompt; the following ones count up. Noise is drawn on the CPU, the same for every device."""
     dtype: Dtype = "auto"
     """Of transformer and text encoder; Wan's VAE stays in float32."""
     offload: bool = False
@@ -563,7 +562,7 @@ class DemoConfig:
     preset: str | None = None
     """Attention settings by name, without the tuned host, which has its own (default: that of the tuned host)."""
     seed: int = 0
-    """Seed of the starting noise."""
+    """Of the starting noise."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -585,7 +584,7 @@ class EvalConfig:
     prompts: int | None = field(default=None, metadata=flag("limit"))
     """Number of prompts (default: 64 random ones; VBench: all)."""
     batch: int = 16
-    """Clips sampled at once."""
+    """Clips at a time."""
     steps: int | None = None
     """Denoising steps (default: the host's own number; VBench: 50)."""
     host: Path | None = None
@@ -601,7 +600,7 @@ class EvalConfig:
     flow_shift: float | None = None
     """VBench: timestep shift of the sampler; Wan is made for 3 at 480p and 5 at 720p (default: the pipeline's own)."""
     seed: int = 0
-    """Seed of prompts and noise."""
+    """Of prompts and noise."""
 
     def __post_init__(self) -> None:
         self.vbench.check(self.protocol)
@@ -650,13 +649,13 @@ class TrainConfig:
     loss: Loss = "distillation"
     """``flow``: rectified flow, the paper's. ``distillation``: the velocity of the dense host, frozen; ours."""
     seed: int = 0
-    """Seed of data and noise."""
+    """Of data and noise."""
     minutes: float = 5.0
-    """Wall-clock budget of the training, compilation included."""
+    """Wall clock of the training itself, compilation included."""
     steps: int | None = None
-    """Number of optimiser steps instead of a time budget: reproducible, where minutes are not."""
+    """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int = 64
-    """Clips per step; all of one regime."""
+    """Clips of a step; all of one regime."""
     lr: float = 2e-3
     """Peak learning rate of Muon; AdamW, for what is no matrix, takes 0.4 of it (the paper: 5e-6 of Adam, on models of
     a billion parameters and more). It rises, and falls to a hundredth over the budget."""
@@ -670,7 +669,7 @@ class TrainConfig:
     """Probability of training a clip without its prompt (the paper: 0.1). The host's guidance counts an error of that
     branch two times, and one of the other three times."""
     uniform: float = 0.5
-    """Fraction of uniform noise levels, where the sampler's steps are; the rest is logit-normal (the paper: all), which
+    """Share of uniform noise levels, where the sampler's steps are; the rest is logit-normal (the paper: all), which
     hardly has the first step. Both are shifted as the host's sampler is."""
     checkpointing: bool = False
     """Compute blocks again in the backward pass instead of keeping what they made."""
@@ -681,7 +680,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between two lines of the log."""
     checkpoint_seconds: float = 60.0
-    """Time between two checkpoints, from which a stopped run goes on."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
@@ -840,13 +839,13 @@ class ReproduceConfig:
     train_steps: int = 300
     """Optimiser steps of each fine-tuning; there are 4 of each seed."""
     train_batch: int = 32
-    """Clips per step."""
+    """Clips of a step."""
     lr: float = 2e-3
     """Peak learning rate, as of train-host."""
     gate: float = 0.9
     """Share of digits and of directions that the dense host has to get right."""
     batch: int = 32
-    """Clips sampled at once."""
+    """Clips at a time."""
     workers: int = field(default=1, metadata=flag(stored=False))
     """Processes, a job each (an arm with a seed), with ``--device cuda`` over all visible GPUs; results are the
     same."""

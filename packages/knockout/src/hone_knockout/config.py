@@ -7,7 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
 
 from .flops import WORKLOADS
@@ -48,7 +48,6 @@ Style = Literal["letter", "text"]
 """As in ``hone_lm.choices``."""
 Format = Literal["jsonl", "videomme", "mvbench", "egoschema", "tvbench"]
 """As in ``hone_lm.question_sets``."""
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 QUESTIONS = ("shape", "place", "order", "direction")
 """Kinds of questions on generated clips. The first two need one frame, the last two need several."""
@@ -67,8 +66,8 @@ class Knockout:
     keep_self: bool = True
     """Whether a visual token may still read itself under VS and VV. The paper does not say."""
     frames: tuple[int, ...] | None = None
-    """Only pairs whose key lies in these frames of the layout, counted from 0; every frame if None. Where a class fuses
-    sampled frames (Qwen: two), frame 0 is the first two sampled."""
+    """Only pairs whose key lies in these frames of the layout, counted from 0 (default: every frame). Where a class
+    fuses sampled frames (Qwen: two), frame 0 is the first two sampled."""
     source: str = ""
     """Span that is read (the keys) of ``kind="span"``: visual, text, between, prefix, suffix, last, or one located."""
     target: str = ""
@@ -76,7 +75,7 @@ class Knockout:
     control: Control = "none"
     """``random``: as many pairs, drawn among those of the model's mask. ``opposite``: everything but these pairs."""
     seed: int = 0
-    """Seed of the pairs of ``control="random"``."""
+    """Of the pairs of ``control="random"``."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -317,7 +316,7 @@ class TrainConfig:
     steps: int | None = None
     """Number of optimiser steps instead of a time budget: reproducible, where ``minutes`` is not."""
     batch: int = 256
-    """Clips per step; each is asked six questions."""
+    """Clips of a step; each is asked six questions."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Of the matrices of the layers; everything else is AdamW's."""
     lr: float = 4e-3
@@ -337,7 +336,7 @@ class TrainConfig:
     aux_fade: float = 0.3
     """It fades to zero over this share of the steps before that."""
     aux_layer: int | None = None
-    """Layer after which it looks, counted from 0; the middle if None."""
+    """Layer after which it looks, counted from 0 (default: the middle)."""
     eval_every: int = 200
     eval_clips: int = 1024
     compile: bool = False
@@ -428,7 +427,7 @@ class SweepConfig:
     tokens_per_frame: int | None = None
     """Cut the video into frames of so many tokens (default: the rule of the model's class)."""
     batch: int = 1
-    """Questions run together."""
+    """Questions at a time."""
     style: Style = field(default="letter", metadata=flag(hidden=True))
     """How options are put; a tiny host has no letters."""
     shuffle: bool = field(default=True, metadata=flag(hidden=True))
@@ -436,7 +435,7 @@ class SweepConfig:
     reuse: bool = True
     """Compute layers that configurations share once, and LV-K in all later layers as the exit that it equals."""
     seed: int = 0
-    """Seed of option order, random controls and bootstrap."""
+    """Of option order, random controls and bootstrap."""
     retry_failed: bool = field(default=False, metadata=flag(stored=False))
     """Ask the questions that failed in a finished run again. An unfinished one does so anyway."""
 
@@ -462,13 +461,13 @@ class DemoConfig:
     items: int = field(default=128, metadata=flag("limit"))
     """Number of questions, four kinds in turn."""
     batch: int = 32
-    """Questions run together."""
+    """Questions at a time."""
     max_drop: float = 2.0
     """Points of accuracy that exit and window may cost on the choosing half."""
     host: Path | None = None
     """A host.safetensors made by train-host (default: the packaged one)."""
     seed: int = 0
-    """Seed of clips and questions."""
+    """Of clips and questions."""
 
     def __post_init__(self) -> None:
         least = 2 * len(QUESTIONS)
@@ -580,7 +579,7 @@ class RecommendConfig:
     verify: bool = True
     """Run both together on the reporting half, which loads the model."""
     seed: int = 0
-    """Seed of the halves."""
+    """Of the halves."""
 
     def __post_init__(self) -> None:
         if self.max_drop < 0:
@@ -602,7 +601,7 @@ class BenchConfig:
     dtype: Dtype = "auto"
     """Of weights and inputs; auto is bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
-    """Seed of weights and inputs."""
+    """Of weights and inputs."""
 
     def __post_init__(self) -> None:
         if self.model not in WORKLOADS:
@@ -622,7 +621,7 @@ class ReproduceConfig:
     items: int = field(default=400, metadata=flag("limit"))
     """Questions per host, four kinds in turn."""
     batch: int = 40
-    """Questions run together."""
+    """Questions at a time."""
     max_drop: float = 1.0
     """Points of accuracy that the recipe's exit and window may cost on the choosing half."""
     gate_clips: int = 512
@@ -630,7 +629,7 @@ class ReproduceConfig:
     hosts: tuple[Path, ...] = field(default=(), metadata=flag("host"))
     """Checkpoints made by train-host with different seeds (default: the packaged one, a single seed)."""
     seed: int = 0
-    """Seed of the questions."""
+    """Of the questions."""
 
     def __post_init__(self) -> None:
         if self.items < 16 or self.batch < 1 or self.gate_clips < 1:
@@ -668,9 +667,9 @@ class TrainHostConfig:
     minutes: float | None = field(default=None, metadata=flag(instead_of=("steps",)))
     """Budget of the training itself (default: 4.5, small 9.5)."""
     steps: int | None = field(default=None, metadata=flag(instead_of=("minutes",)))
-    """Number of optimiser steps, instead of a time budget."""
+    """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int | None = None
-    """Clips per step, six questions on each (default: 256, small 48)."""
+    """Clips of a step, six questions on each (default: 256, small 48)."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Of the matrices of the layers; everything else is AdamW's."""
     lr: float | None = None
@@ -680,7 +679,7 @@ class TrainHostConfig:
     compile: bool = False
     """Compile the decoder's layers on a GPU; worth its first minute in long runs only."""
     seed: int = 0
-    """Seed of weights and data."""
+    """Of weights and data."""
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -258,9 +258,9 @@ class TrainHostConfig:
     seed: int = 0
     """Of weights and data."""
     minutes: float = 6.0
-    """Wall clock of the training, where ``steps`` is not given."""
+    """Wall clock of the training itself, where steps is not given."""
     steps: int | None = None
-    """Optimiser steps in place of a time."""
+    """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int = 128
     """Motions of a step."""
     clips: int = 16384
@@ -270,17 +270,17 @@ class TrainHostConfig:
     evaluator_share: float = 0.1
     """Share of the budget that trains the evaluator."""
     tokenizer_lr: float = 1e-3
-    """Peak rate of tokenizer and evaluator."""
+    """Peak learning rate of tokenizer and evaluator."""
     lr: float = 1e-3
-    """Peak rate of the transformer."""
+    """Peak learning rate of the transformer."""
     drop: float = 0.1
     """Share of motions whose text is left out, and of those whose music is, for guidance."""
     ema: float = 0.998
-    """Decay of the averaged weights that are exported."""
+    """Decay of the weights' moving average, which is what is kept."""
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 120.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
     eval_clips: int = 512
     """Motions that the grades are over."""
 
@@ -305,7 +305,7 @@ class DemoConfig:
     """Text to motion, text and music to dance, and an edit, as videos with sound."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     texts: tuple[str, ...] = field(
         default=("a person waves the left hand then kicks with the right leg", "someone jumps and then turns left"),
         metadata=flag("text"),
@@ -340,13 +340,13 @@ class ArmConfig:
     batch: int
     """Motions of a step."""
     lr: float
-    """Peak rate."""
+    """Peak learning rate."""
     minutes: float = 0.0
     """Not used: steps are given."""
     log_every: int = 100
     """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
 
 ARMS = ("attention", "random", "events", "cosine")
@@ -373,7 +373,7 @@ class ReproduceConfig:
     clips: int = 16384
     """Motions that are generated once and drawn from."""
     lr: float = 1e-3
-    """Peak rate."""
+    """Peak learning rate."""
     limit: int = 1024
     """Held-out scenes that each arm is graded on."""
     workers: int = field(default=1, metadata=flag(stored=False))
@@ -395,7 +395,7 @@ class GenerateConfig:
     """Motions of four seconds for texts, to music, or edits, with a tiny host."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     texts: tuple[str, ...] = field(default=(), metadata=flag("text"))
     """What the person does, one motion each; may be left out with music."""
     music: Path | None = None
@@ -405,9 +405,9 @@ class GenerateConfig:
     edit: Path | None = None
     """Motion of which a part is made anew: .npy, .npz, .bvh or .pkl."""
     edit_parts: tuple[str, ...] = ()
-    """Parts of the body to make anew: root, left leg, right leg, torso, left arm, right arm; all if not given."""
+    """Parts of the body to make anew: root, left leg, right leg, torso, left arm, right arm (default: all)."""
     edit_seconds: tuple[float, float] | None = None
-    """Interval to make anew, in seconds: in-betweening; everything if not given."""
+    """Interval to make anew, in seconds: in-betweening (default: everything)."""
     fps: float | None = None
     """Frames a second of the motion, where its file does not say."""
     up: Literal["y", "z"] = "y"
@@ -465,7 +465,7 @@ class EvalConfig:
     """The protocol of text to motion and of dance, on generated scenes."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     unmask: UnmaskConfig = field(default_factory=UnmaskConfig)
     """Generation."""
     repetitions: int = 20
@@ -506,7 +506,7 @@ class BenchConfig:
     """Strength of the text; MoMask's."""
     graphs: bool = False
     """Also the pass as one CUDA graph."""
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     """Of the weights."""
     rounds: int = 10
     """Timed generations of each way."""
@@ -568,13 +568,13 @@ class TrainConfig:
     seed: int = 0
     """Of weights, order and draws."""
     minutes: float = 240.0
-    """Wall clock of the training, where ``steps`` is not given. Ours."""
+    """Wall clock of the training itself, where steps is not given. Ours."""
     steps: int | None = None
-    """Optimiser steps in place of a time."""
+    """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int = 64
     """Motions of a step, over all processes; the paper has 512 for the tokenizer and 64 for the transformer."""
     lr: float = 2e-4
-    """Peak rate; the paper's. A tenth of it in the last fifth, which is ours."""
+    """Peak learning rate; the paper's. A tenth of it in the last fifth, which is ours."""
     warmup: int = 2000
     """Steps of the linear rise; the paper's."""
     decay: float = 0.01
@@ -584,7 +584,7 @@ class TrainConfig:
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 300.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
 from hone_video.training_config import LoopConfig
 
@@ -94,23 +94,23 @@ class TrainHostConfig:
     seed: int = 0
     """Of weights and data."""
     minutes: float = 4.0
-    """Wall clock of the training, where ``steps`` is None."""
+    """Wall clock of the training itself, where steps is not given."""
     steps: int | None = 3000
     """Optimiser steps of both models together, in place of a time."""
     batch: int = 64
     """Images of a step."""
     lr: float = 2e-3
-    """Peak rate."""
+    """Peak learning rate."""
     drop: float = 0.1
     """Share of classes that are dropped, for guidance."""
     dropout: float = 0.1
     """Of tokens, residual branches and feed-forward."""
     ema: float = 0.995
-    """Decay of the averaged weights that are exported."""
+    """Decay of the weights' moving average, which is what is kept."""
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 120.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
     eval_images: int = 500
     """Drawn images that the grades are over."""
 
@@ -176,8 +176,8 @@ class TrainConfig:
     """Share of the rate that a cosine ends at."""
     decay: Literal["matrices", "linear"] = "matrices"
     """What weight decay is of: matrices and tables, as of images; or linear layers alone, as of clips."""
-    dtype: str = "auto"
-    """Of the forward: auto, bfloat16 or float32; weights are float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward; weights are float32."""
     loop: LoopConfig = field(default_factory=_release_loop)
     """Length, batch, rate and what is kept on the way."""
 
@@ -229,7 +229,7 @@ class ExtractConfig:
     """Of clips: frames, rows and columns that the tokenizer's row of tokens is laid out as."""
     shard: int = 1000
     """Of texts: images of a file."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Of the tokenizer."""
 
     def __post_init__(self) -> None:
@@ -245,7 +245,7 @@ class DemoConfig:
     """Digits, or clips of another host, by NAR and by a raster model, the picture growing from the corner."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     limit: int = 10
     """Images, whose classes count up."""
     guidance: float = 1.0
@@ -272,7 +272,7 @@ class EvalConfig:
     text_encoder: str | None = None
     """With ``data``: the T5 that reads the images' texts."""
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     nll: bool = False
     """Likelihoods alone; nothing is drawn."""
     limit: int | None = None
@@ -356,7 +356,7 @@ class GenerateConfig:
     """Of the first image; the following ones count up."""
     fps: int = 25
     """Frames per second of a clip's file; UCF-101 has 25."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Of transformer and text encoder."""
 
     def __post_init__(self) -> None:
@@ -381,7 +381,7 @@ class BenchConfig:
     """What is timed beside the release's loop; all but eager need graphs."""
     guidance: float = 2.0
     """Strength of guidance; 1 is none, at half the work."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Of the weights."""
     warmup: int = 2
     """Untimed batches first."""
@@ -389,7 +389,7 @@ class BenchConfig:
     """Timed batches of each."""
     bandwidth: float | None = None
     """Memory bandwidth of the device in TB/s, for the least time in which weights can be read (H100 SXM 3.35, H200
-    4.8); that floor is left out if None."""
+    4.8); without it that floor is left out."""
     seed: int = 0
     """Of weights and classes."""
 
@@ -419,7 +419,7 @@ class ReproduceConfig:
     batch: int = 64
     """Images of a step."""
     lr: float = 1e-3
-    """Peak rate."""
+    """Peak learning rate."""
     dropout: float = 0.1
     """Of tokens, residual branches and feed-forward."""
     limit: int = 1500

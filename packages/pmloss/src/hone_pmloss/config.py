@@ -187,7 +187,7 @@ class TrainHostConfig:
     fine_tune_lr: float = 0.5
     """Peak of the arms, as a share of it."""
     warmup_steps: int = 100
-    """Until it is reached, at the start of each stage."""
+    """Steps over which the learning rate rises, at the start of each stage."""
     steps: int = 10_000
     """Optimiser steps in all."""
     minutes: float = field(default=math.inf, metadata=flag(hidden=True))
@@ -199,7 +199,7 @@ class TrainHostConfig:
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
     seed: int = 0
     """Of weights and rooms."""
 
@@ -225,7 +225,7 @@ class ReproduceConfig:
     """The paper's claims on tiny hosts: pictures alone against PM-Loss, with bounded offsets and with free ones."""
 
     hosts: tuple[Path, ...] = ()
-    """Files made by train-host, of several seeds; the packaged one if empty."""
+    """Files made by train-host, of several seeds (default: the packaged one)."""
     free: tuple[Path, ...] = ()
     """Files of the same seeds in the same order, made by train-host with --offset unconstrained; without them the
     loss cannot be told from the freed offset."""
@@ -255,7 +255,7 @@ class BenchConfig:
     model: Literal["tiny", "depthsplat"] = "tiny"
     """Host of the step: the tiny one, or the published DepthSplat of the paper with random weights."""
     size: tuple[int, int] | None = None
-    """Height and width of the pictures; the model's own if None."""
+    """Height and width of the pictures (default: the model's own)."""
     views: tuple[int, ...] = (2,)
     """Context views; a cloud has a point for each of their pixels."""
     targets: int = 8

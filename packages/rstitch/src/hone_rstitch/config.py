@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 
 __all__ = [
     "LARGE",
@@ -57,7 +57,7 @@ class StitchConfig:
     """Threshold: the small model's token is thrown away at entropy > tau (confidence < tau). Entropies of vocabularies
     of different sizes are no more comparable than the models: choose it with ``calibrate``."""
     tau_back: float | None = None
-    """Threshold at which the large model hands back, on the certain side of ``tau``; ``tau`` itself if None."""
+    """Threshold at which the large model hands back, on the certain side of ``tau`` (default: ``tau`` itself)."""
     window: int = 1
     """Tokens over which the gate's signal is averaged, this one included; 1 is the paper."""
     min_large_run: int = 1
@@ -68,7 +68,7 @@ class StitchConfig:
     share: float | None = None
     """``random``: share of tokens that the large model writes."""
     run_length: float | None = None
-    """``random``: mean run of large tokens; each token is drawn by itself if None."""
+    """``random``: mean run of large tokens (default: each token is drawn by itself)."""
     discards: bool = False
     """``random``: where the large model takes over, the small one is asked first and its token thrown away, so that a
     text costs what a gated one does."""
@@ -223,7 +223,7 @@ class TrainHostConfig:
     verbose_steps: int = 400
     """Steps in which the large model, once trained, learns to check itself before it answers."""
     batch: int = 128
-    """Products per step."""
+    """Products of a step."""
     lr: float = 6e-3
     """Peak learning rate of the matrices, under Muon."""
     adamw_lr: float = 3e-3
@@ -237,7 +237,7 @@ class TrainHostConfig:
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         if min(self.small_steps, self.large_steps, self.verbose_steps, self.batch, self.held_out) < 1:
@@ -292,7 +292,7 @@ class ModelsConfig:
     """Folder or hub address of the large model."""
     host: int = 0
     """Which of the packaged pairs: the seed that it was trained with."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     small_prompt: str = "{question}"
     """What the small model is asked, where it wants more than the question (L1: a length instruction)."""
@@ -387,7 +387,7 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
-    """Seed of the draws."""
+    """Of the draws."""
 
     def __post_init__(self) -> None:
         if not self.ask.strip():
@@ -426,11 +426,11 @@ class EvalConfig:
 
     data: str | None = None
     """JSON lines or parquet with question and answer (or problem and solution), here or on the hub
-    (hf://datasets/OWNER/NAME/FILE), or aime24, amc, math500; generated products if None."""
+    (hf://datasets/OWNER/NAME/FILE), or aime24, amc, math500 (default: generated products)."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded: ``number`` compares the last number of the text, ``math`` uses math-verify (extra)."""
     limit: int | None = None
-    """Problems at most; 500 generated ones if None."""
+    """Problems at most (default: all, or 500 generated ones)."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
     """The pair."""
     stitch: StitchConfig = field(default_factory=StitchConfig)
@@ -455,7 +455,7 @@ class EvalConfig:
     batch: int = 64
     """Problems at a time."""
     seed: int = 0
-    """Seed of the draws, and of generated problems."""
+    """Of the draws, and of generated problems."""
 
     def __post_init__(self) -> None:
         _check_taus(self.taus)
@@ -476,7 +476,7 @@ class CalibrateConfig:
     """Choose tau for a wanted share of large tokens, or for a wanted time per token."""
 
     data: str | None = None
-    """Problems, as ``eval`` takes them; generated products if None. Not the set that is reported on."""
+    """Problems, as ``eval`` takes them (default: generated products). Not the set that is reported on."""
     limit: int = 100
     """Problems at most."""
     share: float = 0.2
@@ -498,7 +498,7 @@ class CalibrateConfig:
     batch: int = 64
     """Problems at a time."""
     seed: int = 0
-    """Seed of the draws, and of generated problems."""
+    """Of the draws, and of generated problems."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -577,7 +577,7 @@ class BenchConfig:
     """Mean run of large tokens in it."""
     rounds: int = 10
     """Turns that each variant gets after two that warm up; a text of the engine gets three after one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
     """Of random weights and of who writes."""
@@ -617,9 +617,9 @@ class TrainRouterConfig:
     models: ModelsConfig = field(default_factory=ModelsConfig)
     """The pair."""
     data: str | None = None
-    """Problems to train on, as ``eval`` takes them; generated products if None."""
+    """Problems to train on, as ``eval`` takes them (default: generated products)."""
     held_out: str | None = None
-    """Problems that the router is held against thresholds on; generated products if None."""
+    """Problems that the router is held against thresholds on (default: generated products)."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded."""
     stitch: StitchConfig = field(default_factory=lambda: StitchConfig(policy="router", tau=0.001))
@@ -657,7 +657,7 @@ class TrainRouterConfig:
     log_every: int = 5
     """Updates between two logged ones."""
     checkpoint_seconds: float = 60.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
     seed: int = 0
     """Of the router's weights, the problems and the routes."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -43,7 +43,7 @@ class SparseVARConfig:
     start_scale: int = -3
     """First sparse scale; negative counts from the end, and as many as there are scales leaves all dense."""
     detector: int | None = None
-    """Block whose change is the map; half the depth if None. Choose it with ``calibrate``."""
+    """Block whose change is the map (default: half the depth). Choose it with ``calibrate``."""
     select: Literal["topk", "threshold"] = "topk"
     """``topk``: as many tokens in every image, so that lengths are static. ``threshold``: those above one, and as many
     in every image as in the batch's fullest, so that what comes out depends on the company."""
@@ -156,7 +156,7 @@ class ImageConfig:
     """Strength of guidance (default: 4 of Infinity, of which 1 is none; 1.5 of VAR, of which 0 is none)."""
     temperature: float = 1.0
     """Of bits or tokens."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Of transformer blocks and text encoder."""
 
 
@@ -195,31 +195,31 @@ class TrainHostConfig:
     seed: int = 0
     """Of weights and data."""
     minutes: float = 8.0
-    """Wall clock of the training, where ``steps`` is not given; compiling comes before."""
+    """Wall clock of the training itself, where steps is not given; compiling comes before."""
     steps: int | None = None
-    """Optimiser steps in place of a time."""
+    """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int = 64
     """Images of a step."""
     compile: bool = True
-    """Compile the transformer's blocks, on a GPU."""
+    """Compile the transformer's blocks on a GPU."""
     tokenizer_share: float = 0.3
     """Share of the budget that trains the tokenizer."""
     grader_share: float = 0.04
     """Share of the budget that trains the grader."""
     tokenizer_lr: float = 2e-3
-    """Peak rate of tokenizer and grader."""
+    """Peak learning rate of tokenizer and grader."""
     lr: float = 2e-3
-    """Peak rate of the transformer."""
+    """Peak learning rate of the transformer."""
     flip: float = 0.2
     """Most bits of a scale that are flipped, as a share, so that later scales learn to repair (self-correction)."""
     drop: float = 0.1
     """Share of prompts that are dropped, for guidance."""
     ema: float = 0.998
-    """Decay of the averaged weights that are exported."""
+    """Decay of the weights' moving average, which is what is kept."""
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 120.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
     eval_images: int = 512
     """Images that the grades are over."""
 
@@ -239,7 +239,7 @@ class DemoConfig:
     """The same scenes dense, sparse, stopped early and with other masks."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings of the method."""
     limit: int = 8
@@ -318,7 +318,7 @@ class EvalConfig:
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     """Of the other protocols."""
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings that variants start from."""
     preset: str | None = None
@@ -394,7 +394,7 @@ class CalibrateConfig:
     """Which block tells textured from flat."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     model: Path | None = None
     """Folder of an ``InfinityPipeline`` in place of a host."""
     prompts: Path | None = None
@@ -431,7 +431,7 @@ class InspectConfig:
     """What the method did in one image, scale by scale."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings of the method."""
     seed: int = 0
@@ -443,7 +443,7 @@ class ReproduceConfig:
     """The claims, on tiny hosts and several sampling seeds."""
 
     hosts: tuple[Path, ...] = ()
-    """host.safetensors of further trainings (packaged one if none is given)."""
+    """host.safetensors of further trainings (default: the packaged one)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings of the method."""
     ratios: tuple[float, ...] = (0.3, 0.5, 0.9)
@@ -486,7 +486,7 @@ class BenchConfig:
     """Scales that early stopping leaves out."""
     kernels: bool = False
     """Time the method with fused kernels too, on a CUDA device."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """Of the blocks."""
     text_tokens: int = 64
     """Words of a prompt."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import flag
+from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
 Policy = Literal["top-p", "top-k", "random", "fastv", "visionzip"]
 BY_RATIO = ("top-k", "fastv", "visionzip")
 """Policies whose budget is a share of the prompt."""
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["digit", "sum"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Questions of a mosaic: the digit of a cell, one character, or the sum of two cells, two characters."""
@@ -209,9 +208,9 @@ class TrainHostConfig:
     minutes: float = 4.0
     """Wall clock of the training itself, where steps is not given."""
     steps: int | None = None
-    """Optimiser steps in place of a time."""
+    """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int = 256
-    """Questions per step."""
+    """Questions of a step."""
     lr: float = 4e-3
     """Peak learning rate of the decoder's matrices, under Muon."""
     adamw_lr: float = 1e-3
@@ -225,7 +224,7 @@ class TrainHostConfig:
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
@@ -312,7 +311,7 @@ class TrainConfig:
     """Reinforcement of a model on questions whose answers can be checked."""
 
     model: str | None = None
-    """Folder or hub address of a model; the tiny host if not given, which is asked about generated mosaics."""
+    """Folder or hub address of a model (default: the tiny host, asked about generated mosaics)."""
     data: Path | None = None
     """Questions for a model, a JSON object per line: image or video, question, answer, type."""
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
@@ -340,7 +339,7 @@ class TrainConfig:
     log_every: int = 1
     """Steps between two logged ones."""
     checkpoint_seconds: float = 600.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
@@ -373,7 +372,7 @@ class ArmConfig:
     log_every: int = 20
     """Steps between two logged ones."""
     checkpoint_seconds: float = 20.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -381,9 +380,9 @@ class ReproduceConfig:
     """The paper's claim and the two other objectives on tiny hosts."""
 
     folders: tuple[Path, ...] = ()
-    """Runs of train-host with different seeds, three or more for a verdict; the packaged host alone if not given."""
+    """Runs of train-host with different seeds, three or more for a verdict (default: the packaged host alone)."""
     arms: tuple[str, ...] = ()
-    """Arms to train, by name; all if not given. The verdict needs paper, correctness and sft."""
+    """Arms to train, by name (default: all). The verdict needs paper, correctness and sft."""
     steps: int = 1200
     """Steps of every arm."""
     prompts: int = 48
@@ -421,7 +420,7 @@ class DemoConfig:
     batch: int = 100
     """Questions at a time."""
     host: Path | None = None
-    """A host.safetensors made by train-host; the packaged one if not given."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     seed: int = 0
     """Of the questions."""
 
@@ -441,7 +440,7 @@ class AskConfig:
     ask: str
     """Question. Of the tiny host: "digit B3" or "sum A1 C2" (rows are letters, columns numbers)."""
     model: str | None = None
-    """Folder or hub address of a model; the tiny host if not given, which is asked about a generated mosaic."""
+    """Folder or hub address of a model (default: the tiny host, asked about a generated mosaic)."""
     image: Path | None = None
     """Picture."""
     video: Path | None = None

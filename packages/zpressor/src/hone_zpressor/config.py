@@ -175,7 +175,7 @@ class DemoConfig:
     """Many generated views compressed to a few, beside the host alone and the anchors alone."""
 
     host: Path | None = None
-    """A ``host.safetensors`` made by train-host; the packaged one if None."""
+    """A host.safetensors made by train-host (default: the packaged one)."""
     views: int = 24
     """Context views."""
     anchors: int = 6
@@ -215,17 +215,17 @@ class TrainHostConfig:
     lr: float = 4e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
-    """Until it is reached, at the start of each stage."""
+    """Steps over which the learning rate rises, at the start of each stage."""
     steps: int | None = 8000
-    """Optimiser steps in all; ``minutes`` count if None."""
+    """Optimiser steps in all; with None, ``minutes`` count."""
     minutes: float = 5.0
-    """Wall clock of the training where steps is None."""
+    """Wall clock of the training itself, where steps is not given."""
     graded: int = 32
     """Rooms, none of them trained on, that the host is graded on."""
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
     seed: int = 0
     """Of weights and rooms."""
 
@@ -250,7 +250,7 @@ class BenchConfig:
     """``tiny``: the tiny host's architecture. ``mvsplat``, ``depthsplat``: those that ZPressor was published for, with
     random weights."""
     size: tuple[int, int] | None = None
-    """Height and width of the pictures; the model's own if None."""
+    """Height and width of the pictures (default: the model's own)."""
     views: tuple[int, ...] = (6, 12)
     """Context views."""
     anchors: int = 6
@@ -281,7 +281,7 @@ class ReproduceConfig:
     """The paper's claims on tiny hosts: fusion against anchors alone, and against the host with all views."""
 
     hosts: tuple[Path, ...] = ()
-    """Files made by train-host, of several seeds; the packaged one if empty."""
+    """Files made by train-host, of several seeds (default: the packaged one)."""
     rooms: int = field(default=48, metadata=flag("limit"))
     """Generated rooms per host, none of them trained on."""
     views: tuple[int, ...] = (6, 12, 24, 36)
@@ -323,7 +323,7 @@ class DoctorConfig:
     anchors: int = 6
     """Of them, those that are left."""
     near: float | None = None
-    """Least depth of the scene in the capture's units; found if None."""
+    """Least depth of the scene in the capture's units (default: found)."""
     far: float | None = None
     """Largest; given together with near."""
 
@@ -356,11 +356,11 @@ class RenderConfig:
     budget_gib: float | None = None
     """Likewise, as many as this much memory of a CUDA device holds, weights included."""
     near: float | None = None
-    """Least depth of the scene in the capture's units; found if None."""
+    """Least depth of the scene in the capture's units (default: found)."""
     far: float | None = None
     """Largest; given together with near."""
     size: tuple[int, int] | None = None
-    """Height and width that pictures are cut to; the host's own if None."""
+    """Height and width that pictures are cut to (default: the host's own)."""
     frames: int = 120
     """Of the flight along the context cameras."""
     fps: int = 30
@@ -394,7 +394,7 @@ class ViewConfig:
     """A page in the browser: a splat, or one of your photographs whose number of anchors you set there."""
 
     splat: Path | None = None
-    """File to show, .ply, .splat or .spz; made of the photographs if None."""
+    """File to show, .ply, .splat or .spz (default: made of the photographs)."""
     colmap: Path | None = None
     """Folder of a COLMAP model, binary or text, itself or in sparse/0; beside a splat its cameras are shown."""
     transforms: Path | None = None
@@ -412,11 +412,11 @@ class ViewConfig:
     anchors: int = 6
     """Of them, those that are left, at first."""
     near: float | None = None
-    """Least depth of the scene in the capture's units; found if None."""
+    """Least depth of the scene in the capture's units (default: found)."""
     far: float | None = None
     """Largest; given together with near."""
     size: tuple[int, int] | None = None
-    """Height and width that pictures are cut to; the host's own if None."""
+    """Height and width that pictures are cut to (default: the host's own)."""
     prune: float = 0.005
     """Gaussians of less opacity are left out."""
     address: str = "127.0.0.1"
@@ -473,15 +473,15 @@ class EvalConfig:
     anchors: int = 6
     """Contexts that are left."""
     near: float | None = None
-    """Least depth; the host's own if None."""
+    """Least depth (default: the host's own)."""
     far: float | None = None
     """Largest; given together with near."""
     size: tuple[int, int] | None = None
-    """Height and width that pictures are cut to; the host's own if None."""
+    """Height and width that pictures are cut to (default: the host's own)."""
     vgg: Path | None = None
     """VGG-16's weights as torchvision publishes them, for LPIPS; without them it is left out."""
     scenes: int | None = field(default=None, metadata=flag("limit"))
-    """First scenes of the index; all if None."""
+    """First scenes of the index (default: all)."""
     backend: Literal["torch", "gsplat"] = "torch"
     """Renderer; gsplat needs the extra gpu."""
 

@@ -13,11 +13,14 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-__all__ = ["decode", "encode", "flag", "from_dict", "known_fields", "load_config", "read_config", "to_dict"]
+__all__ = ["Dtype", "decode", "encode", "flag", "from_dict", "known_fields", "load_config", "read_config", "to_dict"]
 
 T = TypeVar("T")
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""What ``hone_core.devices.resolve_dtype`` takes."""
 
 # JSON has no number for these, and Python's own extension ("Infinity") is not readable by strict parsers.
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}

@@ -19,13 +19,13 @@ class FitConfig:
     chunks: Path
     """Folder of training chunks with index.json: RealEstate10K, DL3DV, or your photographs by hone-zpressor convert."""
     start: Path | None = None
-    """Checkpoint of the model to begin with; random weights if None."""
+    """Checkpoint of the model to begin with (default: random weights)."""
     vgg: Path | None = None
     """VGG-16's weights as torchvision publishes them, which LPIPS is made of."""
     lpips: float = 0.05
     """Weight of LPIPS beside the mean squared error; 0 where there are no weights."""
     size: tuple[int, int] | None = None
-    """Height and width that pictures are cut to; the model's own if None."""
+    """Height and width that pictures are cut to (default: the model's own)."""
     context: tuple[int, int] = (2, 6)
     """Least and largest number of context views, drawn for each scene."""
     targets: int = 8
@@ -35,7 +35,7 @@ class FitConfig:
     flip: float = 0.5
     """Share of scenes that are mirrored."""
     draws: int | None = None
-    """Draws of views that each scene has, so that what is kept of them serves again; a new one each time if None."""
+    """Draws of views that each scene has, so that what is kept of them serves again (default: a new one each time)."""
     lr: float = 2e-4
     """Peak learning rate of AdamW, one cycle of a cosine."""
     lr_pretrained: float = 2e-6
@@ -57,7 +57,7 @@ class FitConfig:
     log_every: int = 50
     """Steps between two logged ones."""
     checkpoint_seconds: float = 600.0
-    """Least time between two checkpoints."""
+    """Least time between two checkpoints, from which a stopped run goes on."""
     seed: int = 0
     """Of the order of scenes and of their views."""
 

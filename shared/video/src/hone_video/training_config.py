@@ -32,7 +32,7 @@ class LoopConfig:
     ema: float = 0.99
     """Decay of the moving average of the weights, which is what is exported; 0 for none."""
     seed: int = 0
-    """Seed of order, noise and new weights."""
+    """Of order, noise and new weights."""
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass instead of keeping what they made."""
     log_every: int = 10
