@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 import time
@@ -120,6 +121,9 @@ def test_every_flag_of_a_config_says_what_it_is(script):
             flags = flags_of(getattr(importlib.import_module(module), config))
             silent = [flag.name for flag in flags if not flag.help]
             assert not silent, f"{script} {name}: the fields {', '.join(silent)} of {config} have no docstring"
+            # Who leaves a flag out has typed no None: its help says "(default: ...)".
+            inner = [flag.name for flag in flags if flag.default is None and re.search(r"\bNone\b", flag.help)]
+            assert not inner, f"{script} {name}: say (default: ...) in place of None of {', '.join(inner)}"
 
 
 def test_verbs_are_words_of_the_house(script):

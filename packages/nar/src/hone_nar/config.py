@@ -376,7 +376,7 @@ class BenchConfig:
     raster: bool = True
     """Also time a raster LlamaGen of the size; of clips there is none."""
     graphs: bool | None = None
-    """Steps as CUDA graphs; None: where there is a CUDA device."""
+    """Steps as CUDA graphs (default: where there is a CUDA device)."""
     modes: tuple[Literal["eager", "graphs", "compiled", "fused"], ...] = ("eager", "graphs", "compiled", "fused")
     """What is timed beside the release's loop; all but eager need graphs."""
     guidance: float = 2.0

@@ -627,7 +627,7 @@ class TrainRouterConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How tokens are drawn."""
     latency: Path | None = None
-    """Latencies in milliseconds, made by ``profile``; if None a call costs what the weights do that it reads, in steps
+    """Latencies in milliseconds, made by ``profile``; without them a call costs what its weights do, in steps
     of the large model."""
     price: float = 0.01
     """lambda, what a unit of latency takes from a right answer's reward of 1; the paper has 5e-6 (milliseconds)."""

@@ -424,7 +424,7 @@ class ViewConfig:
     port: int = 8080
     """To listen at."""
     seconds: float | None = None
-    """After which the page closes; None for when the command is interrupted."""
+    """After which the page closes (default: when the command is interrupted)."""
 
     def __post_init__(self) -> None:
         _check_capture(self)
