@@ -53,10 +53,22 @@ def run(monkeypatch, *argv):
     return stop.value.code
 
 
-def test_table_shows_the_speed_up_over_cudnn_and_the_error():
+def test_table_shows_the_speed_up_over_the_dense_attention_and_the_error():
     lines = table(ROWS).splitlines()
-    assert [line.split()[-2] for line in lines[1:]] == ["0.50", "4.00", "1.00", "0.67", "1.00", "-"]
+    assert [line.split()[-3] for line in lines[1:]] == ["0.50", "4.00", "1.00", "0.67", "1.00", "-"]
     assert lines[1].endswith("3.0e-03")
+    named = [dataclasses.replace(row, labels={**row.labels, "dense": "flash-attn 2 dense"}) for row in ROWS]
+    lines = [" ".join(line.split()) for line in table(named).splitlines()[1:]]
+    assert [line.partition(" flash-attn 2 ")[0].split()[-1] for line in lines[:4:2]] == ["0.75", "1.50"]
+    assert lines[3].endswith("1.00 flash-attn 2 -")
+    assert all(line.endswith("- - 3.0e-03") or line.endswith("- - -") for line in (lines[1], *lines[4:]))
+
+
+def test_table_shows_the_time_of_the_host():
+    row = Row(
+        metric="host_us", value=31.25, unit="us", better="lower", variant="hone triton", split="forward", labels={}
+    )
+    assert "31.2 us of the host" in table([row])
 
 
 def test_plot_is_a_picture(tmp_path):
@@ -210,7 +222,7 @@ def test_bench_on_a_gpu(tmp_path):
     assert all(r["value"] < (0.2 if r["labels"]["dtype"] == "float8_e4m3fn" else 0.01) for r in errors)
     assert {r["variant"].split()[0] for r in errors} == {"hone"}
     assert (tmp_path / "run" / "figures" / "rate.png").exists()
-    assert "x cuDNN" in shown
+    assert "x dense" in shown
 
 
 @requires_gpu(min_sm=89)

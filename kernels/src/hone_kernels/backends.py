@@ -18,8 +18,8 @@ Backend = Literal["auto", "reference", "triton", "gluon"]
 
 # Read once: a compiler that traces a call cannot look at the environment, and Triton itself reads the variable when a
 # kernel is decorated.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _log = logging.getLogger(__name__)
 _warned: set[tuple[str, str]] = set()
@@ -41,9 +41,9 @@ def warn_once(op: str, message: str) -> None:
 
 def triton_reason(device: torch.device, min_sm: int) -> str | None:
     """Why Triton kernels that need compute capability ``min_sm / 10`` cannot run on this device, or None."""
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "Triton is not installed; on Linux: pip install triton"
-    if _INTERPRETED:
+    if INTERPRETED:
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device (or TRITON_INTERPRET=1 before the import); the tensors are on {device}"
@@ -67,11 +67,11 @@ def _gluon_error() -> str | None:
 
 def gluon_reason(device: torch.device, min_sm: int, max_sm: int) -> str | None:
     """Why Gluon kernels for compute capabilities ``min_sm / 10`` to ``max_sm / 10`` cannot run there, or None."""
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "Triton is not installed; on Linux: pip install triton"
     if device.type != "cuda":
         return f"it needs a CUDA device; the tensors are on {device}"
-    if _INTERPRETED:
+    if INTERPRETED:
         return "Gluon kernels cannot be interpreted; unset TRITON_INTERPRET"
     if torch.version.hip:
         return "it needs an NVIDIA GPU"

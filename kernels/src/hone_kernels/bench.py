@@ -86,7 +86,8 @@ def prepare(cfg: BenchConfig) -> BenchConfig:
             cfg,
             densities=cfg.densities or (1.0, 0.5, 0.2, 0.1),
             dtypes=cfg.dtypes or ("bfloat16", "float8_e4m3fn"),
-            modes=cfg.modes or ("forward", "forward pooled", "backward", "prologue"),
+            modes=cfg.modes or ("forward", "forward pooled", "backward", "prologue", "host"),
+            memory=cfg.memory or ("BHSD", "BSHD"),
             block=cfg.block or 128,
         )
         absent = {dtype: "forward pooled" if dtype == "float8_e4m3fn" else "prologue" for dtype in cfg.dtypes}
@@ -145,6 +146,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
                 dtypes=[getattr(torch, name) for name in cfg.dtypes],
                 backends=cfg.backends or _usable(device),
                 modes=cfg.modes,
+                memory=cfg.memory,
                 block=cfg.block or 128,
                 rounds=cfg.rounds,
                 seed=cfg.seed,
@@ -164,20 +166,24 @@ def _usable(device: torch.device) -> list[Backend]:
 def plot(rows: list[Row], path: Path) -> None:
     """Rate of the forward on computed pairs against density: a flat line means time in proportion to density.
 
-    A row of panels per dtype, a column per shape.
+    A row of panels per dtype and order in memory, a column per shape.
     """
     from hone_core.plots import drawing
 
     rows = [row for row in rows if (row.split, row.metric) == ("forward", "rate")]
-    shapes, dtypes = (list(dict.fromkeys(row.labels[name] for row in rows)) for name in ("shape", "dtype"))
+
+    def kind(row: Row) -> str:
+        return " ".join(str(row.labels[name]) for name in ("dtype", "memory") if name in row.labels)
+
+    shapes, kinds = list(dict.fromkeys(row.labels["shape"] for row in rows)), list(dict.fromkeys(map(kind, rows)))
     variants = list(dict.fromkeys(row.variant for row in rows))
-    with drawing(path, 3.6 * len(shapes) + 1.8, 3.2 * len(dtypes)) as figure:
+    with drawing(path, 3.6 * len(shapes) + 1.8, 3.2 * len(kinds)) as figure:
         figure.set_layout_engine("constrained")
-        axes = figure.subplots(len(dtypes), len(shapes), sharex=True, sharey=True, squeeze=False)
+        axes = figure.subplots(len(kinds), len(shapes), sharex=True, sharey=True, squeeze=False)
         entries = {}
-        for (i, dtype), (j, shape) in itertools.product(enumerate(dtypes), enumerate(shapes)):
+        for (i, name), (j, shape) in itertools.product(enumerate(kinds), enumerate(shapes)):
             axis = axes[i][j]
-            mine = [row for row in rows if (row.labels["shape"], row.labels["dtype"]) == (shape, dtype)]
+            mine = [row for row in rows if (row.labels["shape"], kind(row)) == (shape, name)]
             for variant in dict.fromkeys(row.variant for row in mine):
                 points = sorted((row.labels["density"], row.value) for row in mine if row.variant == variant)
                 if variant.endswith(" dense"):
@@ -189,7 +195,7 @@ def plot(rows: list[Row], path: Path) -> None:
             ticks = sorted({row.labels["density"] for row in rows})
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
-            axis.set_title(f"{shape}, {dtype}")
+            axis.set_title(f"{shape}, {name}")
             axis.grid(alpha=0.3)
         # The axis is shared: its limit is set when every panel has its lines.
         axes[0][0].set_ylim(0, 1.05 * max(row.value for row in rows))

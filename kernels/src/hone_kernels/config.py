@@ -9,7 +9,8 @@ __all__ = ["BenchConfig", "ProfileConfig", "SanitizeConfig", "SpillsConfig", "Tu
 
 Op = Literal["attention", "attention_fp8", "block_scores", "logits", "column_mass", "ragged_decode", "kept_tokens"]
 Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
-Mode = Literal["forward", "forward pooled", "backward", "prologue"]
+Mode = Literal["forward", "forward pooled", "backward", "prologue", "host"]
+Memory = Literal["BHSD", "BSHD"]
 Kernel = Literal["attention", "attention_gluon", "attention_fp8", "block_scores"]
 Kind = Literal["gluon", "triton", "fp8 triton"]
 Tool = Literal["memcheck", "synccheck", "racecheck"]
@@ -20,7 +21,7 @@ Profiled = Literal["attention", "column_mass", "token_select", "ragged_decode"]
 Tokens = Literal["whole", "ragged", "padded"]
 
 TAKEN: dict[str, tuple[str, ...]] = {
-    "attention": ("shapes", "densities", "dtypes", "backends", "modes", "block"),
+    "attention": ("shapes", "densities", "dtypes", "backends", "modes", "memory", "block"),
     "attention_fp8": ("shapes", "densities", "modes"),
     "block_scores": ("shapes",),
     "logits": ("shapes", "dtypes"),
@@ -57,7 +58,9 @@ class BenchConfig:
     backends: tuple[Ours, ...] = ()
     """Of ours, attention only (default: all that run here)."""
     modes: tuple[Mode, ...] = ()
-    """What of attention or attention_fp8 (default: all that it has)."""
+    """What of attention or attention_fp8 (default: all that it has); host: time of the host for one call of each."""
+    memory: tuple[Memory, ...] = ()
+    """Orders of q, k and v in memory, attention only (default: both)."""
     block: int | None = None
     """Block size on both sides, attention only (default: 128)."""
     rounds: int = 20
@@ -68,7 +71,7 @@ class BenchConfig:
     """Seed of data, lists and order."""
 
     def __post_init__(self) -> None:
-        for name in ("shapes", "densities", "dtypes", "backends", "modes", "block"):
+        for name in ("shapes", "densities", "dtypes", "backends", "modes", "memory", "block"):
             if getattr(self, name) not in ((), None) and name not in TAKEN[self.op]:
                 raise ValueError(f"the bench of {self.op} has no {name} to choose; it has {', '.join(TAKEN[self.op])}")
         for density in self.densities:

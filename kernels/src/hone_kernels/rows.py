@@ -64,21 +64,29 @@ class TimesReport(Report):
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text: time, rate, how many times faster than cuDNN's dense attention beside it, and error."""
+    """The rows as text: time, rate, how many times faster than the dense attention beside it, which, and error.
+
+    The dense attention is that which a row names as ``dense``, the fastest of its run, else cuDNN's.
+    """
     calls: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         place = tuple(sorted((k, v) for k, v in row.labels.items() if k not in ("kernel", "settings")))
         calls.setdefault((row.variant, row.split, place), {})[row.metric] = row
-    lines = [("shape", "dtype", "what", "density", "variant", "ms", "rate", "x cuDNN", "error")]
+    lines = [("shape", "dtype", "what", "density", "variant", "ms", "rate", "x dense", "of", "error")]
     for (variant, split, place), found in calls.items():
-        labels, dense = dict(place), calls.get((DENSE, split, place), {}).get("time")
-        time, rate, error = (found.get(metric) for metric in ("time", "rate", "error"))
+        labels = dict(place)
+        best = labels.get("dense", DENSE)
+        dense = calls.get((best, split, place), {}).get("time")
+        time, rate, error, host = (found.get(metric) for metric in ("time", "rate", "error", "host_us"))
+        speed = f"{host.value:.1f} us of the host" if host else "-"
         lines.append(
             (
-                *(str(labels.get("shape", "")), str(labels.get("dtype", "")), split),
+                " ".join(str(labels[name]) for name in ("shape", "memory") if name in labels),
+                *(str(labels.get("dtype", "")), split),
                 *(f"{labels['density']:.2f}" if "density" in labels else "-", variant),
-                *(f"{time.value:.3f}" if time else "-", f"{rate.value:.0f} {rate.unit}" if rate else "-"),
-                *(f"{dense.value / time.value:.2f}" if dense and time else "-", f"{error.value:.1e}" if error else "-"),
+                *(f"{time.value:.3f}" if time else "-", f"{rate.value:.0f} {rate.unit}" if rate else speed),
+                *((f"{dense.value / time.value:.2f}", best.removesuffix(" dense")) if dense and time else ("-", "-")),
+                f"{error.value:.1e}" if error else "-",
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -12,6 +12,7 @@ from hone_core.runs import Run
 from hone_core.timing import Timing
 from hone_kernels.attention import BlockLayout, block_sparse_attention
 from hone_kernels.attention.bench import SHAPES, Shape, bench, providers, random_layout
+from hone_kernels.attention.peers import DENSE_PEERS, LISTED_PEERS
 from hone_kernels.rows import table
 
 FP8 = torch.float8_e4m3fn
@@ -88,8 +89,8 @@ def test_errors_and_speed_ups_are_of_the_rows_own_mode_and_density(on_cpu):
     assert 0.02 < prologue.value < 0.03  # E4M3 of Gaussian numbers
     lines = table(rows).splitlines()[1:]
     for line in lines:
-        gain = line.split()[-2]
-        if "float32" in line or line.split()[2] == "prologue":  # cuDNN has no float32, and no prologue
+        gain = line.split()[-3]
+        if "float32" in line or "  prologue  " in line:  # cuDNN has no float32, and no prologue
             assert gain == "-"
         else:
             assert gain == ("1.00" if "cudnn dense" in line else "2.00")
@@ -200,15 +201,96 @@ def test_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu, caplog):
     assert flashes - set(backward) == {"flash-attn 3 dense"}
     on_cpu.setitem(sys.modules, "flash_attn_interface", three)
     assert flashes < set(providers(random_layout(2, 300, 1.0), torch.bfloat16, [], backward=True))
-    (line,) = (line for line in caplog.messages if "left out" in line)
-    assert line.startswith("sageattention dense is left out: ModuleNotFoundError: import of sageattention")
+    absent = [line for line in caplog.messages if "left out" in line]
+    assert [line.split(" is left out")[0] for line in absent] == ["sageattention dense", *LISTED_PEERS]
+    assert absent[0].startswith("sageattention dense is left out: ModuleNotFoundError: import of sageattention")
+    assert {r.labels["dense"] for r in rows} <= flashes
 
     on_cpu.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # one without the function
     for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute"):
         on_cpu.setitem(sys.modules, name, None)
     caplog.clear()
     run([torch.bfloat16], Shape.parse("2x300x32"), modes=["forward"])
-    assert [x.split(" is left out")[0] for x in caplog.messages if "left out" in x] == list(bench_module._PEERS)
+    assert [x.split(" is left out")[0] for x in caplog.messages if "left out" in x] == [*DENSE_PEERS, *LISTED_PEERS]
+
+
+class Lists:
+    """FlashAttention 4 and cuDNN's block-sparse op, as far as the bench calls them, by the reference."""
+
+    def __init__(self, wrong=False):
+        self.wrong = wrong
+        interface, sparsity = types.ModuleType("flash_attn.cute.interface"), types.ModuleType("sparsity")
+        interface.flash_attn_func, sparsity.BlockSparseTensorsTorch = self.flash, types.SimpleNamespace
+        sparse = types.ModuleType("cudnn.block_sparse_attention")
+        sparse.block_sparse_attention_forward, sparse.block_sparse_attention_backward = self.forward, self.backward
+        cudnn = types.ModuleType("cudnn")
+        cudnn.block_sparse_attention = sparse
+        self.modules = {
+            "flash_attn": types.ModuleType("flash_attn"),
+            "flash_attn.cute": types.ModuleType("flash_attn.cute"),
+            "flash_attn.cute.interface": interface,
+            "flash_attn.cute.block_sparsity": sparsity,
+            "cudnn": cudnn,
+            "cudnn.block_sparse_attention": sparse,
+        }
+
+    def attend(self, q, k, v, num, idx):
+        assert idx.shape == (*num.shape, -(-k.shape[1] // 128))
+        layout = BlockLayout(num, idx, q.shape[1], k.shape[1], 128, 128)
+        qkv = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = block_sparse_attention(*qkv, layout, return_lse=True, backend="reference")
+        return out.transpose(1, 2) + self.wrong, lse
+
+    def flash(self, q, k, v, block_sparse_tensors, block_sparse_tensors_bwd=None):
+        lists = block_sparse_tensors
+        assert lists.block_size == (128, 128)
+        assert not lists.mask_block_cnt.any()
+        if block_sparse_tensors_bwd is not None:
+            back = block_sparse_tensors_bwd
+            columns = BlockLayout(back.full_block_cnt, back.full_block_idx, k.shape[1], q.shape[1], 128, 128).to_mask()
+            rows = BlockLayout(lists.full_block_cnt, lists.full_block_idx, q.shape[1], k.shape[1], 128, 128).to_mask()
+            assert torch.equal(columns.transpose(-1, -2), rows)
+        return self.attend(q, k, v, lists.full_block_cnt, lists.full_block_idx)
+
+    def forward(self, q, k, v, *, q2k_block_index, q2k_block_nums, sparse_block_size, layout):
+        assert (sparse_block_size, layout) == (128, "bshd")
+        return self.attend(q, k, v, q2k_block_nums, q2k_block_index)
+
+    def backward(self, dout, q, k, v, out, lse, *, q2k_block_index, q2k_block_nums, sparse_block_size, layout):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            again, _ = self.attend(*leaves, q2k_block_nums, q2k_block_index)
+            return torch.autograd.grad(again, leaves, dout)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_peers_over_the_same_lists_run_forward_and_backward_and_their_values_count(on_cpu, caplog, wrong):
+    for name, module in Lists(wrong).modules.items():
+        on_cpu.setitem(sys.modules, name, module)
+    rows = run([torch.bfloat16], Shape("s", 2, 256, 32, 2), modes=["forward", "backward"], memory=["BHSD", "BSHD"])
+    found = {(r.split, r.labels["memory"], r.variant) for r in rows if r.metric == "error"}
+    peers = {name for _, _, name in found} - {"hone reference"}
+    if wrong:
+        assert not {(mode, name) for mode, _, name in found if mode == "forward" and name in LISTED_PEERS}
+        assert "flash-attn 4 is left out of s, forward: flash-attn 4, forward is wrong" in caplog.text
+        return
+    assert peers == set(LISTED_PEERS)
+    assert len(found) == 2 * 2 * 3
+    ragged = run([torch.bfloat16], Shape("s", 2, 300, 32, 2), modes=["forward"])
+    assert {"flash-attn 4"} == {r.variant for r in ragged} & set(LISTED_PEERS)
+
+
+def test_host_time_of_a_call_is_a_row(on_cpu):
+    on_cpu.setattr(bench_module, "_CALLS", 1)
+    on_cpu.setattr(bench_module, "measure_interleaved", None)
+    rows = run([torch.bfloat16, FP8], modes=["host"])
+    assert {r.metric for r in rows} == {"host_us"}
+    assert {r.labels["shape"] for r in rows} == {"2x256x128"}
+    seen = {(r.labels["dtype"], r.split) for r in rows if r.variant == "hone reference"}
+    modes = {("bfloat16", m) for m in ("forward", "forward pooled", "backward")}
+    assert seen == modes | {("float8_e4m3fn", m) for m in ("forward", "backward", "prologue")}
+    assert all(r.value > 0 and r.unit == "us" and r.better == "lower" for r in rows)
+    assert "torch sdpa dense" in {r.variant for r in rows}
 
 
 def test_shapes_by_name_and_by_size():

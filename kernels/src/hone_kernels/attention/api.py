@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
+from hone_kernels.launch import Kept, eager, geometry, on_device_of
 
 from .layout import BlockLayout
 from .reference import attention_reference
@@ -174,34 +176,144 @@ def block_sparse_attention(
         ValueError: If shapes, layout and backend do not fit together.
         TypeError: If dtypes differ or the layout is not a ``BlockLayout``.
     """
+    tensors = (q, k, v, *(() if pooled is None else (pooled.k, pooled.v, pooled.bias)))
+    if eager(*tensors) and isinstance(layout, BlockLayout):
+        facts, lists = geometry(*tensors), layout.geometry()
+        key = (facts, lists, scale, backend) if facts and lists else None
+        found = _checked.get(key) if key else None
+        if found is None:
+            found = _check(q, k, v, layout, scale, pooled, backend)
+            if key and found[1] != "reference":
+                _checked.keep(key, found)
+    else:
+        found = _check(q, k, v, layout, scale, pooled, backend)
+        key = None
+    scale, backend = found
+    pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
+    if backend == "reference":
+        out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
+        return (out, lse) if return_lse else out
+    if pooled_k is not None and pooled_v is not None:
+        pooled_k, pooled_v = unit_last(pooled_k), unit_last(pooled_v)
+        if bias is not None:
+            bias = bias.float().expand(pooled_k.shape[:3])
+    q, k, v = unit_last(q), unit_last(k), unit_last(v)
+    if key is None:
+        blocks = (layout.block_q, layout.block_k)
+        out, lse = _attention_op(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, *blocks, scale, backend)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
+    else:
+        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
+    return (out, lse) if return_lse else out
+
+
+_checked = Kept()
+"""Scale and backend of calls that passed the checks, by all that the checks look at."""
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    scale: float | None,
+    pooled: PooledKV | None,
+    backend: Backend,
+) -> tuple[float, Backend]:
+    """The factor on the logits and the backend of a call."""
     check_heads(q, k, v)
     check_layout(q, k, layout)
     if pooled is not None:
         _check_pooled(pooled, k)
     scale = check_scale(scale, q.shape[3])
-    pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
     kernels = preference(q.shape[3], pooled is not None)
-    blocks = dict(block_q=layout.block_q, block_k=layout.block_k)
-    backend = choose(
-        "block_sparse_attention", backend, SUPPORT, q.device, q.dtype, kernels=kernels, head_dim=q.shape[3], **blocks
-    )
-    if backend == "reference":
-        out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
-        return (out, lse) if return_lse else out
-    if bias is not None:
-        assert pooled_k is not None
-        bias = bias.float().expand(pooled_k.shape[:3])
-    out, lse = _attention_op(
-        *(unit_last(x) for x in (q, k, v)),
-        *layout.lists(),
-        None if pooled_k is None else unit_last(pooled_k),
-        None if pooled_v is None else unit_last(pooled_v),
-        bias,
-        *blocks.values(),
-        scale,
-        backend,
-    )
-    return (out, lse) if return_lse else out
+    sizes = dict(head_dim=q.shape[3], block_q=layout.block_q, block_k=layout.block_k)
+    return scale, choose("block_sparse_attention", backend, SUPPORT, q.device, q.dtype, kernels=kernels, **sizes)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    scale: float,
+    backend: Backend,
+    key: Hashable,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by a kernel, with what is kept of the layout and of calls of this geometry."""
+    args = (q, k, v, *layout.lists(), pooled_k, pooled_v, bias, layout.block_q, layout.block_k, scale)
+    with on_device_of(q):
+        if backend == "gluon":
+            from .gluon_sm90 import attention_forward, schedule
+
+            batch, heads = q.shape[:2]
+            table = layout.kept(("rows", batch, heads), lambda: schedule(layout.lists()[0], batch, heads, key))
+            # The launch counts in it.
+            return attention_forward(*args, table=table.clone(), key=key)
+        from .triton import attention_forward as portable
+
+        return portable(*args, key=key)
+
+
+class _Attention(torch.autograd.Function):
+    """The op outside of ``torch.compile``, where the registered one would cost more than the launches."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key):
+        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
+        # Its lists as columns are large: they live as long as the caller's layout, not as long as the graph.
+        ctx.layout, ctx.sizes = weakref.ref(layout), (layout.block_q, layout.block_k, scale)
+        ctx.save_for_backward(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted: the operator refuses its derivative, which there is none of.
+            *tensors, out, lse = ctx.saved_tensors
+            return *_operator_gradients(dout, dlse, tensors, out, lse, ctx.sizes), None, None, None, None
+        q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, out, lse = ctx.saved_tensors
+        layout = ctx.layout()
+        columns = None if layout is None else layout.kept("columns", layout.transpose)
+        grads = _gradients(
+            columns, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, *ctx.sizes
+        )
+        return *grads, None, None, None, None
+
+
+def _gradients(
+    columns: BlockLayout | None,
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, pooled k, pooled v and the bias; ``columns`` is the transposed layout, if it is there."""
+    from .triton import attention_backward
+
+    if columns is None:
+        columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k, check=False).transpose()
+    with on_device_of(q):
+        return attention_backward(
+            in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
+            k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
+        )  # fmt: skip
 
 
 def preference(dim: int, pooled: bool) -> tuple[Backend, Backend]:
@@ -235,7 +347,7 @@ def _attention_op(
     else:
         from .triton import attention_forward
 
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         return attention_forward(
             q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale
         )
@@ -265,14 +377,25 @@ def _attention_backward_op(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .triton import attention_backward
-
-    columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k, check=False).transpose()
-    with torch.cuda.device_of(q):
-        grads = attention_backward(
-            in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
-            k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
-        )  # fmt: skip
+    grads = _gradients(
+        None,
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        kv_num,
+        kv_idx,
+        k_valid,
+        pooled_k,
+        pooled_v,
+        pooled_bias,
+        block_q,
+        block_k,
+        scale,
+    )
     # A custom op returns tensors only: an absent gradient is an empty one.
     dq, dk, dv, dpk, dpv, dbias = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, dpk, dpv, dbias
@@ -291,13 +414,17 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
+def _operator_gradients(dout, dlse, tensors, out, lse, sizes) -> list[Tensor | None]:
+    """Gradients of q, k, v, pooled k, pooled v and the bias by the registered operator."""
+    q, k, v, *rest = tensors
+    op = torch.ops.hone_kernels.block_sparse_attention_backward
+    return [g if g.numel() else None for g in op(dout, dlse, q, k, v, out, lse, *rest, *sizes)]
+
+
 def _backward(ctx, dout, dlse):
     *tensors, out, lse = ctx.saved_tensors
-    q, k, v, *rest = tensors
-    grads = torch.ops.hone_kernels.block_sparse_attention_backward(
-        dout, dlse, q, k, v, out, lse, *rest, ctx.block_q, ctx.block_k, ctx.scale
-    )
-    dq, dk, dv, dpk, dpv, dbias = (g if g.numel() else None for g in grads)
+    sizes = (ctx.block_q, ctx.block_k, ctx.scale)
+    dq, dk, dv, dpk, dpv, dbias = _operator_gradients(dout, dlse, tensors, out, lse, sizes)
     return dq, dk, dv, None, None, None, dpk, dpv, dbias, None, None, None, None
 
 

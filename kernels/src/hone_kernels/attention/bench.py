@@ -4,26 +4,26 @@ One call per shape, mode, density, data type and provider. Rates count the query
 rate that holds at low density means time in proportion to density. Dense providers ignore the lists: their time is what
 a sparse one has to beat, and their rate is that of the dense product, whatever the density beside which they ran.
 
-Every call of ours is compared with the reference, at its own density and mode, before it is timed; its ``error`` is
-what that gave.
+Every call of ours, and of others over lists, is compared with the reference, at its own density and mode, before it is
+timed; its ``error`` is what that gave. ``dense`` of a row names the fastest dense provider that ran beside it.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import importlib
 import logging
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from hone_core.runs import Run
-from hone_core.timing import measure_interleaved
+from hone_core.timing import Timing, measure_interleaved
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hone_kernels.attention_fp8 import SUPPORT as FP8_SUPPORT
@@ -33,24 +33,13 @@ from hone_kernels.rows import DENSE, timed
 
 from .api import SUPPORT, Backend, PooledKV, block_sparse_attention
 from .layout import BlockLayout
+from .peers import DENSE_PEERS, LISTED_PEERS, Attend, cudnn, dense_peer, flex, listed_peer
 
-__all__ = ["SHAPES", "Shape", "bench", "cudnn", "flex", "providers", "random_layout", "relative"]
+__all__ = ["SHAPES", "Shape", "bench", "cudnn", "dense_kernels", "flex", "providers", "random_layout", "relative"]
 
 FP8 = torch.float8_e4m3fn
 
 _log = logging.getLogger(__name__)
-
-_PEERS: dict[str, list[tuple[str, str, bool]]] = {
-    "flash-attn 4 dense": [("flash_attn.cute", "flash_attn_func", True)],
-    "flash-attn 3 dense": [
-        ("flash_attn_interface", "flash_attn_func", True),
-        ("fa3_fwd_interface", "flash_attn_func", False),
-    ],
-    "flash-attn 2 dense": [("flash_attn", "flash_attn_func", True)],
-    "sageattention dense": [("sageattention", "sageattn", False)],
-}
-"""Dense providers of 16-bit inputs that may be installed: modules, the first of which is taken, their function, whether
-it has gradients."""
 
 _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Relative error (norm) against the reference above which no time is reported."""
@@ -58,6 +47,9 @@ _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 _DEVICE = "cuda"
 
 _WARMUP = 3
+
+_CALLS = 20
+"""Between two looks at the clock of the host."""
 
 _HEADS_CHECKED = 2
 """Heads whose values are compared: the reference is slow."""
@@ -116,6 +108,9 @@ SHAPES = {
 }
 """Wan2.1-1.3B and CogVideoX-5B at 480p: cut to a multiple of 128, and whole."""
 
+HOST = Shape("2x256x128", 2, 256, 128, 2)
+"""So small that the device waits for the host."""
+
 
 def bench(
     run: Run,
@@ -125,6 +120,7 @@ def bench(
     dtypes: Sequence[torch.dtype],
     backends: Sequence[Backend],
     modes: Sequence[str],
+    memory: Sequence[str] = ("BHSD",),
     block: int = 128,
     rounds: int = 20,
     seed: int = 0,
@@ -138,7 +134,10 @@ def bench(
         dtypes: Of q, k and v; float8_e4m3fn rounds bfloat16 ones.
         backends: Ours, by name. One that cannot take a shape or dtype is left out there, and the log says why.
         modes: ``forward``, ``forward pooled``, ``backward`` or ``prologue``, what FP8 needs before its forward:
-            rounding q, k and v. One that a dtype does not have is left out there: pooled keys are 16-bit only.
+            rounding q, k and v. One that a dtype does not have is left out there: pooled keys are 16-bit only. Of
+            ``host`` the rows are ``host_us``: what a call of each of these costs the host, at ``HOST`` instead of the
+            shapes.
+        memory: Orders of q, k and v in memory: ``BHSD``, or ``BSHD``, as projections leave them.
         block: Block size on both sides.
         rounds: Timed calls of each.
         seed: Of data, lists and order.
@@ -147,38 +146,110 @@ def bench(
         RuntimeError: Nothing can run, or a backend's values are wrong; no time is reported then.
     """
     if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes):
-        for name in _PEERS:
-            if isinstance(found := _peer(name, backward=False), str):
+        small = BlockLayout.dense(128, 128, device=_DEVICE)
+        peers = {name: dense_peer(name) for name in DENSE_PEERS} | {n: listed_peer(n, small) for n in LISTED_PEERS}
+        for name, found in peers.items():
+            if isinstance(found, str):
                 _log.info("%s is left out: %s", name, found)
-    for shape in shapes:
-        for dtype in dtypes:
-            torch.manual_seed(seed)
-            layouts = {density: random_layout(shape.heads, shape.tokens, density, block) for density in densities}
-            q, k, v = inputs(shape, torch.bfloat16 if dtype == FP8 else dtype)
-            usable: list[Backend] = []
-            for name in backends:
-                support = (FP8_SUPPORT if dtype == FP8 else SUPPORT).get(name)
-                reason: str | None = "it has no FP8 kernel"
-                if support is not None:
-                    reason = support.reason(q.device, q.dtype, head_dim=shape.dim, block_q=block, block_k=block)
-                if reason is None:
-                    usable.append(name)
-                else:
-                    _log.info("%s, %s: no backend %r, since %s", shape.name, dtype, name, reason)
-            labels: dict[str, Any] = dict(
-                shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
-                dtype=str(dtype).removeprefix("torch."), block=block,
-            )  # fmt: skip
-            absent = "forward pooled" if dtype == FP8 else "prologue"
-            for mode in modes:
-                if mode != absent:
-                    measure = _prologue if mode == "prologue" else _attention
-                    for name, fields in measure(mode, shape, dtype, layouts, (q, k, v), usable, rounds, seed):
-                        timed(run, name, split=mode, **fields, **labels)
-                gc.collect()
-                torch.cuda.empty_cache()
+    timed_modes = [mode for mode in modes if mode != "host"]
+    jobs = [(shape, dtype, order, timed_modes) for shape in shapes for dtype in dtypes for order in memory]
+    if "host" in modes:
+        jobs += [(HOST, dtype, "BSHD", ["forward", "forward pooled", "backward", "prologue"]) for dtype in dtypes]
+    for shape, dtype, order, some in jobs:
+        host = shape is HOST
+        torch.manual_seed(seed)
+        layouts = {
+            density: random_layout(shape.heads, shape.tokens, density, block)
+            for density in ([1.0] if host else densities)
+        }
+        q, k, v = inputs(shape, torch.bfloat16 if dtype == FP8 else dtype, memory=order)
+        usable: list[Backend] = []
+        for name in backends:
+            support = (FP8_SUPPORT if dtype == FP8 else SUPPORT).get(name)
+            reason: str | None = "it has no FP8 kernel"
+            if support is not None:
+                reason = support.reason(q.device, q.dtype, head_dim=shape.dim, block_q=block, block_k=block)
+            if reason is None:
+                usable.append(name)
+            else:
+                _log.info("%s, %s: no backend %r, since %s", shape.name, dtype, name, reason)
+        labels: dict[str, Any] = dict(
+            shape=shape.name, heads=shape.heads, tokens=shape.tokens, dim=shape.dim,
+            dtype=str(dtype).removeprefix("torch."), block=block, memory=order,
+        )  # fmt: skip
+        absent = "forward pooled" if dtype == FP8 else "prologue"
+        for mode in some:
+            if mode == absent:
+                continue
+            calls, facts = (_prologue if mode == "prologue" else _attention)(
+                mode, shape, dtype, layouts, (q, k, v), usable
+            )
+            if host:
+                if mode == "forward" and dtype != FP8:
+                    calls["sdpa"] = functools.partial(scaled_dot_product_attention, q, k, v)
+                    facts["sdpa"] = _Fact("torch sdpa dense", 1.0, None, 0.0)
+                for key, (us, spread) in _host_times(calls, rounds).items():
+                    options: Any = dict(unit="us", better="lower", spread=spread, n=rounds)
+                    run.row("host_us", us, variant=facts[key].name, split=mode, labels=labels, **options)
+            else:
+                timings = measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed)
+                best = _fastest(facts, timings)
+                for key, timing in timings.items():
+                    fact = facts[key]
+                    named: dict[str, Any] = {"dense": best[fact.density]} if best.get(fact.density) else {}
+                    options = dict(work=fact.work, unit=fact.unit, error=fact.error, density=fact.density)
+                    timed(run, fact.name, timing, split=mode, **options, **labels, **named)
+            del calls
+            gc.collect()
+            torch.cuda.empty_cache()
     if not run.rows:
         raise RuntimeError("nothing was timed: none of these backends, and no other provider, takes these inputs here")
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """What a timed call is.
+
+    Attributes:
+        name: Of the provider.
+        density: Of the lists beside which it ran.
+        error: Against the reference, where it was compared.
+        work: Operations or bytes.
+        unit: Of the rate.
+    """
+
+    name: str
+    density: float
+    error: float | None
+    work: float
+    unit: str = "TFLOP/s"
+
+
+def _fastest(facts: dict[str, _Fact], timings: dict[str, Timing]) -> dict[float, str]:
+    """The fastest dense provider beside the lists of each density."""
+    found: dict[float, str] = {}
+    for key in sorted((key for key in timings if facts[key].name.endswith(" dense")), key=lambda x: timings[x].ms_p50):
+        found.setdefault(facts[key].density, facts[key].name)
+    return found
+
+
+def _host_times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Microseconds of the host for one call of each, and half of what lies between the 20th and 80th percentile."""
+    found = {}
+    for key, call in calls.items():
+        for _ in range(_WARMUP):
+            call()
+        each = []
+        for _ in range(rounds):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(_CALLS):
+                call()
+            each.append((time.perf_counter() - start) / _CALLS * 1e6)
+        each.sort()
+        found[key] = (statistics.median(each), (each[int(0.8 * (rounds - 1))] - each[int(0.2 * (rounds - 1))]) / 2)
+    return found
 
 
 def _attention(
@@ -188,10 +259,8 @@ def _attention(
     layouts: dict[float, BlockLayout],
     qkv: tuple[Tensor, Tensor, Tensor],
     backends: Sequence[Backend],
-    rounds: int,
-    seed: int,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All densities and providers of one mode in one interleaved run: what is timed, and the fields of its rows."""
+) -> tuple[dict[str, Callable[[], Any]], dict[str, _Fact]]:
+    """All densities and providers of one mode: what is to be timed, and what it is."""
     backward, groups = mode == "backward", 0
     pooled = None
     if mode == "forward pooled":
@@ -201,33 +270,40 @@ def _attention(
     leaves = [x.detach().requires_grad_(backward) for x in qkv]
     dout = torch.randn_like(qkv[0])
     calls: dict[str, Callable[[], Any]] = {}
-    facts: dict[str, tuple[str, float, float | None]] = {}
+    facts: dict[str, _Fact] = {}
     for density, layout in layouts.items():
         if dtype == FP8:
             found = _fp8_providers(layout, qkv, backends, backward)
         else:
             found = providers(layout, dtype, backends, pooled=pooled, backward=backward)
         check = None
+        pairs = layout.density().item() * shape.tokens**2
         for name, attend in found.items():
-            key = f"{name} {density}"
-            if backward:
-                out = attend(*leaves)
-                calls[key] = functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
-            else:
-                calls[key] = functools.partial(attend, *leaves)
-            error = None
-            if name.startswith("hone "):
-                check = check or _Check(dtype, qkv, layout, pooled, dout if backward else None)
-                got = torch.autograd.grad(out, leaves, check.dout, retain_graph=True) if backward else [calls[key]()]
-                error = check(f"{name}, {mode}", got)
-            facts[key] = (name, density, error)
-    pairs = {density: layout.density().item() * shape.tokens**2 for density, layout in layouts.items()}
-    for key, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-        name, density, error = facts[key]
-        seen = shape.tokens**2 if name.endswith(" dense") else pairs[density] + shape.tokens * groups
-        # Two matrix products forward, five backward, two operations a multiply-add.
-        work = (10 if backward else 4) * shape.dim * shape.heads * seen
-        yield name, dict(density=density, timing=timing, work=work, error=error)
+            key, ours, error = f"{name} {density}", name.startswith("hone "), None
+            try:
+                if backward:
+                    out = attend(*leaves)
+                    call: Callable[[], Any] = functools.partial(
+                        torch.autograd.grad, out, leaves, dout, retain_graph=True
+                    )
+                else:
+                    call = functools.partial(attend, *leaves)
+                if ours or name in LISTED_PEERS:
+                    check = check or _Check(dtype, qkv, layout, pooled, dout if backward else None)
+                    got = torch.autograd.grad(out, leaves, check.dout, retain_graph=True) if backward else [call()]
+                    error = check(f"{name}, {mode}", got)
+                else:
+                    call()
+            except Exception as error_of_a_peer:
+                if ours or name == DENSE:
+                    raise
+                _log.warning("%s is left out of %s, %s: %s", name, shape.name, mode, error_of_a_peer)
+                continue
+            seen = shape.tokens**2 if name.endswith(" dense") else pairs + shape.tokens * groups
+            # Two matrix products forward, five backward, two operations a multiply-add.
+            work = (10 if backward else 4) * shape.dim * shape.heads * seen
+            calls[key], facts[key] = call, _Fact(name, density, error, work)
+    return calls, facts
 
 
 def _prologue(
@@ -237,9 +313,7 @@ def _prologue(
     layouts: dict[float, BlockLayout],
     qkv: tuple[Tensor, Tensor, Tensor],
     backends: Sequence[Backend],
-    rounds: int,
-    seed: int,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> tuple[dict[str, Callable[[], Any]], dict[str, _Fact]]:
     """Rounding q, k and v to E4M3, beside a device copy of as many bytes: two read and one written an element."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv)  # [B, S, H, D], as projections leave them
     calls: dict[str, Callable[[], Any]] = {
@@ -256,14 +330,13 @@ def _prologue(
     source = torch.empty(moved // 2, dtype=torch.uint8, device=_DEVICE)
     target = torch.empty_like(source)
     calls["device copy"] = lambda: target.copy_(source)
-    for name, timing in measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed).items():
-        yield name, dict(density=1.0, timing=timing, work=moved, unit="GB/s", error=errors.get(name))
+    return calls, {name: _Fact(name, 1.0, errors.get(name), moved, "GB/s") for name in calls}
 
 
 def _fp8_providers(
     layout: BlockLayout, qkv: tuple[Tensor, Tensor, Tensor], backends: Sequence[Backend], backward: bool
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The FP8 forward on operands that are there, the same with its prologue, or the training op; cuDNN in bfloat16."""
+    """The FP8 forward on operands that are there, the same with its prologue, or the training op; dense in bfloat16."""
 
     def train(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: straight_through_attention(q, k, v, layout, backend=name)
@@ -280,7 +353,7 @@ def _fp8_providers(
     else:
         found = {f"hone {name}": forward(name) for name in backends}
         found |= {f"hone {name} and prologue": whole(name) for name in backends}
-    return found | {DENSE: cudnn}
+    return found | dense_kernels(torch.bfloat16, backward=backward)
 
 
 def providers(
@@ -304,10 +377,9 @@ def providers(
     def ours(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda q, k, v: block_sparse_attention(q, k, v, layout, pooled=pooled, backend=name)
 
-    found = {f"hone {name}": ours(name) for name in backends}
-    if dtype in (torch.bfloat16, torch.float16):
-        found[DENSE] = cudnn
-        peers = {name: _peer(name, backward) for name in _PEERS}
+    found = {f"hone {name}": ours(name) for name in backends} | dense_kernels(dtype, backward=backward)
+    if pooled is None and dtype in (torch.bfloat16, torch.float16):
+        peers = {name: listed_peer(name, layout, backward) for name in LISTED_PEERS}
         found |= {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
     # FlexAttention compiles another kernel for a ragged end, its tiles at head size 128 do not fit blocks of 64, and
     # pooled keys are beyond a block mask.
@@ -317,57 +389,25 @@ def providers(
     return found
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention by cuDNN."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+def dense_kernels(dtype: torch.dtype, *, backward: bool = False) -> dict[str, Attend]:
+    """Dense attention by whatever runs here, by name: cuDNN's, and others' where they are installed."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return {}
+    peers = {name: dense_peer(name, backward) for name in DENSE_PEERS}
+    return {DENSE: cudnn} | {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
 
 
-def _peer(name: str, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor] | str:
-    """An installed peer on ``[B, H, S, D]``, or why there is none."""
-    reasons = []
-    for module, function, has_gradients in _PEERS[name]:
-        if backward and not has_gradients:
-            reasons.append(f"{module} has no gradients")
-            continue
-        try:
-            attend = getattr(importlib.import_module(module), function)
-        except Exception as error:  # a shared library that does not load raises what it likes
-            reasons.append(f"{type(error).__name__}: {error}")
-            continue
-        return functools.partial(attend, tensor_layout="HND") if module == "sageattention" else _heads_last(attend)
-    return "; ".join(reasons)
+def inputs(
+    shape: Shape, dtype: torch.dtype, tokens_k: int | None = None, memory: str = "BHSD"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v ``[1, H, S, D]``, in memory so or, as projections leave them, ``BSHD``."""
 
+    def one(heads: int, tokens: int) -> Tensor:
+        x = torch.randn(1, heads, tokens, shape.dim, device=_DEVICE, dtype=dtype)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if memory == "BSHD" else x
 
-def _heads_last(attend: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function of ``[B, S, H, D]``, as FlashAttention has it, on ``[B, H, S, D]``."""
-
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(*(x.transpose(1, 2) for x in (q, k, v)))  # [B, S, H, D]
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-    return flash
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._dynamo.config.recompile_limit = 64
-    # Of the op's overloads, the one that returns the output alone.
-    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=False))
-
-
-def flex(layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention over the same lists, compiled."""
-    mask = layout.to_block_mask()
-    return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def inputs(shape: Shape, dtype: torch.dtype, tokens_k: int | None = None) -> list[Tensor]:
-    """q, k, v ``[1, H, S, D]``."""
-    sizes = ((shape.heads, shape.tokens), *[(shape.heads_k, tokens_k or shape.tokens)] * 2)
-    return [torch.randn(1, heads, tokens, shape.dim, device=_DEVICE, dtype=dtype) for heads, tokens in sizes]
+    keys = (shape.heads_k, tokens_k or shape.tokens)
+    return one(shape.heads, shape.tokens), one(*keys), one(*keys)
 
 
 def random_layout(heads: int, tokens: int, density: float, block: int = 128) -> BlockLayout:

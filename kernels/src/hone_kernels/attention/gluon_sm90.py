@@ -26,6 +26,7 @@ that gets no row begins with it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hone_kernels.launch import geometry, launch
 
 from .triton import LN2, LOG2E, _describable, _descriptor_strides, _strides
 
@@ -613,13 +616,14 @@ def _describe(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), _descriptor_strides(x), [1, 1, rows, dim], layout)
 
 
-def schedule(kv_num: Tensor, batch: int, heads: int) -> Tensor:
+def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None) -> Tensor:
     """The order in which rows are computed.
 
     Args:
         kv_num: ``[B or 1, H or 1, NQ]`` int32, key blocks of each row.
         batch: B.
         heads: H.
+        key: Of the call, see ``launch``.
 
     Returns:
         ``[B * H * NQ + 1, 2]`` int32: row ``(b * H + h) * NQ + i`` and its count; behind them the counter from which
@@ -627,25 +631,37 @@ def schedule(kv_num: Tensor, batch: int, heads: int) -> Tensor:
     """
     rows = kv_num.shape[2]
     total = batch * heads * rows
-    programs = triton.cdiv(total, _SORTED)
+    programs = -(-total // _SORTED)
     table = torch.empty((total + 1, 2), dtype=torch.int32, device=kv_num.device)
     counts = torch.empty((programs, _CLASSES), dtype=torch.int32, device=kv_num.device)
-    sizes = (*_strides(kv_num, (0, 1)), heads, rows, total)
     shape = dict(ROWS=_SORTED, CLASSES=_CLASSES, num_warps=4)
-    _count_kernel[(programs,)](kv_num, counts, *sizes, **shape)
-    _schedule_kernel[(programs,)](kv_num, counts, table, *sizes, CHUNK=16, **shape)
+
+    def sizes(kv_num: Tensor) -> tuple[int, ...]:
+        return (*_strides(kv_num, (0, 1)), heads, rows, total)
+
+    def count(kv_num, counts):
+        return (programs,), (kv_num, counts, *sizes(kv_num)), shape
+
+    def sort(kv_num, counts, table):
+        return (programs,), (kv_num, counts, table, *sizes(kv_num)), dict(CHUNK=16, **shape)
+
+    launch(_count_kernel, key, (kv_num, counts), count)
+    launch(_schedule_kernel, key, (kv_num, counts, table), sort)
     return table
 
 
-def _pad_bias(bias: Tensor | None, pooled: Tensor, keys: int) -> Tensor:
+def _pad_bias(bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | None = None) -> Tensor:
     """Bias of whole steps of pooled keys: ``[B, HK, ceil(G / keys) * keys]`` float32, base 2."""
     batch, heads, groups = pooled.shape[:3]
-    steps = triton.cdiv(groups, keys)
+    steps = -(-groups // keys)
     padded = torch.empty((batch, heads, steps * keys), dtype=torch.float32, device=pooled.device)
-    _bias_kernel[steps, batch * heads](
-        bias, padded, *((0, 0, 0) if bias is None else bias.stride()), heads, groups, steps * keys,
-        BIASED=bias is not None, BN=keys, num_warps=1,
-    )  # fmt: skip
+
+    def build(padded, bias):
+        strides = (0, 0, 0) if bias is None else bias.stride()
+        args = (bias, padded, *strides, heads, groups, steps * keys)
+        return (steps, batch * heads), args, dict(BIASED=bias is not None, BN=keys, num_warps=1)
+
+    launch(_bias_kernel, key, (padded, bias), build)
     return padded
 
 
@@ -663,34 +679,51 @@ def attention_forward(
     block_k: int,
     scale: float,
     config: Config | None = None,
+    *,
+    table: Tensor | None = None,
+    key: Hashable | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's."""
+    """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's.
+
+    ``table`` is ``schedule``'s, if it is there already (the launch counts in it); ``key`` is for ``launch``.
+    """
     batch, heads, tokens_q, dim = q.shape
+    if key is None:
+        facts = geometry(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias)
+        key = facts and (facts, block_q, block_k, scale, config)
     config = config or config_for(dim, block_q)
-    consumers = block_q // 64
-    launch, consumer, producer = _REGISTERS[consumers]
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
-    table = schedule(kv_num, batch, heads)
-    total = table.shape[0] - 1
-    # At head size 128 masks and biases need the registers.
-    masked = k_valid is not None or pooled_k is not None
-    q_registers = config.q_registers and not (masked and dim == 128 and consumers == 2)
-    tall = min(config.keys, block_k)
-    bias = pooled_descs = None
-    if pooled_k is not None:
-        assert pooled_v is not None
-        bias = _pad_bias(pooled_bias, pooled_k, config.keys)
-        pooled_descs = [_describe(_addressable(x), tall) for x in (pooled_k, pooled_v)]
-    _forward_kernel[(min(total, _multiprocessors(q) * (2 // consumers)),)](
-        _describe(_addressable(q), 64), _describe(_addressable(k), tall), _describe(_addressable(v), tall),
-        *(pooled_descs or (None, None)), _describe(out, 64), bias, lse, table, kv_idx, k_valid,
-        *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
-        tokens_q, k.shape[2], 0 if bias is None else bias.shape[2] // config.keys, heads, kv_num.shape[2], total,
-        scale * LOG2E.value,
-        BLOCK_K=block_k, BN=config.keys, STAGES=config.stages, CONSUMERS=consumers, GROUP=heads // k.shape[1],
-        VALID=k_valid is not None, POOLED=bias is not None, Q_REGISTERS=q_registers,
-        TURNS=config.turns and consumers == 2, CLAIM=config.claim, CONSUMER_REGISTERS=consumer,
-        PRODUCER_REGISTERS=producer, num_warps=4, maxnreg=launch,
-    )  # fmt: skip
+    if table is None:
+        table = schedule(kv_num, batch, heads, key)
+    bias = None if pooled_k is None else _pad_bias(pooled_bias, pooled_k, config.keys, key)
+
+    def build(q, k, v, pooled_k, pooled_v, out, bias, lse, table, kv_num, kv_idx, k_valid):
+        consumers = block_q // 64
+        registers, consumer, producer = _REGISTERS[consumers]
+        total = table.shape[0] - 1
+        # At head size 128 masks and biases need the registers.
+        masked = k_valid is not None or pooled_k is not None
+        q_registers = config.q_registers and not (masked and dim == 128 and consumers == 2)
+        tall = min(config.keys, block_k)
+        pooled_descs = [None, None]
+        if pooled_k is not None:
+            pooled_descs = [_describe(_addressable(x), tall) for x in (pooled_k, pooled_v)]
+        args = (
+            _describe(_addressable(q), 64), _describe(_addressable(k), tall), _describe(_addressable(v), tall),
+            *pooled_descs, _describe(out, 64), bias, lse, table, kv_idx, k_valid,
+            *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
+            tokens_q, k.shape[2], 0 if bias is None else bias.shape[2] // config.keys, heads, kv_num.shape[2], total,
+            scale * LOG2E.value,
+        )  # fmt: skip
+        named = dict(
+            BLOCK_K=block_k, BN=config.keys, STAGES=config.stages, CONSUMERS=consumers, GROUP=heads // k.shape[1],
+            VALID=k_valid is not None, POOLED=bias is not None, Q_REGISTERS=q_registers,
+            TURNS=config.turns and consumers == 2, CLAIM=config.claim, CONSUMER_REGISTERS=consumer,
+            PRODUCER_REGISTERS=producer, num_warps=4, maxnreg=registers,
+        )  # fmt: skip
+        return (min(total, _multiprocessors(q) * (2 // consumers)),), args, named
+
+    tensors = (q, k, v, pooled_k, pooled_v, out, bias, lse, table, kv_num, kv_idx, k_valid)
+    launch(_forward_kernel, key, tensors, build)
     return out, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.checks import unit_last
+from hone_kernels.launch import geometry
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -315,6 +317,40 @@ class BlockLayout:
         """``kv_num``, ``kv_idx`` and ``k_valid``, each as the kernels read it: neighbours side by side."""
         k_valid = None if self.k_valid is None else unit_last(self.k_valid)
         return unit_last(self.kv_num), unit_last(self.kv_idx), k_valid
+
+    def geometry(self) -> tuple[Any, ...] | None:
+        """All of it that a call depends on but what is in the lists and where; None as ``launch.geometry`` has it."""
+        if "_geometry" not in self.__dict__:
+            lists = geometry(self.kv_num, self.kv_idx, self.k_valid)
+            sizes = (self.tokens_q, self.tokens_k, self.block_q, self.block_k)
+            self.__dict__["_geometry"] = lists and (*sizes, *lists)
+        return self.__dict__["_geometry"]
+
+    def kept(self, what: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once for as long as this layout's lists are what they are.
+
+        Where nobody could tell that they are (a CUDA graph, which reads whatever its memory holds when it is replayed;
+        lists made in inference mode, which do not count their changes) or that it is there already (another stream), it
+        is made anew.
+
+        Args:
+            what: Names it.
+            make: From the lists, without waiting for the device.
+        """
+        lists = (self.kv_num, self.kv_idx)
+        if any(x.is_inference() for x in lists):
+            return make()
+        stream = 0
+        if self.kv_num.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return make()
+            stream = torch._C._cuda_getCurrentRawStream(self.kv_num.get_device())
+        state = (stream, *((x.data_ptr(), x._version) for x in lists))
+        held: dict[Hashable, Any] = self.__dict__.setdefault("_held", {})
+        found = held.get(what)
+        if found is None or found[0] != state:
+            found = held[what] = (state, make())
+        return found[1]
 
     def key_counts(self) -> Tensor:
         """Keys that exist in each key block: ``[B or 1, NK]`` int32."""

@@ -12,13 +12,17 @@ Exponentials are base 2 inside (``LOG2E`` is folded into the scale); the log-sum
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hone_kernels.launch import geometry, launch
 
 __all__ = ["Tiles", "attention_backward", "attention_forward", "tiles_for"]
 
@@ -481,34 +485,49 @@ def attention_forward(
     block_k: int,
     scale: float,
     tiles: Tiles | None = None,
+    *,
+    key: Hashable | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's."""
+    """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's.
+
+    ``key`` is for ``launch``, if it is known.
+    """
     batch, heads, tokens_q, dim = q.shape
-    tokens_k = k.shape[2]
-    if tiles is None:
-        tiles = tiles_for("forward", q.dtype, dim, block_q, block_k, _sm(q))
+    if key is None:
+        facts = geometry(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias)
+        key = facts and (facts, block_q, block_k, scale, tiles)
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
-    pooled_tile = min(tiles.k, 64)  # a wider one would not fit in the registers beside its bias
-    descriptors = tiles.descriptors and _describable(q, k, v, pooled_k, pooled_v)
-    sources = [q, k, v, pooled_k, pooled_v]
-    if descriptors:
-        tall = (tiles.q, tiles.k, tiles.k, pooled_tile, pooled_tile)
-        sources = [_describe(x, rows) for x, rows in zip(sources, tall, strict=True)]
-        if not tiles.describe_q:
-            sources[0] = q
-    _forward_kernel[triton.cdiv(tokens_q, tiles.q), heads, batch](
-        *sources, pooled_bias, out, lse, kv_num, kv_idx, k_valid,
-        *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v),
-        *((0, 0, 0) if pooled_bias is None else pooled_bias.stride()), *_bhs(out),
-        *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
-        tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], scale * LOG2E.value,
-        GROUP=heads // k.shape[1], DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
-        BM=tiles.q, BN=tiles.k, BP=pooled_tile, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None,
-        POOLED=pooled_k is not None, BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors,
-        DESC_Q=descriptors and tiles.describe_q, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
-    )  # fmt: skip
+
+    def build(q, k, v, pooled_k, pooled_v, pooled_bias, out, lse, kv_num, kv_idx, k_valid):
+        tokens_k = k.shape[2]
+        t = tiles or tiles_for("forward", q.dtype, dim, block_q, block_k, _sm(q))
+        pooled_tile = min(t.k, 64)  # a wider one would not fit in the registers beside its bias
+        descriptors = t.descriptors and _describable(q, k, v, pooled_k, pooled_v)
+        sources = [q, k, v, pooled_k, pooled_v]
+        if descriptors:
+            tall = (t.q, t.k, t.k, pooled_tile, pooled_tile)
+            sources = [_describe(x, rows) for x, rows in zip(sources, tall, strict=True)]
+            if not t.describe_q:
+                sources[0] = q
+        args = (
+            *sources, pooled_bias, out, lse, kv_num, kv_idx, k_valid,
+            *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v),
+            *((0, 0, 0) if pooled_bias is None else pooled_bias.stride()), *_bhs(out),
+            *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
+            tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], scale * LOG2E.value,
+        )  # fmt: skip
+        named = dict(
+            GROUP=heads // k.shape[1], DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k,
+            BM=t.q, BN=t.k, BP=pooled_tile, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None,
+            POOLED=pooled_k is not None, BIASED=pooled_bias is not None, PRECISION=_precision(q), DESC=descriptors,
+            DESC_Q=descriptors and t.describe_q, STAGES=t.stages,
+            num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
+        )  # fmt: skip
+        return (triton.cdiv(tokens_q, t.q), heads, batch), args, named
+
+    tensors = (q, k, v, pooled_k, pooled_v, pooled_bias, out, lse, kv_num, kv_idx, k_valid)
+    launch(_forward_kernel, key, tensors, build)
     return out, lse
 
 
@@ -538,60 +557,84 @@ def attention_backward(
     ``q_num`` and ``q_idx`` are the lists of the transposed layout.
     """
     batch, heads, tokens_q, dim = q.shape
-    heads_k, tokens_k = k.shape[1:3]
-    sm = _sm(q)
+    heads_k = k.shape[1]
+    facts = geometry(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, q_num, q_idx, k_valid, pooled_k, pooled_v,
+                     pooled_bias)  # fmt: skip
     tiles = tiles or {}
-    dq_tiles = tiles.get("dq") or tiles_for("dq", q.dtype, dim, block_q, block_k, sm)
-    dkv_tiles = tiles.get("dkv") or tiles_for("dkv", q.dtype, dim, block_q, block_k, sm)
-    dim_pad = triton.next_power_of_2(dim)
+    key = facts and (facts, block_q, block_k, scale, *tiles.items())
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    rows = 128 if dim <= 64 else 64
-    padded = triton.cdiv(tokens_q, 128) * 128  # whole tiles of any configuration
+    padded = -(-tokens_q // 128) * 128  # whole tiles of any configuration
     log2 = torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device)
     delta = torch.empty_like(log2)
-    _rows_kernel[padded // rows, heads, batch](
-        out, dout, lse, dlse, log2, delta, *_bhs(out), *_bhs(dout), tokens_q, padded,
-        DIM=dim, DIM_PAD=dim_pad, ROWS=rows, num_warps=4,
-    )  # fmt: skip
-    shared = dict(GROUP=heads // heads_k, DIM=dim, DIM_PAD=dim_pad, PRECISION=_precision(q))
-    bias_strides = (0, 0, 0) if pooled_bias is None else pooled_bias.stride()
-    aligned = _describable(q, k, v, pooled_k, pooled_v, dout)
 
-    descriptors = dq_tiles.descriptors and aligned
-    sources = [q, k, v, pooled_k, pooled_v, dout]
-    if descriptors:
-        tall = (dq_tiles.q, *[dq_tiles.k] * 4, dq_tiles.q)
-        sources = [_describe(x, n) for x, n in zip(sources, tall, strict=True)]
-    _dq_kernel[triton.cdiv(tokens_q, dq_tiles.q), heads, batch](
-        *sources[:5], pooled_bias, sources[5], log2, delta, dq, kv_num, kv_idx, k_valid,
-        *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v), *bias_strides, *_bhs(dout), *_bhs(dq),
-        *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
-        tokens_q, tokens_k, 0 if pooled_k is None else pooled_k.shape[2], padded, scale * LOG2E.value, scale,
-        BLOCK_Q=block_q, BLOCK_K=block_k, BM=dq_tiles.q, BN=dq_tiles.k, TAIL=tokens_k % block_k != 0,
-        VALID=k_valid is not None, POOLED=pooled_k is not None, BIASED=pooled_bias is not None, DESC=descriptors,
-        STAGES=dq_tiles.stages, num_warps=dq_tiles.warps, num_stages=dq_tiles.stages, maxnreg=dq_tiles.registers,
-        **shared,
-    )  # fmt: skip
+    def tiles_of(kernel: str) -> Tiles:
+        return tiles.get(kernel) or tiles_for(kernel, q.dtype, dim, block_q, block_k, _sm(q))
 
-    def key_gradients(keys, values, dkeys, dvalues, bias, dbias, valid, dense):
-        descriptors = dkv_tiles.descriptors and aligned
-        sources = [q, keys, values, dout]
+    def aligned() -> bool:
+        return _describable(q, k, v, pooled_k, pooled_v, dout)
+
+    def shared() -> dict[str, Any]:
+        return dict(GROUP=heads // heads_k, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), PRECISION=_precision(q))
+
+    def rows(out, dout, lse, dlse, log2, delta):
+        count = 128 if dim <= 64 else 64
+        args = (out, dout, lse, dlse, log2, delta, *_bhs(out), *_bhs(dout), tokens_q, padded)
+        return (
+            (padded // count, heads, batch),
+            args,
+            dict(DIM=dim, DIM_PAD=triton.next_power_of_2(dim), ROWS=count, num_warps=4),
+        )
+
+    def query_gradient(q, k, v, pooled_k, pooled_v, bias, dout, log2, delta, dq, kv_num, kv_idx, k_valid):
+        t = tiles_of("dq")
+        descriptors = t.descriptors and aligned()
+        sources = [q, k, v, pooled_k, pooled_v, dout]
         if descriptors:
-            tall = (dkv_tiles.q, dkv_tiles.k, dkv_tiles.k, dkv_tiles.q)
+            tall = (t.q, *[t.k] * 4, t.q)
             sources = [_describe(x, n) for x, n in zip(sources, tall, strict=True)]
-        _dkv_kernel[triton.cdiv(keys.shape[2], dkv_tiles.k), heads_k, batch](
-            *sources[:3], bias, sources[3], log2, delta, dkeys, dvalues, dbias, q_num, q_idx, valid,
-            *_bhs(q), *_bhs(keys), *_bhs(values), *((0, 0, 0) if bias is None else bias.stride()), *_bhs(dout),
-            *_bhs(dkeys), *_bhs(dvalues),
-            *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
-            tokens_q, keys.shape[2], padded, scale * LOG2E.value, scale,
-            BLOCK_Q=block_q, BLOCK_K=dkv_tiles.k if dense else block_k, BM=dkv_tiles.q, BN=dkv_tiles.k,
-            VALID=valid is not None, DENSE=dense, BIASED=bias is not None, DESC=descriptors,
-            STAGES=dkv_tiles.stages, num_warps=dkv_tiles.warps, num_stages=dkv_tiles.stages,
-            maxnreg=dkv_tiles.registers, **shared,
+        args = (
+            *sources[:5], bias, sources[5], log2, delta, dq, kv_num, kv_idx, k_valid,
+            *_bhs(q), *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v),
+            *((0, 0, 0) if bias is None else bias.stride()), *_bhs(dout), *_bhs(dq),
+            *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
+            tokens_q, k.shape[2], 0 if pooled_k is None else pooled_k.shape[2], padded, scale * LOG2E.value, scale,
         )  # fmt: skip
+        named = dict(
+            BLOCK_Q=block_q, BLOCK_K=block_k, BM=t.q, BN=t.k, TAIL=k.shape[2] % block_k != 0,
+            VALID=k_valid is not None, POOLED=pooled_k is not None, BIASED=bias is not None, DESC=descriptors,
+            STAGES=t.stages, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers, **shared(),
+        )  # fmt: skip
+        return (triton.cdiv(tokens_q, t.q), heads, batch), args, named
 
-    key_gradients(k, v, dk, dv, None, None, k_valid, False)
+    def key_gradients(dense: bool):
+        def build(q, keys, values, bias, dout, log2, delta, dkeys, dvalues, dbias, q_num, q_idx, valid):
+            t = tiles_of("dkv")
+            descriptors = t.descriptors and aligned()
+            sources = [q, keys, values, dout]
+            if descriptors:
+                tall = (t.q, t.k, t.k, t.q)
+                sources = [_describe(x, n) for x, n in zip(sources, tall, strict=True)]
+            args = (
+                *sources[:3], bias, sources[3], log2, delta, dkeys, dvalues, dbias, q_num, q_idx, valid,
+                *_bhs(q), *_bhs(keys), *_bhs(values), *((0, 0, 0) if bias is None else bias.stride()), *_bhs(dout),
+                *_bhs(dkeys), *_bhs(dvalues),
+                *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
+                tokens_q, keys.shape[2], padded, scale * LOG2E.value, scale,
+            )  # fmt: skip
+            named = dict(
+                BLOCK_Q=block_q, BLOCK_K=t.k if dense else block_k, BM=t.q, BN=t.k, VALID=valid is not None,
+                DENSE=dense, BIASED=bias is not None, DESC=descriptors, STAGES=t.stages, num_warps=t.warps,
+                num_stages=t.stages, maxnreg=t.registers, **shared(),
+            )  # fmt: skip
+            return (triton.cdiv(keys.shape[2], t.k), heads_k, batch), args, named
+
+        return build
+
+    launch(_rows_kernel, key, (out, dout, lse, dlse, log2, delta), rows)
+    tensors = (q, k, v, pooled_k, pooled_v, pooled_bias, dout, log2, delta, dq, kv_num, kv_idx, k_valid)
+    launch(_dq_kernel, key, tensors, query_gradient)
+    listed = (q, k, v, None, dout, log2, delta, dk, dv, None, q_num, q_idx, k_valid)
+    launch(_dkv_kernel, key and (key, False), listed, key_gradients(False))
     if pooled_k is None:
         return dq, dk, dv, None, None, None
     assert pooled_v is not None
@@ -599,5 +642,6 @@ def attention_backward(
     dbias = None
     if pooled_bias is not None:
         dbias = torch.empty(pooled_bias.shape, dtype=torch.float32, device=q.device)
-    key_gradients(pooled_k, pooled_v, dpk, dpv, pooled_bias, dbias, None, True)
+    dense = (q, pooled_k, pooled_v, pooled_bias, dout, log2, delta, dpk, dpv, dbias, q_num, q_idx, None)
+    launch(_dkv_kernel, key and (key, True), dense, key_gradients(True))
     return dq, dk, dv, dpk, dpv, dbias

@@ -24,6 +24,7 @@ from hone_kernels.attention.layout import BlockLayout
 from hone_kernels.attention.reference import attention_reference
 from hone_kernels.backends import Backend, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
+from hone_kernels.launch import Kept, eager, geometry, on_device_of
 
 from .quantize import SUPPORT, FP8Operands, check_groups, fake_fields, quantize_fields, quantize_qkv
 from .reference import absent_keys, attention_fp8_reference, dequantize, put_rows
@@ -103,6 +104,54 @@ def quantized_attention(
     """
     if not isinstance(operands, FP8Operands):
         raise TypeError(f"operands must be FP8Operands, from quantize_qkv; got {type(operands).__name__}")
+    x = operands
+    tensors = (x.q8, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale, out, order)
+    key = found = None
+    plain = eager(*tensors) and isinstance(layout, BlockLayout)
+    if plain:
+        facts, lists = geometry(*tensors), layout.geometry()
+        if facts and lists:
+            smooth = (x.k_mean is None, x.q_dot_mean is None)
+            key = (facts, lists, x.block, smooth, scale, return_lse, out_dtype, backend)
+            found = _checked.get(key)
+    if found is None:
+        found = _check(operands, layout, scale, return_lse, out_dtype, out, order, backend)
+        if key and found[2] != "reference":
+            _checked.keep(key, found)
+    scale, out_dtype, backend = found
+    if backend == "reference":
+        dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+        rows, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
+        if out is None:
+            out = rows.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        else:
+            put_rows(out, rows, order, layout.k_valid, layout.block_k)
+    else:
+        sizes = (x.block, layout.block_q, layout.block_k, scale)
+        args = (*tensors[:6], *layout.lists(), *sizes)
+        if plain and not any(t is not None and t.requires_grad for t in tensors):
+            into = out
+            out, lse = _forward(*args, out_dtype, out, order)
+            if into is not None:
+                torch.autograd.graph.increment_version(into)
+        elif out is None:
+            out, lse = _forward_op(*args, out_dtype)
+        else:
+            lse = _forward_into_op(out, order, *args)
+    if not return_lse:
+        return out
+    return out, lse if operands.q_dot_mean is None else lse + scale * operands.q_dot_mean
+
+
+_checked = Kept()
+"""Scale, output dtype and backend of calls that passed the checks, by all that the checks look at."""
+
+
+def _check(
+    operands: FP8Operands, layout: BlockLayout, scale: float | None, return_lse: bool, out_dtype: torch.dtype | None,
+    out: Tensor | None, order: Tensor | None, backend: Backend,
+) -> tuple[float, torch.dtype, Backend]:  # fmt: skip
+    """The factor on the logits, the output's dtype and the backend of a call."""
     check_heads(operands.q8, operands.k8)
     check_layout(operands.q8, operands.k8, layout)
     scale = check_scale(scale, operands.q8.shape[3])
@@ -114,25 +163,7 @@ def quantized_attention(
     q8 = operands.q8
     blocks: dict[str, Any] = dict(block_q=layout.block_q, block_k=layout.block_k)
     backend = choose("quantized_attention", backend, SUPPORT, q8.device, None, head_dim=q8.shape[3], **blocks)
-    if backend == "reference":
-        dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-        rows, lse = attention_fp8_reference(*operands.dequantize(dtype), layout, scale)
-        if out is None:
-            out = rows.to(out_dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        else:
-            put_rows(out, rows, order, layout.k_valid, layout.block_k)
-    else:
-        args = (
-            q8, operands.k8, operands.v8, operands.q_scale, operands.k_scale, operands.v_scale,
-            *layout.lists(), operands.block, *blocks.values(), scale,
-        )  # fmt: skip
-        if out is None:
-            out, lse = _forward_op(*args, out_dtype)
-        else:
-            lse = _forward_into_op(out, order, *args)
-    if not return_lse:
-        return out
-    return out, lse if operands.q_dot_mean is None else lse + scale * operands.q_dot_mean
+    return scale, out_dtype, backend
 
 
 def _check_output(
@@ -296,6 +327,34 @@ def _per_query_head(k_mean: Tensor, q: Tensor) -> Tensor:
     return k_mean.to(q.dtype).repeat_interleave(q.shape[1] // k_mean.shape[1], dim=1).unsqueeze(2)
 
 
+def _forward(
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    from .triton import attention_fp8_forward
+
+    order = None if order is None else unit_last(order)
+    with on_device_of(q8):
+        return attention_fp8_forward(
+            q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype,
+            out=out, order=order,
+        )  # fmt: skip
+
+
 @torch.library.custom_op("hone_kernels::quantized_attention", mutates_args=())
 def _forward_op(
     q8: Tensor,
@@ -313,12 +372,9 @@ def _forward_op(
     scale: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    from .triton import attention_fp8_forward
-
-    with torch.cuda.device_of(q8):
-        return attention_fp8_forward(
-            q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype
-        )
+    return _forward(
+        q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype
+    )
 
 
 @_forward_op.register_fake
@@ -344,14 +400,10 @@ def _forward_into_op(
     block_k: int,
     scale: float,
 ) -> Tensor:
-    from .triton import attention_fp8_forward
-
-    order = None if order is None else unit_last(order)
-    with torch.cuda.device_of(q8):
-        return attention_fp8_forward(
-            q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out.dtype,
-            out=out, order=order,
-        )[1]  # fmt: skip
+    return _forward(
+        q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out.dtype, out,
+        order,
+    )[1]  # fmt: skip
 
 
 @_forward_into_op.register_fake

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose, warn_once
 from hone_kernels.checks import check_heads, unit_last
+from hone_kernels.launch import eager, on_device_of
 
 from .reference import V_PADDING, dequantize, quantize_reference
 
@@ -223,7 +224,9 @@ def quantize_qkv(
     if choose("quantize_qkv", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], block=block) == "reference":
         q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize_reference(*args, for_lse)
     else:
-        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = _quantize_op(*args, longest or 0, for_lse)
+        # As an operator only where something traces the call.
+        quantize = quantize_fields if eager(q, k, v, cos, sin, order, k_valid, groups) else _quantize_op
+        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize(*args, longest or 0, for_lse)
         k_mean = k_mean if smooth_k else None
         q_dot_mean = q_dot_mean if for_lse else None
     return FP8Operands(q8, k8, v8, q_scale, k_scale, v_scale, block, k_mean, q_dot_mean)
@@ -294,7 +297,7 @@ def quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, 
     from .triton_quantize import quantize_triton
 
     if has_e4m3(q):
-        with torch.cuda.device_of(q):
+        with on_device_of(q):
             fields = quantize_triton(
                 q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest=longest, for_lse=for_lse
             )

@@ -28,6 +28,7 @@ from hone_kernels.attention.triton import (
     _tile,
     attention_forward,
 )
+from hone_kernels.launch import geometry, launch
 
 from .reference import dequantize, put_rows
 
@@ -211,24 +212,32 @@ def attention_fp8_forward(
         put_rows(out, rows, order, k_valid, block_k)
         return out, lse
     batch, heads, tokens_q, dim = q8.shape
-    tokens_k = k8.shape[2]
-    if tiles is None:
-        tiles = tiles_for(dim, block_q, block_k, block, _sm(q8))
     if out is None:
         out = torch.empty((batch, tokens_q, heads, dim), dtype=out_dtype, device=q8.device).transpose(1, 2)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q8.device)
-    sources: list[Any] = [q8, k8, v8]
-    if tiles.descriptors:
-        values = TensorDescriptor(v8, list(v8.shape), list(v8.stride()), [1, 1, dim, tiles.k])
-        sources = [_describe(q8, tiles.q), _describe(k8, tiles.k), values]
-    _forward_kernel[triton.cdiv(tokens_q, tiles.q), heads, batch](
-        *sources, q_scale, k_scale, v_scale, out, lse, kv_num, kv_idx, k_valid, order,
-        *_bhs(q8), *_bhs(k8), *_bhs(out),
-        *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
-        tokens_q, tokens_k, v8.shape[3], scale * LOG2E.value,
-        GROUP=heads // k8.shape[1], DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, SCALED=block,
-        BM=tiles.q, BN=tiles.k, TAIL=tokens_k % block_k != 0, VALID=k_valid is not None, DESC=tiles.descriptors,
-        ORDER=order is not None, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
-        maxnreg=tiles.registers,
-    )  # fmt: skip
+    tensors = (q8, k8, v8, q_scale, k_scale, v_scale, out, kv_num, kv_idx, k_valid, order)
+    facts = geometry(*tensors)
+
+    def build(q8, k8, v8, q_scale, k_scale, v_scale, out, kv_num, kv_idx, k_valid, order, lse):
+        tokens_k = k8.shape[2]
+        t = tiles or tiles_for(dim, block_q, block_k, block, _sm(q8))
+        sources: list[Any] = [q8, k8, v8]
+        if t.descriptors:
+            values = TensorDescriptor(v8, list(v8.shape), list(v8.stride()), [1, 1, dim, t.k])
+            sources = [_describe(q8, t.q), _describe(k8, t.k), values]
+        args = (
+            *sources, q_scale, k_scale, v_scale, out, lse, kv_num, kv_idx, k_valid, order,
+            *_bhs(q8), *_bhs(k8), *_bhs(out),
+            *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
+            tokens_q, tokens_k, v8.shape[3], scale * LOG2E.value,
+        )  # fmt: skip
+        named = dict(
+            GROUP=heads // k8.shape[1], DIM=dim, BLOCK_Q=block_q, BLOCK_K=block_k, SCALED=block, BM=t.q, BN=t.k,
+            TAIL=tokens_k % block_k != 0, VALID=k_valid is not None, DESC=t.descriptors, ORDER=order is not None,
+            STAGES=t.stages, num_warps=t.warps, num_stages=t.stages, maxnreg=t.registers,
+        )  # fmt: skip
+        return (triton.cdiv(tokens_q, t.q), heads, batch), args, named
+
+    key = facts and (facts, block, block_q, block_k, scale, tiles)
+    launch(_forward_kernel, key, (*tensors, lse), build)
     return out, lse

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hone_kernels.attention.triton import _bhs, _strides
+from hone_kernels.launch import geometry, launch
 
 from .reference import AMAX_MIN, E4M3_MAX, MEAN_RUN, V_PADDING, group_amax, mean_step, scales
 
@@ -464,6 +465,8 @@ def quantize_triton(
     batch, heads, tokens_q, dim = q.shape
     heads_k, tokens_k = k.shape[1:3]
     in_runs = groups is not None and 1 < longest <= _LONGEST
+    facts = geometry(q, k, v, cos, sin, order, k_valid, groups)
+    call = facts and (facts, block, smooth_k, settings, in_runs, for_lse)
     if settings is None:
         plain = cos is None and not smooth_k
         settings = GROUPED if groups is not None else PROLOGUE if plain else ROTATING
@@ -477,10 +480,13 @@ def quantize_triton(
         step = mean_step(tokens_k)
         parts = triton.cdiv(triton.cdiv(tokens_k, MEAN_RUN), step)
         total = torch.empty((batch, heads_k, parts, dim), dtype=torch.float32, device=k.device)
-        _sums_kernel[heads_k, parts, batch](
-            k, order, cos, sin, k_valid, total, *_bhs(k), *_strides(k_valid, (0,)), heads_k, tokens_k, step,
-            ROWS=MEAN_RUN, ROPE=cos is not None, VALID=padded, num_warps=8, **keys,
-        )  # fmt: skip
+
+        def sums(k, order, cos, sin, k_valid, total):
+            args = (k, order, cos, sin, k_valid, total, *_bhs(k), *_strides(k_valid, (0,)), heads_k, tokens_k, step)
+            named = dict(ROWS=MEAN_RUN, ROPE=cos is not None, VALID=padded, num_warps=8, **keys)
+            return (heads_k, parts, batch), args, named
+
+        launch(_sums_kernel, call, (k, order, cos, sin, k_valid, total), sums)
         count: int | torch.Tensor = tokens_k
         if k_valid is not None or step > 1:
             starts = torch.arange(0, tokens_k, block, device=k.device)
@@ -494,25 +500,38 @@ def quantize_triton(
 
     # Padding slots hold no query either; without an order queries have slots of their own.
     q_valid = k_valid if order is not None else None
-    blocks_q, blocks_k = triton.cdiv(tokens_q, block), triton.cdiv(tokens_k, block)
+    blocks_q, blocks_k = -(-tokens_q // block), -(-tokens_k // block)
     q8 = torch.empty((batch, heads, tokens_q, dim), dtype=torch.float8_e4m3fn, device=q.device)
     k8 = torch.empty((batch, heads_k, tokens_k, dim), dtype=torch.float8_e4m3fn, device=k.device)
     q_scale = torch.empty((batch, heads, blocks_q), dtype=torch.float32, device=q.device)
     k_scale = torch.empty((batch, heads_k, blocks_k), dtype=torch.float32, device=k.device)
-    # As even as that many heads at most allow.
-    chunk = 1 if cos is None else triton.cdiv(heads, triton.cdiv(heads, settings.heads))
-    chunks_q, chunks_k = triton.cdiv(heads, chunk), triton.cdiv(heads_k, chunk)
+    if groups is not None:
+        groups = groups.contiguous()
 
     def rows(step: str, q_factor: Tensor | None = None, k_factor: Tensor | None = None) -> None:
-        _rows_kernel[chunks_q + chunks_k, max(blocks_q, blocks_k), batch](
+        def build(q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor,
+                  q_dot_mean, groups):  # fmt: skip
+            # As even as that many heads at most allow.
+            chunk = 1 if cos is None else triton.cdiv(heads, triton.cdiv(heads, settings.heads))
+            chunks_q, chunks_k = triton.cdiv(heads, chunk), triton.cdiv(heads_k, chunk)
+            args = (
+                q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor,
+                q_dot_mean, groups,
+                *_bhs(q), *_bhs(k), *_strides(q_valid, (0,)), *_strides(k_valid, (0,)), heads, heads_k, tokens_q,
+                tokens_k, blocks_q, blocks_k, chunks_q,
+            )  # fmt: skip
+            named = dict(
+                HEADS=chunk, ROWS=min(settings.rows, block), GROUP=heads // heads_k, ROPE=cos is not None,
+                VALID_Q=q_valid is not None, VALID_K=padded, MEAN=smooth_k, DOT=smooth_k and for_lse, STEP=step,
+                num_warps=settings.warps, maxnreg=settings.registers, **keys,
+            )  # fmt: skip
+            return (chunks_q + chunks_k, max(blocks_q, blocks_k), batch), args, named
+
+        tensors = (
             q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor, q_dot_mean,
-            None if groups is None else groups.contiguous(),
-            *_bhs(q), *_bhs(k), *_strides(q_valid, (0,)), *_strides(k_valid, (0,)), heads, heads_k, tokens_q, tokens_k,
-            blocks_q, blocks_k, chunks_q,
-            HEADS=chunk, ROWS=min(settings.rows, block), GROUP=heads // heads_k, ROPE=cos is not None,
-            VALID_Q=q_valid is not None, VALID_K=padded, MEAN=smooth_k, DOT=smooth_k and for_lse, STEP=step,
-            num_warps=settings.warps, maxnreg=settings.registers, **keys,
+            groups,
         )  # fmt: skip
+        launch(_rows_kernel, call and (call, step), tensors, build)
 
     if groups is None or in_runs:
         rows("all" if groups is None else "run")
@@ -522,17 +541,23 @@ def quantize_triton(
         rows("cast", q_factor, k_factor)
 
     all_rows = batch * heads_k
-    parts = triton.cdiv(tokens_k, V_PADDING)
+    parts = -(-tokens_k // V_PADDING)
     v8 = torch.empty((batch, heads_k, dim, parts * V_PADDING), dtype=torch.float8_e4m3fn, device=v.device)
     v_scale = torch.empty((batch, heads_k, dim), dtype=torch.float32, device=v.device)
     amax = torch.zeros(all_rows * (dim + 1) + 1, dtype=torch.int32, device=v.device)
-    unit = min(all_rows, max(1, settings.reuse // (tokens_k * dim * v.element_size())))
-    turns = 2 * triton.cdiv(all_rows, unit) + 2
-    _values_kernel[(turns * unit * parts,)](
-        v, order, k_valid, amax, amax[all_rows * dim :], amax[-1:], v8, v_scale, *_bhs(v), *_strides(k_valid, (0,)),
-        heads_k, tokens_k, all_rows, parts, unit, VALID=padded, num_warps=settings.values[0],
-        maxnreg=settings.values[1], **keys,
-    )  # fmt: skip
+
+    def values(v, order, k_valid, amax, done, ticket, v8, v_scale):
+        unit = min(all_rows, max(1, settings.reuse // (tokens_k * dim * v.element_size())))
+        turns = 2 * triton.cdiv(all_rows, unit) + 2
+        args = (
+            v, order, k_valid, amax, done, ticket, v8, v_scale, *_bhs(v), *_strides(k_valid, (0,)), heads_k, tokens_k,
+            all_rows, parts, unit,
+        )  # fmt: skip
+        named = dict(VALID=padded, num_warps=settings.values[0], maxnreg=settings.values[1], **keys)
+        return (turns * unit * parts,), args, named
+
+    tensors = (v, order, k_valid, amax, amax[all_rows * dim :], amax[-1:], v8, v_scale)
+    launch(_values_kernel, call, tensors, values)
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
 
 
@@ -569,10 +594,14 @@ def dequantize_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``dequantize``, bit for bit."""
     dim = k8.shape[3]
+    facts = geometry(q8, k8, v8, q_scale, k_scale, v_scale)
     q, k, v = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q8, k8, k8))
     for x8, scale, out, values in ((q8, q_scale, q, False), (k8, k_scale, k, False), (v8, v_scale, v, True)):
-        batch, heads, tokens = out.shape[:3]
-        _dequantize_kernel[triton.cdiv(tokens, 64), batch * heads](
-            x8, scale, out, tokens, v8.shape[3], BLOCK=block, DIM=dim, ROWS=64, VALUES=values, num_warps=4
-        )
+
+        def build(x8, scale, out, values=values):
+            batch, heads, tokens = out.shape[:3]
+            named = dict(BLOCK=block, DIM=dim, ROWS=64, VALUES=values, num_warps=4)
+            return (triton.cdiv(tokens, 64), batch * heads), (x8, scale, out, tokens, v8.shape[3]), named
+
+        launch(_dequantize_kernel, facts and (facts, block, dtype, values, x8.shape), (x8, scale, out), build)
     return q, k, v

@@ -24,7 +24,7 @@ from hone_core.processes import Processes
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import BlockLayout, block_sparse_attention
-from hone_kernels.attention.bench import providers
+from hone_kernels.attention.bench import dense_kernels
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
 from hone_kernels.attention_fp8.reference import rotate
 from hone_video.architectures import FULL_SIZE, full_size, tiny
@@ -263,9 +263,7 @@ class _Bench:
         """Dense attention by whatever runs here."""
         if self.device.type == "cpu":
             return {"dense": scaled_dot_product_attention}
-        layout = BlockLayout.dense(self.work.tokens, self.work.tokens, device=self.device)
-        found = providers(layout, self.dtype, ())
-        return {name: found[name] for name in found if name.endswith("dense") and not name.startswith("sage")}
+        return {name: call for name, call in dense_kernels(self.dtype).items() if not name.startswith("sage")}
 
     @property
     def fastest(self) -> str:

@@ -1,0 +1,177 @@
+"""Launches at little cost to the host: what the shapes of a call decide is worked out once.
+
+At every launch Triton works out from type, value and alignment of each argument which compiled kernel it needs; with
+strides gathered and tensor descriptors built, that is 40 to 80 us a kernel. All of it follows from the geometry of the
+tensors and the options of the call: only the addresses change. So the first launch of a geometry goes Triton's way, and
+what came of it, the compiled kernel and its list of arguments, is kept; a later one puts its tensors into that list.
+
+Nothing that is kept holds a tensor, and the number of launches kept is bounded.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hone_kernels.backends import HAS_TRITON, INTERPRETED
+
+__all__ = ["Kept", "eager", "geometry", "launch", "on_device_of"]
+
+LIMIT = 4096
+"""Geometries kept; beyond that the oldest goes."""
+
+_NOWHERE = nullcontext()
+
+_PLAIN = (torch.nn.Parameter, type(None))
+
+_ALIGNED = 16
+"""Bytes: Triton compiles other code for bases that are not of whole 16 bytes."""
+
+
+class Kept(dict[Hashable, Any]):
+    """A dictionary of at most ``limit`` entries. To look one up costs what it costs in a dictionary."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        super().__init__()
+        self._limit, self._lock = limit, threading.Lock()
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Add an entry, in place of the oldest if there are too many."""
+        with self._lock:
+            while len(self) >= self._limit:
+                del self[next(iter(self))]
+            self[key] = value
+
+
+def geometry(*tensors: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a kernel's arguments depend on but the addresses; None if a base is not of whole 16 bytes."""
+    address = 0
+    facts: list[Any] = []
+    for x in tensors:
+        if x is None:
+            facts.append(None)
+        else:
+            address |= x.data_ptr()
+            facts += (x.shape, x.stride(), x.dtype, x.device)
+    return None if address % _ALIGNED else tuple(facts)
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether a call is what it looks like: nothing traces, transforms or watches it, and these are plain tensors.
+
+    Only then an op may run without the dispatcher of torch, which costs some 30 us for an operator written in Python.
+    """
+    for x in tensors:
+        if type(x) is not Tensor and type(x) not in _PLAIN:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """``torch.cuda.device_of``, which takes its time, where it would change something."""
+    if x.device.type != "cuda" or x.get_device() == torch._C._cuda_getDevice():
+        return _NOWHERE
+    return torch.cuda.device_of(x)
+
+
+Build = Callable[..., tuple[tuple[int, ...], Sequence[Any], dict[str, Any]]]
+
+
+class _Launch:
+    """A compiled kernel with its grid and arguments, of which each launch gives the tensors anew."""
+
+    __slots__ = ("_arguments", "_compiled", "_descriptors", "_grid", "_places")
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], arguments: list[Any], tensors: Sequence[Tensor | None]):
+        """Raises ValueError: a tensor among the arguments is none of these."""
+        index = {id(x): i for i, x in enumerate(tensors) if x is not None}
+        self._compiled = compiled
+        self._grid = (*grid, 1, 1)[:3]
+        self._arguments = arguments
+        self._places: list[tuple[int, int]] = []
+        self._descriptors: list[tuple[int, int, type, dict[str, Any]]] = []
+        for at, value in enumerate(arguments):
+            if isinstance(value, Tensor):
+                self._places.append((at, self._of(value, index)))
+                arguments[at] = None
+            elif hasattr(value, "block_shape"):
+                fields = {name: x for name, x in vars(value).items() if name != "base"}
+                self._descriptors.append((at, self._of(value.base, index), type(value), fields))
+                arguments[at] = None
+
+    @staticmethod
+    def _of(x: Tensor, index: dict[int, int]) -> int:
+        if id(x) not in index:
+            raise ValueError("a tensor that was made on the way")
+        return index[id(x)]
+
+    def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
+        arguments = self._arguments.copy()
+        for at, i in self._places:
+            arguments[at] = tensors[i]
+        for at, i, kind, fields in self._descriptors:
+            # Its checks are of what has not changed.
+            descriptor: Any = object.__new__(kind)
+            descriptor.__dict__ = {"base": tensors[i], **fields}
+            arguments[at] = descriptor
+        kernel = self._compiled
+        kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+
+
+_launches = Kept()
+
+if HAS_TRITON:
+    from triton.knobs import runtime as _RUNTIME
+
+
+def _watched(kernel: Any) -> Any:
+    """Whether a profiler wants to see each launch."""
+    enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+    return kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+
+
+def launch(kernel: Any, key: Hashable | None, tensors: Sequence[Tensor | None], build: Build) -> None:
+    """Launch a Triton or Gluon kernel.
+
+    Args:
+        kernel: Decorated function.
+        key: All that ``build`` and the compiler look at but addresses: ``geometry`` of what the tensors came from, and
+            the options of the call. None: nothing is kept.
+        tensors: Whose addresses the kernel gets, the first on the device on which it runs. Those that ``key`` does not
+            hold are made by the caller, alike for equal keys.
+        build: Takes ``tensors``, returns the grid, the arguments in order, and the named ones. It may look at the
+            tensors' geometry, not at what is in them.
+    """
+    # What stands in for a kernel (the interpreter's, one that takes notes) has no compiled form.
+    if key is None or INTERPRETED or not HAS_TRITON or not hasattr(kernel, "device_caches"):
+        grid, arguments, named = build(*tensors)
+        kernel[grid](*arguments, **named)
+        return
+    first = tensors[0]
+    assert first is not None
+    device = first.get_device()
+    whole = (id(kernel), device, key)
+    known = _launches.get(whole)
+    if known is not None and not _watched(kernel):
+        known(tensors, torch._C._cuda_getCurrentRawStream(device))
+        return
+    # Two of them may be one tensor, which says nothing about the next call: each gets a face of its own.
+    faces = [None if x is None else x.detach() for x in tensors]
+    grid, arguments, named = build(*faces)
+    compiled = kernel[grid](*arguments, **named)
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    try:
+        _launches.keep(whole, _Launch(compiled, grid, [given[name] for name in kernel.arg_names], faces))
+    except ValueError:
+        # A copy of what the copy engine cannot address: such calls go Triton's way.
+        return
