@@ -71,6 +71,9 @@ def test_anchors_by_hand_and_ties():
     assert farthest_points(line, 2, present).tolist() == [[1, 3]]
     with pytest.raises(ValueError, match="at least 4 views for 4 anchors"):
         farthest_points(line, 4, present)
+    # A view that is not there moves no mean: 2.5 is farthest from theirs, and 0 would be with 100 among them.
+    far = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [2.5, 0, 0], [100, 0, 0]]])
+    assert farthest_points(far, 1, torch.tensor([[True, True, True, False]])).tolist() == [[2]]
 
 
 def test_support_by_hand():

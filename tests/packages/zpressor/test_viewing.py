@@ -2,6 +2,7 @@ import importlib.util
 import socket
 import threading
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -50,7 +51,18 @@ def viewers(monkeypatch):
     return made
 
 
-def test_a_file_is_shown(tmp_path, start, port, viewers):
+@pytest.fixture
+def over(monkeypatch):
+    """Event that ends a page's time, which otherwise stands still: no test depends on how fast the machine is."""
+    event = threading.Event()
+    clock = types.SimpleNamespace(
+        monotonic=lambda: 1e9 * event.is_set(), perf_counter=time.perf_counter, sleep=time.sleep
+    )
+    monkeypatch.setattr(viewing, "time", clock)
+    return event
+
+
+def test_a_file_is_shown(tmp_path, start, port, viewers, over):
     cloud = Gaussians(
         torch.eye(3), torch.full((3, 3), 0.1), torch.eye(4)[:3], torch.full((3,), 0.5), torch.zeros(3, 3, 1)
     )
@@ -62,6 +74,7 @@ def test_a_file_is_shown(tmp_path, start, port, viewers):
             while not viewers:
                 time.sleep(0.02)
             found.append(urllib.request.urlopen(viewers[0].url))
+            over.set()
 
         asks = threading.Thread(target=ask)
         asks.start()
@@ -71,7 +84,7 @@ def test_a_file_is_shown(tmp_path, start, port, viewers):
     assert {row.metric: row.value for row in report.rows} == {"gaussians": 3, "made": 0}
 
 
-def test_a_slider_sets_the_anchors(tmp_path, start, port, viewers, stored):
+def test_a_slider_sets_the_anchors(tmp_path, start, port, viewers, stored, over):
     folder = capturefiles.write_colmap(tmp_path / "scene", binary=True, views=8)
     cfg = ViewConfig(
         colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3, size=(32, 32), prune=0.0, port=port,
@@ -83,7 +96,11 @@ def test_a_slider_sets_the_anchors(tmp_path, start, port, viewers, stored):
         while not (viewers and viewers[0].sliders):
             time.sleep(0.02)
         colours.append([handle.color for handle in viewers[0].frustums])
+        first = viewers[0].frustums
         viewers[0].sliders[0].value = 5
+        while viewers[0].frustums is first:
+            time.sleep(0.02)
+        over.set()
 
     mover = threading.Thread(target=move)
     with start(viewing.prepare(cfg), "view") as run:

@@ -113,6 +113,7 @@ def view(cfg: ViewConfig, run: Run) -> ViewReport:
                 time.sleep(0.1)
     finally:
         viewer.stop()
-    run.row("gaussians", scene.gaussians, better="none")
-    run.row("made", scene.made, better="none")
+    with scene.lock:  # what the slider asked for last may still be made
+        run.row("gaussians", scene.gaussians, better="none")
+        run.row("made", scene.made, better="none")
     return ViewReport.of(run)
