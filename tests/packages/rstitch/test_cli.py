@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+from hone_rstitch.router import Router, save_router
 
 
 def test_info_names_presets_and_pairs(command):
@@ -33,12 +35,32 @@ def test_generate_says_who_wrote_what(command, packaged, tmp_path):
     assert command(*argv)[1] == out
 
 
+def test_generate_asks_a_router(command, packaged, tmp_path):
+    router = Router(16)
+    with torch.no_grad():
+        router.out.bias.copy_(torch.tensor([9.0, 0.0]))  # it keeps every small token
+    save_router(tmp_path / "router.safetensors", router)
+    save_router(tmp_path / "wide.safetensors", Router(24))
+    argv = ("generate", "--ask", "123*45", "--tau", "0.001", "--policy", "router", "--max-new-tokens", "10", "--json")
+    code, out, err = command(*argv, "--router", tmp_path / "router.safetensors", "--out", tmp_path / "run")
+    assert code == 0, err
+    tokens = {row["variant"]: row["value"] for row in json.loads(out)["rows"] if row["metric"] == "tokens"}
+    assert tokens == {"small": 10, "large": 0}
+    code, _, err = command(*argv, "--router", tmp_path / "wide.safetensors", "--out", tmp_path / "other")
+    assert code == 1
+    assert "is for a small model of 24 channels; this one has 16" in err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
         (("generate",), 1, "--ask"),
         (("generate", "--ask", "1*1", "--small", "x"), 1, "small and large"),
         (("generate", "--ask", "1*1", "--tau", "much"), 2, "tau"),
+        (("generate", "--ask", "1*1", "--policy", "router"), 1, "needs a router; make one with train-router"),
+        (("generate", "--ask", "1*1", "--router", "r.safetensors"), 1, "asked by policy 'router' alone"),
+        (("generate", "--ask", "1*1", "--policy", "router", "--router", "none"), 1, "none"),
         (("eval", "--stitch-policy", "small"), 2, ""),
         (("calibrate", "--share", "2"), 1, "share must"),
         (("calibrate", "--share", "0.2", "--data", "no.jsonl"), 1, "multiplies"),

@@ -11,6 +11,7 @@ from hone_rstitch.models import Pair
 from hone_rstitch.reinforce import advantages, at_cost, dapo_loss, reward, train_router
 from hone_rstitch.router import EXTRA, Router, Routing, load_router, route_features, save_router
 from hone_rstitch.vocabulary import Vocabulary
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -117,6 +118,11 @@ def test_files(tmp_path, router):
     assert torch.equal(router(x), again(x))
     with pytest.raises(ValueError, match="of 32 channels; this one has 40"):
         load_router(tmp_path / "r.safetensors", hidden=40)
+    (tmp_path / "text").write_text("no weights")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("text", "other.safetensors"):
+        with pytest.raises(ValueError, match="holds no router; make one with hone-rstitch train-router"):
+            load_router(tmp_path / name)
 
 
 def test_rewards_and_advantages_by_hand():

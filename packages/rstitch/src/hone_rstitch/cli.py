@@ -55,7 +55,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "Accuracy and cost over thresholds, beside the baselines.", prepare=True
     ),
-    "bench": _verb("bench:bench", "BenchConfig", "Step times and rates of the transformers host."),
+    "bench": _verb("bench:bench", "BenchConfig", "Step times, gaps and rates of the loop or of the engine."),
     "calibrate": _verb(
         "calibrate:calibrate", "CalibrateConfig", "Choose tau for a wanted share or time.", prepare=True
     ),

@@ -388,10 +388,15 @@ class GenerateConfig:
     """Strings that end the answer."""
     seed: int = 0
     """Of the draws."""
+    router: Path | None = None
+    """Made by train-router, for policy ``router``."""
 
     def __post_init__(self) -> None:
         if not self.ask.strip():
             raise ValueError("what is the question? Give --ask")
+        _check_router(self.models, self.stitch, self.router)
+        if self.router is not None and self.stitch.policy != "router":
+            raise ValueError(f"a router is asked by policy 'router' alone; got policy {self.stitch.policy!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -412,12 +417,9 @@ class ServeConfig:
     """0 takes a free one."""
 
     def __post_init__(self) -> None:
-        if self.models.servers and (self.router is not None or self.stitch.policy == "router"):
-            raise ValueError("the router reads hidden states, which servers do not give")
+        _check_router(self.models, self.stitch, self.router)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must lie in [0, 65535]; got {self.port}")
-        if self.stitch.policy == "router" and self.router is None:
-            raise ValueError("policy 'router' needs a router; make one with train-router")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -718,6 +720,13 @@ class SimulateConfig:
 def _check_taus(taus: tuple[float, ...]) -> None:
     if not taus or len(set(taus)) < len(taus) or not all(map(math.isfinite, taus)):
         raise ValueError(f"taus must be distinct finite numbers, at least one; got {taus}")
+
+
+def _check_router(models: ModelsConfig, stitch: StitchConfig, router: Path | None) -> None:
+    if models.servers and (router is not None or stitch.policy == "router"):
+        raise ValueError("the router reads hidden states, which servers do not give")
+    if stitch.policy == "router" and router is None:
+        raise ValueError("policy 'router' needs a router; make one with train-router")
 
 
 def _check_weights(models: ModelsConfig) -> None:

@@ -325,12 +325,12 @@ def table(rows: Iterable[Any]) -> str:
         found.setdefault(row.variant, {})[row.metric] = row
     found = {label: values for label, values in found.items() if "cost" in values}
     width = max((len(label) for label in found), default=0)
-    lines = [f"{'setting':<{width}}  accuracy            large  discards  tokens  calls small/large    cost"]
+    lines = [f"{'setting':<{width}}  accuracy             large  discards  tokens  calls small/large    cost"]
     for label, values in found.items():
         v = {metric: row.value for metric, row in values.items()}
         low, high = (100 * end for end in values["accuracy"].interval)
         lines.append(
-            f"{label:<{width}}  {100 * v['accuracy']:5.1f} [{low:5.1f}, {high:5.1f}]  {100 * v['large_share']:4.1f} %  "
+            f"{label:<{width}}  {100 * v['accuracy']:5.1f} [{low:5.1f}, {high:5.1f}]  {100 * v['large_share']:5.1f} %  "
             f"{v['discards']:8.3f}  {v['tokens']:6.1f}  {v['small_calls']:11.1f}/{v['large_calls']:5.1f}  "
             f"{v['cost']:6.1f}"
         )

@@ -137,6 +137,15 @@ def load_models(cfg: ModelsConfig, *, device: torch.device | str = "cpu") -> Pai
     return load_host(cfg.host, device=device) if cfg.small is None else Pair.load(cfg, device=device)
 
 
+def small_channels(cfg: ModelsConfig) -> int:
+    """Channels of the small model that a config names, before any weights are read."""
+    if cfg.small is None:
+        return open_pair(cfg.host).config.small.width
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(cfg.small).get_text_config().hidden_size
+
+
 def pair_of(small: Any, large: Any) -> Pair:
     """Pair two models of ``build_model``; a question is a product, such as 123*45."""
     prompt = "{question}="

@@ -128,14 +128,18 @@ def load_router(path: Path, *, hidden: int | None = None) -> Router:
         hidden: Channels of the small model that it is for; not compared if None.
 
     Raises:
-        ValueError: It is for another small model.
+        ValueError: It is no router, or for another small model.
+        FileNotFoundError: There is no such file.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        sizes = file.metadata()
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-    router = Router(int(sizes["hidden"]), int(sizes["width"]))
+    try:
+        with safe_open(path, "pt") as file:
+            sizes = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        router = Router(int(sizes["hidden"]), int(sizes["width"]))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} holds no router; make one with hone-rstitch train-router") from error
     if hidden is not None and router.hidden != hidden:
         raise ValueError(f"{path} is for a small model of {router.hidden} channels; this one has {hidden}")
     router.load_state_dict(state)

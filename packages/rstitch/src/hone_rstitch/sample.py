@@ -15,8 +15,9 @@ from hone_core.runs import Report, Run
 
 from .config import GenerateConfig
 from .demo import records, show_answer
-from .host import load_models
+from .host import load_models, small_channels
 from .models import check_models
+from .router import Routing, load_router
 
 __all__ = ["GenerateReport", "generate", "prepare"]
 
@@ -46,17 +47,21 @@ def prepare(cfg: GenerateConfig) -> GenerateConfig:
     """Look whether the models can write one text.
 
     Raises:
-        ValueError: They are not of one family.
-        OSError: There is no such checkpoint.
+        ValueError: They are not of one family, or the router is for another small model.
+        OSError: There is no such checkpoint, or no such router.
     """
     check_models(cfg.models)
+    if cfg.router is not None:
+        load_router(cfg.router, hidden=small_channels(cfg.models))
     return cfg
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Answer ``cfg.ask``."""
     pair = load_models(cfg.models, device=resolve_device(run.device))
-    options = {"stop": cfg.stop} if cfg.stop else {}
+    options: dict[str, Any] = {"stop": cfg.stop} if cfg.stop else {}
+    if cfg.router is not None:
+        options["routing"] = Routing(load_router(cfg.router).to(pair.small.device))
     (answer,) = records(pair, [cfg.ask], cfg.stitch, cfg.sampling, cfg.seed, **options)
     atomic_write_json(run.artifacts / "answer.json", answer)
     usage = answer["usage"]

@@ -27,7 +27,7 @@ from hone_core.runs import Report, Run
 from .config import SMALL, SamplingConfig, ServeConfig, StitchConfig
 from .engine import Engine, Intake, Job, QueueFullError
 from .generation import StitchToken
-from .host import load_models
+from .host import load_models, small_channels
 from .models import Pair, check_models
 from .remote import RemoteEngine, RemotePair
 from .router import load_router
@@ -553,12 +553,12 @@ def prepare(cfg: ServeConfig) -> ServeConfig:
     """Look whether the models can write one text.
 
     Raises:
-        ValueError: They are not of one family.
+        ValueError: They are not of one family, or the router is for another small model.
         OSError: There is no such checkpoint, or no such router.
     """
     check_models(cfg.models)
     if cfg.router is not None:
-        load_router(cfg.router)
+        load_router(cfg.router, hidden=small_channels(cfg.models))
     return cfg
 
 
@@ -574,8 +574,7 @@ def serve(cfg: ServeConfig, run: Run) -> ServeReport:
     with socket.create_server((cfg.address, cfg.port), family=family, backlog=2048) as bound:
         pair = load_models(cfg.models, device=resolve_device(run.device))
         name = cfg.models.large or "hone-rstitch"
-        width = pair.small.config.get_text_config().hidden_size
-        router = None if cfg.router is None else load_router(cfg.router, hidden=width)
+        router = None if cfg.router is None else load_router(cfg.router)
         engine: Intake
         if isinstance(pair, RemotePair):
             engine = RemoteEngine(pair, cfg.engine)
