@@ -2,7 +2,9 @@ import math
 
 import pytest
 from hone_rstitch.calibrate import calibrate, find_tau, prepare
-from hone_rstitch.config import CalibrateConfig, ModelsConfig, StitchConfig
+from hone_rstitch.config import CalibrateConfig, ModelsConfig, SamplingConfig, StitchConfig
+from hone_rstitch.data import products
+from hone_rstitch.evaluate import Answers
 
 
 def falling(tau):
@@ -36,6 +38,22 @@ def test_rounds_are_a_bound():
     found = find_tau(falling, 0.31, tolerance=1e-9, rounds=5)
     assert len(found.tried) == 5
     assert not found.reached
+
+
+def test_generated_problems_are_not_those_of_eval(packaged, start, monkeypatch):
+    asked = []
+    ask = Answers.ask
+
+    def noted(self, *args, **options):
+        asked.append({problem.id for problem in self.problems})
+        return ask(self, *args, **options)
+
+    monkeypatch.setattr(Answers, "ask", noted)
+    cfg = CalibrateConfig(limit=40, share=0.5, rounds=2, sampling=SamplingConfig(max_new_tokens=2))
+    with start(cfg) as run:
+        calibrate(cfg, run)
+    reported = {problem.id for problem in products(40, seed=cfg.seed)}
+    assert len(asked[0] & reported) < 4
 
 
 @pytest.mark.parametrize("target", [{"share": 0.5}, {"time": 0.9}])

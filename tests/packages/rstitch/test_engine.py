@@ -182,6 +182,25 @@ def test_a_request_that_fails_takes_no_other_along(pair, monkeypatch, cache):
     assert engine.snapshot().requests == {"error": 2, "stop": 1}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("cache", ["paged", "dynamic"])
+def test_logits_that_are_no_numbers_end_their_own_request(cache, temperature):
+    pair = load_host(0)
+    star = pair.small_tokenizer.encode("?")[0]
+    with torch.no_grad():
+        pair.small.model.embed_tokens.weight[star] = torch.nan
+    engine = Engine(pair, EngineConfig(cache=cache))
+    sampling = SamplingConfig(max_new_tokens=30, temperature=temperature)
+    broken = submit(engine, "12?*45", StitchConfig(), sampling, 0)
+    whole = submit(engine, "123*45", StitchConfig(), sampling, 0)
+    while engine.step():
+        pass
+    assert (broken.finish, whole.finish) == ("error", "stop")
+    with pytest.raises(ValueError, match="the small model's logits are not numbers at token 0"):
+        broken.wait(0)
+    assert [token.token for token in whole.tokens] == alone(pair, "123*45", StitchConfig(), sampling, 0)[0]
+
+
 @pytest.mark.parametrize("cache", ["paged", "dynamic"])
 def test_a_request_that_cannot_be_admitted_ends_and_leaves_nothing(pair, monkeypatch, cache):
     with Engine(pair, EngineConfig(cache=cache, page=16)) as engine:

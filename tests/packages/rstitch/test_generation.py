@@ -453,6 +453,12 @@ def test_logits_that_are_no_numbers_do_not_pass_for_certain_ones(pairs):
         large.lm_head.weight[5, 0] = torch.nan
     with pytest.raises(ValueError, match="large model's logits are not numbers"):
         generate((small, large), ids, mask, StitchConfig(tau=0.2))
+    # None of them is a number: the small model does not hand over as if a grammar had closed all its tokens.
+    with torch.no_grad():
+        small.model.norm.weight[0] = torch.nan
+    for sampling in ({}, {"do_sample": True, "top_k": 0}):
+        with pytest.raises(ValueError, match="small model's logits are not numbers"):
+            generate((small, large), ids, mask, StitchConfig(tau=0.2), **sampling)
 
 
 def test_a_users_constraint_says_so(pairs):

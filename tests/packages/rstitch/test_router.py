@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from hone_rstitch import reinforce
 from hone_rstitch.config import LARGE, SMALL, EngineConfig, SamplingConfig, StitchConfig, TrainRouterConfig
 from hone_rstitch.engine import Engine
 from hone_rstitch.evaluate import Answer, Outcome
@@ -165,7 +166,60 @@ def test_thresholds_at_a_cost():
     assert at_cost(curve, 0.5, 0.5).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_training_runs_resumes_and_compares(packaged, start, monkeypatch):
+def test_features_by_hand():
+    logits = torch.tensor([[math.log(6), math.log(3), 0.0, -torch.inf]])
+    found = route_features(torch.tensor([[2.0, -1.0]]), logits, torch.tensor([0.25]), torch.tensor([99]))
+    assert found[0].tolist() == pytest.approx([2.0, -1.0, math.log(100) / 12, 0.25, 0.6, 0.3])
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_a_stopped_training_goes_on_exactly(packaged, start, monkeypatch, tmp_path, data):
+    file = tmp_path / "products.jsonl"
+    file.write_text(
+        "".join(f'{{"question": "{100 + at}*{10 + at}", "answer": {(100 + at) * (10 + at)}}}\n' for at in range(30))
+    )
+    cfg = TrainRouterConfig(
+        steps=3, batch=2, rollouts=4, epochs=2, items=2, taus=(0.1,), width=8, log_every=1, checkpoint_seconds=-1.0,
+        sampling=SamplingConfig(max_new_tokens=6), **dict.fromkeys(("data", "held_out"), str(file)) if data else {},
+    )  # fmt: skip
+    # An untrained pair is never right: what is right here follows from the text.
+    monkeypatch.setattr(reinforce, "grade", lambda text, *rest: sum(map(ord, text)) % 2 == 0)
+    asked, seeds, answer = [], [], Pair.answer
+
+    def noted(self, questions, *args, seed=0, routing=None, **options):
+        if routing is not None and routing.sample:
+            asked.append(questions)
+            seeds.extend(seed)
+        return answer(self, questions, *args, seed=seed, routing=routing, **options)
+
+    monkeypatch.setattr(Pair, "answer", noted)
+    with start(cfg, "whole") as run:
+        whole = load_router(train_router(cfg, run).router)
+    assert len(asked) == 3
+    assert len({tuple(questions) for questions in asked}) == 3
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 4
+    update, left = reinforce._update, [2]
+
+    def halting(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(reinforce, "_update", halting)
+    with pytest.raises(KeyboardInterrupt), start(cfg) as run:
+        train_router(cfg, run)
+    monkeypatch.setattr(reinforce, "_update", update)
+    with start(cfg) as run:
+        assert run.resumed
+        again = load_router(train_router(cfg, run).router)
+    assert again.out.weight.abs().sum() > 0
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert asked[3:] == [*asked[:3], asked[2]]  # the step that was cut is asked again
+
+
+def test_training_runs_and_compares(packaged, start, monkeypatch):
     cfg = TrainRouterConfig(
         steps=2, batch=2, rollouts=3, epochs=1, items=4, taus=(0.1, 0.3), width=8, log_every=1,
         sampling=SamplingConfig(max_new_tokens=6),

@@ -566,7 +566,7 @@ class _Loop:
         """Signals of masked logits ``[rows, vocabulary]``, and a token of each."""
         logits = self._constrain(rows, logits)
         # A grammar may want what only the large model has. No distribution is left then, and nothing to read off it.
-        stuck = ~logits.isfinite().any(-1)
+        stuck = (logits == -torch.inf).all(-1)
         logits = logits.masked_fill(stuck[:, None], 0.0)
         warped = self._warp(rows, logits)
         processed = torch.tensor([row.gate.config.entropy_on == "processed" for row in rows], device=logits.device)

@@ -136,7 +136,8 @@ def choose(logits: Float[Tensor, "batch vocabulary"], numbers: Sequence[float] |
     mass = logits.double().softmax(-1).cumsum(-1)
     # Scaled by the sum as it was rounded, so that no number lies beyond the last token that can come.
     at = torch.tensor(numbers, dtype=torch.float64, device=logits.device) * mass[:, -1]
-    return torch.searchsorted(mass, at[:, None], right=True)[:, 0].tolist()
+    # Logits that are no numbers have no such place; it is for the caller to see that the entropy is none either.
+    return torch.searchsorted(mass, at[:, None], right=True)[:, 0].clamp(max=mass.shape[-1] - 1).tolist()
 
 
 # The gate

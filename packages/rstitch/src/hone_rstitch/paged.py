@@ -119,7 +119,8 @@ def draw(logits: Tensor, likeliest: Tensor, draws: Tensor) -> Tensor:
     beyond[:, -1] = False
     closed = torch.zeros_like(beyond).scatter(-1, order, beyond) | (x < least)
     mass = x.masked_fill(closed, -torch.inf).double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(mass, (number * mass[:, -1])[:, None], right=True)[:, 0]
+    # Logits that are no numbers have no such place, and an index beyond the row would end the device's work for all.
+    found = torch.searchsorted(mass, (number * mass[:, -1])[:, None], right=True)[:, 0].clamp(max=size - 1)
     return torch.where(warm, found, likeliest)
 
 
