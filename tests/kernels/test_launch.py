@@ -16,6 +16,11 @@ from hone_kernels.launch import Kept, eager, geometry, launch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 
+@pytest.fixture(autouse=True)
+def keep(monkeypatch):
+    monkeypatch.setattr(module, "KEEP", True)
+
+
 class Kernel:
     """Notes the arguments of each launch, and whether Triton's own way was taken."""
 
@@ -125,6 +130,15 @@ def test_what_is_kept_is_bounded():
     for i in range(5):
         kept.keep(i, i)
     assert list(kept) == [2, 3, 4]
+
+
+def test_nothing_is_kept_unless_asked(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(module, "KEEP", False)
+    assert not eager(torch.zeros(2))
+    kernel, x = Kernel(), torch.zeros(16)
+    call(kernel, x, x, x)
+    call(kernel, x, x, x)
+    assert [seen[0] for seen in kernel.seen] == ["triton"] * 2
 
 
 def test_only_plain_calls_are_eager():

@@ -10,6 +10,7 @@ Nothing that is kept holds a tensor, and the number of launches kept is bounded.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from hone_kernels.backends import HAS_TRITON, INTERPRETED
 
-__all__ = ["Kept", "eager", "geometry", "launch", "on_device_of"]
+__all__ = ["KEEP", "Kept", "eager", "geometry", "launch", "on_device_of"]
 
+KEEP = os.environ.get("HONE_KEEP_LAUNCHES", "0") == "1"
+"""Off until it has run on a GPU: every call goes by torch's dispatcher and Triton's own way."""
 LIMIT = 4096
 """Geometries kept; beyond that the oldest goes."""
 
@@ -66,6 +69,8 @@ def eager(*tensors: Tensor | None) -> bool:
 
     Only then an op may run without the dispatcher of torch, which costs some 30 us for an operator written in Python.
     """
+    if not KEEP:
+        return False
     for x in tensors:
         if type(x) is not Tensor and type(x) not in _PLAIN:
             return False
@@ -153,7 +158,7 @@ def launch(kernel: Any, key: Hashable | None, tensors: Sequence[Tensor | None], 
             tensors' geometry, not at what is in them.
     """
     # What stands in for a kernel (the interpreter's, one that takes notes) has no compiled form.
-    if key is None or INTERPRETED or not HAS_TRITON or not hasattr(kernel, "device_caches"):
+    if key is None or not KEEP or INTERPRETED or not HAS_TRITON or not hasattr(kernel, "device_caches"):
         grid, arguments, named = build(*tensors)
         kernel[grid](*arguments, **named)
         return
