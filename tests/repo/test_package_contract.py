@@ -60,7 +60,6 @@ PARTNERS = {"hone-pmloss": ("teacher",), "hone-rstitch": ("small",)}
 
 
 NO_HOST_YET = {
-    "hone-pmloss": "hone_pmloss.host:build_tiny",
     "hone-sparsevar": "hone_sparsevar.host:build_host",
 }
 """Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""

@@ -292,12 +292,14 @@ class DemoConfig:
     """Of PM-Loss beside the mean squared error of the pictures."""
     lr: float = 0.02
     """Of Adam, on logarithms of depth."""
+    rooms: int = 8
+    """Rooms on which both arms of the packaged host are graded; the first is drawn."""
     seed: int = 0
-    """Of the room."""
+    """Of the rooms."""
 
     def __post_init__(self) -> None:
-        if self.size < 16 or not 2 <= self.views <= 6 or min(self.targets, self.steps) < 1:
-            raise ValueError("expected size >= 16, 2 to 6 views, and at least one target and step")
+        if self.size < 16 or not 2 <= self.views <= 6 or min(self.targets, self.steps, self.rooms) < 1:
+            raise ValueError("expected size >= 16, 2 to 6 views, and at least one target, step and room")
         if self.blur < 1 or self.blur % 2 == 0 or self.weight <= 0 or self.lr <= 0:
             raise ValueError(f"blur must be odd, weight and lr positive; got {self.blur}, {self.weight} and {self.lr}")
 

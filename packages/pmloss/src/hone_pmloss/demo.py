@@ -1,8 +1,9 @@
-"""The demo: a room's point cloud at occlusion edges, optimised by pictures alone and with PM-Loss beside them.
+"""The demo: a room's point cloud at occlusion edges, by pictures alone and with PM-Loss beside them.
 
-No network: the depths of the context views' pixels are what is optimised, from the true ones blurred over edges, as
-networks blur them. The teacher is the exact point map in a frame and scale of its own, so that this shows the mechanism
-and nothing of what a real teacher gives. Runs on a two-core CPU and downloads nothing.
+First the mechanism, without a network: the depths of the context views' pixels are optimised, from the true ones
+blurred over edges, as networks blur them. Then both arms of the packaged host on rooms that neither was trained on. The
+teacher is the exact point map, which says nothing of what a real teacher gives. Runs on a two-core CPU and downloads
+nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from hone_splat.rooms import Rooms
 from hone_splat.views import Views
 from torch import Tensor
 
-from . import plots
+from . import grading, plots
 from .config import DemoConfig, PMLossConfig
-from .data import BEYOND, CONTEXT, GRADED
+from .data import BEYOND, CONTEXT, GRADED, graded_rooms
 from .geometry import KnownDepth, boundary_band, cloud_errors
+from .host import load_host
 from .method import pm_loss
 from .teachers import OracleTeacher
 
-__all__ = ["ARMS", "DemoReport", "demo"]
+__all__ = ["ARMS", "HOSTS", "DemoReport", "demo"]
 
 ARMS = {
     "start": "blurred depth, as at the start",
@@ -41,6 +43,7 @@ ARMS = {
     "pm": "with PM-Loss",
     "pm_normalised": "with PM-Loss, scale-normalised",
 }
+HOSTS = {"photometric": "host trained by pictures alone", "pm": "host trained with PM-Loss"}
 METRICS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
     "flying": ("", "lower"),
     "accuracy": ("", "lower"),
@@ -60,20 +63,28 @@ class DemoReport(Report):
 
     Attributes:
         picture: Clouds from above and views from beyond the given ones.
-        splats: Each arm's cloud, by its name.
+        hosts: The same of the packaged host's arms.
+        splats: Each arm's cloud, by its name, and each host's of the room that is drawn.
         truth: Known depth, for ``eval``.
     """
 
     picture: Path
+    hosts: Path
     splats: dict[str, Path]
     truth: Path
 
     @classmethod
     def of(cls, run: Run) -> DemoReport:
         """Return the report of a finished run."""
-        splats = {arm: run.artifacts / f"{arm}.ply" for arm in ARMS}
-        truth = run.artifacts / "truth.safetensors"
-        return cls(path=run.path, rows=tuple(run.rows), picture=run.figures / "cloud.png", splats=splats, truth=truth)
+        splats = {name: run.artifacts / f"{name}.ply" for name in (*ARMS, *(f"host_{arm}" for arm in HOSTS))}
+        return cls(
+            path=run.path,
+            rows=tuple(run.rows),
+            picture=run.figures / "cloud.png",
+            hosts=run.figures / "hosts.png",
+            splats=splats,
+            truth=run.artifacts / "truth.safetensors",
+        )
 
     def __str__(self) -> str:
         found = {(row.variant, row.metric): row.value for row in self.rows}
@@ -83,7 +94,14 @@ class DemoReport(Report):
             flying, *errors = (found[arm, metric] for metric in METRICS)
             shown = [f"{flying:.1%}", *(f"{error:.3f}" for error in errors[:2]), *(f"{db:.2f}" for db in errors[2:])]
             lines.append(f"{name:<32}" + "".join(f"{value:>14}" for value in shown))
-        lines += ["", f"picture  {self.picture}", *(f"splat    {path}" for path in self.splats.values())]
+        titles = ("flying", "depth", "at edges", "PSNR between", "PSNR beyond")
+        lines += ["", f"{'rooms of the tiny host':<32}" + "".join(f"{title:>14}" for title in titles)]
+        for arm, name in HOSTS.items():
+            asked = ("flying", "depth_abs_rel", "depth_at_edges", "psnr_between", "psnr_beyond")
+            flying, *errors = (found[f"host_{arm}", metric] for metric in asked)
+            shown = [f"{flying:.1%}", *(f"{error:.3f}" for error in errors[:2]), *(f"{db:.2f}" for db in errors[2:])]
+            lines.append(f"{name:<32}" + "".join(f"{value:>14}" for value in shown))
+        lines += ["", f"pictures {self.picture}", f"         {self.hosts}", *(f"splat    {path}" for path in self.splats.values())]
         return "\n".join([*lines, f"truth    {self.truth}", f"results  {self.path / 'results.json'}"])
 
 
@@ -129,7 +147,38 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
         run.figures / "cloud.png",
         title=f"a room from {cfg.views} views: from above, and as seen from beyond them",
     )
+    _hosts(cfg, run, device)
     return DemoReport.of(run)
+
+
+def _hosts(cfg: DemoConfig, run: Run, device: torch.device) -> None:
+    """Grade both arms of the packaged host, and draw them in the first room."""
+    shown: dict[str, tuple[Tensor, Tensor]] = {}
+    first = 600 + cfg.rooms * cfg.seed
+    loaded = {arm: load_host(arm, device=device) for arm in HOSTS}
+    size = loaded["pm"].config.size
+    scenes = [graded_rooms([first + room], cfg.targets, size, device=device) for room in range(cfg.rooms)]
+    beyond = scenes[0].beyond
+    assert beyond is not None
+    context = scenes[0].context
+    true_splat = _splat(context, scenes[0].distance.log())
+    shown["true"] = (true_splat.means[0], beyond.image_01[0])
+    for arm, one in loaded.items():
+        host = one.host.eval()
+        for metric, values in grading.grade(host, scenes).items():
+            unit, better = grading.METRICS[metric]
+            run.row(metric, float(values.mean()), unit=unit, better=better, n=cfg.rooms, variant=f"host_{arm}")
+        with torch.inference_mode():
+            splat = host(context).gaussians
+            picture = render(splat, beyond.cam_to_world, beyond.intrinsics_norm, beyond.size)
+        write_ply(splat[0], run.artifacts / f"host_{arm}.ply")
+        shown[HOSTS[arm]] = (splat.means[0], picture.image_01[0])
+    plots.clouds(
+        shown,
+        true_splat.sh[0, :, :, 0] * C0 + 0.5,
+        run.figures / "hosts.png",
+        title="a room that the tiny host was not trained on, from 2 views: from above, and as seen from beyond them",
+    )
 
 
 def _own_frame(points: Tensor, seed: int) -> Tensor:
