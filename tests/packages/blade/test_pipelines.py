@@ -645,7 +645,10 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(folders, caches, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cache": None}, "give prompts"),
+        ({"cache": None}, "give prompts.*; got neither"),
+        ({"prompt_file": Path("p")}, "give prompts.*; got both"),
+        ({"preset": "tiny", "attention": SPARSE}, "give preset or attention, not both"),
+        ({"objective": "tiny", "tdm": TDM}, "give objective or tdm, not both"),
         ({"objective": "none"}, "no objective 'none'"),
         ({"loop": LoopConfig(micro_batch=2)}, "micro_batch must be 1"),
         ({"sample_every": -1}, "sample_every must not be negative"),
