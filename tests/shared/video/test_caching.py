@@ -148,7 +148,7 @@ def test_a_cache_of_something_else_is_refused(folders, tmp_path):
     with pytest.raises(CheckpointError, match=r"run is no folder .*run.artifacts.prompts is one"):
         Cache.open(run)
     (tmp_path / "cache" / "000000.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match=r"000000\.safetensors cannot be read: .*\. Delete it"):
+    with pytest.raises(CheckpointError, match=r"000000\.safetensors cannot be read: .*\. Fill a new"):
         Cache.open(tmp_path / "cache").item(0)
     with pytest.raises(ValueError, match="there is no prompt to encode"):
         fill_cache(tmp_path / "other", [], str(folders["wan"]), **CPU)

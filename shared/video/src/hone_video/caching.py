@@ -381,6 +381,4 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read: {error}. Delete it, and run the command that filled the folder again"
-        ) from error
+        raise CheckpointError(f"{file} cannot be read: {error}. Fill a new folder") from error
