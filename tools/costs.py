@@ -94,6 +94,29 @@ def independent(root: Path = ROOT) -> list[list[str]]:
         rate = measured(file, {"metric": "rate", "variant": variant, "batch": batch, "large_batch": 1}, root)
         rates = [_number(3600 * rate * count) for count in GPUS]
         rows.append([what, f"{1000 / rate * batch:.3g} ms", *rates, "hone-rstitch serve", file])
+    return rows + batched(root)
+
+
+def batched(root: Path = ROOT) -> list[list[str]]:
+    """Further rows of such work, of calls that make several at a time and are timed in milliseconds."""
+    nar, zip_, splat = (
+        "nar/bench_l_h200.json",
+        "zipr1/bench_decode_h200.json",
+        "zpressor/bench_depthsplat_256x448_h200.json",
+    )
+    prompts = {"metric": "decode", "split": "20480 tokens, batch 64"}
+    rows = []
+    for what, file, where, batch in [
+        ("images of NAR-L in raster order, 64 at a time", nar, {"metric": "time", "variant": "raster-fused"}, 64),
+        ("the same by diagonals", nar, {"metric": "time", "variant": "fused"}, 64),
+        ("tokens by Qwen2.5-VL-7B, 64 prompts of 20,480 tokens", zip_, prompts | {"variant": "dense"}, 64),
+        ("the same, a quarter of each prompt kept", zip_, prompts | {"variant": "tau 0.25"}, 64),
+        ("scenes of 36 pictures by DepthSplat", splat, {"metric": "forward", "views": 36, "variant": "host alone"}, 1),
+        ("the same through ZPressor", splat, {"metric": "forward", "views": 36, "variant": "host with ZPressor"}, 1),
+    ]:
+        ms = measured(file, where | ({"batch": 64} if file == nar else {}), root)
+        rates = [_number(3_600_000 / ms * batch * count) for count in GPUS]
+        rows.append([what, f"{ms:.3g} ms", *rates, "-", file])
     return rows
 
 

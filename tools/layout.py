@@ -48,6 +48,12 @@ def _member(member: Member) -> list[str]:
     for name in ("pyproject.toml", "README.md"):
         if not (member.root / where / name).is_file():
             problems.append(f"{where}: {name} is missing")
+    # A wheel is made of the member's folder, and carries the licence.
+    copy, licence = member.root / where / "LICENSE", member.root / "LICENSE"
+    if not copy.is_file() or copy.read_bytes() != licence.read_bytes():
+        problems.append(f"{where}: LICENSE must be a copy of the root's")
+    if member.project.get("license-files") != ["LICENSE"]:
+        problems.append(f'{where}/pyproject.toml: expected license-files = ["LICENSE"]')
     for name in REQUIRED.get(member.kind, ()):
         if not (source / name).is_file():
             problems.append(f"{where}: src/{member.module}/{name} is missing")

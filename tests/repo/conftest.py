@@ -30,6 +30,7 @@ MEMBER_PYPROJECT = """
 [project]
 name = "{name}"
 version = "0.1.0"
+license-files = ["LICENSE"]
 dependencies = {dependencies}
 {more}
 """
@@ -41,6 +42,7 @@ class Tree:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.write("pyproject.toml", ROOT_PYPROJECT)
+        self.write("LICENSE", "Do as you please.\n")
         self.member("shared/core", "hone-core", ["torch>=2"])
         self.member(
             "kernels", "hone-kernels", ["torch>=2"], '[project.scripts]\nhone-kernels = "hone_kernels.cli:main"'
@@ -64,6 +66,7 @@ class Tree:
     def member(self, folder: str, name: str, dependencies: list[str], more: str = "") -> None:
         self.write(f"{folder}/pyproject.toml", MEMBER_PYPROJECT.format(name=name, dependencies=dependencies, more=more))
         self.write(f"{folder}/README.md", "# x\n")
+        self.write(f"{folder}/LICENSE", "Do as you please.\n")
         module = name.replace("-", "_")
         self.write(f"{folder}/src/{module}/__init__.py", "")
         self.write(f"{folder}/src/{module}/py.typed", "")

@@ -58,6 +58,18 @@ def test_bad_pyproject(tree, folder, old, new, problem):
     assert any(problem in line for line in layout.check(tree.path))
 
 
+def test_a_wheel_carries_the_licence(tree):
+    tree.write("LICENSE", "Do as we please.\n")
+    assert len(layout.check(tree.path)) == 3
+    tree.write("LICENSE", "Do as you please.\n")
+    tree.remove("kernels/LICENSE")
+    tree.pyproject("packages/alpha", 'license-files = ["LICENSE"]', "")
+    assert layout.check(tree.path) == [
+        "kernels: LICENSE must be a copy of the root's",
+        'packages/alpha/pyproject.toml: expected license-files = ["LICENSE"]',
+    ]
+
+
 def test_member_without_tests(tree):
     tree.remove("tests/kernels")
     assert layout.check(tree.path) == ["kernels: no tests in tests/kernels"]

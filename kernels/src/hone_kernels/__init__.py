@@ -1,3 +1,3 @@
 """GPU kernels of hone, one folder per op."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

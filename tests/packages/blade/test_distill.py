@@ -37,9 +37,11 @@ SMOKE = DistillConfig(
 
 @pytest.fixture
 def host(tmp_path):
-    """An untrained host whose output is not zero."""
-    made = Host.untrained(TINY)
-    torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    """An untrained host whose output is not zero, and depends on text and time, whose weights begin as zeros."""
+    made, generator = Host.untrained(TINY), torch.Generator().manual_seed(0)
+    for weight in made.transformer.parameters():
+        if weight.ndim > 1 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
     return save_host(made, tmp_path / "host.safetensors")
 
 
@@ -111,6 +113,17 @@ def test_parts_of_a_batch_add_up(host, tmp_path):
     for name in ("fake_loss", "loss", "gap"):
         torch.testing.assert_close(found[name], (values[0][name] + values[1][name]) / 2)
         assert values[0][name] != values[1][name]
+
+
+def test_a_checkpointed_update_is_the_plain_one(host, tmp_path):
+    """Blocks are computed again with the adapter that they were computed with, once the two differ."""
+    found = []
+    for again in (False, True):
+        cfg = replace(SMOKE, checkpointing=again, graphs=False)
+        made = losses(host, cfg, tmp_path / f"{again}.pt", until=2)[1]
+        found.append([*made.trio.student.parameters, *made.trio.fake.parameters])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_each_step_part_and_stage_has_numbers_of_its_own(host, tmp_path):
@@ -216,6 +229,7 @@ def test_the_teacher_is_guided_within_its_levels(host, tmp_path):
         conditional, unconditional = (made.trio.network("teacher", x)(state, time) for x in (text, empty))
     torch.testing.assert_close(found[::2], conditional[::2])
     torch.testing.assert_close(found[1], (unconditional + 3 * (conditional - unconditional))[1])
+    assert (conditional - unconditional).abs().max() > 1e-2
 
 
 def test_a_fake_score_that_diverged_is_left_alone_if_asked(host, tmp_path):

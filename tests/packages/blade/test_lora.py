@@ -252,6 +252,10 @@ def test_files_that_are_not_there_or_not_safetensors(tmp_path, monkeypatch):
         load_blade_lora(model, tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match=f"holds no {FILE_NAME}$"):
         load_blade_lora(model, tmp_path)
+    (tmp_path / "run" / "artifacts").mkdir(parents=True)
+    (tmp_path / "run" / "artifacts" / FILE_NAME).touch()
+    with pytest.raises(CheckpointError, match=f"it has artifacts.{FILE_NAME}: name the file"):
+        load_blade_lora(model, tmp_path / "run")
     torch.save({}, tmp_path / "x.bin")
     with pytest.raises(CheckpointError, match=r"only \.safetensors files are read"):
         load_blade_lora(model, tmp_path / "x.bin")

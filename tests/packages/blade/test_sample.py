@@ -373,6 +373,28 @@ def test_lora_brings_its_settings_and_its_licence(folders, tmp_path, caplog):
     assert (read(report.videos[0]) != read(without.videos[0])).any()
 
 
+def test_a_lora_that_does_not_fit_is_named_before_anything_is_loaded(folders, tmp_path):
+    fitting = adapter(tmp_path, 0, SPARSE)
+    find_inputs(config(folders["wan"], lora=fitting, attention=None))
+    with pytest.raises(CheckpointError, match="does not fit this CogVideoXTransformer3DModel: 16 unknown tensors"):
+        find_inputs(config(folders["cogvideox"], lora=fitting, attention=None))
+    tensors = load_file(fitting)
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    changes = {
+        "tensors of another shape": {name: tensors[name][:, :1].contiguous()},  # of another rank
+        "1 unknown tensors": {"transformer.blocks.0.ffn.net.2.lora_A.weight": torch.zeros(4, 8)},  # of another target
+    }
+    for message, change in changes.items():
+        save_file(tensors | change, tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            find_inputs(config(folders["wan"], lora=str(tmp_path / "other.safetensors")))
+    tiny_pipeline("wan", transformer_2=tiny("wan", seed=1, num_layers=2), boundary_ratio=0.5).save_pretrained(
+        tmp_path / "wan22"
+    )
+    with pytest.raises(CheckpointError, match="does not fit this WanTransformer3DModel: 16 missing"):
+        find_inputs(config(tmp_path / "wan22", lora=fitting, lora_2=fitting, attention=None))
+
+
 def test_settings_that_leave_every_step_dense_are_refused(folders, tmp_path, monkeypatch):
     dense = dataclasses.replace(SPARSE, dense_steps=2)
     model = tiny("wan", num_layers=1)

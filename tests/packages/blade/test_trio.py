@@ -38,6 +38,22 @@ def test_all_three_begin_as_the_teacher(made, inputs):
             torch.testing.assert_close(trio.network(role, TEXT)(*inputs), expected)
 
 
+def test_each_role_has_its_own_adapter_and_the_teacher_none(made, inputs):
+    _, trio = made
+    trio.dense = True
+    with torch.no_grad():
+        for parameter in (*trio.student.parameters, *trio.fake.parameters):
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(parameter)))
+        for parameter in trio.fake.parameters:
+            parameter.neg_().mul_(2)
+        student, fake = (trio.network(role, TEXT)(*inputs) for role in ("student", "fake"))
+        teacher = trio.network("teacher", TEXT)(*inputs)
+        assert torch.equal(trio.network("student", TEXT)(*inputs), student)
+        torch.testing.assert_close(teacher, call(tiny("wan"), *inputs, TEXT))
+        for one, other in ((student, teacher), (fake, teacher), (student, fake)):
+            assert (one - other).abs().max() > 1e-3
+
+
 def test_the_attention_goes_with_the_role(made, inputs):
     _, trio = made
     with torch.no_grad():

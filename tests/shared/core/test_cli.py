@@ -118,7 +118,7 @@ def test_no_verb_and_unknown_verb_are_usage_errors(call):
 
 
 def test_version(call):
-    assert call("--version")[:2] == (0, "hone-core 0.1.0\n")
+    assert call("--version")[:2] == (0, "hone-core 0.2.0\n")
 
 
 def test_verb_help_shows_flags_with_their_docs(call):

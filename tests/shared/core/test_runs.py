@@ -30,7 +30,7 @@ def test_files_of_a_finished_run(tmp_path):
     assert {k: results[k] for k in ("schema", "package", "version", "verb", "preset", "seed", "status")} == {
         "schema": 1,
         "package": "hone-core",
-        "version": "0.1.0",
+        "version": "0.2.0",
         "verb": "demo",
         "preset": "tiny",
         "seed": 3,
@@ -53,7 +53,7 @@ def test_files_of_a_finished_run(tmp_path):
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": "nan"}]
     assert json.loads((run.path / "config.json").read_text()) == {"block": 128, "layers": [1, 2]}
-    assert json.loads((run.path / "environment.json").read_text())["packages"]["hone-core"] == "0.1.0"
+    assert json.loads((run.path / "environment.json").read_text())["packages"]["hone-core"] == "0.2.0"
     assert {p.name for p in run.path.iterdir()} == {
         "config.json",
         "environment.json",

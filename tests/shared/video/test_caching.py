@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import imageio
 import numpy as np
@@ -142,6 +143,13 @@ def test_a_cache_of_something_else_is_refused(folders, tmp_path):
         Cache.open(tmp_path / "cache", encoder=other)
     with pytest.raises(CheckpointError, match="is no folder of encoded prompts"):
         Cache.open(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "cache", run / "artifacts" / "prompts")
+    with pytest.raises(CheckpointError, match=r"run is no folder .*run.artifacts.prompts is one"):
+        Cache.open(run)
+    (tmp_path / "cache" / "000000.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"000000\.safetensors cannot be read: .*\. Fill a new"):
+        Cache.open(tmp_path / "cache").item(0)
     with pytest.raises(ValueError, match="there is no prompt to encode"):
         fill_cache(tmp_path / "other", [], str(folders["wan"]), **CPU)
 

@@ -1,4 +1,5 @@
 import json
+import logging
 from functools import partial
 
 import huggingface_hub
@@ -216,3 +217,15 @@ def test_another_shift_is_the_same_sampler_at_other_noise_levels(name, made):
 def test_a_sampler_without_a_shift_of_its_own_gets_none(own):
     with pytest.raises(ValueError, match=f"{type(own).__name__} has no timestep shift of its own to set"):
         with_flow_shift(own, 5.0)
+
+
+def test_a_quiet_command_shows_no_loading(folders, capsys, caplog):
+    """Configs are read without a bar, weights with one unless only warnings are shown; both libraries stay as set."""
+    given = {"device": torch.device("cpu"), "dtype": torch.float32}
+    pipeline_on_meta(str(folders["wan"]), "WanPipeline")
+    with caplog.at_level(logging.WARNING, "hone_video"):
+        load_pipeline(str(folders["wan"]), "WanPipeline", **given)
+    assert capsys.readouterr().err == ""
+    with caplog.at_level(logging.INFO, "hone_video"):
+        load_pipeline(str(folders["wan"]), "WanPipeline", **given)
+    assert "Loading pipeline components" in capsys.readouterr().err

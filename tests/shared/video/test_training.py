@@ -113,6 +113,10 @@ def test_what_is_no_checkpoint_is_refused(whole, tmp_path):
         train(tmp_path / "run", steps=6, stop=3)
     with pytest.raises(CheckpointError, match="is no checkpoint of this training"):
         train(tmp_path / "run", steps=6, kind="full")
+    (file,) = (tmp_path / "run" / "checkpoints").glob("*/*.distcp")
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"of this training \([\w :]+\)\. Pass another --out"):
+        train(tmp_path / "run", steps=6)
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(tmp_path, monkeypatch):

@@ -15,4 +15,4 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "models": ["BladeHandle", "attach"],
     },
 )
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -867,7 +867,8 @@ class EncodeConfig:
         _at_least_one(self, "limit", "height", "width", "frames")
         if (self.prompt_file is None) == (self.image_folder is None):
             raise ValueError(
-                "give prompts: --prompt-file FILE, one a line, or for an image-to-video pipeline --image-folder FOLDER"
+                "give prompts: --prompt-file FILE, one a line, or for an image-to-video pipeline --image-folder "
+                f"FOLDER; got {'neither' if self.prompt_file is None else 'both'}"
             )
         if self.image_folder is None and (self.height, self.width, self.frames) != (None, None, None):
             raise ValueError("height, width and frames are those of videos that begin with images; pass --image-folder")
@@ -929,7 +930,13 @@ class PipelineDistillConfig:
 
     def __post_init__(self) -> None:
         if (self.prompt_file is None) == (self.cache is None):
-            raise ValueError("give prompts: --prompt-file FILE, one a line, or --cache FOLDER of encode-prompts")
+            raise ValueError(
+                "give prompts: --prompt-file FILE, one a line, or --cache FOLDER of encode-prompts; got "
+                f"{'neither' if self.cache is None else 'both'}"
+            )
+        for name, settings in (("preset", "attention"), ("objective", "tdm")):
+            if None not in (getattr(self, name), getattr(self, settings)):
+                raise ValueError(f"give {name} or {settings}, not both")
         known_preset(self.preset)
         if self.objective is not None and self.objective not in TDM_PRESETS:
             raise ValueError(f"no objective {self.objective!r}; there are {', '.join(TDM_PRESETS)}")

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 from .config import BladeConfig, Rollout
 
-__all__ = ["FILE_NAME", "LoraReport", "Transformer", "check_part", "expected_keys", "find_lora", "load_blade_lora"]
+__all__ = [
+    "FILE_NAME",
+    "LoraReport",
+    "Transformer",
+    "check_lora",
+    "check_part",
+    "expected_keys",
+    "find_lora",
+    "load_blade_lora",
+]
 __all__ += ["lora_header", "lora_targets", "read_student", "save_blade_lora", "save_student"]
 
 log = logging.getLogger(__name__)
@@ -189,7 +198,11 @@ def find_lora(path: str | Path, *, local_files_only: bool = False) -> Path:
     if local.is_dir():
         local = local / FILE_NAME
         if not local.is_file():
-            others = sorted(p.name for p in local.parent.glob("*.safetensors"))
+            others = sorted(
+                str(p.relative_to(local.parent))
+                for at in ("", "artifacts/")
+                for p in local.parent.glob(f"{at}*.safetensors")
+            )
             hint = f"; it has {_few(others)}: name the file" if others else ""
             raise CheckpointError(f"{local.parent} holds no {FILE_NAME}{hint}")
     if local.suffix and local.suffix != ".safetensors" and (local.exists() or local.suffix in _PICKLES):
@@ -309,6 +322,16 @@ def lora_header(config: BladeConfig | None, rollout: Rollout | None, part: Trans
     stated = {_CONFIG_KEY: config, _ROLLOUT_KEY: rollout}
     header = {key: json.dumps(to_dict(value)) for key, value in stated.items() if value is not None}
     return header if part is None else header | {_PART_KEY: part}
+
+
+def check_lora(file: str | Path, model: nn.Module) -> None:
+    """Refuse weights that are not of the layout of a transformer, which may be on the meta device; none are read.
+
+    Raises:
+        TypeError: The model's class has no such layout.
+        CheckpointError: They are not.
+    """
+    _check(Path(file), _read_header(Path(file))[0], model)
 
 
 def check_part(file: str | Path, part: Transformer) -> None:

@@ -284,12 +284,18 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
         run: The run, entered.
 
     Raises:
-        CheckpointError, FileNotFoundError, ValueError: As ``plan_of``.
+        CheckpointError, FileNotFoundError: As ``plan_of``.
+        ValueError: Likewise; or the batch cannot be shared out over the processes, or accelerate was asked for FSDP.
         OSError: A checkpoint cannot be written; the one before is intact.
         RuntimeError: A loss became infinite.
     """
     plan = plan_of(cfg)
     loop = Loop(cfg.loop, run, bf16={"auto": None, "bfloat16": True, "float32": False}[cfg.dtype])
+    if loop.accelerator.is_fsdp2:
+        raise ValueError(
+            "distill-pipeline shares the transformer out over the processes by itself: pass --shard, and launch "
+            "without --use_fsdp"
+        )
     dtype = resolve_dtype(cfg.dtype, loop.device)
     if cfg.cache is None:
         assert cfg.prompt_file is not None

@@ -31,6 +31,7 @@ from hone_video.pipelines import (
     load_pipeline,
     load_transformer,
     make_scheduler,
+    pipeline_on_meta,
     pipeline_parts,
 )
 from hone_video.videos import make_videos, missing_videos, video_name
@@ -41,6 +42,7 @@ from .lora import (
     _read_config,
     _read_header,
     _read_rollout,
+    check_lora,
     check_part,
     find_lora,
     load_blade_lora,
@@ -157,6 +159,11 @@ def find_inputs(cfg: GenerateConfig) -> Inputs:
     for file, part in parts:
         if two and file is not None:
             check_part(file, part)
+    if lora is not None or lora_2 is not None:
+        bare = pipeline_on_meta(cfg.model, name, local_files_only=cfg.local_files_only)
+        for file, part in parts:
+            if file is not None:
+                check_lora(file, getattr(bare, part))
     stated, rollout = _stated(lora, lora_2), _stated_rollout(lora, lora_2)
     if cfg.transformer is not None:
         stated, rollout = read_student(cfg.transformer)

@@ -14,4 +14,4 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "models": ["KnockoutHandle", "attach"],
     },
 )
-__version__ = "0.1.0"
+__version__ = "0.2.0"

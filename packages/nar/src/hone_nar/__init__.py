@@ -22,4 +22,4 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "transformer": ["LlamaGenForImageGeneration", "NARForImageGeneration", "NARForVideoGeneration"],
     },
 )
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -17,4 +17,4 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "teachers": ["DepthTeacher", "OracleTeacher", "PointMap", "PrecomputedTeacher", "Shots"],
     },
 )
-__version__ = "0.1.0"
+__version__ = "0.2.0"

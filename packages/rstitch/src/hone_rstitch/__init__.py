@@ -16,4 +16,4 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "vocabulary": ["Vocabulary"],
     },
 )
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -5,7 +5,7 @@ Import the submodules (``from hone_core.runs import Run``); none of them loads t
 
 from hone_core.lazy import lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,

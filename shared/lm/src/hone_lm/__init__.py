@@ -19,4 +19,4 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "video": ["Clip", "read_video"],
     },
 )
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -242,7 +242,8 @@ class Cache:
         try:
             header = json.loads((path / "cache.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no folder of encoded prompts: {error}") from error
+            inside = [f"; {file.parent} is one" for file in sorted(path.glob("artifacts/*/cache.json"))]
+            raise CheckpointError(f"{path} is no folder of encoded prompts: {error}{next(iter(inside), '')}") from error
         if header.get("schema") != SCHEMA:
             raise CheckpointError(f"{path} is of another version; fill a new folder")
         if encoder is not None and header["encoder"] != encoder:
@@ -374,6 +375,10 @@ def _name(index: int) -> str:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(file)
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Fill a new folder") from error

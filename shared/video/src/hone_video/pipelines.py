@@ -6,13 +6,15 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLWan,
@@ -204,9 +206,10 @@ def load_pipeline(
     known = inspect.signature(kind.pipeline.__init__).parameters
     given: Any = {part: None for part in leave_out if part in known} | dict(ready or {})
     try:
-        pipe = kind.pipeline.from_pretrained(
-            model, dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir(), **given
-        )
+        with _loading_bars(log.isEnabledFor(logging.INFO)):
+            pipe = kind.pipeline.from_pretrained(
+                model, dtype=dtypes, local_files_only=local_files_only or Path(model).is_dir(), **given
+            )
     except OSError as error:
         raise CheckpointError(f"{model} could not be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -312,7 +315,8 @@ def pipeline_on_meta(model: str, name: str, *, local_files_only: bool = False) -
                 config: Any = of.load_config(model, subfolder=part, local_files_only=local) if part in there else None
                 with torch.device("meta"):
                     parts[part] = None if config is None else of.from_config(config)
-        return kind.pipeline.from_pretrained(model, local_files_only=local, **parts)
+        with _loading_bars(False):
+            return kind.pipeline.from_pretrained(model, local_files_only=local, **parts)
     except OSError as error:
         raise CheckpointError(f"{model} could not be read: {error}") from error
 
@@ -324,9 +328,24 @@ def load_transformer(folder: str | Path, name: str, *, dtype: torch.dtype) -> An
         CheckpointError: It cannot be read.
     """
     try:
-        return _TRANSFORMERS[PIPELINES[name].family].from_pretrained(str(folder), dtype=dtype)
+        with _loading_bars(log.isEnabledFor(logging.INFO)):
+            return _TRANSFORMERS[PIPELINES[name].family].from_pretrained(str(folder), dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} could not be loaded: {error}") from error
+
+
+@contextmanager
+def _loading_bars(shown: bool) -> Iterator[None]:
+    """Progress of diffusers and transformers while they load, where it is to be shown; it is drawn on stderr."""
+    libraries: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
+    silenced = [library for library in libraries if not shown and library.is_progress_bar_enabled()]
+    for library in silenced:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in silenced:
+            library.enable_progress_bar()
 
 
 _TRANSFORMERS: dict[str, Any] = {"wan": WanTransformer3DModel, "cogvideox": CogVideoXTransformer3DModel}

@@ -352,8 +352,9 @@ class Loop:
             for name, group in self.groups.items():
                 group.updates = facts["updates"][name]
         except Exception as error:  # torch raises whatever the damage makes it meet
-            what = " ".join(str(error).split())[-300:]
-            raise CheckpointError(f"{found[-1]} is no checkpoint of this training ({what}). {again}") from error
+            raise CheckpointError(
+                f"{found[-1]} is no checkpoint of this training ({_cause(error)}). {again}"
+            ) from error
         self.run.forget_after(self.step)
         log.info("resuming at step %d", self.step)
         return True
@@ -403,8 +404,13 @@ def _checkpointing() -> Iterator[Any]:
         try:
             yield dcp
         except dcp.CheckpointException as error:
-            what = " ".join(str(error).split())[-300:]
-            raise OSError(f"a checkpoint could not be written or read: {what}") from error
+            raise OSError(f"a checkpoint could not be written or read: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What an error says in its last line; torch's own begin with the tracebacks of all processes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][-300:] if lines else type(error).__name__
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -20,4 +20,4 @@ __getattr__, __dir__, __all__ = _lazy_names(
         "var": ["VAR", "VAR_SIZES"],
     },
 )
-__version__ = "0.1.0"
+__version__ = "0.2.0"
