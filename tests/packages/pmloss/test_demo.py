@@ -13,7 +13,8 @@ def test_the_demo_leaves_clouds_that_the_report_reads(start):
     assert {variant for variant, _ in values} == {*ARMS, *(f"host_{arm}" for arm in HOSTS)}
     assert all(values[f"host_{arm}", "psnr_between"] > 17 for arm in HOSTS)
     assert values["pm_normalised", "band_error"] < values["photometric", "band_error"]
-    assert report.picture.is_file() and report.hosts.is_file()
+    assert report.picture.is_file()
+    assert report.hosts.is_file()
     assert "with PM-Loss" in str(report)
     assert len(read_ply(report.splats["pm"])) == 2 * 16 * 16
     assert len(read_ply(report.splats["host_pm"])) == 2 * 64 * 64

@@ -101,7 +101,12 @@ class DemoReport(Report):
             flying, *errors = (found[f"host_{arm}", metric] for metric in asked)
             shown = [f"{flying:.1%}", *(f"{error:.3f}" for error in errors[:2]), *(f"{db:.2f}" for db in errors[2:])]
             lines.append(f"{name:<32}" + "".join(f"{value:>14}" for value in shown))
-        lines += ["", f"pictures {self.picture}", f"         {self.hosts}", *(f"splat    {path}" for path in self.splats.values())]
+        lines += [
+            "",
+            f"pictures {self.picture}",
+            f"         {self.hosts}",
+            *(f"splat    {path}" for path in self.splats.values()),
+        ]
         return "\n".join([*lines, f"truth    {self.truth}", f"results  {self.path / 'results.json'}"])
 
 
