@@ -10,6 +10,7 @@ from hone_zpressor import evaluate as module
 from hone_zpressor.config import EvalConfig
 from hone_zpressor.data import graded_rooms
 from hone_zpressor.evaluate import evaluate, prepare
+from hone_zpressor.grading import with_settings
 from hone_zpressor.host import load_host
 
 
@@ -25,7 +26,7 @@ def chunks(tmp_path):
 
 def test_scenes_are_graded_once_and_as_by_hand(chunks, stored, start, monkeypatch):
     cfg = EvalConfig(
-        chunks=chunks / "test", index=chunks / "index.json", model="tiny", checkpoint=stored(), anchors=3, size=(32, 32)
+        chunks=chunks / "test", index=chunks / "index.json", model="tiny", checkpoint=stored(), anchors=2, size=(32, 32)
     )
     prepare(cfg)
     real, calls = module.render, []
@@ -44,9 +45,11 @@ def test_scenes_are_graded_once_and_as_by_hand(chunks, stored, start, monkeypatc
     assert len(calls) == 3
     found = {row.metric: row for row in report.rows}
     assert found["psnr"].n == 2
-    assert found["gaussians"].value == 3 * 32 * 32
+    assert found["gaussians"].value == 2 * 32 * 32
+    half = 1.96 * found["psnr"].spread / 2**0.5
+    assert found["psnr"].interval == pytest.approx((found["psnr"].value - half, found["psnr"].value + half))
     context = graded_rooms([0, 1], 8, 1, 32).context
-    tiny = load_host("zpressor", path=cfg.checkpoint)
+    tiny = with_settings(load_host("zpressor", path=cfg.checkpoint), anchors=2)
     given, asked = (context.take(torch.tensor([rows, rows])) for rows in ([0, 2, 3, 5, 7], [1, 4]))
     with torch.inference_mode():
         drawn = render(tiny.host(given).gaussians, asked.cam_to_world, asked.intrinsics_norm, (32, 32), near=0.08)

@@ -89,6 +89,31 @@ def test_random_anchors_are_a_seed(host, views):
     assert all(len(set(row)) == 3 for row in chosen[2])
 
 
+def test_overlap_is_between_the_least_and_the_largest_depth(host, views, monkeypatch):
+    asked = []
+
+    def record(poses, inner, near, far):
+        asked.append((near, far))
+        return torch.eye(len(poses))
+
+    monkeypatch.setattr("hone_zpressor.models.overlap", record)
+    bounds = torch.ones_like(views.near)
+    bounds[0, 2] = 0.5
+    given = replace(views, near=bounds, far=4 / bounds)
+    with attach(host, replace(CONFIG, selection="overlap")) as handle:
+        handle.compressor.anchors_of(given)
+    assert asked == [(0.5, 8.0), (1.0, 4.0)]
+
+
+def test_a_compressor_is_of_its_hosts_precision(small):
+    host = tiny(small).double()
+    with attach(host, CONFIG) as handle:
+        assert {part.dtype for part in handle.compressor.parameters()} == {torch.float64}
+        assert not handle.compressor.training
+    with attach(host.train(), CONFIG) as handle:
+        assert handle.compressor.training
+
+
 def test_what_cannot_be_attached_is_named(host):
     with pytest.raises(TypeError, match="Linear has no place for a compressor"):
         attach(torch.nn.Linear(2, 2))

@@ -52,14 +52,15 @@ def test_a_folder_becomes_a_splat_and_a_flight_and_goes_on_where_it_broke_off(
     folder, start, stored, tmp_path, monkeypatch
 ):
     cfg = RenderConfig(
-        colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3, size=(32, 32), frames=12, prune=0.0,
+        colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3, size=(32, 32), frames=12, prune=0.5,
         splat=tmp_path / "own.splat", video=tmp_path / "own.mp4",
     )  # fmt: skip
     prepare(cfg)
-    calls, real = [], photographs.render
+    calls, nears, real = [], set(), photographs.render
 
     def count(*args, **kwargs):
         calls.append(args[1].shape[1])
+        nears.add(kwargs["near"])
         if len(calls) == 2:
             raise RuntimeError("the machine went away")
         return real(*args, **kwargs)
@@ -73,11 +74,13 @@ def test_a_folder_becomes_a_splat_and_a_flight_and_goes_on_where_it_broke_off(
         report = render_capture(cfg, run)
     assert calls == [8, 4, 4]
     cloud = read_ply(report.splat)
-    assert len(cloud) == 3 * 32 * 32
+    assert 0 < len(cloud) < 3 * 32 * 32
+    assert float(cloud.opacities.min()) > 0.499
     assert len(read_splat(tmp_path / "own.splat")) == len(cloud)
     assert (tmp_path / "own.mp4").read_bytes() == report.video.read_bytes()
     # In the capture's units: every Gaussian lies within the depth range that was looked for.
     scale = next(row.value for row in report.rows if row.metric == "scale_to_the_host")
+    assert [*nears] == [pytest.approx(0.2 * 0.4 / scale)]
     centres = capturefiles.room(views=8)[1][:, :3, 3].float()
     assert float(torch.cdist(cloud.means, centres).amin(1).max()) <= 12.0 / scale
 
@@ -127,6 +130,7 @@ def test_a_budget_chooses_the_anchors(folder, start, stored):
     rows = {row.metric: row.value for row in report.rows}
     assert rows["anchors"] == 6
     assert rows["gaussians"] == 6 * 32 * 32
+    assert "gaussians                                6144\n" in str(report)
     small = RenderConfig(**settings, budget_seconds=1e-9)
     with pytest.raises(ValueError, match="is too small: a forward with 2 anchors takes"), start(small, "less") as run:
         render_capture(small, run)

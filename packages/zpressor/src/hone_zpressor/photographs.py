@@ -15,7 +15,7 @@ from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError
 from hone_core.io import atomic_path, atomic_write_json
 from hone_core.progress import progress_bar
-from hone_core.runs import Report, Run
+from hone_core.runs import Report, Row, Run
 from hone_splat.cameras import fly_through
 from hone_splat.captures import Capture, SceneRange, fit_range, load_views, overlap, read_colmap, read_transforms
 from hone_splat.files import read_ply, write_ply
@@ -70,7 +70,7 @@ class DoctorReport(Report):
         return cls(path=run.path, rows=tuple(run.rows), warnings=tuple(found))
 
     def __str__(self) -> str:
-        lines = [f"{row.metric.replace('_', ' '):<34} {row.value:>10.4g} {row.unit}".rstrip() for row in self.rows]
+        lines = [_line(row) for row in self.rows]
         lines += ["", *(f"! {text}" for text in self.warnings)] if self.warnings else ["", "nothing unusual"]
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
@@ -94,9 +94,14 @@ class RenderReport(Report):
         return cls(path=run.path, rows=tuple(run.rows), splat=splat, video=video)
 
     def __str__(self) -> str:
-        lines = [f"{row.metric.replace('_', ' '):<34} {row.value:>10.4g} {row.unit}".rstrip() for row in self.rows]
+        lines = [_line(row) for row in self.rows]
         lines += ["", f"splat    {self.splat}", f"video    {self.video}"]
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
+
+
+def _line(row: Row) -> str:
+    value = f"{row.value:.0f}" if row.value == int(row.value) else f"{row.value:.4g}"
+    return f"{row.metric.replace('_', ' '):<34} {value:>10} {row.unit}".rstrip()
 
 
 def read_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> tuple[Capture, SceneRange]:
