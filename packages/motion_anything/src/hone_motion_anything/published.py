@@ -179,7 +179,7 @@ class MaskTransformer(_Published):
         self, ids: Int[Tensor, "batch time 1"], condition: Condition, valid: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time 1 codes"]:
         """Logits of every token."""
-        hidden = torch.cat([torch.zeros_like(valid[:, :1]), ~valid], 1)
+        hidden = _hidden(valid, 1)
         out = self.seqTransEncoder(self._sequence(ids, condition), src_key_padding_mask=hidden)[1:]
         return self.output_process(out).transpose(0, 1)[:, :, None]
 
@@ -193,7 +193,7 @@ class MaskTransformer(_Published):
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time 1"]]:
         """Attention of the first layer, as for ``MotionTransformer``; one column has no parts to tell apart."""
         x = self._sequence(ids, condition)
-        hidden = torch.cat([torch.zeros_like(valid[:, :1]), ~valid], 1)
+        hidden = _hidden(valid, 1)
         layer: Any = self.seqTransEncoder.layers[0]
         _, weights = layer.self_attn(x, x, x, key_padding_mask=hidden, need_weights=True)
         if rows == "all":
@@ -233,15 +233,22 @@ class MaskTransformer2D(_Published):
         self.output_process = OutputProcess_Bert(codes, width)
         self.token_emb = nn.Embedding(codes + 2, code_dim)
 
+    def _said(self, condition: Condition, parts: int) -> Tensor:
+        """The text's row in every column ``[1, P, B, D]``."""
+        return self.said(condition).expand(parts, -1, -1)[None]
+
+    def _sequence(self, ids: Tensor, said: Tensor) -> Tensor:
+        x = self.input_process(self.token_emb(ids)).permute(1, 2, 0, 3)
+        return self.position2d_enc(torch.cat([said, x]))
+
     def forward(
         self, ids: Int[Tensor, "batch time parts"], condition: Condition, valid: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time parts codes"]:
         """Logits of every token."""
         batch, time, parts = ids.shape
-        said = self.said(condition).expand(parts, -1, -1)[None]  # [1, P, B, D]
-        x = self.input_process(self.token_emb(ids)).permute(1, 2, 0, 3)
-        x = self.position2d_enc(torch.cat([said, x]))
-        hidden = torch.cat([torch.zeros_like(valid[:, :1]), ~valid], 1)
+        said = self._said(condition, parts)
+        x = self._sequence(ids, said)
+        hidden = _hidden(valid, 1)
         x = _over_all(self.seqTransEncoder, x, hidden)
         x = self.position2d_enc(x)
         steps = valid.T.reshape(-1)  # time steps of all rows that are there; the text's row is none
@@ -266,15 +273,18 @@ class MaskTransformer2D(_Published):
         Columns are consecutive joints mixed by convolutions, and no parts of the body.
         """
         batch, time, parts = ids.shape
-        said = self.said(condition).expand(parts, -1, -1)[None]
-        x = self.input_process(self.token_emb(ids)).permute(1, 2, 0, 3)
-        x = self.position2d_enc(torch.cat([said, x])).flatten(0, 1)
-        hidden = torch.cat([torch.zeros_like(valid[:, :1]), ~valid], 1).repeat_interleave(parts, 1)
+        x = self._sequence(ids, self._said(condition, parts)).flatten(0, 1)
+        hidden = _hidden(valid, 1).repeat_interleave(parts, 1)
         layer: Any = _stack(self, 1).layers[0]
         _, weights = layer.self_attn(x, x, x, key_padding_mask=hidden, need_weights=True)
         asked = weights[:, :parts] if rows == "condition" else weights * ~hidden[..., None]
         found = asked.mean(1)[:, parts:].view(batch, time, parts)
         return found.sum(-1), found
+
+
+def _hidden(valid: Tensor, rows: int) -> Tensor:
+    """What is no key ``[B, rows + T]``: time steps past the end, and none of the rows before them."""
+    return F.pad(~valid, (rows, 0))
 
 
 def _stack(model: nn.Module, number: int) -> Any:
@@ -359,7 +369,7 @@ class ResidualTransformer(_Residual):
         level = ids.shape[-1]
         x = self.position_enc(self.input_process(self.history(ids)[:, :, 0]).transpose(0, 1))
         x = torch.cat([self.said(condition), self.level(level, len(ids)), x])
-        hidden = torch.cat([torch.zeros_like(valid[:, :1]).expand(-1, 2), ~valid], 1)
+        hidden = _hidden(valid, 2)
         out = self.output_process(self.seqTransEncoder(x, src_key_padding_mask=hidden)[2:])
         return self.project(out.transpose(0, 1)[:, :, None], level)
 
@@ -396,7 +406,7 @@ class ResidualTransformer2D(_Residual):
         batch, time, parts, level = ids.shape
         head = torch.cat([self.said(condition), self.level(level, batch)])[:, None].expand(-1, parts, -1, -1)
         x = self.input_process(self.history(ids)).permute(1, 2, 0, 3)
-        hidden = torch.cat([torch.zeros_like(valid[:, :1]).expand(-1, 2), ~valid], 1)
+        hidden = _hidden(valid, 2)
         x = _over_all(self.seqTransEncoder, self.position2d_enc(torch.cat([head, x])), hidden)[2:]
         steps = valid.T.reshape(-1)
         inner = self.position2d_enc(x).permute(1, 0, 2, 3).reshape(parts, time * batch, -1)

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 __all__ = [
-    "axis_angle_to_matrix",
     "axis_angle_to_quat",
     "between",
     "conjugate",
@@ -97,11 +96,6 @@ def axis_angle_to_quat(vector: Float[Tensor, "*dims 3"]) -> Float[Tensor, "*dims
     half = vector.norm(dim=-1, keepdim=True) / 2
     # sinc(x) = sin(pi x) / (pi x), and 1 at 0.
     return torch.cat([half.cos(), 0.5 * torch.sinc(half / torch.pi) * vector], -1)
-
-
-def axis_angle_to_matrix(vector: Float[Tensor, "*dims 3"]) -> Float[Tensor, "*dims 3 3"]:
-    """Rotation matrices of rotation vectors in radians."""
-    return to_matrix(axis_angle_to_quat(vector))
 
 
 def matrix_to_axis_angle(matrix: Float[Tensor, "*dims 3 3"]) -> Float[Tensor, "*dims 3"]:

@@ -48,7 +48,6 @@ _PASS = "hone_zipr1"
 """Argument of the decoder that takes a forward's ``_Pass`` to every layer's attention."""
 _TOLD = "hone_zipr1_tower"
 """Attribute of a vision tower's output: what its attention looked at."""
-_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 @dataclass
