@@ -84,7 +84,7 @@ def test_times_are_medians_of_warm_turns_that_alternate(host, answer, case, monk
             clock[0] += 0.005 if turns[-1] == "baseline" else 0.003
 
     monkeypatch.setattr(sample, "attach", noted)
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("hone_core.timing.time.perf_counter", lambda: clock[0])
     hook = host.model.register_forward_pre_hook(tick, with_kwargs=True)
     try:
         cfg = GenerateConfig(max_new_tokens=2, **case[1])

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 from hone_core.testing import requires_gpu
-from hone_core.timing import Stopwatch, _percentile, check_values, measure, measure_interleaved
+from hone_core.timing import AnswerWatch, Stopwatch, _percentile, check_values, measure, measure_interleaved
 
 
 def test_percentiles_by_hand():
@@ -59,6 +59,19 @@ def test_stopwatch():
     assert watch.peak_bytes is None
     with pytest.raises(KeyError), Stopwatch("cpu"):
         raise KeyError
+
+
+def test_answer_watch_sees_the_end_of_the_first_forward_alone():
+    model = torch.nn.Linear(2, 2)
+    with AnswerWatch(model) as watch:
+        time.sleep(0.01)
+        model(torch.zeros(2))
+        time.sleep(0.02)
+        model(torch.zeros(2))
+    assert 0.01 <= watch.prefill_seconds <= watch.seconds - 0.02
+    with pytest.raises(KeyError), AnswerWatch(model):
+        raise KeyError
+    assert not model._forward_hooks
 
 
 @requires_gpu()

@@ -11,19 +11,18 @@ true of different question mixes, so everything is reported per kind of question
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from hone_core.claims import SEEDS, verdict_over_seeds
+from hone_core.claims import SEEDS, VerdictReport, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
-from hone_core.runs import Report, Run, load_results
+from hone_core.runs import Run, load_results
 from hone_core.statistics import bootstrap_accuracies, paired
 
 from . import plots
@@ -53,20 +52,8 @@ MIXES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceReport(Report):
-    """Verdicts; as text, with their numbers.
-
-    Attributes:
-        verdict: contents of ``artifacts/verdict.json``.
-    """
-
-    verdict: dict[str, Any]
-
-    @classmethod
-    def of(cls, run: Run) -> Self:
-        """Return the report of a run whose rows are written."""
-        verdict = json.loads((run.artifacts / "verdict.json").read_text(encoding="utf-8"))
-        return cls(path=run.path, rows=tuple(run.rows), verdict=verdict)
+class ReproduceReport(VerdictReport):
+    """Verdicts; as text, with their numbers."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.verdict['hosts'])} host(s), {self.verdict['items']} questions each"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -12,6 +11,7 @@ import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run
+from hone_core.timing import AnswerWatch
 from hone_lm.checkpoints import load_model
 from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read_choices, to_model
 from hone_lm.decoders import find_decoder
@@ -232,37 +232,17 @@ class _Turn(NamedTuple):
 
 def _turn(model: Any, processor: Any, cfg: GenerateConfig, prompt: str, inputs: dict[str, Any]) -> _Turn:
     """Answer once with what is attached."""
-    gpu = model.device.type == "cuda"
-
-    def now() -> float:
-        if gpu:
-            torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
-
-    first: list[float] = []
-
-    def end(*_: Any) -> None:
-        # Only the first forward, the prefill, is waited for, so that decoding runs as it always does.
-        if not first:
-            first.append(now())
-
-    hook = model.register_forward_hook(end)
-    try:
-        begun = now()
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
+    answer: str | tuple[float, ...]
+    with AnswerWatch(model) as watch:
         if cfg.options:
             logits = model(**inputs, logits_to_keep=1).logits[0, -1]
-            stop = now()
-            tokens = option_token_ids(processor.tokenizer, prompt, cfg.options, style=cfg.style)
-            answer: str | tuple[float, ...] = read_choices(logits, tokens).probability
         else:
             out = model.generate(**inputs, max_new_tokens=cfg.max_new_tokens or WRITTEN, do_sample=False)
-            stop = now()
-            new = out[0, inputs["input_ids"].shape[1] :]
-            answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-    finally:
-        hook.remove()
-    prefill = stop if cfg.options else first[0]
-    peak = torch.cuda.max_memory_allocated() if gpu else None
-    return _Turn(answer, stop - begun, prefill - begun, stop - prefill, peak)
+    if cfg.options:
+        tokens = option_token_ids(processor.tokenizer, prompt, cfg.options, style=cfg.style)
+        answer = read_choices(logits, tokens).probability
+    else:
+        answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    whole = 1e3 * watch.seconds
+    prefill = whole if cfg.options else 1e3 * watch.prefill_seconds
+    return _Turn(answer, whole, prefill, whole - prefill, watch.peak_bytes)

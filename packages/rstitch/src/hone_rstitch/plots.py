@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from hone_core.plots import BLUE, GREY, INK, ORANGE, RED, drawing, error_bars, finish
+from hone_core.plots import BLUE, GREY, INK, ORANGE, RED, drawing, error_line, finish
 
 from .config import LARGE
 
@@ -40,17 +39,8 @@ def curve(lines: Mapping[str, Sequence[Outcome]], alone: Mapping[str, Outcome], 
             if not outcomes:
                 continue
             color, style, label = STYLES[name]
-            points = sorted(outcomes, key=lambda outcome: outcome.share)
-            bars = [error_bars(o.accuracy, o.interval, scale=100) for o in points]
-            axes.errorbar(
-                [100 * o.share for o in points],
-                [100 * o.accuracy for o in points],
-                yerr=np.concatenate(bars, 1),
-                fmt=style,
-                color=color,
-                label=label,
-                elinewidth=0.8,
-            )
+            points = [(o.share, o.accuracy, o.interval) for o in outcomes]
+            error_line(axes, points, style=style, color=color, label=label)
         for name, outcome in alone.items():
             axes.axhline(100 * outcome.accuracy, color=INK, linewidth=0.6, linestyle=(0, (1, 3)))
             axes.annotate(f"{name} model alone", (0, 100 * outcome.accuracy), va="bottom", fontsize=7)

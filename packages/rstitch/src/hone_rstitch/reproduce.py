@@ -13,17 +13,15 @@ Claim 6 is ours to ask: the paper's own figure finds the tokens around a harmful
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hone_core.claims import SEEDS, verdict_over_seeds
+from hone_core.claims import SEEDS, VerdictReport, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
-from hone_core.runs import Report, Run
+from hone_core.runs import Run
 
 from . import plots
 from .calibrate import matching_tau
@@ -57,20 +55,8 @@ TUNED = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceReport(Report):
-    """Verdicts; as text, with their numbers.
-
-    Attributes:
-        verdict: contents of ``artifacts/verdict.json``.
-    """
-
-    verdict: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, run: Run) -> ReproduceReport:
-        """Return the report of a finished run."""
-        verdict = json.loads((run.artifacts / "verdict.json").read_text(encoding="utf-8"))
-        return cls(path=run.path, rows=tuple(run.rows), verdict=verdict)
+class ReproduceReport(VerdictReport):
+    """Verdicts; as text, with their numbers."""
 
     def __str__(self) -> str:
         found = self.verdict

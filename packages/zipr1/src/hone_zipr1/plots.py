@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, drawing, error_bars, finish
+from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, drawing, error_line, finish
 
 if TYPE_CHECKING:
     from hone_core.runs import Row
@@ -40,17 +40,8 @@ def curve(lines: Mapping[str, Sequence[Outcome]], dense: Outcome, path: Path, *,
             if not outcomes:
                 continue
             color, style = STYLES[name]
-            points = sorted(outcomes, key=lambda outcome: outcome.tau)
-            bars = [error_bars(o.accuracy, o.interval, scale=100) for o in points]
-            axes.errorbar(
-                [100 * o.tau for o in points],
-                [100 * o.accuracy for o in points],
-                yerr=np.concatenate(bars, 1),
-                fmt=style,
-                color=color,
-                label=name,
-                elinewidth=0.8,
-            )
+            points = [(o.tau, o.accuracy, o.interval) for o in outcomes]
+            error_line(axes, points, style=style, color=color, label=name)
         axes.axhline(100 * dense.accuracy, color=INK, linewidth=0.6, linestyle=(0, (1, 3)))
         axes.annotate("dense", (axes.get_xlim()[0], 100 * dense.accuracy), va="bottom", fontsize=7)
         axes.set_xlabel("tokens kept, mean over layers, %")

@@ -7,23 +7,22 @@ the answer is reported whichever way it comes out.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from hone_core.claims import SEEDS, verdict_over_seeds
+from hone_core.claims import SEEDS, VerdictReport, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError
 from hone_core.hosts import read_facts
 from hone_core.io import atomic_write_json, save_state
 from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
-from hone_core.runs import Report, Run
+from hone_core.runs import Run
 from hone_core.statistics import bootstrap_interval
 from hone_core.training import HOST, LogFile, Training
 
@@ -76,20 +75,8 @@ NEEDED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceReport(Report):
-    """Verdicts; as text, with the numbers of every arm.
-
-    Attributes:
-        verdict: contents of ``artifacts/verdict.json``.
-    """
-
-    verdict: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, run: Run) -> ReproduceReport:
-        """Return the report of a finished run."""
-        verdict = json.loads((run.artifacts / "verdict.json").read_text(encoding="utf-8"))
-        return cls(path=run.path, rows=tuple(run.rows), verdict=verdict)
+class ReproduceReport(VerdictReport):
+    """Verdicts; as text, with the numbers of every arm."""
 
     def __str__(self) -> str:
         values = {(row.metric, row.variant, row.split): row for row in self.rows}

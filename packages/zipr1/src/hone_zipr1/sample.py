@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -13,6 +12,7 @@ import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run
+from hone_core.timing import AnswerWatch
 
 from .config import PRESETS, AskConfig, GenerateConfig, SparseConfig
 
@@ -216,30 +216,9 @@ class _Turn(NamedTuple):
 
 @torch.no_grad()
 def _turn(model: Any, processor: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> _Turn:
-    gpu = model.device.type == "cuda"
-
-    def now() -> float:
-        if gpu:
-            torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
-
-    first: list[float] = []
-
-    def end(*_: Any) -> None:
-        # Only the first forward, the prefill, is waited for, so that decoding runs as it always does.
-        if not first:
-            first.append(now())
-
-    hook = model.register_forward_hook(end)
-    try:
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        begun = now()
+    with AnswerWatch(model) as watch:
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
-        stop = now()
-    finally:
-        hook.remove()
     new = out.sequences[0, inputs["input_ids"].shape[1] :]
     answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-    peak = torch.cuda.max_memory_allocated() if gpu else None
-    return _Turn(answer, first[0] - begun, stop - first[0], stored_bytes(out.past_key_values), peak)
+    prefill = 1e3 * watch.prefill_seconds
+    return _Turn(answer, prefill, 1e3 * watch.seconds - prefill, stored_bytes(out.past_key_values), watch.peak_bytes)

@@ -17,6 +17,7 @@ __all__ = [
     "VERDICTS",
     "ClaimsReport",
     "MarginsReport",
+    "VerdictReport",
     "decided",
     "verdict_over_margins",
     "verdict_over_seeds",
@@ -112,8 +113,8 @@ def write_claims(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClaimsReport(Report):
-    """Verdicts; as text, with their numbers.
+class VerdictReport(Report):
+    """A verdict; a package says how it reads.
 
     Attributes:
         verdict: Contents of ``artifacts/verdict.json``.
@@ -123,9 +124,14 @@ class ClaimsReport(Report):
 
     @classmethod
     def of(cls, run: Run) -> Self:
-        """Return the report of a finished run."""
+        """Return the report of a run whose rows and verdict are written."""
         verdict = json.loads((run.artifacts / VERDICT).read_text(encoding="utf-8"))
         return cls(path=run.path, rows=tuple(run.rows), verdict=verdict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimsReport(VerdictReport):
+    """Verdicts; as text, with their numbers."""
 
     def __str__(self) -> str:
         found = self.verdict

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["BLUE", "FAULT", "GREEN", "GREY", "INK", "ORANGE", "PALETTE", "PAPER", "PINK", "RED", "SKY"]
-__all__ += ["Sheet", "drawing", "enlargement", "error_bars", "finish", "to_pixels", "wrap"]
+__all__ += ["Sheet", "drawing", "enlargement", "error_bars", "error_line", "finish", "to_pixels", "wrap"]
 
 INK, PAPER, FAULT = "#1b1f24", "#ffffff", "#b00020"
 """Text and lines; background; what went wrong."""
@@ -101,6 +101,33 @@ def error_bars(value: float, interval: Sequence[float] | None, *, scale: float =
     """
     low, high = interval or (value, value)
     return [[scale * max(0.0, value - low)], [scale * max(0.0, high - value)]]
+
+
+def error_line(
+    axes: Any, points: Sequence[tuple[float, float, Sequence[float]]], *, style: str, color: str, label: str
+) -> None:
+    """A line through values with their intervals, both axes in percent.
+
+    Args:
+        axes: To draw in.
+        points: Place, value and interval of each, as shares; in any order.
+        style: Of matplotlib, such as ``o-``.
+        color: Of line and bars.
+        label: In the legend.
+    """
+    import numpy as np
+
+    places, values, intervals = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    bars = [error_bars(value, interval, scale=100) for value, interval in zip(values, intervals, strict=True)]
+    axes.errorbar(
+        [100 * place for place in places],
+        [100 * value for value in values],
+        yerr=np.concatenate(bars, 1),
+        fmt=style,
+        color=color,
+        label=label,
+        elinewidth=0.8,
+    )
 
 
 def to_pixels(image: Any) -> "NDArray[np.uint8]":

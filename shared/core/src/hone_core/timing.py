@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Stopwatch", "Timing", "check_values", "measure", "measure_interleaved"]
+__all__ = ["AnswerWatch", "Stopwatch", "Timing", "check_values", "measure", "measure_interleaved"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +159,43 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
         self.seconds = time.perf_counter() - self._start
         self.peak_bytes = torch.cuda.max_memory_allocated(self._device) if gpu else None
+
+
+class AnswerWatch(Stopwatch):
+    """A ``Stopwatch`` of one answer of a language model, which also sees the end of the prefill.
+
+    Attributes:
+        prefill_seconds: From the beginning to the end of the model's first forward. That one alone is waited for, so
+            that decoding runs as it always does.
+    """
+
+    prefill_seconds: float
+
+    def __init__(self, model: "torch.nn.Module") -> None:
+        super().__init__(next(model.parameters()).device)
+        self._model = model
+
+    def __enter__(self) -> Self:
+        import torch
+
+        first = True
+
+        def end(*_: object) -> None:
+            nonlocal first
+            if first:
+                first = False
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+                self.prefill_seconds = time.perf_counter() - self._start
+
+        self._hook = self._model.register_forward_hook(end)
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hook.remove()
+        super().__exit__(kind, error, traceback)
 
 
 def check_values(
