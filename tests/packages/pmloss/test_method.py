@@ -213,6 +213,15 @@ def test_trimming_finds_the_similarity_despite_outliers(clouds):
     assert not torch.allclose(untrimmed.scale, true.scale, rtol=1e-3)
 
 
+def test_trimming_leaves_three_points_at_least(clouds):
+    means, teacher = clouds(noise=0.1, count=5)
+    term = pm_loss(means, teacher, PMLossConfig(trim=0.95))
+    residual = (umeyama(teacher, means)(teacher) - means).square().sum(-1)
+    kept = residual.argsort(1)[:, :3, None].expand(-1, -1, 3)
+    want = umeyama(teacher.gather(1, kept), means.gather(1, kept))
+    assert torch.allclose(term.similarity.scale, want.scale)
+
+
 def test_teacher_points_that_are_not_finite_are_left_out(clouds):
     means, teacher = clouds(noise=0.1)
     broken = teacher.clone()
@@ -234,6 +243,13 @@ def test_lines_and_mirrors_are_said_to_leave_a_turn_open():
     assert float(found.scale.detach()) == pytest.approx(1 / 3)
     (grad,) = torch.autograd.grad(found.rotation.sum() + found.scale.sum(), line)
     assert grad.isfinite().all()
+    # A turn about the line changes nothing, and has no gradient: the loss sees the line alone.
+    axis = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+    covariance = torch.outer(axis, axis).requires_grad_()
+    rotation, _, _ = _Polar.apply(covariance)
+    cross = torch.tensor([[0.0, 0, 2], [0, 0, -1], [-2, 1, 0]], dtype=torch.float64)
+    (grad,) = torch.autograd.grad((rotation * (rotation.detach() @ cross)).sum(), covariance)
+    assert float(grad.abs().max()) < 1e-12
     ball = torch.randn(1, 4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mirrored = umeyama(ball, ball * torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
     assert float(torch.linalg.det(mirrored.rotation)) == pytest.approx(1)

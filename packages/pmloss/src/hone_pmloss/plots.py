@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hone_core.plots import BLUE, INK, drawing, error_bars, finish
+from hone_core.plots import BLUE, INK, SKY, drawing, error_bars, finish
 from hone_core.statistics import bootstrap_interval
 from numpy.typing import NDArray
 from torch import Tensor
@@ -78,7 +78,7 @@ def depth_errors(true: Tensor, found: Tensor, band: Tensor, path: Path, *, title
                 axis.set(xticks=[], yticks=[], title=name)
                 axis.grid(False)
             if band[pick].any():
-                line[2].contour(band[pick].cpu().numpy(), levels=[0.5], colors="white", linewidths=0.5)
+                line[2].contour(band[pick].cpu().numpy(), levels=[0.5], colors=SKY, linewidths=0.8)
         finish(figure, title=title)
     return path
 
