@@ -28,10 +28,12 @@ SPARSE = BladeConfig(block=16, max_density=0.5, samples=4)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A host and a student of it."""
+    """A host and a student of it; weights by which it listens to text and time, and draws, begin as zeros."""
     folder = tmp_path_factory.mktemp("hosts")
-    made = Host.untrained(TINY)
-    torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    made, generator = Host.untrained(TINY), torch.Generator().manual_seed(0)
+    for weight in made.transformer.parameters():
+        if weight.ndim > 1 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
     host = save_host(made, folder / "host.safetensors")
     cfg = DistillConfig(attention=SPARSE, tdm=TDM, rank=2, steps=1, batch=2, lr=1e-2)
     student = Distillation(cfg, host_task(load_host(path=host), TDM), folder / "c.pt")
@@ -82,7 +84,8 @@ def test_every_rung_changes_one_thing(files, start):
     assert (report.path / "figures" / "decomposition.svg").stat().st_size > 5000
 
 
-def test_a_rung_draws_with_its_weights_and_attention(files):
+def test_a_rung_draws_with_its_weights_and_attention(files, monkeypatch):
+    monkeypatch.setattr(decomposition, "TEACHER_STEPS", 4)
     host, student = files
     cfg = ReproduceConfig(claim="decomposition", students=STUDENTS, host=host, lora=student)
     teacher, pupil = load_host(path=host), load_host(path=host)
@@ -92,6 +95,12 @@ def test_a_rung_draws_with_its_weights_and_attention(files):
     ladder = {rung.change: rung for rung in decomposition.rungs(cfg, teacher, attention)}
     plain = rollout_clips(load_host(path=host), labels, TDM, seed=5)
     assert torch.equal(ladder["the rollout as sampler"].draw(teacher, labels, 5), plain)
+    text, noise = teacher.encode_labels(labels), teacher.noise(2, 5)
+    guided = {change: teacher.sample(text, noise, steps=4 if change == "no guidance" else 3, guidance=1.0)
+              for change in ("no guidance", "fewer steps")}  # fmt: skip
+    for change, clips in guided.items():
+        assert torch.equal(ladder[change].draw(teacher, labels, 5), clips)
+    assert (ladder[""].draw(teacher, labels, 5) - guided["no guidance"]).abs().max() > 1e-3
     assert (ladder["dense attention"].draw(pupil, labels, 5) - plain).abs().max() > 1e-3
     fresh = load_host(path=host)
     with attach(fresh.transformer, SPARSE):
