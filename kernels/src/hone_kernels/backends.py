@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Backend", "Support", "choose", "gluon_reason", "triton_reason", "warn_once"]
+__all__ = ["Backend", "Support", "choose", "flash_reason", "gluon_reason", "triton_reason", "warn_once"]
 
-Backend = Literal["auto", "reference", "triton", "gluon"]
+Backend = Literal["auto", "reference", "triton", "gluon", "flash"]
 
 # Read once: a compiler that traces a call cannot look at the environment, and Triton itself reads the variable when a
 # kernel is decorated.
@@ -84,6 +84,28 @@ def gluon_reason(device: torch.device, min_sm: int, max_sm: int) -> str | None:
     return error
 
 
+@torch.compiler.assume_constant_result
+def _flash_error() -> str | None:
+    """Why FlashAttention 4 cannot be imported."""
+    try:
+        importlib.import_module("flash_attn.cute.interface")
+    except Exception as error:  # a shared library that does not load raises what it likes
+        return f"FlashAttention 4 is not there ({error}); pip install --pre flash-attn-4"
+    return None
+
+
+def flash_reason(device: torch.device, min_sm: int, max_sm: int) -> str | None:
+    """Why FlashAttention 4 cannot run on this device, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device; the tensors are on {device}"
+    sm = _capability(device)
+    if torch.version.hip or not min_sm <= sm <= max_sm:
+        return f"it needs compute capability {min_sm / 10} to {max_sm / 10}; {device} has {sm / 10}"
+    if torch.compiler.is_compiling():
+        return "it runs outside of torch.compile only"
+    return _flash_error()
+
+
 @dataclass(frozen=True)
 class Support:
     """What one backend of an op can do; error messages, documentation and test parameters are read from here.
@@ -100,7 +122,7 @@ class Support:
     """
 
     dtypes: tuple[torch.dtype, ...]
-    language: Literal["torch", "triton", "gluon"] = "torch"
+    language: Literal["torch", "triton", "gluon", "flash"] = "torch"
     head_dims: tuple[int, ...] | None = None
     blocks: tuple[int, ...] | None = None
     samples: int | None = None
@@ -142,6 +164,10 @@ class Support:
             assert self.min_sm is not None
             assert self.max_sm is not None
             return gluon_reason(device, self.min_sm, self.max_sm)
+        if self.language == "flash":
+            assert self.min_sm is not None
+            assert self.max_sm is not None
+            return flash_reason(device, self.min_sm, self.max_sm)
         return None
 
 
@@ -153,6 +179,7 @@ def choose(
     dtype: torch.dtype | None,
     *,
     kernels: tuple[Backend, ...] = ("triton",),
+    named: tuple[Backend, ...] = (),
     **sizes: Any,
 ) -> Backend:
     """The backend to run: the named one, or for ``"auto"`` the first that can on a GPU, else the reference.
@@ -164,12 +191,13 @@ def choose(
         device: Of the tensors.
         dtype: As for ``Support.reason``.
         kernels: Backends of the op beside the reference, the preferred one first. ``"triton"`` is among them.
+        named: Further ones, which run only where they are named.
         sizes: As for ``Support.reason``.
 
     Raises:
         ValueError: The backend is unknown, or it is named and cannot run: a named backend never gives way to another.
     """
-    known = ("auto", "reference", *kernels)
+    known = ("auto", "reference", *kernels, *named)
     if backend not in known:
         raise ValueError(f"backend must be one of {known}; got {backend!r}")
     if backend == "auto":

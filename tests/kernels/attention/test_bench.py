@@ -6,6 +6,7 @@ import types
 from functools import partial
 
 import hone_kernels.attention.bench as bench_module
+import hone_kernels.attention.flash as flash_module
 import pytest
 import torch
 from hone_core.runs import Run
@@ -241,7 +242,8 @@ class Lists:
         out, lse = block_sparse_attention(*qkv, layout, return_lse=True, backend="reference")
         return out.transpose(1, 2) + self.wrong, lse
 
-    def flash(self, q, k, v, block_sparse_tensors, block_sparse_tensors_bwd=None):
+    def flash(self, q, k, v, *, softmax_scale, return_lse, block_sparse_tensors, block_sparse_tensors_bwd=None):
+        assert (softmax_scale, return_lse) == (q.shape[3] ** -0.5, False)
         lists = block_sparse_tensors
         assert lists.block_size == (128, 128)
         assert not lists.mask_block_cnt.any()
@@ -267,6 +269,7 @@ class Lists:
 def test_peers_over_the_same_lists_run_forward_and_backward_and_their_values_count(on_cpu, caplog, wrong):
     for name, module in Lists(wrong).modules.items():
         on_cpu.setitem(sys.modules, name, module)
+    on_cpu.setattr(flash_module, "_modules", flash_module._modules.__wrapped__)
     rows = run([torch.bfloat16], Shape("s", 2, 256, 32, 2), modes=["forward", "backward"], memory=["BHSD", "BSHD"])
     found = {(r.split, r.labels["memory"], r.variant) for r in rows if r.metric == "error"}
     peers = {name for _, _, name in found} - {"hone reference"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
 from hone_kernels.launch import Kept, eager, geometry, on_device_of
 
+from .flash import flash_attention
 from .layout import BlockLayout
 from .reference import attention_reference
 
@@ -36,6 +37,16 @@ SUPPORT: dict[str, Support] = {
         language="gluon",
         head_dims=(64, 128),
         blocks=(64, 128),
+        min_sm=90,
+        backward=True,
+        max_sm=99,
+    ),
+    # Of others: only where it is named, until a committed bench shows it ahead.
+    "flash": Support(
+        dtypes=(torch.bfloat16, torch.float16),
+        language="flash",
+        head_dims=(64, 128),
+        blocks=(128,),
         min_sm=90,
         backward=True,
         max_sm=99,
@@ -165,8 +176,9 @@ def block_sparse_attention(
         pooled: Further keys that every query reads.
         return_lse: Whether to return the log-sum-exp too.
         backend: ``"gluon"`` for Hopper GPUs, ``"triton"`` for any (or Triton's interpreter), ``"reference"`` for any
-            device, ``"auto"`` for the first of these that can (see ``preference``). A named backend never gives way to
-            another.
+            device, ``"auto"`` for the first of these that can (see ``preference``). ``"flash"`` is FlashAttention 4,
+            where it is installed: Hopper, without pooled keys and ``k_valid``, outside of ``torch.compile``; its
+            gradients are not bit-identical. A named backend never gives way to another.
 
     Returns:
         ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64
@@ -192,6 +204,10 @@ def block_sparse_attention(
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
     if backend == "reference":
         out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
+        return (out, lse) if return_lse else out
+    if backend == "flash":
+        with on_device_of(q):
+            out, lse = flash_attention(unit_last(q), unit_last(k), unit_last(v), layout, scale)
         return (out, lse) if return_lse else out
     if pooled_k is not None and pooled_v is not None:
         pooled_k, pooled_v = unit_last(pooled_k), unit_last(pooled_v)
@@ -229,7 +245,10 @@ def _check(
     scale = check_scale(scale, q.shape[3])
     kernels = preference(q.shape[3], pooled is not None)
     sizes = dict(head_dim=q.shape[3], block_q=layout.block_q, block_k=layout.block_k)
-    return scale, choose("block_sparse_attention", backend, SUPPORT, q.device, q.dtype, kernels=kernels, **sizes)
+    if backend == "flash" and (pooled is not None or layout.k_valid is not None):
+        raise ValueError("backend 'flash' cannot run this call: it takes no pooled keys and no k_valid")
+    options: dict[str, Any] = dict(kernels=kernels, named=("flash",), **sizes)
+    return scale, choose("block_sparse_attention", backend, SUPPORT, q.device, q.dtype, **options)
 
 
 def _forward(

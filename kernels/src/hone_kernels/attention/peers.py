@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from .flash import flash_attention, whole_lists
 from .layout import BlockLayout
 
 __all__ = ["DENSE_PEERS", "LISTED_PEERS", "Attend", "cudnn", "dense_peer", "flex", "listed_peer"]
@@ -81,34 +82,10 @@ def flex(layout: BlockLayout) -> Attend:
     return lambda q, k, v: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _whole_lists(layout: BlockLayout, batch: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Counts ``[B, H, NQ]`` and indices ``[B, H, NQ, NK]``, zero where no block stands, as these peers read them."""
-    rows, cols = layout.num_q_blocks, layout.num_k_blocks
-    num = layout.kv_num.expand(batch, heads, rows).contiguous()
-    idx = layout.kv_idx[..., :cols]
-    idx = torch.nn.functional.pad(idx, (0, cols - idx.shape[-1])).expand(batch, heads, rows, cols)
-    used = torch.arange(cols, device=layout.device) < num[..., None]
-    return num, torch.where(used, idx, 0).contiguous()
-
-
 def _flash4(layout: BlockLayout, backward: bool) -> Attend:
-    """FlashAttention 4 over the lists, all of them as whole blocks."""
-    attend = importlib.import_module("flash_attn.cute.interface").flash_attn_func
-    sparsity = importlib.import_module("flash_attn.cute.block_sparsity")
-
-    def lists(layout: BlockLayout, batch: int, heads: int) -> Any:
-        num, idx = _whole_lists(layout, batch, heads)
-        partial = dict(mask_block_cnt=torch.zeros_like(num), mask_block_idx=torch.zeros_like(idx))
-        return sparsity.BlockSparseTensorsTorch(
-            **partial, full_block_cnt=num, full_block_idx=idx, block_size=(layout.block_q, layout.block_k)
-        )
-
-    @functools.cache
-    def options(batch: int, heads: int) -> dict[str, Any]:
-        found = {"block_sparse_tensors": lists(layout, batch, heads)}
-        return found | ({"block_sparse_tensors_bwd": lists(layout.transpose(), batch, heads)} if backward else {})
-
-    return lambda q, k, v: _heads_last(functools.partial(attend, **options(*q.shape[:2])))(q, k, v)
+    """FlashAttention 4 over the lists."""
+    importlib.import_module("flash_attn.cute.block_sparsity")
+    return lambda q, k, v: flash_attention(q, k, v, layout, q.shape[3] ** -0.5, return_lse=False)[0]
 
 
 def _cudnn_lists(layout: BlockLayout, backward: bool) -> Attend:
@@ -120,7 +97,7 @@ def _cudnn_lists(layout: BlockLayout, backward: bool) -> Attend:
 
     @functools.cache
     def options(batch: int, heads: int) -> dict[str, Any]:
-        num, idx = _whole_lists(layout, batch, heads)
+        num, idx = whole_lists(layout, batch, heads)
         return {"q2k_block_index": idx, "q2k_block_nums": num, "sparse_block_size": _BLOCK, "layout": "bshd"}
 
     class Function(torch.autograd.Function):
