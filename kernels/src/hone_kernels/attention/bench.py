@@ -26,6 +26,7 @@ from hone_core.timing import Timing, measure_interleaved
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hone_kernels import launch
 from hone_kernels.attention_fp8 import SUPPORT as FP8_SUPPORT
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
 from hone_kernels.attention_fp8.reference import attention_fp8_reference
@@ -190,7 +191,14 @@ def bench(
                     facts["sdpa"] = _Fact("torch sdpa dense", 1.0, None, 0.0)
                 for key, (us, spread) in _host_times(calls, rounds).items():
                     options: Any = dict(unit="us", better="lower", spread=spread, n=rounds)
-                    run.row("host_us", us, variant=facts[key].name, split=mode, labels=labels, **options)
+                    run.row(
+                        "host_us",
+                        us,
+                        variant=facts[key].name,
+                        split=mode,
+                        labels=labels | {"kept_launches": launch.KEEP},
+                        **options,
+                    )
             else:
                 timings = measure_interleaved(calls, warmup=_WARMUP, rounds=rounds, seed=seed)
                 best = _fastest(facts, timings)
