@@ -53,7 +53,7 @@ def check_words(words):
         for flag in (word.partition("=")[0] for word in words[2:] if re.match(r"--[a-z]", word)):
             assert f'"{flag}"' in shown, f"{words[1]} has no {flag}"
         return None
-    known = {"pip", "uv", "pytest", "cd", "git", "python", "python3", "accelerate", "torchrun", *MEMBERS}
+    known = {"pip", "uv", "pytest", "cd", "git", "python", "python3", "accelerate", "lm_eval", "torchrun", *MEMBERS}
     assert words[0] in known, f"unknown command {words[0]}"
     for word in words[1:]:
         if re.match(r"(packages|shared|kernels|tests|tools|docs)/", word):
