@@ -87,8 +87,9 @@ def page(runs: dict[str, Path], root: Path = ROOT) -> str:
 
 
 def _card(package: str, run: Path, said: dict[str, str]) -> str:
-    """One method at a glance: the last of its demo's pictures, what it does less of, what was measured."""
-    shown = "".join(f'<img alt="" src="{_data(path, PICTURES[path.suffix])}">' for path in _pictures(run)[-1:])
+    """One method at a glance: a picture of its demo (one that moves, or the last), and what was measured."""
+    covers = sorted(_pictures(run), key=lambda path: path.suffix == ".gif")
+    shown = "".join(f'<img alt="" src="{_data(path, PICTURES[path.suffix])}">' for path in covers[-1:])
     lines = [f"Less of: {_words(said['less'])}.", f"Measured: {_words(said['measured'])}."]
     words = f"<b>{package}</b>" + "".join(f"<span>{line}</span>" for line in lines)
     return f'<a href="#{package}">{shown}{words}</a>\n'
