@@ -275,3 +275,12 @@ def test_token_time():
     assert 1000 / token_time(0.2, 0.1, small=0.80, large=3.68) == pytest.approx(687, rel=0.005)
     assert token_time(0.0, 0.0, small=2.0, large=9.0) == 2.0
     assert token_time(1.0, 0.0, small=2.0, large=9.0, overhead=0.5) == 9.5
+
+
+def test_a_forced_token_is_not_remembered():
+    gate = Gate(StitchConfig(tau=0.5, window=2))
+    gate.step(0.4)
+    gate.step(0.0, forced=True)
+    # The mean of 0.4 and 0.7: the forced token's 0 would have let it pass.
+    assert gate.doubts(0.7)
+    assert not gate.step(0.7).emit

@@ -171,6 +171,17 @@ def test_what_is_sent(stubs, remote, monkeypatch):
     assert remote.large.generation_config.eos_token_id not in map(int, body["logit_bias"])
     assert set(range(20, 24)) <= set(map(int, body["logit_bias"]))
     assert body["max_tokens"] < 40
+    assert "seed" not in body
+    for stub in stubs:
+        stub.bodies.clear()
+    warm = SamplingConfig(max_new_tokens=20, temperature=0.8, top_p=0.9, top_k=7)
+    remote.answer(ASKED[:2], StitchConfig(tau=0.01), warm, seed=3)
+    bodies = small.bodies + large.bodies
+    assert all((body["temperature"], body["top_p"], body["top_k"]) == (0.8, 0.9, 7) for body in bodies)
+    # A seed of its own for each request and position at which a server is asked.
+    seeds = {(3 + at) * 1_000_003 + position for at in range(2) for position in range(20)}
+    assert {body["seed"] for body in bodies} <= seeds
+    assert len({body["seed"] for body in small.bodies}) == len(small.bodies) > 2
 
 
 def test_stop_strings_and_fewer_log_probabilities(local, remote, caplog):

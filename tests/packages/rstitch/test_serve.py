@@ -157,6 +157,30 @@ def test_wrong_requests_are_told_what_is_wrong(served):
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
 
 
+def test_what_is_open_without_a_key(served):
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert httpx.get(f"{served.url}/").status_code == 200
+    for route in ("metrics", "v1/models"):
+        assert httpx.get(f"{served.url}/{route}").status_code == 401
+        assert httpx.get(f"{served.url}/{route}", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+    for route in ("v1/completions", "v1/chat/completions"):
+        assert httpx.post(f"{served.url}/{route}", json={}).status_code == 401
+
+
+def test_a_request_may_leave_random_routing(pair):
+    served = Served(pair, stitch=StitchConfig(policy="random", share=0.5, run_length=2.0, discards=True))
+    ask = {"model": "hone-rstitch", "prompt": "123*45=", "max_tokens": 40}
+    try:
+        own, drawn = (
+            served.client().completions.create(**ask, extra_body={"rstitch": change})
+            for change in ({"policy": "stitch", "tau": 0.02}, {"share": 1.0, "run_length": 40.0})
+        )
+    finally:
+        served.close()
+    assert own.usage.rstitch["large_tokens"] == direct(pair, "123*45")[1].usage[0].tokens[1]
+    assert drawn.usage.rstitch["small_tokens"] == 0
+
+
 def test_a_client_that_leaves_takes_its_request_along(served):
     before = wait_until_idle(served.engine).requests.get("cancelled", 0)
     # Without an end of text, so that it ends only by being left.
