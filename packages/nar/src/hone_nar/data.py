@@ -38,6 +38,17 @@ class Digits:
         """On a device."""
         return Digits(self.tokens.to(device), self.labels.to(device))
 
+    def split(self, name: str, trained: int) -> Digits:
+        """The first ones, which are trained on (``train``), or the others (``test``).
+
+        Raises:
+            ValueError: It is neither.
+        """
+        if name not in ("train", "test"):
+            raise ValueError(f"split must be train or test; got {name!r}")
+        part = slice(trained) if name == "train" else slice(trained, None)
+        return Digits(self.tokens[part], self.labels[part])
+
 
 @lru_cache(maxsize=1)
 def _all() -> Digits:
@@ -59,11 +70,7 @@ def digits(split: str) -> Digits:
     Raises:
         ValueError: It is neither.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test; got {split!r}")
-    part = slice(TRAINED) if split == "train" else slice(TRAINED, None)
-    found = _all()
-    return Digits(found.tokens[part], found.labels[part])
+    return _all().split(split, TRAINED)
 
 
 def to_image(tokens: Tensor) -> Tensor:

@@ -88,11 +88,7 @@ def shapes(split: str) -> Digits:
     Raises:
         ValueError: It is neither.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be train or test; got {split!r}")
-    part = slice(TRAINED) if split == "train" else slice(TRAINED, None)
-    found = _all()
-    return Digits(found.tokens[part], found.labels[part])
+    return _all().split(split, TRAINED)
 
 
 def read_shapes(tokens: Tensor) -> Tensor:
