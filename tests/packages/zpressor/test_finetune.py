@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def cfg(tmp_path, small, monkeypatch):
 
 
 def test_host_and_compressor_learn(cfg, start):
-    cfg = finetune.prepare(cfg)
+    cfg = finetune.prepare(dataclasses.replace(cfg, drop_error=None))
     with start(cfg, "train") as run:
         report = finetune.train(cfg, run)
     before, after = finetune._host(cfg).state_dict(), load_file(report.weights)
@@ -33,8 +34,20 @@ def test_host_and_compressor_learn(cfg, start):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("zipmatch.cross_attn_layers" in name for name in moved)
     assert any("zipmatch" not in name for name in moved)
-    assert (run.path / "metrics.jsonl").read_text().count('"information"') == 2
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["information"] > 0
+        assert line["loss"] == pytest.approx(line["mse"] + line["information"], rel=1e-5)
     assert str(report).startswith(f"weights  {report.weights}")
+
+
+def test_training_begins_with_the_compressor_of_a_checkpoint(cfg, small, monkeypatch, tmp_path):
+    weights = {name: value + 1 for name, value in finetune._host(cfg).join.zipmatch.state_dict().items()}
+    monkeypatch.setattr(finetune, "load_published", lambda path, kind: (tiny(small), weights))
+    begun = finetune._host(dataclasses.replace(cfg, model="mvsplat", start=tmp_path / "x.ckpt"))
+    found = begun.join.zipmatch.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
 def test_what_is_missing_is_named(cfg, tmp_path):

@@ -25,6 +25,8 @@ def test_every_claim_gets_its_verdict(stored, start):
     assert rows["zpressor", 8].labels["anchors"] == 3
     margin = rows["zpressor", 8].value - rows["host", 8].value
     assert report.verdict["hosts"][0]["claims"]["host"]["margin"] == pytest.approx(margin, abs=1e-4)
+    held = rows["zpressor", 8].value - rows["zpressor", 6].value + 0.5
+    assert report.verdict["hosts"][0]["claims"]["held"]["margin"] == pytest.approx(held, abs=1e-4)
     assert [path.name for path in run.figures.iterdir()] == ["views.png"]
     again = start(cfg, "reproduce")
     assert again.done

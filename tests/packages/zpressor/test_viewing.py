@@ -108,6 +108,10 @@ def test_a_slider_sets_the_anchors(tmp_path, start, port, viewers, stored, over)
         report = viewing.view(cfg, run)
         mover.join()
     colours.append([handle.color for handle in viewers[0].frustums])
+    # Frustums stand where the photographs were taken, in the capture's units.
+    taken = capturefiles.room(views=8)[1][:, :3, 3]
+    shown = torch.tensor([list(handle.position) for handle in viewers[0].frustums]).double()
+    assert float(torch.cdist(shown, taken).amin(1).max()) < 1e-4
     assert [len({*shown}) for shown in colours] == [2, 2]
     assert [sum(colour == MARKED for colour in shown) for shown in colours] == [3, 5]
     assert {row.metric: row.value for row in report.rows} == {"gaussians": 5 * 32 * 32, "made": 2}

@@ -1,6 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
 from hone_splat.harmonics import _tables
+from hone_splat.hosts import check_views
 from hone_splat.mvsplat import MVSplat, MVSplatConfig
 
 
@@ -78,3 +81,14 @@ def test_sides_that_do_not_fit_are_named(host, make_views):
         host(make_views(2, 64, 72))
     with pytest.raises(ValueError, match="at least two views"):
         host(make_views(1, 64, 64))
+
+
+def test_scenes_of_different_views_need_a_compressor(make_views):
+    views = make_views(3, 64, 64, batch=2)
+    check_views(dataclasses.replace(views, present=torch.ones(2, 3, dtype=torch.bool)), 64, compressed=False)
+    fewer = dataclasses.replace(views, present=torch.tensor([[True] * 3, [True, True, False]]))
+    check_views(fewer, 64, compressed=True)
+    with pytest.raises(ValueError, match="different numbers of views need a compressor"):
+        check_views(fewer, 64, compressed=False)
+    with pytest.raises(ValueError, match=r"64 x 64 do not fit: both sides must be multiples of 48"):
+        check_views(views, 48, compressed=True)

@@ -77,6 +77,19 @@ def test_equals_brute_force(height, width):
         assert torch.allclose(found.depth_z[0, view] * found.alpha[0, view], depth, atol=1e-9)
 
 
+def test_equals_brute_force_from_within_the_cloud():
+    gaussians, (poses, inner) = cloud(80), cameras()
+    poses[..., :3, 3] *= 0.15
+    local = (gaussians.means[0] - poses[0, 0, :3, 3]) @ poses[0, 0, :3, :3]
+    depth, slope = local[:, 2], (local[:, 0] / local[:, 2]).abs()
+    assert bool(((depth > 0) & (depth < 0.2)).any())  # too near to be drawn
+    assert bool(((depth > 0.2) & (slope > 1.3)).any())  # far beside the picture
+    found = render(gaussians, poses, inner, (24, 24))
+    for view in range(2):
+        image, _ = brute_force(gaussians[0], poses[0, view], inner[0, view], 24, 24)
+        assert torch.allclose(found.image_01[0, view], image, atol=1e-9)
+
+
 def test_gradients_equal_brute_force():
     poses, inner = cameras()
     grads = []

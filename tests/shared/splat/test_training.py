@@ -2,9 +2,12 @@ import collections
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hone_core.runs import Run
+from hone_splat import training
 from hone_splat.chunks import ChunkSet
 from hone_splat.rooms import Rooms
 from hone_splat.training import choose_views, mirrored, picture_loss, scene_of
@@ -76,6 +79,46 @@ def test_outliers_are_left_out_of_the_mean():
     assert float(picture_loss(drawn, true, config(drop_error=None), None)[0]) == pytest.approx(float(logged["mse"]))
     whole, logged = picture_loss(drawn, true, FitConfig(chunks=Path("c"), vgg=Path("v")), lambda a, b: a.mean() + 1)
     assert float(whole) == pytest.approx(0.005 + 0.05 * 1.375)
+
+
+class Toy(torch.nn.Module):
+    """Draws one grey, the sum of a weight of the prior and of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained, self.own = (torch.nn.Parameter(torch.tensor(0.4)) for _ in range(2))
+
+    def forward(self, views):
+        return SimpleNamespace(gaussians=self.pretrained + self.own)
+
+
+def test_the_prior_learns_slowly_and_steps_far_off_hardly_count(tmp_path, monkeypatch):
+    views, _ = Rooms.draw([0]).views(torch.arange(2)[None], 8)
+    drawn = training.Drawn("room", (0,), views, dataclasses.replace(views, image_01=torch.zeros(1, 2, 3, 8, 8)))
+    grey = torch.ones(1, 2, 3, 8, 8)
+    monkeypatch.setattr(training, "ChunkSet", lambda folder: None)
+    monkeypatch.setattr(training, "_draw", lambda *_: drawn)
+    monkeypatch.setattr(training, "render", lambda value, *_, **__: SimpleNamespace(image_01=value * grey))
+    monkeypatch.setattr(training, "SKIP_AFTER", 2)
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watch(parameters, most):
+        norms.append((float(clip(parameters, most)), most))
+
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", watch)
+    cfg = config(steps=4, lr=1e-2, lr_pretrained=1e-4, weight_decay=0.0, drop_error=None, clip=0.3, skip_loss=0.1)
+    host = Toy()
+    run = Run.start(package="hone-splat", verb="train", out=tmp_path / "run", device="cpu", quiet=True)
+    with run:
+        training.fit(
+            cfg, host, run, near=1.0, far=2.0, size=(8, 8), export=lambda: None,
+            term=lambda output, drawn: (torch.zeros(()), {}),
+        )  # fmt: skip
+    moved = [0.4 - float(part.detach()) for part in (host.own, host.pretrained)]
+    assert moved[0] / moved[1] == pytest.approx(100, rel=0.01)
+    assert {most for _, most in norms} == {0.3}
+    assert norms[0][0] == pytest.approx(2 * 0.8 * 2**0.5, rel=1e-5)
+    assert norms[2][0] == pytest.approx(1e-8 * norms[1][0], rel=0.05)
 
 
 def test_bad_settings_are_named():
