@@ -36,15 +36,15 @@ def test_masks_lie_at_textured_objects_and_edges():
 def test_prompts_by_hand():
     labels = torch.zeros(2, 4, 3, dtype=torch.int64)
     labels[0, 1] = torch.tensor([3, 5, 1])
-    labels[1, 0], labels[1, 3] = torch.tensor([1, 0, 0]), torch.tensor([2, 2, 3])
+    labels[1, 0], labels[1, 3] = torch.tensor([1, 0, 0]), torch.tensor([2, 2, 2])
     assert caption(labels[0]) == "striped cyan triangle top right"
-    assert caption(labels[1]) == "plain red circle top left, noisy blue square bottom right"
+    assert caption(labels[1]) == "plain red circle top left, checkered blue square bottom right"
     table = word_table(generator())
     text, lengths = words(labels, table)
     assert lengths == [4, 7]
     assert text.shape == (2, 7, 128)
     assert torch.equal(text[0, 0], table[0])
-    # Vocabulary: begin, 4 places, 4 shapes, 6 colours, 4 textures.
+    # Vocabulary: begin, 4 places, 4 shapes, 6 colours, 3 textures.
     assert torch.equal(text[0, 1], table[5 + 3] * table[2].sign() + table[2])
     assert torch.equal(text[0, 2], table[9 + 5] * table[2].sign() + table[2])
     assert torch.equal(text[0, 3], table[15 + 1] * table[2].sign() + table[2])

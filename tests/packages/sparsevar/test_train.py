@@ -1,15 +1,18 @@
 import json
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_core.testing import assert_close
 from hone_sparsevar.config import HostConfig, TrainHostConfig
-from hone_sparsevar.host import SCHEDULE, load_host
-from hone_sparsevar.train import Making, scale_weights, self_corrected, train_host
+from hone_sparsevar.data import random_labels, word_table, words
+from hone_sparsevar.host import SCHEDULE, Host, load_host
+from hone_sparsevar.train import Making, check_scales, scale_weights, self_corrected, train_host
+from hone_visual_ar.schedules import ScaleSchedule
 
 CONFIG = TrainHostConfig(
     host=HostConfig(depth=1, width=32, heads=2, ae_channels=32, ae_multipliers=(1, 1, 1), grader_channels=8),
@@ -91,18 +94,52 @@ def test_scales_weigh_the_same():
     assert_close(weights[-1] / weights[0], torch.tensor(1 / 256))
 
 
-def test_blocks_that_do_not_compile_are_trained_as_they_are(tmp_path, monkeypatch, caplog):
-    making = Making(CONFIG, torch.device("cpu"), tmp_path / "c.pt")
-    monkeypatch.setattr(making, "device", SimpleNamespace(type="cuda"))
-    state = making.generator.get_state()
+def test_a_device_whose_attention_counts_padding_is_refused(monkeypatch):
+    host, cpu = Host.untrained(CONFIG.host), torch.device("cpu")
+    check_scales(host, cpu)
 
-    def fail(stage):
-        raise RuntimeError("no compiler\nand more")
+    def padded(q, k, v, context, layer):
+        # Keys filled up to a tile of 64 with zeros that are not masked.
+        out = []
+        for begin, end in pairwise((0, *context.ends)):
+            keys, values = (F.pad(x[:, :, :end], (0, 0, 0, -end % 64)) for x in (k, v))
+            out.append(F.scaled_dot_product_attention(q[:, :, begin:end], keys, values, scale=1.0))
+        return torch.cat(out, 2)
 
-    monkeypatch.setattr(making, "loss", fail)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: partial(function))
-    making._compile()
-    assert "do not compile (no compiler)" in caplog.text
-    block = making.host.transformer.layers[0]
-    assert block.before == type(block).before.__get__(block)
-    assert torch.equal(making.generator.get_state(), state)
+    def ahead(q, k, v, context, layer):
+        # Each scale reads the next one too.
+        ends = (*context.ends[1:], context.ends[-1])
+        parts = [
+            F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :last], v[:, :, :last], scale=1.0)
+            for (begin, end), last in zip(pairwise((0, *context.ends)), ends, strict=True)
+        ]
+        return torch.cat(parts, 2)
+
+    for wrong in (padded, ahead):
+        monkeypatch.setattr("hone_sparsevar.train.attend", wrong)
+        with pytest.raises(RuntimeError, match="attention on cpu is wrong at scale 0"):
+            check_scales(host, cpu)
+
+
+def test_bits_of_every_place_are_learned_from_the_prompt_alone(tmp_path):
+    """Inputs are zero, so that words and rotary positions are all there is to tell bits by."""
+    config = replace(CONFIG, host=replace(CONFIG.host, depth=2, width=64))
+    transformer = Making(config, torch.device("cpu"), tmp_path / "x.pt").host.transformer
+    schedule, generator = ScaleSchedule(SCHEDULE.grids[:3], SCHEDULE.rope_grid), torch.Generator().manual_seed(0)
+    text, lengths = words(random_labels(8, generator), word_table(generator))
+    bits = torch.randint(2, (8, schedule.total, 12), generator=generator)
+    optimizer = torch.optim.AdamW(transformer.parameters(), 4e-3)
+
+    def loss(text, lengths):
+        condition = transformer.condition(text, lengths, guided=False)
+        logits = transformer(condition, torch.zeros(8, schedule.total - 1, 12), schedule)
+        return F.cross_entropy(logits.flatten(0, 2), bits.flatten(), reduction="none").view(bits.shape).mean((0, 2))
+
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(text, lengths).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        right, other = loss(text, lengths), loss(text.roll(1, 0), lengths[-1:] + lengths[:-1])
+    assert right.max() < 0.3
+    assert other.mean() > 0.7

@@ -1,7 +1,10 @@
+from itertools import pairwise
+
 import pytest
 import torch
-from hone_core.testing import assert_close
+from hone_core.testing import assert_close, requires_gpu
 from hone_visual_ar import BSQVAE, Infinity, Sampling, generate, infinity_schedule
+from hone_visual_ar.layers import AttentionContext, ScaleKVCache, attend, few_keys
 
 # Logits of the last token and the summed latent of greedy runs, read off the release's own class with the same weights
 # (its cross-attention in float32).
@@ -81,3 +84,49 @@ def test_saved_and_loaded_as_diffusers_does(make_infinity, text, tmp_path):
     again = Infinity.from_pretrained(tmp_path)
     assert again.config["patchify"]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [48, 64, 128])
+def test_attention_of_every_scale_on_a_gpu(dim, dtype):
+    """All at once and over a cache, of few and of odd numbers of keys: as one by one in float64, gradients too."""
+    schedule, generator = infinity_schedule("0.06M"), torch.Generator().manual_seed(0)
+    ends = tuple(schedule.start(scale + 1) for scale in range(len(schedule)))
+    shape = (2, 3, schedule.total, dim)
+    q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
+    q, k = 4 * torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    # Keys and values as the blocks make them: heads behind tokens in memory.
+    q, k, v, grad = (x.transpose(1, 2).contiguous().to("cuda", dtype).transpose(1, 2) for x in (q, k, v, grad))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = attend(*inputs, AttentionContext(ends=ends), 0)
+    cache = ScaleKVCache(1, 2, 3, ends[-2], dim, device=q.device, dtype=dtype)
+    want, cached = [], []
+    for begin, end in pairwise((0, *ends)):
+        scores = exact[0][:, :, begin:end] @ exact[1][:, :, :end].mT
+        want.append(scores.softmax(-1) @ exact[2][:, :, :end])
+        part = (x[:, :, begin:end].detach() for x in inputs)
+        cached.append(attend(*part, AttentionContext(cache=cache, write=end != ends[-1]), 0))
+    grads = torch.autograd.grad(out, inputs, grad)
+    wants = torch.autograd.grad(torch.cat(want, 2), exact, grad.double())
+    limit = 0.03 if dtype == torch.bfloat16 else 2e-3
+    for name, found, right in zip(
+        ("out", "cached", "dq", "dk", "dv"),
+        (out, torch.cat(cached, 2), *grads),
+        (torch.cat(want, 2), torch.cat(want, 2), *wants),
+        strict=True,
+    ):
+        error = (found.double() - right).abs().amax((0, 1, 3))
+        for scale, (begin, end) in enumerate(pairwise((0, *ends))):
+            size = right[:, :, begin:end].abs().max().item()
+            assert error[begin:end].max() < limit * max(1.0, size), (name, scale)
+
+
+def test_few_keys_are_summed_as_torch_does():
+    q, k, v = torch.randn(3, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, :4], k, v, scale=1.0)
+    assert_close(few_keys(q[:, :, :4], k, v), want)
+    half = few_keys(*(x.bfloat16() for x in (q[:, :, :4], k, v)))
+    assert half.dtype == torch.bfloat16
+    assert_close(half.double(), want, rtol=0.0, atol=0.05)

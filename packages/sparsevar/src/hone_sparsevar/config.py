@@ -172,7 +172,7 @@ class HostConfig:
     """Width of each level over it."""
     ae_blocks: int = 1
     """Residual blocks of a level."""
-    depth: int = 8
+    depth: int = 6
     """Blocks of the transformer."""
     width: int = 144
     """Channels of the transformer."""
@@ -180,7 +180,7 @@ class HostConfig:
     """Attention heads."""
     grader_channels: int = 32
     """Width of the grader's first layer."""
-    guidance: float = 3.0
+    guidance: float = 2.0
     """Guidance that the host is sampled with."""
     temperature: float = 0.5
     """Temperature that the host is sampled with."""
@@ -194,15 +194,13 @@ class TrainHostConfig:
     """Architecture."""
     seed: int = 0
     """Of weights and data."""
-    minutes: float = 8.0
+    minutes: float = 4.0
     """Wall clock of the training itself, where steps is not given; compiling comes before."""
     steps: int | None = None
     """Optimiser steps in place of a time: reproducible, where minutes are not."""
     batch: int = 64
     """Images of a step."""
-    compile: bool = True
-    """Compile the transformer's blocks on a GPU."""
-    tokenizer_share: float = 0.3
+    tokenizer_share: float = 0.25
     """Share of the budget that trains the tokenizer."""
     grader_share: float = 0.04
     """Share of the budget that trains the grader."""

@@ -1,9 +1,8 @@
 """Generated scenes of 64 px whose textured parts are known: what the tiny host draws.
 
-Each of four places holds nothing or one object: a shape, a colour, a texture. The background is a smooth gradient. What
-a prompt leaves open is drawn: the gradient, an object's size, and the grains of a noisy one. Places and the phase of
-stripes and checkers are fixed: bits of a token are drawn one by one, so that a small host would draw the mean of what
-it cannot know.
+Each of four places holds nothing or one object: a shape, a colour, a texture. The background is a smooth gradient from
+top to bottom, of two greys. A prompt leaves these greys and an object's size open, and little else: bits of a token are
+drawn one by one, so that a small host would draw the mean of what it cannot know.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -36,7 +34,7 @@ COLORS = {
     "red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.15, 0.3, 0.95), "yellow": (0.95, 0.85, 0.1),
     "magenta": (0.85, 0.15, 0.8), "cyan": (0.1, 0.85, 0.85),
 }  # fmt: skip
-TEXTURES = ("plain", "striped", "checkered", "noisy")
+TEXTURES = ("plain", "striped", "checkered")
 
 
 @dataclass(frozen=True)
@@ -113,16 +111,14 @@ def render(labels: Tensor, generator: torch.Generator) -> Scenes:
 
     axis = torch.arange(IMAGE_PX, device=device) + 0.5
     y, x = axis[:, None], axis[None, :]
-    angle = uniform(batch, 1, 1) * 2 * torch.pi
-    along = ((x - 32) * angle.cos() + (y - 32) * angle.sin()) / 90 + 0.5
-    ends = 0.35 + 0.3 * uniform(batch, 2, 3, 1, 1)
-    image = ends[:, 0] + (ends[:, 1] - ends[:, 0]) * along[:, None]
+    ends = 0.4 + 0.2 * uniform(batch, 2, 1, 1, 1)
+    image = (ends[:, 0] + (ends[:, 1] - ends[:, 0]) * (y / IMAGE_PX)).expand(batch, 3, IMAGE_PX, IMAGE_PX)
     textured = torch.zeros(batch, IMAGE_PX, IMAGE_PX, dtype=torch.bool, device=device)
     palette = torch.tensor(list(COLORS.values()), device=device)
     for place in range(4):
         shape, color, texture = labels[:, place].unbind(1)
         cx, cy = 16 + 32 * (place % 2), 16 + 32 * (place // 2)
-        radius = 10 + 2 * uniform(batch, 1, 1)
+        radius = 10.5 + uniform(batch, 1, 1)
         dx, dy = x - cx, y - cy
         circle = (dx**2 + dy**2).sqrt() - radius
         square = torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius
@@ -133,8 +129,7 @@ def render(labels: Tensor, generator: torch.Generator) -> Scenes:
         alpha = (0.5 - distance).clamp(0, 1) * there
         stripes = ((y / 6).remainder(1) < 0.5).expand(batch, IMAGE_PX, IMAGE_PX)
         checker = ((x / 4).floor() + (y / 4).floor()).remainder(2).expand_as(stripes) == 0
-        grains = F.interpolate(uniform(batch, 1, 32, 32), scale_factor=2.0)[:, 0] < 0.5
-        dark = torch.stack([torch.zeros_like(stripes), stripes, checker, grains], 1)
+        dark = torch.stack([torch.zeros_like(stripes), stripes, checker], 1)
         dark = dark.gather(1, texture.view(-1, 1, 1, 1).expand(-1, 1, IMAGE_PX, IMAGE_PX))
         paint = palette[color][:, :, None, None] * torch.where(dark, 0.3, 1.0)
         image = image * (1 - alpha[:, None]) + paint * alpha[:, None]

@@ -10,7 +10,6 @@ Differs: every scale weighs the same, where the release divides by the root of i
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ import torch.nn.functional as F
 from hone_core.devices import resolve_device
 from hone_core.runs import Run
 from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_visual_ar.layers import AttentionContext, attend
 from hone_visual_ar.tokenizers import BSQVAE
+from hone_visual_ar.transformer import scale_mask
 from torch import Tensor, nn
 
 from .config import TrainHostConfig
@@ -29,9 +30,7 @@ from .data import caption, random_labels, render, words
 from .grader import grade, grader_loss
 from .host import SCHEDULE, Host, load_host, save_host
 
-__all__ = ["GATES", "Making", "grade_host", "self_corrected", "train_host"]
-
-log = logging.getLogger(__name__)
+__all__ = ["GATES", "Making", "check_scales", "grade_host", "self_corrected", "train_host"]
 
 GATES = {"reconstruction_psnr": 20.0, "grader": 0.9, "objects": 0.5}
 """Decibels of the tokenizer, and shares: objects that the grader reads right in real scenes, and in generated ones."""
@@ -73,6 +72,32 @@ def scale_weights(device: torch.device) -> Tensor:
     parts = [torch.full((n,), 1 / n) for n in (SCHEDULE.tokens(k) for k in range(len(SCHEDULE)))]
     weights = torch.cat(parts).to(device)
     return weights / weights.mean()
+
+
+@torch.no_grad()
+def check_scales(host: Host, device: torch.device) -> None:
+    """Refuse a device whose attention gives a scale other than what it sees.
+
+    A training reads each scale's keys as a slice of all scales'. It is held against one product that is masked and
+    summed by hand, with weights large enough to matter; a training on the wrong sums looks well and draws nothing.
+
+    Raises:
+        RuntimeError: A scale differs, which names it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    heads, dim = host.config.heads, host.config.width // host.config.heads
+    q, k, v = torch.randn(3, 2, heads, SCHEDULE.total, dim, generator=generator).to(device)
+    q, k = 4 * F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    ends = tuple(SCHEDULE.start(scale + 1) for scale in range(len(SCHEDULE)))
+    found = attend(q, k, v, AttentionContext(ends=ends), 0).double()
+    scores = (q.double() @ k.double().mT).masked_fill(~scale_mask(SCHEDULE, device), -torch.inf)
+    error = (found - scores.softmax(-1) @ v.double()).abs().amax((0, 1, 3))
+    for scale, part in enumerate(error.split([SCHEDULE.tokens(k) for k in range(len(SCHEDULE))])):
+        if part.max() > 0.02:
+            raise RuntimeError(
+                f"attention on {device} is wrong at scale {scale}, by {float(part.max()):.2g} where at most 0.02 is "
+                "rounding: what would be trained is not what is drawn. Train on another device or version of torch"
+            )
 
 
 class Making:
@@ -121,11 +146,7 @@ class Making:
         return "transformer", (spent - second) / (1 - second)
 
     def loss(self, stage: str) -> Tensor:
-        """Of one batch."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self._loss(stage)
-
-    def _loss(self, stage: str) -> Tensor:
+        """Of one batch, in float32 and by the code that draws: see ``check_scales``."""
         labels, images = self.batch()
         host = self.host
         if stage == "grader":
@@ -160,7 +181,7 @@ class Making:
         cfg, training = self.cfg, self.training
         for module in self.host.modules.values():
             module.train()
-        self._compile()
+        check_scales(self.host, self.device)
         training.start()
         while training.spent() < 1:
             stage, done = self.stage(training.spent())
@@ -185,23 +206,6 @@ class Making:
                 continue
             values = {"loss": loss.item(), "stage": float(list(self.optimizers).index(stage))}
             yield values | (self.by_scale() if stage == "transformer" else {})
-
-    def _compile(self) -> None:
-        """Compile the transformer's blocks, after a look whether they can be: a host is worth more than a fast step."""
-        if self.device.type != "cuda" or not self.cfg.compile:
-            return
-        blocks, state = self.host.transformer.layers, self.generator.get_state()
-        for block in blocks:
-            block.compile_around(dynamic=False)
-        try:
-            self.loss("transformer").backward()
-            torch.cuda.synchronize()
-        except Exception as error:
-            log.warning("the blocks do not compile (%s); training goes on without", str(error).splitlines()[0])
-            for block in blocks:
-                block.as_written()
-        self.host.transformer.zero_grad(set_to_none=True)
-        self.generator.set_state(state)
 
     def result(self) -> Host:
         """The host with the transformer's averaged weights."""
