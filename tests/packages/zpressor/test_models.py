@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hone_zpressor import ZPressorConfig, attach
 from hone_zpressor.config import HOSTS, PRESETS
 from hone_zpressor.data import graded_rooms
 from hone_zpressor.host import build_arm
-from hone_zpressor.models import tiny
+from hone_zpressor.models import attention_for, tiny
 
 CONFIG = ZPressorConfig(anchors=3, layers=2, precision="float32")
 
@@ -103,6 +104,17 @@ def test_overlap_is_between_the_least_and_the_largest_depth(host, views, monkeyp
     with attach(host, replace(CONFIG, selection="overlap")) as handle:
         handle.compressor.anchors_of(given)
     assert asked == [(0.5, 8.0), (1.0, 4.0)]
+
+
+def test_ragged_lists_where_a_gpu_takes_them(monkeypatch):
+    def chosen(cuda=True, sm=(9, 0), **settings):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: sm)
+        return attention_for(ZPressorConfig(**settings), SimpleNamespace(is_cuda=cuda, device="cuda"))
+
+    assert chosen() == "varlen"
+    assert chosen(cuda=False) == chosen(sm=(7, 5)) == chosen(precision="float32") == "padded"
+    assert chosen(attention="padded") == "padded"
+    assert chosen(cuda=False, attention="varlen") == "varlen"  # which the module then refuses
 
 
 def test_a_compressor_is_of_its_hosts_precision(small):

@@ -184,7 +184,7 @@ def _compressors(cfg: BenchConfig, host: Any, views: Views) -> dict[str, Any]:
         ragged = replace(settings, precision="bfloat16", attention="varlen")
         kinds = {
             "host with ZPressor": ragged,
-            "host with ZPressor, padded": settings,
+            "host with ZPressor, padded": replace(settings, attention="padded"),
             "anchors alone": kinds["anchors alone"],
         }
     joined: dict[str, Any] = {}

@@ -47,9 +47,9 @@ class ZPressorConfig:
     """Pairs of cross- and self-attention."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """As released, bfloat16 holds of the cross-attention, and on a CUDA device of the self-attention too."""
-    attention: Literal["padded", "varlen"] = "padded"
+    attention: Literal["auto", "padded", "varlen"] = "auto"
     """Of the cross-attention: over lists of support padded to the longest; or torch's over ragged ones, in bfloat16 on
-    a CUDA device."""
+    a CUDA device. ``auto``: ragged ones where they can be, which is faster there and takes less memory."""
     selection: Selection = "distance"
     """How anchors are chosen: farthest points among camera centres, by what the cameras see, or at random."""
     seed: int = 0

@@ -13,7 +13,7 @@ from hone_splat.views import Views
 from torch import Tensor, nn
 
 from .config import PRESETS, HostConfig, ZPressorConfig
-from .method import ZPressor, cluster_views, farthest_points, least_seen
+from .method import Attention, ZPressor, cluster_views, farthest_points, least_seen
 
 __all__ = ["Host", "ViewCompressor", "ZPressorHandle", "attach", "tiny"]
 
@@ -28,6 +28,14 @@ class Host(Protocol):
     @property
     def join(self) -> Any:
         """Module whose attribute ``zipmatch`` is the compressor, or None."""
+
+
+def attention_for(config: ZPressorConfig, features: Tensor) -> Attention:
+    """What the cross-attention runs on these features, where the settings leave it open."""
+    if config.attention != "auto":
+        return config.attention
+    ragged = config.precision == "bfloat16" and features.is_cuda
+    return "varlen" if ragged and torch.cuda.get_device_capability(features.device) >= (8, 0) else "padded"
 
 
 Fold = Callable[[Tensor, Views], tuple[Tensor, Tensor]]
@@ -63,7 +71,8 @@ class ViewCompressor(ZPressor):
         centres, anchors = views.cam_to_world[..., :3, 3], self.anchors_of(views)
         clusters = cluster_views(centres, anchors, views.present)
         if self.config.fuse:
-            return super().forward(features, clusters, self.config.precision, self.config.attention), anchors
+            attention = attention_for(self.config, features)
+            return super().forward(features, clusters, self.config.precision, attention), anchors
         rows = torch.arange(len(anchors), device=anchors.device)[:, None]
         return features[rows, anchors], anchors
 

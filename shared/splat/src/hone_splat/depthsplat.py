@@ -75,7 +75,7 @@ class DepthSplatConfig:
     swin_mask: SwinMask = "official"
     """Mask of shifted windows."""
     sweep: SweepBackend = "reference"
-    """What computes the cost volume; ``triton`` keeps no warped features, and was not timed yet."""
+    """What computes the cost volume; ``triton`` keeps no warped features, and is faster on a GPU."""
     geometry: SweepGeometry = "official"
     """How the cost volume projects."""
 

@@ -63,7 +63,7 @@ class MVSplatConfig:
     swin_mask: SwinMask = "official"
     """Mask of shifted windows."""
     sweep: SweepBackend = "reference"
-    """What computes the cost volume; ``triton`` keeps no warped features, and was not timed yet."""
+    """What computes the cost volume; ``triton`` keeps no warped features, and is faster on a GPU."""
     geometry: SweepGeometry = "official"
     """How the cost volume projects."""
     pixel_colour: bool = False
