@@ -251,6 +251,30 @@ def test_an_id_that_the_other_model_has_not_is_no_token(local):
         stub.close()
 
 
+def test_mass_of_ids_that_must_not_come_is_left_out(local):
+    class Noisy:
+        """As likely as its likeliest token is an id that the small model has not."""
+
+        config = local.large.config
+
+        def __call__(self, ids):
+            out = local.large(ids)
+            out.logits[..., 22] = out.logits.amax(-1)
+            return out
+
+    ends = [[model.generation_config.eos_token_id] for model in (local.small, local.large)]
+    stubs = [Stub(local.small, ends[0]), Stub(Noisy(), ends[1])]
+    pair = load_models(ModelsConfig(servers=tuple(stub.url for stub in stubs), top=30))
+    for stitch in (StitchConfig(policy="large"), StitchConfig(gate="confidence", tau=0.9)):
+        texts, got = pair.answer(ASKED[:1], stitch, SHORT)
+        want_texts, want = local.answer(ASKED[:1], stitch, SHORT)
+        assert texts == want_texts
+        for name in ("entropy", "confidence", "logprobs"):
+            assert torch.allclose(getattr(got, name), getattr(want, name), atol=1e-4, equal_nan=True), name
+    for stub in stubs:
+        stub.close()
+
+
 def test_eval_over_servers(stubs, packaged, start):
     from hone_rstitch.evaluate import evaluate
 
