@@ -31,6 +31,8 @@ def test_edges_and_bands_by_hand():
     assert boundary_band(truth.depth_z, width=2)[0, 3].nonzero()[:, 0].tolist() == list(range(5, 11))
     assert torch.equal(boundary_band(truth.depth_z, width=0), edges)
     assert not depth_edges(truth.depth_z, jump=1.1).any()
+    # A share of the smaller depth.
+    assert depth_edges(torch.tensor([[[1.0, 1.105]]])).all()
     assert depth_edges(truth.depth_z.mT)[0, :, 3].nonzero()[:, 0].tolist() == [7, 8]
 
 
@@ -104,6 +106,32 @@ def test_the_report_of_a_true_splat_and_of_one_too_far(tmp_path, start):
     # Nothing is aligned: a splat of another scale is wrong everywhere.
     assert values["far"]["flying", ""] > 0.9
     assert values["far"]["depth_abs_rel", "elsewhere"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_what_is_uncovered_unknown_or_faint_does_not_count(tmp_path, start):
+    depth = torch.full((1, 32, 32), 4.0)
+    depth[:, :4] = 0.0
+    truth = KnownDepth(torch.eye(4)[None], wall().intrinsics_norm, depth)
+    truth.write(tmp_path / "truth.safetensors")
+    points, _ = truth.points()
+    left = points[points[:, 0] < 0]
+    # Faint ones fly before the other half.
+    opacities = torch.cat([torch.full((len(left),), 0.99), torch.full((9,), 0.04)])
+    splat = splat_of(torch.cat([left, torch.tensor([[0.5, 0.0, 2.0]]).expand(9, 3)]), 0.02)
+    splat = Gaussians(splat.means, splat.scales, splat.quats_wxyz, opacities, splat.sh)
+    write_ply(splat, tmp_path / "half.ply")
+    cfg = prepare(EvalConfig(ply=tmp_path / "half.ply", truth=tmp_path / "truth.safetensors", band=2))
+    with start(cfg, "eval") as run:
+        rows = {(row.metric, row.split): row for row in evaluate(cfg, run).rows}
+    # No depth edge: where it is not known there is none.
+    assert not [split for _, split in rows if split == "at edges"]
+    assert rows["uncovered", "elsewhere"].value == pytest.approx(0.5, abs=0.05)
+    assert rows["uncovered", "elsewhere"].n == 28 * 32
+    assert rows["depth_abs_rel", "elsewhere"].n == pytest.approx(14 * 32, abs=40)
+    assert rows["depth_abs_rel", "elsewhere"].value < 0.01
+    assert rows["flying", ""].n == len(left)
+    assert rows["flying", ""].value == 0
+    assert rows["accuracy", "mean"].value < 1e-5
 
 
 def test_a_splat_that_is_too_faint_is_named(tmp_path):
