@@ -204,6 +204,20 @@ def test_the_rate_warms_up_falls_and_is_halved_for_the_arms(short):
     )
 
 
+def test_training_looks_between_the_context_views_and_never_at_them():
+    gaps, places = set(), set()
+    for seed in range(0, 60, 4):
+        scene = training_batch(range(seed, seed + 4), 6, (2, 6), 8)
+        for row, path in enumerate(Rooms.draw(range(seed, seed + 4)).cam_to_world):
+            views = torch.cat([scene.context.cam_to_world[row], scene.between.cam_to_world[row]])
+            first, last, *asked = (int((path - pose).abs().flatten(1).amax(1).argmin()) for pose in views)
+            assert first < min(asked) <= max(asked) < last
+            gaps.add(last - first)
+            places |= {(frame - first, last - first) for frame in asked}
+    assert gaps == {2, 3, 4, 5, 6}
+    assert places == {(place, gap) for gap in gaps for place in range(1, gap)}
+
+
 def test_pictures_between_and_beyond_are_graded_apart():
     host, scene = tiny(SMALL), graded_rooms([0, 1], 2, 32)
     swapped = dataclasses.replace(scene, between=scene.beyond, beyond=scene.between)
