@@ -1,7 +1,11 @@
 import math
+import sys
+import types
 
 import pytest
 import torch
+from hone_core.errors import MissingExtraError
+from hone_core.testing import requires_gpu
 from hone_splat import Gaussians, render
 from hone_splat.cameras import look_at, quat_to_matrix
 from hone_splat.harmonics import C0, evaluate_sh
@@ -136,3 +140,49 @@ def test_batches_that_do_not_fit_are_named():
     poses, inner = cameras()
     with pytest.raises(ValueError, match="of the same B"):
         render(cloud(3), poses.expand(2, -1, -1, -1), inner, (8, 8))
+
+
+def test_gsplat_gets_what_it_documents(monkeypatch):
+    poses, inner = cameras(torch.float32)
+    drawn = torch.rand(1, 2, 6, 8, 4)
+
+    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, **rest):
+        assert means.shape == scales.shape == (1, 5, 3)
+        assert (quats.shape, opacities.shape, colors.shape) == ((1, 5, 4), (1, 5), (1, 5, 4, 3))
+        assert torch.allclose(viewmats @ poses, torch.eye(4).expand(1, 2, 4, 4), atol=1e-5)
+        assert torch.allclose(Ks[0, 1], inner[0, 1] * torch.tensor([[8.0], [6.0], [1.0]]))
+        assert (rest["width"], rest["height"], rest["near_plane"], rest["eps2d"], rest["sh_degree"]) == (
+            8,
+            6,
+            0.3,
+            0.3,
+            1,
+        )
+        assert rest["backgrounds"].shape == (1, 2, 3)
+        return drawn, drawn[..., :1] / 2, {}
+
+    monkeypatch.setitem(sys.modules, "gsplat", types.SimpleNamespace(rasterization=rasterization))
+    found = render(cloud(5, dtype=torch.float32), poses, inner, (6, 8), near=0.3, backend="gsplat")
+    assert torch.equal(found.image_01[0, 1, 2], drawn[0, 1, :, :, 2])
+    assert torch.equal(found.alpha, drawn[..., 0] / 2)
+    assert torch.equal(found.depth_z, drawn[..., 3])
+    monkeypatch.setitem(sys.modules, "gsplat", None)
+    with pytest.raises(MissingExtraError, match="gsplat"):
+        render(cloud(5, dtype=torch.float32), poses, inner, (6, 8), backend="gsplat")
+
+
+@requires_gpu(min_sm=80)
+def test_gsplat_draws_the_same_with_the_same_gradients():
+    pytest.importorskip("gsplat")
+    poses, inner = (part.cuda() for part in cameras(torch.float32))
+    weight = torch.linspace(-1, 1, 2 * 3 * 24 * 24, device="cuda").view(1, 2, 3, 24, 24)
+    found = []
+    for backend in ("torch", "gsplat"):
+        leaves = cloud(80, dtype=torch.float32).map(lambda part: part.cuda().requires_grad_())
+        picture = render(
+            leaves, poses, inner, (24, 24), background=torch.tensor([0.1, 0.2, 0.3]).cuda(), backend=backend
+        )
+        grads = torch.autograd.grad((picture.image_01 * weight).sum(), [leaves.means, leaves.scales, leaves.sh])
+        found.append([picture.image_01, picture.alpha, picture.depth_z, *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
