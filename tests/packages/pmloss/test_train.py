@@ -257,5 +257,8 @@ def test_geometry_grades_of_true_depth():
     edges = boundary_band(scene.distance[0], width=2)
     assert 0.05 < float(edges.double().mean()) < 0.95
     assert float(wrong["depth_at_edges"]) == pytest.approx(float(error[edges].mean()), rel=1e-4)
+    gaps, index = torch.cdist(host(scene.context).gaussians.means[0], scene.points()[0].flatten(0, 2)).min(1)
+    flies = gaps > 0.05 * scene.distance[0].flatten()[index]  # a share of the distance of the point that is nearest
+    assert float(wrong["flying"]) == pytest.approx(float(flies.double().mean()), abs=1e-3)
     assert float(wrong["flying"]) > 0.5
     assert float(wrong["depth_abs_rel"]) > 0.1
