@@ -284,3 +284,10 @@ def test_a_forced_token_is_not_remembered():
     # The mean of 0.4 and 0.7: the forced token's 0 would have let it pass.
     assert gate.doubts(0.7)
     assert not gate.step(0.7).emit
+
+
+@pytest.mark.parametrize("discards", [False, True])
+def test_a_share_of_one_is_never_left(discards):
+    gate = Gate(StitchConfig(policy="random", share=1.0, run_length=2.0, discards=discards))
+    found = [(gate.active, gate.step(0.5).emit) for _ in range(50)]
+    assert found == [(SMALL, False)] * discards + [(LARGE, True)] * (50 - discards)

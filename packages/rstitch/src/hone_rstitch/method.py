@@ -239,7 +239,7 @@ class Gate:
         share = self.config.share
         if share is None:
             return SMALL
-        leave = 1 / self.config.run_length if self.config.run_length is not None else 1 - share
+        leave = 1 / self.config.run_length if self.config.run_length is not None and share < 1 else 1 - share
         enter = leave * share / (1 - share) if share < 1 else 1.0
         chance = share if first else (1 - leave if self.active == LARGE else enter)
         return LARGE if uniform(self.seed, self.position, ROUTE_STREAM) < chance else SMALL
