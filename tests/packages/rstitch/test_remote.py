@@ -367,7 +367,7 @@ def test_a_server_that_breaks_off_is_named():
 
     threading.Thread(target=once, daemon=True).start()
     server = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=10)
-    with pytest.raises(ConnectionError, match=rf"{server.url} broke off: .*IncompleteRead"):
+    with pytest.raises(ConnectionError, match=rf"{server.url} broke off: "):
         list(server.tokens({"prompt": [1]}))
     listener.close()
 
