@@ -6,7 +6,7 @@ from hone_splat.files import read_ply
 
 
 def test_the_demo_leaves_clouds_that_the_report_reads(start):
-    cfg = DemoConfig(size=16, views=2, targets=2, steps=12, rooms=2)
+    cfg = DemoConfig(size=16, views=2, targets=14, steps=12, rooms=1)
     with start(cfg) as run:
         report = demo(cfg, run)
     values = {(row.variant, row.metric): row.value for row in report.rows}

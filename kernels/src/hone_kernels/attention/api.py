@@ -397,24 +397,9 @@ def _attention_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = _gradients(
-        None,
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        kv_num,
-        kv_idx,
-        k_valid,
-        pooled_k,
-        pooled_v,
-        pooled_bias,
-        block_q,
-        block_k,
-        scale,
-    )
+        None, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias,
+        block_q, block_k, scale,
+    )  # fmt: skip
     # A custom op returns tensors only: an absent gradient is an empty one.
     dq, dk, dv, dpk, dpv, dbias = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, dpk, dpv, dbias

@@ -51,6 +51,8 @@ METRICS: dict[str, tuple[str, Literal["higher", "lower"]]] = {
     "psnr_between": ("dB", "higher"),
     "psnr_beyond": ("dB", "higher"),
 }
+HOST_TARGETS = 4
+"""Views of each kind that a host is asked for in a room."""
 BAND = 2
 """Pixels from a depth edge that belong to its band."""
 FLYING = 0.1
@@ -162,7 +164,7 @@ def _hosts(cfg: DemoConfig, run: Run, device: torch.device) -> None:
     first = 600 + cfg.rooms * cfg.seed
     loaded = {arm: load_host(arm, device=device) for arm in HOSTS}
     size = loaded["pm"].config.size
-    scenes = [graded_rooms([first + room], cfg.targets, size, device=device) for room in range(cfg.rooms)]
+    scenes = [graded_rooms([first + room], HOST_TARGETS, size, device=device) for room in range(cfg.rooms)]
     beyond = scenes[0].beyond
     assert beyond is not None
     context = scenes[0].context
