@@ -21,14 +21,20 @@ BITS = 21
 
 
 @triton.jit
-def _look(CLOUD, block, size, qx, qy, qz, best, index, BLOCK_K: tl.constexpr):
-    """Distances to one block of the cloud."""
+def _squared(CLOUD, block, size, qx, qy, qz, BLOCK_K: tl.constexpr):
+    """Squared distances to one block of the cloud, infinite beyond the last point, and its rows."""
     at = block * BLOCK_K + tl.arange(0, BLOCK_K)
     real = at < size
     dx = qx[:, None] - tl.load(CLOUD + at * 3, mask=real, other=float("inf"))[None, :]
     dy = qy[:, None] - tl.load(CLOUD + at * 3 + 1, mask=real, other=0.0)[None, :]
     dz = qz[:, None] - tl.load(CLOUD + at * 3 + 2, mask=real, other=0.0)[None, :]
-    squared = dx * dx + dy * dy + dz * dz
+    return dx * dx + dy * dy + dz * dz, at
+
+
+@triton.jit
+def _look(CLOUD, block, size, qx, qy, qz, best, index, BLOCK_K: tl.constexpr):
+    """The least of them, where it is below what was found already."""
+    squared, _ = _squared(CLOUD, block, size, qx, qy, qz, BLOCK_K)
     least, place = tl.min(squared, 1, return_indices=True)
     closer = least < best
     return tl.where(closer, least, best), tl.where(closer, block * BLOCK_K + place, index)
@@ -88,9 +94,16 @@ def _nearest_kernel(
                 gap = tl.where(box == begin + place, float("inf"), gap)
                 looks += 1
     else:
+        # A least value in each column, so that columns are compared once, at the end.
+        wide = tl.full([BLOCK_Q, BLOCK_K], float("inf"), tl.float32)
+        place = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
         for block in range(0, blocks):
-            best, index = _look(CLOUD, block, size, qx, qy, qz, best, index, BLOCK_K)
-            looks += 1
+            squared, spot = _squared(CLOUD, block, size, qx, qy, qz, BLOCK_K)
+            closer = squared < wide
+            wide, place = tl.where(closer, squared, wide), tl.where(closer, spot[None, :], place)
+        best = tl.min(wide, 1)
+        index = tl.min(tl.where(wide == best[:, None], place, size), 1)
+        looks += blocks
     tl.store(INDEX + at, index.to(tl.int64), mask=at < count)
     tl.store(SQUARED + at, best, mask=at < count)
     tl.store(LOOKS + tl.program_id(0), looks)

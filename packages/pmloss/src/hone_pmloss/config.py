@@ -262,16 +262,23 @@ class BenchConfig:
     """Views that the pictures' loss looks at."""
     rounds: int = 5
     """Turns that each variant gets after two that warm up."""
-    all_pairs: int = 800_000
-    """Largest cloud that is compared pair by pair."""
+    only: Literal["neighbours", "step"] | None = None
+    """One of the two alone (default: both)."""
+    pairs: int = 1 << 29
+    """Distances that torch computes in a comparison of all pairs: of a larger one it is asked about evenly spread
+    points alone, and timed for these."""
+    vggt: bool = False
+    """Time the paper's teacher beside a step, with random weights: 5 GB of them."""
     seed: int = 0
     """Of the room and of the order."""
 
     def __post_init__(self) -> None:
         if not self.views or not 2 <= min(self.views) <= max(self.views) <= 24:
             raise ValueError(f"expected 2 to 24 views; got {self.views}")
-        if self.rounds < 1 or not 1 <= self.targets <= 24:
-            raise ValueError("expected at least one round, and 1 to 24 targets")
+        if min(self.rounds, self.pairs) < 1 or not 1 <= self.targets <= 24:
+            raise ValueError("expected at least one round and pair, and 1 to 24 targets")
+        if self.vggt and self.only == "neighbours":
+            raise ValueError("vggt is timed beside a step: leave --only out, or give --only step")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
