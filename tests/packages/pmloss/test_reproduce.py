@@ -3,7 +3,8 @@ import torch
 from hone_core.claims import ClaimsReport
 from hone_pmloss import reproduce as module
 from hone_pmloss.config import ReproduceConfig
-from hone_pmloss.grading import METRICS
+from hone_pmloss.data import graded_rooms
+from hone_pmloss.grading import METRICS, grade
 from hone_pmloss.host import load_host
 from hone_pmloss.reproduce import RULES, UNITS, prepare, reproduce
 
@@ -85,6 +86,21 @@ def test_every_claim_gets_its_verdict(stored, start):
     again = start(cfg, "reproduce")
     assert again.done
     assert str(ClaimsReport.of(again)) == str(report)
+
+
+def test_every_host_is_graded_on_the_same_rooms_whichever_are_seen_at_once(stored, start, monkeypatch):
+    cfg = prepare(ReproduceConfig(hosts=(stored("a"), stored("b", seed=1)), rooms=5, targets=1))
+    draws = []
+    monkeypatch.setattr(
+        module, "graded_rooms", lambda *args, **rest: draws.append(args[0]) or graded_rooms(*args, **rest)
+    )
+    with start(cfg, "reproduce") as run:
+        reproduce(cfg, run)
+    assert [list(seeds) for seeds in draws] == [[1000, 1001, 1002, 1003], [1004]]
+    alone = [graded_rooms([seed], 1, 32) for seed in range(1000, 1005)]
+    want = grade(load_host("pm", path=cfg.hosts[1]).host, alone)
+    means = {row.metric: row.value for row in run.rows if (row.variant, row.split) == ("pm", "host 1")}
+    assert means == pytest.approx({name: float(values.mean()) for name, values in want.items()}, rel=1e-4)
 
 
 def test_claims_on_free_offsets_stay_untested_without_such_hosts(stored, start):

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hone_pmloss.geometry import boundary_band
 from hone_pmloss.grading import METRICS, grade
 from hone_pmloss.host import open_tiny
 from hone_pmloss.models import tiny
+from hone_splat.rendering import render
 from hone_splat.rooms import Rooms
 from safetensors.torch import load_file
 
@@ -261,4 +263,49 @@ def test_geometry_grades_of_true_depth():
     flies = gaps > 0.05 * scene.distance[0].flatten()[index]  # a share of the distance of the point that is nearest
     assert float(wrong["flying"]) == pytest.approx(float(flies.double().mean()), abs=1e-3)
     assert float(wrong["flying"]) > 0.5
+    ways = torch.cdist(host(scene.context).gaussians.means[0].detach(), scene.points()[0].flatten(0, 2)).double()
+    far = scene.distance[0].flatten().double()
+    assert float(wrong["accuracy"]) == pytest.approx(float((ways.amin(1) / far[index]).mean()), rel=1e-3)
+    assert float(wrong["completion"]) == pytest.approx(float((ways.amin(0) / far).mean()), rel=1e-3)
+    assert float(right["accuracy"]) == float(right["completion"]) == 0
     assert float(wrong["depth_abs_rel"]) > 0.1
+
+
+def test_a_scene_that_is_too_small_has_its_scale_and_no_error_of_shape():
+    class Small(torch.nn.Module):
+        def forward(self, views):
+            return dataclasses.replace(host(views), depth=0.9 * scene.distance)
+
+    host, scene = tiny(SMALL), graded_rooms([0, 1], 2, 32)
+    found = grade(Small(), [scene])
+    assert torch.allclose(found["depth_scale"], torch.full((2,), 0.9).double(), atol=1e-6)
+    assert torch.allclose(found["depth_shape"], torch.zeros(2).double(), atol=1e-6)
+    assert torch.allclose(found["depth_abs_rel"], torch.full((2,), 0.1).double(), atol=1e-6)
+    ratio = (host(scene.context).depth / scene.distance)[1].detach()
+    other = grade(host, [scene])
+    assert float(other["depth_scale"][1]) == pytest.approx(float(ratio.flatten().median()), rel=1e-4)
+    shape = (ratio / ratio.flatten().median() - 1).abs().mean()
+    assert float(other["depth_shape"][1]) == pytest.approx(float(shape), rel=1e-4)
+
+
+def test_pictures_at_edges_are_graded_by_their_bands_alone():
+    host, scene = tiny(SMALL), graded_rooms([3], 2, 32)
+    band = torch.stack([boundary_band(scene.beyond_distance[0], width=2)]).unsqueeze(2)
+    drawn = (
+        render(host(scene.context).gaussians, scene.beyond.cam_to_world, scene.beyond.intrinsics_norm, (32, 32))
+        .image_01.clamp(0, 1)
+        .detach()
+    )
+    elsewhere = torch.where(band, scene.beyond.image_01, 1 - scene.beyond.image_01)
+    perfect = torch.where(band, drawn, scene.beyond.image_01)
+    found = {
+        name: grade(host, [dataclasses.replace(scene, beyond=dataclasses.replace(scene.beyond, image_01=image))])
+        for name, image in (("true", scene.beyond.image_01), ("elsewhere", elsewhere), ("perfect", perfect))
+    }
+    value = {name: float(grades["psnr_beyond_at_edges"]) for name, grades in found.items()}
+    assert value["true"] == pytest.approx(value["elsewhere"], abs=1e-6)
+    assert value["perfect"] > 60 > value["true"]
+    assert found["elsewhere"]["psnr_beyond"] < found["true"]["psnr_beyond"]
+    error = (drawn - scene.beyond.image_01).square().mean(2)[0]
+    inside = [float(part[here].double().mean()) for part, here in zip(error, band[0, :, 0], strict=True)]
+    assert value["true"] == pytest.approx(-10 * sum(math.log10(part) for part in inside) / 2, abs=1e-3)

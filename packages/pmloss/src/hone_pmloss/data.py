@@ -31,18 +31,21 @@ class Scene:
         between: Asked for, between the context views.
         beyond: Asked for, outside them; None while training, which looks between alone, as the release does.
         distance: ``[B, V, H, W]``, true distance along the ray of the context views' pixels.
+        beyond_distance: The same of the views beyond; None without them.
     """
 
     context: Views
     between: Views
     beyond: Views | None
     distance: Tensor
+    beyond_distance: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Scene:
         """Some of the rooms."""
         context, between = (views.map(lambda part: part[rows]) for views in (self.context, self.between))
         beyond = None if self.beyond is None else self.beyond.map(lambda part: part[rows])
-        return Scene(context, between, beyond, self.distance[rows])
+        beyond_distance = None if self.beyond_distance is None else self.beyond_distance[rows]
+        return Scene(context, between, beyond, self.distance[rows], beyond_distance)
 
     def points(self) -> Tensor:
         """True points of the context views, ``[B, V, H, W, 3]``."""
@@ -95,8 +98,9 @@ def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch
         return frames[place.long()].expand(len(rooms), -1).to(device)
 
     context, distance = rooms.views(torch.tensor(CONTEXT).expand(len(rooms), -1).to(device), size)
-    between, beyond = (rooms.views(spread(frames), size)[0] for frames in (inside, outside))
-    return Scene(context, between, beyond, distance)
+    between, _ = rooms.views(spread(inside), size)
+    beyond, beyond_distance = rooms.views(spread(outside), size)
+    return Scene(context, between, beyond, distance, beyond_distance)
 
 
 def training_batch(

@@ -12,7 +12,9 @@ offsets too, and the freed offset by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from . import plots
 from .config import ARMS, ReproduceConfig, TrainHostConfig
-from .data import graded_rooms
+from .data import Scene, graded_rooms
 from .grading import METRICS, grade
 from .host import PACKAGE, load_host, open_tiny
 
@@ -52,6 +54,10 @@ FIRST_ROOM = 1000
 """Rooms below are those that train-host grades."""
 TRAINED_ALIKE = ("seed", "start", "graded", "graded_targets", "log_every", "checkpoint_seconds")
 """Settings in which hosts that are put beside each other may differ."""
+AT_ONCE = 4
+"""Rooms that a host sees in one forward."""
+SHOWN = ("psnr_between", "psnr_beyond", "depth_abs_rel", "depth_at_edges", "depth_scale", "flying")
+"""Metrics in the figures; the rows have all of them."""
 Grades = dict[str, dict[str, Tensor]]
 """Arm to metric to values ``[rooms]``."""
 
@@ -114,16 +120,16 @@ def _alike(path: Path, other: Path) -> None:
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:
     """Grade both arms of every host, apply the rules, and write the verdict."""
-    device = resolve_device(run.device)
+    rooms = partial(_rooms, cfg, resolve_device(run.device), {})
     hosts, gains = [], []
     for number, path in enumerate(cfg.hosts or (None,)):
         found = {"": path} | ({"_free": cfg.free[number]} if cfg.free else {})
         grades: Grades = {}
         for suffix, file in found.items():
-            grades |= _graded(cfg, run, file, f"host {number}", suffix, device)
+            grades |= _graded(cfg, run, file, f"host {number}", suffix, rooms)
             gains.append(_gain(cfg, run, file, grades, suffix))
         plots.differences(
-            {variant: {metric: values.numpy() for metric, values in one.items()} for variant, one in grades.items()},
+            {variant: {metric: one[metric].numpy() for metric in SHOWN} for variant, one in grades.items()},
             run.figures / f"host-{number}.png",
             title=f"tiny host {number}, {cfg.rooms} rooms: each arm less pictures alone",
         )
@@ -131,7 +137,7 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:
         hosts.append({"name": f"host {number}", "path": str(path or "packaged"), "claims": claims})
     for number, file in enumerate(cfg.sweep):
         name = f"sweep {number}, {told(_facts(file))}"
-        gains.append(_gain(cfg, run, file, _graded(cfg, run, file, name, "", device), ""))
+        gains.append(_gain(cfg, run, file, _graded(cfg, run, file, name, "", rooms), ""))
     plots.gains(gains, run.figures / "gains.png", title=f"the arm with PM-Loss less pictures alone, {cfg.rooms} rooms")
     kinds = "bounded and free offsets" if cfg.free else "bounded offsets"
     heading = f"{len(hosts)} host(s) with {kinds}, {cfg.rooms} rooms each"
@@ -148,14 +154,28 @@ def told(facts: HostFacts) -> str:
     return ", ".join(words) or "as in the paper"
 
 
-def _graded(cfg: ReproduceConfig, run: Run, path: Path | None, name: str, suffix: str, device: torch.device) -> Grades:
+def _rooms(cfg: ReproduceConfig, device: torch.device, drawn: dict[int, list[Scene]], size: int) -> list[Scene]:
+    """The rooms, which are the same for all hosts of a size; ``drawn`` keeps them."""
+    if size not in drawn:
+        first = FIRST_ROOM * (cfg.seed + 1)
+        seeds = range(first, first + cfg.rooms)
+        drawn[size] = [
+            graded_rooms(seeds[begin : begin + AT_ONCE], cfg.targets, size, device=device)
+            for begin in range(0, cfg.rooms, AT_ONCE)
+        ]
+    return drawn[size]
+
+
+def _graded(
+    cfg: ReproduceConfig, run: Run, path: Path | None, name: str, suffix: str, rooms: Callable[[int], list[Scene]]
+) -> Grades:
     """Grades of both arms of a host, each under its name and the suffix; writes a row of each mean."""
     stored = open_tiny(path)
     facts = _facts(path)
     labels: dict[str, str | int | float] = {"seed": facts.seed, "sha256": stored.sha256}
     run.row("steps", facts.steps, better="none", n=1, variant=told(facts), split=name, labels=labels)
-    first = FIRST_ROOM * (cfg.seed + 1)
-    scenes = [graded_rooms([first + room], cfg.targets, stored.config.size, device=device) for room in range(cfg.rooms)]
+    scenes = rooms(stored.config.size)
+    device = scenes[0].distance.device
     found: Grades = {}
     for arm in ARMS:
         found[arm + suffix] = grade(load_host(arm, path=path, device=device).host, scenes)
@@ -187,7 +207,8 @@ def _gain(cfg: ReproduceConfig, run: Run, path: Path | None, grades: Grades, suf
             "gain", mean, unit=unit, better="none", n=cfg.rooms, interval=interval, variant=told(facts),
             split=f"seed {facts.seed}", labels=labels,
         )  # fmt: skip
-        gain[1][metric] = (mean, interval)
+        if metric in SHOWN:
+            gain[1][metric] = (mean, interval)
     return gain
 
 
