@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hone_core.testing import assert_close
 from hone_motion_anything import attach
 from hone_motion_anything.decoding import guided, unmask
 from hone_motion_anything.evaluator import MotionEncoderBiGRUCo, MovementConvEncoder, TextEncoderBiGRUCo
+from hone_motion_anything.masking import masked_loss
 from hone_motion_anything.method import Condition
 from hone_motion_anything.models import draw_mask
 from hone_motion_anything.mogents import MoGenTSTokenizer, from_joints, to_joints
@@ -99,6 +101,9 @@ def test_the_method_generation_and_edits_work_on_published_transformers(kind):
         assert not mask[~valid].any()
         if parts == 1:
             assert mask.sum((1, 2)).tolist() == [3, 2, 1]
+        hidden = masked_loss(model, ids, condition, valid, mask, g, corrupt=0.0)
+        shown = torch.where(mask, 20, torch.where(valid[..., None], ids, 21))
+        assert_close(hidden, F.cross_entropy(model(shown, condition, valid)[mask], ids[mask]))
     found = unmask(lambda now: guided(model, now, condition, valid, 4.0, 1.0), valid, parts, 20, g, steps=4)
     assert (found[valid] < 20).all()
     assert (found[~valid] == 21).all()

@@ -7,6 +7,7 @@ draws included, is one graph, with the draws as one kernel of ``hone_kernels.gui
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -211,6 +212,36 @@ def graphed(
     return replay
 
 
+def check_passes(
+    model: Any, exact: Any, ids: Tensor, condition: Condition, valid: Tensor, scale: float, tolerance: float = 1e-4
+) -> None:
+    """See that both passes in one batch are those one after the other, and that the model's dtype is near float32.
+
+    Guidance multiplies what rounding differs by, so it is compared in float32.
+
+    Args:
+        model: As it is timed.
+        exact: The same in float32.
+        ids: ``[B, T, P]``.
+        condition: In the model's dtype.
+        valid: ``[B, T]``.
+        scale: Of the guidance.
+        tolerance: Of float32; half precision has 3e-2.
+
+    Raises:
+        RuntimeError: They are not.
+    """
+    text, gone = condition.text, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    assert text is not None
+    told = Condition(text=text.float())
+    asked, nothing = exact(ids, told, valid), exact(ids, told.dropped(gone, gone), valid)
+    together = guided(exact, ids, told, valid, scale, 1.0)
+    check_values("guidance in one batch", together, nothing + (asked - nothing) * scale, tolerance=tolerance)
+    here = model(ids, condition, valid)
+    near = tolerance if here.dtype == torch.float32 else 3e-2
+    check_values(f"{type(model).__name__} in {str(here.dtype)[6:]}", here, asked, tolerance=near)
+
+
 def check_tokens(
     name: str,
     found: Callable[[], list[Tensor]],
@@ -256,25 +287,18 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         streams, tokenizer, encoder = MODELS[cfg.model]()
-        for module in (tokenizer, encoder, *(part for stream in streams for part in stream[:2])):
-            module.eval().to(device, dtype)
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    exact = copy.deepcopy(streams)
+    for module in (tokenizer, encoder, *(part for stream in streams for part in stream[:2])):
+        module.eval().to(device, dtype)
     for batch in cfg.batches:
         draw = torch.Generator().manual_seed(cfg.seed)
         text = torch.randn(batch, 512, generator=draw).to(device, dtype)
         valid = torch.ones(batch, cfg.tokens, dtype=torch.bool, device=device)
         generator = torch.Generator(device).manual_seed(cfg.seed)
-        gone = torch.ones(batch, dtype=torch.bool, device=device)
         condition = Condition(text=text)
-        for mask, _, parts in streams:
-            ids = torch.randint(mask.codes, (batch, cfg.tokens, parts), generator=draw).to(device)
-            asked, nothing = mask(ids, condition, valid), mask(ids, condition.dropped(gone, gone), valid)
-            check_values(
-                "guidance in one batch",
-                guided(mask, ids, condition, valid, cfg.guidance, 1.0),
-                nothing + (asked - nothing) * cfg.guidance,
-                tolerance=tolerance,
-            )
+        for stream, (full, _, parts) in zip(streams, exact, strict=True):
+            ids = torch.randint(full.codes, (batch, cfg.tokens, parts), generator=draw).to(device)
+            check_passes(stream.mask, full.eval().to(device), ids, condition, valid, cfg.guidance)
 
         options: dict[str, Any] = {"valid": valid, "generator": generator, "steps": cfg.steps, "scale": cfg.guidance}
         released = partial(released_tokens, streams, condition, **options)

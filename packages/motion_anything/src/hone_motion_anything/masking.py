@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .config import MotionAnythingConfig
-from .method import Condition, MotionTransformer, attention_mask, random_mask
+from .method import Condition, attention_mask, random_mask
 
 __all__ = ["choose_masks", "cosine_mask", "masked_loss"]
 
@@ -79,7 +80,7 @@ def _events_mask(events: Tensor, valid: Tensor, cfg: MotionAnythingConfig, gener
 
 
 def masked_loss(
-    model: MotionTransformer,
+    model: Any,
     ids: Int[Tensor, "batch time parts"],
     condition: Condition,
     valid: Bool[Tensor, "batch time"],
@@ -87,15 +88,15 @@ def masked_loss(
     generator: torch.Generator,
     corrupt: float = 0.1,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the hidden tokens.
+    """Cross-entropy of the hidden tokens of a ``MotionTransformer`` or a published one.
 
     Of them a share ``corrupt`` gets a wrong id, 88 % of the rest the mask's, and the others stay, as in MoMask; with a
     share of 0 all get the mask's.
     """
     ids = torch.where(valid[..., None], ids, model.pad_id)
     u = torch.rand(ids.shape, generator=generator, device=ids.device)
-    wrong = (torch.rand(ids.shape, generator=generator, device=ids.device) * model.cfg.codes).long()
-    wrong = wrong.clamp(max=model.cfg.codes - 1)
+    wrong = (torch.rand(ids.shape, generator=generator, device=ids.device) * model.mask_id).long()
+    wrong = wrong.clamp(max=model.mask_id - 1)
     shown = torch.where(mask & (u < corrupt), wrong, ids)
     last = corrupt + 0.88 * (1 - corrupt) if corrupt else 1.0
     hidden = mask & (u >= corrupt) & (u < last)

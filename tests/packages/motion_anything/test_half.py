@@ -1,0 +1,86 @@
+"""Half precision over few keys, which torch's attention got wrong on an H200."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hone_core.testing import assert_close, requires_gpu
+from hone_motion_anything.config import TransformerConfig
+from hone_motion_anything.masking import masked_loss
+from hone_motion_anything.method import Condition, MotionTransformer, few_keys
+from hone_motion_anything.published import MaskTransformer, MaskTransformer2D
+
+
+def test_few_keys_are_attention():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5))
+    mask = torch.tensor([[True] * 5, [True, False, False, True, True]])[:, None, None]
+    for seen in (None, mask):
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        found = few_keys(q, k, v, attn_mask=seen, dropout_p=0.0)
+        assert_close(found, want)
+        for one, other in zip(*(torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (found, want)), strict=True):
+            assert_close(one, other)
+    assert few_keys(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.0).dtype == torch.bfloat16
+    # Without a weight that dropout leaves, nothing is attended to; what is left is doubled.
+    assert not few_keys(q, k, v, None, 1.0).any()
+    ones = few_keys(torch.zeros(1, 4000, 2), torch.zeros(1, 1, 2), torch.ones(1, 1, 2), None, 0.5)
+    assert set(ones.unique().tolist()) == {0.0, 2.0}
+
+
+def relative(found, want):
+    return float((found.float() - want.float()).norm() / want.float().norm())
+
+
+def inputs(net, codes, parts, dtype, music):
+    g = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(codes, (4, 49, parts), generator=g, device="cuda")
+    valid = torch.arange(49, device="cuda")[None] < torch.tensor([49, 30, 7, 49], device="cuda")[:, None]
+    condition = Condition(
+        text=torch.randn(4, 512, generator=g, device="cuda").to(dtype),
+        music=torch.randn(4, 49, 35, generator=g, device="cuda").to(dtype) if music else None,
+    )
+    mask = (torch.rand(ids.shape, generator=g, device="cuda") < 0.5) & valid[..., None]
+    return ids, condition, valid, mask
+
+
+@requires_gpu()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("music", [False, True])
+def test_weights_in_half_precision_on_a_gpu(dtype, music):
+    cfg = TransformerConfig(dropout=0.0, codes=256, sat_condition="self_plus_condition", gate="residual")
+    exact = MotionTransformer(cfg).cuda().eval()
+    half = copy.deepcopy(exact).to(dtype)
+    ids, condition, valid, _ = inputs(exact, 256, 6, torch.float32, music)
+    told = Condition(
+        text=condition.text.to(dtype), music=None if condition.music is None else condition.music.to(dtype)
+    )
+    with torch.no_grad():
+        assert relative(half(ids, told, valid)[valid], exact(ids, condition, valid)[valid]) < 3e-2
+        for found, want in zip(half.scores(ids, told, valid), exact.scores(ids, condition, valid), strict=True):
+            assert relative(found[valid], want[valid]) < 3e-2
+
+
+@requires_gpu()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["method", "momask", "mogents"])
+def test_training_under_autocast_on_a_gpu(dtype, kind):
+    torch.manual_seed(0)
+    if kind == "method":
+        net = MotionTransformer(TransformerConfig(dropout=0.0, sat_condition="self_plus_condition", gate="residual"))
+    else:
+        net = MaskTransformer(dropout=0.0) if kind == "momask" else MaskTransformer2D(dropout=0.0)
+    net = net.cuda().train()
+    codes = net.mask_id
+    ids, condition, valid, mask = inputs(net, codes, 1 if kind == "momask" else 6, torch.float32, False)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cuda", dtype, enabled=enabled):
+            loss = masked_loss(net, ids, condition, valid, mask, torch.Generator("cuda").manual_seed(0))
+        own = [p for p in net.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, own, allow_unused=True)
+        found.append((loss.item(), torch.cat([g.flatten() for g in grads if g is not None])))
+    (want, grads), (half, half_grads) = found
+    assert abs(half - want) < 1e-2 * want
+    assert relative(half_grads, grads) < 5e-2
