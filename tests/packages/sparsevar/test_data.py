@@ -33,6 +33,21 @@ def test_masks_lie_at_textured_objects_and_edges():
     assert image.diff(dim=-1).abs()[:, 32:, 32:].max() < 0.02
 
 
+def test_a_prompt_decides_all_but_the_size_of_its_objects_and_places_look_apart():
+    labels = torch.zeros(1, 4, 3, dtype=torch.int64)
+    bare = render(labels, generator()).images
+    assert torch.equal(bare, render(labels, generator(1)).images)
+    # A token of 4 px looks unlike every other one, in steps too small to be a texture.
+    tokens = torch.nn.functional.avg_pool2d(bare, 4).flatten(2)[0].T
+    assert torch.cdist(tokens, tokens).fill_diagonal_(1).min() > 0.01
+    assert max(bare.diff(dim=-1).abs().max(), bare.diff(dim=-2).abs().max()) < 0.02
+    labels[0, 0] = torch.tensor([1, 0, 2])
+    first, second = render(labels, generator()), render(labels, generator(1))
+    differs = (first.images != second.images).any(1)
+    assert differs.any()
+    assert (differs <= first.textured | second.textured).all()
+
+
 def test_prompts_by_hand():
     labels = torch.zeros(2, 4, 3, dtype=torch.int64)
     labels[0, 1] = torch.tensor([3, 5, 1])

@@ -1,8 +1,9 @@
 """Generated scenes of 64 px whose textured parts are known: what the tiny host draws.
 
-Each of four places holds nothing or one object: a shape, a colour, a texture. The background is a smooth gradient from
-top to bottom, of two greys. A prompt leaves these greys and an object's size open, and little else: bits of a token are
-drawn one by one, so that a small host would draw the mean of what it cannot know.
+Each of four places holds nothing or one object: a shape, a colour, a texture. The background is the same in all, smooth
+between a tint at each corner, so that a token can see where it lies: rotary embeddings alone say it to a small host
+only after many steps. A prompt leaves an object's size open and little else: bits of a token are drawn one by one, so
+that a small host would draw the mean of what it cannot know.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COLORS = {
     "magenta": (0.85, 0.15, 0.8), "cyan": (0.1, 0.85, 0.85),
 }  # fmt: skip
 TEXTURES = ("plain", "striped", "checkered")
+_CORNERS = ((0.75, 0.6, 0.45), (0.45, 0.6, 0.75), (0.5, 0.3, 0.3), (0.25, 0.35, 0.3))
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,9 @@ def render(labels: Tensor, generator: torch.Generator) -> Scenes:
 
     axis = torch.arange(IMAGE_PX, device=device) + 0.5
     y, x = axis[:, None], axis[None, :]
-    ends = 0.4 + 0.2 * uniform(batch, 2, 1, 1, 1)
-    image = (ends[:, 0] + (ends[:, 1] - ends[:, 0]) * (y / IMAGE_PX)).expand(batch, 3, IMAGE_PX, IMAGE_PX)
+    corners = torch.tensor(_CORNERS, device=device)[..., None, None]
+    top, bottom = corners[0].lerp(corners[1], x / IMAGE_PX), corners[2].lerp(corners[3], x / IMAGE_PX)
+    image = top.lerp(bottom, y / IMAGE_PX).expand(batch, 3, IMAGE_PX, IMAGE_PX)
     textured = torch.zeros(batch, IMAGE_PX, IMAGE_PX, dtype=torch.bool, device=device)
     palette = torch.tensor(list(COLORS.values()), device=device)
     for place in range(4):
