@@ -21,13 +21,14 @@ def test_most_that_decoding_can_gain(batch, gain):
 
 
 def test_rows_of_every_variant(start):
-    cfg = BenchConfig(tokens=(48,), batches=(2,), ratios=(0.25, 0.5), rounds=2)
+    cfg = BenchConfig(tokens=(48,), batches=(2,), ratios=(0.25, 0.5), rounds=2, captured=True)
     with start(cfg) as run:
         report = bench(cfg, run)
     values = {(row.metric, row.variant): row.value for row in run.rows}
     for name in ("dense", "tau 0.25", "tau 0.5"):
         assert values["prefill", name] > 0
         assert values["decode", name] > 0
+        assert values["decode", f"{name}, captured"] > 0
     assert values["cache", "tau 0.25"] == pytest.approx(values["cache", "dense"] / 4)
     assert values["cache", "tau 0.5"] == pytest.approx(values["cache", "dense"] / 2)
     assert "of at most" in str(report)
@@ -46,12 +47,13 @@ def test_decoding_alone_from_caches_of_unequal_samples(start, monkeypatch):
         return cache
 
     monkeypatch.setattr(module, "_filled", looked_at)
-    cfg = BenchConfig(tokens=(48,), batches=(3,), ratios=(0.25,), decode_only=True, rounds=2)
+    cfg = BenchConfig(tokens=(48,), batches=(3,), ratios=(0.25,), decode_only=True, rounds=2, captured=True)
     with start(cfg) as run:
         report = bench(cfg, run)
-    # What decoding appended is taken back; 0.5, 1 and 1.5 times 12 tokens are kept.
+    # What plain decoding appended is taken back; 0.5, 1 and 1.5 times 12 tokens are kept. Captured steps stay.
     assert [valid.sum(-1).tolist() for valid in kept[1]] == [[6, 12, 18]] * 6
     values = {(row.metric, row.variant): row.value for row in run.rows}
+    assert values["decode", "tau 0.25, captured"] > 0
     assert values["cache", "tau 0.25"] == pytest.approx(values["cache", "dense"] * 18 / 48)
     assert values["decode_bound", "tau 0.25"] > 1
     assert ("prefill", "dense") not in values

@@ -55,6 +55,18 @@ def test_generate_at_p_of_one_is_the_dense_answer(command, checkpoint, tmp_path)
     assert said["layer_ratio"] == [1.0, 1.0]
 
 
+def test_generate_by_captured_steps_gives_the_same_answers(command, checkpoint, tmp_path):
+    folder, picture = checkpoint
+    argv = ("generate", "--model", folder, "--image", picture, "--ask", "What?", "--p", "0.5", "--compare-dense")
+    argv += ("--max-new-tokens", "6", "--rounds", "1", "--device", "cpu", "--quiet")
+    said = []
+    for name, more in (("plain", ()), ("captured", ("--captured",))):
+        code, _, err = command(*argv, "--out", tmp_path / name, *more)
+        assert code == 0, err
+        said.append(json.loads((tmp_path / name / "artifacts/answers.json").read_text()))
+    assert said[0] == said[1]
+
+
 def test_inspect_says_what_a_prompt_is_without_weights(command, checkpoint):
     folder, picture = checkpoint
     (folder / "model.safetensors").rename(folder / "away")

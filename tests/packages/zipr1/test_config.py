@@ -1,5 +1,15 @@
+from pathlib import Path
+
 import pytest
-from hone_zipr1.config import PRESETS, DemoConfig, GenerateConfig, HostConfig, SparseConfig, TrainHostConfig
+from hone_zipr1.config import (
+    PRESETS,
+    DemoConfig,
+    GenerateConfig,
+    HostConfig,
+    SparseConfig,
+    TrainConfig,
+    TrainHostConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,6 +24,10 @@ from hone_zipr1.config import PRESETS, DemoConfig, GenerateConfig, HostConfig, S
         (lambda: SparseConfig(policy="fastv", ratio=2.0), "share of the prompt"),
         (lambda: SparseConfig(policy="fastv", ratio=0.5, fastv_layer=0), "at least 1"),
         (lambda: SparseConfig(dense_layers=(-1,)), "counted from 0"),
+        (
+            lambda: TrainConfig(model="m", data=Path("d"), shard=True, sparse=SparseConfig(captured=True)),
+            "leave shard or captured out",
+        ),
         (lambda: HostConfig(cells=9), "cells must lie in 2 .. 8"),
         (lambda: HostConfig(width=20), "multiple of heads"),
         (lambda: TrainHostConfig(minutes=0), "minutes must be positive"),

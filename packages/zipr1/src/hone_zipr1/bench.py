@@ -7,7 +7,8 @@ the work is that of the method and its time does not depend on what the attentio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -39,6 +40,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 VOCABULARY = 152064
 DENSE = "dense"
+CAPTURED = ", captured"
 FLASH = "dense, FlashAttention 3"
 
 
@@ -51,19 +53,22 @@ class BenchReport(Report):
         for split in dict.fromkeys(row.split for row in self.rows):
             rows = {(row.metric, row.variant): row for row in self.rows if row.split == split}
             lines.append(split)
+            width = max(len(variant) for metric, variant in rows if metric == "decode")
             for name in dict.fromkeys(variant for _, variant in rows):
                 if ("decode", name) not in rows:
                     lines.append(f"{'':13}one layer: {rows['attention', name].value:.3f} ms {name}")
                     continue
-                text = f"  {name:<10} "
+                text = f"  {name:<{width}} "
                 if ("prefill", name) in rows:
                     text += f"prefill {rows['prefill', name].value:9.2f} ms, "
                 text += f"a decoding step {rows['decode', name].value:7.2f} ms"
-                text += f", cache {rows['cache', name].value:9.2f} MiB"
-                if name != DENSE:
+                plain = name.removesuffix(CAPTURED)
+                dense = DENSE + name[len(plain) :]
+                text += f", cache {rows['cache', plain].value:9.2f} MiB"
+                if name != dense:
                     gains = [
-                        f"{rows[phase, DENSE].value / rows[phase, name].value:.2f}x of at most "
-                        f"{rows[f'{phase}_bound', name].value:.2f}x in {phase}"
+                        f"{rows[phase, dense].value / rows[phase, name].value:.2f}x of at most "
+                        f"{rows[f'{phase}_bound', plain].value:.2f}x in {phase}"
                         for phase in ("prefill", "decode")
                         if (phase, name) in rows
                     ]
@@ -71,10 +76,9 @@ class BenchReport(Report):
                 lines.append(text)
                 if ("selection", name) in rows:
                     layer = {metric: rows[metric, name].value for metric in ("selection", "attention")}
-                    dense = rows["attention", DENSE].value
                     lines.append(
-                        f"{'':13}one layer: choosing {layer['selection']:.3f} ms, "
-                        f"attention {layer['attention']:.3f} ms, dense {dense:.3f} ms"
+                        f"{'':13}one layer: choosing {layer['selection']:.3f} ms, attention "
+                        f"{layer['attention']:.3f} ms, dense {rows['attention', DENSE].value:.3f} ms"
                     )
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
@@ -99,12 +103,14 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     return BenchReport.of(run)
 
 
-def _selection(cfg: BenchConfig, ratio: float) -> SparseConfig:
+def _selection(cfg: BenchConfig, ratio: float | None) -> SparseConfig:
+    if ratio is None:
+        return SparseConfig(p=1.0)
     return SparseConfig(policy="top-k", ratio=ratio, recent=cfg.recent, random=cfg.random, protect="none")
 
 
-def _name(ratio: float) -> str:
-    return f"tau {ratio:g}"
+def _name(ratio: float | None) -> str:
+    return DENSE if ratio is None else f"tau {ratio:g}"
 
 
 @torch.no_grad()
@@ -115,17 +121,18 @@ def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
 
     def prefill() -> Any:
         cache = DynamicCache()
+        sparse_layers(cache, model.config.get_text_config().num_hidden_layers)
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **{keyword: cache})
         return cache
 
-    stored, device = prefill(), ids.device
-    calls: dict[str, Any] = {"prefill": prefill, "decode": partial(_decode, model, stored, batch, tokens)}
-    _add(cfg, run, DENSE, split, calls, stored, device)
-    for ratio in cfg.ratios:
-        with attach(model, _selection(cfg, ratio)):
-            kept = prefill()
-            calls = {"prefill": prefill, "decode": partial(_decode, model, kept, batch, tokens)}
-            _add(cfg, run, _name(ratio), split, calls, kept, device)
+    for ratio in (None, *cfg.ratios):
+        with nullcontext() if ratio is None else attach(model, _selection(cfg, ratio)):
+            cache = prefill()
+            calls: dict[str, Any] = {"prefill": prefill, "decode": partial(_decode, model, cache, batch, tokens)}
+            _add(cfg, run, _name(ratio), split, calls, cache, ids.device)
+            plain = calls["decode"]()
+        if cfg.captured:
+            _captured(cfg, run, model, cache, batch, tokens, ratio, plain)
     text = model.config.get_text_config()
     for ratio in cfg.ratios:
         bound = prefill_bound(text, tokens, ratio)
@@ -133,12 +140,33 @@ def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
     _decode_bounds(cfg, run, model, batch, tokens)
 
 
-def _decode(model: Any, cache: Any, batch: int, tokens: int) -> None:
-    """One step after the prompt, which is taken back."""
+def _step(model: Any, cache: Any, batch: int, tokens: int) -> Tensor:
+    """Logits after one token more, at the place of the first one after the prompt."""
     position = torch.full((3, batch, 1), tokens, device=model.device)
     last = torch.full((batch, 1), 10, device=model.device)
-    model(input_ids=last, use_cache=True, position_ids=position, **{cache_keyword(model): cache})
+    return model(input_ids=last, use_cache=True, position_ids=position, **{cache_keyword(model): cache}).logits
+
+
+def _decode(model: Any, cache: Any, batch: int, tokens: int) -> Tensor:
+    """One step after the prompt, which is taken back."""
+    logits = _step(model, cache, batch, tokens)
     cache.crop(-1)
+    return logits
+
+
+def _captured(
+    cfg: BenchConfig, run: Run, model: Any, cache: Any, batch: int, tokens: int, ratio: float | None, plain: Tensor
+) -> None:
+    """Times of captured steps, each a token further than the one before.
+
+    Raises:
+        RuntimeError: The logits of the first one are not those of a plain step.
+    """
+    with attach(model, replace(_selection(cfg, ratio), captured=True)):
+        step = partial(_step, model, cache, batch, tokens)
+        check_values("a captured step", step(), plain, tolerance=5e-2 if model.dtype != torch.float32 else 1e-3)
+        times = measure_interleaved({_name(ratio) + CAPTURED: step}, warmup=3, rounds=cfg.rounds, device=model.device)
+    _rows(cfg, run, "decode", times, f"{tokens} tokens, batch {batch}")
 
 
 def _decode_bounds(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> None:
@@ -151,16 +179,17 @@ def _decode_bounds(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: i
 @torch.no_grad()
 def _decoding(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> None:
     """Decoding from caches of random keys and values."""
-    split, device = f"{tokens} tokens, batch {batch}", model.device
-    cache = _filled(cfg, model, batch, tokens, None)
-    _add(cfg, run, DENSE, split, {"decode": partial(_decode, model, cache, batch, tokens)}, cache, device)
-    for ratio in cfg.ratios:
-        with attach(model, _selection(cfg, ratio)):
-            del cache
-            cache = _filled(cfg, model, batch, tokens, ratio)
+    split, cache = f"{tokens} tokens, batch {batch}", None
+    for ratio in (None, *cfg.ratios):
+        del cache
+        cache = _filled(cfg, model, batch, tokens, ratio)
+        with nullcontext() if ratio is None else attach(model, _selection(cfg, ratio)):
             calls = {"decode": partial(_decode, model, cache, batch, tokens)}
-            _add(cfg, run, _name(ratio), split, calls, cache, device)
+            _add(cfg, run, _name(ratio), split, calls, cache, model.device)
+            plain = calls["decode"]()
             del calls
+        if cfg.captured:
+            _captured(cfg, run, model, cache, batch, tokens, ratio, plain)
     _decode_bounds(cfg, run, model, batch, tokens)
 
 
@@ -170,8 +199,7 @@ def _filled(cfg: BenchConfig, model: Any, batch: int, tokens: int, ratio: float 
     shape = (batch, text.num_key_value_heads, tokens, text.hidden_size // text.num_attention_heads)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     cache = DynamicCache()
-    if ratio is not None:
-        sparse_layers(cache, text.num_hidden_layers)
+    sparse_layers(cache, text.num_hidden_layers)
     for layer in range(text.num_hidden_layers):
         keys, values = (torch.randn(shape, generator=generator, device=device, dtype=model.dtype) for _ in range(2))
         cache.update(keys, values, layer)

@@ -59,13 +59,17 @@ class SparseLayer(DynamicLayer):
         valid: ``[batch, stored]``, which stored tokens are read; None as well then.
         whole: Whether all stored tokens are read.
         protected: ``[batch, tokens]``, which of the first tokens a selection may not drop; later ones are text.
+
+    Args:
+        captured: Its steps are captured, so that samples keep their order.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, captured: bool = False) -> None:
         super().__init__()
+        self.captured = captured
         self.seen = self.prompt = 0
         self.positions: Tensor | None = None
         self.valid: Tensor | None = None
@@ -132,7 +136,7 @@ class SparseLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.captured)  # type: ignore[misc]
 
     def _rows(self, index: Tensor) -> None:
         if self.seen:
@@ -143,7 +147,16 @@ class SparseLayer(DynamicLayer):
             self.protected = self.protected[index]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take samples in another order, as beams do."""
+        """Take samples in another order, as beams do.
+
+        Raises:
+            ValueError: Its steps are captured.
+        """
+        if self.captured:
+            raise ValueError(
+                "beams reorder the cache after every token, and a captured step's stays where it is. Leave captured "
+                "out, or num_beams"
+            )
         if self.seen:
             self._rows(beam_idx.to(self.keys.device))
 
@@ -157,7 +170,7 @@ class SparseLayer(DynamicLayer):
         self._rows(indices)
 
 
-def sparse_layers(cache: Any, num_layers: int) -> None:
+def sparse_layers(cache: Any, num_layers: int, *, captured: bool = False) -> None:
     """Give an empty cache layers that can drop tokens.
 
     Raises:
@@ -171,4 +184,4 @@ def sparse_layers(cache: Any, num_layers: int) -> None:
             f"token selection keeps a cache of its own length per layer and sample, so it needs a DynamicCache that is "
             f"not offloaded; got {type(cache).__name__} ({kinds}). Leave cache_implementation out"
         )
-    cache.layers[:] = [SparseLayer() for _ in range(num_layers)]
+    cache.layers[:] = [SparseLayer(captured) for _ in range(num_layers)]

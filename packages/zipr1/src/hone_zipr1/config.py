@@ -75,6 +75,9 @@ class SparseConfig:
     """``gather``: attention of the kept tokens alone, samples filled up to the one that keeps most. ``varlen``: samples
     one after the other, by torch's attention of unequal lengths; 16 bits on a GPU, without gradients. ``mask``: the
     same under a mask, no faster, for training on short prompts."""
+    captured: bool = False
+    """Decode by a step that a GPU replays as a CUDA graph, on a cache that stays where it is; a CPU runs the same step
+    without one. Not with beams, prompt lookup or an assistant."""
     soft: Literal["entropy", "participation"] = "entropy"
     """Differentiable size of the support, where a training objective asks for it."""
     seed: int = 0
@@ -347,6 +350,10 @@ class TrainConfig:
             raise ValueError("a model needs --data with questions; the tiny host (no --model) makes its own")
         if self.model is None and (self.lora or self.shard or self.dtype != "auto"):
             raise ValueError("lora, shard and dtype are of a model; the tiny host is trained whole, in float32")
+        if self.shard and self.sparse.captured:
+            raise ValueError(
+                "a captured step does not fetch the weights of other processes; leave shard or captured out"
+            )
         if self.lora < 0 or min(self.frames, self.max_new_tokens) < 1:
             raise ValueError("lora must not be negative, frames and max_new_tokens must be positive")
         if self.sparse.policy in BY_RATIO or self.sparse.p != SparseConfig().p:
@@ -477,6 +484,8 @@ class GenerateConfig(AskConfig):
 
     cache: Literal["evict", "retrieve"] = "evict"
     """Whether dropped tokens leave the cache or are only not read."""
+    captured: bool = False
+    """Decode by a step that a GPU replays as a CUDA graph, also where dense: the same answers, faster on a GPU."""
     compare_dense: bool = False
     """Answer with the dense model too: texts, tokens in the cache and times side by side."""
     max_new_tokens: int = 64
@@ -555,6 +564,8 @@ class BenchConfig:
     decode_only: bool = False
     """Fill the caches with random keys and values in place of a prefill, for caches beside which the activations of one
     would not fit: decoding alone is timed. A sample keeps between a half and one and a half of the set share."""
+    captured: bool = False
+    """Also time a decoding step that a GPU replays as a CUDA graph, dense and with selected tokens."""
     unequal: bool = False
     """Also time one layer whose samples keep between a half and one and a half of the set share, filled up and one
     after the other."""

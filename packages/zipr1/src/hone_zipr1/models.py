@@ -6,8 +6,10 @@ were applied, so that kept tokens stay where they were. Nothing is replaced; ``d
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from . import method
 from .cache import Kept, SparseLayer, sparse_layers
+from .captured import ROOM, FixedLayer, Step
 from .config import PRESETS, SparseConfig
 from .visionzip import Zipped, check_tower, look, zipped
 
@@ -193,6 +196,12 @@ class SparseHandle(Handle[SparseConfig]):
                 self._hooks.add("model.visual", lambda module: module.register_forward_hook(self._after_tower))
                 before(f"model.visual.blocks.{len(self._tower.blocks) - 1}.attn", self._before_attention)
         self._hooks.add(path, lambda module: module.register_forward_hook(self._after_decoder, with_kwargs=True))
+        self._steps: weakref.WeakKeyDictionary[Any, Step] = weakref.WeakKeyDictionary()
+        self._forward: Callable[..., Any] | None = None
+        if config.captured:
+            self._forward = self.decoder.model.forward
+            # The method itself, so that a copy of the model gets the copy's.
+            self.decoder.model.forward = self._decode
 
     @property
     def attached(self) -> bool:
@@ -208,6 +217,13 @@ class SparseHandle(Handle[SparseConfig]):
         if self._tap is not None:
             self._tap.remove()
         self._tap = None
+        if self._forward is not None:
+            del self.decoder.model.forward
+            if self.decoder.model.forward != self._forward:
+                # Something else, such as a device hook, had put it on the instance.
+                self.decoder.model.forward = self._forward
+        self._forward = None
+        self._steps.clear()
 
     @contextmanager
     def using(
@@ -266,6 +282,11 @@ class SparseHandle(Handle[SparseConfig]):
         # Assisted decoding and prompt lookup put guesses after the prompt, and ask for a logit of each and one more.
         keep = inputs.get("logits_to_keep")
         guesses = keep - 1 if cache is not None and isinstance(keep, int) and keep > 1 else 0
+        if guesses and self.config.captured:
+            raise ValueError(
+                "a captured step reads one token: prompt lookup and assisted decoding bring several. Leave captured "
+                "out, or prompt_lookup_num_tokens and assistant_model"
+            )
         self._state.current = _Inputs(mask, ids, guesses)
         for output in (inputs.get("mm_encoder_outputs") or {}).values():
             if self._tower is not None and hasattr(output, _TOLD):
@@ -311,7 +332,7 @@ class SparseHandle(Handle[SparseConfig]):
                     )
                 return args, kwargs | {_PASS: _Pass(1.0, 0, earlier, None, real, cache, False)}
         elif cache is not None:
-            sparse_layers(cache, self.decoder.num_layers)
+            sparse_layers(cache, self.decoder.num_layers, captured=self.config.captured)
         prompt = earlier + (tokens - inputs.candidates if given.prompt_tokens is None else given.prompt_tokens)
         here = torch.ones(batch, prompt, dtype=torch.bool, device=states.device) if real is None else real[:, :prompt]
         p: float | Tensor = self.config.p
@@ -408,6 +429,42 @@ class SparseHandle(Handle[SparseConfig]):
             found[row, : len(drawn[length])] = drawn[length] + start + earlier
         return found.to(real.device)
 
+    # In place of a forward of one token.
+
+    def _decode(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's forward, by a captured step where one token goes on from a cache."""
+        forward, running = self._forward, kwargs.get(_PASS)
+        assert forward is not None, "it stands here as long as this is attached"
+        if running is None or running.stats is not None or args:
+            return forward(*args, **kwargs)
+        states = kwargs.get("inputs_embeds")
+        if states is None:
+            states = self.decoder.model.get_input_embeddings()(kwargs["input_ids"])
+        if states.shape[1] != 1:
+            return forward(**kwargs)
+        _check_capture(self.decoder, states)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full((len(states), 1), running.earlier, device=states.device)
+        taken = ("inputs_embeds", "input_ids", "position_ids", "attention_mask", "use_cache", self._keyword, _PASS)
+        others = {name: value for name, value in kwargs.items() if name not in taken and value is not None}
+        wrong = [name for name, value in others.items() if not isinstance(value, bool | int | str) or "output" in name]
+        if wrong:
+            raise ValueError(
+                f"a captured step takes embeddings, positions, a mask and a cache; got {', '.join(wrong)}. Leave "
+                "captured out"
+            )
+        step = self._steps.get(running.cache)
+        if step is None or not step.fits(running.cache.layers, states, positions):
+            # A step keeps no cache alive that it is kept for.
+            run = functools.partial(_run_step, forward, self._keyword, self.decoder.num_layers, others)
+            room = ROOM if step is None or step.left else 2 * step.room
+            step = Step(run, running.cache.layers, running.real, states, positions, room)
+            self._steps[running.cache] = step
+        out = step(states, positions)
+        running.seen.update(range(self.decoder.num_layers))
+        return type(out)(last_hidden_state=out.last_hidden_state.clone(), **{self._keyword: running.cache})
+
     # In a layer.
 
     def _attend(
@@ -428,6 +485,9 @@ class SparseHandle(Handle[SparseConfig]):
         stored = None if running.cache is None else running.cache.layers[layer]
         if running.stats is None:
             assert stored is not None, "a forward that selects nothing goes on from a cache"
+            if isinstance(stored, FixedLayer):
+                out = decode_attention(query, key, value, stored.valid, scale=kwargs.get("scaling"))
+                return out.transpose(1, 2).contiguous(), None
             if stored.positions is None:
                 return base(module, query, key, value, attention_mask, **kwargs)
             return _continued(stored, running.real, module, query, key, value, kwargs), None
@@ -500,6 +560,49 @@ class SparseHandle(Handle[SparseConfig]):
         first = real.to(torch.uint8).argmax(-1, keepdim=True)
         stats.sink[layer] = (mass.gather(1, first) / mass.sum(-1, keepdim=True))[:, 0]
         return keep
+
+
+def _check_capture(decoder: Decoder, states: Tensor) -> None:
+    """Refuse what a graph would not repeat.
+
+    Raises:
+        ValueError: The step is trained, runs under autocast, or is spread over devices; or positions change weights.
+    """
+    reason = None
+    if decoder.model.training or (torch.is_grad_enabled() and states.requires_grad):
+        reason = "has no gradients and no dropout; call model.eval() and run it under torch.no_grad()"
+    elif torch.is_autocast_enabled(states.device.type):
+        reason = "runs in the dtype of the weights; leave autocast"
+    elif devices := {str(parameter.device) for parameter in decoder.model.parameters()} - {str(states.device)}:
+        reason = (
+            f"needs the whole decoder on one device, {states.device}; some of it is on {', '.join(sorted(devices))}"
+        )
+    elif (kind := getattr(getattr(decoder.model, "rotary_emb", None), "rope_type", "default")) in (
+        "dynamic",
+        "longrope",
+    ):
+        reason = f"cannot follow a rotation ({kind}) that changes with the length of the text"
+    if reason is not None:
+        raise ValueError(f"a captured step {reason}. Or attach without captured")
+
+
+def _run_step(
+    forward: Callable[..., Any],
+    keyword: str,
+    num_layers: int,
+    others: dict[str, Any],
+    embeds: Tensor,
+    positions: Tensor,
+    cache: Any,
+) -> Any:
+    """The decoder's forward of one token, whose layers read what of their cache is valid."""
+    running = _Pass(1.0, 0, 1, None, None, cache, False)
+    # A mask of four axes is taken as it is; nobody looks at it.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    given = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask, "use_cache": True}
+    out = forward(**given, **others, **{keyword: cache, _PASS: running})
+    assert len(running.seen) == num_layers, "the tap is checked before each forward"
+    return out
 
 
 def masses(

@@ -142,7 +142,9 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
 
     model, processor, inputs = load_asked(cfg, resolve_device(run.device))
     selection = selection_of(cfg)
-    variants: dict[str, SparseConfig | None] = {"dense": None} if cfg.compare_dense else {}
+    # Everything kept is the dense model, bit for bit.
+    dense = SparseConfig(p=1.0, captured=True) if cfg.captured else None
+    variants: dict[str, SparseConfig | None] = {"dense": dense} if cfg.compare_dense else {}
     variants[selection.label] = selection
     turns: dict[str, list[_Turn]] = {name: [] for name in variants}
     stats: Any = None
@@ -154,7 +156,7 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
                 continue
             with attach(model, config) as handle:
                 turns[name].append(_turn(model, processor, inputs, cfg.max_new_tokens))
-                stats = handle.stats
+                stats = handle.stats  # of the selection, which comes last
     for name, (_, *timed) in turns.items():
         for metric in ("prefill", "decode"):
             values = [getattr(turn, metric) for turn in timed]
@@ -185,7 +187,7 @@ def selection_of(cfg: AskConfig) -> SparseConfig:
     """The preset's, with the flags'."""
     chosen = PRESETS[cfg.preset].config
     if isinstance(cfg, GenerateConfig):
-        chosen = replace(chosen, cache=cfg.cache)
+        chosen = replace(chosen, cache=cfg.cache, captured=cfg.captured)
     return chosen if cfg.p is None else replace(chosen, p=cfg.p)
 
 
