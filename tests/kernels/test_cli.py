@@ -97,6 +97,7 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         "column_mass",
         "decoding",
         "draw_codes",
+        "few_tokens",
         "guided_draw",
         "kept_tokens",
         "logits",

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hone_core.errors import UnsupportedHardwareError
-from hone_core.testing import requires_gpu
+from hone_core.testing import assert_close, requires_gpu
 from hone_nar.bench import check_draws
 from hone_nar.generation import Decoding, GraphedDecoding, generate
 from hone_nar.models import tiny
@@ -171,14 +171,47 @@ def test_compiled_pieces_are_made_once_for_all_blocks_and_steps():
     assert len(made) <= 4
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"few": 12}, {"few": 64, "fused": True}])
 @pytest.mark.parametrize("kind", ["nar", "llamagen", "video"])
-def test_fused_draws_are_the_others(kind):
+def test_fused_draws_and_passes_are_the_others(kind, options):
     model, sampling = tiny(kind), Sampling(guidance=2.0, temperature=0.8, top_k=10)
-    runs = [Decoding(model, 2, sampling=sampling, guided_tokens=12, fused=fused) for fused in (False, True)]
+    runs = [Decoding(model, 2, sampling=sampling, guided_tokens=12, **given) for given in ({}, options)]
     for run in runs:
         run.load(model.condition(torch.tensor([3, 7]), guided=True), [11, 12])
     assert torch.equal(*(run.run() for run in runs))
-    assert runs[1].logits is None
+    if "fused" in options:
+        assert runs[1].logits is None
+    else:
+        assert_close(runs[1].logits, runs[0].logits)
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (3, 5), (5, 2)])
+def test_passes_over_few_tokens_give_the_logits_of_texts(grid):
+    """Of every step; rows of one text and two, padded by different lengths, and keys that heads share."""
+    model = tiny("nar", num_classes=None, cls_token_num=5, caption_dim=24, grid=grid, n_kv_head=2)
+    for words in ([[False, True, True, True, True]], [[False, False, False, False, True], [True] * 5]):
+        images = len(words)
+        given = {"text": torch.randn(images, 5, 24), "words": torch.tensor(words)}
+        runs = [Decoding(model, images, sampling=Sampling(guidance=2.0), few=few) for few in (0, 64)]
+        for run in runs:
+            run.load(model.condition(**given, guided=True), list(range(images)))
+        for step in range(len(model.order.steps)):
+            with torch.no_grad():
+                for run in runs:
+                    run.step(step)
+            assert_close(runs[1].logits, runs[0].logits)
+        # All steps but the text's own are over few tokens.
+        assert [rows is None for rows in runs[1]._few_rows] == [True] + [False] * (len(model.order.steps) - 1)
+
+
+def test_passes_over_few_tokens_are_of_plain_layers():
+    wrong = [tiny("flashar"), tiny().train(), tiny()]
+    wrong[2].layers[1].feed_forward.w2 = torch.nn.Sequential(wrong[2].layers[1].feed_forward.w2)
+    for model in wrong:
+        with pytest.raises(ValueError, match="in eval mode and with plain linear layers"):
+            Decoding(model, 1, sampling=SAMPLING, few=8)
+    with pytest.raises(ValueError, match="few must be 0 to 64; got 65"):
+        Decoding(tiny(), 1, sampling=SAMPLING, few=65)
 
 
 def test_what_is_not_fused_is_refused():
@@ -193,10 +226,11 @@ def test_what_is_not_fused_is_refused():
 
 @requires_gpu()
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("few", [0, 16, 64])
 @pytest.mark.parametrize("kind", ["nar", "llamagen", "video", "text"])
-def test_fused_draws_in_graphs_fall_on_their_uniforms(kind, dtype):
+def test_fused_draws_in_graphs_fall_on_their_uniforms(kind, dtype, few):
     model, given = on_a_gpu(kind, dtype)
-    run = GraphedDecoding(model, 2, sampling=Sampling(guidance=2.0), fused=True)
+    run = GraphedDecoding(model, 2, sampling=Sampling(guidance=2.0), fused=True, few=few)
     for seed in range(3):
         run.load(model.condition(**given(seed), guided=True), [seed, 5])
         codes = run.run()

@@ -16,6 +16,7 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Report, Run
 from hone_core.timing import Timing, check_values, measure
+from hone_kernels.few_tokens import TOKENS
 from hone_visual_ar.sampling import Sampling
 
 from .checkpoints import SIZES, build
@@ -80,8 +81,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
 
     Rows, each with labels ``model`` and ``batch``: ``time`` of a batch of grids (``ms``) and ``peak_memory``, of the
     variants ``release``, ``eager``, ``graphs`` (one for each step), ``compiled`` (graphs of compiled blocks), ``fused``
-    (with draws by one kernel) and ``raster-...`` of each; ``passes``; ``weight_floor``; ``decode`` of
-    the tokenizer.
+    (draws by one kernel besides), ``few`` (passes over few tokens by five launches a block besides) and ``raster-...``
+    of each; ``passes``; ``weight_floor``; ``decode`` of the tokenizer.
 
     Raises:
         ValueError: There is no such model.
@@ -216,9 +217,9 @@ class _Bench:
     def ours(self, mode: str, batch: int, given: dict[str, torch.Tensor], facts: Labels) -> None:
         variant = f"{self.prefix}{mode}"
         kind: type[Decoding] = Decoding if mode == "eager" else GraphedDecoding
-        options: dict[str, Any] = {"pieces": compiled_pieces()} if mode in ("compiled", "fused") else {}
-        if mode == "fused":
-            options["fused"] = True
+        options: dict[str, Any] = {"pieces": compiled_pieces()} if mode in ("compiled", "fused", "few") else {}
+        fused = mode in ("fused", "few")
+        options |= {"fused": fused, "few": TOKENS if mode == "few" else 0}
         run = kind(self.model, batch, sampling=Sampling(guidance=self.cfg.guidance), **options)
 
         def draw() -> torch.Tensor:
@@ -228,7 +229,7 @@ class _Bench:
         tokens = draw()
         # The texts of a small batch are the first of a large one.
         want = self.forward(tokens[:2])
-        if mode == "fused":
+        if fused:
             check_draws(variant, tokens[:2], want, run.uniforms_raster()[:2], tolerance=self.tolerance)
         else:
             assert run.logits is not None

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_kernels.draw_codes import draw_codes
+from hone_kernels.few_tokens import TOKENS
 from hone_visual_ar.sampling import Sampling, draw, uniforms
 from torch import Tensor
 
 from .config import Mix
+from .few import check_plain, head_of_few, run_few
 from .method import guide, mask_of
 from .transformer import Condition, NARTransformer, Pieces, slot_ids
 
@@ -47,6 +49,8 @@ class Decoding:
         guided_tokens: Guidance ends once more tokens than this are drawn; None: never.
         pieces: What blocks run, such as ``compiled_pieces()``.
         fused: Average, guide and draw by one kernel, ``hone_kernels.draw_codes``, whose sums round in another order.
+        few: Passes over at most so many tokens, all rows counted, are made of ``hone_kernels.few_tokens``, whose sums
+            round in another order; ``few_tokens.TOKENS`` at most.
 
     Attributes:
         tokens: ``[B, tokens]`` codes in slots, drawn so far.
@@ -54,7 +58,8 @@ class Decoding:
         passes: Forwards of the model so far.
 
     Raises:
-        ValueError: Draws are fused of a model with a gate, or greedy or by top-p.
+        ValueError: Draws are fused of a model with a gate, or greedy or by top-p; or ``few`` is out of range, or given
+            with a model that it is not made for.
     """
 
     def __init__(
@@ -67,8 +72,13 @@ class Decoding:
         guided_tokens: int | None = None,
         pieces: Pieces | None = None,
         fused: bool = False,
+        few: int = 0,
     ) -> None:
-        self.pieces, self.fused = pieces, fused
+        self.pieces, self.fused, self.few = pieces, fused, few
+        if not 0 <= few <= TOKENS:
+            raise ValueError(f"few must be 0 to {TOKENS}; got {few}")
+        if few:
+            check_plain(model)
         if fused and (type(model).mixed is not NARTransformer.mixed or sampling.greedy or sampling.top_p > 0):
             raise ValueError(
                 "the fused kernel averages heads, cuts by top_k and draws; leave fused out for a gate, greedy or top_p"
@@ -90,17 +100,25 @@ class Decoding:
             dtype=model.tok_embeddings.weight.dtype,
         )
         self.mask: Tensor | None = None
+        self.words: Tensor | None = None
         if model.num_classes is None:
             shape = (self.rows, 1, start + count, start + count)
             self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
+            self.words = torch.zeros(self.rows, start, dtype=torch.bool, device=device)
         self._first = mask_of(model.order, start, device)[:start, :start]
         self.starts = model.order.starts
         # Sources of a step as places among the tokens of the step before, and the same weights for every row.
-        self._sources = []
+        self._sources, self._few_rows = [], []
         for step in range(len(model.order.steps)):
             begin, end = self.starts[step], self.starts[step + 1]
             before = start + self.starts[step - 1] if step else 0
-            self._sources.append((self.plan.source[begin:end] - before).clamp(min=0))
+            count = self.starts[step] - self.starts[step - 1] if step else start
+            source = (self.plan.source[begin:end] - before).clamp(min=0)
+            self._sources.append(source)
+            # The same counted over all rows; None where a pass is over too many, or over a text, which is causal.
+            small = self.rows * max(count, end - begin) <= few and (step > 0 or start == 1)
+            lines = torch.arange(self.rows, device=device)[:, None, None] * count + source
+            self._few_rows.append(lines.flatten(0, 1).mT.int().contiguous() if small else None)
         self.logits: Tensor | None = None
         self.passes = 0
 
@@ -119,7 +137,8 @@ class Decoding:
         self.embedding.copy_(condition.embedding)
         ids = slot_ids(self.model.order, self.tokens.device)
         self.uniform.copy_(uniforms(seeds, self.model.tokens, 1, self.tokens.device)[:, ids, 0])
-        if self.mask is not None:
+        if self.mask is not None and self.words is not None and condition.words is not None:
+            self.words.copy_(condition.words)
             start = self.model.cls_token_num
             self.mask.copy_(mask_of(self.model.order, start, self.tokens.device, condition.words)[:, None])
         self.passes = 0
@@ -128,24 +147,15 @@ class Decoding:
         """One forward, and the draws of a step's tokens; reads and writes buffers alone."""
         model, start = self.model, self.model.cls_token_num
         if step == 0:
-            x, begin, end = self.embedding, 0, start
+            x, begin = self.embedding, 0
         else:
             first, last = self.starts[step - 1], self.starts[step]
-            begin, end = start + first, start + last
+            begin = start + first
             x = model.tok_embeddings(self.tokens[:, first:last])
             x = torch.cat([x, x]) if self.guided else x
-        mask: Tensor | None
-        if self.mask is not None:
-            mask = self.mask[:, :, begin:end, :end]
-        else:
-            mask = self._first if step == 0 and start > 1 else None
-        hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache, pieces=self.pieces)
+        each = self._heads(step, x, begin)
         first, last = self.starts[step], self.starts[step + 1]
         over = self.guided_tokens is not None and first > self.guided_tokens
-        each = [
-            model.head(head, state[:, self._sources[step][:, head]], wide=not self.fused)
-            for head, state in enumerate(hidden)
-        ]
         if self.fused:
             if self.guided and over:
                 each = [logits[: self.images] for logits in each]
@@ -164,6 +174,25 @@ class Decoding:
             logits = conditional if over else guide(conditional, unconditional, self.strength)
         self.logits = logits / self._temperature
         self.tokens[:, first:last] = draw(self.logits, self.uniform[:, first:last], self.sampling)
+
+    def _heads(self, step: int, x: Tensor, begin: int) -> list[Tensor]:
+        """Logits ``[R, n, vocabulary]`` of each head for a step's n tokens, of the tokens before them."""
+        model, end, rows = self.model, begin + x.shape[1], self._few_rows[step]
+        if rows is not None:
+            hidden = run_few(model, x, begin=begin, cache=self.cache, words=self.words)
+            each = [head_of_few(model, head, state, rows[head]) for head, state in enumerate(hidden)]
+            each = [logits.unflatten(0, (self.rows, -1)) for logits in each]
+            return each if self.fused else [logits.to(torch.promote_types(x.dtype, torch.float32)) for logits in each]
+        mask: Tensor | None
+        if self.mask is not None:
+            mask = self.mask[:, :, begin:end, :end]
+        else:
+            mask = self._first if step == 0 and model.cls_token_num > 1 else None
+        hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache, pieces=self.pieces)
+        return [
+            model.head(head, state[:, self._sources[step][:, head]], wide=not self.fused)
+            for head, state in enumerate(hidden)
+        ]
 
     @torch.no_grad()
     def run(self, on_step: Callable[[int], None] | None = None) -> Tensor:

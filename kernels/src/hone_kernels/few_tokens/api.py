@@ -1,0 +1,134 @@
+"""The public functions: checks and choice of backend. They are called inside captured graphs, and none waits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hone_kernels.backends import Backend, Support, choose
+
+from .reference import attend_slots_reference, linear_of_few_reference
+
+__all__ = ["SUPPORT", "TOKENS", "Backend", "attend_slots", "linear_of_few"]
+
+SUPPORT: dict[str, Support] = {
+    "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+    "triton": Support(dtypes=(torch.float32, torch.bfloat16, torch.float16), language="triton", min_sm=80),
+}
+"""``dtypes`` are those of activations, weights and caches."""
+
+TOKENS = 64
+"""Most tokens of a product, and most of a row in attention: programs hold all of them."""
+
+
+def linear_of_few(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    up: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    rows: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A linear layer of few tokens, with what stands before and after it in a transformer, in one launch.
+
+    Weights are read before the kernels launched earlier have ended: none of those may write them.
+
+    Args:
+        x: ``[X, C]``, contiguous.
+        weight: ``[N, C]``, contiguous.
+        up: Likewise; with it ``weight`` makes gates, and silu(gate) * up is what comes out.
+        norm: ``[C]``, weight of an RMS norm of x; None without one.
+        eps: Of the norm.
+        residual: ``[T, N]``, contiguous, added at the end.
+        rows: int32 ``[T]``, rows of x that are asked for; None: all of them.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[T, N]``.
+
+    Raises:
+        ValueError: Shapes do not fit together, or there are more tokens than ``TOKENS``.
+    """
+    if (
+        x.dim() != 2
+        or weight.dim() != 2
+        or x.shape[1] != weight.shape[1]
+        or (up is not None and up.shape != weight.shape)
+    ):
+        raise ValueError(
+            f"expected x [X, C], weight [N, C] and up like it; got {list(x.shape)}, {list(weight.shape)} and "
+            f"{None if up is None else list(up.shape)}"
+        )
+    tokens = len(x) if rows is None else len(rows)
+    if not 1 <= tokens <= TOKENS or (rows is not None and (rows.dim() != 1 or rows.dtype != torch.int32)):
+        raise ValueError(
+            f"expected 1 to {TOKENS} tokens, and rows int32 [T]; got {tokens} and "
+            f"{None if rows is None else rows.dtype}"
+        )
+    if norm is not None and norm.shape != x.shape[1:]:
+        raise ValueError(f"norm must be [{x.shape[1]}]; got {list(norm.shape)}")
+    if residual is not None and residual.shape != (tokens, len(weight)):
+        raise ValueError(f"residual must be [{tokens}, {len(weight)}]; got {list(residual.shape)}")
+    if choose("linear_of_few", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return linear_of_few_reference(x, weight, up, norm, eps, residual, rows)
+    from .triton import linear_of_few_triton  # needs Triton
+
+    return linear_of_few_triton(x, weight, up, norm, eps, residual, rows)
+
+
+def attend_slots(
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    begin: int,
+    *,
+    scale: float,
+    words: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Rotate new tokens, write their keys and values to their slots, and attend to all slots up to the last of them.
+
+    New tokens see each other in both directions. What is cached for earlier slots is read before the launches just
+    before have ended: no kernel that overlaps the next one may write it.
+
+    Args:
+        qkv: ``[R, n, (H + 2 HK) * D]``, contiguous: queries, keys and values of each token.
+        rope: Cosines and sines, float32 ``[slots, D / 2]``, contiguous, of adjacent pairs of channels; None: positions
+            are in the tokens.
+        keys: ``[R, HK, slots, D]``, contiguous; slots from ``begin`` on are written.
+        values: Likewise.
+        begin: Slot of the first new token.
+        scale: Of the logits.
+        words: bool ``[R, T]``, contiguous: which of the first T slots may be read; T at most ``begin``.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[R, n, H * D]``.
+
+    Raises:
+        ValueError: Shapes do not fit together, or there are more new tokens than ``TOKENS``.
+    """
+    if keys.dim() != 4 or keys.shape != values.shape or qkv.dim() != 3 or len(qkv) != len(keys):
+        raise ValueError(
+            f"expected qkv [R, n, (H + 2 HK) * D], keys and values [R, HK, slots, D]; got {list(qkv.shape)}, "
+            f"{list(keys.shape)} and {list(values.shape)}"
+        )
+    _, heads_k, slots, dim = keys.shape
+    tokens, (heads, rest) = qkv.shape[1], divmod(qkv.shape[2], dim)
+    if rest or heads <= 2 * heads_k or heads % heads_k:
+        raise ValueError(f"qkv must have (H + 2 * {heads_k}) * {dim} channels, H a multiple of {heads_k}; got {heads}")
+    if not 1 <= tokens <= TOKENS or begin < 0 or begin + tokens > slots:
+        raise ValueError(f"expected 1 to {TOKENS} tokens in {slots} slots; got {tokens} from {begin} on")
+    if rope is not None and any(table.shape != (slots, dim // 2) for table in rope):
+        raise ValueError(f"rope must be two tables [{slots}, {dim // 2}]; got {[list(table.shape) for table in rope]}")
+    if words is not None and (words.dim() != 2 or len(words) != len(qkv) or words.shape[1] > begin):
+        raise ValueError(f"words must be [{len(qkv)}, T], T at most {begin}; got {list(words.shape)}")
+    if choose("attend_slots", backend, SUPPORT, qkv.device, qkv.dtype) == "reference":
+        return attend_slots_reference(qkv, rope, keys, values, begin, scale, words)
+    from .triton import attend_slots_triton  # needs Triton
+
+    return attend_slots_triton(qkv, rope, keys, values, begin, scale, words)

@@ -1,0 +1,77 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hone_core.testing import assert_close
+from hone_kernels.few_tokens import TOKENS, attend_slots, linear_of_few
+from torch.nn import functional as F
+
+
+def test_a_layer_with_its_surroundings():
+    x, weight, up = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 6), (8, 6), (8, 6)))
+    norm, residual = torch.rand(6).double(), torch.randn(3, 8).double()
+    rows = torch.tensor([4, 0, 0], dtype=torch.int32)
+    assert_close(linear_of_few(x, weight), x @ weight.T)
+    normed = F.rms_norm(x, (6,), norm, 1e-3)
+    assert_close(linear_of_few(x, weight, norm=norm, eps=1e-3), normed @ weight.T)
+    plain, other = normed[rows] @ weight.T, normed[rows] @ up.T
+    got = linear_of_few(x, weight, up=up, norm=norm, eps=1e-3, residual=residual, rows=rows)
+    assert_close(got, plain * plain.sigmoid() * other + residual)
+
+
+@pytest.mark.parametrize("heads_k", [1, 3])
+def test_slots_step_by_step_are_attention_by_one_mask(heads_k):
+    """Three steps, against dense attention under the mask of their order; a text's padding is hidden."""
+    torch.manual_seed(0)
+    heads, dim, rows, text = 3, 8, 2, 4
+    steps = [0, 4, 7, 9]
+    slots = steps[-1]
+    qkv = torch.randn(rows, slots, (heads + 2 * heads_k) * dim, dtype=torch.float64)
+    angles = torch.randn(slots, dim // 2, dtype=torch.float64)
+    rope = (angles.cos(), angles.sin())
+    words = torch.tensor([[False, True, True, True], [False, False, False, True]])
+    keys, values = (torch.full((rows, heads_k, slots, dim), torch.nan, dtype=torch.float64) for _ in range(2))
+    got = []
+    for begin, end in pairwise(steps):
+        seen = words if begin else None
+        got.append(attend_slots(qkv[:, begin:end], rope, keys, values, begin, scale=0.3, words=seen))
+    q, k, v = qkv.view(rows, slots, -1, dim).transpose(1, 2).split([heads, heads_k, heads_k], 1)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+        for x in (q, k)
+    )
+    step = torch.tensor([0] * 4 + [1] * 3 + [2] * 2)
+    mask = (step[None] <= step[:, None]).expand(rows, -1, -1).clone()
+    mask[:, text:, :text] &= words[:, None]
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=0.3, enable_gqa=True)
+    assert_close(torch.cat(got, 1), dense.transpose(1, 2).flatten(2))
+    assert_close(keys, k)
+    assert_close(values, v)
+
+
+def test_bad_shapes_are_named():
+    x, weight = torch.zeros(2, 4), torch.zeros(3, 4)
+    with pytest.raises(
+        ValueError, match=r"expected x \[X, C\], weight \[N, C\] and up like it; got \[2, 4\], \[3, 4\] and \[2, 4\]"
+    ):
+        linear_of_few(x, weight, up=x)
+    with pytest.raises(ValueError, match=r"expected 1 to 64 tokens, and rows int32 \[T\]; got 65"):
+        linear_of_few(torch.zeros(TOKENS + 1, 4), weight)
+    with pytest.raises(ValueError, match=r"rows int32 \[T\]; got 2 and torch.int64"):
+        linear_of_few(x, weight, rows=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"norm must be \[4\]; got \[3\]"):
+        linear_of_few(x, weight, norm=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"residual must be \[2, 3\]; got \[2, 4\]"):
+        linear_of_few(x, weight, residual=x)
+    qkv, cache = torch.zeros(2, 3, 12), torch.zeros(2, 1, 5, 4)
+    with pytest.raises(ValueError, match=r"expected qkv \[R, n, .*; got \[2, 3, 12\], \[1, 1, 5, 4\]"):
+        attend_slots(qkv, None, cache[:1], cache[:1], 0, scale=1.0)
+    with pytest.raises(ValueError, match=r"qkv must have \(H \+ 2 \* 1\) \* 4 channels"):
+        attend_slots(qkv[..., :8], None, cache, cache, 0, scale=1.0)
+    with pytest.raises(ValueError, match="expected 1 to 64 tokens in 5 slots; got 3 from 3 on"):
+        attend_slots(qkv, None, cache, cache, 3, scale=1.0)
+    with pytest.raises(ValueError, match=r"rope must be two tables \[5, 2\]"):
+        attend_slots(qkv, (x, x), cache, cache, 0, scale=1.0)
+    with pytest.raises(ValueError, match=r"words must be \[2, T\], T at most 0; got \[2, 1\]"):
+        attend_slots(qkv, None, cache, cache, 0, scale=1.0, words=torch.ones(2, 1).bool())
