@@ -2,9 +2,10 @@ import hone_zpressor.bench as bench_module
 import pytest
 import torch
 from hone_splat.published import build_published
+from hone_zpressor.anchors import cluster_views, farthest_points
 from hone_zpressor.bench import PARTS, _compressors, _folding, _forward, _time_parts, _views, bench, fuse_by_loop
 from hone_zpressor.config import BenchConfig
-from hone_zpressor.method import ZPressor, cluster_views, farthest_points
+from hone_zpressor.method import ZPressor
 
 
 def test_the_loop_is_the_same_module():

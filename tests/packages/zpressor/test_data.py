@@ -1,6 +1,6 @@
 import torch
+from hone_zpressor.anchors import farthest_points
 from hone_zpressor.data import graded_rooms, training_batch
-from hone_zpressor.method import farthest_points
 
 
 def same_pose(first, second):

@@ -4,16 +4,8 @@ import pytest
 import torch
 from hone_core.testing import requires_gpu
 from hone_zpressor import method
-from hone_zpressor.method import (
-    Clusters,
-    ViewStream,
-    ZPressor,
-    assign,
-    cluster_views,
-    farthest_points,
-    information_loss,
-    least_seen,
-)
+from hone_zpressor.anchors import Clusters, assign, cluster_views, farthest_points, least_seen
+from hone_zpressor.method import ViewStream, ZPressor, information_loss
 
 
 def brute_farthest(centres, count):
@@ -123,37 +115,57 @@ def test_scenes_of_different_views_are_each_as_alone(module):
     assert torch.allclose(found[1], alone[0], atol=1e-5)
 
 
-def ragged(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+def ragged(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None):
     """What torch's varlen_attn documents, sequence by sequence."""
     spans = [list(zip(cu.tolist(), cu.tolist()[1:], strict=False)) for cu in (cu_seq_q, cu_seq_k)]
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (max_q, max_k) >= tuple(max(b - a for a, b in some) for some in spans)
-    out = torch.empty_like(query)
+    assert (max_q, max_k) == tuple(max(b - a for a, b in some) for some in spans)
+    assert all(part.is_contiguous() for part in (query, key, value))
+    out, lse = torch.empty_like(query), query.new_empty(1, len(query))
     for (a, b), (c, d) in zip(*spans, strict=True):
-        weights = torch.softmax(query[a:b, 0] @ key[c:d, 0].mT / query.shape[-1] ** 0.5, -1)
-        out[a:b, 0] = weights @ value[c:d, 0]
+        logits = query[a:b, 0] @ key[c:d, 0].mT / query.shape[-1] ** 0.5
+        out[a:b, 0], lse[0, a:b] = torch.softmax(logits, -1) @ value[c:d, 0], logits.logsumexp(-1)
     assert (b, d) == (len(query), len(key))
-    return out
+    return (out, lse.detach()) if return_aux is not None and return_aux.lse else out
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("alone", [False, True])
 def test_ragged_lists_of_support_hold_what_padded_ones_do(module, monkeypatch, alone):
-    monkeypatch.setattr(method, "varlen_attn", ragged)
+    calls = []
+
+    def counted(*args, **rest):
+        calls.append(len(args[3]) - 1)
+        return ragged(*args, **rest)
+
+    monkeypatch.setattr(method, "varlen_attn", counted)
     features, centres = scene(2, 9)
     present = torch.ones(2, 9, dtype=torch.bool)
     present[1, 3:] = False  # two anchors and one view, so that a pair of this scene has no support
     clusters = cluster_views(centres, farthest_points(centres, 2, present), present)
+    counts = clusters.real.sum(1).tolist()
     if alone:
         clusters = Clusters(clusters.anchors[:1], clusters.support[:2], clusters.real[:2])
-        features = features[:1]
+        features, counts = features[:1], counts[:2]
     else:
-        assert sorted(clusters.real.sum(1).tolist())[:2] == [0, 1]
+        assert sorted(counts)[:2] == [0, 1]
     tokens = features.flatten(0, 1).flatten(2).mT
     first = torch.arange(len(features))[:, None] * 9
-    anchor = tokens[(clusters.anchors + first).flatten()]
-    plain = module.fuse(anchor, tokens, clusters, "float32")
-    assert torch.allclose(module.fuse(anchor, tokens, clusters, "float32", "varlen"), plain, atol=1e-5)
+    own, support = tokens[(clusters.anchors + first).flatten()], tokens[clusters.lists.views]
+
+    def fused(attention):
+        support_ = support.clone().requires_grad_()
+        out = module.fuse(own, support_, clusters.lists, "float32", attention)
+        return out, *torch.autograd.grad(out.square().sum(), [support_, *module.parameters()], allow_unused=True)
+
+    # With gradients a list is a sequence; without, each view is one, and they are joined.
+    for plain, found in zip(fused("padded"), fused("varlen"), strict=True):
+        assert torch.allclose(plain, found, atol=1e-4, rtol=1e-4)
+    assert set(calls) == {sum(count > 0 for count in counts)}
+    calls.clear()
+    with torch.no_grad():
+        plain, found = (module.fuse(own, support, clusters.lists, "float32", way) for way in ("padded", "varlen"))
+    assert torch.allclose(plain, found, atol=1e-5)
+    assert set(calls) == {sum(counts)}
 
 
 def test_ragged_lists_need_bfloat16_on_a_gpu(module):
@@ -175,6 +187,9 @@ def test_ragged_lists_on_a_gpu():
         fused = built(given, clusters, "bfloat16", attention)
         (grad,) = torch.autograd.grad(fused.square().sum(), given)
         found.append((fused.detach(), grad))
+    with torch.no_grad():
+        found[1] += (built(features, clusters, "bfloat16", "varlen"),)
+    found[0] += (found[0][0],)
     for plain, ragged_ in zip(*found, strict=True):
         assert float((plain - ragged_).norm() / plain.norm()) < 1e-2
 

@@ -9,8 +9,9 @@ from hone_core.lazy import lazy_names as _lazy_names
 __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
+        "anchors": ["assign", "cluster_views", "farthest_points"],
         "config": ["PRESETS", "ZPressorConfig"],
-        "method": ["ZPressor", "assign", "cluster_views", "farthest_points"],
+        "method": ["ZPressor"],
         "models": ["ZPressorHandle", "attach", "tiny"],
         "streaming": ["SceneStream"],
     },

@@ -19,9 +19,10 @@ from hone_splat.published import build_published
 from hone_splat.views import Views
 from torch import Tensor
 
+from .anchors import Clusters, cluster_views, farthest_points, one_list
 from .config import PRESETS, BenchConfig, HostConfig
 from .data import graded_rooms
-from .method import Attention, Clusters, ViewStream, ZPressor, cluster_views, farthest_points
+from .method import Attention, ViewStream, ZPressor
 from .models import attach, tiny
 
 __all__ = ["BenchReport", "bench", "fuse_by_loop"]
@@ -93,16 +94,18 @@ def fuse_by_loop(module: ZPressor, features: Tensor, clusters: Clusters, precisi
     batch, views = features.shape[:2]
     tokens = features.flatten(0, 1).flatten(2).mT
     first = torch.arange(batch, device=features.device)[:, None] * views
-    anchor = tokens[(clusters.anchors + first).flatten()]
+    anchor = tokens.index_select(0, (clusters.anchors + first).flatten())
     own = []
     for members, real in zip(clusters.support, clusters.real, strict=True):
-        support = torch.arange(int(real.sum()), device=features.device)[None]
-        whole = torch.ones_like(support, dtype=torch.bool)
-        own.append((tokens[members[real]], Clusters(support.new_zeros(1, 1), support, whole)))
+        numbers = members[real].to(features.device)
+        own.append((tokens.index_select(0, numbers), one_list(len(numbers), features.device)))
     cross_layers: Any = module.cross_attn_layers[0]
     self_layers: Any = module.self_attn_layers[0]
     for cross, within in zip(cross_layers, self_layers, strict=True):
-        read = [cross(one[None], *pair, precision) for one, pair in zip(anchor, own, strict=True)]
+        read = [
+            one[None] if lists is None else cross(one[None], support, lists, precision)
+            for one, (support, lists) in zip(anchor, own, strict=True)
+        ]
         anchor = within(torch.cat(read), precision)
     return anchor.mT.unflatten(-1, features.shape[-2:]).unflatten(0, (batch, -1))
 

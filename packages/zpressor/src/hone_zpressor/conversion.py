@@ -13,8 +13,8 @@ from hone_splat.captures import Capture, fit_range, read_colmap, read_transforms
 from hone_splat.chunks import ChunkScene, write_chunks
 from torch import Tensor
 
+from .anchors import farthest_points
 from .config import HOSTS, ConvertConfig
-from .method import farthest_points
 
 __all__ = ["ConvertReport", "convert", "evaluation_views", "prepare"]
 

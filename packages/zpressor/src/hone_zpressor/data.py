@@ -10,7 +10,7 @@ from hone_splat.rooms import Rooms
 from hone_splat.views import Views
 from torch import Tensor
 
-from .method import farthest_points
+from .anchors import farthest_points
 
 __all__ = ["GRADED", "Scene", "graded_rooms", "training_batch"]
 

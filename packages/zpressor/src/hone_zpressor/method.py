@@ -7,18 +7,17 @@ take batches whose scenes may have different numbers of views.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-__all__ = ["Attention", "Clusters", "Precision", "ViewStream", "ZPressor", "assign", "cluster_views", "farthest_points"]
-__all__ += ["information_loss", "least_seen"]
+from .anchors import Clusters, Lists, assign, one_list
+
+__all__ = ["Attention", "Precision", "ViewStream", "ZPressor", "information_loss"]
 
 Precision = Literal["bfloat16", "float32"]
 """Of the queries, keys and values. As released, bfloat16 holds of the cross-attention everywhere, and of the
@@ -27,127 +26,6 @@ self-attention on a CUDA device."""
 Attention = Literal["padded", "varlen"]
 """One attention over lists of support that are padded to the longest, with a mask; or torch's over ragged ones, which
 computes nothing for padding, in bfloat16 on a CUDA device."""
-
-
-# Sec. 2.2 of the release's zpressor.py: anchors -----------------------------------------------------------------------
-
-
-@torch.no_grad()
-def farthest_points(
-    centres: Float[Tensor, "batch view 3"], count: int, present: Bool[Tensor, "batch view"] | None = None
-) -> Int[Tensor, "batch anchor"]:
-    """Numbers of the anchors, in the order in which they are chosen: the first is the farthest from the mean.
-
-    Ties go to the lower number, on every device.
-
-    Args:
-        centres: Camera centres.
-        count: Anchors per scene.
-        present: Views that exist; all if None.
-
-    Raises:
-        ValueError: A scene has fewer views than that.
-
-    Differs: the release returns a view twice where ``count`` is larger than the number of views, or where all that are
-    left stand on anchors; here each is taken once.
-    """
-    batch, views = centres.shape[:2]
-    present = torch.ones(batch, views, dtype=torch.bool, device=centres.device) if present is None else present
-    if count < 1 or int(present.sum(1).min()) < count:
-        raise ValueError(f"each scene needs at least {count} views for {count} anchors; got {present.sum(1).tolist()}")
-    weight = present[..., None].to(centres)
-    mean = (centres * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-    rows = torch.arange(batch, device=centres.device)
-    free = present.clone()
-    current = _first_largest((centres - mean).square().sum(-1), free)
-    nearest = torch.full((batch, views), torch.inf, dtype=centres.dtype, device=centres.device)
-    chosen = []
-    for _ in range(count):
-        chosen.append(current)
-        free[rows, current] = False
-        distance = (centres - centres[rows, current, None]).square().sum(-1)
-        nearest = torch.minimum(nearest, distance)
-        current = _first_largest(nearest, free)
-    return torch.stack(chosen, 1)
-
-
-def _first_largest(value: Tensor, free: Tensor) -> Tensor:
-    value = value.masked_fill(~free, -1)
-    places = torch.arange(value.shape[1], device=value.device)
-    return torch.where(value == value.amax(1, keepdim=True), places, value.shape[1] - 1).amin(1)
-
-
-@torch.no_grad()
-def assign(centres: Float[Tensor, "batch view 3"], anchors: Int[Tensor, "batch anchor"]) -> Int[Tensor, "batch view"]:
-    """Which anchor, counted in their order, stands nearest to each view; the first of equals."""
-    rows = torch.arange(len(centres), device=centres.device)[:, None]
-    distance = (centres[:, :, None] - centres[rows, anchors][:, None]).square().sum(-1)
-    places = torch.arange(anchors.shape[1], device=centres.device)
-    least = distance == distance.amin(-1, keepdim=True)
-    return torch.where(least, places, anchors.shape[1] - 1).amin(-1)
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Anchors of a batch of scenes and the views that support them.
-
-    Attributes:
-        anchors: ``[B, N]``, numbers of views.
-        support: ``[B * N, S]``, numbers of views among all ``B * V``, padded by 0.
-        real: ``[B * N, S]``, whether an entry of ``support`` is one.
-    """
-
-    anchors: Tensor
-    support: Tensor
-    real: Tensor
-
-    # What every layer asks, found once: each of these waits for the device.
-
-    @cached_property
-    def full(self) -> bool:
-        """Whether no list is padded."""
-        return bool(self.real.all())
-
-    @cached_property
-    def ragged(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The lists one after the other, where each begins and the last ends, and the pairs that have one."""
-        counts = self.real.sum(1)
-        kept = counts.nonzero()[:, 0]
-        return self.support[self.real], F.pad(counts[kept].cumsum(0), (1, 0)).int(), kept
-
-
-def cluster_views(
-    centres: Float[Tensor, "batch view 3"],
-    anchors: Int[Tensor, "batch anchor"],
-    present: Bool[Tensor, "batch view"] | None = None,
-) -> Clusters:
-    """The support of every anchor, as one padded list per (scene, anchor) pair.
-
-    Args:
-        centres: Camera centres.
-        anchors: Of each scene.
-        present: Views that exist; all if None.
-    """
-    batch, views = centres.shape[:2]
-    count = anchors.shape[1]
-    rows = torch.arange(batch, device=centres.device)[:, None]
-    nearest = assign(centres, anchors)
-    # An anchor is no support of itself; one that shares its place with an earlier one supports that.
-    own = torch.full((batch, views), -1, device=centres.device)
-    own[rows, anchors] = torch.arange(count, device=centres.device).expand(batch, -1)
-    supports = nearest != own
-    if present is not None:
-        supports &= present
-    member = (nearest[:, None] == torch.arange(count, device=centres.device)[:, None]) & supports[:, None]
-    member = member.flatten(0, 1)  # [B * N, V]
-    longest = int(member.sum(1).max())
-    order = member.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-    real = member.gather(1, order)
-    first = torch.arange(batch, device=centres.device).repeat_interleave(count)[:, None] * views
-    return Clusters(anchors, torch.where(real, order + first, 0), real)
-
-
-# The module -----------------------------------------------------------------------------------------------------------
 
 
 class CrossAttention(nn.Module):
@@ -164,60 +42,74 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         anchor: Float[Tensor, "pair token channels"],
-        views: Float[Tensor, "view token channels"],
-        clusters: Clusters,
+        support: Float[Tensor, "view token channels"],
+        lists: Lists,
         precision: Precision,
         attention: Attention = "padded",
     ) -> Float[Tensor, "pair token channels"]:
-        """Every (scene, anchor) pair at once.
+        """Every (scene, anchor) pair at once; one without support keeps its tokens.
 
         Args:
             anchor: Tokens of each anchor.
-            views: Raw tokens of all views; keys and values are made once per view, which supports one anchor at most.
-            clusters: Who supports whom.
+            support: Raw tokens of the supporting views, in the order of the lists.
+            lists: Who supports whom.
             precision: Of the attention.
             attention: See ``Attention``.
         """
-        if clusters.support.shape[1] == 0:
-            return anchor
         kind = torch.bfloat16 if precision == "bfloat16" else anchor.dtype
-        query = self.projq(self.norm1(anchor)).to(kind)
-        key_value = self.proj_kv(self.norm2(views)).to(kind)
-        some = clusters.real.any(1)
-        if attention == "varlen":
-            found = _attend_ragged(query, key_value, clusters)
+        reading = anchor if lists.pairs is None else anchor[lists.pairs]
+        query = self.projq(self.norm1(reading)).to(kind)
+        # Each half is cast by itself, which leaves it in one piece.
+        key, value = (part.to(kind).contiguous() for part in self.proj_kv(self.norm2(support)).chunk(2, -1))
+        if attention == "padded":
+            found = _attend_padded(query, key, value, lists)
+        elif torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
+            found = _attend_lists(query, key, value, lists)
         else:
-            found = _attend_padded(query, key_value, clusters, some)
-        return torch.where(some[:, None, None], anchor + self.proj(found.to(anchor.dtype)), anchor)
+            found = _attend_views(query, key, value, lists)
+        reading = reading + self.proj(found.to(anchor.dtype))
+        return reading if lists.pairs is None else anchor.index_copy(0, lists.pairs, reading)
 
 
-def _attend_padded(query: Tensor, key_value: Tensor, clusters: Clusters, some: Tensor) -> Tensor:
-    tokens = query.shape[1]
-    key, value = key_value[clusters.support].flatten(1, 2)[:, None].chunk(2, -1)  # [pairs, 1, S * T, C]
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, lists: Lists) -> Tensor:
+    """Lists of one length, of which padding is masked; ``query [P, T, C]``, ``key`` and ``value [S, T, C]``."""
+    pairs, tokens, channels = query.shape
     mask = None
-    if not clusters.full:
-        # A pair without support attends to padding, and drops what it found.
-        seen = clusters.real | ~some[:, None]
-        mask = seen.repeat_interleave(tokens, 1)[:, None, None].expand(-1, -1, tokens, -1)
+    if lists.padding is not None:
+        key, value = key[lists.slots], value[lists.slots]
+        mask = ~lists.padding.repeat_interleave(tokens, 1)[:, None, None].expand(-1, -1, tokens, -1)
+    key, value = (part.view(pairs, 1, -1, channels) for part in (key, value))
     return F.scaled_dot_product_attention(query[:, None], key, value, attn_mask=mask)[:, 0]
 
 
-def _attend_ragged(query: Tensor, key_value: Tensor, clusters: Clusters) -> Tensor:
+def _attend_lists(query: Tensor, key: Tensor, value: Tensor, lists: Lists) -> Tensor:
+    """Lists as they are, each one sequence of torch's kernel, with gradients."""
     pairs, tokens, channels = query.shape
-    support, limits, kept = clusters.ragged
-    key, value = key_value[support].view(-1, 1, 2 * channels).chunk(2, -1)
-    starts = torch.arange(len(kept) + 1, dtype=torch.int32, device=query.device) * tokens
-    found = varlen_attn(
-        query[kept].view(-1, 1, channels),
-        key.contiguous(),
-        value.contiguous(),
-        starts,
-        limits * tokens,
-        tokens,
-        clusters.support.shape[1] * tokens,
-    )
+    starts = torch.arange(0, (pairs + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
+    longest = lists.slots.shape[1] * tokens
+    query, key, value = (part.view(-1, 1, channels) for part in (query, key, value))
+    found = varlen_attn(query, key, value, starts, lists.limits * tokens, tokens, longest)
     assert isinstance(found, Tensor)
-    return query.new_zeros(pairs, tokens, channels).index_copy(0, kept, found.view(-1, tokens, channels))
+    return found.view(pairs, tokens, channels)
+
+
+def _attend_views(query: Tensor, key: Tensor, value: Tensor, lists: Lists) -> Tensor:
+    """Each supporting view by itself, joined by the weight that its keys have in its list.
+
+    An anchor's list takes as long as it has views, and a GPU has more processors than anchors: this way all are busy.
+    torch gives no gradient of the weights.
+    """
+    pairs, tokens, channels = query.shape
+    views = len(key)
+    starts = torch.arange(0, (views + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
+    query, key, value = (part.view(-1, 1, channels) for part in (query[lists.owner], key, value))
+    found, lse = varlen_attn(query, key, value, starts, starts, tokens, tokens, return_aux=AuxRequest(lse=True))
+    share = lse.view(views, tokens)[lists.slots]  # [P, L, T]
+    if lists.padding is not None:
+        share = share.masked_fill(lists.padding[..., None], -torch.inf)
+    share = share.softmax(1).flatten(0, 1)[lists.places]
+    weighed = found.view(views, tokens, channels) * share[..., None]
+    return (lists.member.to(weighed) @ weighed.flatten(1)).view(pairs, tokens, channels)
 
 
 class Mlp(nn.Module):
@@ -294,22 +186,26 @@ class ZPressor(nn.Module):
         batch, _, _, height, width = features.shape
         views = features.flatten(0, 1).flatten(2).mT
         first = torch.arange(batch, device=features.device)[:, None] * features.shape[1]
-        fused = self.fuse(views[(clusters.anchors + first).flatten()], views, clusters, precision, attention)
+        own = views.index_select(0, (clusters.anchors + first).flatten())
+        support = None if clusters.lists is None else views.index_select(0, clusters.lists.views)
+        fused = self.fuse(own, support, clusters.lists, precision, attention)
         return fused.mT.unflatten(-1, (height, width)).unflatten(0, (batch, -1))
 
     def fuse(
         self,
         anchor: Float[Tensor, "pair token channels"],
-        views: Float[Tensor, "view token channels"],
-        clusters: Clusters,
+        support: Float[Tensor, "view token channels"] | None,
+        lists: Lists | None,
         precision: Precision,
         attention: Attention = "padded",
     ) -> Float[Tensor, "pair token channels"]:
-        """The layers, on tokens of the anchors and of all views."""
+        """The layers, on tokens of the anchors and, in the order of the lists, of what supports them, if anything."""
         cross_layers: Any = self.cross_attn_layers[0]
         self_layers: Any = self.self_attn_layers[0]
         for cross, within in zip(cross_layers, self_layers, strict=True):
-            anchor = within(cross(anchor, views, clusters, precision, attention), precision)
+            if lists is not None:
+                anchor = cross(anchor, support, lists, precision, attention)
+            anchor = within(anchor, precision)
         return anchor
 
 
@@ -342,7 +238,8 @@ class ViewStream:
         """Fold a view in; returns the number of the anchor that took it."""
         if features.shape != (self.fused.shape[-1], *self.size):
             raise ValueError(f"expected features {[self.fused.shape[-1], *self.size]}; got {list(features.shape)}")
-        anchor = int((self.centres - centre).square().sum(-1).argmin())
+        own = torch.arange(len(self.centres), device=centre.device)[None]
+        anchor = int(assign(torch.cat([self.centres, centre[None]])[None], own)[0, -1])
         self.tokens[anchor].append(features.flatten(1).mT[None])
         self.fused = self.fused.index_copy(
             0, torch.tensor([anchor], device=self.fused.device), self._fuse(anchor)[None]
@@ -355,36 +252,9 @@ class ViewStream:
         return self.fused.mT.unflatten(-1, tuple(self.size))
 
     def _fuse(self, anchor: int) -> Tensor:
-        views = torch.cat(self.tokens[anchor])
-        support = torch.arange(1, len(views), device=views.device)[None]
-        own = Clusters(support.new_zeros(1, 1), support, torch.ones_like(support, dtype=torch.bool))
-        return self.module.fuse(views[:1], views, own, self.precision)[0]
-
-
-@torch.no_grad()
-def least_seen(overlap: Float[Tensor, "view view"], count: int) -> Int[Tensor, " anchor"]:
-    """Anchors by what cameras see: first the view that the others see most of, then always the one least seen yet.
-
-    Args:
-        overlap: Share of each view, by row, that each other one sees.
-        count: Anchors.
-
-    Raises:
-        ValueError: There are fewer views.
-
-    Source: ours; the paper's anchors know nothing of where a camera looks.
-    """
-    if not 1 <= count <= len(overlap):
-        raise ValueError(f"expected 1 to {len(overlap)} anchors; got {count}")
-    current = int(overlap.sum(1).argmax())
-    chosen = [current]
-    seen = overlap[:, current].clone()
-    while len(chosen) < count:
-        seen[chosen] = torch.inf
-        current = int(seen.argmin())
-        chosen.append(current)
-        seen = torch.maximum(seen, overlap[:, current])
-    return torch.tensor(chosen, device=overlap.device)
+        own, *others = self.tokens[anchor]
+        lists = one_list(len(others), own.device)
+        return self.module.fuse(own, torch.cat(others) if others else None, lists, self.precision)[0]
 
 
 def information_loss(features: Float[Tensor, "batch anchor channels height width"]) -> Float[Tensor, ""]:

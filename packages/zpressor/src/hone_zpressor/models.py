@@ -12,8 +12,9 @@ from hone_splat.mvsplat import MVSplat, tiny_mvsplat
 from hone_splat.views import Views
 from torch import Tensor, nn
 
+from .anchors import cluster_views, farthest_points, least_seen
 from .config import PRESETS, HostConfig, ZPressorConfig
-from .method import Attention, ZPressor, cluster_views, farthest_points, least_seen
+from .method import Attention, ZPressor
 
 __all__ = ["Host", "ViewCompressor", "ZPressorHandle", "attach", "tiny"]
 

@@ -26,10 +26,10 @@ from hone_splat.videos import write_video
 from hone_splat.views import Views
 from torch import Tensor
 
+from .anchors import farthest_points
 from .budget import Budget, forward_cost, most_anchors
 from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
 from .host import load_host, open_tiny
-from .method import farthest_points
 from .models import attach
 
 __all__ = [
