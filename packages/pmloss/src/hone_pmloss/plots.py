@@ -12,12 +12,21 @@ from hone_core.statistics import bootstrap_interval
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["clouds", "depth_errors", "differences", "error_colours", "gains"]
+__all__ = ["TITLES", "clouds", "depth_errors", "differences", "error_colours", "gains"]
 
 Gain = tuple[str, dict[str, tuple[float, tuple[float, float]]]]
 """A setting, and each metric's mean difference with its interval."""
 SHOWN = 4
 """Views per row."""
+TITLES = {
+    "psnr_between": "PSNR between, dB",
+    "psnr_beyond": "PSNR beyond, dB",
+    "depth_abs_rel": "error of depth",
+    "depth_at_edges": "at edges",
+    "depth_scale": "scale of depth",
+    "flying": "flying",
+}
+"""Metrics that are drawn, by name."""
 
 
 def clouds(arms: Mapping[str, tuple[Tensor, Tensor]], colours: Tensor, path: Path, *, title: str) -> Path:
@@ -109,7 +118,7 @@ def differences(arms: Mapping[str, Mapping[str, NDArray[np.floating]]], path: Pa
             axis.axhline(0.0, color="black", linewidth=0.8)
             axis.set_xticks(range(len(others)), others, rotation=20)
             axis.set_xlim(-0.6, len(others) - 0.4)
-            axis.set_title(metric.replace("_", " "))
+            axis.set_title(TITLES[metric])
         finish(figure, title=title)
     return path
 
@@ -122,6 +131,8 @@ def gains(found: Sequence[Gain], path: Path, *, title: str) -> Path:
         path: To write.
         title: Of the figure.
     """
+    from matplotlib.ticker import MaxNLocator
+
     names = list(dict.fromkeys(name for name, _ in found))
     metrics = list(found[0][1])
     with drawing(path, 1.9 * len(metrics) + 1.4, 0.34 * len(names) + 1.2) as figure:
@@ -135,6 +146,7 @@ def gains(found: Sequence[Gain], path: Path, *, title: str) -> Path:
             axis.axvline(0.0, color=INK, linewidth=0.8)
             axis.set_yticks(range(len(names)), names)
             axis.set_ylim(len(names) - 0.5, -0.5)
-            axis.set_title(metric.replace("_", " "))
+            axis.xaxis.set_major_locator(MaxNLocator(3))
+            axis.set_title(TITLES[metric])
         finish(figure, title=title)
     return path

@@ -56,8 +56,6 @@ TRAINED_ALIKE = ("seed", "start", "graded", "graded_targets", "log_every", "chec
 """Settings in which hosts that are put beside each other may differ."""
 AT_ONCE = 4
 """Rooms that a host sees in one forward."""
-SHOWN = ("psnr_between", "psnr_beyond", "depth_abs_rel", "depth_at_edges", "depth_scale", "flying")
-"""Metrics in the figures; the rows have all of them."""
 Grades = dict[str, dict[str, Tensor]]
 """Arm to metric to values ``[rooms]``."""
 
@@ -129,7 +127,7 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:
             grades |= _graded(cfg, run, file, f"host {number}", suffix, rooms)
             gains.append(_gain(cfg, run, file, grades, suffix))
         plots.differences(
-            {variant: {metric: one[metric].numpy() for metric in SHOWN} for variant, one in grades.items()},
+            {variant: {metric: one[metric].numpy() for metric in plots.TITLES} for variant, one in grades.items()},
             run.figures / f"host-{number}.png",
             title=f"tiny host {number}, {cfg.rooms} rooms: each arm less pictures alone",
         )
@@ -207,7 +205,7 @@ def _gain(cfg: ReproduceConfig, run: Run, path: Path | None, grades: Grades, suf
             "gain", mean, unit=unit, better="none", n=cfg.rooms, interval=interval, variant=told(facts),
             split=f"seed {facts.seed}", labels=labels,
         )  # fmt: skip
-        if metric in SHOWN:
+        if metric in plots.TITLES:
             gain[1][metric] = (mean, interval)
     return gain
 
