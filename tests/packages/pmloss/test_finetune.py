@@ -1,4 +1,7 @@
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,40 +9,48 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
 from hone_pmloss import finetune
-from hone_pmloss.config import HostConfig, PMLossConfig, TrainConfig
+from hone_pmloss.config import PMLossConfig, TrainConfig
 from hone_pmloss.models import tiny
+from hone_splat import training
 from hone_splat.cameras import unproject
-from hone_splat.chunks import ChunkScene, write_chunks
+from hone_splat.chunks import ChunkScene, ChunkSet, write_chunks
+from hone_splat.rendering import render
 from hone_splat.rooms import Rooms
 from safetensors.torch import load_file
 
+from .train_worker import SMALL
+
 FRAMES = 12
+SHORT = {
+    "lpips": 0.0, "size": (32, 32), "context": (2, 3), "targets": 2, "gap": (6, 9), "flip": 0.0, "draws": 1,
+    "log_every": 1, "checkpoint_seconds": -1.0, "model": "tiny", "teacher": "precomputed",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two rooms as chunks, and files of their points in a frame of their own."""
     folder = tmp_path_factory.mktemp("rooms")
-    rooms = Rooms.draw([0, 1])
-    views, distance = rooms.views(torch.arange(FRAMES).expand(2, -1), 32)
+    write_rooms(folder, range(2))
+    return folder
+
+
+def write_rooms(folder, seeds):
+    rooms = Rooms.draw(seeds)
+    views, distance = rooms.views(torch.arange(FRAMES).expand(len(seeds), -1), 32)
     points = 0.5 * unproject(distance, views.cam_to_world, views.intrinsics_norm, "distance") + 3
     scenes = []
-    for row in range(2):
+    for row in range(len(seeds)):
         parts = (part[row] for part in (views.image_01, views.cam_to_world, views.intrinsics_norm))
         scenes.append(ChunkScene.of(f"room{row}", *parts))
         save_safetensors({"points": points[row], "frames": torch.arange(FRAMES)}, folder / f"room{row}.safetensors")
     write_chunks(scenes, folder / "chunks")
-    return folder
 
 
 @pytest.fixture
 def cfg(folder, monkeypatch):
-    small = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, size=32)
-    monkeypatch.setattr(finetune, "tiny", lambda *, seed: tiny(small, seed=seed))
-    return TrainConfig(
-        chunks=folder / "chunks", lpips=0.0, size=(32, 32), context=(2, 3), targets=2, gap=(6, 9), flip=0.0, draws=1,
-        steps=4, log_every=1, checkpoint_seconds=-1.0, model="tiny", teacher="precomputed", points=str(folder),
-    )  # fmt: skip
+    monkeypatch.setattr(finetune, "tiny", lambda *, seed: tiny(SMALL, seed=seed))
+    return TrainConfig(chunks=folder / "chunks", points=str(folder), steps=4, **SHORT)
 
 
 def run_to_the_end(cfg, start, name):
@@ -101,3 +112,59 @@ def test_what_is_missing_is_named(cfg, tmp_path):
         finetune.prepare(dataclasses.replace(cfg, model="mvsplat", start=tmp_path / "absent"))
     with pytest.raises(FileNotFoundError):
         finetune.prepare(dataclasses.replace(cfg, chunks=tmp_path))
+
+
+@pytest.mark.slow
+def test_two_processes_step_by_the_mean_of_their_scenes_and_go_on_after_one_fails(tmp_path):
+    write_rooms(tmp_path, range(4))
+    chunks = ChunkSet(tmp_path / "chunks")
+    cfg = TrainConfig(chunks=tmp_path / "chunks", points=str(tmp_path), steps=2, pm=PMLossConfig(weight=0.5), **SHORT)
+    worker = Path(__file__).with_name("train_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    command += ["train", "--chunks", tmp_path / "chunks", "--points", tmp_path, "--steps", "2", "--weight", "0.5"]
+    command += ["--lpips", "0", "--size", "32", "32", "--context", "2", "3", "--targets", "2", "--gap", "6", "9"]
+    command += ["--flip", "0", "--draws", "1", "--log-every", "1", "--checkpoint-seconds", "-1", "--model", "tiny"]
+    command += ["--teacher", "precomputed", "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
+
+    def launch():
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
+
+    # The second step's scene of one process has no points at first.
+    lost = tmp_path / f"{training.scene_of(chunks, 3, 0)}.safetensors"
+    lost.rename(tmp_path / "away")
+    done = launch()
+    assert done.returncode != 0
+    assert "there are no points of scene" in done.stderr
+    (tmp_path / "away").rename(lost)
+    done = launch()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+    ]
+
+    host = tiny(SMALL, seed=0).train()
+    optimizer = torch.optim.AdamW(host.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cfg.lr, total_steps=12, pct_start=cfg.rise, cycle_momentum=False
+    )
+    teacher = finetune.PMLoss(finetune.PrecomputedTeacher(tmp_path), cfg.pm)
+    for step in range(2):
+        losses = []
+        for sample in (2 * step, 2 * step + 1):
+            drawn = training._draw(chunks, cfg, (0.4, 12.0, (32, 32)), sample)
+            output, asked = host(drawn.context), drawn.targets
+            picture = render(output.gaussians, asked.cam_to_world, asked.intrinsics_norm, (32, 32), near=0.08)
+            error, _ = training.picture_loss(picture.image_01[0], asked.image_01[0], cfg, None)
+            named = finetune.name_views(drawn.context, [finetune.Shots(drawn.name, drawn.frames)])
+            losses.append(error + 0.5 * teacher(output.gaussians.means, named).loss.mean())
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(host.parameters(), cfg.clip)
+        optimizer.step()
+        schedule.step()
+    begun, found = tiny(SMALL, seed=0).state_dict(), load_file(tmp_path / "run" / "artifacts" / "host.safetensors")
+    for name, value in host.state_dict().items():
+        moved = (value - begun[name]).norm()
+        assert (found[name] - value).norm() <= 0.02 * moved, name
+    assert any(not torch.equal(found[name], value) for name, value in begun.items())

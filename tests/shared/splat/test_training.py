@@ -121,6 +121,24 @@ def test_the_prior_learns_slowly_and_steps_far_off_hardly_count(tmp_path, monkey
     assert norms[2][0] == pytest.approx(1e-8 * norms[1][0], rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")]
+)
+def test_what_the_launcher_asks_for_in_vain_is_named(name, value, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = Run.start(package="hone-splat", verb="train", out=tmp_path / "run", device="cpu", quiet=True)
+    try:
+        with run, pytest.raises(ValueError, match=f"trained in float32, .* accelerate was told .*{value}"):
+            training.fit(
+                config(), Toy(), run, near=1.0, far=2.0, size=(8, 8), export=lambda: None, term=lambda *_: None
+            )
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_bad_settings_are_named():
     for changes, message in (
         ({"context": (1, 2)}, "2 <= context"),

@@ -23,7 +23,7 @@ from hone_splat.vit import Block, LayerScale, Mlp, PatchEmbed
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .teachers import PointMap
+from .teachers import PointMap, digest_of
 
 __all__ = ["VGGT", "VGGT_1B", "VGGTConfig", "VGGTTeacher"]
 
@@ -308,7 +308,7 @@ class VGGTTeacher(nn.Module):
         if wrong := state_difference(model, state):
             raise CheckpointError(f"{path} is no checkpoint of VGGT: {wrong}")
         model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-        return cls(model.to(device), name=Path(path).name)
+        return cls(model.to(device), name=f"{Path(path).name}:{digest_of(model)}")
 
     @torch.no_grad()
     def forward(self, views: Views) -> PointMap:

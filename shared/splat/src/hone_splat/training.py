@@ -205,13 +205,19 @@ def fit(
     Raises:
         CheckpointError: The folder's checkpoint is of another config.
         RuntimeError: The loss is not finite.
-        ValueError: A scene is too short, or its cameras or pictures are damaged.
+        ValueError: A scene is too short, or its cameras or pictures are damaged; or accelerate was told to use another
+            precision, or to accumulate gradients.
     """
     from accelerate import Accelerator  # type: ignore[import-untyped]
 
     device = resolve_device(run.device)
     load_whole_weights()
     accelerator = Accelerator(cpu=device.type != "cuda")
+    asked = {"mixed precision": accelerator.mixed_precision, "accumulation": accelerator.gradient_accumulation_steps}
+    if asked != {"mixed precision": "no", "accumulation": 1}:
+        raise ValueError(
+            f"hosts are trained in float32, with a step for each scene; accelerate was told {asked}. Leave both out"
+        )
     device = device if accelerator.num_processes == 1 else accelerator.device
     chunks = ChunkSet(cfg.chunks)
     host.to(device).train()
