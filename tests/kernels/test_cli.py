@@ -104,6 +104,7 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         "ragged_decode",
         "nearest_points",
         "plane_sweep",
+        "prefix_attention",
         "splat_blend",
         "token_select",
     )

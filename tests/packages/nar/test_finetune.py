@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hone_core.errors import CheckpointError
+from hone_core.testing import assert_close
 from hone_nar.checkpoints import load_published
 from hone_nar.codes import write_class, write_index, write_texts
 from hone_nar.config import EvalConfig, TrainConfig
@@ -66,6 +67,13 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(cfg, start, tmp_path, monke
     first, second = weights(whole), weights(again)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert "nats per token" in str(whole)
+
+
+def test_attention_over_prefixes_trains_the_same_weights(cfg, start, tmp_path):
+    cfg = replace(cfg, loop=replace(LOOP, steps=2))
+    first, second = (weights(run_train(start, replace(cfg, prefixes=on), tmp_path / str(on))) for on in (False, True))
+    for name, value in first.items():
+        assert_close(second[name], value, atol=1e-5)
 
 
 def test_the_trained_model_has_exact_likelihoods_of_codes(cfg, start, tmp_path):

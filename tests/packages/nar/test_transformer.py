@@ -148,6 +148,24 @@ def test_losses_are_the_mean_over_tokens_and_have_gradients():
     assert not torch.isclose(model(tokens, LABELS, loss="separate").loss, found.loss)
 
 
+@pytest.mark.parametrize("kind", ["nar", "llamagen", "flashar", "video", "text"])
+def test_prefixes_are_the_mask(kind):
+    """Values and gradients, of texts with padding too."""
+    if kind == "text":
+        model = tiny("nar", num_classes=None, cls_token_num=5, caption_dim=24, n_kv_head=2)
+        words = torch.tensor([[False, True, True, True, True], [False, False, False, False, True]])
+        given = {"text": torch.randn(2, 5, 24), "words": words}
+    else:
+        model, given = tiny(kind), {"labels": LABELS}
+    tokens = torch.randint(32, (2, model.tokens))
+    found = []
+    for prefixes in (False, True):
+        out = model(tokens, **given, loss="mixture", prefixes=prefixes)
+        found.append((out.logits, torch.autograd.grad(out.loss, model.layers[0].attention.wqkv.weight)[0]))
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a)
+
+
 def test_checkpointed_blocks_have_the_same_gradient():
     plain, again = tiny("nar"), tiny("nar")
     again.enable_gradient_checkpointing()

@@ -178,6 +178,8 @@ class TrainConfig:
     """What weight decay is of: matrices and tables, as of images; or linear layers alone, as of clips."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward; weights are float32."""
+    prefixes: bool = False
+    """Attend by a kernel in which each row reads its prefix of the sequence, in place of a mask."""
     loop: LoopConfig = field(default_factory=_release_loop)
     """Length, batch, rate and what is kept on the way."""
 

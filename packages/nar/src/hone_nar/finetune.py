@@ -233,7 +233,9 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
             given = condition_of(labels, reader, loop.device)
             # Dropout of a part is that of its samples, whatever ran before.
             torch.manual_seed(seeded(part.seed, "dropout", part.samples[0]).initial_seed())
-            found = loop.model(tokens.to(loop.device), **given, drop=drop.to(loop.device), loss=cfg.loss)
+            found = loop.model(
+                tokens.to(loop.device), **given, drop=drop.to(loop.device), loss=cfg.loss, prefixes=cfg.prefixes
+            )
             total += loop.backward(found.loss, part)
         values = {"loss": total, "lr": cfg.loop.lr * share}
         for name, group in groups.items():

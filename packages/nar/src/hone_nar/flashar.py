@@ -83,10 +83,12 @@ class FlashARForImageGeneration(NARTransformer):
         mask: Tensor | None = None,
         cache: SlotCache | None = None,
         pieces: Pieces | None = None,
+        ends: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> list[Tensor]:
         """Of the backbone, and of the branch that leaves it ``depth`` blocks before its end."""
         x, rope = self.place(self.tok_dropout(x), begin)
-        span, branch = Span(rope, mask, cache, begin, pieces or Pieces()), x
+        span, branch = Span(rope, mask, cache, begin, pieces or Pieces(), ends, words), x
         for number in range(self.n_layer):
             if number == self.n_layer - self.depth:
                 branch = x

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from .config import HEADS, Mix
 
-__all__ = ["Order", "Plan", "diagonal_order", "guide", "mask_of", "mix", "plan_of", "raster_order", "separate_loss"]
+__all__ = [
+    "Order",
+    "Plan",
+    "diagonal_order",
+    "ends_of",
+    "guide",
+    "mask_of",
+    "mix",
+    "plan_of",
+    "raster_order",
+    "separate_loss",
+]
 
 
 @dataclass(frozen=True)
@@ -180,15 +191,23 @@ def mask_of(
 
     Source: Section 3.2 (proximity mask).
     """
-    level = [*range(condition)]
-    for number, step in enumerate(order.steps):
-        level += [condition + number] * len(step)
-    levels = torch.tensor(level, device=device)
-    seen = levels[:, None] >= levels[None, :]
+    ends = ends_of(order, condition, device)
+    seen = torch.arange(len(ends), device=device) < ends[:, None]
     if words is None:
         return seen
     there = F.pad(words.to(device), (0, order.tokens), value=True)
-    return (seen & there[:, None, :]) | torch.eye(len(level), dtype=torch.bool, device=device)
+    return (seen & there[:, None, :]) | torch.eye(len(ends), dtype=torch.bool, device=device)
+
+
+def ends_of(order: Order, condition: int, device: torch.device | str) -> Tensor:
+    """Where the prefix ends that each position of condition and slots sees, int32 ``[sequence]``: behind its own step.
+
+    Source: Section 3.2 (proximity mask), with tokens in the order in which they are drawn.
+    """
+    ends = [*range(1, condition + 1)]
+    for end, step in zip(order.starts[1:], order.steps, strict=True):
+        ends += [condition + end] * len(step)
+    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def mix(

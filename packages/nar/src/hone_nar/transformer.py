@@ -21,13 +21,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from hone_core.handles import CallState
 from hone_core.tensors import plain_tensors
+from hone_kernels.prefix_attention import prefix_attention
 from hone_visual_ar.layers import TILE, few_keys
 from hone_visual_ar.rope import Rope, rotate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import Mix
-from .method import Order, Plan, diagonal_order, mask_of, mix, plan_of, raster_order, separate_loss
+from .method import Order, Plan, diagonal_order, ends_of, mask_of, mix, plan_of, raster_order, separate_loss
 
 __all__ = [
     "Attached",
@@ -138,6 +139,8 @@ class Span(NamedTuple):
         cache: Where earlier positions are; None in a teacher-forced forward.
         begin: First position of these tokens in the cache.
         pieces: What a block does besides.
+        ends: int32 ``[n]``, where the prefix ends that each token reads, in place of the mask.
+        words: ``[R, T]`` bool, words of a text, beside ``ends``.
     """
 
     rope: Rope | None
@@ -145,6 +148,8 @@ class Span(NamedTuple):
     cache: SlotCache | None = None
     begin: int = 0
     pieces: Pieces = Pieces()
+    ends: Tensor | None = None
+    words: Tensor | None = None
 
 
 @dataclass
@@ -199,7 +204,11 @@ class Attention(nn.Module):
             keys[:, :, span.begin : end] = k
             values[:, :, span.begin : end] = v
             k, v = keys[:, :, :end], values[:, :, :end]
-        return _product(q, k, v, span.mask).transpose(1, 2).flatten(2)
+        if span.ends is not None:
+            out = prefix_attention(q.to(v.dtype), k.to(v.dtype), v, span.ends, words=span.words)
+        else:
+            out = _product(q, k, v, span.mask)
+        return out.transpose(1, 2).flatten(2)
 
 
 def _product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -413,10 +422,12 @@ class NARTransformer(ModelMixin, ConfigMixin):
         mask: Tensor | None = None,
         cache: SlotCache | None = None,
         pieces: Pieces | None = None,
+        ends: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> list[Tensor]:
         """Hidden states ``[R, n, C]`` that each head reads, of tokens at positions from ``begin`` on."""
         x, rope = self.place(self.tok_dropout(x), begin)
-        span, found = Span(rope, mask, cache, begin, pieces or Pieces()), []
+        span, found = Span(rope, mask, cache, begin, pieces or Pieces(), ends, words), []
         for number in range(len(self.layers)):
             x = self.run_block(number, x, span)
             if number >= self.n_layer - 1:
@@ -457,6 +468,7 @@ class NARTransformer(ModelMixin, ConfigMixin):
         drop: Tensor | None = None,
         kind: Mix | None = None,
         loss: Loss | None = None,
+        prefixes: bool = False,
     ) -> NAROutput:
         """Teacher-forced logits of all tokens at once.
 
@@ -469,6 +481,7 @@ class NARTransformer(ModelMixin, ConfigMixin):
             kind: How heads are mixed; None: as ``attach`` says, or their average.
             loss: Which loss to return beside: cross-entropy of the mixture, as NAR is trained; of each head; or of the
                 mixture and, with a small weight, of each head, as FlashAR is.
+            prefixes: Attend by ``hone_kernels.prefix_attention``, where each row reads its prefix, and make no mask.
 
         Raises:
             ValueError: As ``check_tokens`` and ``condition``.
@@ -479,8 +492,12 @@ class NARTransformer(ModelMixin, ConfigMixin):
         drawn = tokens[:, ids]
         embedded = self.tok_embeddings(drawn)
         x = torch.cat([condition.embedding.to(embedded.dtype), embedded], 1)
-        mask = mask_of(self.order, self.cls_token_num, x.device, condition.words)
-        hidden = self.run_blocks(x, mask=mask[:, None] if mask.ndim == 3 else mask)
+        if prefixes:
+            ends = ends_of(self.order, self.cls_token_num, x.device)
+            hidden = self.run_blocks(x, ends=ends, words=condition.words)
+        else:
+            mask = mask_of(self.order, self.cls_token_num, x.device, condition.words)
+            hidden = self.run_blocks(x, mask=mask[:, None] if mask.ndim == 3 else mask)
         plan = self.plan(kind, x.device)
         each = [self.head(head, state[:, plan.source[:, head]]) for head, state in enumerate(hidden)]
         logits = self.mixed(each, plan.weight)
