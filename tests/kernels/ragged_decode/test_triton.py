@@ -80,7 +80,10 @@ def test_machine_code(dtype, dim):
     q, k = torch.zeros(8, 28, 1, dim, dtype=dtype), torch.zeros(8, 4, 5000, dim, dtype=dtype)
     with record_launches(triton, "_pieces_kernel", "_join_kernel") as launches:
         triton.decode_attention_triton(q, k, k, torch.ones(8, 5000, dtype=torch.bool), 0.1)
-    assert [compile_launch(launch).spills for launch in launches] == [0, 0]
+    found = [compile_launch(launch) for launch in launches]
+    assert [one.spills for one in found] == [0, 0]
+    # Keys and values are on their way to shared memory while others are worked on.
+    assert found[0].count("LDGSTS") >= 16
 
 
 @requires_gpu(min_sm=80)

@@ -38,25 +38,26 @@ def _pieces_kernel(
     first = piece * chunk
     for start in range(first, tl.minimum(first + chunk, num_k), BN):
         at = start + c
+        # No branch around a tile without a valid entry, of which nothing is loaded: loads behind one are not pipelined.
         live = tl.load(VALID + b * num_k + at, mask=at < num_k, other=0) != 0
-        if tl.max(live.to(tl.int32), 0) > 0:
-            token = at.to(tl.int64)
-            k = tl.load(
-                K + b * stride_kb + hk * stride_kh + token[None, :] * stride_kt + d[:, None],
-                mask=live[None, :], other=0.0,
-            )  # fmt: skip
-            v = tl.load(
-                V + b * stride_vb + hk * stride_vh + token[:, None] * stride_vt + d[None, :],
-                mask=live[:, None], other=0.0,
-            )  # fmt: skip
-            s = tl.dot(q, k, input_precision="ieee") * scale_log2
-            s = tl.where(live[None, :], s, -float("inf"))
-            new = tl.maximum(top, tl.max(s, 1))
-            weights = tl.exp2(s - new[:, None])
-            shrink = tl.exp2(top - new)
-            total = total * shrink + tl.sum(weights, 1)
-            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-            top = new
+        token = at.to(tl.int64)
+        k = tl.load(
+            K + b * stride_kb + hk * stride_kh + token[None, :] * stride_kt + d[:, None],
+            mask=live[None, :], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            V + b * stride_vb + hk * stride_vh + token[:, None] * stride_vt + d[None, :],
+            mask=live[:, None], other=0.0,
+        )  # fmt: skip
+        s = tl.dot(q, k, input_precision="ieee") * scale_log2
+        s = tl.where(live[None, :], s, -float("inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(new == -float("inf"), 0.0, new)
+        weights = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = new
     safe = tl.where(total > 0, total, 1.0)
     at_head = (b * H + h) * pieces + piece
     tl.store(PART + at_head[:, None] * D + d[None, :], acc / safe[:, None], mask=mine[:, None])
