@@ -28,6 +28,7 @@ WORK = {
 }
 FIRST = ["method", "models", "config"]
 """Modules of a method that its page of API begins with."""
+REMARK = re.compile(r'<details class="(source|differs)" open>\s*<summary>(.*?)</summary>\s*<p>(.*?)</details>', re.S)
 FOLDER = re.compile(r"(\]\()((?:\.\./)*(?:packages|shared)/\w+|(?:\.\./)*kernels)(#[\w-]+)?\)")
 
 
@@ -79,6 +80,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """A link to a member's folder leads to its page, as it does in the repository."""
     text = FOLDER.sub(r"\1\2/README.md\3)", markdown)
     return text.replace("](LICENSE)", "](LICENSE.md)")
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """``Source:`` and ``Differs:`` of a docstring are sentences, whose first line mkdocstrings takes for a title."""
+    return REMARK.sub(lambda found: f"<p>{found[1].title()}: {found[2]} {found[3]}", html)
 
 
 def _members(kind: str) -> list[str]:

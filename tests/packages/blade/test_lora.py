@@ -2,10 +2,11 @@ import huggingface_hub
 import pytest
 import torch
 from hone_blade.config import BladeConfig
-from hone_blade.lora import FILE_NAME, expected_keys, load_blade_lora, save_blade_lora
+from hone_blade.lora import expected_keys, load_blade_lora, save_blade_lora
 from hone_blade.models import attach
 from hone_core.errors import CheckpointError
 from hone_video.architectures import FULL_SIZE, full_size, tiny
+from hone_video.lora import LORA_FILE
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,7 @@ def lora_tensors(model, rank=4, seed=0, dtype=torch.float32):
 
 
 def lora_file(folder, model, **options):
-    file = folder / FILE_NAME
+    file = folder / LORA_FILE
     save_file(lora_tensors(model, **options), file)
     return file
 
@@ -250,11 +251,11 @@ def test_files_that_are_not_there_or_not_safetensors(tmp_path, monkeypatch):
     model = tiny("wan")
     with pytest.raises(CheckpointError, match="does not exist; expected a safetensors file"):
         load_blade_lora(model, tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match=f"holds no {FILE_NAME}$"):
+    with pytest.raises(CheckpointError, match=f"holds no {LORA_FILE}$"):
         load_blade_lora(model, tmp_path)
     (tmp_path / "run" / "artifacts").mkdir(parents=True)
-    (tmp_path / "run" / "artifacts" / FILE_NAME).touch()
-    with pytest.raises(CheckpointError, match=f"it has artifacts.{FILE_NAME}: name the file"):
+    (tmp_path / "run" / "artifacts" / LORA_FILE).touch()
+    with pytest.raises(CheckpointError, match=f"it has artifacts.{LORA_FILE}: name the file"):
         load_blade_lora(model, tmp_path / "run")
     torch.save({}, tmp_path / "x.bin")
     with pytest.raises(CheckpointError, match=r"only \.safetensors files are read"):
@@ -281,7 +282,7 @@ def test_hub_addresses(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     report = load_blade_lora(model, "GYP666/BLADE/BLADE_wanx_weight", local_files_only=True)
-    assert asked == [("GYP666/BLADE", f"BLADE_wanx_weight/{FILE_NAME}", True)]
+    assert asked == [("GYP666/BLADE", f"BLADE_wanx_weight/{LORA_FILE}", True)]
     assert report.licence.startswith("Licence of the published BLADE weights (GYP666/BLADE): unknown")
     load_blade_lora(tiny("wan"), "someone/else/file.safetensors")
     assert asked[-1] == ("someone/else", "file.safetensors", False)

@@ -66,7 +66,7 @@ def test_targets(tiny_host, tmp_path):
     targets = {}
     for loss in ("flow", "distillation"):
         tuning = Tuning(config(tiny_host, loss=loss), load_host(path=tiny_host), tmp_path / "checkpoint.pt")
-        noisy, timestep, text, target = tuning.loss(segment_glyphs())
+        noisy, timestep, text, target = tuning.draw(segment_glyphs())
         targets[loss] = noisy, target
         if loss == "distillation":
             with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_dense_student_has_nothing_to_learn(tiny_host, tmp_path):
     cfg = config(tiny_host)
     cfg = dataclasses.replace(cfg, attention=dataclasses.replace(STAGED, regimes=(Regime(e4m3=False),), boundaries=()))
     tuning = Tuning(cfg, load_host(path=tiny_host), tmp_path / "checkpoint.pt")
-    noisy, timestep, text, target = tuning.loss(segment_glyphs())
+    noisy, timestep, text, target = tuning.draw(segment_glyphs())
     with attach(tuning.student, cfg.settings):
         assert_close(tuning.student(noisy, timestep, text, return_dict=False)[0], target, atol=1e-5)
 

@@ -278,7 +278,7 @@ def test_hosts_of_reproduce_are_named_for_any_directory(capsys, copy_host, tmp_p
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         copy_host(tmp_path / f"{name}.safetensors")
-    code, out, _ = run(capsys, "reproduce", "--host", "a.safetensors", "b.safetensors", "--dry-run", "--json")
+    code, out, _ = run(capsys, "reproduce", "--hosts", "a.safetensors", "b.safetensors", "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["config"]["hosts"] == [str(tmp_path / f"{name}.safetensors") for name in "ab"]
 
@@ -302,7 +302,7 @@ def test_a_flag_of_many_values_may_be_repeated(capsys, folder, host_file):
 
 def test_reproduce_looks_for_every_host_before_it_starts(capsys, host_file, tmp_path):
     out = tmp_path / "run"
-    code, _, err = run(capsys, "reproduce", "--host", host_file, tmp_path / "b.safetensors", "--out", out)
+    code, _, err = run(capsys, "reproduce", "--hosts", host_file, tmp_path / "b.safetensors", "--out", out)
     assert code == 1
     assert f"there is no tiny host at {tmp_path / 'b.safetensors'}" in err
     assert not out.exists()
@@ -349,7 +349,7 @@ def test_what_needs_no_torch_loads_none():
         "inspect --model M --video none.mp4 --ask ?": 1,
         "eval --model M --data none.jsonl": 1,
         "eval --host none.safetensors": 1,
-        "reproduce --host none.safetensors": 1,
+        "reproduce --hosts none.safetensors": 1,
         "demo --host none.safetensors --dry-run": 1,
         "reproduce --dry-run": 0,
     }

@@ -143,7 +143,7 @@ def test_the_whole_of_it(host_file, copy_host, tmp_path, monkeypatch):
         report = reproduce(cfg, run)
     assert len(report.verdict["hosts"]) == 2
     assert set(report.verdict["findings"]) == {"finding_1", "finding_2", "finding_3"}
-    assert report.verdict["notes"] == ["2 host(s); a verdict wants 3 seeds (--host A B C)"]
+    assert report.verdict["notes"] == ["2 host(s); a verdict wants 3 seeds (--hosts A B C)"]
     assert "VT-K in all layers costs" in report.verdict["disagreement"]
     assert set(report.verdict["hosts"][0]["mixes"]) == {"all", "static only", "temporal only", "order only"}
     assert "finding_2: UNDECIDED, 2 of 3 seeds" in str(report)

@@ -42,8 +42,8 @@ def pairs():
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Run folders as train-host leaves them, of untrained pairs whose weights are large enough for doubt to vary."""
+def trained_host(tmp_path_factory):
+    """Files as train-host leaves them, of untrained pairs whose weights are large enough for doubt to vary."""
 
     def make(seed, *, passed=True):
         path = tmp_path_factory.mktemp(f"pair-{seed}")
@@ -57,25 +57,23 @@ def folder(tmp_path_factory):
                         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6)
             models[f"{name}."] = model
         facts = dataclasses.replace(FACTS, passed=passed)
-        file = path / "artifacts" / "host.safetensors"
-        file.parent.mkdir()
+        file = path / "host.safetensors"
         save_host(file, HostConfig(small=SMALL, large=SMALL), models, package=PACKAGE, facts=facts)
-        return path
+        return file
 
     return make
 
 
 @pytest.fixture(scope="session")
-def untrained(folder):
-    """One such folder."""
-    return folder(0)
+def untrained(trained_host):
+    """One such file."""
+    return trained_host(0)
 
 
 @pytest.fixture
 def packaged(untrained, monkeypatch):
     """The untrained pair in place of the packaged ones, which take longer to answer."""
-    file = untrained / "artifacts" / "host.safetensors"
-    monkeypatch.setattr("hone_rstitch.host.packaged_pair", lambda seed: file)
+    monkeypatch.setattr("hone_rstitch.host.packaged_pair", lambda seed: untrained)
 
 
 @pytest.fixture

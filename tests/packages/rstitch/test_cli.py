@@ -64,7 +64,7 @@ def test_generate_asks_a_router(command, packaged, tmp_path):
         (("eval", "--stitch-policy", "small"), 2, ""),
         (("calibrate", "--share", "2"), 1, "share must"),
         (("calibrate", "--share", "0.2", "--data", "no.jsonl"), 1, "multiplies"),
-        (("reproduce", "--hosts", "9"), 1, "train-host"),
+        (("reproduce", "--pairs", "9"), 1, "train-host"),
         (("simulate", "--q", "0"), 1, "q in"),
     ],
 )

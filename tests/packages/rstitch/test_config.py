@@ -84,7 +84,7 @@ def test_bad_gates_are_named(values, match):
         ("BenchConfig", {"context": 250}, "256 positions"),
         ("CalibrateConfig", {"share": 1.5}, "share"),
         ("ReproduceConfig", {"judged": 0.5, "taus": (0.1,)}, "judged"),
-        ("ReproduceConfig", {"hosts": (1, 1)}, "twice"),
+        ("ReproduceConfig", {"pairs": (1, 1)}, "twice"),
         ("SimulateConfig", {"q": 0.0}, "q"),
         ("SimulateConfig", {"requests": (0,)}, "requests"),
         ("TrainHostConfig", {"small_steps": 0}, "at least 1"),

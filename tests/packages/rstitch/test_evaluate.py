@@ -81,7 +81,7 @@ def test_matched_random_routing():
 
 @pytest.fixture
 def pair(untrained):
-    return load_host(path=untrained / "artifacts" / "host.safetensors")
+    return load_host(path=untrained)
 
 
 def ask(path, pair, problems, **options):

@@ -17,7 +17,7 @@ def test_tokenizers_are_of_one_family():
 
 
 def test_a_pair_translates_ends_and_leaves_padding_out(untrained):
-    pair = load_host(path=untrained / "artifacts" / "host.safetensors")
+    pair = load_host(path=untrained)
     eos = [tokenizer.eos_token_id for tokenizer in (pair.small_tokenizer, pair.tokenizer)]
     assert int(pair.vocabulary.to_small[eos[1]]) == eos[0]
     assert pair.vocabulary.eos == (eos[1],)
@@ -25,7 +25,7 @@ def test_a_pair_translates_ends_and_leaves_padding_out(untrained):
 
 
 def test_the_verbose_model_takes_the_large_ones_place(untrained):
-    path = untrained / "artifacts" / "host.safetensors"
+    path = untrained
     plain, verbose = load_host(path=path), load_host(path=path, verbose=True)
     assert torch.equal(plain.small.lm_head.weight, verbose.small.lm_head.weight)
     assert not torch.equal(plain.large.lm_head.weight, verbose.large.lm_head.weight)

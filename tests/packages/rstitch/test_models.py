@@ -14,7 +14,7 @@ SAMPLING = SamplingConfig(max_new_tokens=10)
 @pytest.fixture(scope="module")
 def saved(untrained, tmp_path_factory):
     """The untrained pair as two checkpoints of transformers."""
-    pair = load_host(path=untrained / "artifacts" / "host.safetensors")
+    pair = load_host(path=untrained)
     folders = {}
     for name, model, tokenizer in (
         ("small", pair.small, pair.small_tokenizer),

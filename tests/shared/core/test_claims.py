@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hone_core.claims import ClaimsReport, decided, verdict_over_seeds, write_claims
+from hone_core.claims import ClaimsReport, decided, decided_over, verdict_over_seeds, write_claims
 from hone_core.runs import Run
 
 
@@ -9,6 +9,18 @@ def test_an_interval_decides(shift, holds):
     found = decided(np.linspace(-1, 1, 41) + shift)
     assert found["holds"] == holds
     assert found["margin"] == pytest.approx(shift, abs=1e-6)
+
+
+@pytest.mark.parametrize(("shift", "holds"), [(0.5, "yes"), (0.0, "undecided"), (-0.5, "no")])
+def test_draws_decide_of_what_is_no_mean(shift, holds):
+    found = decided_over(shift, np.linspace(-0.1, 0.1, 2001) + shift)
+    assert found["holds"] == holds
+    assert found["margin"] == shift
+    assert found["interval"] == pytest.approx([shift - 0.095, shift + 0.095])
+
+
+def test_no_difference_at_all_is_none_above_zero():
+    assert decided(np.zeros(100))["holds"] == decided_over(0.0, np.zeros(100))["holds"] == "no"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def test_facts_come_when_the_stored_weights_are_graded(path):
 
 
 def test_no_host(path):
-    with pytest.raises(CheckpointError, match=r"no tiny host at .* Train one with hone-core train-host.*--host"):
+    with pytest.raises(
+        CheckpointError, match=r"no tiny host at .* Train one with hone-core train-host.*pass its host.safetensors"
+    ):
         open_host(Config, "hone-core", path)
     assert describe_host("hone-core", path) == "absent"
     # this package ships none

@@ -64,17 +64,17 @@ def attention_reference(
         if pooled_bias is not None:
             extra_bias = per_head(pooled_bias.expand(pooled_k.shape[:3]))[:, :, None, :]
 
+    closed = ~(blocks[..., column // layout.block_k] & exists[:, None, None, :])  # [B or 1, H or 1, blocks of q, TK]
     rows_per_chunk = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * values.shape[2] * layout.block_q))
     outs, lses = [], []
     for first in range(0, layout.num_q_blocks, rows_per_chunk):
         start = first * layout.block_q
         stop = min(start + rows_per_chunk * layout.block_q, layout.tokens_q)
-        query = q[:, :, start:stop].to(dtype)
+        query = q[:, :, start:stop].to(dtype) * scale
         row = torch.arange(start, stop, device=q.device) // layout.block_q
-        allowed = blocks[:, :, row][..., column // layout.block_k] & exists[:, None, None, :]
-        logits = (query @ keys.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf)
+        logits = (query @ keys.transpose(-1, -2)).masked_fill(closed[:, :, row], -torch.inf)
         if pooled_k is not None:
-            extra = query @ extra_k.transpose(-1, -2) * scale
+            extra = query @ extra_k.transpose(-1, -2)
             logits = torch.cat([logits, extra if extra_bias is None else extra + extra_bias], dim=-1)
         top = logits.detach().amax(-1, keepdim=True)
         top = torch.where(top == -torch.inf, 0, top)
@@ -82,6 +82,6 @@ def attention_reference(
         total = weights.sum(-1, keepdim=True)
         empty = total == 0
         safe = torch.where(empty, 1, total)
-        outs.append(((weights / safe) @ values).to(q.dtype))
+        outs.append((weights @ values / safe).to(q.dtype))
         lses.append(torch.where(empty, -torch.inf, top + safe.log()).squeeze(-1))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

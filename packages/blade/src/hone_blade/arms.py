@@ -24,6 +24,7 @@ from hone_core.training import LogFile
 from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.host import Host, load_host
+from hone_video.means import GRADES, grade_metric
 from hone_video.prompts import describe
 from hone_video.quality import psnr, ssim
 from hone_video.sheets import contact_sheet, describe_clips
@@ -31,13 +32,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plots
-from .config import BladeConfig, DistillConfig, ReproduceConfig, StudentsConfig
+from .config import TEACHER_STEPS, BladeConfig, DistillConfig, ReproduceConfig, StudentsConfig
 from .distill import Distillation, host_task, rollout_clips, student_host
 from .models import attach
 
 __all__ = ["ARMS", "compare_arms", "describe_arms", "frechet", "is_comparison_of_arms", "trainings", "verdicts"]
-
-TEACHER_STEPS = 50
 
 ARMS = {
     "A": f"teacher, {TEACHER_STEPS} guided dense steps",
@@ -61,7 +60,6 @@ COLUMNS = {"A": "teacher", "B": "dense", "C": "B, drawn sparse", "D": "sparse", 
 
 DIFFERENCES = tuple(("D", other) for other in ("B", "C", "C asa", "C 2 dense", "E", "F", "G", "H", "I", "J", "K"))
 
-GRADES = ("accuracy", "digit", "direction", "color", "speed")
 COMPONENTS = 64
 """Of the teacher's features, in which the Frechet distance is taken."""
 REPEATED = (16, 8)
@@ -309,7 +307,7 @@ def _write_rows(run: Run, cfg: ReproduceConfig, found: Mapping[Job, Mapping[str,
         calls = sum(host.evaluations(steps=TEACHER_STEPS)) if arm == "A" else steps
         run.row("nfe", calls, better="lower", variant=arm)
         for name in GRADES:
-            row(name if name == "accuracy" else f"{name}_accuracy", stack(arm, name), arm)
+            row(grade_metric(name), stack(arm, name), arm)
         accuracy[arm] = stack(arm, "accuracy")
         row("residual", stack(arm, "residual_px"), arm, "lower", "px")
         row("diversity", stack(arm, "diversity"), arm)

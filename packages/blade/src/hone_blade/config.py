@@ -23,6 +23,7 @@ __all__ = [
     "PRESETS",
     "PROMPTS",
     "TDM_PRESETS",
+    "TEACHER_STEPS",
     "BenchConfig",
     "BladeConfig",
     "Claim",
@@ -67,6 +68,9 @@ _KINDS = {
 
 FACTORS = (1, 2, 4, 8)
 """Tokens that the pyramid averages into one, finest first."""
+
+TEACHER_STEPS = 50
+"""Guided steps that a student's teacher is shown with."""
 
 PACKAGED_LORA = Path(str(files("hone_blade") / "assets" / "lora.safetensors"))
 """Where the tiny host's distilled student ships, in versions that have one."""
@@ -456,8 +460,6 @@ PROMPTS = (
     "a green 3 moving down-right, fast",
     "a yellow 0 moving up, medium, textured",
     "a blue 5 moving right, fast, textured",
-    "a cyan 2 moving up-left, medium",
-    "a white 4 moving down, slow, textured",
 )
 """What the demo draws."""
 

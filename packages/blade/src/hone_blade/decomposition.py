@@ -20,19 +20,16 @@ from hone_core.runs import Row, Run
 from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.host import Host, load_host
-from hone_video.means import write_mean
+from hone_video.means import GRADES, write_grades, write_mean
 from torch import Tensor
 
 from . import plots
-from .config import BladeConfig, ReproduceConfig
+from .config import TEACHER_STEPS, BladeConfig, ReproduceConfig
 from .distill import rollout_clips, student_host
 from .evaluate import attention_gflop
 from .models import attach
 
 __all__ = ["Rung", "compare_rungs", "describe_rungs", "is_decomposition", "rungs"]
-
-TEACHER_STEPS = 50
-TASKS = ("accuracy", "digit", "direction", "color", "speed")
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def compare_rungs(cfg: ReproduceConfig, run: Run) -> None:
 def _draw(rung: Rung, host: Host, cfg: ReproduceConfig, seed: int) -> dict[str, list[float]]:
     """Grades of each clip, and density."""
     labels = random_labels(cfg.prompts, torch.Generator().manual_seed(5000 + seed))
-    grades: dict[str, list[float]] = {task: [] for task in TASKS}
+    grades: dict[str, list[float]] = {task: [] for task in GRADES}
     density = 1.0
     with nullcontext() if rung.attention is None else attach(host.transformer, rung.attention) as handle:
         if handle is not None:
@@ -157,8 +154,7 @@ def _write_rows(run: Run, host: Host, ladder: Sequence[Rung], found: dict[str, d
         run.row("nfe", sum(rung.evaluations), better="lower", **where)
         run.row("attention_gflop", flops, unit="GFLOP", better="lower", **where)
         run.row("density", density, better="lower", **where)
-        for task in TASKS:
-            write_mean(run, task if task == "accuracy" else f"{task}_accuracy", torch.tensor(values[task]), **where)
+        write_grades(run, {task: torch.tensor(values[task]) for task in GRADES}, **where)
         right = torch.tensor(values["accuracy"])
         if before is not None:
             write_mean(run, "accuracy_change", right - before, better="none", **where)

@@ -1,7 +1,7 @@
 """The demo: the same prompts and noise dense, with BLADE's attention, and with static masks of equal density.
 
 Where there is a distilled student, also that one in 8 sparse steps without guidance beside its teacher in 50 guided
-dense ones. Runs on the packaged tiny host in about four minutes on an idle two-core CPU and downloads nothing.
+dense ones. Runs on the packaged tiny host in about two minutes on an idle two-core CPU and downloads nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.grader import grade
 from hone_video.host import Host, load_host
-from hone_video.means import write_mean
+from hone_video.means import write_grades
 from hone_video.prompts import describe, parse_prompt
 from hone_video.sheets import contact_sheet, describe_clips, write_video
 
 from . import plots
-from .config import TDM_PRESETS, DemoConfig
+from .config import TDM_PRESETS, TEACHER_STEPS, DemoConfig
 from .distill import rollout_clips, student_host
 from .evaluate import Outcome, attention_gflop, compare, comparison_table, means, write_rows
 from .models import attach
@@ -36,7 +36,6 @@ NOTE = (
     "block-sparse kernel leaves out shows in the last column; times at real sizes come from `hone-blade bench`."
 )
 
-TEACHER_STEPS = 50
 FEW = 4
 """Prompts, the first ones, that teacher and student draw: 50 guided steps take most of the demo's time."""
 SPLIT = "distilled"
@@ -163,8 +162,7 @@ def _distilled(cfg: DemoConfig, student: Path, host: Host, labels: torch.Tensor,
         run.row("density", share, better="lower", **where)
         run.row("attention_gflop", gflop, unit="GFLOP", better="lower", **where)
         grades = grade(host.classifier, clips[name], labels)
-        for task in ("accuracy", "digit", "direction", "color", "speed"):
-            write_mean(run, task if task == "accuracy" else f"{task}_accuracy", grades[task], **where)
+        write_grades(run, grades, **where)
         captions[name] = describe_clips(host.classifier, clips[name], grades["accuracy"])
     prompts = [describe(row) for row in labels]
     looks = {

@@ -24,7 +24,7 @@ from hone_video.clips import random_labels
 from hone_video.flow import PatchLinear
 from hone_video.grader import grade
 from hone_video.host import Host, load_host, to_clips
-from hone_video.means import write_mean
+from hone_video.means import write_grades
 from torch import Tensor, nn
 
 from .config import BladeConfig, DistillConfig, TDMConfig
@@ -356,8 +356,4 @@ def _grade(cfg: DistillConfig, run: Run, file: Path, device: torch.device) -> No
     for variant, made in clips.items():
         calls = sum(host.evaluations()) if variant == "teacher, its own sampler" else steps
         run.row("nfe", calls, better="lower", variant=variant)
-        for name, values in grade(host.classifier, made, labels).items():
-            if name == "residual_px":
-                write_mean(run, "residual", values, unit="px", better="lower", variant=variant)
-            else:
-                write_mean(run, name if name == "accuracy" else f"{name}_accuracy", values, variant=variant)
+        write_grades(run, grade(host.classifier, made, labels), variant=variant)

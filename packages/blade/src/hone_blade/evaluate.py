@@ -22,7 +22,7 @@ from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.handle import LayerStats
 from hone_video.host import Host, load_host
-from hone_video.means import write_mean
+from hone_video.means import write_grades, write_mean
 from hone_video.quality import psnr, ssim
 from hone_video.vbench import describe_grades, find_suite, grade_videos
 from torch import Tensor
@@ -207,16 +207,9 @@ def write_rows(run: Any, outcomes: Mapping[str, Outcome]) -> None:
     Means over clips carry their standard deviation as ``spread`` and their 95 % bootstrap interval as ``interval``.
     """
     for variant, outcome in outcomes.items():
-        tasks = ("digit", "direction", "color", "speed")
-        vectors = {
-            "psnr": (outcome.psnr, "dB", "higher"),
-            "ssim": (outcome.ssim, "", "higher"),
-            "accuracy": (outcome.grades["accuracy"], "", "higher"),
-            **{f"{task}_accuracy": (outcome.grades[task], "", "higher") for task in tasks},
-            "residual": (outcome.grades["residual_px"], "px", "lower"),
-        }
-        for metric, (values, unit, better) in vectors.items():
-            write_mean(run, metric, values, unit=unit, better=better, variant=variant)
+        write_mean(run, "psnr", outcome.psnr, unit="dB", variant=variant)
+        write_mean(run, "ssim", outcome.ssim, variant=variant)
+        write_grades(run, outcome.grades, variant=variant)
         count = len(outcome.psnr)
         run.row("recall", outcome.recall, better="higher", variant=variant)
         run.row("density", outcome.density, better="lower", variant=variant)

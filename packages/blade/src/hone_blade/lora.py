@@ -20,12 +20,12 @@ from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json, save_safetensors
 from hone_video.architectures import full_size
+from hone_video.lora import LORA_FILE, PROJECTIONS
 from torch import Tensor, nn
 
 from .config import BladeConfig, Rollout
 
 __all__ = [
-    "FILE_NAME",
     "LoraReport",
     "Transformer",
     "check_lora",
@@ -41,14 +41,10 @@ log = logging.getLogger(__name__)
 Transformer = Literal["transformer", "transformer_2"]
 """Part of a pipeline."""
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
-"""The file that is looked for in a folder or hub repository."""
-
 STATED = "blade.json"
 """Beside a transformer that was trained whole: its attention and sampling."""
 
 _PREFIX = "transformer"
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _LAYOUTS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     WanTransformer3DModel: ("blocks", ("attn1", "attn2")),
     CogVideoXTransformer3DModel: ("transformer_blocks", ("attn1",)),
@@ -196,7 +192,7 @@ def find_lora(path: str | Path, *, local_files_only: bool = False) -> Path:
     """
     local = Path(path)
     if local.is_dir():
-        local = local / FILE_NAME
+        local = local / LORA_FILE
         if not local.is_file():
             others = sorted(
                 str(p.relative_to(local.parent))
@@ -204,7 +200,7 @@ def find_lora(path: str | Path, *, local_files_only: bool = False) -> Path:
                 for p in local.parent.glob(f"{at}*.safetensors")
             )
             hint = f"; it has {_few(others)}: name the file" if others else ""
-            raise CheckpointError(f"{local.parent} holds no {FILE_NAME}{hint}")
+            raise CheckpointError(f"{local.parent} holds no {LORA_FILE}{hint}")
     if local.suffix and local.suffix != ".safetensors" and (local.exists() or local.suffix in _PICKLES):
         raise CheckpointError(f"{local}: only .safetensors files are read, since unpickling others can run code")
     if local.is_file():
@@ -214,7 +210,7 @@ def find_lora(path: str | Path, *, local_files_only: bool = False) -> Path:
         raise CheckpointError(f"{path} does not exist; expected a safetensors file, a folder or owner/repository")
     inside = parts[2:]
     if not inside or not inside[-1].endswith(".safetensors"):
-        inside.append(FILE_NAME)
+        inside.append(LORA_FILE)
     import huggingface_hub
 
     try:
@@ -274,7 +270,7 @@ def save_blade_lora(
     if {name: tuple(value.shape) for name, value in tensors.items()} != expected:
         missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise ValueError(
-            f"the adapter must cover {', '.join(_PROJECTIONS)} of every attention and nothing else; "
+            f"the adapter must cover {', '.join(PROJECTIONS)} of every attention and nothing else; "
             f"missing {_few(missing)}; beyond {_few(more)}"
         )
     metadata = {"format": "pt"} | lora_header(config, rollout)
@@ -372,7 +368,7 @@ def _projections(model: nn.Module) -> dict[str, Any]:
     found = {}
     for index, block in enumerate(getattr(model, blocks)):
         for attention in attentions:
-            for projection in _PROJECTIONS:
+            for projection in PROJECTIONS:
                 linear = block.get_submodule(f"{attention}.{projection}")
                 found[f"{blocks}.{index}.{attention}.{projection}"] = getattr(linear, "base_layer", linear)
     return found
@@ -411,7 +407,7 @@ def _check(file: Path, shapes: dict[str, tuple[int, ...]], model: nn.Module) -> 
         problems += [f"{len(missing)} missing, such as {_few(missing)}"] if missing else []
         raise CheckpointError(
             f"{file} does not fit this {name}: {'; '.join(problems)}. Expected {len(expected)} tensors, A and B for "
-            f"{', '.join(_PROJECTIONS)} of every attention; got {len(shapes)}. Is it for another model?"
+            f"{', '.join(PROJECTIONS)} of every attention; got {len(shapes)}. Is it for another model?"
         )
     wrong = [f"{key} {shapes[key]} instead of {shape}" for key, shape in expected.items() if shapes[key] != shape]
     if wrong:

@@ -21,7 +21,7 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from hone_video.clips import random_labels
 from hone_video.host import Host, load_host
-from hone_video.means import write_mean
+from hone_video.means import GRADES, write_grades, write_mean
 
 from .arms import compare_arms, describe_arms, is_comparison_of_arms
 from .config import Comparison, ReproduceConfig
@@ -141,10 +141,8 @@ def _write_rows(run: Run, name: str, found: Mapping[str, list[Outcome]]) -> None
             values = torch.cat([getattr(outcome, metric) for outcome in outcomes])
             unit = "dB" if metric == "psnr" else ""
             write_mean(run, metric, values, unit=unit, variant=variant, labels=label)
-        for task in ("accuracy", "digit", "direction", "color", "speed"):
-            values = torch.cat([outcome.grades[task] for outcome in outcomes])
-            metric = task if task == "accuracy" else f"{task}_accuracy"
-            write_mean(run, metric, values, variant=variant, labels=label)
+        grades = {task: torch.cat([outcome.grades[task] for outcome in outcomes]) for task in GRADES}
+        write_grades(run, grades, variant=variant, labels=label)
         recall, density, gflop = (
             sum(getattr(outcome, metric) for outcome in outcomes) / len(outcomes)
             for metric in ("recall", "density", "attention_gflop")

@@ -23,7 +23,7 @@ from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment
 from hone_video.flow import PatchLinear, flow_loss, sample_sigma
 from hone_video.grader import grade, train_classifier
 from hone_video.host import Host, grade_samples, load_host, save_host, to_latents
-from hone_video.means import write_mean
+from hone_video.means import write_grades
 from hone_video.prompts import COLORS, FIELDS
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ __all__ = ["train_host"]
 
 log = logging.getLogger(__name__)
 
-GATE = {"digit": 0.90, "direction": 0.90}
+GATES = {"digit": 0.90, "direction": 0.90}
 """Accuracy that the host must reach with its own sampler before it is worth attaching a method to."""
 
 
@@ -83,9 +83,7 @@ def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
     real = classifier_accuracy(
         host, held_out, clips=4 * cfg.eval_clips, generator=torch.Generator(device).manual_seed(1)
     )
-    for name in ("digit", "color", "direction", "speed"):
-        split = "held_out" if handwritten else "segments"
-        write_mean(run, f"{name}_accuracy", real[name], variant="renders", split=split)
+    write_grades(run, real, variant="renders", split="held_out" if handwritten else "segments")
     log.info("on held-out renders: %s", {name: round(float(v.mean()), 4) for name, v in real.items()})
 
     state.training.follow(state.train(glyphs), run)
@@ -102,7 +100,7 @@ def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
         },
         "parameters": {"transformer": host.num_parameters, "colors": len(COLORS)},
     }
-    return finish_host(run, state.training, result, gates=GATE, details=details)
+    return finish_host(run, state.training, result, gates=GATES, details=details)
 
 
 class _TrainState:
@@ -198,13 +196,7 @@ def _grade_export(cfg: TrainConfig, run: Run, path: Path, device: torch.device) 
             host, clips=cfg.eval_clips, seed=cfg.seed + 1, solver=solver, steps=steps, guidance=guidance
         )
         variant = f"{solver}-{steps}-guidance{guidance:g}"
-        means = {}
-        for name, values in grades.items():
-            if name == "residual_px":
-                means[name] = write_mean(run, "residual", values, unit="px", better="lower", variant=variant)
-            else:
-                metric = name if name == "accuracy" else f"{name}_accuracy"
-                means[name] = write_mean(run, metric, values, variant=variant)
+        means = write_grades(run, grades, variant=variant)
         log.info("%s: %s", variant, {name: round(value, 4) for name, value in means.items()})
         if not accuracies:
             accuracies, shown = means, clips

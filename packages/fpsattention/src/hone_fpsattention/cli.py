@@ -17,19 +17,13 @@ def main() -> None:
 
 def info() -> dict[str, Any]:
     """Versions, devices, and presets with where their numbers come from."""
-    from hone_core.environment import environment
+    from hone_core.environment import installed
     from hone_core.hosts import describe_host
 
     from .config import PRESETS
 
-    facts = environment()
     return {
-        "version": facts["packages"].get(PACKAGE),
-        "commit": facts["commit"],
-        "python": facts["python"],
-        "torch": facts["torch"],
-        "diffusers": facts["packages"].get("diffusers"),
-        "device": facts["gpu"] or f"{facts['cpu']}, {facts['cpu_count']} cores",
+        **installed(PACKAGE, "diffusers"),
         "tiny host": describe_host(PACKAGE),
         "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
     }

@@ -16,7 +16,7 @@ from hone_core.timing import Stopwatch
 from hone_video.clips import random_labels
 from hone_video.grader import grade
 from hone_video.host import Host, load_host
-from hone_video.means import write_mean
+from hone_video.means import write_grades, write_mean
 from hone_video.quality import psnr, ssim
 from hone_video.vbench import describe_grades, find_suite, grade_videos
 from torch import Tensor
@@ -178,9 +178,7 @@ def write_rows(run: Run, outcomes: Mapping[str, Outcome], *, seconds: bool = Tru
     for variant, outcome in outcomes.items():
         write_mean(run, "psnr", outcome.psnr, unit="dB", variant=variant)
         write_mean(run, "ssim", outcome.ssim, variant=variant)
-        write_mean(run, "accuracy", outcome.grades["accuracy"], variant=variant)
-        for task in ("digit", "direction", "color", "speed"):
-            write_mean(run, f"{task}_accuracy", outcome.grades[task], variant=variant)
+        write_grades(run, outcome.grades, variant=variant)
         run.row("density", outcome.density, better="lower", variant=variant)
         if seconds:
             n = len(outcome.psnr)

@@ -23,13 +23,14 @@ from hone_core.errors import CheckpointError
 from hone_core.runs import Report, Run
 from hone_video.caching import Cache, fill_cache, fingerprint, read_clips
 from hone_video.denoising import Denoiser
+from hone_video.host import NUM_TRAIN_TIMESTEPS
 from hone_video.lora import add_lora
 from hone_video.pipelines import find_pipeline, load_pipeline, pipeline_on_meta
 from hone_video.training import Group, Loop, Part
 from torch import Tensor
 
 from .config import FinetuneConfig, FPSAttentionConfig
-from .models import NUM_TRAIN_TIMESTEPS, attach, describe_model, preset_for, scheduler_shift
+from .models import attach, describe_model, preset_for, scheduler_shift
 from .sample import check_windows, default_preset, set_shift
 from .schedule import Schedule, regime_share
 from .tuned import export_tuned
@@ -171,7 +172,7 @@ class Tuning:
         boundary = pipe.config.get("boundary_ratio")
         # Wan2.2: the first transformer does the noisy steps, the second the others.
         edge = 0.0 if boundary is None else boundary * NUM_TRAIN_TIMESTEPS
-        self.times = (edge, 1000.0) if cfg.part == "transformer" else (0.0, edge)
+        self.times = (edge, float(NUM_TRAIN_TIMESTEPS)) if cfg.part == "transformer" else (0.0, edge)
         model = getattr(pipe, cfg.part)
         self.teacher: Any = None
         if cfg.lora_rank:

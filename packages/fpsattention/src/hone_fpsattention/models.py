@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.handles import resolve
+from hone_core.tensors import plain_tensors
 from hone_kernels.attention import BlockLayout
 from hone_kernels.attention_fp8 import SUPPORT
 from hone_video.attachment import Method
 from hone_video.grids import Grid
 from hone_video.handle import VideoHandle, attach_method
+from hone_video.host import NUM_TRAIN_TIMESTEPS
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import PRESETS, FPSAttentionConfig, Regime
 from .method import Plan, Rope, fps_attention
@@ -30,12 +31,9 @@ from .schedule import Schedule, regime_index
 from .tiles import Tiling
 from .windows import covers
 
-__all__ = ["NUM_TRAIN_TIMESTEPS", "FPSAttentionHandle", "attach", "describe_model", "plan_for", "preset_for"]
+__all__ = ["FPSAttentionHandle", "attach", "describe_model", "plan_for", "preset_for"]
 
 log = logging.getLogger(__name__)
-
-NUM_TRAIN_TIMESTEPS = 1000
-"""Timesteps over this are noise levels, in every model that is supported."""
 
 
 class _FPSAttention(Method):
@@ -154,8 +152,7 @@ def _kept(
             "Make a larger video, or take a smaller window, or smaller tiles",
             *(regime.window, grid, tile),
         )
-    # Tensors that any later caller can use, whatever mode this one is in.
-    with torch.inference_mode(False), _disable_current_modes():
+    with plain_tensors():
         cfg = FPSAttentionConfig(regimes=(regime,), tile=tile, block=block, border=border)  # type: ignore[arg-type]
         return Plan.of(regime, Tiling.of(grid, tile, block=block, text_tokens=text_tokens, device=device), cfg)
 

@@ -18,6 +18,7 @@ from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Better, Report, Row, Run
 from hone_video.clips import random_labels
+from hone_video.means import GRADES, grade_metric
 from hone_video.prompts import describe
 from hone_video.sheets import contact_sheet, describe_clips
 from torch import Tensor
@@ -46,11 +47,7 @@ MARGIN_DB = 0.5
 """PSNR to dense below which granularities count as equal."""
 
 METRICS: dict[str, tuple[str, Better]] = {
-    "accuracy": ("", "higher"),
-    "digit": ("", "higher"),
-    "direction": ("", "higher"),
-    "color": ("", "higher"),
-    "speed": ("", "higher"),
+    **dict.fromkeys(GRADES, ("", "higher")),
     "psnr": ("dB", "higher"),
     "ssim": ("", "higher"),
     "flow_loss": ("", "lower"),
@@ -240,8 +237,7 @@ def _write_rows(run: Run, cfg: ReproduceConfig, found: Mapping[Job, Mapping[str,
     for arm in (arm for arm in ARMS if arm in arms):
         for name, (unit, better) in METRICS.items():
             if arm != "dense" or unit != "dB":
-                metric = f"{name}_accuracy" if name in ("digit", "direction", "color", "speed") else name
-                row(metric, values[arm, name], arm, unit, better)
+                row(grade_metric(name) if name in GRADES else name, values[arm, name], arm, unit, better)
         run.row("density", float(found[Job(arm, 0)]["density"]), better="lower", variant=arm)
     for first, second in DIFFERENCES:
         if first in arms and second in arms:

@@ -24,7 +24,7 @@ from hone_core.training import HOST, Training, TrainReport, finish_host
 from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.flow import sample_sigma
 from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_latents
-from hone_video.means import write_mean
+from hone_video.means import GRADES, write_grades, write_mean
 from torch import Tensor, nn
 
 from . import host as tuned_host
@@ -105,7 +105,7 @@ class Tuning:
         rise = min(1.0, (self.training.step + 1) / self.cfg.warmup_steps)
         return self.cfg.lr * rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.training.spent())))
 
-    def loss(self, glyphs: Glyphs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(self, glyphs: Glyphs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents, timesteps, text and target velocity of a step."""
         cfg, config = self.cfg, self.teacher.config
         labels = random_labels(cfg.batch, self.generator, self.device)
@@ -132,7 +132,7 @@ class Tuning:
         with attach(self.student, cfg.settings) as handle:
             while training.spent() < 1:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
-                    noisy, timestep, text, target = self.loss(glyphs)
+                    noisy, timestep, text, target = self.draw(glyphs)
                     handle.begin_step(0, sigma=float(timestep[0]) / NUM_TRAIN_TIMESTEPS)
                     velocity = self.student(noisy, timestep, text, return_dict=False)[0]
                     loss = F.mse_loss(velocity.float(), target)
@@ -179,10 +179,9 @@ def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
     outcomes = compare(variants | {"trained": Variant(tuned, tuned.attention)}, labels, batch=64, quiet=run.quiet)
     result: dict[str, float] = {}
     for variant, outcome in outcomes.items():
-        for name in ("accuracy", "digit", "direction", "color", "speed"):
-            metric = name if name == "accuracy" else f"{name}_accuracy"
-            value = write_mean(run, metric, outcome.grades[name], variant=variant)
-            result |= {name: value} if variant == "trained" else {}
+        means = write_grades(run, outcome.grades, variant=variant)
+        if variant == "trained":
+            result = {name: means[name] for name in GRADES}
         write_mean(run, "psnr", outcome.psnr, unit="dB", variant=variant)
     details = {"loss": cfg.loss, "clips_seen": tuning.training.step * cfg.batch}
     return finish_host(run, tuning.training, result, gates=GATES, details=details)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hone_core.config import Dtype, flag
 from hone_core.training import check_budget
@@ -454,6 +454,13 @@ class SweepConfig:
             raise ValueError(f"tokens_per_frame must be positive; got {self.tokens_per_frame}")
 
 
+def _host_sweep(batch: int, seed: int, **changes: Any) -> SweepConfig:
+    """Every setting, on a tiny host."""
+    return SweepConfig(
+        settings=get_args(Setting), random_control=True, batch=batch, style="text", shuffle=False, seed=seed, **changes
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """What the demo asks."""
@@ -479,14 +486,7 @@ class DemoConfig:
     @property
     def sweep(self) -> SweepConfig:
         """The sweep that the demo runs."""
-        return SweepConfig(
-            settings=("global1", "global2", "window", "local"),
-            random_control=True,
-            batch=self.batch,
-            style="text",
-            shuffle=False,
-            seed=self.seed,
-        )
+        return _host_sweep(self.batch, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -626,8 +626,8 @@ class ReproduceConfig:
     """Points of accuracy that the recipe's exit and window may cost on the choosing half."""
     gate_clips: int = 512
     """Clips that a host is graded on before it is swept."""
-    hosts: tuple[Path, ...] = field(default=(), metadata=flag("host"))
-    """Checkpoints made by train-host with different seeds (default: the packaged one, a single seed)."""
+    hosts: tuple[Path, ...] = ()
+    """Files made by train-host, of several seeds (default: the packaged one)."""
     seed: int = 0
     """Of the questions."""
 
@@ -645,17 +645,7 @@ class ReproduceConfig:
     @property
     def sweep(self) -> SweepConfig:
         """The sweep that every host is put through."""
-        return SweepConfig(
-            settings=("global1", "global2", "window", "local"),
-            kinds=("LV", "VT", "VS"),
-            stride=1,
-            step=1,
-            random_control=True,
-            batch=self.batch,
-            style="text",
-            shuffle=False,
-            seed=self.seed,
-        )
+        return _host_sweep(self.batch, self.seed, stride=1, step=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,14 +24,14 @@ from hone_lm.question_sets import Item
 from hone_lm.video import Clip
 
 from . import plots
-from .config import QUESTIONS, DemoConfig, Knockout, KnockoutConfig
+from .config import QUESTIONS, DemoConfig, KnockoutConfig
 from .data import generated_items
 from .evaluate import BASELINE, SweepReport, configurations, is_right, read_answers, sweep
 from .flops import DecoderShape, prefill_flops
 from .host import Host, load_host
-from .method import global_after
 from .models import attach
 from .recommend import Recipe, choose
+from .sample import exit_gap
 
 __all__ = ["DemoReport", "demo", "time_recipe"]
 
@@ -129,12 +129,8 @@ def time_recipe(host: Host, items: Sequence[Item], recipe: Recipe, run: Run) -> 
         f", {shown[recipe.config.label]} with {recipe.config.label} (medians, 20th and 80th percentiles); the "
         f"decoder's operations allow {bound:.2f} times as fast"
     )
-    if recipe.exit is not None and recipe.exit < host.config.layers:
-        with attach(host.model, KnockoutConfig(exit=recipe.exit)):
-            left = host.model(**inputs, logits_to_keep=1).logits
-        with attach(host.model, Knockout(kind="LV", layers=global_after(recipe.exit, host.config.layers))):
-            blocked = host.model(**inputs, logits_to_keep=1).logits
-        gap = float((left - blocked).abs().max())
+    gap = exit_gap(host.model, inputs, KnockoutConfig(exit=recipe.exit))
+    if gap is not None:
         run.row("exit_gap", gap, better="lower", n=len(items), variant=f"exit {recipe.exit}")
         text += f"; logits of exit and LV-K differ by at most {gap:.1e}"
     return text

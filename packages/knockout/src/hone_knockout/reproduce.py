@@ -109,7 +109,7 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
         recipes.append(_recipe(cfg, run, host, name, index, answers, found))
     findings = {name: verdict_over_seeds([host["mixes"]["all"][name]["holds"] for host in hosts]) for name in RULES}
     if len(hosts) < SEEDS:
-        notes.append(f"{len(hosts)} host(s); a verdict wants {SEEDS} seeds (--host A B C)")
+        notes.append(f"{len(hosts)} host(s); a verdict wants {SEEDS} seeds (--hosts A B C)")
     verdict = {
         "items": cfg.items,
         "rules": RULES,

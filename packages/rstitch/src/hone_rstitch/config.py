@@ -11,6 +11,8 @@ from hone_core.config import Dtype, flag
 
 __all__ = [
     "LARGE",
+    "NAMES",
+    "PACKAGED",
     "PRESETS",
     "SMALL",
     "BenchConfig",
@@ -32,7 +34,12 @@ __all__ = [
 ]
 
 SMALL, LARGE = 0, 1
-"""Names of the two models wherever an integer says who."""
+"""The two models wherever an integer says who."""
+NAMES = ("small", "large")
+"""Theirs in words."""
+
+PACKAGED = (0, 1, 2)
+"""Pairs that ship, by the seeds that they were trained with."""
 
 LONGEST = 2**20
 """Tokens that any text has at most."""
@@ -268,7 +275,7 @@ class DemoConfig:
     """Answers printed."""
     batch: int = 128
     """Problems at a time."""
-    host: int = 0
+    pair: int = 0
     """Which of the packaged pairs: the seed that it was trained with."""
     seed: int = 0
     """Of the problems and of random routing."""
@@ -290,7 +297,7 @@ class ModelsConfig:
     """Folder or hub address of the small model; the packaged tiny pair unless both are given."""
     large: str | None = None
     """Folder or hub address of the large model."""
-    host: int = 0
+    pair: int = 0
     """Which of the packaged pairs: the seed that it was trained with."""
     dtype: Dtype = "auto"
     """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
@@ -517,10 +524,10 @@ class CalibrateConfig:
 class ReproduceConfig:
     """How the paper's claims are put to the test on tiny pairs of several seeds."""
 
-    hosts: tuple[int, ...] = (0, 1, 2)
-    """Packaged pairs, by the seed that they were trained with."""
-    folders: tuple[Path, ...] = ()
-    """Folders made by train-host, in place of the packaged pairs."""
+    pairs: tuple[int, ...] = field(default=(), metadata=flag(instead_of=("hosts",)))
+    """Which of the packaged pairs: the seeds that they were trained with (default: all, 0, 1 and 2)."""
+    hosts: tuple[Path, ...] = field(default=(), metadata=flag(instead_of=("pairs",)))
+    """Files made by train-host, of several seeds (default: the packaged pairs)."""
     routers: tuple[Path, ...] = ()
     """Routers made by train-router, one for each pair in its order; without them R-Stitch+ is not tested."""
     asked: float = 0.001
@@ -544,11 +551,13 @@ class ReproduceConfig:
             raise ValueError(f"judged must be one of taus; got {self.judged}")
         if self.items < 2 or self.batch < 1 or self.window < 2:
             raise ValueError("expected items and window of at least 2 and a positive batch")
-        for name in ("hosts", "folders", "routers"):
+        for name in ("pairs", "hosts", "routers"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: one is named twice")
-        pairs = len(self.folders or self.hosts)
+        if self.pairs and self.hosts:
+            raise ValueError("give pairs, which are packaged, or hosts, files of others; not both")
+        pairs = len(self.hosts or self.pairs or PACKAGED)
         if len(self.routers) not in (0, pairs):
             raise ValueError(f"a router for each of the {pairs} pairs, or none; got {len(self.routers)}")
 

@@ -64,7 +64,7 @@ class DemoReport(Report):
 
 def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     """Answer, draw who wrote what, and hold the gate against chance at equal share."""
-    pair = load_host(cfg.host, device=resolve_device(run.device))
+    pair = load_host(cfg.pair, device=resolve_device(run.device))
     ratio = step_ratio(pair)
     problems = products(cfg.items, seed=1000 + cfg.seed)
     gate = PRESETS["tiny"].config
@@ -91,7 +91,7 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
         lines["cascade"].append(cascade(alone["small"], alone["large"], calls=stitched.calls(LARGE)))
     for outcome in (*alone.values(), *lines["stitch"], *lines["random"]):
         write_rows(run, outcome, ratio)
-    plots.curve(lines, alone, run.figures / "curve.png", title=f"{cfg.items} held-out products, tiny pair {cfg.host}")
+    plots.curve(lines, alone, run.figures / "curve.png", title=f"{cfg.items} held-out products, tiny pair {cfg.pair}")
     return DemoReport.of(run)
 
 

@@ -800,7 +800,8 @@ def _rows(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def _ends(model: PreTrainedModel) -> list[int]:
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """Ids that end its text."""
     ids = model.generation_config.eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
@@ -811,7 +812,7 @@ def _shared(small: PreTrainedModel, large: PreTrainedModel) -> Vocabulary:
     Raises:
         ValueError: They end their texts differently, so they do not.
     """
-    ends = _ends(small), _ends(large)
+    ends = end_ids(small), end_ids(large)
     if set(ends[0]) != set(ends[1]):
         raise ValueError(
             f"the models end a text by different ids (small {ends[0]}, large {ends[1]}), so they do not number their "

@@ -15,12 +15,14 @@ from hone_core.hosts import StoredHost, open_host, packaged_host
 
 from .config import DecoderConfig, HostConfig, ModelsConfig
 from .data import CHARACTERS
-from .models import Pair
+from .models import Pair, check_models
+from .router import load_router
 
 __all__ = [
     "PACKAGE",
     "build_model",
     "build_tokenizer",
+    "check_pair",
     "load_host",
     "load_models",
     "open_pair",
@@ -133,14 +135,29 @@ def load_models(cfg: ModelsConfig, *, device: torch.device | str = "cpu") -> Pai
     if cfg.servers:
         from .remote import remote_pair
 
-        return remote_pair(cfg, load_host(cfg.host) if cfg.small is None else Pair.load(cfg, weights=False))
-    return load_host(cfg.host, device=device) if cfg.small is None else Pair.load(cfg, device=device)
+        return remote_pair(cfg, load_host(cfg.pair) if cfg.small is None else Pair.load(cfg, weights=False))
+    return load_host(cfg.pair, device=device) if cfg.small is None else Pair.load(cfg, device=device)
 
 
-def small_channels(cfg: ModelsConfig) -> int:
-    """Channels of the small model that a config names, before any weights are read."""
+def check_pair(cfg: ModelsConfig, router: Path | None) -> None:
+    """Look whether the models that a config names can write one text, before any weights are read.
+
+    Args:
+        cfg: Which.
+        router: Of R-Stitch+, if there is one.
+
+    Raises:
+        ValueError: They are not of one family, or the router is for another small model.
+        OSError: There is no such checkpoint, or no such router.
+    """
+    check_models(cfg)
+    if router is not None:
+        load_router(router, hidden=_small_channels(cfg))
+
+
+def _small_channels(cfg: ModelsConfig) -> int:
     if cfg.small is None:
-        return open_pair(cfg.host).config.small.width
+        return open_pair(cfg.pair).config.small.width
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(cfg.small).get_text_config().hidden_size

@@ -13,11 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .config import LARGE, SMALL
+from .config import LARGE, NAMES, SMALL
 
 __all__ = ["Call", "Latency", "Written", "calls", "read_latency", "text_latency", "write_latency"]
-
-NAMES = ("small", "large")
 
 
 class Written(Protocol):

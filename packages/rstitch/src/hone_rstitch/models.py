@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .config import PRESETS, ModelsConfig, SamplingConfig, StitchConfig
-from .generation import StitchOutput, StitchToken, stitch_generate
+from .generation import StitchOutput, StitchToken, end_ids, stitch_generate
 from .router import Routing
 from .vocabulary import Vocabulary
 
@@ -70,8 +70,8 @@ class Pair:
             tokenizer,
             rows_small=small.get_output_embeddings().weight.shape[0],
             rows_large=large.get_output_embeddings().weight.shape[0],
-            eos_small=_ends(small),
-            eos_large=_ends(large),
+            eos_small=end_ids(small),
+            eos_large=end_ids(large),
         )
         return cls(small.eval(), large.eval(), small_tokenizer, tokenizer, vocabulary, **prompts)
 
@@ -387,11 +387,6 @@ def tiny(family: Family = "qwen2", *, seed: int = 0, rows: tuple[int, int] = (96
             )
             models.append(model_class(config).eval())
     return tuple(models)
-
-
-def _ends(model: PreTrainedModel) -> list[int]:
-    ids = model.generation_config.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _prompt_ids(tokenizer: Any, text: str, chat: bool) -> list[int]:

@@ -11,10 +11,10 @@ from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 
-from .config import EngineConfig, ProfileConfig
+from .config import NAMES, EngineConfig, ProfileConfig
 from .engine import Engine
 from .host import load_models
-from .latency import NAMES, Latency, write_latency
+from .latency import Latency, write_latency
 from .models import check_models
 
 __all__ = ["ProfileReport", "prepare", "profile"]

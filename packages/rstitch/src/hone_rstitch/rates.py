@@ -16,7 +16,7 @@ from hone_core.timing import Stopwatch, Timing, check_values, measure_interleave
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .config import LARGE, SMALL, BenchConfig, EngineConfig, SamplingConfig, StitchConfig
+from .config import LARGE, NAMES, SMALL, BenchConfig, EngineConfig, SamplingConfig, StitchConfig
 from .engine import Engine, Job
 from .method import token_time
 from .models import Pair
@@ -24,7 +24,6 @@ from .paged import PagedModel
 
 __all__ = ["rates"]
 
-NAMES = ("small", "large")
 STEPS, TEXTS = 20, 3
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .config import LARGE, SMALL, EngineConfig, ModelsConfig, SamplingConfig, StitchConfig
+from .config import LARGE, NAMES, SMALL, EngineConfig, ModelsConfig, SamplingConfig, StitchConfig
 from .engine import Finish, Intake, Job
 from .generation import StitchOutput, StitchToken, StopStrings, Usage
 from .method import Gate
@@ -36,7 +36,6 @@ __all__ = ["RemoteEngine", "RemotePair", "Server", "entropy_bounds", "remote_pai
 
 log = logging.getLogger(__name__)
 
-NAMES = ("small", "large")
 KEY = "HONE_RSTITCH_SERVER_KEY"
 LEAST = -9000.0
 """A server's log-probability of what cannot come is below this (vLLM: -9999)."""

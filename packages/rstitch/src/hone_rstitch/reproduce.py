@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hone_core.claims import SEEDS, VerdictReport, verdict_over_seeds
+from hone_core.claims import SEEDS, VerdictReport, decided, decided_over, verdict_over_seeds
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
 from hone_core.runs import Run
 
 from . import plots
 from .calibrate import matching_tau
-from .config import LARGE, ReproduceConfig, SamplingConfig, StitchConfig
+from .config import LARGE, PACKAGED, ReproduceConfig, SamplingConfig, StitchConfig
 from .data import products
 from .evaluate import Answers, Outcome, auroc, cascade, matched_random, step_ratio, write_rows
 from .host import load_host, open_pair
 from .reinforce import at_cost
 from .router import Routing, load_router
 
-__all__ = ["MARGIN", "RULES", "ReproduceReport", "decided", "prepare", "reproduce"]
+__all__ = ["MARGIN", "RULES", "ReproduceReport", "prepare", "reproduce"]
 
 MARGIN = 2.0
 """Points of accuracy within which it counts as kept; set before any pair was run."""
@@ -83,7 +83,7 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
     """
     cfg = replace(
         cfg,
-        folders=tuple(folder.resolve() for folder in cfg.folders),
+        hosts=tuple(file.resolve() for file in cfg.hosts),
         routers=tuple(file.resolve() for file in cfg.routers),
     )
     for at, (name, path) in enumerate(_pairs(cfg)):
@@ -125,9 +125,9 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
 
 
 def _pairs(cfg: ReproduceConfig) -> list[tuple[str, Path | None]]:
-    if cfg.folders:
-        return [(f"pair {at}", folder / "artifacts" / "host.safetensors") for at, folder in enumerate(cfg.folders)]
-    return [(f"pair {seed}", None) for seed in cfg.hosts]
+    if cfg.hosts:
+        return [(f"pair {at}", file) for at, file in enumerate(cfg.hosts)]
+    return [(f"pair {seed}", None) for seed in cfg.pairs or PACKAGED]
 
 
 def _pair(
@@ -185,7 +185,7 @@ def _pair(
             f"{100 * first.accuracy:.1f} % at {100 * first.share:.1f} % large tokens, "
             f"{100 * second.accuracy:.1f} % at {100 * second.share:.1f} %"
         )
-        return decided(_means(gaps, cfg.seed)) | {"shown": shown}
+        return decided(gaps, seed=cfg.seed) | {"shown": shown}
 
     doubts = np.asarray([answer.doubt for answer in alone["small"].answers])
     wrong = ~np.asarray(alone["small"].right)
@@ -194,13 +194,14 @@ def _pair(
     areas = np.asarray([auroc(doubts[chosen], wrong[chosen]) for chosen in samples])
     shorter = [sum(a.tokens) - sum(b.tokens) for a, b in zip(long_alone.answers, long_stitched.answers, strict=True)]
     claims = {
-        "doubt": decided(areas - 0.5) | {"shown": f"AUROC {areas[0]:.3f}, {int(wrong.sum())} wrong answers"},
+        "doubt": decided_over(areas[0] - 0.5, areas[1:] - 0.5)
+        | {"shown": f"AUROC {areas[0]:.3f}, {int(wrong.sum())} wrong answers"},
         "kept": differ(stitched, alone["large"], MARGIN),
         "random": differ(stitched, drawn),
         "random runs": differ(stitched, runs),
         "cascade": differ(stitched, cascaded),
         "verbose kept": differ(long_stitched, long_alone, MARGIN),
-        "verbose shorter": decided(_means(np.asarray(shorter, dtype=float), cfg.seed))
+        "verbose shorter": decided(shorter, seed=cfg.seed)
         | {
             "shown": f"{long_stitched.tokens:.1f} tokens, {long_alone.tokens:.1f}; "
             f"cost {long_stitched.cost(ratio):.1f} large steps, {long_alone.cost(ratio):.1f}"
@@ -212,7 +213,7 @@ def _pair(
         curve = [*alone.values(), *lines["stitch"]]
         gaps = 100 * (np.asarray(outcome.right, dtype=float) - at_cost(curve, outcome.cost(ratio), ratio))
         shown = f"{100 * outcome.accuracy:.1f} % at {outcome.cost(ratio):.1f} large steps"
-        claims["router"] = decided(_means(gaps, cfg.seed)) | {"shown": shown}
+        claims["router"] = decided(gaps, seed=cfg.seed) | {"shown": shown}
     for claim, numbers in claims.items():
         run.row(
             "margin",
@@ -225,22 +226,3 @@ def _pair(
             labels={"holds": numbers["holds"]},
         )
     return {"name": name, "path": str(path or "packaged"), "claims": claims}
-
-
-def _means(values: np.ndarray, seed: int) -> np.ndarray:
-    """Mean of the values as they are, then of ``DRAWS`` bootstrap samples of the problems."""
-    rng = np.random.default_rng(seed)
-    return np.asarray(
-        [values.mean(), *(values[rng.integers(0, len(values), len(values))].mean() for _ in range(DRAWS))]
-    )
-
-
-def decided(margins: np.ndarray) -> dict[str, Any]:
-    """A margin, its 95 % interval over the draws, and what the interval says.
-
-    Args:
-        margins: The value as it is, then of each bootstrap sample.
-    """
-    low, high = (float(value) for value in np.percentile(margins[1:], [2.5, 97.5]))
-    holds = "yes" if low > 0 else "no" if high <= 0 else "undecided"
-    return {"margin": float(margins[0]), "interval": [low, high], "holds": holds}

@@ -15,8 +15,7 @@ from hone_core.runs import Report, Run
 
 from .config import GenerateConfig
 from .demo import records, show_answer
-from .host import load_models, small_channels
-from .models import check_models
+from .host import check_pair, load_models
 from .router import Routing, load_router
 
 __all__ = ["GenerateReport", "generate", "prepare"]
@@ -47,12 +46,9 @@ def prepare(cfg: GenerateConfig) -> GenerateConfig:
     """Look whether the models can write one text.
 
     Raises:
-        ValueError: They are not of one family, or the router is for another small model.
-        OSError: There is no such checkpoint, or no such router.
+        ValueError, OSError: As ``check_pair``.
     """
-    check_models(cfg.models)
-    if cfg.router is not None:
-        load_router(cfg.router, hidden=small_channels(cfg.models))
+    check_pair(cfg.models, cfg.router)
     return cfg
 
 

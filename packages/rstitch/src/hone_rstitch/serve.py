@@ -24,11 +24,11 @@ from hone_core.devices import resolve_device
 from hone_core.errors import MissingExtraError
 from hone_core.runs import Report, Run
 
-from .config import SMALL, SamplingConfig, ServeConfig, StitchConfig
+from .config import NAMES, SMALL, SamplingConfig, ServeConfig, StitchConfig
 from .engine import Engine, Intake, Job, QueueFullError
 from .generation import StitchToken
-from .host import load_models, small_channels
-from .models import Pair, check_models
+from .host import check_pair, load_models
+from .models import Pair
 from .remote import RemoteEngine, RemotePair
 from .router import load_router
 
@@ -47,7 +47,6 @@ __all__ = ["ServeReport", "app_of", "prepare", "serve"]
 
 log = logging.getLogger(__name__)
 
-NAMES = ("small", "large")
 BEARER = HTTPBearer(auto_error=False)
 
 
@@ -553,12 +552,9 @@ def prepare(cfg: ServeConfig) -> ServeConfig:
     """Look whether the models can write one text.
 
     Raises:
-        ValueError: They are not of one family, or the router is for another small model.
-        OSError: There is no such checkpoint, or no such router.
+        ValueError, OSError: As ``check_pair``.
     """
-    check_models(cfg.models)
-    if cfg.router is not None:
-        load_router(cfg.router, hidden=small_channels(cfg.models))
+    check_pair(cfg.models, cfg.router)
     return cfg
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "MarginsReport",
     "VerdictReport",
     "decided",
+    "decided_over",
     "verdict_over_margins",
     "verdict_over_seeds",
     "write_claims",
@@ -31,11 +32,12 @@ VERDICTS = "verdicts.json"
 """Artifact of ``MarginsReport``: claim to verdict."""
 
 
-def decided(margins: "ArrayLike") -> dict[str, Any]:
+def decided(margins: "ArrayLike", *, seed: int = 0) -> dict[str, Any]:
     """What a difference per item says of the claim that it is above zero.
 
     Args:
         margins: ``[N]``.
+        seed: Of the bootstrap.
 
     Returns:
         ``margin``, its mean; ``interval``, the mean's 95 % bootstrap interval; ``holds``: yes, no or undecided, by
@@ -43,9 +45,26 @@ def decided(margins: "ArrayLike") -> dict[str, Any]:
     """
     import numpy as np
 
-    low, high = bootstrap_interval(margins)
+    return _said(float(np.asarray(margins, dtype=np.float64).mean()), bootstrap_interval(margins, seed=seed))
+
+
+def decided_over(margin: float, draws: "ArrayLike") -> dict[str, Any]:
+    """As ``decided``, of a number that is no mean.
+
+    Args:
+        margin: The number.
+        draws: ``[draws]``, the number of each bootstrap sample.
+    """
+    import numpy as np
+
+    low, high = np.percentile(np.asarray(draws, dtype=np.float64), [2.5, 97.5])
+    return _said(float(margin), (float(low), float(high)))
+
+
+def _said(margin: float, interval: tuple[float, float]) -> dict[str, Any]:
+    low, high = interval
     holds = "yes" if low > 0 else "no" if high <= 0 else "undecided"
-    return {"margin": float(np.asarray(margins, dtype=np.float64).mean()), "interval": [low, high], "holds": holds}
+    return {"margin": margin, "interval": [low, high], "holds": holds}
 
 
 def verdict_over_seeds(holds: Sequence[str]) -> str:

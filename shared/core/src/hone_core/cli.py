@@ -82,8 +82,8 @@ def run_cli(
     on. A flag whose default is None or empty shows no default of its own; its line of help says what holds then, as in
     ``(default: 8)``.
 
-    A flag of many values (``tuple[T, ...]``, ``list[T]``) takes them after one flag, ``--host A B``, or with a flag
-    each, ``--host A --host B``. Any other flag that is given twice is wrong usage.
+    A flag of many values (``tuple[T, ...]``, ``list[T]``) takes them after one flag, ``--hosts A B``, or with a
+    flag each, ``--hosts A --hosts B``. Any other flag that is given twice is wrong usage.
 
     What a verb returns is its result, printed on stdout: a string as it is, a mapping or dataclass as lines (a
     dataclass with its own ``__str__``: that) or, with ``--json``, as JSON. None prints nothing. An object with a

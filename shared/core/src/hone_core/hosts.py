@@ -299,7 +299,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _advice(package: str) -> str:
-    return f"Train one with {package} train-host, and name its host.safetensors with --host."
+    return f"Train one with {package} train-host, and pass its host.safetensors."
 
 
 def _read(path: Path, package: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 NUM_TRAIN_TIMESTEPS = 1000
+"""Timesteps over this are noise levels, in every model that is supported."""
 
 
 def build_transformer(cfg: HostConfig, *, seed: int = 0) -> WanTransformer3DModel:

@@ -9,7 +9,10 @@ import torch
 from hone_core.statistics import bootstrap_interval
 from torch import Tensor
 
-__all__ = ["bootstrap", "write_mean"]
+__all__ = ["GRADES", "bootstrap", "grade_metric", "write_grades", "write_mean"]
+
+GRADES = ("accuracy", "digit", "direction", "color", "speed")
+"""What ``hone_video.grader.grade`` says of a clip, right or wrong; ``accuracy`` is digit and direction."""
 
 
 def bootstrap(values: Tensor) -> tuple[float, float]:
@@ -62,3 +65,23 @@ def write_mean(
         labels=labels,
     )
     return mean
+
+
+def grade_metric(name: str) -> str:
+    """Name of the row of a grade: ``digit`` is the row ``digit_accuracy``, ``residual_px`` the row ``residual``."""
+    return {"accuracy": "accuracy", "residual_px": "residual"}.get(name, f"{name}_accuracy")
+
+
+def write_grades(run: Any, grades: Mapping[str, Tensor], **where: Any) -> dict[str, float]:
+    """Add a row of each grade of some clips; return the means by the grade's name.
+
+    Args:
+        run: a started ``hone_core.runs.Run``.
+        grades: name to ``[N]``, as ``hone_video.grader.grade`` gives them.
+        **where: ``variant``, ``split`` and ``labels`` of the rows.
+    """
+    means = {name: write_mean(run, grade_metric(name), grades[name], **where) for name in GRADES if name in grades}
+    if "residual_px" in grades:
+        residual = write_mean(run, "residual", grades["residual_px"], unit="px", better="lower", **where)
+        means["residual_px"] = residual
+    return means

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from hone_core.config import Dtype
+
 __all__ = ["DIMENSIONS", "Protocol", "VBenchConfig"]
 
 Protocol = Literal["clips", "vbench"]
@@ -43,7 +45,7 @@ class VBenchConfig:
     """VBench: frames."""
     dense: bool = False
     """VBench: leave attention as it is."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """VBench: of transformer and text encoder."""
     offload: bool = False
     """VBench: keep on the GPU only the part that is running."""
