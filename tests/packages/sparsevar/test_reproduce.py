@@ -34,6 +34,8 @@ def test_every_claim_is_judged(untrained, tmp_path):
     assert all(text.startswith("UNDECIDED, 2 of 3") for text in report.verdicts.values())
     margins = [row for row in report.rows if row.metric == "margin"]
     assert len(margins) == 2 * len(CLAIMS)
+    means = {row.variant: row.labels for row in report.rows if row.metric == "margin_mean"}
+    assert means == {claim: {"verdict": verdict} for claim, verdict in report.verdicts.items()}
     values = {(row.split, row.variant): row.value for row in report.rows if row.metric == "frechet" and row.split}
     for row in margins:
         if row.variant == "C2 random":

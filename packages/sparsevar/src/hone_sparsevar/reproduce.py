@@ -91,7 +91,8 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     verdicts = {claim: verdict_over_margins(values) for claim, values in margins.items()}
     for claim, values in margins.items():
         spread = stdev(values) if len(values) > 1 else None
-        run.row("margin_mean", mean(values), better="higher", n=len(values), spread=spread, variant=claim)
+        said: dict[str, Any] = {"verdict": verdicts[claim]}
+        run.row("margin_mean", mean(values), better="higher", n=len(values), spread=spread, variant=claim, labels=said)
     atomic_write_json(run.artifacts / VERDICTS, verdicts)
     first = next(row.split for row in run.rows if row.metric == "gflops")
     plots.frontier([row for row in run.rows if row.split == first], run.figures / "frontier.png")
