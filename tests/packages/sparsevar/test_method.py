@@ -69,6 +69,11 @@ def test_threshold_keeps_what_lies_above_and_fills_the_bucket_with_the_next():
     # A batch keeps as many as its fullest image.
     assert select_above(score, 1.0, 1, None).shape == (2, 6)
     assert select_above(score[:1], 1.0, 100, None).shape == (1, 6)
+    # Anchors stay, however low they score, and count among what is kept; above every score there is a bucket still.
+    anchors = torch.tensor([0, 0, 0, 5, 5, 5])
+    assert select_above(score[:1], 1.0, 1, anchors).tolist() == [[0, 1, 4, 5]]
+    assert select_above(score[:1], 1.0, 3, anchors).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert select_above(score[:1], 9.0, 2, None).tolist() == [[1, 4]]
 
 
 def test_slots_and_stand_ins():

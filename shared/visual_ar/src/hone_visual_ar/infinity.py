@@ -16,7 +16,17 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look how to load the class
 from torch import Tensor, nn
 
-from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, SharedAdaLin, attend, modulate
+from .layers import (
+    FFN,
+    AttentionContext,
+    CrossAttention,
+    HeadNorm,
+    SelfAttention,
+    SharedAdaLin,
+    attend,
+    attention,
+    modulate,
+)
 from .rope import Rope, rope_table
 from .schedules import ScaleSchedule
 from .transformer import Condition, NextScaleTransformer, init_linears, start_small
@@ -117,7 +127,7 @@ class InfinityBlock(nn.Module):
         assert condition.modulation is not None
         q, k, v = self.before(x, condition.modulation, context.rope, context.spread, context.rope_k)
         x, q = self.between(x, attend(q, k, v, context, number), condition.modulation)
-        out = F.scaled_dot_product_attention(q, *condition.keys[number], attn_mask=condition.mask)
+        out = attention(q, *condition.keys[number], condition.mask, scale=None)
         return self.after(x, out, condition.modulation)
 
     def compile_around(self, **options: Any) -> None:
