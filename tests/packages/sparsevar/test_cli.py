@@ -1,8 +1,10 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from hone_sparsevar.cli import main
+from hone_sparsevar.host import Host
 
 
 def call(monkeypatch, capsys, *argv):
@@ -47,6 +49,7 @@ def test_bad_input_is_one_line(argv, message, untrained, tmp_path, monkeypatch, 
         (("inspect", "--host", "{host}", "--start-scale", "0"), "leave a scale before it to be measured; got 0"),
         (("eval", "--host", "{host}", "--start-scale", "9"), "has 7 scales, 0 to 6; got scale 9"),
         (("reproduce", "--hosts", "{host}", "nowhere/host.safetensors"), "there is no tiny host"),
+        (("reproduce", "--hosts", "{missed}"), "missed.safetensors missed its gates; train it longer"),
         (("calibrate", "--host", "{host}", "--start-scale", "0"), "leave a scale before it to be measured; got 0"),
         (("calibrate", "--model", "{folder}", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
         (("bench", "--model", "infinity_2b", "--aspect", "1.1"), "no schedule of height / width 1.1"),
@@ -62,7 +65,9 @@ def test_bad_input_is_one_line(argv, message, untrained, tmp_path, monkeypatch, 
     ],
 )
 def test_a_dry_run_looks_at_what_a_command_needs(argv, message, untrained, folder, tmp_path, monkeypatch, capsys):
-    argv = [part.format(host=untrained, folder=folder) for part in argv]
+    host = Host.load(path=untrained)
+    missed = host.save(tmp_path / "missed.safetensors", replace(host.facts, passed=False))
+    argv = [part.format(host=untrained, missed=missed, folder=folder) for part in argv]
     code, out, err = call(monkeypatch, capsys, *argv, "--dry-run", "--out", tmp_path / "run")
     assert (code, out) == (1, "")
     assert message in err

@@ -174,6 +174,37 @@ def test_the_map_is_the_conditional_rows_change_at_the_scale_before(model):
     assert_close(inverse.state.scores[4], -sparse.state.scores[4])
 
 
+def test_controls_score_what_they_say(model):
+    seen = {}
+
+    class Catch(SparsePolicy):
+        def scale(self, run, scale, state):
+            seen[scale] = run.embed(scale)
+            return super().scale(run, scale, state)
+
+    far = draw(model, Catch(replace(SPARSE, score="distance")))
+    tokens = seen[2][:2]
+    away = torch.stack([(row - row.mean(0)).square().sum(1) for row in tokens])
+    assert_close(far.state.scores[2].flatten(1), away)
+    # Chance is an image's own and the settings': it does not come from the company, and is none of the draws.
+    scores = {
+        (seeds, own): draw(model, SparsePolicy(replace(SPARSE, score="random", seed=own)), seeds=list(seeds)).state
+        for seeds in ((3, 4), (5, 4))
+        for own in (0, 1)
+    }
+    first = scores[(3, 4), 0].scores[4]
+    assert torch.equal(first[1], scores[(5, 4), 0].scores[4][1])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, scores[(3, 4), 1].scores[4])
+
+
+def test_the_cache_has_room_for_what_runs_and_for_no_more(model):
+    for name in ("dense", "sparse", "early-stop-2"):
+        cache = draw(model, variant_of(name, SPARSE)).cache
+        assert cache.lengths == [cache.capacity] * 3, name
+    assert draw(model, variant_of("sparse", SPARSE)).cache.capacity < model[3].start(4)
+
+
 def test_zero_and_expected_leave_what_they_say(model):
     codes = {}
 

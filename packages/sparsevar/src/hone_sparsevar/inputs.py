@@ -74,10 +74,13 @@ def reproduce(cfg: ReproduceConfig) -> ReproduceConfig:
     """Of ``reproduce``.
 
     Raises:
-        CheckpointError, ValueError: Of each host, as above.
+        CheckpointError, ValueError: Of each host, as above; or one missed its gates, so that what it does says nothing.
     """
     for path in cfg.hosts or (None,):
         _look(path, cfg.settings)
+        stored = open_host(HostConfig, PACKAGE, path)
+        if stored.facts is None or not stored.facts.passed:
+            raise ValueError(f"{stored.path} missed its gates; train it longer")
     return cfg
 
 

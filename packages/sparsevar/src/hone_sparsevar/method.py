@@ -132,7 +132,7 @@ def select_above(
         keep = keep | (anchors == torch.arange(len(anchors), device=anchors.device))
     count = int(keep.sum(-1).max())
     count = min(score.shape[-1], max(bucket, math.ceil(count / bucket) * bucket))
-    return select(score.masked_fill(keep, torch.inf), count, anchors)
+    return select(score, count, anchors)
 
 
 def update_map(
