@@ -5,6 +5,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_pmloss.cache import CachedTeacher
 from hone_pmloss.data import training_batch
+from hone_pmloss.models import PMLoss
 from hone_pmloss.teachers import PointMap, Shots, name_views
 
 
@@ -64,17 +65,36 @@ def test_other_pictures_under_the_same_name_are_refused(tmp_path, views):
     other = views.map(lambda part: moved if part is views.cam_to_world else part)
     with pytest.raises(ValueError, match="its pictures differ"):
         cached(name_views(other, views.shots))
+    wide = views.map(lambda part: 0.9 * part if part is views.intrinsics_norm else part)
+    with pytest.raises(ValueError, match="its pictures differ"):
+        cached(name_views(wide, views.shots))
     with pytest.raises(ValueError, match="do not say which pictures they are"):
         cached(views.map(lambda part: part))
 
 
-def test_an_answer_of_another_size_is_not_kept(tmp_path, views):
+def test_an_answer_is_kept_at_the_teachers_own_size(tmp_path, views):
     class Coarse(Counting):
         def __call__(self, views):
-            return PointMap(super().__call__(views).points[:, :, ::2])
+            answer = super().__call__(views)
+            return PointMap(answer.points[:, :, ::2].half(), answer.confidence[:, :, ::2].half())
 
-    with pytest.raises(ValueError, match=r"counting gave points \[2, 8, 16, 3\] for 2 views of \(16, 16\)"):
-        CachedTeacher(Coarse(), tmp_path)(views)
+    cached = CachedTeacher(Coarse(), tmp_path)
+    first, second = cached(views), cached(views)
+    want = Counting()(views).points[:, :, ::2].half().float()
+    for answer in (first, second):
+        assert torch.equal(answer.points, want)
+        assert answer.points.dtype == answer.confidence.dtype == torch.float32
+    means = want.repeat_interleave(2, 2).flatten(1, 3)
+    assert float(PMLoss(cached)(means, views).loss.max()) < 1e-6
+
+
+def test_an_answer_of_another_number_of_views_is_not_kept(tmp_path, views):
+    class One(Counting):
+        def __call__(self, views):
+            return PointMap(super().__call__(views).points[:, :1])
+
+    with pytest.raises(ValueError, match=r"counting gave points \[1, 16, 16, 3\] for 2 views; expected"):
+        CachedTeacher(One(), tmp_path)(views)
     assert list(tmp_path.iterdir()) == []
 
 

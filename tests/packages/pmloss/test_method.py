@@ -158,6 +158,17 @@ def test_the_cap_takes_a_scene_out_and_says_so(clouds, pmref):
     assert float(term.loss[1]) == pytest.approx(1e-5 * float(term.raw[1]))
     assert torch.allclose(term.loss, pmref.pm_loss(means, teacher))
     assert not pm_loss(means, teacher, PMLossConfig(cap=None)).capped.any()
+    # What is left of the gradient is as small, and what is logged has none.
+    grads = {}
+    for cap in (100.0, None):
+        term = pm_loss(means.requires_grad_(), teacher, PMLossConfig(cap=cap))
+        assert not term.raw.requires_grad
+        (grads[cap],) = torch.autograd.grad(term.loss.sum(), means)
+    assert torch.allclose(grads[100.0][1], 1e-5 * grads[None][1])
+    assert torch.equal(grads[100.0][0], grads[None][0])
+    off = torch.tensor([[[1.0, 0, 0], [3, 0, 0], [0, 5, 0]]])
+    cfg = PMLossConfig(align="none", direction="paired", cap=1.0)
+    assert not pm_loss(off, off - torch.tensor([1.0, 0, 0]), cfg).capped.any()
 
 
 def test_confidence_of_zero_is_as_absence(clouds):
@@ -181,6 +192,15 @@ def test_confidence_weighs_every_direction():
         assert pm_loss(means, teacher, cfg, confidence=confidence).loss.item() == pytest.approx(factor * 13 / 5)
         plain = PMLossConfig(align="none", direction=direction)
         assert pm_loss(means, teacher, plain).loss.item() == pytest.approx(factor * 5 / 3)
+
+
+def test_hubers_gradient_is_finite_where_a_centre_lies_on_its_point():
+    teacher = torch.tensor([[[0.0, 0, 0], [10, 0, 0], [0, 10, 0]]])
+    means = (teacher + torch.tensor([[[0.0, 0, 0], [0.5, 0, 0], [0, 3, 0]]])).requires_grad_()
+    term = pm_loss(means, teacher, PMLossConfig(align="none", robust="huber"))
+    assert term.loss.item() == pytest.approx((0 + 0.25 + 2 * 3 - 1) / 3)
+    (grad,) = torch.autograd.grad(term.loss.sum(), means)
+    assert torch.allclose(grad, torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 2, 0]]]) / 3)
 
 
 @pytest.mark.parametrize("direction", ["gt2pred", "both", "paired"])
@@ -222,6 +242,19 @@ def test_trimming_leaves_three_points_at_least(clouds):
     assert torch.allclose(term.similarity.scale, want.scale)
 
 
+@pytest.mark.parametrize(("trim", "left"), [(0.3, 4), (0.2, 4), (0.7, 3)])
+def test_trimming_counts_what_the_teacher_has(clouds, trim, left):
+    means, teacher = clouds(noise=0.1, count=25)
+    teacher[:, 5:] = torch.nan  # of which nothing may be chosen
+    term = pm_loss(means, teacher, PMLossConfig(trim=trim))
+    known, seen = teacher[:, :5], means[:, :5]
+    residual = (umeyama(known, seen)(known) - seen).square().sum(-1)
+    kept = residual.argsort(1)[:, :left, None].expand(-1, -1, 3)
+    want = umeyama(known.gather(1, kept), seen.gather(1, kept))
+    assert torch.allclose(term.similarity.scale, want.scale)
+    assert torch.allclose(term.similarity.shift, want.shift)
+
+
 def test_teacher_points_that_are_not_finite_are_left_out(clouds):
     means, teacher = clouds(noise=0.1)
     broken = teacher.clone()
@@ -250,6 +283,12 @@ def test_lines_and_mirrors_are_said_to_leave_a_turn_open():
     cross = torch.tensor([[0.0, 0, 2], [0, 0, -1], [-2, 1, 0]], dtype=torch.float64)
     (grad,) = torch.autograd.grad((rotation * (rotation.detach() @ cross)).sum(), covariance)
     assert float(grad.abs().max()) < 1e-12
+    # In a direction whose products are rounded, too.
+    slanted = (time[:, None] * torch.tensor([0.3, 1.7, -0.9], dtype=torch.float64) + 0.1)[None].requires_grad_()
+    found = umeyama(3 * slanted.detach().flip(-1), slanted)
+    assert not bool(found.determined)
+    (grad,) = torch.autograd.grad(found.rotation.square().sum() + found.rotation[0, 0, 1], slanted)
+    assert float(grad.abs().max()) < 10
     ball = torch.randn(1, 4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mirrored = umeyama(ball, ball * torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
     assert float(torch.linalg.det(mirrored.rotation)) == pytest.approx(1)
@@ -265,6 +304,15 @@ def test_alignment_by_camera_centres(clouds):
     assert float(term.loss.max()) < 1e-20
     with pytest.raises(ValueError, match="at least three that do not lie on a line; got 2"):
         pm_loss(means, teacher, cfg, centres=(centres[:, :2], truth(centres)[:, :2]))
+    line = torch.linspace(0, 1, 4, dtype=torch.float64)[:, None] * centres[:, :1] + 1
+    with pytest.raises(ValueError, match="at least three that do not lie on a line; got 4"):
+        pm_loss(means, teacher, cfg, centres=(line, truth(line)))
+    # Cameras are given, not learned.
+    given = [part.detach().requires_grad_() for part in (centres, truth(centres) + 0.1 * centres.flip(1))]
+    term = pm_loss(means.requires_grad_(), teacher, cfg, centres=(given[0], given[1]))
+    assert float(term.raw.min()) > 1e-3
+    term.loss.sum().backward()
+    assert [part.grad for part in given] == [None, None]
     with pytest.raises(ValueError, match="camera centres belong to"):
         pm_loss(means, teacher, cfg)
 
@@ -278,6 +326,8 @@ def test_nearest_by_brute_force(backend, monkeypatch):
     index = nearest(points, cloud, backend=backend)
     distances = (points[:, None].double() - cloud.double()).square().sum(-1)
     assert torch.equal(distances.gather(1, index[:, None])[:, 0], distances.amin(1))
+    short = nearest(points.bfloat16(), cloud, backend=backend)
+    assert torch.equal(short, nearest(points.bfloat16().float(), cloud, backend=backend))
     with pytest.raises(ValueError, match="no point to be near to"):
         nearest(points, cloud[:0], backend=backend)
 
@@ -304,7 +354,7 @@ def test_bad_input_is_named(clouds):
         pm_loss(one, teacher)
     assert pm_loss(one, teacher, PMLossConfig(align="none", cap=None)).loss.isfinite().all()
     trust = torch.ones(means.shape[:2], dtype=torch.float64)
-    for value, where in ((torch.nan, 3), (-0.5, 3), (0.0, slice(None))):
+    for value, where in ((torch.nan, 3), (torch.inf, 3), (-0.5, 3), (0.0, slice(None))):
         wrong = trust.clone()
         wrong[1, where] = value
         for align in ("umeyama", "none"):

@@ -63,6 +63,8 @@ def test_precomputed_points_have_a_confidence_and_any_size(tmp_path, scene):
     (tmp_path / "d.safetensors").write_bytes(b"none")
     with pytest.raises(CheckpointError, match="no safetensors file"):
         PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("d", (0, 1))]))
+    (tmp_path / "x").mkdir()
+    assert (tmp_path / "x" / "../a.safetensors").is_file()
     with pytest.raises(CheckpointError, match="no points of scene"):
         PrecomputedTeacher(tmp_path / "x")(name_views(scene.context, [Shots("../a", (0, 1))]))
 
@@ -79,8 +81,12 @@ def tiny_depth_anything(kind="metric"):
         head_hidden_size=8, depth_estimation_type=kind, max_depth=5,
     )  # fmt: skip
     torch.manual_seed(0)
+    model = DepthAnythingForDepthEstimation(config)
+    with torch.no_grad():
+        for part in model.parameters():
+            part.mul_(8 if part.ndim > 1 else 1)  # so that depth follows the picture
     processor = DPTImageProcessor(size={"height": 28, "width": 28}, ensure_multiple_of=14, keep_aspect_ratio=True)
-    return DepthAnythingForDepthEstimation(config), processor
+    return model, processor
 
 
 def depth_of(points, views):
@@ -99,10 +105,16 @@ def test_depth_anything_is_unprojected_along_the_optical_axis(scene):
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     with torch.no_grad():
         want = model((scene.context.image_01[0] - mean) / std).predicted_depth
+    assert float(want.std()) > 0.05
     assert torch.allclose(depth, want, atol=1e-3)
+    assert torch.equal(teacher(scene.context).centres, scene.context.cam_to_world[..., :3, 3])
+    assert not teacher.model.training
+    assert not any(part.requires_grad for part in teacher.parameters())
     half = DepthTeacher(model, processor, name="tiny", metres_per_unit=2.0)
     assert torch.allclose(depth_of(half(scene.context).points, scene.context), want / 2, atol=1e-3)
     assert half.name != teacher.name
+    with pytest.raises(ValueError, match="metres_per_unit must be positive"):
+        DepthTeacher(model, processor, name="tiny", metres_per_unit=0.0)
     with pytest.raises(ValueError, match="relative inverse depth"):
         DepthTeacher(*tiny_depth_anything("relative"), name="tiny")
 

@@ -6,8 +6,10 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
 from hone_core.testing import assert_close
+from hone_pmloss.cache import CachedTeacher
 from hone_pmloss.data import training_batch
 from hone_pmloss.models import PMLoss, tiny
+from hone_pmloss.teachers import Shots, name_views
 from hone_pmloss.vggt import VGGT, VGGTConfig, VGGTTeacher
 
 from .vggtref import vggt_points
@@ -100,3 +102,15 @@ def test_teaches_a_host(model):
     assert term.loss.isfinite().all()
     (grad,) = torch.autograd.grad(term.loss.sum(), means)
     assert grad.abs().max() > 0
+
+
+def test_its_answers_are_cached_at_sizes_that_are_no_multiples_of_a_patch(model, tmp_path):
+    scene = training_batch([0], 1, (8, 18), 32)
+    teacher = VGGTTeacher(model, name="tiny")
+    cached = CachedTeacher(teacher, tmp_path)
+    views = name_views(scene.context, [Shots("a", (1, 9))])
+    means = scene.points().flatten(1, 3)
+    want = PMLoss(teacher)(means, views).loss
+    for _ in range(2):
+        assert torch.equal(PMLoss(cached)(means, views).loss, want)
+    assert (cached.asked, cached.found) == (1, 1)

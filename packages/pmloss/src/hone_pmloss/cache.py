@@ -20,7 +20,7 @@ FORMAT = "hone pointmap 1"
 
 
 class CachedTeacher:
-    """A teacher whose answers are kept, one file per scene, frames, size and teacher.
+    """A teacher whose answers are kept at its own size, one file per scene, frames, size of the views and teacher.
 
     A file is written whole or not at all, under a name of its own until it is done, so that an interruption leaves
     nothing half-written and two writers of the same answer do no harm. Each file holds a digest of the pictures and
@@ -76,10 +76,9 @@ class CachedTeacher:
         answer = self.teacher(scene)
         parts = {"points": answer.points, "confidence": answer.confidence, "centres": answer.centres}
         tensors = {key: part[0].float() for key, part in parts.items() if part is not None}
-        if tensors["points"].shape != (scene.count, *scene.size, 3):
-            raise ValueError(
-                f"{self.name} gave points {list(tensors['points'].shape)} for {scene.count} views of {scene.size}"
-            )
+        shape = tensors["points"].shape
+        if len(shape) != 4 or (shape[0], shape[3]) != (scene.count, 3):
+            raise ValueError(f"{self.name} gave points {list(shape)} for {scene.count} views; expected [V, H, W, 3]")
         save_safetensors({key: part.cpu() for key, part in tensors.items()}, path, metadata=header)
         return tensors
 

@@ -177,7 +177,8 @@ def nearest(
 
         _, found = cKDTree(cloud.double().cpu().numpy()).query(points.double().cpu().numpy())
         return torch.as_tensor(found, dtype=torch.long, device=points.device)
-    points, cloud = points.float() if points.dtype.itemsize < 4 else points, cloud.to(points)
+    points = points.float() if points.dtype.itemsize < 4 else points
+    cloud = cloud.to(points)
     return nearest_points(points, cloud, backend="reference" if backend == "torch" else backend)[0]
 
 
@@ -286,7 +287,7 @@ def _align(
     if config.align == "pose":
         assert centres is not None
         found = umeyama(centres[0], centres[1])
-        if centres[0].shape[1] < 3 or not bool(found.determined.all()):
+        if not bool(found.determined.all()):
             raise ValueError(
                 f"camera centres leave a turn open: expected at least three that do not lie on a line; got "
                 f"{centres[0].shape[1]}"
