@@ -196,6 +196,8 @@ def test_controls_score_what_they_say(model):
     assert torch.equal(first[1], scores[(5, 4), 0].scores[4][1])
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first, scores[(3, 4), 1].scores[4])
+    drawn = draw(model, SparsePolicy(replace(SPARSE, score="random"))).uniform.flatten()
+    assert not torch.isin(scores[(3, 4), 0].scores[2].flatten(), drawn).any()
 
 
 def test_the_cache_has_room_for_what_runs_and_for_no_more(model):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hone_core.handles import CallState, Handle, resolve
@@ -100,7 +101,9 @@ class SparsePolicy(Policy):
         state = SparseState(start=start, detector=detector)
         if cfg.score == "random":
             device = run.latent.device
-            makers = [torch.Generator().manual_seed((cfg.seed << 32) + seed) for seed in run.seeds]
+            # Seeds of their own: torch's generator reads 32 bits of one, and an image's draws come from its seed.
+            own = [np.random.SeedSequence((cfg.seed % 2**64, seed % 2**64)).generate_state(1) for seed in run.seeds]
+            makers = [torch.Generator().manual_seed(int(state[0])) for state in own]
             for scale in range(start, scales):
                 drawn = [torch.rand(run.schedule.tokens(scale), generator=maker) for maker in makers]
                 state.chance[scale] = torch.stack(drawn).to(device)
