@@ -1,15 +1,21 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from hone_core.errors import CheckpointError
+from hone_core.errors import CheckpointError, UnsupportedHardwareError
+from hone_nar import pipelines, sample
 from hone_nar.config import GenerateConfig
 from hone_nar.extract import clips_of
+from hone_nar.flashar import FlashARForImageGeneration
+from hone_nar.generation import graphed
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny, tiny_tokenizer
 from hone_nar.pipelines import NARPipeline, NARVideoPipeline
 from hone_nar.sample import check_inputs, generate
 from hone_nar.texts import pad_left
 from hone_video.videos import save_video
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -59,6 +65,30 @@ def test_images_of_texts(texts, tmp_path):
     torch.testing.assert_close(again(prompt="a dog", seeds=5, output_type="pt").images, both[1:], atol=1e-5, rtol=0)
 
 
+def test_graphs_draw_what_calls_draw(classes, texts, monkeypatch):
+    """Of batches one after the other, by what a graph would replay."""
+    monkeypatch.setattr(pipelines, "graphed", partial(graphed, capture=lambda work: work))
+    settings = {"guidance_scale": 3.0, "temperature": 0.8, "top_k": 9, "guided_tokens": 12}
+    run = classes.graphs(2, **settings)
+    flash = isinstance(classes.transformer, FlashARForImageGeneration)
+    assert (run.fused, run.few) == ((False, 0) if flash else (True, 64))
+    for labels, seeds in (([3, 7], [1, 5]), ([0, 0], [2, 3])):
+        found = classes(labels, seeds=seeds, decoding=run, output_type="codes").images
+        assert torch.equal(found, classes(labels, seeds=seeds, output_type="codes", **settings).images)
+    run = texts.graphs(1)
+    steps = []
+    found = texts(prompt="a dog", decoding=run, on_step=lambda _, step: steps.append(step), output_type="codes").images
+    assert torch.equal(found, texts(prompt="a dog", output_type="codes").images)
+    assert steps == list(range(11))
+    with pytest.raises(ValueError, match="expected 2 images in 4 rows"):
+        classes(1, decoding=classes.graphs(2))
+    with pytest.raises(ValueError, match="give them to graphs"):
+        classes(1, decoding=classes.graphs(1), top_k=3)
+    with pytest.raises(ValueError, match="made of another model"):
+        classes(1, decoding=run)
+    assert not classes.graphs(1, greedy=True).fused
+
+
 def test_words_are_moved_to_the_right_and_padding_is_nothing(texts):
     features = torch.arange(1.0, 13.0).view(2, 3, 2)
     words = torch.tensor([[True, False, False], [True, True, True]])
@@ -93,7 +123,7 @@ def test_bad_input_is_named(classes, texts):
             call()
 
 
-def test_the_verb_writes_an_image_of_each_class_whatever_the_batch(classes, start, tmp_path):
+def test_the_verb_writes_an_image_of_each_class_whatever_the_batch(classes, start, tmp_path, monkeypatch):
     classes.save_pretrained(tmp_path / "model")
     options = {"model": tmp_path / "model", "classes": (1, 2, 3), "seed": 4}
     files = []
@@ -101,6 +131,18 @@ def test_the_verb_writes_an_image_of_each_class_whatever_the_batch(classes, star
         cfg = GenerateConfig(**options, batch=batch)
         with start(cfg, "generate", tmp_path / str(batch)) as run:
             files.append(generate(cfg, run).images)
+    cfg = GenerateConfig(**options, batch=2, graphs=True)
+    with start(cfg, "generate", tmp_path / "refused") as run, pytest.raises(UnsupportedHardwareError):
+        generate(cfg, run)
+    # Graphs are of one number of images: the last batch is filled up.
+    monkeypatch.setattr(pipelines, "graphed", partial(graphed, capture=lambda work: work))
+    monkeypatch.setattr(sample, "graph_device", lambda run, graphs: torch.device("cpu"))
+    with start(cfg, "generate", tmp_path / "graphs") as run:
+        graphs = generate(cfg, run).images
+    for file, other in zip(graphs, files[0], strict=True):
+        # The tokenizer's convolutions round otherwise in another batch.
+        one, two = (np.asarray(Image.open(path), dtype=int) for path in (file, other))
+        assert np.abs(one - two).max() <= 1
     assert [file.name for file in files[0]] == ["00000.png", "00001.png", "00002.png"]
     assert [one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True)] == [True] * 3
     for wrong, message in (({"classes": (10,)}, "classes are 0 to 9; got 10"), ({"top_p": 2.0}, "top_p")):

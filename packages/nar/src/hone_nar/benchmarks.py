@@ -39,7 +39,7 @@ from torch import Tensor
 from .config import EvalConfig
 from .extract import VIDEO_SUFFIXES, clips_of, find_images
 from .pipelines import NARPipeline, NARVideoPipeline
-from .sample import read_pipeline
+from .sample import graph_device, padded, read_pipeline
 
 __all__ = ["COUNTS", "check_benchmark", "judge", "write_npz"]
 
@@ -116,13 +116,14 @@ def judge(cfg: EvalConfig, run: Run) -> None:
     {"imagenet": _imagenet, "ucf": _ucf, "geneval": _geneval}[cfg.protocol](cfg, run)
 
 
-def _options(cfg: EvalConfig) -> dict[str, Any]:
-    """Guidance where it is given, else the pipeline's published one."""
-    return {} if cfg.guidance is None else {"guidance_scale": cfg.guidance}
+def _options(cfg: EvalConfig, pipe: Any) -> dict[str, Any]:
+    """Guidance where it is given, else the pipeline's published one; in what draws, where steps are graphs."""
+    options = {} if cfg.guidance is None else {"guidance_scale": cfg.guidance}
+    return {"decoding": pipe.graphs(cfg.batch, **options)} if cfg.graphs else options
 
 
 def _load(cls: Any, cfg: EvalConfig, run: Run) -> Any:
-    device = resolve_device(run.device)
+    device = graph_device(run, graphs=cfg.graphs)
     dtype = resolve_dtype("auto", device)
     parts = {"transformer": dtype} if cls is NARVideoPipeline else {"transformer": dtype, "text_encoder": dtype}
     return cls.from_pretrained(cfg.model, dtype=parts, local_files_only=True).to(device)
@@ -134,12 +135,14 @@ def _draw_images(cfg: EvalConfig, run: Run, files: Sequence[Path], asked: dict[s
     if not missing:
         return
     pipe = _load(NARPipeline, cfg, run)
+    options = _options(cfg, pipe)
     with progress_bar(len(missing), desc="images", quiet=run.quiet) as bar:
         for at in range(0, len(missing), cfg.batch):
             part = missing[at : at + cfg.batch]
-            given = {name: [values[number] for number in part] for name, values in asked.items()}
-            images = pipe(**given, seeds=[cfg.seed + number for number in part], **_options(cfg)).images
-            for number, image in zip(part, images, strict=True):
+            batch = padded(part, cfg.batch) if cfg.graphs else part
+            given = {name: [values[number] for number in batch] for name, values in asked.items()}
+            images = pipe(**given, seeds=[cfg.seed + number for number in batch], **options).images
+            for number, image in zip(part, images[: len(part)], strict=True):
                 files[number].parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(files[number]) as scratch:
                     image.save(scratch, "PNG")
@@ -242,6 +245,7 @@ def _ucf(cfg: EvalConfig, run: Run) -> None:
     generator = torch.Generator().manual_seed(42)
     chosen = [videos[at] for at in torch.randint(len(videos), (count,), generator=generator)]
     pipe = _load(NARVideoPipeline, cfg, run)
+    options = _options(cfg, pipe)
     _, frames, side, _ = pipe.vae.shape
     detector = torch.jit.load(cfg.detector, map_location=device).eval()
 
@@ -258,9 +262,11 @@ def _ucf(cfg: EvalConfig, run: Run) -> None:
                 found = clips_of(file, frames, side, "center")[:, 0]
                 windows.append(found[int(torch.randint(len(found), (1,), generator=generator))])
             real.append(features(torch.stack(windows)))
-            seeds = [cfg.seed + at + number for number in range(len(part))]
-            clips = pipe([label for _, label in part], seeds=seeds, output_type="pt", **_options(cfg))
-            drawn.append(features(clips))
+            numbers = [*range(len(part))]
+            numbers = padded(numbers, cfg.batch) if cfg.graphs else numbers
+            seeds = [cfg.seed + at + number for number in numbers]
+            clips = pipe([part[number][1] for number in numbers], seeds=seeds, output_type="pt", **options)
+            drawn.append(features(clips[: len(part)]))
             bar.update(len(part))
     value = frechet(torch.cat(drawn), torch.cat(real), ddof=0)
     run.row("fvd", value, better="lower", n=count, split="ucf")

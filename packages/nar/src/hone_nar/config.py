@@ -282,6 +282,8 @@ class EvalConfig:
     ucf); with ``data``, that likelihoods are taken of (default 1000); prompts of geneval (default: all)."""
     batch: int = 250
     """Images at a time."""
+    graphs: bool = False
+    """Of a pipeline: steps as CUDA graphs with fused kernels."""
     guidance: float | None = None
     """Strength of guidance; 1 is none. Default: 1, and the published one of a pipeline."""
     seed: int = 0
@@ -354,6 +356,8 @@ class GenerateConfig:
     """Least mass that is kept; 0 keeps all."""
     batch: int = 1
     """Images at a time."""
+    graphs: bool = False
+    """Steps as CUDA graphs with fused kernels; the first batch takes some seconds more."""
     seed: int = 0
     """Of the first image; the following ones count up."""
     fps: int = 25

@@ -13,25 +13,17 @@ from torch import Tensor, nn
 
 from .transformer import HEAD_NAMES, NARTransformer, SlotCache, norm_name, output_name, rope_table
 
-__all__ = ["check_plain", "head_of_few", "run_few"]
+__all__ = ["head_of_few", "is_plain", "run_few"]
 
 
-def check_plain(model: Any) -> None:
-    """Refuse what these launches would not compute.
-
-    Raises:
-        ValueError: The model runs its blocks in another way, trains, or has layers that were replaced.
-    """
+def is_plain(model: Any) -> bool:
+    """Whether these launches compute what the model does: it is in eval mode, and no layer was replaced or hooked."""
     parts = [model.get_submodule(output_name(name)) for name in HEAD_NAMES[model.heads]]
     for block in model.layers:
         attention, forward = block.attention, block.feed_forward
         parts += [attention.wqkv, attention.wo, forward.w1, forward.w3, forward.w2]
     plain = all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in parts)
-    if type(model).run_blocks is not NARTransformer.run_blocks or model.training or not plain:
-        raise ValueError(
-            "passes over few tokens are of the published blocks, in eval mode and with plain linear layers; merge or "
-            "take off what was added to them, or leave few out"
-        )
+    return plain and type(model).run_blocks is NARTransformer.run_blocks and not model.training
 
 
 def run_few(model: Any, x: Tensor, *, begin: int, cache: SlotCache, words: Tensor | None) -> list[Tensor]:

@@ -18,11 +18,11 @@ from hone_visual_ar.sampling import Sampling, draw, uniforms
 from torch import Tensor
 
 from .config import Mix
-from .few import check_plain, head_of_few, run_few
+from .few import head_of_few, is_plain, run_few
 from .method import guide, mask_of
 from .transformer import Condition, NARTransformer, Pieces, slot_ids
 
-__all__ = ["Decoding", "GraphedDecoding", "generate", "single_values"]
+__all__ = ["Decoding", "GraphedDecoding", "generate", "graphed", "single_values"]
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -36,6 +36,10 @@ def single_values(sampling: Sampling) -> tuple[float, float]:
     if not isinstance(sampling.guidance, float | int) or not isinstance(sampling.temperature, float | int):
         raise ValueError("these models have no scales; give guidance and temperature one value each")
     return float(sampling.guidance), float(sampling.temperature)
+
+
+def _fuses(model: Any, sampling: Sampling) -> bool:
+    return type(model).mixed is NARTransformer.mixed and not sampling.greedy and sampling.top_p <= 0
 
 
 class Decoding:
@@ -77,9 +81,12 @@ class Decoding:
         self.pieces, self.fused, self.few = pieces, fused, few
         if not 0 <= few <= TOKENS:
             raise ValueError(f"few must be 0 to {TOKENS}; got {few}")
-        if few:
-            check_plain(model)
-        if fused and (type(model).mixed is not NARTransformer.mixed or sampling.greedy or sampling.top_p > 0):
+        if few and not is_plain(model):
+            raise ValueError(
+                "passes over few tokens are of the published blocks, in eval mode and with plain linear layers; merge "
+                "or take off what was added to them, or leave few out"
+            )
+        if fused and not _fuses(model, sampling):
             raise ValueError(
                 "the fused kernel averages heads, cuts by top_k and draws; leave fused out for a gate, greedy or top_p"
             )
@@ -275,6 +282,30 @@ class GraphedDecoding(Decoding):
             work()
         self._pool = self._pool or graph.pool()
         return graph.replay
+
+
+def graphed(
+    model: Any,
+    images: int,
+    *,
+    sampling: Sampling,
+    guided_tokens: int | None = None,
+    capture: Capture | None = None,
+) -> GraphedDecoding:
+    """A CUDA graph for each step, with the fused kernels that model and sampling allow; arguments of the class.
+
+    Raises:
+        UnsupportedHardwareError: As the class.
+    """
+    return GraphedDecoding(
+        model,
+        images,
+        sampling=sampling,
+        guided_tokens=guided_tokens,
+        fused=_fuses(model, sampling),
+        few=TOKENS if is_plain(model) else 0,
+        capture=capture,
+    )
 
 
 @torch.no_grad()

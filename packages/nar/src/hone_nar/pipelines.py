@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from .checkpoints import SIZES, build, load_published
 from .flashar import FlashARForImageGeneration
-from .generation import Decoding, generate
+from .generation import Decoding, GraphedDecoding, generate, graphed
 from .larp import LARPTokenizer
 from .texts import encode_texts
 from .tokenizer import LlamaGenVQModel
-from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
+from .transformer import Condition, LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
 __all__ = ["NARPipeline", "NARVideoPipeline"]
 
@@ -128,6 +128,7 @@ class NARPipeline(DiffusionPipeline):
         greedy: bool = False,
         seeds: int | Sequence[int] = 0,
         on_step: Callable[[Decoding, int], None] | None = None,
+        decoding: Decoding | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
     ) -> Any:
@@ -145,6 +146,7 @@ class NARPipeline(DiffusionPipeline):
             greedy: Take the likeliest entries.
             seeds: Of each image; one number counts up from itself.
             on_step: Called after each step with the run and the step's number.
+            decoding: What draws, made by ``graphs`` for as many images, in place of the six before ``seeds``.
             output_type: ``pil``, ``np`` (``[B, H, W, 3]``), ``pt`` (``[B, 3, H, W]``), in [0, 1], or ``codes``.
             return_dict: Give an ``ImagePipelineOutput``; a tuple of its images otherwise.
 
@@ -153,11 +155,13 @@ class NARPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt", "codes"):
             raise ValueError(f"output_type must be pil, np, pt or codes; got {output_type!r}")
-        model = self.transformer
-        if guidance_scale is None:
-            guidance_scale = 7.5 if model.num_classes is None else 2.0
+        model, told = self.transformer, guidance_scale is not None
+        guidance_scale = _guidance(model, guidance_scale)
         sampling = Sampling(guidance=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
         guided = guidance_scale != 1
+        if decoding is not None:
+            _check_decoding(decoding, model, told=told, guided_tokens=guided_tokens, sampling=sampling)
+            guided = decoding.guided
         if model.num_classes is None:
             if prompt is None or class_labels is not None:
                 raise ValueError("this model draws texts; give prompt and no class_labels")
@@ -171,9 +175,12 @@ class NARPipeline(DiffusionPipeline):
             labels = _labels(class_labels, model)
             numbers = _seeds(seeds, len(labels))
             condition = model.condition(labels, guided=guided)
-        codes = generate(
-            model, condition, seeds=numbers, sampling=sampling, guided_tokens=guided_tokens, on_step=on_step
-        )
+        if decoding is None:
+            codes = generate(
+                model, condition, seeds=numbers, sampling=sampling, guided_tokens=guided_tokens, on_step=on_step
+            )
+        else:
+            codes = _run(decoding, condition, numbers, on_step)
         grid = codes.unflatten(1, model.grid)
         images: Any = grid
         if output_type != "codes":
@@ -183,6 +190,35 @@ class NARPipeline(DiffusionPipeline):
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def graphs(
+        self,
+        images: int,
+        *,
+        guidance_scale: float | None = None,
+        guided_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        greedy: bool = False,
+    ) -> GraphedDecoding:
+        """What draws batches of so many images by a CUDA graph for each step; for ``decoding`` of calls.
+
+        Args:
+            images: Of each batch.
+            guidance_scale: As of a call, and so are the others.
+            guided_tokens: Likewise.
+            temperature: Likewise.
+            top_k: Likewise.
+            top_p: Likewise; with it or ``greedy``, draws are no kernel of their own.
+            greedy: Likewise.
+
+        Raises:
+            UnsupportedHardwareError: The pipeline is not on a CUDA device.
+        """
+        scale = _guidance(self.transformer, guidance_scale)
+        sampling = Sampling(guidance=scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+        return graphed(self.transformer, images, sampling=sampling, guided_tokens=guided_tokens)
 
 
 class NARVideoPipeline(DiffusionPipeline):
@@ -229,24 +265,26 @@ class NARVideoPipeline(DiffusionPipeline):
         self,
         class_labels: int | Sequence[int],
         *,
-        guidance_scale: float = 1.25,
+        guidance_scale: float | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 0.0,
         greedy: bool = False,
         seeds: int | Sequence[int] = 0,
+        decoding: Decoding | None = None,
         output_type: Literal["np", "pt", "codes"] = "np",
     ) -> Any:
         """Draw clips.
 
         Args:
             class_labels: Of each clip.
-            guidance_scale: The paper's is 1.25, its script's 2.5; 1 draws without, at half the work.
+            guidance_scale: 1 draws without guidance, at half the work. If None, the paper's 1.25; its script's is 2.5.
             temperature: Of the tokens.
             top_k: Entries of the codebook that are kept; 0 keeps all.
             top_p: Least mass that is kept; 0 keeps all.
             greedy: Take the likeliest entries.
             seeds: Of each clip; one number counts up from itself.
+            decoding: What draws, made by ``graphs`` for as many clips, in place of the five before ``seeds``.
             output_type: ``np`` (``[B, F, H, W, 3]``) or ``pt`` (``[B, 3, F, H, W]``), in [0, 1], or ``codes``.
 
         Raises:
@@ -254,14 +292,65 @@ class NARVideoPipeline(DiffusionPipeline):
         """
         if output_type not in ("np", "pt", "codes"):
             raise ValueError(f"output_type must be np, pt or codes; got {output_type!r}")
-        sampling = Sampling(guidance=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
-        labels = _labels(class_labels, self.transformer)
-        condition = self.transformer.condition(labels, guided=guidance_scale != 1)
-        codes = generate(self.transformer, condition, seeds=_seeds(seeds, len(labels)), sampling=sampling)
+        model, scale = self.transformer, _guidance(self.transformer, guidance_scale)
+        sampling = Sampling(guidance=scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+        if decoding is not None:
+            _check_decoding(decoding, model, told=guidance_scale is not None, guided_tokens=None, sampling=sampling)
+        labels = _labels(class_labels, model)
+        numbers = _seeds(seeds, len(labels))
+        condition = model.condition(labels, guided=scale != 1 if decoding is None else decoding.guided)
+        if decoding is None:
+            codes = generate(model, condition, seeds=numbers, sampling=sampling)
+        else:
+            codes = _run(decoding, condition, numbers)
         if output_type == "codes":
             return codes
         clips = self.vae.decode(codes).float()
         return clips if output_type == "pt" else clips.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+    def graphs(
+        self,
+        clips: int,
+        *,
+        guidance_scale: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        greedy: bool = False,
+    ) -> GraphedDecoding:
+        """What draws batches of so many clips by a CUDA graph for each step; see ``NARPipeline.graphs``."""
+        scale = _guidance(self.transformer, guidance_scale)
+        sampling = Sampling(guidance=scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+        return graphed(self.transformer, clips, sampling=sampling)
+
+
+def _guidance(model: Any, scale: float | None) -> float:
+    """What is given, or the published strength of clips, texts and classes."""
+    if scale is not None:
+        return scale
+    if isinstance(model, NARForVideoGeneration):
+        return 1.25
+    return 7.5 if model.num_classes is None else 2.0
+
+
+def _check_decoding(
+    decoding: Decoding, model: Any, *, told: bool, guided_tokens: int | None, sampling: Sampling
+) -> None:
+    plain = Sampling(guidance=sampling.guidance)
+    if told or guided_tokens is not None or sampling != plain:
+        raise ValueError("guidance and sampling are those of decoding; give them to graphs(), and not to the call")
+    if decoding.model is not model:
+        raise ValueError("decoding was made of another model; make it by graphs() of this pipeline")
+
+
+def _run(
+    decoding: Decoding,
+    condition: Condition,
+    seeds: Sequence[int],
+    on_step: Callable[[Decoding, int], None] | None = None,
+) -> Tensor:
+    decoding.load(condition, seeds)
+    return decoding.run(None if on_step is None else lambda step: on_step(decoding, step))
 
 
 def _labels(class_labels: int | Sequence[int], model: Any) -> Tensor:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.errors import CheckpointError
+from hone_core.errors import CheckpointError, UnsupportedHardwareError
 from hone_core.io import atomic_path
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
@@ -23,7 +24,7 @@ from hone_visual_ar.sampling import Sampling
 from .config import GenerateConfig
 from .pipelines import NARPipeline, NARVideoPipeline
 
-__all__ = ["GenerateReport", "check_inputs", "generate", "read_pipeline"]
+__all__ = ["GenerateReport", "check_inputs", "generate", "graph_device", "padded", "read_pipeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,23 @@ def check_inputs(cfg: GenerateConfig) -> GenerateConfig:
     return cfg
 
 
+def graph_device(run: Run, *, graphs: bool) -> torch.device:
+    """Where a run draws.
+
+    Raises:
+        UnsupportedHardwareError: Graphs are asked of what is no CUDA device.
+    """
+    device = resolve_device(run.device)
+    if graphs and device.type != "cuda":
+        raise UnsupportedHardwareError("--graphs needs a CUDA device", f"this run is on {device}", "leave it out")
+    return device
+
+
+def padded(part: list[int], batch: int) -> list[int]:
+    """A last batch filled up with its last image: graphs are of one number of images."""
+    return part + part[-1:] * (batch - len(part))
+
+
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Draw one image or clip of each class or prompt into the run's ``artifacts``.
 
@@ -99,7 +117,7 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     if not missing:
         return GenerateReport.of(run)
-    device = resolve_device(run.device)
+    device = graph_device(run, graphs=cfg.graphs)
     dtype = resolve_dtype(cfg.dtype, device)
     cls: Any = NARVideoPipeline if clips else NARPipeline
     parts = {"transformer": dtype} if clips else {"transformer": dtype, "text_encoder": dtype}
@@ -107,15 +125,18 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     options: dict[str, Any] = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
     if cfg.guidance is not None:
         options["guidance_scale"] = cfg.guidance
+    if cfg.graphs:
+        options = {"decoding": pipe.graphs(cfg.batch, **options)}
     with progress_bar(len(missing), desc="clips" if clips else "images", quiet=run.quiet) as bar:
         for begin in range(0, len(missing), cfg.batch):
             part = missing[begin : begin + cfg.batch]
-            seeds = [cfg.seed + number for number in part]
+            asked = padded(part, cfg.batch) if cfg.graphs else part
+            seeds = [cfg.seed + number for number in asked]
             if cfg.prompts:
-                drawn = pipe(prompt=[cfg.prompts[number] for number in part], seeds=seeds, **options)
+                drawn = pipe(prompt=[cfg.prompts[number] for number in asked], seeds=seeds, **options)
             else:
-                drawn = pipe([cfg.classes[number] for number in part], seeds=seeds, **options)
-            for number, found in zip(part, drawn if clips else drawn.images, strict=True):
+                drawn = pipe([cfg.classes[number] for number in asked], seeds=seeds, **options)
+            for number, found in zip(part, (drawn if clips else drawn.images)[: len(part)], strict=True):
                 if clips:
                     save_video(found, files[number], fps=cfg.fps, what=f"clip {number}", advice="try --dtype float32")
                     continue
