@@ -287,5 +287,7 @@ def test_views_added_one_by_one_give_what_all_at_once_give():
 def test_the_least_seen_view_is_the_next_anchor():
     overlap = torch.tensor([[1.0, 0.9, 0.1, 0.0], [0.9, 1.0, 0.2, 0.0], [0.1, 0.2, 1.0, 0.3], [0.0, 0.0, 0.3, 1.0]])
     assert least_seen(overlap, 3).tolist() == [1, 3, 2]
+    # Cameras that see all of each other are each chosen once.
+    assert least_seen(torch.ones(3, 3), 3).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="expected 1 to 4 anchors; got 5"):
         least_seen(overlap, 5)

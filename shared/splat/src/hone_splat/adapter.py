@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .cameras import DepthConvention, matrix_to_quat, quat_multiply, unproject
+from .cameras import DepthConvention, exact_geometry, matrix_to_quat, quat_multiply, unproject
 from .gaussians import Gaussians
 from .harmonics import C0, MAX_DEGREE, ShRotation, rotate_sh
 
@@ -21,6 +21,7 @@ def raw_channels(sh_degree: int) -> int:
     return 9 + 3 * (sh_degree + 1) ** 2
 
 
+@exact_geometry
 def to_gaussians(
     offset_px: Float[Tensor, "batch view 2 height width"],
     scales: Float[Tensor, "batch view 3 height width"],

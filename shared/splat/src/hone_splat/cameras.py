@@ -6,7 +6,9 @@ the width and its second by the height, so that it holds at any resolution. Pixe
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "DepthConvention",
     "check_cameras",
+    "exact_geometry",
     "fly_through",
     "intrinsics_px",
     "look_at",
@@ -31,6 +34,23 @@ __all__ = [
 DepthConvention = Literal["distance", "depth_z"]
 """What a depth map holds: distance along the ray, or depth along the optical axis."""
 RIGID = 1e-3
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def exact_geometry(function: Callable[P, R]) -> Callable[P, R]:
+    """Outside of autocast, with half-precision tensors widened: a ray in bfloat16 misses by whole pixels."""
+
+    def wide(part: Any) -> Any:
+        return part.float() if isinstance(part, Tensor) and part.dtype in (torch.bfloat16, torch.float16) else part
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(part.device.type for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*map(wide, args), **{name: wide(part) for name, part in kwargs.items()})
+
+    return run
 
 
 def check_cameras(cam_to_world: Tensor, intrinsics_norm: Tensor, names: list[str] | None = None) -> None:

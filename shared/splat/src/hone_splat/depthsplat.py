@@ -261,7 +261,8 @@ class DepthSplat(nn.Module):
             ValueError: See ``check_views``; or there is only one view left to match.
         """
         cfg, net = self.config, self.depth_predictor
-        check_views(views, self.multiple, compressed=net.zipmatch is not None)
+        dtype = net.backbone.conv1.weight.dtype
+        check_views(views, self.multiple, compressed=net.zipmatch is not None, dtype=dtype)
         count = views.count
         features = net.backbone(normalise(views.image_01).flatten(0, 1))
         placed = window_position(features[2]).unflatten(0, (-1, count))

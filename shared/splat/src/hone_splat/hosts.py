@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,12 +43,24 @@ class Compressor(Protocol):
         """Features ``[B, N, C, h, w]`` and the anchors' numbers ``[B, N]``; None to leave the host as it is."""
 
 
-def check_views(views: Views, multiple: int, *, compressed: bool) -> None:
+def check_views(views: Views, multiple: int, *, compressed: bool, dtype: torch.dtype = torch.float32) -> None:
     """Refuse what the host cannot take.
+
+    Args:
+        views: Given to the host.
+        multiple: Of which both sides must be.
+        compressed: Whether something compresses them.
+        dtype: Of the host's weights.
 
     Raises:
         ValueError: Sides are no multiples, or scenes have different numbers of views and nothing compresses them.
+        TypeError: The weights are in half precision, or pictures and weights differ.
     """
+    if dtype in (torch.bfloat16, torch.float16) or views.image_01.dtype != dtype:
+        raise TypeError(
+            f"the host's weights are {dtype} and the pictures {views.image_01.dtype}: keep both in float32, and run "
+            f"the host under torch.autocast for half precision; cameras need all their bits"
+        )
     height, width = views.size
     if height % multiple or width % multiple:
         raise ValueError(

@@ -13,6 +13,8 @@ from hone_kernels.plane_sweep import sweep_planes
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .cameras import exact_geometry
+
 __all__ = [
     "MultiViewTransformer",
     "SweepBackend",
@@ -200,6 +202,7 @@ def plane_candidates(near: Tensor, far: Tensor, count: int) -> Tensor:
     return low + step * (high - low)
 
 
+@exact_geometry
 def cost_volume(
     features: Float[Tensor, "batch view channels height width"],
     cam_to_world: Float[Tensor, "batch view 4 4"],

@@ -168,7 +168,8 @@ class MVSplat(nn.Module):
             ValueError: See ``check_views``; or there is only one view left to match.
         """
         cfg, compress = self.config, self.backbone.zipmatch
-        check_views(views, self.multiple, compressed=compress is not None)
+        dtype = self.depth_predictor.proj_feature.weight.dtype
+        check_views(views, self.multiple, compressed=compress is not None, dtype=dtype)
         count = views.count
         features = self.backbone.backbone(normalise(views.image_01).flatten(0, 1))[2].unflatten(0, (-1, count))
         anchors = None
@@ -206,7 +207,8 @@ class MVSplat(nn.Module):
         offset, scale, quat, colour = raw.split([2, 3, 4, raw.shape[2] - 9], 2)
         low, high = cfg.scale_range
         height, width = views.size
-        pixel = torch.linalg.inv(views.intrinsics_norm[..., :2, :2]) @ raw.new_tensor([1 / width, 1 / height])
+        side = views.near.new_tensor([1 / width, 1 / height])
+        pixel = (torch.linalg.inv(views.intrinsics_norm[..., :2, :2]) * side).sum(-1)
         scale = (low + (high - low) * scale.sigmoid()) * depth[:, :, None] * 0.1 * pixel.sum(-1)[..., None, None, None]
         gaussians = to_gaussians(
             offset.sigmoid() - 0.5 if cfg.offset == "bounded" else 0.5 * offset,

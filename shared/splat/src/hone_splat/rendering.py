@@ -17,7 +17,7 @@ from hone_kernels.splat_blend import TILE, blend_tiles
 from jaxtyping import Float
 from torch import Tensor
 
-from .cameras import intrinsics_px
+from .cameras import exact_geometry, intrinsics_px
 from .gaussians import Gaussians
 from .harmonics import evaluate_sh
 
@@ -42,6 +42,7 @@ class Picture:
     depth_z: Tensor
 
 
+@exact_geometry
 def render(
     gaussians: Gaussians,
     cam_to_world: Float[Tensor, "batch view 4 4"],
