@@ -104,6 +104,26 @@ def test_teaches_a_host(model):
     assert grad.abs().max() > 0
 
 
+@torch.no_grad()
+def test_under_autocast_tokens_are_short_and_the_head_is_not(model):
+    seen = []
+    parts = model.aggregator.patch_embed.patch_embed.proj, model.point_head.scratch.output_conv1
+    hooks = [part.register_forward_hook(lambda part, args, out: seen.append(out.dtype)) for part in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        points, trust = model(torch.rand(1, 2, 3, 28, 28))
+    for hook in hooks:
+        hook.remove()
+    assert seen == [torch.bfloat16, torch.float32]
+    assert points.dtype == trust.dtype == torch.float32
+
+
+def test_pictures_smaller_than_a_patch_are_named(model):
+    scene = training_batch([0], 1, (8, 18), 16)
+    small = scene.context.map(lambda part: part[..., :12, :] if part is scene.context.image_01 else part)
+    with pytest.raises(ValueError, match=r"at least 14 x 14 pixels; got \(12, 16\)"):
+        VGGTTeacher(model, name="tiny")(small)
+
+
 def test_its_answers_are_cached_at_sizes_that_are_no_multiples_of_a_patch(model, tmp_path):
     scene = training_batch([0], 1, (8, 18), 32)
     teacher = VGGTTeacher(model, name="tiny")
