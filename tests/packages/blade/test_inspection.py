@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from hone_blade.config import BladeConfig
-from hone_blade.inspection import inspect_model, plot_inspection, to_rows
+from hone_blade.inspection import inspect_model, to_rows
 from hone_blade.method import Stats, mass_recall, sparse_layout
 from hone_blade.models import attach
 from hone_core.runs import Run, load_results
@@ -101,49 +101,6 @@ def test_run_folder(tmp_path):
     picture = image.imread(report.figure)
     assert picture.shape[1] > 600
     assert len(set(map(tuple, picture.reshape(-1, picture.shape[-1])[:, :3].round(2)))) > 20
-
-
-def test_plot_places_and_colours(tmp_path):
-    rows = [
-        {"step": 0, "layer": 0, "density": 0.0, "clamped": 1.0, "recall": None},
-        {"step": 1, "layer": 1, "density": 1.0, "clamped": 0.0, "recall": None},
-    ]
-    from matplotlib.figure import Figure
-
-    figures = []
-    save = Figure.savefig
-
-    def keep(self, *args, **kwargs):
-        figures.append(self)
-        return save(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", keep)
-        plot_inspection(rows, tmp_path / "x.svg", title="two layers")
-    density, clamped = (axes.images[0].get_array() for axes in figures[0].axes[:2])
-    # Layers down, steps across; a layer that ran dense in a step is blank.
-    assert density.tolist() == [[0.0, None], [None, 1.0]]
-    assert clamped.tolist() == [[1.0, None], [None, 0.0]]
-    assert figures[0].axes[0].get_xlabel() == "denoising step"
-    assert figures[0].axes[0].images[0].get_clim() == (0, 1)
-    assert (tmp_path / "x.svg").read_text().startswith("<?xml")
-    with pytest.raises(ValueError, match="no rows"):
-        plot_inspection([], tmp_path / "y.png")
-
-
-@pytest.mark.parametrize(("steps", "layers"), [(1, 1), (2, 1), (8, 6), (50, 30)])
-def test_ticks_are_steps_and_layers(steps, layers, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
-    row = {"step": steps - 1, "layer": layers - 1, "density": 0.5, "clamped": 0.5, "recall": None}
-    plot_inspection([row], tmp_path / "x.png")
-    for axes in figures[0].axes[:2]:
-        for ticks, count in ((axes.get_xticks(), steps), (axes.get_yticks(), layers)):
-            assert ticks[0] == 0
-            assert all(tick == int(tick) and tick < count for tick in ticks)
-            assert len(ticks) == count if count <= 8 else 4 < len(ticks) <= 8
 
 
 def test_nothing_sparse_is_an_error(tmp_path):

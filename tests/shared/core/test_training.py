@@ -6,7 +6,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.hosts import HostFacts, open_host, save_host
 from hone_core.runs import Run
-from hone_core.training import LogFile, Training, TrainReport, check_budget, finish_host
+from hone_core.training import LogFile, Training, TrainReport, check_budget, finish_host, matrix_optimizers
 from torch import nn
 
 
@@ -216,3 +216,17 @@ def test_a_host_without_facts_has_no_report(tmp_path):
         save_host(run.artifacts / "host.safetensors", Config(), {}, package="hone-core")
         with pytest.raises(CheckpointError, match=r"does not say how the host was made: .*missing command"):
             TrainReport.of(run)
+
+
+def test_matrices_of_layers_are_apart():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 3)]), "head": nn.Linear(3, 2)})
+    muon, adamw = matrix_optimizers(model, "layers.", lr=0.5, adamw_lr=0.1, weight_decay=0.2, betas=(0.8, 0.9))
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(model["layers"][0].weight)]
+    rest = (model["layers"][0].bias, model["head"].weight, model["head"].bias)
+    assert {id(p) for p in adamw.param_groups[0]["params"]} == {id(p) for p in rest}
+    assert [muon.param_groups[0][key] for key in ("lr", "weight_decay", "adjust_lr_fn")] == [
+        0.5,
+        0.2,
+        "match_rms_adamw",
+    ]
+    assert [adamw.param_groups[0][key] for key in ("lr", "weight_decay", "betas")] == [0.1, 0.0, (0.8, 0.9)]

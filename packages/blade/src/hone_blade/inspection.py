@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
-from hone_core.plots import drawing
 from hone_core.runs import Better, Report, Run
 from hone_video.handle import LayerStats
 from hone_video.host import load_host
+from hone_video.layer_maps import draw_layer_maps
 
 from .config import PRESETS, GenerateConfig, InspectConfig
 from .models import BladeHandle, attach
@@ -26,7 +26,6 @@ __all__ = [
     "inspect",
     "inspect_model",
     "inspect_pipeline",
-    "plot_inspection",
     "to_rows",
 ]
 
@@ -176,7 +175,7 @@ def inspect_model(
             run.row(metric, sum(values) / len(values), better=better, n=len(values), variant="blade")
     data = [dataclasses.asdict(row) for row in rows]
     atomic_write_json(run.artifacts / "inspection.json", data)
-    plot_inspection(data, run.figures / "inspection.png", title=title)
+    draw_layer_maps(data, METRICS, run.figures / "inspection.png", title=title)
     return InspectReport.of(run)
 
 
@@ -226,51 +225,3 @@ def inspect_pipeline(cfg: GenerateConfig, run: Run, *, recall: bool = True) -> I
         assert handle is not None  # the settings are not dense
         title = f"{type(handle.models[0]).__name__}, {sampler.attention_name}, {sampler.config.steps} steps"
         return inspect_model(handle, lambda: sampler.draw(0, output_type="latent"), run, recall=recall, title=title)
-
-
-def plot_inspection(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
-    """Draw one panel per metric: layers down, denoising steps across, colour from 0 to 1.
-
-    Calls of a step are averaged; a layer that ran dense in a step is left blank.
-
-    Args:
-        rows: Fields of ``LayerRow``, as ``inspection.json`` holds them.
-        path: PNG or SVG to write.
-        title: Above the panels.
-
-    Raises:
-        ValueError: There are no rows.
-    """
-    if not rows:
-        raise ValueError("there are no rows to plot")
-    shown = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
-    steps = 1 + max(row["step"] for row in rows)
-    layers = 1 + max(row["layer"] for row in rows)
-    with drawing(path, 3.2 * len(shown) + 0.6, min(8.0, 1.9 + 0.16 * layers)) as figure:
-        figure.set_layout_engine("constrained")
-        panels = figure.subplots(1, len(shown), squeeze=False)[0]
-        for axes, metric in zip(panels, shown, strict=True):
-            cells = _grid(rows, metric, layers, steps)
-            picture = axes.imshow(cells, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
-            axes.set_title(METRICS[metric])
-            axes.set_xlabel("denoising step")
-            for axis, count in ((axes.xaxis, steps), (axes.yaxis, layers)):
-                # A locator would divide a single step or layer.
-                axis.set_ticks(range(0, count, -(-count // 8)))
-        panels[0].set_ylabel("layer")
-        figure.colorbar(picture, ax=list(panels))
-        if title:
-            figure.suptitle(title)
-    return Path(path)
-
-
-def _grid(rows: Sequence[Mapping[str, Any]], metric: str, layers: int, steps: int) -> list[list[float]]:
-    """Mean of a metric by layer and step; NaN where there is none."""
-    found: dict[tuple[int, int], list[float]] = {}
-    for row in rows:
-        if row[metric] is not None:
-            found.setdefault((row["layer"], row["step"]), []).append(row[metric])
-    return [
-        [sum(values) / len(values) if (values := found.get((layer, step))) else float("nan") for step in range(steps)]
-        for layer in range(layers)
-    ]

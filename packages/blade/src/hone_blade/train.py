@@ -18,7 +18,7 @@ from hone_core.errors import CheckpointError
 from hone_core.plots import Sheet, to_pixels
 from hone_core.runs import Run
 from hone_core.timing import Stopwatch
-from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_core.training import HOST, Training, TrainReport, finish_host, matrix_optimizers
 from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.flow import PatchLinear, flow_loss, sample_sigma
 from hone_video.grader import grade, train_classifier
@@ -116,14 +116,15 @@ class _TrainState:
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         model.patch_embedding = linear
         self.model = model.train()
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            (matrices if name.startswith("blocks.") and parameter.ndim == 2 else others).append(parameter)
-        muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        fused = self.device.type == "cuda"
-        adamw = torch.optim.AdamW(others, cfg.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-        self.optimizers = (muon, adamw)
+        self.optimizers = muon, adamw = matrix_optimizers(
+            model,
+            "blocks.",
+            lr=cfg.lr,
+            adamw_lr=cfg.adamw_lr,
+            weight_decay=cfg.weight_decay,
+            betas=(0.9, 0.99),
+            fused=self.device.type == "cuda",
+        )
         parts = {"model": model, "ema": self.ema, "muon": muon, "adamw": adamw}
         self.training = Training(cfg, path, {**parts, "classifier": host.classifier, "generator": generator})
         self.marked = (0, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json
-from hone_core.plots import drawing
 from hone_core.runs import Report, Run
 from hone_video.handle import LayerStats
 from hone_video.host import load_host
+from hone_video.layer_maps import draw_layer_maps
 
 from . import host as tuned_host
 from .config import PRESETS, FPSAttentionConfig, InspectConfig
 from .models import FPSAttentionHandle, attach
 from .sample import Sampler, draw
 
-__all__ = ["InspectReport", "LayerRow", "inspect", "inspect_model", "plot_inspection", "to_rows"]
+__all__ = ["InspectReport", "LayerRow", "inspect", "inspect_model", "to_rows"]
 
 METRICS = {
     "density": "density of query-key pairs",
@@ -127,8 +127,10 @@ def inspect_model(handle: FPSAttentionHandle, call: Callable[[], Any], run: Run,
             for metric in METRICS:
                 value = sum(getattr(row, metric) for row in own) / len(own)
                 run.row(metric, value, better="lower", n=len(own), variant=str(number), split=split)
-    atomic_write_json(run.artifacts / "inspection.json", [dataclasses.asdict(row) for row in rows])
-    plot_inspection(rows, run.figures / "inspection.png", title=title)
+    data = [dataclasses.asdict(row) for row in rows]
+    atomic_write_json(run.artifacts / "inspection.json", data)
+    errors = [metric for metric in METRICS if metric != "density"]
+    draw_layer_maps(data, METRICS, run.figures / "inspection.png", errors=errors, title=title)
     return InspectReport.of(run)
 
 
@@ -164,53 +166,3 @@ def inspect(cfg: InspectConfig, run: Run) -> InspectReport:
 def _tuned(path: Path, device: torch.device) -> tuple[tuned_host.TunedHost, FPSAttentionConfig]:
     host = tuned_host.load_host(device, path=path)
     return host, host.attention
-
-
-def plot_inspection(rows: Sequence[LayerRow], path: Path, *, title: str = "") -> Path:
-    """Draw one panel per metric: layers down, denoising steps across.
-
-    Density goes from 0 to 1, and the errors share one logarithmic scale of colours. Calls of a step are averaged; a
-    layer that ran the model's own attention in a step is left blank. Layers of a second transformer count after those
-    of the first.
-
-    Args:
-        rows: Of the calls.
-        path: PNG or SVG to write.
-        title: Above the panels.
-
-    Raises:
-        ValueError: There are no rows.
-    """
-    from matplotlib.colors import LogNorm
-
-    if not rows:
-        raise ValueError("there are no rows to plot")
-    steps, each = 1 + max(row.step for row in rows), 1 + max(row.layer for row in rows)
-    layers = each * (1 + max(row.model for row in rows))
-    grids = {}
-    for metric in METRICS:
-        total, count = torch.zeros(layers, steps), torch.zeros(layers, steps)
-        for row in rows:
-            at = row.layer + each * row.model, row.step
-            total[at] += getattr(row, metric)
-            count[at] += 1
-        grids[metric] = total / count  # NaN where there is none
-    errors = torch.stack([grid for metric, grid in grids.items() if metric != "density"])
-    seen = errors[errors > 0]
-    low, high = (float(seen.min()), float(seen.max())) if len(seen) else (1e-3, 1.0)
-    with drawing(path, 10.0, min(8.0, 1.9 + 0.16 * layers)) as figure:
-        figure.set_layout_engine("constrained")
-        panels = figure.subplots(1, len(METRICS))
-        for axes, (metric, grid) in zip(panels, grids.items(), strict=True):
-            scale = {"vmin": 0, "vmax": 1} if metric == "density" else {"norm": LogNorm(low, max(high, 1.01 * low))}
-            picture = axes.imshow(grid.numpy(), cmap="cividis", aspect="auto", interpolation="nearest", **scale)
-            axes.set_title(METRICS[metric], fontsize=8)
-            axes.set_xlabel("denoising step")
-            for axis, count_of in ((axes.xaxis, steps), (axes.yaxis, layers)):
-                axis.set_ticks(range(0, count_of, -(-count_of // 8)))
-            if metric in ("density", "error"):
-                figure.colorbar(picture, ax=axes)
-        panels[0].set_ylabel("layer")
-        if title:
-            figure.suptitle(title)
-    return path

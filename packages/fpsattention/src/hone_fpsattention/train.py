@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device
 from hone_core.runs import Run
-from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_core.training import HOST, Training, TrainReport, finish_host, matrix_optimizers
 from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.flow import sample_sigma
 from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_latents
@@ -84,13 +84,14 @@ class Tuning:
         if cfg.checkpointing:
             self.student.enable_gradient_checkpointing()
         self.ema = copy.deepcopy(host.transformer)
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.student.named_parameters():
-            (matrices if name.startswith("blocks.") and parameter.ndim == 2 else others).append(parameter)
-        muon = torch.optim.Muon(matrices, cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        adamw = torch.optim.AdamW(
-            others, ADAMW_SHARE * cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=self.device.type == "cuda"
+        muon, adamw = matrix_optimizers(
+            self.student,
+            "blocks.",
+            lr=cfg.lr,
+            adamw_lr=ADAMW_SHARE * cfg.lr,
+            weight_decay=cfg.weight_decay,
+            betas=(0.9, 0.99),
+            fused=self.device.type == "cuda",
         )
         self.optimizers = {muon: 1.0, adamw: ADAMW_SHARE}
         parts = {"model": self.student, "ema": self.ema, "muon": muon, "adamw": adamw, "generator": self.generator}

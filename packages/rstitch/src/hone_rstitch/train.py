@@ -6,7 +6,7 @@ One command makes a pair as it ships in ``assets/``: ``hone-rstitch train-host -
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hone_core.devices import resolve_device
 from hone_core.hosts import save_host
 from hone_core.runs import Run
-from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_core.training import HOST, Training, TrainReport, finish_host, matrix_optimizers
 from torch import nn
 
 from .config import HostConfig, SamplingConfig, StitchConfig, TrainHostConfig
@@ -44,7 +44,9 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
         "large": build_model(cfg.large, "large", seed=cfg.seed).to(device),
         "verbose": build_model(cfg.large, "large", seed=cfg.seed).to(device),
     }
-    optimizers = {name: _optimizers(model, cfg) for name, model in models.items()}
+    optimizers = {
+        name: matrix_optimizers(model, ".layers.", lr=cfg.lr, adamw_lr=cfg.adamw_lr) for name, model in models.items()
+    }
     parts: dict[str, Any] = dict(models)
     parts |= {f"{name} optimizer {at}": one for name, both in optimizers.items() for at, one in enumerate(both)}
     training = Training(cfg, run.artifacts / "checkpoint.pt", parts)
@@ -82,23 +84,11 @@ def grade_pair(path: Path, items: int, device: Any) -> tuple[dict[str, float], d
     return accuracy, tokens
 
 
-def _optimizers(model: nn.Module, cfg: TrainHostConfig) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for everything else."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
-    return (
-        torch.optim.Muon(matrices, cfg.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, cfg.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    )
-
-
 def _train(
     cfg: TrainHostConfig,
     training: Training,
     models: dict[str, Any],
-    optimizers: dict[str, tuple[torch.optim.Optimizer, torch.optim.Optimizer]],
+    optimizers: Mapping[str, tuple[torch.optim.Optimizer, torch.optim.Optimizer]],
 ) -> Iterator[dict[str, float] | None]:
     """One stage after the other; yields what to log, or None, after each step."""
     training.start()

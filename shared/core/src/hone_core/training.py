@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from hone_core.config import to_dict
 from hone_core.environment import environment
@@ -17,7 +17,11 @@ from hone_core.io import save_state
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 
-__all__ = ["Budgeted", "Log", "LogFile", "TrainReport", "Training", "check_budget", "finish_host"]
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import AdamW, Muon
+
+__all__ = ["Budgeted", "Log", "LogFile", "TrainReport", "Training", "check_budget", "finish_host", "matrix_optimizers"]
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +218,39 @@ class Training:
         self.step, self._before = state["step"], state["seconds"]
         log.info("resuming at step %d after %.0f s of training", self.step, self._before)
         return True
+
+
+def matrix_optimizers(
+    model: "nn.Module",
+    layers: str,
+    *,
+    lr: float,
+    adamw_lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.98),
+    fused: bool | None = None,
+) -> "tuple[Muon, AdamW]":
+    """Muon for the matrices of a model's layers, and AdamW without decay for every other parameter.
+
+    Args:
+        model: Whose parameters are trained.
+        layers: What the names of the layers' parameters have and no others do, as ``.layers.``.
+        lr: Of Muon, scaled so that updates are of AdamW's size.
+        adamw_lr: Of AdamW.
+        weight_decay: Of Muon.
+        betas: Of AdamW.
+        fused: As AdamW takes it.
+    """
+    import torch
+
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (matrices if layers in name and parameter.ndim == 2 else others).append(parameter)
+    return (
+        torch.optim.Muon(matrices, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, adamw_lr, betas=betas, weight_decay=0.0, fused=fused),
+    )
 
 
 def _state_of(part: Any) -> Any:
