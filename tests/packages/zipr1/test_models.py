@@ -346,6 +346,23 @@ def test_cache_layer_counts_what_was_seen_and_takes_back_only_what_is_whole():
     assert layer.get_seq_length() == 0
 
 
+def test_what_a_kernel_knows_of_its_choice_is_where_the_tokens_are():
+    from hone_kernels.token_select import select_tokens
+    from hone_zipr1.cache import Chosen
+
+    rank, real = torch.rand(3, 17), torch.ones(3, 17, dtype=torch.bool)
+    for budget in ([4, 9, 17], [5, 5, 5]):
+        found = Chosen(*select_tokens(rank, real=real, protected=~real, budget=torch.tensor(budget)))
+        own, known = Kept.of(found.keep), Kept.of(found)
+        assert torch.equal(own.keep, known.keep)
+        assert (own.valid is None) == (known.valid is None) == (budget[0] == 5)
+        valid = torch.ones_like(own.places, dtype=torch.bool) if own.valid is None else own.valid
+        assert torch.equal(own.places[valid], known.places[valid])
+        assert own.valid is None or torch.equal(own.valid, known.valid)
+        states = torch.randn(3, 2, 17, 4)
+        assert torch.equal(own.spread(own.take(states)), known.spread(known.take(states)))
+
+
 def test_gathered_and_masked_attention_agree_with_gradients():
     with torch.enable_grad():
         states = torch.randn(3, 3, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from . import method
-from .cache import Kept, sparse_layers
+from .cache import Chosen, Kept, sparse_layers
 from .config import BenchConfig, SparseConfig
 from .host import load_host
 from .models import attach, choose, masses, selected_attention
@@ -242,7 +242,7 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
     rows = method.probe_rows(tokens, cfg.recent, cfg.random).to(device).expand(batch, -1)
     split = f"{tokens} tokens, batch {batch}"
 
-    def chosen(ratio: float) -> Tensor:
+    def chosen(ratio: float) -> Chosen:
         mass, rank = masses(query, key, real=None, rows=rows)
         return choose(mass, rank, None, ratio, real, last)
 
@@ -253,7 +253,8 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
         attending[FLASH] = partial(flash, *(x.transpose(1, 2) for x in (query, key, value)), causal=True)
     choosing: dict[str, Any] = {}
     for ratio in cfg.ratios:
-        keep = chosen(ratio)
+        found = chosen(ratio)
+        keep = found.keep
         few = slice(0, min(tokens, 1024))
         q, k, v = (x[:, :, few] for x in (query, key, value))
         check_values(
@@ -262,7 +263,9 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
             selected_attention(q.float(), k.float(), v.float(), keep[:, few], masked=True),
             tolerance=2e-2 if model.dtype != torch.float32 else 1e-3,
         )
-        attending[_name(ratio)] = lambda keep=keep: selected_attention(query, key, value, keep)
+        attending[_name(ratio)] = lambda found=found: selected_attention(
+            query, key, value, found.keep, kept=Kept.of(found)
+        )
         if cfg.unequal:
             ragged = _unequal(batch, tokens, ratio, generator, device)
             both = [partial(selected_attention, query, key, value, ragged, packed=packed) for packed in (False, True)]

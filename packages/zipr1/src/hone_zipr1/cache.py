@@ -9,16 +9,30 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["Kept", "SparseLayer", "sparse_layers"]
+__all__ = ["Chosen", "Kept", "SparseLayer", "sparse_layers"]
+
+
+class Chosen(NamedTuple):
+    """What was chosen, and, where a kernel chose, what it knows besides.
+
+    Attributes:
+        keep: ``[batch, tokens]``.
+        idx: ``[batch, tokens]``, positions of the kept tokens, ascending, in the first ``num`` entries.
+        num: ``[batch]``.
+    """
+
+    keep: Tensor
+    idx: Tensor | None = None
+    num: Tensor | None = None
 
 
 class Kept(NamedTuple):
-    """Where the kept tokens of each sample stand, the others behind them.
+    """Where the kept tokens of each sample stand, others behind them.
 
     Attributes:
         keep: ``[batch, tokens]``.
         places: ``[batch, most]``, positions of the kept tokens, ascending; of a sample that kept fewer than another,
-            of some that it did not keep behind them.
+            any behind them.
         valid: ``[batch, most]``, which entries are kept ones; None: all.
     """
 
@@ -27,11 +41,17 @@ class Kept(NamedTuple):
     valid: Tensor | None
 
     @classmethod
-    def of(cls, keep: Tensor) -> Kept:
-        """Look where they are; the one place that waits for the device."""
-        counts = keep.sum(-1)
+    def of(cls, chosen: Tensor | Chosen) -> Kept:
+        """Look where they are; the one place that waits for the device.
+
+        Args:
+            chosen: Or ``[batch, tokens]`` of what is kept.
+        """
+        keep, idx, counts = Chosen(chosen) if isinstance(chosen, Tensor) else chosen
+        counts = keep.sum(-1) if counts is None else counts
         low, most = torch.stack(counts.aminmax()).tolist()
-        places = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
+        first = (~keep).to(torch.uint8).argsort(dim=-1, stable=True) if idx is None else idx.long()
+        places = first[:, :most]
         valid = None if low == most else torch.arange(most, device=keep.device) < counts[:, None]
         return cls(keep, places, valid)
 

@@ -59,7 +59,7 @@ def probe_rows(num_tokens: int, recent: float, random: float, seed: int = 0) -> 
 
     Source: ZipCache, section 4.3 (5 % and 5 %); ZipVL (64 and 64).
     """
-    last = min(num_tokens, max(1, _count(recent, num_tokens)))
+    last = min(num_tokens, _count(recent, num_tokens))
     others = min(num_tokens - last, _count(random, num_tokens))
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(num_tokens - last, generator=generator)[:others]

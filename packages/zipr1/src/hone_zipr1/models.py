@@ -27,7 +27,7 @@ from hone_lm.layouts import RULES
 from torch import Tensor, nn
 
 from . import method
-from .cache import Kept, SparseLayer, sparse_layers
+from .cache import Chosen, Kept, SparseLayer, sparse_layers
 from .captured import ROOM, FixedLayer, Step
 from .config import PRESETS, SparseConfig
 from .visionzip import Zipped, check_tower, look, zipped
@@ -62,8 +62,7 @@ class Stats:
         protected: ``[batch, tokens]``, tokens that stay in any case.
         rows: ``[batch, rows]``, positions of the probe rows, -1 for none; None: all rows.
         keep: per layer ``[batch, tokens]``.
-        mass: per layer ``[batch]``, share of the attention mass that was kept; only of layers that looked at it.
-        sink: per layer ``[batch]``, share of the mass that the first token gets.
+        columns: per layer ``[batch, tokens]``, attention mass of the tokens; only of layers that chose by it.
         soft: per layer ``[batch]``, differentiable size of the mass's support, where asked for.
     """
 
@@ -71,9 +70,21 @@ class Stats:
     protected: Tensor
     rows: Tensor | None = None
     keep: dict[int, Tensor] = field(default_factory=dict)
-    mass: dict[int, Tensor] = field(default_factory=dict)
-    sink: dict[int, Tensor] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
     soft: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def mass(self) -> dict[int, Tensor]:
+        """Per layer that looked at it ``[batch]``, share of the attention mass that was kept."""
+        return {layer: method.kept_mass(mass, self.keep[layer]) for layer, mass in self.columns.items()}
+
+    @property
+    def sink(self) -> dict[int, Tensor]:
+        """Per layer that looked at the mass ``[batch]``, the share of it that the first token gets."""
+        first = self.real.to(torch.uint8).argmax(-1, keepdim=True)
+        return {
+            layer: (mass.gather(1, first) / mass.sum(-1, keepdim=True))[:, 0] for layer, mass in self.columns.items()
+        }
 
     @property
     def layer_ratio(self) -> Tensor:
@@ -495,10 +506,10 @@ class SparseHandle(Handle[SparseConfig]):
             stored.protected = running.stats.protected
         whole = self.config.policy == "top-p" and isinstance(running.p, float) and running.p == 1.0
         if whole and not running.soft:
-            keep = running.stats.real
+            chosen = Chosen(running.stats.real)
         else:
-            keep = self._choose(running, layer, query, key, kwargs.get("scaling"))
-        running.stats.keep[layer] = keep
+            chosen = self._choose(running, layer, query, key, kwargs.get("scaling"))
+        keep = running.stats.keep[layer] = chosen.keep
         if running.earlier and not (keep is running.stats.real and stored is not None and stored.positions is None):
             assert stored is not None, "that is where earlier turns are"
             return _anew(stored, keep, query, key, value, kwargs), None
@@ -508,8 +519,9 @@ class SparseHandle(Handle[SparseConfig]):
         if after:
             later = torch.ones(len(keep), after, dtype=torch.bool, device=keep.device)
             keep = torch.cat([keep, later if running.real is None else running.real[:, running.prompt :]], -1)
+            chosen = Chosen(keep)
         masked, evicted = self.config.compute == "mask", stored is not None and self.config.cache == "evict"
-        kept = Kept.of(keep) if evicted or not masked else None
+        kept = Kept.of(chosen) if evicted or not masked else None
         out = selected_attention(
             query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
             masked=masked, packed=self.config.compute == "varlen", kept=kept,
@@ -520,20 +532,20 @@ class SparseHandle(Handle[SparseConfig]):
             stored.read(keep)
         return out.transpose(1, 2).contiguous(), None
 
-    def _choose(self, running: _Pass, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+    def _choose(self, running: _Pass, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> Chosen:
         """The kept set of a layer; the object ``stats.real`` where the layer is dense."""
         cfg, stats = self.config, running.stats
         assert stats is not None, "a prefill has them"
         real, protected = stats.real, stats.protected
         if running.fixed is not None:
-            return running.fixed
+            return Chosen(running.fixed)
         dense = layer in cfg.dense_layers
         if dense and not running.soft:
-            return real
+            return Chosen(real)
         rows = stats.rows
         if cfg.policy == "fastv":
             if layer < cfg.fastv_layer - 1:
-                return real
+                return Chosen(real)
             place = real.cumsum(-1)
             rows = (real & (place == place[:, -1:])).to(torch.uint8).argmax(-1, keepdim=True)
         with torch.set_grad_enabled(running.soft and torch.is_grad_enabled()):
@@ -549,17 +561,15 @@ class SparseHandle(Handle[SparseConfig]):
                 stats.soft[layer] = method.soft_ratio(mass, real, cfg.soft)
         mass, rank = mass.detach(), rank.detach()
         if dense:
-            return real
+            return Chosen(real)
         if cfg.policy == "random":
             rank = _drawn(real, cfg.seed, layer)
-        keep = choose(mass, rank, running.p if cfg.ratio is None else None, cfg.ratio, real, protected)
+        chosen = choose(mass, rank, running.p if cfg.ratio is None else None, cfg.ratio, real, protected)
         if cfg.policy == "fastv":
-            running.fixed = keep
-            return real
-        stats.mass[layer] = method.kept_mass(mass, keep)
-        first = real.to(torch.uint8).argmax(-1, keepdim=True)
-        stats.sink[layer] = (mass.gather(1, first) / mass.sum(-1, keepdim=True))[:, 0]
-        return keep
+            running.fixed = chosen.keep
+            return Chosen(real)
+        stats.columns[layer] = mass
+        return chosen
 
 
 def _check_capture(decoder: Decoder, states: Tensor) -> None:
@@ -628,17 +638,17 @@ def masses(
 
 def choose(
     mass: Tensor, rank: Tensor, p: float | Tensor | None, ratio: float | None, real: Tensor, protected: Tensor
-) -> Tensor:
+) -> Chosen:
     """``method.select`` by ``method.topp_budget`` or, where p is None, by a share of the tokens; a kernel on a GPU."""
     share = None if p is None else torch.as_tensor(p, dtype=torch.float32, device=mass.device).expand(len(mass))
     budget = None if ratio is None else (ratio * real.sum(-1)).ceil().long()
     if mass.is_cuda:
         weights = None if share is None else mass
-        return select_tokens(rank, real=real, protected=protected, mass=weights, p=share, budget=budget).keep
+        return Chosen(*select_tokens(rank, real=real, protected=protected, mass=weights, p=share, budget=budget))
     if budget is None:
         assert p is not None, "one of the two sets the budget"
         budget = method.topp_budget(mass, p, real)
-    return method.select(rank, budget, real, protected)
+    return Chosen(method.select(rank, budget, real, protected))
 
 
 def _drawn(real: Tensor, seed: int, layer: int) -> Tensor:
