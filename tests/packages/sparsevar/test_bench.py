@@ -5,7 +5,7 @@ import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run
 from hone_core.testing import requires_gpu
-from hone_sparsevar.bench import ScaleGraphs, bench
+from hone_sparsevar.bench import ScaleGraphs, bench, without_blocks
 from hone_sparsevar.config import BenchConfig, SparseVARConfig
 from hone_sparsevar.flops import gflops, scale_gflops
 from hone_sparsevar.models import SparsePolicy, tiny
@@ -30,6 +30,18 @@ def test_the_tiny_model_is_timed_on_a_cpu(tmp_path):
     assert "x dense, 1.00 of 1.00 by work" in str(report)
     cache = {row.variant: row.value for row in report.rows if row.metric == "cache"}
     assert cache["early-stop-2"] < cache["sparse"] < cache["early-stop-1"] == cache["dense"]
+
+
+def test_a_run_without_its_blocks_goes_through_every_policy():
+    model, tokenizer, schedule = tiny()
+    condition = model.condition(torch.randn(1, 6, 128), [6])
+    maps = {k: torch.rand(grid) for k, grid in enumerate(schedule.grids)}
+    for policy in (Policy(), SparsePolicy(SparseVARConfig(start_scale=-2), maps=maps)):
+        with without_blocks(model):
+            run = generate(model, tokenizer, condition, schedule, seeds=[0], policy=policy)
+        assert len(run.indices) == len(schedule)
+        assert run.cache.lengths == [0, 0]
+        assert "run_blocks" not in vars(model)
 
 
 def test_what_a_cpu_cannot_time_is_refused(tmp_path):

@@ -3,6 +3,7 @@ import torch
 from hone_core.testing import assert_close
 from hone_sparsevar.peers import EarlyStop, FastVARStyle, SkipUncond, SkipVARStyle, edge_change, high_frequency
 from hone_visual_ar import Policy, Sampling, generate
+from hone_visual_ar.generation import Generation
 
 
 def draw(model, policy, **options):
@@ -48,6 +49,23 @@ def test_fastvar_style_leaves_out_and_keeps_its_state_to_itself(model):
     # The first block has all keys of the sparse scale before the last, the others half of them.
     assert first.cache.lengths == [69, 48, 48]
     assert first.state.keys() == {(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)}
+
+
+def test_fastvar_style_runs_what_lies_farthest_from_the_mean(model, monkeypatch):
+    seen, context = {}, Generation.context
+
+    def catch(run, scale, **options):
+        if scale == 4:
+            seen.setdefault("first", (run.embed(scale), options["positions"]))
+        return context(run, scale, **options)
+
+    monkeypatch.setattr(Generation, "context", catch)
+    draw(model, FastVARStyle(ratio=0.5, start_scale=-1, first_block=0))
+    for tokens, kept in zip(*seen["first"], strict=True):
+        away = (tokens - tokens.mean(0)).square().sum(1)
+        rest = torch.ones(90, dtype=torch.bool).scatter(0, kept, False)
+        assert rest.sum() == 45
+        assert away[kept].min() >= away[rest].max()
 
 
 def test_what_does_not_fit(model):
