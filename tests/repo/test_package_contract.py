@@ -59,14 +59,8 @@ PARTNERS = {"hone-pmloss": ("teacher",), "hone-rstitch": ("small",)}
 """Attributes of it that ``attach`` takes by name."""
 
 
-NO_HOST_YET = {
-    "hone-sparsevar": "hone_sparsevar.host:build_host",
-}
-"""Packages whose trained host is still missing, and whose README says so, to what ``attach`` is tried on."""
 NO_VERB_YET = {}
 """Verbs that are still missing in a package in progress, whose README says so."""
-NO_DEMO_YET = ("hone-sparsevar",)
-"""Packages whose demo waits for its trained host to be measured."""
 
 
 def load(name):
@@ -113,7 +107,7 @@ def test_readme_has_its_sections_in_order_a_picture_and_its_tables(package):
     assert [heading for heading in headings if heading in HEADINGS] == list(HEADINGS)
     assert "![" in text
     results = ROOT / "results" / package.folder.name
-    assert package.name in NO_DEMO_YET or "demo" in tables._specs(results)
+    assert "demo" in tables._specs(results)
 
 
 def test_verbs_are_a_table(package, verbs, with_config):
@@ -158,10 +152,6 @@ def test_presets_say_where_they_come_from(package):
 
 def test_host_is_stored_as_core_stores_hosts_and_passes_its_gates(package):
     host_config = load(f"{package.module}.config:HostConfig")
-    if package.name in NO_HOST_YET:
-        assert not load(f"{package.module}.host:PACKAGED").exists(), "it has one: take it off NO_HOST_YET"
-        assert "no trained host is packaged" in (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
-        return
     # What two packages start from lies in shared/.
     packaged = getattr(importlib.import_module(f"{package.module}.host"), "PACKAGED", None)
     stored = open_host(host_config, package.name, packaged)
@@ -173,7 +163,7 @@ def test_host_is_stored_as_core_stores_hosts_and_passes_its_gates(package):
 def test_attach_returns_a_handle_that_gives_the_model_back(package):
     import torch
 
-    host = load(NO_HOST_YET.get(package.name, f"{package.module}.host:load_host"))()
+    host = load(f"{package.module}.host:load_host")()
     model = getattr(host, ATTACHABLE[package.name])
     partners = {name: getattr(host, name) for name in PARTNERS.get(package.name, ())}
     attach = load(f"{package.module}:attach")
@@ -199,9 +189,6 @@ def test_a_demo_run_again_prints_the_same_and_runs_nothing(package, tmp_path, mo
     folder = tmp_path / "run"
     main = load(f"{package.module}.cli:main")
     argv = [package.name, "demo", *SMALLEST_DEMO[package.name], "--out", str(folder), "--device", "cpu", "--quiet"]
-    if package.name in NO_DEMO_YET:
-        # Until its host is trained: what is tested is that the demo repeats itself.
-        argv += ["--host", str(load(f"{package.module}.host:save_untrained")(tmp_path / "host.safetensors"))]
     monkeypatch.setattr(sys, "argv", argv)
 
     def demo():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from .config import HostConfig
 from .data import MAX_WORDS, TEXT_CHANNELS, word_table, words
 from .grader import Grader
 
-__all__ = ["PACKAGE", "PACKAGED", "SCHEDULE", "Host", "build_host", "load_host", "save_host", "save_untrained"]
+__all__ = ["PACKAGE", "PACKAGED", "SCHEDULE", "Host", "load_host", "save_host"]
 
 PACKAGE = "hone-sparsevar"
 PACKAGED = hosts.packaged_host(PACKAGE)
@@ -108,13 +107,3 @@ class Host(ModuleHost):
 
 
 load_host, save_host = Host.load, Host.save
-
-
-def build_host() -> Host:
-    """A host of random weights, to try things on until one is packaged."""
-    return Host.untrained()
-
-
-def save_untrained(path: Path) -> Path:
-    """Write a host of random weights, to try commands on; return the path."""
-    return save_host(build_host(), path)
