@@ -3,18 +3,16 @@ import math
 
 import pytest
 import torch
-from hone_core.testing import assert_close, requires_gpu
+from hone_core.testing import assert_close
 from hone_nar.generation import Decoding
 from hone_nar.models import tiny
 from hone_nar.transformer import (
     LlamaGenForImageGeneration,
     NARForImageGeneration,
     NARForVideoGeneration,
-    _product,
     rope_table,
 )
 from hone_visual_ar.sampling import Sampling
-from torch.nn import functional as F
 
 LABELS = torch.tensor([1, 5])
 
@@ -225,17 +223,3 @@ def test_bad_text_is_named():
 def test_sizes_that_do_not_exist(cls, options, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         cls(**options)
-
-
-@requires_gpu()
-@pytest.mark.parametrize("dim", [16, 64])
-def test_attention_over_few_cached_keys_in_half_precision(dim):
-    """What lies in the cache behind the keys is large, and none of it may be seen."""
-    for keys in (1, 2, 5, 17, 64, 121, 127, 128, 200):
-        q = torch.randn(2, 4, 8, dim, device="cuda", dtype=torch.bfloat16)
-        k, v = (torch.full((2, 2, 300, dim), 3e4, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        for cache in (k, v):
-            cache[:, :, :keys] = torch.randn(2, 2, keys, dim, device="cuda")
-        k, v = k[:, :, :keys], v[:, :, :keys]
-        wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
-        assert_close(_product(q, k, v, None).double(), wanted, atol=3e-2, rtol=3e-2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hone_core.testing import assert_close, requires_gpu
 from hone_visual_ar import BSQVAE, Infinity, Sampling, generate, infinity_schedule
-from hone_visual_ar.layers import AttentionContext, ScaleKVCache, attend, attention, few_keys
+from hone_visual_ar.layers import AttentionContext, ScaleKVCache, attend
 
 # Logits of the last token and the summed latent of greedy runs, read off the release's own class with the same weights
 # (its cross-attention in float32).
@@ -121,27 +121,3 @@ def test_attention_of_every_scale_on_a_gpu(dim, dtype):
         for scale, (begin, end) in enumerate(pairwise((0, *ends))):
             size = right[:, :, begin:end].abs().max().item()
             assert error[begin:end].max() < limit * max(1.0, size), (name, scale)
-
-
-@requires_gpu(min_sm=80)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("words", [1, 5, 64, 127, 128, 300])
-def test_attention_to_words_on_a_gpu(words, padded):
-    q, k, v = (torch.randn(2, 200, 3, 64, device="cuda").bfloat16().transpose(1, 2) for _ in range(3))
-    k, v = (x.repeat(1, 1, 2, 1)[:, :, :words] for x in (k, v))
-    mask = torch.arange(words, device="cuda") < torch.tensor([[words], [max(1, words - 3)]], device="cuda")
-    mask = mask[:, None, None] if padded else None
-    want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
-    assert_close(attention(q, k, v, mask, scale=None).double(), want, rtol=0.0, atol=0.03)
-
-
-def test_few_keys_are_summed_as_torch_does():
-    q, k, v = torch.randn(3, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    want = torch.nn.functional.scaled_dot_product_attention(q[:, :, :4], k, v, scale=1.0)
-    assert_close(few_keys(q[:, :, :4], k, v), want)
-    words = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert_close(few_keys(q, k, v, scale=None), words)
-    assert_close(attention(q, k, v, scale=None), words)
-    half = few_keys(*(x.bfloat16() for x in (q[:, :, :4], k, v)))
-    assert half.dtype == torch.bfloat16
-    assert_close(half.double(), want, rtol=0.0, atol=0.05)

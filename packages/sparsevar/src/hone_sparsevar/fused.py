@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from hone_kernels.backends import Backend
 from hone_kernels.kept_tokens import add_change, draw_bits, gather_modulate
 from hone_visual_ar.generation import Generation
-from hone_visual_ar.layers import attend, attention
+from hone_visual_ar.layers import attend
 from torch import Tensor
 
 __all__ = ["draw_fused", "fuses_draws", "run_fused"]
@@ -54,7 +55,7 @@ def run_fused(
             q, k, v = block.before(x, modulation, *around)
         entered = x
         x, q = block.between(x, attend(q, k, v, context, number), modulation)
-        out = attention(q, *condition.keys[number], condition.mask, scale=None)
+        out = F.scaled_dot_product_attention(q, *condition.keys[number], attn_mask=condition.mask)
         if number == detector:
             x, update = block.almost(x, out, modulation)
             gamma2 = block.modulation(condition)[1][:, 0]

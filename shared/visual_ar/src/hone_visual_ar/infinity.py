@@ -24,7 +24,6 @@ from .layers import (
     SelfAttention,
     SharedAdaLin,
     attend,
-    attention,
     modulate,
 )
 from .rope import Rope, rope_table
@@ -127,7 +126,7 @@ class InfinityBlock(nn.Module):
         assert condition.modulation is not None
         q, k, v = self.before(x, condition.modulation, context.rope, context.spread, context.rope_k)
         x, q = self.between(x, attend(q, k, v, context, number), condition.modulation)
-        out = attention(q, *condition.keys[number], condition.mask, scale=None)
+        out = F.scaled_dot_product_attention(q, *condition.keys[number], attn_mask=condition.mask)
         return self.after(x, out, condition.modulation)
 
     def compile_around(self, **options: Any) -> None:

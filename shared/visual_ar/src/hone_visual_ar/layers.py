@@ -22,12 +22,9 @@ __all__ = [
     "SelfAttention",
     "SharedAdaLin",
     "attend",
-    "attention",
 ]
 
 MAX_LOG_SCALE = math.log(100)
-TILE = 128
-"""Keys that a kernel of attention takes at a time."""
 
 
 class ScaleKVCache:
@@ -183,36 +180,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, layer: in
     if context.cache is not None:
         k, v = context.cache.extend(layer, k, v, write=context.write)
     if not context.ends:
-        return attention(q, k, v, context.mask)
-    parts = [attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end]) for begin, end in pairwise((0, *context.ends))]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=1.0)
+    parts = [
+        F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], scale=1.0)
+        for begin, end in pairwise((0, *context.ends))
+    ]
     return torch.cat(parts, dim=2)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = 1.0) -> Tensor:
-    """Torch's attention, but for few keys in half precision on a GPU, which are summed by hand.
-
-    A tiny Infinity that was trained on an H200 (torch 2.11, cuDNN 9.19, which torch takes first there) is right in
-    float32 only at scales that read 265 keys and more, or one; those that read 5 to 121 are as if the rest of a tile
-    of 128 had counted as keys. Its attention to few words, under a mask, was right.
-
-    Args:
-        q: ``[R, H, n, D]``.
-        k: ``[R, H, m, D]``.
-        v: Likewise.
-        mask: ``[..., n, m]`` bool, True where a query reads a key; None: everything is read.
-        scale: Of the scores; None: one over the root of D.
-    """
-    if mask is None and k.shape[2] < TILE and k.is_cuda and k.dtype in (torch.bfloat16, torch.float16):
-        return few_keys(q, k, v, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def few_keys(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 1.0) -> Tensor:
-    """Attention ``[R, H, n, D]`` by its definition, scores in float32 at least; for few keys."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(wide) @ k.to(wide).mT
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return (scores.softmax(-1) @ v.to(wide)).to(v.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -253,7 +226,7 @@ class CrossAttention(nn.Module):
 
     def attend(self, q: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Attend with queries ``[R, H, n, D]``."""
-        return self.join(attention(q, *keys, mask, scale=None))
+        return self.join(F.scaled_dot_product_attention(q, *keys, attn_mask=mask))
 
 
 class FFN(nn.Module):
