@@ -22,7 +22,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from hone_core.handles import CallState
 from hone_core.tensors import plain_tensors
 from hone_kernels.prefix_attention import prefix_attention
-from hone_visual_ar.layers import TILE, few_keys
 from hone_visual_ar.rope import Rope, rotate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -207,16 +206,8 @@ class Attention(nn.Module):
         if span.ends is not None:
             out = prefix_attention(q.to(v.dtype), k.to(v.dtype), v, span.ends, words=span.words)
         else:
-            out = _product(q, k, v, span.mask)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, enable_gqa=self.heads != self.heads_k)
         return out.transpose(1, 2).flatten(2)
-
-
-def _product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Torch's attention, but for few keys in half precision on a GPU: see ``hone_visual_ar.layers.few_keys``."""
-    if mask is None and k.shape[2] < TILE and k.is_cuda and k.dtype in (torch.bfloat16, torch.float16):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return few_keys(q * q.shape[-1] ** -0.5, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class FeedForward(nn.Module):
