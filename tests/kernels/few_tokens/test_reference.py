@@ -3,20 +3,14 @@ from itertools import pairwise
 import pytest
 import torch
 from hone_core.testing import assert_close
-from hone_kernels.few_tokens import TOKENS, attend_slots, linear_of_few
+from hone_kernels.few_tokens import TOKENS, attend_slots, gated_of_few
 from torch.nn import functional as F
 
 
-def test_a_layer_with_its_surroundings():
-    x, weight, up = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 6), (8, 6), (8, 6)))
-    norm, residual = torch.rand(6).double(), torch.randn(3, 8).double()
-    rows = torch.tensor([4, 0, 0], dtype=torch.int32)
-    assert_close(linear_of_few(x, weight), x @ weight.T)
-    normed = F.rms_norm(x, (6,), norm, 1e-3)
-    assert_close(linear_of_few(x, weight, norm=norm, eps=1e-3), normed @ weight.T)
-    plain, other = normed[rows] @ weight.T, normed[rows] @ up.T
-    got = linear_of_few(x, weight, up=up, norm=norm, eps=1e-3, residual=residual, rows=rows)
-    assert_close(got, plain * plain.sigmoid() * other + residual)
+def test_a_gated_layer():
+    x, gate, up = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 6), (8, 6), (8, 6)))
+    plain = x @ gate.T
+    assert_close(gated_of_few(x, gate, up), plain * plain.sigmoid() * (x @ up.T))
 
 
 @pytest.mark.parametrize("heads_k", [1, 3])
@@ -52,18 +46,10 @@ def test_slots_step_by_step_are_attention_by_one_mask(heads_k):
 
 def test_bad_shapes_are_named():
     x, weight = torch.zeros(2, 4), torch.zeros(3, 4)
-    with pytest.raises(
-        ValueError, match=r"expected x \[X, C\], weight \[N, C\] and up like it; got \[2, 4\], \[3, 4\] and \[2, 4\]"
-    ):
-        linear_of_few(x, weight, up=x)
-    with pytest.raises(ValueError, match=r"expected 1 to 64 tokens, and rows int32 \[T\]; got 65"):
-        linear_of_few(torch.zeros(TOKENS + 1, 4), weight)
-    with pytest.raises(ValueError, match=r"rows int32 \[T\]; got 2 and torch.int64"):
-        linear_of_few(x, weight, rows=torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"norm must be \[4\]; got \[3\]"):
-        linear_of_few(x, weight, norm=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"residual must be \[2, 3\]; got \[2, 4\]"):
-        linear_of_few(x, weight, residual=x)
+    with pytest.raises(ValueError, match=r"gate and up \[N, C\]; got \[2, 4\], \[3, 4\] and \[2, 4\]"):
+        gated_of_few(x, weight, x)
+    with pytest.raises(ValueError, match="expected 1 to 64 tokens; got 65"):
+        gated_of_few(torch.zeros(TOKENS + 1, 4), weight, weight)
     qkv, cache = torch.zeros(2, 3, 12), torch.zeros(2, 1, 5, 4)
     with pytest.raises(ValueError, match=r"expected qkv \[R, n, .*; got \[2, 3, 12\], \[1, 1, 5, 4\]"):
         attend_slots(qkv, None, cache[:1], cache[:1], 0, scale=1.0)

@@ -38,6 +38,7 @@ from hone_motion_anything.config import (
         (ReproduceConfig, {"arms": ("attention",)}, "arms must be two or more of"),
         (ReproduceConfig, {"arms": ("attention", "magic")}, "got attention, magic"),
         (ReproduceConfig, {"seeds": (1, 1)}, "seeds must be different"),
+        (ReproduceConfig, {"settings": MotionAnythingConfig(masking="cosine")}, "leave --masking out"),
     ],
 )
 def test_bad_values(cls, options, message):

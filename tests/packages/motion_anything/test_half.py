@@ -1,32 +1,14 @@
-"""Half precision over few keys, which torch's attention got wrong on an H200."""
+"""Half precision over few keys on a GPU: weights in it, and training under autocast."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hone_core.testing import assert_close, requires_gpu
+from hone_core.testing import requires_gpu
 from hone_motion_anything.config import TransformerConfig
 from hone_motion_anything.masking import masked_loss
-from hone_motion_anything.method import Condition, MotionTransformer, few_keys
+from hone_motion_anything.method import Condition, MotionTransformer
 from hone_motion_anything.published import MaskTransformer, MaskTransformer2D
-
-
-def test_few_keys_are_attention():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5))
-    mask = torch.tensor([[True] * 5, [True, False, False, True, True]])[:, None, None]
-    for seen in (None, mask):
-        want = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        found = few_keys(q, k, v, attn_mask=seen, dropout_p=0.0)
-        assert_close(found, want)
-        for one, other in zip(*(torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (found, want)), strict=True):
-            assert_close(one, other)
-    assert few_keys(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.0).dtype == torch.bfloat16
-    # Without a weight that dropout leaves, nothing is attended to; what is left is doubled.
-    assert not few_keys(q, k, v, None, 1.0).any()
-    ones = few_keys(torch.zeros(1, 4000, 2), torch.zeros(1, 1, 2), torch.ones(1, 1, 2), None, 0.5)
-    assert set(ones.unique().tolist()) == {0.0, 2.0}
 
 
 def relative(found, want):

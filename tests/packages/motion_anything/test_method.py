@@ -38,6 +38,13 @@ def test_select_takes_the_largest_of_what_is_there_rounded_up():
     assert torch.equal(select(scores, valid, 1.0), valid)
 
 
+def test_counts_are_exact_where_the_share_is():
+    for share in (0.1, 0.2, 0.3, 0.6, 0.7, 1.0):
+        for many in range(10, 210, 10):  # the share of these is a whole number
+            valid = torch.arange(200) < many
+            assert int(select(torch.rand(200), valid, share).sum()) == round(share * many), (share, many)
+
+
 def test_mask_is_the_union_of_frames_and_parts():
     temporal = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     spatial = torch.tensor([[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [9.0, 2.0, 3.0], [0.0, 0.0, 0.0]]])
@@ -70,6 +77,8 @@ def test_cosine_masks_hide_between_one_and_all():
 def test_attention_is_softmax_over_the_keys_that_are_there():
     torch.manual_seed(0)
     layer = Attention(8, 2, 8, 0.0).double().eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
     query, key = torch.randn(2, 3, 8).double(), torch.randn(2, 5, 8).double()
     valid = torch.tensor([[True] * 5, [True, True, False, False, True]])
     weights = layer.weights(query, key, valid)
@@ -82,6 +91,19 @@ def test_attention_is_softmax_over_the_keys_that_are_there():
         heads = [(q[:, s] @ k[:, s].T / 2).softmax(-1) @ v[:, s] for s in (slice(0, 4), slice(4, 8))]
         mixed = query[row] + layer.out(torch.cat(heads, -1))
         assert_close(found[row], mixed + layer.feed(layer.norm(mixed)))
+        shares = [(q[:, s] @ k[:, s].T / 2).softmax(-1) for s in (slice(0, 4), slice(4, 8))]
+        assert_close(weights[row][:, valid[row]], (shares[0] + shares[1]) / 2)
+
+
+def test_dropout_is_of_training_and_of_the_weights_too():
+    layer = Attention(8, 2, 8, 0.5).double()
+    torch.nn.init.zeros_(layer.feed[3].weight)  # what is left is the attention's
+    query, key = torch.randn(1, 3, 8).double(), torch.randn(1, 5, 8).double()
+    layer.train()
+    layer.feed[4].p = layer.feed[2].p = 0.0
+    assert not torch.equal(layer(query, key), layer(query, key))
+    layer.eval()
+    assert torch.equal(layer(query, key), layer(query, key))
 
 
 @pytest.mark.parametrize("music_keys", ["condition", "condition_and_motion"])
@@ -139,6 +161,30 @@ def test_padding_changes_nothing(music):
     assert not first[0][:, 4:].any()
 
 
+def test_padding_asks_nothing_where_all_rows_score():
+    net = model()
+    ids, condition, valid = inputs(music=False)
+    valid[:, 4:] = False
+    found = net.scores(ids, condition, valid, "all")[0]
+    alone = net.scores(ids[:, :4], condition, valid[:, :4], "all")[0]
+    # The mean is over as many rows as there are, of which some ask nothing.
+    assert_close(found[:, :4] * 7, alone * 5)
+
+
+@pytest.mark.parametrize("music_keys", ["condition", "condition_and_motion"])
+@pytest.mark.parametrize("text", [True, False])
+def test_a_short_motion_in_a_batch_is_as_it_is_alone(music_keys, text):
+    # Music goes on for the longer one, and a short motion does not hear it.
+    net = model(music_keys=music_keys)
+    ids, condition, valid = inputs(text=text)
+    valid[1, 4:] = False
+    alone = Condition(text=condition.text[1:] if text else None, music=condition.music[1:, :4])
+    assert_close(net(ids, condition, valid)[1:, :4], net(ids[1:, :4], alone, valid[1:, :4]))
+    both, one = net.scores(ids, condition, valid), net.scores(ids[1:, :4], alone, valid[1:, :4])
+    for found, want in zip(both, one, strict=True):
+        assert_close(found[1:, :4], want)
+
+
 def test_scores_of_a_text_are_its_row_of_attention_or_the_mean_of_all():
     net = model()
     ids, condition, valid = inputs(music=False)
@@ -185,6 +231,34 @@ def test_gates():
     x, rows, by_frame = product.embed(ids), *product.given(condition, 6)[:2]
     first = product.blocks[0](x, rows, by_frame, valid, True)
     assert_close(first, 2 * none.blocks[0](x, rows, by_frame, valid, True))
+
+
+def test_the_gate_is_of_the_blocks_input():
+    net = model(gate="product")
+    ids, condition, valid = inputs()
+    block = net.blocks[0]
+    torch.nn.init.normal_(block.gate.weight)
+    x, (rows, by_frame, music) = net.embed(ids), net.given(condition, 6)
+    joined = block.spatial(block.temporal(x, rows, valid, music), by_frame)
+    assert_close(block(x, rows, by_frame, valid, music), joined * block.gate(x))
+
+
+def test_a_token_is_its_parts_own_and_knows_time_and_part():
+    net = model()
+    ids, _, _ = inputs()
+    found = net.embed(ids)
+    for time, part in ((0, 0), (3, 1), (5, 2)):
+        row = net.token_emb.weight[part * 9 + ids[1, time, part]]
+        assert_close(found[1, time, part], row + net.time_emb[time, 0] + net.part_emb[part])
+
+
+def test_music_knows_its_time():
+    net = model()
+    _, condition, _ = inputs(text=False)
+    rows, by_frame, music = net.given(condition, 6)
+    assert music
+    assert_close(rows, net.music_in(condition.music) + net.time_emb[:6, 0])
+    assert torch.equal(by_frame[:, :, 0], rows)
 
 
 def test_dropped_rows_do_not_depend_on_their_condition():

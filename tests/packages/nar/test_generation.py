@@ -201,7 +201,7 @@ def test_passes_over_few_tokens_give_the_logits_of_texts(grid):
                     run.step(step)
             assert_close(runs[1].logits, runs[0].logits)
         # All steps but the text's own are over few tokens.
-        assert [rows is None for rows in runs[1]._few_rows] == [True] + [False] * (len(model.order.steps) - 1)
+        assert runs[1]._small == [False] + [True] * (len(model.order.steps) - 1)
 
 
 def test_passes_over_few_tokens_are_of_plain_layers():

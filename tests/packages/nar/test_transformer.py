@@ -3,16 +3,20 @@ import math
 
 import pytest
 import torch
-from hone_core.testing import assert_close
+from hone_core.testing import assert_close, requires_gpu
 from hone_nar.generation import Decoding
 from hone_nar.models import tiny
 from hone_nar.transformer import (
+    Attention,
     LlamaGenForImageGeneration,
     NARForImageGeneration,
     NARForVideoGeneration,
+    SlotCache,
+    Span,
     rope_table,
 )
 from hone_visual_ar.sampling import Sampling
+from torch.nn import functional as F
 
 LABELS = torch.tensor([1, 5])
 
@@ -223,3 +227,20 @@ def test_bad_text_is_named():
 def test_sizes_that_do_not_exist(cls, options, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         cls(**options)
+
+
+@requires_gpu()
+@pytest.mark.parametrize("dim", [16, 64])
+def test_attention_over_few_cached_keys_in_half_precision(dim):
+    """What lies in the cache behind the keys is large, and none of it may be seen."""
+    attention = Attention(4 * dim, 4, 2, 0.0)
+    for keys in (8, 17, 64, 121, 127, 128, 200):
+        q = torch.randn(2, 4, 8, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(2, 2, keys, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        cache = SlotCache(1, (2, 2, 300, dim), device=q.device, dtype=q.dtype)
+        for held, new in ((cache.k[0], k), (cache.v[0], v)):
+            held.fill_(3e4)[:, :, :keys] = new
+        span = Span(None, None, cache, keys - 8)
+        found = attention.attend(q, k[:, :, -8:], v[:, :, -8:], span, 0)
+        wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+        assert_close(found.double(), wanted.transpose(1, 2).flatten(2), atol=3e-2, rtol=3e-2)

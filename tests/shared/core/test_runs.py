@@ -94,6 +94,16 @@ def test_crash_leaves_status_and_message_then_resumes(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
+def test_row_of_the_end(tmp_path):
+    with start(tmp_path) as run:
+        run.log(step=1, loss=9.0)
+        assert run.row_of_end("loss").value == 9  # of one line
+        for step in range(2, 25):
+            run.log(step=step, loss=step / 2)
+        row = run.row_of_end("loss", unit="nats", variant="v")
+    assert (row.value, row.n, row.better, row.unit, row.variant) == (11.75, 2, "lower", "nats", "v")
+
+
 def test_finished_run_is_returned_untouched(tmp_path):
     with start(tmp_path) as run:
         run.row("psnr", 1.0, better="higher")

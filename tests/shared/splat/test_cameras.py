@@ -46,6 +46,9 @@ def test_unprojection_by_hand():
     assert far.tolist() == pytest.approx([2 * 0.5 / math.sqrt(1.5), 2 * 0.5 / math.sqrt(1.5), 2 / math.sqrt(1.5)])
     moved = unproject(depth, pose, inner, "depth_z", torch.full((2, 2, 2), 0.5))[1, 1] - pose[:3, 3]
     assert moved.tolist() == pytest.approx([2.0, 2.0, 2.0])
+    # Half a pixel is another share of the width than of the height.
+    wide = unproject(torch.ones(2, 4), torch.eye(4), inner, "depth_z", torch.full((2, 4, 2), 0.5))[0, 0]
+    assert wide.tolist() == pytest.approx([-0.5, 0.0, 1.0])
 
 
 def test_opengl_is_its_own_inverse_and_keeps_the_place():
@@ -65,9 +68,11 @@ def test_look_at():
     assert bool((pose[:, 1, 1] > 0).all())
 
 
-def test_a_flight_passes_its_poses_and_turns_evenly():
+@pytest.mark.parametrize("start", [0.0, 1.5, 3.0, 4.5])
+def test_a_flight_passes_its_poses_and_turns_evenly(start):
+    # From one of these the quaternion passes w = 0, where its sign changes.
     down = torch.tensor([0.0, 1.0, 0.0])
-    angle = torch.arange(4) * 0.5
+    angle = start + torch.arange(4) * 0.5
     place = torch.stack([angle.cos(), torch.zeros(4), angle.sin()], -1)
     given = look_at(2 * place, torch.zeros(4, 3), down)
     path = fly_through(given, 10)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hone_core.errors import MissingExtraError
 from hone_core.testing import requires_gpu
-from hone_splat import Gaussians, render
+from hone_splat import Gaussians, render, rendering
 from hone_splat.cameras import look_at, quat_to_matrix
 from hone_splat.harmonics import C0, evaluate_sh
 
@@ -41,8 +41,8 @@ def brute_force(gaussians, pose, inner, height, width):
         if z <= 0.2:
             continue
         fx, fy, cx, cy = k[0, 0], k[1, 1], k[0, 2], k[1, 2]
-        tx = z * (x / z).clamp(-(cx + 0.3 * width) / fx, (width - cx + 0.3 * width) / fx)
-        ty = z * (y / z).clamp(-(cy + 0.3 * height) / fy, (height - cy + 0.3 * height) / fy)
+        tx = z * (x / z).clamp(-(cx + 0.15 * width) / fx, (width - cx + 0.15 * width) / fx)
+        ty = z * (y / z).clamp(-(cy + 0.15 * height) / fy, (height - cy + 0.15 * height) / fy)
         zero = torch.zeros_like(z)
         jacobian = torch.stack(
             [torch.stack([fx / z, zero, -fx * tx / z**2]), torch.stack([zero, fy / z, -fy * ty / z**2])]
@@ -140,6 +140,18 @@ def test_batches_that_do_not_fit_are_named():
     poses, inner = cameras()
     with pytest.raises(ValueError, match="of the same B"):
         render(cloud(3), poses.expand(2, -1, -1, -1), inner, (8, 8))
+
+
+def test_beside_the_picture_the_linear_map_stops_where_3dgs_stops():
+    # 90 degrees, 8 pixels wide: the edge is at slope 1, and 0.3 of half the picture farther at 1.3.
+    one = Gaussians(
+        torch.tensor([[[4.0, 0.0, 2.0], [2.4, 0.0, 2.0]]]), torch.full((1, 2, 3), 0.5),
+        torch.tensor([[[1.0, 0, 0, 0]] * 2]), torch.full((1, 2), 0.5), torch.zeros(1, 2, 3, 1),
+    )  # fmt: skip
+    inner = torch.tensor([[[[4.0, 0, 4], [0, 4, 4], [0, 0, 1]]]])
+    values, _, _ = rendering._project(one, torch.eye(4)[None, None], inner, (8, 8), 0.2)
+    for found, slope in zip(values[0, 0, :, 2], (1.3, 1.2), strict=True):
+        assert float(1 / found) == pytest.approx(0.25 * 4 * (1 + slope**2) + 0.3)
 
 
 def test_gsplat_gets_what_it_documents(monkeypatch):

@@ -1,5 +1,5 @@
-"""A transformer's pass over few tokens in five launches a block: products with what is around them, and attention."""
+"""What a transformer's pass over few tokens does beside its products: attention over slots, and the gated layer."""
 
-from .api import SUPPORT, TOKENS, attend_slots, linear_of_few
+from .api import SUPPORT, TOKENS, attend_slots, gated_of_few
 
-__all__ = ["SUPPORT", "TOKENS", "attend_slots", "linear_of_few"]
+__all__ = ["SUPPORT", "TOKENS", "attend_slots", "gated_of_few"]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 
-from .reference import attend_slots_reference, linear_of_few_reference
+from .reference import attend_slots_reference, gated_of_few_reference
 
-__all__ = ["SUPPORT", "TOKENS", "Backend", "attend_slots", "linear_of_few"]
+__all__ = ["SUPPORT", "TOKENS", "Backend", "attend_slots", "gated_of_few"]
 
 SUPPORT: dict[str, Support] = {
     "reference": Support(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
@@ -21,29 +21,13 @@ TOKENS = 64
 """Most tokens of a product, and most of a row in attention: programs hold all of them."""
 
 
-def linear_of_few(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    up: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    rows: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """A linear layer of few tokens, with what stands before and after it in a transformer, in one launch.
-
-    Weights are read before the kernels launched earlier have ended: none of those may write them.
+def gated_of_few(x: Tensor, gate: Tensor, up: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """silu(gate(x)) * up(x) of few tokens in one launch.
 
     Args:
-        x: ``[X, C]``, contiguous.
-        weight: ``[N, C]``, contiguous.
-        up: Likewise; with it ``weight`` makes gates, and silu(gate) * up is what comes out.
-        norm: ``[C]``, weight of an RMS norm of x; None without one.
-        eps: Of the norm.
-        residual: ``[T, N]``, contiguous, added at the end.
-        rows: int32 ``[T]``, rows of x that are asked for; None: all of them.
+        x: ``[T, C]``, contiguous.
+        gate: ``[N, C]``, contiguous.
+        up: Likewise.
         backend: Which; see ``SUPPORT``.
 
     Returns:
@@ -52,31 +36,17 @@ def linear_of_few(
     Raises:
         ValueError: Shapes do not fit together, or there are more tokens than ``TOKENS``.
     """
-    if (
-        x.dim() != 2
-        or weight.dim() != 2
-        or x.shape[1] != weight.shape[1]
-        or (up is not None and up.shape != weight.shape)
-    ):
+    if x.dim() != 2 or gate.dim() != 2 or x.shape[1] != gate.shape[1] or up.shape != gate.shape:
         raise ValueError(
-            f"expected x [X, C], weight [N, C] and up like it; got {list(x.shape)}, {list(weight.shape)} and "
-            f"{None if up is None else list(up.shape)}"
+            f"expected x [T, C], gate and up [N, C]; got {list(x.shape)}, {list(gate.shape)} and {list(up.shape)}"
         )
-    tokens = len(x) if rows is None else len(rows)
-    if not 1 <= tokens <= TOKENS or (rows is not None and (rows.dim() != 1 or rows.dtype != torch.int32)):
-        raise ValueError(
-            f"expected 1 to {TOKENS} tokens, and rows int32 [T]; got {tokens} and "
-            f"{None if rows is None else rows.dtype}"
-        )
-    if norm is not None and norm.shape != x.shape[1:]:
-        raise ValueError(f"norm must be [{x.shape[1]}]; got {list(norm.shape)}")
-    if residual is not None and residual.shape != (tokens, len(weight)):
-        raise ValueError(f"residual must be [{tokens}, {len(weight)}]; got {list(residual.shape)}")
-    if choose("linear_of_few", backend, SUPPORT, x.device, x.dtype) == "reference":
-        return linear_of_few_reference(x, weight, up, norm, eps, residual, rows)
-    from .triton import linear_of_few_triton  # needs Triton
+    if not 1 <= len(x) <= TOKENS:
+        raise ValueError(f"expected 1 to {TOKENS} tokens; got {len(x)}")
+    if choose("gated_of_few", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return gated_of_few_reference(x, gate, up)
+    from .triton import gated_of_few_triton  # needs Triton
 
-    return linear_of_few_triton(x, weight, up, norm, eps, residual, rows)
+    return gated_of_few_triton(x, gate, up)
 
 
 def attend_slots(

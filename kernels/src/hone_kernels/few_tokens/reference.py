@@ -6,26 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["attend_slots_reference", "linear_of_few_reference"]
+__all__ = ["attend_slots_reference", "gated_of_few_reference"]
 
 
-def linear_of_few_reference(
-    x: Tensor,
-    weight: Tensor,
-    up: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    rows: Tensor | None,
-) -> Tensor:
-    """See ``linear_of_few``."""
-    x = x if rows is None else x[rows.long()]
-    if norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], None, eps) * norm
-    out = F.linear(x, weight)
-    if up is not None:
-        out = F.silu(out) * F.linear(x, up)
-    return out if residual is None else residual + out
+def gated_of_few_reference(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """See ``gated_of_few``."""
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
 def attend_slots_reference(

@@ -1,4 +1,4 @@
-"""A pass over few tokens in Triton: as few launches as there are points where all of a block's work has to meet."""
+"""A pass over few tokens in Triton: launches of little work, where what counts is how long one waits for memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["attend_slots_triton", "linear_of_few_triton"]
+__all__ = ["attend_slots_triton", "gated_of_few_triton"]
 
 LOG2E = math.log2(math.e)
 LINE = 128
@@ -32,101 +32,48 @@ def _prefetch(pointers):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _linear_kernel(
-    X, WEIGHT, UP, NORM, RESIDUAL, ROWS, OUT, tokens, outputs, width, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PARTS: tl.constexpr, LINE_OF: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+def _gated_kernel(
+    X, GATE, UP, OUT, tokens, outputs, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     kind = OUT.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     some = n < outputs
     lines = tl.minimum(n, outputs - 1).to(tl.int64) * width
-    if OVERLAP:
-        gdc_launch_dependents()
-        # Weights are nobody's output: all of them are on their way while the launch before still works.
-        for start in range(0, width, 8 * LINE_OF):
-            near = tl.minimum(start + tl.arange(0, 8) * LINE_OF, width - 1)
-            _prefetch(WEIGHT + lines[:, None] + near[None, :])
-            if UP is not None:
-                _prefetch(UP + lines[:, None] + near[None, :])
     m = tl.arange(0, BLOCK_M)
     real = m < tokens
-    row = m
-    if ROWS is not None:
-        row = tl.load(ROWS + m, mask=real, other=0)
-    places = tl.where(real, row, 0).to(tl.int64) * width
-    if OVERLAP:
-        gdc_wait()
     # Each warp has a part of the inputs: sums of few outputs and tokens are one long chain of additions otherwise.
     k = tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     sums = tl.zeros([PARTS, BLOCK_N, BLOCK_M], tl.float32)
     up_sums = tl.zeros([PARTS, BLOCK_N, BLOCK_M], tl.float32)
-    squares = tl.zeros([PARTS, BLOCK_M], tl.float32)
     for start in tl.range(0, width, PARTS * BLOCK_K, num_stages=STAGES):
         at = start + k
         inside = at < width
         seen = inside[:, :, None] & real[None, None, :]
-        x = tl.load(X + at[:, :, None] + places[None, None, :], mask=seen, other=0.0)
+        x = tl.load(X + at[:, :, None] + m.to(tl.int64)[None, None, :] * width, mask=seen, other=0.0)
         named = inside[:, None, :] & some[None, :, None]
         offset = at[:, None, :] + lines[None, :, None]
-        weight = tl.load(WEIGHT + offset, mask=named, other=0.0)
-        if NORM is not None:
-            # The norm's factor is one number of a token, which is multiplied at the end.
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            x = (wide * tl.load(NORM + at, mask=inside, other=0.0).to(tl.float32)[:, :, None]).to(kind)
-        sums = tl.dot(weight, x, sums, input_precision="ieee")
-        if UP is not None:
-            up = tl.load(UP + offset, mask=named, other=0.0)
-            up_sums = tl.dot(up, x, up_sums, input_precision="ieee")
-    out = tl.sum(sums, 0)
-    factor = tl.full([BLOCK_M], 1.0, tl.float32)
-    if NORM is not None:
-        factor = tl.rsqrt(tl.sum(squares, 0) / width + eps)
-    out = (out * factor[None, :]).to(kind).to(tl.float32)
-    if UP is not None:
-        other = (tl.sum(up_sums, 0) * factor[None, :]).to(kind).to(tl.float32)
-        out = (out / (1.0 + tl.exp(-out))).to(kind).to(tl.float32) * other
+        sums = tl.dot(tl.load(GATE + offset, mask=named, other=0.0), x, sums, input_precision="ieee")
+        up_sums = tl.dot(tl.load(UP + offset, mask=named, other=0.0), x, up_sums, input_precision="ieee")
+    gate = tl.sum(sums, 0).to(kind).to(tl.float32)
+    out = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * tl.sum(up_sums, 0).to(kind).to(tl.float32)
     place = m.to(tl.int64)[None, :] * outputs + n[:, None]
-    there = real[None, :] & some[:, None]
-    if RESIDUAL is not None:
-        out = out.to(kind).to(tl.float32) + tl.load(RESIDUAL + place, mask=there, other=0.0).to(tl.float32)
-    tl.store(OUT + place, out.to(kind), mask=there)
+    tl.store(OUT + place, out.to(kind), mask=real[None, :] & some[:, None])
 
 
-def linear_of_few_triton(
-    x: Tensor,
-    weight: Tensor,
-    up: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    *,
-    tile: tuple[int, int, int, int] | None = None,
-    overlap: bool | None = None,
+def gated_of_few_triton(
+    x: Tensor, gate: Tensor, up: Tensor, *, tile: tuple[int, int, int, int] | None = None
 ) -> Tensor:
-    """See ``linear_of_few``; ``tile`` is outputs and inputs that a warp takes at once, stages and warps.
-
-    With ``overlap`` the launch is on its way while the one before ends (programmatic dependent launch, from Hopper on);
-    chosen if None.
-    """
-    outputs, width = weight.shape
-    tokens = len(x) if rows is None else len(rows)
-    block_m = max(16, triton.next_power_of_2(tokens))
-    block_n, block_k, stages, warps = tile or _tile(outputs, block_m, x.element_size())
-    overlap = _launches_overlap(x.device) if overlap is None else overlap
-    out = x.new_empty(tokens, outputs)
-    _linear_kernel[(triton.cdiv(outputs, block_n),)](
-        x, weight, up, norm, residual, rows, out, tokens, outputs, width, eps, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, PARTS=warps, LINE_OF=LINE // x.element_size(), STAGES=stages, OVERLAP=overlap, num_warps=warps,
-        **_pdl(overlap),
+    """See ``gated_of_few``; ``tile`` is outputs and inputs that a warp takes at once, stages and warps."""
+    outputs, width = gate.shape
+    block_m = max(16, triton.next_power_of_2(len(x)))
+    block_n, block_k, stages, warps = tile or (16, (128 if block_m <= 32 else 64) // x.element_size(), 3, 4)
+    out = x.new_empty(len(x), outputs)
+    _gated_kernel[(triton.cdiv(outputs, block_n),)](
+        x, gate, up, out, len(x), outputs, width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=warps,
+        STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out
-
-
-def _tile(outputs: int, tokens: int, size: int) -> tuple[int, int, int, int]:
-    block_n = 16 if outputs < 8192 else 64 if tokens <= 16 else 32
-    return block_n, (128 if tokens <= 32 else 64) // size, 3, 4
 
 
 @functools.lru_cache

@@ -11,7 +11,6 @@ for CogVideoX), and the fake score's rate rises over the first steps too.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -337,9 +336,7 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
         else:
             tensors = {name.removeprefix("student."): value for name, value in weights.items()}
             save_student(pipe.transformer, tensors, run.artifacts / TRANSFORMER, header)
-        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        gaps = [line["gap"] for line in lines][-max(1, len(lines) // 10) :]
-        run.row("gap", sum(gaps) / len(gaps), better="lower", n=len(gaps))
+        run.row_of_end("gap")
         run.row("steps", loop.step, better="none")
     return PipelineReport.of(run)
 

@@ -10,7 +10,6 @@ Differs: LoRA, and ``loss="distillation"``, the velocity of the frozen dense mod
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,9 +147,7 @@ def finetune(cfg: FinetuneConfig, run: Run) -> FinetuneReport:
         made = f"{run.command or 'hone-fpsattention train'}, commit {code_version()[0]}"
         stated = replace(schedule, provenance=f"{schedule.provenance}; {made}".removeprefix("; "))
         export_tuned(run.artifacts / TUNED, weights, tuning.model, stated, part=cfg.part, dtype=dtype)
-        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        losses = [line["loss"] for line in lines][-max(1, len(lines) // 10) :]
-        run.row("loss", sum(losses) / len(losses), better="lower", n=len(losses), variant=cfg.loss)
+        run.row_of_end("loss", variant=cfg.loss)
         run.row("steps", loop.step, better="none")
     return FinetuneReport.of(run)
 

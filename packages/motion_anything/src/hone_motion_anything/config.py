@@ -384,6 +384,8 @@ class ReproduceConfig:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or len(self.arms) < 2:
             raise ValueError(f"arms must be two or more of {', '.join(ARMS)}; got {', '.join(self.arms)}")
+        if self.settings.masking != "attention":
+            raise ValueError("--arms say what each training hides: leave --masking out")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
         if min(self.steps, self.workers, self.limit - 1) < 1 or not 2 <= self.batch <= self.clips:

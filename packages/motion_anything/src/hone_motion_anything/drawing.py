@@ -69,11 +69,11 @@ def draw_frames(
         raise ValueError(f"expected motions of one length; got {sorted(lengths) or 'none'}")
     pictures = []
     with rc_context({"font.size": 8, "text.color": INK}):
-        figure = Figure(figsize=(_PANEL * len(motions) / 100, (_PANEL + 40) / 100), dpi=100)
+        figure = Figure(figsize=(_PANEL * len(motions) / 100, (_PANEL + 48) / 100), dpi=100)
         canvas = FigureCanvasAgg(figure)
         flat: list[tuple[NDArray[np.floating], list[Any]]] = []
         for number, (title, joints) in enumerate(motions.items()):
-            axis = figure.add_axes((number / len(motions), 0.0, 1 / len(motions), 0.86))
+            axis = figure.add_axes((number / len(motions), 0.0, 1 / len(motions), 0.83))
             data = joints.detach().cpu().double().numpy()
             # The camera stands where the whole motion is in sight.
             middle = (data[:, 0].max(0) + data[:, 0].min(0)) / 2
@@ -84,7 +84,7 @@ def draw_frames(
             ]
             flat.append((_project(data), lines))
             words = _wrapped(title, 34)
-            figure.text((number + 0.5) / len(motions), 0.93, words, ha="center", va="center", parse_math=False)
+            figure.text((number + 0.5) / len(motions), 0.915, words, ha="center", va="center", parse_math=False)
         bar = figure.add_axes((0.02, 0.01, 0.96, 0.02))
         bar.axis("off")
         bar.set_xlim(0, 1)
@@ -112,7 +112,9 @@ def strip(
     poses: int = 8,
     cells: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """A PNG with a row of poses for each motion, and the cells of time and part that are marked.
+    """A PNG with a row of poses for each motion, and below them the cells of time and part that are marked.
+
+    A pose is of the middle of its share of the time, and stands there.
 
     Args:
         motions: Title to joints.
@@ -126,22 +128,27 @@ def strip(
 
     cells = cells or {}
     tall = [1.0 if title not in cells else 1.6 for title in motions]
-    with drawing(path, 1.0 * poses + 0.8, 1.6 * sum(tall) + 0.2) as figure:
+    with drawing(path, 1.0 * poses + 0.8, 1.7 * sum(tall) + 0.2) as figure:
         grid = figure.add_gridspec(len(motions), 1, height_ratios=tall)
         for row, (title, joints) in enumerate(motions.items()):
             place = grid[row].subgridspec(
                 2 if title in cells else 1, 1, height_ratios=(1.0, 0.5)[: 1 + (title in cells)]
             )
             axis = figure.add_subplot(place[0])
-            at = np.linspace(0, len(joints) - 1, poses).round().astype(int)
+            at = ((np.arange(poses) + 0.5) * len(joints) / poses).astype(int)
             data = joints.detach().cpu().double().numpy()[at]
             data = data - data[:, :1] * np.array([1.0, 0.0, 1.0])
             points = _project(data)
-            for number, pose in enumerate(points):
-                for chain, colour in zip(HUMANML3D.chains, _COLOURS, strict=True):
-                    axis.plot(pose[list(chain), 0] + 1.1 * number, pose[list(chain), 1], color=colour, linewidth=1.5)
-            axis.set_aspect("equal")
             axis.axis("off")
+            for number, pose in enumerate(points):
+                own = axis.inset_axes((number / poses, 0, 1 / poses, 1))
+                own.axis("off")
+                own.set_aspect("equal")
+                own.set_xlim(-0.6, 0.6)
+                own.set_ylim(-0.15, 2.15)
+                for chain, colour in zip(HUMANML3D.chains, _COLOURS, strict=True):
+                    x, y = pose[list(chain)].T
+                    own.plot(x, y, color=colour, linewidth=1.5, clip_on=False)
             axis.set_title(title, loc="left")
             if title in cells:
                 below = figure.add_subplot(place[1])

@@ -82,7 +82,7 @@ def select(
         ratio: Share, in [0, 1].
         lowest: Choose the smallest in place of the largest.
     """
-    count = torch.ceil(ratio * valid.sum(-1, keepdim=True) - 1e-6)
+    count = torch.ceil(ratio * valid.sum(-1, keepdim=True) - 1e-4)
     ordered = scores if lowest else -scores
     rank = ordered.masked_fill(~valid, math.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
     return (rank < count) & valid
@@ -120,20 +120,6 @@ def random_mask(
 # The two transformers ----------------------------------------------------------------------------------------------
 
 
-FEW_KEYS = 128
-"""A tile of torch's attention in half precision on an H200 (torch 2.11), where models that read fewer keys were trained
-on another attention than elsewhere; see hone-sparsevar's tiny host."""
-
-
-def few_keys(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
-    """Attention by its definition, ``[*, Q, D]`` and ``[*, K, D]``, summed in float32 at least; for few keys."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = q.to(wide) @ k.to(wide).mT / math.sqrt(q.shape[-1])
-    if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, -math.inf)
-    return (F.dropout(logits.softmax(-1), dropout_p) @ v.to(wide)).to(v.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention with a norm before, and a feed-forward layer after it; both add to the query.
 
@@ -164,11 +150,13 @@ class Attention(nn.Module):
         """``[B, Q, D]`` and ``[B, K, D]``, keys where ``valid`` ``[B, K]``, to ``[B, Q, D]``."""
         normed = self.norm_k(key)
         mask = None if valid is None else valid[:, None, None, :]
-        q, k, v = (self._split(x) for x in (self.q(self.norm_q(query)), self.k(normed), self.v(normed)))
-        dropout = self.dropout if self.training else 0.0
-        few = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and k.shape[-2] < FEW_KEYS
-        product = few_keys if few else F.scaled_dot_product_attention
-        mixed = product(q, k, v, attn_mask=mask, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(
+            self._split(self.q(self.norm_q(query))),
+            self._split(self.k(normed)),
+            self._split(self.v(normed)),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         query = query + self.out(mixed.transpose(-3, -2).flatten(-2))
         return query + self.feed(self.norm(query))
 
@@ -179,6 +167,12 @@ class Attention(nn.Module):
         if valid is not None:
             logits = logits.masked_fill(~valid[:, None, None, :], -math.inf)
         return logits.softmax(-1).mean(1)
+
+
+def _told(condition: Tensor, valid: Tensor, music: bool) -> Tensor:
+    """Rows of the condition ``[B, C]`` that are a motion's: the music up to its end, and the text."""
+    heard = valid if music else valid[:, :0]
+    return torch.cat([heard, valid.new_ones(len(valid), condition.shape[1] - heard.shape[1])], 1)
 
 
 class TemporalAdaptiveTransformer(nn.Module):
@@ -202,7 +196,7 @@ class TemporalAdaptiveTransformer(nn.Module):
         if music and self.music_keys == "condition_and_motion":
             keys = column
         both = torch.cat([given, keys], 1)
-        seen = torch.cat([valid.new_ones(batch, given.shape[1]), valid[:, : keys.shape[1]]], 1)
+        seen = torch.cat([_told(condition, valid, music), valid[:, : keys.shape[1]]], 1)
         seen = seen.repeat_interleave(parts, 0)
         # The rows of the condition are not needed further: only the motion goes on.
         out = self.attention(column, both, seen)
@@ -215,7 +209,8 @@ class TemporalAdaptiveTransformer(nn.Module):
         given = condition.repeat_interleave(parts, 0)
         seen = valid.repeat_interleave(parts, 0)
         if music:
-            found = self.attention.weights(given, column, seen).mean(1)
+            asked = _told(condition, valid, music).repeat_interleave(parts, 0)[..., None]
+            found = (self.attention.weights(given, column, seen) * asked).sum(1) / asked.sum(1)
         else:
             both = torch.cat([given, column], 1)
             all_seen = torch.cat([seen.new_ones(len(seen), given.shape[1]), seen], 1)

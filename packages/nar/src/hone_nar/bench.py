@@ -81,7 +81,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
 
     Rows, each with labels ``model`` and ``batch``: ``time`` of a batch of grids (``ms``) and ``peak_memory``, of the
     variants ``release``, ``eager``, ``graphs`` (one for each step), ``compiled`` (graphs of compiled blocks), ``fused``
-    (draws by one kernel besides), ``few`` (passes over few tokens by five launches a block besides) and ``raster-...``
+    (draws by one kernel besides), ``few`` (passes over few tokens by seven launches a block besides) and ``raster-...``
     of each; ``passes``; ``weight_floor``; ``decode`` of the tokenizer.
 
     Raises:

@@ -18,7 +18,7 @@ from hone_visual_ar.sampling import Sampling, draw, uniforms
 from torch import Tensor
 
 from .config import Mix
-from .few import head_of_few, is_plain, run_few
+from .few import is_plain, run_few
 from .method import guide, mask_of
 from .transformer import Condition, NARTransformer, Pieces, slot_ids
 
@@ -53,8 +53,8 @@ class Decoding:
         guided_tokens: Guidance ends once more tokens than this are drawn; None: never.
         pieces: What blocks run, such as ``compiled_pieces()``.
         fused: Average, guide and draw by one kernel, ``hone_kernels.draw_codes``, whose sums round in another order.
-        few: Passes over at most so many tokens, all rows counted, are made of ``hone_kernels.few_tokens``, whose sums
-            round in another order; ``few_tokens.TOKENS`` at most.
+        few: Passes over at most so many tokens, all rows counted, take seven launches a block (``few.run_few``), whose
+            sums round in another order; ``few_tokens.TOKENS`` at most.
 
     Attributes:
         tokens: ``[B, tokens]`` codes in slots, drawn so far.
@@ -115,17 +115,14 @@ class Decoding:
         self._first = mask_of(model.order, start, device)[:start, :start]
         self.starts = model.order.starts
         # Sources of a step as places among the tokens of the step before, and the same weights for every row.
-        self._sources, self._few_rows = [], []
+        self._sources, self._small = [], []
         for step in range(len(model.order.steps)):
             begin, end = self.starts[step], self.starts[step + 1]
             before = start + self.starts[step - 1] if step else 0
             count = self.starts[step] - self.starts[step - 1] if step else start
-            source = (self.plan.source[begin:end] - before).clamp(min=0)
-            self._sources.append(source)
-            # The same counted over all rows; None where a pass is over too many, or over a text, which is causal.
-            small = self.rows * max(count, end - begin) <= few and (step > 0 or start == 1)
-            lines = torch.arange(self.rows, device=device)[:, None, None] * count + source
-            self._few_rows.append(lines.flatten(0, 1).mT.int().contiguous() if small else None)
+            self._sources.append((self.plan.source[begin:end] - before).clamp(min=0))
+            # A text is causal, and all others see each other.
+            self._small.append(self.rows * count <= few and (step > 0 or start == 1))
         self.logits: Tensor | None = None
         self.passes = 0
 
@@ -184,18 +181,16 @@ class Decoding:
 
     def _heads(self, step: int, x: Tensor, begin: int) -> list[Tensor]:
         """Logits ``[R, n, vocabulary]`` of each head for a step's n tokens, of the tokens before them."""
-        model, end, rows = self.model, begin + x.shape[1], self._few_rows[step]
-        if rows is not None:
+        model, end = self.model, begin + x.shape[1]
+        if self._small[step]:
             hidden = run_few(model, x, begin=begin, cache=self.cache, words=self.words)
-            each = [head_of_few(model, head, state, rows[head]) for head, state in enumerate(hidden)]
-            each = [logits.unflatten(0, (self.rows, -1)) for logits in each]
-            return each if self.fused else [logits.to(torch.promote_types(x.dtype, torch.float32)) for logits in each]
-        mask: Tensor | None
-        if self.mask is not None:
-            mask = self.mask[:, :, begin:end, :end]
         else:
-            mask = self._first if step == 0 and model.cls_token_num > 1 else None
-        hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache, pieces=self.pieces)
+            mask: Tensor | None
+            if self.mask is not None:
+                mask = self.mask[:, :, begin:end, :end]
+            else:
+                mask = self._first if step == 0 and model.cls_token_num > 1 else None
+            hidden = model.run_blocks(x, begin=begin, mask=mask, cache=self.cache, pieces=self.pieces)
         return [
             model.head(head, state[:, self._sources[step][:, head]], wide=not self.fused)
             for head, state in enumerate(hidden)

@@ -205,6 +205,12 @@ class Run:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             atomic_write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
+    def row_of_end(self, metric: str, *, unit: str = "", better: Better = "lower", variant: str = "") -> Row:
+        """Add the mean of the last tenth of what was logged of a training's ``metric``."""
+        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        values = [float(json.loads(line)[metric]) for line in lines[-max(1, len(lines) // 10) :]]
+        return self.row(metric, sum(values) / len(values), unit=unit, better=better, n=len(values), variant=variant)
+
     def row(
         self,
         metric: str,

@@ -118,9 +118,9 @@ def _project(
     centre = inner[..., [0, 1], 2][:, :, None]
     slope = points[..., :2] / z[..., None]
     position = slope * focal + centre
-    # The linear map is taken no further outside the picture than 30 % of its size, where it would blow up.
+    # The linear map is taken no further outside the picture than 0.3 of half its size, where it would blow up.
     extent = slope.new_tensor([width, height])
-    slope = slope.clamp(-(centre + 0.3 * extent) / focal, (extent - centre + 0.3 * extent) / focal)
+    slope = slope.clamp(-(centre + 0.15 * extent) / focal, (extent - centre + 0.15 * extent) / focal)
     zero = torch.zeros_like(z)
     jacobian = torch.stack(
         [
