@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hone_core.runs import Run
 from hone_core.testing import assert_close
-from hone_sparsevar.calibrate import auroc, calibrate, spearman
-from hone_sparsevar.config import CalibrateConfig, ImageConfig
+from hone_sparsevar.calibrate import auroc, calibrate, chosen, spearman
+from hone_sparsevar.config import CalibrateConfig, ImageConfig, SparseVARConfig
 
 
 def test_auroc_against_pairs():
@@ -59,3 +60,14 @@ def test_a_pipeline_is_calibrated_on_what_it_draws(folder, tmp_path):
         CalibrateConfig(model=folder)
     with pytest.raises(ValueError, match="is for a pipeline"):
         CalibrateConfig(batch=2)
+
+
+def test_drawn_images_choose_where_no_block_is_named(monkeypatch):
+    scores = torch.tensor([[0.1, 0.9, float("nan")], [0.5, float("nan"), 0.6], [0.3, 0.2, 0.7]])
+    asked = []
+    monkeypatch.setattr("hone_sparsevar.calibrate.image_scores", lambda *args: asked.append(args[1:]) or scores)
+    free = SparseVARConfig(start_scale=-2)
+    assert chosen(None, free, 3).detector == 2
+    assert asked == [(3, 5, 9)]
+    assert chosen(None, replace(free, detector=0), 3).detector == 0
+    assert chosen(None, replace(free, start_scale=7), 3).detector is None

@@ -5,7 +5,7 @@ Source: ours; the abstract says that blocks attend to different regions, and not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .host import SCHEDULE, Host, load_host
 from .method import change_map, resize_map
 from .sample import check_inputs, drawer
 
-__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "mask_scores", "read_lines", "spearman"]
+__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "chosen", "mask_scores", "read_lines", "spearman"]
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -135,6 +135,20 @@ def image_scores(host: Host, images: int, scale: int, seed: int, *, batch: int =
         run = host.draw(labels, range(seed + at, seed + at + len(labels)), policy=watch)
         found.append(_correlation((run.image() + 1) / 2, watch.last, SCHEDULE.grids[scale]))
     return torch.cat(found)
+
+
+def chosen(host: Host, settings: SparseVARConfig, images: int) -> SparseVARConfig:
+    """Settings with the block that drawn images call best, where they name none.
+
+    Args:
+        host: Draws the images.
+        settings: Of the method.
+        images: How many.
+    """
+    if settings.detector is not None or settings.start_scale == len(SCHEDULE):
+        return settings
+    by_image = image_scores(host, images, SCHEDULE.resolve(settings.start_scale), 9).nanmean(0)
+    return replace(settings, detector=int(by_image.argmax()))
 
 
 def _correlation(image_01: Tensor, changes: list[Tensor], grid: tuple[int, int]) -> Tensor:

@@ -234,7 +234,10 @@ class TrainHostConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """The same scenes dense, sparse, stopped early and with other masks."""
+    """The same scenes dense, sparse, stopped early and with other masks.
+
+    Without a detector, 16 further images choose one, as ``calibrate`` does.
+    """
 
     host: Path | None = None
     """A host.safetensors made by train-host (default: the packaged one)."""

@@ -12,6 +12,7 @@ from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
 
 from . import plots
+from .calibrate import chosen
 from .config import DemoConfig
 from .data import caption
 from .evaluate import compare, real_features, scenes, table, write_rows
@@ -20,6 +21,8 @@ from .models import variant_of
 
 __all__ = ["SHOWN", "DemoReport", "demo"]
 
+CALIBRATED = 16
+"""Images that choose the block whose change is the map, where none is named."""
 SHOWN = ("dense", "sparse", "early-stop-1", "random", "inverse", "zero")
 
 
@@ -52,7 +55,8 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     """
     host = load_host(resolve_device(run.device), path=cfg.host)
     labels, images = scenes(cfg.limit, cfg.seed)
-    policies = {name: variant_of(name, cfg.settings) for name in SHOWN}
+    settings = chosen(host, cfg.settings, CALIBRATED)
+    policies = {name: variant_of(name, settings) for name in SHOWN}
     outcomes = compare(host, policies, labels, seed=cfg.seed, batch=cfg.limit, quiet=run.quiet)
     write_rows(run, outcomes, real_features(host, images, cfg.limit))
     captions = {}

@@ -16,7 +16,7 @@ from hone_core.io import atomic_write_json
 from hone_core.runs import Run
 
 from . import plots
-from .calibrate import image_scores, mask_scores
+from .calibrate import chosen, mask_scores
 from .config import VARIANTS, ReproduceConfig, SparseVARConfig
 from .evaluate import compare, real_features, scenes, table, write_rows
 from .host import SCHEDULE, load_host
@@ -73,10 +73,7 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     scale = SCHEDULE.resolve(cfg.settings.start_scale)
     for number, path in enumerate(cfg.hosts or (None,)):
         host = load_host(resolve_device(run.device), path=path)
-        by_image = image_scores(host, min(cfg.limit, 128), scale, 9).nanmean(0)
-        settings = cfg.settings
-        if settings.detector is None:
-            settings = replace(settings, detector=int(by_image.argmax()))
+        settings = chosen(host, cfg.settings, min(cfg.limit, 128))
         for seed in cfg.seeds:
             split = f"host {number}, seed {seed}"
             found = _draw(host, settings, cfg, seed, run, split)
