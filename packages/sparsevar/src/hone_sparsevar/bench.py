@@ -98,11 +98,12 @@ def without_blocks(model: NextScaleTransformer) -> Iterator[None]:
     """Blocks give their tokens back as they came; who looks at each is shown these."""
 
     def through(x: torch.Tensor, *_: Any, observe: Observe | None = None) -> torch.Tensor:
-        for number in range(len(model.layers) if observe is not None else 0):
-            observe(number, x, x)
+        if observe is not None:
+            for number in range(len(model.layers)):
+                observe(number, x, x)
         return x
 
-    model.run_blocks = through  # type: ignore[method-assign]
+    model.run_blocks = through  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
