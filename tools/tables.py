@@ -30,9 +30,9 @@ name in results/<folder of the member>/tables.toml:
 - each: what holds of every column that does not say otherwise.
 - caption = false leaves out the line under the table that names hardware, commit and file.
 
-Fields are those of the results' rows; a row's labels count as fields. A value that was not measured shows as a dash, a
-positive one that would round to zero as less than the smallest number with these digits. Two results for one cell are
-an error, and so is a table that no README shows.
+Fields are those of the results' rows; a row's labels count as fields, and ``file`` is the name of the one that it
+stands in. A value that was not measured shows as a dash, a positive one that would round to zero as less than the
+smallest number with these digits. Two results for one cell are an error, and so is a table that no README shows.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def render(spec: dict[str, Any], folder: Path, root: Path = ROOT) -> str:
         if not spec.get(key):
             raise TableError(f"{key} is missing")
     found = documents(spec["files"], folder, root)
-    rows = [fields(row) for document in found.values() for row in document["rows"]]
+    rows = [{"file": Path(name).name} | fields(row) for name, document in found.items() for row in document["rows"]]
     chosen = [row for row in rows if fits(row, spec.get("where", {}))]
     if not chosen:
         raise TableError(f"no result fits where = {spec.get('where', {})}")

@@ -157,6 +157,17 @@ def test_labels_are_fields_and_empty_groups_are_left_out(repo):
     assert text.splitlines()[2:] == ["| 480p | 3.00 ms |"]
 
 
+def test_results_are_told_apart_by_their_file(repo):
+    other = [row | {"value": 2 * row["value"]} for row in ROWS]
+    (repo / "results" / "a" / "y.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": other}))
+    columns = [{"title": "t", "where": {"metric": "psnr"}, "digits": 1}]
+    found = render(repo, files=["*.json"], rows=[{"field": "file", "names": {"y.json": "twice"}}], columns=columns)
+    assert [line.split(" | ") for line in found.splitlines()[2:4]] == [
+        ["| x.json", "31.2 dB |"],
+        ["| twice", "62.5 dB |"],
+    ]
+
+
 def test_local_changes_and_missing_environment_are_said(repo):
     (repo / "results/a/y.json").write_text(json.dumps({"environment": ENVIRONMENT | {"dirty": True}, "rows": []}))
     (repo / "results/a/z.json").write_text(json.dumps({"rows": []}))

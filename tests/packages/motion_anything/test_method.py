@@ -4,7 +4,7 @@ import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_motion_anything.config import MotionAnythingConfig, TransformerConfig
-from hone_motion_anything.decoding import guided, unmask
+from hone_motion_anything.decoding import edited, guided, unmask
 from hone_motion_anything.masking import choose_masks, cosine_mask, masked_loss
 from hone_motion_anything.method import Attention, Condition, MotionTransformer, attention_mask, random_mask, select
 
@@ -307,6 +307,42 @@ def test_loss_counts_hidden_tokens_that_are_shown_wrong_or_as_they_are():
     assert_close(found, -logits[mask].log_softmax(-1).gather(-1, ids[mask][:, None]).mean().float(), atol=1e-6)
 
 
+def test_how_hidden_tokens_are_shown():
+    net = model()
+    ids, condition, valid = inputs(batch=400, music=False)
+    valid[:, 4:] = False
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, :3] = True
+    seen = []
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    loss = masked_loss(net, ids, condition, valid, mask, torch.Generator().manual_seed(0), corrupt=0.2)
+    (shown,) = seen
+    assert torch.equal(shown[:, 3], ids[:, 3])
+    assert (shown[:, 4:] == net.pad_id).all()
+    hidden, before = shown[mask], ids[mask]
+    wrong = (hidden != before) & (hidden != net.mask_id)
+    # Of 3600: a fifth is drawn anew, of which a seventh is as it was; 0.88 of the rest are the mask's.
+    assert float(wrong.float().mean()) == pytest.approx(0.2 * 6 / 7, abs=0.03)
+    assert float((hidden == net.mask_id).float().mean()) == pytest.approx(0.88 * 0.8, abs=0.03)
+    # What stands past the end is nobody's business.
+    other = torch.where(valid[..., None], ids, 3)
+    assert torch.equal(
+        loss, masked_loss(net, other, condition, valid, mask, torch.Generator().manual_seed(0), corrupt=0.2)
+    )
+
+
+def test_each_row_takes_the_methods_mask_or_the_cosine_ratio():
+    valid = torch.ones(64, 6, dtype=torch.bool)
+    scores = torch.zeros(64, 6).index_fill(1, torch.tensor([1]), 1.0), torch.zeros(64, 6, 3)
+    cfg = MotionAnythingConfig(p_attention=0.5, alpha_time=0.1, alpha_parts=0.0)
+    mask, rows = choose_masks(cfg, lambda: scores, valid, torch.Generator().manual_seed(0), parts=3)
+    assert 16 < int(rows.sum()) < 48
+    own = torch.zeros(6, 3, dtype=torch.bool)
+    own[1] = True
+    assert (mask[rows] == own).all()
+    assert torch.equal(mask[~rows], cosine_mask(valid, 3, torch.Generator().manual_seed(0))[~rows])
+
+
 def test_which_masks_a_training_takes():
     valid = torch.ones(400, 5, dtype=torch.bool)
     g = torch.Generator().manual_seed(0)
@@ -342,6 +378,9 @@ def test_guidance_is_a_sum_over_conditions():
     text = Condition(text=condition.text)
     alone = net(ids, text.dropped(no, no), valid)
     assert_close(guided(net, ids, text, valid, 4.0, 9.0), alone + 4 * (net(ids, text, valid) - alone))
+    heard = Condition(music=condition.music)
+    alone = net(ids, heard.dropped(no, no), valid)
+    assert_close(guided(net, ids, heard, valid, 9.0, 4.0), alone + 4 * (net(ids, heard, valid) - alone))
 
 
 def test_unmasking_fixes_the_surest_first_and_ends_with_all():
@@ -384,8 +423,19 @@ def test_draws_follow_the_softmax():
     found = unmask(lambda ids: logits.expand(4000, 1, 1, 4), valid, 1, 4, g, steps=1, keep=1.0).flatten()
     share = torch.bincount(found, minlength=4) / 4000
     assert (share - logits.softmax(0)).abs().max() < 0.03
+    warm = unmask(lambda ids: logits.expand(4000, 1, 1, 4), valid, 1, 4, g, steps=1, keep=1.0, temperature=3.0)
+    share = torch.bincount(warm.flatten(), minlength=4) / 4000
+    assert (share - (logits / 3).softmax(0)).abs().max() < 0.03
     few = unmask(lambda ids: logits.expand(4000, 1, 1, 4), valid, 1, 4, g, steps=1, keep=0.5).flatten()
     assert set(few.tolist()) == {1, 2}
+
+
+def test_an_edit_takes_every_token_that_reaches_into_it():
+    found = edited(20, (0.3, 1.1), ["left arm"])  # tokens of a fifth of a second
+    wanted = torch.zeros(1, 20, 6, dtype=torch.bool)
+    wanted[:, 1:6, 4] = True
+    assert torch.equal(found, wanted)
+    assert edited(20, (0.0, 4.0), []).all()
 
 
 def test_an_edit_keeps_what_it_does_not_make():

@@ -19,6 +19,17 @@ def test_a_sheet_a_gif_and_a_row_for_each(untrained, start, tmp_path):
     assert all(name in str(report) for name in passes)
 
 
+def test_clips_of_the_packaged_host(start, tmp_path):
+    cfg = DemoConfig(data="shapes", limit=2)
+    with start(cfg, "demo", tmp_path / "run") as run:
+        report = demo(cfg, run)
+    found = {(row.variant, row.metric): row.value for row in report.rows}
+    assert (found["nar", "passes"], found["raster", "passes"]) == (18, 256)
+    # Of held-out clips; chance is 4 bits.
+    assert found["raster", "bits_per_token"] < found["nar", "bits_per_token"] < 0.4
+    assert report.growth.stat().st_size > 1000
+
+
 def test_places_that_are_not_drawn_yet_are_blue():
     drawn = torch.zeros(8, 8, dtype=torch.bool)
     drawn[0, 1] = True

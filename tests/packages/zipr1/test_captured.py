@@ -85,6 +85,30 @@ def test_returned_sequences_and_draws():
     assert not torch.equal(ids[0], ids[1])
 
 
+def test_adapters_and_layers_that_take_the_place_of_linear_ones():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    class Rounded(torch.nn.Module):
+        """Whole numbers for weights, as quantised layers hold."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.scale = linear.weight.abs().amax() / 127
+            self.register_buffer("whole", (linear.weight / self.scale).round().to(torch.int8))
+
+        def forward(self, states):
+            return states @ (self.whole.to(states.dtype) * self.scale).T
+
+    model, inputs = get("qwen2_5_vl", TWO)
+    plain = compare(model, inputs)
+    changed = copy.deepcopy(model)
+    for layer in find_decoder(changed).layers:
+        layer.mlp.down_proj = Rounded(layer.mlp.down_proj)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(lora, changed)
+    assert not torch.equal(compare(changed.double(), inputs), plain)
+
+
 def test_a_step_is_kept_for_its_cache_and_no_longer():
     model, inputs = get("qwen2_5_vl")
     with sparse(model, 0.4, rows="all", captured=True) as handle:

@@ -160,3 +160,17 @@ def test_soft_ratio(kind):
     assert float(method.soft_ratio(one, real, kind)) == pytest.approx(0.25)
     mass = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda m: method.soft_ratio(m, real, kind), (mass,))
+
+
+def test_padding_takes_no_part_whatever_its_mass():
+    real = torch.tensor([[False, True, True, True]])
+    mass = torch.tensor([[9.0, 4.0, 3.0, 3.0]])
+    assert method.topp_budget(mass, 0.4, real).tolist() == [1]
+    assert method.topp_budget(mass, 0.8, real).tolist() == [3]
+
+
+def test_protected_tokens_stay_beyond_the_budget():
+    rank, real = torch.tensor([[0.1, 0.9, 0.2, 0.8]]), torch.ones(1, 4, dtype=torch.bool)
+    protected = torch.tensor([[True, False, True, False]])
+    kept = [method.select(rank, torch.tensor([budget]), real, protected)[0].tolist() for budget in (1, 2, 3)]
+    assert kept == [[True, False, True, False]] * 2 + [[True, True, True, False]]

@@ -122,9 +122,13 @@ def test_missing_weights_are_named(folder, tmp_path):
         prepare(RenderConfig(colmap=folder, model="tiny", checkpoint=tmp_path / "none.safetensors"))
 
 
-def test_a_budget_chooses_the_anchors(folder, start, stored):
+def test_a_budget_chooses_the_anchors(folder, start, stored, monkeypatch):
     settings = dict(colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3, size=(32, 32), frames=2)
     cfg = RenderConfig(**settings, budget_seconds=1e6, prune=0.0)
+    with monkeypatch.context() as broken:
+        broken.setattr(photographs, "render", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError), start(cfg, "render") as run:
+            render_capture(cfg, run)
     with start(cfg, "render") as run:
         report = render_capture(cfg, run)
     rows = {row.metric: row.value for row in report.rows}

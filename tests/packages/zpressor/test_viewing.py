@@ -118,7 +118,7 @@ def test_a_slider_sets_the_anchors(tmp_path, start, port, viewers, stored, over)
 
 
 def test_nothing_to_show_is_named(tmp_path):
-    with pytest.raises(ValueError, match="name your photographs"):
+    with pytest.raises(ValueError, match="name a file by splat, or your photographs"):
         viewing.prepare(ViewConfig())
     with pytest.raises(FileNotFoundError, match="there is no"):
         viewing.prepare(ViewConfig(splat=tmp_path / "a.ply"))

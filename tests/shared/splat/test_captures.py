@@ -42,6 +42,21 @@ def test_pictures_and_cameras_stay_together_through_scaling_and_cutting(tmp_path
     assert torch.allclose(views.cam_to_world[0, :, :3, 3], poses[:, :3, 3] * scene.scale, rtol=1e-5)
 
 
+def test_a_principal_point_off_the_centre_is_read_and_cut_along(tmp_path):
+    def move(data):
+        data["cx"], data["cy"] = 24.0, 30.0
+
+    capture = read_transforms(capturefiles.write_transforms(tmp_path / "off", change=move))
+    assert capture.intrinsics_norm[0, :2, 2].tolist() == pytest.approx([24 / 64, 30 / 48])
+    scene = fit_range(capture, 1.0, 100.0)
+    # 48 x 64, without scaling: 16 columns are cut off at each side, or 12 rows above and below.
+    tall, wide = (
+        load_views(capture, size, scene).intrinsics_norm[0, 0, :2, 2].tolist() for size in ((48, 32), (24, 64))
+    )
+    assert tall == pytest.approx([(24 - 16) / 32, 30 / 48])
+    assert wide == pytest.approx([24 / 64, (30 - 12) / 24])
+
+
 def test_depths_go_where_the_host_knows_them(tmp_path):
     capture = read_colmap(capturefiles.write_colmap(tmp_path, binary=False))
     scene = fit_range(capture, 1.0, 100.0)
@@ -60,6 +75,15 @@ def test_depths_go_where_the_host_knows_them(tmp_path):
     assert (scene.near, scene.far) == (1.0, pytest.approx(1.5 * scene.scale * scene.depths[2]))
     assert fit_range(capture, 1.0, 2.0).far == 2.0
     assert fit_range(capture, 1.0, 100.0, bounds=(3.0, 30.0)).scale == pytest.approx(0.5)
+
+
+def test_points_behind_a_camera_have_no_depth():
+    from hone_splat.captures import Capture
+
+    poses, inner = torch.eye(4).double().repeat(2, 1, 1), torch.tensor([[1.0, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]).double()
+    points = torch.tensor([[0.0, 0, 2], [0, 0, 4], [0, 0, -50], [9, 0, 3]]).double()
+    scene = fit_range(Capture((Path("a"),) * 2, poses, inner.expand(2, 3, 3), (8, 8), points), 1.0, 100.0)
+    assert scene.depths == pytest.approx((2.0, 3.0, 4.0))
 
 
 def test_without_points_depth_is_where_the_cameras_look():

@@ -30,7 +30,7 @@ def decode_attention(
         q: ``[B, H, 1, D]``.
         k: ``[B, HK, S, D]``, H a multiple of HK.
         v: As k.
-        valid: bool ``[B, S]``; what the other entries hold is not looked at. Tiles without a valid entry cost nothing.
+        valid: bool ``[B, S]``; what the other entries hold is not loaded.
         scale: Of the logits; ``D ** -0.5`` if None.
         backend: ``"triton"`` for a GPU (or Triton's interpreter), ``"reference"`` for any device, ``"auto"`` to choose.
 

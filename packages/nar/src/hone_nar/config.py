@@ -247,7 +247,9 @@ class DemoConfig:
     """Digits, or clips of another host, by NAR and by a raster model, the picture growing from the corner."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host (default: the packaged one)."""
+    """A host.safetensors made by train-host (default: the packaged one of ``data``)."""
+    data: Literal["digits", "shapes"] = "digits"
+    """Which packaged host: of digits, or of clips of a moving shape."""
     limit: int = 10
     """Images, whose classes count up."""
     guidance: float = 1.0
@@ -257,6 +259,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _check_least(self, 1, "limit")
+        HostConfig(data=self.data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

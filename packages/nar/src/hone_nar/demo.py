@@ -18,7 +18,7 @@ from . import plots
 from .config import DemoConfig
 from .evaluate import likelihood_rows, table, variants_of
 from .generation import Decoding
-from .host import draw_digits, load_host
+from .host import draw_digits, host_of, load_host
 
 __all__ = ["DemoReport", "demo"]
 
@@ -52,7 +52,7 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     Raises:
         CheckpointError: There is no host.
     """
-    host = load_host(resolve_device(run.device), path=cfg.host)
+    host = load_host(resolve_device(run.device), path=cfg.host or host_of(cfg.data))
     task = host.task
     labels = torch.arange(cfg.limit) % task.classes
     seeds = range(cfg.seed, cfg.seed + cfg.limit)

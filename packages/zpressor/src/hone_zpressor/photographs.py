@@ -116,7 +116,8 @@ def read_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> tuple[Capture
     elif cfg.transforms is not None:
         capture = read_transforms(cfg.transforms)
     else:
-        raise ValueError("name your photographs by one of colmap and transforms")
+        file = "a file by splat, or " if isinstance(cfg, ViewConfig) else ""
+        raise ValueError(f"name {file}your photographs by one of colmap and transforms")
     bounds = None if cfg.near is None or cfg.far is None else (cfg.near, cfg.far)
     return capture, fit_range(capture, HOSTS[cfg.model].near, HOSTS[cfg.model].far, bounds=bounds)
 
@@ -273,13 +274,15 @@ def render_capture(cfg: RenderConfig, run: Run) -> RenderReport:
     if not file.exists():
         host = load_model(cfg, device)
         given = views.map(lambda part: part.to(device))
-        anchors = _fit_budget(cfg, host, given)
-        if anchors is not None:
-            run.row("anchors", anchors, better="none")
+        # A run that goes on still says how many the budget allowed.
+        atomic_write_json(run.artifacts / "anchors.json", _fit_budget(cfg, host, given))
         cloud = host(given).gaussians[0]
         write_ply(cloud.pruned(opacity=cfg.prune).scaled(1 / scene.scale), file)
     # Frames are of the file, so that a run that goes on draws the same ones.
     cloud = read_ply(file).map(lambda part: part.to(device))
+    anchors = json.loads((run.artifacts / "anchors.json").read_text("utf-8"))
+    if anchors is not None:
+        run.row("anchors", anchors, better="none")
     run.row("context_views", len(chosen), better="higher")
     run.row("gaussians", len(cloud), better="lower")
     run.row("scale_to_the_host", scene.scale, better="higher")
