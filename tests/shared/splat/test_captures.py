@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from hone_splat.cameras import intrinsics_px, pixel_centres, rays
-from hone_splat.captures import fit_range, load_views, overlap, read_colmap, read_transforms
+from hone_splat.captures import fit_range, load_views, overlap, read_colmap, read_points, read_transforms
 from hone_splat.rooms import Rooms
 from PIL import Image
 
@@ -75,6 +75,13 @@ def test_depths_go_where_the_host_knows_them(tmp_path):
     assert (scene.near, scene.far) == (1.0, pytest.approx(1.5 * scene.scale * scene.depths[2]))
     assert fit_range(capture, 1.0, 2.0).far == 2.0
     assert fit_range(capture, 1.0, 100.0, bounds=(3.0, 30.0)).scale == pytest.approx(0.5)
+
+
+def test_points_in_letters_are_read_in_the_order_that_the_header_says(tmp_path):
+    lines = ["ply", "format ascii 1.0", "element vertex 2", "property float y", "property uchar red"]
+    lines += ["property float x", "property float z", "end_header", "2 255 1 3", "-5 0 4.5 6", ""]
+    (tmp_path / "points.ply").write_text("\n".join(lines))
+    assert read_points(tmp_path / "points.ply").tolist() == [[1.0, 2.0, 3.0], [4.5, -5.0, 6.0]]
 
 
 def test_points_behind_a_camera_have_no_depth():

@@ -89,3 +89,19 @@ def test_evaluation_indices(tmp_path):
         path.write_text(json.dumps({"a": entry}))
         with pytest.raises(ValueError, match=message):
             read_evaluation_index(path)
+
+
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_chunk_is_executed(tmp_path):
+    torch.save([{"key": Planted(tmp_path / "planted")}], tmp_path / "000000.torch")
+    (tmp_path / "index.json").write_text(json.dumps({"room": "000000.torch"}))
+    with pytest.raises(ValueError, match=r"000000.torch is cut short, or no chunk"):
+        ChunkSet(tmp_path).scene("room")
+    assert not (tmp_path / "planted").exists()

@@ -31,6 +31,14 @@ def test_a_ply_comes_back_and_looks_the_same(degree, tmp_path):
     assert torch.allclose(draw(after), draw(before), atol=1e-5)
 
 
+def test_sizes_and_opacities_at_their_ends_stay_finite(tmp_path):
+    flat = cloud(0, 2)
+    flat.scales[:, 2], flat.opacities[:] = 0, torch.tensor([0.0, 1.0])
+    after = read_ply(write_ply(flat, tmp_path / "flat.ply"))
+    assert after.scales[:, 2].tolist() == pytest.approx([1e-6, 1e-6])
+    assert after.opacities.tolist() == pytest.approx([0.0, 1.0], abs=2e-6)
+
+
 def test_layout_of_a_ply(tmp_path):
     path = write_ply(cloud(1, 1), tmp_path / "one.ply")
     head, _, body = path.read_bytes().partition(b"end_header\n")
