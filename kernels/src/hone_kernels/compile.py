@@ -30,7 +30,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 if TYPE_CHECKING:
     from .attention import BlockLayout
 
-__all__ = ["Compiled", "Launch", "attention_launches", "compile_launch", "gluon_launches", "record_launches"]
+__all__ = [
+    "Compiled",
+    "Launch",
+    "attention_launches",
+    "compile_launch",
+    "gluon_backward_launches",
+    "gluon_launches",
+    "record_launches",
+]
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -200,6 +208,29 @@ def gluon_launches(
     kernels = ("_count_kernel", "_schedule_kernel", "_bias_kernel", "_forward_kernel")
     with mock.patch.object(module, "_multiprocessors", return_value=132), record_launches(module, *kernels) as launches:
         module.attention_forward(q, k, k, layout.kv_num, layout.kv_idx, valid, *extra, block_q, block_k, 0.1, config)
+    return launches
+
+
+def gluon_backward_launches(
+    dtype: torch.dtype,
+    dim: int,
+    block_q: int = 128,
+    *,
+    heads_k: int = 4,
+    tokens: int = 2048,
+    pooled: bool = False,
+    padded: bool = False,
+    config: Any = None,
+) -> list[Launch]:
+    """What the Gluon backward launches, with blocks of 128 keys; arguments as for :func:`attention_launches`."""
+    from .attention import gluon_backward_sm90 as module
+
+    q, k, layout, valid, extra = _inputs(dtype, dim, block_q, 128, heads_k, tokens, pooled, padded)
+    lse = torch.empty(q.shape[:3])
+    columns = layout.transpose()
+    lists = (layout.kv_num, layout.kv_idx, columns.kv_num, columns.kv_idx)
+    with record_launches(module, "_statistics_kernel", "_backward_kernel", "_order_kernel") as launches:
+        module.attention_backward(q, lse, q, k, k, q, lse, *lists, valid, *extra, block_q, 128, 0.1, config)
     return launches
 
 

@@ -23,8 +23,8 @@ from hone_kernels.backends import HAS_TRITON, INTERPRETED
 
 __all__ = ["KEEP", "Kept", "eager", "geometry", "launch", "on_device_of"]
 
-KEEP = os.environ.get("HONE_KEEP_LAUNCHES", "0") == "1"
-"""Off until it has run on a GPU: every call goes by torch's dispatcher and Triton's own way."""
+KEEP = os.environ.get("HONE_KEEP_LAUNCHES", "1") == "1"
+"""If not, every call goes by torch's dispatcher and Triton's own way."""
 LIMIT = 4096
 """Geometries kept; beyond that the oldest goes."""
 

@@ -10,9 +10,10 @@ import re
 import pytest
 import torch
 import triton
-from hone_kernels.compile import attention_launches, compile_launch, gluon_launches
+from hone_kernels.compile import attention_launches, compile_launch, gluon_backward_launches, gluon_launches
 
 triton_kernels = pytest.importorskip("hone_kernels.attention.triton", reason="Triton is for Linux only")
+gluon_backward = pytest.importorskip("hone_kernels.attention.gluon_backward_sm90", reason="Triton is for Linux only")
 gluon_kernels = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
 NEWER = not triton.__version__.startswith("3.6.")  # of the two versions that the tests run with
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -153,7 +154,7 @@ LABEL, BRANCH = re.compile(r"(\$L\w+):"), re.compile(r"(@!?%p\d+\s+)?(bra|brx\.i
 TABLE = re.compile(r"(\$L\w+):\s*\.branchtargets([^;]*);")
 
 
-def hand_overs(ptx):
+def hand_overs(ptx, during=0):
     """Count the arrivals by which warps hand memory to those of another role, and check what stands before each.
 
     One thread arrives for all. So on every path to an arrival
@@ -174,7 +175,7 @@ def hand_overs(ptx):
     # Products not committed, groups in flight, products without a barrier, accesses without one. More is worse, so
     # where paths meet the worst of each counts.
     states = {0: (0, 0, 0, 1)}
-    queue, arrivals = [0], set()
+    queue, arrivals, early = [0], set(), set()
     while queue:
         at = queue.pop()
         line, (open_, groups, products, accesses) = lines[at], states[at]
@@ -191,7 +192,9 @@ def hand_overs(ptx):
         elif any(x in line for x in ("ld.shared", "st.shared", "ldmatrix", "stmatrix")):
             accesses = 1
         elif "mbarrier.arrive.shared::cta" in line:
-            assert (open_, groups, products, accesses) == (0, 0, 0, 0), f"line {at + 1}: {line}"
+            if during and groups:
+                early.add(at)
+            assert (open_, 0 if during else groups, products, accesses) == (0, 0, 0, 0), f"line {at + 1}: {line}"
             arrivals.add(at)
         after, branch = [at + 1], BRANCH.match(line)
         if branch:
@@ -206,6 +209,7 @@ def hand_overs(ptx):
             if x < len(lines) and states.get(x) != worst:
                 states[x] = worst
                 queue.append(x)
+    assert len(early) == during, [lines[x] for x in early]
     return len(arrivals)
 
 
@@ -247,6 +251,50 @@ def test_hand_overs_with_waits_and_barriers_are_counted(lines):
 def test_hand_overs_without_a_wait_or_a_barrier_are_seen(lines):
     with pytest.raises(AssertionError, match=r"mbarrier\.arrive"):
         hand_overs("\n".join(lines))
+
+
+def test_hand_overs_while_products_run_are_counted_and_need_their_barrier():
+    text = "\n".join([WRITE, PRODUCT, COMMIT, BARRIER, ARRIVE, WAIT, BARRIER, ARRIVE])
+    assert hand_overs(text, during=1) == 2
+    for wrong in (0, 2):
+        with pytest.raises(AssertionError):
+            hand_overs(text, during=wrong)
+    for lines in ([PRODUCT, COMMIT, BARRIER, WRITE, ARRIVE], [PRODUCT, BARRIER, ARRIVE], [PRODUCT, COMMIT, ARRIVE]):
+        with pytest.raises(AssertionError, match=r"mbarrier\.arrive"):
+            hand_overs("\n".join(lines), during=1)
+
+
+# Scalars, most of the warpgroup of queries and its 72 registers: bytes with Triton 3.6 and with 3.8.
+BACKWARD_SPILLS = {64: (0, 0), 128: (108, 168)}
+QUICK_BACKWARD = {(128, False, False), (64, True, True)}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("dim", "pooled", "padded"),
+    [unless((dim, *shape) in QUICK_BACKWARD, dim, *shape) for dim in gluon_backward.CONFIGS for shape in SHAPES],
+)
+def test_gluon_backward(dim, pooled, padded):
+    recorded = gluon_backward_launches(
+        BF16, dim, heads_k=2, tokens=2056 if padded else 2048, pooled=pooled, padded=padded
+    )
+    assert [x.name for x in recorded] == (
+        ["_statistics_kernel"] + ["_backward_kernel"] * (1 + pooled) + ["_order_kernel"]
+    )
+    for launch in recorded:
+        code = compile_launch(launch)
+        assert not code.serialized, launch
+        if launch.name != "_backward_kernel":
+            assert code.spills == 0, launch
+            continue
+        assert code.spills <= BACKWARD_SPILLS[dim][NEWER], launch
+        tall, wide = launch.arguments["q_desc"].block_shape[2], launch.arguments["WIDE"]
+        # Two warpgroups of keys: S and dP over the head size, dV and dK over the queries; then dQ over 128 keys.
+        assert code.count("HGMMA") == 2 * (2 * dim // 16 + 2 * tall // 16) + dim // wide * 128 // 16
+        assert code.count("USETMAXREG") > 0  # not ignored for want of registers
+        assert "red.relaxed.gpu.global.add.v4.f32" in code.ptx
+        assert code.shared_bytes <= 227 * 1024
+        assert hand_overs(code.ptx, during=2) == 6
 
 
 @pytest.mark.compile

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
-from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, api, block_sparse_attention
 from hone_kernels.attention.api import _attention_op
 
 gluon = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
@@ -92,10 +92,10 @@ def build(case, dtype=torch.bfloat16, device="cuda"):
     return leaves, layout, pooled
 
 
-def run(leaves, layout, pooled, backend):
+def run(leaves, layout, pooled, backend, **options):
     q, k, v, *rest = leaves
     pooled = None if pooled is None else PooledKV(*rest)
-    return block_sparse_attention(q, k, v, layout, pooled=pooled, return_lse=True, backend=backend)
+    return block_sparse_attention(q, k, v, layout, pooled=pooled, return_lse=True, backend=backend, **options)
 
 
 def compare(case, dtype):
@@ -139,6 +139,26 @@ def test_padded_bias(keys):
     assert_close(got[..., :130], bias / torch.tensor(2.0).log())
     assert (got[..., 130:] == -torch.inf).all()
     assert (gluon._pad_bias(None, pooled, keys)[..., :130] == 0).all()
+
+
+def test_only_what_may_differ_takes_the_kernel_that_adds_in_any_order(monkeypatch):
+    """Which calls hand ``fused`` to the operator: never by default, and only Gluon's with blocks of 128 keys."""
+    seen = []
+
+    def operator(*args):
+        seen.append(args[-1])
+        return args[0], args[0][..., 0].float()
+
+    monkeypatch.setattr(api, "_attention_op", operator)
+    monkeypatch.setattr(api, "eager", lambda *tensors: False)
+    monkeypatch.setattr(api, "choose", lambda op, backend, *rest, **options: backend)
+    q = torch.randn(1, 2, 128, 64, dtype=torch.bfloat16)
+    for backend, block_k, deterministic in (
+        ("gluon", 128, True), ("gluon", 128, False), ("gluon", 64, False), ("triton", 128, False),
+    ):  # fmt: skip
+        layout = BlockLayout.dense(128, 128, block_k=block_k)
+        block_sparse_attention(q, q, q, layout, backend=backend, deterministic=deterministic)
+    assert seen == [False, True, False, False]
 
 
 def test_says_why_it_cannot():
@@ -288,6 +308,31 @@ def test_gradients(dim):
         # Sums over hundreds of half-precision products: the error follows the size of the whole.
         size = max(1.0, want.abs().max().item())
         assert_close(got.double() / size, want / size, dtype=torch.bfloat16)
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("dtype", SUPPORTED.dtypes, ids=str)
+@pytest.mark.parametrize("block_q", [128, 64])
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_in_one_kernel(case, dim, block_q, dtype):
+    """Gluon's own backward; only q's gradient may differ between two runs, and only in its last bits."""
+    leaves, layout, pooled = build(replace(case, dim=dim, block_q=block_q), dtype)
+    dout, dlse = torch.randn_like(leaves[0], dtype=torch.float32), torch.randn(leaves[0].shape[:3], device="cuda")
+
+    def evaluate(leaves, backend, **options):
+        out, lse = run(leaves, layout, pooled, backend, **options)
+        scalar = (out.float() * dout).sum() + (lse.masked_fill(lse == -torch.inf, 0) * dlse).sum()
+        return torch.autograd.grad(scalar, leaves)
+
+    exact = evaluate([x.detach().double().requires_grad_() for x in leaves], "reference")
+    first, second = (evaluate(leaves, "gluon", deterministic=False) for _ in range(2))
+    for got, want in zip(first, exact, strict=True):
+        size = max(1.0, want.abs().max().item())
+        assert_close(got.double() / size, want / size, dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
+    assert_close(first[0], second[0])
 
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)

@@ -134,6 +134,7 @@ def block_sparse_attention(
     pooled: PooledKV | None = ...,
     return_lse: Literal[False] = ...,
     backend: Backend = ...,
+    deterministic: bool = ...,
 ) -> Tensor: ...
 
 
@@ -148,6 +149,7 @@ def block_sparse_attention(
     pooled: PooledKV | None = ...,
     return_lse: Literal[True],
     backend: Backend = ...,
+    deterministic: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -161,6 +163,7 @@ def block_sparse_attention(
     pooled: PooledKV | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over listed key blocks and, in the same softmax, over pooled keys.
 
@@ -179,6 +182,9 @@ def block_sparse_attention(
             device, ``"auto"`` for the first of these that can (see ``preference``). ``"flash"`` is FlashAttention 4,
             where it is installed: Hopper, without pooled keys and ``k_valid``, outside of ``torch.compile``; its
             gradients are not bit-identical. A named backend never gives way to another.
+        deterministic: Whether gradients must be the same bits from run to run. If not, those of ``"gluon"`` come, for
+            blocks of 128 keys, from its own kernel, which adds to q's gradient in any order; every other backward
+            stays what it is.
 
     Returns:
         ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64
@@ -214,11 +220,12 @@ def block_sparse_attention(
         if bias is not None:
             bias = bias.float().expand(pooled_k.shape[:3])
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
+    fused = not deterministic and backend == "gluon" and layout.block_k == 128
     if key is None:
         blocks = (layout.block_q, layout.block_k)
-        out, lse = _attention_op(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, *blocks, scale, backend)
+        out, lse = _attention_op(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, *blocks, scale, backend, fused)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
+        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key)
     else:
         out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
     return (out, lse) if return_lse else out
@@ -282,10 +289,10 @@ class _Attention(torch.autograd.Function):
     """The op outside of ``torch.compile``, where the registered one would cost more than the launches."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key):
+    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key):
         out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
         # Its lists as columns are large: they live as long as the caller's layout, not as long as the graph.
-        ctx.layout, ctx.sizes = weakref.ref(layout), (layout.block_q, layout.block_k, scale)
+        ctx.layout, ctx.sizes = weakref.ref(layout), (layout.block_q, layout.block_k, scale, fused)
         ctx.save_for_backward(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, out, lse)
         return out, lse
 
@@ -294,14 +301,14 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted: the operator refuses its derivative, which there is none of.
             *tensors, out, lse = ctx.saved_tensors
-            return *_operator_gradients(dout, dlse, tensors, out, lse, ctx.sizes), None, None, None, None
+            return *_operator_gradients(dout, dlse, tensors, out, lse, ctx.sizes), *[None] * 5
         q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, out, lse = ctx.saved_tensors
         layout = ctx.layout()
         columns = None if layout is None else layout.kept("columns", layout.transpose)
         grads = _gradients(
             columns, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, *ctx.sizes
         )
-        return *grads, None, None, None, None
+        return *grads, *[None] * 5
 
 
 def _gradients(
@@ -322,9 +329,17 @@ def _gradients(
     block_q: int,
     block_k: int,
     scale: float,
+    fused: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, pooled k, pooled v and the bias; ``columns`` is the transposed layout, if it is there."""
-    from .triton import attention_backward
+    """Gradients of q, k, v, pooled k, pooled v and the bias.
+
+    ``columns`` is the transposed layout, if it is there; ``fused`` asks for Gluon's kernel, which is not deterministic.
+    """
+    attention_backward: Callable[..., tuple[Tensor | None, ...]]
+    if fused:
+        from .gluon_backward_sm90 import attention_backward
+    else:
+        from .triton import attention_backward
 
     if columns is None:
         columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k, check=False).transpose()
@@ -359,6 +374,7 @@ def _attention_op(
     block_k: int,
     scale: float,
     backend: str,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     if backend == "gluon":
@@ -373,7 +389,7 @@ def _attention_op(
 
 
 @_attention_op.register_fake
-def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale, backend):
+def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale, backend, fused=False):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -395,10 +411,11 @@ def _attention_backward_op(
     block_q: int,
     block_k: int,
     scale: float,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = _gradients(
         None, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias,
-        block_q, block_k, scale,
+        block_q, block_k, scale, fused,
     )  # fmt: skip
     # A custom op returns tensors only: an absent gradient is an empty one.
     dq, dk, dv, dpk, dpv, dbias = (q.new_empty(0) if g is None else g for g in grads)
@@ -406,7 +423,8 @@ def _attention_backward_op(
 
 
 @_attention_backward_op.register_fake
-def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale):
+def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
+      fused=False):  # fmt: skip
     absent = q.new_empty(0)
     pooled = (absent, absent) if pooled_k is None else (torch.empty_like(pooled_k), torch.empty_like(pooled_v))
     bias = absent if pooled_bias is None else q.new_empty(pooled_bias.shape, dtype=torch.float32)
@@ -414,7 +432,8 @@ def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.block_q, ctx.block_k, ctx.scale, _ = inputs
+    *tensors, block_q, block_k, scale, _, fused = inputs
+    ctx.sizes = (block_q, block_k, scale, fused)
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -427,9 +446,8 @@ def _operator_gradients(dout, dlse, tensors, out, lse, sizes) -> list[Tensor | N
 
 def _backward(ctx, dout, dlse):
     *tensors, out, lse = ctx.saved_tensors
-    sizes = (ctx.block_q, ctx.block_k, ctx.scale)
-    dq, dk, dv, dpk, dpv, dbias = _operator_gradients(dout, dlse, tensors, out, lse, sizes)
-    return dq, dk, dv, None, None, None, dpk, dpv, dbias, None, None, None, None
+    dq, dk, dv, dpk, dpv, dbias = _operator_gradients(dout, dlse, tensors, out, lse, ctx.sizes)
+    return dq, dk, dv, None, None, None, dpk, dpv, dbias, *[None] * 5
 
 
 _attention_op.register_autograd(_backward, setup_context=_save)

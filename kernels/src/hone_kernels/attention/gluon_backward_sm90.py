@@ -1,0 +1,518 @@
+"""Block-sparse attention backward for Hopper (compute capability 9.x) in Gluon: five products in one kernel.
+
+A program owns 128 keys of one head and walks the query blocks of their column, ``BM`` queries a step. Three warpgroups:
+
+- Two of *keys*, 64 keys each. Logits and the gradient of the weights are computed transposed, ``S = K Q^T`` and
+  ``dP = V dO^T``, so that weights and ``dS`` are, in registers, the first operand of ``dV += P dO`` and ``dK += dS Q``.
+- One of *queries*. It starts the copies of Q, dO and of two words a query (log-sum-exp and delta), waits until both
+  others have left their halves of ``dS`` in shared memory, and adds ``dQ = dS^T K`` to a float32 buffer by vector
+  reductions of the L2 cache, in the order in which its registers hold them. A small kernel puts that in order, scales
+  and casts it.
+
+The warpgroups of keys never wait for each other, so that the exponentials of one run under the products of the other.
+Order of additions to dQ is that in which programs come: its last bits differ from run to run. ``attention_backward``
+with ``deterministic`` leaves dQ to the kernel of ``triton.py``, seven products in all.
+
+Exponentials are base 2 inside (``LOG2E`` is folded into the scale).
+
+Why nothing waits for ever. Stage ``s % STAGES`` of the ring has a barrier ``full`` (the copies) and ``empty`` (one
+arrival of each warpgroup of keys); buffer ``s % BUFFERS`` of dS has, for each half, ``ds_full`` and ``ds_empty``. In
+step s a warpgroup of keys waits for ``full`` of step s and for ``ds_empty`` of step s - BUFFERS, and then gives back
+the stage of step s. The one of queries waits in step s for both halves of dS of step s, gives them back, and then, if
+there is a step s + STAGES, waits for the stage of step s to be empty before it starts the copies of that. So keys in
+step s need of queries step s - STAGES and the first half of step s - BUFFERS, queries in step s of keys no more than
+step s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hone_kernels.launch import geometry, launch
+
+from .gluon_sm90 import _addressable, _describe, _get, _put, _thread_sums
+from .triton import LOG2E, _bhs, _strides, _tile
+
+__all__ = ["CONFIGS", "Config", "attention_backward"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch configuration.
+
+    Attributes:
+        queries: In a step.
+        stages: Of Q, dO and their statistics.
+        buffers: Of dS.
+        operands: Hold K and V in registers: less shared-memory traffic for ``dim / 2`` registers.
+        early: Issue dP before the exponentials, which then run under it, for ``queries / 2`` registers.
+        columns: Of dQ at a time.
+        exact: dS from the weights before they are rounded for dV, for ``queries / 4`` registers.
+        registers: Per thread of a warpgroup of keys, and of the one of queries.
+    """
+
+    queries: int = 64
+    stages: int = 2
+    buffers: int = 2
+    operands: bool = False
+    early: bool = False
+    columns: int = 64
+    exact: bool = False
+    registers: tuple[int, int] = (216, 72)
+
+
+CONFIGS: dict[int, Config] = {
+    64: Config(stages=4, operands=True, exact=True),
+    128: Config(),
+}
+
+_LAUNCH_REGISTERS = 168
+"""Per thread at launch: three warpgroups of it fill the multiprocessor."""
+
+# Adds four consecutive registers to four consecutive words.
+_REDUCE = gl.constexpr(
+    "red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11}; "
+    "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
+)
+
+
+# Two neighbours by one instruction, which the compiler does not find where the halves are widened again.
+_NARROW_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+_NARROW_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+_WIDEN_BF16 = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+
+
+@gluon.jit
+def _narrow(x, DTYPE: gl.constexpr):
+    if gl.bfloat16 == DTYPE:
+        return gl.inline_asm_elementwise(_NARROW_BF16, "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        return gl.inline_asm_elementwise(_NARROW_FP16, "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _widen(x, DTYPE: gl.constexpr):
+    if gl.bfloat16 == DTYPE:
+        return gl.inline_asm_elementwise(_WIDEN_BF16, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(gl.float32)
+
+
+@triton.jit
+def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, rows_ptr, sob, soh, sos, sdb, sdh, sds, tokens, padded,
+                       DIM: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Two words of each query, padded to whole tiles: for each tile of ROWS queries ``log2`` and then ``delta``.
+
+    ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
+    ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``.
+    """
+    start = tl.program_id(0) * ROWS
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    local = tl.arange(0, ROWS)
+    at = start + local
+    out = _tile(out_ptr, batch, head, start, sob, soh, sos, tokens, ROWS, DIM, DIM, True, False)
+    dout = _tile(dout_ptr, batch, head, start, sdb, sdh, sds, tokens, ROWS, DIM, DIM, True, False)
+    row = batch.to(tl.int64) * tl.num_programs(1) + head
+    lse = tl.load(lse_ptr + row * tokens + at, mask=at < tokens, other=-float("inf"))
+    dlse = tl.load(dlse_ptr + row * tokens + at, mask=at < tokens, other=0.0)
+    rows_ptr += 2 * (row * padded + start)
+    tl.store(rows_ptr + local, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
+    tl.store(rows_ptr + ROWS + local, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse)
+
+
+@triton.jit
+def _order_kernel(sums_ptr, dq_ptr, sob, soh, sos, tokens, padded, scale, DIM: tl.constexpr):
+    """Sums of a tile of 64 queries from the order of the matrix unit's registers to dQ."""
+    start = tl.program_id(0) * 64
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    row = batch.to(tl.int64) * tl.num_programs(1) + head
+    sums_ptr += (row * padded + start) * DIM
+    sums = tl.load(sums_ptr + tl.arange(0, 64 * DIM))
+    # Column // 8; row // 16, row % 8, column % 8 // 2 of a thread; row % 16 // 8, column % 2.
+    sums = sums.reshape([DIM // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, DIM])
+    at = tl.arange(0, 64)
+    dq_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh + start.to(tl.int64) * sos
+    ptrs = dq_ptr + at[:, None] * sos + tl.arange(0, DIM)[None, :]
+    tl.store(ptrs, (sums * scale).to(dq_ptr.dtype.element_ty), mask=(start + at < tokens)[:, None])
+
+
+@gluon.jit
+def _fill(q_desc, do_desc, rows_desc, list_ptr, t, batch, head, heads, tiles, memory, turn, config: gl.constexpr):
+    """Start the copies of one step and note which tile it is."""
+    _, _, q_buf, do_buf, rows_buf, _, header, _, full, empty, _, _ = memory
+    STAGES: gl.constexpr = config[0]
+    BLOCK_Q: gl.constexpr = config[2]
+    DENSE: gl.constexpr = config[4]
+    BM: gl.constexpr = q_buf.shape[3]
+    D: gl.constexpr = q_buf.shape[4]
+    SUB: gl.constexpr = BLOCK_Q // BM
+    BYTES: gl.constexpr = 2 * BM * D * q_buf.dtype.primitive_bitwidth // 8 + 2 * BM * 4
+    at = turn % STAGES
+    tile = t if DENSE else gl.load(list_ptr + t // SUB) * SUB + t % SUB
+    place = (batch * heads + head) * tiles + tile
+    mbarrier.wait(empty.index(at), (turn // STAGES & 1) ^ 1)
+    _put(header.index(at), place)
+    bar = full.index(at)
+    mbarrier.expect(bar, BYTES)
+    tma.async_copy_global_to_shared(q_desc, [batch, head, tile * BM, 0], bar, q_buf.index(at))
+    tma.async_copy_global_to_shared(rows_desc, [place, 0], bar, rows_buf.index(at))
+    tma.async_copy_global_to_shared(do_desc, [batch, head, tile * BM, 0], bar, do_buf.index(at))
+
+
+@gluon.jit
+def _count(num_ptr, head, snh, tiles, config: gl.constexpr):
+    """Steps over the queries of one head."""
+    BLOCK_Q: gl.constexpr = config[2]
+    DENSE: gl.constexpr = config[4]
+    BM: gl.constexpr = config[7]
+    if DENSE:
+        return tiles
+    else:
+        return gl.load(num_ptr + head * snh) * (BLOCK_Q // BM)
+
+
+@gluon.jit
+def _steps(num_ptr, head_k, snh, tiles, config: gl.constexpr):
+    """Steps over the queries of all heads that share these keys."""
+    GROUP: gl.constexpr = config[3]
+    steps = tiles * 0
+    for g in gl.static_range(GROUP):
+        steps += _count(num_ptr, head_k * GROUP + g, snh, tiles, config)
+    return steps
+
+
+@gluon.jit
+def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, tiles, steps, memory,
+             config: gl.constexpr):  # fmt: skip
+    k_buf, _, q_buf, _, _, ds_buf, header, kv_full, _, _, ds_full, ds_empty = memory
+    STAGES: gl.constexpr = config[0]
+    BUFFERS: gl.constexpr = config[1]
+    GROUP: gl.constexpr = config[3]
+    BM: gl.constexpr = q_buf.shape[3]
+    D: gl.constexpr = q_buf.shape[4]
+    # Columns at a time: more would take registers from the other warpgroups.
+    WIDE: gl.constexpr = config[10]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    row = gl.arange(0, BM, gl.SliceLayout(1, SUMS))
+    column = gl.arange(0, WIDE, gl.SliceLayout(0, SUMS))
+    # The word of each element, as _order_kernel reads them.
+    row_at = row // 64 * (64 * D) + row % 64 // 16 * 128 + row % 8 * 16 + row % 16 // 8 * 2
+    column_at = column // 8 * 512 + column % 8 // 2 * 4 + column % 2
+    offsets = row_at[:, None] + column_at[None, :]
+    zeros = gl.zeros([BM, WIDE], gl.float32, SUMS)
+
+    head_k = gl.program_id(1)
+    batch = gl.program_id(2)
+    heads = gl.num_programs(1) * GROUP
+    # Where the next copy comes from: step t of ``count`` of head g.
+    g = steps * 0
+    t = steps * 0
+    count = _count(num_ptr, head_k * GROUP, snh, tiles, config)
+    for ahead in range(0, gl.minimum(STAGES, steps)):
+        while t >= count:
+            g += 1
+            t = 0
+            count = _count(num_ptr, head_k * GROUP + g, snh, tiles, config)
+        _fill(q_desc, do_desc, rows_desc, idx_ptr + g.to(gl.int64) * sih, t, batch, head_k * GROUP + g, heads, tiles,
+              memory, ahead, config)  # fmt: skip
+        t += 1
+    mbarrier.wait(kv_full, 0)
+    for step in range(0, steps):
+        place = _get(header.index(step % STAGES))
+        at = step % BUFFERS
+        tile_ptr = (sums_ptr + place.to(gl.int64) * (BM * D)).to(gl.int64)
+        for part in gl.static_range(D // WIDE):
+            dq = zeros
+            for half in gl.static_range(2):
+                if part == 0:
+                    mbarrier.wait(ds_full.index(2 * at + half), step // BUFFERS & 1)
+                ds_t = ds_buf.index(2 * at + half).permute((1, 0))
+                keys = k_buf.index(half).reshape([64, D]).slice(part * WIDE, WIDE, dim=1)
+                dq = warpgroup_mma(ds_t, keys, dq, use_acc=half > 0, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            if part == D // WIDE - 1:
+                for half in gl.static_range(2):
+                    mbarrier.arrive(ds_empty.index(2 * at + half))
+            words = tile_ptr + part * WIDE * 256 + offsets.to(gl.int64) * 4
+            gl.inline_asm_elementwise(
+                _REDUCE, "=r,=r,=r,=r,l,l,l,l,r,r,r,r", [words, dq], dtype=gl.int32, is_pure=False, pack=4
+            )
+        if step + STAGES < steps:
+            while t >= count:
+                g += 1
+                t = 0
+                count = _count(num_ptr, head_k * GROUP + g, snh, tiles, config)
+            _fill(q_desc, do_desc, rows_desc, idx_ptr + g.to(gl.int64) * sih, t, batch, head_k * GROUP + g, heads,
+                  tiles, memory, step + STAGES, config)  # fmt: skip
+            t += 1
+
+
+@gluon.jit
+def _keys(dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k, steps, scale, logit_scale, memory,
+          config: gl.constexpr, WG: gl.constexpr):  # fmt: skip
+    k_buf, v_buf, q_buf, do_buf, rows_buf, ds_buf, _, kv_full, full, empty, ds_full, ds_empty = memory
+    STAGES: gl.constexpr = config[0]
+    BUFFERS: gl.constexpr = config[1]
+    MASKED: gl.constexpr = config[5]
+    BIASED: gl.constexpr = config[6]
+    OPERANDS: gl.constexpr = config[8]
+    EARLY: gl.constexpr = config[9]
+    EXACT: gl.constexpr = config[11]
+    BM: gl.constexpr = q_buf.shape[3]
+    D: gl.constexpr = q_buf.shape[4]
+    DTYPE: gl.constexpr = q_buf.dtype
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    KEYS: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    key = WG * 64 + gl.arange(0, 64, KEYS)
+    exists = key < exist
+    bias = gl.zeros([64], gl.float32, KEYS)
+    if BIASED:
+        bias_at = bias_ptr + gl.program_id(2) * sbb + gl.program_id(1) * sbh + (gl.program_id(0) * 128 + key) * sbg
+        bias = gl.load(bias_at, mask=exists, other=0.0) * LOG2E
+    no_logits = gl.zeros([64, BM], gl.float32, LOGITS)
+    if BIASED:
+        dbias = _thread_sums(no_logits)
+    # Zeros that the compiler cannot move: between asynchronous products they would make it wait after each.
+    dk = gl.zeros([64, D], gl.float32, SUMS)
+    dv = gl.zeros([64, D], gl.float32, SUMS)
+    dk = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [dk], dtype=gl.float32, is_pure=False, pack=1)
+    dv = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [dv], dtype=gl.float32, is_pure=False, pack=1)
+
+    mbarrier.wait(kv_full, 0)
+    k = k_buf.index(WG).reshape([64, D])
+    v = v_buf.index(WG).reshape([64, D])
+    if OPERANDS:
+        k = k.load(gl.DotOperandLayout(0, LOGITS, 2))
+        v = v.load(gl.DotOperandLayout(0, LOGITS, 2))
+    for step in range(0, steps):
+        stage = step % STAGES
+        at = 2 * (step % BUFFERS) + WG
+        queries = q_buf.index(stage).reshape([BM, D])
+        douts = do_buf.index(stage).reshape([BM, D])
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        s = warpgroup_mma(k, queries.permute((1, 0)), no_logits, use_acc=False, is_async=True)
+        if EARLY:
+            dp = warpgroup_mma(v, douts.permute((1, 0)), no_logits, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+        else:
+            s = warpgroup_mma_wait(0, deps=(s,))
+        p = s * scale
+        if BIASED:
+            p += bias[:, None]
+        p = gl.exp2(p - rows_buf.index(stage).slice(0, BM, dim=1).load(LOGITS))
+        if MASKED:
+            p = gl.where(exists[:, None], p, 0.0)
+        narrow = _narrow(p, DTYPE)
+        if not EXACT:
+            p = _widen(narrow, DTYPE)
+        weights = gl.convert_layout(narrow, WEIGHTS)
+        if not EARLY:
+            dp = warpgroup_mma(v, douts.permute((1, 0)), no_logits, use_acc=False, is_async=True)
+        dv = warpgroup_mma(weights, douts, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        ds = p * (dp - rows_buf.index(stage).slice(BM, BM, dim=1).load(LOGITS))
+        if BIASED:
+            dbias += _thread_sums(ds)
+        ds = _narrow(ds, DTYPE)
+        mbarrier.wait(ds_empty.index(at), (step // BUFFERS & 1) ^ 1)
+        ds_buf.index(at).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(at))
+        dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), queries, dk, is_async=True)
+        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        mbarrier.arrive(empty.index(stage))
+    start = gl.program_id(0) * 128
+    head_k = gl.program_id(1)
+    batch = gl.program_id(2)
+    if BIASED:
+        total = gl.convert_layout(gl.sum(dbias, 1), KEYS)
+        gl.store(
+            dbias_ptr + (batch * gl.num_programs(1) + head_k).to(gl.int64) * tokens_k + start + key, total, mask=exists
+        )
+    # V is read no more, by this warpgroup or any other.
+    out = v_buf.index(WG)
+    out.reshape([64, D]).store(dv.to(DTYPE))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dv_desc, [batch, head_k, start + WG * 64, 0], out)
+    tma.store_wait(0)
+    out.reshape([64, D]).store((dk * logit_scale).to(DTYPE))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dk_desc, [batch, head_k, start + WG * 64, 0], out)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["snb", "snh", "sib", "sih", "siq", "sval", "sbb", "sbh", "sbg", "tokens_k", "tiles"])
+def _backward_kernel(
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, sums_ptr, bias_ptr, dbias_ptr, num_ptr, idx_ptr,
+    valid_ptr, snb, snh, sib, sih, siq, sval, sbb, sbh, sbg, tokens_k, tiles, scale, logit_scale,
+    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, DENSE: gl.constexpr,
+    TAIL: gl.constexpr, VALID: gl.constexpr, BIASED: gl.constexpr, OPERANDS: gl.constexpr,
+    EARLY: gl.constexpr, WIDE: gl.constexpr, EXACT: gl.constexpr,
+    KEY_REGISTERS: gl.constexpr, QUERY_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    D: gl.constexpr = q_desc.block_shape[3]
+    BM: gl.constexpr = q_desc.block_shape[2]
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_buf = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, D], k_desc.layout)
+    v_buf = gl.allocate_shared_memory(v_desc.dtype, [2, 1, 1, 64, D], v_desc.layout)
+    q_buf = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BM, D], q_desc.layout)
+    do_buf = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, BM, D], do_desc.layout)
+    rows_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * BM], rows_desc.layout)
+    ds_buf = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS, 64, BM], DS)
+    header = gl.allocate_shared_memory(gl.int32, [STAGES, 1], WORD)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], BARRIER)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], BARRIER)
+    mbarrier.init(kv_full, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    for at in gl.static_range(2 * BUFFERS):
+        mbarrier.init(ds_full.index(at), count=1)
+        mbarrier.init(ds_empty.index(at), count=1)
+    memory = (k_buf, v_buf, q_buf, do_buf, rows_buf, ds_buf, header, kv_full, full, empty, ds_full, ds_empty)
+    config: gl.constexpr = (
+        STAGES, BUFFERS, BLOCK_Q, GROUP, DENSE, TAIL or VALID, BIASED, BM, OPERANDS, EARLY, WIDE, EXACT,
+    )  # fmt: skip
+
+    block = gl.program_id(0)
+    head_k = gl.program_id(1)
+    batch = gl.program_id(2)
+    start = block * 128
+    BYTES: gl.constexpr = 2 * 128 * D * k_desc.dtype.primitive_bitwidth // 8
+    mbarrier.expect(kv_full, BYTES)
+    for half in gl.static_range(2):
+        where = [batch, head_k, start + half * 64, 0]
+        tma.async_copy_global_to_shared(k_desc, where, kv_full, k_buf.index(half))
+        tma.async_copy_global_to_shared(v_desc, where, kv_full, v_buf.index(half))
+    exist = gl.minimum(tokens_k - start, 128)
+    if VALID:
+        exist = gl.minimum(exist, gl.load(valid_ptr + batch * sval + block))
+    if DENSE:
+        num_at = num_ptr
+        idx_at = idx_ptr
+    else:
+        num_at = num_ptr + batch * snb + block
+        idx_at = idx_ptr + batch.to(gl.int64) * sib + block.to(gl.int64) * siq
+        idx_at += (head_k * GROUP).to(gl.int64) * sih
+    steps = _steps(num_at, head_k, snh, tiles, config)
+    gl.warp_specialize(
+        [
+            (_keys, (dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k, steps, scale, logit_scale,
+                     memory, config, 0)),
+            (_keys, (dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k, steps, scale, logit_scale,
+                     memory, config, 1)),
+            (_queries, (q_desc, do_desc, rows_desc, sums_ptr, num_at, idx_at, snh, sih, tiles, steps, memory, config)),
+        ],
+        [4, 4],
+        [KEY_REGISTERS, QUERY_REGISTERS],
+    )  # fmt: skip
+
+
+def _describe_rows(x: Tensor, queries: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 2 * queries], layout)
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    q_num: Tensor,
+    q_idx: Tensor,
+    k_valid: Tensor | None,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    pooled_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients as ``triton.attention_backward`` returns them; blocks of 128 keys and whole tiles of queries."""
+    batch, heads, tokens_q, dim = q.shape
+    heads_k = k.shape[1]
+    config = config or CONFIGS[dim]
+    facts = geometry(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, q_num, q_idx, k_valid, pooled_k, pooled_v,
+                     pooled_bias)  # fmt: skip
+    key = facts and (facts, block_q, block_k, scale, config)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    padded = -(-tokens_q // 128) * 128
+    tall = config.queries
+    rows = torch.empty((batch * heads * padded // tall, 2 * tall), dtype=torch.float32, device=q.device)
+    sums = torch.zeros((batch * heads * padded, dim), dtype=torch.float32, device=q.device)
+
+    def statistics(out, dout, lse, dlse, rows):
+        args = (out, dout, lse, dlse, rows, *_bhs(out), *_bhs(dout), tokens_q, padded)
+        return (padded // tall, heads, batch), args, dict(DIM=dim, ROWS=tall, num_warps=4)
+
+    def order(sums, dq):
+        args = (sums, dq, *_bhs(dq), tokens_q, padded, scale)
+        return (triton.cdiv(tokens_q, 64), heads, batch), args, dict(DIM=dim, num_warps=4)
+
+    def gradients(dense: bool):
+        def build(q, keys, values, dout, rows, dkeys, dvalues, sums, bias, dbias, q_num, q_idx, valid):
+            tokens_k = keys.shape[2]
+            args = (
+                _describe(_addressable(q), tall), _describe(_addressable(keys), 64),
+                _describe(_addressable(values), 64), _describe(_addressable(dout), tall), _describe_rows(rows, tall),
+                _describe(dkeys, 64), _describe(dvalues, 64), sums, bias, dbias, q_num, q_idx, valid,
+                *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
+                *((0, 0, 0) if bias is None else bias.stride()),
+                tokens_k, padded // tall,
+                scale * LOG2E.value, scale,
+            )  # fmt: skip
+            keys_registers, query_registers = config.registers
+            named = dict(
+                BLOCK_Q=block_q, STAGES=config.stages, BUFFERS=config.buffers, GROUP=heads // heads_k, DENSE=dense,
+                TAIL=tokens_k % 128 != 0, VALID=valid is not None, BIASED=bias is not None, OPERANDS=config.operands,
+                EARLY=config.early, WIDE=min(config.columns, dim), EXACT=config.exact,
+                KEY_REGISTERS=keys_registers, QUERY_REGISTERS=query_registers, num_warps=4,
+                maxnreg=_LAUNCH_REGISTERS,
+            )  # fmt: skip
+            return (triton.cdiv(tokens_k, 128), heads_k, batch), args, named
+
+        return build
+
+    launch(_statistics_kernel, key, (out, dout, lse, dlse, rows), statistics)
+    listed = (q, k, v, dout, rows, dk, dv, sums, None, None, q_num, q_idx, k_valid)
+    launch(_backward_kernel, key and (key, False), listed, gradients(False))
+    dpk = dpv = dbias = None
+    if pooled_k is not None:
+        assert pooled_v is not None
+        dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
+        if pooled_bias is not None:
+            dbias = torch.empty(pooled_bias.shape, dtype=torch.float32, device=q.device)
+        dense = (q, pooled_k, pooled_v, dout, rows, dpk, dpv, sums, pooled_bias, dbias, q_num, q_idx, None)
+        launch(_backward_kernel, key and (key, True), dense, gradients(True))
+    launch(_order_kernel, key, (sums, dq), order)
+    return dq, dk, dv, dpk, dpv, dbias
