@@ -105,18 +105,24 @@ def batched(root: Path = ROOT) -> list[list[str]]:
         "zpressor/bench_depthsplat_256x448_h200.json",
     )
     prompts = {"metric": "decode", "split": "20480 tokens, batch 64"}
+    motion, step = "motion_anything/bench_momask_h200.json", "pmloss/step_h200.json"
+    six = {"metric": "time", "split": "step", "views": 6}
     rows = []
     for what, file, where, batch in [
         ("images of NAR-L in raster order, 64 at a time", nar, {"metric": "time", "variant": "raster-fused"}, 64),
         ("the same by diagonals", nar, {"metric": "time", "variant": "fused"}, 64),
-        ("tokens by Qwen2.5-VL-7B, 64 prompts of 20,480 tokens", zip_, prompts | {"variant": "dense"}, 64),
-        ("the same, a quarter of each prompt kept", zip_, prompts | {"variant": "tau 0.25"}, 64),
+        ("tokens by Qwen2.5-VL-7B, 64 prompts of 20,480 tokens", zip_, prompts | {"variant": "dense, captured"}, 64),
+        ("the same, a quarter of each prompt kept", zip_, prompts | {"variant": "tau 0.25, captured"}, 64),
         ("scenes of 36 pictures by DepthSplat", splat, {"metric": "forward", "views": 36, "variant": "host alone"}, 1),
         ("the same through ZPressor", splat, {"metric": "forward", "views": 36, "variant": "host with ZPressor"}, 1),
+        ("training steps of DepthSplat, 6 views", step, six | {"variant": "pictures alone"}, 1),
+        ("the same with PM-Loss", step, six | {"variant": "with the term"}, 1),
+        ("motions by MoMask as released, 32 at a time", motion, {"metric": "time", "variant": "released loop"}, 32),
+        ("the same as one graph", motion, {"metric": "time", "variant": "one graph, fused draws"}, 32),
     ]:
-        ms = measured(file, where | ({"batch": 64} if file == nar else {}), root)
+        ms = measured(file, where | ({"batch": batch} if file in (nar, motion) else {}), root)
         rates = [_number(3_600_000 / ms * batch * count) for count in GPUS]
-        rows.append([what, f"{ms:.3g} ms", *rates, "-", file])
+        rows.append([what, f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s", *rates, "-", file])
     return rows
 
 
