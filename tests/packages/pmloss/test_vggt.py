@@ -10,7 +10,7 @@ from hone_pmloss.cache import CachedTeacher
 from hone_pmloss.data import training_batch
 from hone_pmloss.models import PMLoss, tiny
 from hone_pmloss.teachers import Shots, name_views
-from hone_pmloss.vggt import VGGT, VGGTConfig, VGGTTeacher
+from hone_pmloss.vggt import VGGT, VGGTConfig, VGGTTeacher, published_layout
 
 from .vggtref import vggt_points
 
@@ -30,15 +30,31 @@ def model():
     return net
 
 
+# Tensors, parameters, and a digest of sorted names and shapes, read off VGGT's class as PM-Loss's release has it.
+PUBLISHED = (1797, 1_256_537_516, "7db43ba7e2e0d371")
+PARTS = {
+    "aggregator": (1210, 909_112_320),
+    "camera_head": (69, 216_174_610),
+    "point_head": (62, 32_654_628),
+    "depth_head": (62, 32_654_562),
+    "track_head": (394, 65_941_396),
+}
+
+
 def test_names_and_shapes_are_frozen():
-    with torch.device("meta"):
-        net = VGGT()
-    state = net.state_dict()
+    layout = published_layout()
+    state = layout.state_dict()
+    assert {value.device.type for value in state.values()} == {"meta"}
     listing = "\n".join(f"{name} {list(value.shape)}" for name, value in sorted(state.items()))
-    assert (len(state), hashlib.sha256(listing.encode()).hexdigest()[:16]) == (1272, "3546fb8ea01ead60")
-    # Of 1,256,537,516 in the published file; the others are of heads that give no points.
-    assert sum(value.numel() for value in state.values()) == 941_766_948
-    assert round(sum(value.numel() for value in net.point_head.state_dict().values()) / 1e6, 2) == 32.65
+    size = sum(value.numel() for value in state.values())
+    assert (len(state), size, hashlib.sha256(listing.encode()).hexdigest()[:16]) == PUBLISHED
+    for name, part in layout.named_children():
+        inner = part.state_dict()
+        assert (len(inner), sum(value.numel() for value in inner.values())) == PARTS[name]
+    with torch.device("meta"):
+        own = VGGT().state_dict()
+    assert list(own) == [name for name in state if name.startswith(("aggregator.", "point_head."))]
+    assert sum(value.numel() for value in own.values()) == 941_766_948
 
 
 @pytest.mark.parametrize(("height", "width", "views"), [(28, 42, 3), (56, 28, 1)])
@@ -66,27 +82,84 @@ def test_only_the_first_picture_is_special(model):
         model(torch.rand(1, 1, 3, 28, 30))
 
 
-def test_a_published_file_loads_strictly(model, tmp_path, caplog):
+def spread(state):
+    """Tensors of one stored number each, so that files are small."""
+    return {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """As the release stores it, small."""
+    return spread(published_layout(TINY).state_dict()) | model.state_dict()
+
+
+def test_a_published_file_loads_strictly(model, whole, tmp_path, caplog):
     state = model.state_dict()
-    whole = state | {"camera_head.trunk.weight": torch.ones(2), "depth_head.norm.weight": torch.ones(2)}
-    save_safetensors(whole, tmp_path / "model.safetensors")
-    with caplog.at_level(logging.WARNING):
-        teacher = VGGTTeacher.load(tmp_path / "model.safetensors", config=TINY)
+    torch.save(whole, tmp_path / "model.pt")
+    with caplog.at_level(logging.INFO):
+        teacher = VGGTTeacher.load(tmp_path / "model.pt", config=TINY)
     assert "CC BY-NC 4.0" in caplog.text
+    for head in ("camera_head", "depth_head", "track_head"):
+        count = sum(value.numel() for name, value in whole.items() if name.startswith(head))
+        assert f"{head} is left out, {count:,} parameters that give no points" in caplog.text
+    assert caplog.text.count("is left out") == 3
+    assert list(teacher.model.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in teacher.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    # The cache tells weights apart that lie in files of one name.
+
+
+def test_the_published_size_loads(tmp_path):
+    torch.save(spread(published_layout().state_dict()), tmp_path / "model.pt")
+    teacher = VGGTTeacher.load(tmp_path / "model.pt")
+    assert sum(value.numel() for value in teacher.parameters()) == 941_766_948
+    assert not any(value.is_meta for value in teacher.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("gone", "more", "message"),
+    [
+        (
+            ["point_head.norm.bias"],
+            {"other.weight": (1,)},
+            "missing: point_head.norm.bias; too many: other.weight",
+        ),
+        (["aggregator.camera_token"], {}, "missing: aggregator.camera_token"),
+        (["track_head.tracker.query_ref_token"], {}, "missing: track_head.tracker.query_ref_token"),
+        ([], {"camera_head.embed_pose.weight": (64, 8)}, "of another shape: camera_head.embed_pose.weight"),
+        ([], {"depth_head.norm.scale": (1,)}, "too many: depth_head.norm.scale"),
+        ([], {"camera_head2.weight": (1,), "decoder.weight": (1,)}, "too many: camera_head2.weight, decoder.weight"),
+    ],
+)
+def test_what_does_not_fit_a_published_file_is_named(whole, tmp_path, gone, more, message):
+    state = {name: value for name, value in whole.items() if name not in gone}
+    torch.save(state | {name: torch.zeros(shape) for name, shape in more.items()}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=rf"is no checkpoint of VGGT: {message}$"):
+        VGGTTeacher.load(tmp_path / "model.pt", config=TINY)
+
+
+def test_heads_that_give_no_points_may_be_absent(model, whole, tmp_path, caplog):
+    state = {name: value for name, value in whole.items() if not name.startswith("track_head.")}
+    torch.save(state, tmp_path / "model.pt")
+    with caplog.at_level(logging.INFO):
+        VGGTTeacher.load(tmp_path / "model.pt", config=TINY)
+    assert "depth_head is left out" in caplog.text
+    assert "track_head" not in caplog.text
+    torch.save(
+        {name: value for name, value in whole.items() if not name.startswith("point_head.")}, tmp_path / "model.pt"
+    )
+    with pytest.raises(CheckpointError, match=r"missing: point_head.norm.weight, .* and 59 more"):
+        VGGTTeacher.load(tmp_path / "model.pt", config=TINY)
+
+
+def test_the_cache_tells_weights_apart_that_lie_in_files_of_one_name(model, tmp_path):
+    state = model.state_dict()
     changed = {name: value + (name == "point_head.scratch.output_conv2.2.bias") for name, value in state.items()}
-    names = {teacher.name}
-    for folder, weights in (("same", state), ("other", changed)):
+    names = []
+    for folder, weights in (("one", state), ("same", state), ("other", changed)):
         (tmp_path / folder).mkdir()
         save_safetensors(weights, tmp_path / folder / "model.safetensors")
-        names.add(VGGTTeacher.load(tmp_path / folder / "model.safetensors", config=TINY).name)
-    assert len(names) == 2
-    short = {name: value for name, value in state.items() if name != "point_head.norm.bias"}
-    torch.save(short | {"other.weight": torch.ones(1)}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"missing: point_head.norm.bias; too many: other.weight"):
-        VGGTTeacher.load(tmp_path / "model.pt", config=TINY)
+        names.append(VGGTTeacher.load(tmp_path / folder / "model.safetensors", config=TINY).name)
+    assert names[0] == names[1] != names[2]
 
 
 def test_teaches_a_host(model):

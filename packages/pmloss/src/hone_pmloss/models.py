@@ -37,14 +37,19 @@ class PMLoss:
 
         Args:
             means: ``[B, N * H * W, 3]`` in the order view, row, column, or ``[B, N, H, W, 3]``.
-            given: The context views, which the teacher is asked about; its answer; or points ``[B, N, H, W, 3]`` or
+            given: The context views, which the teacher is asked about, or their pictures ``[B, V, 3, H, W]`` in [0, 1]
+                if it needs no cameras, such as VGGT; its answer; or points ``[B, N, H, W, 3]`` or
                 ``[B, N * H * W, 3]``.
             anchors: ``[B, N]``, the views that have Gaussians, where a compressor such as ZPressor chose some.
 
         Raises:
-            ValueError: Views are given and there is no teacher, numbers of pixels differ, or see ``pm_loss``.
+            ValueError: Views are given and there is no teacher, pictures are and it needs cameras, numbers of pixels
+                differ, or see ``pm_loss``.
         """
         centres = None
+        pictures = isinstance(given, Tensor) and given.ndim == 5 and given.shape[2] == 3 != given.shape[4]
+        if isinstance(given, Tensor) and pictures:
+            given = _without_cameras(given)
         if isinstance(given, Views):
             if self.teacher is None:
                 raise ValueError(
@@ -52,6 +57,8 @@ class PMLoss:
                 )
             with torch.no_grad():
                 answer = self.teacher(given).resized(given.size)
+            if pictures and (self.config.align == "pose" or not bool(answer.points.isfinite().any())):
+                raise ValueError("pictures were given, and what is asked for needs their cameras too: give Views")
             true = given.cam_to_world[..., :3, 3]
             if anchors is not None:
                 rows = torch.arange(len(anchors), device=anchors.device)[:, None]
@@ -74,6 +81,13 @@ class PMLoss:
         return pm_loss(
             means.flatten(1, -2), points.to(means.device), self.config, confidence=confidence, centres=centres
         )
+
+
+def _without_cameras(image_01: Tensor) -> Views:
+    """Views whose cameras are not known, so that no point that follows from them is finite."""
+    lead = image_01.shape[:2]
+    unknown = image_01.new_full((*lead, 4, 4), torch.nan)
+    return Views(image_01, unknown, unknown[..., :3, :3], unknown[..., 0, 0], unknown[..., 0, 0])
 
 
 @dataclass(frozen=True)

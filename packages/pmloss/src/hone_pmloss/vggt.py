@@ -1,6 +1,7 @@
 """VGGT, the paper's teacher: a point per pixel of pictures whose cameras nobody knows, in the first picture's frame.
 
-Only what gives points is here: the alternating transformer and the point head. Keys are the published ones.
+Only what gives points is here: the alternating transformer and the point head. Keys are the published ones. Of the
+other heads only names and shapes are known, so that a published file is looked at whole before anything of it is used.
 
 Source: VGGT (arXiv 2503.11651) and its release.
 """
@@ -8,7 +9,7 @@ Source: VGGT (arXiv 2503.11651) and its release.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .teachers import PointMap, digest_of
 
-__all__ = ["VGGT", "VGGT_1B", "VGGTConfig", "VGGTTeacher"]
+__all__ = ["VGGT", "VGGT_1B", "VGGTConfig", "VGGTTeacher", "published_layout"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,10 @@ GRID_SHARE = 0.1
 """With which the head adds the grid's embedding."""
 CHUNK = 8
 """Pictures that the head takes at a time."""
-OTHER_HEADS = ("camera_head.", "depth_head.", "track_head.")
+OTHER_HEADS = ("camera_head", "depth_head", "track_head")
+"""Of the published file, and without points."""
+POSE, TRACK = 9, 384
+"""Numbers of a camera, and channels of the layers that follow points."""
 LICENCE = (
     "the published weights of VGGT-1B are under CC BY-NC 4.0, which forbids commercial use; a commercial checkpoint "
     "has terms of its own"
@@ -177,16 +181,17 @@ class Aggregator(nn.Module):
 class PointScratch(Scratch):
     """The head's part at one width, and its output."""
 
-    def __init__(self, cfg: VGGTConfig) -> None:
+    def __init__(self, cfg: VGGTConfig, outputs: int) -> None:
         super().__init__(cfg.head_channels, cfg.head_width, output=False)
-        self.output_conv1 = nn.Conv2d(cfg.head_width, cfg.head_width // 2, 3, 1, 1)
-        self.output_conv2 = nn.Sequential(nn.Conv2d(cfg.head_width // 2, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 4, 1))
+        half = cfg.head_width // 2
+        self.output_conv1 = nn.Conv2d(cfg.head_width, half, 3, 1, 1)
+        self.output_conv2 = nn.Sequential(nn.Conv2d(half, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, outputs, 1))
 
 
 class PointHead(nn.Module):
     """From tokens to a point and a confidence per pixel."""
 
-    def __init__(self, cfg: VGGTConfig) -> None:
+    def __init__(self, cfg: VGGTConfig, outputs: int = 4) -> None:
         super().__init__()
         channels = cfg.head_channels
         self.norm = nn.LayerNorm(2 * cfg.width)
@@ -199,7 +204,7 @@ class PointHead(nn.Module):
                 nn.Conv2d(channels[3], channels[3], 3, 2, 1),
             ]
         )
-        self.scratch = PointScratch(cfg)
+        self.scratch = PointScratch(cfg, outputs)
 
     def forward(self, taps: list[Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Points ``[n, H, W, 3]`` and confidence ``[n, H, W]`` of tokens ``[n, token, 2 * width]``."""
@@ -273,6 +278,79 @@ class VGGT(nn.Module):
         return points, trust
 
 
+class _Parts(nn.Module):
+    """Modules and tensors by their names."""
+
+    def __init__(self, **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+
+def _tracking(attention: str) -> nn.ModuleList:
+    """Layers of the track head, whose attention has this name."""
+    norms = ("norm1", "norm2", *(["norm_context"] if attention == "cross_attn" else []))
+    parts = {attention: lambda: nn.MultiheadAttention(TRACK, 8), "mlp": lambda: Mlp(TRACK)}
+    parts |= dict.fromkeys(norms, lambda: nn.LayerNorm(TRACK))
+    return nn.ModuleList(_Parts(**{name: make() for name, make in parts.items()}) for _ in range(6))
+
+
+def _camera_head(cfg: VGGTConfig) -> nn.Module:
+    wide = 2 * cfg.width
+    return _Parts(
+        empty_pose_tokens=torch.zeros(1, 1, POSE),
+        token_norm=nn.LayerNorm(wide),
+        trunk=nn.Sequential(*(Block(wide, cfg.heads) for _ in range(4))),
+        trunk_norm=nn.LayerNorm(wide),
+        embed_pose=nn.Linear(POSE, wide),
+        poseLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(wide, 3 * wide)),
+        pose_branch=_Parts(fc1=nn.Linear(wide, cfg.width), fc2=nn.Linear(cfg.width, POSE)),
+    )
+
+
+def _track_head(cfg: VGGTConfig) -> nn.Module:
+    found = cfg.head_width // 2
+    features = PointHead(replace(cfg, head_width=found))
+    features.scratch.output_conv1 = nn.Conv2d(found, found, 3, 1, 1)
+    del features.scratch.output_conv2
+    # Of a point that is followed: three vectors and four numbers, and 7 levels of 9 x 9 correlations.
+    token, correlations = 3 * found + 4, 7 * 9 * 9
+    tracker = _Parts(
+        query_ref_token=torch.zeros(1, 2, token),
+        corr_mlp=_Parts(fc1=nn.Linear(correlations, TRACK), fc2=nn.Linear(TRACK, found)),
+        updateformer=_Parts(
+            virual_tracks=torch.zeros(1, 64, 1, TRACK),
+            input_norm=nn.LayerNorm(token),
+            input_transform=nn.Linear(token, TRACK),
+            output_norm=nn.LayerNorm(TRACK),
+            flow_head=nn.Linear(TRACK, found + 2),
+            time_blocks=_tracking("attn"),
+            space_virtual_blocks=_tracking("attn"),
+            space_point2virtual_blocks=_tracking("cross_attn"),
+            space_virtual2point_blocks=_tracking("cross_attn"),
+        ),
+        fmap_norm=nn.LayerNorm(found),
+        ffeat_norm=nn.LayerNorm(found),
+        ffeat_updater=nn.Sequential(nn.Linear(found, found)),
+        vis_predictor=nn.Sequential(nn.Linear(found, 1)),
+        conf_predictor=nn.Sequential(nn.Linear(found, 1)),
+    )
+    return _Parts(feature_extractor=features, tracker=tracker)
+
+
+def published_layout(cfg: VGGTConfig = VGGT_1B) -> VGGT:
+    """Every tensor of the published file, on the meta device.
+
+    The camera, depth and track heads are there for their names and shapes alone: nothing runs them.
+    """
+    with torch.device("meta"):
+        layout = VGGT(cfg)
+        layout.camera_head = _camera_head(cfg)
+        layout.depth_head = PointHead(cfg, 2)
+        layout.track_head = _track_head(cfg)
+    return layout
+
+
 class VGGTTeacher(nn.Module):
     """VGGT as a teacher; the cameras of the views are not looked at.
 
@@ -291,7 +369,9 @@ class VGGTTeacher(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, *, config: VGGTConfig = VGGT_1B, device: torch.device | str = "cpu") -> VGGTTeacher:
-        """Load published weights, whose licence is logged; heads that give no points are left out.
+        """Load published weights strictly; their licence is logged, and which heads are left out.
+
+        The camera, depth and track heads are not used. Each has to be whole, or not in the file at all.
 
         Args:
             path: ``model.safetensors`` or ``model.pt`` of the release.
@@ -299,15 +379,24 @@ class VGGTTeacher(nn.Module):
             device: Where it goes.
 
         Raises:
-            CheckpointError: It cannot be read, or is of another architecture.
+            CheckpointError: It cannot be read, or some tensors are missing, too many or of another shape.
         """
         log.warning("%s: %s", path, LICENCE)
-        state = {name: value for name, value in read_state(path).items() if not name.startswith(OTHER_HEADS)}
+        state = read_state(path, outside=())
+        layout = published_layout(config)
+        found = {name.partition(".")[0] for name in state}
+        for head in OTHER_HEADS:
+            if head not in found:
+                delattr(layout, head)
+        if wrong := state_difference(layout, state):
+            raise CheckpointError(f"{path} is no checkpoint of VGGT: {wrong}")
+        for head in OTHER_HEADS:
+            if head in found:
+                count = sum(value.numel() for value in getattr(layout, head).parameters())
+                log.info("%s: %s is left out, %s parameters that give no points", path, head, f"{count:,}")
         with torch.device("meta"):
             model = VGGT(config)
-        if wrong := state_difference(model, state):
-            raise CheckpointError(f"{path} is no checkpoint of VGGT: {wrong}")
-        model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        model.load_state_dict({name: state[name].float() for name in model.state_dict()}, assign=True)
         return cls(model.to(device), name=f"{Path(path).name}:{digest_of(model)}")
 
     @torch.no_grad()

@@ -41,12 +41,13 @@ def build_published(kind: str) -> Any:
     return PUBLISHED[kind]().eval()
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, *, outside: tuple[str, ...] = OUTSIDE) -> dict[str, Tensor]:
     """Tensors of a checkpoint, keys as in our hosts; nothing in the file is executed.
 
     Args:
         path: ``.safetensors``, or ``.ckpt``, ``.pth``, ``.pt`` with a state dict, alone or under ``state_dict`` or
             ``model``.
+        outside: Beginnings of names that are passed over.
 
     Raises:
         CheckpointError: The file is missing, damaged, needs code to be read, or holds no tensors of a host.
@@ -77,7 +78,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(data, Mapping) or not data or not all(isinstance(value, Tensor) for value in data.values()):
         raise CheckpointError(f"{path} holds no state dict: expected names and tensors, alone or under state_dict")
-    state = {name: value for name, value in data.items() if not name.startswith(OUTSIDE)}
+    state = {name: value for name, value in data.items() if not name.startswith(outside)}
     if any(name.startswith("encoder.") for name in state):
         others = [name for name in state if not name.startswith("encoder.")]
         if others:
