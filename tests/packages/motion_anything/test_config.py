@@ -1,6 +1,8 @@
 import pytest
 from hone_motion_anything.config import (
+    ConvertConfig,
     DemoConfig,
+    GenerateConfig,
     HostConfig,
     MotionAnythingConfig,
     ReproduceConfig,
@@ -33,6 +35,9 @@ from hone_motion_anything.config import (
         (TrainHostConfig, {"tokenizer_share": 0.95}, "leave the transformer some"),
         (TrainHostConfig, {"drop": 2.0}, "drop is a share"),
         (TrainHostConfig, {"clips": 4}, "clips at least batch"),
+        (ConvertConfig, {"source": "a", "bones": "loose"}, "bones must be one of fixed, stretched; got 'loose'"),
+        (ConvertConfig, {"source": "a", "to": "npz", "bones": "stretched"}, "stretched in bvh and gltf; got npz"),
+        (GenerateConfig, {"texts": ("a",), "formats": ("mp4",), "bones": "stretched"}, "in bvh and gltf; got mp4"),
         (DemoConfig, {"limit": 1}, "a limit of 2 at least"),
         (DemoConfig, {"tempo": 10.0}, "from 60 to 180; got 10"),
         (ReproduceConfig, {"arms": ("attention",)}, "arms must be two or more of"),

@@ -12,13 +12,19 @@ from hone_motion_anything.dance import (
 from hone_motion_anything.skeletons import HUMANML3D, SMPL_OFFSETS
 
 
-def dancing(frames=90):
-    """A body whose joints swing widely, so that every relation holds now and then."""
-    rng = np.random.default_rng(3)
+def resting():
+    """The rest pose of 24 joints: arms and legs straight."""
     places = np.zeros((24, 3))
     for joint, parent in enumerate((*HUMANML3D.parents, 20, 21)):
         if joint:
             places[joint] = places[parent] + SMPL_OFFSETS[joint]
+    return places
+
+
+def dancing(frames=90):
+    """A body whose joints swing widely, so that every relation holds now and then."""
+    rng = np.random.default_rng(3)
+    places = resting()
     t = np.arange(frames)[:, None, None] / 60
     phase, speed, size = rng.random((3, 24, 3))
     swing = (0.05 + 0.4 * size) * np.sin(2 * np.pi * (t * (0.5 + 2 * speed) + phase))
@@ -64,12 +70,7 @@ def test_features_of_the_release(golden):
 
 def test_relations_known_by_hand():
     still = np.repeat(dancing(1), 10, 0)
-    # The rest pose alone: arms and legs straight, nothing moves.
-    places = np.zeros((24, 3))
-    for joint, parent in enumerate((*HUMANML3D.parents, 20, 21)):
-        if joint:
-            places[joint] = places[parent] + SMPL_OFFSETS[joint]
-    rest = np.repeat(places[None], 10, 0)
+    rest = np.repeat(resting()[None], 10, 0)  # nothing moves
     found = geometric_features(rest)
     assert not found[[0, 1, 4, 5, 9, 10, 11, 12, 13, 21, 22, 31]].any()
     assert not found[[6, 7, 19, 20]].any()  # elbows and knees are stretched
@@ -80,6 +81,51 @@ def test_relations_known_by_hand():
     bent[:, 20] = bent[:, 18] + [0.0, 0.26, 0.0]  # the left forearm straight up
     assert geometric_features(bent)[7] == 1
     assert kinetic_features(still)[:2] == pytest.approx([0, 0])
+
+
+ARM = 0.25686  # metres of the release's upper arm
+
+
+@pytest.mark.parametrize(
+    ("column", "joint", "arms"), [(12, 21, 2.5), (13, 20, 2.5), (21, 8, 2.5), (22, 7, 2.5), (31, 0, 2.3)]
+)
+def test_a_joint_is_fast_from_some_arms_a_second(column, joint, arms):
+    for share in (0.98, 1.02):
+        motion = np.repeat(resting()[None], 10, 0)
+        # Time runs at 120 frames a second in the release.
+        motion[:, joint] += np.arange(10)[:, None] * np.array([0.6, 0, 0.8]) * share * arms * ARM / 120
+        found = geometric_features(motion)
+        assert [number for number in (12, 13, 21, 22, 31) if found[number]] == ([column] if share > 1 else [])
+
+
+def test_relations_that_hardly_change_in_a_dance():
+    def still(joint, place):
+        pose = resting()
+        pose[joint] = place
+        return geometric_features(np.repeat(pose[None], 4, 0))
+
+    rest = resting()
+    lowest = rest[:, 1].min()
+    for column, wrist in ((29, 21), (30, 20)):  # a hand within 1.2 arms of the lowest joint
+        for height, holds in ((1.18, 1), (1.22, 0)):
+            assert still(wrist, [0.4, lowest + height * ARM, 0])[column] == holds
+            assert still(41 - wrist, [0.4, lowest + height * ARM, 0])[column] == 0
+    for degrees, holds in ((69, 0), (71, 1), (109, 1), (111, 0)):  # the trunk lies
+        angle = np.radians(degrees)
+        assert still(12, rest[0] - 0.5 * np.array([np.sin(angle), np.cos(angle), 0]))[28] == holds
+    trunk = rest[0] - rest[12]
+    side = np.cross(trunk, [0, 0, 1.0])
+    trunk, side = trunk / np.linalg.norm(trunk), side / np.linalg.norm(side)
+    for column, shoulder in ((23, 17), (24, 16)):  # an upper arm is off the trunk
+        for degrees, holds in ((24, 0), (26, 1), (178, 1)):
+            angle = np.radians(degrees)
+            arm = np.cos(angle) * trunk + np.sin(angle) * side
+            assert still(shoulder + 2, rest[shoulder] + 0.3 * arm)[column] == holds
+    for column, hip, most in ((25, 2, 50), (26, 1, 50)):  # a thigh is lifted
+        for degrees, holds in ((most - 1, 0), (most + 1, 1), (178, 1)):
+            angle = np.radians(degrees)
+            leg = np.cos(angle) * trunk + np.sin(angle) * side
+            assert still(hip + 3, rest[hip] + 0.4 * leg)[column] == holds
 
 
 def test_corrected_accelerations_do_not_depend_on_the_place():
@@ -109,6 +155,23 @@ def test_foot_contact():
     fall[..., 0] = np.arange(40)[:, None] / 64
     fall[:, 0, 1] = -(np.arange(40) ** 2)
     assert foot_contact_score(fall) == 0
+    # One joint of one foot that stands is enough.
+    for joint in (7, 8, 10, 11):
+        stand = glide.copy()
+        stand[:, joint] = 0
+        assert foot_contact_score(stand) == 0
+
+
+def test_foot_contact_is_the_loop():
+    joints = dancing(20)
+    force, slides = [], []
+    for i in range(18):
+        push = joints[i + 2, 0] - 2 * joints[i + 1, 0] + joints[i, 0]
+        force.append(np.linalg.norm([push[0], max(push[1], 0), push[2]]))
+        step = {j: np.linalg.norm((joints[i + 2, j] - joints[i + 1, j])[[0, 2]]) for j in (7, 8, 10, 11)}
+        slides.append(min(step[7], step[10]) * min(step[8], step[11]))
+    wanted = sum(f / max(force) * slide for f, slide in zip(force, slides, strict=True)) / 18 * 10000
+    assert foot_contact_score(joints) == pytest.approx(wanted)
 
 
 def test_bad_joints():
@@ -116,8 +179,40 @@ def test_bad_joints():
         geometric_features(np.zeros((10, 22, 3)))
     bad = np.zeros((10, 24, 3))
     bad[6, 2, 1] = np.nan
-    with pytest.raises(ValueError, match="frame 6 holds"):
-        kinetic_features(bad)
+    for metric in (kinetic_features, geometric_features, foot_contact_score):
+        with pytest.raises(ValueError, match="frame 6 holds"):
+            metric(bad)
+        with pytest.raises(ValueError, match="of four frames or more; got"):
+            metric(bad[:3])
+        assert np.isfinite(metric(dancing(4))).all()
+    with pytest.raises(ValueError, match=r"expected \[frames, joints, 3\]"):
+        kinetic_features(np.zeros((10, 24, 2)))
+
+
+def test_scores_of_equal_dances_and_of_one():
+    real = np.random.default_rng(0).normal(size=(12, 3))
+    real[:, 2] = 7  # a relation that never changes tells nothing
+    fid, spread = dance_scores(np.repeat(real[:1] / 3 + [0, 0, 14 / 3], 5, 0), real)
+    assert np.isfinite(fid)
+    assert spread == pytest.approx(0, abs=1e-6)
+    assert dance_scores(real, real) == pytest.approx((0, dance_scores(real[:, :2], real[:, :2])[1]), abs=1e-6)
+    with pytest.raises(ValueError, match="at least two vectors"):
+        dance_scores(real[:1], real)
+
+
+def test_beats_are_the_loops_minima():
+    speed = np.random.default_rng(17).random(240)
+    joints = np.zeros((241, 3, 3))
+    joints[1:, :, 1] = speed.cumsum()[:, None]
+    weights = [np.exp(-((k / 5) ** 2) / 2) for k in range(-20, 21)]
+    smooth = []
+    for i in range(240):
+        near = [k if k >= 0 else -1 - k for k in range(i - 20, i + 21)]  # the ends are mirrored, the last one twice
+        near = [k if k < 240 else 479 - k for k in near]
+        smooth.append(sum(w * speed[k] for w, k in zip(weights, near, strict=True)))
+    wanted = [i for i in range(1, 239) if smooth[i] < smooth[i - 1] and smooth[i] < smooth[i + 1]]
+    assert motion_beats(joints).tolist() == wanted
+    assert (wanted[0], wanted[-1]) == (7, 224)  # near enough to the ends to feel the mirror
 
 
 def test_beats_of_a_pendulum():
@@ -139,5 +234,7 @@ def test_resampling_is_straight_between_frames():
     found = resampled(joints, 20, 60)
     assert found.shape == (13, 2, 3)
     assert found[:, 0, 0] == pytest.approx(np.arange(13) / 3)
+    assert resampled(joints**3, 20, 60)[[9, 10, -2, -1], 0, 0] == pytest.approx([27, 27 + 37 / 3, 64 - 37 / 3, 64])
+    assert resampled(joints, 20).shape == (13, 2, 3)  # 60, if nothing is said
     # Never beyond the last frame.
     assert len(resampled(np.zeros((243, 2, 3)), 60, 20)) == 81

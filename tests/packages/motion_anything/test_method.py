@@ -1,10 +1,11 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_motion_anything.config import MotionAnythingConfig, TransformerConfig
-from hone_motion_anything.decoding import edited, guided, unmask
+from hone_motion_anything.decoding import edited, guided, passes, unmask
 from hone_motion_anything.masking import choose_masks, cosine_mask, masked_loss
 from hone_motion_anything.method import Attention, Condition, MotionTransformer, attention_mask, random_mask, select
 
@@ -375,6 +376,8 @@ def test_guidance_is_a_sum_over_conditions():
     found = guided(net, ids, condition, valid, 3.0, 2.0)
     assert_close(found, nothing + 2 * (music - nothing) + 3 * (both - music))
     assert_close(guided(net, ids, condition, valid, 1.0, 1.0), both)
+    # What weighs nothing is not computed.
+    assert passes(net, ids, condition, valid, 1.0, 1.0).weights == (1.0,)
     text = Condition(text=condition.text)
     alone = net(ids, text.dropped(no, no), valid)
     assert_close(guided(net, ids, text, valid, 4.0, 9.0), alone + 4 * (net(ids, text, valid) - alone))
@@ -400,6 +403,43 @@ def test_unmasking_fixes_the_surest_first_and_ends_with_all():
     hidden = [(ids == 5).sum().item() for ids in seen]
     assert hidden == [6, round(6 * math.cos(math.pi / 6)), round(6 * math.cos(math.pi / 3)), 1]
     assert (seen[-1] == 5).nonzero().tolist() == [[0, 0, 0]]
+
+
+def test_what_is_fixed_stays_however_sure_later_passes_are():
+    g = torch.Generator().manual_seed(0)
+    seen = []
+
+    def logits(ids):
+        seen.append(ids.clone())
+        return 4 * torch.randn(3, 8, 2, 5, generator=g)
+
+    valid = torch.ones(3, 8, dtype=torch.bool)
+    seen.append(unmask(logits, valid, 2, 5, torch.Generator().manual_seed(1), steps=6))
+    for before, after in pairwise(seen):
+        fixed = before != 5
+        assert torch.equal(before[fixed], after[fixed])
+    assert [(ids == 5).sum().item() for ids in seen] == [48, 45, 39, 27, 15, 3, 0]
+
+
+def test_an_edit_stays_inside_what_is_there():
+    seen = []
+
+    def logits(ids):
+        seen.append(ids.clone())
+        return torch.zeros(3, 6, 2, 5)
+
+    valid = torch.arange(6) < torch.tensor([[6], [4], [5]])
+    start = torch.randint(5, (3, 6, 2), generator=torch.Generator().manual_seed(0))
+    edit = torch.zeros(3, 6, 2, dtype=torch.bool)
+    edit[:2, 2:, 0] = True  # reaches into the padding of the second motion; nothing of the third is made
+    found = unmask(logits, valid, 2, 5, torch.Generator().manual_seed(1), steps=3, start=start, edit=edit)
+    there = valid[..., None].expand(3, 6, 2)
+    for ids in (*seen, found):
+        assert (ids[~there] == 6).all()
+        assert torch.equal(ids[there & ~edit], start[there & ~edit])
+    # Counts are of what is there: four cells and two.
+    assert [(ids == 5).sum((1, 2)).tolist() for ids in seen] == [[4, 2, 0], [3, 1, 0], [1, 1, 0]]
+    assert (found[there] < 5).all()
 
 
 def test_a_rank_hides_its_largest_again():
@@ -451,3 +491,5 @@ def test_an_edit_keeps_what_it_does_not_make():
     assert (found[edit] < 7).all()
     with pytest.raises(ValueError, match="needs both start"):
         unmask(lambda now: now, valid, 3, 7, g, start=ids)
+    with pytest.raises(ValueError, match="needs both start"):
+        unmask(lambda now: now, valid, 3, 7, g, edit=edit)

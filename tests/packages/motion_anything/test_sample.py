@@ -32,22 +32,30 @@ def test_texts_and_music(untrained, tmp_path, monkeypatch, capsys):
         "--out", tmp_path / "run",
     )  # fmt: skip
     assert code == 0, err
-    files = [line.rsplit("/", 1)[1] for line in out.splitlines()]
+    *files, said = out.splitlines()
+    files = [line.rsplit("/", 1)[1] for line in files]
     assert files == ["motion-000.bvh", "motion-000.npy", "motion-001.bvh", "motion-001.npy"]
     assert (tmp_path / "run" / "artifacts" / "music.wav").stat().st_size == 44 + 2 * 4 * 15_360
     joints = [np.load(tmp_path / "run" / "artifacts" / f"motion-00{i}.npy") for i in (0, 1)]
     assert joints[0].shape == (80, 22, 3)
     assert not np.array_equal(*joints)
+    found = [read_bvh(tmp_path / "run" / "artifacts" / f"motion-00{i}.bvh")[0].numpy() for i in (0, 1)]
+    off = 1000 * np.linalg.norm(np.array(found) - joints, axis=-1)
+    assert f"bvh: bones of one length, joints {off.mean():.1f} mm off on average, {off.max():.1f} mm at most" in said
+    assert off.max() > 1
 
 
 def test_music_alone_and_an_edit(untrained, motion, tmp_path, monkeypatch, capsys):
     track = write_wav(click_track(100, 0.1, 5.0), tmp_path / "track.wav")
-    code, _, err = run(
+    code, out, err = run(
         monkeypatch, capsys, "--music", track, "--edit", motion, "--edit-parts", "left arm", "--edit-seconds", 1, 2,
-        "--host", untrained, "--to", "bvh", "--steps", "2", "--out", tmp_path / "run",
+        "--host", untrained, "--to", "bvh", "npy", "--bones", "stretched", "--steps", "2", "--out", tmp_path / "run",
     )  # fmt: skip
     assert code == 0, err
-    assert read_bvh(tmp_path / "run" / "artifacts" / "motion-000.bvh")[0].shape == (80, 22, 3)
+    assert "mm" not in out.replace(str(tmp_path), "")
+    found = read_bvh(tmp_path / "run" / "artifacts" / "motion-000.bvh")[0]
+    assert found.shape == (80, 22, 3)
+    assert np.abs(found.numpy() - np.load(tmp_path / "run" / "artifacts" / "motion-000.npy")).max() < 1e-5
 
 
 def test_cells_of_an_edit():

@@ -31,12 +31,19 @@ __all__ = [
     "UnmaskConfig",
 ]
 
+Bones = Literal["fixed", "stretched"]
 Masking = Literal["attention", "random", "events", "cosine"]
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _check_bones(bones: Bones, formats: tuple[str, ...]) -> None:
+    _one_of("bones", bones, get_args(Bones))
+    if bones == "stretched" and not {"bvh", "gltf"} & set(formats):
+        raise ValueError(f"bones are stretched in bvh and gltf; got {', '.join(formats)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -416,6 +423,9 @@ class GenerateConfig:
     """Axis that is up in the motion's file."""
     formats: tuple[str, ...] = field(default=("bvh", "mp4"), metadata=flag("to"))
     """Formats to write: bvh, gltf, npz, npy, mp4, and html, a page that shows all motions with the music."""
+    bones: Bones = "fixed"
+    """In bvh and gltf: fixed, bones of one length as game engines want them, whose ends may miss the joints, or
+    stretched, each joint where it is in each frame."""
     unmask: UnmaskConfig = field(default_factory=UnmaskConfig)
     """Generation."""
     seed: int = 0
@@ -434,6 +444,7 @@ class GenerateConfig:
         wrong = [kind for kind in self.formats if kind not in ("bvh", "gltf", "npz", "npy", "mp4", "html")]
         if wrong or not self.formats:
             raise ValueError(f"formats are of bvh, gltf, npz, npy, mp4, html; got {', '.join(wrong) or 'none'}")
+        _check_bones(self.bones, self.formats)
         if self.music_start < 0:
             raise ValueError(f"music_start must not be negative; got {self.music_start}")
 
@@ -452,6 +463,9 @@ class ConvertConfig:
     """Format of the motion: bvh, gltf, npz, npy, mp4, or html, a page that shows it."""
     features: bool = False
     """Write features in place of joints, as .npy."""
+    bones: Bones = "fixed"
+    """In bvh and gltf: fixed, bones of one length as game engines want them, whose ends may miss the joints, or
+    stretched, each joint where it is in each frame."""
     skeleton: Literal["humanml3d", "kit"] = "humanml3d"
     """Whose joints the motion has."""
     fps: float | None = None
@@ -460,6 +474,9 @@ class ConvertConfig:
     """Axis that is up in the file."""
     model: str | None = None
     """Which published model the checkpoint is, such as momask-mask."""
+
+    def __post_init__(self) -> None:
+        _check_bones(self.bones, (self.to,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,14 +10,14 @@ from hone_core.runs import Report, Run
 
 from .checkpoints import MANIFESTS, load_published
 from .config import ConvertConfig
-from .motion_files import READS, SKELETONS, WRITES, read_motion, write_motion
+from .motion_files import READS, SKELETONS, WRITES, distance_lines, distance_rows, read_motion, write_motion
 
 __all__ = ["ConvertReport", "convert", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertReport(Report):
-    """Result of ``convert``; as text, the file.
+    """Result of ``convert``; as text, the file, what it holds, and how far joints are off.
 
     Attributes:
         target: What was written.
@@ -32,8 +32,8 @@ class ConvertReport(Report):
         return cls(path=run.path, rows=tuple(run.rows), target=target)
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{row.value:g} {row.metric}" for row in self.rows)
-        return f"{self.target}\n{counts}"
+        counts = ", ".join(f"{row.value:g} {row.metric}" for row in self.rows if not row.unit)
+        return "\n".join([str(self.target), counts, *distance_lines(self.rows)])
 
 
 def prepare(cfg: ConvertConfig) -> ConvertConfig:
@@ -72,7 +72,8 @@ def convert(cfg: ConvertConfig, run: Run) -> ConvertReport:
         run.row("numbers", count, better="none")
         return ConvertReport.of(run)
     motion = read_motion(cfg.source, SKELETONS[cfg.skeleton], fps=cfg.fps, up=cfg.up)
-    write_motion(motion, run.artifacts / f"{cfg.source.stem}.{cfg.to}", features=cfg.features)
+    write_motion(motion, run.artifacts / f"{cfg.source.stem}.{cfg.to}", features=cfg.features, bones=cfg.bones)
     run.row("frames", len(motion.joints), better="none")
     run.row("frames a second", motion.fps, better="none")
+    distance_rows(run, [motion], [cfg.to], cfg.bones)
     return ConvertReport.of(run)

@@ -237,19 +237,18 @@ def beat_alignment(joints: ArrayLike, music_beats: ArrayLike) -> float:
     return float(np.exp(-(nearest**2) / 2 / 9).mean())
 
 
-def foot_contact_score(joints: ArrayLike, fps: float = 30.0) -> float:
+def foot_contact_score(joints: ArrayLike) -> float:
     """EDGE's PFC: the root may be accelerated only where a foot stands; times 10,000, lower is better.
 
     Args:
-        joints: ``[frames, joints, 3]``, SMPL's order, +y up.
-        fps: Frames a second; published numbers are at 30.
+        joints: ``[frames, joints, 3]``, SMPL's order, +y up; published numbers are at 30 frames a second.
 
     Raises:
         ValueError: There are fewer than four frames, or a joint is not finite.
     """
     data = _checked(joints)
     root = data[:, 0]
-    second = np.diff(np.diff(root, axis=0), axis=0) * fps**2
+    second = np.diff(np.diff(root, axis=0), axis=0)  # put on the largest below: no frame rate counts
     second[:, 1] = np.maximum(second[:, 1], 0)  # pushed upwards, or sideways
     force = np.linalg.norm(second, axis=-1)
     if not force.max():

@@ -1,8 +1,9 @@
 """Motion as files: BVH for animation tools, NPZ with SMPL's parameters, and both read back.
 
 Joints alone do not say how a bone is twisted: rotations turn each bone the shortest way from the rest pose, and a
-joint with several children to fit them all. Lengths are those of the motion's first frame, so that rigid motions come
-back exactly.
+joint with several children to fit them all. Bones at rest are the mean of the motion's own, so that a rigid motion
+comes back exactly. One whose bones stretch comes back exactly with ``bones="stretched"``, a place for each joint in
+each frame.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import zipfile
 import zlib
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,20 +21,76 @@ from hone_core.io import atomic_path, atomic_write_text
 from jaxtyping import Float
 from torch import Tensor
 
+from .config import Bones
 from .features import check_joints
-from .rotations import axis_angle_to_quat, matrix_to_axis_angle, multiply, to_matrix
+from .rotations import axis_angle_to_quat, conjugate, matrix_to_axis_angle, multiply, rotate, to_matrix
 from .skeletons import HUMANML3D, SMPL_OFFSETS, Skeleton, forward_kinematics, local_rotations
 
-__all__ = ["read_bvh", "read_smpl", "rest_offsets", "write_bvh", "write_smpl"]
+__all__ = ["Rig", "export_distance", "fit_rig", "read_bvh", "read_smpl", "write_bvh", "write_smpl"]
 
 
-def rest_offsets(joints: Float[Tensor, "frames joints 3"], skeleton: Skeleton = HUMANML3D) -> Float[Tensor, "joints 3"]:
-    """Bones at rest, with SMPL's directions for its skeleton and the lengths of the first frame."""
-    if skeleton is not HUMANML3D:
-        return skeleton.bone_offsets(joints[0])
-    rest = torch.tensor(SMPL_OFFSETS, dtype=joints.dtype)[:22]
-    lengths = skeleton.bone_offsets(joints[0]).norm(dim=-1, keepdim=True)
-    return rest / rest.norm(dim=-1, keepdim=True).clamp(min=1e-12) * lengths
+class Rig(NamedTuple):
+    """A motion as a skeleton at rest that moves.
+
+    Attributes:
+        offsets: Bones at rest in metres; the root's is 0.
+        rotations: ``quat_wxyz`` relative to the parent.
+        places: Of each joint in its parent's frame, in metres; the root's in the world.
+    """
+
+    offsets: Float[Tensor, "joints 3"]
+    rotations: Float[Tensor, "frames joints 4"]
+    places: Float[Tensor, "frames joints 3"]
+
+
+def fit_rig(joints: Float[Tensor, "frames joints 3"], skeleton: Skeleton = HUMANML3D, bones: Bones = "fixed") -> Rig:
+    """The skeleton at rest and its motion, in double precision on the CPU.
+
+    Args:
+        joints: In metres, +y up.
+        skeleton: Of the joints; at rest its bones point as SMPL's or as the set's, in the mean of the motion's lengths
+            and of its angles between the bones of one joint.
+        bones: ``fixed`` leaves each joint at its bone's end; ``stretched`` puts it where it is, in each frame.
+
+    Raises:
+        ValueError: The joints are of another skeleton, or not finite; ``bones`` is neither.
+    """
+    if bones not in get_args(Bones):
+        raise ValueError(f"bones must be one of {', '.join(get_args(Bones))}; got {bones!r}")
+    joints = joints.detach().double().cpu()
+    check_joints(joints, skeleton)
+    directions = SMPL_OFFSETS[:22] if skeleton is HUMANML3D else skeleton.directions
+    rest = torch.tensor(directions, dtype=torch.float64)
+    spans = torch.cat([torch.zeros_like(joints[:, :1]), joints[:, 1:] - joints[:, list(skeleton.parents[1:])]], 1)
+    lengths = spans.norm(dim=-1).mean(0)[:, None]
+    rest = rest / rest.norm(dim=-1, keepdim=True).clamp(min=1e-12) * lengths
+    offsets = _in_parents(spans, local_rotations(joints, rest, skeleton), skeleton).mean(0)
+    rotations = local_rotations(joints, offsets, skeleton)
+    places = offsets.expand_as(joints) if bones == "fixed" else _in_parents(spans, rotations, skeleton)
+    return Rig(offsets, rotations, torch.cat([joints[:, :1], places[:, 1:]], 1))
+
+
+def _in_parents(spans: Tensor, rotations: Tensor, skeleton: Skeleton) -> Tensor:
+    """Bones of the world, ``[frames, joints, 3]``, as each one's parent sees them."""
+    turns, found = [rotations[:, 0]], [spans[:, 0]]
+    for joint in range(1, skeleton.count):
+        parent = skeleton.parents[joint]
+        found.append(rotate(conjugate(turns[parent]), spans[:, joint]))
+        turns.append(multiply(turns[parent], rotations[:, joint]))
+    return torch.stack(found, 1)
+
+
+def export_distance(
+    joints: Float[Tensor, "frames joints 3"], skeleton: Skeleton = HUMANML3D
+) -> Float[Tensor, "frames joints"]:
+    """How far, in metres, each joint of an export with fixed bones is from where it was.
+
+    Raises:
+        ValueError: The joints are of another skeleton, or not finite.
+    """
+    rig = fit_rig(joints, skeleton)
+    back = forward_kinematics(rig.rotations, rig.places[:, 0], rig.offsets, skeleton.parents)
+    return (back - joints.detach().double().cpu()).norm(dim=-1)
 
 
 def write_bvh(
@@ -41,6 +99,7 @@ def write_bvh(
     skeleton: Skeleton = HUMANML3D,
     *,
     fps: float | None = None,
+    bones: Bones = "fixed",
 ) -> Path:
     """Write a BVH in centimetres, rotations as Euler angles z, y, x in degrees; returns the path.
 
@@ -49,21 +108,23 @@ def write_bvh(
         path: File to write.
         skeleton: Of the joints.
         fps: Frames a second; the set's if None.
+        bones: ``fixed``, three channels a joint and six for the root; ``stretched``, six for each, whose places stand
+            in for the offsets.
 
     Raises:
-        ValueError: The joints are of another skeleton, or not finite.
+        ValueError: The joints are of another skeleton, or not finite; ``bones`` is neither.
     """
-    joints = joints.detach().double().cpu()
-    check_joints(joints, skeleton)
-    offsets = rest_offsets(joints, skeleton)
-    angles = _euler(to_matrix(local_rotations(joints, offsets, skeleton)))
+    rig = fit_rig(joints, skeleton, bones)
+    angles = _euler(to_matrix(rig.rotations))
+    # Joints that have a place in each frame.
+    placed = (0,) if bones == "fixed" else range(skeleton.count)
     lines = ["HIERARCHY"]
 
     def add(joint: int, depth: int) -> None:
         pad = "\t" * depth
-        x, y, z = (100 * offsets[joint]).tolist()
+        x, y, z = (100 * rig.offsets[joint]).tolist()
         channels = "3 Zrotation Yrotation Xrotation"
-        if depth == 0:
+        if joint in placed:
             channels = f"6 Xposition Yposition Zposition {channels[2:]}"
         lines.append(f"{pad}{'JOINT' if depth else 'ROOT'} {skeleton.joints[joint]}")
         lines.append(f"{pad}{{")
@@ -78,9 +139,11 @@ def write_bvh(
     add(0, 0)
     rate = fps or skeleton.fps
     lines += ["MOTION", f"Frames: {len(joints)}", f"Frame Time: {1 / rate:.8f}"]
-    ordered = angles[:, list(skeleton.order)].flatten(1)
-    rows = torch.cat([100 * joints[:, 0], ordered], 1).tolist()
-    lines += [" ".join(f"{value:.6f}" for value in row) for row in rows]
+    columns: list[Tensor] = []
+    for joint in skeleton.order:
+        columns += [100 * rig.places[:, joint]] if joint in placed else []
+        columns.append(angles[:, joint])
+    lines += [" ".join(f"{value:.6f}" for value in row) for row in torch.cat(columns, 1).tolist()]
     return atomic_write_text(path, "\n".join(lines) + "\n")
 
 
@@ -251,28 +314,29 @@ def write_smpl(joints: Float[Tensor, "frames 22 3"], path: str | Path, *, fps: f
     """Write an NPZ with SMPL's parameters, as AMASS names them; returns the path.
 
     ``poses`` ``[frames, 72]`` in radians with hands at rest, ``trans``, ``betas`` 0, ``mocap_framerate``, ``gender``;
-    beside them ``offsets`` ``[22, 3]``, the bones that the motion has, which SMPL's mean body has about.
+    beside them ``offsets`` ``[22, 3]``, the mean of the motion's bones, which SMPL's mean body has about.
 
     Args:
         joints: In metres, +y up.
         path: File to write, ``.npz``.
         fps: Frames a second.
+
+    Raises:
+        ValueError: The joints are of another skeleton, or not finite.
     """
-    joints = joints.detach().double().cpu()
-    check_joints(joints, HUMANML3D)
-    offsets = rest_offsets(joints)
-    vectors = matrix_to_axis_angle(to_matrix(local_rotations(joints, offsets, HUMANML3D)))
+    rig = fit_rig(joints)
+    vectors = matrix_to_axis_angle(to_matrix(rig.rotations))
     poses = torch.cat([vectors.flatten(1), vectors.new_zeros(len(vectors), 6)], 1)
     with atomic_path(path) as scratch:
         np.savez(
             scratch,
             poses=poses.numpy(),
             # SMPL turns about its pelvis, which lies off the model's origin by a constant that only its file holds.
-            trans=joints[:, 0].numpy(),
+            trans=rig.places[:, 0].numpy(),
             betas=np.zeros(10),
             mocap_framerate=np.float64(fps),
             gender=np.str_("neutral"),
-            offsets=offsets.numpy(),
+            offsets=rig.offsets.numpy(),
         )
     return Path(path)
 

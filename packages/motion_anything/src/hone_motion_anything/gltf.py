@@ -13,9 +13,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .exports import rest_offsets
-from .features import check_joints
-from .skeletons import HUMANML3D, Skeleton, local_rotations
+from .config import Bones
+from .exports import fit_rig
+from .skeletons import HUMANML3D, Skeleton
 
 __all__ = ["write_gltf"]
 
@@ -79,25 +79,25 @@ def write_gltf(
     skeleton: Skeleton = HUMANML3D,
     *,
     fps: float | None = None,
+    bones: Bones = "fixed",
 ) -> Path:
     """Write a ``.gltf`` with its data inside; returns the path.
 
-    Rotations are as in a BVH, without a twist; bones have the lengths of the first frame.
+    Rotations are as in a BVH, without a twist.
 
     Args:
         joints: In metres, +y up.
         path: File to write.
         skeleton: Of the joints.
         fps: Frames a second; the set's if None.
+        bones: ``fixed`` moves the root and turns the others; ``stretched`` moves each joint in a track of its own.
 
     Raises:
-        ValueError: The joints are of another skeleton, or not finite.
+        ValueError: The joints are of another skeleton, or not finite; ``bones`` is neither.
     """
-    joints = joints.detach().double().cpu()
-    check_joints(joints, skeleton)
-    offsets = rest_offsets(joints, skeleton)
+    offsets, turns, moves = fit_rig(joints, skeleton, bones)
     # glTF has x, y, z, w.
-    rotations = local_rotations(joints, offsets, skeleton)[..., [1, 2, 3, 0]].numpy().astype(np.float32)
+    rotations, translations = (x.numpy().astype(np.float32) for x in (turns[..., [1, 2, 3, 0]], moves))
     rest = torch.zeros(skeleton.count, 3, dtype=torch.float64)
     for joint in range(1, skeleton.count):
         rest[joint] = rest[skeleton.parents[joint]] + offsets[joint]
@@ -115,11 +115,13 @@ def write_gltf(
     }
     indices, binds = buffer.add(faces), buffer.add(inverse.reshape(-1, 16))
     times = buffer.add((np.arange(len(joints)) / (fps or skeleton.fps)).astype(np.float32), bounds=True)
-    samplers = [{"input": times, "output": buffer.add(joints[:, 0].numpy().astype(np.float32))}]
-    channels: list[dict[str, Any]] = [{"sampler": 0, "target": {"node": 0, "path": "translation"}}]
-    for joint in range(skeleton.count):
-        samplers.append({"input": times, "output": buffer.add(rotations[:, joint])})
-        channels.append({"sampler": joint + 1, "target": {"node": joint, "path": "rotation"}})
+    samplers: list[dict[str, Any]] = []
+    channels: list[dict[str, Any]] = []
+    tracks = [("translation", joint, translations) for joint in range(skeleton.count if bones == "stretched" else 1)]
+    tracks += [("rotation", joint, rotations) for joint in range(skeleton.count)]
+    for number, (what, joint, values) in enumerate(tracks):
+        samplers.append({"input": times, "output": buffer.add(values[:, joint])})
+        channels.append({"sampler": number, "target": {"node": joint, "path": what}})
     nodes: list[dict[str, Any]] = []
     for joint, name in enumerate(skeleton.joints):
         node: dict[str, Any] = {"name": name, "translation": offsets[joint].tolist()}

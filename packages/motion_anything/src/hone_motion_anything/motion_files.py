@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -11,23 +12,29 @@ from typing import IO, Any
 import numpy as np
 import torch
 from hone_core.io import atomic_path
+from hone_core.runs import Row, Run
 from jaxtyping import Float
 from torch import Tensor
 
+from .config import Bones
 from .dance import resampled
-from .exports import read_bvh, read_smpl, write_bvh, write_smpl
+from .exports import export_distance, read_bvh, read_smpl, write_bvh, write_smpl
 from .features import extract, recover
 from .gltf import write_gltf
 from .rotations import axis_angle_to_quat
 from .skeletons import HUMANML3D, KIT, SMPL_OFFSETS, Skeleton, forward_kinematics
 from .viewer import write_viewer
 
-__all__ = ["READS", "SKELETONS", "WRITES", "Motion", "read_motion", "read_numbers", "write_motion"]
+__all__ = ["READS", "SKELETONS", "STRETCHED", "WRITES", "Motion", "distance_lines", "distance_rows", "read_motion"]
+__all__ += ["read_numbers", "write_motion"]
 
 SKELETONS = {"humanml3d": HUMANML3D, "kit": KIT}
 READS = (".npy", ".npz", ".bvh", ".pkl")
 WRITES = (".npy", ".npz", ".bvh", ".gltf", ".mp4", ".html")
 AIST_FPS = 60.0
+STRETCHED = (".bvh", ".gltf")
+"""Formats that can hold bones that stretch."""
+_MEAN, _GREATEST = "distance of joints, mean", "distance of joints, greatest"
 
 
 @dataclass(frozen=True)
@@ -182,13 +189,37 @@ def read_aist(path: str | Path) -> Float[Tensor, "frames 22 3"]:
     return forward_kinematics(axis_angle_to_quat(vectors), root, torch.tensor(SMPL_OFFSETS)[:22], HUMANML3D.parents)
 
 
-def write_motion(motion: Motion, path: str | Path, *, features: bool = False) -> Path:
+def distance_rows(run: Run, motions: Sequence[Motion], formats: Iterable[str], bones: Bones) -> None:
+    """Add how far joints are from where they were, in the formats (without a dot) whose bones have one length."""
+    kinds = [kind for kind in formats if kind == "npz" or (f".{kind}" in STRETCHED and bones == "fixed")]
+    if not kinds:
+        return
+    found = 1000 * torch.cat([export_distance(motion.joints, motion.skeleton).flatten() for motion in motions])
+    for metric, value in ((_MEAN, found.mean()), (_GREATEST, found.max())):
+        run.row(metric, float(value), unit="mm", better="lower", n=len(motions), variant=", ".join(kinds))
+
+
+def distance_lines(rows: Iterable[Row]) -> list[str]:
+    """What ``distance_rows`` added, as text."""
+    found = {row.metric: row for row in rows if row.metric in (_MEAN, _GREATEST)}
+    if not found:
+        return []
+    mean, most = found[_MEAN], found[_GREATEST]
+    line = (
+        f"{mean.variant}: bones of one length, joints {mean.value:.1f} mm off on average, {most.value:.1f} mm at most"
+    )
+    exactly = "; in bvh and gltf --bones stretched puts them where they are"
+    return [line + (exactly if most.value >= 0.05 else "")]
+
+
+def write_motion(motion: Motion, path: str | Path, *, features: bool = False, bones: Bones = "fixed") -> Path:
     """Write a motion in the format of the path's suffix; returns the path.
 
     Args:
         motion: What was read or made.
         path: ``.npy``, ``.npz`` (SMPL's poses), ``.bvh``, ``.gltf``, ``.mp4`` or ``.html``, a page that shows it.
         features: For ``.npy``: features in place of joints, at the set's frame rate.
+        bones: For ``.bvh`` and ``.gltf``: ``fixed``, of one length, or ``stretched``, joints exactly where they are.
 
     Raises:
         ValueError: There is no such format, or the skeleton has no such form.
@@ -198,10 +229,12 @@ def write_motion(motion: Motion, path: str | Path, *, features: bool = False) ->
         raise ValueError(f"{path}: expected a file that ends in {', '.join(WRITES)}")
     if features and path.suffix != ".npy":
         raise ValueError(f"{path}: features are written as .npy")
+    if bones != "fixed" and path.suffix not in STRETCHED:
+        raise ValueError(f"{path}: bones are {bones} in {', '.join(STRETCHED)}")
     if path.suffix == ".bvh":
-        return write_bvh(motion.joints, path, skeleton, fps=motion.fps)
+        return write_bvh(motion.joints, path, skeleton, fps=motion.fps, bones=bones)
     if path.suffix == ".gltf":
-        return write_gltf(motion.joints, path, skeleton, fps=motion.fps)
+        return write_gltf(motion.joints, path, skeleton, fps=motion.fps, bones=bones)
     if path.suffix == ".npz":
         return write_smpl(motion.joints, path, fps=motion.fps)
     if path.suffix == ".html":

@@ -17,7 +17,7 @@ from .decoding import edited
 from .features import extract, recover
 from .grammar import FRAMES, TOKEN_FRAMES, text_ids
 from .host import PACKAGE, load_host
-from .motion_files import Motion, read_motion, write_motion
+from .motion_files import STRETCHED, Motion, distance_lines, distance_rows, read_motion, write_motion
 from .music import RATE, music_features, pooled, read_wav, write_wav
 from .skeletons import HUMANML3D
 from .viewer import write_viewer
@@ -29,7 +29,7 @@ SECONDS = FRAMES / HUMANML3D.fps
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateReport(Report):
-    """Result of ``generate``; as text, the files.
+    """Result of ``generate``; as text, the files, and how far joints are off in them.
 
     Attributes:
         files: In the order of the texts.
@@ -43,7 +43,7 @@ class GenerateReport(Report):
         return cls(path=run.path, rows=tuple(run.rows), files=tuple(sorted(run.artifacts.glob("motion*"))))
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.files))
+        return "\n".join([*map(str, self.files), *distance_lines(self.rows)])
 
 
 def _track(cfg: GenerateConfig) -> Tensor | None:
@@ -121,11 +121,13 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
         tokens = host.tokens(condition, generator, cfg.unmask, start=start, edit=cells)
         run.row("made anew", float(cells.float().mean()), better="none", n=count)
     made = recover(host.tokenizer.decode(tokens)).cpu().double()
-    for number, joints in enumerate(made):
-        motion = Motion(joints, HUMANML3D.fps, HUMANML3D)
+    motions = [Motion(joints, HUMANML3D.fps, HUMANML3D) for joints in made]
+    for number, motion in enumerate(motions):
         for kind in cfg.formats:
             if kind != "html":
-                write_motion(motion, run.artifacts / f"motion-{number:03}.{kind}")
+                bones = cfg.bones if f".{kind}" in STRETCHED else "fixed"
+                write_motion(motion, run.artifacts / f"motion-{number:03}.{kind}", bones=bones)
+    distance_rows(run, motions, cfg.formats, cfg.bones)
     sound = None if track is None else write_wav(track, run.artifacts / "music.wav")
     if "html" in cfg.formats:
         titles = [f"{number} {text}" for number, text in enumerate(cfg.texts)] or ["to the music"]
