@@ -62,8 +62,6 @@ def fit_rig(joints: Float[Tensor, "frames joints 3"], skeleton: Skeleton = HUMAN
     directions = SMPL_OFFSETS[:22] if skeleton is HUMANML3D else skeleton.directions
     rest = torch.tensor(directions, dtype=torch.float64)
     spans = torch.cat([torch.zeros_like(joints[:, :1]), joints[:, 1:] - joints[:, list(skeleton.parents[1:])]], 1)
-    lengths = spans.norm(dim=-1).mean(0)[:, None]
-    rest = rest / rest.norm(dim=-1, keepdim=True).clamp(min=1e-12) * lengths
     offsets = _in_parents(spans, local_rotations(joints, rest, skeleton), skeleton).mean(0)
     rotations = local_rotations(joints, offsets, skeleton)
     places = offsets.expand_as(joints) if bones == "fixed" else _in_parents(spans, rotations, skeleton)
