@@ -89,6 +89,28 @@ def test_stance_and_length(joints, tmp_path):
             write_motion(Motion(joints, 20, HUMANML3D), tmp_path / name, **options)
 
 
+def test_bounds_of_height_and_lean(tmp_path):
+    # A stick from the feet to the head, so long and so far off the upright.
+    def stick(height, degrees):
+        joints = torch.zeros(2, 22, 3).double()
+        angle = np.radians(degrees)
+        joints[:, HUMANML3D.joints.index("head")] = height * torch.tensor([0.0, np.cos(angle), np.sin(angle)]).double()
+        return save(tmp_path / "a.npy", joints)
+
+    for height, degrees in ((0.31, 0), (2.9, 0), (1.7, 59), (0.4, 40)):
+        read_motion(stick(height, degrees), fps=20)
+    for height in (0.29, 3.1):
+        with pytest.raises(ValueError, match="no person is so"):
+            read_motion(stick(height, 0), fps=20)
+    for height in (0.4, 2.9):
+        with pytest.raises(ValueError, match="bodies stand along z and not along y"):
+            read_motion(stick(height, 61), fps=20)
+    # Objects in a file could run code as they are loaded.
+    np.save(tmp_path / "b.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"b\.npy is no array of numbers: .*allow_pickle=False"):
+        read_motion(tmp_path / "b.npy", fps=20)
+
+
 def test_a_motion_of_aist(joints, tmp_path):
     with np.load(write_smpl(joints, tmp_path / "a.npz")) as data:
         held = {"smpl_poses": data["poses"], "smpl_scaling": np.array([93.0]), "smpl_trans": data["trans"] * 93}
@@ -110,7 +132,7 @@ def test_a_motion_of_aist(joints, tmp_path):
 
 def bad_files(joints, folder):
     holed = joints.clone()
-    holed[7, 3] = torch.nan
+    holed[7, 3, 1] = torch.nan
     write_bvh(joints, folder / "cut.bvh")
     text = (folder / "cut.bvh").read_text()
     (folder / "cut.bvh").write_text(text[: len(text) * 2 // 3])
