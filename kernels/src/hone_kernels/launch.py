@@ -10,6 +10,7 @@ Nothing that is kept holds a tensor, and the number of launches kept is bounded.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from hone_kernels.backends import HAS_TRITON, INTERPRETED
 
-__all__ = ["KEEP", "Kept", "eager", "geometry", "launch", "on_device_of"]
+__all__ = ["KEEP", "Kept", "dependent", "eager", "geometry", "launch", "launches_overlap", "on_device_of"]
 
 KEEP = os.environ.get("HONE_KEEP_LAUNCHES", "1") == "1"
 """If not, every call goes by torch's dispatcher and Triton's own way."""
@@ -180,3 +181,14 @@ def launch(kernel: Any, key: Hashable | None, tensors: Sequence[Tensor | None], 
     except ValueError:
         # A copy of what the copy engine cannot address: such calls go Triton's way.
         return
+
+
+@functools.lru_cache
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a launch can be on its way while the one before ends: programmatic dependent launch, from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def dependent(overlap: bool) -> dict[str, bool]:
+    """Option of a launch that is to be so; older compilers do not know it, so that it is not named where it is off."""
+    return {"launch_pdl": True} if overlap else {}

@@ -10,8 +10,8 @@ A program owns 128 keys of one head and walks the query blocks of their column, 
   and casts it.
 
 The warpgroups of keys never wait for each other, so that the exponentials of one run under the products of the other.
-Order of additions to dQ is that in which programs come: its last bits differ from run to run. ``attention_backward``
-with ``deterministic`` leaves dQ to the kernel of ``triton.py``, seven products in all.
+Order of additions to dQ is that in which programs come: its last bits differ from run to run. Who wants the same bits
+takes the kernels of ``triton.py``, seven products in all.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale).
 

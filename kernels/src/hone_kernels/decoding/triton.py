@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hone_kernels.launch import dependent, launches_overlap
+
 __all__ = [
     "add_rms_norm_triton",
     "linear_of_one_triton",
@@ -170,23 +172,13 @@ def linear_of_one_triton(
     if tile is None:
         tile = _tile(outputs, width, gated, norm is not None)
     block_n, block_k, warps = tile
-    overlap = _launches_overlap(x.device) if overlap is None else overlap
+    overlap = launches_overlap(x.device) if overlap is None else overlap
     out = x.new_empty(1, outputs)
     _linear_kernel[(triton.cdiv(outputs, block_n),)](
         x, weight, bias, norm, residual, out, outputs, width, eps, GATED=gated, BLOCK_N=block_n, BLOCK_K=block_k,
-        OVERLAP=overlap, num_warps=warps, **_pdl(overlap),
+        OVERLAP=overlap, num_warps=warps, **dependent(overlap),
     )  # fmt: skip
     return out
-
-
-@functools.lru_cache
-def _launches_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _pdl(overlap: bool) -> dict[str, bool]:
-    # An option that older compilers do not know is not named where it is off.
-    return {"launch_pdl": True} if overlap else {}
 
 
 @triton.jit
@@ -499,7 +491,7 @@ def rotate_attend_triton(
     block_n = _keys_of_a_block(page)
     if splits is None:
         splits = splits_of(tiles * heads_k, table.shape[1] * page, block_n, _multiprocessors(qkv.device))
-    overlap = _launches_overlap(qkv.device) if overlap is None else overlap
+    overlap = launches_overlap(qkv.device) if overlap is None else overlap
     out = qkv.new_empty(tiles, heads, dim)
     parts = torch.empty(tiles, heads, splits, dim, dtype=torch.float32, device=qkv.device)
     lse = torch.empty(tiles, heads, splits, dtype=torch.float32, device=qkv.device)
@@ -509,7 +501,7 @@ def rotate_attend_triton(
         PADDED=max(16, triton.next_power_of_2(dim)), PAGE=page, BLOCK_M=max(16, triton.next_power_of_2(groups)),
         BLOCK_N=block_n, LINES=triton.next_power_of_2(groups), SPLITS=triton.next_power_of_2(splits), CHUNK=8,
         OVERLAP=overlap, num_warps=4,
-        **_pdl(overlap),
+        **dependent(overlap),
     )  # fmt: skip
     return out
 

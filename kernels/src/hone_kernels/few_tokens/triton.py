@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hone_kernels.launch import dependent, launches_overlap
 
 __all__ = ["attend_slots_triton", "gated_of_few_triton"]
 
@@ -74,16 +74,6 @@ def gated_of_few_triton(
         STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out
-
-
-@functools.lru_cache
-def _launches_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _pdl(overlap: bool) -> dict[str, bool]:
-    # An option that older compilers do not know is not named where it is off.
-    return {"launch_pdl": True} if overlap else {}
 
 
 @triton.jit
@@ -179,7 +169,7 @@ def attend_slots_triton(
     rows, heads_k, slots, dim = keys.shape
     tokens, heads = qkv.shape[1], qkv.shape[2] // dim - 2 * heads_k
     groups = heads // heads_k
-    overlap = _launches_overlap(qkv.device) if overlap is None else overlap
+    overlap = launches_overlap(qkv.device) if overlap is None else overlap
     out = qkv.new_empty(rows, tokens, heads * dim)
     block_m = min(64, max(16, triton.next_power_of_2(tokens * groups)))
     block_n, stages, warps = tile
@@ -189,6 +179,6 @@ def attend_slots_triton(
         tokens, slots, heads, heads_k, 0 if words is None else words.shape[1], GROUPS=groups, DIM=dim,
         PADDED=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m,
         BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_N=block_n, LINE_OF=LINE // qkv.element_size(),
-        STAGES=stages, OVERLAP=overlap, num_warps=warps, **_pdl(overlap),
+        STAGES=stages, OVERLAP=overlap, num_warps=warps, **dependent(overlap),
     )  # fmt: skip
     return out

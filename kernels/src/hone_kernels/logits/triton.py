@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hone_kernels.launch import dependent, launches_overlap
+
 __all__ = ["PIECES", "read_logits_triton"]
 
 PIECES = {2: {1024: (2048, 2)}, 4: {32: (1024, 1), 1024: (2048, 4)}}
@@ -106,10 +108,6 @@ def _join_kernel(
     tl.store(UNCERTAIN + row, uncertain & (forced == 0))
 
 
-def _launches_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def read_logits_triton(
     logits: Tensor,
     size: int,
@@ -132,7 +130,7 @@ def read_logits_triton(
         sizes = PIECES[logits.dtype.itemsize]
         piece, warps = next((tile for most, tile in sizes.items() if rows <= most), sizes[1024])
     if overlap is None:
-        overlap = rows <= OVERLAPPED and _launches_overlap(logits.device)
+        overlap = rows <= OVERLAPPED and launches_overlap(logits.device)
     count = triton.cdiv(vocabulary, piece)
     parts = torch.empty((rows, count, 4), dtype=torch.float32, device=logits.device)
     entropy, confidence = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -141,11 +139,9 @@ def read_logits_triton(
     _pieces_kernel[(count, rows)](
         logits, parts, logits.stride(0), vocabulary, count, PIECE=piece, OVERLAP=overlap, num_warps=warps
     )
-    # An option that older compilers do not know is not named where it is off.
-    options = {"launch_pdl": True} if overlap else {}
     _join_kernel[(rows,)](
         logits, parts, threshold, entropy, confidence, token, forced, uncertain, logits.stride(0), count, vocabulary,
         math.log2(size), PADDED=triton.next_power_of_2(count), PIECE=piece,
-        GATE="none" if threshold is None else gate, OVERLAP=overlap, num_warps=4, **options,
+        GATE="none" if threshold is None else gate, OVERLAP=overlap, num_warps=4, **dependent(overlap),
     )  # fmt: skip
     return entropy, confidence, token, forced, uncertain
