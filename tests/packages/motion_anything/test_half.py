@@ -15,7 +15,7 @@ def relative(found, want):
     return float((found.float() - want.float()).norm() / want.float().norm())
 
 
-def inputs(net, codes, parts, dtype, music):
+def inputs(codes, parts, dtype, music):
     g = torch.Generator("cuda").manual_seed(1)
     ids = torch.randint(codes, (4, 49, parts), generator=g, device="cuda")
     valid = torch.arange(49, device="cuda")[None] < torch.tensor([49, 30, 7, 49], device="cuda")[:, None]
@@ -34,7 +34,7 @@ def test_weights_in_half_precision_on_a_gpu(dtype, music):
     cfg = TransformerConfig(dropout=0.0, codes=256, sat_condition="self_plus_condition", gate="residual")
     exact = MotionTransformer(cfg).cuda().eval()
     half = copy.deepcopy(exact).to(dtype)
-    ids, condition, valid, _ = inputs(exact, 256, 6, torch.float32, music)
+    ids, condition, valid, _ = inputs(256, 6, torch.float32, music)
     told = Condition(
         text=condition.text.to(dtype), music=None if condition.music is None else condition.music.to(dtype)
     )
@@ -54,8 +54,7 @@ def test_training_under_autocast_on_a_gpu(dtype, kind):
     else:
         net = MaskTransformer(dropout=0.0) if kind == "momask" else MaskTransformer2D(dropout=0.0)
     net = net.cuda().train()
-    codes = net.mask_id
-    ids, condition, valid, mask = inputs(net, codes, 1 if kind == "momask" else 6, torch.float32, False)
+    ids, condition, valid, mask = inputs(net.mask_id, 1 if kind == "momask" else 6, torch.float32, False)
     found = []
     for enabled in (False, True):
         with torch.autocast("cuda", dtype, enabled=enabled):

@@ -9,9 +9,11 @@ from hone_pmloss.config import HostConfig, PMLossConfig
 from hone_pmloss.data import training_batch
 from hone_pmloss.models import PMLoss, tiny
 from hone_pmloss.teachers import OracleTeacher
-from hone_pmloss.vggt import VGGT, VGGTConfig, VGGTTeacher
+from hone_pmloss.vggt import VGGT, VGGTTeacher
 from hone_splat.rooms import Rooms
 from peft import LoraConfig, get_peft_model
+
+from .test_vggt import TINY
 
 SMALL = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, refine_channels=32, size=32)
 ROOMS = [0, 1]
@@ -29,11 +31,8 @@ def oracle():
 
 @pytest.fixture(scope="module")
 def vggt():
-    cfg = VGGTConfig(
-        width=32, heads=2, patch_blocks=1, blocks=4, taps=(0, 1, 2, 3), head_channels=(8, 8, 16, 16), head_width=16
-    )
     torch.manual_seed(0)
-    net = VGGT(cfg)
+    net = VGGT(TINY)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
