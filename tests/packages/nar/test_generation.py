@@ -205,8 +205,11 @@ def test_passes_over_few_tokens_give_the_logits_of_texts(grid):
 
 
 def test_passes_over_few_tokens_are_of_plain_layers():
-    wrong = [tiny("flashar"), tiny().train(), tiny()]
+    wrong = [tiny("flashar"), tiny().train(), *(tiny() for _ in range(4))]
     wrong[2].layers[1].feed_forward.w2 = torch.nn.Sequential(wrong[2].layers[1].feed_forward.w2)
+    wrong[3].layers[0].attention_norm.register_forward_hook(lambda module, given, out: 2 * out)
+    wrong[4].layers[1].forward = wrong[4].layers[1].forward
+    wrong[5].layers[0].attention.wo.bias = torch.nn.Parameter(torch.ones(wrong[5].config.dim))
     for model in wrong:
         with pytest.raises(ValueError, match="in eval mode and with plain linear layers"):
             Decoding(model, 1, sampling=SAMPLING, few=8)

@@ -16,16 +16,18 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets with where their numbers come from, published sizes, and the tiny host."""
+    """Versions, devices, presets with where their numbers come from, published sizes, and the tiny hosts."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
 
     from .checkpoints import MANIFESTS
     from .config import PRESETS
+    from .host import host_of
 
     return {
         **installed(PACKAGE, "diffusers"),
         "tiny host": describe_host(PACKAGE),
+        "tiny host of clips": describe_host(PACKAGE, host_of("shapes")),
         "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
         "sizes": {name: f"{manifest.parameters:,} parameters" for name, manifest in MANIFESTS.items()},
     }

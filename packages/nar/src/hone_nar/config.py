@@ -260,6 +260,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         _check_least(self, 1, "limit")
         HostConfig(data=self.data)
+        if self.host is not None and self.data != "digits":
+            raise ValueError("--data chooses among the packaged hosts; leave it out with --host")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,6 +318,8 @@ class EvalConfig:
         if self.protocol == "host":
             if given:
                 raise ValueError(f"--{given[0]} belongs to another protocol than host")
+            if self.graphs:
+                raise ValueError("--graphs belongs to another protocol than host")
             if (self.model is None) != (self.data is None) or (self.model is not None and not self.nll):
                 raise ValueError("likelihoods of a saved model need --model, --data and --nll together")
             if self.text_encoder is not None and self.model is None:

@@ -13,18 +13,24 @@ from hone_kernels.decoding import add_rms_norm
 from hone_kernels.few_tokens import attend_slots, gated_of_few
 from torch import Tensor, nn
 
-from .transformer import NARTransformer, SlotCache, rope_table
+from .transformer import Attention, FeedForward, NARTransformer, RMSNorm, SlotCache, TransformerBlock, rope_table
 
 __all__ = ["is_plain", "run_few"]
 
+PLAIN = (TransformerBlock, Attention, FeedForward, RMSNorm, nn.Linear, nn.Dropout)
+
 
 def is_plain(model: Any) -> bool:
-    """Whether these launches compute what the model does: it is in eval mode, and no layer was replaced or hooked."""
-    parts = []
-    for block in model.layers:
-        attention, forward = block.attention, block.feed_forward
-        parts += [attention.wqkv, attention.wo, forward.w1, forward.w3, forward.w2]
-    plain = all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in parts)
+    """Whether these launches compute what the model does: it is in eval mode, and no part was replaced or hooked."""
+    plain = all(
+        type(part) in PLAIN
+        and getattr(part, "bias", None) is None
+        and not part._forward_hooks
+        and not part._forward_pre_hooks
+        and "forward" not in vars(part)  # where accelerate and diffusers put their hooks
+        for block in model.layers
+        for part in block.modules()
+    )
     return plain and type(model).run_blocks is NARTransformer.run_blocks and not model.training
 
 

@@ -141,7 +141,8 @@ class Decoding:
         self.embedding.copy_(condition.embedding)
         ids = slot_ids(self.model.order, self.tokens.device)
         self.uniform.copy_(uniforms(seeds, self.model.tokens, 1, self.tokens.device)[:, ids, 0])
-        if self.mask is not None and self.words is not None and condition.words is not None:
+        if self.mask is not None and self.words is not None:
+            assert condition.words is not None, "a text has words"
             self.words.copy_(condition.words)
             start = self.model.cls_token_num
             self.mask.copy_(mask_of(self.model.order, start, self.tokens.device, condition.words)[:, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hone_core.hosts import open_host
+from hone_core.hosts import StoredHost, open_host
 from hone_visual_ar.infinity import INFINITY_SIZES
 from hone_visual_ar.schedules import infinity_schedule
 
@@ -27,9 +27,11 @@ from .sample import check_inputs
 __all__ = ["bench", "calibrate", "evaluate", "host", "reproduce"]
 
 
-def _look(path: Path | None, settings: SparseVARConfig) -> None:
-    """Hold settings against a host's sidecar."""
-    fit(settings, open_host(HostConfig, PACKAGE, path).config.depth, SCHEDULE)
+def _look(path: Path | None, settings: SparseVARConfig) -> StoredHost[HostConfig]:
+    """A host's sidecar, which settings are held against."""
+    stored = open_host(HostConfig, PACKAGE, path)
+    fit(settings, stored.config.depth, SCHEDULE)
+    return stored
 
 
 def host(cfg: DemoConfig | InspectConfig) -> DemoConfig | InspectConfig:
@@ -77,8 +79,7 @@ def reproduce(cfg: ReproduceConfig) -> ReproduceConfig:
         CheckpointError, ValueError: Of each host, as above; or one missed its gates, so that what it does says nothing.
     """
     for path in cfg.hosts or (None,):
-        _look(path, cfg.settings)
-        stored = open_host(HostConfig, PACKAGE, path)
+        stored = _look(path, cfg.settings)
         if stored.facts is None or not stored.facts.passed:
             raise ValueError(f"{stored.path} missed its gates; train it longer")
     return cfg

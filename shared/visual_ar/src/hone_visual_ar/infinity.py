@@ -16,16 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look how to load the class
 from torch import Tensor, nn
 
-from .layers import (
-    FFN,
-    AttentionContext,
-    CrossAttention,
-    HeadNorm,
-    SelfAttention,
-    SharedAdaLin,
-    attend,
-    modulate,
-)
+from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, SharedAdaLin, attend, modulate
 from .rope import Rope, rope_table
 from .schedules import ScaleSchedule
 from .transformer import Condition, NextScaleTransformer, init_linears, start_small
