@@ -126,6 +126,19 @@ def test_a_wrong_value_of_any_mode_ends_the_run_before_it_is_timed(on_cpu, mode)
         run([torch.bfloat16], modes=[mode])
 
 
+def test_the_backward_in_any_order_is_a_row_of_its_own(on_cpu):
+    asked = []
+    on_cpu.setattr(bench_module, "block_sparse_attention", lambda *args, **options: asked.append(options))
+    for block, backward in ((128, True), (128, False), (64, True)):
+        found = providers(random_layout(2, 300, 1.0, block), torch.float32, ["gluon", "triton"], backward=backward)
+        assert ("hone gluon in any order" in found) == (backward and block == 128)
+        for name in set(found) - {"flex"}:
+            found[name](None, None, None)
+    loose = [x for x in asked if "deterministic" in x]
+    assert loose == [{"pooled": None, "backend": "gluon", "deterministic": False}]
+    assert len(asked) == 7
+
+
 @pytest.mark.parametrize("mode", ["forward", "backward", "prologue"])
 def test_wrong_fp8_values_end_the_run(on_cpu, mode):
     good = {name: getattr(bench_module, name) for name in ("quantize_qkv", "straight_through_attention")}

@@ -382,10 +382,12 @@ def providers(
         backward: Whether gradients must flow.
     """
 
-    def ours(name: Backend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: block_sparse_attention(q, k, v, layout, pooled=pooled, backend=name)
+    def ours(name: Backend, **options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda q, k, v: block_sparse_attention(q, k, v, layout, pooled=pooled, backend=name, **options)
 
     found = {f"hone {name}": ours(name) for name in backends} | dense_kernels(dtype, backward=backward)
+    if backward and "gluon" in backends and layout.block_k == 128:
+        found["hone gluon in any order"] = ours("gluon", deterministic=False)
     if pooled is None and dtype in (torch.bfloat16, torch.float16):
         peers = {name: listed_peer(name, layout, backward) for name in LISTED_PEERS}
         found |= {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
