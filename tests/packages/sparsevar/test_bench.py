@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run
 from hone_core.testing import requires_gpu
-from hone_sparsevar.bench import ScaleGraphs, bench, without_blocks
+from hone_sparsevar.bench import ScaleGraphs, _Bench, bench, without_blocks
 from hone_sparsevar.config import BenchConfig, SparseVARConfig
 from hone_sparsevar.flops import gflops, scale_gflops
 from hone_sparsevar.models import SparsePolicy, tiny
@@ -42,6 +43,57 @@ def test_a_run_without_its_blocks_goes_through_every_policy():
         assert len(run.indices) == len(schedule)
         assert run.cache.lengths == [0, 0]
         assert "run_blocks" not in vars(model)
+
+
+class Graph:
+    """In place of a CUDA graph: what is captured runs, and a replay does nothing."""
+
+    made = 0
+
+    def __init__(self):
+        Graph.made += 1
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        pass
+
+
+def test_graphs_of_every_variant_are_timed_and_rows_stored_as_they_come(tmp_path, monkeypatch):
+    """All that a GPU would do, with captures that run: each scale that a variant has, and none else."""
+
+    def capture(graph, pool=None):
+        return nullcontext()
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    fakes = {"Stream": Stream, "current_stream": Stream, "stream": lambda _: nullcontext(), "graph": capture}
+    fakes |= {"CUDAGraph": Graph, "max_memory_allocated": lambda: 1 << 20, "empty_cache": lambda: None}
+    fakes |= {"reset_peak_memory_stats": lambda: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    saved, save = [], Run.save
+
+    def count(run):
+        save(run)
+        saved.append({row["variant"] for row in run.results()["rows"]})
+
+    monkeypatch.setattr(Run, "save", count)
+    monkeypatch.setattr(Graph, "made", 0)
+    cfg = BenchConfig(
+        rounds=1, warmup=0, batch=2, modes=("graphs",), stops=(1, 2), settings=SparseVARConfig(start_scale=-2)
+    )
+    with start(tmp_path / "run", cfg) as run, torch.no_grad():
+        _Bench(cfg, run, torch.device("cpu")).all()
+    assert Graph.made == 2 * (5 + 5 + 4 + 3)
+    variants = ["dense", "sparse", "early-stop-1", "early-stop-2", "tokenizer"]
+    assert saved == [set(variants[: count + 1]) for count in range(5)]
+    scales = {(row.variant, row.split) for row in run.rows if row.metric == "scale_time"}
+    assert {sum(name == variant for name, _ in scales) for variant in variants[:4]} == {5, 4, 3}
+    assert [row.variant for row in run.rows if row.metric == "outside_blocks"] == variants[:4]
 
 
 def test_what_a_cpu_cannot_time_is_refused(tmp_path):

@@ -94,6 +94,20 @@ def test_crash_leaves_status_and_message_then_resumes(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
+def test_rows_are_there_while_it_runs(tmp_path):
+    with start(tmp_path) as run:
+        run.row("kept", 1.0, better="none")
+        assert load_results(tmp_path)["rows"] == []
+        run.save()
+        stored = load_results(tmp_path)
+        assert stored["status"] == "running"
+        assert [row["metric"] for row in stored["rows"]] == ["kept"]
+    again = start(tmp_path)
+    assert again.done
+    with pytest.raises(RuntimeError, match="finished run"):
+        again.save()
+
+
 def test_row_of_the_end(tmp_path):
     with start(tmp_path) as run:
         run.log(step=1, loss=9.0)

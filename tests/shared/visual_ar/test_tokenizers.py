@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hone_core.testing import assert_close
-from hone_visual_ar import BSQVAE, ScaleSchedule
+from hone_visual_ar import BSQVAE, VQVAE, ScaleSchedule
 from hone_visual_ar.tokenizers import bits_of, codes_of
 
 SCHEDULE = ScaleSchedule(((1, 1), (2, 2), (3, 2), (6, 4)))
@@ -71,3 +71,14 @@ def test_images_of_another_size_are_refused():
     tokenizer = BSQVAE(latent_dim=4, channels=32, multipliers=(1, 1))
     with pytest.raises(ValueError, match=r"need images \[B, 3, 12, 8\]; got \[1, 3, 16, 8\]"):
         tokenizer.encode(torch.zeros(1, 3, 16, 8), SCHEDULE)
+
+
+@pytest.mark.parametrize("kind", [BSQVAE, VQVAE])
+def test_many_pixels_are_decoded_in_parts(kind, monkeypatch):
+    tokenizer = kind(latent_dim=4, channels=32, multipliers=(1, 1), blocks=1).eval()
+    latent, sizes = torch.randn(3, 4, 4, 6), []
+    whole = tokenizer.decode(latent)
+    monkeypatch.setattr("hone_visual_ar.tokenizers.PIXELS", 2 * 8 * 12)
+    tokenizer.decoder.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
+    assert_close(tokenizer.decode(latent), whole, atol=1e-5)
+    assert sizes == [2, 1]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
+from hone_core.progress import Progress, progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Timing, check_values, measure
 from hone_visual_ar.checkpoints import build
@@ -59,7 +60,7 @@ class ScaleGraphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            _eager(start(), policy)
+            scales = len(_eager(start(), policy).records)
         torch.cuda.current_stream().wait_stream(stream)
         gc.collect()
         torch.cuda.empty_cache()
@@ -69,12 +70,10 @@ class ScaleGraphs:
         # The first graph reads it, and a capture hands what nothing holds back to the driver.
         self.first_latent = self.run.latent
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        for scale in range(len(self.run.schedule)):
+        for scale in range(scales):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.graphs[0].pool() if self.graphs else None):
-                going_on = self.run.step(scale, policy)
-            if not going_on:
-                break
+                self.run.step(scale, policy)
             self.graphs.append(graph)
         self.peak_bytes = torch.cuda.max_memory_allocated()
 
@@ -218,16 +217,22 @@ class _Bench:
 
     def all(self) -> None:
         self.check()
-        for mode in self.cfg.modes:
-            if mode == "compiled":
-                for block in self.model.layers:
-                    block.compile_around(dynamic=True)
-            for name, policy in self.policies().items():
-                self.time(mode, name, policy)
-                self.clear()
-        self.decode()
-        if self.cfg.model != "tiny":
-            self.encode()
+        policies = self.policies()
+        rest = [self.decode] if self.cfg.model == "tiny" else [self.decode, self.encode]
+        total = len(self.cfg.modes) * len(policies) + len(rest)
+        with progress_bar(total, desc=self.cfg.model, quiet=self.run.quiet) as bar:
+            for mode in self.cfg.modes:
+                if mode == "compiled":
+                    for block in self.model.layers:
+                        block.compile_around(dynamic=True)
+                for name, policy in policies.items():
+                    bar.show(now=f"{name}, {mode}")
+                    self.time(mode, name, policy)
+                    self.done(bar)
+            for part in rest:
+                bar.show(now=part.__name__)
+                part()
+                self.done(bar)
 
     def check(self) -> None:
         """Nothing left out is dense, bit for bit."""
@@ -304,6 +309,12 @@ class _Bench:
 
         options: Any = {"warmup": 2, "repeats": min(10, self.cfg.rounds), "device": self.device}
         self.row(measure(both, **options), "text", "encoder", {"model": self.cfg.model, "batch": self.cfg.batch})
+
+    def done(self, bar: Progress) -> None:
+        """What was timed lasts, whatever comes after it."""
+        self.run.save()
+        self.clear()
+        bar.update()
 
     def clear(self) -> None:
         gc.collect()

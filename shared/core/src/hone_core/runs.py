@@ -248,6 +248,12 @@ class Run:
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
         return row
 
+    def save(self) -> None:
+        """Write the rows so far, which a process that is killed leaves behind; for where each took long."""
+        self._refuse_if_done()
+        if self.processes.main:
+            self._write("running")
+
     def reopen(self) -> None:
         """Take up a finished run again, to add to its rows or replace some; call it before entering the run.
 

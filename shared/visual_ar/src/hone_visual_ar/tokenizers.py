@@ -23,6 +23,9 @@ from .schedules import ScaleSchedule
 
 __all__ = ["BSQVAE", "VQVAE", "ScaleTokenizer", "bits_of", "codes_of"]
 
+PIXELS = 1 << 22
+"""Pixels that a decoder makes at a time: with twice as many, its widest tensor would have 2^31 elements."""
+
 
 def bits_of(latent: Tensor) -> Tensor:
     """Bits of the nearest code: the signs, as int64 0 and 1; zero counts as negative."""
@@ -52,9 +55,15 @@ class ScaleTokenizer(ModelMixin, ConfigMixin):
     def features(self, image_pm1: Tensor) -> Tensor:
         """Latents ``[B, d, H, W]`` before quantization, of images in [-1, 1]."""
 
-    @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` in [-1, 1], clamped, of a summed latent."""
+        pixels = self.stride**2 * latent.shape[-2] * latent.shape[-1]
+        parts = latent.to(self.dtype).split(max(1, PIXELS // pixels))
+        return torch.cat([self._decode(part) for part in parts]).clamp(-1, 1)
+
+    @abstractmethod
+    def _decode(self, latent: Tensor) -> Tensor:
+        """Images, not clamped, of a latent in the dtype of the weights."""
 
     @abstractmethod
     def nearest(self, latent: Tensor) -> Tensor:
@@ -148,9 +157,8 @@ class BSQVAE(ScaleTokenizer):
         """See the base class."""
         return self.encoder(image_pm1)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """See the base class."""
-        return self.decoder(latent.to(self.dtype)).clamp(-1, 1)
+    def _decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent)
 
     def nearest(self, latent: Tensor) -> Tensor:
         """Bits ``[B, d, h, w]``."""
@@ -246,9 +254,8 @@ class VQVAE(ScaleTokenizer):
         """See the base class."""
         return self.quant_conv(self.encoder(image_pm1))
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """See the base class."""
-        return self.decoder(self.post_quant_conv(latent.to(self.dtype))).clamp(-1, 1)
+    def _decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latent))
 
     def nearest(self, latent: Tensor) -> Tensor:
         """Indices ``[B, 1, h, w]`` of the nearest entries."""
