@@ -4,9 +4,10 @@ import pytest
 import torch
 from hone_blade import bench as bench_module
 from hone_blade.bench import bench
-from hone_blade.config import PRESETS, BenchConfig, Preset
+from hone_blade.config import PRESETS, BenchConfig
 from hone_blade.meter import Meter
 from hone_blade.models import attach
+from hone_core.config import Preset
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
 from hone_video.architectures import FULL_SIZE

@@ -392,7 +392,6 @@ def test_published_density(preset, tokens, text, dim, blocks, kept):
     layout = sparse_layout(q, k, cfg=PRESETS[preset].config, text_tokens=text)
     forced = 2 if text else 0
     assert layout.num_k_blocks == blocks
-    assert PRESETS[preset].expected["kept_blocks"] == kept
     video = layout.kv_num[0, 0, : blocks - forced]
     assert kept <= int(video.min())
     assert int(video.max()) <= kept + forced

@@ -24,7 +24,7 @@ from hone_video.vbench_config import VBenchConfig
 def test_presets_load_and_round_trip(name):
     preset = PRESETS[name]
     assert preset.model
-    assert preset.ours
+    assert "Ours: " in preset.provenance
     assert from_dict(FPSAttentionConfig, to_dict(preset.config)) == preset.config
 
 

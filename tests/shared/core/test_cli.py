@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 import torch
 from hone_core import environment, runs
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 from hone_core.config import flag
 from hone_core.errors import MissingExtraError
 
@@ -676,3 +676,18 @@ def test_idle_threads_do_not_spin_unless_asked(given, held, monkeypatch):
     with pytest.raises(SystemExit):
         run_cli("hone-core", {}, "Nothing.", ["--help"])
     assert os.environ["OMP_WAIT_POLICY"] == held
+
+
+def test_a_verb_by_names_within_its_package():
+    named = verb(
+        "hone_x", "sample:draw", "DrawConfig", "Draw.", prepare="inputs:find", opened="sample:reopen", shared=True
+    )
+    assert named == Verb(
+        run="hone_x.sample:draw",
+        help="Draw.",
+        config="hone_x.config:DrawConfig",
+        prepare="hone_x.inputs:find",
+        opened="hone_x.sample:reopen",
+        shared=True,
+    )
+    assert verb("hone_x", "plots:plot", None, "Plot.") == Verb(run="hone_x.plots:plot", help="Plot.")

@@ -2,10 +2,10 @@ import copy
 import pickle
 import threading
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
+from hone_core.config import Preset
 from hone_core.handles import CallState, Handle, Hooks, resolve
 from torch import nn
 
@@ -63,7 +63,7 @@ X = torch.tensor([[1.0, 2.0]])
 
 
 def test_names_and_settings_resolve():
-    presets = {"three": SimpleNamespace(config=Settings(3.0))}
+    presets = {"three": Preset(Settings(3.0), model="a test", provenance="this test")}
     assert resolve("three", presets, Settings) == Settings(3.0)
     assert resolve(Settings(5.0), presets, Settings) == Settings(5.0)
     with pytest.raises(ValueError, match="no preset 'four'; the presets are three"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-blade"
 
@@ -31,69 +32,71 @@ def info() -> dict[str, Any]:
     }
 
 
+_verb = partial(verb, "hone_blade")
+
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
-    "demo": Verb(
-        config="hone_blade.config:DemoConfig",
-        prepare="hone_blade.inputs:find_student",
-        run="hone_blade.demo:demo",
-        help="Draw moving digits with dense, adaptive, static and random attention: a video, a sheet and a table.",
+    "demo": _verb(
+        "demo:demo",
+        "DemoConfig",
+        "Draw moving digits with dense, adaptive, static and random attention: a video, a sheet and a table.",
+        prepare="inputs:find_student",
     ),
-    "generate": Verb(
-        config="hone_blade.config:GenerateConfig",
-        prepare="hone_blade.inputs:find_video_inputs",
-        run="hone_blade.sample:generate",
-        help="Make videos from prompts, and images, with a Wan or CogVideoX pipeline, from a folder or the hub.",
+    "generate": _verb(
+        "sample:generate",
+        "GenerateConfig",
+        "Make videos from prompts, and images, with a Wan or CogVideoX pipeline, from a folder or the hub.",
+        prepare="inputs:find_video_inputs",
         shared=True,
     ),
-    "distill": Verb(
-        config="hone_blade.config:DistillConfig",
-        prepare="hone_blade.inputs:find_host",
-        run="hone_blade.distill:distill",
-        help="Train the tiny host to draw in few sparse steps without guidance (TDM); needs only prompts.",
+    "distill": _verb(
+        "distill:distill",
+        "DistillConfig",
+        "Train the tiny host to draw in few sparse steps without guidance (TDM); needs only prompts.",
+        prepare="inputs:find_host",
     ),
-    "encode-prompts": Verb(
-        config="hone_blade.config:EncodeConfig",
-        prepare="hone_blade.inputs:find_encoded",
-        run="hone_blade.pipelines:encode_prompts",
-        help="Encode prompts, or prompts with images, with a pipeline's own encoders, for distill-pipeline.",
+    "encode-prompts": _verb(
+        "pipelines:encode_prompts",
+        "EncodeConfig",
+        "Encode prompts, or prompts with images, with a pipeline's own encoders, for distill-pipeline.",
+        prepare="inputs:find_encoded",
         shared=True,
     ),
-    "distill-pipeline": Verb(
-        config="hone_blade.config:PipelineDistillConfig",
-        prepare="hone_blade.inputs:find_distilled",
-        run="hone_blade.pipelines:distill_pipeline",
-        help="Train a Wan or CogVideoX pipeline to draw in few sparse steps without guidance; needs only prompts.",
+    "distill-pipeline": _verb(
+        "pipelines:distill_pipeline",
+        "PipelineDistillConfig",
+        "Train a Wan or CogVideoX pipeline to draw in few sparse steps without guidance; needs only prompts.",
+        prepare="inputs:find_distilled",
         shared=True,
     ),
-    "eval": Verb(
-        config="hone_blade.config:EvalConfig",
-        prepare="hone_blade.inputs:find_evaluated",
-        run="hone_blade.evaluate:evaluate",
-        help="Compare the variants of the demo on many random prompts, with intervals; or a pipeline by VBench.",
+    "eval": _verb(
+        "evaluate:evaluate",
+        "EvalConfig",
+        "Compare the variants of the demo on many random prompts, with intervals; or a pipeline by VBench.",
+        prepare="inputs:find_evaluated",
         shared=True,
     ),
-    "bench": Verb(
-        config="hone_blade.config:BenchConfig",
-        run="hone_blade.bench:bench",
-        help="Time dense and sparse attention at real sizes with random weights: one layer, one forward, whole videos.",
+    "bench": _verb(
+        "bench:bench",
+        "BenchConfig",
+        "Time dense and sparse attention at real sizes with random weights: one layer, one forward, whole videos.",
     ),
-    "reproduce": Verb(
-        config="hone_blade.config:ReproduceConfig",
-        prepare="hone_blade.inputs:find_student",
-        run="hone_blade.reproduce:reproduce",
-        help="Whether masks that look beat static ones, or training with them beats adding them after; and ablations.",
+    "reproduce": _verb(
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "Whether masks that look beat static ones, or training with them beats adding them after; and ablations.",
+        prepare="inputs:find_student",
     ),
-    "inspect": Verb(
-        config="hone_blade.config:InspectConfig",
-        prepare="hone_blade.inputs:find_inspected",
-        run="hone_blade.inspection:inspect",
-        help="Density, clamped rows and recall of every layer at every step, as JSON and a plot.",
+    "inspect": _verb(
+        "inspection:inspect",
+        "InspectConfig",
+        "Density, clamped rows and recall of every layer at every step, as JSON and a plot.",
+        prepare="inputs:find_inspected",
     ),
-    "train-host": Verb(
-        config="hone_blade.config:TrainConfig",
-        prepare="hone_blade.inputs:find_init",
-        run="hone_blade.train:train_host",
-        help="Train the tiny host on generated clips (minutes on a GPU, a day on a CPU); needs the extra train.",
+    "train-host": _verb(
+        "train:train_host",
+        "TrainConfig",
+        "Train the tiny host on generated clips (minutes on a GPU, a day on a CPU); needs the extra train.",
+        prepare="inputs:find_init",
     ),
 }

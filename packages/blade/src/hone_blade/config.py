@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
 from hone_video.host_config import HostConfig, Solver
@@ -38,14 +38,12 @@ __all__ = [
     "Offsets",
     "Part",
     "PipelineDistillConfig",
-    "Preset",
     "ReproduceConfig",
     "Rollout",
     "Score",
     "Selection",
     "StudentsConfig",
     "TDMConfig",
-    "TDMPreset",
     "TrainConfig",
     "known_preset",
     "read_prompt_file",
@@ -218,23 +216,6 @@ class BladeConfig:
         return low, high
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """A named configuration and where it comes from.
-
-    Attributes:
-        config: The settings.
-        model: What they are for.
-        provenance: Published constants, or ours.
-        expected: Known figures at the model's default size, by name.
-    """
-
-    config: BladeConfig
-    model: str
-    provenance: str
-    expected: dict[str, float] = field(default_factory=dict)
-
-
 _PUBLISHED = (
     "Constants of the release (threshold 0.95, least density 0.05, most {density}, pooling {pool}) with the paper's "
     "score and 16 samples, and this package's corrections: seeded samples, true group sizes, an inclusive threshold, "
@@ -263,37 +244,32 @@ def _official(max_density: float, pool: int, pool_text: bool) -> BladeConfig:
     )
 
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset[BladeConfig]] = {
     "wan2.1-1.3b": Preset(
         config=BladeConfig(max_density=0.17, pool=30),
         model="Wan2.1-T2V-1.3B, 21x30x52 tokens",
         provenance=_PUBLISHED.format(density=0.17, pool=30),
-        expected={"blocks": 256, "kept_blocks": 43, "sparsity": 1 - 43 / 256 - 1 / 30},
     ),
     "wan2.1-1.3b-official": Preset(
         config=_official(0.17, 30, False),
         model="Wan2.1-T2V-1.3B, 21x30x52 tokens",
         provenance=_RELEASE + " The paper reports sparsity 0.80.",
-        expected={"blocks": 256, "kept_blocks": 43, "sparsity": 1 - 43 / 256 - 1 / 30},
     ),
     "wan2.1-14b": Preset(
         config=BladeConfig(max_density=0.17, pool=30),
         model="Wan2.1-T2V-14B, 21x30x52 or 21x45x80 tokens",
         provenance="Ours: the 1.3B constants on the larger model, which the paper does not try.",
-        expected={"blocks": 256, "kept_blocks": 43, "sparsity": 1 - 43 / 256 - 1 / 30},
     ),
     "cogvideox-5b": Preset(
         config=BladeConfig(max_density=0.10, pool=15),
         model="CogVideoX-5b, 13x30x45 video and 226 text tokens",
         provenance=_PUBLISHED.format(density=0.10, pool=15) + " Text blocks kept in both directions; text not pooled.",
-        expected={"blocks": 139, "kept_blocks": 13, "forced_blocks": 2},
     ),
     "cogvideox-5b-official": Preset(
         config=_official(0.10, 15, True),
         model="CogVideoX-5b, 13x30x45 video and 226 text tokens",
         provenance=_RELEASE + " Text pooled with the video; its two blocks kept in both directions. The paper reports "
         "sparsity 0.82.",
-        expected={"blocks": 139, "kept_blocks": 13, "forced_blocks": 2},
     ),
     "wan2.1-1.3b-free": Preset(
         config=BladeConfig(max_density=0.5, dense_steps=12, dense_layers=(0,)),
@@ -311,7 +287,6 @@ PRESETS: dict[str, Preset] = {
         model="Wan2.1-T2V-1.3B, distilled to 8 steps with dense attention",
         provenance="The paper's training-free comparison (Table 3): first 2 of 8 steps dense, sparsity 0.75. Score, "
         "samples and offsets are ours; the paper does not give them for this table.",
-        expected={"sparsity": 0.75},
     ),
     "wan2.1-1.3b-psa": Preset(
         config=BladeConfig(
@@ -714,42 +689,34 @@ class Rollout:
         TDMConfig(student_steps=self.steps, eta=self.eta)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TDMPreset:
-    """Named settings of a distillation and where they come from.
-
-    Attributes:
-        config: The settings.
-        provenance: Published constants, or ours.
-    """
-
-    config: TDMConfig
-    provenance: str
-
-
-TDM_PRESETS: dict[str, TDMPreset] = {
-    "wan2.1-1.3b": TDMPreset(
+TDM_PRESETS: dict[str, Preset[TDMConfig]] = {
+    "wan2.1-1.3b": Preset(
         config=TDMConfig(),
+        model="Wan2.1-T2V-1.3B",
         provenance="Steps, eta and guidance of the release's Wan2.1 script; intervals of the paper; least time, "
         "pseudo-Huber constant and division of TDM's demo.",
     ),
-    "wan2.1-1.3b-official": TDMPreset(
+    "wan2.1-1.3b-official": Preset(
         config=TDMConfig(intervals="overlapping", first_time=1, skip_above=2.0, huber=0.011312, normalise=False),
+        model="Wan2.1-T2V-1.3B",
         provenance="The release's Wan2.1 script, with noise levels computed in place of its table, and no time 0.",
     ),
-    "cogvideox-5b": TDMPreset(
+    "cogvideox-5b": Preset(
         config=TDMConfig(teacher_guidance=3.5, regularisation=0.5),
+        model="CogVideoX-5b",
         provenance="Steps, eta, guidance and regularisation of the release's CogVideoX script; the rest as in "
         "wan2.1-1.3b.",
     ),
-    "cogvideox-5b-official": TDMPreset(
+    "cogvideox-5b-official": Preset(
         config=TDMConfig(
             teacher_guidance=3.5, regularisation=0.5, intervals="overlapping", first_time=1, huber=7.3717e-9
         ),
+        model="CogVideoX-5b",
         provenance="The release's CogVideoX script, without time 0.",
     ),
-    "tiny": TDMPreset(
+    "tiny": Preset(
         config=TDMConfig(teacher_guidance=3.0, guidance_interval=(0.6, 0.96)),
+        model="The tiny host",
         provenance="Ours: the tiny host's own guidance, within the noise levels where it samples with it.",
     ),
 }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-fpsattention"
 
@@ -24,68 +25,70 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "diffusers"),
-        "tiny host": describe_host(PACKAGE),
         "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+        "tiny host": describe_host(PACKAGE),
     }
 
 
+_verb = partial(verb, "hone_fpsattention")
+
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
-    "demo": Verb(
-        config="hone_fpsattention.config:DemoConfig",
-        prepare="hone_fpsattention.inputs:find_hosts",
-        run="hone_fpsattention.demo:demo",
-        help="Draw moving digits dense, in E4M3, through a window, both, and both after training: a video and a table.",
+    "demo": _verb(
+        "demo:demo",
+        "DemoConfig",
+        "Draw moving digits dense, in E4M3, through a window, both, and both after training: a video and a table.",
+        prepare="inputs:find_hosts",
     ),
-    "eval": Verb(
-        config="hone_fpsattention.config:EvalConfig",
-        prepare="hone_fpsattention.inputs:find_evaluated",
-        run="hone_fpsattention.evaluate:evaluate",
-        help="Compare the variants of the demo on many random prompts, with intervals; or a pipeline by VBench.",
+    "eval": _verb(
+        "evaluate:evaluate",
+        "EvalConfig",
+        "Compare the variants of the demo on many random prompts, with intervals; or a pipeline by VBench.",
+        prepare="inputs:find_evaluated",
         shared=True,
     ),
-    "generate": Verb(
-        config="hone_fpsattention.config:GenerateConfig",
-        prepare="hone_fpsattention.inputs:find_video",
-        run="hone_fpsattention.sample:generate",
-        help="Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.",
+    "generate": _verb(
+        "sample:generate",
+        "GenerateConfig",
+        "Make videos with a Wan or CogVideoX pipeline, from a folder or the hub.",
+        prepare="inputs:find_video",
         shared=True,
     ),
-    "calibrate": Verb(
-        config="hone_fpsattention.config:CalibrateConfig",
-        prepare="hone_fpsattention.inputs:find_calibrated",
-        run="hone_fpsattention.calibrate:calibrate",
-        help="Measure windows and scales by step and layer, and write the best schedule under a density budget.",
+    "calibrate": _verb(
+        "calibrate:calibrate",
+        "CalibrateConfig",
+        "Measure windows and scales by step and layer, and write the best schedule under a density budget.",
+        prepare="inputs:find_calibrated",
     ),
-    "train": Verb(
-        config="hone_fpsattention.config:FinetuneConfig",
-        prepare="hone_fpsattention.inputs:find_finetuned",
-        run="hone_fpsattention.finetune:finetune",
-        help="Fine-tune a Wan or CogVideoX transformer with the attention in its forward pass, on one GPU or several.",
+    "train": _verb(
+        "finetune:finetune",
+        "FinetuneConfig",
+        "Fine-tune a Wan or CogVideoX transformer with the attention in its forward pass, on one GPU or several.",
+        prepare="inputs:find_finetuned",
         shared=True,
     ),
-    "train-host": Verb(
-        config="hone_fpsattention.config:TrainConfig",
-        prepare="hone_fpsattention.inputs:find_host",
-        run="hone_fpsattention.train:train_host",
-        help="Fine-tune the tiny host with the attention in its forward pass, by distillation or on the flow loss.",
+    "train-host": _verb(
+        "train:train_host",
+        "TrainConfig",
+        "Fine-tune the tiny host with the attention in its forward pass, by distillation or on the flow loss.",
+        prepare="inputs:find_host",
     ),
-    "reproduce": Verb(
-        config="hone_fpsattention.config:ReproduceConfig",
-        prepare="hone_fpsattention.inputs:find_host",
-        run="hone_fpsattention.reproduce:reproduce",
-        help="What rounding, window, schedule and granularity cost on the tiny host, and what training buys; seeds.",
+    "reproduce": _verb(
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "What rounding, window, schedule and granularity cost on the tiny host, and what training buys; seeds.",
+        prepare="inputs:find_host",
     ),
-    "inspect": Verb(
-        config="hone_fpsattention.config:InspectConfig",
-        prepare="hone_fpsattention.inputs:find_inspected",
-        run="hone_fpsattention.inspection:inspect",
-        help="What the attention does by layer and step: density, and the errors of rounding, of the window, of both.",
+    "inspect": _verb(
+        "inspection:inspect",
+        "InspectConfig",
+        "What the attention does by layer and step: density, and the errors of rounding, of the window, of both.",
+        prepare="inputs:find_inspected",
     ),
-    "bench": Verb(
-        config="hone_fpsattention.config:BenchConfig",
-        run="hone_fpsattention.bench:bench",
+    "bench": _verb(
+        "bench:bench",
+        "BenchConfig",
+        "Time dense, windowed and E4M3 attention at real sizes with random weights: layer, forward, loop.",
         shared=True,
-        help="Time dense, windowed and E4M3 attention at real sizes with random weights: layer, forward, loop.",
     ),
 }

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
 from hone_video.host_config import HostConfig as DenseHostConfig
 from hone_video.prompts import parse_prompt
@@ -32,7 +32,6 @@ __all__ = [
     "HostConfig",
     "InspectConfig",
     "Loss",
-    "Preset",
     "Regime",
     "ReproduceConfig",
     "Scales",
@@ -200,29 +199,15 @@ class FPSAttentionConfig:
         return replace(self, regimes=(kept,), boundaries=())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """A named configuration, and where each of its numbers comes from.
+def _preset(
+    config: FPSAttentionConfig, model: str, *, published: str = "", suggested: str = "", ours: str
+) -> Preset[FPSAttentionConfig]:
+    """A preset that says of its numbers what the paper states, what its text hints at, and what we chose.
 
-    Attributes:
-        config: The settings.
-        model: What they are for.
-        published: What the paper states.
-        suggested: What its text hints at without a number.
-        ours: What we chose. No weights trained with these exist, and nothing here was measured on published weights.
+    No weights trained with what is ours exist, and nothing here was measured on published weights.
     """
-
-    config: FPSAttentionConfig
-    model: str
-    published: str
-    suggested: str
-    ours: str
-
-    @property
-    def provenance(self) -> str:
-        """All three, each under its name."""
-        parts = {"Published": self.published, "Suggested": self.suggested, "Ours": self.ours}
-        return " ".join(f"{name}: {text}" for name, text in parts.items() if text)
+    parts = {"Published": published, "Suggested": suggested, "Ours": ours}
+    return Preset(config, model, " ".join(f"{name}: {text}" for name, text in parts.items() if text))
 
 
 _PUBLISHED = (
@@ -266,67 +251,62 @@ def _tiny(middle: Size, late: Size) -> FPSAttentionConfig:
     )
 
 
-PRESETS: dict[str, Preset] = {
-    "wan2.1-1.3b": Preset(
+PRESETS: dict[str, Preset[FPSAttentionConfig]] = {
+    "wan2.1-1.3b": _preset(
         config=_staged((6, 6, 5), (6, 6, 3), 3.0),
         model="Wan2.1-T2V-1.3B at 480p: 21x30x52 tokens, 4x4x7 tiles, flow shift 3",
         published=_PUBLISHED,
         suggested=_SUGGESTED,
         ours=_OURS,
     ),
-    "wan2.1-14b": Preset(
+    "wan2.1-14b": _preset(
         config=_staged((6, 6, 5), (6, 6, 3), 5.0),
         model="Wan2.1-T2V-14B at 720p: 21x45x80 tokens, 4x6x10 tiles, flow shift 5",
         published=_PUBLISHED,
         suggested=_SUGGESTED,
         ours=_OURS,
     ),
-    "window-661": Preset(
+    "window-661": _preset(
         config=FPSAttentionConfig(),
         model="Any model; at 720p (4x6x10 tiles) a tenth of the tiles is read, at 480p (4x4x7) a seventh",
         published=_PUBLISHED,
-        suggested="",
         ours=_CONSTANT + " The border, K smoothing.",
     ),
-    "fp8-only": Preset(
+    "fp8-only": _preset(
         config=FPSAttentionConfig(regimes=(Regime(),)),
         model="Any model: every tile is read, in E4M3",
         published='The paper\'s "quant only" row (Table 2): scales per tile (equation 4).',
-        suggested="",
         ours="K smoothing.",
     ),
-    "window-only": Preset(
+    "window-only": _preset(
         config=FPSAttentionConfig(regimes=(Regime(window=(6, 6, 1), e4m3=False),)),
         model="Any model: the window in the model's own precision",
         published="Window (6, 6, 1) (Table 4).",
-        suggested="",
         ours=_CONSTANT + " The border.",
     ),
-    "cogvideox-5b": Preset(
+    "cogvideox-5b": _preset(
         config=_staged((3, 5, 5), (3, 3, 3), 1.0),
         model="CogVideoX-5b, 13x30x45 tokens, 3x4x6 tiles, and 226 text tokens",
         published=_PUBLISHED,
         suggested=_SUGGESTED,
         ours=_OURS + " The paper does not try this model.",
     ),
-    "hunyuan-video": Preset(
+    "hunyuan-video": _preset(
         config=_staged((6, 6, 5), (6, 6, 3), 7.0),
         model="HunyuanVideo at 720p, 129 frames: 33x45x80 tokens, 6x6x10 tiles, and its text; flow shift 7",
         published=_PUBLISHED,
         suggested=_SUGGESTED,
         ours=_OURS + " The paper does not try this model.",
     ),
-    "tiny": Preset(
+    "tiny": _preset(
         config=_tiny((1, 3, 3), (1, 1, 5)),
         model="The tiny host of the demo, 16x8x8 tokens, 1x4x4 tiles, and small test models",
-        published="",
         suggested=_SUGGESTED,
         ours="All numbers. Read at 8 steps are 0.39 of all pairs, and each token hears of every other in the middle.",
     ),
-    "tiny-wide": Preset(
+    "tiny-wide": _preset(
         config=_tiny((1, 5, 3), (1, 3, 3)),
         model="As tiny, for a comparison with one window at every step",
-        published="",
         suggested=_SUGGESTED,
         ours="All numbers. The mean density over the steps is 0.5625, that of window (1, 3, 3) at every step.",
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
 
 from .flops import WORKLOADS
@@ -26,7 +26,6 @@ __all__ = [
     "Kind",
     "Knockout",
     "KnockoutConfig",
-    "Preset",
     "RecommendConfig",
     "ReproduceConfig",
     "Setting",
@@ -166,27 +165,12 @@ class KnockoutConfig:
         return " + ".join(parts) or "baseline"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """A named recipe and where it comes from.
-
-    Attributes:
-        config: the settings.
-        model: what they are for.
-        provenance: published, or ours.
-    """
-
-    config: KnockoutConfig
-    model: str
-    provenance: str
-
-
 def _recipe(exit: int, window: int) -> KnockoutConfig:
     knockouts = (Knockout(kind="VT", layers=tuple(range(window))),) if window else ()
     return KnockoutConfig(knockouts=knockouts, exit=exit)
 
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset[KnockoutConfig]] = {
     "exit-7b": Preset(
         config=_recipe(18, 0),
         model="28-layer 7B decoders (LLaVA-OneVision-7B, LLaVA-Video-7B), 32 frames",

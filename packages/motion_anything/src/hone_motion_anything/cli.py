@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-motion-anything"
 
@@ -26,37 +27,35 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "imageio-ffmpeg"),
-        "tiny host": describe_host(PACKAGE),
         "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+        "tiny host": describe_host(PACKAGE),
     }
 
 
-def _verb(run: str, config: str, help: str) -> Verb:
-    return Verb(run=f"hone_motion_anything.{run}", config=f"hone_motion_anything.config:{config}", help=help)
-
+_verb = partial(verb, "hone_motion_anything")
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb(
         "demo:demo", "DemoConfig", "Text to motion, text and music to dance, and an edit: videos with sound."
     ),
-    "generate": Verb(
-        run="hone_motion_anything.sample:generate",
-        config="hone_motion_anything.config:GenerateConfig",
-        prepare="hone_motion_anything.sample:prepare",
-        help="Motions for texts, to music, or edits of a motion.",
+    "generate": _verb(
+        "sample:generate",
+        "GenerateConfig",
+        "Motions for texts, to music, or edits of a motion.",
+        prepare="sample:prepare",
     ),
-    "convert": Verb(
-        run="hone_motion_anything.convert:convert",
-        config="hone_motion_anything.config:ConvertConfig",
-        prepare="hone_motion_anything.convert:prepare",
-        help="A motion into another format, or a published checkpoint into safetensors.",
+    "convert": _verb(
+        "convert:convert",
+        "ConvertConfig",
+        "A motion into another format, or a published checkpoint into safetensors.",
+        prepare="convert:prepare",
     ),
-    "train": Verb(
-        run="hone_motion_anything.fit:fit",
-        config="hone_motion_anything.config:TrainConfig",
-        prepare="hone_motion_anything.fit:prepare",
-        help="Train tokenizer or transformer on HumanML3D or text, music and dance, in one process or several.",
+    "train": _verb(
+        "fit:fit",
+        "TrainConfig",
+        "Train tokenizer or transformer on HumanML3D or text, music and dance, in one process or several.",
+        prepare="fit:prepare",
         shared=True,
     ),
     "make-set": _verb(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "HostConfig",
     "MakeSetConfig",
     "MotionAnythingConfig",
-    "Preset",
     "ReproduceConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -73,22 +72,7 @@ class MotionAnythingConfig:
                 raise ValueError(f"{name} is a share and must lie in [0, 1]; got {getattr(self, name)}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """Named settings and where they come from.
-
-    Attributes:
-        config: The settings.
-        model: What they are for.
-        provenance: Published, or ours.
-    """
-
-    config: MotionAnythingConfig
-    model: str
-    provenance: str
-
-
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset[MotionAnythingConfig]] = {
     "paper": Preset(
         config=MotionAnythingConfig(p_attention=1.0, corrupt=0.0),
         model="Masked motion transformers",

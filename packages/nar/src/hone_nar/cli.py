@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-nar"
 
@@ -26,21 +27,14 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "diffusers"),
-        "tiny host": describe_host(PACKAGE),
-        "tiny host of clips": describe_host(PACKAGE, host_of("shapes")),
         "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
         "sizes": {name: f"{manifest.parameters:,} parameters" for name, manifest in MANIFESTS.items()},
+        "tiny host": describe_host(PACKAGE),
+        "tiny host of clips": describe_host(PACKAGE, host_of("shapes")),
     }
 
 
-def _verb(run: str, config: str, help: str, prepare: str | None = None) -> Verb:
-    return Verb(
-        run=f"hone_nar.{run}",
-        config=f"hone_nar.config:{config}",
-        prepare=None if prepare is None else f"hone_nar.{prepare}",
-        help=help,
-    )
-
+_verb = partial(verb, "hone_nar")
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
@@ -49,14 +43,14 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "sample:generate",
         "GenerateConfig",
         "Draw images of classes or prompts, or clips of classes, with a saved pipeline.",
-        "sample:check_inputs",
+        prepare="sample:check_inputs",
     ),
     "extract": _verb(
-        "extract:extract", "ExtractConfig", "Write codes of images in folders, to train on.", "extract:check"
+        "extract:extract", "ExtractConfig", "Write codes of images in folders, to train on.", prepare="extract:check"
     ),
-    "train": _verb("finetune:train", "TrainConfig", "Train NAR or LlamaGen on codes.", "finetune:check"),
+    "train": _verb("finetune:train", "TrainConfig", "Train NAR or LlamaGen on codes.", prepare="finetune:check"),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits.", "evaluate:check"
+        "evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits.", prepare="evaluate:check"
     ),
     "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the central claim to the test on digits."),
     "bench": _verb("bench:bench", "BenchConfig", "Time drawing at real sizes: the release's loop, ours, and raster."),

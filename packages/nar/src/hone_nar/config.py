@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
 from hone_video.training_config import LoopConfig
 
 __all__ = ["HEADS", "PRESETS", "BenchConfig", "DemoConfig", "EvalConfig", "GenerateConfig", "HostConfig", "NARConfig"]
-__all__ += ["ExtractConfig", "Preset", "ReproduceConfig", "TrainConfig", "TrainHostConfig"]
+__all__ += ["ExtractConfig", "ReproduceConfig", "TrainConfig", "TrainHostConfig"]
 
 Mix = Literal["average", "right", "below", "back"]
 HEADS: tuple[Mix, ...] = ("right", "below", "back")
@@ -30,22 +30,7 @@ class NARConfig:
             raise ValueError(f"mix must be one of {', '.join(get_args(Mix))}; got {self.mix!r}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """Named settings and where they come from.
-
-    Attributes:
-        config: The settings.
-        model: What they are for.
-        provenance: Published, or ours.
-    """
-
-    config: NARConfig
-    model: str
-    provenance: str
-
-
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset[NARConfig]] = {
     "nar": Preset(config=NARConfig(), model="every NAR", provenance="Section 3.3, and the release's average of logits"),
     "right-only": Preset(
         config=NARConfig(mix="right"), model="NAR of images", provenance="Table 5, first row: the right head alone"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-pmloss"
 
@@ -35,41 +36,39 @@ def info() -> dict[str, Any]:
     }
 
 
+_verb = partial(verb, "hone_pmloss")
+
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
-    "demo": Verb(
-        run="hone_pmloss.demo:demo",
-        config="hone_pmloss.config:DemoConfig",
-        help="A room's point cloud at occlusion edges, by pictures alone and with PM-Loss.",
+    "demo": _verb(
+        "demo:demo", "DemoConfig", "A room's point cloud at occlusion edges, by pictures alone and with PM-Loss."
     ),
-    "eval": Verb(
-        run="hone_pmloss.evaluate:evaluate",
-        config="hone_pmloss.config:EvalConfig",
-        prepare="hone_pmloss.evaluate:prepare",
-        help="Geometry report of a splat (.ply) against known depth.",
+    "eval": _verb(
+        "evaluate:evaluate",
+        "EvalConfig",
+        "Geometry report of a splat (.ply) against known depth.",
+        prepare="evaluate:prepare",
     ),
-    "train": Verb(
-        run="hone_pmloss.finetune:train",
-        config="hone_pmloss.config:TrainConfig",
-        prepare="hone_pmloss.finetune:prepare",
-        help="Train a host on chunks with PM-Loss, as released; in several processes under accelerate launch.",
+    "train": _verb(
+        "finetune:train",
+        "TrainConfig",
+        "Train a host on chunks with PM-Loss, as released; in several processes under accelerate launch.",
+        prepare="finetune:prepare",
         shared=True,
     ),
-    "bench": Verb(
-        run="hone_pmloss.bench:bench",
-        config="hone_pmloss.config:BenchConfig",
-        help="Time nearest neighbours by every backend, and the parts of a training step.",
+    "bench": _verb(
+        "bench:bench", "BenchConfig", "Time nearest neighbours by every backend, and the parts of a training step."
     ),
-    "reproduce": Verb(
-        run="hone_pmloss.reproduce:reproduce",
-        config="hone_pmloss.config:ReproduceConfig",
-        prepare="hone_pmloss.reproduce:prepare",
-        help="Put the paper's claims to the test on tiny hosts.",
+    "reproduce": _verb(
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "Put the paper's claims to the test on tiny hosts.",
+        prepare="reproduce:prepare",
     ),
-    "train-host": Verb(
-        run="hone_pmloss.train:train_host",
-        config="hone_pmloss.config:TrainHostConfig",
-        prepare="hone_pmloss.train:prepare",
-        help="Train the tiny host and its arms on generated rooms.",
+    "train-host": _verb(
+        "train:train_host",
+        "TrainHostConfig",
+        "Train the tiny host and its arms on generated rooms.",
+        prepare="train:prepare",
     ),
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hone_core.config import flag
+from hone_core.config import Preset, flag
 from hone_core.training import check_budget
 from hone_splat.training_config import FitConfig
 
@@ -19,7 +19,6 @@ __all__ = [
     "EvalConfig",
     "HostConfig",
     "PMLossConfig",
-    "Preset",
     "ReproduceConfig",
     "TrainConfig",
     "TrainHostConfig",
@@ -65,22 +64,7 @@ class PMLossConfig:
             raise ValueError(f"trim belongs to align='umeyama'; got align={self.align!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """Settings with where they come from.
-
-    Attributes:
-        config: The settings.
-        model: What they are for.
-        provenance: Where they stand.
-    """
-
-    config: PMLossConfig
-    model: str
-    provenance: str
-
-
-PRESETS = {
+PRESETS: dict[str, Preset[PMLossConfig]] = {
     "paper": Preset(
         PMLossConfig(), "DepthSplat 256x448", "released config loss/pcd.yaml: weight 0.005; ignore_large_loss 100"
     ),

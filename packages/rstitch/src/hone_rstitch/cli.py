@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-rstitch"
 
@@ -35,39 +36,43 @@ def info() -> dict[str, Any]:
     }
 
 
-def _verb(run: str, config: str, help: str, *, prepare: bool = False) -> Verb:
-    module = run.partition(":")[0]
-    return Verb(
-        run=f"hone_rstitch.{run}",
-        help=help,
-        config=f"hone_rstitch.config:{config}",
-        prepare=f"hone_rstitch.{module}:prepare" if prepare else None,
-    )
-
+_verb = partial(verb, "hone_rstitch")
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb("demo:demo", "DemoConfig", "Two tiny models multiply; see who wrote what, and the curve."),
     "generate": _verb(
-        "sample:generate", "GenerateConfig", "Answer a question with two models, token by token.", prepare=True
+        "sample:generate",
+        "GenerateConfig",
+        "Answer a question with two models, token by token.",
+        prepare="sample:prepare",
     ),
-    "serve": _verb("serve:serve", "ServeConfig", "OpenAI's routes and a page, on one pair.", prepare=True),
+    "serve": _verb("serve:serve", "ServeConfig", "OpenAI's routes and a page, on one pair.", prepare="serve:prepare"),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "Accuracy and cost over thresholds, beside the baselines.", prepare=True
+        "evaluate:evaluate",
+        "EvalConfig",
+        "Accuracy and cost over thresholds, beside the baselines.",
+        prepare="evaluate:prepare",
     ),
     "bench": _verb("bench:bench", "BenchConfig", "Step times, gaps and rates of the loop or of the engine."),
     "calibrate": _verb(
-        "calibrate:calibrate", "CalibrateConfig", "Choose tau for a wanted share or time.", prepare=True
+        "calibrate:calibrate", "CalibrateConfig", "Choose tau for a wanted share or time.", prepare="calibrate:prepare"
     ),
     "simulate": _verb("simulate:simulate", "SimulateConfig", "When should the large model start? Throughput of both."),
     "profile": _verb(
-        "profile:profile", "ProfileConfig", "Time both models' calls here, for train-router.", prepare=True
+        "profile:profile", "ProfileConfig", "Time both models' calls here, for train-router.", prepare="profile:prepare"
     ),
     "train-router": _verb(
-        "reinforce:train_router", "TrainRouterConfig", "Train the router of R-Stitch+ by DAPO.", prepare=True
+        "reinforce:train_router",
+        "TrainRouterConfig",
+        "Train the router of R-Stitch+ by DAPO.",
+        prepare="reinforce:prepare",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train a tiny pair on generated products."),
     "reproduce": _verb(
-        "reproduce:reproduce", "ReproduceConfig", "Put the paper's claims to the test on tiny pairs.", prepare=True
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "Put the paper's claims to the test on tiny pairs.",
+        prepare="reproduce:prepare",
     ),
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 
 __all__ = [
     "LARGE",
@@ -23,7 +23,6 @@ __all__ = [
     "EvalConfig",
     "GenerateConfig",
     "HostConfig",
-    "Preset",
     "ProfileConfig",
     "ReproduceConfig",
     "ServeConfig",
@@ -136,25 +135,10 @@ class StitchConfig:
         return text if self.policy == "stitch" else f"{self.policy} {text}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """A named gate and where it comes from.
-
-    Attributes:
-        config: the settings.
-        model: what they are for.
-        provenance: published, or ours.
-    """
-
-    config: StitchConfig
-    model: str
-    provenance: str
-
-
 _PAIRS = "L1-1.5B-Short with R1-Distill-Qwen-7B, R1-Distill-Qwen-14B or QwQ-32B"
 _V1 = "Qwen2.5-Math-1.5B-Oat-Zero with R1-Distill-Qwen-7B"
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset[StitchConfig]] = {
     "accurate": Preset(
         config=StitchConfig(tau=0.001), model=_PAIRS, provenance="Paper v3, Table 1: the rows of tau 0.001."
     ),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-sparsevar"
 
@@ -24,19 +25,12 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "diffusers"),
-        "tiny host": describe_host(PACKAGE),
         "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+        "tiny host": describe_host(PACKAGE),
     }
 
 
-def _verb(run: str, config: str, help: str, prepare: str | None = None) -> Verb:
-    return Verb(
-        run=f"hone_sparsevar.{run}",
-        config=f"hone_sparsevar.config:{config}",
-        prepare=None if prepare is None else f"hone_sparsevar.{prepare}",
-        help=help,
-    )
-
+_verb = partial(verb, "hone_sparsevar")
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
@@ -44,26 +38,40 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "demo:demo",
         "DemoConfig",
         "Draw scenes dense, sparse, stopped early, and by other masks: pictures.",
-        "inputs:host",
+        prepare="inputs:host",
     ),
     "generate": _verb(
-        "sample:generate", "GenerateConfig", "Draw images of prompts or classes with a saved pipeline.", "sample:check"
+        "sample:generate",
+        "GenerateConfig",
+        "Draw images of prompts or classes with a saved pipeline.",
+        prepare="sample:check",
     ),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "Quality against work of every variant, on many scenes.", "inputs:evaluate"
+        "evaluate:evaluate",
+        "EvalConfig",
+        "Quality against work of every variant, on many scenes.",
+        prepare="inputs:evaluate",
     ),
     "calibrate": _verb(
-        "calibrate:calibrate", "CalibrateConfig", "Which block's change tells textured from flat.", "inputs:calibrate"
+        "calibrate:calibrate",
+        "CalibrateConfig",
+        "Which block's change tells textured from flat.",
+        prepare="inputs:calibrate",
     ),
-    "inspect": _verb("inspection:inspect", "InspectConfig", "What ran in one image, scale by scale.", "inputs:host"),
+    "inspect": _verb(
+        "inspection:inspect", "InspectConfig", "What ran in one image, scale by scale.", prepare="inputs:host"
+    ),
     "reproduce": _verb(
-        "reproduce:reproduce", "ReproduceConfig", "Put the claims to the test on tiny hosts.", "inputs:reproduce"
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "Put the claims to the test on tiny hosts.",
+        prepare="inputs:reproduce",
     ),
     "bench": _verb(
         "bench:bench",
         "BenchConfig",
         "Time the transformer at real sizes, dense, sparse and stopped early.",
-        "inputs:bench",
+        prepare="inputs:bench",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host: tokenizer, grader, transformer."),
 }

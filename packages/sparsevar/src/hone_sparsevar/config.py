@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "HostConfig",
     "ImageConfig",
     "InspectConfig",
-    "Preset",
     "ReproduceConfig",
     "SparseVARConfig",
     "TrainHostConfig",
@@ -95,24 +94,9 @@ class SparseVARConfig:
             raise ValueError(f"detector is the number of a block, from 0; got {self.detector}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """Named settings and where they come from.
-
-    Attributes:
-        config: The settings.
-        model: What they are for.
-        provenance: Published, or ours.
-    """
-
-    config: SparseVARConfig
-    model: str
-    provenance: str
-
-
 _NAMES = "Ratio and window occur in the release's evaluation folder names (its issue 2); what they mean is our reading."
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset[SparseVARConfig]] = {
     **{
         f"infinity-{ratio:g}": Preset(
             config=SparseVARConfig(ratio=ratio),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
-
-from .inspection import inspect
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-zipr1"
 
@@ -33,43 +32,44 @@ def info() -> dict[str, Any]:
     }
 
 
-def _verb(run: str, config: str, help: str, *, prepare: bool = False, shared: bool = False) -> Verb:
-    module = run.partition(":")[0]
-    return Verb(
-        run=f"hone_zipr1.{run}",
-        help=help,
-        config=f"hone_zipr1.config:{config}",
-        prepare=f"hone_zipr1.{module}:prepare" if prepare else None,
-        shared=shared,
-    )
-
+_verb = partial(verb, "hone_zipr1")
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
-    "demo": _verb("demo:demo", "DemoConfig", "A tiny model reads digits from fewer and fewer tokens.", prepare=True),
-    "generate": _verb(
-        "sample:generate", "GenerateConfig", "Answer a question about a picture or a video.", prepare=True
+    "demo": _verb(
+        "demo:demo", "DemoConfig", "A tiny model reads digits from fewer and fewer tokens.", prepare="demo:prepare"
     ),
-    "inspect": inspect,
-    "profile": Verb(
-        run="hone_zipr1.inspection:profile",
-        help="Run one prompt and show what each layer kept of it.",
-        config="hone_zipr1.config:ProfileConfig",
-        prepare="hone_zipr1.sample:prepare",
+    "generate": _verb(
+        "sample:generate", "GenerateConfig", "Answer a question about a picture or a video.", prepare="sample:prepare"
+    ),
+    "inspect": _verb(
+        "inspection:inspect", None, "Print what a prompt is and what selection could save of it; weights are not read."
+    ),
+    "profile": _verb(
+        "inspection:profile",
+        "ProfileConfig",
+        "Run one prompt and show what each layer kept of it.",
+        prepare="sample:prepare",
     ),
     "train": _verb(
         "finetune:train",
         "TrainConfig",
         "Train a model by reinforcement to live on fewer tokens.",
-        prepare=True,
+        prepare="finetune:prepare",
         shared=True,
     ),
     "eval": _verb(
-        "grading:grade_model", "EvalConfig", "Grade a model on checkable questions, dense and sparse.", prepare=True
+        "grading:grade_model",
+        "EvalConfig",
+        "Grade a model on checkable questions, dense and sparse.",
+        prepare="grading:prepare",
     ),
     "bench": _verb("bench:bench", "BenchConfig", "Time prefill and decoding, dense and with selected tokens."),
     "reproduce": _verb(
-        "reproduce:reproduce", "ReproduceConfig", "Test what rewarding sparsity does, on tiny hosts.", prepare=True
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "Test what rewarding sparsity does, on tiny hosts.",
+        prepare="reproduce:prepare",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host on generated mosaics, densely."),
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, flag
+from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "HostConfig",
     "Kind",
     "Objective",
-    "Preset",
     "ProfileConfig",
     "ReinforceConfig",
     "ReproduceConfig",
@@ -119,22 +118,7 @@ class SparseConfig:
         return f"{self.policy} {amount}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """A named selection and where it comes from.
-
-    Attributes:
-        config: the settings.
-        model: what they are for.
-        provenance: published, or ours.
-    """
-
-    config: SparseConfig
-    model: str
-    provenance: str
-
-
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, Preset[SparseConfig]] = {
     "paper": Preset(
         config=SparseConfig(),
         model="Qwen2-VL-7B, Qwen2.5-VL-7B, LLaVA-Video-7B",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from hone_core.cli import Verb, run_cli
+from hone_core.cli import Verb, run_cli, verb
 
 PACKAGE = "hone-zpressor"
 
@@ -36,16 +37,7 @@ def info() -> dict[str, Any]:
     }
 
 
-def _verb(run: str, config: str, help: str, *, prepare: bool = False, shared: bool = False) -> Verb:
-    module = run.partition(":")[0]
-    return Verb(
-        run=f"hone_zpressor.{run}",
-        help=help,
-        config=f"hone_zpressor.config:{config}",
-        prepare=f"hone_zpressor.{module}:prepare" if prepare else None,
-        shared=shared,
-    )
-
+_verb = partial(verb, "hone_zpressor")
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
@@ -53,29 +45,51 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "demo:demo",
         "DemoConfig",
         "Rooms from many views, compressed to a few; pictures, a .ply, a flight.",
-        prepare=True,
+        prepare="demo:prepare",
     ),
     "render": _verb(
-        "photographs:render_capture", "RenderConfig", "Your photographs to a splat and a flight.", prepare=True
+        "photographs:render_capture",
+        "RenderConfig",
+        "Your photographs to a splat and a flight.",
+        prepare="photographs:prepare",
     ),
-    "view": _verb("viewing:view", "ViewConfig", "A splat in the browser, with a slider for its anchors.", prepare=True),
-    "doctor": _verb("photographs:doctor", "DoctorConfig", "What a host would make of your photographs.", prepare=True),
+    "view": _verb(
+        "viewing:view",
+        "ViewConfig",
+        "A splat in the browser, with a slider for its anchors.",
+        prepare="viewing:prepare",
+    ),
+    "doctor": _verb(
+        "photographs:doctor",
+        "DoctorConfig",
+        "What a host would make of your photographs.",
+        prepare="photographs:prepare",
+    ),
     "convert": _verb(
-        "conversion:convert", "ConvertConfig", "Your photographs as chunks with an evaluation index.", prepare=True
+        "conversion:convert",
+        "ConvertConfig",
+        "Your photographs as chunks with an evaluation index.",
+        prepare="conversion:prepare",
     ),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "PSNR and SSIM on chunks of RealEstate10K or DL3DV.", prepare=True
+        "evaluate:evaluate",
+        "EvalConfig",
+        "PSNR and SSIM on chunks of RealEstate10K or DL3DV.",
+        prepare="evaluate:prepare",
     ),
     "train": _verb(
         "finetune:train",
         "TrainConfig",
         "Train a host with ZPressor on chunks, as released; in several processes under accelerate launch.",
-        prepare=True,
+        prepare="finetune:prepare",
         shared=True,
     ),
     "bench": _verb("bench:bench", "BenchConfig", "Time and memory over the number of views."),
     "reproduce": _verb(
-        "reproduce:reproduce", "ReproduceConfig", "Put the paper's claims to the test on tiny hosts.", prepare=True
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "Put the paper's claims to the test on tiny hosts.",
+        prepare="reproduce:prepare",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host and its arms on generated rooms."),
 }

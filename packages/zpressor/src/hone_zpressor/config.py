@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hone_core.config import flag
+from hone_core.config import Preset, flag
 from hone_core.training import check_budget
 from hone_splat.training_config import FitConfig
 
@@ -21,7 +21,6 @@ __all__ = [
     "EvalConfig",
     "HostConfig",
     "HostRange",
-    "Preset",
     "RenderConfig",
     "ReproduceConfig",
     "TrainConfig",
@@ -64,22 +63,7 @@ class ZPressorConfig:
             raise ValueError(f'attention="varlen" needs precision="bfloat16"; got {self.precision}')
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """Settings with where they come from.
-
-    Attributes:
-        config: The settings.
-        model: What they are for.
-        provenance: Where they stand.
-    """
-
-    config: ZPressorConfig
-    model: str
-    provenance: str
-
-
-PRESETS = {
+PRESETS: dict[str, Preset[ZPressorConfig]] = {
     "depthsplat": Preset(ZPressorConfig(), "DepthSplat 256x448", "released config dl3dv.yaml: 6 anchors, 6 layers"),
     "mvsplat": Preset(ZPressorConfig(), "MVSplat 256x256", "released config re10k.yaml: 6 anchors, 6 layers"),
     "pixelsplat": Preset(

@@ -26,7 +26,7 @@ from hone_core.errors import MissingExtraError, UnsupportedHardwareError
 from hone_core.flags import RUN_FLAGS, Flag, apply, flags_of, is_default
 from hone_core.processes import Processes
 
-__all__ = ["FAILED", "OK", "USAGE", "Verb", "run_cli"]
+__all__ = ["FAILED", "OK", "USAGE", "Verb", "run_cli", "verb"]
 
 OK, FAILED, USAGE = 0, 1, 2
 """Exit codes: done; failed; wrong usage or a missing extra."""
@@ -61,6 +61,37 @@ class Verb:
     prepare: str | None = None
     opened: str | None = None
     shared: bool = False
+
+
+def verb(
+    package: str,
+    run: str,
+    config: str | None,
+    help: str,
+    *,
+    prepare: str | None = None,
+    opened: str | None = None,
+    shared: bool = False,
+) -> Verb:
+    """A verb of a package, by names within it; a table of verbs has this with its package filled in.
+
+    Args:
+        package: Module, such as ``hone_blade``.
+        run: ``"module:function"`` in the package, and likewise ``prepare`` and ``opened``.
+        config: Class of the package's ``config``; None for a function whose keyword arguments are the flags.
+        help: See ``Verb``.
+        prepare: See ``Verb``.
+        opened: See ``Verb``.
+        shared: See ``Verb``.
+    """
+    return Verb(
+        run=f"{package}.{run}",
+        help=help,
+        config=config and f"{package}.config:{config}",
+        prepare=prepare and f"{package}.{prepare}",
+        opened=opened and f"{package}.{opened}",
+        shared=shared,
+    )
 
 
 def _import(name: str) -> Any:

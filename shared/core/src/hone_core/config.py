@@ -13,14 +13,31 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["Dtype", "decode", "encode", "flag", "from_dict", "known_fields", "load_config", "read_config", "to_dict"]
+__all__ = ["Dtype", "Preset", "decode", "encode", "flag", "from_dict", "known_fields", "load_config", "read_config"]
+__all__ += ["to_dict"]
 
 T = TypeVar("T")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What ``hone_core.devices.resolve_dtype`` takes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preset(Generic[T]):
+    """Named settings of a method and where they come from; a package's ``PRESETS`` holds them by name.
+
+    Attributes:
+        config: The settings.
+        model: What they are for.
+        provenance: Where they stand: in the paper or its release, or ours.
+    """
+
+    config: T
+    model: str
+    provenance: str
+
 
 # JSON has no number for these, and Python's own extension ("Infinity") is not readable by strict parsers.
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}

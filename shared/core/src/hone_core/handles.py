@@ -5,7 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from hone_core.config import Preset
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,21 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["CallState", "Handle", "Hooks", "resolve"]
 
 C = TypeVar("C")
-C_co = TypeVar("C_co", covariant=True)
 T = TypeVar("T")
 
 
-class _Preset(Protocol[C_co]):
-    @property
-    def config(self) -> C_co: ...
-
-
-def resolve(config: str | C, presets: Mapping[str, _Preset[C]], kind: type[C]) -> C:
+def resolve(config: str | C, presets: Mapping[str, Preset[C]], kind: type[C]) -> C:
     """Turn the name of a preset, or settings, into settings.
 
     Args:
         config: A name in ``presets``, or settings of type ``kind``.
-        presets: Name to preset; each holds its settings as ``config``.
+        presets: Name to preset.
         kind: The config dataclass.
 
     Raises:
