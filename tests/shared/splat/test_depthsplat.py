@@ -11,6 +11,8 @@ COUNTS = {
     "depthsplat-head-base-256x256": 120_747_896,
     "depthsplat-head-large-256x256": 354_337_760,
     "depthsplat-head-base-256x448": 120_877_016,
+    "depthsplat-head-small-448x768": 38_404_880,
+    "depthsplat-head-base-448x768": 120_877_016,
     "depthsplat-oct-small-256x256": 38_073_344,
     "depthsplat-oct-base-256x448": 118_140_194,
     "depthsplat-oct-pmloss-256x448": 118_140_194,
@@ -44,6 +46,7 @@ def oracle(hostref, host, given, **settings):
         ("depthsplat-head-small-256x256", 5, (64, 80), 3),
         ("depthsplat-head-base-256x256", 2, (64, 64), None),
         ("depthsplat-head-base-256x448", 3, (64, 96), None),
+        ("depthsplat-head-small-448x768", 4, (64, 96), 3),
         ("depthsplat-oct-small-256x256", 3, (64, 80), 3),
         ("depthsplat-oct-base-256x448", 4, (64, 64), 3),
         ("depthsplat-oct-pmloss-256x448", 3, (64, 64), 3),
@@ -85,6 +88,12 @@ SHAPES = {
         "feature_upsampler.concat_projects.1.weight": [96, 352, 1, 1],
         "gaussian_regressor.0.weight": [64, 69, 3, 3],
         "gaussian_head.0.weight": [37, 132, 3, 3],
+    },
+    "depthsplat-head-small-448x768": {
+        "depth_predictor.upsampler.concat_projects.0.weight": [48, 112, 1, 1],
+        "depth_predictor.upsampler.concat_projects.1.weight": [96, 192, 1, 1],
+        "depth_predictor.upsampler.concat_projects.2.weight": [192, 449, 1, 1],
+        "feature_upsampler.concat_projects.2.weight": [192, 448, 1, 1],
     },
     "depthsplat-oct-base-256x448": {
         "depth_predictor.mono_pyramid.stages.1.0.weight": [768, 384, 2, 2],
@@ -135,3 +144,19 @@ def test_it_starts_without_size_and_colour_and_has_gradients(make_views):
     assert float(host.depth_predictor.backbone.conv1.weight.grad.abs().max()) > 0
     with pytest.raises(ValueError, match="multiples of 16"):
         host(make_views(2, 64, 72))
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("depthsplat-head-small-256x256", 3.0),
+        ("depthsplat-head-small-448x768", 0.1),
+        ("depthsplat-oct-small-256x256", 0.3),
+    ],
+)
+@torch.no_grad()
+def test_no_gaussian_is_larger_than_the_release_draws_them(make_views, name, most):
+    host = build(name)
+    host.gaussian_head[-1].bias[3:6] = 30.0
+    scales = host(make_views(2, 64, 64, far=200.0)).gaussians.scales
+    assert torch.equal(scales, torch.full_like(scales, most))

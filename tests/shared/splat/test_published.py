@@ -14,6 +14,8 @@ MANIFESTS = {
     "depthsplat-head-base-256x256": (751, "61084cb35c267aff"),
     "depthsplat-head-large-256x256": (919, "963465b9f333d6eb"),
     "depthsplat-head-base-256x448": (751, "9849d9cc43a111a3"),
+    "depthsplat-head-small-448x768": (567, "b7668fef1996c50b"),
+    "depthsplat-head-base-448x768": (751, "9849d9cc43a111a3"),
     "depthsplat-oct-small-256x256": (711, "6f7d8d00e9b61a30"),
     "depthsplat-oct-base-256x448": (907, "d2e010927141a088"),
     "depthsplat-oct-pmloss-256x448": (907, "d2e010927141a088"),

@@ -98,12 +98,21 @@ HOSTS = {
     "tiny": HostRange(0.4, 12.0, (64, 64), (55.0, 70.0), "ours: generated rooms"),
     "mvsplat": HostRange(1.0, 100.0, (256, 256), None, "released config re10k.yaml: RealEstate10K"),
     **{
-        f"depthsplat-{name}-256x256": HostRange(1.0, 100.0, (256, 256), None, "DepthSplat on RealEstate10K")
+        f"depthsplat-{name}-256x256": HostRange(0.5, 100.0, (256, 256), None, "released config re10k.yaml")
         for name in ("head-small", "head-base", "head-large", "oct-small")
     },
+    "depthsplat-head-base-256x448": HostRange(0.5, 200.0, (256, 448), None, "released config dl3dv.yaml of April 2025"),
     **{
-        f"depthsplat-{name}-256x448": HostRange(1.0, 200.0, (256, 448), None, "DepthSplat on DL3DV, near 1, far 200")
-        for name in ("head-base", "oct-base", "oct-pmloss", "oct-zpressor")
+        f"depthsplat-{name}-448x768": HostRange(
+            0.5, 200.0, (448, 768), None, "released config dl3dv.yaml of April 2025"
+        )
+        for name in ("head-small", "head-base")
+    },
+    **{
+        f"depthsplat-{name}-256x448": HostRange(
+            1.0, 200.0, (256, 448), None, "released config dl3dv.yaml of October 2024"
+        )
+        for name in ("oct-base", "oct-pmloss", "oct-zpressor")
     },
 }
 """Hosts that take a person's photographs."""

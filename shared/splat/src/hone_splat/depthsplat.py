@@ -66,6 +66,8 @@ class DepthSplatConfig:
     """Hidden channels of the Gaussians' head over those of its output."""
     sh_degree: int
     """Of the colour that is predicted."""
+    scale_max: float
+    """Largest deviation of a Gaussian."""
     nearest: int | None
     """Views that are compared with each, itself included; None for all. The later generation takes all of three."""
     offset: Literal["bounded", "unconstrained"] = "bounded"
@@ -82,14 +84,14 @@ class DepthSplatConfig:
 
 def _oct(vit: str, scales: int, factor: int, lowest: int, width: int = 128) -> DepthSplatConfig:
     wide = width == 128
-    return _family(vit, scales, factor, lowest, generation="oct", feature_width=width,
+    return _family(vit, scales, factor, lowest, generation="oct", feature_width=width, scale_max=0.3,
                    regressor_width=32 if wide else 64, head_expansion=2 if wide else 1, sh_degree=4)  # fmt: skip
 
 
-def _head(vit: str, scales: int, factor: int, lowest: int) -> DepthSplatConfig:
+def _head(vit: str, scales: int, factor: int, lowest: int, scale_max: float = 3.0) -> DepthSplatConfig:
     width = {"vits": 64, "vitb": 96, "vitl": 128}[vit]
     return _family(vit, scales, factor, lowest, generation="head", feature_width=width, regressor_width=64,
-                   head_expansion=1, sh_degree=2)  # fmt: skip
+                   head_expansion=1, sh_degree=2, scale_max=scale_max)  # fmt: skip
 
 
 def _family(vit: str, scales: int, factor: int, lowest: int, **rest: Any) -> DepthSplatConfig:
@@ -104,6 +106,9 @@ DEPTHSPLATS = {
     "depthsplat-head-base-256x256": _head("vitb", 2, 2, 4),
     "depthsplat-head-large-256x256": _head("vitl", 2, 2, 4),
     "depthsplat-head-base-256x448": _head("vitb", 2, 4, 8),
+    # The release draws with these two at a largest deviation of its own.
+    "depthsplat-head-small-448x768": _head("vits", 1, 8, 8, 0.1),
+    "depthsplat-head-base-448x768": _head("vitb", 2, 4, 8, 0.1),
     "depthsplat-oct-small-256x256": _oct("vits", 1, 4, 4, 64),
     "depthsplat-oct-base-256x448": _oct("vitb", 2, 4, 8),
     "depthsplat-oct-pmloss-256x448": replace(_oct("vitb", 2, 4, 8), offset="unconstrained"),
@@ -342,9 +347,9 @@ class DepthSplat(nn.Module):
         raw = self.gaussian_head(torch.cat([refined, image, full, sure], 1)).unflatten(0, (-1, count))
         opacity, offset, scale, quat, colour = raw.split([1, 2, 3, 4, raw.shape[2] - 10], 2)
         if cfg.generation == "head":
-            scale = F.softplus(scale - 4).clamp(1e-10, 3.0)
+            scale = F.softplus(scale - 4).clamp(1e-10, cfg.scale_max)
         else:
-            scale = torch.exp(scale - 4).clamp(max=0.3)
+            scale = torch.exp(scale - 4).clamp(max=cfg.scale_max)
         depth = depth[:, 0].unflatten(0, (-1, count))
         gaussians = to_gaussians(
             offset.sigmoid() - 0.5 if cfg.offset == "bounded" else 0.5 * offset,
