@@ -22,12 +22,20 @@ from hone_kernels.gpu import the_gpu
 from hone_kernels.kept_tokens import bench as kept_bench
 from hone_kernels.logits import SUPPORT as LOGITS
 from hone_kernels.logits import bench as logits_bench
+from hone_kernels.plane_sweep import bench as sweep_bench
 from hone_kernels.ragged_decode import bench as decode_bench
 from hone_kernels.rows import TimesReport
+from hone_kernels.splat_blend import bench as blend_bench
 
 __all__ = ["BenchReport", "bench", "plot", "prepare"]
 
-_GROUPED: dict[str, Any] = {"column_mass": mass_bench, "kept_tokens": kept_bench, "ragged_decode": decode_bench}
+_GROUPED: dict[str, Any] = {
+    "column_mass": mass_bench,
+    "kept_tokens": kept_bench,
+    "plane_sweep": sweep_bench,
+    "ragged_decode": decode_bench,
+    "splat_blend": blend_bench,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,17 @@ from typing import Literal, get_args
 
 __all__ = ["BenchConfig", "ProfileConfig", "SanitizeConfig", "SpillsConfig", "TuneConfig"]
 
-Op = Literal["attention", "attention_fp8", "block_scores", "logits", "column_mass", "ragged_decode", "kept_tokens"]
+Op = Literal[
+    "attention",
+    "attention_fp8",
+    "block_scores",
+    "logits",
+    "column_mass",
+    "ragged_decode",
+    "kept_tokens",
+    "plane_sweep",
+    "splat_blend",
+]
 Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 Mode = Literal["forward", "forward pooled", "backward", "prologue", "host"]
 Memory = Literal["BHSD", "BSHD"]
@@ -28,6 +38,8 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "column_mass": ("shapes",),
     "ragged_decode": ("shapes",),
     "kept_tokens": ("shapes",),
+    "plane_sweep": ("shapes",),
+    "splat_blend": ("shapes",),
 }
 """What each op's bench lets choose; of the rest it measures what it measures."""
 
@@ -45,11 +57,12 @@ class BenchConfig:
 
     op: Op = "attention"
     """Which op: attention beside every other that is installed, FP8's prologue and gradients, BLADE's prober, the
-    reading of logits, column masses with the selection of tokens, decoding from ragged caches, or what lies around
-    blocks that run some tokens only."""
+    reading of logits, column masses with the selection of tokens, decoding from ragged caches, what lies around
+    blocks that run some tokens only, cost volumes, or the blending of splats."""
     shapes: tuple[str, ...] = ()
     """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128; of logits ROWSxVOCABULARY, of column_mass and
-    ragged_decode BATCHxHEADSxKEY_HEADSxTOKENSxHEAD_SIZE, of kept_tokens ROWSxTOKENSxKEPTxCHANNELS (default: the op's
+    ragged_decode BATCHxHEADSxKEY_HEADSxTOKENSxHEAD_SIZE, of kept_tokens ROWSxTOKENSxKEPTxCHANNELS, of plane_sweep
+    VIEWSxOTHERSxCHANNELSxHEIGHTxWIDTHxCANDIDATES, of splat_blend PICTURESxGAUSSIANSxHEIGHTxWIDTH (default: the op's
     own)."""
     densities: tuple[float, ...] = ()
     """Shares of blocks listed (default: the op's own)."""

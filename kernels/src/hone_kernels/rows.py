@@ -66,18 +66,22 @@ class TimesReport(Report):
 def table(rows: Sequence[Row]) -> str:
     """The rows as text: time, rate, how many times faster than the dense attention beside it, which, and error.
 
-    The dense attention is that which a row names as ``dense``, the fastest of its run, else cuDNN's.
+    The dense attention is that which a row names as ``dense``, the fastest of its run, else cuDNN's. Memory is a column
+    where it was measured.
     """
     calls: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         place = tuple(sorted((k, v) for k, v in row.labels.items() if k not in ("kernel", "settings")))
         calls.setdefault((row.variant, row.split, place), {})[row.metric] = row
-    lines = [("shape", "dtype", "what", "density", "variant", "ms", "rate", "x dense", "of", "error")]
+    held = any(row.metric == "memory" for row in rows)
+    lines = [("shape", "dtype", "what", "density", "variant", "ms", "rate", "x dense", "of", "error") + ("MiB",) * held]
     for (variant, split, place), found in calls.items():
         labels = dict(place)
         best = labels.get("dense", DENSE)
         dense = calls.get((best, split, place), {}).get("time")
-        time, rate, error, host = (found.get(metric) for metric in ("time", "rate", "error", "host_us"))
+        time, rate, error, host, memory = (
+            found.get(metric) for metric in ("time", "rate", "error", "host_us", "memory")
+        )
         speed = f"{host.value:.1f} us of the host" if host else "-"
         lines.append(
             (
@@ -87,6 +91,7 @@ def table(rows: Sequence[Row]) -> str:
                 *(f"{time.value:.3f}" if time else "-", f"{rate.value:.0f} {rate.unit}" if rate else speed),
                 *((f"{dense.value / time.value:.2f}", best.removesuffix(" dense")) if dense and time else ("-", "-")),
                 f"{error.value:.1e}" if error else "-",
+                *((f"{memory.value:.1f}" if memory else "-",) if held else ()),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -14,14 +14,23 @@ VALUES = 1 << 28
 
 
 def sweep_planes_reference(
-    features: Tensor, others: Tensor, ray: Tensor, shift: Tensor, inverse_depth: Tensor, half: float
+    features: Tensor,
+    others: Tensor,
+    ray: Tensor,
+    shift: Tensor,
+    inverse_depth: Tensor,
+    half: float,
+    *,
+    held: int | None = VALUES,
 ) -> Tensor:
-    """See ``sweep_planes``."""
+    """See ``sweep_planes``; ``held`` warped feature values lie in memory at a time, all if None, and with gradients."""
     views, channels, height, width = features.shape
     count = others.shape[1]
     theirs = features[others].flatten(0, 1)
     pieces = []
-    for candidates in inverse_depth.split(max(1, VALUES // (views * count * channels * height * width)), dim=1):
+    plane = views * count * channels * height * width
+    step = inverse_depth.shape[1] if held is None else max(1, held // plane)
+    for candidates in inverse_depth.split(step, dim=1):
         depth = 1 / candidates.flatten(2).expand(-1, -1, height * width)[:, None, :, None]  # [N, 1, D, 1, P]
         point = ray[:, :, None] * depth + shift[:, :, None]  # [N, m, D, 3, P]
         place = point[..., :2, :] / point[..., 2:, :].clamp(min=LEAST_DEPTH)

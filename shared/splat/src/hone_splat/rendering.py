@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from hone_core.errors import MissingExtraError
-from hone_kernels.splat_blend import TILE, blend_tiles
+from hone_kernels.splat_blend import TILE, blend_tiles, tile_lists
 from jaxtyping import Float
 from torch import Tensor
 
@@ -90,8 +90,7 @@ def _splat(
     height, width = size
     rows, columns = -(-height // TILE), -(-width // TILE)
     values, low, high = _project(gaussians, cam_to_world, inner, size, near)
-    tiles, order = _tile_lists(values[..., 9], low, high, rows, columns)
-    counts = torch.bincount(tiles, minlength=batch * views * rows * columns)
+    order, counts = tile_lists(values[..., 9], low, high, rows, columns)
     canvas = blend_tiles(values.flatten(0, -2), order, counts, rows, columns)
     canvas = canvas.view(batch, views, rows, columns, TILE, TILE, 5).permute(0, 1, 6, 2, 4, 3, 5)
     canvas = canvas.reshape(batch, views, 5, rows * TILE, columns * TILE)[..., :height, :width]
@@ -158,31 +157,6 @@ def _project(
         seen &= (high > low).all(-1) & position.isfinite().all(-1)
         high = torch.where(seen[..., None], high, low.new_full((), -1.0))
     return values, low, high
-
-
-@torch.no_grad()
-def _tile_lists(depth: Tensor, low: Tensor, high: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Every (tile, Gaussian) pair, by tile and front to back.
-
-    Returns:
-        Tile of each pair, counted over all views, and the flat index of its Gaussian, both ``[pairs]``.
-    """
-    first = (low / TILE).long().flatten(0, -2)
-    seen = (high[..., 0] > 0).flatten()
-    last = ((high / TILE).ceil().long() - 1).flatten(0, -2)
-    limit = torch.tensor([columns - 1, rows - 1], device=first.device)
-    spans = (torch.minimum(last, limit) - first + 1).clamp(min=0) * seen[:, None]
-    per = spans.prod(-1)
-    index = torch.arange(len(per), device=per.device).repeat_interleave(per)
-    inside = torch.arange(len(index), device=per.device) - (per.cumsum(0) - per)[index]
-    column = first[index, 0] + inside % spans[index, 0]
-    row = first[index, 1] + inside // spans[index, 0]
-    gaussians = depth.shape[-1]
-    tile = (index // gaussians) * (rows * columns) + row * columns + column
-    by_depth = depth.flatten()[index].argsort(dim=0, stable=True)
-    by_tile = tile[by_depth].argsort(dim=0, stable=True)
-    order = by_depth[by_tile]
-    return tile[order], index[order]
 
 
 def _gsplat(
