@@ -1,9 +1,20 @@
 import hone_zpressor.bench as bench_module
 import pytest
 import torch
+from hone_core.testing import requires_gpu
 from hone_splat.published import build_published
 from hone_zpressor.anchors import cluster_views, farthest_points
-from hone_zpressor.bench import PARTS, _compressors, _folding, _forward, _time_parts, _views, bench, fuse_by_loop
+from hone_zpressor.bench import (
+    PARTS,
+    _captured,
+    _compressors,
+    _folding,
+    _forward,
+    _time_parts,
+    _views,
+    bench,
+    fuse_by_loop,
+)
 from hone_zpressor.config import BenchConfig
 from hone_zpressor.method import ZPressor
 
@@ -109,3 +120,17 @@ def test_no_time_is_reported_of_what_differs(start, monkeypatch):
     with pytest.raises(RuntimeError, match="tf32 is wrong"), start(cfg, "bench") as run:
         bench(cfg, run)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@requires_gpu(min_sm=80)
+@torch.inference_mode()
+def test_the_fusion_is_captured_and_hears_new_features():
+    torch.manual_seed(0)
+    module = ZPressor(128, 2).cuda()
+    features, centres = torch.randn(1, 14, 128, 8, 14, device="cuda"), torch.randn(1, 14, 3, device="cuda")
+    clusters = cluster_views(centres, farthest_points(centres, 6))
+    replay = _captured(lambda: module(features, clusters, "bfloat16", "varlen"))
+    for _ in range(2):
+        want = module(features, clusters, "bfloat16", "varlen")
+        assert float((replay() - want).norm() / want.norm()) < 1e-5
+        features.copy_(torch.randn(features.shape))
