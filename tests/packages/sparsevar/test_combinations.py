@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hone_core.testing import assert_close
 from hone_sparsevar import SparsePolicy, SparseVARConfig, attach
 from hone_visual_ar import InfinityPipeline, Policy, Sampling, generate
@@ -61,6 +62,53 @@ def test_lora_on_every_product_of_a_block(own):
             found.append(draw(own, body.condition(texts, [6, 4]), transformer=body))
     assert_close(found[1].latent, found[0].latent)
     assert not torch.equal(found[0].latent, draw(own, found[0].condition, SparsePolicy(SETTINGS), own[0]).latent[:1])
+
+
+class EightBits(nn.Module):
+    """A linear layer's place taken by integers and a scale of each row, as quantisers do."""
+
+    def __init__(self, base):
+        super().__init__()
+        scale = base.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (base.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+class Replaced(nn.Linear):
+    """A linear layer that is called as a replaced one is."""
+
+
+def quantise(part):
+    for module in list(part.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, EightBits(child))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_text_encoder_and_blocks(folder, dtype):
+    pipe = InfinityPipeline.from_pretrained(folder)
+    rounded = InfinityPipeline.from_pretrained(folder)
+    pipe.transformer.to_body_dtype(dtype)
+    rounded.transformer.to_body_dtype(dtype)
+    quantise(pipe.text_encoder)
+    for block, plain in zip(pipe.transformer.layers, rounded.transformer.layers, strict=True):
+        quantise(block)
+        for name, layer in block.named_modules():
+            if isinstance(layer, EightBits):
+                same = Replaced(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                same.weight.data, same.bias = layer.weight.to(dtype) * layer.scale, layer.bias
+                plain.set_submodule(name, same)
+    rounded.text_encoder = pipe.text_encoder
+    options = {"pixels": "0.06M", "output_type": "pt", "seeds": 5, "guidance_scale": 2.0}
+    with attach(pipe, SETTINGS), attach(rounded, SETTINGS):
+        found, want = (p("cat", **options).images for p in (pipe, rounded))
+    assert torch.equal(found, want)
+    assert not torch.equal(found, InfinityPipeline.from_pretrained(folder)("cat", **options).images)
 
 
 def test_blocks_of_lower_precision(own):

@@ -1,5 +1,9 @@
+import copy
+
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
+from hone_core.testing import requires_gpu
 from hone_visual_ar import InfinityPipeline, VARPipeline
 from hone_visual_ar.checkpoints import MANIFESTS
 from hone_visual_ar.infinity import INFINITY_SIZES
@@ -63,6 +67,69 @@ def test_a_negative_prompt_stands_in_for_the_learned_text(pipe):
     # Guidance away from the prompt itself is none.
     same = draw(pipe, "a red cat", negative_prompt="a red cat", guidance_scale=3.0, greedy=True)
     torch.testing.assert_close(same, draw(pipe, "a red cat", guidance_scale=1.0, greedy=True), atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """Parts that are offloaded, whose weights read as NaN until a hook brings them back."""
+    kept = {}
+
+    def leave(hook, module):
+        kept.setdefault(module, [weight.clone() for weight in module.parameters()])
+        for weight in module.parameters():
+            weight.data.fill_(torch.nan)
+        return module
+
+    def come(hook, module, *args, **options):
+        if hook.prev_module_hook is not None:
+            hook.prev_module_hook.offload()
+        for weight, value in zip(module.parameters(), kept.pop(module, ()), strict=False):
+            weight.data.copy_(value)
+        return args, options
+
+    monkeypatch.setattr(CpuOffload, "init_hook", leave)
+    monkeypatch.setattr(CpuOffload, "pre_forward", come)
+    return kept
+
+
+def test_parts_are_offloaded(pipe, var, away):
+    """Each is back when it is used, and away when the image is done; the tokenizer of images stays."""
+    classes = VARPipeline(*copy.deepcopy(var))
+    pipe = InfinityPipeline(*copy.deepcopy([pipe.transformer, pipe.vae, pipe.text_encoder]), pipe.tokenizer)
+    options = {"negative_prompt": "a dog", "seeds": 3}
+    want, of_class = draw(pipe, "a red cat", **options), classes(3, output_type="pt").images
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert set(away) == {pipe.text_encoder, pipe.transformer}
+    assert pipe.transformer.head.weight.isnan().all()
+    for _ in range(2):
+        assert torch.equal(draw(pipe, "a red cat", **options), want)
+        assert set(away) == {pipe.text_encoder, pipe.transformer}
+    classes.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(classes(3, output_type="pt").images, of_class)
+    assert classes.transformer in away
+
+
+@requires_gpu(min_sm=80)
+def test_parts_are_offloaded_of_a_gpu(pipe):
+    pipe = InfinityPipeline(*copy.deepcopy([pipe.transformer, pipe.vae, pipe.text_encoder]), pipe.tokenizer)
+    want = draw(pipe.to("cuda"), "a red cat", seeds=3)
+    pipe.enable_model_cpu_offload()
+    for _ in range(2):
+        assert pipe.transformer.device.type == pipe.text_encoder.device.type == "cpu"
+        assert torch.equal(draw(pipe, "a red cat", seeds=3), want)
+
+
+def test_a_text_encoder_may_stay_elsewhere(pipe):
+    """What it gives goes to the transformer's device."""
+    text, lengths = pipe.encode_prompt(["a red cat"])
+    on_meta = copy.deepcopy(pipe.transformer).to("meta")
+    assert on_meta.condition(text, lengths, negative=(text, lengths)).vector.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["enable_sequential_cpu_offload", "enable_group_offload"])
+def test_offloading_by_layers_is_refused(pipe, name):
+    with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
+        getattr(pipe, name)()
 
 
 def test_saved_and_loaded_draws_the_same(pipe, tmp_path):

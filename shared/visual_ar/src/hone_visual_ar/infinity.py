@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look how to load the class
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, SharedAdaLin, attend, modulate
@@ -54,6 +55,11 @@ class InfinityBlock(nn.Module):
         self.ca_norm = nn.LayerNorm(width, eps=1e-6)
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What linear layers are given; that of their weights may be another, where they are quantised."""
+        return self.ada_gss.dtype
+
     def modulation(self, condition: Condition) -> tuple[Tensor, ...]:
         """gamma1, gamma2, scale1, scale2, shift1, shift2; each ``[R, 1, C]`` float32."""
         assert condition.modulation is not None
@@ -62,7 +68,7 @@ class InfinityBlock(nn.Module):
     def self_attend(self, x: Tensor, parts: tuple[Tensor, ...], context: AttentionContext, number: int) -> Tensor:
         """What self-attention adds, float32."""
         gamma1, _, scale1, _, shift1, _ = parts
-        h = modulate(x, scale1, shift1).to(self.sa.proj.weight.dtype)
+        h = modulate(x, scale1, shift1).to(self.dtype)
         return gamma1 * self.sa(h, context, number).float()
 
     def cross_attend(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -71,14 +77,14 @@ class InfinityBlock(nn.Module):
 
     def _ask(self, x: Tensor) -> Tensor:
         """Queries ``[R, H, n, D]`` to the text."""
-        norm, dtype = self.ca_norm, self.ca.proj.weight.dtype
+        norm = self.ca_norm
         h = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
-        return self.ca.query(h.to(dtype))
+        return self.ca.query(h.to(self.dtype))
 
     def feed_forward(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """What the feed-forward adds, float32."""
         _, gamma2, _, scale2, _, shift2 = parts
-        h = modulate(x, scale2, shift2).to(self.ffn.fc1.weight.dtype)
+        h = modulate(x, scale2, shift2).to(self.dtype)
         return gamma2 * self.ffn(h).float()
 
     def before(
@@ -86,7 +92,7 @@ class InfinityBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What lies before self-attention: its queries, keys and values of tokens ``[R, n, C]``."""
         _, _, scale1, _, shift1, _ = (self.ada_gss.float() + modulation).unbind(2)
-        h = modulate(x, scale1, shift1).to(self.sa.proj.weight.dtype)
+        h = modulate(x, scale1, shift1).to(self.dtype)
         return self.sa.project(h, rope, spread, rope_k)
 
     def project(
@@ -110,7 +116,7 @@ class InfinityBlock(nn.Module):
         """``after`` without its last sum: tokens, and what the feed-forward gives before its gate, gamma2."""
         x = x + self.ca.join(out).float()
         _, _, _, scale2, _, shift2 = (self.ada_gss.float() + modulation).unbind(2)
-        return x, self.ffn(modulate(x, scale2, shift2).to(self.ffn.fc1.weight.dtype))
+        return x, self.ffn(modulate(x, scale2, shift2).to(self.dtype))
 
     def forward(self, x: Tensor, condition: Condition, context: AttentionContext, number: int) -> Tensor:
         """Tokens ``[R, n, C]`` in and out, float32."""
@@ -266,6 +272,7 @@ class Infinity(NextScaleTransformer):
         if schedule.tokens(0) != 1:
             raise ValueError(f"the first scale must be one token; got {schedule.grids[0]}")
 
+    @apply_forward_hook
     def condition(
         self,
         text: Tensor,
@@ -278,7 +285,8 @@ class Infinity(NextScaleTransformer):
         """Read prompts.
 
         Args:
-            text: ``[B, T, text_channels]``, what the text encoder made of them; behind a length it is not read.
+            text: ``[B, T, text_channels]``, what the text encoder made of them, on any device; behind a length it is
+                not read.
             lengths: Words of each.
             guided: Add an unconditional row for each.
             negative: Text and lengths of the unconditional rows; the learned ones, as long as the prompts, if None.
@@ -288,13 +296,15 @@ class Infinity(NextScaleTransformer):
             ValueError: A prompt is empty or too long, or shapes do not fit.
         """
         self._check_text(text, lengths)
+        device = self.pos_start.device
+        text = text.to(device)
         images, tokens = text.shape[:2]
         uncond = self.cfg_uncond[:tokens].expand(images, -1, -1)
         if drop is not None:
             text = torch.where(drop[:, None, None], uncond, text)
         counts = list(lengths)
         if guided:
-            other, others = (uncond, counts) if negative is None else (negative[0], list(negative[1]))
+            other, others = (uncond, counts) if negative is None else (negative[0].to(device), list(negative[1]))
             if negative is not None:
                 self._check_text(other, others)
                 if len(other) != images:
@@ -305,7 +315,7 @@ class Infinity(NextScaleTransformer):
         mask = None
         if min(counts) < text.shape[1]:
             inside = torch.arange(text.shape[1]) < torch.tensor(counts)[:, None]
-            mask = inside.to(text.device)[:, None, None]
+            mask = inside.to(device)[:, None, None]
         text = self.text_norm(text.float())
         vector = self.text_proj_for_sos(text, mask).float()
         memory = self.text_proj_for_ca(text)

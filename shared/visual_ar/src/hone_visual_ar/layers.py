@@ -212,7 +212,7 @@ class CrossAttention(nn.Module):
         Differs: the release computes them again at each scale.
         """
         bias = torch.cat([self.zero_k_bias, self.v_bias])
-        kv = biased(self.mat_kv, text.to(self.mat_kv.weight.dtype), bias)
+        kv = biased(self.mat_kv, text.to(self.v_bias.dtype), bias)
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return k, v
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -81,6 +81,18 @@ def _seeds(seeds: int | Sequence[int], images: int) -> list[int]:
 class _NextScalePipeline(DiffusionPipeline):
     transformer: Any
     vae: Any
+    model_cpu_offload_seq = "text_encoder->transformer"
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]
+
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Not there: a block reads weights of its layers beside calling them.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("layers cannot be offloaded one by one; take enable_model_cpu_offload()")
+
+    enable_group_offload = enable_sequential_cpu_offload
 
     def _output(self, pixels: Tensor, output_type: OutputType, return_dict: bool) -> Any:
         """Images ``[B, 3, H, W]`` in [-1, 1] as asked for."""
@@ -174,7 +186,7 @@ class InfinityPipeline(_NextScalePipeline):
         inside = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
         device = self.text_encoder.device
         text = self.text_encoder(ids.to(device), attention_mask=inside.long().to(device)).last_hidden_state
-        return text.float().to(self.transformer.pos_start.device), lengths
+        return text.float(), lengths
 
     @torch.no_grad()
     def condition(
@@ -247,6 +259,7 @@ class InfinityPipeline(_NextScalePipeline):
             negative=None if negative is None else repeat(negative),
         )
         run = generate(self.transformer, self.vae, condition, schedule, seeds=numbers, sampling=sampling, policy=policy)
+        self.maybe_free_model_hooks()
         return self._output(run.image(), output_type, return_dict)
 
 
@@ -324,4 +337,5 @@ class VARPipeline(_NextScalePipeline):
             sampling=sampling,
             policy=policy,
         )
+        self.maybe_free_model_hooks()
         return self._output(run.image(), output_type, return_dict)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pipelines look how to load the class
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from .layers import FFN, AttentionContext, HeadNorm, SelfAttention, SharedAdaLin, modulate
@@ -38,23 +39,28 @@ class VARBlock(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What linear layers are given; that of their weights may be another, where they are quantised."""
+        return self.attn.q_bias.dtype
+
     def modulation(self, condition: Condition) -> tuple[Tensor, ...]:
         """gamma1, gamma2, scale1, scale2, shift1, shift2; each ``[R, 1, C]`` float32."""
         if condition.modulation is not None:
             return (self.ada_gss.float() + condition.modulation).unbind(2)
-        vector = condition.vector.to(self.attn.proj.weight.dtype)
+        vector = condition.vector.to(self.dtype)
         return self.ada_lin(vector).float().view(-1, 1, 6, self.attn.proj.out_features).unbind(2)
 
     def self_attend(self, x: Tensor, parts: tuple[Tensor, ...], context: AttentionContext, number: int) -> Tensor:
         """What self-attention adds, float32."""
         gamma1, _, scale1, _, shift1, _ = parts
-        h = modulate(x, scale1, shift1).to(self.attn.proj.weight.dtype)
+        h = modulate(x, scale1, shift1).to(self.dtype)
         return gamma1 * self.attn(h, context, number).float()
 
     def feed_forward(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """What the feed-forward adds, float32."""
         _, gamma2, _, scale2, _, shift2 = parts
-        h = modulate(x, scale2, shift2).to(self.ffn.fc1.weight.dtype)
+        h = modulate(x, scale2, shift2).to(self.dtype)
         return gamma2 * self.ffn(h).float()
 
     def forward(self, x: Tensor, condition: Condition, context: AttentionContext, number: int) -> Tensor:
@@ -153,6 +159,7 @@ class VAR(NextScaleTransformer):
             sides = ", ".join(str(height) for height, _ in self.schedule.grids)
             raise ValueError(f"this VAR has learned positions of the scales {sides}; got {list(schedule.grids)}")
 
+    @apply_forward_hook
     def condition(self, classes: Tensor, *, guided: bool = True) -> Condition:
         """Read classes.
 
