@@ -18,7 +18,7 @@ TINY = HostConfig(
 STUDENTS = StudentsConfig(
     updates=2,
     train_batch=2,
-    rank=2,
+    lora_rank=2,
     tdm=TDMConfig(student_steps=3, teacher_guidance=2.0),
     comparison=Comparison(block=16, density=0.75, pool=4, samples=4),
 )

@@ -240,7 +240,7 @@ def test_published_sizes_are_not_run_on_a_cpu(tmp_path):
 
 @KINDS
 def test_an_update_of_a_distillation_by_part(kind, tmp_path):
-    _, rows = measure(tmp_path / "run", model=f"tiny-{kind}", parts=("training",), updates=2, rank=2)
+    _, rows = measure(tmp_path / "run", model=f"tiny-{kind}", parts=("training",), updates=2, lora_rank=2)
     seconds = {row["variant"]: row["value"] for row in rows if row["metric"] == "seconds"}
     parts = ("rollout", "fake", "optimiser", "student", "teacher")
     assert seconds.keys() == {*parts, "update", "update of the published batch"}

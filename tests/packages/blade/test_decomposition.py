@@ -35,7 +35,7 @@ def files(tmp_path_factory):
         if weight.ndim > 1 and not weight.any():
             torch.nn.init.normal_(weight, std=0.1, generator=generator)
     host = save_host(made, folder / "host.safetensors")
-    cfg = DistillConfig(attention=SPARSE, tdm=TDM, rank=2, steps=1, batch=2, lr=1e-2)
+    cfg = DistillConfig(attention=SPARSE, tdm=TDM, lora_rank=2, steps=1, batch=2, lr=1e-2)
     student = Distillation(cfg, host_task(load_host(path=host), TDM), folder / "c.pt")
     student.update()
     return host, student.export(folder / "lora.safetensors")

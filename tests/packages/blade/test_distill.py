@@ -28,7 +28,7 @@ SMOKE = DistillConfig(
     tdm=TDMConfig(student_steps=3, teacher_guidance=2.0, regularisation=0.5),
     batch=4,
     steps=4,
-    rank=2,
+    lora_rank=2,
     lr=1e-2,
     eval_clips=3,
     log_every=1,
@@ -119,7 +119,7 @@ def test_a_checkpointed_update_is_the_plain_one(host, tmp_path):
     """Blocks are computed again with the adapter that they were computed with, once the two differ."""
     found = []
     for again in (False, True):
-        cfg = replace(SMOKE, checkpointing=again, graphs=False)
+        cfg = replace(SMOKE, gradient_checkpointing=again, graphs=False)
         made = losses(host, cfg, tmp_path / f"{again}.pt", until=2)[1]
         found.append([*made.trio.student.parameters, *made.trio.fake.parameters])
     for a, b in zip(*found, strict=True):
@@ -288,8 +288,8 @@ def test_a_student_trained_dense_is_graded_dense(host, tmp_path, monkeypatch):
 
 def test_another_config_does_not_go_on(host, tmp_path):
     losses(host, SMOKE, tmp_path / "c.pt", until=1)
-    with pytest.raises(CheckpointError, match="differs in rank"):
-        losses(host, replace(SMOKE, rank=4), tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="differs in lora_rank"):
+        losses(host, replace(SMOKE, lora_rank=4), tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_another_config_does_not_go_on(host, tmp_path):
         ({"batch": 4, "accumulate": 3}, "accumulate must divide"),
         ({"preset": "wan2.1-1.3b-free", "attention": None}, "dense_steps 0, got 12"),
         ({"preset": "none"}, "no preset 'none'"),
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"checkpointing": True}, "add --no-graphs"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"gradient_checkpointing": True}, "add --no-graphs"),
     ],
 )
 def test_bad_values_are_named(changes, message):

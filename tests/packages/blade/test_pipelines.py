@@ -85,7 +85,7 @@ def work(verb, cfg, out, **options):
 
 
 def config(folders, caches, kind="wan", *, loop=None, **change):
-    given = {"attention": SPARSE, "tdm": TDM, "rank": 2, "fake_lr": 1e-2, "cache": caches[kind], **SIZE, **change}
+    given = {"attention": SPARSE, "tdm": TDM, "lora_rank": 2, "fake_lr": 1e-2, "cache": caches[kind], **SIZE, **change}
     few = LoopConfig(
         steps=4, batch=2, lr=1e-2, warmup_steps=1, ema=0.0, log_every=1, checkpoint_every=2,
         gradient_checkpointing=True,
@@ -135,7 +135,7 @@ def test_a_stopped_training_goes_on_exactly(folders, caches, trained, tmp_path, 
     assert all(torch.equal(mine[name], value) for name, value in whole.items())
     assert all(value.abs().max() > 0 for value in whole.values())
     with pytest.raises(FileExistsError, match="another command"):
-        work(distill_pipeline, dataclasses.replace(cfg, rank=3), tmp_path / "run")
+        work(distill_pipeline, dataclasses.replace(cfg, lora_rank=3), tmp_path / "run")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(folders, caches, trained, tmp_path, monkeypatch):
@@ -314,7 +314,7 @@ def test_samples_are_decoded_as_the_pipeline_does(kind, folders):
 @KINDS
 def test_a_student_trained_whole_goes_on_exactly_and_is_sampled(kind, folders, caches, tmp_path, monkeypatch):
     """Its weights all move and the teacher's do not; a stopped run is the uninterrupted one."""
-    cfg = config(folders, caches, kind, rank=0, fake_lr=1e-3, loop={"steps": 3, "lr": 1e-3, "checkpoint_every": 1})
+    cfg = config(folders, caches, kind, lora_rank=0, fake_lr=1e-3, loop={"steps": 3, "lr": 1e-3, "checkpoint_every": 1})
     whole = work(distill_pipeline, cfg, tmp_path / "whole")
     real = PipelineDistillation.update
 
@@ -349,11 +349,11 @@ def test_a_student_trained_whole_goes_on_exactly_and_is_sampled(kind, folders, c
 
 def test_a_student_trained_whole_has_the_losses_of_its_roles(folders, caches, tmp_path):
     """All three begin as the teacher, each with its attention; gradients go to the one in training."""
-    cfg = config(folders, caches, rank=0)
+    cfg = config(folders, caches, lora_rank=0)
     pipe = DiffusionPipeline.from_pretrained(folders["wan"])
     with Run.start(package="hone-blade", verb="x", config=cfg, out=tmp_path / "r", device="cpu", quiet=True) as run:
         made = PipelineDistillation(cfg, plan_of(cfg), pipe, Cache.open(cfg.cache), Loop(cfg.loop, run))
-    lora = config(folders, caches, rank=2)
+    lora = config(folders, caches, lora_rank=2)
     plain = DiffusionPipeline.from_pretrained(folders["wan"])
     with Run.start(package="hone-blade", verb="x", config=lora, out=tmp_path / "s", device="cpu", quiet=True) as run:
         other = PipelineDistillation(lora, plan_of(lora), plain, Cache.open(lora.cache), Loop(lora.loop, run))
@@ -412,7 +412,7 @@ def test_two_processes_share_the_model(folders, caches, trained, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_models_that_are_trained_whole(folders, caches, tmp_path):
-    cfg = config(folders, caches, rank=0, fake_lr=1e-3, loop={"steps": 3, "lr": 1e-3})
+    cfg = config(folders, caches, lora_rank=0, fake_lr=1e-3, loop={"steps": 3, "lr": 1e-3})
     one = work(distill_pipeline, cfg, tmp_path / "one")
     launch(2, "distill-pipeline", "--config", one.path / "config.json", "--shard", "--out", tmp_path / "two")
     for mine, whole in zip(logged(tmp_path / "two"), logged(tmp_path / "one"), strict=True):
@@ -643,7 +643,7 @@ def test_what_does_not_fit_is_named_before_anything_is_loaded(folders, caches, t
         find_distilled(config(folders, caches, height=60))
     with pytest.raises(ValueError, match="expected dense_steps 0, got 12"):
         find_distilled(config(folders, caches, attention=None, preset="wan2.1-1.3b-free"))
-    for change in ({"shard": True}, {"rank": 0}):
+    for change in ({"shard": True}, {"lora_rank": 0}):
         with pytest.raises(ValueError, match=r"has two transformers, as Wan2\.2: expected a LoRA, and no shard"):
             find_distilled(config(folders, caches, "wan2.2", **change))
 
@@ -664,7 +664,7 @@ def test_accelerates_own_sharding_is_refused(folders, caches, tmp_path, monkeypa
         ({"objective": "none"}, "no objective 'none'"),
         ({"loop": LoopConfig(micro_batch=2)}, "micro_batch must be 1"),
         ({"sample_every": -1}, "sample_every must not be negative"),
-        ({"rank": -1}, "rank must be positive, or 0"),
+        ({"lora_rank": -1}, "lora_rank must be positive, or 0"),
     ],
 )
 def test_wrong_settings_are_refused(change, message):

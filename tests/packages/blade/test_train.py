@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hone_blade.config import TrainConfig
+from hone_blade.config import TrainHostConfig
 from hone_blade.train import _TrainState, train_host
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
@@ -14,7 +14,7 @@ from hone_video.flow import PatchLinear, flow_loss, sample_sigma
 from hone_video.host import Host, load_host, to_latents
 from hone_video.host_config import HostConfig
 
-SMOKE = TrainConfig(
+SMOKE = TrainHostConfig(
     host=HostConfig(
         frames=4, height=16, width=16, layers=1, heads=1, head_dim=32, ffn_dim=32, steps=2, solver="euler", guidance=1.0
     ),
@@ -198,8 +198,8 @@ def test_starting_from_other_weights(tmp_path):
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="minutes must be positive"):
-        TrainConfig(minutes=0)
+        TrainHostConfig(minutes=0)
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        TrainConfig(steps=0)
+        TrainHostConfig(steps=0)
     with pytest.raises(ValueError, match="drop must be in"):
-        TrainConfig(drop=1.0)
+        TrainHostConfig(drop=1.0)

@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.runs import Run
 from hone_core.testing import assert_close, requires_gpu
-from hone_fpsattention import cli
-from hone_fpsattention.config import FinetuneConfig, FPSAttentionConfig, GenerateConfig, Regime, VideoConfig
-from hone_fpsattention.finetune import Tuning, finetune, schedule_of
+from hone_fpsattention import cli, finetune
+from hone_fpsattention.config import FPSAttentionConfig, GenerateConfig, Regime, TrainConfig, VideoConfig
+from hone_fpsattention.finetune import Tuning, schedule_of
 from hone_fpsattention.inputs import find_finetuned, find_video
 from hone_fpsattention.models import attach, describe_model
 from hone_fpsattention.sample import Sampler, generate
@@ -82,13 +82,13 @@ def config(folders, cache, *, steps=4, **change):
         steps=steps, batch=2, micro_batch=2, seed=1, lr=1e-2, warmup_steps=1, ema=0.5, log_every=1, checkpoint_every=2
     )
     given = {"attention": STAGED, "lora_rank": 2, "data": DataConfig(cache=cache, **SIZE), "loop": loop}
-    return FinetuneConfig(model=str(folders["wan"]), **{**given, **change})
+    return TrainConfig(model=str(folders["wan"]), **{**given, **change})
 
 
 def train(cfg, out):
     run = Run.start(verb="train", config=cfg, out=out, **CPU)
     with run:
-        return finetune(cfg, run)
+        return finetune.train(cfg, run)
 
 
 def losses(out):
@@ -443,7 +443,7 @@ def test_bad_settings(folders, cache, change, message):
 def test_a_lora_without_peft_is_refused_before_anything_is_encoded(folders, videos, trained, monkeypatch):
     monkeypatch.setattr("hone_fpsattention.tuned.importlib.util.find_spec", lambda name: None)
     install = "needs the extra 'train' of hone-fpsattention"
-    cfg = FinetuneConfig(model=str(folders["wan"]), preset="tiny", data=DataConfig(videos=videos, **SIZE))
+    cfg = TrainConfig(model=str(folders["wan"]), preset="tiny", data=DataConfig(videos=videos, **SIZE))
     with pytest.raises(MissingExtraError, match=f"LoRA training {install}"):
         find_finetuned(cfg)
     assert find_finetuned(dataclasses.replace(cfg, lora_rank=0)).data.videos == videos

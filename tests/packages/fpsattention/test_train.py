@@ -5,7 +5,7 @@ import torch
 from hone_core.runs import Run
 from hone_core.testing import assert_close
 from hone_fpsattention import host as tuned_host
-from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime, TrainConfig
+from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime, TrainHostConfig
 from hone_fpsattention.models import attach
 from hone_fpsattention.schedule import regime_index
 from hone_fpsattention.train import Tuning, regime_sigmas, train_host
@@ -16,7 +16,7 @@ from hone_video.host import load_host
 STAGED = dataclasses.replace(
     PRESETS["tiny"].config, tile=(4, 4, 4), regimes=(Regime(window=(1, 1, 1)), Regime(), Regime(window=(1, 3, 1)))
 )
-SMOKE = TrainConfig(steps=3, batch=2, eval_clips=2, glyphs="segments", warmup_steps=1, lr=1e-3, log_every=1)
+SMOKE = TrainHostConfig(steps=3, batch=2, eval_clips=2, glyphs="segments", warmup_steps=1, lr=1e-3, log_every=1)
 
 
 def config(tiny_host, **change):
@@ -95,7 +95,7 @@ def test_distillation_brings_the_student_to_the_teacher(tiny_host, tmp_path, che
 
     before = distance(host.transformer)
     cfg = dataclasses.replace(SMOKE, host=tiny_host, attention=near, steps=40, batch=4, drop=0.0, ema=0.9, lr=1e-2)
-    cfg = dataclasses.replace(cfg, checkpointing=checkpointing)
+    cfg = dataclasses.replace(cfg, gradient_checkpointing=checkpointing)
     tuning = Tuning(cfg, host, tmp_path / "checkpoint.pt")
     losses = [values["loss"] for values in tuning.train(segment_glyphs())]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
@@ -187,5 +187,5 @@ def test_bad_settings_are_named(change, message):
 
 
 def test_settings_are_the_preset_s_or_given():
-    assert TrainConfig().settings == PRESETS["tiny"].config
-    assert TrainConfig(attention=FPSAttentionConfig()).settings == FPSAttentionConfig()
+    assert TrainHostConfig().settings == PRESETS["tiny"].config
+    assert TrainHostConfig(attention=FPSAttentionConfig()).settings == FPSAttentionConfig()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hone_core.runs import Run, load_results
-from hone_knockout.config import KnockoutConfig, SweepConfig
+from hone_knockout.config import EvalConfig, KnockoutConfig
 from hone_knockout.data import generated_items
 from hone_knockout.evaluate import (
     BASELINE,
@@ -23,7 +23,7 @@ from hone_lm.choices import choice_inputs, choice_prompt, option_token_ids, read
 from hone_lm.question_sets import Item, load_items
 from hone_lm.tiny import tiny
 
-CFG = SweepConfig(
+CFG = EvalConfig(
     settings=("global1", "global2", "window", "local"), width=2, stride=2, batch=5, style="text", shuffle=False
 )
 
@@ -33,7 +33,7 @@ def start(cfg, out):
 
 
 def test_configurations_of_the_paper():
-    found = configurations(SweepConfig(), 28)
+    found = configurations(EvalConfig(), 28)
     settings = [entry.setting for entry in found.values()]
     assert settings.count("global1") == 14
     assert settings.count("global2") == 3
@@ -41,9 +41,9 @@ def test_configurations_of_the_paper():
     assert next(iter(found)) == BASELINE
     exit = found["global1 LV 18-27"]
     assert (exit.first, exit.last) == (18, 27)
-    sliding = configurations(SweepConfig(settings=("window",), stride=1, kinds=("LV",)), 28)
+    sliding = configurations(EvalConfig(settings=("window",), stride=1, kinds=("LV",)), 28)
     assert len(sliding) == 1 + 25
-    controls = configurations(SweepConfig(settings=("global2",), random_control=True), 4)
+    controls = configurations(EvalConfig(settings=("global2",), random_control=True), 4)
     assert [entry.kind for entry in controls.values()] == [
         "none", "LV", "LV random", "VT", "VT random", "VS", "VS random",
     ]  # fmt: skip
@@ -306,7 +306,7 @@ def test_shuffled_letters_come_back_in_the_question_s_order(tmp_path, monkeypatc
         "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
     items = [dataclasses.replace(item, options=("a", "b", "c"), answer=1) for item in generated_items(6)]
-    cfg = SweepConfig(settings=("global2",), kinds=("LV",), batch=3)
+    cfg = EvalConfig(settings=("global2",), kinds=("LV",), batch=3)
     asked = []
 
     def noted(processor, question, options, **style):
@@ -337,7 +337,7 @@ def test_summary_by_hand(tmp_path):
 
     answers = {str(i): answer(str(i), "x", *pair) for i, pair in enumerate([(1, 1), (1, 0), (1, 0), (0, 1)])}
     answers = json.loads(json.dumps(answers))
-    cfg = SweepConfig(settings=("global2",), kinds=("LV",))
+    cfg = EvalConfig(settings=("global2",), kinds=("LV",))
     with start(cfg, tmp_path / "run") as run:
         summarise(answers, configurations(cfg, 1), run, num_layers=1)
     rows = {(r.metric, r.variant): r.value for r in run.rows if r.split == "all"}
@@ -360,7 +360,7 @@ def test_a_hopeless_question_does_not_carry_the_relative_change(tmp_path):
         results = {name: {"p": [p, 1 - p], "mass": 1.0} for name, p in ((BASELINE, base), (label, knocked))}
         return {"answer": 0, "category": "x", "results": results}
 
-    cfg = SweepConfig(settings=("global2",), kinds=("LV",))
+    cfg = EvalConfig(settings=("global2",), kinds=("LV",))
     with start(cfg, tmp_path / "run") as run:
         summarise({"a": answer(0.8, 0.6), "b": answer(1e-6, 0.5)}, configurations(cfg, 1), run, num_layers=1)
     (row,) = [row for row in run.rows if row.metric == "p_right_change" and row.split == "all"]
@@ -375,10 +375,10 @@ def test_bad_settings():
         ({"stride": 0}, "stride must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
-            SweepConfig(**values)
+            EvalConfig(**values)
     with pytest.raises(ValueError, match="width"):
-        configurations(SweepConfig(width=9), 4)
-    assert configurations(SweepConfig(settings=("local",)), 4)["local VT 0-1"].config != KnockoutConfig()
+        configurations(EvalConfig(width=9), 4)
+    assert configurations(EvalConfig(settings=("local",)), 4)["local VT 0-1"].config != KnockoutConfig()
 
 
 def test_edited_and_removed_questions_are_not_answered_by_what_is_stored(host, tmp_path):
@@ -423,7 +423,7 @@ def test_answers_of_other_weights_are_refused(host, tmp_path):
 
 
 def test_a_finished_run_is_taken_up_again_where_a_question_was_edited(tmp_path, monkeypatch):
-    cfg = SweepConfig()
+    cfg = EvalConfig()
     items = generated_items(3)
     run = start(cfg, tmp_path / "run")
     with run:

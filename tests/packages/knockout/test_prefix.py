@@ -5,7 +5,7 @@ import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_knockout.config import Knockout, KnockoutConfig
-from hone_knockout.evaluate import SweepConfig, configurations
+from hone_knockout.evaluate import EvalConfig, configurations
 from hone_knockout.method import global_after, windows
 from hone_knockout.models import attach
 from hone_knockout.prefix import PrefixRunner, as_exit
@@ -47,7 +47,7 @@ def test_what_the_two_stage_sweep_takes(exits):
 
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in model.model.language_model.layers]
     runner = PrefixRunner(model, tiny_inputs("llava_onevision", processor), exits=exits)
-    found = configurations(SweepConfig(settings=("global1",)), layers)
+    found = configurations(EvalConfig(settings=("global1",)), layers)
     for entry in found.values():
         runner.run(entry.config)
     for hook in hooks:

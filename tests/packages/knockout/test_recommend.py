@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from hone_knockout.config import Knockout, KnockoutConfig, SweepConfig
+from hone_knockout.config import EvalConfig, Knockout, KnockoutConfig
 from hone_knockout.evaluate import BASELINE, configurations
 from hone_knockout.recommend import choose, halves
 
 LAYERS = 6
-CFG = SweepConfig(settings=("global1", "local"), step=1)
+CFG = EvalConfig(settings=("global1", "local"), step=1)
 FOUND = configurations(CFG, LAYERS)
 
 
@@ -71,7 +71,7 @@ def test_what_was_chosen_on_is_not_what_is_reported_on():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="no global1 configuration"):
-        choose(answers({}), configurations(SweepConfig(settings=("local",)), LAYERS), num_layers=LAYERS)
+        choose(answers({}), configurations(EvalConfig(settings=("local",)), LAYERS), num_layers=LAYERS)
     with pytest.raises(ValueError, match="not negative"):
         choose(answers({}), FOUND, num_layers=LAYERS, max_drop=-1)
     with pytest.raises(ValueError, match="at least two questions"):

@@ -3,7 +3,7 @@ import json
 import pytest
 from hone_core.claims import verdict_over_seeds
 from hone_core.runs import Run, load_results
-from hone_knockout.config import ReproduceConfig, SweepConfig
+from hone_knockout.config import EvalConfig, ReproduceConfig
 from hone_knockout.evaluate import configurations
 from hone_knockout.reproduce import (
     RULES,
@@ -15,7 +15,7 @@ from hone_knockout.reproduce import (
 LAYERS = 10
 
 
-FOUND = configurations(SweepConfig(settings=("global1", "global2", "window"), stride=1, step=1), LAYERS)
+FOUND = configurations(EvalConfig(settings=("global1", "global2", "window"), stride=1, step=1), LAYERS)
 
 
 def rows(share_right, count=200):

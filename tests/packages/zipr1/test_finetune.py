@@ -143,7 +143,7 @@ def checkpoint(tmp_path_factory):
 def test_the_verb_trains_a_model_and_goes_on_exactly(command, checkpoint, asked, tmp_path, monkeypatch, lora):
     from safetensors.torch import load_file
 
-    argv = ("train", "--model", checkpoint, "--data", asked, "--lora", lora, "--max-new-tokens", 3)
+    argv = ("train", "--model", checkpoint, "--data", asked, "--lora-rank", lora, "--max-new-tokens", 3)
     argv += ("--ps", 0.4, 0.8, "--group", 2, "--prompts", 2, "--lr", 1e-3)
     argv += (
         "--recent",
@@ -215,7 +215,7 @@ def test_every_process_loads_whole_weights_under_fsdp(command, checkpoint, asked
     ("argv", "message"),
     [
         (("train", "--model", "m"), "needs --data"),
-        (("train", "--lora", "4"), "are of a model"),
+        (("train", "--lora-rank", "4"), "are of a model"),
         (("train", "--shard"), "are of a model"),
         (("train", "--model", "m", "--data", "no.jsonl"), "there is no no.jsonl"),
         (("train", "--p", "0.8"), "thresholds are those of --ps"),
@@ -260,7 +260,7 @@ def test_two_processes_train_the_same_weights_and_go_on_exactly(tmp_path):
 def test_layers_that_are_shared_out_train_as_whole_ones_and_go_on_exactly(checkpoint, asked, tmp_path, lora):
     from safetensors.torch import load_file
 
-    argv = ("--model", checkpoint, "--data", asked, "--max-new-tokens", 3, "--lora", lora)
+    argv = ("--model", checkpoint, "--data", asked, "--max-new-tokens", 3, "--lora-rank", lora)
     argv += ("--recent", 4, "--random", 4, "--protect", "none")
     plain, _ = launch(tmp_path / "plain", *argv)
     first, second = launch(tmp_path / "shared", *argv, "--shard")

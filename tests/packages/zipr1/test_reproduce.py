@@ -76,7 +76,7 @@ def cfg(stored, tmp_path):
     for suffix in (".safetensors", ".json"):
         target = folder / "artifacts" / f"host{suffix}"
         target.write_bytes(stored.with_suffix(suffix).read_bytes())
-    return ReproduceConfig(folders=(folder,), steps=2, prompts=2, items=20, batch=10)
+    return ReproduceConfig(hosts=(folder / "artifacts" / "host.safetensors",), steps=2, prompts=2, items=20, batch=10)
 
 
 def test_every_arm_is_run_and_a_stopped_run_goes_on(cfg, start, monkeypatch):
@@ -126,8 +126,8 @@ def test_hosts_are_looked_at_first(cfg, tmp_path):
     from hone_core.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match="train-host"):
-        prepare(replace(cfg, folders=(tmp_path / "none",)))
+        prepare(replace(cfg, hosts=(tmp_path / "none",)))
     with pytest.raises(ValueError, match="same seed"):
-        prepare(replace(cfg, folders=cfg.folders * 2))
+        prepare(replace(cfg, hosts=cfg.hosts * 2))
     with pytest.raises(ValueError, match="arms are untrained"):
         prepare(replace(cfg, arms=("none",)))

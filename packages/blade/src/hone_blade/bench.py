@@ -289,7 +289,7 @@ class _Bench:
         settings = self.variants["asa_g"]
         assert settings is not None
         with attach(self.model, settings) as handle:
-            trio = Trio(self.model, call, handle, rank=cfg.rank, seed=cfg.seed)
+            trio = Trio(self.model, call, handle, rank=cfg.lora_rank, seed=cfg.seed)
             self.model.enable_gradient_checkpointing()
             self.model.train()
             meters = [Meter(device) for _ in range(cfg.updates + 1)]
@@ -302,7 +302,7 @@ class _Bench:
                     self._update(Objective(trio, process, tdm, section=meter), optimisers, meter, inputs)
                     bar.update()
         names = tuple(meters[0].seconds)
-        labels = {"batch": 1, "rank": cfg.rank, "rollout_steps": tdm.student_steps, **self.note}
+        labels = {"batch": 1, "rank": cfg.lora_rank, "rollout_steps": tdm.student_steps, **self.note}
         means = {}
         for name in names:
             found = [meter.seconds[name] for meter in meters[1:]]

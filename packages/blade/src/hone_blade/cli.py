@@ -95,7 +95,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     ),
     "train-host": _verb(
         "train:train_host",
-        "TrainConfig",
+        "TrainHostConfig",
         "Train the tiny host on generated clips (minutes on a GPU, a day on a CPU); needs the extra train.",
         prepare="inputs:find_init",
     ),

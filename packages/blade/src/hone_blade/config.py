@@ -44,7 +44,7 @@ __all__ = [
     "Selection",
     "StudentsConfig",
     "TDMConfig",
-    "TrainConfig",
+    "TrainHostConfig",
     "known_preset",
     "read_prompt_file",
 ]
@@ -545,7 +545,7 @@ def _densities() -> dict[str, Comparison]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainHostConfig:
     """One training run of the tiny host."""
 
     host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
@@ -597,7 +597,7 @@ class TrainConfig:
     )
     """(solver, steps, guidance) graded beside the host's own."""
     log_every: int = 50
-    """Steps between two lines of the log."""
+    """Steps between two logged ones."""
     checkpoint_seconds: float = 90.0
     """Least time between two checkpoints, from which a stopped run goes on."""
 
@@ -751,7 +751,7 @@ class DistillConfig:
     """Clips of an update."""
     accumulate: int = 1
     """Parts that a batch is cut into, to fit memory."""
-    rank: int = 64
+    lora_rank: int = 64
     """Of the student's and the fake score's LoRA, whose alpha is the rank."""
     lr: float = TINY_LR
     """Peak learning rate of the student: warm-up, then one cosine down to 0."""
@@ -765,27 +765,27 @@ class DistillConfig:
     """Decay of the squared gradients; there is no momentum (beta1 = 0), as in the release."""
     clip: float = 1.0
     """Largest norm of a gradient."""
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Compute activations again in backward rather than store them."""
     graphs: bool = True
     """On a GPU, record an update's launches once and replay them (CUDA graphs): the same kernels, without the host's
-    time. Not with ``checkpointing``."""
+    time. Not with ``gradient_checkpointing``."""
     eval_clips: int = 256
     """Clips that the stored student is graded on, and the teacher beside it."""
     log_every: int = 10
-    """Steps between two lines of the log."""
+    """Steps between two logged ones."""
     checkpoint_seconds: float = 120.0
     """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
         known_preset(self.preset)
-        _at_least_one(self, "steps", "batch", "accumulate", "rank", "eval_clips", "log_every")
+        _at_least_one(self, "steps", "batch", "accumulate", "lora_rank", "eval_clips", "log_every")
         if not 0 <= self.dense_share <= 1:
             raise ValueError(f"dense_share must lie in [0, 1]; got {self.dense_share}")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch = {self.batch}; got {self.accumulate}")
-        if self.checkpointing and self.graphs:
-            raise ValueError("checkpointing does not go with graphs; add --no-graphs")
+        if self.gradient_checkpointing and self.graphs:
+            raise ValueError("gradient_checkpointing does not go with graphs; add --no-graphs")
         if self.settings.dense_steps:
             raise ValueError(
                 "distillation visits the steps of a video at random, so the attention must be the same in all: "
@@ -867,7 +867,7 @@ class PipelineDistillConfig:
     """Learning rate of the fake score."""
     beta2: float = 0.95
     """Decay of AdamW's squared gradients; there is no momentum (beta1 = 0), as in the release."""
-    rank: int = 64
+    lora_rank: int = 64
     """Of the student's and the fake score's LoRA, whose alpha is the rank; 0 trains all weights of both, beside a
     frozen teacher."""
     preset: str | None = None
@@ -909,8 +909,8 @@ class PipelineDistillConfig:
         known_preset(self.preset)
         if self.objective is not None and self.objective not in TDM_PRESETS:
             raise ValueError(f"no objective {self.objective!r}; there are {', '.join(TDM_PRESETS)}")
-        if self.rank < 0:
-            raise ValueError(f"rank must be positive, or 0 to train every weight; got {self.rank}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be positive, or 0 to train every weight; got {self.lora_rank}")
         _at_least_one(self, "height", "width", "frames", "samples")
         if self.sample_every < 0:
             raise ValueError(f"sample_every must not be negative; got {self.sample_every}")
@@ -931,7 +931,7 @@ class StudentsConfig:
     """Of student and fake score, one each. The published Wan2.1 weights have 150."""
     train_batch: int = 32
     """Clips of an update."""
-    rank: int = 64
+    lora_rank: int = 64
     """Of the adapters."""
     lr: float = TINY_LR
     """Peak learning rate of a student."""
@@ -942,7 +942,7 @@ class StudentsConfig:
     """Sparse attention: 0.1875 of all pairs on 1,024 tokens is a sparsity of 0.81, the paper's 0.80."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "updates", "train_batch", "rank")
+        _at_least_one(self, "updates", "train_batch", "lora_rank")
 
     def run(self, attention: BladeConfig, seed: int, **changes: Any) -> DistillConfig:
         """The training of one student.
@@ -952,7 +952,12 @@ class StudentsConfig:
             seed: Of adapters, prompts and noise.
             changes: To the other settings.
         """
-        common: dict[str, Any] = {"steps": self.updates, "batch": self.train_batch, "rank": self.rank, "lr": self.lr}
+        common: dict[str, Any] = {
+            "steps": self.updates,
+            "batch": self.train_batch,
+            "lora_rank": self.lora_rank,
+            "lr": self.lr,
+        }
         common |= {"fake_lr": self.fake_lr, "tdm": self.tdm, "checkpoint_seconds": 30.0}
         return DistillConfig(attention=attention, seed=seed, **(common | changes))
 
@@ -1035,7 +1040,8 @@ class GenerateConfig:
     lora_2: str | None = None
     """Likewise of the second transformer of Wan2.2, which draws at low noise."""
     transformer: str | None = None
-    """Folder of a transformer that distill-pipeline trained whole (``--rank 0``), in place of the pipeline's own."""
+    """Folder of a transformer that distill-pipeline trained whole (``--lora-rank 0``), in place of the pipeline's
+    own."""
     scheduler: Literal["auto", "tdm", "unipc", "dpm", "default"] = "auto"
     """``tdm``: the rollout that BLADE's distillation trains. ``unipc`` (Wan) and ``dpm`` (CogVideoX, trailing times):
     what the release samples with. ``default``: the pipeline's own. ``auto``: ``unipc`` with flow shift 3 for Wan with
@@ -1251,7 +1257,7 @@ class BenchConfig:
     """Run at most so many steps of a loop and scale the time up; its rows say how many were measured (default: all)."""
     updates: int = 2
     """Timed updates of ``training``, of one video each; one more comes before them."""
-    rank: int = 64
+    lora_rank: int = 64
     """Of the LoRA of student and fake score."""
     compile_blocks: bool = False
     """Also time the forward with transformer blocks compiled by Inductor."""
@@ -1266,7 +1272,9 @@ class BenchConfig:
         known_preset(self.preset)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
-        _at_least_one(self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps", "updates", "rank")
+        _at_least_one(
+            self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps", "updates", "lora_rank"
+        )
         if self.attention.mask == "pyramid":
             raise ValueError(
                 f"bench times asa and asa_g, whose settings are not those of a pyramid; got preset {self.preset}. Take "

@@ -109,10 +109,10 @@ class Distillation:
         self.device = next(task.model.parameters()).device
         self.handle = attach(task.model, cfg.settings)
         self.trio = Trio(
-            task.model, task.call, self.handle, rank=cfg.rank, seed=cfg.seed,
+            task.model, task.call, self.handle, rank=cfg.lora_rank, seed=cfg.seed,
             fake_sparse=cfg.tdm.fake_attention == "sparse",
         )  # fmt: skip
-        if cfg.checkpointing:
+        if cfg.gradient_checkpointing:
             task.model.enable_gradient_checkpointing()
         task.model.train()
         self.objective = Objective(self.trio, task.process, cfg.tdm)

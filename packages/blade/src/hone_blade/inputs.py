@@ -20,7 +20,7 @@ from .config import (
     InspectConfig,
     PipelineDistillConfig,
     ReproduceConfig,
-    TrainConfig,
+    TrainHostConfig,
     read_prompt_file,
 )
 
@@ -64,7 +64,7 @@ def find_student(cfg: Shown) -> Shown:
     return replace(cfg, lora=Path(os.path.abspath(cfg.lora)))
 
 
-def find_init(cfg: TrainConfig) -> TrainConfig:
+def find_init(cfg: TrainHostConfig) -> TrainHostConfig:
     """Likewise of the host that training starts from."""
     return cfg if cfg.init is None else replace(cfg, init=_checkpoint(cfg.init))
 

@@ -188,10 +188,10 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
     local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
     name = find_pipeline(cfg.model, images=True, **local)
     two = "transformer_2" in pipeline_parts(cfg.model, **local)
-    if two and (cfg.shard or not cfg.rank):
+    if two and (cfg.shard or not cfg.lora_rank):
         raise ValueError(
             f"{cfg.model} has two transformers, as Wan2.2: expected a LoRA, and no shard, since at a time processes "
-            f"call different ones; got rank {cfg.rank}, shard {cfg.shard}"
+            f"call different ones; got lora_rank {cfg.lora_rank}, shard {cfg.shard}"
         )
     preset, usual = _FAMILY[PIPELINES[name].family]
     if cfg.cache is not None:
@@ -330,7 +330,7 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
                 }
                 stated = header | lora_header(None, None, part)
                 save_lora(own, run.artifacts / name, header=stated, adapter_name="student")
-        elif cfg.rank:
+        elif cfg.lora_rank:
             tensors = {name: value.to(dtype) for name, value in weights.items()}
             save_lora(tensors, run.artifacts / LORA_FILE, header=header, adapter_name="student")
         else:
@@ -388,11 +388,11 @@ class PipelineDistillation:
 
         sparse = plan.tdm.fake_attention == "sparse"
         self.trio: Trio
-        if cfg.rank:
+        if cfg.lora_rank:
             handle = attach(model if plan.boundary is None else (model, pipe.transformer_2), plan.attention)
             if plan.boundary is not None:
                 model = Experts(model, pipe.transformer_2, plan.boundary)
-            self.trio = Trio(model, call, handle, rank=cfg.rank, seed=cfg.loop.seed, fake_sparse=sparse)
+            self.trio = Trio(model, call, handle, rank=cfg.lora_rank, seed=cfg.loop.seed, fake_sparse=sparse)
         else:
             self.trio = whole = WholeTrio(model, call, plan.attention, fake_sparse=sparse)
             model.to(loop.device).train()
@@ -401,7 +401,7 @@ class PipelineDistillation:
         self.objective = Objective(self.trio, process, plan.tdm)
         model.train()
         if cfg.shard:
-            for part in (model,) if cfg.rank else (pipe.transformer, model.student, model.fake):
+            for part in (model,) if cfg.lora_rank else (pipe.transformer, model.student, model.fake):
                 _shard(part, loop)
         options: dict[str, Any] = {"weight_decay": cfg.loop.weight_decay, "betas": (0.0, cfg.beta2), "eps": 1e-8}
         groups = {

@@ -27,7 +27,7 @@ from hone_video.means import write_grades
 from hone_video.prompts import COLORS, FIELDS
 from torch import Tensor, nn
 
-from .config import TrainConfig
+from .config import TrainHostConfig
 
 __all__ = ["train_host"]
 
@@ -48,7 +48,7 @@ def classifier_accuracy(host: Host, glyphs: Glyphs, *, clips: int, generator: to
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
+def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     """Train, export and grade the tiny host.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.
@@ -106,7 +106,7 @@ def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
 class _TrainState:
     """Everything that a resumed run needs to go on, and the loop that changes it."""
 
-    def __init__(self, cfg: TrainConfig, host: Host, path: Path, generator: torch.Generator) -> None:
+    def __init__(self, cfg: TrainHostConfig, host: Host, path: Path, generator: torch.Generator) -> None:
         self.cfg, self.host, self.generator = cfg, host, generator
         self.device = host.device
         model = host.transformer
@@ -187,7 +187,7 @@ def _start_from(host: Host, earlier: Host, path: Path) -> None:
     host.words = earlier.words
 
 
-def _grade_export(cfg: TrainConfig, run: Run, path: Path, device: torch.device) -> tuple[dict[str, float], Tensor]:
+def _grade_export(cfg: TrainHostConfig, run: Run, path: Path, device: torch.device) -> tuple[dict[str, float], Tensor]:
     host = load_host(device, path=path)
     own = (cfg.host.solver, cfg.host.steps, cfg.host.guidance)
     accuracies: dict[str, float] = {}

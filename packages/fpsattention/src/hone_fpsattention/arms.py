@@ -15,7 +15,7 @@ from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_latents
 from torch import Tensor
 
 from .calibration import candidate_regimes
-from .config import PRESETS, FPSAttentionConfig, Loss, Regime, ReproduceConfig, TrainConfig
+from .config import PRESETS, FPSAttentionConfig, Loss, Regime, ReproduceConfig, TrainHostConfig
 from .evaluate import Variant, compare, mean_density
 from .models import attach
 from .schedule import step_sigmas
@@ -121,7 +121,7 @@ def work(cfg: ReproduceConfig, folder: Path, job: Job, device: str) -> None:
 
 def _tuned(host: Host, arm: Arm, cfg: ReproduceConfig, job: Job, checkpoint: Path) -> Host:
     assert arm.loss is not None
-    training = TrainConfig(
+    training = TrainHostConfig(
         attention=arm.attention, loss=arm.loss, seed=job.seed, steps=cfg.train_steps, batch=cfg.train_batch,
         lr=cfg.lr, glyphs=cfg.glyphs,
     )  # fmt: skip

@@ -61,15 +61,15 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare="inputs:find_calibrated",
     ),
     "train": _verb(
-        "finetune:finetune",
-        "FinetuneConfig",
+        "finetune:train",
+        "TrainConfig",
         "Fine-tune a Wan or CogVideoX transformer with the attention in its forward pass, on one GPU or several.",
         prepare="inputs:find_finetuned",
         shared=True,
     ),
     "train-host": _verb(
         "train:train_host",
-        "TrainConfig",
+        "TrainHostConfig",
         "Fine-tune the tiny host with the attention in its forward pass, by distillation or on the flow loss.",
         prepare="inputs:find_host",
     ),

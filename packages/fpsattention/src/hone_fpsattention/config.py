@@ -27,7 +27,6 @@ __all__ = [
     "DemoConfig",
     "EvalConfig",
     "FPSAttentionConfig",
-    "FinetuneConfig",
     "GenerateConfig",
     "HostConfig",
     "InspectConfig",
@@ -37,6 +36,7 @@ __all__ = [
     "Scales",
     "Size",
     "TrainConfig",
+    "TrainHostConfig",
     "VideoConfig",
 ]
 
@@ -617,7 +617,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainHostConfig:
     """Fine-tuning of the tiny host with the attention in its forward pass."""
 
     host: Path | None = None
@@ -651,14 +651,14 @@ class TrainConfig:
     uniform: float = 0.5
     """Share of uniform noise levels, where the sampler's steps are; the rest is logit-normal (the paper: all), which
     hardly has the first step. Both are shifted as the host's sampler is."""
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass instead of keeping what they made."""
     glyphs: Literal["handwritten", "segments"] = "handwritten"
     """``segments`` needs no scikit-learn and is for smoke runs."""
     eval_clips: int = 256
     """Clips that the result is graded on."""
     log_every: int = 20
-    """Steps between two lines of the log."""
+    """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
     """Least time between two checkpoints, from which a stopped run goes on."""
 
@@ -682,7 +682,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig:
+class TrainConfig:
     """Fine-tuning of a pipeline's transformer with the attention in its forward pass."""
 
     model: str

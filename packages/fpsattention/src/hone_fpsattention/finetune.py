@@ -28,21 +28,21 @@ from hone_video.pipelines import find_pipeline, load_pipeline, pipeline_on_meta
 from hone_video.training import Group, Loop, Part
 from torch import Tensor
 
-from .config import FinetuneConfig, FPSAttentionConfig
+from .config import FPSAttentionConfig, TrainConfig
 from .models import attach, describe_model, preset_for, scheduler_shift
 from .sample import check_windows, default_preset, set_shift
 from .schedule import Schedule, regime_share
 from .tuned import export_tuned
 from .windows import density
 
-__all__ = ["FinetuneReport", "Tuning", "finetune", "schedule_of"]
+__all__ = ["TrainedReport", "Tuning", "schedule_of", "train"]
 
 TUNED = "tuned"
 """Where a run's artifacts hold what was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneReport(Report):
+class TrainedReport(Report):
     """What a run trained.
 
     Attributes:
@@ -52,7 +52,7 @@ class FinetuneReport(Report):
     tuned: Path
 
     @classmethod
-    def of(cls, run: Run) -> FinetuneReport:
+    def of(cls, run: Run) -> TrainedReport:
         """Return the report of a run whose weights are exported."""
         return cls(path=run.path, rows=tuple(run.rows), tuned=run.artifacts / TUNED)
 
@@ -64,7 +64,7 @@ class FinetuneReport(Report):
         )
 
 
-def schedule_of(cfg: FinetuneConfig) -> tuple[Schedule, tuple[int, int, int]]:
+def schedule_of(cfg: TrainConfig) -> tuple[Schedule, tuple[int, int, int]]:
     """The schedule that is trained with, and the grid, once both are known to fit the pipeline; loads no weights.
 
     Raises:
@@ -112,7 +112,7 @@ def schedule_of(cfg: FinetuneConfig) -> tuple[Schedule, tuple[int, int, int]]:
     return replace(schedule, config=config), grid
 
 
-def finetune(cfg: FinetuneConfig, run: Run) -> FinetuneReport:
+def train(cfg: TrainConfig, run: Run) -> TrainedReport:
     """Train, and export what ``generate --tuned``, ``load_lora_weights`` and ``from_pretrained`` read.
 
     A run that was stopped goes on from its checkpoint when it is started again with the same folder. Several processes
@@ -149,7 +149,7 @@ def finetune(cfg: FinetuneConfig, run: Run) -> FinetuneReport:
         export_tuned(run.artifacts / TUNED, weights, tuning.model, stated, part=cfg.part, dtype=dtype)
         run.row_of_end("loss", variant=cfg.loss)
         run.row("steps", loop.step, better="none")
-    return FinetuneReport.of(run)
+    return TrainedReport.of(run)
 
 
 class Tuning:
@@ -163,7 +163,7 @@ class Tuning:
         loop: Prepared here.
     """
 
-    def __init__(self, cfg: FinetuneConfig, config: FPSAttentionConfig, pipe: Any, cache: Cache, loop: Loop) -> None:
+    def __init__(self, cfg: TrainConfig, config: FPSAttentionConfig, pipe: Any, cache: Cache, loop: Loop) -> None:
         self.cfg, self.config, self.cache, self.loop = cfg, config, cache, loop
         self.denoiser = Denoiser(pipe, cfg.part)
         boundary = pipe.config.get("boundary_ratio")
@@ -234,7 +234,7 @@ class Tuning:
             self.model.enable_adapters()
 
 
-def _cache(cfg: FinetuneConfig, run: Run, loop: Loop, dtype: torch.dtype) -> Cache:
+def _cache(cfg: TrainConfig, run: Run, loop: Loop, dtype: torch.dtype) -> Cache:
     """Encoded videos: filled from the folder, or as they are."""
     data = cfg.data
     size = (data.frames, data.height, data.width)

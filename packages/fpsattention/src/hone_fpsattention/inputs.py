@@ -15,12 +15,12 @@ from .config import (
     CalibrateConfig,
     DemoConfig,
     EvalConfig,
-    FinetuneConfig,
     GenerateConfig,
     HostConfig,
     InspectConfig,
     ReproduceConfig,
     TrainConfig,
+    TrainHostConfig,
 )
 from .schedule import Schedule
 
@@ -34,7 +34,7 @@ __all__ = [
     "find_video",
 ]
 
-Hosted = TypeVar("Hosted", CalibrateConfig, DemoConfig, EvalConfig, InspectConfig, ReproduceConfig, TrainConfig)
+Hosted = TypeVar("Hosted", CalibrateConfig, DemoConfig, EvalConfig, InspectConfig, ReproduceConfig, TrainHostConfig)
 Compared = TypeVar("Compared", DemoConfig, EvalConfig)
 
 
@@ -93,7 +93,7 @@ def find_video(cfg: GenerateConfig) -> GenerateConfig:
     return replace(cfg, schedule=schedule, tuned=tuned)
 
 
-def find_finetuned(cfg: FinetuneConfig) -> FinetuneConfig:
+def find_finetuned(cfg: TrainConfig) -> TrainConfig:
     """The settings, once pipeline, schedule and videos are known to be there and to fit together.
 
     Raises:

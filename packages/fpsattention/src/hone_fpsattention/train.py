@@ -28,7 +28,7 @@ from hone_video.means import GRADES, write_grades, write_mean
 from torch import Tensor, nn
 
 from . import host as tuned_host
-from .config import FPSAttentionConfig, TrainConfig
+from .config import FPSAttentionConfig, TrainHostConfig
 from .evaluate import Variant, compare
 from .models import attach
 from .schedule import regime_index
@@ -76,12 +76,12 @@ class Tuning:
         path: File of the resumable state.
     """
 
-    def __init__(self, cfg: TrainConfig, host: Host, path: Path) -> None:
+    def __init__(self, cfg: TrainHostConfig, host: Host, path: Path) -> None:
         self.cfg, self.teacher = cfg, host
         self.device = host.device
         self.generator = torch.Generator(self.device).manual_seed(cfg.seed)
         self.student = copy.deepcopy(host.transformer).train().requires_grad_(True)
-        if cfg.checkpointing:
+        if cfg.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.ema = copy.deepcopy(host.transformer)
         muon, adamw = matrix_optimizers(
@@ -157,7 +157,7 @@ class Tuning:
                 yield values
 
 
-def train_host(cfg: TrainConfig, run: Run) -> TrainReport:
+def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     """Fine-tune the tiny host, export it with its attention beside it, and grade it as stored.
 
     A run that was stopped continues from its checkpoint when it is started again with the same folder.

@@ -55,7 +55,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     ),
     "eval": _verb(
         "evaluate:evaluate",
-        "SweepConfig",
+        "EvalConfig",
         "Answer questions under many knockouts: accuracy, intervals, flips, McNemar, per category, plots.",
         prepare="inputs:find_source",
         opened="evaluate:reopen",

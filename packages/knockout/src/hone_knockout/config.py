@@ -21,6 +21,7 @@ __all__ = [
     "ClipConfig",
     "Control",
     "DemoConfig",
+    "EvalConfig",
     "GenerateConfig",
     "HostConfig",
     "Kind",
@@ -30,7 +31,6 @@ __all__ = [
     "ReproduceConfig",
     "Setting",
     "Source",
-    "SweepConfig",
     "TrainConfig",
     "TrainHostConfig",
     "parse_layers",
@@ -390,7 +390,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepConfig:
+class EvalConfig:
     """Which knockouts a sweep runs, and how questions are put (``eval``)."""
 
     source: Source = field(default_factory=Source)
@@ -438,9 +438,9 @@ class SweepConfig:
             raise ValueError(f"tokens_per_frame must be positive; got {self.tokens_per_frame}")
 
 
-def _host_sweep(batch: int, seed: int, **changes: Any) -> SweepConfig:
+def _host_sweep(batch: int, seed: int, **changes: Any) -> EvalConfig:
     """Every setting, on a tiny host."""
-    return SweepConfig(
+    return EvalConfig(
         settings=get_args(Setting), random_control=True, batch=batch, style="text", shuffle=False, seed=seed, **changes
     )
 
@@ -468,7 +468,7 @@ class DemoConfig:
             raise ValueError(f"batch must be positive; got {self.batch}")
 
     @property
-    def sweep(self) -> SweepConfig:
+    def sweep(self) -> EvalConfig:
         """The sweep that the demo runs."""
         return _host_sweep(self.batch, self.seed)
 
@@ -627,7 +627,7 @@ class ReproduceConfig:
             )
 
     @property
-    def sweep(self) -> SweepConfig:
+    def sweep(self) -> EvalConfig:
         """The sweep that every host is put through."""
         return _host_sweep(self.batch, self.seed, stride=1, step=1)
 

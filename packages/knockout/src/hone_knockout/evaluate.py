@@ -29,7 +29,7 @@ from hone_lm.video import Clip
 from torch import Tensor
 
 from . import plots
-from .config import Control, Kind, Knockout, KnockoutConfig, Setting, SweepConfig
+from .config import Control, EvalConfig, Kind, Knockout, KnockoutConfig, Setting
 from .method import global_after, windows
 from .models import attach, check_devices
 from .prefix import Counts, PrefixRunner
@@ -71,7 +71,7 @@ class Configuration:
     last: int
 
 
-def configurations(cfg: SweepConfig, num_layers: int) -> dict[str, Configuration]:
+def configurations(cfg: EvalConfig, num_layers: int) -> dict[str, Configuration]:
     """Every configuration of a sweep by label, ``baseline`` first.
 
     Raises:
@@ -153,7 +153,7 @@ def shown_p(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def reopen(cfg: SweepConfig, run: Run) -> None:
+def reopen(cfg: EvalConfig, run: Run) -> None:
     """Take up a finished run again, if its failed questions are to be asked again, or questions were edited since.
 
     Raises:
@@ -169,7 +169,7 @@ def reopen(cfg: SweepConfig, run: Run) -> None:
         run.reopen()
 
 
-def evaluate(cfg: SweepConfig, run: Run) -> SweepReport:
+def evaluate(cfg: EvalConfig, run: Run) -> SweepReport:
     """Answer the questions of a source under every configuration, and draw the chart."""
     model, processor = load_source(cfg.source, run.device)
     report = sweep(model, processor, read_questions(cfg.source, cfg.seed), cfg, run)
@@ -181,7 +181,7 @@ def sweep(
     model: Any,
     processor: Any,
     items: Sequence[Item],
-    cfg: SweepConfig,
+    cfg: EvalConfig,
     run: Run,
     *,
     chosen: Mapping[str, Configuration] | None = None,
@@ -242,7 +242,7 @@ def _answer_batch(
     processor: Any,
     items: Sequence[Item],
     found: Mapping[str, Configuration],
-    cfg: SweepConfig,
+    cfg: EvalConfig,
     counts: Counts,
 ) -> list[dict[str, Any]]:
     """A line per item."""
@@ -276,7 +276,7 @@ def _answer_ready(
     processor: Any,
     ready: Sequence[_Ready],
     found: Mapping[str, Configuration],
-    cfg: SweepConfig,
+    cfg: EvalConfig,
     counts: Counts,
 ) -> list[dict[str, Any]]:
     """A line per question. A batch that fails is halved, so that one question, or memory for all, fails alone."""
@@ -330,7 +330,7 @@ def _run_all(
     model: Any,
     inputs: dict[str, Tensor],
     found: Mapping[str, Configuration],
-    cfg: SweepConfig,
+    cfg: EvalConfig,
     counts: Counts,
 ) -> dict[str, Tensor]:
     if cfg.reuse:
@@ -400,7 +400,7 @@ def _drop_edited(path: Path, items: Sequence[Item], weights: str) -> None:
     atomic_write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _option_order(item: Item, cfg: SweepConfig) -> list[int]:
+def _option_order(item: Item, cfg: EvalConfig) -> list[int]:
     order = list(range(len(item.options)))
     if cfg.shuffle:
         random.Random(f"{cfg.seed}-{item.id}").shuffle(order)

@@ -13,7 +13,7 @@ from hone_core.config import load_config
 from hone_core.hosts import open_host
 from hone_core.runs import load_results
 
-from .config import DemoConfig, GenerateConfig, HostConfig, RecommendConfig, ReproduceConfig, SweepConfig
+from .config import DemoConfig, EvalConfig, GenerateConfig, HostConfig, RecommendConfig, ReproduceConfig
 from .sources import absolute_model, absolute_source, read_questions, source_layers, source_of_run
 
 __all__ = ["find_host", "find_hosts", "find_question", "find_run", "find_source"]
@@ -51,7 +51,7 @@ def find_question(cfg: GenerateConfig) -> GenerateConfig:
     return replace(cfg, model=absolute_model(cfg.model), video=Path(os.path.abspath(cfg.video)))
 
 
-def find_source(cfg: SweepConfig) -> SweepConfig:
+def find_source(cfg: EvalConfig) -> EvalConfig:
     """Look for questions and videos, and whether the sweep fits the model.
 
     Raises:
@@ -87,7 +87,7 @@ def find_run(cfg: RecommendConfig) -> RecommendConfig:
         raise ValueError(f"{cfg.run} is a run of {verb}; expected one that hone-knockout eval wrote")
     # Another directory is no other run.
     cfg = replace(cfg, run=Path(os.path.abspath(cfg.run)))
-    source = load_config(SweepConfig, cfg.run / "config.json").source
+    source = load_config(EvalConfig, cfg.run / "config.json").source
     source_of_run(cfg.run, source, model_alone=not cfg.verify)
     return cfg
 

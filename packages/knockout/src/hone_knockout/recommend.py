@@ -22,7 +22,7 @@ from hone_lm.choices import choice_inputs, choice_prompt, to_model
 from hone_lm.decoders import deepstack_layers
 from hone_lm.question_sets import read_clip
 
-from .config import Knockout, KnockoutConfig, RecommendConfig, SweepConfig
+from .config import EvalConfig, Knockout, KnockoutConfig, RecommendConfig
 from .evaluate import BASELINE, Configuration, SweepReport, configurations, is_right, read_answers, shown_p, sweep
 from .sample import exit_gap
 from .sources import load_source, read_questions, source_of_run
@@ -157,7 +157,7 @@ def recommend(cfg: RecommendConfig, run: Run) -> RecommendReport:
         ValueError: The eval run has no answers, or now leads to another recipe than when this run was begun.
         FileNotFoundError: What the eval run names is not there any more.
     """
-    sweep_cfg = load_config(SweepConfig, cfg.run / "config.json")
+    sweep_cfg = load_config(EvalConfig, cfg.run / "config.json")
     sweep_cfg = replace(sweep_cfg, source=source_of_run(cfg.run, sweep_cfg.source, model_alone=not cfg.verify))
     answers, _ = read_answers(cfg.run)
     if not answers:

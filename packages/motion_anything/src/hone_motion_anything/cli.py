@@ -52,10 +52,10 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         prepare="convert:prepare",
     ),
     "train": _verb(
-        "fit:fit",
+        "finetune:train",
         "TrainConfig",
         "Train tokenizer or transformer on HumanML3D or text, music and dance, in one process or several.",
-        prepare="fit:prepare",
+        prepare="finetune:prepare",
         shared=True,
     ),
     "make-set": _verb(

@@ -349,8 +349,8 @@ class ReproduceConfig:
     """The paper's claim on the tiny host: transformers trained with attention masks against the controls."""
 
     host: Path | None = None
-    """A host.safetensors made by train-host, whose tokenizer and evaluator all arms share; the packaged one if not
-    given."""
+    """A host.safetensors made by train-host, whose tokenizer and evaluator all arms share (default: the packaged
+    one)."""
     arms: tuple[str, ...] = ARMS
     """Trainings to compare."""
     settings: MotionAnythingConfig = field(default_factory=lambda: PRESETS["tiny"].config)
@@ -509,8 +509,8 @@ class BenchConfig:
     """Strength of the text; MoMask's."""
     graphs: bool = False
     """Also the pass as one CUDA graph."""
-    dtype: Dtype = "float32"
-    """Of the weights."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     rounds: int = 10
     """Timed generations of each way."""
     seed: int = 0
@@ -558,7 +558,7 @@ class TrainConfig:
     """What is trained; the transformer needs a tokenizer that was."""
     tokenizer: Path | None = None
     """``transformer``: a tokenizer.safetensors of the first stage."""
-    clip: Path | None = None
+    text_encoder: Path | None = None
     """``transformer``: folder of CLIP's text model and tokenizer, openai/clip-vit-base-patch32."""
     tokenizer_sizes: TokenizerConfig = field(
         default_factory=lambda: TokenizerConfig(width=192, depth=3, codes=512, code_dim=128), metadata=flag(hidden=True)
@@ -578,9 +578,9 @@ class TrainConfig:
     """Motions of a step, over all processes; the paper has 512 for the tokenizer and 64 for the transformer."""
     lr: float = 2e-4
     """Peak learning rate; the paper's. A tenth of it in the last fifth, which is ours."""
-    warmup: int = 2000
-    """Steps of the linear rise; the paper's."""
-    decay: float = 0.01
+    warmup_steps: int = 2000
+    """Steps over which the learning rate rises; the paper's."""
+    weight_decay: float = 0.01
     """Of AdamW; ours."""
     drop: float = 0.1
     """Share of texts that are left out, and of music, for guidance; MoMask's."""
@@ -591,9 +591,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
-        if self.stage == "transformer" and (self.tokenizer is None or self.clip is None):
-            raise ValueError("the transformer needs --tokenizer, made by --stage tokenizer, and --clip")
-        if self.batch < 1 or self.warmup < 1:
-            raise ValueError(f"batch and warmup must be at least 1; got {self.batch} and {self.warmup}")
+        if self.stage == "transformer" and (self.tokenizer is None or self.text_encoder is None):
+            raise ValueError("the transformer needs --tokenizer, made by --stage tokenizer, and --text-encoder")
+        if min(self.batch, self.warmup_steps) < 1:
+            raise ValueError(f"batch and warmup_steps must be at least 1; got {self.batch} and {self.warmup_steps}")
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop is a share in [0, 1]; got {self.drop}")

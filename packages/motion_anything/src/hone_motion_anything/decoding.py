@@ -12,10 +12,11 @@ from hone_kernels.guided_draw import draw_tokens
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .config import UnmaskConfig
 from .method import Condition, MotionTransformer
 from .skeletons import PARTS
 
-__all__ = ["Passes", "draw", "edited", "guided", "passes", "unmask"]
+__all__ = ["Passes", "draw", "draw_motion", "edited", "guided", "passes", "unmask"]
 
 
 class Passes(NamedTuple):
@@ -173,3 +174,49 @@ def unmask(
         if rank is not None:
             sure = torch.where(hidden, -rank(ids), sure)
     return ids
+
+
+@torch.no_grad()
+def draw_motion(
+    model: MotionTransformer,
+    condition: Condition,
+    valid: Bool[Tensor, "batch time"],
+    generator: torch.Generator,
+    settings: UnmaskConfig | None = None,
+    *,
+    start: Int[Tensor, "batch time parts"] | None = None,
+    edit: Bool[Tensor, "batch time parts"] | None = None,
+) -> Int[Tensor, "batch time parts"]:
+    """Tokens by Motion Anything's transformer; with ``start`` and ``edit`` the marked ones anew, the others kept.
+
+    Args:
+        model: Asked in every pass.
+        condition: What to follow.
+        valid: Time steps that are there.
+        generator: On the device of ``valid``.
+        settings: Of the generation; the defaults if None.
+        start: Tokens of a motion.
+        edit: What to make anew.
+
+    Raises:
+        ValueError: Only one of ``start`` and ``edit`` is given.
+    """
+    settings = settings or UnmaskConfig()
+
+    def attended(ids: Tensor) -> Tensor:
+        temporal, spatial = model.scores(ids, condition, valid)
+        return temporal[..., None] * spatial
+
+    return unmask(
+        lambda ids: passes(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
+        valid,
+        model.cfg.parts,
+        model.mask_id,
+        generator,
+        steps=settings.steps,
+        temperature=settings.temperature,
+        keep=settings.keep,
+        start=start,
+        edit=edit,
+        rank=attended if settings.remask == "attention" else None,
+    )

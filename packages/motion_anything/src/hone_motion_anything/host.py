@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .config import HostConfig, UnmaskConfig
-from .decoding import passes, unmask
+from .decoding import draw_motion
 from .evaluator import Evaluator, TextReader
 from .grammar import FRAMES, TOKEN_FRAMES, WORDS
 from .method import Condition, MotionTransformer
@@ -107,27 +107,8 @@ class Host(ModuleHost):
             start: Tokens of a motion.
             edit: What to make anew.
         """
-        settings = settings or UnmaskConfig()
-        model = self.transformer
         valid = torch.ones(condition.batch, time, dtype=torch.bool, device=self.device)
-
-        def attended(ids: Tensor) -> Tensor:
-            temporal, spatial = model.scores(ids, condition, valid)
-            return temporal[..., None] * spatial
-
-        return unmask(
-            lambda ids: passes(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
-            valid,
-            self.config.transformer.parts,
-            model.mask_id,
-            generator,
-            steps=settings.steps,
-            temperature=settings.temperature,
-            keep=settings.keep,
-            start=start,
-            edit=edit,
-            rank=attended if settings.remask == "attention" else None,
-        )
+        return draw_motion(self.transformer, condition, valid, generator, settings, start=start, edit=edit)
 
     @torch.no_grad()
     def draw(

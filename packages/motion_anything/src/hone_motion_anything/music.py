@@ -21,7 +21,6 @@ from torch import Tensor
 
 __all__ = [
     "BEAT",
-    "CHANNELS",
     "RATE",
     "beat_frames",
     "click_track",
@@ -33,7 +32,6 @@ __all__ = [
 
 RATE = 15_360
 """Samples a second; a frame of 20 a second is 768 of them."""
-CHANNELS = 35
 BEAT = 34
 """Column of the beats."""
 _MELS, _WINDOW = 64, 2048

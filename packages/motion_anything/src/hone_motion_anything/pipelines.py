@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoints import load_published
 from .config import UnmaskConfig
-from .decoding import Passes, edited, passes, unmask
+from .decoding import Passes, draw_motion, edited, passes, unmask
 from .method import Condition, MotionTransformer
 from .mogents import COLUMNS, MoGenTSTokenizer
 from .music import music_features, pooled
@@ -378,7 +378,7 @@ class MotionAnythingPipeline:
         Raises:
             CheckpointError: A file is missing, damaged or another one.
         """
-        from .fit import load_tokenizer, load_transformer
+        from .finetune import load_tokenizer, load_transformer
 
         return cls(
             load_tokenizer(tokenizer, device),
@@ -426,7 +426,7 @@ class MotionAnythingPipeline:
             )
         counts = torch.tensor(list(frames), device=self._device) // 4
         valid = torch.arange(int(counts.max()), device=self._device)[None] < counts[:, None]
-        ids = self._drawn(condition, valid, generator, settings)
+        ids = draw_motion(self.transformer, condition, valid, generator, settings)
         return [self.tokenizer.decode(row[there][None])[0] for row, there in zip(ids, valid, strict=True)]
 
     @torch.no_grad()
@@ -472,7 +472,7 @@ class MotionAnythingPipeline:
         valid = torch.ones_like(start[..., 0], dtype=torch.bool)
         made = edited(count // 4, (first, last), parts).to(self._device)
         generator = torch.Generator(self._device).manual_seed(seed)
-        ids = self._drawn(condition, valid, generator, settings, start=start, edit=made)
+        ids = draw_motion(self.transformer, condition, valid, generator, settings, start=start, edit=made)
         return self.tokenizer.decode(ids)[0]
 
     @property
@@ -489,33 +489,6 @@ class MotionAnythingPipeline:
             return Condition(text=said)
         many = max(1, len(texts))
         return Condition(text=said, music=heard.to(self._device)[None].expand(many, -1, -1))
-
-    def _drawn(
-        self,
-        condition: Condition,
-        valid: Tensor,
-        generator: torch.Generator,
-        settings: UnmaskConfig | None,
-        **edit: Tensor,
-    ) -> Tensor:
-        settings, model = settings or UnmaskConfig(), self.transformer
-
-        def attended(ids: Tensor) -> Tensor:
-            temporal, spatial = model.scores(ids, condition, valid)
-            return temporal[..., None] * spatial
-
-        return unmask(
-            lambda ids: passes(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
-            valid,
-            model.cfg.parts,
-            model.mask_id,
-            generator,
-            steps=settings.steps,
-            temperature=settings.temperature,
-            keep=settings.keep,
-            rank=attended if settings.remask == "attention" else None,
-            **edit,  # type: ignore[arg-type]
-        )
 
 
 def _statistics(meta: Path, device: torch.device | str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .rotations import between, conjugate, kabsch, multiply, rotate
+from .rotations import axis_angle_to_quat, between, conjugate, kabsch, matrix_to_axis_angle, multiply, rotate
 
 __all__ = [
     "HUMANML3D",
@@ -161,15 +161,10 @@ def local_rotations(
         elif len(children) == 1:
             local[joint] = between(offsets[children[0]], bones[..., 0, :])
         else:
-            local[joint] = _quat_of(kabsch(offsets[children].expand_as(bones), bones))
+            turn = kabsch(offsets[children].expand_as(bones), bones)
+            local[joint] = axis_angle_to_quat(matrix_to_axis_angle(turn))
         world[joint] = multiply(above, local[joint])
     return torch.stack(local, -2)
-
-
-def _quat_of(matrix: Tensor) -> Tensor:
-    from .rotations import axis_angle_to_quat, matrix_to_axis_angle
-
-    return axis_angle_to_quat(matrix_to_axis_angle(matrix))
 
 
 _X, _Y, _Z = (1, 0, 0), (0, 1, 0), (0, 0, 1)

@@ -229,7 +229,6 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     grades = grade_host(load_host(device, path=path), cfg.eval_clips, seed=10_000)
     for name, (value, unit, better) in grades.items():
         run.row(name, value, unit=unit, better=better, n=cfg.eval_clips, split="held_out")
-    sizes = {name.rstrip("."): sum(p.numel() for p in m.parameters()) for name, m in making.host.modules.items()}
-    details = {"graded": f"{cfg.eval_clips} held-out scenes of each kind", "parameters": sizes}
+    details = {"graded": f"{cfg.eval_clips} held-out scenes of each kind", "parameters": making.host.parameters}
     result = {name: value for name, (value, _, _) in grades.items()}
     return finish_host(run, making.training, result, gates=GATES, details=details)

@@ -181,9 +181,8 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
         unit = "bits per token" if name.endswith("bits") else ""
         count = held_out if name.endswith("bits") else cfg.eval_images
         run.row(name, value, unit=unit, better=better, n=count, split="test")
-    sizes = {name.rstrip("."): sum(p.numel() for p in m.parameters()) for name, m in making.host.modules.items()}
     details = {
         "graded": f"bits of {held_out} held-out {cfg.data}; {cfg.eval_images} drawn without guidance",
-        "parameters": sizes,
+        "parameters": making.host.parameters,
     }
     return finish_host(run, making.training, grades, gates=GATES, details=details)

@@ -428,7 +428,7 @@ class ReproduceConfig:
     """The claims, on tiny hosts and several sampling seeds."""
 
     hosts: tuple[Path, ...] = ()
-    """host.safetensors of further trainings (default: the packaged one)."""
+    """Files made by train-host, of several seeds (default: the packaged one)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings of the method."""
     ratios: tuple[float, ...] = (0.3, 0.5, 0.9)

@@ -256,8 +256,5 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     for name, value in grades.items():
         unit = "dB" if name.endswith("psnr") else ""
         run.row(name, value, unit=unit, better="higher", n=cfg.eval_images, split="held_out")
-    sizes = {
-        name.rstrip("."): sum(p.numel() for p in module.parameters()) for name, module in making.host.modules.items()
-    }
-    details = {"graded": f"{cfg.eval_images} scenes, such as: {prompt}", "parameters": sizes}
+    details = {"graded": f"{cfg.eval_images} scenes, such as: {prompt}", "parameters": making.host.parameters}
     return finish_host(run, making.training, grades, gates=GATES, details=details)

@@ -305,7 +305,7 @@ class TrainConfig:
     """Objective."""
     sparse: SparseConfig = field(default_factory=SparseConfig)
     """Selection, at the thresholds of the objective."""
-    lora: int = 0
+    lora_rank: int = 0
     """Rank of adapters on the decoder's attention and MLP, whose model without them is the reference; 0 trains every
     weight of the decoder, beside a frozen copy."""
     shard: bool = False
@@ -332,14 +332,14 @@ class TrainConfig:
         check_budget(self.minutes, self.steps)
         if (self.model is None) != (self.data is None):
             raise ValueError("a model needs --data with questions; the tiny host (no --model) makes its own")
-        if self.model is None and (self.lora or self.shard or self.dtype != "auto"):
-            raise ValueError("lora, shard and dtype are of a model; the tiny host is trained whole, in float32")
+        if self.model is None and (self.lora_rank or self.shard or self.dtype != "auto"):
+            raise ValueError("lora_rank, shard and dtype are of a model; the tiny host is trained whole, in float32")
         if self.shard and self.sparse.captured:
             raise ValueError(
                 "a captured step does not fetch the weights of other processes; leave shard or captured out"
             )
-        if self.lora < 0 or min(self.frames, self.max_new_tokens) < 1:
-            raise ValueError("lora must not be negative, frames and max_new_tokens must be positive")
+        if self.lora_rank < 0 or min(self.frames, self.max_new_tokens) < 1:
+            raise ValueError("lora_rank must not be negative, frames and max_new_tokens must be positive")
         if self.sparse.policy in BY_RATIO or self.sparse.p != SparseConfig().p:
             raise ValueError(f"thresholds are those of --ps, one per rollout; got {self.sparse.label}")
 
@@ -370,8 +370,8 @@ class ArmConfig:
 class ReproduceConfig:
     """The paper's claim and the two other objectives on tiny hosts."""
 
-    folders: tuple[Path, ...] = ()
-    """Runs of train-host with different seeds, three or more for a verdict (default: the packaged host alone)."""
+    hosts: tuple[Path, ...] = ()
+    """Files made by train-host, of several seeds (default: the packaged one)."""
     arms: tuple[str, ...] = ()
     """Arms to train, by name (default: all). The verdict needs paper, correctness and sft."""
     steps: int = 1200

@@ -27,7 +27,7 @@ from .config import TrainConfig
 from .models import attach, check_config
 from .reinforce import Reinforcement, Task, whole
 
-__all__ = ["FinetuneReport", "prepare", "train"]
+__all__ = ["TrainedReport", "prepare", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneReport(Report):
+class TrainedReport(Report):
     """What a training did to its own rollouts; ``eval`` measures the result.
 
     Attributes:
@@ -45,7 +45,7 @@ class FinetuneReport(Report):
     model: Path
 
     @classmethod
-    def of(cls, run: Run) -> FinetuneReport:
+    def of(cls, run: Run) -> TrainedReport:
         """Return the report of a finished run."""
         return cls(path=run.path, rows=tuple(run.rows), model=run.artifacts / "model")
 
@@ -86,7 +86,7 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, data=cfg.data.resolve(), model=model)
 
 
-def train(cfg: TrainConfig, run: Run) -> FinetuneReport:
+def train(cfg: TrainConfig, run: Run) -> TrainedReport:
     """Train, and write the weights; a stopped run goes on where it was.
 
     Raises:
@@ -113,7 +113,7 @@ def train(cfg: TrainConfig, run: Run) -> FinetuneReport:
         _write(cfg, task, loop, weights, run.artifacts / "model")
         _write_rows(run)
     accelerator.wait_for_everyone()
-    return FinetuneReport.of(run)
+    return TrainedReport.of(run)
 
 
 class _Together(Training):
@@ -237,12 +237,12 @@ def _task(cfg: TrainConfig, device: torch.device, process: int, processes: int) 
 
     from .questions import ModelTask, load_items
 
-    whole = cfg.dtype == "auto" and not cfg.lora
+    whole = cfg.dtype == "auto" and not cfg.lora_rank
     dtype = torch.float32 if whole else resolve_dtype(cfg.dtype, device)
     model, processor = load_model(cfg.model, device=device, dtype=dtype)
     model.requires_grad_(False)
     frozen: Any = None
-    if cfg.lora:
+    if cfg.lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
 
         decoder = find_decoder(model).model
@@ -251,7 +251,7 @@ def _task(cfg: TrainConfig, device: torch.device, process: int, processes: int) 
             torch.manual_seed(cfg.seed)
             modules = rf"{path.replace('.', '[.]')}[.].*[.]({'|'.join(ADAPTED)})"
             # Not by the model's add_adapter, for which each transformers wants a peft of its own.
-            lora = LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules=modules)
+            lora = LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules=modules)
             inject_adapter_in_model(lora, model)
         model.eval()
     else:
@@ -284,7 +284,7 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, weights: dict[str,
 
         save_host(task.host, folder / "host.safetensors")
     else:
-        if cfg.lora:
+        if cfg.lora_rank:
             _write_adapter(task.model, weights, folder)
         else:
             task.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]

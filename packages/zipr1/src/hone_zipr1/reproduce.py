@@ -24,7 +24,7 @@ from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Run
 from hone_core.statistics import bootstrap_interval
-from hone_core.training import HOST, LogFile, Training
+from hone_core.training import LogFile, Training
 
 from . import plots
 from .config import ArmConfig, ReinforceConfig, ReproduceConfig, SparseConfig
@@ -121,14 +121,14 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
         CheckpointError: One is missing.
         ValueError: One has not, two are of the same seed, or an arm is unknown.
     """
-    cfg = replace(cfg, folders=tuple(folder.resolve() for folder in cfg.folders))
+    cfg = replace(cfg, hosts=tuple(path.resolve() for path in cfg.hosts))
     unknown = sorted(set(cfg.arms) - set(ARMS))
     if unknown:
         raise ValueError(f"arms are {', '.join(ARMS)}; got {', '.join(unknown)}")
     facts = []
     for path in _hosts(cfg):
         if not path.is_file():
-            raise CheckpointError(f"there is no {path}; name folders that hone-zipr1 train-host wrote")
+            raise CheckpointError(f"there is no {path}; expected a host.safetensors that hone-zipr1 train-host wrote")
         found = read_facts(path, PACKAGE)
         if not found.passed:
             raise ValueError(f"{path} misses its gates ({found.result}); train it longer")
@@ -139,7 +139,7 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
 
 
 def _hosts(cfg: ReproduceConfig) -> list[Path]:
-    return [folder / "artifacts" / HOST for folder in cfg.folders] or [PACKAGED]
+    return [*cfg.hosts] or [PACKAGED]
 
 
 def trainings(cfg: ReproduceConfig) -> dict[str, ReinforceConfig]:

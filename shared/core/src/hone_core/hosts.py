@@ -144,6 +144,11 @@ class ModuleHost:
         """Prefix in the stored file to module."""
         raise NotImplementedError
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Number of parameters by module."""
+        return {name.rstrip("."): sum(p.numel() for p in m.parameters()) for name, m in self.modules.items()}
+
     def to(self, device: "torch.device | str") -> Self:
         """Move it; returns itself."""
         for module in self.modules.values():

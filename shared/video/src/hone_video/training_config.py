@@ -36,7 +36,7 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     """Compute blocks again in the backward pass instead of keeping what they made."""
     log_every: int = 10
-    """Steps between two lines of the log."""
+    """Steps between two logged ones."""
     checkpoint_every: int = 100
     """Steps between two checkpoints, from which a stopped run goes on exactly."""
     tensorboard: bool = False

@@ -15,7 +15,7 @@ from hone_core.runs import Run
 from hone_motion_anything.cli import main
 from hone_motion_anything.config import TokenizerConfig, TrainConfig, TransformerConfig
 from hone_motion_anything.data import generated
-from hone_motion_anything.fit import Fitting, fit, load_tokenizer, load_transformer, prepare
+from hone_motion_anything.finetune import Fitting, load_tokenizer, load_transformer, prepare, train
 from hone_motion_anything.grammar import caption
 from hone_motion_anything.humanml3d import read_clips, read_texts
 from hone_motion_anything.pipelines import MotionAnythingPipeline
@@ -49,7 +49,7 @@ def start(cfg, out):
 
 
 def first_stage(folder, **options):
-    return TrainConfig(data=folder, tokenizer_sizes=SIZES, steps=4, batch=3, warmup=2, log_every=1, **options)
+    return TrainConfig(data=folder, tokenizer_sizes=SIZES, steps=4, batch=3, warmup_steps=2, log_every=1, **options)
 
 
 def test_clips_and_their_parts(folder):
@@ -63,13 +63,13 @@ def test_clips_and_their_parts(folder):
 def test_both_stages_train_and_load(folder, clip, tmp_path):
     cfg = first_stage(folder)
     with start(prepare(cfg), tmp_path / "first") as run:
-        report = fit(cfg, run)
+        report = train(cfg, run)
     tokenizer = load_tokenizer(report.weights)
     assert tokenizer.encode(generated(1, 3, dance=False).features).shape == (1, 20, 6)
     sizes = TransformerConfig(width=16, heads=2, hidden=16, layers=2, codes=16, max_tokens=24, text_width=8)
-    second = replace(cfg, stage="transformer", tokenizer=report.weights, clip=clip, transformer=sizes)
+    second = replace(cfg, stage="transformer", tokenizer=report.weights, text_encoder=clip, transformer=sizes)
     with start(prepare(second), tmp_path / "second") as run:
-        report = fit(second, run)
+        report = train(second, run)
     assert load_transformer(report.weights).cfg == sizes
     first = tmp_path / "first" / "artifacts" / "tokenizer.safetensors"
     pipe = MotionAnythingPipeline.from_files(tokenizer=first, transformer=report.weights, clip=clip)
@@ -193,7 +193,7 @@ class Meeting:
 @pytest.mark.slow
 def test_two_processes_train_one_model(folder, tmp_path):
     barrier, values = threading.Barrier(2, timeout=60), {}
-    cfg = TrainConfig(data=folder, tokenizer_sizes=SIZES, steps=4, batch=4, warmup=2, log_every=1)
+    cfg = TrainConfig(data=folder, tokenizer_sizes=SIZES, steps=4, batch=4, warmup_steps=2, log_every=1)
     clips = read_clips(folder, "train")
     both = [
         Fitting(cfg, clips, Meeting(index, barrier, values), torch.device("cpu"), tmp_path / f"{index}.pt")

@@ -30,14 +30,14 @@ from .tokenizers import PartTokenizer
 from .train import seeded
 from .triples import is_triples, read_triples
 
-__all__ = ["FitReport", "Fitting", "fit", "load_tokenizer", "load_transformer", "prepare"]
+__all__ = ["Fitting", "TrainedReport", "load_tokenizer", "load_transformer", "prepare", "train"]
 
 WINDOW = 64
 """Frames that the tokenizer is trained on at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitReport(Report):
+class TrainedReport(Report):
     """What a training reached; as text, losses and the file.
 
     Attributes:
@@ -47,7 +47,7 @@ class FitReport(Report):
     weights: Path
 
     @classmethod
-    def of(cls, run: Run) -> FitReport:
+    def of(cls, run: Run) -> TrainedReport:
         """Return the report of a finished run."""
         (weights,) = run.artifacts.glob("*.safetensors")
         return cls(path=run.path, rows=tuple(run.rows), weights=weights)
@@ -70,9 +70,9 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
         )
     if cfg.stage == "transformer":
         hosts.open_host(TokenizerConfig, PACKAGE, cfg.tokenizer)
-        assert cfg.clip is not None
-        if not cfg.clip.is_dir():
-            raise FileNotFoundError(f"there is no folder {cfg.clip} with CLIP's text model")
+        assert cfg.text_encoder is not None
+        if not cfg.text_encoder.is_dir():
+            raise FileNotFoundError(f"there is no folder {cfg.text_encoder} with CLIP's text model")
     return cfg
 
 
@@ -151,24 +151,26 @@ class Fitting:
                 attach(self.model, cfg.settings)
                 self._prepare_texts()
         self.model.to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay
+        )
         parts = {"model": self.model, "optimizer": self.optimizer}
         self.training = _Together(cfg, path, parts, accelerator)
 
     def _prepare_texts(self) -> None:
         assert self.cfg.tokenizer is not None
-        assert self.cfg.clip is not None
+        assert self.cfg.text_encoder is not None
         tokenizer = load_tokenizer(self.cfg.tokenizer, self.device)
         if len(tokenizer.quantizers[0].codebook) != self.cfg.transformer.codes:  # type: ignore[arg-type]
             raise ValueError(
                 f"{self.cfg.tokenizer} has {len(tokenizer.quantizers[0].codebook)} codes and the transformer "  # type: ignore[arg-type]
                 f"{self.cfg.transformer.codes}; set transformer.codes in a --config"
             )
-        encode = ClipText(self.cfg.clip, self.device)
+        encode = ClipText(self.cfg.text_encoder, self.device)
         wide = encode.width
         if wide != self.cfg.transformer.text_width:
             raise ValueError(
-                f"{self.cfg.clip} gives texts of {wide} numbers and the transformer takes "
+                f"{self.cfg.text_encoder} gives texts of {wide} numbers and the transformer takes "
                 f"{self.cfg.transformer.text_width}; set transformer.text_width in a --config"
             )
         for clip in self.clips:
@@ -238,7 +240,7 @@ class Fitting:
         self.model.train()
         training.start()
         while training.spent() < 1:
-            rate = min(1.0, (training.step + 1) / cfg.warmup) * (0.1 if training.spent() > 0.8 else 1.0)
+            rate = min(1.0, (training.step + 1) / cfg.warmup_steps) * (0.1 if training.spent() > 0.8 else 1.0)
             for group in self.optimizer.param_groups:
                 group["lr"] = cfg.lr * rate
             with seeded(self.device, 64 * cfg.seed + self.process, training.step):
@@ -261,7 +263,7 @@ class Fitting:
                 buffer.copy_(self.accelerator.reduce(buffer.clone(), "mean"))
 
 
-def fit(cfg: TrainConfig, run: Run) -> FitReport:
+def train(cfg: TrainConfig, run: Run) -> TrainedReport:
     """Train a stage and write its weights; a stopped run goes on where it was.
 
     Raises:
@@ -298,4 +300,4 @@ def fit(cfg: TrainConfig, run: Run) -> FitReport:
             run.row("loss", losses[-1], better="lower", split="train")
         run.row("clips", len(clips), better="none", split="train")
     accelerator.wait_for_everyone()
-    return FitReport.of(run)
+    return TrainedReport.of(run)
