@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hone_kernels.kept_tokens import add_change, draw_bits, gather_modulate
+from hone_kernels.kept_tokens import add_change, draw_bits, gather_modulate, spread_tokens, take_tokens
 
 
 def randn(*shape):
@@ -21,6 +21,21 @@ def test_gather_modulate_is_the_norm_of_each_kept_token():
             spread = math.sqrt(sum((v - mean) ** 2 for v in values) / 6 + 1e-3)
             want = [(v - mean) / spread * (1 + scale[row, c]) + shift[row, c] for c, v in enumerate(values)]
             torch.testing.assert_close(out[row, at], torch.stack(want))
+
+
+def test_tokens_are_taken_and_put_back():
+    q, k = randn(2, 3, 5, 2).requires_grad_(), randn(2, 1, 5, 2)
+    keep = torch.tensor([[True, False, False, True, True], [False, True, False, False, True]])
+    idx = torch.tensor([[0, 3, 4], [1, 4, 0]])
+    taken, keys = take_tokens((q, k), idx)
+    for row in range(2):
+        for at, token in enumerate(idx[row].tolist()):
+            assert taken[row, :, at].tolist() == q[row, :, token].tolist()
+            assert keys[row, :, at].tolist() == k[row, :, token].tolist()
+    back = spread_tokens(taken, keep)
+    assert torch.equal(back, q * keep[:, None, :, None])
+    back.sum().backward()
+    assert torch.equal(q.grad, keep[:, None, :, None].expand_as(q).double())
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -111,6 +126,20 @@ def call_draw(**change):
         (call_draw, {"slot": torch.zeros(2, 4, dtype=torch.int64)}, r"slot must be int64 \[2, 3\]"),
         (call_draw, {"temperature": 0.0}, "temperature must be positive"),
         (call_draw, {"top_p": 1.5}, r"top_p lie in \[0, 1\]"),
+        (take_tokens, {"states": [], "idx": torch.zeros(1, 1).long()}, "one to three of"),
+        (take_tokens, {"states": [torch.zeros(1, 2, 3)], "idx": torch.zeros(1, 1).long()}, r"got \[\[1, 2, 3\]\]"),
+        (
+            take_tokens,
+            {"states": [torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5)], "idx": torch.zeros(1, 1).long()},
+            r"states\[1\] must be float32 \[1, n, 3, 4\]",
+        ),
+        (
+            take_tokens,
+            {"states": [torch.zeros(1, 2, 3, 4)], "idx": torch.zeros(2, 1).long()},
+            r"idx must be int64 \[1, n\]",
+        ),
+        (spread_tokens, {"x": torch.zeros(1, 3, 4), "keep": torch.ones(1, 3).bool()}, r"x must be \[n, n, n, n\]"),
+        (spread_tokens, {"x": torch.zeros(1, 2, 3, 4), "keep": torch.ones(1, 3)}, r"keep must be bool \[1, n\]"),
     ],
 )
 def test_bad_arguments(call, change, message):

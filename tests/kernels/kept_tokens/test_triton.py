@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 from hone_core.testing import nan_poison, requires_gpu
-from hone_kernels.kept_tokens import add_change, draw_bits, gather_modulate
+from hone_kernels.kept_tokens import add_change, draw_bits, gather_modulate, spread_tokens, take_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 
@@ -64,7 +64,35 @@ def compare_draw(logits, uniform, slot, top_p):
     assert 0.2 < float(got.float().mean()) < 0.8
 
 
+def move_case(batch, heads, tokens, dim, share, dtype=torch.float32, device="cpu"):
+    """Queries, keys and values as a model lays them, a head beside the other, of which not all samples keep as many."""
+    states = [torch.randn(batch, tokens, h, dim, device=device).to(dtype).transpose(1, 2) for h in heads]
+    keep = torch.rand(batch, tokens, device=device) < torch.linspace(share, 1.0, batch, device=device)[:, None]
+    keep[:, -1] = True
+    most = int(keep.sum(-1).max())
+    return states, keep, (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
+
+
+def compare_moves(states, keep, idx):
+    from hone_kernels.kept_tokens.triton import spread_tokens_triton, take_tokens_triton
+
+    with nan_poison():
+        taken = take_tokens_triton(states, idx)
+    for one, other in zip(taken, take_tokens(states, idx, backend="reference"), strict=True):
+        assert torch.equal(one, other)
+    # As an attention of a library gives it.
+    x = taken[0].transpose(1, 2).contiguous().transpose(1, 2)
+    with nan_poison():
+        back = spread_tokens_triton(x, keep)
+    assert torch.equal(back, spread_tokens(x, keep, backend="reference"))
+    assert torch.equal(back, states[0] * keep[:, None, :, None])
+    assert back.transpose(1, 2).is_contiguous()
+
+
 def small_cases(device="cpu"):
+    compare_moves(*move_case(2, (4, 2, 2), 70, 16, 0.3, device=device))
+    compare_moves(*move_case(1, (3, 1), 9, 6, 0.5, torch.bfloat16, device=device))
+    compare_moves(*move_case(1, (2,), 5, 16, 1.0, device=device))
     compare_gather(gather_case(2, 9, 5, 48, device=device), torch.float32)
     compare_gather(gather_case(1, 6, 6, 64, torch.bfloat16, device=device), torch.bfloat16)
     compare_gather(gather_case(2, 4, 0, 32, device=device), torch.float32)
@@ -101,9 +129,29 @@ def test_machine_code(channels):
     assert [compile_launch(launch).spills for launch in launches] == [0] * 7
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_machine_code_of_moves(dtype):
+    from hone_kernels.compile import compile_launch, record_launches
+    from hone_kernels.kept_tokens import triton
+
+    states, keep, idx = move_case(2, (28, 4, 4), 640, 128, 0.3, dtype)
+    with record_launches(triton, "_take_kernel", "_spread_kernel") as launches:
+        triton.take_tokens_triton(states, idx)
+        triton.take_tokens_triton(states[1:], idx)
+        triton.spread_tokens_triton(states[0], keep)
+    found = [compile_launch(launch) for launch in launches]
+    assert [one.spills for one in found] == [0, 0, 0]
+    # 16 bytes at a time.
+    assert all("LDG.E.128" in one.sass and "STG.E.128" in one.sass for one in found)
+
+
 @requires_gpu(min_sm=80)
 def test_gpu():
     small_cases("cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        compare_moves(*move_case(3, (28, 4, 4), 4107, 128, 0.2, dtype, "cuda"))
+        compare_moves(*move_case(2, (16, 2), 2048, 96, 0.2, dtype, "cuda"))
     for channels in (768, 2048, 3584):
         compare_gather(gather_case(2, 4096, 1792, channels, device="cuda"), torch.bfloat16)
         compare_change(change_case(2, 1792, channels, torch.bfloat16, device="cuda"), 1, False)

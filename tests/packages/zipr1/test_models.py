@@ -360,7 +360,7 @@ def test_what_a_kernel_knows_of_its_choice_is_where_the_tokens_are():
         assert torch.equal(own.places[valid], known.places[valid])
         assert own.valid is None or torch.equal(own.valid, known.valid)
         states = torch.randn(3, 2, 17, 4)
-        assert torch.equal(own.spread(own.take(states)), known.spread(known.take(states)))
+        assert torch.equal(own.spread(*own.take(states)), known.spread(*known.take(states)))
 
 
 def test_gathered_and_masked_attention_agree_with_gradients():

@@ -29,10 +29,12 @@ class ColumnMass(NamedTuple):
     Attributes:
         mass: float32 (the reference: float64 of float64) ``[B, TK]``, summed over the rows, mean over heads.
         seen: int32 ``[B, TK]``, how many of the rows see a column.
+        rank: as ``mass``, which is divided by ``seen``; 0 where that is 0.
     """
 
     mass: Tensor
     seen: Tensor
+    rank: Tensor
 
 
 def column_mass(
@@ -80,7 +82,7 @@ def column_mass(
 @torch.library.custom_op("hone_kernels::column_mass", mutates_args=())
 def _column_mass(
     q: Tensor, k: Tensor, rows: Tensor, real: Tensor | None, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return column_mass_reference(q, k, rows, real, scale)
     from .triton import column_mass_triton  # needs Triton
@@ -90,9 +92,9 @@ def _column_mass(
 
 
 @_column_mass.register_fake
-def _(q: Tensor, k: Tensor, rows: Tensor, real: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, rows: Tensor, real: Tensor | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = (k.shape[0], k.shape[2])
-    return (
-        k.new_empty(shape, dtype=torch.promote_types(k.dtype, torch.float32)),
-        k.new_empty(shape, dtype=torch.int32),
-    )
+    mass = k.new_empty(shape, dtype=torch.promote_types(k.dtype, torch.float32))
+    return mass, k.new_empty(shape, dtype=torch.int32), torch.empty_like(mass)

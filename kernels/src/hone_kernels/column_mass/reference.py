@@ -13,7 +13,7 @@ __all__ = ["column_mass_reference"]
 @without_autocast
 def column_mass_reference(
     q: Tensor, k: Tensor, rows: Tensor, real: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``column_mass``."""
     exact = torch.promote_types(q.dtype, torch.float32)
     heads, dim = q.shape[1], q.shape[3]
@@ -28,4 +28,5 @@ def column_mass_reference(
     logits = (picked @ keys.transpose(-1, -2) * scale).masked_fill(~visible[:, None], -torch.inf)
     # The softmax of a row that sees nothing is no number; its weights are 0.
     weights = logits.softmax(-1).masked_fill(~visible[:, None], 0.0)
-    return weights.sum(2).mean(1), visible.sum(1, dtype=torch.int32)
+    mass, seen = weights.sum(2).mean(1), visible.sum(1, dtype=torch.int32)
+    return mass, seen, mass / seen.clamp(min=1)

@@ -1,7 +1,13 @@
-"""What surrounds blocks that run only some tokens: gather with the first norm, the change of a block, and draws."""
+"""What surrounds blocks that run only some tokens: gather with the first norm, the change of a block, draws; moves."""
 
-from .api import SUPPORT, add_change, draw_bits, gather_modulate
-from .reference import add_change_reference, draw_bits_reference, gather_modulate_reference
+from .api import SUPPORT, add_change, draw_bits, gather_modulate, spread_tokens, take_tokens
+from .reference import (
+    add_change_reference,
+    draw_bits_reference,
+    gather_modulate_reference,
+    spread_tokens_reference,
+    take_tokens_reference,
+)
 
 __all__ = [
     "SUPPORT",
@@ -11,4 +17,8 @@ __all__ = [
     "draw_bits_reference",
     "gather_modulate",
     "gather_modulate_reference",
+    "spread_tokens",
+    "spread_tokens_reference",
+    "take_tokens",
+    "take_tokens_reference",
 ]

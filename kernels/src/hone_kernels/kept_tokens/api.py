@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_tensor
 
-from .reference import add_change_reference, draw_bits_reference, gather_modulate_reference
+from .reference import (
+    add_change_reference,
+    draw_bits_reference,
+    gather_modulate_reference,
+    spread_tokens_reference,
+    take_tokens_reference,
+)
 
-__all__ = ["SUPPORT", "Backend", "add_change", "draw_bits", "gather_modulate"]
+__all__ = ["SUPPORT", "Backend", "add_change", "draw_bits", "gather_modulate", "spread_tokens", "take_tokens"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -153,6 +161,59 @@ def draw_bits(
 
     with torch.cuda.device_of(logits):
         return draw_bits_triton(logits, uniform, slot, guidance, temperature, top_p)
+
+
+def take_tokens(states: Sequence[Tensor], idx: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, ...]:
+    """Some tokens of queries, keys and values, in one launch; the reference has gradients.
+
+    Args:
+        states: One to three of ``[B, H, T, D]``, H of each its own.
+        idx: int64 ``[B, n]``, which tokens of a sample, in the order wanted.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[B, H, n, D]`` of each, contiguous.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    if not 1 <= len(states) <= 3 or states[0].dim() != 4:
+        raise ValueError(f"states must be one to three of [B, H, T, D]; got {[list(x.shape) for x in states]}")
+    first = states[0]
+    batch, _, tokens, dim = first.shape
+    for number, x in enumerate(states):
+        check_tensor(f"states[{number}]", x, (batch, None, tokens, dim), first.device, first.dtype)
+    check_tensor("idx", idx, (batch, None), first.device, torch.int64)
+    if choose("take_tokens", backend, SUPPORT, first.device, first.dtype) == "reference":
+        return take_tokens_reference(states, idx)
+    from .triton import take_tokens_triton  # needs Triton
+
+    with torch.cuda.device_of(first):
+        return take_tokens_triton(states, idx)
+
+
+def spread_tokens(x: Tensor, keep: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """The inverse of ``take_tokens``: each token where it was, zeros where none was kept; the reference has gradients.
+
+    Args:
+        x: ``[B, H, n, D]``.
+        keep: bool ``[B, T]``, at most n of a sample; its i-th True gets the i-th token.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[B, H, T, D]``; the kernel's heads of a token stand side by side in memory.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    check_tensor("x", x, (None, None, None, None), x.device)
+    check_tensor("keep", keep, (len(x), None), x.device, torch.bool)
+    if choose("spread_tokens", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return spread_tokens_reference(x, keep)
+    from .triton import spread_tokens_triton  # needs Triton
+
+    with torch.cuda.device_of(x):
+        return spread_tokens_triton(x, keep)
 
 
 def _tokens(name: str, x: Tensor) -> int:

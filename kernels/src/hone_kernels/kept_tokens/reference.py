@@ -1,12 +1,20 @@
-"""The three functions as their definitions, on any device."""
+"""The functions as their definitions, on any device."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_change_reference", "draw_bits_reference", "gather_modulate_reference"]
+__all__ = [
+    "add_change_reference",
+    "draw_bits_reference",
+    "gather_modulate_reference",
+    "spread_tokens_reference",
+    "take_tokens_reference",
+]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -48,3 +56,14 @@ def draw_bits_reference(
         sure = torch.minimum(first, second) <= 1 - top_p
         drawn = torch.where(sure, second > first, drawn)
     return drawn.long()
+
+
+def take_tokens_reference(states: Sequence[Tensor], idx: Tensor) -> tuple[Tensor, ...]:
+    """See ``take_tokens``."""
+    return tuple(x.gather(2, idx[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in states)
+
+
+def spread_tokens_reference(x: Tensor, keep: Tensor) -> Tensor:
+    """See ``spread_tokens``."""
+    slot = (keep.cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
+    return x.gather(2, slot.expand(-1, x.shape[1], -1, x.shape[3])) * keep[:, None, :, None]

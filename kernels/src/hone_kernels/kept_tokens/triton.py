@@ -1,15 +1,27 @@
-"""The three functions in Triton: a program per token, or per tile of bits. All are bound by memory."""
+"""The functions in Triton: a program per token, tile of tokens or tile of bits. All are bound by memory."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hone_kernels.checks import unit_last
 from hone_kernels.draws import row_warps
 
-__all__ = ["add_change_triton", "draw_bits_triton", "gather_modulate_triton"]
+__all__ = [
+    "add_change_triton",
+    "draw_bits_triton",
+    "gather_modulate_triton",
+    "spread_tokens_triton",
+    "take_tokens_triton",
+]
+
+_TOKENS = 64
+"""Of one head, that a program moves."""
 
 
 @triton.jit
@@ -132,3 +144,77 @@ def draw_bits_triton(
         GUIDED=len(logits) > images, SURE=top_p > 0, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return bits
+
+
+@triton.jit
+def _take_kernel(
+    ONE, TWO, THREE, INDEX, OUT_1, OUT_2, OUT_3,
+    stride_1b, stride_1h, stride_1t, stride_2b, stride_2h, stride_2t, stride_3b, stride_3h, stride_3t,
+    stride_index, kept, dim, heads_1, heads_2, heads_3, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)  # of the three, one after the other
+    b = tl.program_id(2).to(tl.int64)
+    slot = tl.program_id(0) * BT + tl.arange(0, BT)
+    d = tl.arange(0, BD)
+    inside = (slot < kept)[:, None] & (d < dim)[None, :]
+    token = tl.load(INDEX + b * stride_index + slot, mask=slot < kept, other=0).to(tl.int64)[:, None]
+    place = slot[:, None].to(tl.int64) * dim + d[None, :]
+    if head < heads_1:
+        x = tl.load(ONE + b * stride_1b + head * stride_1h + token * stride_1t + d[None, :], mask=inside)
+        tl.store(OUT_1 + (b * heads_1 + head) * kept * dim + place, x, mask=inside)
+    elif head < heads_1 + heads_2:
+        head -= heads_1
+        x = tl.load(TWO + b * stride_2b + head * stride_2h + token * stride_2t + d[None, :], mask=inside)
+        tl.store(OUT_2 + (b * heads_2 + head) * kept * dim + place, x, mask=inside)
+    else:
+        head -= heads_1 + heads_2
+        x = tl.load(THREE + b * stride_3b + head * stride_3h + token * stride_3t + d[None, :], mask=inside)
+        tl.store(OUT_3 + (b * heads_3 + head) * kept * dim + place, x, mask=inside)
+
+
+def take_tokens_triton(states: Sequence[Tensor], idx: Tensor) -> tuple[Tensor, ...]:
+    """See ``take_tokens``."""
+    given = [unit_last(x) for x in states]
+    idx = unit_last(idx)
+    (batch, kept), dim = idx.shape, given[0].shape[3]
+    out = tuple(x.new_empty(batch, x.shape[1], kept, dim) for x in given)
+    heads = [x.shape[1] for x in given] + [0] * (3 - len(given))
+    # Fewer than three: the last one stands in, with no head.
+    xs, outs = ([*some, *[some[-1]] * (3 - len(given))] for some in (given, out))
+    strides = (stride for x in xs for stride in x.stride()[:3])
+    if kept:
+        _take_kernel[(triton.cdiv(kept, _TOKENS), sum(heads), batch)](
+            *xs, idx, *outs, *strides, idx.stride(0), kept, dim, *heads,
+            BT=_TOKENS, BD=triton.next_power_of_2(dim), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _spread_kernel(
+    X, KEEP, COUNT, OUT, stride_b, stride_h, stride_t, tokens, dim, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    at = tl.program_id(0) * BT + tl.arange(0, BT)
+    d = tl.arange(0, BD)
+    here = b * tokens + at
+    keep = tl.load(KEEP + here, mask=at < tokens, other=0) != 0
+    slot = tl.load(COUNT + here, mask=at < tokens, other=1).to(tl.int64) - 1  # kept ones up to here
+    inside = (d < dim)[None, :]
+    source = X + b * stride_b + head * stride_h + slot[:, None] * stride_t + d[None, :]
+    x = tl.load(source, mask=keep[:, None] & inside, other=0.0)
+    place = (here[:, None] * tl.num_programs(1) + head) * dim + d[None, :]
+    tl.store(OUT + place, x, mask=(at < tokens)[:, None] & inside)
+
+
+def spread_tokens_triton(x: Tensor, keep: Tensor) -> Tensor:
+    """See ``spread_tokens``."""
+    x, keep = unit_last(x), keep.contiguous()
+    (batch, heads, _, dim), tokens = x.shape, keep.shape[1]
+    out = x.new_empty(batch, tokens, heads, dim)
+    _spread_kernel[(triton.cdiv(tokens, _TOKENS), heads, batch)](
+        x, keep, keep.cumsum(-1, dtype=torch.int32), out, *x.stride()[:3], tokens, dim,
+        BT=_TOKENS, BD=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return out.transpose(1, 2)

@@ -27,7 +27,7 @@ from . import method
 from .cache import Chosen, Kept, sparse_layers
 from .config import BenchConfig, SparseConfig
 from .host import load_host
-from .models import attach, choose, masses, selected_attention
+from .models import attach, budgets, choose, masses, selected_attention
 from .sample import stored_bytes
 
 __all__ = ["SHAPES", "BenchReport", "bench", "decode_bound", "prefill_bound"]
@@ -247,12 +247,12 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     last = torch.zeros_like(real)
     last[:, -1] = True
-    rows = method.probe_rows(tokens, cfg.recent, cfg.random).to(device).expand(batch, -1)
+    rows = method.probe_rows(tokens, cfg.recent, cfg.random).int().to(device).repeat(batch, 1)
     split = f"{tokens} tokens, batch {batch}"
 
-    def chosen(ratio: float) -> Chosen:
+    def chosen(budget: Tensor | None) -> Chosen:
         mass, rank = masses(query, key, real=None, rows=rows)
-        return choose(mass, rank, None, ratio, real, last)
+        return choose(mass, rank, None, budget, real, last)
 
     attending: dict[str, Any] = {
         DENSE: partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=heads != heads_k)
@@ -261,7 +261,9 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
         attending[FLASH] = partial(flash, *(x.transpose(1, 2) for x in (query, key, value)), causal=True)
     choosing: dict[str, Any] = {}
     for ratio in cfg.ratios:
-        found = chosen(ratio)
+        # Of a whole prefill, once.
+        _, budget = budgets(1.0, ratio, real)
+        found = chosen(budget)
         keep = found.keep
         few = slice(0, min(tokens, 1024))
         q, k, v = (x[:, :, few] for x in (query, key, value))
@@ -279,7 +281,7 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
             both = [partial(selected_attention, query, key, value, ragged, packed=packed) for packed in (False, True)]
             check_values("packed attention", both[1](), both[0](), tolerance=2e-2)
             attending |= zip((f"{_name(ratio)}, filled up", f"{_name(ratio)}, packed"), both, strict=True)
-        choosing[_name(ratio)] = lambda ratio=ratio: chosen(ratio)
+        choosing[_name(ratio)] = partial(chosen, budget)
     _rows(cfg, run, "attention", measure_interleaved(attending, warmup=2, rounds=cfg.rounds, device=device), split)
     _rows(cfg, run, "selection", measure_interleaved(choosing, warmup=2, rounds=cfg.rounds, device=device), split)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from hone_kernels.kept_tokens import spread_tokens, take_tokens
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -50,20 +51,23 @@ class Kept(NamedTuple):
         keep, idx, counts = Chosen(chosen) if isinstance(chosen, Tensor) else chosen
         counts = keep.sum(-1) if counts is None else counts
         low, most = torch.stack(counts.aminmax()).tolist()
-        first = (~keep).to(torch.uint8).argsort(dim=-1, stable=True) if idx is None else idx.long()
-        places = first[:, :most]
+        first = (~keep).to(torch.uint8).argsort(dim=-1, stable=True) if idx is None else idx
+        places = first[:, :most].long()
         valid = None if low == most else torch.arange(most, device=keep.device) < counts[:, None]
         return cls(keep, places, valid)
 
-    def take(self, states: Tensor) -> Tensor:
-        """``[batch, heads, most, dim]`` of ``[batch, heads, tokens, dim]``."""
-        return states.gather(2, self.places[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+    def take(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """``[batch, heads, most, dim]`` of ``[batch, heads, tokens, dim]`` each."""
+        return take_tokens(states, self.places, backend=_backend(*states))
 
     def spread(self, states: Tensor) -> Tensor:
         """The inverse of ``take``: ``[batch, heads, tokens, dim]``, zero where nothing was kept."""
-        slot = (self.keep.cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
-        back = states.gather(2, slot.expand(-1, states.shape[1], -1, states.shape[3]))
-        return back * self.keep[:, None, :, None]
+        return spread_tokens(states, self.keep, backend=_backend(states))
+
+
+def _backend(*states: Tensor) -> Literal["auto", "reference"]:
+    """The reference has gradients."""
+    return "reference" if torch.is_grad_enabled() and any(x.requires_grad for x in states) else "auto"
 
 
 class SparseLayer(DynamicLayer):
@@ -113,7 +117,7 @@ class SparseLayer(DynamicLayer):
         Args:
             kept: Of all that was seen; nothing was evicted before.
         """
-        self.keys, self.values = kept.take(self.keys), kept.take(self.values)
+        self.keys, self.values = kept.take(self.keys, self.values)
         self.positions, self.valid, self.whole = kept.places, kept.valid, kept.valid is None
         if kept.valid is None:
             self.valid = torch.ones_like(kept.places, dtype=torch.bool)

@@ -36,6 +36,7 @@ __all__ = [
     "SparseHandle",
     "Stats",
     "attach",
+    "budgets",
     "check_config",
     "choose",
     "masses",
@@ -141,6 +142,8 @@ class _Pass:
 
     Attributes:
         p: a number, or one per sample.
+        share: ``[batch]``, it as the choice takes it; None where there is a budget.
+        budget: ``[batch]``, tokens to keep, where a ratio of them is set.
         prompt: tokens over which the selection is made, earlier turns included; those after it are an answer, and kept.
         earlier: tokens of earlier turns, in the cache.
         stats: of this forward, if it selects.
@@ -158,6 +161,8 @@ class _Pass:
     real: Tensor | None
     cache: Any
     soft: bool
+    share: Tensor | None = None
+    budget: Tensor | None = None
     fixed: Tensor | None = None
     seen: set[int] = field(default_factory=set)
 
@@ -357,7 +362,9 @@ class SparseHandle(Handle[SparseConfig]):
             written = here.new_ones(batch, earlier - before.shape[1])
             protected = torch.cat([before, written, protected], -1) & here
         stats = Stats(here, protected, self._rows(here[:, earlier:], earlier))
-        running = _Pass(p, prompt, earlier, stats, real, cache, given.soft)
+        # Once for all layers: each of these operations is a launch.
+        share, budget = budgets(p, self.config.ratio, here)
+        running = _Pass(p, prompt, earlier, stats, real, cache, given.soft, share, budget)
         if self._tower is not None:
             embeds = kwargs.get("inputs_embeds")
             if embeds is None:
@@ -428,7 +435,7 @@ class SparseHandle(Handle[SparseConfig]):
         """Positions of the probe rows of each sample, after those of earlier turns; None for all rows."""
         if self.config.rows == "all":
             at = torch.arange(earlier, earlier + real.shape[1], device=real.device)
-            return torch.where(real, at, -1) if earlier else None
+            return torch.where(real, at, -1).int() if earlier else None
         lengths = real.sum(-1).tolist()
         drawn = {
             length: method.probe_rows(length, self.config.recent, self.config.random, self.config.seed)
@@ -438,7 +445,7 @@ class SparseHandle(Handle[SparseConfig]):
         starts = real.to(torch.uint8).argmax(-1).tolist()
         for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
             found[row, : len(drawn[length])] = drawn[length] + start + earlier
-        return found.to(real.device)
+        return found.int().to(real.device)
 
     # In place of a forward of one token.
 
@@ -521,15 +528,16 @@ class SparseHandle(Handle[SparseConfig]):
             keep = torch.cat([keep, later if running.real is None else running.real[:, running.prompt :]], -1)
             chosen = Chosen(keep)
         masked, evicted = self.config.compute == "mask", stored is not None and self.config.cache == "evict"
-        kept = Kept.of(chosen) if evicted or not masked else None
-        out = selected_attention(
-            query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
-            masked=masked, packed=self.config.compute == "varlen", kept=kept,
-        )  # fmt: skip
+        kept, taken = Kept.of(chosen) if evicted or not masked else None, None
         if stored is not None and kept is not None and evicted:
             stored.evict(kept)
+            taken = stored.keys, stored.values
         elif stored is not None:
             stored.read(keep)
+        out = selected_attention(
+            query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
+            masked=masked, packed=self.config.compute == "varlen", kept=kept, taken=taken,
+        )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 
     def _choose(self, running: _Pass, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> Chosen:
@@ -553,7 +561,7 @@ class SparseHandle(Handle[SparseConfig]):
                 query[:, :, : running.prompt - running.earlier],
                 key[:, :, : running.prompt],
                 real=None if running.real is None else real,
-                rows=None if rows is None else rows - running.earlier,
+                rows=rows - running.earlier if rows is not None and running.earlier else rows,
                 scaling=scaling,
                 normalizer=cfg.normalizer,
             )
@@ -564,7 +572,7 @@ class SparseHandle(Handle[SparseConfig]):
             return Chosen(real)
         if cfg.policy == "random":
             rank = _drawn(real, cfg.seed, layer)
-        chosen = choose(mass, rank, running.p if cfg.ratio is None else None, cfg.ratio, real, protected)
+        chosen = choose(mass, rank, running.share, running.budget, real, protected)
         if cfg.policy == "fastv":
             running.fixed = chosen.keep
             return Chosen(real)
@@ -627,27 +635,35 @@ def masses(
     """``method.column_mass``, on a GPU by its kernel where no gradient is asked for; no padding where real is None."""
     if not query.is_cuda or (torch.is_grad_enabled() and query.requires_grad):
         return method.column_mass(query, key, real=real, rows=rows, scaling=scaling, normalizer=normalizer)
-    batch, tokens = key.shape[0], key.shape[2]
-    everywhere = torch.ones(batch, tokens, dtype=torch.bool, device=key.device) if real is None else real
     if rows is None:
-        here = everywhere[:, tokens - query.shape[2] :]
-        rows = torch.where(here, torch.arange(query.shape[2], device=key.device), -1)
+        at = torch.arange(query.shape[2], device=key.device)
+        rows = at.expand(len(key), -1) if real is None else torch.where(real[:, -query.shape[2] :], at, -1)
     found = column_mass(query, key, rows, real=real, scale=scaling)
+    if normalizer == "count":
+        return method.Mass(found.mass, found.rank)
+    everywhere = torch.ones_like(found.mass, dtype=torch.bool) if real is None else real
     return method.ranked(found.mass, found.seen, everywhere, normalizer)
 
 
+def budgets(p: float | Tensor, ratio: float | None, real: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What ``choose`` takes: shares of the mass ``[batch]``, or else numbers of tokens by a ratio of them."""
+    if ratio is not None:
+        return None, (ratio * real.sum(-1)).ceil().long()
+    if isinstance(p, Tensor):
+        return p.double(), None
+    return torch.full((len(real),), p, dtype=torch.float64, device=real.device), None
+
+
 def choose(
-    mass: Tensor, rank: Tensor, p: float | Tensor | None, ratio: float | None, real: Tensor, protected: Tensor
+    mass: Tensor, rank: Tensor, share: Tensor | None, budget: Tensor | None, real: Tensor, protected: Tensor
 ) -> Chosen:
-    """``method.select`` by ``method.topp_budget`` or, where p is None, by a share of the tokens; a kernel on a GPU."""
-    share = None if p is None else torch.as_tensor(p, dtype=torch.float32, device=mass.device).expand(len(mass))
-    budget = None if ratio is None else (ratio * real.sum(-1)).ceil().long()
+    """``method.select`` by ``method.topp_budget`` or, where share is None, by a budget; a kernel on a GPU."""
     if mass.is_cuda:
         weights = None if share is None else mass
         return Chosen(*select_tokens(rank, real=real, protected=protected, mass=weights, p=share, budget=budget))
     if budget is None:
-        assert p is not None, "one of the two sets the budget"
-        budget = method.topp_budget(mass, p, real)
+        assert share is not None, "one of the two sets the budget"
+        budget = method.topp_budget(mass, share, real)
     return Chosen(method.select(rank, budget, real, protected))
 
 
@@ -669,6 +685,7 @@ def selected_attention(
     masked: bool = False,
     packed: bool = False,
     kept: Kept | None = None,
+    taken: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention among the kept tokens of each sample; the others' output is zero.
 
@@ -682,6 +699,7 @@ def selected_attention(
         masked: Compute all pairs under a mask, which is no faster; else gather the kept tokens and compute theirs.
         packed: Lay the samples' kept tokens one after the other, see ``packed_attention``.
         kept: ``Kept.of(keep)``, where the caller has it.
+        taken: Likewise ``kept.take(key, value)``.
 
     Returns:
         ``[batch, heads, tokens, dim]``.
@@ -709,7 +727,10 @@ def selected_attention(
         return out * keep[:, None, :, None]
     kept = Kept.of(keep) if kept is None else kept
     # Kept tokens stand at the left in their order, so that what fills a row up is seen by no row that counts.
-    query, key, value = kept.take(query), kept.take(key), kept.take(value)
+    if taken is None:
+        query, key, value = kept.take(query, key, value)
+    else:
+        (query,), (key, value) = kept.take(query), taken
     return kept.spread(F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings))
 
 
