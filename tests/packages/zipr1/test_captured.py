@@ -141,6 +141,34 @@ def test_room_that_is_full_is_made_again(monkeypatch):
     assert rooms == [2, 4, 8]
 
 
+def test_weights_that_move_are_read_where_they_are_now(monkeypatch):
+    from hone_zipr1 import models
+
+    model, inputs = get("qwen2_5_vl")
+    model, made, found = copy.deepcopy(model), [], []
+    first = models.Step.__init__
+    monkeypatch.setattr(models.Step, "__init__", lambda *given: made.append(1) or first(*given))
+    weight = find_decoder(model).layers[1].mlp.down_proj.weight
+    keyword, token = cache_keyword(model), torch.tensor([[9]])
+    for captured in (False, True):
+        cache, before = DynamicCache(), weight.data.clone()
+        with sparse(model, 0.4, rows="all", captured=captured):
+            model(**inputs, use_cache=True, **{keyword: cache})
+
+            def step(cache=cache):
+                return model(input_ids=token, use_cache=True, **{keyword: cache}).logits
+
+            said = [step(), step()]
+            weight.data.mul_(1.1)  # where a graph reads it
+            said.append(step())
+            assert len(made) == captured
+            weight.data = 1.1 * weight.data
+            found.append(torch.stack([*said, step(), step()]))
+            assert len(made) == 2 * captured
+        weight.data = before
+    assert_close(found[1], found[0], atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("cache_kind", ["evict", "retrieve"])
 @pytest.mark.parametrize("p", [0.4, 1.0])
 def test_a_later_turn_and_tokens_taken_back(p, cache_kind):
@@ -189,6 +217,14 @@ def test_without_positions_they_go_on_from_what_was_seen():
     assert not any(torch.allclose(one, other) for one, other in pairwise(found[0]))
 
 
+def shared_out(weight):
+    """As FSDP2 keeps a weight, of one process."""
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return distribute_tensor(weight, init_device_mesh("cpu", (1,)))
+
+
 def test_what_it_cannot_follow_is_named():
     model, inputs = get("llava_onevision")
     token = {"input_ids": torch.tensor([[9]]), "use_cache": True}
@@ -226,6 +262,15 @@ def test_what_it_cannot_follow_is_named():
                 model(**token)
         finally:
             del decoder.model.away
+        layer = decoder.layers[0].mlp.down_proj
+        whole = layer.weight
+        layer.weight = torch.nn.Parameter(shared_out(whole.data))
+        try:
+            with pytest.raises(ValueError, match="some of it is shared out over processes"):
+                model(**token)
+        finally:
+            layer.weight = whole
+            torch.distributed.destroy_process_group()
         # None of these has touched the cache.
         assert model(**token).logits.shape[1] == 1
 

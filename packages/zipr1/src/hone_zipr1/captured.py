@@ -100,6 +100,7 @@ class Step:
         real: ``[batch, tokens seen or more]``, False where padded; None without padding.
         embeds: ``[batch, 1, channels]`` of a step; others will have its shape.
         positions: Likewise.
+        weights: What the forward reads besides; a graph reads it from where it was.
         room: Tokens to come.
     """
 
@@ -110,6 +111,7 @@ class Step:
         real: Tensor | None,
         embeds: Tensor,
         positions: Tensor,
+        weights: Sequence[Tensor],
         room: int = ROOM,
     ) -> None:
         self.forward, self.room, self.left = forward, room, room
@@ -119,6 +121,7 @@ class Step:
             layer.slot = slot
         self._slots, self._cache = slots, Cache(layers=list(self.layers))
         self._embeds, self._positions = embeds.clone(), positions.clone()
+        self._weights, self._addresses = weights, [weight.data_ptr() for weight in weights]
         self._out: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream(embeds.device) if embeds.device.type == "cuda" else None
@@ -127,12 +130,13 @@ class Step:
         return self  # of a cache, which a copy of the model does not have
 
     def fits(self, layers: Sequence[SparseLayer], embeds: Tensor, positions: Tensor) -> bool:
-        """Whether it can go on: the cache is as it was left, the inputs have its shapes, and there is room."""
+        """Whether it can go on: cache and weights are where they were, inputs have its shapes, and there is room."""
         return (
             self.left > 0
             and all(mine.current and mine.stored is layer for mine, layer in zip(self.layers, layers, strict=True))
             and (embeds.shape, embeds.dtype) == (self._embeds.shape, self._embeds.dtype)
             and positions.shape == self._positions.shape
+            and [weight.data_ptr() for weight in self._weights] == self._addresses
         )
 
     def _work(self) -> None:

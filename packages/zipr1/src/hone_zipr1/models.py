@@ -474,10 +474,11 @@ class SparseHandle(Handle[SparseConfig]):
             )
         step = self._steps.get(running.cache)
         if step is None or not step.fits(running.cache.layers, states, positions):
+            weights = _captured_weights(self.decoder, states)
             # A step keeps no cache alive that it is kept for.
             run = functools.partial(_run_step, forward, self._keyword, self.decoder.num_layers, others)
             room = ROOM if step is None or step.left else 2 * step.room
-            step = Step(run, running.cache.layers, running.real, states, positions, room)
+            step = Step(run, running.cache.layers, running.real, states, positions, weights, room)
             self._steps[running.cache] = step
         out = step(states, positions)
         running.seen.update(range(self.decoder.num_layers))
@@ -581,27 +582,40 @@ class SparseHandle(Handle[SparseConfig]):
 
 
 def _check_capture(decoder: Decoder, states: Tensor) -> None:
-    """Refuse what a graph would not repeat.
+    """Refuse what a graph would not repeat, before every token.
 
     Raises:
-        ValueError: The step is trained, runs under autocast, or is spread over devices; or positions change weights.
+        ValueError: The step is trained, or runs under autocast.
     """
-    reason = None
     if decoder.model.training or (torch.is_grad_enabled() and states.requires_grad):
-        reason = "has no gradients and no dropout; call model.eval() and run it under torch.no_grad()"
-    elif torch.is_autocast_enabled(states.device.type):
-        reason = "runs in the dtype of the weights; leave autocast"
-    elif devices := {str(parameter.device) for parameter in decoder.model.parameters()} - {str(states.device)}:
-        reason = (
+        raise _uncaptured("has no gradients and no dropout; call model.eval() and run it under torch.no_grad()")
+    if torch.is_autocast_enabled(states.device.type):
+        raise _uncaptured("runs in the dtype of the weights; leave autocast")
+
+
+def _captured_weights(decoder: Decoder, states: Tensor) -> list[Tensor]:
+    """All that a step reads of the decoder, looked at before one is recorded.
+
+    Raises:
+        ValueError: It is spread over devices or processes, or positions change it.
+    """
+    from torch.distributed.tensor import DTensor  # seconds, where transformers has not taken them yet
+
+    weights = [*decoder.model.parameters(), *decoder.model.buffers()]
+    if devices := {str(weight.device) for weight in weights} - {str(states.device)}:
+        raise _uncaptured(
             f"needs the whole decoder on one device, {states.device}; some of it is on {', '.join(sorted(devices))}"
         )
-    elif (kind := getattr(getattr(decoder.model, "rotary_emb", None), "rope_type", "default")) in (
-        "dynamic",
-        "longrope",
-    ):
-        reason = f"cannot follow a rotation ({kind}) that changes with the length of the text"
-    if reason is not None:
-        raise ValueError(f"a captured step {reason}. Or attach without captured")
+    if any(isinstance(weight, DTensor) for weight in weights):
+        raise _uncaptured("needs the whole decoder on one device; some of it is shared out over processes")
+    kind = getattr(getattr(decoder.model, "rotary_emb", None), "rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise _uncaptured(f"cannot follow a rotation ({kind}) that changes with the length of the text")
+    return weights
+
+
+def _uncaptured(reason: str) -> ValueError:
+    return ValueError(f"a captured step {reason}. Or attach without captured")
 
 
 def _run_step(
