@@ -99,7 +99,7 @@ def test_without_the_term_no_teacher_is_asked(cfg, start, monkeypatch):
 
 def test_what_is_missing_is_named(cfg, tmp_path):
     for changes, message in (
-        ({"model": "other"}, "model must be one of"),
+        ({"model": "other"}, "no host 'other'"),
         ({"points": ""}, "--points, or --weight 0"),
         ({"flip": 0.5}, "give --flip 0"),
         ({"start": Path("x")}, "leave --start out"),

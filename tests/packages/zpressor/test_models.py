@@ -6,9 +6,10 @@ import torch
 from hone_splat.depthsplat import DEPTHSPLATS, DepthSplat
 from hone_splat.mvsplat import MVSplat
 from hone_splat.published import PUBLISHED, build_published
+from hone_splat.ranges import HOSTS
 from hone_splat.vit import ViTConfig
 from hone_zpressor import ZPressorConfig, attach
-from hone_zpressor.config import HOSTS, PRESETS
+from hone_zpressor.config import PRESETS
 from hone_zpressor.data import graded_rooms
 from hone_zpressor.host import build_arm
 from hone_zpressor.models import attention_for, tiny

@@ -110,10 +110,7 @@ def test_the_prior_learns_slowly_and_steps_far_off_hardly_count(tmp_path, monkey
     host = Toy()
     run = Run.start(package="hone-splat", verb="train", out=tmp_path / "run", device="cpu", quiet=True)
     with run:
-        training.fit(
-            cfg, host, run, near=1.0, far=2.0, size=(8, 8), export=lambda: None,
-            term=lambda output, drawn: (torch.zeros(()), {}),
-        )  # fmt: skip
+        training.fit(cfg, host, run, term=lambda output, drawn: (torch.zeros(()), {}))
     moved = [0.4 - float(part.detach()) for part in (host.own, host.pretrained)]
     assert moved[0] / moved[1] == pytest.approx(100, rel=0.01)
     assert {most for _, most in norms} == {0.3}
@@ -132,9 +129,7 @@ def test_what_the_launcher_asks_for_in_vain_is_named(name, value, tmp_path, monk
     run = Run.start(package="hone-splat", verb="train", out=tmp_path / "run", device="cpu", quiet=True)
     try:
         with run, pytest.raises(ValueError, match=f"trained in float32, .* accelerate was told .*{value}"):
-            training.fit(
-                config(), Toy(), run, near=1.0, far=2.0, size=(8, 8), export=lambda: None, term=lambda *_: None
-            )
+            training.fit(config(), Toy(), run, term=lambda *_: None)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -15,7 +15,7 @@ import torch
 from hone_core import hosts
 from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
-from hone_core.training import Training
+from hone_core.training import SharedTraining
 from torch import Tensor, nn
 
 from .config import TokenizerConfig, TrainConfig, TransformerConfig
@@ -100,24 +100,6 @@ def load_transformer(path: Path, device: torch.device | str = "cpu") -> MotionTr
     return model.eval().requires_grad_(False).to(device)
 
 
-class _Together(Training):
-    """A training of several processes that stop at the same step, of which the first writes the checkpoint."""
-
-    def __init__(self, config: Any, path: Path, parts: dict[str, Any], accelerator: Any) -> None:
-        super().__init__(config, path, parts)
-        self._accelerator = accelerator
-
-    def spent(self) -> float:
-        share = super().spent()
-        if self._accelerator.num_processes == 1:
-            return share
-        return float(self._accelerator.reduce(torch.tensor(share, device=self._accelerator.device), "mean"))
-
-    def save(self) -> None:
-        if self._accelerator.is_main_process:
-            super().save()
-
-
 class Fitting:
     """One stage in training.
 
@@ -155,7 +137,7 @@ class Fitting:
             self.model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay
         )
         parts = {"model": self.model, "optimizer": self.optimizer}
-        self.training = _Together(cfg, path, parts, accelerator)
+        self.training = SharedTraining(cfg, path, parts, accelerator)
 
     def _prepare_texts(self) -> None:
         assert self.cfg.tokenizer is not None

@@ -19,9 +19,10 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, and the tiny host that is packaged."""
+    """Versions, devices, presets, hosts that can be trained, and the tiny one that is packaged."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
+    from hone_splat.ranges import HOSTS
 
     from .config import PRESETS
 
@@ -32,6 +33,7 @@ def info() -> dict[str, Any]:
             f"{preset.provenance}"
             for name, preset in PRESETS.items()
         },
+        "hosts": {name: str(host) for name, host in HOSTS.items()},
         "tiny host": describe_host(PACKAGE),
     }
 

@@ -79,23 +79,12 @@ PRESETS: dict[str, Preset[PMLossConfig]] = {
 }
 
 
-MODELS = {
-    "depthsplat-oct-pmloss-256x448": (1.0, 200.0, (256, 448)),
-    "depthsplat-oct-base-256x448": (1.0, 200.0, (256, 448)),
-    "mvsplat": (1.0, 100.0, (256, 256)),
-    "tiny": (0.4, 12.0, (64, 64)),
-}
-"""Hosts that are trained on chunks, with their least and largest depth and their size; the first is the release's with
-free offsets, the second its control with bounded ones."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(FitConfig):
     """A host trained on chunks with PM-Loss; by itself the released run on DL3DV."""
 
     model: str = "depthsplat-oct-pmloss-256x448"
-    """Host: depthsplat-oct-pmloss-256x448, depthsplat-oct-base-256x448 (its control, with bounded offsets), mvsplat, or
-    the tiny one."""
+    """Host, see info; depthsplat-oct-base-256x448, with bounded offsets, is the release's control."""
     teacher: Literal["vggt", "depth", "precomputed"] = "vggt"
     """What gives points: VGGT; a metric depth model of transformers; files that you have."""
     points: str = ""
@@ -110,10 +99,6 @@ class TrainConfig(FitConfig):
     def __post_init__(self) -> None:
         # A dataclass with slots is made twice, and super() would look for the first.
         FitConfig.__post_init__(self)
-        if self.model not in MODELS:
-            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {self.model!r}")
-        if self.model == "tiny" and self.start is not None:
-            raise ValueError("the tiny host has no checkpoint to begin with here: leave --start out")
         if self.pm.weight and not self.points:
             raise ValueError(f"name what the teacher {self.teacher} reads: --points, or --weight 0 for none")
         if self.pm.weight and self.teacher == "precomputed" and self.flip:

@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from hone_core.errors import CheckpointError
-from hone_core.io import save_safetensors
 from hone_core.runs import Run
-from hone_splat.chunks import ChunkSet
 from hone_splat.hosts import HostOutput
 from hone_splat.published import build_published, load_published
-from hone_splat.training import WEIGHTS, Drawn, TrainedReport, fit
+from hone_splat.training import Drawn, TrainedReport, check_files, fit
 from torch import Tensor
 
 from .cache import CachedTeacher
-from .config import MODELS, TrainConfig
+from .config import TrainConfig
 from .models import PMLoss, tiny
 from .teachers import DepthTeacher, PrecomputedTeacher, Shots, Teacher, name_views
 from .vggt import VGGTTeacher
@@ -34,14 +32,8 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
         FileNotFoundError: There are no chunks.
         CheckpointError: Weights to begin with, of VGG-16 or of a teacher are missing.
     """
-    if not ChunkSet(cfg.chunks).index:
-        raise FileNotFoundError(f"{cfg.chunks} holds no scene")
-    files = [cfg.start, cfg.vgg if cfg.lpips else None]
-    if cfg.pm.weight and cfg.teacher != "depth":
-        files.append(Path(cfg.points))
-    for file in files:
-        if file is not None and not file.exists():
-            raise CheckpointError(f"there are no weights at {file}")
+    reads = cfg.pm.weight and cfg.teacher != "depth"
+    check_files(cfg, *([Path(cfg.points)] if reads else []))
     return cfg
 
 
@@ -89,9 +81,4 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
         logged = {"pm": found.raw.mean(), "capped": found.capped.double().mean()}
         return cfg.pm.weight * found.loss.mean(), logged
 
-    def export() -> Path:
-        return save_safetensors({k: v.cpu() for k, v in host.state_dict().items()}, run.artifacts / WEIGHTS)
-
-    near, far, size = MODELS[cfg.model]
-    fit(cfg, host, run, near=near, far=far, size=cfg.size or size, term=term, export=export)
-    return TrainedReport.of(run)
+    return fit(cfg, host, run, term=term)

@@ -8,14 +8,11 @@ from pathlib import Path
 import torch
 from hone_core.hosts import StoredHost, open_host, packaged_host, save_host
 from hone_splat.mvsplat import MVSplat
-from hone_splat.rooms import Rooms
-from torch import nn
 
 from .config import ARMS, HostConfig
 from .models import tiny
-from .teachers import OracleTeacher, Teacher
 
-__all__ = ["PACKAGE", "PACKAGED", "TinyHost", "build_tiny", "load_host", "open_tiny", "save_untrained"]
+__all__ = ["PACKAGE", "PACKAGED", "TinyHost", "load_host", "open_tiny", "save_untrained"]
 
 PACKAGE = "hone-pmloss"
 PACKAGED = packaged_host(PACKAGE)
@@ -27,19 +24,11 @@ class TinyHost:
 
     Attributes:
         host: The network.
-        teacher: For one room, whose seed is 0.
         config: Architecture.
     """
 
     host: MVSplat
-    teacher: Teacher
     config: HostConfig
-
-
-def build_tiny(cfg: HostConfig | None = None, *, seed: int = 0) -> TinyHost:
-    """An untrained host; both arms of a seed begin with it."""
-    cfg = cfg or HostConfig()
-    return TinyHost(tiny(cfg, seed=seed), OracleTeacher(Rooms.draw([0])), cfg)
 
 
 def save_untrained(path: Path, cfg: HostConfig | None = None) -> Path:
@@ -72,8 +61,6 @@ def load_host(arm: str = "pm", *, path: Path | None = None, device: torch.device
     if arm not in ARMS:
         raise ValueError(f"no arm {arm!r}; the arms are {', '.join(ARMS)}")
     stored = open_tiny(path)
-    built = {name: build_tiny(stored.config) for name in ARMS}
-    modules: dict[str, nn.Module] = {f"{name}.": one.host for name, one in built.items()}
-    stored.load(modules)
-    built[arm].host.to(device)
-    return built[arm]
+    built = {name: tiny(stored.config) for name in ARMS}
+    stored.load({f"{name}.": host for name, host in built.items()})
+    return TinyHost(built[arm].to(device), stored.config)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.processes import load_whole_weights
 from hone_core.runs import Report, Run
-from hone_core.training import Training
+from hone_core.training import SharedTraining
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -105,7 +103,7 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
     reduce = (lambda grad: accelerator.reduce(grad, "mean")) if count > 1 else None
     with attach(task.model, cfg.sparse) as handle:
         loop = Reinforcement(cfg.reinforce, task, handle, seed=cfg.seed, process=process, reduce=reduce)
-        training = _Together(cfg, run.artifacts / "checkpoint.pt", _resumable(loop, cfg), accelerator)
+        training = SharedTraining(cfg, run.artifacts / "checkpoint.pt", _resumable(loop, cfg), accelerator)
         training.resume()
         training.follow(loop.loop(training), run, show=("accuracy", "tau"))
     weights = _gathered(task.model, accelerator.is_main_process)
@@ -114,39 +112,6 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
         _write_rows(run)
     accelerator.wait_for_everyone()
     return TrainedReport.of(run)
-
-
-class _Together(Training):
-    """A training of several processes that stop at the same step, of which the first writes the checkpoint."""
-
-    def __init__(self, config: Any, path: Path, parts: dict[str, Any], accelerator: Any) -> None:
-        super().__init__(config, path, parts)
-        self._accelerator = accelerator
-        self._written = 0.0
-
-    def start(self) -> None:
-        super().start()
-        self._written = self._saved
-
-    def spent(self) -> float:
-        share = super().spent()
-        if self._accelerator.num_processes == 1:
-            return share
-        main = self._accelerator.is_main_process
-        due = main and time.perf_counter() - self._written > self.config.checkpoint_seconds
-        clocks = torch.tensor([share, float(due)], device=self._accelerator.device)
-        share, save = self._accelerator.reduce(clocks, "mean").tolist()
-        # Gathering the weights takes all processes: the first one's clock says after which step.
-        self._saved = -math.inf if save else math.inf
-        return share
-
-    def save(self) -> None:
-        if self._accelerator.is_main_process:
-            super().save()
-        else:
-            for part in self.parts.values():
-                part.state_dict()
-        self._written = self._saved = time.perf_counter()
 
 
 class _Trained:

@@ -20,8 +20,9 @@ def info() -> dict[str, Any]:
     """Versions, devices, presets, and the tiny host that is packaged."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
+    from hone_splat.ranges import HOSTS
 
-    from .config import HOSTS, PRESETS
+    from .config import PRESETS
 
     return {
         **installed(PACKAGE, "gsplat"),
@@ -29,10 +30,7 @@ def info() -> dict[str, Any]:
             name: f"{preset.config.anchors} anchors, {preset.config.layers} layers, {preset.model}. {preset.provenance}"
             for name, preset in PRESETS.items()
         },
-        "hosts": {
-            name: f"{one.size[0]} x {one.size[1]}, depths {one.near:g} to {one.far:g}. {one.provenance}"
-            for name, one in HOSTS.items()
-        },
+        "hosts": {name: str(host) for name, host in HOSTS.items()},
         "tiny host": describe_host(PACKAGE),
     }
 

@@ -8,11 +8,11 @@ from typing import Literal
 
 from hone_core.config import Preset, flag
 from hone_core.training import check_budget
+from hone_splat.ranges import HOSTS
 from hone_splat.training_config import FitConfig
 
 __all__ = [
     "ARMS",
-    "HOSTS",
     "PRESETS",
     "BenchConfig",
     "ConvertConfig",
@@ -20,7 +20,6 @@ __all__ = [
     "DoctorConfig",
     "EvalConfig",
     "HostConfig",
-    "HostRange",
     "RenderConfig",
     "ReproduceConfig",
     "TrainConfig",
@@ -75,49 +74,6 @@ PRESETS: dict[str, Preset[ZPressorConfig]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class HostRange:
-    """What a host was trained with.
-
-    Attributes:
-        near: Least depth, in its units.
-        far: Largest.
-        size: Height and width of its pictures.
-        fov_deg: Least and largest horizontal field of view; None where it is not known.
-        provenance: Where it stands.
-    """
-
-    near: float
-    far: float
-    size: tuple[int, int]
-    fov_deg: tuple[float, float] | None
-    provenance: str
-
-
-HOSTS = {
-    "tiny": HostRange(0.4, 12.0, (64, 64), (55.0, 70.0), "ours: generated rooms"),
-    "mvsplat": HostRange(1.0, 100.0, (256, 256), None, "released config re10k.yaml: RealEstate10K"),
-    **{
-        f"depthsplat-{name}-256x256": HostRange(0.5, 100.0, (256, 256), None, "released config re10k.yaml")
-        for name in ("head-small", "head-base", "head-large", "oct-small")
-    },
-    "depthsplat-head-base-256x448": HostRange(0.5, 200.0, (256, 448), None, "released config dl3dv.yaml of April 2025"),
-    **{
-        f"depthsplat-{name}-448x768": HostRange(
-            0.5, 200.0, (448, 768), None, "released config dl3dv.yaml of April 2025"
-        )
-        for name in ("head-small", "head-base")
-    },
-    **{
-        f"depthsplat-{name}-256x448": HostRange(
-            1.0, 200.0, (256, 448), None, "released config dl3dv.yaml of October 2024"
-        )
-        for name in ("oct-base", "oct-pmloss", "oct-zpressor")
-    },
-}
-"""Hosts that take a person's photographs."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(FitConfig):
     """A host with ZPressor trained on chunks; by itself the second stage of the released run, on DL3DV."""
@@ -134,10 +90,6 @@ class TrainConfig(FitConfig):
     def __post_init__(self) -> None:
         # A dataclass with slots is made twice, and super() would look for the first.
         FitConfig.__post_init__(self)
-        if self.model not in HOSTS:
-            raise ValueError(f"no host {self.model!r}; there are {', '.join(HOSTS)}")
-        if self.model == "tiny" and self.start is not None:
-            raise ValueError("the tiny host has no checkpoint to begin with here: leave --start out")
         if self.information < 0 or self.context[0] < self.zpressor.anchors:
             raise ValueError(
                 f"information must be at least 0, and context views no fewer than anchors; got {self.information}, "

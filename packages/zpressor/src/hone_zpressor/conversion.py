@@ -11,10 +11,11 @@ from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run
 from hone_splat.captures import Capture, fit_range, read_colmap, read_transforms
 from hone_splat.chunks import ChunkScene, write_chunks
+from hone_splat.ranges import HOSTS
 from torch import Tensor
 
 from .anchors import farthest_points
-from .config import HOSTS, ConvertConfig
+from .config import ConvertConfig
 
 __all__ = ["ConvertReport", "convert", "evaluation_views", "prepare"]
 

@@ -15,9 +15,10 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_splat.chunks import ChunkSet, read_evaluation_index
 from hone_splat.metrics import Lpips, psnr, ssim
+from hone_splat.ranges import HOSTS
 from hone_splat.rendering import render
 
-from .config import HOSTS, EvalConfig
+from .config import EvalConfig
 from .photographs import find_weights, load_model
 
 __all__ = ["EvalReport", "evaluate", "prepare"]

@@ -5,20 +5,16 @@ Source: the release's ``train.sh`` and ``dl3dv.yaml``.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from hone_core.errors import CheckpointError
-from hone_core.io import save_safetensors
 from hone_core.runs import Run
-from hone_splat.chunks import ChunkSet
 from hone_splat.hosts import HostOutput
 from hone_splat.published import build_published, load_published
-from hone_splat.training import WEIGHTS, Drawn, TrainedReport, fit
+from hone_splat.training import Drawn, TrainedReport, check_files, fit
 from torch import Tensor
 
-from .config import HOSTS, TrainConfig
+from .config import TrainConfig
 from .method import information_loss
 from .models import attach, tiny
 
@@ -32,11 +28,7 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
         FileNotFoundError: There are no chunks.
         CheckpointError: Weights to begin with, or of VGG-16, are missing.
     """
-    if not ChunkSet(cfg.chunks).index:
-        raise FileNotFoundError(f"{cfg.chunks} holds no scene")
-    for file in (cfg.start, cfg.vgg if cfg.lpips else None):
-        if file is not None and not file.is_file():
-            raise CheckpointError(f"there are no weights at {file}")
+    check_files(cfg)
     return cfg
 
 
@@ -63,15 +55,10 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
         RuntimeError: The loss is not finite.
         ValueError: A scene is too short or damaged.
     """
-    host, limits = _host(cfg), HOSTS[cfg.model]
+    host = _host(cfg)
 
     def term(output: HostOutput, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         found = information_loss(output.features)
         return cfg.information * found, {"information": found.detach()}
 
-    def export() -> Path:
-        return save_safetensors({k: v.cpu() for k, v in host.state_dict().items()}, run.artifacts / WEIGHTS)
-
-    size = cfg.size or limits.size
-    fit(cfg, host, run, near=limits.near, far=limits.far, size=size, term=term, export=export)
-    return TrainedReport.of(run)
+    return fit(cfg, host, run, term=term)

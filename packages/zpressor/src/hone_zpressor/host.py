@@ -19,7 +19,6 @@ __all__ = [
     "TinyHost",
     "arm_config",
     "build_arm",
-    "build_tiny",
     "load_host",
     "open_tiny",
     "save_untrained",
@@ -59,11 +58,6 @@ def build_arm(cfg: HostConfig, arm: str, *, seed: int = 0) -> TinyHost:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         return TinyHost(host, attach(host, config), cfg)
-
-
-def build_tiny(arm: str = "host") -> TinyHost:
-    """An untrained arm of the default architecture."""
-    return build_arm(HostConfig(), arm)
 
 
 def save_untrained(path: Path, cfg: HostConfig | None = None) -> Path:

@@ -21,6 +21,7 @@ from hone_splat.captures import Capture, SceneRange, fit_range, load_views, over
 from hone_splat.files import read_ply, write_ply
 from hone_splat.formats import write_cloud
 from hone_splat.published import load_published
+from hone_splat.ranges import HOSTS
 from hone_splat.rendering import render
 from hone_splat.videos import write_video
 from hone_splat.views import Views
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from .anchors import farthest_points
 from .budget import Budget, forward_cost, most_anchors
-from .config import HOSTS, PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
+from .config import PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
 from .host import load_host, open_tiny
 from .models import attach
 

@@ -14,10 +14,11 @@ from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
 from hone_splat.captures import load_views
 from hone_splat.formats import read_cloud
+from hone_splat.ranges import HOSTS
 from hone_splat.viewer import Viewer
 from hone_splat.views import Views
 
-from .config import HOSTS, ViewConfig
+from .config import ViewConfig
 from .photographs import contexts, find_weights, load_model, read_capture
 
 __all__ = ["ViewReport", "prepare", "view"]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import AdamW, Muon
 
-__all__ = ["Budgeted", "Log", "LogFile", "TrainReport", "Training", "check_budget", "finish_host", "matrix_optimizers"]
+__all__ = ["Budgeted", "Log", "LogFile", "SharedTraining", "TrainReport", "Training", "check_budget", "finish_host"]
+__all__ += ["matrix_optimizers"]
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +219,51 @@ class Training:
         self.step, self._before = state["step"], state["seconds"]
         log.info("resuming at step %d after %.0f s of training", self.step, self._before)
         return True
+
+
+class SharedTraining(Training):
+    """A training of the processes of ``accelerate``, which stop at the same step; the first writes the checkpoint.
+
+    Args:
+        config: See ``Training``.
+        path: See ``Training``.
+        parts: See ``Training``; where a part's ``state_dict`` gathers over the processes, all of them call it.
+        accelerator: Of ``accelerate``.
+    """
+
+    def __init__(self, config: Budgeted, path: Path, parts: Mapping[str, Any], accelerator: Any) -> None:
+        super().__init__(config, path, parts)
+        self._accelerator = accelerator
+        self._written = 0.0
+
+    def start(self) -> None:
+        """Start the clock."""
+        super().start()
+        self._written = self._saved
+
+    def spent(self) -> float:
+        """Share of the budget that is spent, the mean of the processes'."""
+        import torch
+
+        share = super().spent()
+        if self._accelerator.num_processes == 1:
+            return share
+        main = self._accelerator.is_main_process
+        due = main and time.perf_counter() - self._written > self.config.checkpoint_seconds
+        clocks = torch.tensor([share, float(due)], device=self._accelerator.device)
+        share, save = self._accelerator.reduce(clocks, "mean").tolist()
+        # Gathering the weights may take all processes: the first one's clock says after which step.
+        self._saved = -math.inf if save else math.inf
+        return share
+
+    def save(self) -> None:
+        """Write the state, in the first process."""
+        if self._accelerator.is_main_process:
+            super().save()
+        else:
+            for part in self.parts.values():
+                part.state_dict()
+        self._written = self._saved = time.perf_counter()
 
 
 def matrix_optimizers(

@@ -13,25 +13,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
+from hone_core.errors import CheckpointError
+from hone_core.io import save_safetensors
 from hone_core.processes import load_whole_weights
 from hone_core.runs import Report, Run
-from hone_core.training import Training
+from hone_core.training import SharedTraining
 from torch import Tensor, nn
 
 from .chunks import ChunkSet
 from .hosts import HostOutput
 from .metrics import Lpips
+from .ranges import HOSTS, HostRange
 from .rendering import render
 from .training_config import FitConfig
 from .views import Views
 
-__all__ = ["WEIGHTS", "Drawn", "Term", "TrainedReport", "choose_views", "fit", "mirrored", "picture_loss", "scene_of"]
+__all__ = ["WEIGHTS", "Drawn", "Term", "TrainedReport", "check_files", "choose_views", "fit", "mirrored"]
+__all__ += ["picture_loss", "scene_of"]
 
 SKIP_AFTER = 300
 SKIPPED = 1e-8
@@ -148,7 +152,7 @@ def mirrored(views: Views) -> Views:
     return Views(views.image_01.flip(-1), mirror @ views.cam_to_world @ mirror, inner, views.near, views.far)
 
 
-def _draw(chunks: ChunkSet, cfg: FitConfig, limits: tuple[float, float, tuple[int, int]], sample: int) -> Drawn:
+def _draw(chunks: ChunkSet, cfg: FitConfig, limits: HostRange, sample: int) -> Drawn:
     key = scene_of(chunks, sample, cfg.seed)
     scene, visit = chunks.scene(key), sample // len(chunks.index)
     generator = _seeded(cfg.seed, "views", key, visit if cfg.draws is None else visit % cfg.draws)
@@ -157,8 +161,7 @@ def _draw(chunks: ChunkSet, cfg: FitConfig, limits: tuple[float, float, tuple[in
         given, asked = choose_views(-(turn.mT @ shift)[..., 0], cfg, generator)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    near, far, size = limits
-    context, targets = scene.views(given, size, near, far), scene.views(asked, size, near, far)
+    context, targets = (scene.views(frames, limits.size, limits.near, limits.far) for frames in (given, asked))
     name = key
     if float(torch.rand((), generator=generator)) < cfg.flip:
         context, targets, name = mirrored(context), mirrored(targets), f"{key} mirrored"
@@ -179,28 +182,32 @@ def picture_loss(
     return loss, logged
 
 
-def fit(
-    cfg: FitConfig,
-    host: nn.Module,
-    run: Run,
-    *,
-    near: float,
-    far: float,
-    size: tuple[int, int],
-    term: Term,
-    export: Callable[[], Path],
-) -> None:
+def check_files(cfg: FitConfig, *others: Path) -> None:
+    """Look for chunks and weights.
+
+    Args:
+        cfg: Of the training.
+        others: Files or folders that a method needs beside them.
+
+    Raises:
+        FileNotFoundError: There are no chunks.
+        CheckpointError: Weights to begin with, those of VGG-16, or one of ``others`` are missing.
+    """
+    if not ChunkSet(cfg.chunks).index:
+        raise FileNotFoundError(f"{cfg.chunks} holds no scene; expected chunks with an index.json that names some")
+    for file in (cfg.start, cfg.vgg if cfg.lpips else None, *others):
+        if file is not None and not file.exists():
+            raise CheckpointError(f"there are no weights at {file}")
+
+
+def fit(cfg: FitConfig, host: nn.Module, run: Run, *, term: Term) -> TrainedReport:
     """Train the host, then write it; a stopped run goes on where it was.
 
     Args:
         cfg: Of the training; it stands in the checkpoint.
         host: A network that takes ``Views`` and gives a ``HostOutput``.
         run: The run, entered.
-        near: Least depth, in the host's units.
-        far: Largest.
-        size: Height and width of pictures.
         term: What the method adds.
-        export: Writes the weights, in the first process alone.
 
     Raises:
         CheckpointError: The folder's checkpoint is of another config.
@@ -219,7 +226,9 @@ def fit(
             f"hosts are trained in float32, with a step for each scene; accelerate was told {asked}. Leave both out"
         )
     device = device if accelerator.num_processes == 1 else accelerator.device
-    chunks = ChunkSet(cfg.chunks)
+    chunks, limits = ChunkSet(cfg.chunks), HOSTS[cfg.model]
+    if cfg.size is not None:
+        limits = replace(limits, size=cfg.size)
     host.to(device).train()
     lpips = None if cfg.vgg is None or not cfg.lpips else Lpips.load(cfg.vgg).to(device)
     slow = [value for name, value in host.named_parameters() if "pretrained" in name]
@@ -233,14 +242,14 @@ def fit(
         optimizer, rates, total_steps=cfg.steps + 10, pct_start=cfg.rise, cycle_momentum=False
     )
     parts = {"host": host, "optimizer": optimizer, "schedule": schedule}
-    training = _Together(cfg, run.artifacts / "checkpoint.pt", parts, main=accelerator.is_main_process)
+    training = SharedTraining(cfg, run.artifacts / "checkpoint.pt", parts, accelerator)
     training.resume()
 
     def loop() -> Iterator[dict[str, float] | None]:
         training.start()
         while training.step < cfg.steps:
             sample = training.step * accelerator.num_processes + accelerator.process_index
-            drawn = _draw(chunks, cfg, (near, far, size), sample)
+            drawn = _draw(chunks, cfg, limits, sample)
             logged = _advance(drawn, device)
             training.step += 1
             yield {name: float(value) for name, value in logged.items()} if training.due() else None
@@ -250,7 +259,8 @@ def fit(
             drawn.name, drawn.frames, *(v.map(lambda x: x.to(device)) for v in (drawn.context, drawn.targets))
         )
         output, targets = host(drawn.context), drawn.targets
-        picture = render(output.gaussians, targets.cam_to_world, targets.intrinsics_norm, targets.size, near=0.2 * near)
+        nearest = 0.2 * limits.near
+        picture = render(output.gaussians, targets.cam_to_world, targets.intrinsics_norm, targets.size, near=nearest)
         pictures, logged = picture_loss(picture.image_01[0], targets.image_01[0], cfg, lpips)
         added, more = term(output, drawn)
         loss = pictures + added
@@ -270,19 +280,8 @@ def fit(
 
     training.follow(loop(), run)
     if accelerator.is_main_process:
-        export()
+        save_safetensors({name: value.cpu() for name, value in host.state_dict().items()}, run.artifacts / WEIGHTS)
         run.row("steps", training.step, better="none")
         run.row("seconds", training.elapsed(), unit="s", better="lower")
     accelerator.wait_for_everyone()
-
-
-class _Together(Training):
-    """A training of several processes, of which the first writes the checkpoint."""
-
-    def __init__(self, config: Any, path: Path, parts: dict[str, Any], *, main: bool) -> None:
-        super().__init__(config, path, parts)
-        self._main = main
-
-    def save(self) -> None:
-        if self._main:
-            super().save()
+    return TrainedReport.of(run)

@@ -9,6 +9,8 @@ from pathlib import Path
 from hone_core.config import flag
 from hone_core.training import check_budget
 
+from .ranges import HOSTS
+
 __all__ = ["FitConfig"]
 
 
@@ -16,6 +18,8 @@ __all__ = ["FitConfig"]
 class FitConfig:
     """Training of a host on chunks, one scene per process and step; by itself as PM-Loss was released for DL3DV."""
 
+    model: str = "depthsplat-oct-pmloss-256x448"
+    """Host, a published one, or tiny for the architecture of the tiny host."""
     chunks: Path
     """Folder of training chunks with index.json: RealEstate10K, DL3DV, or your photographs by hone-zpressor convert."""
     start: Path | None = None
@@ -63,6 +67,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
+        if self.model not in HOSTS:
+            raise ValueError(f"no host {self.model!r}; there are {', '.join(HOSTS)}")
+        if self.model == "tiny" and self.start is not None:
+            raise ValueError("the tiny host has no checkpoint to begin with here: leave --start out")
         if not 2 <= self.context[0] <= self.context[1] or not self.context[1] - 1 <= self.gap[0] <= self.gap[1]:
             raise ValueError(f"expected 2 <= context, and context - 1 <= gap; got {self.context} and {self.gap}")
         if self.targets < 1 or (self.draws is not None and self.draws < 1):
