@@ -105,6 +105,10 @@ def test_readme_has_its_sections_in_order_a_picture_and_its_tables(package):
     text = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (.*)$", text, re.M)
     assert [heading for heading in headings if heading in HEADINGS] == list(HEADINGS)
+    # What only one package has stands between what is done from Python and the tiny host, or under the results.
+    assert headings[:3] == list(HEADINGS[:3])
+    assert headings[headings.index("The tiny host") :] == list(HEADINGS[3:])
+    assert f"## In 60 seconds\n\n```sh\nuv run --package {package.name} {package.name} demo\n" in text
     assert "![" in text
     results = ROOT / "results" / package.folder.name
     assert "demo" in tables._specs(results)
