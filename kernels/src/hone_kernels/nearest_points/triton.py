@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BLOCK_K", "BLOCK_Q", "along_curve", "nearest_points_triton"]
+__all__ = ["ALL_PAIRS", "PRUNED", "along_curve", "nearest_points_triton"]
 
-BLOCK_Q, BLOCK_K = 32, 64
-"""Points in a block."""
+PRUNED = {"BLOCK_Q": 8, "BLOCK_K": 128, "num_warps": 1}
+"""Points of a block of queries and of the cloud, and warps, where boxes are passed over: few fit a small box."""
+ALL_PAIRS = {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4}
+"""The same where all pairs are compared."""
 BOXES = 128
 """Boxes that are looked at at a time."""
 BITS = 21
@@ -121,23 +123,20 @@ def along_curve(points: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (cell[:, 0] | (cell[:, 1] << 1) | (cell[:, 2] << 2)).argsort()
 
 
-def _boxes(cloud: Tensor) -> Tensor:
-    """Least and largest coordinates of each block, ``[blocks, 6]``; the last block is filled up with its last point."""
-    missing = -len(cloud) % BLOCK_K
-    whole = torch.cat([cloud, cloud[-1:].expand(missing, 3)]).unflatten(0, (-1, BLOCK_K))
+def _boxes(cloud: Tensor, size: int) -> Tensor:
+    """Least and largest coordinates of blocks of ``size``, ``[blocks, 6]``; its last point fills up the last."""
+    missing = -len(cloud) % size
+    whole = torch.cat([cloud, cloud[-1:].expand(missing, 3)]).unflatten(0, (-1, size))
     return torch.cat([whole.amin(1), whole.amax(1)], 1)
 
 
-def nearest_points_triton(
-    points: Tensor, cloud: Tensor, *, prune: bool = True, warps: int = 4
-) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_points_triton(points: Tensor, cloud: Tensor, *, prune: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """See ``nearest_points``.
 
     Args:
         points: As there.
         cloud: As there.
         prune: Pass over boxes; without, all pairs are compared.
-        warps: Of each program.
 
     Returns:
         Index, squared distance, and blocks of the cloud that each block of points was compared with.
@@ -145,7 +144,8 @@ def nearest_points_triton(
     count, device = len(points), points.device
     index = torch.empty(count, dtype=torch.long, device=device)
     squared = torch.empty(count, dtype=torch.float32, device=device)
-    looks = torch.empty(triton.cdiv(count, BLOCK_Q), dtype=torch.int32, device=device)
+    launch = PRUNED if prune else ALL_PAIRS
+    looks = torch.empty(triton.cdiv(count, launch["BLOCK_Q"]), dtype=torch.int32, device=device)
     if not count:
         return index, squared, looks
     points, cloud = points.contiguous(), cloud.contiguous()
@@ -154,11 +154,10 @@ def nearest_points_triton(
         high = torch.maximum(points.amax(0), cloud.amax(0))
         order, cloud_order = along_curve(points, low, high), along_curve(cloud, low, high)
         points, cloud = points[order], cloud[cloud_order]
-    boxes = _boxes(cloud)
+    boxes = _boxes(cloud, launch["BLOCK_K"])
     _nearest_kernel[(len(looks),)](
-        points, cloud, boxes, index, squared, looks, count, len(cloud), len(boxes), BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K,
-        BOXES=BOXES, PRUNE=prune, num_warps=warps,
-    )  # fmt: skip
+        points, cloud, boxes, index, squared, looks, count, len(cloud), len(boxes), BOXES=BOXES, PRUNE=prune, **launch
+    )
     if prune:
         index = torch.empty_like(index).index_copy(0, order, cloud_order[index])
         squared = torch.empty_like(squared).index_copy(0, order, squared)
