@@ -149,30 +149,36 @@ def test_machine_code(tokens):
     assert built.ptx.count("atom.global.gpu.release.add") == 5
 
 
-@requires_gpu(min_sm=90)
-def test_gpu():
+@requires_gpu(min_sm=80)
+@pytest.mark.parametrize(
+    ("heads", "hidden", "rows", "begin", "tokens", "text"),
+    [
+        (16, 2816, 2, 0, 1, 0),
+        (16, 2816, 2, 240, 16, 0),
+        (20, 3584, 2, 700, 5, 120),
+        (24, 4096, 1, 31, 32, 0),
+        (3, 72, 3, 9, 2, 0),
+    ],
+)
+def test_gpu(heads, hidden, rows, begin, tokens, text):
     """Many launches one after the other, as graphs too: programs wait for each other at each product."""
-    for heads, hidden, rows, begin, tokens, text in (
-        (16, 2816, 2, 0, 1, 0), (16, 2816, 2, 100, 8, 0), (16, 2816, 2, 240, 16, 0), (20, 3584, 2, 700, 5, 120),
-        (24, 4096, 1, 31, 32, 0), (3, 72, 3, 9, 2, 0),
-    ):  # fmt: skip
-        shape = dict(heads=heads, hidden=hidden, rows=rows, begin=begin, tokens=tokens, text=text)
-        blocks, caches, rope, words, x = given(
-            torch.bfloat16, "cuda", slots=begin + tokens + 3, layers=3, dim=64, rope=heads != 24, **shape
-        )
-        exact = [[cache.double() for cache in each] for each in caches]
-        whole = BlocksOfFew(blocks, *caches, rope=rope, eps=1e-5, scale=0.125)
-        assert whole.backend == "triton"
-        with nan_poison():
-            got = whole(x, begin, words)
-        wide = [Block(*(weight.double() for weight in block)) for block in blocks]
-        turn = None if rope is None else (rope[0].double(), rope[1].double())
-        want = blocks_of_few_reference(x.double(), wide, *exact, turn, begin, 1e-5, 0.125, words)
-        close(got, want, caches, exact, begin + tokens, torch.bfloat16)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            again = [whole(x, begin, words) for _ in range(10)]
-        for _ in range(20):
-            graph.replay()
-        assert all(torch.equal(each, got) for each in again)
-        assert int(whole._count) == 0
+    shape = dict(heads=heads, hidden=hidden, rows=rows, begin=begin, tokens=tokens, text=text)
+    blocks, caches, rope, words, x = given(
+        torch.bfloat16, "cuda", slots=begin + tokens + 3, layers=3, dim=64, rope=heads != 24, **shape
+    )
+    exact = [[cache.double() for cache in each] for each in caches]
+    whole = BlocksOfFew(blocks, *caches, rope=rope, eps=1e-5, scale=0.125)
+    assert whole.backend == "triton"
+    with nan_poison():
+        got = whole(x, begin, words)
+    wide = [Block(*(weight.double() for weight in block)) for block in blocks]
+    turn = None if rope is None else (rope[0].double(), rope[1].double())
+    want = blocks_of_few_reference(x.double(), wide, *exact, turn, begin, 1e-5, 0.125, words)
+    close(got, want, caches, exact, begin + tokens, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = [whole(x, begin, words) for _ in range(10)]
+    for _ in range(20):
+        graph.replay()
+    assert all(torch.equal(each, got) for each in again)
+    assert int(whole._count) == 0

@@ -213,6 +213,7 @@ def test_a_whole_pass_gives_the_logits_of_texts():
     given = {"text": torch.randn(2, 5, 24)}
     given["words"] = torch.tensor([[False, False, False, False, True], [True] * 5])
     runs = [Decoding(model, 2, sampling=Sampling(guidance=2.0), few=few, whole=few > 0) for few in (0, 64)]
+    assert runs[1]._whole is not None
     for run in runs:
         run.load(model.condition(**given, guided=True), [0, 1])
     for step in range(len(model.order.steps)):
