@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from hone_core.testing import assert_close
 from hone_sparsevar import SparsePolicy, SparseVARConfig, attach
 from hone_visual_ar import InfinityPipeline, Policy, Sampling, generate
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 SETTINGS = SparseVARConfig(ratio=0.6, window=3, start_scale=-2, detector=1)
@@ -62,6 +64,27 @@ def test_lora_on_every_product_of_a_block(own):
             found.append(draw(own, body.condition(texts, [6, 4]), transformer=body))
     assert_close(found[1].latent, found[0].latent)
     assert not torch.equal(found[0].latent, draw(own, found[0].condition, SparsePolicy(SETTINGS), own[0]).latent[:1])
+
+
+@pytest.mark.parametrize("first", ["lora", "attach"])
+def test_lora_of_peft_on_every_linear_layer(own, first):
+    """Before the method or after it: its images are those of the policy, and detaching leaves the LoRA."""
+    texts, lora = torch.randn(2, 6, 128), LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    if first == "lora":
+        inject_adapter_in_model(lora, own[0])
+    with attach(own[0], SETTINGS):
+        if first == "attach":
+            inject_adapter_in_model(lora, own[0])
+        with torch.no_grad():
+            condition = own[0].condition(texts, [6, 4])
+        sparse = draw(own, condition).latent
+    assert torch.equal(sparse, draw(own, condition, SparsePolicy(SETTINGS)).latent)
+    dense = draw(own, condition).latent
+    assert not torch.equal(dense, sparse)
+    for module in own[0].modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(False)
+    assert not torch.equal(draw(own, condition).latent, dense)
 
 
 class EightBits(nn.Module):

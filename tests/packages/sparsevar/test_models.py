@@ -64,9 +64,9 @@ def test_fused_kernels_draw_what_the_models_own_operations_do(change, top_p, mod
     assert [i.shape for i in fused.indices] == [i.shape for i in plain.indices]
 
 
-def test_fused_kernels_without_guidance_and_greedy(model):
+def test_fused_kernels_without_guidance_and_of_the_likeliest_bits(model):
     single = model[2].conditional()
-    for sampling in (replace(SAMPLING, guidance=1.0), Sampling(greedy=True)):
+    for sampling in (replace(SAMPLING, guidance=1.0), Sampling(greedy=True), Sampling(top_k=1)):
         plain, fused = (
             generate(
                 model[0], model[1], single, model[3], seeds=[3, 4], sampling=sampling,

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pip
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, SharedAdaLin, attend, modulate
+from .layers import FFN, AttentionContext, CrossAttention, HeadNorm, SelfAttention, attend, modulate
 from .rope import Rope, rope_table
 from .schedules import ScaleSchedule
 from .transformer import Condition, NextScaleTransformer, init_linears, start_small
@@ -212,7 +212,7 @@ class Infinity(NextScaleTransformer):
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
         self.lvl_embed = nn.Embedding(MAX_LEVELS, width)
         self.word_embed = nn.Linear(self.token_dim, width)
-        self.shared_ada_lin = nn.Sequential(nn.SiLU(), SharedAdaLin(width, 6 * width))
+        self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         hidden = max(256, round(width * mlp_ratio / 256) * 256)
         blocks = [InfinityBlock(width, num_heads, hidden) for _ in range(depth)]
         if chunks == 1:
@@ -321,7 +321,7 @@ class Infinity(NextScaleTransformer):
         memory = self.text_proj_for_ca(text)
         return Condition(
             vector=vector,
-            modulation=self.shared_ada_lin(vector),
+            modulation=self.shared_ada_lin(vector).unflatten(-1, (1, 6, -1)),
             keys=tuple(block.ca.keys(memory) for block in self.layers),
             mask=mask,
             images=images,

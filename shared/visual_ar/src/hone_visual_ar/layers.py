@@ -20,7 +20,6 @@ __all__ = [
     "HeadNorm",
     "ScaleKVCache",
     "SelfAttention",
-    "SharedAdaLin",
     "attend",
 ]
 
@@ -240,14 +239,6 @@ class FFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens in and out."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class SharedAdaLin(nn.Linear):
-    """Modulation that all blocks share: ``[R, C]`` to ``[R, 1, 6, C]``."""
-
-    def forward(self, vector: Tensor) -> Tensor:
-        """Six parts of each row."""
-        return super().forward(vector).view(-1, 1, 6, self.out_features // 6)
 
 
 class HeadNorm(nn.Module):

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - where pip
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from .layers import FFN, AttentionContext, HeadNorm, SelfAttention, SharedAdaLin, modulate
+from .layers import FFN, AttentionContext, HeadNorm, SelfAttention, modulate
 from .schedules import VAR_256, VAR_512, ScaleSchedule
 from .transformer import Condition, NextScaleTransformer, init_linears, start_small
 
@@ -109,7 +109,7 @@ class VAR(NextScaleTransformer):
         self.class_emb = nn.Embedding(num_classes + 1, width)
         self.lvl_embed = nn.Embedding(len(self.schedule), width)
         if shared_aln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), SharedAdaLin(width, 6 * width))
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(VARBlock(width, depth, shared=shared_aln) for _ in range(depth))
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, vocabulary)
@@ -177,7 +177,7 @@ class VAR(NextScaleTransformer):
         if guided:
             classes = torch.cat([classes, torch.full_like(classes, last)])
         vector = self.class_emb(classes.to(self.class_emb.weight.device)).float()
-        modulation = self.shared_ada_lin(vector) if self.config.shared_aln else None
+        modulation = self.shared_ada_lin(vector).unflatten(-1, (1, 6, -1)) if self.config.shared_aln else None
         return Condition(vector=vector, modulation=modulation, images=images)
 
     def _positions(self, scale: int) -> Tensor:
