@@ -105,12 +105,15 @@ def batched(root: Path = ROOT) -> list[list[str]]:
         "zpressor/bench_depthsplat_256x448_h200.json",
     )
     prompts = {"metric": "decode", "split": "20480 tokens, batch 64"}
+    infinity = "sparsevar/bench_infinity-2b_batch1_h200.json"
     motion, step = "motion_anything/bench_momask_h200.json", "pmloss/step_h200.json"
     six = {"metric": "time", "split": "step", "views": 6}
     rows = []
     for what, file, where, batch in [
         ("images of NAR-L in raster order, 64 at a time", nar, {"metric": "time", "variant": "raster-fused"}, 64),
         ("the same by diagonals", nar, {"metric": "time", "variant": "fused"}, 64),
+        ("images of 1024 px by Infinity-2B", infinity, {"metric": "time", "variant": "dense"}, 1),
+        ("the same by SparseVAR, 60 % left out of three scales", infinity, {"metric": "time", "variant": "sparse"}, 1),
         ("tokens by Qwen2.5-VL-7B, 64 prompts of 20,480 tokens", zip_, prompts | {"variant": "dense, captured"}, 64),
         ("the same, a quarter of each prompt kept", zip_, prompts | {"variant": "tau 0.25, captured"}, 64),
         ("scenes of 36 pictures by DepthSplat", splat, {"metric": "forward", "views": 36, "variant": "host alone"}, 1),

@@ -54,6 +54,7 @@ def test_bad_input_is_one_line(argv, message, untrained, tmp_path, monkeypatch, 
         (("calibrate", "--model", "{folder}", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
         (("bench", "--model", "infinity_2b", "--aspect", "1.1"), "no schedule of height / width 1.1"),
         (("bench", "--model", "infinity_8b", "--detector", "40"), "has 40 blocks, 0 to 39; got detector 40"),
+        (("bench", "--model", "infinity_2b", "--stops", "1", "13"), "1 to 12 of the 13 scales; got (1, 13)"),
         (
             ("generate", "--model", "{folder}", "--prompt", "a a a a a a a a a"),
             "9 tokens, and this model reads at most 8",

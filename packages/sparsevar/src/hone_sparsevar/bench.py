@@ -190,7 +190,7 @@ class _Bench:
 
     def text(self) -> tuple[torch.Tensor, list[int]]:
         channels, longest = self.model.config["text_channels"], self.model.config["text_maxlen"]
-        count = min(self.cfg.text_tokens, longest)
+        count = min(self.cfg.text_tokens, longest) if self.cfg.model == "tiny" else self.cfg.text_tokens
         return torch.randn(self.cfg.batch, count, channels, device=self.device), [count] * self.cfg.batch
 
     def start(self, policy: Policy) -> Generation:

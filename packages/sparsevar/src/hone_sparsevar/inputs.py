@@ -86,7 +86,7 @@ def reproduce(cfg: ReproduceConfig) -> ReproduceConfig:
 
 
 def bench(cfg: BenchConfig) -> BenchConfig:
-    """Of ``bench``: is there such a model, schedule, scale and block.
+    """Of ``bench``: is there such a model, schedule, scale and block, and a scale before each stop.
 
     Raises:
         ValueError: There is not.
@@ -95,5 +95,8 @@ def bench(cfg: BenchConfig) -> BenchConfig:
         return cfg
     if cfg.model not in INFINITY_SIZES:
         raise ValueError(f"model must be tiny or one of {', '.join(INFINITY_SIZES)}; got {cfg.model!r}")
-    fit(cfg.settings, INFINITY_SIZES[cfg.model]["depth"], infinity_schedule(cfg.pixels, cfg.aspect))
+    schedule = infinity_schedule(cfg.pixels, cfg.aspect)
+    fit(cfg.settings, INFINITY_SIZES[cfg.model]["depth"], schedule)
+    if not all(1 <= count < len(schedule) for count in cfg.stops):
+        raise ValueError(f"stops leave out 1 to {len(schedule) - 1} of the {len(schedule)} scales; got {cfg.stops}")
     return cfg
