@@ -330,6 +330,11 @@ def test_autocast_changes_nothing(smooth_k):
         ({"group": torch.zeros(2, dtype=torch.int32)}, ValueError, "each block of 128 tokens: 1 of queries and 1 of"),
         ({"group": torch.zeros(1)}, TypeError, "group must be int32 or int64"),
         ({"rope": (torch.ones(100, 16), torch.ones(100, 32))}, ValueError, r"rope's cos must be .* = \[100, 32\]"),
+        ({"rope": (torch.ones(32, 100),) * 2}, ValueError, r"rope's cos must be .* got \[32, 100\]"),
+        ({"rope": (torch.ones(100, 32), torch.ones(100, 32).int())}, TypeError, "rope's sin must be floating point"),
+        ({"rope": (torch.ones(100, 32, device="meta"),) * 2}, TypeError, "on cpu; got torch.float32 on meta"),
+        ({"group": 1.5}, TypeError, "a count of blocks or a tensor of numbers; got 1.5"),
+        ({"group": torch.zeros(1, dtype=torch.int32), "longest": 0}, ValueError, "longest counts .*; got 0"),
         ({"order": torch.ones(100)}, ValueError, "order must be"),
         ({"order": torch.ones(0, dtype=torch.int32)}, ValueError, "order must be"),
         ({"k_valid": torch.ones(1, 3, dtype=torch.int32)}, ValueError, "one count per block of 128 keys"),
@@ -369,6 +374,10 @@ def test_bad_tensors():
         quantized_attention(x, layout, scale=0.0)
     with pytest.raises(TypeError, match="q8 must be float8_e4m3fn"):
         FP8Operands(q, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale, 128)
+    with pytest.raises(TypeError, match="k_scale must be float32 on cpu"):
+        FP8Operands(x.q8, x.k8, x.v8, x.q_scale, x.k_scale.double(), x.v_scale, 128)
+    with pytest.raises(TypeError, match="v8 must be float8_e4m3fn on cpu"):
+        FP8Operands(x.q8, x.k8, x.v8.to("meta"), x.q_scale, x.k_scale, x.v_scale, 128)
     with pytest.raises(ValueError, match=r"v8 must be \[1, 2, 64, 128\]"):
         FP8Operands(x.q8, x.k8, x.v8[..., :100], x.q_scale, x.k_scale, x.v_scale, 128)
 
@@ -414,6 +423,7 @@ def test_rows_go_to_their_places_by_loops(padded):
         ({"order": torch.arange(100)}, "order says where in out each row goes; pass out"),
         ({"out": torch.empty(1, 2, 99, 64)}, r"out must be \[1, 2, 100, 64\]"),
         ({"out": torch.empty(1, 2, 64, 100).transpose(2, 3)}, "with its channels side by side"),
+        ({"out": torch.empty(1, 1, 1, 64).expand(1, 2, 100, 64)}, "out must have memory for each element"),
         ({"out": torch.empty(1, 2, 100, 64), "out_dtype": torch.float16}, "out_dtype is that of out, torch.float32"),
         ({"out": torch.empty(1, 2, 100, 64), "order": torch.arange(99)}, r"order must be \[100\]"),
         ({"return_lse": True}, "call quantize_qkv with for_lse=True"),

@@ -181,6 +181,8 @@ def _check_output(
             f"out must be {list(want)} on {operands.q8.device} with its channels side by side; got {list(out.shape)} "
             f"on {out.device}, strides {out.stride()}"
         )
+    if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out must have memory for each element; got strides {out.stride()} for {list(out.shape)}")
     if dtype not in (None, out.dtype):
         raise ValueError(f"out_dtype is that of out, {out.dtype}; got {dtype}. Leave it out")
     if order is not None:

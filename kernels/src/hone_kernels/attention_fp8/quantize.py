@@ -102,6 +102,9 @@ class FP8Operands:
                 )
             if not x.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, as quantize_qkv makes it; call .contiguous()")
+            if x.device != self.q8.device or x.dtype != (torch.float8_e4m3fn if name.endswith("8") else torch.float32):
+                want_dtype = "float8_e4m3fn" if name.endswith("8") else "float32"
+                raise TypeError(f"{name} must be {want_dtype} on {self.q8.device}; got {x.dtype} on {x.device}")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """The rounded ``q [B, H, TQ, D]``, ``k`` and ``v [B, HK, TK, D]``; k without ``k_mean``."""
@@ -138,27 +141,29 @@ def check_groups(block: int, group: int | Tensor, tokens_q: int, tokens_k: int, 
                 f"keys, which share it; got {list(group.shape)}"
             )
         return group
+    if isinstance(group, bool) or not isinstance(group, int):
+        raise TypeError(f"group must be a count of blocks or a tensor of numbers; got {group!r}")
     if group < 1:
         raise ValueError(f"group counts the blocks that share a scale and must be positive; got {group}")
     return None if group == 1 else torch.arange(max(blocks_q, blocks_k), device=device) // group
 
 
-def _tables(rope: tuple[Tensor, Tensor], tokens: int, dim: int) -> tuple[Tensor, Tensor]:
+def _tables(rope: tuple[Tensor, Tensor], tokens: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[S, D/2]`` from one of the accepted forms."""
     if len(rope) != 2:
         raise ValueError(f"rope must be a pair of tables (cos, sin); got {len(rope)}")
     tables = []
     for name, x, first in (("cos", rope[0], 0), ("sin", rope[1], 1)):
-        if x.numel() == tokens * dim:
-            x = x.reshape(tokens, dim)[:, first::2]
-        elif x.numel() == tokens * dim // 2:
-            x = x.reshape(tokens, dim // 2)
-        else:
+        width = x.shape[-1] if x.dim() else 0
+        if width not in (dim, dim // 2) or x.numel() != tokens * width:
             raise ValueError(
                 f"rope's {name} must be [S, D/2] = {[tokens, dim // 2]}, or {[tokens, dim]} with each pair's value at "
                 f"both places; got {list(x.shape)}"
             )
-        tables.append(x.float().contiguous())
+        if not x.is_floating_point() or x.device != device:
+            raise TypeError(f"rope's {name} must be floating point on {device}; got {x.dtype} on {x.device}")
+        x = x.reshape(tokens, width)
+        tables.append((x[:, first::2] if width == dim else x).float().contiguous())
     return tables[0], tables[1]
 
 
@@ -216,7 +221,9 @@ def quantize_qkv(
         if longest is not None:
             raise ValueError(f"longest is for a tensor of groups; got group={group} and longest={longest}")
         longest = group
-    cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3])
+    if longest is not None and longest < 1:
+        raise ValueError(f"longest counts the blocks of the longest group and must be positive; got {longest}")
+    cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3], q.device)
     q, k, v = (unit_last(x.detach()) for x in (q, k, v))
     order, k_valid = (None if x is None else unit_last(x) for x in (order, k_valid))
     args = (q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
