@@ -77,8 +77,8 @@ class Config:
 
 
 CONFIGS: dict[int, Config] = {
-    64: Config(stages=4, operands=True, exact=True),
-    128: Config(),
+    64: Config(stages=4, operands=True, early=True, exact=True),
+    128: Config(stages=3, buffers=1),
 }
 
 _LAUNCH_REGISTERS = 168
