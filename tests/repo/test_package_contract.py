@@ -114,6 +114,14 @@ def test_readme_has_its_sections_in_order_a_picture_and_its_tables(package):
     assert "demo" in tables._specs(results)
 
 
+def test_readme_has_a_table_of_all_verbs(package, verbs):
+    text = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
+    start = text.partition("## In 60 seconds\n")[2].partition("\n## ")[0]
+    table = start.partition("| verb | what it does |\n")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `([a-z-]+)", table, re.M)) == set(verbs)
+    assert f"`{package.name} VERB --help` lists a verb's flags" in " ".join(start.split())
+
+
 def test_verbs_are_a_table(package, verbs, with_config):
     assert wanted_verbs(package) <= verbs.keys()
     for name, verb in with_config.items():

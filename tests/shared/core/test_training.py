@@ -1,12 +1,23 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.hosts import HostFacts, open_host, save_host
 from hone_core.runs import Run
-from hone_core.training import LogFile, Training, TrainReport, check_budget, finish_host, matrix_optimizers
+from hone_core.training import (
+    LogFile,
+    Training,
+    TrainReport,
+    average_into,
+    check_budget,
+    finish_host,
+    matrix_optimizers,
+    rate_at,
+    stage_at,
+)
 from torch import nn
 
 
@@ -230,3 +241,30 @@ def test_matrices_of_layers_are_apart():
         "match_rms_adamw",
     ]
     assert [adamw.param_groups[0][key] for key in ("lr", "weight_decay", "betas")] == [0.1, 0.0, (0.8, 0.9)]
+
+
+def test_a_rate_rises_and_falls_by_a_cosine():
+    assert rate_at(0.0) == pytest.approx(0.01)
+    assert rate_at(0.015) == pytest.approx(0.51 * (0.02 + 0.49 * (1 + math.cos(math.pi * 0.015))))
+    assert rate_at(0.5) == pytest.approx(0.51)
+    assert rate_at(1.0) == pytest.approx(0.02)
+    assert rate_at(0.1, rise=0.2, first=0.1, least=0.5) == pytest.approx(
+        0.6 * (0.5 + 0.25 * (1 + math.cos(math.pi / 10)))
+    )
+
+
+def test_stages_share_a_budget():
+    shares = {"a": 0.25, "b": 0.5}
+    found = [stage_at(shares, "c", spent) for spent in (0.0, 0.125, 0.25, 0.5, 0.75, 0.875)]
+    assert found == [("a", 0.0), ("a", 0.5), ("b", 0.0), ("b", 0.5), ("c", 0.0), ("c", 0.5)]
+
+
+def test_an_average_follows_by_a_share():
+    model, average = nn.Linear(1, 1), nn.Linear(1, 1)
+    with torch.no_grad():
+        for part, value in ((model, 2.0), (average, 1.0)):
+            part.weight.fill_(value)
+            part.bias.fill_(-value)
+    average_into(average, model, 0.75)
+    assert (average.weight.item(), average.bias.item()) == (1.25, -1.25)
+    assert model.weight.item() == 2.0

@@ -18,7 +18,7 @@ from hone_core.errors import CheckpointError
 from hone_core.plots import Sheet, to_pixels
 from hone_core.runs import Run
 from hone_core.timing import Stopwatch
-from hone_core.training import HOST, Training, TrainReport, finish_host, matrix_optimizers
+from hone_core.training import HOST, Training, TrainReport, average_into, finish_host, matrix_optimizers
 from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.flow import PatchLinear, flow_loss, sample_sigma
 from hone_video.grader import grade, train_classifier
@@ -168,9 +168,7 @@ class _TrainState:
                 optimizer.step()
             training.step += 1
             decay = min(cfg.ema, (1 + training.step) / (10 + training.step))
-            torch._foreach_lerp_(
-                list(self.ema.parameters()), [p.detach() for p in self.model.parameters()], weight=1 - decay
-            )
+            average_into(self.ema, self.model, decay)
             values = None
             if training.due():
                 values = {"loss": loss.item(), "lr": cfg.lr * self.lr_factor()}

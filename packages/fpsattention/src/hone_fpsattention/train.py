@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device
 from hone_core.runs import Run
-from hone_core.training import HOST, Training, TrainReport, finish_host, matrix_optimizers
+from hone_core.training import HOST, Training, TrainReport, average_into, finish_host, matrix_optimizers
 from hone_video.clips import Glyphs, load_glyphs, random_labels, render, segment_glyphs
 from hone_video.flow import sample_sigma
 from hone_video.host import NUM_TRAIN_TIMESTEPS, Host, load_host, to_latents
@@ -147,9 +147,7 @@ class Tuning:
                     optimizer.step()
                 training.step += 1
                 decay = min(cfg.ema, (1 + training.step) / (10 + training.step))
-                torch._foreach_lerp_(
-                    list(self.ema.parameters()), [p.detach() for p in self.student.parameters()], weight=1 - decay
-                )
+                average_into(self.ema, self.student, decay)
                 values = None
                 if training.due():
                     seconds = training.elapsed()

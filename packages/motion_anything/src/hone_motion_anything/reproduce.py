@@ -24,7 +24,7 @@ from hone_core.io import atomic_write_json
 from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
 from hone_core.runs import Run
-from hone_core.training import LogFile, Training
+from hone_core.training import LogFile, Training, rate_at
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ from .grammar import right
 from .host import Host, load_host
 from .metrics import frechet
 from .models import attach
-from .train import learning_rate, seeded, transformer_loss
+from .train import seeded, transformer_loss
 
 __all__ = ["CLAIMS", "Job", "ReproduceReport", "reproduce", "train_arm", "work"]
 
@@ -95,7 +95,7 @@ def train_arm(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * learning_rate(training.spent())
+            group["lr"] = cfg.lr * rate_at(training.spent())
         optimizer.step()
         training.step += 1
         yield {"loss": loss.item()} if training.due() else None

@@ -6,7 +6,6 @@ One command makes such a host: ``hone-motion-anything train-host``; ``info`` say
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device
 from hone_core.runs import Run
-from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_core.training import HOST, Training, TrainReport, average_into, finish_host, rate_at, stage_at
 from torch import Tensor, nn
 
 from .config import TrainHostConfig
@@ -26,16 +25,11 @@ from .host import Host, load_host, save_host
 from .masking import masked_loss
 from .models import attach, draw_mask
 
-__all__ = ["GATES", "Making", "contrast", "learning_rate", "seeded", "train_host", "transformer_loss"]
+__all__ = ["GATES", "Making", "contrast", "seeded", "train_host", "transformer_loss"]
 
 GATES = {"reconstructed": 0.9, "events": 0.6, "dance_events": 0.5}
 """Least shares of motions that show what they should: after the tokenizer, generated from text, and from text and
 music."""
-
-
-def learning_rate(done: float) -> float:
-    """Factor at a share of a stage: a short warm-up, then half a cosine to a fiftieth."""
-    return min(1.0, done / 0.03 + 0.01) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
 @contextmanager
@@ -134,12 +128,8 @@ class Making:
 
     def stage(self, spent: float) -> tuple[str, float]:
         """Which part is trained at a share of the budget, and how far it is."""
-        first, second = self.cfg.tokenizer_share, self.cfg.tokenizer_share + self.cfg.evaluator_share
-        if spent < first:
-            return "tokenizer", spent / first
-        if spent < second:
-            return "evaluator", (spent - first) / self.cfg.evaluator_share
-        return "transformer", (spent - second) / (1 - second)
+        shares = {"tokenizer": self.cfg.tokenizer_share, "evaluator": self.cfg.evaluator_share}
+        return stage_at(shares, "transformer", spent)
 
     def loss(self, stage: str) -> tuple[Tensor, dict[str, float]]:
         """Of one batch, and what else is logged."""
@@ -191,13 +181,11 @@ class Making:
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             peak = cfg.lr if stage == "transformer" else cfg.tokenizer_lr
             for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate(done)
+                group["lr"] = peak * rate_at(done)
             optimizer.step()
             training.step += 1
             if stage == "transformer":
-                torch._foreach_lerp_(
-                    list(self.ema.parameters()), [p.detach() for p in module.parameters()], weight=1 - cfg.ema
-                )
+                average_into(self.ema, module, cfg.ema)
             due = {"loss": loss.item(), "stage": float(list(self.optimizers).index(stage))} | values
             yield due if training.due() else None
 

@@ -6,7 +6,6 @@ One command makes it as it ships: ``hone-nar train-host``.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from hone_core.devices import resolve_device
 from hone_core.runs import Better, Run
-from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_core.training import HOST, Training, TrainReport, average_into, finish_host, rate_at
 from torch import Tensor, nn
 
 from .config import TrainHostConfig
@@ -75,14 +74,12 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         found.loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        factor = min(1.0, done / 0.04 + 0.02) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        factor = rate_at(done, rise=0.04, first=0.02)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor * ((0.2 if done >= 0.2 else 0.0) if group["late"] else 1.0)
         self.optimizer.step()
         decay = min(self.ema, (1 + number) / (10 + number))
-        torch._foreach_lerp_(
-            list(self.average.parameters()), [p.detach() for p in self.model.parameters()], weight=1 - decay
-        )
+        average_into(self.average, self.model, decay)
         return found.loss.detach()
 
 

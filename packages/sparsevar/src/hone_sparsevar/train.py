@@ -10,7 +10,6 @@ Differs: every scale weighs the same, where the release divides by the root of i
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device
 from hone_core.runs import Run
-from hone_core.training import HOST, Training, TrainReport, finish_host
+from hone_core.training import HOST, Training, TrainReport, average_into, finish_host, rate_at, stage_at
 from hone_visual_ar.layers import AttentionContext, attend
 from hone_visual_ar.tokenizers import BSQVAE
 from hone_visual_ar.transformer import scale_mask
@@ -138,12 +137,8 @@ class Making:
 
     def stage(self, spent: float) -> tuple[str, float]:
         """Which part is trained at a share of the budget, and how far it is."""
-        first, second = self.cfg.tokenizer_share, self.cfg.tokenizer_share + self.cfg.grader_share
-        if spent < first:
-            return "tokenizer", spent / first
-        if spent < second:
-            return "grader", (spent - first) / self.cfg.grader_share
-        return "transformer", (spent - second) / (1 - second)
+        shares = {"tokenizer": self.cfg.tokenizer_share, "grader": self.cfg.grader_share}
+        return stage_at(shares, "transformer", spent)
 
     def loss(self, stage: str) -> Tensor:
         """Of one batch, in float32 and by the code that draws: see ``check_scales``."""
@@ -192,15 +187,12 @@ class Making:
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             peak = cfg.lr if stage == "transformer" else cfg.tokenizer_lr
-            factor = min(1.0, done / 0.03 + 0.01) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
             for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+                group["lr"] = peak * rate_at(done)
             optimizer.step()
             training.step += 1
             if stage == "transformer":
-                torch._foreach_lerp_(
-                    list(self.ema.parameters()), [p.detach() for p in module.parameters()], weight=1 - cfg.ema
-                )
+                average_into(self.ema, module, cfg.ema)
             if not training.due():
                 yield None
                 continue

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import AdamW, Muon
 
-__all__ = ["Budgeted", "Log", "LogFile", "SharedTraining", "TrainReport", "Training", "check_budget", "finish_host"]
-__all__ += ["matrix_optimizers"]
+__all__ = ["Budgeted", "Log", "LogFile", "SharedTraining", "TrainReport", "Training", "average_into", "check_budget"]
+__all__ += ["finish_host", "matrix_optimizers", "rate_at", "stage_at"]
 
 log = logging.getLogger(__name__)
 
@@ -297,6 +297,42 @@ def matrix_optimizers(
         torch.optim.Muon(matrices, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, adamw_lr, betas=betas, weight_decay=0.0, fused=fused),
     )
+
+
+def rate_at(done: float, *, rise: float = 0.03, first: float = 0.01, least: float = 0.02) -> float:
+    """Factor of the peak learning rate at a share of a training: a straight rise, under half a cosine down.
+
+    Args:
+        done: Share that is over, in [0, 1].
+        rise: Share in which a rise from 0 would reach the peak.
+        first: Factor at the start.
+        least: Factor at the end.
+    """
+    return min(1.0, done / rise + first) * (least + (1 - least) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def stage_at(shares: Mapping[str, float], last: str, spent: float) -> tuple[str, float]:
+    """Which stage of a training a share of its budget lies in, and how far that stage is, in [0, 1].
+
+    Args:
+        shares: Stage to its share of the budget, in order; all but the last.
+        last: The stage that has the rest.
+        spent: Share of the budget.
+    """
+    begin = 0.0
+    for name, share in shares.items():
+        if spent < begin + share:
+            return name, (spent - begin) / share
+        begin += share
+    return last, (spent - begin) / (1 - begin)
+
+
+def average_into(average: "nn.Module", model: "nn.Module", decay: float) -> None:
+    """Let a moving average of weights follow the model by an update."""
+    import torch
+
+    weights = [part.detach() for part in model.parameters()]
+    torch._foreach_lerp_(list(average.parameters()), weights, weight=1 - decay)
 
 
 def _state_of(part: Any) -> Any:
