@@ -30,6 +30,20 @@ def test_top_p_leaves_out_from_the_least_likely():
     assert filter_logits(bits, top_k=900).isfinite().all()
 
 
+@pytest.mark.parametrize("top_k", [0, 1])
+@pytest.mark.parametrize("top_p", [0.0, 0.8, 0.97, 1.0])
+def test_bits_are_drawn_as_any_choice_is(top_k, top_p):
+    """To the bit, ties and infinite logits with them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 10 * torch.randn(20_000, 2, generator=generator) ** 3
+    logits[:50, 1], logits[50:60, 0], logits[60:70, 1] = logits[:50, 0], -torch.inf, -200.0
+    uniform = torch.rand(20_000, generator=generator)
+    uniform[:20], uniform[45:65] = 0.0, 1 - 2**-24
+    mass = filter_logits(logits, top_k=top_k, top_p=top_p).softmax(-1).cumsum(-1)
+    want = (mass[:, 0] <= uniform * mass[:, 1]).long()
+    assert torch.equal(draw(logits, uniform, Sampling(top_k=top_k, top_p=top_p)), want)
+
+
 def test_an_images_draws_do_not_depend_on_its_batch():
     together = uniforms([3, 4], 7, 2, "cpu")
     assert torch.equal(together[1:], uniforms([4], 7, 2, "cpu"))

@@ -102,6 +102,17 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.greedy:
         return logits.argmax(-1)
+    if logits.shape[-1] == 2:
+        return _draw_bits(filter_logits(logits.float(), top_k=sampling.top_k), uniform, sampling.top_p)
     kept = filter_logits(logits.float(), top_k=sampling.top_k, top_p=sampling.top_p)
     mass = kept.softmax(-1).cumsum(-1)
     return (mass[..., :-1] <= uniform[..., None] * mass[..., -1:]).sum(-1)
+
+
+def _draw_bits(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """``draw`` of two choices, the same to the bit: millions of sorts of two are slow on a GPU."""
+    zero, one = logits.softmax(-1).unbind(-1)
+    drawn = zero <= uniform * (zero + one)
+    if top_p > 0:
+        drawn = torch.where(torch.minimum(zero, one) <= 1 - top_p, one >= zero, drawn)
+    return drawn.long()
