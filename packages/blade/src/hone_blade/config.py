@@ -1167,7 +1167,11 @@ class InspectConfig:
 
     @property
     def pipeline(self) -> GenerateConfig:
-        """The settings of a pipeline's run."""
+        """The settings of a pipeline's run.
+
+        Raises:
+            ValueError: They are those of the tiny host.
+        """
         if self.model is None:
             raise ValueError("these settings are for the tiny host; they name no pipeline")
         given: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance}

@@ -76,7 +76,11 @@ def arms_of(cfg: ReproduceConfig, host: Host) -> dict[str, Arm]:
 
 
 def constant_window(host: Host, staged: FPSAttentionConfig) -> Regime:
-    """The window that at every step reads as much as the schedule does on average, or the next less."""
+    """The window that at every step reads as much as the schedule does on average, or the next less.
+
+    Raises:
+        ValueError: No window reads as little.
+    """
     goal = mean_density(host, staged)
     choices = candidate_regimes(host.config.grid, staged.tile)
 

@@ -64,7 +64,11 @@ def regime_index(config: FPSAttentionConfig, sigma: float) -> int:
 
 
 def step_sigmas(steps: int, shift: float) -> tuple[float, ...]:
-    """Noise levels that a flow sampler's steps start from: 1 first."""
+    """Noise levels that a flow sampler's steps start from: 1 first.
+
+    Raises:
+        ValueError: There is no step.
+    """
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     return tuple(flow_sigma(1 - step / steps, shift) for step in range(steps))

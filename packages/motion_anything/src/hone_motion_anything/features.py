@@ -236,7 +236,11 @@ def extract(
 
 
 def check_joints(joints: Tensor, skeleton: Skeleton) -> None:
-    """Refuse what is no motion of a skeleton; see ``extract``."""
+    """Refuse what is no motion of a skeleton; see ``extract``.
+
+    Raises:
+        ValueError: See ``extract``.
+    """
     if joints.ndim < 3 or joints.shape[-1] != 3 or joints.shape[-2] != skeleton.count:
         raise ValueError(
             f"joints must be [frames, {skeleton.count}, 3] for {skeleton.name}; got {list(joints.shape)}: it is of "

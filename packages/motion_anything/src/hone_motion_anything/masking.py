@@ -52,6 +52,9 @@ def choose_masks(
         generator: On the device of ``valid``.
         events: Known cells, for ``masking="events"``.
         parts: Columns of the grid.
+
+    Raises:
+        ValueError: ``masking="events"`` and no events are given.
     """
     cosine = cosine_mask(valid, parts, generator)
     rows = torch.rand(len(valid), generator=generator, device=valid.device) < cfg.p_attention

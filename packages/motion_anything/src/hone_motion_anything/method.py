@@ -327,7 +327,11 @@ class MotionTransformer(nn.Module):
         return self.token_emb(ids + self.shift) + self.time_emb[: ids.shape[1]] + self.part_emb
 
     def given(self, condition: Condition, time: int) -> tuple[Tensor, Tensor, bool]:
-        """The condition over time ``[B, C, D]``, at each step ``[B, T, c, D]``, and whether music is in it."""
+        """The condition over time ``[B, C, D]``, at each step ``[B, T, c, D]``, and whether music is in it.
+
+        Raises:
+            ValueError: The music is shorter than the motion.
+        """
         rows, by_frame = [], []
         if condition.music is not None:
             if condition.music.shape[1] < time:

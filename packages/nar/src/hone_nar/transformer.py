@@ -686,6 +686,9 @@ def rope_table(order: Order, condition: int, dim: int, base: float, device: torc
         dim: Of a head; a multiple of 4.
         base: Of the angles.
         device: Where. Kept for 16 tables; do not write into one.
+
+    Raises:
+        ValueError: ``dim`` is no multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"rotary positions of a grid need heads of a multiple of 4 channels; got {dim}")

@@ -330,9 +330,9 @@ class EvalConfig:
             raise ValueError("name what the splat is measured against by one of truth, colmap, transforms and cloud")
         captured = self.colmap is not None or self.transforms is not None
         if int(captured) != (self.depths is not None) + (self.teacher is not None):
-            raise ValueError("depths or a teacher, one of them, belong to colmap or transforms, and to nothing else")
+            raise ValueError("colmap and transforms need --depths or --teacher, one of them; nothing else takes either")
         if self.cloud is None and (self.observed or self.plane or self.thin or self.most is not None):
-            raise ValueError("observed, plane, thin and most belong to cloud")
+            raise ValueError("observed, plane, thin and most belong to a scanned cloud: give --cloud, or none of them")
         if min(self.depth_unit, self.metres_per_unit, self.side) <= 0 or self.thin < 0:
             raise ValueError("expected positive depth_unit, metres_per_unit and side, and thin >= 0")
         if self.most is not None and self.most <= 0:

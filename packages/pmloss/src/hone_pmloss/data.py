@@ -84,6 +84,9 @@ def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch
         size: Side of the pictures.
         device: Where they go.
 
+    Raises:
+        ValueError: More targets are asked for than there are views between the contexts.
+
     Source: after the bound-aware split of the release, ours in its numbers.
     """
     rooms = Rooms.draw([GRADED + seed for seed in seeds], device=device)

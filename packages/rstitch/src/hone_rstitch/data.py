@@ -81,6 +81,9 @@ def products(count: int, *, seed: int = 0) -> list[Problem]:
     Args:
         count: How many, at most 8000.
         seed: Of the draw.
+
+    Raises:
+        ValueError: There are fewer.
     """
     held = [(a, b) for a in range(100, 1000) for b in range(10, 100) if is_held_out(a, b)]
     if not 1 <= count <= len(held):

@@ -462,7 +462,11 @@ class _Loop:
         self.began = time.perf_counter()
 
     def run(self, cache: Any) -> None:
-        """Write all rows: together where the models' caches allow holes, else one after the other."""
+        """Write all rows: together where the models' caches allow holes, else one after the other.
+
+        Raises:
+            ValueError: The cache is of a kind that holds no gaps, or holds tokens of one row where there are several.
+        """
         caches = [DynamicCache(config=self.models[SMALL].config.get_text_config()), cache]
         if cache is None:
             caches[LARGE] = DynamicCache(config=self.models[LARGE].config.get_text_config())

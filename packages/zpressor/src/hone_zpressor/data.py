@@ -51,6 +51,9 @@ def graded_rooms(
         size: Side of the pictures.
         device: Where they go.
 
+    Raises:
+        ValueError: A path has fewer frames than are asked for.
+
     Source: generate_evaluation_index.py of the release, with n = 50.
     """
     rooms = Rooms.draw([GRADED + seed for seed in seeds], device=device)

@@ -44,7 +44,11 @@ class TinyHost:
 
 
 def arm_config(cfg: HostConfig, arm: str) -> ZPressorConfig | None:
-    """Settings of an arm's compressor."""
+    """Settings of an arm's compressor.
+
+    Raises:
+        ValueError: There is no such arm.
+    """
     if arm not in ARMS:
         raise ValueError(f"no arm {arm!r}; the arms are {', '.join(ARMS)}")
     return {"host": None, "zpressor": cfg.zpressor, "anchors": replace(cfg.zpressor, fuse=False)}[arm]

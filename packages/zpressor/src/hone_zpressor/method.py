@@ -235,7 +235,11 @@ class ViewStream:
         self.fused = torch.stack([self._fuse(anchor) for anchor in range(len(centres))])
 
     def add(self, features: Float[Tensor, "channels height width"], centre: Float[Tensor, " 3"]) -> int:
-        """Fold a view in; returns the number of the anchor that took it."""
+        """Fold a view in; returns the number of the anchor that took it.
+
+        Raises:
+            ValueError: The features are of another shape than the anchors'.
+        """
         if features.shape != (self.fused.shape[-1], *self.size):
             raise ValueError(f"expected features {[self.fused.shape[-1], *self.size]}; got {list(features.shape)}")
         own = torch.arange(len(self.centres), device=centre.device)[None]

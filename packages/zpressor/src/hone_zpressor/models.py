@@ -99,7 +99,11 @@ class ViewCompressor(ZPressor):
         )
 
     def choose(self, views: Views) -> Tensor:
-        """Numbers of the anchors, ``[B, N]``, farthest or at random."""
+        """Numbers of the anchors, ``[B, N]``, farthest or at random.
+
+        Raises:
+            ValueError: A scene has fewer views than anchors, of which any are drawn.
+        """
         centres, present = views.cam_to_world[..., :3, 3], views.present
         count = min(self.config.anchors, centres.shape[1])
         if self.config.selection == "distance":

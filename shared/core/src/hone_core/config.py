@@ -147,7 +147,11 @@ def _encode_fields(value: Any, prefix: str) -> dict[str, Any]:
 
 
 def encode(value: Any, where: str) -> Any:
-    """The JSON form of a field's value; see ``to_dict``."""
+    """The JSON form of a field's value; see ``to_dict``.
+
+    Raises:
+        TypeError: It has none.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _encode_fields(value, f"{where}.")
     if isinstance(value, enum.Enum):

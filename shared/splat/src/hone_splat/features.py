@@ -77,7 +77,11 @@ class FeatureNet(nn.Module):
 
 
 def window_position(x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n channels height width"]:
-    """Add a sine position that starts anew in each of the 2 x 2 windows."""
+    """Add a sine position that starts anew in each of the 2 x 2 windows.
+
+    Raises:
+        ValueError: A side is odd.
+    """
     channels, height, width = x.shape[1:]
     if height % 2 or width % 2:
         raise ValueError(f"feature maps must have even sides, for 2 x 2 windows; got {height} x {width}")

@@ -33,6 +33,9 @@ def sh_basis(directions: Float[Tensor, "*batch 3"], degree: int) -> Float[Tensor
     Args:
         directions: Of unit length.
         degree: At most 3.
+
+    Raises:
+        ValueError: The degree is above 3.
     """
     if not 0 <= degree <= MAX_DEGREE:
         raise ValueError(f"degree must be in 0..{MAX_DEGREE}; got {degree}")

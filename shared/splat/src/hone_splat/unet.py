@@ -145,6 +145,9 @@ class UNet(nn.Module):
         Args:
             x: ``[B * V, C, H, W]``, the views of a scene side by side.
             views: V.
+
+        Raises:
+            ValueError: A side is no multiple of what the levels divide it by.
         """
         if any(side % self.factor for side in x.shape[-2:]):
             raise ValueError(f"sides must be multiples of {self.factor}; got {list(x.shape[-2:])}")

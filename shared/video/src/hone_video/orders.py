@@ -144,6 +144,9 @@ def tile_order(frames: int, height: int, width: int, tile: tuple[int, int, int])
 
     Returns:
         As for ``gilbert_order``.
+
+    Raises:
+        ValueError: ``tile`` is not three positive counts.
     """
     if len(tile) != 3 or min(tile) < 1:
         raise ValueError(f"tile must be three positive token counts (frames, height, width); got {tile}")

@@ -47,7 +47,11 @@ class Ulysses:
         return cls(mesh.get_group(), mesh.get_local_rank(), context.ulysses_degree, context.ulysses_anything)
 
     def gather(self, x: Tensor) -> Tensor:
-        """``[B, share of S, H, D]`` to ``[B, S, share of H, D]``."""
+        """``[B, share of S, H, D]`` to ``[B, S, share of H, D]``.
+
+        Raises:
+            ValueError: The processes do not divide the heads.
+        """
         if self.uneven:
             return all_to_all_single_any_qkv_async(x, self.group)()
         if x.shape[2] % self.size:

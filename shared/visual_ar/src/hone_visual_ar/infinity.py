@@ -266,7 +266,11 @@ class Infinity(NextScaleTransformer):
         return rope_table(schedule, self.width // self.heads, self.pos_start.device)
 
     def check_schedule(self, schedule: ScaleSchedule) -> None:
-        """See the base class."""
+        """See the base class.
+
+        Raises:
+            ValueError: It has too many scales, or a first one of more than a token.
+        """
         if len(schedule) > MAX_LEVELS:
             raise ValueError(f"Infinity has embeddings of {MAX_LEVELS} scales; got {len(schedule)}")
         if schedule.tokens(0) != 1:

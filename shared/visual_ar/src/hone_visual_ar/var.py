@@ -154,7 +154,11 @@ class VAR(NextScaleTransformer):
         return {"lvl_1L": (1, total), "attn_bias_for_masking": (1, 1, total, total)}
 
     def check_schedule(self, schedule: ScaleSchedule) -> None:
-        """See the base class."""
+        """See the base class.
+
+        Raises:
+            ValueError: It is another than that of the weights.
+        """
         if schedule.grids != self.schedule.grids:
             sides = ", ".join(str(height) for height, _ in self.schedule.grids)
             raise ValueError(f"this VAR has learned positions of the scales {sides}; got {list(schedule.grids)}")
