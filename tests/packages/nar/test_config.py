@@ -28,7 +28,7 @@ from hone_nar.config import (
         (ExtractConfig, {"images": "x", "vae": "y", "crops": "two"}, "crops must be ten or center"),
         (TrainConfig, {"data": "x", "loss": "both"}, "loss must be one of mixture, separate, flashar"),
         (TrainConfig, {"data": "x", "schedule": "line"}, "schedule must be one of steps, cosine"),
-        (TrainConfig, {"data": "x", "decay": "all"}, "decay must be one of matrices, linear"),
+        (TrainConfig, {"data": "x", "decayed": "all"}, "decayed must be one of matrices, linear"),
         (TrainConfig, {"data": "x", "first_stage": 1.0}, "first_stage and least are shares"),
         (EvalConfig, {"text_encoder": "x"}, "--text-encoder belongs to --model"),
         (EvalConfig, {"protocol": "coco"}, "protocol must be host, imagenet, ucf or geneval"),

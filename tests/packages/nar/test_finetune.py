@@ -178,7 +178,7 @@ def clips(tmp_path_factory):
 
 
 def test_a_model_of_clips_is_trained_and_measured(cfg, clips, start, tmp_path, monkeypatch):
-    cfg = replace(cfg, data=clips, grid=(2, 2, 3), schedule="cosine", decay="linear", loop=replace(LOOP, steps=2))
+    cfg = replace(cfg, data=clips, grid=(2, 2, 3), schedule="cosine", decayed="linear", loop=replace(LOOP, steps=2))
     made = []
     monkeypatch.setattr("hone_nar.finetune.Group", lambda **options: made.append(Group(**options)) or made[0])
     report = run_train(start, cfg, tmp_path / "run")

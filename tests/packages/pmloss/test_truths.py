@@ -173,7 +173,7 @@ def test_one_truth_is_asked_for():
         ({"truth": "a", "cloud": "b"}, "by one of truth, colmap"),
         ({"colmap": "a"}, "--depths or --teacher, one"),
         ({"truth": "a", "teacher": "b"}, "--depths or --teacher, one"),
-        ({"colmap": "a", "depths": "b", "teacher": "c"}, "depths or a teacher"),
+        ({"colmap": "a", "depths": "b", "teacher": "c"}, "--depths or --teacher, one"),
         ({"truth": "a", "thin": 0.2}, "belong to a scanned cloud"),
         ({"cloud": "a", "most": 0.0}, "most must be positive"),
     ):

@@ -159,7 +159,7 @@ class TrainConfig:
     """What the rate falls by."""
     least: float = 0.0
     """Share of the rate that a cosine ends at."""
-    decay: Literal["matrices", "linear"] = "matrices"
+    decayed: Literal["matrices", "linear"] = "matrices"
     """What weight decay is of: matrices and tables, as of images; or linear layers alone, as of clips."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward; weights are float32."""
@@ -171,7 +171,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, words in (
             ("loss", ("mixture", "separate", "flashar")), ("schedule", ("steps", "cosine")),
-            ("decay", ("matrices", "linear")),
+            ("decayed", ("matrices", "linear")),
         ):  # fmt: skip
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}; got {getattr(self, name)!r}")

@@ -11,7 +11,6 @@ Differs: EMA is on unless told; ``warm_start`` is ours. In FlashAR's first stage
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,9 +252,7 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
             trained = kind(**config)
         trained.load_state_dict(weights | {name: value.cpu() for name, value in kept.items()}, assign=True)
         trained.save_pretrained(run.artifacts / MODEL)
-        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        losses = [line["loss"] for line in lines][-max(1, len(lines) // 10) :]
-        run.row("loss", sum(losses) / len(losses), unit="nats", better="lower", n=len(losses), variant=cfg.loss)
+        run.row_of_end("loss", unit="nats", variant=cfg.loss)
         run.row("steps", loop.step, better="none")
     return TrainedReport.of(run)
 
@@ -263,7 +260,7 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
 def _spared(cfg: TrainConfig, model: nn.Module) -> set[str]:
     """Names of parameters without weight decay: vectors, and where linear layers alone decay, all but those."""
     vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
-    if cfg.decay == "matrices":
+    if cfg.decayed == "matrices":
         return vectors
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return vectors | {name for name, _ in model.named_parameters() if name not in linear}
