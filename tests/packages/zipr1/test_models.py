@@ -322,12 +322,79 @@ def test_prompt_lookup_writes_what_plain_decoding_does():
     assert torch.equal(plain, looked)
 
 
+def test_an_assistant_writes_what_plain_decoding_does():
+    model, inputs = get("qwen2_5_vl")
+    assistant = tiny("qwen2_5_vl", layers=LAYERS)[0].double()
+    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": list(visual_ids(model.config))}
+    for cache in ("evict", "retrieve"):
+        with sparse(model, 0.3, rows="all", cache=cache):
+            plain = model.generate(**inputs, **settings)
+            assert torch.equal(plain, model.generate(**inputs, **settings, assistant_model=assistant))
+
+
+@pytest.mark.parametrize("cache_kind", ["evict", "retrieve"])
+def test_guesses_behind_padded_prompts_are_taken_back(cache_kind):
+    model, inputs = get("llava_onevision", TWO)
+    keyword, real = cache_keyword(model), inputs["attention_mask"]
+    guesses = torch.tensor([[40, 50], [61, 51]])
+    longer = inputs | {
+        "input_ids": torch.cat([inputs["input_ids"], guesses], 1),
+        "attention_mask": torch.cat([real, torch.ones_like(guesses)], 1),
+    }
+    found = []
+    for guessed in (False, True):
+        cache = DynamicCache()
+        with sparse(model, 0.4, rows="all", protect="none", cache=cache_kind) as handle:
+            if guessed:
+                model(**longer, logits_to_keep=3, use_cache=True, **{keyword: cache})
+                cache.crop(-2)
+            else:
+                model(**inputs, use_cache=True, **{keyword: cache})
+            counts = handle.stats.keep[0].sum(-1)
+            said = []
+            for step in range(2):
+                mask = torch.cat([real, real.new_ones(2, step + 1)], 1)
+                token = torch.tensor([[7 + step], [9 + step]])
+                call = {"position_ids": (mask.cumsum(-1) - 1)[:, -1:], "attention_mask": mask, "use_cache": True}
+                said.append(model(input_ids=token, **call, **{keyword: cache}).logits)
+            found.append(torch.stack(said))
+    assert counts[0] != counts[1]
+    assert_close(found[1], found[0], atol=1e-9, rtol=0)
+
+
+def test_a_peft_model_is_taken_as_what_is_inside():
+    from peft import LoraConfig, get_peft_model
+
+    model, inputs = get("qwen2_5_vl")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(model), lora).double()
+    found = []
+    for one in (wrapped, wrapped.get_base_model()):
+        with sparse(one, 0.4, rows="all") as handle:
+            found.append(written(wrapped, inputs)[1])
+            assert handle.stats.ratio < 1
+    assert torch.equal(*found)
+
+
+def test_a_layer_that_stands_for_another_is_named():
+    # What torch.compile makes of layers that differ in their number alone.
+    model, inputs = get("qwen2_vl")
+    layers = find_decoder(model).layers
+    with sparse(model, 0.4, rows="all"):
+        own, layers[1].self_attn.layer_idx = layers[1].self_attn.layer_idx, 0
+        try:
+            with pytest.raises(RuntimeError, match="layer 0 came twice in one forward"):
+                model(**inputs)
+        finally:
+            layers[1].self_attn.layer_idx = own
+
+
 def test_cache_layer_counts_what_was_seen_and_takes_back_only_what_is_whole():
     layer = SparseLayer()
     states = torch.arange(6.0).view(1, 1, 6, 1).expand(2, 1, 6, 1)
     layer.update(states, states)
     keep = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 1]]).bool()
-    layer.evict(Kept.of(keep))
+    layer.evict(Kept.of(keep), 6)
     assert layer.get_seq_length() == 6
     assert layer.get_mask_sizes(2) == (8, 0)
     assert layer.keys[0, 0, :, 0].tolist() == [0, 2, 5]
@@ -528,6 +595,8 @@ def test_bad_inputs_are_named():
         static = StaticCache(config=text, max_cache_len=300)
         with pytest.raises(ValueError, match=r"needs a DynamicCache.*StaticLayer"):
             model(**inputs, use_cache=True, **{cache_keyword(model): static})
+        with pytest.raises(ValueError, match="Leave cache_implementation out"):
+            model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
         offloaded = DynamicCache(config=text, offloading=True) if torch.cuda.is_available() else None
         if offloaded is not None:
             with pytest.raises(ValueError, match="not offloaded"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["Chosen", "Kept", "SparseLayer", "sparse_layers"]
+__all__ = ["Chosen", "Kept", "SparseLayer", "check_cache", "sparse_layers"]
 
 
 class Chosen(NamedTuple):
@@ -111,26 +111,28 @@ class SparseLayer(DynamicLayer):
         self.seen += new
         return keys, values
 
-    def evict(self, kept: Kept) -> None:
+    def evict(self, kept: Kept, prompt: int) -> None:
         """Drop what is not kept, for good.
 
         Args:
             kept: Of all that was seen; nothing was evicted before.
+            prompt: Tokens that were chosen from, the first of those seen; the others, guesses or an answer, are kept.
         """
         self.keys, self.values = kept.take(self.keys, self.values)
         self.positions, self.valid, self.whole = kept.places, kept.valid, kept.valid is None
         if kept.valid is None:
             self.valid = torch.ones_like(kept.places, dtype=torch.bool)
-        self.prompt = self.seen
+        self.prompt = prompt
 
-    def read(self, keep: Tensor) -> None:
+    def read(self, keep: Tensor, prompt: int) -> None:
         """Store everything and read what is kept, until the next call.
 
         Args:
             keep: ``[batch, seen]``.
+            prompt: As for ``evict``.
         """
         self.positions = torch.arange(self.seen, device=keep.device).expand(len(keep), -1)
-        self.valid, self.whole, self.prompt = keep, False, self.seen
+        self.valid, self.whole, self.prompt = keep, False, prompt
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -153,7 +155,10 @@ class SparseLayer(DynamicLayer):
         stop = self.keys.shape[-2] - (self.seen - left)
         self.keys, self.values = self.keys[..., :stop, :], self.values[..., :stop, :]
         if self.positions is not None and self.valid is not None:
-            self.positions, self.valid = self.positions[:, :stop], self.valid[:, :stop]
+            # Where a sample kept fewer than another, its last tokens are not in the last columns.
+            gone = self.positions >= left
+            self.positions = self.positions.masked_fill(gone, -1)[:, :stop]
+            self.valid = (self.valid & ~gone)[:, :stop]
         self.seen = left
         if self.protected is not None:
             self.protected = self.protected[:, :left]
@@ -198,6 +203,16 @@ def sparse_layers(cache: Any, num_layers: int, *, captured: bool = False) -> Non
     """Give an empty cache layers that can drop tokens.
 
     Raises:
+        ValueError: See ``check_cache``.
+    """
+    check_cache(cache)
+    cache.layers[:] = [SparseLayer(captured) for _ in range(num_layers)]
+
+
+def check_cache(cache: Any) -> None:
+    """Look whether a cache can drop tokens.
+
+    Raises:
         ValueError: It is of another kind: static, quantised, offloaded or with sliding windows.
     """
     layers = getattr(cache, "layers", None)
@@ -208,4 +223,3 @@ def sparse_layers(cache: Any, num_layers: int, *, captured: bool = False) -> Non
             f"token selection keeps a cache of its own length per layer and sample, so it needs a DynamicCache that is "
             f"not offloaded; got {type(cache).__name__} ({kinds}). Leave cache_implementation out"
         )
-    cache.layers[:] = [SparseLayer(captured) for _ in range(num_layers)]

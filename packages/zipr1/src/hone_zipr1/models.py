@@ -27,7 +27,7 @@ from hone_lm.layouts import RULES
 from torch import Tensor, nn
 
 from . import method
-from .cache import Chosen, Kept, SparseLayer, sparse_layers
+from .cache import Chosen, Kept, SparseLayer, check_cache, sparse_layers
 from .captured import ROOM, FixedLayer, Step
 from .config import PRESETS, SparseConfig
 from .visionzip import Zipped, check_tower, look, zipped
@@ -176,6 +176,8 @@ class SparseHandle(Handle[SparseConfig]):
     """
 
     def __init__(self, model: nn.Module, config: SparseConfig) -> None:
+        # Of a PeftModel, generate and forward run what is inside.
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         super().__init__(config, [model])
         self.decoder: Decoder = find_decoder(model)
         self._visual = visual_ids(model.config)
@@ -279,6 +281,8 @@ class SparseHandle(Handle[SparseConfig]):
             raise ValueError("output_attentions is not available while tokens are selected; look at handle.stats")
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            if (given := cache_of(inputs)) is not None:
+                check_cache(given)  # masks of pairs are those that generate makes for a static one
             raise ValueError(
                 "attention_mask must be [batch, tokens] while tokens are selected; leave masks of pairs out"
             )
@@ -500,6 +504,11 @@ class SparseHandle(Handle[SparseConfig]):
         if running is None:
             return base(module, query, key, value, attention_mask, **kwargs)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if layer in running.seen:
+            raise RuntimeError(
+                f"the attention of layer {layer} came twice in one forward, as where torch.compile takes one layer for "
+                "another: leave it out while this is attached"
+            )
         running.seen.add(layer)
         stored = None if running.cache is None else running.cache.layers[layer]
         if running.stats is None:
@@ -531,10 +540,10 @@ class SparseHandle(Handle[SparseConfig]):
         masked, evicted = self.config.compute == "mask", stored is not None and self.config.cache == "evict"
         kept, taken = Kept.of(chosen) if evicted or not masked else None, None
         if stored is not None and kept is not None and evicted:
-            stored.evict(kept)
+            stored.evict(kept, running.prompt)
             taken = stored.keys, stored.values
         elif stored is not None:
-            stored.read(keep)
+            stored.read(keep, running.prompt)
         out = selected_attention(
             query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
             masked=masked, packed=self.config.compute == "varlen", kept=kept, taken=taken,
@@ -808,7 +817,7 @@ def _continued(
 
 def _anew(stored: SparseLayer, keep: Tensor, query: Tensor, key: Tensor, value: Tensor, kwargs: Any) -> Tensor:
     """Attention of a later turn to what was chosen among all that is stored; its dropped tokens' output is zero."""
-    stored.read(keep)
+    stored.read(keep, keep.shape[1])
     new, tokens = query.shape[2], key.shape[2]
     at = torch.arange(tokens, device=query.device)
     own = at[-new:, None] == at
