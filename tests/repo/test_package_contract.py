@@ -55,8 +55,13 @@ ATTACHABLE = {
     "hone-zpressor": "host",
 }
 """Attribute of a package's ``Host`` that ``attach`` takes."""
-PARTNERS = {"hone-pmloss": ("teacher",), "hone-rstitch": ("small",)}
-"""Attributes of it that ``attach`` takes by name."""
+PARTNERS = {
+    "hone-pmloss": lambda host: {
+        "teacher": load("hone_pmloss.teachers:OracleTeacher")(load("hone_splat.rooms:Rooms").draw([0]))
+    },
+    "hone-rstitch": lambda host: {"small": host.small},
+}
+"""What ``attach`` takes by name beside the model."""
 
 
 NO_VERB_YET = {}
@@ -177,7 +182,7 @@ def test_attach_returns_a_handle_that_gives_the_model_back(package):
 
     host = load(f"{package.module}.host:load_host")()
     model = getattr(host, ATTACHABLE[package.name])
-    partners = {name: getattr(host, name) for name in PARTNERS.get(package.name, ())}
+    partners = PARTNERS[package.name](host) if package.name in PARTNERS else {}
     attach = load(f"{package.module}:attach")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with attach(model, "tiny", **partners) as handle:
