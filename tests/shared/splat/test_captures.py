@@ -2,6 +2,7 @@ import importlib.util
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hone_splat.cameras import intrinsics_px, pixel_centres, rays
@@ -224,11 +225,41 @@ def test_bad_transforms_are_named(tmp_path):
         "a distorted camera": lambda data: data.update(k1=0.01),
         "at least two are needed; the capture has 1": lambda data: data.update(frames=data["frames"][:1]),
         "expected frames, each with": lambda data: data["frames"][0].pop("file_path"),
+        r"json: expected frames, each with": lambda data: data["frames"].append(None),
+        "expected frames, each with file_path": lambda data: data["frames"][0].update(file_path=3),
+        r"transform_matrix of images/000\.png must be 4 x 4": lambda data: data["frames"][0].update(
+            transform_matrix=[[1, 2], [3]]
+        ),
+        r"transform_matrix of images/001\.png must": lambda data: data["frames"][1].update(transform_matrix="x"),
+        "expected a number as w, and positive": lambda data: data.update(w=0),
+        r"000\.png: expected a number as fl_x, .*; got 'abc'": lambda data: data.update(fl_x="abc"),
     }
     for number, (message, change) in enumerate(cases.items()):
         path = capturefiles.write_transforms(tmp_path / str(number), change=change)
         with pytest.raises(ValueError, match=message):
             read_transforms(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
-        read_transforms(path)
+    for broken in (b"{", b"\xff\xfe\x00"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"transforms\.json is no JSON"):
+            read_transforms(path)
+
+
+@pytest.mark.parametrize("name", ["cameras", "images", "points3D"])
+def test_a_number_that_is_none_is_named_with_its_file(name, tmp_path):
+    folder = capturefiles.write_colmap(tmp_path, binary=False)
+    path = folder / f"sparse/0/{name}.txt"
+    lines = path.read_text().splitlines()
+    words = lines[1].split()
+    words[3] = "abc"
+    path.write_text("\n".join([lines[0], " ".join(words), *lines[2:]]))
+    with pytest.raises(ValueError, match=rf"{name}\.txt cannot be read: .*'abc'"):
+        read_colmap(folder)
+
+
+def test_pictures_of_sixteen_bits_are_refused(tmp_path):
+    folder = capturefiles.write_colmap(tmp_path, binary=True)
+    path = folder / "images" / "002.png"
+    Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(path)
+    capture = read_colmap(folder)
+    with pytest.raises(ValueError, match=r"002\.png has more than 8 bits"):
+        load_views(capture, (32, 32), fit_range(capture, 1.0, 100.0))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -136,10 +136,10 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
         near = [folder / "images", place / "images", place.parent / "images", place.parent.parent / "images"]
         images = next((one for one in near if one.is_dir()), folder / "images")
     binary = suffix == ".bin"
-    cameras = (_cameras_bin if binary else _cameras_txt)(place / f"cameras{suffix}")
-    poses = sorted((_images_bin if binary else _images_txt)(place / f"images{suffix}"), key=lambda entry: entry[0])
+    cameras = _read(_cameras_bin if binary else _cameras_txt, place / f"cameras{suffix}")
+    poses = sorted(_read(_images_bin if binary else _images_txt, place / f"images{suffix}"), key=lambda entry: entry[0])
     path = place / f"points3D{suffix}"
-    points = (_points_bin if binary else _points_txt)(path) if path.is_file() else None
+    points = _read(_points_bin if binary else _points_txt, path) if path.is_file() else None
     names, quats, shifts, keys = zip(*poses, strict=True) if poses else ((), (), (), ())
     unknown = [name for name, key in zip(names, keys, strict=True) if key not in cameras]
     if unknown:
@@ -207,6 +207,7 @@ class _Bytes:
         return name
 
 
+T = TypeVar("T")
 Camera = tuple[str, int, int, tuple[float, ...]]
 Pose = tuple[str, tuple[float, ...], tuple[float, ...], int]
 
@@ -239,6 +240,16 @@ def _points_bin(path: Path) -> Tensor:
         file.skip(8 * track)
         points.append((x, y, z))
     return torch.tensor(points, dtype=torch.float64).view(-1, 3)
+
+
+def _read(reader: Callable[[Path], T], path: Path) -> T:
+    """What a reader finds; of a number that is none it names the file."""
+    try:
+        return reader(path)
+    except (ValueError, IndexError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read: {error}. Copy it again.") from error
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -294,23 +305,33 @@ def read_transforms(path: str | Path) -> Capture:
         raise FileNotFoundError(f"there is no {path}")
     try:
         data = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path} is no JSON: {error}") from error
     frames = data.get("frames") if isinstance(data, dict) else None
-    if not isinstance(frames, list) or any("file_path" not in f or "transform_matrix" not in f for f in frames):
+    if not isinstance(frames, list) or not all(
+        isinstance(f, dict) and isinstance(f.get("file_path"), str) for f in frames
+    ):
         raise ValueError(f"{path}: expected frames, each with file_path and transform_matrix")
     frames = sorted(frames, key=lambda frame: frame["file_path"])
     names = [_picture(path.parent, frame["file_path"]) for frame in frames]
     inner = [
         _frame_intrinsics({**data, **frame}, path.parent / name) for frame, name in zip(frames, names, strict=True)
     ]
-    matrices = [frame["transform_matrix"] for frame in frames]
-    if any(np.shape(matrix) != (4, 4) for matrix in matrices):
-        raise ValueError(f"{path}: each transform_matrix must be 4 x 4")
-    poses = opengl_to_opencv(torch.tensor(matrices, dtype=torch.float64).view(-1, 4, 4))
+    matrices = [_matrix_of(frame, path) for frame in frames]
+    poses = opengl_to_opencv(torch.tensor(np.array(matrices)).view(-1, 4, 4))
     named = data.get("ply_file_path")
-    points = read_points(path.parent / named) if named and (path.parent / named).is_file() else None
+    points = _read(read_points, path.parent / named) if named and (path.parent / named).is_file() else None
     return _capture(names, path.parent, poses, inner, points)
+
+
+def _matrix_of(frame: dict[str, Any], path: Path) -> np.ndarray[Any, Any]:
+    try:
+        matrix = np.array(frame.get("transform_matrix"), dtype=np.float64)
+    except (TypeError, ValueError):
+        matrix = np.empty(0)
+    if matrix.shape != (4, 4):
+        raise ValueError(f"{path}: the transform_matrix of {frame['file_path']} must be 4 x 4 numbers")
+    return matrix
 
 
 def _picture(folder: Path, name: str) -> str:
@@ -323,6 +344,12 @@ def _frame_intrinsics(entry: dict[str, Any], image: Path) -> tuple[Tensor, tuple
     model = entry.get("camera_model", "OPENCV")
     if bent or model not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE"):
         raise ValueError(f"{image.name}: a distorted camera, {model} with {bent}. {UNDISTORT}")
+    for key in ("w", "h", "fl_x", "fl_y", "camera_angle_x", "cx", "cy"):
+        value = entry.get(key, 1)
+        if not isinstance(value, int | float) or (value <= 0 and key not in ("cx", "cy")):
+            raise ValueError(
+                f"{image.name}: expected a number as {key}, and positive sizes and focal lengths; got {value!r}"
+            )
     if "w" in entry and "h" in entry:
         width, height = int(entry["w"]), int(entry["h"])
     else:
@@ -440,12 +467,16 @@ def load_views(capture: Capture, size: tuple[int, int], scene: SceneRange) -> Vi
         One scene, float32, in the host's units. The principal point is recomputed for the cut.
 
     Raises:
-        ValueError: A picture is damaged.
+        ValueError: A picture is damaged, or has more than 8 bits a value.
     """
     pictures, matrices = [], []
     for path, inner in zip(capture.images, capture.intrinsics_norm, strict=True):
         try:
             with Image.open(path) as image:
+                if image.mode[:1] in ("I", "F"):
+                    raise ValueError(
+                        f"the picture {path} has more than 8 bits a value, which would be cut off; save it with 8"
+                    )
                 picture, cut = fit_picture(image.convert("RGB"), inner, size)
         except OSError as error:
             raise ValueError(f"the picture {path} cannot be read, copy it again: {error}") from error
