@@ -11,7 +11,7 @@ from hone_core.testing import requires_gpu
 from hone_kernels import launch as module
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
-from hone_kernels.launch import Kept, eager, geometry, launch
+from hone_kernels.launch import Kept, eager, geometry, launch, number
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -130,6 +130,17 @@ def test_what_is_kept_is_bounded():
     for i in range(5):
         kept.keep(i, i)
     assert list(kept) == [2, 3, 4]
+
+
+def test_a_number_stands_for_one_key(monkeypatch):
+    monkeypatch.setattr(module, "_numbers", Kept(2))
+    one, two = number((1, "x")), number((2, "x"))
+    assert one
+    assert two
+    assert one != two
+    assert (number((1, "x")), number((2, "x"))) == (one, two)
+    number((3, "x"))
+    assert number((1, "x")) not in (one, two)  # forgotten, so that no other key may have had it since
 
 
 def test_nothing_is_kept_where_that_is_refused(on_a_gpu, monkeypatch):

@@ -11,6 +11,7 @@ Nothing that is kept holds a tensor, and the number of launches kept is bounded.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hone_kernels.backends import HAS_TRITON, INTERPRETED
 
-__all__ = ["KEEP", "Kept", "dependent", "eager", "geometry", "launch", "launches_overlap", "on_device_of"]
+__all__ = ["KEEP", "Kept", "dependent", "eager", "geometry", "launch", "launches_overlap", "number", "on_device_of"]
 
 KEEP = os.environ.get("HONE_KEEP_LAUNCHES", "1") == "1"
 """If not, every call goes by torch's dispatcher and Triton's own way."""
@@ -63,6 +64,18 @@ def geometry(*tensors: Tensor | None) -> tuple[Any, ...] | None:
             address |= x.data_ptr()
             facts += (x.shape, x.stride(), x.dtype, x.device)
     return None if address % _ALIGNED else tuple(facts)
+
+
+_numbers, _unused = Kept(), itertools.count(1)
+
+
+def number(key: Hashable) -> int:
+    """A number for a key that is looked up more than once: a tuple is hashed and compared anew each time."""
+    known = _numbers.get(key)
+    if known is None:
+        known = next(_unused)
+        _numbers.keep(key, known)
+    return known
 
 
 def eager(*tensors: Tensor | None) -> bool:

@@ -94,6 +94,7 @@ def test_graphs_of_every_variant_are_timed_and_rows_stored_as_they_come(tmp_path
     scales = {(row.variant, row.split) for row in run.rows if row.metric == "scale_time"}
     assert {sum(name == variant for name, _ in scales) for variant in variants[:4]} == {5, 4, 3}
     assert [row.variant for row in run.rows if row.metric == "outside_blocks"] == variants[:4]
+    assert [row.value for row in run.rows if row.metric == "peak_memory"] == [2**-10] * 4
 
 
 def test_what_a_cpu_cannot_time_is_refused(tmp_path):

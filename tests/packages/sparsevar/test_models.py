@@ -5,8 +5,8 @@ import torch
 from hone_core.testing import assert_close
 from hone_sparsevar import SparsePolicy, SparseVARConfig, attach, tiny
 from hone_sparsevar.config import VARIANTS
-from hone_sparsevar.method import anchor_of, resize_map
-from hone_sparsevar.models import variant_of
+from hone_sparsevar.method import anchor_of, kept_count, resize_map
+from hone_sparsevar.models import fit, variant_of
 from hone_visual_ar import VAR, VQVAE, Policy, Sampling, generate
 from hone_visual_ar.transformer import scale_mask
 
@@ -174,6 +174,54 @@ def test_the_map_is_the_conditional_rows_change_at_the_scale_before(model):
     assert_close(inverse.state.scores[4], -sparse.state.scores[4])
 
 
+def test_what_ran_of_a_sparse_scale_is_measured_again_and_the_rest_stays(model, monkeypatch):
+    """Scores of a scale: the map before it, with what ran there in its place, brought up."""
+    first, again = torch.rand(2, 6), iter((7.0, 8.0, 9.0))
+    monkeypatch.setattr(
+        "hone_sparsevar.models.change_map",
+        lambda before, *_: first if before.shape[1] == 6 else torch.full(before.shape[:2], next(again)),
+    )
+    state, grids = draw(model, SparsePolicy(SPARSE)).state, model[3].grids
+    want = resize_map(first.view(2, 3, 2), grids[2])
+    for scale, measured in ((2, 7.0), (3, 8.0)):
+        assert torch.equal(state.scores[scale], want)
+        ran = want.flatten(1).scatter(1, state.kept[scale], measured).view(want.shape)
+        want = resize_map(ran, grids[scale + 1])
+    assert torch.equal(state.scores[4], want)
+
+
+def test_prev_keeps_the_features_of_the_scale_before_where_nothing_ran(model):
+    """By area: a position takes the mean of the cells that it covers."""
+    transformer, seen = model[0], []
+    policy = SparsePolicy(replace(SPARSE, start_scale=-1, fill="prev"))
+    logits = transformer.logits
+    transformer.logits = lambda hidden, condition: seen.append(hidden) or logits(hidden, condition)
+    try:
+        run = draw(model, policy)
+    finally:
+        del transformer.logits
+    (old_h, old_w), (height, width) = model[3].grids[3:]
+    old = seen[3].view(4, old_h, old_w, -1)
+    for row in range(4):
+        kept = set(run.state.kept[4][row % 2].tolist())
+        for y in range(height):
+            for x in range(width):
+                tall = slice(y * old_h // height, -(-(y + 1) * old_h // height))
+                wide = slice(x * old_w // width, -(-(x + 1) * old_w // width))
+                mean = old[row, tall, wide].mean((0, 1))
+                assert torch.allclose(seen[4][row, y * width + x], mean, atol=1e-5) != (y * width + x in kept)
+
+
+def test_the_middle_block_is_the_detector_unless_said(model):
+    assert fit(SparseVARConfig(start_scale=-2), 32, model[3]) == (3, 16)
+
+
+def test_variants_without_anchors_keep_as_many(model):
+    settings = replace(SPARSE, window=3)
+    other = variant_of("no-anchors", settings).config
+    assert kept_count((9, 9), other.window, other.ratio) == kept_count((9, 9), 3, 0.6) == 38
+
+
 def test_controls_score_what_they_say(model):
     seen = {}
 
@@ -307,6 +355,9 @@ def test_attach_switches_what_generate_does_and_detaches(model):
             attach(transformer, SPARSE)
     assert transformer.policy is None
     assert torch.equal(draw(model, None).latent, dense)
+    with attach(transformer, SPARSE) as other:
+        handle.detach()
+        assert other.attached
 
 
 def test_what_does_not_fit_is_named(model):

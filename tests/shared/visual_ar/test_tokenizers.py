@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,20 @@ def test_gradients_pass_straight_through_the_bits():
     _, latent = tokenizer.encode(image, SCHEDULE)
     latent.square().sum().backward()
     assert tokenizer.encoder.conv_in.conv.weight.grad.abs().sum() > 0
+
+
+def test_a_scales_gradient_is_of_its_own_rest_alone(fill):
+    """What earlier scales took away counts as given: by hand, with what they took as constants."""
+    tokenizer = fill(BSQVAE(latent_dim=4, channels=32, multipliers=(1, 1)), 0.1)
+    features, weight = torch.randn(2, 4, 6, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 6, 4)
+    indices, _ = tokenizer.to_scales(features, SCHEDULE)
+    (got,) = torch.autograd.grad((tokenizer.to_scales(features, SCHEDULE)[1] * weight).sum(), features)
+    up, total, taken = partial(F.interpolate, size=(6, 4), mode="bilinear", align_corners=False), 0, 0
+    for found, grid in zip(indices, SCHEDULE.grids, strict=True):
+        total = total + up(F.normalize(F.interpolate(features - taken, size=grid, mode="area"), dim=1))
+        taken = taken + up((2.0 * found - 1).double() / 2)
+    (want,) = torch.autograd.grad((total * weight).sum(), features)
+    assert_close(got, want)
 
 
 def test_images_of_another_size_are_refused():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
-from hone_kernels.launch import Kept, eager, geometry, on_device_of
+from hone_kernels.launch import Kept, eager, geometry, number, on_device_of
 
 from .flash import flash_attention
 from .layout import BlockLayout
@@ -197,16 +197,15 @@ def block_sparse_attention(
     tensors = (q, k, v, *(() if pooled is None else (pooled.k, pooled.v, pooled.bias)))
     if eager(*tensors) and isinstance(layout, BlockLayout):
         facts, lists = geometry(*tensors), layout.geometry()
-        key = (facts, lists, scale, backend) if facts and lists else None
-        found = _checked.get(key) if key else None
+        call = (facts, lists, scale, backend) if facts and lists else None
+        found = _checked.get(call) if call else None
         if found is None:
-            found = _check(q, k, v, layout, scale, pooled, backend)
-            if key and found[1] != "reference":
-                _checked.keep(key, found)
+            found = (*_check(q, k, v, layout, scale, pooled, backend), number(call) if call else None)
+            if call and found[1] != "reference":
+                _checked.keep(call, found)
     else:
-        found = _check(q, k, v, layout, scale, pooled, backend)
-        key = None
-    scale, backend = found
+        found = (*_check(q, k, v, layout, scale, pooled, backend), None)
+    scale, backend, key = found
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
     if backend == "reference":
         out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
@@ -232,7 +231,7 @@ def block_sparse_attention(
 
 
 _checked = Kept()
-"""Scale and backend of calls that passed the checks, by all that the checks look at."""
+"""Scale, backend and number of calls that passed the checks, by all that the checks look at."""
 
 
 def _check(

@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hone_kernels.launch import geometry, launch
+from hone_kernels.launch import geometry, launch, number
 
 from .gluon_sm90 import _addressable, _describe, _get, _put, _thread_sums
 from .triton import LOG2E, _bhs, _strides, _tile
@@ -464,7 +464,7 @@ def attention_backward(
     config = config or CONFIGS[dim]
     facts = geometry(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, q_num, q_idx, k_valid, pooled_k, pooled_v,
                      pooled_bias)  # fmt: skip
-    key = facts and (facts, block_q, block_k, scale, config)
+    key = facts and number((facts, block_q, block_k, scale, config))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     padded = -(-tokens_q // 128) * 128
     tall = config.queries

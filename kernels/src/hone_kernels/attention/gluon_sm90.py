@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hone_kernels.launch import geometry, launch
+from hone_kernels.launch import geometry, launch, number
 
 from .triton import LN2, LOG2E, _describable, _descriptor_strides, _strides
 
@@ -690,7 +690,7 @@ def attention_forward(
     batch, heads, tokens_q, dim = q.shape
     if key is None:
         facts = geometry(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias)
-        key = facts and (facts, block_q, block_k, scale, config)
+        key = facts and number((facts, block_q, block_k, scale, config))
     config = config or config_for(dim, block_q)
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hone_kernels.launch import geometry, launch
+from hone_kernels.launch import geometry, launch, number
 
 __all__ = ["Tiles", "attention_backward", "attention_forward", "tiles_for"]
 
@@ -495,7 +495,7 @@ def attention_forward(
     batch, heads, tokens_q, dim = q.shape
     if key is None:
         facts = geometry(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias)
-        key = facts and (facts, block_q, block_k, scale, tiles)
+        key = facts and number((facts, block_q, block_k, scale, tiles))
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
 
@@ -561,7 +561,7 @@ def attention_backward(
     facts = geometry(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, q_num, q_idx, k_valid, pooled_k, pooled_v,
                      pooled_bias)  # fmt: skip
     tiles = tiles or {}
-    key = facts and (facts, block_q, block_k, scale, *tiles.items())
+    key = facts and number((facts, block_q, block_k, scale, *tiles.items()))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     padded = -(-tokens_q // 128) * 128  # whole tiles of any configuration
     log2 = torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device)

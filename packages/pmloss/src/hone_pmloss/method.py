@@ -256,8 +256,8 @@ def _check(
         got = None if confidence is None else list(confidence.shape)
         raise ValueError(f"confidence must be {list(means.shape[:2])}, as the config weights by it; got {got}")
     if (config.align == "pose") != (centres is not None):
-        got = "none" if centres is None else "some"
-        raise ValueError(f'camera centres belong to align="pose", and to it alone; got {got} with {config.align!r}')
+        some = "none" if centres is None else "some"
+        raise ValueError(f'camera centres belong to align="pose", and to it alone; got {some} with {config.align!r}')
     valid = teacher.isfinite().all(-1)
     centres_now = means.detach()
     faults = {

@@ -212,7 +212,7 @@ def _filled(cfg: BenchConfig, model: Any, batch: int, tokens: int, ratio: float 
         keys, values = (torch.randn(shape, generator=generator, device=device, dtype=model.dtype) for _ in range(2))
         cache.update(keys, values, layer)
         if ratio is not None:
-            cache.layers[layer].evict(Kept.of(_unequal(batch, tokens, ratio, generator, device)))
+            cache.layers[layer].evict(Kept.of(_unequal(batch, tokens, ratio, generator, device)), tokens)
     return cache
 
 

@@ -504,7 +504,8 @@ class SparseHandle(Handle[SparseConfig]):
         if running is None:
             return base(module, query, key, value, attention_mask, **kwargs)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        if layer in running.seen:
+        # Once all have come, a backward may compute them again.
+        if layer in running.seen and len(running.seen) < self.decoder.num_layers:
             raise RuntimeError(
                 f"the attention of layer {layer} came twice in one forward, as where torch.compile takes one layer for "
                 "another: leave it out while this is attached"
