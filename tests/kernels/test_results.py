@@ -22,7 +22,16 @@ WORDS = {
 }
 NUMBERS = re.compile(r"\d+").findall
 # Ops and verbs whose rows name no settings: they time what the op chooses by itself.
-WITHOUT = {"attention", "column_mass", "logits", "profile", "ragged_decode", "sanitize"}
+WITHOUT = {
+    "attention",
+    "column_mass",
+    "logits",
+    "plane_sweep",
+    "profile",
+    "ragged_decode",
+    "sanitize",
+    "splat_blend",
+}
 
 
 def module(name):
