@@ -110,6 +110,11 @@ def test_without_points_depth_is_where_the_cameras_look():
     side[:, :3, :3] = torch.eye(3)
     with pytest.raises(ValueError, match=r"look at no common place.*Give near and far"):
         fit_range(Capture(capture.images, side, inner, (8, 8), None), 1.0, 100.0)
+    # One camera of five turns its back: its axis goes through the common place, which lies behind it.
+    back = poses.clone()
+    back[2, :3, [0, 2]] *= -1
+    with pytest.raises(ValueError, match="look at no common place"):
+        fit_range(Capture(capture.images, back, inner, (8, 8), None), 1.0, 100.0)
 
 
 def test_overlap_counts_the_samples_that_others_see():
@@ -157,9 +162,12 @@ def test_bad_colmap_models_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"002.png is missing"):
         read_colmap(gone)
     odd = capturefiles.write_colmap(tmp_path / "odd", binary=True)
-    Image.new("RGB", (40, 40)).save(odd / "images" / "001.png")
-    with pytest.raises(ValueError, match="another shape"):
-        read_colmap(odd)
+    for shape in ((40, 40), (64, 46)):
+        Image.new("RGB", shape).save(odd / "images" / "001.png")
+        with pytest.raises(ValueError, match="another shape"):
+            read_colmap(odd)
+    Image.new("RGB", (64, 47)).save(odd / "images" / "001.png")  # a row less: rounding of a smaller copy
+    assert len(read_colmap(odd)) == 6
 
 
 def test_what_image_undistorter_leaves_is_read(tmp_path):

@@ -1,5 +1,6 @@
 import json
 
+import hone_splat.chunks as chunks_module
 import pytest
 import torch
 from hone_core.testing import full_disk
@@ -34,6 +35,19 @@ def test_scenes_come_back_from_several_chunks(rooms, tmp_path):
         assert torch.allclose(views.intrinsics_norm[0, 0], inner[i], atol=1e-6)
     with pytest.raises(FileExistsError, match="holds chunks already"):
         write_chunks(scenes(rooms), tmp_path)
+
+
+def test_a_chunk_is_read_once_for_scenes_in_the_order_of_the_index(rooms, tmp_path, monkeypatch):
+    size = sum(image.numel() for image in scenes(rooms)[0].images)
+    write_chunks(scenes(rooms), tmp_path, chunk_bytes=size)  # closed as soon as it holds so much
+    chunks = ChunkSet(tmp_path)
+    assert chunks.index["room0"] != chunks.index["room1"]
+    read, plain = [], chunks_module._read_chunk
+    monkeypatch.setattr(chunks_module, "_read_chunk", lambda path: read.append(path.name) or plain(path))
+    for key in chunks.index:
+        chunks.scene(key)
+        chunks.scene(key)
+    assert read == list(dict.fromkeys(chunks.index.values()))
 
 
 def test_the_layout_is_the_published_one(rooms, tmp_path):

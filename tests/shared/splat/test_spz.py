@@ -88,6 +88,13 @@ def test_a_wide_scene_takes_fewer_bits(tmp_path):
         write_spz(wide, tmp_path / "b.spz")
 
 
+@pytest.mark.parametrize("far", [2048.0, -2048.0, 2.0**22])
+def test_the_farthest_position_keeps_its_sign(tmp_path, far):
+    wide = cloud(2)
+    wide.means[0, 0] = far
+    assert read_spz(write_spz(wide, tmp_path / "a.spz")).means[0, 0] == far
+
+
 def test_damage_is_named(tmp_path):
     path = write_spz(cloud(20, 1), tmp_path / "a.spz")
     data = path.read_bytes()

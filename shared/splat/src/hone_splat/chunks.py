@@ -142,7 +142,7 @@ def _read_json(path: Path) -> Any:
         raise FileNotFoundError(f"there is no {path}")
     try:
         return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 

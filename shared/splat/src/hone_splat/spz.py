@@ -46,7 +46,7 @@ def write_spz(gaussians: Gaussians, path: str | Path) -> Path:
     """Write one scene's cloud; returns the path.
 
     Raises:
-        ValueError: It is a batch, a value is not finite, or a position is further than 8 million units away.
+        ValueError: It is a batch, a value is not finite, or a position is further than 4 million units away.
     """
     check_cloud(gaussians)
     cloud = gaussians.map(lambda part: part.detach().cpu().double())
