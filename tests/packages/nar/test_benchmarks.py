@@ -12,7 +12,7 @@ import torch
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_nar.benchmarks import write_npz
 from hone_nar.config import EvalConfig
-from hone_nar.evaluate import check, evaluate
+from hone_nar.evaluate import evaluate, prepare
 from hone_nar.extract import clips_of
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny, tiny_tokenizer
@@ -88,9 +88,9 @@ def test_imagenet_by_adms_evaluator(classes, start, tmp_path):
     with pytest.raises(RuntimeError, match="no TensorFlow"):
         run_eval(start, cfg, tmp_path / "again")
     with pytest.raises(CheckpointError, match="checkout of openai/guided-diffusion"):
-        check(replace(cfg, scorer=tmp_path))
+        prepare(replace(cfg, scorer=tmp_path))
     with pytest.raises(CheckpointError, match=r"needs --reference VIRTUAL_imagenet256_labeled\.npz"):
-        check(replace(cfg, reference=None))
+        prepare(replace(cfg, reference=None))
 
 
 def test_imagenet_by_torch_fidelity_has_names_of_its_own(classes, start, tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_imagenet_by_torch_fidelity_has_names_of_its_own(classes, start, tmp_pat
     cfg = EvalConfig(protocol="imagenet", model=classes, limit=2, reference=tmp_path / "real")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(MissingExtraError, match="fid"):
-        check(cfg)
+        prepare(cfg)
     asked = []
 
     def metrics(**options):
@@ -113,7 +113,7 @@ def test_imagenet_by_torch_fidelity_has_names_of_its_own(classes, start, tmp_pat
     assert "fid" not in values
     assert asked[0]["input1"] == str(report.path / "artifacts" / "images")
     with pytest.raises(CheckpointError, match=r"an \.npz needs --scorer"):
-        check(replace(cfg, reference=tmp_path / "reference.npz"))
+        prepare(replace(cfg, reference=tmp_path / "reference.npz"))
 
 
 def test_the_npz_is_what_numpy_writes(tmp_path):
@@ -151,12 +151,12 @@ def test_geneval_by_its_own_scorer(classes, start, tmp_path):
     drawn, _ = run_eval(start, replace(cfg, scorer=None, weights=None, limit=1), tmp_path / "drawn")
     assert drawn == {"images": 4}
     with pytest.raises(CheckpointError, match="checkout of djghosh13/geneval"):
-        check(replace(cfg, scorer=tmp_path))
+        prepare(replace(cfg, scorer=tmp_path))
     with pytest.raises(ValueError, match="needs a model of texts"):
-        check(replace(cfg, model=classes))
+        prepare(replace(cfg, model=classes))
     prompts.write_text("{}")
     with pytest.raises(CheckpointError, match="holds no prompts as GenEval"):
-        check(cfg)
+        prepare(cfg)
 
 
 class Detector(torch.nn.Module):
@@ -201,8 +201,8 @@ def test_fvd_of_clips(start, tmp_path, classes):
     assert values["fvd"] == pytest.approx(wanted, rel=1e-3)
     NARVideoPipeline(tiny("video"), vae).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="holds 2 classes; the model has 10"):
-        check(replace(cfg, model=tmp_path / "other"))
+        prepare(replace(cfg, model=tmp_path / "other"))
     with pytest.raises(CheckpointError, match="holds a NARPipeline; protocol ucf needs a NARVideoPipeline"):
-        check(replace(cfg, model=classes))
+        prepare(replace(cfg, model=classes))
     with pytest.raises(CheckpointError, match="there is no I3D at"):
-        check(replace(cfg, detector=tmp_path / "none.pt"))
+        prepare(replace(cfg, detector=tmp_path / "none.pt"))

@@ -7,7 +7,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_nar.codes import open_codes
 from hone_nar.config import ExtractConfig
-from hone_nar.extract import check, clips_of, extract, find_texts, views_of
+from hone_nar.extract import clips_of, extract, find_texts, prepare, views_of
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny_tokenizer
 from PIL import Image
@@ -59,9 +59,9 @@ def test_bad_input_is_named_before_work(images, start):
         ("empty", "no image of class bird"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            check(ExtractConfig(images=images / folder, vae=images / "vae"))
+            prepare(ExtractConfig(images=images / folder, vae=images / "vae"))
     with pytest.raises(CheckpointError, match="there is no tokenizer"):
-        check(ExtractConfig(images=images / "images", vae=images / "vq.pt"))
+        prepare(ExtractConfig(images=images / "images", vae=images / "vq.pt"))
     cfg = ExtractConfig(images=images / "images", vae=images / "vae", size=30)
     with start(cfg, "extract", images / "run") as run, pytest.raises(ValueError, match="multiple of 4; got 30"):
         extract(cfg, run)

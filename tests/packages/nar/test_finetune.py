@@ -7,9 +7,9 @@ from hone_core.testing import assert_close
 from hone_nar.checkpoints import load_published
 from hone_nar.codes import write_class, write_index, write_texts
 from hone_nar.config import EvalConfig, TrainConfig
-from hone_nar.evaluate import check as check_eval
 from hone_nar.evaluate import evaluate
-from hone_nar.finetune import TINY, check, rate, train
+from hone_nar.evaluate import prepare as prepare_eval
+from hone_nar.finetune import TINY, prepare, rate, train
 from hone_nar.flashar import FlashARForImageGeneration
 from hone_nar.transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 from hone_video.training import Group, Loop
@@ -193,7 +193,7 @@ def test_a_model_of_clips_is_trained_and_measured(cfg, clips, start, tmp_path, m
         (row,) = evaluate(asked, run).rows
     assert row.n == 6
     with pytest.raises(ValueError, match="no raster model of clips"):
-        check(replace(cfg, raster=clips / "codes.json"))
+        prepare(replace(cfg, raster=clips / "codes.json"))
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +235,11 @@ def test_a_model_of_texts_is_trained_and_measured(cfg, texts, start, tmp_path):
         (replace(cfg, model="nar_b"), "model must be of tiny, tiny-raster, tiny-flashar, nar_xl_t2i, llamagen_xl_t2i"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(wrong)
+            prepare(wrong)
     with pytest.raises(CheckpointError, match="is no T5 that can be read"):
-        check(replace(cfg, text_encoder=str(texts)))
+        prepare(replace(cfg, text_encoder=str(texts)))
     with pytest.raises(ValueError, match="--text-encoder belongs to codes of texts"):
-        check_eval(replace(asked, text_encoder=None))
+        prepare_eval(replace(asked, text_encoder=None))
 
 
 def test_codes_out_of_range_stop_before_a_weight_is_made(cfg, start, tmp_path, monkeypatch):
@@ -256,15 +256,15 @@ def test_codes_out_of_range_stop_before_a_weight_is_made(cfg, start, tmp_path, m
 def test_what_does_not_fit_a_saved_model_is_named_before_work(cfg, clips, start, tmp_path):
     report = run_train(start, replace(cfg, loop=replace(LOOP, steps=1)), tmp_path / "run")
     asked = EvalConfig(model=report.model, data=cfg.data, nll=True)
-    check_eval(asked)
+    prepare_eval(asked)
     with pytest.raises(ValueError, match=r"codes are of a grid of \(2, 2, 3\), and the model draws \(3, 3\)"):
-        check_eval(replace(asked, data=clips))
+        prepare_eval(replace(asked, data=clips))
     path = tmp_path / "codes"
     path.mkdir()
     write_class(path, 0, torch.full((2, 1, 9), 16))
     write_index(path, grid=(3, 3), choices=17, classes=["a"])
     with pytest.raises(CheckpointError, match="codes must lie in 0 to 15; got 16"):
-        check_eval(replace(asked, data=path))
+        prepare_eval(replace(asked, data=path))
 
 
 @pytest.mark.parametrize(
@@ -283,13 +283,13 @@ def test_what_does_not_fit_a_saved_model_is_named_before_work(cfg, clips, start,
 )
 def test_what_does_not_fit_is_named_before_work(cfg, options, error, message):
     with pytest.raises(error, match=message):
-        check(replace(cfg, **options))
+        prepare(replace(cfg, **options))
 
 
 def test_missing_files_are_named_before_work(cfg, tmp_path):
     with pytest.raises(CheckpointError, match="there are no weights at"):
-        check(replace(cfg, raster=tmp_path / "none.pt"))
+        prepare(replace(cfg, raster=tmp_path / "none.pt"))
     with pytest.raises(CheckpointError, match="there is no folder of codes"):
-        check(replace(cfg, data=tmp_path / "none"))
+        prepare(replace(cfg, data=tmp_path / "none"))
     with pytest.raises(CheckpointError, match="holds no codes"):
-        check(replace(cfg, data=tmp_path))
+        prepare(replace(cfg, data=tmp_path))

@@ -12,7 +12,7 @@ from hone_nar.generation import graphed
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny, tiny_tokenizer
 from hone_nar.pipelines import NARPipeline, NARVideoPipeline
-from hone_nar.sample import check_inputs, generate
+from hone_nar.sample import generate, prepare
 from hone_nar.texts import pad_left
 from hone_video.videos import save_video
 from PIL import Image
@@ -147,11 +147,11 @@ def test_the_verb_writes_an_image_of_each_class_whatever_the_batch(classes, star
     assert [one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True)] == [True] * 3
     for wrong, message in (({"classes": (10,)}, "classes are 0 to 9; got 10"), ({"top_p": 2.0}, "top_p")):
         with pytest.raises(ValueError, match=message):
-            check_inputs(GenerateConfig(**(options | wrong)))
+            prepare(GenerateConfig(**(options | wrong)))
     with pytest.raises(ValueError, match="this model draws classes; got prompts"):
-        check_inputs(GenerateConfig(model=tmp_path / "model", prompts=("a",)))
+        prepare(GenerateConfig(model=tmp_path / "model", prompts=("a",)))
     with pytest.raises(CheckpointError, match="no saved pipeline"):
-        check_inputs(GenerateConfig(model=tmp_path, classes=(1,)))
+        prepare(GenerateConfig(model=tmp_path, classes=(1,)))
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio-ffmpeg's pipes

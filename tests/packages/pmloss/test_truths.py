@@ -179,3 +179,8 @@ def test_one_truth_is_asked_for():
     ):
         with pytest.raises(ValueError, match=message):
             EvalConfig(ply="x", **changes)
+
+
+def test_a_missing_mat_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*ObsMask9_10\.mat; expected a \.mat of DTU with ObsMask"):
+        KnownCloud.read(tmp_path / "stl.ply", tmp_path / "ObsMask9_10.mat")

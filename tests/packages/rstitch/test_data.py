@@ -169,3 +169,8 @@ def test_math():
     pytest.importorskip("math_verify", reason="the extra math is not installed")
     assert grade("the answer is \\boxed{\\frac{2}{4}}", "$\\frac{1}{2}$", "math")
     assert not grade("the answer is \\boxed{3}", "$\\frac{1}{2}$", "math")
+
+
+def test_a_missing_file_is_named_with_what_is_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.jsonl; expected problems as JSON lines or parquet"):
+        read_problems(tmp_path / "none.jsonl")

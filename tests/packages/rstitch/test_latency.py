@@ -65,3 +65,8 @@ def test_fit_finds_the_coefficients(tmp_path):
 def test_a_text_takes_the_sum_of_its_calls():
     small, large = Latency((0, 0, 1.0, 0), (0.5, 2.0)), Latency((0, 0, 10.0, 0), (0, 7.0))
     assert text_latency((small, large), [Call(SMALL, 5, 0), Call(SMALL, 1, 5), Call(LARGE, 3, 0)]) == 5 + 4.5 + 30
+
+
+def test_missing_latencies_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.json; expected the latency\.json of hone-rstitch"):
+        read_latency(tmp_path / "none.json")

@@ -294,11 +294,11 @@ def test_a_picture_larger_than_the_context_is_refused_before_weights_are_read(
 
 
 def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, checkpoint, asked, tmp_path, monkeypatch):
-    from hone_zipr1 import grading
+    from hone_zipr1 import evaluate
 
     argv = ("eval", "--model", checkpoint, "--data", asked, "--ps", 0.9, 1, "--peers", "--max-new-tokens", 3)
     argv += ("--device", "cpu", "--quiet", "--out", tmp_path / "run")
-    ask, asks = grading._ask, []
+    ask, asks = evaluate._ask, []
 
     def halting(*given):
         asks.append(given)
@@ -306,7 +306,7 @@ def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, chec
             raise KeyboardInterrupt
         return ask(*given)
 
-    monkeypatch.setattr(grading, "_ask", halting)
+    monkeypatch.setattr(evaluate, "_ask", halting)
     command(*argv)
     with (tmp_path / "run/artifacts/answers.jsonl").open("a") as file:
         file.write('{"dense": {"ans')

@@ -59,7 +59,7 @@ def test_arms_differ_in_one_thing_each():
 
 
 def test_a_matching_threshold_keeps_as_much(stored):
-    from hone_zipr1.evaluate import ask, held_out
+    from hone_zipr1.grading import ask, held_out
 
     host = load_host(path=stored)
     asked = held_out(host, 40, 0)

@@ -155,7 +155,7 @@ def test_a_padded_batch_is_its_prompts_alone():
 
 
 def test_the_host_without_a_tower_is_pruned_by_the_likeness_of_its_features(small_host):
-    from hone_zipr1.evaluate import ask, at_budget, held_out
+    from hone_zipr1.grading import ask, at_budget, held_out
 
     asked = held_out(small_host, 6, 0)
     other = at_budget(SparseConfig(rows="all"), 0.5, small_host.model.config)["VisionZip"]

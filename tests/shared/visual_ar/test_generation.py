@@ -1,7 +1,8 @@
 import pytest
 import torch
 from hone_core.testing import assert_close
-from hone_visual_ar import Policy, Sampling, ScaleSchedule, generate
+from hone_visual_ar import VQVAE, Policy, Sampling, ScaleSchedule, generate
+from hone_visual_ar.generation import Generation
 from hone_visual_ar.layers import ScaleKVCache
 from hone_visual_ar.transformer import scale_mask
 from torch._dynamo.utils import counters
@@ -89,10 +90,14 @@ def test_what_does_not_go_together(small, var):
         generate(model, tokenizer, condition, schedule, seeds=[0])
     with pytest.raises(ValueError, match="do not belong together: tokens of 4 channels and 2 choices, codes of 16"):
         generate(model, var[1], condition, schedule, seeds=[0, 1])
+    book = VQVAE(vocabulary=64, latent_dim=4, channels=32, scales=5)
+    with pytest.raises(ValueError, match="4 channels and 2 choices, codes of 4 and 64"):
+        generate(model, book, condition, schedule, seeds=[0, 1])
     with pytest.raises(ValueError, match="must be one token"):
         generate(model, tokenizer, condition, ScaleSchedule(((2, 2),)), seeds=[0, 1])
+    # Before anything runs.
     with pytest.raises(ValueError, match="one of each of 7 scales; got 2"):
-        generate(model, tokenizer, condition, schedule, seeds=[0, 1], sampling=Sampling(guidance=(1.0, 2.0)))
+        Generation.start(model, tokenizer, condition, schedule, seeds=[0, 1], sampling=Sampling(guidance=(1.0, 2.0)))
 
 
 def test_a_full_cache_says_so():

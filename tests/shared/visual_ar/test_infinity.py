@@ -1,10 +1,11 @@
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 from hone_core.testing import assert_close, requires_gpu
 from hone_visual_ar import BSQVAE, Infinity, Sampling, generate, infinity_schedule
-from hone_visual_ar.layers import AttentionContext, ScaleKVCache, attend
+from hone_visual_ar.layers import AttentionContext, ScaleKVCache, SelfAttention, attend
 
 # Logits of the last token and the summed latent of greedy runs, read off the release's own class with the same weights
 # (its cross-attention in float32).
@@ -45,6 +46,15 @@ def test_padding_of_prompts_is_not_read(make_infinity, text):
         assert torch.equal(first, model(model.condition(noisy, lengths, guided=False), inputs, schedule))
         alone = model(model.condition(padded[:1, :5], [5], guided=False), inputs[:1], schedule)
     assert_close(first[:1], alone)
+
+
+def test_the_temperature_of_attention_ends_at_a_hundred():
+    attention, x = SelfAttention(8, 2), torch.randn(1, 3, 8)
+    lengths = []
+    for log_scale in (2.0, 4.7):
+        attention.scale_mul_1H11.data.fill_(log_scale)
+        lengths.append(attention.project(x, None, None, None)[0].norm(dim=-1).mean().item())
+    assert lengths == pytest.approx([math.exp(2), 100])
 
 
 def test_unconditional_rows_are_as_long_as_the_prompts_or_the_negative_ones(make_infinity, text):

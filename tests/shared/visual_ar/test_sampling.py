@@ -28,6 +28,8 @@ def test_top_p_leaves_out_from_the_least_likely():
     bits = torch.tensor([[0.02, 0.98], [0.04, 0.96]]).log()
     assert filter_logits(bits, top_p=0.97).isfinite().tolist() == [[False, True], [True, True]]
     assert filter_logits(bits, top_k=900).isfinite().all()
+    # The likeliest stays, however little is asked for.
+    assert filter_logits(logits, top_p=1e-9).isfinite().tolist() == [[False, False, True]] * 2
 
 
 @pytest.mark.parametrize("top_k", [0, 1])

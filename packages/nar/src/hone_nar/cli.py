@@ -43,14 +43,14 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "sample:generate",
         "GenerateConfig",
         "Draw images of classes or prompts, or clips of classes, with a saved pipeline.",
-        prepare="sample:check_inputs",
+        prepare="sample:prepare",
     ),
     "extract": _verb(
-        "extract:extract", "ExtractConfig", "Write codes of images in folders, to train on.", prepare="extract:check"
+        "extract:extract", "ExtractConfig", "Write codes of images in folders, to train on.", prepare="extract:prepare"
     ),
-    "train": _verb("finetune:train", "TrainConfig", "Train NAR or LlamaGen on codes.", prepare="finetune:check"),
+    "train": _verb("finetune:train", "TrainConfig", "Train NAR or LlamaGen on codes.", prepare="finetune:prepare"),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits.", prepare="evaluate:check"
+        "evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits.", prepare="evaluate:prepare"
     ),
     "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the central claim to the test on digits."),
     "bench": _verb("bench:bench", "BenchConfig", "Time drawing at real sizes: the release's loop, ours, and raster."),

@@ -28,7 +28,7 @@ from .tasks import TASKS, Task
 from .texts import TextReader, condition_of
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
-__all__ = ["EvalReport", "Variant", "check", "evaluate", "table", "variants_of"]
+__all__ = ["EvalReport", "Variant", "evaluate", "prepare", "table", "variants_of"]
 
 
 LIMIT = 1000
@@ -154,7 +154,7 @@ def real_rows(run: Run, task: Task, split: str = "") -> None:
     run.row("distance", task.distance(test.tokens), better="lower", n=len(test), variant=name, split=split)
 
 
-def check(cfg: EvalConfig) -> EvalConfig:
+def prepare(cfg: EvalConfig) -> EvalConfig:
     """Look for a saved model and codes, and hold those that are measured against its config; no weight is read.
 
     Raises:

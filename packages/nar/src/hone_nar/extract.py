@@ -168,7 +168,7 @@ def clips_of(file: Path, frames: int, size: int, crops: str) -> Tensor:
     return torch.stack(views, 1)
 
 
-def check(cfg: ExtractConfig) -> ExtractConfig:
+def prepare(cfg: ExtractConfig) -> ExtractConfig:
     """Look for images and tokenizer; no weight is read.
 
     Raises:

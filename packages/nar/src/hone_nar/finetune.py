@@ -31,7 +31,7 @@ from .models import warm_start
 from .texts import TextReader, condition_of, text_channels
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
-__all__ = ["TrainedReport", "check", "rate", "train"]
+__all__ = ["TrainedReport", "prepare", "rate", "train"]
 
 MODEL = "model"
 """Where a run's artifacts hold what was trained."""
@@ -122,7 +122,7 @@ def options_of(cfg: TrainConfig, codes: Codes) -> tuple[type[Any], dict[str, Any
     return cls, {**options, **found}
 
 
-def check(cfg: TrainConfig) -> TrainConfig:
+def prepare(cfg: TrainConfig) -> TrainConfig:
     """Hold model and codes together; no weight is read, and of the codes the first image's alone.
 
     Raises:
@@ -199,10 +199,10 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
     Raises:
         CheckpointError: Codes or weights are missing, a code or class is out of range, or the folder's checkpoint is of
             other parameters.
-        ValueError: See ``check``.
+        ValueError: See ``prepare``.
         RuntimeError: The loss is not finite.
     """
-    check(cfg)
+    prepare(cfg)
     codes = open_codes(cfg.data)
     _, options = options_of(cfg, codes)
     codes.check(tokens=math.prod(options["grid"]), choices=cfg.codebook, classes=options["num_classes"])

@@ -24,7 +24,7 @@ from hone_visual_ar.sampling import Sampling
 from .config import GenerateConfig
 from .pipelines import NARPipeline, NARVideoPipeline
 
-__all__ = ["GenerateReport", "check_inputs", "generate", "graph_device", "padded", "read_pipeline"]
+__all__ = ["GenerateReport", "generate", "graph_device", "padded", "prepare", "read_pipeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
         ) from error
 
 
-def check_inputs(cfg: GenerateConfig) -> GenerateConfig:
+def prepare(cfg: GenerateConfig) -> GenerateConfig:
     """Hold classes, prompts and sampling against the folder's configs; no weight is read.
 
     Raises:
@@ -107,10 +107,10 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Draw one image or clip of each class or prompt into the run's ``artifacts``.
 
     Raises:
-        CheckpointError, ValueError: As ``check_inputs``, before weights are read.
+        CheckpointError, ValueError: As ``prepare``, before weights are read.
         RuntimeError: A clip's frames are not finite.
     """
-    check_inputs(cfg)
+    prepare(cfg)
     clips = read_pipeline(cfg.model)[0] == "NARVideoPipeline"
     suffix = "mp4" if clips else "png"
     files = [run.artifacts / f"{number:05}.{suffix}" for number in range(len(cfg.classes or cfg.prompts))]

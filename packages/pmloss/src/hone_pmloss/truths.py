@@ -162,6 +162,8 @@ class KnownCloud:
 def _mat(path: Path | None, *names: str) -> dict[str, Any] | None:
     if path is None:
         return None
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected a .mat of DTU with {', '.join(names)}")
     from scipy.io import loadmat
 
     try:

@@ -155,6 +155,11 @@ def read_problems(address: str | Path, *, limit: int | None = None) -> list[Prob
     """
     name = SETS.get(str(address), str(address))
     path = _fetched(name) if name.startswith("hf:") else Path(address)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}; expected problems as JSON lines or parquet, hf://datasets/OWNER/NAME/FILE, or "
+            f"one of {', '.join(SETS)}"
+        )
     rows = parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     problems: list[Problem] = []
     for number, row in enumerate(rows, 1):

@@ -118,8 +118,11 @@ def read_latency(path: Path) -> tuple[Latency, Latency]:
     """Read what ``write_latency`` wrote.
 
     Raises:
+        FileNotFoundError: There is no file.
         ValueError: It is no such file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected the latency.json of hone-rstitch profile")
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         small, large = (Latency(tuple(values[name]["prefill"]), tuple(values[name]["decode"])) for name in NAMES)

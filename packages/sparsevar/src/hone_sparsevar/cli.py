@@ -44,7 +44,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "sample:generate",
         "GenerateConfig",
         "Draw images of prompts or classes with a saved pipeline.",
-        prepare="sample:check",
+        prepare="sample:prepare",
     ),
     "eval": _verb(
         "evaluate:evaluate",

@@ -25,7 +25,7 @@ from hone_visual_ar.schedules import ScaleSchedule, infinity_schedule
 from .config import GenerateConfig, ImageConfig, SparseVARConfig
 from .models import fit, variant_of
 
-__all__ = ["GenerateReport", "Wanted", "check", "check_classes", "check_inputs", "draw_images", "drawer", "generate"]
+__all__ = ["GenerateReport", "Wanted", "check_classes", "check_inputs", "draw_images", "drawer", "generate", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def draw_images(
             bar.update(len(part))
 
 
-def check(cfg: GenerateConfig) -> GenerateConfig:
+def prepare(cfg: GenerateConfig) -> GenerateConfig:
     """Look at the folder's configs.
 
     Raises:
@@ -166,9 +166,9 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Draw one image of each prompt or class into the run's ``artifacts``.
 
     Raises:
-        CheckpointError, ValueError: As ``check``, before weights are read.
+        CheckpointError, ValueError: As ``prepare``, before weights are read.
     """
-    check(cfg)
+    prepare(cfg)
     prompts: tuple[str | int, ...] = cfg.prompts or cfg.classes
     wanted = [
         Wanted(prompt=prompt, seed=cfg.seed + number, file=run.artifacts / f"{number:05}.png")

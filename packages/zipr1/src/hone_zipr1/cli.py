@@ -59,10 +59,10 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         shared=True,
     ),
     "eval": _verb(
-        "grading:grade_model",
+        "evaluate:evaluate",
         "EvalConfig",
         "Grade a model on checkable questions, dense and sparse.",
-        prepare="grading:prepare",
+        prepare="evaluate:prepare",
     ),
     "bench": _verb("bench:bench", "BenchConfig", "Time prefill and decoding, dense and with selected tokens."),
     "reproduce": _verb(

@@ -20,7 +20,7 @@ from hone_core.runs import Report, Run
 from . import plots
 from .config import PRESETS, DemoConfig, HostConfig
 from .data import questions
-from .evaluate import DENSE, Outcome, ask, held_out, peers, table, write_rows
+from .grading import DENSE, Outcome, ask, held_out, peers, table, write_rows
 from .host import PACKAGE, Host, load_host
 from .models import attach
 

@@ -1,186 +1,137 @@
-"""Accuracy and token ratio of the tiny host under selections, on the same questions."""
+"""Accuracy of a model on questions from a file: dense, and with selected tokens, on the same inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from hone_core.runs import Row, Run
-from hone_core.statistics import bootstrap_interval
-from torch import Tensor
+import numpy as np
+from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.progress import progress_bar
+from hone_core.runs import Report, Run
+from hone_core.statistics import bootstrap_interval, paired
 
-from .config import SparseConfig
-from .data import Mosaics, mosaics
-from .host import Host
-from .method import uniform_ratio
-from .models import attach
-from .rollouts import Rollout, rollout
-from .visionzip import FAMILIES
+from .config import PRESETS, EvalConfig, SparseConfig
+from .grading import DENSE, at_budget, table
+from .models import attach, check_config
+from .questions import check_context, check_longest, is_right, load_items, model_inputs
 
-__all__ = ["DENSE", "Outcome", "ask", "at_budget", "held_out", "table", "uniform_of", "write_rows"]
+__all__ = ["EvalReport", "evaluate", "prepare"]
 
-DENSE = "dense"
+ANSWERS = "answers.jsonl"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a selection did to the answers.
+@dataclass(frozen=True, kw_only=True)
+class EvalReport(Report):
+    """Accuracies and ratios, and the changes from the dense model."""
 
-    Attributes:
-        label: of the selection.
-        right: ``[items]``.
-        ratio: ``[items]``, tau of each.
-        layer_ratio: ``[layers]``, means; empty for the dense model.
-        ids: ``[items, tokens]``, answers.
-        uniform: ratio of a map without structure at the same p; None where p sets no budget.
+    def __str__(self) -> str:
+        lines = [table(self.rows)]
+        for row in self.rows:
+            if row.metric == "change" and row.interval is not None:
+                low, high = (100 * end for end in row.interval)
+                lines.append(
+                    f"{row.variant}: {100 * row.value:+.1f} [{low:+.1f}, {high:+.1f}] points from dense, "
+                    f"McNemar p = {row.labels['mcnemar_p']:.2g}"
+                )
+        return "\n".join([*lines, f"answers  {self.path / 'artifacts' / ANSWERS}"])
+
+
+def prepare(cfg: EvalConfig) -> EvalConfig:
+    """Look at the questions and at the model's config, before weights are read.
+
+    Raises:
+        ValueError: A question is none or too long, or the model cannot take the selection.
+        FileNotFoundError: The file, or what a question is about, is missing.
     """
+    from hone_lm.checkpoints import read_config
 
-    label: str
-    right: Tensor
-    ratio: Tensor
-    layer_ratio: tuple[float, ...]
-    ids: Tensor
-    uniform: float | None
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return float(self.right.float().mean())
-
-    @property
-    def tau(self) -> float:
-        """Mean ratio."""
-        return float(self.ratio.mean())
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % of the accuracy, over questions."""
-        return bootstrap_interval(self.right.cpu().numpy().astype(float))
+    if not cfg.data.is_file():
+        raise FileNotFoundError(f"there is no {cfg.data}")
+    items = load_items(cfg.data)[: cfg.limit]
+    found = read_config(cfg.model)
+    for config in _selections(cfg):
+        check_config(found, config)
+    check_longest(cfg.model, items, cfg.frames, cfg.max_new_tokens)
+    model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
+    return replace(cfg, data=cfg.data.resolve(), model=model)
 
 
-def held_out(host: Host, items: int, seed: int) -> Mosaics:
-    """Questions on digits that were not trained on."""
-    return mosaics(items, host.config.cells, 500_000 + seed, split="test", device=host.device)
+def _selections(cfg: EvalConfig) -> list[SparseConfig]:
+    return [replace(PRESETS[cfg.preset].config, p=p) for p in cfg.ps]
 
 
-def uniform_of(host: Host, config: SparseConfig) -> float | None:
-    """Ratio of uniform attention on the host's prompts."""
-    if config.ratio is not None:
-        return None
-    protected = host.protected(1)[0]
-    kept = int(protected.sum()) if config.protect == "text" else 1
-    return uniform_ratio(config.p, len(protected), None, kept) if config.rows == "all" else None
+def _answers(model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig) -> dict[str, dict[str, Any]]:
+    """Of one question: dense, at each threshold and, if so asked, by others at what each threshold kept."""
+    given = (model, processor, inputs, cfg.max_new_tokens)
+    row = {DENSE: _ask(*given, None)}
+    for one in _selections(cfg):
+        row[one.label] = _ask(*given, one)
+        if cfg.peers:
+            for name, other in at_budget(one, row[one.label]["ratio"], model.config).items():
+                row[f"{name} as {one.label}"] = _ask(*given, other)
+    return row
 
 
-def ask(
-    host: Host,
-    asked: Mosaics,
-    config: SparseConfig | None,
-    *,
-    batch: int,
-    p: Tensor | None = None,
-    label: str | None = None,
-) -> Outcome:
-    """Answer every question greedily.
+def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
+    """Ask and grade; a stopped run goes on with the questions that are left."""
+    from hone_lm.checkpoints import load_model
+    from hone_lm.choices import to_model
 
-    Args:
-        host: The model.
-        asked: Questions.
-        config: Selection; None is the dense model.
-        batch: Questions at a time.
-        p: ``[items]``, a threshold per question in place of the config's.
-        label: In place of the selection's.
-    """
-    parts: list[Rollout] = []
-    slices = [slice(start, start + batch) for start in range(0, len(asked), batch)]
+    device = resolve_device(run.device)
+    items, path = load_items(cfg.data)[: cfg.limit], run.artifacts / ANSWERS
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # cut off within a line
+        path.write_text(whole, encoding="utf-8")
+    done = [json.loads(line) for line in whole.splitlines()]
+    model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
+    with progress_bar(len(items), desc="questions", quiet=run.quiet) as bar, path.open("a", encoding="utf-8") as file:
+        bar.update(len(done))
+        for item in items[len(done) :]:
+            made = model_inputs(processor, [item], cfg.frames)
+            check_context(made, model.config, cfg.max_new_tokens, [item])
+            inputs = to_model(made, model)
+            row = _answers(model, processor, inputs, cfg)
+            for said in row.values():
+                said["right"] = is_right(said["answer"], item)
+            done.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            bar.update()
+    dense = [row[DENSE]["right"] for row in done]
+    for name in done[0]:
+        right, ratio = [row[name]["right"] for row in done], [row[name]["ratio"] for row in done]
+        values, n = np.asarray(right, dtype=float), len(done)
+        given: dict[str, Any] = {"n": n, "variant": name}
+        run.row("accuracy", values.mean(), better="higher", interval=bootstrap_interval(values), **given)
+        run.row("token_ratio", float(np.mean(ratio)), better="lower", **given)
+        if name != DENSE:
+            if "uniform" in done[0][name]:
+                uniform = float(np.mean([row[name]["uniform"] for row in done]))
+                run.row("uniform_ratio", uniform, better="none", **given)
+            change = paired(right, dense)
+            labels = {"mcnemar_p": change.p, "to_wrong": change.to_wrong, "to_right": change.to_right}
+            run.row("change", change.change, better="none", interval=change.interval, labels=labels, **given)
+    return EvalReport.of(run)
+
+
+def _ask(
+    model: Any, processor: Any, inputs: dict[str, Any], length: int, config: SparseConfig | None
+) -> dict[str, Any]:
+    """One greedy answer."""
+
+    def answer() -> str:
+        out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+        return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
     if config is None:
-        parts = [rollout(host, asked.part(rows)) for rows in slices]
-    else:
-        with attach(host.model, config) as handle:
-            for rows in slices:
-                parts.append(rollout(host, asked.part(rows), handle, p=None if p is None else p[rows]))
-    ids = torch.cat([part.ids for part in parts])
-    layers: tuple[float, ...] = ()
-    if config is not None:
-        layers = tuple(torch.cat([p.layer_ratio for p in parts if p.layer_ratio is not None], 1).mean(1).tolist())
-    return Outcome(
-        label or (DENSE if config is None else config.label),
-        host.grade(asked, ids),
-        torch.cat([part.ratio for part in parts]).float(),
-        layers,
-        ids,
-        None if config is None or p is not None else uniform_of(host, config),
-    )
-
-
-FASTV_LAYER = 2
-"""First layer of FastV that drops."""
-
-
-def at_budget(config: SparseConfig, tau: float, model: Any) -> dict[str, SparseConfig]:
-    """Other ways to spend a mean ratio, by name; our re-implementations.
-
-    Args:
-        config: A selection by its threshold.
-        tau: What it kept.
-        model: Config of the model. FastV keeps everything in the first two layers and less after them, for the same
-            mean; where that is not possible, next to nothing. VisionZip is only among them where the model's tower is
-            understood.
-    """
-    layers = model.get_text_config().num_hidden_layers
-    later = (tau * layers - FASTV_LAYER) / (layers - FASTV_LAYER) if layers > FASTV_LAYER else 0.0
-    fastv = {"policy": "fastv", "ratio": min(1.0, max(later, 1e-6)), "fastv_layer": min(FASTV_LAYER, layers - 1)}
-    others = {
-        "FastV": replace(config, **fastv),
-        "VisionZip": replace(config, policy="visionzip", ratio=min(1.0, tau)),
-        "top-k": replace(config, policy="top-k", ratio=min(1.0, tau)),
-        "random": replace(config, policy="random"),
-    }
-    if model.model_type not in FAMILIES:
-        del others["VisionZip"]
-    return others
-
-
-def peers(host: Host, asked: Mosaics, outcome: Outcome, config: SparseConfig, *, batch: int) -> list[Outcome]:
-    """What ``at_budget`` answers at the mean ratio of an outcome; without FastV where it would keep more."""
-    layers = host.config.layers
-    others = at_budget(config, outcome.tau, host.model.config)
-    if outcome.tau * layers <= FASTV_LAYER:
-        del others["FastV"]
-    return [ask(host, asked, other, batch=batch, label=f"{name} as {outcome.label}") for name, other in others.items()]
-
-
-def write_rows(run: Run, outcome: Outcome, *, split: str = "held_out") -> None:
-    """Accuracy, ratio and the uniform ratio beside it."""
-    n = len(outcome.right)
-    run.row(
-        "accuracy",
-        outcome.accuracy,
-        better="higher",
-        n=n,
-        interval=outcome.interval,
-        variant=outcome.label,
-        split=split,
-    )
-    spread = float(outcome.ratio.std()) if n > 1 else None
-    run.row("token_ratio", outcome.tau, better="lower", n=n, spread=spread, variant=outcome.label, split=split)
-    if outcome.uniform is not None:
-        run.row("uniform_ratio", outcome.uniform, better="none", variant=outcome.label, split=split)
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows of ``write_rows`` as a table."""
-    values = {(row.metric, row.variant): row for row in rows}
-    lines = [f"{'':<26} accuracy            tokens kept   uniform attention"]
-    for name in dict.fromkeys(row.variant for row in rows if row.metric == "accuracy"):
-        accuracy = values["accuracy", name]
-        low, high = accuracy.interval or (accuracy.value, accuracy.value)
-        uniform = values.get(("uniform_ratio", name))
-        lines.append(
-            f"{name:<26} {100 * accuracy.value:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]  "
-            f"{100 * values['token_ratio', name].value:9.1f} %"
-            + ("" if uniform is None else f"{100 * uniform.value:16.1f} %")
-        )
-    return "\n".join(lines)
+        return {"answer": answer(), "ratio": 1.0}
+    with attach(model, config) as handle:
+        said = answer()
+        stats = handle.stats
+    assert stats is not None, "a prompt was read"
+    found = {"answer": said, "ratio": float(stats.ratio[0])}
+    return found if config.ratio is not None else found | {"uniform": float(stats.uniform(config.p)[0])}

@@ -12,7 +12,7 @@ from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, drawing, error
 if TYPE_CHECKING:
     from hone_core.runs import Row
 
-    from .evaluate import Outcome
+    from .grading import Outcome
 
 __all__ = ["arms_chart", "curve", "heat_maps", "kept_maps"]
 

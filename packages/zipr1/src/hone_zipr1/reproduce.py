@@ -29,7 +29,7 @@ from hone_core.training import LogFile, Training
 from . import plots
 from .config import ArmConfig, ReinforceConfig, ReproduceConfig, SparseConfig
 from .data import Mosaics
-from .evaluate import ask, held_out, uniform_of
+from .grading import ask, held_out, uniform_of
 from .host import PACKAGE, PACKAGED, Host, build_host, load_host
 from .models import attach
 from .reinforce import Reinforcement
