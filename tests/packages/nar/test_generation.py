@@ -171,9 +171,7 @@ def test_compiled_pieces_are_made_once_for_all_blocks_and_steps():
     assert len(made) <= 4
 
 
-@pytest.mark.parametrize(
-    "options", [{"fused": True}, {"few": 12}, {"few": 64, "fused": True}, {"few": 64, "whole": True}]
-)
+@pytest.mark.parametrize("options", [{"fused": True}, {"few": 12}, {"few": 64, "fused": True}])
 @pytest.mark.parametrize("kind", ["nar", "llamagen", "video"])
 def test_fused_draws_and_passes_are_the_others(kind, options):
     model, sampling = tiny(kind), Sampling(guidance=2.0, temperature=0.8, top_k=10)
@@ -202,25 +200,8 @@ def test_passes_over_few_tokens_give_the_logits_of_texts(grid):
                 for run in runs:
                     run.step(step)
             assert_close(runs[1].logits, runs[0].logits)
-        assert Decoding(model, 1, sampling=SAMPLING, few=64, whole=True)._whole is None  # heads share keys
         # All steps but the text's own are over few tokens.
         assert runs[1]._small == [False] + [True] * (len(model.order.steps) - 1)
-
-
-def test_a_whole_pass_gives_the_logits_of_texts():
-    """Of rows that are padded by different lengths."""
-    model = tiny("nar", num_classes=None, cls_token_num=5, caption_dim=24)
-    given = {"text": torch.randn(2, 5, 24)}
-    given["words"] = torch.tensor([[False, False, False, False, True], [True] * 5])
-    runs = [Decoding(model, 2, sampling=Sampling(guidance=2.0), few=few, whole=few > 0) for few in (0, 64)]
-    assert runs[1]._whole is not None
-    for run in runs:
-        run.load(model.condition(**given, guided=True), [0, 1])
-    for step in range(len(model.order.steps)):
-        with torch.no_grad():
-            for run in runs:
-                run.step(step)
-        assert_close(runs[1].logits, runs[0].logits)
 
 
 def test_passes_over_few_tokens_are_of_plain_layers():
@@ -232,8 +213,6 @@ def test_passes_over_few_tokens_are_of_plain_layers():
     for model in wrong:
         with pytest.raises(ValueError, match="in eval mode and with plain linear layers"):
             Decoding(model, 1, sampling=SAMPLING, few=8)
-    with pytest.raises(ValueError, match="whole is about passes over few tokens; give few"):
-        Decoding(tiny(), 1, sampling=SAMPLING, whole=True)
     with pytest.raises(ValueError, match="few must be 0 to 64; got 65"):
         Decoding(tiny(), 1, sampling=SAMPLING, few=65)
 
@@ -250,11 +229,11 @@ def test_what_is_not_fused_is_refused():
 
 @requires_gpu()
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("few", "whole"), [(0, False), (16, False), (64, False), (64, True)])
+@pytest.mark.parametrize("few", [0, 16, 64])
 @pytest.mark.parametrize("kind", ["nar", "llamagen", "video", "text"])
-def test_fused_draws_in_graphs_fall_on_their_uniforms(kind, dtype, few, whole):
+def test_fused_draws_in_graphs_fall_on_their_uniforms(kind, dtype, few):
     model, given = on_a_gpu(kind, dtype)
-    run = GraphedDecoding(model, 2, sampling=Sampling(guidance=2.0), fused=True, few=few, whole=whole)
+    run = GraphedDecoding(model, 2, sampling=Sampling(guidance=2.0), fused=True, few=few)
     for seed in range(3):
         run.load(model.condition(**given(seed), guided=True), [seed, 5])
         codes = run.run()

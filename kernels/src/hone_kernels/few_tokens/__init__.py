@@ -1,5 +1,5 @@
-"""A transformer's pass over few tokens: attention over slots, the gated layer, and all blocks in one launch."""
+"""What a transformer's pass over few tokens does beside its products: attention over slots, and the gated layer."""
 
-from .api import SUPPORT, TOKENS, Block, BlocksOfFew, attend_slots, gated_of_few
+from .api import SUPPORT, TOKENS, attend_slots, gated_of_few
 
-__all__ = ["SUPPORT", "TOKENS", "Block", "BlocksOfFew", "attend_slots", "gated_of_few"]
+__all__ = ["SUPPORT", "TOKENS", "attend_slots", "gated_of_few"]

@@ -1,39 +1,12 @@
-"""The parts as their definition, on any device."""
+"""Both parts as their definition, on any device."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hone_kernels.decoding.reference import add_rms_norm_reference
-
-__all__ = ["attend_slots_reference", "blocks_of_few_reference", "gated_of_few_reference"]
-
-
-class Block(NamedTuple):
-    """Weights of a block, each contiguous.
-
-    Attributes:
-        norm: ``[C]``, before attention.
-        qkv: ``[3 C, C]``.
-        out: ``[C, C]``.
-        norm_gated: ``[C]``, before the gated layer.
-        gate: ``[F, C]``.
-        up: ``[F, C]``.
-        down: ``[C, F]``.
-    """
-
-    norm: Tensor
-    qkv: Tensor
-    out: Tensor
-    norm_gated: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+__all__ = ["attend_slots_reference", "gated_of_few_reference"]
 
 
 def gated_of_few_reference(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -68,28 +41,6 @@ def attend_slots_reference(
         logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
         v = v.masked_fill(~seen[:, None, :, None], 0.0)
     return (logits.softmax(-1) @ v).to(qkv.dtype).transpose(1, 2).reshape(len(qkv), tokens, -1)
-
-
-def blocks_of_few_reference(
-    x: Tensor,
-    blocks: Sequence[Block],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    rope: tuple[Tensor, Tensor] | None,
-    begin: int,
-    eps: float,
-    scale: float,
-    words: Tensor | None,
-) -> Tensor:
-    """See ``BlocksOfFew``."""
-    found = []
-    for number, block in enumerate(blocks):
-        qkv = F.linear(add_rms_norm_reference(x, None, block.norm, eps)[0], block.qkv)
-        out = attend_slots_reference(qkv, rope, keys[number], values[number], begin, scale, words)
-        normed, x = add_rms_norm_reference(F.linear(out, block.out), x, block.norm_gated, eps)
-        x = x + F.linear(gated_of_few_reference(normed, block.gate, block.up), block.down)
-        found.append(x)
-    return torch.stack(found)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

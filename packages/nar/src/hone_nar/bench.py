@@ -81,9 +81,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
 
     Rows, each with labels ``model`` and ``batch``: ``time`` of a batch of grids (``ms``) and ``peak_memory``, of the
     variants ``release``, ``eager``, ``graphs`` (one for each step), ``compiled`` (graphs of compiled blocks), ``fused``
-    (draws by one kernel besides), ``few`` (passes over few tokens by seven launches a block besides), ``whole``
-    (those over still fewer by one launch) and ``raster-...`` of each; ``passes``; ``weight_floor``; ``decode`` of the
-    tokenizer.
+    (draws by one kernel besides), ``few`` (passes over few tokens by seven launches a block besides) and ``raster-...``
+    of each; ``passes``; ``weight_floor``; ``decode`` of the tokenizer.
 
     Raises:
         ValueError: There is no such model.
@@ -218,9 +217,9 @@ class _Bench:
     def ours(self, mode: str, batch: int, given: dict[str, torch.Tensor], facts: Labels) -> None:
         variant = f"{self.prefix}{mode}"
         kind: type[Decoding] = Decoding if mode == "eager" else GraphedDecoding
-        options: dict[str, Any] = {"pieces": compiled_pieces()} if mode in ("compiled", "fused", "few", "whole") else {}
-        fused, few = mode in ("fused", "few", "whole"), mode in ("few", "whole")
-        options |= {"fused": fused, "few": TOKENS if few else 0, "whole": mode == "whole"}
+        options: dict[str, Any] = {"pieces": compiled_pieces()} if mode in ("compiled", "fused", "few") else {}
+        fused = mode in ("fused", "few")
+        options |= {"fused": fused, "few": TOKENS if mode == "few" else 0}
         run = kind(self.model, batch, sampling=Sampling(guidance=self.cfg.guidance), **options)
 
         def draw() -> torch.Tensor:

@@ -375,13 +375,12 @@ class BenchConfig:
     """Also time a raster LlamaGen of the size; of clips there is none."""
     graphs: bool | None = None
     """Steps as CUDA graphs (default: where there is a CUDA device)."""
-    modes: tuple[Literal["eager", "graphs", "compiled", "fused", "few", "whole"], ...] = (
+    modes: tuple[Literal["eager", "graphs", "compiled", "fused", "few"], ...] = (
         "eager",
         "graphs",
         "compiled",
         "fused",
         "few",
-        "whole",
     )
     """What is timed beside the release's loop; all but eager need graphs."""
     guidance: float = 2.0
@@ -401,8 +400,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if not self.models or not self.batches or min(self.batches) < 1:
             raise ValueError(f"expected models and batches of at least 1; got {self.models} and {self.batches}")
-        if not self.modes or not set(self.modes) <= {"eager", "graphs", "compiled", "fused", "few", "whole"}:
-            raise ValueError(f"modes must be of eager, graphs, compiled, fused, few and whole; got {self.modes}")
+        if not self.modes or not set(self.modes) <= {"eager", "graphs", "compiled", "fused", "few"}:
+            raise ValueError(f"modes must be of eager, graphs, compiled, fused and few; got {self.modes}")
         _check_least(self, 1, "rounds")
         _check_least(self, 0, "warmup")
         if self.bandwidth is not None and self.bandwidth <= 0:

@@ -1,23 +1,21 @@
-"""A pass over few tokens in one launch, or in seven a block, where a block of torch takes some twenty.
+"""A pass over few tokens in seven launches a block, where a block of torch takes some twenty.
 
 With a batch of one a pass is 2 to 32 tokens, its products are as long as their weights take to be read, and each launch
-costs as much as some megabytes of them. Between launches cuBLAS is the fastest for all products but the gated one.
+costs as much as some megabytes of them. cuBLAS is the fastest for all products but the gated one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from hone_kernels.decoding import add_rms_norm
-from hone_kernels.few_tokens import Block, BlocksOfFew, attend_slots, gated_of_few
-from hone_visual_ar.rope import Rope
+from hone_kernels.few_tokens import attend_slots, gated_of_few
 from torch import Tensor, nn
 
 from .transformer import Attention, FeedForward, NARTransformer, RMSNorm, SlotCache, TransformerBlock, rope_table
 
-__all__ = ["is_plain", "run_few", "run_whole", "whole_of"]
+__all__ = ["is_plain", "run_few"]
 
 PLAIN = (TransformerBlock, Attention, FeedForward, RMSNorm, nn.Linear, nn.Dropout)
 
@@ -53,7 +51,7 @@ def run_few(model: Any, x: Tensor, *, begin: int, cache: SlotCache, words: Tenso
     x, turns = model.place(x, begin)
     rope, found = None, []
     if turns is not None:
-        rope = _rope(model, x.device)
+        rope = rope_table(model.order, model.cls_token_num, model.head_dim, model.config.rope_base, x.device)
     # What a block adds is summed in the norm that comes next.
     total, change = None, x.flatten(0, 1).contiguous()
     for number, block in enumerate(model.layers):
@@ -68,34 +66,3 @@ def run_few(model: Any, x: Tensor, *, begin: int, cache: SlotCache, words: Tenso
         if number >= model.n_layer - 1:
             found.append((total + change).view(shape))
     return found
-
-
-def whole_of(model: Any, cache: SlotCache) -> BlocksOfFew | None:
-    """All blocks of a plain model as one launch; None where its shapes or its dtype are none that this is made for."""
-    attention, forward = model.layers[0].attention, model.layers[0].feed_forward
-    narrow = cache.k[0].dtype in (torch.bfloat16, torch.float16) or cache.k[0].device.type == "cpu"
-    shaped = attention.heads == attention.heads_k and attention.dim in (16, 32, 64, 128)
-    if not narrow or not shaped or len(forward.w1.weight) % 8:
-        return None
-    rope = None
-    if model.place(cache.k[0].new_zeros(1, 1, attention.heads * attention.dim), 0)[1] is not None:
-        rope = _rope(model, cache.k[0].device)
-    blocks = [
-        Block(
-            block.attention_norm.weight, block.attention.wqkv.weight, block.attention.wo.weight, block.ffn_norm.weight,
-            block.feed_forward.w1.weight, block.feed_forward.w3.weight, block.feed_forward.w2.weight,
-        )
-        for block in model.layers
-    ]  # fmt: skip
-    eps, scale = model.layers[0].ffn_norm.eps, attention.dim**-0.5
-    return BlocksOfFew(blocks, cache.k, cache.v, rope=rope, eps=eps, scale=scale)
-
-
-def run_whole(model: Any, whole: BlocksOfFew, x: Tensor, *, begin: int, words: Tensor | None) -> list[Tensor]:
-    """As ``run_few``, by what ``whole_of`` made."""
-    x, _ = model.place(x, begin)
-    return list(whole(x, begin, words)[model.n_layer - 1 :])
-
-
-def _rope(model: Any, device: torch.device) -> Rope:
-    return rope_table(model.order, model.cls_token_num, model.head_dim, model.config.rope_base, device)

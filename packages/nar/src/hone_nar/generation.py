@@ -18,7 +18,7 @@ from hone_visual_ar.sampling import Sampling, draw, uniforms
 from torch import Tensor
 
 from .config import Mix
-from .few import is_plain, run_few, run_whole, whole_of
+from .few import is_plain, run_few
 from .method import guide, mask_of
 from .transformer import Condition, NARTransformer, Pieces, slot_ids
 
@@ -55,8 +55,6 @@ class Decoding:
         fused: Average, guide and draw by one kernel, ``hone_kernels.draw_codes``, whose sums round in another order.
         few: Passes over at most so many tokens, all rows counted, take seven launches a block (``few.run_few``), whose
             sums round in another order; ``few_tokens.TOKENS`` at most.
-        whole: Of those, passes over at most ``BlocksOfFew.TOKENS`` tokens take one launch for all blocks, where dtype
-            and heads are such that it can (``few.whole_of``). Weights must stay where they are.
 
     Attributes:
         tokens: ``[B, tokens]`` codes in slots, drawn so far.
@@ -64,8 +62,8 @@ class Decoding:
         passes: Forwards of the model so far.
 
     Raises:
-        ValueError: Draws are fused of a model with a gate, or greedy or by top-p; ``few`` is out of range, or given
-            with a model that it is not made for, or not given where ``whole`` is.
+        ValueError: Draws are fused of a model with a gate, or greedy or by top-p; or ``few`` is out of range, or given
+            with a model that it is not made for.
     """
 
     def __init__(
@@ -79,13 +77,10 @@ class Decoding:
         pieces: Pieces | None = None,
         fused: bool = False,
         few: int = 0,
-        whole: bool = False,
     ) -> None:
         self.pieces, self.fused, self.few = pieces, fused, few
         if not 0 <= few <= TOKENS:
             raise ValueError(f"few must be 0 to {TOKENS}; got {few}")
-        if whole and not few:
-            raise ValueError("whole is about passes over few tokens; give few")
         if few and not is_plain(model):
             raise ValueError(
                 "passes over few tokens are of the published blocks, in eval mode and with plain linear layers; merge "
@@ -101,7 +96,6 @@ class Decoding:
         self.rows, device = images * (1 + self.guided), model.tok_embeddings.weight.device
         self.plan = model.plan(kind, device)
         self.cache = model.new_cache(self.rows)
-        self._whole = whole_of(model, self.cache) if whole else None
         count, start = model.tokens, model.cls_token_num
         self.tokens = torch.zeros(images, count, dtype=torch.long, device=device)
         self.uniform = torch.zeros(images, count, device=device)
@@ -189,9 +183,7 @@ class Decoding:
     def _heads(self, step: int, x: Tensor, begin: int) -> list[Tensor]:
         """Logits ``[R, n, vocabulary]`` of each head for a step's n tokens, of the tokens before them."""
         model, end = self.model, begin + x.shape[1]
-        if self._small[step] and self._whole is not None and self.rows * x.shape[1] <= self._whole.TOKENS:
-            hidden = run_whole(model, self._whole, x, begin=begin, words=self.words)
-        elif self._small[step]:
+        if self._small[step]:
             hidden = run_few(model, x, begin=begin, cache=self.cache, words=self.words)
         else:
             mask: Tensor | None
