@@ -56,6 +56,10 @@ def test_a_folder_becomes_a_splat_and_a_flight_and_goes_on_where_it_broke_off(
         splat=tmp_path / "own.splat", video=tmp_path / "own.mp4",
     )  # fmt: skip
     prepare(cfg)
+    capture, fitted = photographs.read_capture(cfg)
+    given = photographs.load_views(capture.take(photographs.contexts(capture, 6)), (32, 32), fitted)
+    with torch.inference_mode():
+        made = photographs.load_model(cfg)(given).gaussians[0].pruned(opacity=0.5)
     calls, nears, real = [], set(), photographs.render
 
     def count(*args, **kwargs):
@@ -73,13 +77,17 @@ def test_a_folder_becomes_a_splat_and_a_flight_and_goes_on_where_it_broke_off(
         assert run.resumed
         report = render_capture(cfg, run)
     assert calls == [8, 4, 4]
+    assert not (run.artifacts / "frames").exists()
     cloud = read_ply(report.splat)
     assert 0 < len(cloud) < 3 * 32 * 32
     assert float(cloud.opacities.min()) > 0.499
     assert len(read_splat(tmp_path / "own.splat")) == len(cloud)
     assert (tmp_path / "own.mp4").read_bytes() == report.video.read_bytes()
-    # In the capture's units: every Gaussian lies within the depth range that was looked for.
+    # In the capture's units, in which every Gaussian lies within the depth range that was looked for.
     scale = next(row.value for row in report.rows if row.metric == "scale_to_the_host")
+    assert abs(scale - 1) > 0.05
+    assert torch.allclose(cloud.means * scale, made.means, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(cloud.scales * scale, made.scales, rtol=1e-4, atol=1e-6)
     assert [*nears] == [pytest.approx(0.2 * 0.4 / scale)]
     centres = capturefiles.room(views=8)[1][:, :3, 3].float()
     assert float(torch.cdist(cloud.means, centres).amin(1).max()) <= 12.0 / scale
