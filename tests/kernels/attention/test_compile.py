@@ -265,7 +265,7 @@ def test_hand_overs_while_products_run_are_counted_and_need_their_barrier():
 
 
 # Scalars, most of the warpgroup of queries and its 72 registers: bytes with Triton 3.6 and with 3.8.
-BACKWARD_SPILLS = {64: (0, 0), 128: (320, 168)}
+BACKWARD_SPILLS = {64: (32, 40), 128: (240, 180)}
 QUICK_BACKWARD = {(128, False, False), (64, True, True)}
 
 
@@ -288,13 +288,14 @@ def test_gluon_backward(dim, pooled, padded):
             assert code.spills == 0, launch
             continue
         assert code.spills <= BACKWARD_SPILLS[dim][NEWER], launch
-        tall, wide = launch.arguments["q_desc"].block_shape[2], launch.arguments["WIDE"]
-        # Two warpgroups of keys: S and dP over the head size, dV and dK over the queries; then dQ over 128 keys.
-        assert code.count("HGMMA") == 2 * (2 * dim // 16 + 2 * tall // 16) + dim // wide * 128 // 16
+        tall, ahead = launch.arguments["q_desc"].block_shape[2], launch.arguments["AHEAD"]
+        # Two warpgroups of keys: S (the first ahead of the loop, too) and dP over the head size, dV and dK over the
+        # queries; then dQ over 128 keys, 64 columns at a time.
+        assert code.count("HGMMA") == 2 * ((2 + ahead) * dim // 16 + 2 * tall // 16) + dim // 64 * 128 // 16
         assert code.count("USETMAXREG") > 0  # not ignored for want of registers
         assert "red.relaxed.gpu.global.add.v4.f32" in code.ptx
         assert code.shared_bytes <= 227 * 1024
-        assert hand_overs(code.ptx, during=2) == 6
+        assert hand_overs(code.ptx, during=2) == 5
 
 
 @pytest.mark.compile

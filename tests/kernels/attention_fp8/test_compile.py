@@ -139,7 +139,7 @@ def test_prologue_moves_whole_vectors(dim, everything, grouped):
 @pytest.mark.parametrize(
     ("dim", "everything"), [unless((dim, x) == (128, True), dim, x) for dim in (64, 128) for x in (False, True)]
 )
-def test_groups_in_a_row_leave_room_for_three_programs(dim, everything):
+def test_groups_in_a_row_leave_room_for_other_programs(dim, everything):
     q = torch.empty(1, 2056, 20, dim, dtype=torch.bfloat16).transpose(1, 2)
     table = torch.empty(2056, dim // 2) if everything else None
     order, valid = torch.empty(2176, dtype=torch.int32), torch.ones(1, 17, dtype=torch.int32)
@@ -151,7 +151,7 @@ def test_groups_in_a_row_leave_room_for_three_programs(dim, everything):
     assert launch.arguments["STEP"] == "run"
     code = compile_launch(launch)
     assert code.spills == 0
-    assert 65536 // (32 * 8 * code.registers) >= 3
+    assert 65536 // (32 * 8 * code.registers) >= (3 if everything else 4)
     assert code.count(r"STG\.E\.(?:64|128)") > 0
 
 

@@ -333,6 +333,10 @@ def test_autocast_changes_nothing(smooth_k):
         ({"rope": (torch.ones(32, 100),) * 2}, ValueError, r"rope's cos must be .* got \[32, 100\]"),
         ({"rope": (torch.ones(100, 32), torch.ones(100, 32).int())}, TypeError, "rope's sin must be floating point"),
         ({"rope": (torch.ones(100, 32, device="meta"),) * 2}, TypeError, "on cpu; got torch.float32 on meta"),
+        ({"group": torch.zeros(1, dtype=torch.int32, device="meta")}, TypeError, "on cpu; got torch.int32 on meta"),
+        ({"order": torch.zeros(9, dtype=torch.int32, device="meta")}, ValueError, r"on cpu; got torch.int32 \[9\] on"),
+        ({"k_valid": torch.ones(1, 1, dtype=torch.int32, device="meta")}, TypeError, "int32 on cpu; got .* on meta"),
+        ({"k_valid": torch.ones(3, 1, dtype=torch.int32)}, ValueError, r"k_valid must be \[1 or 1, 1\]"),
         ({"group": 1.5}, TypeError, "a count of blocks or a tensor of numbers; got 1.5"),
         ({"group": torch.zeros(1, dtype=torch.int32), "longest": 0}, ValueError, "longest counts .*; got 0"),
         ({"order": torch.ones(100)}, ValueError, "order must be"),
@@ -361,6 +365,11 @@ def test_bad_tensors():
         quantize_qkv(q, *tensors(1, 3, 100, 64, n=2))
     with pytest.raises(ValueError, match="as many queries as keys"):
         quantize_qkv(q[:, :, :50], k, v, order=torch.arange(100))
+    with pytest.raises(ValueError, match="rope and order need as many queries as keys; got 50 and 100"):
+        quantize_qkv(q[:, :, :50], k, v, rope=(torch.ones(50, 32),) * 2)
+    many = tensors(1, 2, 200, 64, n=2)
+    with pytest.raises(ValueError, match="1 of queries and 2 of keys, which share it"):
+        quantize_qkv(q, *many, group=torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="delta must be one of"):
         straight_through_attention(q, k, v, layout, delta="none")
     x = quantize_qkv(q, k, v)
@@ -426,6 +435,12 @@ def test_rows_go_to_their_places_by_loops(padded):
         ({"out": torch.empty(1, 1, 1, 64).expand(1, 2, 100, 64)}, "out must have memory for each element"),
         ({"out": torch.empty(1, 2, 100, 64), "out_dtype": torch.float16}, "out_dtype is that of out, torch.float32"),
         ({"out": torch.empty(1, 2, 100, 64), "order": torch.arange(99)}, r"order must be \[100\]"),
+        ({"out": torch.empty(1, 2, 100, 64), "order": torch.arange(100.0)}, "int32 or int64 on cpu; got torch.float32"),
+        (
+            {"out": torch.empty(1, 2, 100, 64), "order": torch.empty(100, dtype=torch.int32, device="meta")},
+            "int32 or int64 on cpu; got torch.int32 .* on meta",
+        ),
+        ({"out": torch.empty(1, 2, 100, 64, device="meta")}, r"out must be .* on cpu .* on meta"),
         ({"return_lse": True}, "call quantize_qkv with for_lse=True"),
     ],
 )
@@ -433,6 +448,28 @@ def test_bad_outputs(options, message):
     x = quantize_qkv(*tensors(1, 2, 100, 64), smooth_k=True, for_lse=False)
     with pytest.raises(ValueError, match=message):
         quantized_attention(x, BlockLayout.dense(100, 100), **options)
+
+
+def test_places_of_padded_slots_are_those_of_the_keys():
+    q, k, v = tensors(1, 2, 100, 64)
+    layout = replace(BlockLayout.dense(50, 100), k_valid=torch.tensor([[90]], dtype=torch.int32))
+    x = quantize_qkv(q[:, :, :50], k, v, k_valid=layout.k_valid)
+    out, order = torch.empty(1, 2, 50, 64), torch.arange(50)
+    with pytest.raises(ValueError, match="slots that queries and keys share; got 50 queries and 100 keys"):
+        quantized_attention(x, layout, out=out, order=order)
+
+
+def test_places_of_some_tokens():
+    """Fewer queries than the output has places."""
+    q, k, v = tensors(1, 2, 100, 64)
+    x = quantize_qkv(q[:, :, :30], k, v)
+    layout, order = BlockLayout.dense(30, 100), torch.randperm(100)[:30]
+    rows = quantized_attention(x, layout, out_dtype=torch.float32)
+    out = torch.zeros(1, 2, 100, 64)
+    quantized_attention(x, layout, out=out, order=order)
+    want = torch.zeros(1, 2, 100, 64)
+    want[:, :, order] = rows
+    assert torch.equal(out, want)
 
 
 def test_longest_is_for_a_tensor():

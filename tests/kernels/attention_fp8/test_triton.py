@@ -78,6 +78,7 @@ CASES = [
     Case(batch=2, heads=4, kv_heads=2, padded=True, smooth_k=True),
     Case(queries=1, keys=1, keep=1.0, dim=32),
     Case(queries=200, keys=256, dim=128, block_q=128, block_k=128),
+    Case(queries=130, keys=400, dim=128, block_q=128, block_k=128, padded=True),
     Case(queries=63, keys=257, dim=128, block_q=64, block_k=128, group=2, smooth_k=True),
     Case(batch=2, queries=129, keys=300, block_q=128, block_k=64, shared_lists=True, padded=True, group=3),
     Case(queries=128, keys=128, keep=1.0, kv_heads=2, group=2),
@@ -96,6 +97,8 @@ def build(case, dtype, device):
     if case.keep < 1 and rows > 1:
         mask[..., 0, :] = False  # a row without a key
     valid = torch.randint(0, case.block_k + 1, (case.batch, cols), dtype=torch.int32) if case.padded else None
+    if valid is not None:
+        valid[:, 0] = case.block_k  # a full one among them
     sizes = dict(block_q=case.block_q, block_k=case.block_k, k_valid=None if valid is None else valid.to(device))
     layout = BlockLayout.from_mask(mask.to(device), case.queries, case.keys, **sizes)
     return (make(case.heads, case.queries), make(case.kv_heads, case.keys), make(case.kv_heads, case.keys)), layout

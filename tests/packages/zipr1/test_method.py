@@ -114,7 +114,9 @@ def test_kept_mass_is_not_p_where_budget_and_choice_differ():
     torch.testing.assert_close(method.kept_mass(mass, keep), torch.tensor([0.2]))
 
 
-@pytest.mark.parametrize(("recent", "random", "count"), [(4, 3, 7), (0.05, 0.05, 10), (64, 64, 100), (200, 0, 100)])
+@pytest.mark.parametrize(
+    ("recent", "random", "count"), [(4, 3, 7), (0.05, 0.05, 10), (0.041, 0.021, 8), (64, 64, 100), (200, 0, 100)]
+)
 def test_probe_rows(recent, random, count):
     rows = method.probe_rows(100, recent, random, seed=1)
     assert len(rows) == count

@@ -409,6 +409,13 @@ def test_cache_layer_counts_what_was_seen_and_takes_back_only_what_is_whole():
     layer.batch_repeat_interleave(2)
     layer.reorder_cache(torch.tensor([3, 0]))
     assert layer.positions[:, :2].tolist() == [[3, 5], [0, 2]]
+    layer.protected = torch.tensor([[True] * 7, [False] * 7])
+    layer.batch_select_indices(torch.tensor([1]))
+    assert layer.positions[:, :2].tolist() == [[0, 2]]
+    assert layer.keys[0, 0, :2, 0].tolist() == [0, 2]
+    assert layer.protected.tolist() == [[False] * 7]
+    layer.crop(6)
+    assert (layer.get_seq_length(), layer.protected.shape[1]) == (6, 6)
     layer.reset()
     assert layer.get_seq_length() == 0
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hone_zipr1.objectives import advantages, grpo_loss, rewards
+from hone_zipr1.objectives import BudgetPolicy, advantages, grpo_loss, rewards
 
 
 def test_rewards_by_hand():
@@ -54,6 +54,29 @@ def test_loss_by_hand(tensors):
     found = grpo_loss(*tensors, epsilon=0.2, beta=0.04)
     assert float(found.loss) == pytest.approx(by_hand(*tensors, 0.2, 0.04))
     assert float(found.ratio_error) > 0.2
+
+
+def test_what_is_watched_is_of_the_answers_tokens_alone(tensors):
+    logp, old, reference, advantage, mask = tensors
+    for x, value in ((old, -9.0), (reference, -20.0)):
+        x[~mask] = value
+    found = grpo_loss(logp, old, reference, advantage, mask, epsilon=0.2, beta=0.04)
+    rho, distance = (logp - old)[mask].exp(), (reference - logp)[mask]
+    assert float(found.ratio_error) == pytest.approx(float((rho - 1).abs().max()))
+    assert float(found.kl) == pytest.approx(float((distance.exp() - distance - 1).mean()))
+    # A row without an answer adds nothing, and is no division by 0.
+    none = mask.clone()
+    none[2] = False
+    two = grpo_loss(logp[:2], old[:2], reference[:2], advantage[:2], mask[:2], epsilon=0.2, beta=0.04)
+    three = grpo_loss(logp, old, reference, advantage, none, epsilon=0.2, beta=0.04)
+    assert float(three.loss) == pytest.approx(float(two.loss) * 2 / 3)
+
+
+def test_a_budget_depends_on_what_prompts_are_like_not_on_how_large_their_features_are():
+    policy = BudgetPolicy((0.5, 0.9), 4)
+    torch.nn.init.normal_(policy.out.weight)
+    features = torch.randn(3, 4)
+    torch.testing.assert_close(policy(100 * features + 7), policy(features), atol=1e-4, rtol=1e-4)
 
 
 def test_at_the_rollouts_policy_the_gradient_is_the_score_functions(tensors):

@@ -183,8 +183,8 @@ def block_sparse_attention(
             where it is installed: Hopper, without pooled keys and ``k_valid``, outside of ``torch.compile``; its
             gradients are not bit-identical. A named backend never gives way to another.
         deterministic: Whether gradients must be the same bits from run to run. If not, those of ``"gluon"`` come, for
-            blocks of 128 keys, from its own kernel, which adds to q's gradient in any order; every other backward
-            stays what it is.
+            blocks of 128 keys, from its own kernel: faster, but q's is added up in any order, in a buffer of float32
+            of q's size; every other backward stays what it is.
 
     Returns:
         ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64

@@ -16,12 +16,12 @@ takes the kernels of ``triton.py``, seven products in all.
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale).
 
 Why nothing waits for ever. Stage ``s % STAGES`` of the ring has a barrier ``full`` (the copies) and ``empty`` (one
-arrival of each warpgroup of keys); buffer ``s % BUFFERS`` of dS has, for each half, ``ds_full`` and ``ds_empty``. In
-step s a warpgroup of keys waits for ``full`` of step s and for ``ds_empty`` of step s - BUFFERS, and then gives back
-the stage of step s. The one of queries waits in step s for both halves of dS of step s, gives them back, and then, if
-there is a step s + STAGES, waits for the stage of step s to be empty before it starts the copies of that. So keys in
-step s need of queries step s - STAGES and the first half of step s - BUFFERS, queries in step s of keys no more than
-step s.
+arrival of each warpgroup of keys); buffer ``s % BUFFERS`` of dS has ``ds_full`` (one of each, too) and ``ds_empty``. In
+step s a warpgroup of keys waits for ``full`` of step s, with ``ahead`` of step s + 1, and for ``ds_empty`` of step
+s - BUFFERS, and then gives back the stage of step s. The one of queries waits in step s for dS of step s, gives it
+back, and then, if there is a step s + STAGES, waits for the stage of step s to be empty before it starts the copies of
+that. So keys in step s need of queries step s + 1 - STAGES, which is before s as there are two stages or more, and the
+first half of step s - BUFFERS; queries in step s need of keys no more than step s.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Config:
         buffers: Of dS.
         operands: Hold K and V in registers: less shared-memory traffic for ``dim / 2`` registers.
         early: Issue dP before the exponentials, which then run under it, for ``queries / 2`` registers.
-        columns: Of dQ at a time.
+        ahead: Issue S of a step behind dK of the one before, for as many.
         exact: dS from the weights before they are rounded for dV, for ``queries / 4`` registers.
         registers: Per thread of a warpgroup of keys, and of the one of queries.
     """
@@ -71,13 +71,13 @@ class Config:
     buffers: int = 2
     operands: bool = False
     early: bool = False
-    columns: int = 64
+    ahead: bool = False
     exact: bool = False
     registers: tuple[int, int] = (216, 72)
 
 
 CONFIGS: dict[int, Config] = {
-    64: Config(stages=4, operands=True, early=True, exact=True),
+    64: Config(stages=4, operands=True, early=True, ahead=True, exact=True),
     128: Config(stages=3, buffers=1),
 }
 
@@ -207,16 +207,22 @@ def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, t
     GROUP: gl.constexpr = config[3]
     BM: gl.constexpr = q_buf.shape[3]
     D: gl.constexpr = q_buf.shape[4]
-    # Columns at a time: more would take registers from the other warpgroups.
-    WIDE: gl.constexpr = config[10]
+    # Columns of dQ at a time: more would take registers from the other warpgroups.
+    WIDE: gl.constexpr = 64
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     row = gl.arange(0, BM, gl.SliceLayout(1, SUMS))
     column = gl.arange(0, WIDE, gl.SliceLayout(0, SUMS))
-    # The word of each element, as _order_kernel reads them.
-    row_at = row // 64 * (64 * D) + row % 64 // 16 * 128 + row % 8 * 16 + row % 16 // 8 * 2
-    column_at = column // 8 * 512 + column % 8 // 2 * 4 + column % 2
-    offsets = row_at[:, None] + column_at[None, :]
+    # The first of the four words of which each element is one, as _order_kernel reads them.
+    thread_at = (row % 64 // 16 * 128 + row % 8 * 16)[:, None] + (column % 8 // 2 * 4)[None, :]
+    register_at = (row // 64 * (64 * D))[:, None] + (column // 8 * 512)[None, :]
     zeros = gl.zeros([BM, WIDE], gl.float32, SUMS)
+    # K in the pieces of WIDE columns in which it lies in shared memory.
+    PIECES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * WIDE, element_bitwidth=16, rank=2)
+    pieces = k_buf._reinterpret(k_buf.dtype, [D // WIDE, 128, WIDE], PIECES)
+    # A number that the compiler does not know, so that all pieces share one set of registers.
+    parts = gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [steps * 0 + D // WIDE], dtype=gl.int32, is_pure=False, pack=1
+    )
 
     head_k = gl.program_id(1)
     batch = gl.program_id(2)
@@ -226,10 +232,11 @@ def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, t
     t = steps * 0
     count = _count(num_ptr, head_k * GROUP, snh, tiles, config)
     for ahead in range(0, gl.minimum(STAGES, steps)):
-        while t >= count:
-            g += 1
-            t = 0
-            count = _count(num_ptr, head_k * GROUP + g, snh, tiles, config)
+        if GROUP > 1:
+            while t >= count:
+                g += 1
+                t = 0
+                count = _count(num_ptr, head_k * GROUP + g, snh, tiles, config)
         _fill(q_desc, do_desc, rows_desc, idx_ptr + g.to(gl.int64) * sih, t, batch, head_k * GROUP + g, heads, tiles,
               memory, ahead, config)  # fmt: skip
         t += 1
@@ -238,30 +245,34 @@ def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, t
         place = _get(header.index(step % STAGES))
         at = step % BUFFERS
         tile_ptr = (sums_ptr + place.to(gl.int64) * (BM * D)).to(gl.int64)
-        for part in gl.static_range(D // WIDE):
-            dq = zeros
-            for half in gl.static_range(2):
-                if part == 0:
-                    mbarrier.wait(ds_full.index(2 * at + half), step // BUFFERS & 1)
-                ds_t = ds_buf.index(2 * at + half).permute((1, 0))
-                keys = k_buf.index(half).reshape([64, D]).slice(part * WIDE, WIDE, dim=1)
-                dq = warpgroup_mma(ds_t, keys, dq, use_acc=half > 0, is_async=True)
+        mbarrier.wait(ds_full.index(at), step // BUFFERS & 1)
+        ds_t = ds_buf.index(at).permute((1, 0))
+        for part in range(0, parts):
+            dq = warpgroup_mma(ds_t, pieces.index(part), zeros, use_acc=False, is_async=True)
             dq = warpgroup_mma_wait(0, deps=(dq,))
-            if part == D // WIDE - 1:
-                for half in gl.static_range(2):
-                    mbarrier.arrive(ds_empty.index(2 * at + half))
-            words = tile_ptr + part * WIDE * 256 + offsets.to(gl.int64) * 4
+            # Bytes; what registers of a thread differ by comes last, as a constant.
+            words = tile_ptr + thread_at.to(gl.int64) * 4 + register_at.to(gl.int64) * 4
             gl.inline_asm_elementwise(
                 _REDUCE, "=r,=r,=r,=r,l,l,l,l,r,r,r,r", [words, dq], dtype=gl.int32, is_pure=False, pack=4
             )
+            tile_ptr += WIDE * 256
+        mbarrier.arrive(ds_empty.index(at))
         if step + STAGES < steps:
-            while t >= count:
-                g += 1
-                t = 0
-                count = _count(num_ptr, head_k * GROUP + g, snh, tiles, config)
+            if GROUP > 1:
+                while t >= count:
+                    g += 1
+                    t = 0
+                    count = _count(num_ptr, head_k * GROUP + g, snh, tiles, config)
             _fill(q_desc, do_desc, rows_desc, idx_ptr + g.to(gl.int64) * sih, t, batch, head_k * GROUP + g, heads,
                   tiles, memory, step + STAGES, config)  # fmt: skip
             t += 1
+
+
+@gluon.jit
+def _logits(k, q_buf, stage, no_logits):
+    """Start the product of keys with the queries of a stage."""
+    queries = q_buf.index(stage).reshape([q_buf.shape[3], q_buf.shape[4]])
+    return warpgroup_mma(k, queries.permute((1, 0)), no_logits, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -274,6 +285,7 @@ def _keys(dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k,
     BIASED: gl.constexpr = config[6]
     OPERANDS: gl.constexpr = config[8]
     EARLY: gl.constexpr = config[9]
+    AHEAD: gl.constexpr = config[10]
     EXACT: gl.constexpr = config[11]
     BM: gl.constexpr = q_buf.shape[3]
     D: gl.constexpr = q_buf.shape[4]
@@ -298,23 +310,28 @@ def _keys(dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k,
     dv = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [dv], dtype=gl.float32, is_pure=False, pack=1)
 
     mbarrier.wait(kv_full, 0)
-    k = k_buf.index(WG).reshape([64, D])
-    v = v_buf.index(WG).reshape([64, D])
+    k = k_buf.reshape([128, D]).slice(64 * WG, 64, dim=0)
+    v = v_buf.reshape([128, D]).slice(64 * WG, 64, dim=0)
     if OPERANDS:
         k = k.load(gl.DotOperandLayout(0, LOGITS, 2))
         v = v.load(gl.DotOperandLayout(0, LOGITS, 2))
+    if AHEAD:
+        if steps > 0:
+            mbarrier.wait(full.index(0), 0)
+        s = _logits(k, q_buf, 0, no_logits)
+        s = warpgroup_mma_wait(0, deps=(s,))
     for step in range(0, steps):
         stage = step % STAGES
-        at = 2 * (step % BUFFERS) + WG
+        at = step % BUFFERS
         queries = q_buf.index(stage).reshape([BM, D])
         douts = do_buf.index(stage).reshape([BM, D])
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
-        s = warpgroup_mma(k, queries.permute((1, 0)), no_logits, use_acc=False, is_async=True)
+        if not AHEAD:
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            s = _logits(k, q_buf, stage, no_logits)
         if EARLY:
             dp = warpgroup_mma(v, douts.permute((1, 0)), no_logits, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-        else:
-            s = warpgroup_mma_wait(0, deps=(s,))
+        if not AHEAD:
+            s = warpgroup_mma_wait(1 if EARLY else 0, deps=(s,))
         p = s * scale
         if BIASED:
             p += bias[:, None]
@@ -333,12 +350,20 @@ def _keys(dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k,
         if BIASED:
             dbias += _thread_sums(ds)
         ds = _narrow(ds, DTYPE)
+        # The products first: dS goes to shared memory while they run.
+        if AHEAD:
+            after = gl.minimum(step + 1, steps - 1)
+            mbarrier.wait(full.index(after % STAGES), after // STAGES & 1)
+            s = _logits(k, q_buf, after % STAGES, no_logits)
+        dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), queries, dk, is_async=True)
         mbarrier.wait(ds_empty.index(at), (step // BUFFERS & 1) ^ 1)
-        ds_buf.index(at).store(ds)
+        ds_buf.index(at).slice(64 * WG, 64, dim=0).store(ds)
         fence_async_shared()
         mbarrier.arrive(ds_full.index(at))
-        dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), queries, dk, is_async=True)
-        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        if AHEAD:
+            s, dk, dv = warpgroup_mma_wait(0, deps=(s, dk, dv))
+        else:
+            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
         mbarrier.arrive(empty.index(stage))
     start = gl.program_id(0) * 128
     head_k = gl.program_id(1)
@@ -349,12 +374,13 @@ def _keys(dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k,
             dbias_ptr + (batch * gl.num_programs(1) + head_k).to(gl.int64) * tokens_k + start + key, total, mask=exists
         )
     # V is read no more, by this warpgroup or any other.
-    out = v_buf.index(WG)
-    out.reshape([64, D]).store(dv.to(DTYPE))
+    out = v_buf.slice(64 * WG, 64, dim=2)
+    half = v_buf.reshape([128, D]).slice(64 * WG, 64, dim=0)
+    half.store(dv.to(DTYPE))
     fence_async_shared()
     tma.async_copy_shared_to_global(dv_desc, [batch, head_k, start + WG * 64, 0], out)
     tma.store_wait(0)
-    out.reshape([64, D]).store((dk * logit_scale).to(DTYPE))
+    half.store((dk * logit_scale).to(DTYPE))
     fence_async_shared()
     tma.async_copy_shared_to_global(dk_desc, [batch, head_k, start + WG * 64, 0], out)
     tma.store_wait(0)
@@ -366,7 +392,7 @@ def _backward_kernel(
     valid_ptr, snb, snh, sib, sih, siq, sval, sbb, sbh, sbg, tokens_k, tiles, scale, logit_scale,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, DENSE: gl.constexpr,
     TAIL: gl.constexpr, VALID: gl.constexpr, BIASED: gl.constexpr, OPERANDS: gl.constexpr,
-    EARLY: gl.constexpr, WIDE: gl.constexpr, EXACT: gl.constexpr,
+    EARLY: gl.constexpr, AHEAD: gl.constexpr, EXACT: gl.constexpr,
     KEY_REGISTERS: gl.constexpr, QUERY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_desc.block_shape[3]
@@ -374,28 +400,28 @@ def _backward_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_buf = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, D], k_desc.layout)
-    v_buf = gl.allocate_shared_memory(v_desc.dtype, [2, 1, 1, 64, D], v_desc.layout)
+    k_buf = gl.allocate_shared_memory(k_desc.dtype, [1, 1, 128, D], k_desc.layout)
+    v_buf = gl.allocate_shared_memory(v_desc.dtype, [1, 1, 128, D], v_desc.layout)
     q_buf = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, BM, D], q_desc.layout)
     do_buf = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, BM, D], do_desc.layout)
     rows_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * BM], rows_desc.layout)
-    ds_buf = gl.allocate_shared_memory(q_desc.dtype, [2 * BUFFERS, 64, BM], DS)
+    ds_buf = gl.allocate_shared_memory(q_desc.dtype, [BUFFERS, 128, BM], DS)
     header = gl.allocate_shared_memory(gl.int32, [STAGES, 1], WORD)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    ds_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], BARRIER)
-    ds_empty = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
     mbarrier.init(kv_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
-    for at in gl.static_range(2 * BUFFERS):
-        mbarrier.init(ds_full.index(at), count=1)
+    for at in gl.static_range(BUFFERS):
+        mbarrier.init(ds_full.index(at), count=2)
         mbarrier.init(ds_empty.index(at), count=1)
     memory = (k_buf, v_buf, q_buf, do_buf, rows_buf, ds_buf, header, kv_full, full, empty, ds_full, ds_empty)
     config: gl.constexpr = (
-        STAGES, BUFFERS, BLOCK_Q, GROUP, DENSE, TAIL or VALID, BIASED, BM, OPERANDS, EARLY, WIDE, EXACT,
+        STAGES, BUFFERS, BLOCK_Q, GROUP, DENSE, TAIL or VALID, BIASED, BM, OPERANDS, EARLY, AHEAD, EXACT,
     )  # fmt: skip
 
     block = gl.program_id(0)
@@ -404,10 +430,8 @@ def _backward_kernel(
     start = block * 128
     BYTES: gl.constexpr = 2 * 128 * D * k_desc.dtype.primitive_bitwidth // 8
     mbarrier.expect(kv_full, BYTES)
-    for half in gl.static_range(2):
-        where = [batch, head_k, start + half * 64, 0]
-        tma.async_copy_global_to_shared(k_desc, where, kv_full, k_buf.index(half))
-        tma.async_copy_global_to_shared(v_desc, where, kv_full, v_buf.index(half))
+    tma.async_copy_global_to_shared(k_desc, [batch, head_k, start, 0], kv_full, k_buf)
+    tma.async_copy_global_to_shared(v_desc, [batch, head_k, start, 0], kv_full, v_buf)
     exist = gl.minimum(tokens_k - start, 128)
     if VALID:
         exist = gl.minimum(exist, gl.load(valid_ptr + batch * sval + block))
@@ -483,8 +507,8 @@ def attention_backward(
         def build(q, keys, values, dout, rows, dkeys, dvalues, sums, bias, dbias, q_num, q_idx, valid):
             tokens_k = keys.shape[2]
             args = (
-                _describe(_addressable(q), tall), _describe(_addressable(keys), 64),
-                _describe(_addressable(values), 64), _describe(_addressable(dout), tall), _describe_rows(rows, tall),
+                _describe(_addressable(q), tall), _describe(_addressable(keys), 128),
+                _describe(_addressable(values), 128), _describe(_addressable(dout), tall), _describe_rows(rows, tall),
                 _describe(dkeys, 64), _describe(dvalues, 64), sums, bias, dbias, q_num, q_idx, valid,
                 *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
                 *((0, 0, 0) if bias is None else bias.stride()),
@@ -495,7 +519,7 @@ def attention_backward(
             named = dict(
                 BLOCK_Q=block_q, STAGES=config.stages, BUFFERS=config.buffers, GROUP=heads // heads_k, DENSE=dense,
                 TAIL=tokens_k % 128 != 0, VALID=valid is not None, BIASED=bias is not None, OPERANDS=config.operands,
-                EARLY=config.early, WIDE=min(config.columns, dim), EXACT=config.exact,
+                EARLY=config.early, AHEAD=config.ahead, EXACT=config.exact,
                 KEY_REGISTERS=keys_registers, QUERY_REGISTERS=query_registers, num_warps=4,
                 maxnreg=_LAUNCH_REGISTERS,
             )  # fmt: skip

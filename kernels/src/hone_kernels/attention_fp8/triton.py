@@ -79,7 +79,10 @@ def _softmax_step(acc, total, top, q, k, v, scale, valid, MASKED: tl.constexpr):
     """One tile of keys into the running softmax. ``valid`` is how many of them exist (read only if MASKED)."""
     logits = tl.dot(q, tl.trans(k))  # [BM, BN]
     if MASKED:
-        logits = tl.where((tl.arange(0, k.shape[0]) < valid)[None, :], logits, -float("inf"))
+        # Most blocks are full, and to mask one costs a quarter of a step's instructions: a branch, but not at smaller
+        # head sizes, where registers are capped so low that it makes some spill.
+        if k.shape[1] < 128 or valid < k.shape[0]:
+            logits = tl.where((tl.arange(0, k.shape[0]) < valid)[None, :], logits, -float("inf"))
         # Of two blocks of zeros, as those without a token are, the scales' product is 0, and 0 * inf is NaN.
         scale = tl.maximum(scale, SCALE_MIN)
     new = tl.maximum(top, tl.max(logits, 1) * scale - LOG2_MAX)

@@ -21,7 +21,7 @@ from hone_kernels.launch import geometry, launch
 
 from .reference import AMAX_MIN, E4M3_MAX, MEAN_RUN, V_PADDING, group_amax, mean_step, scales
 
-__all__ = ["GROUPED", "PROLOGUE", "ROTATING", "Prologue", "dequantize_triton", "quantize_triton"]
+__all__ = ["GROUPED", "GROUPED_ROTATING", "PROLOGUE", "ROTATING", "Prologue", "dequantize_triton", "quantize_triton"]
 
 _AMAX_MIN = tl.constexpr(AMAX_MIN)
 _MAX = tl.constexpr(E4M3_MAX)
@@ -53,8 +53,10 @@ class Prologue:
 PROLOGUE = Prologue()
 ROTATING = Prologue(registers=128, heads=6)
 """With rotary tables or a mean, which need registers too."""
-GROUPED = Prologue(heads=6)
+GROUPED = Prologue(registers=64)
 """Where blocks share scales: less is held at a time."""
+GROUPED_ROTATING = Prologue(heads=6)
+"""The same with rotary tables."""
 
 _LONGEST = 8
 """Blocks that may share a scale and be read from memory once."""
@@ -469,7 +471,8 @@ def quantize_triton(
     call = facts and (facts, block, smooth_k, settings, in_runs, for_lse)
     if settings is None:
         plain = cos is None and not smooth_k
-        settings = GROUPED if groups is not None else PROLOGUE if plain else ROTATING
+        grouped = GROUPED if cos is None else GROUPED_ROTATING
+        settings = grouped if groups is not None else PROLOGUE if plain else ROTATING
     if order is not None:
         tokens_q = tokens_k = order.shape[0]
     keys = dict(DIM=dim, BLOCK=block, ORDER=order is not None)

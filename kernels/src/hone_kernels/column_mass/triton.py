@@ -18,11 +18,11 @@ from hone_kernels.launch import dependent, launches_overlap
 __all__ = ["column_mass_triton"]
 
 LOG2E = 1.4426950408889634
-_PROGRAMS = 1536
+_PROGRAMS = 512
 """Into about so many programs the first pass is cut, by pieces of the keys."""
 _PIECES = 8
 """At most; the second pass joins what they found."""
-_NARROW = ((64, 64, 4, 3), (64, 64, 4, 2))
+_NARROW = ((64, 64, 4, 3), (64, 128, 4, 2))
 """Of both passes: rows and keys of a tile, warps, stages. For 16-bit numbers."""
 _WIDE = ((16, 32, 4, 3), (16, 32, 8, 2))
 """Products of three rounded parts, as of float32, take many registers."""

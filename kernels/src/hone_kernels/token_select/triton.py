@@ -187,7 +187,7 @@ def select_tokens_triton(
     tile = max(512, triton.next_power_of_2(tokens)) if whole else _TILE
     _select_kernel[(batch,)](
         rank, mass, p, budget, real, protected, keep, index, count, tokens,
-        TOL=TOLERANCE, BN=tile, WHOLE=whole, OVERLAP=overlap, num_warps=max(4, tile // 256),
+        TOL=TOLERANCE, BN=tile, WHOLE=whole, OVERLAP=overlap, num_warps=max(4, tile // (512 if whole else 256)),
         **dependent(overlap),
     )  # fmt: skip
     return keep, index, count
