@@ -69,12 +69,21 @@ def test_lora_on_every_product_of_a_block(own):
 @pytest.mark.parametrize("first", ["lora", "attach"])
 def test_lora_of_peft_on_every_linear_layer(own, first):
     """Before the method or after it: its images are those of the policy, and detaching leaves the LoRA."""
-    texts, lora = torch.randn(2, 6, 128), LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randn(2, 6, 128, generator=generator)
+
+    def adapt():
+        inject_adapter_in_model(LoraConfig(target_modules="all-linear", r=2), own[0])
+        # Large enough to matter, too small for every bit to be sure.
+        for name, weight in own[0].named_parameters():
+            if "lora_" in name:
+                weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+
     if first == "lora":
-        inject_adapter_in_model(lora, own[0])
+        adapt()
     with attach(own[0], SETTINGS):
         if first == "attach":
-            inject_adapter_in_model(lora, own[0])
+            adapt()
         with torch.no_grad():
             condition = own[0].condition(texts, [6, 4])
         sparse = draw(own, condition).latent
