@@ -5,14 +5,14 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.testing import assert_close
 from hone_nar.checkpoints import load_published
-from hone_nar.codes import write_class, write_index, write_texts
+from hone_nar.codes import open_codes, write_class, write_index, write_texts
 from hone_nar.config import EvalConfig, TrainConfig
 from hone_nar.evaluate import evaluate
 from hone_nar.evaluate import prepare as prepare_eval
-from hone_nar.finetune import TINY, prepare, rate, train
+from hone_nar.finetune import TINY, draw, options_of, prepare, rate, train
 from hone_nar.flashar import FlashARForImageGeneration
 from hone_nar.transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
-from hone_video.training import Group, Loop
+from hone_video.training import Group, Loop, Part
 from hone_video.training_config import LoopConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -116,6 +116,21 @@ def test_the_rate_falls_at_milestones_or_as_a_cosine(cfg):
     assert shares == pytest.approx([1, 1, 0.2, 0.04, 0.008])
     wave = replace(cfg, schedule="cosine", least=0.01)
     assert [rate(done, wave) for done in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.505, 0.01])
+
+
+def test_a_share_of_the_conditions_is_dropped_and_views_are_drawn_evenly(cfg):
+    codes = open_codes(cfg.data)
+    part = Part(samples=tuple(range(2000)), share=1.0, last=True, seed=0)
+    tokens, labels, drop = draw(replace(cfg, drop=0.3), codes, part)
+    assert float(drop.float().mean()) == pytest.approx(0.3, abs=0.04)
+    views = [codes.item(index)[0] for index in part.items(len(codes))]
+    second = [torch.equal(row, each[1]) for row, each in zip(tokens, views, strict=True)]
+    assert sum(second) / 2000 == pytest.approx(0.5, abs=0.05)
+    assert labels == [codes.item(index)[1] for index in part.items(len(codes))]
+
+
+def test_a_model_may_have_more_classes_than_the_codes(cfg):
+    assert options_of(replace(cfg, classes=7), open_codes(cfg.data))[1]["num_classes"] == 7
 
 
 def raster_file(path):
