@@ -362,6 +362,32 @@ def test_guesses_behind_padded_prompts_are_taken_back(cache_kind):
     assert_close(found[1], found[0], atol=1e-9, rtol=0)
 
 
+def test_the_last_token_stays_whatever_is_protected():
+    model, inputs = get("llava_onevision", TWO)
+    nothing = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+    with sparse(model, 0.1, rows="all") as handle, handle.using(protected=nothing):
+        model(**inputs)
+        assert handle.stats.protected.sum(-1).tolist() == [1, 1]
+        assert all(keep[:, -1].all() for keep in handle.stats.keep.values())
+
+
+@pytest.mark.parametrize("questions", [ONE, TWO])
+def test_padding_of_a_later_turn_is_not_read(questions):
+    model, inputs = get("llava_onevision", questions)
+    keyword, count = cache_keyword(model), len(questions)
+    found = []
+    for padded in (0, 1):
+        cache, whole = DynamicCache(), inputs["attention_mask"]
+        with sparse(model, 0.4, rows="all", protect="none"):
+            model(**inputs, use_cache=True, **{keyword: cache})
+            for ids, mask in (([40, 50, 9][: 2 + padded], [1, 1, 0][: 2 + padded]), ([7], [1])):
+                whole = torch.cat([whole, torch.tensor([mask] * count)], 1)
+                call = {"attention_mask": whole, "position_ids": (whole.cumsum(-1) - 1)[:, -len(ids) :]}
+                said = model(input_ids=torch.tensor([ids] * count), use_cache=True, **call, **{keyword: cache})
+        found.append(said.logits)
+    assert_close(*found, atol=1e-9, rtol=0)
+
+
 def test_a_peft_model_is_taken_as_what_is_inside():
     from peft import LoraConfig, get_peft_model
 

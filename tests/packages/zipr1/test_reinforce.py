@@ -1,6 +1,8 @@
 """The loop on a small host: what it optimises, that it goes on exactly, and what its budgets learn."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hone_zipr1.config import ArmConfig, ReinforceConfig, SparseConfig
 from hone_zipr1.host import load_host
 from hone_zipr1.models import attach
 from hone_zipr1.objectives import BudgetPolicy, grpo_loss
-from hone_zipr1.reinforce import Reinforcement
+from hone_zipr1.reinforce import Drawn, Reinforcement
 from hone_zipr1.rollouts import HostTask
 
 SELECTION = SparseConfig(rows="all", compute="mask", cache="retrieve")
@@ -112,6 +114,35 @@ def test_the_soft_ratio_has_the_gradient_that_the_papers_objective_lacks(task):
     with attach(task.model, SELECTION) as handle:
         Reinforcement(replace(PAPER, ps=(0.5,), performance=0.0, beta=0.0, gated=False), task, handle).advance(0)
     assert torch.equal(before, weights(task))
+
+
+def test_soft_ratio_rewards_right_answers_and_weighs_the_support(task):
+    with attach(task.model, SELECTION) as handle:
+        loop = Reinforcement(OBJECTIVES["soft-ratio"], task, handle)
+        correct, none = torch.arange(12) < 5, torch.zeros(12, 1)
+        reward, _ = loop.judge(Drawn(none, none, none, torch.linspace(0.1, 0.9, 12), correct))
+        assert reward.flatten().tolist() == correct.float().tolist()
+        handle.stats = SimpleNamespace(soft={0: torch.tensor([0.5]), 1: torch.tensor([0.125])})
+        assert float(loop._soft()) == 0.3125
+        loop.cfg = replace(loop.cfg, soft_weight=2.0, soft_log=True)
+        assert float(loop._soft()) == pytest.approx(math.log(0.5) + math.log(0.125))
+
+
+def test_gradients_are_cut_to_length_one(task):
+    with attach(task.model, SELECTION) as handle:
+        loop = Reinforcement(PAPER, task, handle)
+        for length, left in ((30.0, 1.0), (0.5, 0.5)):
+            size = sum(x.numel() for x in loop.trained) ** 0.5
+            for x in loop.trained:
+                x.grad = torch.full_like(x, length / size)
+            loop._step()
+            assert float(torch.cat([x.grad.flatten() for x in loop.trained]).norm()) == pytest.approx(left, rel=1e-4)
+
+
+def test_what_is_logged_is_of_the_first_update(task):
+    with attach(task.model, SELECTION) as handle:
+        found = Reinforcement(replace(PAPER, updates=2, lr=1e-2), task, handle).advance(0)
+    assert float(found["ratio_error"]) < 1e-3
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
