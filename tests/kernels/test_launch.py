@@ -117,58 +117,6 @@ def test_descriptors_get_the_new_base_and_keep_no_tensor(on_a_gpu):
     gc.collect()
 
 
-def test_a_descriptor_is_encoded_once_for_each_base(on_a_gpu, monkeypatch):
-    """What reaches the launcher below Triton's is what Triton's gives it."""
-    import triton
-    from triton.backends.nvidia import driver
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    got, encoded = [], []
-
-    def fill(address, *rest):
-        encoded.append(address)
-        return ("map", address, repr(rest))
-
-    active = SimpleNamespace(utils=SimpleNamespace(fill_tma_descriptor=fill))
-    monkeypatch.setattr(triton.runtime.driver, "_active", active, raising=False)
-    signature = dict(enumerate(("tensordesc<fp32[8, 16]>", "*fp32", "*fp32", "i32", "constexpr")))
-    meta = dict(swizzle=0, elem_size=4, elem_type=7, block_size=[8, 16], fp4_padded=False)
-
-    class Run:
-        launch = staticmethod(driver.wrap_handle_tensordesc(lambda *args: got.append(args), signature, [meta]))
-        global_scratch_size = profile_scratch_size = 0
-        launch_cooperative_grid, launch_pdl = False, True
-
-        def __call__(self, x, y, z, stream, function, *args):
-            self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *args)
-
-    if not triton.__version__.startswith("3.6."):
-        assert module._raw(Run()) == (None, None)
-        return
-    kernel = Kernel()
-    kernel.compiled.run = Run()
-
-    def build(x, out):
-        return (3,), (TensorDescriptor(x, [16, 16], [16, 1], [8, 16]), out, None, 1), dict(SIZE=4, num_warps=8)
-
-    tensors = [torch.zeros(16, 16) for _ in range(2)]
-    for x in (*tensors, *tensors):
-        out = torch.zeros(16)
-        launch(kernel, geometry(x), (x, out), build)
-        if not got:  # the first goes Triton's way
-            assert len(kernel.seen) == 1
-            kernel.seen.clear()
-            got.append(None)
-            continue
-        descriptor = TensorDescriptor(x, [16, 16], [16, 1], [8, 16])
-        seen = got[-1]
-        kernel.compiled.run(3, 1, 1, 7, "f", "m", None, None, None, descriptor, out.data_ptr(), None, 1, 4)
-        assert seen == got[-1]
-    assert kernel.seen == []
-    assert len(got) == 1 + 2 * 3
-    assert len(encoded) == 2 + 3  # two bases, and three times Triton's way
-
-
 def test_a_profiler_sees_every_launch(on_a_gpu, monkeypatch):
     kernel, x = Kernel(), torch.zeros(16)
     call(kernel, x, x, x)

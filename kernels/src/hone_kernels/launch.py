@@ -34,9 +34,6 @@ _NOWHERE = nullcontext()
 
 _PLAIN = (torch.nn.Parameter, type(None))
 
-_MAPS = 64
-"""Bases of one argument whose encoded descriptors are kept."""
-
 _ALIGNED = 16
 """Bytes: Triton compiles other code for bases that are not of whole 16 bytes."""
 
@@ -110,41 +107,26 @@ Build = Callable[..., tuple[tuple[int, ...], Sequence[Any], dict[str, Any]]]
 
 
 class _Launch:
-    """A compiled kernel with its grid and arguments, of which each launch gives the addresses anew."""
+    """A compiled kernel with its grid and arguments, of which each launch gives the tensors anew."""
 
-    __slots__ = ("_arguments", "_descriptors", "_grid", "_maps", "_options", "_places", "_run")
+    __slots__ = ("_arguments", "_compiled", "_descriptors", "_grid", "_places")
 
     def __init__(self, compiled: Any, grid: tuple[int, ...], arguments: list[Any], tensors: Sequence[Tensor | None]):
         """Raises ValueError: a tensor among the arguments is none of these."""
         index = {id(x): i for i, x in enumerate(tensors) if x is not None}
+        self._compiled = compiled
         self._grid = (*grid, 1, 1)[:3]
-        self._arguments: list[Any] = []
+        self._arguments = arguments
         self._places: list[tuple[int, int]] = []
         self._descriptors: list[tuple[int, int, type, dict[str, Any]]] = []
-        self._maps: list[tuple[int, int, Any, Kept]] = []
-        run = compiled.run
-        raw, encode = _raw(run)
-        self._run = raw or run
-        below = (run.launch_cooperative_grid, run.launch_pdl, None, None) if raw else ()
-        self._options = (compiled.function, *below, compiled.packed_metadata, None, None, None)
-        descriptors = 0
-        for value in arguments:
-            at = len(self._arguments)
+        for at, value in enumerate(arguments):
             if isinstance(value, Tensor):
                 self._places.append((at, self._of(value, index)))
-                self._arguments.append(None)
+                arguments[at] = None
             elif hasattr(value, "block_shape"):
-                i = self._of(value.base, index)
                 fields = {name: x for name, x in vars(value).items() if name != "base"}
-                if raw is None:
-                    self._descriptors.append((at, i, type(value), fields))
-                    self._arguments.append(None)
-                else:
-                    self._maps.append((at, i, functools.partial(encode, descriptors, type(value), fields), Kept(_MAPS)))
-                    self._arguments += [None, *value.shape, *value.strides]
-                descriptors += 1
-            else:
-                self._arguments.append(value)
+                self._descriptors.append((at, self._of(value.base, index), type(value), fields))
+                arguments[at] = None
 
     @staticmethod
     def _of(x: Tensor, index: dict[int, int]) -> int:
@@ -155,45 +137,14 @@ class _Launch:
     def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
         arguments = self._arguments.copy()
         for at, i in self._places:
-            # A number is not asked for where it points to.
-            arguments[at] = tensors[i].data_ptr()  # type: ignore[union-attr]
-        for at, i, encode, known in self._maps:
-            address = tensors[i].data_ptr()  # type: ignore[union-attr]
-            found = known.get(address)
-            if found is None:
-                found = encode(tensors[i])
-                known.keep(address, found)
-            arguments[at] = found
+            arguments[at] = tensors[i]
         for at, i, kind, fields in self._descriptors:
-            arguments[at] = _descriptor(kind, fields, tensors[i])
-        self._run(*self._grid, stream, *self._options, *arguments)
-
-
-def _raw(run: Any) -> tuple[Any, Any]:
-    """Triton's launcher below the one that encodes descriptors, and what encodes one; Nones where it is made otherwise.
-
-    What a descriptor is encoded to follows from its fields and its base, so that it may be kept by address.
-    """
-    launch = getattr(run, "launch", None)
-    free = getattr(getattr(launch, "__code__", None), "co_freevars", None)
-    scratch = [getattr(run, name, None) for name in ("global_scratch_size", "profile_scratch_size")]
-    if free != ("launcher", "tensordesc_indices", "tensordesc_meta") or scratch != [0, 0]:
-        return None, None
-    from triton.backends.nvidia.driver import make_tensordesc_arg
-
-    launcher, _, metas = (cell.cell_contents for cell in launch.__closure__)  # type: ignore[union-attr]
-
-    def encode(which: int, kind: type, fields: dict[str, Any], base: Tensor) -> Any:
-        return make_tensordesc_arg(_descriptor(kind, fields, base), metas[which])[0]
-
-    return (None, None) if None in metas else (launcher, encode)
-
-
-def _descriptor(kind: type, fields: dict[str, Any], base: Tensor | None) -> Any:
-    """Without its checks, which are of what has not changed."""
-    descriptor: Any = object.__new__(kind)
-    descriptor.__dict__ = {"base": base, **fields}
-    return descriptor
+            # Its checks are of what has not changed.
+            descriptor: Any = object.__new__(kind)
+            descriptor.__dict__ = {"base": tensors[i], **fields}
+            arguments[at] = descriptor
+        kernel = self._compiled
+        kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
 
 
 _launches = Kept()
