@@ -282,8 +282,8 @@ def _draws(backend: Backend) -> None:
 
 
 def _tokens(backend: Backend) -> None:
+    """Masses of odd lengths with padding and absent rows, selection by mass and by budget, caches with holes; draws."""
     _draws(backend)
-    """Masses of odd lengths with padding and absent rows, selection by mass and by budget, caches with holes."""
     for dim in (64, 128):
         q = torch.randn(2, 6, 141, dim, device=_DEVICE, dtype=torch.float16)
         k, v = (torch.randn(2, 2, 141, dim, device=_DEVICE, dtype=torch.float16) for _ in range(2))
@@ -293,16 +293,16 @@ def _tokens(backend: Backend) -> None:
         rows[:, :3] = -1
         got = column_mass(q, k, rows, real=real, backend=backend)
         want = column_mass(q.double(), k.double(), rows, real=real, backend="reference")
-        _close(f"column_mass d{dim}", got, [x.double() for x in want], [1e-3, 1e-9])
+        _close(f"column_mass d{dim}", got, [x.double() for x in want], [1e-3, 1e-9, 1e-3])
         protected = torch.zeros_like(real)
         protected[:, -1] = True
-        rank, budget = got.mass / got.seen.clamp(min=1), torch.tensor([50, 7], device=_DEVICE)
+        budget = torch.tensor([50, 7], device=_DEVICE)
         given: dict[str, Any] = dict(real=real, protected=protected, budget=budget)
-        mine, theirs = (select_tokens(rank, **given, backend=name) for name in (backend, "reference"))
+        mine, theirs = (select_tokens(got.rank, **given, backend=name) for name in (backend, "reference"))
         if not torch.equal(mine.keep, theirs.keep) or not torch.equal(mine.num, theirs.num):
             raise RuntimeError("token_select: another set of tokens")
         p = torch.tensor([0.9, 1.0], device=_DEVICE)
-        select_tokens(rank, real=real, protected=protected, mass=got.mass, p=p, backend=backend)
+        select_tokens(got.rank, real=real, protected=protected, mass=got.mass, p=p, backend=backend)
         valid = torch.rand(2, 141, device=_DEVICE) < 0.5
         valid[1] = False
         out = decode_attention(q[:, :, :1], k, v, valid, backend=backend)

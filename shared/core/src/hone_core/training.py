@@ -331,8 +331,8 @@ def average_into(average: "nn.Module", model: "nn.Module", decay: float) -> None
     """Let a moving average of weights follow the model by an update."""
     import torch
 
-    weights = [part.detach() for part in model.parameters()]
-    torch._foreach_lerp_(list(average.parameters()), weights, weight=1 - decay)
+    follows, weights = ([part.detach() for part in module.parameters()] for module in (average, model))
+    torch._foreach_lerp_(follows, weights, weight=1 - decay)
 
 
 def _state_of(part: Any) -> Any:
