@@ -227,7 +227,7 @@ class DemoConfig:
     """A host.safetensors made by train-host (default: the packaged one)."""
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings of the method."""
-    limit: int = 8
+    limit: int = 48
     """Images."""
     seed: int = 0
     """Of the first image; the prompts go with it."""
