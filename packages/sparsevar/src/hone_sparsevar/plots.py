@@ -13,18 +13,20 @@ from torch import Tensor
 
 __all__ = ["frontier", "maps", "sheet"]
 
-_CELL, _SCALE, _LEFT, _TOP = 140, 2, 150, 76
+_CELL, _SCALE, _LEFT = 140, 2, 150
 
 
 def sheet(images: Mapping[str, Tensor], captions: Mapping[str, str], prompts: Sequence[str], path: Path) -> None:
     """Rows of images: variant to ``[N, 3, H, W]`` in [0, 1]; what a caption says stands beside its row."""
     count = len(prompts)
-    page = Sheet(_LEFT + count * _CELL, _TOP + len(images) * _CELL)
-    for column, prompt in enumerate(prompts):
-        for line, words in enumerate(wrap(prompt, _CELL - 10, size=11)[:5]):
+    heads = [wrap(prompt, _CELL - 10, size=11) for prompt in prompts]
+    head = 6 + 14 * max(map(len, heads))
+    page = Sheet(_LEFT + count * _CELL, head + len(images) * _CELL)
+    for column, lines in enumerate(heads):
+        for line, words in enumerate(lines):
             page.text(_LEFT + column * _CELL, 10 + 14 * line, words, size=11)
     for row, (name, pixels) in enumerate(images.items()):
-        top = _TOP + row * _CELL
+        top = head + row * _CELL
         page.text(6, top + 14, name, bold=True)
         for line, words in enumerate(wrap(captions.get(name, ""), _LEFT - 12, size=11)):
             page.text(6, top + 34 + 15 * line, words, size=11)
