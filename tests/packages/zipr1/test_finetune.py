@@ -118,7 +118,10 @@ def test_a_number_has_its_tolerance(asked):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        (["a"], "line 1: expected an object; got list"),
         ({"question": "a", "answer": "b", "type": "string"}, 'line 1: expected "image" or "video"'),
+        ({"image": "0.png", "question": None, "answer": "b", "type": "string"}, 'line 1: expected "image" or "video"'),
+        ({"image": "0.png", "question": "a", "answer": "b", "type": "string", "tolerance": None}, "line 1: float"),
         ({"image": "0.png", "question": "a", "answer": "b", "type": "text"}, "type must be one of"),
         ({"image": "0.png", "question": "a", "answer": "b", "type": "number"}, "'b' is no number"),
     ],

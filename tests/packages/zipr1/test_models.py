@@ -602,6 +602,13 @@ def test_attention_that_cannot_be_cut_is_refused(implementation):
         config._attn_implementation = before
 
 
+def test_a_policy_without_a_threshold_is_given_none():
+    model, inputs = get("llava_onevision", TWO)
+    p = torch.tensor([0.5, 0.6])
+    with sparse(model, p, policy="top-k", ratio=0.5), pytest.raises(ValueError, match="leave p out"):
+        model(**inputs)
+
+
 def test_bad_inputs_are_named():
     model, inputs = get("llava_onevision", TWO)
     embeds = model.get_input_embeddings()(inputs["input_ids"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from hone_core.config import Dtype, Preset, flag
 from hone_core.training import check_budget
@@ -85,8 +85,8 @@ class SparseConfig:
     def __post_init__(self) -> None:
         if not 0 < self.p <= 1:
             raise ValueError(f"p is a share of attention mass in (0, 1]; got {self.p}")
-        for name, kind in (("policy", Policy),):
-            if getattr(self, name) not in get_args(kind):
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if self.recent <= 0 or self.random < 0:
             raise ValueError(
@@ -218,7 +218,9 @@ class TrainHostConfig:
         if min(self.batch, self.held_out) < 2:
             raise ValueError(f"batch and held_out must be at least 2; got {self.batch} and {self.held_out}")
         if not 0 < self.decay <= 1:
-            raise ValueError(f"decay is a share; got {self.decay}")
+            raise ValueError(f"decay is a share of the budget in (0, 1]; got {self.decay}")
+        if self.warmup_steps < 1:
+            raise ValueError(f"warmup_steps must be at least 1; got {self.warmup_steps}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,8 +281,9 @@ class ReinforceConfig:
             or min(self.lr, self.budget_lr, self.temperature, self.floor) <= 0
         ):
             raise ValueError(
-                "prompts, updates, lr, budget_lr, temperature and floor must be positive; got "
-                f"{self.prompts}, {self.updates}, {self.lr}, {self.budget_lr}, {self.temperature}, {self.floor}"
+                "prompts, updates, lr, budget_lr, temperature and floor must be positive, and micro_batch not "
+                f"negative; got {self.prompts}, {self.updates}, {self.lr}, {self.budget_lr}, {self.temperature}, "
+                f"{self.floor} and {self.micro_batch}"
             )
         if not 0 < self.epsilon < 1 or self.beta < 0:
             raise ValueError(f"epsilon lies in (0, 1) and beta is not negative; got {self.epsilon} and {self.beta}")
@@ -339,7 +342,10 @@ class TrainConfig:
                 "a captured step does not fetch the weights of other processes; leave shard or captured out"
             )
         if self.lora_rank < 0 or min(self.frames, self.max_new_tokens) < 1:
-            raise ValueError("lora_rank must not be negative, frames and max_new_tokens must be positive")
+            raise ValueError(
+                "lora_rank must not be negative, frames and max_new_tokens must be positive; got "
+                f"{self.lora_rank}, {self.frames} and {self.max_new_tokens}"
+            )
         if self.sparse.policy in BY_RATIO or self.sparse.p != SparseConfig().p:
             raise ValueError(f"thresholds are those of --ps, one per rollout; got {self.sparse.label}")
 
@@ -393,7 +399,10 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.prompts, self.batch, self.workers) < 1 or self.items < 2:
-            raise ValueError("steps, prompts, batch and workers must be positive, and items at least 2")
+            raise ValueError(
+                "steps, prompts, batch and workers must be positive, and items at least 2; got "
+                f"{self.steps}, {self.prompts}, {self.batch}, {self.workers} and {self.items}"
+            )
         if self.lr <= 0 or self.soft_weight <= 0:
             raise ValueError(f"lr and soft_weight must be positive; got {self.lr} and {self.soft_weight}")
 
@@ -480,7 +489,7 @@ class GenerateConfig(AskConfig):
     def __post_init__(self) -> None:
         AskConfig.__post_init__(self)
         if min(self.max_new_tokens, self.rounds) < 1:
-            raise ValueError("max_new_tokens and rounds must be positive")
+            raise ValueError(f"max_new_tokens and rounds must be positive; got {self.max_new_tokens} and {self.rounds}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -526,7 +535,10 @@ class EvalConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
         if min(self.frames, self.max_new_tokens, 1 if self.limit is None else self.limit) < 1:
-            raise ValueError("frames, max_new_tokens and limit must be positive")
+            raise ValueError(
+                "frames, max_new_tokens and limit must be positive; got "
+                f"{self.frames}, {self.max_new_tokens} and {self.limit}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -562,8 +574,11 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         if min(*self.tokens, *self.batches, self.rounds, 1 << 30) < 1 or not self.tokens or not self.batches:
-            raise ValueError("tokens, batches and rounds must be positive, at least one of each")
-        check_ps(self.ratios)
+            raise ValueError(
+                "tokens, batches and rounds must be positive, at least one of each; got "
+                f"{self.tokens}, {self.batches} and {self.rounds}"
+            )
+        check_ps(self.ratios, "ratios")
         SparseConfig(policy="top-k", ratio=self.ratios[0], recent=self.recent, random=self.random)
         if (self.decode_only or self.unequal) and max(self.ratios) > 2 / 3:
             raise ValueError(
@@ -576,11 +591,15 @@ class BenchConfig:
             raise ValueError(f"the tiny host has 1024 positions; got {max(self.tokens)} tokens")
 
 
-def check_ps(ps: tuple[float, ...]) -> None:
+def check_ps(ps: tuple[float, ...], what: str = "thresholds") -> None:
     """Refuse thresholds that are none.
+
+    Args:
+        ps: Shares.
+        what: Their name in the message.
 
     Raises:
         ValueError: There are none, two are the same, or one lies outside (0, 1].
     """
     if not ps or len(set(ps)) < len(ps) or not all(0 < p <= 1 for p in ps):
-        raise ValueError(f"thresholds are distinct shares in (0, 1], at least one; got {ps}")
+        raise ValueError(f"{what} are distinct shares in (0, 1], at least one; got {ps}")

@@ -19,7 +19,7 @@ from .models import attach
 from .rollouts import Rollout, rollout
 from .visionzip import FAMILIES
 
-__all__ = ["DENSE", "Outcome", "ask", "at_budget", "held_out", "table", "uniform_of", "write_rows"]
+__all__ = ["DENSE", "Outcome", "ask", "at_budget", "held_out", "peers", "table", "uniform_of", "write_rows"]
 
 DENSE = "dense"
 
@@ -34,7 +34,8 @@ class Outcome:
         ratio: ``[items]``, tau of each.
         layer_ratio: ``[layers]``, means; empty for the dense model.
         ids: ``[items, tokens]``, answers.
-        uniform: ratio of a map without structure at the same p; None where p sets no budget.
+        uniform: ratio of a map without structure at the same p; None where p sets no budget, or not all rows are
+            looked at.
     """
 
     label: str
@@ -66,12 +67,12 @@ def held_out(host: Host, items: int, seed: int) -> Mosaics:
 
 
 def uniform_of(host: Host, config: SparseConfig) -> float | None:
-    """Ratio of uniform attention on the host's prompts."""
-    if config.ratio is not None:
+    """Ratio of uniform attention on the host's prompts; None where p sets no budget, or not all rows are looked at."""
+    if config.ratio is not None or config.rows != "all":
         return None
     protected = host.protected(1)[0]
     kept = int(protected.sum()) if config.protect == "text" else 1
-    return uniform_ratio(config.p, len(protected), None, kept) if config.rows == "all" else None
+    return uniform_ratio(config.p, len(protected), None, kept)
 
 
 def ask(

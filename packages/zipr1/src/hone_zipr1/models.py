@@ -255,7 +255,7 @@ class SparseHandle(Handle[SparseConfig]):
         """Say more of the prefills inside, in this thread.
 
         Args:
-            p: ``[batch]``, a threshold per sample in place of the config's.
+            p: ``[batch]``, a threshold per sample in place of the config's; of a policy that has one.
             protected: ``[batch, tokens]``, tokens that stay in any case; needed where prompts come as embeddings.
             prompt_tokens: Length of the (padded) prompt, where an answer stands after it in the same forward: the
                 selection is that of the prompt alone, as it was when the answer was sampled.
@@ -357,6 +357,11 @@ class SparseHandle(Handle[SparseConfig]):
         here = torch.ones(batch, prompt, dtype=torch.bool, device=states.device) if real is None else real[:, :prompt]
         p: float | Tensor = self.config.p
         if given.p is not None:
+            if self.config.ratio is not None:
+                raise ValueError(
+                    f"{self.config.label} keeps a set share of a prompt and has no threshold; leave p out, or attach "
+                    "policy='top-p'"
+                )
             if given.p.shape != (batch,) or not bool(((given.p > 0) & (given.p <= 1)).all()):
                 raise ValueError(f"p must be {batch} numbers in (0, 1], one per sample; got {given.p}")
             p = given.p.to(states.device)
@@ -656,7 +661,16 @@ def masses(
     scaling: float | None = None,
     normalizer: method.Normalizer = "count",
 ) -> method.Mass:
-    """``method.column_mass``, on a GPU by its kernel where no gradient is asked for; no padding where real is None."""
+    """``method.column_mass``, on a GPU by its kernel where no gradient is asked for.
+
+    Args:
+        query: ``[batch, heads, queries, dim]``, the last of ``key``'s tokens.
+        key: ``[batch, heads_k, tokens, dim]``.
+        real: ``[batch, tokens]``, False where padded; None without padding.
+        rows: ``[batch, rows]`` of ``query`` to look at, -1 for none; all if None.
+        scaling: Of the logits; 1 / sqrt(dim) if None.
+        normalizer: See ``method.ranked``.
+    """
     if not query.is_cuda or (torch.is_grad_enabled() and query.requires_grad):
         return method.column_mass(query, key, real=real, rows=rows, scaling=scaling, normalizer=normalizer)
     if rows is None:
@@ -670,7 +684,13 @@ def masses(
 
 
 def budgets(p: float | Tensor, ratio: float | None, real: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What ``choose`` takes: shares of the mass ``[batch]``, or else numbers of tokens by a ratio of them."""
+    """What ``choose`` takes: shares of the mass ``[batch]``, or else numbers of tokens ``[batch]``.
+
+    Args:
+        p: Share of the mass, or ``[batch]`` of them; not looked at where there is a ratio.
+        ratio: Share of the tokens; None: the budget is p's.
+        real: ``[batch, tokens]``, False where padded.
+    """
     if ratio is not None:
         return None, (ratio * real.sum(-1)).ceil().long()
     if isinstance(p, Tensor):
@@ -681,7 +701,16 @@ def budgets(p: float | Tensor, ratio: float | None, real: Tensor) -> tuple[Tenso
 def choose(
     mass: Tensor, rank: Tensor, share: Tensor | None, budget: Tensor | None, real: Tensor, protected: Tensor
 ) -> Chosen:
-    """``method.select`` by ``method.topp_budget`` or, where share is None, by a budget; a kernel on a GPU."""
+    """``method.select`` by ``method.topp_budget`` or, where share is None, by a budget; a kernel on a GPU.
+
+    Args:
+        mass: ``[batch, tokens]``.
+        rank: ``[batch, tokens]``.
+        share: ``[batch]``, of the mass; or None.
+        budget: ``[batch]``, tokens to keep; or None.
+        real: ``[batch, tokens]``, False where padded.
+        protected: ``[batch, tokens]``, tokens that stay in any case.
+    """
     if mass.is_cuda:
         weights = None if share is None else mass
         return Chosen(*select_tokens(rank, real=real, protected=protected, mass=weights, p=share, budget=budget))

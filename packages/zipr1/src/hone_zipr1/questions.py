@@ -71,7 +71,9 @@ def load_items(path: Path) -> list[Item]:
         if line.strip():
             try:
                 found.append(_item(json.loads(line), path.parent))
-            except (ValueError, KeyError, AttributeError) as error:
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{path}, line {number}: {error}") from error
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not found:
         raise ValueError(f"{path} has no question")
@@ -80,9 +82,11 @@ def load_items(path: Path) -> list[Item]:
     return found
 
 
-def _item(row: Mapping[str, Any], folder: Path) -> Item:
+def _item(row: Any, folder: Path) -> Item:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object; got {type(row).__name__}")
     media = [name for name in ("image", "video") if row.get(name)]
-    missing = [name for name in ("question", "answer", "type") if not str(row.get(name, "")).strip()]
+    missing = [name for name in ("question", "answer", "type") if row.get(name) is None or not str(row[name]).strip()]
     if len(media) != 1 or missing:
         raise ValueError(
             f'expected "image" or "video", "question", "answer" and "type"; got {", ".join(row) or "nothing"}'
@@ -93,7 +97,7 @@ def _item(row: Mapping[str, Any], folder: Path) -> Item:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     item = Item(
-        path, media[0] == "video", row["question"], str(row["answer"]), row["type"], float(row.get("tolerance", 0))
+        path, media[0] == "video", str(row["question"]), str(row["answer"]), row["type"], float(row.get("tolerance", 0))
     )
     if not is_right(item.answer, item):
         raise ValueError(f"the answer {item.answer!r} is no {item.type}")
@@ -123,7 +127,16 @@ def is_right(text: str, item: Item) -> bool:
 
 
 def model_inputs(processor: Any, items: Sequence[Item], frames: int) -> dict[str, Tensor]:
-    """Left-padded model inputs of a batch of questions."""
+    """Left-padded model inputs of a batch of questions, all about pictures or all about videos.
+
+    Args:
+        processor: Of the model.
+        items: Questions.
+        frames: Of a video.
+
+    Raises:
+        ValueError: A question holds a placeholder of the processor, or a video cannot be read.
+    """
     from hone_lm.choices import choice_inputs, choice_prompt
     from hone_lm.video import read_video
     from PIL import Image
@@ -168,6 +181,9 @@ def check_longest(model: str, items: Sequence[Item], frames: int, answer: int) -
         items: Questions.
         frames: Of a video.
         answer: Tokens of an answer.
+
+    Raises:
+        ValueError: One is too long.
     """
     from hone_lm.checkpoints import read_config
     from PIL import Image
@@ -192,6 +208,9 @@ def picture_inputs(processor: Any, texts: Sequence[str], pictures: Sequence[Sequ
         processor: Of the model.
         texts: Questions.
         pictures: Of each question, as PIL images in RGB; they stand before its text.
+
+    Raises:
+        ValueError: A text holds a placeholder of the processor.
     """
     from hone_lm.choices import check_text
 

@@ -137,8 +137,8 @@ class SparseGRPOTrainer(GRPOTrainer):
         own = [name for name in ("rollout_func", "tools", "environment_factory") if options.get(name)]
         if own:
             raise ValueError(f"an answer is one turn of the model itself here; leave {', '.join(own)} out")
-        for name, count in (("num_generations", args.num_generations), ("..._eval", args.num_generations_eval)):
-            if count and count % len(ps):
+        for name in ("num_generations", "num_generations_eval"):
+            if (count := getattr(args, name)) and count % len(ps):
                 raise ValueError(f"{name} must be a multiple of the {len(ps)} thresholds; got {count}")
         self.ps, self.gated = tuple(ps), gated
         self._p: Tensor | None = None
