@@ -48,8 +48,8 @@ def hostref():
 def stored(tmp_path_factory):
     """Files of untrained hosts."""
 
-    def make(seed=0, *, passed=True):
-        path = save_untrained(tmp_path_factory.mktemp(f"host-{seed}") / "host.safetensors", SMALL)
+    def make(seed=0, *, passed=True, cfg=SMALL):
+        path = save_untrained(tmp_path_factory.mktemp(f"host-{seed}") / "host.safetensors", cfg)
         write_facts(path, dataclasses.replace(FACTS, passed=passed), package=PACKAGE)
         return path
 

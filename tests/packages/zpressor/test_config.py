@@ -1,7 +1,15 @@
 from pathlib import Path
 
 import pytest
-from hone_zpressor.config import PRESETS, BenchConfig, DemoConfig, ReproduceConfig, TrainHostConfig, ZPressorConfig
+from hone_zpressor.config import (
+    PRESETS,
+    BenchConfig,
+    DemoConfig,
+    EvalConfig,
+    ReproduceConfig,
+    TrainHostConfig,
+    ZPressorConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,9 +27,12 @@ from hone_zpressor.config import PRESETS, BenchConfig, DemoConfig, ReproduceConf
         (lambda: TrainHostConfig(context=5), "anchors <= context <= gap"),
         (lambda: TrainHostConfig(gap=(10, 60)), "anchors <= context <= gap"),
         (lambda: TrainHostConfig(targets=0), "must be positive"),
+        (lambda: TrainHostConfig(gap=(12, 15)), "largest gap, 15 frames; got 12 and 4"),
+        (lambda: EvalConfig(near=0.0, far=9.0), "expected 0 < near < far; got 0.0 and 9.0"),
         (lambda: BenchConfig(views=(4,)), "anchors <= each number of views"),
         (lambda: ReproduceConfig(judged=(48,)), "judged views that are among views"),
         (lambda: ReproduceConfig(views=(6, 24, 36, 46)), "to 50 with the targets"),
+        (lambda: ReproduceConfig(views=(6, 12), judged=(12,), targets=27), "24 where there are anchor_counts"),
         (lambda: ReproduceConfig(anchor_counts=(1,)), "anchor_counts must lie in 2..24"),
         (lambda: ReproduceConfig(hosts=(Path("a"), Path("a"))), "one is named twice"),
     ],

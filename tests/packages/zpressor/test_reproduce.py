@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hone_core.claims import ClaimsReport
 from hone_zpressor.config import ReproduceConfig
@@ -7,6 +9,12 @@ from hone_zpressor.reproduce import RULES, prepare, reproduce
 def test_a_host_that_missed_its_gates_is_refused(stored):
     with pytest.raises(ValueError, match="misses its gates"):
         prepare(ReproduceConfig(hosts=(stored(passed=False),)))
+
+
+def test_views_that_a_host_keeps_all_of_are_refused(stored, small):
+    six = replace(small, zpressor=replace(small.zpressor, anchors=6))
+    with pytest.raises(ValueError, match=r"keeps 6 views: expected a number of views above that; got \(6,\)"):
+        prepare(ReproduceConfig(hosts=(stored(cfg=six),), views=(6,), judged=(6,), anchor_counts=()))
 
 
 def test_every_claim_gets_its_verdict(stored, start):

@@ -368,7 +368,10 @@ def _captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def _folding(
     module: ZPressor, features: Tensor, centres: Tensor, clusters: Clusters, precision: Any
 ) -> Callable[[], Tensor]:
-    """A call that folds the last view that is no anchor into what holds all others; every call does the same."""
+    """A call that folds the last view that is no anchor into what holds all others; every call does the same.
+
+    Where every view is an anchor, the first is folded in once more.
+    """
     anchors = clusters.anchors[0]
     rest = [view for view in range(len(features)) if view not in anchors.tolist()] or [0]
     stream = ViewStream(module, features[anchors], centres[anchors], precision)

@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, and the tiny host that is packaged."""
+    """Versions, devices, presets, hosts of published weights, and the tiny host that is packaged."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_splat.ranges import HOSTS

@@ -138,7 +138,10 @@ class DemoConfig:
         if not 2 <= self.anchors <= self.views or self.views > 40:
             raise ValueError(f"expected 2 <= anchors <= views <= 40; got {self.anchors} and {self.views}")
         if min(self.rooms, self.targets) < 1 or self.frames < 2 or self.views + self.targets > 50:
-            raise ValueError("expected at least one room and target, two frames, and at most 50 views with the targets")
+            raise ValueError(
+                "expected at least one room and target, two frames, and at most 50 views with the targets; got "
+                f"{self.rooms}, {self.targets}, {self.frames} and {self.views + self.targets}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,9 +165,9 @@ class TrainHostConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises, at the start of each stage."""
     steps: int | None = 8000
-    """Optimiser steps in all; with None, ``minutes`` count."""
+    """Optimiser steps in all, which must be given: the three arms share theirs equally."""
     minutes: float = 5.0
-    """Wall clock of the training itself, where steps is not given."""
+    """Not used: the steps bound the training."""
     graded: int = 32
     """Rooms, none of them trained on, that the host is graded on."""
     log_every: int = 50
@@ -183,8 +186,16 @@ class TrainHostConfig:
         anchors = self.host.zpressor.anchors
         if not anchors <= self.context or not self.context <= self.gap[0] <= self.gap[1] <= 50:
             raise ValueError(f"expected anchors <= context <= gap <= 50; got {anchors}, {self.context} and {self.gap}")
-        if self.targets > 50 - self.context or min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1:
-            raise ValueError("scenes, targets, graded and warmup_steps must be positive, and targets fit into the path")
+        if min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1:
+            raise ValueError(
+                f"scenes, targets, graded and warmup_steps must be positive; got {self.scenes}, {self.targets}, "
+                f"{self.graded} and {self.warmup_steps}"
+            )
+        if self.context + self.targets > self.gap[1]:
+            raise ValueError(
+                f"expected context and targets to fit into the largest gap, {self.gap[1]} frames; got {self.context} "
+                f"and {self.targets}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,13 +219,16 @@ class BenchConfig:
     """Precision of matrix products on a CUDA device, each in turn; convolutions are in TF32 there always, as torch has
     it."""
     rounds: int = 5
-    """Turns that each variant gets after two that warm up."""
+    """Turns that each variant gets once it is warm; the module alone, which is short, gets twice as many."""
     seed: int = 0
     """Of weights and rooms."""
 
     def __post_init__(self) -> None:
         if not self.views or min(self.views) < self.anchors or self.anchors < 2 or self.rounds < 1:
-            raise ValueError("expected at least one round and 2 <= anchors <= each number of views")
+            raise ValueError(
+                "expected at least one round and 2 <= anchors <= each number of views; got "
+                f"{self.rounds}, {self.anchors} and {self.views}"
+            )
         for name in ("views", "sweeps", "matmuls"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
@@ -242,9 +256,16 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         if self.rooms < 2 or self.targets < 1 or not set(self.judged) <= set(self.views) or not self.judged:
-            raise ValueError("expected at least two rooms, a target, and judged views that are among views")
-        if min(self.views) < 6 or max(self.views) + self.targets > 50:
-            raise ValueError(f"expected from 6 views to 50 with the targets; got {self.views}")
+            raise ValueError(
+                "expected at least two rooms, a target, and judged views that are among views; got "
+                f"{self.rooms}, {self.targets}, and {self.judged} of {self.views}"
+            )
+        most = max(*self.views, 24 if self.anchor_counts else 0)
+        if min(self.views) < 6 or most + self.targets > 50:
+            raise ValueError(
+                "expected from 6 views (24 where there are anchor_counts) to 50 with the targets; got "
+                f"{self.views} and {self.targets} targets"
+            )
         if self.anchor_counts and not 2 <= min(self.anchor_counts) <= max(self.anchor_counts) <= 24:
             raise ValueError(f"anchor_counts must lie in 2..24; got {self.anchor_counts}")
         if len(set(self.hosts)) < len(self.hosts):
@@ -322,10 +343,15 @@ class RenderConfig:
     def __post_init__(self) -> None:
         _check_capture(self)
         if self.frames < 2 or self.fps < 1 or not 0 <= self.prune < 1:
-            raise ValueError("expected at least two frames, one per second, and prune in [0, 1)")
+            raise ValueError(
+                "expected at least two frames, one per second, and prune in [0, 1); got "
+                f"{self.frames}, {self.fps} and {self.prune}"
+            )
         budgets = [value for value in (self.budget_seconds, self.budget_gib) if value is not None]
         if any(value <= 0 for value in budgets):
-            raise ValueError("budget_seconds and budget_gib must be positive")
+            raise ValueError(
+                f"budget_seconds and budget_gib must be positive; got {self.budget_seconds} and {self.budget_gib}"
+            )
         if budgets and self.arm == "host":
             raise ValueError("a budget chooses the number of anchors, and the arm host has none")
         if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
@@ -374,7 +400,7 @@ class ViewConfig:
     def __post_init__(self) -> None:
         _check_capture(self)
         if not 0 <= self.prune < 1 or (self.seconds is not None and self.seconds <= 0):
-            raise ValueError("expected prune in [0, 1), and positive seconds")
+            raise ValueError(f"expected prune in [0, 1), and positive seconds; got {self.prune} and {self.seconds}")
         if self.splat is not None and self.splat.suffix not in (".ply", ".splat", ".spz"):
             raise ValueError(f"splat: expected a path ending in .ply, .splat or .spz; got {self.splat}")
 
@@ -398,7 +424,10 @@ class ConvertConfig:
         if self.model not in HOSTS:
             raise ValueError(f"model: no host {self.model!r}; there are {', '.join(HOSTS)}")
         if self.context < 2 or self.targets < 1 or self.frames < self.context + self.targets:
-            raise ValueError("expected two contexts, a target, and frames for both")
+            raise ValueError(
+                "expected two contexts, a target, and frames for both; got "
+                f"{self.context}, {self.targets} and {self.frames}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -434,9 +463,11 @@ class EvalConfig:
         if self.model not in HOSTS:
             raise ValueError(f"model: no host {self.model!r}; there are {', '.join(HOSTS)}")
         if self.anchors < 2 or (self.scenes is not None and self.scenes < 1):
-            raise ValueError("expected at least two anchors and one scene")
+            raise ValueError(f"expected at least two anchors and one scene; got {self.anchors} and {self.scenes}")
         if (self.near is None) != (self.far is None):
             raise ValueError("near and far are given together, or not at all")
+        if self.near is not None and self.far is not None and not 0 < self.near < self.far:
+            raise ValueError(f"expected 0 < near < far; got {self.near} and {self.far}")
 
 
 def _check_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> None:

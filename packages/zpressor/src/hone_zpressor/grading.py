@@ -33,7 +33,7 @@ class Grades:
 
 
 def with_settings(tiny: TinyHost, **changes: Any) -> TinyHost:
-    """The arm with other settings of its compressor, such as ``anchors``; weights are shared, the settings are not."""
+    """Give an arm's compressor other settings, such as ``anchors``; returns the same arm."""
     assert tiny.handle is not None, "the arm host has no compressor"
     settings: ZPressorConfig = replace(tiny.handle.config, **changes)
     tiny.handle.compressor.config = tiny.handle.config = settings

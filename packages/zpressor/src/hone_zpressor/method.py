@@ -220,6 +220,9 @@ class ViewStream:
         centres: ``[N, 3]``, their camera centres.
         precision: See ``Precision``.
 
+    Raises:
+        ValueError: Features and centres are not of these shapes.
+
     Source: ours; that an anchor reads its support in no order makes it possible.
     """
 

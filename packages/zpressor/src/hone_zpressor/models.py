@@ -102,7 +102,7 @@ class ViewCompressor(ZPressor):
         """Numbers of the anchors, ``[B, N]``, farthest or at random.
 
         Raises:
-            ValueError: A scene has fewer views than anchors, of which any are drawn.
+            ValueError: A scene of the batch has fewer views than anchors.
         """
         centres, present = views.cam_to_world[..., :3, 3], views.present
         count = min(self.config.anchors, centres.shape[1])

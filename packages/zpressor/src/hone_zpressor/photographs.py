@@ -30,6 +30,7 @@ from torch import Tensor
 from .anchors import farthest_points
 from .budget import Budget, forward_cost, most_anchors
 from .config import PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
+from .grading import with_settings
 from .host import load_host, open_tiny
 from .models import attach
 
@@ -236,12 +237,13 @@ def load_model(cfg: RenderConfig | EvalConfig | ViewConfig, device: torch.device
     """The host with its weights, and the compressor on it.
 
     Raises:
-        CheckpointError: There are no weights, or they are of another architecture or arm.
+        CheckpointError: There are no weights, or they are of another architecture.
+        ValueError: The arm is ``zpressor``, and the checkpoint holds none.
     """
     if cfg.model == "tiny":
         tiny = load_host(cfg.arm, path=cfg.checkpoint, device=device)
         if tiny.handle is not None:
-            _set_anchors(tiny.handle, cfg.anchors)
+            with_settings(tiny, anchors=cfg.anchors)
         return tiny.host
     if cfg.checkpoint is None:
         raise CheckpointError(f"weights of {cfg.model} are not packaged: name a checkpoint")
@@ -256,10 +258,6 @@ def load_model(cfg: RenderConfig | EvalConfig | ViewConfig, device: torch.device
         settings = ZPressorConfig(anchors=cfg.anchors, fuse=fuse, layers=PRESETS["mvsplat"].config.layers)
         attach(host, settings, weights=weights if fuse else None)
     return host.to(device).eval()
-
-
-def _set_anchors(handle: Any, anchors: int) -> None:
-    handle.compressor.config = handle.config = replace(handle.config, anchors=anchors)
 
 
 @torch.inference_mode()

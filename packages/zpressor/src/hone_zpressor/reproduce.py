@@ -49,13 +49,17 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
 
     Raises:
         CheckpointError: One is missing.
-        ValueError: One has not: what it does says nothing.
+        ValueError: One has not, so that what it does says nothing; or no number of views is above its anchors.
     """
     cfg = replace(cfg, hosts=tuple(path.resolve() for path in cfg.hosts))
     for path in cfg.hosts or (packaged_host(PACKAGE),):
-        facts = open_tiny(path).facts
-        if facts is None or not facts.passed:
-            raise ValueError(f"{path} misses its gates ({facts and facts.result}); train it longer")
+        stored = open_tiny(path)
+        if stored.facts is None or not stored.facts.passed:
+            found = "it was never graded" if stored.facts is None else stored.facts.result
+            raise ValueError(f"{path} misses its gates ({found}); train it longer")
+        anchors = stored.config.zpressor.anchors
+        if max(cfg.views) <= anchors:
+            raise ValueError(f"{path} keeps {anchors} views: expected a number of views above that; got {cfg.views}")
     return cfg
 
 

@@ -75,7 +75,8 @@ class _Scene:
             self.viewer.splat(cloud)
             self.viewer.cameras(poses, views.intrinsics_norm[0], views.size, images_01=views.image_01[0], marked=marked)
             self.gaussians, self.made = len(cloud), self.made + 1
-            log.info("%d anchors, %d Gaussians, %.1f s", anchors, len(cloud), time.perf_counter() - started)
+            kept, seconds = len(marked) or views.count, time.perf_counter() - started
+            log.info("%d views kept, %d Gaussians, %.1f s", kept, len(cloud), seconds)
 
 
 def view(cfg: ViewConfig, run: Run) -> ViewReport:
