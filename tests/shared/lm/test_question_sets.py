@@ -344,6 +344,9 @@ def test_egoschema(tmp_path):
     write(tmp_path / "subset_answers.json", {"u2": 3})
     (item,) = load_items(tmp_path / "questions.json", format="egoschema")
     assert (item.id, item.answer, len(item.options)) == ("u2", 3, 5)
+    (tmp_path / "subset_answers.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"subset_answers\.json: expected an object; got list"):
+        load_items(tmp_path / "questions.json", format="egoschema")
 
 
 def task_file(folder, task, **row):

@@ -47,8 +47,8 @@ def read_config(path: str) -> Any:
     other = sorted(set(getattr(found.get_text_config(), "layer_types", None) or ()) - set(SOFTMAX_LAYERS))
     if other:
         raise ValueError(
-            f"{path} has a hybrid decoder ({', '.join(other)}): a pair cannot be blocked in a recurrent layer, and "
-            "video would flow around a knockout of the others. Use a decoder of attention layers only."
+            f"{path} has a hybrid decoder ({', '.join(other)}): a recurrent layer has no attention to change, "
+            "and video would flow through it. Use a decoder of attention layers only."
         )
     return found
 
@@ -62,7 +62,9 @@ def load_model(path: str, *, device: torch.device | str = "cpu", dtype: torch.dt
         dtype: Of the weights; the checkpoint's own if None.
 
     Raises:
-        ValueError: The checkpoint is no vision-language model. Known before its weights are read.
+        ValueError: The checkpoint is no vision-language model, or its decoder is a hybrid. Known before its weights are
+            read.
+        OSError: There is no such checkpoint.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

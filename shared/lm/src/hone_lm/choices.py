@@ -58,6 +58,12 @@ def choice_prompt(processor: Any, question: str, options: Sequence[str], *, styl
 
     Uses the processor's chat template; one without a template gets placeholder, question and prefix on their own.
 
+    Args:
+        processor: Of the model.
+        question: Text.
+        options: Texts, without letters.
+        style: See ``Style``; ``text`` lists no options.
+
     Raises:
         ValueError: There are fewer than two options, or more than there are letters; or a text holds what the processor
             would take for a place of a video or image.

@@ -70,8 +70,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     if other or without:
         found = ", ".join(other) or f"layers {without} without self_attn"
         raise ValueError(
-            f"{type(decoder).__name__} is a hybrid decoder ({found}): a pair cannot be blocked in a recurrent layer, "
-            "and video would flow around a knockout of the others. Use a decoder of attention layers only."
+            f"{type(decoder).__name__} is a hybrid decoder ({found}): a recurrent layer has no attention to "
+            "change, and video would flow through it. Use a decoder of attention layers only."
         )
     head = getattr(model, "lm_head", None)
     return Decoder(decoder, layers, config, head, deepstack_layers(getattr(model, "config", None)))

@@ -229,7 +229,7 @@ class TokenLayout:
         if self.separators:
             lines.append(f"separators (placeholder id, no frame) at {', '.join(map(str, self.separators))}")
         if self.between:
-            lines.append(f"{len(self.between)} text positions between frames: a side channel around VT-K")
+            lines.append(f"{len(self.between)} text positions between frames, by which one can reach another")
         lines += [f"  {name:<10} [{start}, {stop})" for name, (start, stop) in self.spans.items()]
         return "\n".join(lines)
 
@@ -299,14 +299,9 @@ def _llava_next_video(row: _Row, kind: str, length: int) -> tuple[list[int], int
 
 def _video_llava(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
     """All patches and the class token of each frame."""
-    return (
-        ([length], 0)
-        if kind == "image"
-        else (
-            _split(length, _patches(row.config.vision_config) ** 2 + 1, "Video-LLaVA"),
-            0,
-        )
-    )
+    if kind == "image":
+        return [length], 0
+    return _split(length, _patches(row.config.vision_config) ** 2 + 1, "Video-LLaVA"), 0
 
 
 def _generic(row: _Row, kind: str, length: int) -> tuple[list[int], int]:
@@ -381,8 +376,9 @@ def find_layouts(model: Any, inputs: Mapping[str, Any], *, tokens_per_frame: int
             class without a rule whose frames follow each other without text between.
 
     Raises:
-        ValueError: A prompt has no visual token, a run of them is no whole number of frames, or ``tokens_per_frame``
-            is not positive or does not divide a run.
+        ValueError: The inputs hold no ``input_ids``, or lack grids or image sizes that the class needs; a prompt has no
+            visual token, a run of them is no whole number of frames, or ``tokens_per_frame`` is not positive or does
+            not divide a run.
     """
     if tokens_per_frame is not None and tokens_per_frame < 1:
         raise ValueError(f"tokens_per_frame must be positive; got {tokens_per_frame}")
@@ -559,7 +555,7 @@ def _layout(row: _Row, ids: Tensor, real: Tensor, placeholders: dict[int, str]) 
         names = ", ".join(f"{kind} id {value}" for value, kind in placeholders.items())
         raise ValueError(
             f"no visual token in a prompt of {len(ids)} tokens (looked for {names}). Give the processor a video and "
-            "its placeholder in the text; a knockout of nothing would look like a result"
+            "its placeholder in the text; what is done to no token would look like a result"
         )
     model_type = getattr(row.config, "model_type", "")
     rule = RULES.get(model_type, _generic)

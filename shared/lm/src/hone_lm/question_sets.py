@@ -87,7 +87,7 @@ def read_clip(item: Item, *, num_frames: int) -> Clip:
         raise ValueError(item.error)
     if item.clip is not None:
         return item.clip
-    assert item.video is not None
+    assert item.video is not None, "an item has one of the two"
     return read_video(item.video, num_frames=num_frames, start=item.start, end=item.end, fps=item.fps)
 
 
@@ -532,7 +532,10 @@ def _egoschema(path: Path) -> Iterator[tuple[str, _Make]]:
     Answers are in the row or in ``subset_answers.json`` beside it.
     """
     beside = path.parent / "subset_answers.json"
-    answers: Mapping[str, int] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    try:
+        answers = _json_line(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{beside}: {error}") from error
     return ((where, partial(_egoschema_row, make, answers)) for where, make in _table(path))
 
 

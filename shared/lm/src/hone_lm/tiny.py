@@ -412,14 +412,23 @@ def tiny_inputs(
     size: int = 56,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Process a noise video and a prompt for each question into a left-padded batch of model inputs."""
+    """Process a noise video and a prompt for each question into a left-padded batch of model inputs.
+
+    Args:
+        family: As in ``tiny``.
+        processor: From ``tiny``.
+        questions: One per row of the batch.
+        frames: Of each video.
+        size: Pixels along a side.
+        seed: Of the first video; each further one has the next.
+    """
     text = [PROMPTS[family].format(question=question) for question in questions]
     videos = [random_video(frames, size=size, seed=seed + index) for index in range(len(text))]
     metadata = [
         {"fps": 2.0, "total_num_frames": frames, "duration": frames / 2.0, "frames_indices": list(range(frames))}
         for _ in text
     ]
-    # Qwen's newline-free token types and SmolVLM's timestamps both come from this call, as for a real video.
+    # Token types of Qwen and timestamps of SmolVLM come from this call, as for a real video.
     batch = processor(
         text=text,
         videos=[[video] for video in videos] if family == "smolvlm" else videos,

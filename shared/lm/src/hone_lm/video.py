@@ -98,8 +98,8 @@ def read_video(
 
     Raises:
         FileNotFoundError: There is no such video.
-        ValueError: It cannot be decoded, is cut short, or has no frame between ``start`` and ``end``; or ``fps`` is not
-            positive, or given for a file.
+        ValueError: It cannot be decoded, is cut short, or has no frame between ``start`` and ``end``; or ``num_frames``
+            or ``fps`` is not positive, or ``fps`` is given for a file.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be positive; got {num_frames}")
