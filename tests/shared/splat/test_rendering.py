@@ -140,6 +140,8 @@ def test_batches_that_do_not_fit_are_named():
     poses, inner = cameras()
     with pytest.raises(ValueError, match="of the same B"):
         render(cloud(3), poses.expand(2, -1, -1, -1), inner, (8, 8))
+    with pytest.raises(ValueError, match="backend must be torch or gsplat; got 'other'"):
+        render(cloud(3), poses, inner, (8, 8), backend="other")
 
 
 def test_beside_the_picture_the_linear_map_stops_where_3dgs_stops():

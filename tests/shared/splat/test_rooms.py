@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import pytest
 import torch
 from hone_splat.cameras import unproject
 from hone_splat.rooms import FAR, NEAR, Rooms
@@ -31,3 +34,10 @@ def test_depths_stay_in_range():
     _, distance = rooms.see(rooms.cam_to_world, (24, 24), samples=1)
     assert float(distance.min()) > NEAR
     assert float(distance.max()) < FAR
+
+
+def test_a_depth_range_that_is_none_is_named():
+    views, _ = Rooms.draw([0]).views(torch.tensor([[0, 1]]), 8)
+    views.check()
+    with pytest.raises(ValueError, match="expected 0 < near < far; got near 20 and far 12"):
+        replace(views, near=torch.tensor([[0.4, 20.0]])).check()

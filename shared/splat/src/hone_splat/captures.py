@@ -512,7 +512,7 @@ def fit_range(
             distance to the place that the cameras look at.
 
     Raises:
-        ValueError: There are no points, and the cameras look at no common place.
+        ValueError: ``bounds`` are not 0 < near < far; or there are no points, and the cameras look at no common place.
     """
     if bounds is not None:
         if not 0 < bounds[0] < bounds[1]:

@@ -116,7 +116,7 @@ class ChunkSet:
         self.folder = Path(folder)
         index = _read_json(self.folder / "index.json")
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise ValueError(f"{self.folder / 'index.json'}: expected scene to file")
+            raise ValueError(f"{self.folder / 'index.json'}: expected an object of scene names to file names")
         self.index: dict[str, str] = index
         self._held: tuple[str, dict[str, ChunkScene]] = "", {}
 

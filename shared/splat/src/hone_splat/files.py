@@ -51,6 +51,7 @@ def read_ply(path: str | Path) -> Gaussians:
     """Read a 3DGS ``.ply``.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: It is no such file, or is cut short.
     """
     data = Path(path).read_bytes()
@@ -117,6 +118,7 @@ def read_splat(path: str | Path) -> Gaussians:
     """Read ``.splat``.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: It is no whole number of Gaussians.
     """
     data = Path(path).read_bytes()

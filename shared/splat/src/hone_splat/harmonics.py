@@ -81,6 +81,9 @@ def rotate_sh(
         sh: As the network gives them, degree at most 3.
         rotation: Camera to world.
         kind: ``official`` also takes them out of the basis of the hosts' own rasteriser.
+
+    Raises:
+        ValueError: The degree is above 3.
     """
     degree = round(sh.shape[-1] ** 0.5) - 1
     directions, inverse, change = (part.to(sh) for part in _tables(degree))

@@ -32,6 +32,7 @@ SweepGeometry = Literal["official", "exact"]
 """``official`` projects with the reference view's intrinsics and from integer pixels; ``exact`` with the other view's
 own and from pixel centres."""
 SweepBackend = Literal["reference", "triton", "auto"]
+"""Of ``hone_kernels.plane_sweep``, which says what each does."""
 BLOCKED = -100.0
 
 

@@ -32,7 +32,7 @@ class Picture:
     """What the cameras see.
 
     Attributes:
-        image_01: ``[B, V, 3, H, W]``, at least 0; above 1 where Gaussians are.
+        image_01: ``[B, V, 3, H, W]``, at least 0; bright Gaussians give values above 1.
         alpha: ``[B, V, H, W]``, covered share of each pixel.
         depth_z: ``[B, V, H, W]``, mean depth of what covers it, 0 where nothing does.
     """
@@ -65,7 +65,7 @@ def render(
         backend: ``gsplat`` needs the extra ``gpu`` and a CUDA device.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes do not fit, or there is no such backend.
         MissingExtraError: gsplat is not installed.
     """
     batch, views = cam_to_world.shape[:2]
@@ -74,6 +74,8 @@ def render(
             f"expected Gaussians [B, G] and cameras [B, V] of the same B; got {list(gaussians.means.shape[:-1])}, "
             f"poses {list(cam_to_world.shape[:2])} and intrinsics {list(intrinsics_norm.shape[:2])}"
         )
+    if backend not in ("torch", "gsplat"):
+        raise ValueError(f"backend must be torch or gsplat; got {backend!r}")
     inner = intrinsics_px(intrinsics_norm, *size)
     back = gaussians.means.new_zeros(3) if background is None else background
     if backend == "gsplat":
@@ -165,7 +167,7 @@ def _gsplat(
     try:
         from gsplat import rasterization
     except ImportError as error:
-        raise MissingExtraError("gpu", "hone-splat", "the backend gsplat") from error
+        raise MissingExtraError("gpu", "hone-splat", "The backend gsplat") from error
     drawn, alpha, _ = rasterization(
         gaussians.means,
         gaussians.quats_wxyz,

@@ -80,6 +80,7 @@ def read_spz(path: str | Path) -> Gaussians:
     """Read ``.spz`` of version 2 or 3.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: It is no such file, is damaged, or holds what is not read here.
     """
     try:

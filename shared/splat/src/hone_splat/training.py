@@ -38,7 +38,9 @@ __all__ = ["WEIGHTS", "Drawn", "Term", "TrainedReport", "check_files", "choose_v
 __all__ += ["picture_loss", "scene_of"]
 
 SKIP_AFTER = 300
+"""Steps before which none is skipped."""
 SKIPPED = 1e-8
+"""What the loss of a skipped step is multiplied by."""
 WEIGHTS = "host.safetensors"
 """Where a run's artifacts hold the trained weights, with the published names."""
 
@@ -110,7 +112,9 @@ def scene_of(chunks: ChunkSet, sample: int, seed: int) -> str:
 def choose_views(
     centres: Tensor, cfg: FitConfig, generator: torch.Generator
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Context and target views: the farthest cameras of a span of frames, and others drawn from the same span.
+    """Context and target views: the farthest cameras of a span of frames, and any drawn from the same span.
+
+    A target may be a context view too.
 
     Args:
         centres: ``[V, 3]``, camera centres in the order of the frames.

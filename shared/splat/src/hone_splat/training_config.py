@@ -33,7 +33,7 @@ class FitConfig:
     context: tuple[int, int] = (2, 6)
     """Least and largest number of context views, drawn for each scene."""
     targets: int = 8
-    """Views that the losses look at, between the outermost context views."""
+    """Views that the losses look at, drawn from the span of the context views; one may be such a view."""
     gap: tuple[int, int] = (20, 50)
     """Frames that the most context views span, drawn from this range; fewer span a part of it."""
     flip: float = 0.5

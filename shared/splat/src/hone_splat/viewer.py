@@ -37,7 +37,7 @@ class Viewer:
         try:
             import viser
         except ImportError as error:
-            raise MissingExtraError("view", "hone-splat", "the viewer") from error
+            raise MissingExtraError("view", "hone-splat", "The viewer") from error
         # It greets on stdout, which belongs to results.
         with contextlib.redirect_stdout(sys.stderr):
             self.server: Any = viser.ViserServer(host=address, port=port, verbose=False)

@@ -82,5 +82,6 @@ class Views:
         if not bool(self.image_01[keep].isfinite().all()):
             raise ValueError("a picture holds values that are not finite")
         near, far = self.near[keep], self.far[keep]
-        if not bool(((near > 0) & (near < far)).all()):
-            raise ValueError(f"expected 0 < near < far; got near {near.min():g} and far {far.max():g}")
+        wrong = ~((near > 0) & (near < far))
+        if bool(wrong.any()):
+            raise ValueError(f"expected 0 < near < far; got near {near[wrong][0]:g} and far {far[wrong][0]:g}")

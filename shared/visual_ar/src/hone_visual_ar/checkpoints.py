@@ -206,7 +206,7 @@ def _open_safetensors(files: Iterable[Path]) -> dict[str, Entry]:
         reader = safe_open(str(file), framework="pt")
         for name in reader.keys():  # noqa: SIM118 - no mapping
             part = reader.get_slice(name)
-            floating = part.get_dtype()[0] in "FB"
+            floating = part.get_dtype().startswith(("F", "BF"))
             found[name] = Entry(tuple(part.get_shape()), floating, lambda r=reader, n=name: r.get_tensor(n))
     return found
 

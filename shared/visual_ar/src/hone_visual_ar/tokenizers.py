@@ -48,6 +48,7 @@ class ScaleTokenizer(ModelMixin, ConfigMixin):
     choices: int
     """Values that one choice can take: 2 for a bit, else the size of the codebook."""
     latent_dim: int
+    """Channels of a code."""
     stride: int
     """Pixels per latent, along a side."""
 
