@@ -76,7 +76,11 @@ def _answers(model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
-    """Ask and grade; a stopped run goes on with the questions that are left."""
+    """Ask and grade; a stopped run goes on with the questions that are left.
+
+    Raises:
+        ValueError: A question leaves no room for its answer in the model's context.
+    """
     from hone_lm.checkpoints import load_model
     from hone_lm.choices import to_model
 

@@ -71,6 +71,7 @@ def inspect(
     Raises:
         FileNotFoundError: There is no such picture or video.
         ValueError: Flags do not go together, or the model cannot take the selection.
+        CheckpointError: No tiny host is packaged.
     """
     import torch
     from hone_lm.layouts import find_layouts
@@ -113,8 +114,7 @@ class ProfileReport(Report):
             lines.append(f"{layer:>5}{shown[0]:>16}{shown[1]:>16}{shown[2]:>14}{shown[3]:>28}")
         mean = f"all layers {values['token_ratio', None]:.1f} %, without the first token "
         mean += f"{values['ratio_without_sink', None]:.1f} %"
-        if ("uniform_ratio", None) in values:
-            mean += f"; uniform attention would keep {values['uniform_ratio', None]:.1f} %"
+        mean += f"; uniform attention would keep {values['uniform_ratio', None]:.1f} %"
         lines += [mean, f"maps     {self.path / 'figures' / 'kept.png'}", f"results  {self.path / 'results.json'}"]
         return "\n".join(lines)
 

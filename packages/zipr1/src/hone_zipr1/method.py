@@ -1,4 +1,4 @@
-"""Top-p token selection, per layer and sample (section 2 of the paper; the attention is ZipVL's).
+"""Top-p token selection, per layer and sample (formulas of public digests of the paper; the attention is ZipVL's).
 
 ``A`` is a layer's causal attention map with its heads averaged, ``a_j`` the sum of its column j. The budget comes from
 ``a``, the choice from ``a`` over the number of rows that see a column, so that early columns are not favoured.

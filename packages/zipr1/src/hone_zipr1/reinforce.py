@@ -222,5 +222,5 @@ class Reinforcement:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor that is shared out over processes as it is; all of them take part."""
+    """A tensor in one piece, where it is shared out over processes: all of them take part."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -165,6 +165,9 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     """Train what is not trained yet, evaluate, apply the rules, and write the verdict.
 
     A run that was cut off goes on with the arms that are missing, from the checkpoints of those that it was at.
+
+    Raises:
+        RuntimeError: A loss is not finite.
     """
     device, folder = str(resolve_device(run.device)), run.artifacts
     paths = _hosts(cfg)

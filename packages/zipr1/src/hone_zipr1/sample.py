@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -102,9 +103,9 @@ def prepare(cfg: Ask) -> Ask:
         if value is not None and os.path.exists(value)
     }
     if cfg.image is not None:
-        cfg = replace(cfg, image=type(cfg.image)(absolute["image"]))
+        cfg = replace(cfg, image=Path(absolute["image"]))
     if cfg.video is not None:
-        cfg = replace(cfg, video=type(cfg.video)(absolute["video"]))
+        cfg = replace(cfg, video=Path(absolute["video"]))
     return replace(cfg, model=absolute.get("model", cfg.model))
 
 
@@ -120,7 +121,12 @@ def processed(cfg: AskConfig) -> tuple[Any, Any]:
 
 
 def load_asked(cfg: AskConfig, device: torch.device) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """Model, processor, and what the processor makes of the question."""
+    """Model, processor, and what the processor makes of the question.
+
+    Args:
+        cfg: Question.
+        device: Where the model and the inputs go.
+    """
     if cfg.model is None:
         from .data import mosaics, parse_question
         from .host import load_host

@@ -59,7 +59,7 @@ class Zipped:
 
 
 def received(query: Float[Tensor, "heads tokens dim"], key: Float[Tensor, "heads tokens dim"], scale: float) -> Tensor:
-    """``[tokens]``, attention that each token gets, mean over heads and over the tokens that attend."""
+    """``[tokens]``, attention that each token gets, mean over heads and over the tokens that attend; sums to 1."""
     heads, tokens, _ = query.shape
     total = torch.zeros(tokens, dtype=torch.float32, device=query.device)
     size = max(1, _PAIRS // (heads * tokens))
