@@ -99,7 +99,11 @@ def test_evaluation_indices(tmp_path):
     path = tmp_path / "index.json"
     path.write_text(json.dumps({"a": {"context": [0, 9], "target": [3]}, "b": None}))
     assert read_evaluation_index(path) == {"a": ((0, 9), (3,))}
-    for entry, message in (({"context": [0], "target": [3]}, "two contexts"), ({"context": [0, 1]}, "or null")):
+    for entry, message in (
+        ({"context": [0], "target": [3]}, "two contexts"),
+        ({"context": [0, 1]}, "or null"),
+        ({"context": 2, "target": [3]}, "or null"),
+    ):
         path.write_text(json.dumps({"a": entry}))
         with pytest.raises(ValueError, match=message):
             read_evaluation_index(path)

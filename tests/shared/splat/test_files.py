@@ -62,6 +62,8 @@ def test_damaged_plys_are_named(tmp_path):
         (whole.replace(b"property float opacity", b"property float opaciti"), "lacks opacity"),
         (whole.replace(b"property float x", b"property uchar x"), "type float alone"),
         (whole.replace(b"binary_little_endian", b"ascii"), "expected binary_little_endian"),
+        (b"ply\nend_header\n", "expected binary_little_endian; got ''"),
+        (whole.replace(b"element vertex 30", b"element vertex"), "expected one element, vertex"),
     ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):

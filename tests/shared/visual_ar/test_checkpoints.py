@@ -5,7 +5,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
 from hone_visual_ar import BSQVAE, MANIFESTS, VAR, Infinity, load_published
-from hone_visual_ar.checkpoints import build, key_shapes, manifest_of
+from hone_visual_ar.checkpoints import build, key_shapes, manifest_of, open_checkpoint
 
 
 @pytest.mark.parity
@@ -38,6 +38,13 @@ def test_pickles_bare_and_inside_a_training_checkpoint(tmp_path):
     torch.save({"trainer": {"gpt_fsdp": state, "step": 3}}, tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):
         check(load_published(tiny(), tmp_path / name), state)
+
+
+def test_real_numbers_alone_are_cast(tmp_path):
+    kinds = {"half": torch.bfloat16, "real": torch.float32, "whole": torch.int64, "yes": torch.bool}
+    save_safetensors({name: torch.ones(1, dtype=kind) for name, kind in kinds.items()}, tmp_path / "a.safetensors")
+    found = {name: entry.floating for name, entry in open_checkpoint(tmp_path / "a.safetensors").items()}
+    assert found == {"half": True, "real": True, "whole": False, "yes": False}
 
 
 def test_safetensors_alone_and_in_shards_onto_the_meta_device(tmp_path):

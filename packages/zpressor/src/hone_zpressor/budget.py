@@ -73,7 +73,9 @@ def most_anchors(cost: Callable[[int], Cost | None], most: int, budget: Budget) 
     first = cost(LEAST)
     if not budget.holds(first):
         found = "ran out of memory" if first is None else _shown(first)
-        raise ValueError(f"{budget} is too small: a forward with {LEAST} anchors {found}")
+        raise ValueError(
+            f"{budget} is too small: a forward with {LEAST} anchors {found}. Give more, or smaller pictures"
+        )
     fits, fails = LEAST, most + 1
     while fits + 1 < fails:
         # Nothing above a number that failed is tried.

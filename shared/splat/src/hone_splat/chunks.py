@@ -213,7 +213,7 @@ def read_evaluation_index(path: str | Path) -> dict[str, tuple[tuple[int, ...], 
     for key, entry in data.items() if isinstance(data, dict) else [("", data)]:
         if entry is None:
             continue
-        if not isinstance(entry, dict) or not {"context", "target"} <= set(entry):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), list) for name in ("context", "target")):
             raise ValueError(f"{path}: {key!r}: expected context and target views, or null")
         context, target = (tuple(int(i) for i in entry[name]) for name in ("context", "target"))
         if len(context) < 2 or not target:

@@ -60,9 +60,9 @@ def read_ply(path: str | Path) -> Gaussians:
         raise ValueError(f"{path} is no .ply file: its header is missing")
     lines = data[:end].decode("ascii", errors="replace").splitlines()
     if "format binary_little_endian 1.0" not in lines:
-        raise ValueError(f"{path}: expected binary_little_endian; got {lines[1]!r}")
+        raise ValueError(f"{path}: expected binary_little_endian; got {' '.join(lines[1:2])!r}")
     elements = [line.split() for line in lines if line.startswith("element ")]
-    if len(elements) != 1 or elements[0][1] != "vertex" or not elements[0][2].isdigit():
+    if len(elements) != 1 or elements[0][1:2] != ["vertex"] or not elements[0][-1].isdigit():
         raise ValueError(f"{path}: expected one element, vertex; got {[' '.join(element) for element in elements]}")
     properties = [line.split() for line in lines if line.startswith("property ")]
     if any(len(entry) != 3 or entry[1] not in ("float", "float32") for entry in properties):

@@ -237,7 +237,7 @@ class InfinityPipeline(_NextScalePipeline):
             return_dict: Give an ``ImagePipelineOutput``; a tuple of its images otherwise.
 
         Raises:
-            ValueError: Size, prompts, seeds or sampling do not fit; nothing has run then.
+            ValueError: Size, prompts, seeds or sampling do not fit; no image has been begun then.
         """
         _check_output(output_type)
         schedule = infinity_schedule(pixels, aspect)
