@@ -219,8 +219,10 @@ class TrainHostConfig:
             raise ValueError(f"batch and held_out must be at least 2; got {self.batch} and {self.held_out}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share of the budget in (0, 1]; got {self.decay}")
-        if self.warmup_steps < 1:
-            raise ValueError(f"warmup_steps must be at least 1; got {self.warmup_steps}")
+        if min(self.warmup_steps, self.log_every) < 1:
+            raise ValueError(
+                f"warmup_steps and log_every must be at least 1; got {self.warmup_steps} and {self.log_every}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,8 +289,10 @@ class ReinforceConfig:
             )
         if not 0 < self.epsilon < 1 or self.beta < 0:
             raise ValueError(f"epsilon lies in (0, 1) and beta is not negative; got {self.epsilon} and {self.beta}")
-        if (self.objective == "soft-ratio") > (self.soft_weight > 0) or (
-            self.soft_weight and self.objective in ("paper", "budget-policy")
+        if (
+            self.soft_weight < 0
+            or (self.objective == "soft-ratio" and not self.soft_weight)
+            or (self.soft_weight and self.objective in ("paper", "budget-policy"))
         ):
             raise ValueError(
                 f"soft_weight is positive with soft-ratio, may be with supervised and is 0 else; got {self.soft_weight}"
@@ -341,10 +345,10 @@ class TrainConfig:
             raise ValueError(
                 "a captured step does not fetch the weights of other processes; leave shard or captured out"
             )
-        if self.lora_rank < 0 or min(self.frames, self.max_new_tokens) < 1:
+        if self.lora_rank < 0 or min(self.frames, self.max_new_tokens, self.log_every) < 1:
             raise ValueError(
-                "lora_rank must not be negative, frames and max_new_tokens must be positive; got "
-                f"{self.lora_rank}, {self.frames} and {self.max_new_tokens}"
+                "lora_rank must not be negative; frames, max_new_tokens and log_every must be positive; got "
+                f"{self.lora_rank}, {self.frames}, {self.max_new_tokens} and {self.log_every}"
             )
         if self.sparse.policy in BY_RATIO or self.sparse.p != SparseConfig().p:
             raise ValueError(f"thresholds are those of --ps, one per rollout; got {self.sparse.label}")

@@ -49,6 +49,9 @@ class SparseModel(_Base):
 
     Attributes:
         ratios: tau of each answer so far.
+
+    Raises:
+        ValueError: The batch is not 1, the preset is not known, or the model cannot take the selection.
     """
 
     is_simple = True
@@ -79,7 +82,11 @@ class SparseModel(_Base):
         self.ratios: list[float] = []
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer; greedy, and cut at the first of a request's stops."""
+        """Answer; greedy whatever a task asks for, and cut at the first of a request's stops.
+
+        Args:
+            requests: Of lmms-eval; of their options ``max_new_tokens`` (128) and ``until`` are looked at, no others.
+        """
         answers = []
         with progress_bar(len(requests), desc="questions") as bar:
             for request in requests:
