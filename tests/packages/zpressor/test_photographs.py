@@ -39,6 +39,16 @@ def test_doctor_measures_a_room(folder, start):
     assert str(photographs.DoctorReport.of(run)) == str(report)
 
 
+def test_depths_that_are_guessed_are_said_before_work(folder, stored, caplog):
+    cfg = RenderConfig(colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3)
+    prepare(cfg)
+    assert not caplog.records
+    next(folder.rglob("points3D.bin")).unlink()
+    prepare(cfg)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "a guess, give near and far instead" in caplog.text
+
+
 def test_doctor_names_what_is_outside(folder, start):
     cfg = DoctorConfig(colmap=folder, model="tiny", views=9, anchors=9, near=0.001, far=1.0)
     with start(cfg, "doctor") as run:

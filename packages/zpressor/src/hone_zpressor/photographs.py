@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -45,7 +46,10 @@ __all__ = [
     "prepare",
     "read_capture",
     "render_capture",
+    "warn_of_guess",
 ]
+
+log = logging.getLogger(__name__)
 
 CHUNK = 8
 """Frames that are rendered and kept at a time; a run that was broken off goes on after the last."""
@@ -132,10 +136,17 @@ def prepare(cfg: Any) -> Any:
         ValueError: A host cannot use the photographs.
         CheckpointError: The weights are missing.
     """
-    read_capture(cfg)
+    _, scene = read_capture(cfg)
     if isinstance(cfg, RenderConfig):
         find_weights(cfg)
+        warn_of_guess(scene)
     return cfg
+
+
+def warn_of_guess(scene: SceneRange) -> None:
+    """Say where depths were guessed, which the splat depends on."""
+    if "guess" in scene.source:
+        log.warning("depths are %s", scene.source)
 
 
 def find_weights(cfg: RenderConfig | EvalConfig | ViewConfig) -> None:

@@ -19,7 +19,7 @@ from hone_splat.viewer import Viewer
 from hone_splat.views import Views
 
 from .config import ViewConfig
-from .photographs import contexts, find_weights, load_model, read_capture
+from .photographs import contexts, find_weights, load_model, read_capture, warn_of_guess
 
 __all__ = ["ViewReport", "prepare", "view"]
 
@@ -43,12 +43,14 @@ def prepare(cfg: ViewConfig) -> ViewConfig:
         ValueError: There is nothing to show, or a host cannot use the photographs.
         CheckpointError: The weights are missing.
     """
-    if cfg.splat is not None:
-        read_cloud(cfg.splat)
-    if cfg.splat is None or cfg.colmap is not None or cfg.transforms is not None:
-        read_capture(cfg)
     if cfg.splat is None:
+        _, scene = read_capture(cfg)
         find_weights(cfg)
+        warn_of_guess(scene)
+        return cfg
+    read_cloud(cfg.splat)
+    if cfg.colmap is not None or cfg.transforms is not None:
+        read_capture(cfg)
     return cfg
 
 
