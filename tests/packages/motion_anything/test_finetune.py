@@ -205,7 +205,7 @@ def test_two_processes_train_one_model(folder, tmp_path):
     wanted, other = (one.model.state_dict() for one in both)
     assert all(torch.allclose(value, other[name], atol=1e-6) for name, value in wanted.items())
 
-    settings = {"tokenizer_sizes": asdict(SIZES), "steps": 4, "batch": 4, "warmup": 2, "log_every": 1}
+    settings = {"tokenizer_sizes": asdict(SIZES), "steps": 4, "batch": 4, "warmup_steps": 2, "log_every": 1}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"),

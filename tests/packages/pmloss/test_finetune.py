@@ -14,6 +14,7 @@ from hone_pmloss.models import tiny
 from hone_splat import training
 from hone_splat.cameras import unproject
 from hone_splat.chunks import ChunkScene, ChunkSet, write_chunks
+from hone_splat.ranges import HostRange
 from hone_splat.rendering import render
 from hone_splat.rooms import Rooms
 from safetensors.torch import load_file
@@ -148,11 +149,12 @@ def test_two_processes_step_by_the_mean_of_their_scenes_and_go_on_after_one_fail
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, cfg.lr, total_steps=12, pct_start=cfg.rise, cycle_momentum=False
     )
+    limits = HostRange(0.4, 12.0, (32, 32), None, "")
     teacher = finetune.PMLoss(finetune.PrecomputedTeacher(tmp_path), cfg.pm)
     for step in range(2):
         losses = []
         for sample in (2 * step, 2 * step + 1):
-            drawn = training._draw(chunks, cfg, (0.4, 12.0, (32, 32)), sample)
+            drawn = training._draw(chunks, cfg, limits, sample)
             output, asked = host(drawn.context), drawn.targets
             picture = render(output.gaussians, asked.cam_to_world, asked.intrinsics_norm, (32, 32), near=0.08)
             error, _ = training.picture_loss(picture.image_01[0], asked.image_01[0], cfg, None)

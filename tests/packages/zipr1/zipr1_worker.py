@@ -4,12 +4,13 @@ import os
 import sys
 
 import torch
-from hone_zipr1 import cli, finetune, questions
+from hone_core.training import SharedTraining
+from hone_zipr1 import cli, questions
 from hone_zipr1.reinforce import Reinforcement
 from torch.distributed.tensor import DTensor
 
 if __name__ == "__main__":
-    follow, advance = finetune._Together.follow, Reinforcement.advance
+    follow, advance = SharedTraining.follow, Reinforcement.advance
 
     def followed(self, loop, run, **options):
         """Training, and then each process's weights."""
@@ -25,7 +26,7 @@ if __name__ == "__main__":
             os._exit(9)
         return advance(self, step)
 
-    finetune._Together.follow, Reinforcement.advance = followed, stopping
+    SharedTraining.follow, Reinforcement.advance = followed, stopping
     # Answers of random weights are all wrong, and would be worth the same.
     questions.is_right = lambda text, item: text == item.answer or len(text) % 2 == 0
     cli.main()
