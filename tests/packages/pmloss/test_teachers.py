@@ -106,7 +106,7 @@ def test_depth_anything_is_unprojected_along_the_optical_axis(scene):
     with torch.no_grad():
         want = model((scene.context.image_01[0] - mean) / std).predicted_depth
     assert float(want.std()) > 0.01
-    assert torch.allclose(depth, want, atol=1e-3)
+    assert torch.allclose(depth, want, atol=0.02 * float(want.std()))
     assert torch.equal(teacher(scene.context).centres, scene.context.cam_to_world[..., :3, 3])
     assert not teacher.model.training
     assert not any(part.requires_grad for part in teacher.parameters())
