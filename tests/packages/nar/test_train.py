@@ -9,7 +9,7 @@ from hone_nar.data import digits
 from hone_nar.demo import demo
 from hone_nar.flashar import post_train_start
 from hone_nar.host import Host, digit_model, load_host, save_host
-from hone_nar.train import Learner, Making, take_step, train_host
+from hone_nar.train import Learner, Making, seeded_step, take_step, train_host
 
 CONFIG = TrainHostConfig(
     host=HostConfig(dim=16, layers=1, heads=2), steps=8, batch=4, eval_images=20, log_every=1, dropout=0.2
@@ -68,6 +68,14 @@ def test_a_step_leaves_the_global_generator_alone():
     state = torch.random.get_rng_state()
     take_step(learner, digits("train"), 4, 0.5, 0, 0)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_steps_numbers_are_the_same_in_every_python():
+    def first(*numbers):
+        with torch.random.fork_rng(devices=[]):
+            return int(torch.randint(1000, (), generator=seeded_step(torch.device("cpu"), *numbers)))
+
+    assert [first(0, 1, 5), first(-1, 0, 0), first(-2, 0, 0)] == [66, 979, 32]
 
 
 def test_the_average_follows_slowly():
