@@ -2,7 +2,15 @@ import math
 
 import pytest
 import torch
-from hone_kernels.kept_tokens import add_change, draw_bits, gather_modulate, spread_tokens, take_tokens
+from hone_kernels.kept_tokens import (
+    add_change,
+    draw_bits,
+    gather_modulate,
+    pack_tokens,
+    spread_tokens,
+    take_tokens,
+    unpack_tokens,
+)
 
 
 def randn(*shape):
@@ -36,6 +44,21 @@ def test_tokens_are_taken_and_put_back():
     assert torch.equal(back, q * keep[:, None, :, None])
     back.sum().backward()
     assert torch.equal(q.grad, keep[:, None, :, None].expand_as(q).double())
+
+
+def test_tokens_are_packed_and_put_back():
+    q, k = randn(3, 3, 4, 2), randn(3, 1, 4, 2)
+    keep = torch.tensor([[True, False, False, True], [False, False, True, False], [True, True, True, True]])
+    idx = torch.tensor([[0, 3, 0, 0], [2, 0, 0, 0], [0, 1, 2, 3]], dtype=torch.int32)
+    (queries, keys), ends, row = pack_tokens((q, k), idx, torch.tensor([2, 1, 4], dtype=torch.int32))
+    assert ends.tolist() == [0, 2, 3, 7]
+    assert queries.shape == (12, 3, 2)
+    for at, (sample, token) in enumerate([(0, 0), (0, 3), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)]):
+        assert row[sample, token] == at
+        assert queries[at].tolist() == q[sample, :, token].tolist()
+        assert keys[at].tolist() == k[sample, :, token].tolist()
+    queries[7:] = torch.nan
+    assert torch.equal(unpack_tokens(queries, keep, row), q * keep[:, None, :, None])
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -137,6 +160,21 @@ def call_draw(**change):
             take_tokens,
             {"states": [torch.zeros(1, 2, 3, 4)], "idx": torch.zeros(2, 1).long()},
             r"idx must be int64 \[1, n\]",
+        ),
+        (
+            pack_tokens,
+            {"states": [torch.zeros(1, 2, 3, 4)], "idx": torch.zeros(1, 3).long(), "num": torch.ones(1).int()},
+            r"idx must be int32 \[1, 3\]",
+        ),
+        (
+            pack_tokens,
+            {"states": [torch.zeros(1, 2, 3, 4)], "idx": torch.zeros(1, 3).int(), "num": torch.ones(2).int()},
+            r"num must be int32 \[1\]",
+        ),
+        (
+            unpack_tokens,
+            {"x": torch.zeros(4, 2, 4), "keep": torch.ones(1, 3).bool(), "row": torch.ones(1, 3).int()},
+            r"x must be \[3, n, n\]",
         ),
         (spread_tokens, {"x": torch.zeros(1, 3, 4), "keep": torch.ones(1, 3).bool()}, r"x must be \[n, n, n, n\]"),
         (spread_tokens, {"x": torch.zeros(1, 2, 3, 4), "keep": torch.ones(1, 3)}, r"keep must be bool \[1, n\]"),

@@ -3,7 +3,15 @@ from functools import partial
 import pytest
 import torch
 from hone_core.testing import nan_poison, requires_gpu
-from hone_kernels.kept_tokens import add_change, draw_bits, gather_modulate, spread_tokens, take_tokens
+from hone_kernels.kept_tokens import (
+    add_change,
+    draw_bits,
+    gather_modulate,
+    pack_tokens,
+    spread_tokens,
+    take_tokens,
+    unpack_tokens,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 
@@ -89,7 +97,30 @@ def compare_moves(states, keep, idx):
     assert back.transpose(1, 2).is_contiguous()
 
 
+def compare_packs(states, keep, _):
+    from hone_kernels.kept_tokens.triton import pack_tokens_triton, unpack_tokens_triton
+
+    idx, num = (~keep).to(torch.uint8).argsort(dim=-1, stable=True).int(), keep.sum(-1).int()
+    with nan_poison():
+        packed, ends, row = pack_tokens_triton(states, idx, num)
+    wanted = pack_tokens(states, idx, num, backend="reference")
+    assert torch.equal(ends, wanted.ends)
+    assert torch.equal(row[keep], wanted.row[keep])
+    for one, other in zip(packed, wanted.states, strict=True):
+        assert torch.equal(one[: ends[-1]], other[: ends[-1]])
+        if one.is_floating_point() and ends[-1] < len(one):
+            assert one[ends[-1] :].isnan().all()  # there is room, of which nothing was touched
+    with nan_poison():
+        back = unpack_tokens_triton(packed[0], keep, row)
+    assert torch.equal(back, unpack_tokens(packed[0], keep, row, backend="reference"))
+    assert torch.equal(back, states[0] * keep[:, None, :, None])
+    assert back.transpose(1, 2).is_contiguous()
+
+
 def small_cases(device="cpu"):
+    compare_packs(*move_case(3, (4, 2, 2), 70, 16, 0.3, device=device))
+    compare_packs(*move_case(1, (3, 1), 9, 6, 0.5, torch.bfloat16, device=device))
+    compare_packs(*move_case(2, (2,), 65, 16, 1.0, device=device))
     compare_moves(*move_case(2, (4, 2, 2), 70, 16, 0.3, device=device))
     compare_moves(*move_case(1, (3, 1), 9, 6, 0.5, torch.bfloat16, device=device))
     compare_moves(*move_case(1, (2,), 5, 16, 1.0, device=device))
@@ -136,12 +167,15 @@ def test_machine_code_of_moves(dtype):
     from hone_kernels.kept_tokens import triton
 
     states, keep, idx = move_case(2, (28, 4, 4), 640, 128, 0.3, dtype)
-    with record_launches(triton, "_take_kernel", "_spread_kernel") as launches:
+    places, num = torch.zeros_like(keep, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    with record_launches(triton, "_take_kernel", "_spread_kernel", "_pack_kernel") as launches:
         triton.take_tokens_triton(states, idx)
         triton.take_tokens_triton(states[1:], idx)
         triton.spread_tokens_triton(states[0], keep)
+        packed, _, row = triton.pack_tokens_triton(states, places, num)
+        triton.unpack_tokens_triton(packed[0], keep, row)
     found = [compile_launch(launch) for launch in launches]
-    assert [one.spills for one in found] == [0, 0, 0]
+    assert [one.spills for one in found] == [0] * 5
     # 16 bytes at a time.
     assert all("LDG.E.128" in one.sass and "STG.E.128" in one.sass for one in found)
 
@@ -152,6 +186,8 @@ def test_gpu():
     for dtype in (torch.bfloat16, torch.float32):
         compare_moves(*move_case(3, (28, 4, 4), 4107, 128, 0.2, dtype, "cuda"))
         compare_moves(*move_case(2, (16, 2), 2048, 96, 0.2, dtype, "cuda"))
+        compare_packs(*move_case(3, (28, 4, 4), 4107, 128, 0.2, dtype, "cuda"))
+        compare_packs(*move_case(65, (16, 2), 257, 96, 0.2, dtype, "cuda"))
     for channels in (768, 2048, 3584):
         compare_gather(gather_case(2, 4096, 1792, channels, device="cuda"), torch.bfloat16)
         compare_change(change_case(2, 1792, channels, torch.bfloat16, device="cuda"), 1, False)

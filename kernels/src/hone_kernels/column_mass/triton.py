@@ -19,9 +19,11 @@ __all__ = ["column_mass_triton"]
 
 LOG2E = 1.4426950408889634
 _PROGRAMS = 512
-"""Into about so many programs the first pass is cut, by pieces of the keys."""
+"""Into about so many programs each pass is cut: the first by pieces of the keys, the second by parts of the rows."""
 _PIECES = 8
-"""At most; the second pass joins what they found."""
+"""At most, of the keys; the second pass joins what they found."""
+_PARTS = 4
+"""At most, of the rows; whoever is last joins what they found."""
 _NARROW = ((64, 64, 4, 3), (64, 128, 4, 2))
 """Of both passes: rows and keys of a tile, warps, stages. For 16-bit numbers."""
 _WIDE = ((16, 32, 4, 3), (16, 32, 8, 2))
@@ -133,13 +135,14 @@ def _mass_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     num_rows, num_k, before, scale_log2,
     HK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-    PIECES: tl.constexpr, OVERLAP: tl.constexpr,
+    PIECES: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile of columns, summed over rows and heads; whoever is last of the key heads joins their sums."""
+    """Weights of a tile of columns, summed over a part of the rows of a key head; whoever is last joins all sums."""
     if OVERLAP:
         gdc_launch_dependents()
     tile = tl.program_id(0)
-    hk = tl.program_id(1)
+    hk = tl.program_id(1) // PARTS
+    part = tl.program_id(1) % PARTS
     b = tl.program_id(2).to(tl.int64)
     start = tile * BN
     at = start + tl.arange(0, BN)
@@ -166,6 +169,11 @@ def _mass_kernel(
     if REAL is not None:
         live = live & (tl.load(REAL + b * num_k + at, mask=live, other=0) != 0)
         edge = tl.cdiv(entries, BM) * BM
+    # Of the rows that see something of the tile, this program's part.
+    mine = tl.cdiv(tl.cdiv(tl.maximum(entries - begin, 0), PARTS), BM) * BM
+    begin += part * mine
+    stop = tl.minimum(begin + mine, entries)
+    edge = tl.minimum(edge, stop)
     if OVERLAP:
         gdc_wait()
     Q += b * stride_qb + hk * GROUP * stride_qh
@@ -176,19 +184,19 @@ def _mass_kernel(
             Q, k, ROWS, PART, b, first + m, at, live, stride_qh, stride_qt, num_rows, before, scale_log2, d,
             GROUP, PIECES, True,
         )  # fmt: skip
-    for first in range(tl.maximum(begin, edge), entries, BM):
+    for first in range(tl.maximum(begin, edge), stop, BM):
         sums += _weights(
             Q, k, ROWS, PART, b, first + m, at, live, stride_qh, stride_qt, num_rows, before, scale_log2, d,
             GROUP, PIECES, False,
         )  # fmt: skip
     mass = tl.sum(sums, 0)
-    SUMS += b * HK * num_k
-    tl.store(SUMS + hk * num_k + at, mass, mask=at < num_k)
+    SUMS += b * HK * PARTS * num_k
+    tl.store(SUMS + (hk * PARTS + part) * num_k + at, mass, mask=at < num_k)
     tl.debug_barrier()
-    if tl.atomic_add(COUNTS + b * tl.num_programs(0) + tile, 1, sem="acq_rel") == HK - 1:
+    if tl.atomic_add(COUNTS + b * tl.num_programs(0) + tile, 1, sem="acq_rel") == HK * PARTS - 1:
         mass = tl.zeros([BN], tl.float32)
-        for head in range(0, HK):
-            mass += tl.load(SUMS + head * num_k + at, mask=at < num_k, other=0.0, cache_modifier=".cg")
+        for one in range(0, HK * PARTS):
+            mass += tl.load(SUMS + one * num_k + at, mask=at < num_k, other=0.0, cache_modifier=".cg")
         mass = mass / (HK * GROUP)
         seen = tl.where(live, seen, 0)
         here = b * num_k + at
@@ -218,9 +226,11 @@ def column_mass_triton(
     pieces = min(pieces, triton.next_power_of_2(triton.cdiv(num_k, 4 * keys_1)))
     piece = triton.cdiv(num_k, pieces * keys_1) * keys_1
     tiles = triton.cdiv(num_k, keys_2)
+    parts = min(_PARTS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, tiles * batch * heads_k)))
+    parts = min(parts, triton.next_power_of_2(triton.cdiv(entries, rows_2)))
     device = q.device
     part = torch.empty((batch, heads_k, pieces, entries), dtype=torch.float32, device=device)
-    sums = torch.empty((batch, heads_k, num_k), dtype=torch.float32, device=device)
+    sums = torch.empty((batch, heads_k * parts, num_k), dtype=torch.float32, device=device)
     counts = torch.empty((batch, tiles), dtype=torch.int32, device=device)
     mass, rank = (torch.empty((batch, num_k), dtype=torch.float32, device=device) for _ in range(2))
     seen = torch.empty((batch, num_k), dtype=torch.int32, device=device)
@@ -231,9 +241,9 @@ def column_mass_triton(
         q, k, rows, real, part, counts, *strides, num_rows, num_k, before, piece, tiles, scale * LOG2E,
         BM=rows_1, BN=keys_1, num_warps=warps_1, num_stages=stages_1, **sizes,
     )  # fmt: skip
-    _mass_kernel[(tiles, heads_k, batch)](
+    _mass_kernel[(tiles, heads_k * parts, batch)](
         q, k, rows, real, part, sums, counts, mass, seen, rank, *strides, num_rows, num_k, before, scale * LOG2E,
-        BM=rows_2, BN=keys_2, BR=128, PIECES=pieces, num_warps=warps_2, num_stages=stages_2, **sizes,
+        BM=rows_2, BN=keys_2, BR=128, PIECES=pieces, PARTS=parts, num_warps=warps_2, num_stages=stages_2, **sizes,
         **dependent(overlap),
     )  # fmt: skip
     return mass, seen, rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,24 @@ from .reference import (
     add_change_reference,
     draw_bits_reference,
     gather_modulate_reference,
+    pack_tokens_reference,
     spread_tokens_reference,
     take_tokens_reference,
+    unpack_tokens_reference,
 )
 
-__all__ = ["SUPPORT", "Backend", "add_change", "draw_bits", "gather_modulate", "spread_tokens", "take_tokens"]
+__all__ = [
+    "SUPPORT",
+    "Backend",
+    "Packed",
+    "add_change",
+    "draw_bits",
+    "gather_modulate",
+    "pack_tokens",
+    "spread_tokens",
+    "take_tokens",
+    "unpack_tokens",
+]
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -177,13 +191,8 @@ def take_tokens(states: Sequence[Tensor], idx: Tensor, *, backend: Backend = "au
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together.
     """
-    if not 1 <= len(states) <= 3 or states[0].dim() != 4:
-        raise ValueError(f"states must be one to three of [B, H, T, D]; got {[list(x.shape) for x in states]}")
-    first = states[0]
-    batch, _, tokens, dim = first.shape
-    for number, x in enumerate(states):
-        check_tensor(f"states[{number}]", x, (batch, None, tokens, dim), first.device, first.dtype)
-    check_tensor("idx", idx, (batch, None), first.device, torch.int64)
+    first = _states(states)
+    check_tensor("idx", idx, (len(first), None), first.device, torch.int64)
     if choose("take_tokens", backend, SUPPORT, first.device, first.dtype) == "reference":
         return take_tokens_reference(states, idx)
     from .triton import take_tokens_triton  # needs Triton
@@ -214,6 +223,83 @@ def spread_tokens(x: Tensor, keep: Tensor, *, backend: Backend = "auto") -> Tens
 
     with torch.cuda.device_of(x):
         return spread_tokens_triton(x, keep)
+
+
+class Packed(NamedTuple):
+    """Kept tokens of all samples, one sample after the other.
+
+    Attributes:
+        states: ``[B T, H, D]`` of each; what stands behind the last kept token means nothing.
+        ends: int32 ``[B + 1]``, where each sample begins, and the number of all.
+        row: int32 ``[B, T]``, where a kept token stands; of others it means nothing.
+    """
+
+    states: tuple[Tensor, ...]
+    ends: Tensor
+    row: Tensor
+
+
+def pack_tokens(states: Sequence[Tensor], idx: Tensor, num: Tensor, *, backend: Backend = "auto") -> Packed:
+    """Lay some tokens of queries, keys and values one sample after the other, in one launch.
+
+    How many they are only the device has to know: there is room for all, and what is behind them is not touched.
+
+    Args:
+        states: One to three of ``[B, H, T, D]``, H of each its own.
+        idx: int32 ``[B, T]``, tokens of each sample in the order wanted, in the first ``num`` entries.
+        num: int32 ``[B]``.
+        backend: Which; see ``SUPPORT``. No gradient flows through Triton's.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    first = _states(states)
+    batch, _, tokens, _ = first.shape
+    check_tensor("idx", idx, (batch, tokens), first.device, torch.int32)
+    check_tensor("num", num, (batch,), first.device, torch.int32)
+    if choose("pack_tokens", backend, SUPPORT, first.device, first.dtype) == "reference":
+        return Packed(*pack_tokens_reference(states, idx, num))
+    from .triton import pack_tokens_triton  # needs Triton
+
+    with torch.cuda.device_of(first):
+        return Packed(*pack_tokens_triton(states, idx, num))
+
+
+def unpack_tokens(x: Tensor, keep: Tensor, row: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """The inverse of ``pack_tokens``: each token where it was, zeros where none was kept.
+
+    Args:
+        x: ``[B T, H, D]``.
+        keep: bool ``[B, T]``, which tokens were packed.
+        row: int32 ``[B, T]``, of ``pack_tokens``.
+        backend: Which; see ``SUPPORT``.
+
+    Returns:
+        ``[B, H, T, D]``; the heads of a token stand side by side in memory.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
+    """
+    check_tensor("keep", keep, (None, None), x.device, torch.bool)
+    check_tensor("row", row, keep.shape, x.device, torch.int32)
+    check_tensor("x", x, (keep.numel(), None, None), x.device)
+    if choose("unpack_tokens", backend, SUPPORT, x.device, x.dtype) == "reference":
+        return unpack_tokens_reference(x, keep, row)
+    from .triton import unpack_tokens_triton  # needs Triton
+
+    with torch.cuda.device_of(x):
+        return unpack_tokens_triton(x, keep, row)
+
+
+def _states(states: Sequence[Tensor]) -> Tensor:
+    """The first of one to three ``[B, H, T, D]`` that fit together."""
+    if not 1 <= len(states) <= 3 or states[0].dim() != 4:
+        raise ValueError(f"states must be one to three of [B, H, T, D]; got {[list(x.shape) for x in states]}")
+    first = states[0]
+    batch, _, tokens, dim = first.shape
+    for number, x in enumerate(states):
+        check_tensor(f"states[{number}]", x, (batch, None, tokens, dim), first.device, first.dtype)
+    return first
 
 
 def _tokens(name: str, x: Tensor) -> int:

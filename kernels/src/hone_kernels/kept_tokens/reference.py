@@ -12,8 +12,10 @@ __all__ = [
     "add_change_reference",
     "draw_bits_reference",
     "gather_modulate_reference",
+    "pack_tokens_reference",
     "spread_tokens_reference",
     "take_tokens_reference",
+    "unpack_tokens_reference",
 ]
 
 
@@ -67,3 +69,28 @@ def spread_tokens_reference(x: Tensor, keep: Tensor) -> Tensor:
     """See ``spread_tokens``."""
     slot = (keep.cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
     return x.gather(2, slot.expand(-1, x.shape[1], -1, x.shape[3])) * keep[:, None, :, None]
+
+
+def pack_tokens_reference(
+    states: Sequence[Tensor], idx: Tensor, num: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """See ``pack_tokens``."""
+    batch, tokens = idx.shape
+    ends = F.pad(num.cumsum(0), (1, 0)).int()
+    slot = torch.arange(tokens, device=idx.device)
+    there = slot < num[:, None]
+    # What is not kept goes to a spare last row, and a spare last token.
+    row = torch.where(there, ends[:-1, None] + slot, batch * tokens)
+    at = torch.where(there, idx, tokens).long()
+    rows = torch.zeros(batch, tokens + 1, dtype=torch.int32, device=idx.device).scatter_(1, at, row.int())
+    packed = []
+    for taken in take_tokens_reference(states, idx.long()):
+        moved = taken.transpose(1, 2).flatten(0, 1)
+        packed.append(moved.new_zeros(batch * tokens + 1, *moved.shape[1:]).index_copy(0, row.flatten().long(), moved))
+    return tuple(x[:-1] for x in packed), ends, rows[:, :-1]
+
+
+def unpack_tokens_reference(x: Tensor, keep: Tensor, row: Tensor) -> Tensor:
+    """See ``unpack_tokens``."""
+    at = row.masked_fill(~keep, 0).long()
+    return torch.where(keep[..., None, None], x[at], 0.0).transpose(1, 2)

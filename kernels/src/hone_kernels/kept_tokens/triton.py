@@ -16,8 +16,10 @@ __all__ = [
     "add_change_triton",
     "draw_bits_triton",
     "gather_modulate_triton",
+    "pack_tokens_triton",
     "spread_tokens_triton",
     "take_tokens_triton",
+    "unpack_tokens_triton",
 ]
 
 _TOKENS = 64
@@ -191,16 +193,74 @@ def take_tokens_triton(states: Sequence[Tensor], idx: Tensor) -> tuple[Tensor, .
 
 
 @triton.jit
-def _spread_kernel(
-    X, KEEP, COUNT, OUT, stride_b, stride_h, stride_t, tokens, dim, BT: tl.constexpr, BD: tl.constexpr,
+def _pack_kernel(
+    ONE, TWO, THREE, INDEX, NUM, OUT_1, OUT_2, OUT_3, ENDS, ROW,
+    stride_1b, stride_1h, stride_1t, stride_2b, stride_2h, stride_2t, stride_3b, stride_3h, stride_3t,
+    batch, tokens, dim, heads_1, heads_2, heads_3, BB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(0)
+    head = tl.program_id(1)  # of the three, one after the other
+    b = tl.program_id(2).to(tl.int64)
+    others = tl.arange(0, BB)
+    first = tl.sum(tl.load(NUM + others, mask=(others < batch) & (others < b), other=0), 0)
+    num = tl.load(NUM + b)
+    slot = tile * BT + tl.arange(0, BT)
+    d = tl.arange(0, BD)
+    # Behind the end nothing is read or written.
+    inside = (slot < num)[:, None] & (d < dim)[None, :]
+    at = tl.load(INDEX + b * tokens + slot, mask=slot < num, other=0)
+    row = (first + slot).to(tl.int64)
+    if head == 0:
+        tl.store(ROW + b * tokens + at, row.to(tl.int32), mask=slot < num)
+        if tile == 0:
+            tl.store(ENDS + b + 1, first + num)
+            if b == 0:
+                tl.store(ENDS, 0)
+    token = at.to(tl.int64)[:, None]
+    if head < heads_1:
+        x = tl.load(ONE + b * stride_1b + head * stride_1h + token * stride_1t + d[None, :], mask=inside)
+        tl.store(OUT_1 + (row[:, None] * heads_1 + head) * dim + d[None, :], x, mask=inside)
+    elif head < heads_1 + heads_2:
+        head -= heads_1
+        x = tl.load(TWO + b * stride_2b + head * stride_2h + token * stride_2t + d[None, :], mask=inside)
+        tl.store(OUT_2 + (row[:, None] * heads_2 + head) * dim + d[None, :], x, mask=inside)
+    else:
+        head -= heads_1 + heads_2
+        x = tl.load(THREE + b * stride_3b + head * stride_3h + token * stride_3t + d[None, :], mask=inside)
+        tl.store(OUT_3 + (row[:, None] * heads_3 + head) * dim + d[None, :], x, mask=inside)
+
+
+def pack_tokens_triton(states: Sequence[Tensor], idx: Tensor, num: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """See ``pack_tokens``."""
+    given = [unit_last(x) for x in states]
+    idx, num = idx.contiguous(), num.contiguous()
+    (batch, tokens), dim = idx.shape, given[0].shape[3]
+    out = tuple(x.new_empty(batch * tokens, x.shape[1], dim) for x in given)
+    ends, row = idx.new_empty(batch + 1), torch.empty_like(idx)
+    heads = [x.shape[1] for x in given] + [0] * (3 - len(given))
+    # Fewer than three: the last one stands in, with no head.
+    xs, outs = ([*some, *[some[-1]] * (3 - len(given))] for some in (given, out))
+    strides = (stride for x in xs for stride in x.stride()[:3])
+    _pack_kernel[(triton.cdiv(tokens, _TOKENS), sum(heads), batch)](
+        *xs, idx, num, *outs, ends, row, *strides, batch, tokens, dim, *heads,
+        BB=triton.next_power_of_2(batch), BT=_TOKENS, BD=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return out, ends, row
+
+
+@triton.jit
+def _spread_kernel(
+    X, KEEP, COUNT, OUT, stride_b, stride_h, stride_t, tokens, dim,
+    OFFSET: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """COUNT: the place of a kept token in X, and OFFSET."""
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     at = tl.program_id(0) * BT + tl.arange(0, BT)
     d = tl.arange(0, BD)
     here = b * tokens + at
     keep = tl.load(KEEP + here, mask=at < tokens, other=0) != 0
-    slot = tl.load(COUNT + here, mask=at < tokens, other=1).to(tl.int64) - 1  # kept ones up to here
+    slot = tl.load(COUNT + here, mask=keep, other=OFFSET).to(tl.int64) - OFFSET
     inside = (d < dim)[None, :]
     source = X + b * stride_b + head * stride_h + slot[:, None] * stride_t + d[None, :]
     x = tl.load(source, mask=keep[:, None] & inside, other=0.0)
@@ -210,11 +270,20 @@ def _spread_kernel(
 
 def spread_tokens_triton(x: Tensor, keep: Tensor) -> Tensor:
     """See ``spread_tokens``."""
+    return _spread(x, keep, keep.cumsum(-1, dtype=torch.int32), 1)
+
+
+def unpack_tokens_triton(x: Tensor, keep: Tensor, row: Tensor) -> Tensor:
+    """See ``unpack_tokens``."""
+    return _spread(x.transpose(0, 1).expand(len(keep), -1, -1, -1), keep, row.contiguous(), 0)
+
+
+def _spread(x: Tensor, keep: Tensor, count: Tensor, offset: int) -> Tensor:
     x, keep = unit_last(x), keep.contiguous()
     (batch, heads, _, dim), tokens = x.shape, keep.shape[1]
     out = x.new_empty(batch, tokens, heads, dim)
     _spread_kernel[(triton.cdiv(tokens, _TOKENS), heads, batch)](
-        x, keep, keep.cumsum(-1, dtype=torch.int32), out, *x.stride()[:3], tokens, dim,
-        BT=_TOKENS, BD=triton.next_power_of_2(dim), num_warps=4,
+        x, keep, count, out, *x.stride()[:3], tokens, dim,
+        OFFSET=offset, BT=_TOKENS, BD=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
     return out.transpose(1, 2)

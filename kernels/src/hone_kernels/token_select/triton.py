@@ -142,13 +142,20 @@ def _select_kernel(
     rest = wanted - num_protected
     bits = _note(INDEX, RANK, REAL, PROTECTED, tokens, True, BN, WHOLE)
     large, _, _ = _counts(INDEX, bits, tokens, 1 << 30, most, most, BN, WHOLE)
+    reaching = tl.where(large >= rest, large, racing)
     cut = tl.where(large >= rest, 1 << 30, 0)
-    for step in range(15):
+    step = 0
+    # Where just so many reach the cut, its other bits decide nothing.
+    while (step < 15) & (reaching != rest):
         shift = 28 - 2 * step
         one, two, three = _counts(
             INDEX, bits, tokens, cut | (1 << shift), cut | (2 << shift), cut | (3 << shift), BN, WHOLE
         )
         cut = cut | (((one >= rest).to(tl.int32) + (two >= rest).to(tl.int32) + (three >= rest).to(tl.int32)) << shift)
+        reaching = tl.where(one >= rest, one, reaching)
+        reaching = tl.where(two >= rest, two, reaching)
+        reaching = tl.where(three >= rest, three, reaching)
+        step += 1
     above, _, _ = _counts(INDEX, bits, tokens, tl.minimum(cut, most - 1) + 1, most, most, BN, WHOLE)
     room = rest - above
     tl.debug_barrier()  # nobody reads the bits any more
