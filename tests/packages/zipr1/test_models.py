@@ -11,9 +11,18 @@ from hone_lm.attention import tap_attention
 from hone_lm.decoders import cache_keyword, find_decoder
 from hone_lm.layouts import RULES
 from hone_lm.tiny import tiny, tiny_inputs
-from hone_zipr1.cache import Kept, SparseLayer
+from hone_zipr1 import models
+from hone_zipr1.cache import Chosen, Kept, SparseLayer
 from hone_zipr1.config import SparseConfig
-from hone_zipr1.models import attach, check_config, packed_attention, selected_attention, sparse, visual_ids
+from hone_zipr1.models import (
+    attach,
+    check_config,
+    packed_attention,
+    packs,
+    selected_attention,
+    sparse,
+    visual_ids,
+)
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
@@ -448,7 +457,6 @@ def test_cache_layer_counts_what_was_seen_and_takes_back_only_what_is_whole():
 
 def test_what_a_kernel_knows_of_its_choice_is_where_the_tokens_are():
     from hone_kernels.token_select import select_tokens
-    from hone_zipr1.cache import Chosen
 
     rank, real = torch.rand(3, 17), torch.ones(3, 17, dtype=torch.bool)
     for budget in ([4, 9, 17], [5, 5, 5]):
@@ -500,7 +508,7 @@ def test_kernels_choose_and_answer_as_the_formulas_do(cache, rows):
 def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
     """Attention of unequal lengths by its definition."""
     assert torch.equal(cu_seq_q, cu_seq_k)
-    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert max_q == max_k >= int(cu_seq_q.diff().max())
     assert window_size == (-1, 0)
     assert cu_seq_q.dtype == torch.int32
     out = torch.empty_like(query)
@@ -512,18 +520,73 @@ def one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, wi
     return out
 
 
-def test_packed_attention_lays_samples_one_after_the_other(monkeypatch):
+@pytest.fixture
+def unequal(monkeypatch):
+    """Torch's attention of unequal lengths on a CPU."""
     from torch.nn.attention import varlen
 
     monkeypatch.setattr(varlen, "varlen_attn", one_by_one)
+    monkeypatch.setattr(models, "_packable", lambda query, dropout: True)
+
+
+def test_packed_attention_lays_samples_one_after_the_other(unequal):
     query, key, value = (torch.randn(3, heads, 11, 8, dtype=torch.float64) for heads in (4, 2, 2))
     keep = torch.rand(3, 11) < torch.tensor([0.3, 0.6, 0.9])[:, None]
     keep[:, -1] = True
     assert len(set(keep.sum(-1).tolist())) == 3
-    found = packed_attention(query, key, value, Kept.of(keep), 0.3)
+    found = packed_attention(query, key, value, Chosen(keep), 0.3)
     assert_close(found, selected_attention(query, key, value, keep, scaling=0.3, masked=True), atol=1e-12, rtol=0)
+
+
+def test_packed_attention_is_refused_where_torch_has_none():
+    query, key, value = (torch.randn(1, 2, 11, 8, dtype=torch.float64) for _ in range(3))
+    keep = torch.ones(1, 11, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"compute='varlen' is of float16 and bfloat16 on a GPU.*got torch.float64"):
         selected_attention(query, key, value, keep, packed=True)
+    assert not packs(query, Chosen(keep, *Chosen(keep).located()))
+
+
+@pytest.mark.parametrize("cache", ["evict", "retrieve"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_a_layer_that_does_not_wait_drops_the_same_a_layer_later(family, cache, unequal, monkeypatch):
+    model, inputs = get(family, TWO)
+    settings = {"rows": "all", "protect": "none", "cache": cache}
+    layers = find_decoder(model).layers
+    found, widths = [], []
+
+    def look(module, args, kwargs):
+        stored = kwargs["past_key_values"].layers
+        widths.append([layer.keys.shape[2] for layer in stored if layer.seen])
+
+    for late in (False, True):
+        monkeypatch.setattr(models, "packs", lambda *args, late=late: late)
+        hooks = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+        widths.clear()
+        with sparse(model, 0.4, **settings) as handle:
+            full, stored = model(**inputs), DynamicCache()
+            seen = list(widths)
+            model(**inputs, past_key_values=stored)
+            keep = handle.stats.keep
+            found.append((full.logits, stored, keep, *written(model, inputs, num_beams=2)))
+        for hook in hooks:
+            hook.remove()
+        tokens = inputs["input_ids"].shape[1]
+        if cache == "evict":
+            # What a layer keeps it has alone; the layer before has it whole no longer than until the next one attends.
+            assert [[width < tokens for width in row] for row in seen] == [
+                [at < layer - late for at in range(layer)] for layer in range(LAYERS)
+            ]
+    real = inputs["attention_mask"].bool()
+    (one, before, keep, ids, logits), (other, after, kept, again, same) = found
+    assert all(torch.equal(keep[layer], kept[layer]) for layer in range(LAYERS))
+    assert_close(other[real], one[real], atol=1e-9, rtol=0)
+    assert torch.equal(again, ids)
+    assert_close(same, logits, **ROUNDED)
+    for first, second in zip(before.layers, after.layers, strict=True):
+        assert torch.equal(first.positions[first.valid], second.positions[second.valid])
+        assert torch.equal(first.valid, second.valid)
+        assert_close(second.keys, first.keys, atol=1e-9, rtol=0)
+        assert (first.seen, first.prompt, first.whole) == (second.seen, second.prompt, second.whole)
 
 
 @requires_gpu(min_sm=80)
@@ -535,6 +598,46 @@ def test_packed_attention_on_a_gpu():
     want = selected_attention(query.float(), key.float(), value.float(), keep, masked=True)
     assert_close(found.float(), want, atol=2e-2, rtol=2e-2)
     assert not found[~keep[:, None].expand(-1, 6, -1)].any()
+
+
+@requires_gpu(min_sm=80)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_no_layer_waits_for_the_device_on_a_gpu(family, monkeypatch):
+    model, inputs = get(family, TWO)
+    model = copy.deepcopy(model).half().cuda()
+    inputs = {k: v.half().cuda() if v.is_floating_point() else v.cuda() for k, v in inputs.items()}
+    decoder = find_decoder(model)
+    layers, tokens = decoder.layers, inputs["input_ids"].shape[1]
+    real, late = inputs["attention_mask"].bool(), models.packs
+    for layer in layers[1:]:
+        # Rounding may change what later layers choose, not what the first one does: they say nothing.
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model(**inputs)  # what torch does once
+    hooks = [
+        layers[0].register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error")),
+        layers[-1].register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default")),
+    ]
+    found = []
+    for way in (late, lambda *_: False):
+        monkeypatch.setattr(models, "packs", way)
+        with sparse(model, 0.4, rows="all", protect="none") as handle:
+            try:
+                for _ in range(2):
+                    stored = DynamicCache()
+                    logits = model(**inputs, past_key_values=stored).logits
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            found.append((logits, stored.layers, handle.stats.keep))
+        for hook in hooks:
+            hook.remove()
+    (one, before, keep), (other, after, kept) = found
+    assert torch.equal(keep[0], kept[0])
+    assert torch.equal(before[0].keys, after[0].keys)
+    assert torch.equal(before[0].valid, after[0].valid)
+    assert all(layer.keys.shape[2] < tokens for layer in before)
+    assert_close(one[real].float(), other[real].float(), atol=2e-2, rtol=2e-2)
 
 
 def test_eager_runs_the_same():

@@ -27,7 +27,7 @@ from . import method
 from .cache import Chosen, Kept, sparse_layers
 from .config import BenchConfig, SparseConfig
 from .host import load_host
-from .models import attach, budgets, choose, masses, selected_attention
+from .models import attach, budgets, choose, masses, packs, selected_attention
 from .sample import stored_bytes
 
 __all__ = ["SHAPES", "BenchReport", "bench", "decode_bound", "prefill_bound"]
@@ -264,20 +264,20 @@ def _layer(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> N
         # Of a whole prefill, once.
         _, budget = budgets(1.0, ratio, real)
         found = chosen(budget)
-        keep = found.keep
+        packed = packs(query, found)
         few = slice(0, min(tokens, 1024))
         q, k, v = (x[:, :, few] for x in (query, key, value))
+        keep = found.keep[:, few]
         check_values(
             f"attention of {ratio:g} of the tokens",
-            selected_attention(q, k, v, keep[:, few]),
-            selected_attention(q.float(), k.float(), v.float(), keep[:, few], masked=True),
+            selected_attention(q, k, v, keep, packed=packed),
+            selected_attention(q.float(), k.float(), v.float(), keep, masked=True),
             tolerance=2e-2 if model.dtype != torch.float32 else 1e-3,
         )
-        attending[_name(ratio)] = lambda found=found: selected_attention(
-            query, key, value, found.keep, kept=Kept.of(found)
-        )
+        attending[_name(ratio)] = partial(selected_attention, query, key, value, found, packed=packed)
         if cfg.unequal:
-            ragged = _unequal(batch, tokens, ratio, generator, device)
+            ragged = Chosen(_unequal(batch, tokens, ratio, generator, device))
+            ragged = Chosen(ragged.keep, *ragged.located())
             both = [partial(selected_attention, query, key, value, ragged, packed=packed) for packed in (False, True)]
             check_values("packed attention", both[1](), both[0](), tolerance=2e-2)
             attending |= zip((f"{_name(ratio)}, filled up", f"{_name(ratio)}, packed"), both, strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["Chosen", "Kept", "SparseLayer", "check_cache", "sparse_layers"]
+__all__ = ["Chosen", "Counts", "Kept", "SparseLayer", "check_cache", "sparse_layers"]
 
 
 class Chosen(NamedTuple):
@@ -18,13 +18,39 @@ class Chosen(NamedTuple):
 
     Attributes:
         keep: ``[batch, tokens]``.
-        idx: ``[batch, tokens]``, positions of the kept tokens, ascending, in the first ``num`` entries.
-        num: ``[batch]``.
+        idx: int32 ``[batch, tokens]``, positions of the kept tokens, ascending, in the first ``num`` entries.
+        num: int32 ``[batch]``.
     """
 
     keep: Tensor
     idx: Tensor | None = None
     num: Tensor | None = None
+
+    def located(self) -> tuple[Tensor, Tensor]:
+        """``idx`` and ``num``, sought where no kernel gave them; nothing waits for the device."""
+        idx = (~self.keep).to(torch.uint8).argsort(dim=-1, stable=True).int() if self.idx is None else self.idx
+        return idx, self.keep.sum(-1).int() if self.num is None else self.num
+
+
+class Counts:
+    """How many tokens each sample keeps, on its way to the host while the device goes on.
+
+    Args:
+        num: ``[batch]``.
+    """
+
+    def __init__(self, num: Tensor) -> None:
+        self._num = num.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if num.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(num.device))
+
+    def read(self) -> list[int]:
+        """The numbers, once they have come."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._num.tolist()
 
 
 class Kept(NamedTuple):
@@ -42,19 +68,19 @@ class Kept(NamedTuple):
     valid: Tensor | None
 
     @classmethod
-    def of(cls, chosen: Tensor | Chosen) -> Kept:
+    def of(cls, chosen: Tensor | Chosen, counts: Counts | None = None) -> Kept:
         """Look where they are; the one place that waits for the device.
 
         Args:
             chosen: Or ``[batch, tokens]`` of what is kept.
+            counts: Of it, where they are on their way.
         """
-        keep, idx, counts = Chosen(chosen) if isinstance(chosen, Tensor) else chosen
-        counts = keep.sum(-1) if counts is None else counts
-        low, most = torch.stack(counts.aminmax()).tolist()
-        first = (~keep).to(torch.uint8).argsort(dim=-1, stable=True) if idx is None else idx
-        places = first[:, :most].long()
-        valid = None if low == most else torch.arange(most, device=keep.device) < counts[:, None]
-        return cls(keep, places, valid)
+        chosen = Chosen(chosen) if isinstance(chosen, Tensor) else chosen
+        idx, num = chosen.located()
+        found = (Counts(num) if counts is None else counts).read()
+        low, most = min(found), max(found)
+        valid = None if low == most else torch.arange(most, device=num.device) < num[:, None]
+        return cls(chosen.keep, idx[:, :most].long(), valid)
 
     def take(self, *states: Tensor) -> tuple[Tensor, ...]:
         """``[batch, heads, most, dim]`` of ``[batch, heads, tokens, dim]`` each."""

@@ -71,9 +71,10 @@ class SparseConfig:
     """``evict``: dropped tokens leave the layer's cache for good. ``retrieve``: they stay and are not read, until a new
     turn selects anew."""
     compute: Literal["gather", "varlen", "mask"] = "gather"
-    """``gather``: attention of the kept tokens alone, samples filled up to the one that keeps most. ``varlen``: samples
-    one after the other, by torch's attention of unequal lengths; 16 bits on a GPU, without gradients. ``mask``: the
-    same under a mask, no faster, for training on short prompts."""
+    """``gather``: attention of the kept tokens alone, samples filled up to the one that keeps most; of prompts so short
+    that waiting to hear how many these are would cost more, as ``varlen`` where that can be. ``varlen``: samples one
+    after the other, by torch's attention of unequal lengths; 16 bits on a GPU, without gradients. ``mask``: the same
+    under a mask, no faster, for training on short prompts."""
     captured: bool = False
     """Decode by a step that a GPU replays as a CUDA graph, on a cache that stays where it is; a CPU runs the same step
     without one. Not with beams, prompt lookup or an assistant."""

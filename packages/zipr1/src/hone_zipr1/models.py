@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from hone_core.handles import CallState, Handle, Hooks, resolve
 from hone_kernels.column_mass import column_mass
+from hone_kernels.kept_tokens import pack_tokens, unpack_tokens
 from hone_kernels.ragged_decode import decode_attention
 from hone_kernels.token_select import select_tokens
 from hone_lm.attention import AttentionTap, tap_attention
@@ -27,7 +28,7 @@ from hone_lm.layouts import RULES
 from torch import Tensor, nn
 
 from . import method
-from .cache import Chosen, Kept, SparseLayer, check_cache, sparse_layers
+from .cache import Chosen, Counts, Kept, SparseLayer, check_cache, sparse_layers
 from .captured import ROOM, FixedLayer, Step
 from .config import PRESETS, SparseConfig
 from .visionzip import Zipped, check_tower, look, zipped
@@ -41,6 +42,7 @@ __all__ = [
     "choose",
     "masses",
     "packed_attention",
+    "packs",
     "selected_attention",
     "sparse",
     "visual_ids",
@@ -52,6 +54,9 @@ _PASS = "hone_zipr1"
 """Argument of the decoder that takes a forward's ``_Pass`` to every layer's attention."""
 _TOLD = "hone_zipr1_tower"
 """Attribute of a vision tower's output: what its attention looked at."""
+_PAIRS = 1 << 26
+"""Samples times tokens squared up to which a layer does not wait to hear how much it kept. Torch's attention of unequal
+lengths need not be told, but is the slower one: from some length on that costs more than waiting."""
 
 
 @dataclass
@@ -152,6 +157,7 @@ class _Pass:
         soft: whether the support's size is recorded with gradient.
         fixed: choice that holds for the layers that are left (FastV, VisionZip).
         seen: layers whose attention came through.
+        late: what the layer before has still to drop, when the host has heard how much that is.
     """
 
     p: float | Tensor
@@ -165,6 +171,13 @@ class _Pass:
     budget: Tensor | None = None
     fixed: Tensor | None = None
     seen: set[int] = field(default_factory=set)
+    late: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """Drop what the layer before has still to drop."""
+        late, self.late = self.late, None
+        if late is not None:
+            late()
 
 
 class SparseHandle(Handle[SparseConfig]):
@@ -385,6 +398,7 @@ class SparseHandle(Handle[SparseConfig]):
         running = kwargs.get(_PASS)
         if running is None:
             return
+        running.settle()
         missed = sorted(set(range(self.decoder.num_layers)) - running.seen)
         if missed:
             raise RuntimeError(
@@ -516,6 +530,7 @@ class SparseHandle(Handle[SparseConfig]):
                 "another: leave it out while this is attached"
             )
         running.seen.add(layer)
+        running.settle()
         stored = None if running.cache is None else running.cache.layers[layer]
         if running.stats is None:
             assert stored is not None, "a forward that selects nothing goes on from a cache"
@@ -544,15 +559,21 @@ class SparseHandle(Handle[SparseConfig]):
             keep = torch.cat([keep, later if running.real is None else running.real[:, running.prompt :]], -1)
             chosen = Chosen(keep)
         masked, evicted = self.config.compute == "mask", stored is not None and self.config.cache == "evict"
-        kept, taken = Kept.of(chosen) if evicted or not masked else None, None
-        if stored is not None and kept is not None and evicted:
+        scaling, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+        packed = self.config.compute == "varlen" or (not masked and packs(query, chosen, dropout))
+        if packed:
+            chosen = Chosen(keep, *chosen.located())
+        kept, taken = Kept.of(chosen) if not packed and (evicted or not masked) else None, None
+        if stored is not None and evicted and chosen.num is not None and kept is None:
+            running.late = functools.partial(_drop, stored, chosen, Counts(chosen.num), running.prompt)
+        elif stored is not None and evicted and kept is not None:
             stored.evict(kept, running.prompt)
             taken = stored.keys, stored.values
         elif stored is not None:
             stored.read(keep, running.prompt)
         out = selected_attention(
-            query, key, value, keep, scaling=kwargs.get("scaling"), dropout=kwargs.get("dropout", 0.0),
-            masked=masked, packed=self.config.compute == "varlen", kept=kept, taken=taken,
+            query, key, value, chosen, scaling=scaling, dropout=dropout, masked=masked, packed=packed, kept=kept,
+            taken=taken,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 
@@ -727,11 +748,35 @@ def _drawn(real: Tensor, seed: int, layer: int) -> Tensor:
     return ranks[(real.cumsum(-1) - 1).clamp(min=0)]
 
 
+def _drop(stored: SparseLayer, chosen: Chosen, counts: Counts, prompt: int) -> None:
+    """Evict what was not chosen, a layer later."""
+    stored.evict(Kept.of(chosen, counts), prompt)
+
+
+def packs(query: Tensor, chosen: Chosen, dropout: float = 0.0) -> bool:
+    """Whether attention of the kept tokens is better computed before the host knows how many they are.
+
+    Args:
+        query: ``[batch, heads, tokens, dim]``.
+        chosen: Of its tokens.
+        dropout: Of the weights.
+    """
+    batch, _, tokens, dim = query.shape
+    short = batch * tokens**2 <= _PAIRS and dim <= 256 and dim % 8 == 0
+    return short and chosen.num is not None and _packable(query, dropout)
+
+
+def _packable(query: Tensor, dropout: float) -> bool:
+    """Whether torch has attention of unequal lengths for it, and we the moves around it."""
+    plain = not dropout and not (torch.is_grad_enabled() and query.requires_grad)
+    return plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+
+
 def selected_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keep: Tensor,
+    chosen: Tensor | Chosen,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -746,12 +791,12 @@ def selected_attention(
         query: ``[batch, heads, tokens, dim]``.
         key: ``[batch, heads_k, tokens, dim]``.
         value: Likewise.
-        keep: ``[batch, tokens]``.
+        chosen: Or ``[batch, tokens]`` of what is kept.
         scaling: Of the logits; 1 / sqrt(dim) if None.
         dropout: Of the weights.
         masked: Compute all pairs under a mask, which is no faster; else gather the kept tokens and compute theirs.
         packed: Lay the samples' kept tokens one after the other, see ``packed_attention``.
-        kept: ``Kept.of(keep)``, where the caller has it.
+        kept: ``Kept.of(chosen)``, where the caller has it.
         taken: Likewise ``kept.take(key, value)``.
 
     Returns:
@@ -760,15 +805,11 @@ def selected_attention(
     Raises:
         ValueError: They are to be packed, and torch has no such attention for them.
     """
+    chosen = Chosen(chosen) if isinstance(chosen, Tensor) else chosen
     if packed:
-        if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or query.requires_grad or dropout:
-            raise ValueError(
-                f"compute='varlen' is of float16 and bfloat16 on a GPU, without gradients and dropout; got "
-                f"{query.dtype} on {query.device}{', with gradients' if query.requires_grad else ''}. Use 'gather'"
-            )
-        return packed_attention(query, key, value, Kept.of(keep) if kept is None else kept, scaling)
+        return packed_attention(query, key, value, chosen, scaling, dropout)
     settings: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
-    tokens = query.shape[2]
+    tokens, keep = query.shape[2], chosen.keep
     if masked:
         at = torch.arange(tokens, device=query.device)
         # A dropped row reads itself, for the softmax to be defined, and is then set to zero.
@@ -778,7 +819,7 @@ def selected_attention(
         settings["enable_gqa"] = False
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=pairs[:, None], **settings)
         return out * keep[:, None, :, None]
-    kept = Kept.of(keep) if kept is None else kept
+    kept = Kept.of(chosen) if kept is None else kept
     # Kept tokens stand at the left in their order, so that what fills a row up is seen by no row that counts.
     if taken is None:
         query, key, value = kept.take(query, key, value)
@@ -787,29 +828,41 @@ def selected_attention(
     return kept.spread(F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings))
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, kept: Kept, scaling: float | None = None) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, chosen: Chosen, scaling: float | None = None, dropout: float = 0.0
+) -> Tensor:
     """``selected_attention`` by torch's attention of unequal lengths: samples that keep fewer tokens cost less.
+
+    The host does not wait to hear how many they are: there is room for all, and what is behind the end is not touched.
 
     Args:
         query: ``[batch, heads, tokens, dim]``.
         key: ``[batch, heads_k, tokens, dim]``.
         value: Likewise.
-        kept: Of the tokens.
+        chosen: Of the tokens.
         scaling: Of the logits; 1 / sqrt(dim) if None.
+        dropout: Of the weights, which has to be none.
+
+    Raises:
+        ValueError: Torch has no such attention for them.
     """
+    if not _packable(query, dropout):
+        raise ValueError(
+            f"compute='varlen' is of float16 and bfloat16 on a GPU, without gradients and dropout; got "
+            f"{query.dtype} on {query.device}{', with gradients' if query.requires_grad else ''}. Use 'gather'"
+        )
+    (q, k, v), ends, row = pack_tokens((query, key, value), *chosen.located())
+    return unpack_tokens(_unequal_attention(q, k, v, ends, query.shape[2], scaling), chosen.keep, row)
+
+
+def _unequal_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, most: int, scaling: float | None) -> Tensor:
+    """Causal attention of samples one after the other ``[rows, heads, dim]``, of at most so many rows each."""
     from torch.nn.attention import varlen
 
-    batch, heads, tokens, dim = query.shape
-    at = kept.keep.flatten().nonzero()[:, 0]
-    ends = F.pad(kept.keep.sum(-1).cumsum(0), (1, 0)).int()
-    q, k, v = (x.transpose(1, 2).flatten(0, 1)[at] for x in (query, key, value))
-    most = kept.places.shape[1]
     # From torch 2.14 on, heads that share keys are to be named.
     attend: Callable[..., Any] = varlen.varlen_attn
     shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
-    out = attend(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), **shared)
-    back = query.new_zeros(batch * tokens, heads, dim).index_copy(0, at, out)
-    return back.view(batch, tokens, heads, dim).transpose(1, 2)
+    return attend(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), **shared)
 
 
 def _continued(
