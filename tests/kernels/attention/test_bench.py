@@ -79,7 +79,13 @@ def test_every_mode_and_how_it_is_counted(on_cpu, caplog):
 def test_errors_and_speed_ups_are_of_the_rows_own_mode_and_density(on_cpu):
     rows = run([torch.bfloat16, torch.float32, FP8])
     errors = [r for r in rows if r.metric == "error"]
-    assert errors == ours(rows, "error")
+    # Dense ones are compared beside lists of all blocks.
+    dense = [r for r in rows if r.variant == "cudnn dense" and (r.metric, r.labels["density"]) == ("error", 1.0)]
+    assert {(r.labels["dtype"], r.split) for r in dense} == {
+        (dtype, mode) for dtype in ("bfloat16", "float8_e4m3fn") for mode in ("forward", "backward")
+    }
+    assert [r for r in errors if r not in dense] == ours(rows, "error")
+    errors = ours(rows, "error")
     assert len(errors) == len(ours(rows, "time"))
     assert all(0 < r.value < (0.15 if r.labels["dtype"] == "float8_e4m3fn" else 0.01) for r in errors)
     # One error for all would be one number: every row of ours has its own, but that the prologue before the forward
@@ -228,6 +234,16 @@ def test_flash_attentions_are_peers_and_absent_ones_are_named(on_cpu, caplog):
     assert [x.split(" is left out")[0] for x in caplog.messages if "left out" in x] == [*DENSE_PEERS, *LISTED_PEERS]
 
 
+class Values(dict):
+    """What cuDNN's op returns: a dictionary that gives its values in turn and by number, but no slice of them."""
+
+    def __iter__(self):
+        return iter(self.values())
+
+    def __getitem__(self, key):
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
 class Lists:
     """FlashAttention 4 and cuDNN's block-sparse op, as far as the bench calls them, by the reference."""
 
@@ -269,13 +285,15 @@ class Lists:
 
     def forward(self, q, k, v, *, q2k_block_index, q2k_block_nums, sparse_block_size, layout):
         assert (sparse_block_size, layout) == (128, "bshd")
-        return self.attend(q, k, v, q2k_block_nums, q2k_block_index)
+        out, lse = self.attend(q, k, v, q2k_block_nums, q2k_block_index)
+        return Values(o_tensor=out, lse_tensor=lse)
 
     def backward(self, dout, q, k, v, out, lse, *, q2k_block_index, q2k_block_nums, sparse_block_size, layout):
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             again, _ = self.attend(*leaves, q2k_block_nums, q2k_block_index)
-            return torch.autograd.grad(again, leaves, dout)
+            dq, dk, dv = torch.autograd.grad(again, leaves, dout)
+            return Values(dq_tensor=dq, dk_tensor=dk, dv_tensor=dv)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -285,6 +303,7 @@ def test_peers_over_the_same_lists_run_forward_and_backward_and_their_values_cou
     on_cpu.setattr(flash_module, "_modules", flash_module._modules.__wrapped__)
     rows = run([torch.bfloat16], Shape("s", 2, 256, 32, 2), modes=["forward", "backward"], memory=["BHSD", "BSHD"])
     found = {(r.split, r.labels["memory"], r.variant) for r in rows if r.metric == "error"}
+    found = {x for x in found if not x[2].endswith(" dense")}
     peers = {name for _, _, name in found} - {"hone reference"}
     if wrong:
         assert not {(mode, name) for mode, _, name in found if mode == "forward" and name in LISTED_PEERS}
@@ -294,6 +313,33 @@ def test_peers_over_the_same_lists_run_forward_and_backward_and_their_values_cou
     assert len(found) == 2 * 2 * 3
     ragged = run([torch.bfloat16], Shape("s", 2, 300, 32, 2), modes=["forward"])
     assert {"flash-attn 4"} == {r.variant for r in ragged} & set(LISTED_PEERS)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_flash_attention_in_fp8_is_a_dense_peer_whose_values_count(on_cpu, caplog, factor):
+    def flash(q, k, v, q_descale=None, k_descale=None, v_descale=None):
+        if q_descale is not None:
+            assert q.dtype == k.dtype == v.dtype == FP8
+            assert q_descale.shape == (1, 2)
+            scales = (q_descale, k_descale * factor, v_descale)
+            q, k, v = (x.float() * s[:, None, :, None] for x, s in zip((q, k, v), scales, strict=True))
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2)
+
+    three = types.ModuleType("fa3_fwd_interface")
+    three.flash_attn_func = flash
+    on_cpu.setitem(sys.modules, "fa3_fwd_interface", three)
+    on_cpu.setitem(sys.modules, "flash_attn_interface", None)
+    rows = run([FP8], Shape.parse("2x300x32"), modes=["forward", "backward"])
+    name = "flash-attn 3 fp8 dense"
+    found = {(r.split, r.labels["density"]) for r in rows if (r.variant, r.metric) == (name, "time")}
+    if factor == 1.0:
+        assert found == {("forward", 1.0), ("forward", 0.4)}
+        assert next(r for r in rows if (r.variant, r.metric) == (name, "error")).value > 0.01
+        assert run([FP8], modes=["forward"])  # of other counts of heads it has no scales
+    else:
+        assert ("forward", 1.0) not in found
+        assert f"{name} is left out of 2x300x32, forward: {name}, forward is wrong" in caplog.text
 
 
 def test_host_time_of_a_call_is_a_row(on_cpu):

@@ -4,8 +4,9 @@ One call per shape, mode, density, data type and provider. Rates count the query
 rate that holds at low density means time in proportion to density. Dense providers ignore the lists: their time is what
 a sparse one has to beat, and their rate is that of the dense product, whatever the density beside which they ran.
 
-Every call of ours, and of others over lists, is compared with the reference, at its own density and mode, before it is
-timed; its ``error`` is what that gave. ``dense`` of a row names the fastest dense provider that ran beside it.
+Every call of ours, of others over lists, and of dense ones beside lists of all blocks, is compared with the reference,
+at its own density and mode, before it is timed; its ``error`` is what that gave. ``dense`` of a row names the fastest
+dense provider that ran beside it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from hone_kernels.rows import DENSE, timed
 
 from .api import SUPPORT, Backend, PooledKV, block_sparse_attention
 from .layout import BlockLayout
-from .peers import DENSE_PEERS, LISTED_PEERS, Attend, cudnn, dense_peer, flex, listed_peer
+from .peers import DENSE_PEERS, LISTED_PEERS, Attend, cudnn, dense_fp8, dense_peer, flex, listed_peer
 
 __all__ = ["SHAPES", "Shape", "bench", "cudnn", "dense_kernels", "flex", "providers", "random_layout", "relative"]
 
@@ -296,7 +297,9 @@ def _attention(
                     )
                 else:
                     call = functools.partial(attend, *leaves)
-                if ours or name in LISTED_PEERS:
+                # Of dense ones the values are those of lists of all blocks.
+                whole = name.endswith(" dense") and density == 1 and pooled is None
+                if ours or name in LISTED_PEERS or whole:
                     check = check or _Check(dtype, qkv, layout, pooled, dout if backward else None)
                     got = torch.autograd.grad(out, leaves, check.dout, retain_graph=True) if backward else [call()]
                     error = check(f"{name}, {mode}", got)
@@ -361,6 +364,9 @@ def _fp8_providers(
     else:
         found = {f"hone {name}": forward(name) for name in backends}
         found |= {f"hone {name} and prologue": whole(name) for name in backends}
+        peer = dense_fp8(*qkv)
+        if not isinstance(peer, str):
+            found["flash-attn 3 fp8 dense"] = peer
     return found | dense_kernels(torch.bfloat16, backward=backward)
 
 

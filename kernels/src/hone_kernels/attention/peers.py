@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .flash import flash_attention, whole_lists
 from .layout import BlockLayout
 
-__all__ = ["DENSE_PEERS", "LISTED_PEERS", "Attend", "cudnn", "dense_peer", "flex", "listed_peer"]
+__all__ = ["DENSE_PEERS", "LISTED_PEERS", "Attend", "cudnn", "dense_fp8", "dense_peer", "flex", "listed_peer"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``[B, H, S, D]`` each, and so the output."""
@@ -41,20 +41,27 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def dense_peer(name: str, backward: bool = False) -> Attend | str:
-    """A peer of ``DENSE_PEERS``, or why there is none."""
+def _function(name: str, backward: bool = False) -> tuple[str, Callable[..., Any]] | str:
+    """Module and function of a peer of ``DENSE_PEERS``, or why there is none."""
     reasons = []
     for module, function, has_gradients in DENSE_PEERS[name]:
         if backward and not has_gradients:
             reasons.append(f"{module} has no gradients")
             continue
         try:
-            attend = getattr(importlib.import_module(module), function)
+            return module, getattr(importlib.import_module(module), function)
         except Exception as error:  # a shared library that does not load raises what it likes
             reasons.append(f"{type(error).__name__}: {error}")
-            continue
-        return functools.partial(attend, tensor_layout="HND") if module == "sageattention" else _heads_last(attend)
     return "; ".join(reasons)
+
+
+def dense_peer(name: str, backward: bool = False) -> Attend | str:
+    """A peer of ``DENSE_PEERS``, or why there is none."""
+    found = _function(name, backward)
+    if isinstance(found, str):
+        return found
+    module, attend = found
+    return functools.partial(attend, tensor_layout="HND") if module == "sageattention" else _heads_last(attend)
 
 
 def _heads_last(attend: Callable[..., Any]) -> Attend:
@@ -65,6 +72,25 @@ def _heads_last(attend: Callable[..., Any]) -> Attend:
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return flash
+
+
+def dense_fp8(q: Tensor, k: Tensor, v: Tensor) -> Attend | str:
+    """FlashAttention 3 on these tensors rounded to E4M3, with a scale a head, or why there is none.
+
+    They are rounded here, once: what is returned takes no notice of its arguments.
+    """
+    if q.shape[1] != k.shape[1]:
+        return "its scales of queries are those of key heads"
+    found = _function("flash-attn 3 dense")
+    if isinstance(found, str):
+        return found
+    operands, scales = [], {}
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        x = x.detach().transpose(1, 2)  # [B, S, H, D]
+        scale = x.abs().amax((1, 3)).float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        operands.append((x / scale[:, None, :, None]).to(torch.float8_e4m3fn))
+        scales[f"{name}_descale"] = scale
+    return _heads_last(lambda *_: found[1](*operands, **scales))
 
 
 @functools.cache
@@ -104,7 +130,8 @@ def _cudnn_lists(layout: BlockLayout, backward: bool) -> Attend:
         @staticmethod
         def forward(ctx: Any, *qkv: Tensor) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in qkv)
-            out, lse = found.block_sparse_attention_forward(q, k, v, **options(*qkv[0].shape[:2]))[:2]
+            # A dictionary that gives its values in turn.
+            out, lse = found.block_sparse_attention_forward(q, k, v, **options(*qkv[0].shape[:2]))
             ctx.save_for_backward(q, k, v, out, lse)
             return out.transpose(1, 2)
 
@@ -114,12 +141,14 @@ def _cudnn_lists(layout: BlockLayout, backward: bool) -> Attend:
             q, k, v, out, lse = ctx.saved_tensors
             some = options(q.shape[0], q.shape[2])
             dout = dout.transpose(1, 2).contiguous()
-            grads = found.block_sparse_attention_backward(dout, q, k, v, out, lse, **some)
-            return tuple(x.transpose(1, 2) for x in grads[:3])
+            dq, dk, dv = found.block_sparse_attention_backward(dout, q, k, v, out, lse, **some)
+            return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
     if backward:
         return Function.apply
-    return _heads_last(lambda q, k, v: found.block_sparse_attention_forward(q, k, v, **options(q.shape[0], q.shape[2])))
+    return _heads_last(
+        lambda q, k, v: found.block_sparse_attention_forward(q, k, v, **options(q.shape[0], q.shape[2]))[0]
+    )
 
 
 LISTED_PEERS: dict[str, Callable[[BlockLayout, bool], Attend]] = {
