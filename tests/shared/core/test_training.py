@@ -145,6 +145,30 @@ def test_checkpoints_are_written_on_the_way(tmp_path):
     assert again.training.step == 4
 
 
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_a_resumed_training_logs_no_step_twice(tmp_path, kind):
+    cfg, path = Config(log_every=1), tmp_path / "run" / "metrics.jsonl"
+    loop = Loop(cfg, tmp_path / "state.pt")
+
+    def killed():
+        for values in loop.steps():
+            yield values
+            if loop.training.step == 2:
+                loop.training.save()
+            if loop.training.step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), start(tmp_path / "run", cfg) as run:
+        loop.training.follow(killed(), run if kind == "run" else LogFile(path))
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    again = Loop(cfg, tmp_path / "state.pt")
+    again.training.resume()
+    with start(tmp_path / "run", cfg) as run:
+        again.training.follow(again.steps(), run if kind == "run" else LogFile(path))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path):
     cfg = Config(checkpoint_seconds=0.0, log_every=1)
     loop = Loop(cfg, tmp_path / "state.pt")

@@ -20,7 +20,7 @@ from hone_core.environment import environment
 from hone_core.io import atomic_write_json, atomic_write_text
 from hone_core.processes import Processes
 
-__all__ = ["SCHEMA", "Report", "Row", "Run", "export_results", "load_results"]
+__all__ = ["SCHEMA", "Report", "Row", "Run", "drop_lines_after", "export_results", "load_results"]
 
 SCHEMA = 1
 """Version of the ``results.json`` layout."""
@@ -200,10 +200,8 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` beyond a step: what a resumed training does again."""
-        file = self.path / "metrics.jsonl"
-        if self.processes.main and file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            atomic_write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        if self.processes.main:
+            drop_lines_after(self.path / "metrics.jsonl", step)
 
     def row_of_end(self, metric: str, *, unit: str = "", better: Better = "lower", variant: str = "") -> Row:
         """Add the mean of the last tenth of what was logged of a training's ``metric``."""
@@ -391,6 +389,13 @@ class Report:
             line = f"{row.split:<10} {row.metric:<14} {row.variant:<12} {row.value:>10.4g} {row.unit}{spread}"
             lines.append(line.strip() + (f"   ({notes})" if notes else ""))
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
+
+
+def drop_lines_after(file: Path, step: int) -> None:
+    """Drop the lines of a log that are of later steps, and one that a crash left unfinished."""
+    if file.exists():
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        atomic_write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def load_results(path: str | Path) -> dict[str, Any]:

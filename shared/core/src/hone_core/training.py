@@ -15,7 +15,7 @@ from hone_core.errors import CheckpointError
 from hone_core.hosts import HostFacts, read_facts, write_facts
 from hone_core.io import save_state
 from hone_core.progress import progress_bar
-from hone_core.runs import Report, Run
+from hone_core.runs import Report, Run, drop_lines_after
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,6 +62,9 @@ class Log(Protocol):
     def log(self, *, step: int, **scalars: float) -> None:
         """Keep the values of a step."""
 
+    def forget_after(self, step: int) -> None:
+        """Drop what was kept of later steps."""
+
 
 class LogFile:
     """A ``Log`` that is no run: one training of several, in a file of JSON lines.
@@ -79,6 +82,10 @@ class LogFile:
         """Keep the values of a step."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was kept of later steps."""
+        drop_lines_after(self.path, step)
 
 
 def check_budget(minutes: float, steps: int | None) -> None:
@@ -147,14 +154,17 @@ class Training:
     ) -> None:
         """Run the loop to its end: progress, ``metrics.jsonl``, checkpoints now and then and at the end.
 
+        What the log holds of steps after the checkpoint that a resumed training began at is dropped first.
+
         Args:
             loop: See the class. Values named ``loss`` must be finite.
             run: The run, entered.
             show: Values that stand beside the progress bar.
 
         Raises:
-            RuntimeError: The loss is not finite; the last checkpoint is from before.
+            RuntimeError: The loss of a logged step is not finite; no checkpoint is written after it.
         """
+        run.forget_after(self.step)
         with progress_bar(self.config.steps, desc="training", quiet=run.quiet) as bar:
             bar.update(self.step)
             for values in loop:
