@@ -2,11 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.runs import Run
+from hone_sparsevar import benchmarks
 from hone_sparsevar.benchmarks import read_prompts
 from hone_sparsevar.config import BenchmarkConfig, EvalConfig, ImageConfig
 from hone_sparsevar.evaluate import evaluate
@@ -42,6 +46,9 @@ with open(a.res_path, "w") as out:
 """
 
 
+HPS = BenchmarkConfig(model=Path("unused"), prompts=Path("unused"))
+
+
 @pytest.fixture
 def suite(tmp_path):
     """Every benchmark's prompts, and a checkout of the two that have one."""
@@ -63,8 +70,7 @@ def judged(folder, suite, protocol, prompts, seed=0, **options):
         model=folder,
         prompts=suite / prompts,
         image=ImageConfig(pixels="0.06M"),
-        scorer_python=sys.executable,
-        **options,
+        **{"scorer_python": sys.executable} | options,
     )
     cfg = EvalConfig(protocol=protocol, benchmark=own, preset="infinity-0.6", batch=4, seed=seed)
     run = Run.start(package="hone-sparsevar", verb="eval", config=cfg, out=suite / "run", device="cpu", quiet=True)
@@ -126,6 +132,7 @@ def test_fid_is_that_of_torch_fidelity(folder, suite, monkeypatch):
     with pytest.raises(MissingExtraError, match="fid"):
         judged(folder, suite, "hps", "hps", **options)
     asked = []
+    monkeypatch.setattr(benchmarks, "resolve_device", lambda name: torch.device("cuda", 0))
 
     def metrics(**options):
         asked.append(options)
@@ -135,6 +142,20 @@ def test_fid_is_that_of_torch_fidelity(folder, suite, monkeypatch):
     _, values, images = judged(folder, suite, "hps", "hps", **options)
     assert values == {"images": 3, "fid": 12.5}
     assert (asked[0]["input1"], asked[0]["input2"]) == (str(images), str(suite / "weights"))
+    assert asked[0]["cuda"]
+
+
+@pytest.mark.parametrize("protocol", ["geneval", "dpg"])
+def test_a_python_is_named_from_where_the_command_was_typed(protocol, folder, suite, monkeypatch):
+    monkeypatch.chdir(suite)
+    (suite / "env").symlink_to(Path(sys.executable).parent)
+    options = {"scorer": suite / "scorer", "weights": suite / "weights"}
+    prompts = "geneval.jsonl" if protocol == "geneval" else "dpg"
+    with pytest.raises(ValueError, match="there is no Python at 'nowhere/python'"):
+        judged(folder, suite, protocol, prompts, scorer_python="nowhere/python", **options)
+    assert not list(suite.glob("run/artifacts/**/*.png"))
+    _, values, _ = judged(folder, suite, protocol, prompts, scorer_python="env/python", **options)
+    assert "score" in values
 
 
 def test_a_scorer_that_fails_is_quoted(folder, suite):
@@ -161,6 +182,8 @@ def test_files_that_are_no_prompts(protocol, tmp_path):
         ({"benchmark": BenchmarkConfig(grade=False)}, "takes a host and no pipeline"),
         ({"protocol": "hps"}, "needs a pipeline and its prompts"),
         ({"preset": "infinity-0.5"}, "preset is for benchmarks"),
+        ({"protocol": "hps", "benchmark": HPS}, "these settings are the tiny host's: name a --preset"),
+        ({"protocol": "hps", "benchmark": replace(HPS, variant="dense"), "preset": "tiny"}, "dense has no settings"),
     ],
 )
 def test_what_does_not_go_together(options, message):

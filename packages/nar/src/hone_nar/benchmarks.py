@@ -181,7 +181,13 @@ def _imagenet(cfg: EvalConfig, run: Run) -> None:
         found = _adm(cfg, cfg.reference, samples)
         metrics = ADM_METRICS
     elif cfg.reference is not None:
-        options = {"fid": True, "isc": True, "prc": True, "verbose": False, "cuda": run.device != "cpu"}
+        options = {
+            "fid": True,
+            "isc": True,
+            "prc": True,
+            "verbose": False,
+            "cuda": resolve_device(run.device).type == "cuda",
+        }
         options |= {"samples_find_deep": True}
         found = _fidelity().calculate_metrics(input1=str(folder), input2=str(cfg.reference), **options)
         metrics = FIDELITY_METRICS
@@ -194,7 +200,7 @@ def _imagenet(cfg: EvalConfig, run: Run) -> None:
 def _adm(cfg: EvalConfig, reference: Path, samples: Path) -> dict[str, float]:
     """What ADM's evaluator prints."""
     assert cfg.scorer is not None
-    command = [cfg.scorer_python, EVALUATOR, reference.absolute(), samples.absolute()]
+    command = [geneval.interpreter(cfg.scorer_python), EVALUATOR, reference.absolute(), samples.absolute()]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=cfg.scorer)
     found = {name: float(value) for name, value in re.findall(r"^([\w ]+): ([\d.eE+-]+)$", done.stdout, re.M)}
     if done.returncode or not set(ADM_METRICS) <= set(found):

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.io import atomic_path
 from hone_core.runs import Run
@@ -164,7 +165,8 @@ def judge(cfg: EvalConfig, run: Run) -> None:
             run.row(group, mean(values), better="higher", n=len(values), split=cfg.protocol)
         run.row("score", mean(mean(values) for values in grades.values()), better="higher", split=cfg.protocol)
     if own.fid is not None:
-        options = {"fid": True, "samples_find_deep": True, "verbose": False, "cuda": run.device == "cuda"}
+        options = {"fid": True, "samples_find_deep": True, "verbose": False}
+        options["cuda"] = resolve_device(run.device).type == "cuda"
         value = _fidelity().calculate_metrics(input1=str(folder), input2=str(own.fid), **options)
         distance = value["frechet_inception_distance"]
         run.row("fid", distance, better="lower", n=len(wanted), split=cfg.protocol)
@@ -179,14 +181,11 @@ def _fidelity() -> Any:
 
 def _check_scorer(cfg: EvalConfig) -> None:
     own = cfg.benchmark
+    python = geneval.interpreter(own.scorer_python)
     if cfg.protocol in MODULES:
-        test = [own.scorer_python, "-c", f"import importlib.util as u; assert u.find_spec({MODULES[cfg.protocol]!r})"]
-        what = f"the package {MODULES[cfg.protocol]}"
-        try:
-            there = subprocess.run(test, capture_output=True, check=False).returncode == 0
-        except OSError:
-            there = False
-        if not there:
+        test = [python, "-c", f"import importlib.util as u; assert u.find_spec({MODULES[cfg.protocol]!r})"]
+        if subprocess.run(test, capture_output=True, check=False).returncode:
+            what = f"the package {MODULES[cfg.protocol]}"
             raise ValueError(f"{own.scorer_python!r} has not {what}; pass --scorer-python PATH, or --no-grade")
         return
     assert own.scorer is not None
@@ -223,7 +222,7 @@ def _score_dpg(cfg: EvalConfig, prompts: list[Prompt], folder: Path, out: Path) 
     squares = out / "squares"
     side = _squares(prompts, folder, squares)
     options = ["--image-root-path", squares.absolute(), "--resolution", side, "--pic-num", 4, "--res-path", result]
-    text = _call([own.scorer_python, DPG, *map(str, options)], result, cwd=own.scorer)
+    text = _call([geneval.interpreter(own.scorer_python), DPG, *map(str, options)], result, cwd=own.scorer)
     lines = [line.rsplit(", ", 1) for line in text.splitlines() if ".png, " in line]
     if len(lines) != len(prompts):
         raise RuntimeError(f"DPG-Bench scored {len(lines)} of {len(prompts)} prompts; see {result}")

@@ -6,6 +6,8 @@ Source: djghosh13/geneval.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from typing import Any
 from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json
 
-__all__ = ["GenEvalPrompt", "check_scorer", "read_prompts", "score", "write_facts"]
+__all__ = ["GenEvalPrompt", "check_scorer", "interpreter", "read_prompts", "score", "write_facts"]
 
 SCRIPT = Path("evaluation", "evaluate_images.py")
 
@@ -81,6 +83,21 @@ def check_scorer(scorer: Path) -> None:
         raise CheckpointError(f"there is no {scorer / SCRIPT}; name a checkout of djghosh13/geneval")
 
 
+def interpreter(name: str) -> str:
+    """Absolute path of a scorer's Python: scorers run in folders of their own, from which another path would lead.
+
+    Args:
+        name: A path, or a command.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = shutil.which(name)
+    if found is None:
+        raise ValueError(f"there is no Python at {name!r}: pass --scorer-python PATH, or leave the scorer out")
+    return os.path.abspath(found)  # of a virtual environment, whose link must not be followed
+
+
 def score(folder: Path, out: Path, *, scorer: Path, python: str, weights: Path) -> dict[str, list[float]]:
     """Run the scorer: whether each image shows what was asked for, by task; the benchmark's score is the tasks' mean.
 
@@ -93,11 +110,12 @@ def score(folder: Path, out: Path, *, scorer: Path, python: str, weights: Path) 
 
     Raises:
         RuntimeError: The scorer failed.
+        ValueError: There is no such interpreter.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    command = [python, SCRIPT, folder.absolute(), "--outfile", out, "--model-path", weights.absolute()]
+    command = [interpreter(python), SCRIPT, folder.absolute(), "--outfile", out, "--model-path", weights.absolute()]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=scorer)
     if done.returncode or not out.is_file():
         raise RuntimeError(f"the scorer failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
