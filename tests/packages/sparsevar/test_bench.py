@@ -31,6 +31,10 @@ def test_the_tiny_model_is_timed_on_a_cpu(tmp_path):
     assert "x dense, 1.00 of 1.00 by work" in str(report)
     cache = {row.variant: row.value for row in report.rows if row.metric == "cache"}
     assert cache["early-stop-2"] < cache["sparse"] < cache["early-stop-1"] == cache["dense"]
+    model, tokenizer, schedule = tiny()
+    dense = generate(model, tokenizer, model.condition(torch.randn(1, 16, 128), [16], guided=True), schedule, seeds=[0])
+    work = {row.variant: row.value for row in report.rows if row.metric == "gflops"}
+    assert work["dense"] == pytest.approx(gflops(dense.records, model, 16))
 
 
 def test_a_run_without_its_blocks_goes_through_every_policy():

@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import pytest
 from hone_sparsevar.config import (
     BenchConfig,
     DemoConfig,
     EvalConfig,
+    GenerateConfig,
+    ImageConfig,
     ReproduceConfig,
     SparseVARConfig,
     TrainHostConfig,
@@ -32,11 +36,19 @@ from hone_sparsevar.config import (
         (ReproduceConfig, {"ratios": (1.5,)}, r"shares in \[0, 1\]"),
         (BenchConfig, {"modes": ("fast",)}, "modes must be of eager, graphs, compiled; got fast"),
         (BenchConfig, {"batch": 0}, "batch, text_tokens and rounds must be at least 1"),
+        (BenchConfig, {"pixels": "0.25M"}, "tiny has its own: leave them out"),
+        (BenchConfig, {"dtype": "bfloat16"}, "tiny has its own: leave them out"),
+        (ImageConfig, {"temperature": 0.0}, "temperature must be positive; got 0"),
+        (GenerateConfig, {"variant": "dense", "settings": SparseVARConfig(ratio=0.5)}, "variant dense has no settings"),
+        (TrainHostConfig, {"eval_images": 0}, "batch and eval_images must be at least 1; got 64 and 0"),
+        (TrainHostConfig, {"ema": 1.0}, r"decay in \[0, 1\)"),
         (TrainHostConfig, {"minutes": 0.0}, "minutes must be positive"),
         (TrainHostConfig, {"tokenizer_share": 0.97}, "leave the transformer some"),
         (TrainHostConfig, {"flip": 1.5}, "flip and drop are shares"),
     ],
 )
 def test_bad_values(cls, options, message):
+    if cls is GenerateConfig:
+        options = options | {"model": Path("unused"), "prompts": ("a",)}
     with pytest.raises(ValueError, match=message):
         cls(**options)

@@ -42,6 +42,17 @@ def test_batches_do_not_change_images(untrained):
     assert same["again"].grades["psnr"].min() == 100
 
 
+def test_tokens_are_counted_over_all_batches(untrained):
+    """By threshold each batch runs as many as its fullest image."""
+    host, (labels, _) = load_host(path=untrained), scenes(3, 0)
+    policies = {name: variant_of(name, EvalConfig().settings) for name in ("dense", "threshold")}
+    runs = [host.draw(labels[at : at + 1], [4 + at], policy=policies["threshold"]) for at in range(3)]
+    counts = [sum(record.kept for record in run.records) for run in runs]
+    assert len(set(counts)) > 1
+    found = compare(host, policies, labels, seed=4, batch=1, quiet=True)["threshold"]
+    assert found.kept == sum(counts) / (3 * runs[0].schedule.total)
+
+
 def test_inspect_writes_a_line_per_scale(untrained, tmp_path):
     cfg = InspectConfig(host=untrained)
     with start(tmp_path / "run", cfg, "inspect") as run:

@@ -107,8 +107,10 @@ def test_skipvar_style_does_what_was_decided_of_two_thumbnails(model):
     assert len(set(seen)) == 1
     with pytest.raises(ValueError, match="decides for one image; got a batch of 2"):
         draw(model, SkipVARStyle(decide("dense", 0)))
-    with pytest.raises(ValueError, match="must name stop, unguided or dense and a count; got"):
+    seen.clear()
+    with pytest.raises(ValueError, match="must name stop, unguided or dense and a count; got 'halt', 1"):
         one(model, SkipVARStyle(decide("halt", 1), at=-3))
+    assert len(seen) == 1
     with pytest.raises(ValueError, match="a scale before and one behind it; got -1"):
         one(model, SkipVARStyle(decide("dense", 0), at=-1))
 

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,21 @@ def test_every_prompt_has_its_image_whatever_the_batch(folder, tmp_path):
     assert max(abs(a - b).max() for a, b in zip(one, two, strict=True)) <= 1
     dense = draw(folder, tmp_path / "3", variant="dense")
     assert max(abs(a - b).max() for a, b in zip(one, dense, strict=True)) > 10
+
+
+def test_a_stopped_run_draws_what_a_whole_one_does(folder, tmp_path):
+    """By threshold an image depends on its batch, which is drawn again."""
+    options = {"settings": SparseVARConfig(select="threshold", bucket=1, start_scale=-1), "batch": 3}
+    whole = draw(folder, tmp_path / "whole", **options)
+    run = tmp_path / "run"
+    cfg = GenerateConfig(model=folder, prompts=("a cat", "a", "cat"), image=ImageConfig(pixels="0.06M"), **options)
+    with Run.start(package="hone-sparsevar", verb="generate", config=cfg, out=run, device="cpu", quiet=True) as stopped:
+        generate(cfg, stopped)
+    (stopped.artifacts / "00001.png").unlink()
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"status": "running"}))
+    for one, other in zip(whole, draw(folder, run, **options), strict=True):
+        assert (one == other).all()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Timing, check_values, measure
 from hone_visual_ar.checkpoints import build
 from hone_visual_ar.generation import Generation, Policy
-from hone_visual_ar.infinity import INFINITY_SIZES, Infinity
+from hone_visual_ar.infinity import Infinity
 from hone_visual_ar.pipelines import tokenizer_of
 from hone_visual_ar.sampling import Sampling
 from hone_visual_ar.schedules import ScaleSchedule, infinity_schedule
@@ -29,6 +29,7 @@ from hone_visual_ar.transformer import NextScaleTransformer, Observe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel
 
+from . import inputs
 from .config import BenchConfig
 from .flops import gflops, scale_gflops
 from .models import SparsePolicy, tiny
@@ -157,8 +158,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         RuntimeError: A ratio of 0 differs from dense, or a graph from eager; no time is reported then.
     """
     device = resolve_device(run.device)
-    if cfg.model != "tiny" and cfg.model not in INFINITY_SIZES:
-        raise ValueError(f"model must be tiny or one of {', '.join(INFINITY_SIZES)}; got {cfg.model!r}")
+    inputs.bench(cfg)
     if device.type == "cpu" and (cfg.model != "tiny" or cfg.kernels or set(cfg.modes) != {"eager"}):
         raise UnsupportedHardwareError(
             f"{cfg.model} in modes {', '.join(cfg.modes)} needs a CUDA device", "no CUDA device", "--model tiny"
@@ -189,9 +189,8 @@ class _Bench:
         return real.to_body_dtype(dtype).eval(), codes.to(dtype, memory_format=torch.channels_last).eval(), schedule
 
     def text(self) -> tuple[torch.Tensor, list[int]]:
-        channels, longest = self.model.config["text_channels"], self.model.config["text_maxlen"]
-        count = min(self.cfg.text_tokens, longest) if self.cfg.model == "tiny" else self.cfg.text_tokens
-        return torch.randn(self.cfg.batch, count, channels, device=self.device), [count] * self.cfg.batch
+        shape = (self.cfg.batch, self.cfg.words, self.model.config["text_channels"])
+        return torch.randn(shape, device=self.device), [self.cfg.words] * self.cfg.batch
 
     def start(self, policy: Policy) -> Generation:
         return Generation.start(
@@ -258,7 +257,7 @@ class _Bench:
             timing, peak = measure(graphs, **options), graphs.peak_bytes
             options |= {"warmup": 1, "repeats": max(1, self.cfg.rounds // 4)}
             for scale, graph in enumerate(graphs.graphs):
-                work = labels | {"gflops": scale_gflops(records[scale], self.model, self.cfg.text_tokens)}
+                work = labels | {"gflops": scale_gflops(records[scale], self.model, self.cfg.words)}
                 self.row(measure(graph.replay, **options), "scale_time", name, work, str(scale))
             del graphs
             self.clear()
@@ -266,7 +265,7 @@ class _Bench:
             if name != "sparse-kernels":
                 self.outside(name, policy, labels)
         self.row(timing, "time", name, labels)
-        self.value("gflops", gflops(records, self.model, self.cfg.text_tokens), "GFLOP", name, labels)
+        self.value("gflops", gflops(records, self.model, self.cfg.words), "GFLOP", name, labels)
         if peak is not None:
             self.value("peak_memory", peak / 2**30, "GiB", name, labels)
 

@@ -109,7 +109,7 @@ PRESETS: dict[str, Preset[SparseVARConfig]] = {
         config=SparseVARConfig(ratio=0.6, start_scale=-2), model="VAR-d36 at 512 px", provenance="Ours, not measured."
     ),
     "tiny": Preset(
-        config=SparseVARConfig(ratio=0.7, start_scale=-2),
+        config=SparseVARConfig(ratio=0.7, start_scale=-2, bucket=8),
         model="The tiny host (64 px)",
         provenance="Ours: as many tokens run as where one scale is left out whole.",
     ),
@@ -123,9 +123,15 @@ VARIANTS = (
 """Ways to draw an image that ``eval`` compares: the method, its baselines, and what replaces one part of it."""
 
 
-def _check_variant(name: str) -> None:
+_WITHOUT_SETTINGS = ("dense", "early-stop-1", "early-stop-2", "skip-uncond-2")
+
+
+def _check_variant(name: str, *, given: bool) -> None:
+    """Refuse an unknown variant, or settings that are ``given`` to one that has none."""
     if name not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {name!r}")
+    if given and name in _WITHOUT_SETTINGS:
+        raise ValueError(f"variant {name} has no settings of the method: leave the preset, --ratio and the like out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +148,10 @@ class ImageConfig:
     """Of bits or tokens."""
     dtype: Dtype = "auto"
     """Of transformer blocks and text encoder."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive; got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,6 +224,10 @@ class TrainHostConfig:
             )
         if not 0 <= self.flip <= 1 or not 0 <= self.drop <= 1:
             raise ValueError(f"flip and drop are shares in [0, 1]; got {self.flip} and {self.drop}")
+        if self.batch < 1 or self.eval_images < 1:
+            raise ValueError(f"batch and eval_images must be at least 1; got {self.batch} and {self.eval_images}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a decay in [0, 1); got {self.ema}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,7 +297,6 @@ class BenchmarkConfig:
             return
         if self.model is None or self.prompts is None:
             raise ValueError(f"protocol {protocol} needs a pipeline and its prompts: --model FOLDER --prompts PATH")
-        _check_variant(self.variant)
         if self.images_per_prompt is not None and self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1; got {self.images_per_prompt}")
         if protocol == "dpg" and self.images_per_prompt not in (None, 4):
@@ -307,7 +320,7 @@ class EvalConfig:
     settings: SparseVARConfig = field(default_factory=lambda: PRESETS["tiny"].config)
     """Settings that variants start from."""
     preset: str | None = None
-    """Benchmarks: settings by name, in place of single ones."""
+    """Benchmarks: settings by name, in place of single ones; what is not given is the tiny host's otherwise."""
     variants: tuple[str, ...] = VARIANTS
     """What is compared; ``dense`` always is."""
     limit: int | None = None
@@ -335,6 +348,11 @@ class EvalConfig:
                 raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
             if self.settings != PRESETS["tiny"].config:
                 raise ValueError("give a preset or single settings, not both")
+        if not scenes:
+            own = self.preset is not None or self.settings != PRESETS["tiny"].config
+            _check_variant(self.benchmark.variant, given=own)
+            if not own and self.benchmark.variant not in _WITHOUT_SETTINGS:
+                raise ValueError("these settings are the tiny host's: name a --preset, such as infinity-0.6")
         if not scenes and (self.host is not None or self.variants != VARIANTS or self.greedy):
             raise ValueError(f"host, variants and greedy are for protocol scenes; {self.protocol} takes --variant")
 
@@ -366,7 +384,7 @@ class GenerateConfig:
     """Of the first image; the following ones count up."""
 
     def __post_init__(self) -> None:
-        _check_variant(self.variant)
+        _check_variant(self.variant, given=self.settings != PRESETS["infinity-0.6"].config)
         if bool(self.prompts) == bool(self.classes) or self.batch < 1:
             raise ValueError(
                 f"expected prompts (Infinity) or classes (VAR), and a batch of 1 or more; got {len(self.prompts)} "
@@ -425,7 +443,10 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReproduceConfig:
-    """The claims, on tiny hosts and several sampling seeds."""
+    """The claims, on tiny hosts and several sampling seeds.
+
+    Without a detector, 128 images of each host choose one, as ``calibrate`` does.
+    """
 
     hosts: tuple[Path, ...] = ()
     """Files made by train-host, of several seeds (default: the packaged one)."""
@@ -473,8 +494,8 @@ class BenchConfig:
     """Time the method with fused kernels too, on a CUDA device."""
     dtype: Dtype = "auto"
     """Of the blocks."""
-    text_tokens: int = 64
-    """Words of a prompt."""
+    text_tokens: int | None = None
+    """Words of a prompt (default: 64; of tiny 16, more than which it does not read)."""
     warmup: int = 5
     """Untimed images first."""
     rounds: int = 20
@@ -490,5 +511,12 @@ class BenchConfig:
             raise ValueError("compiled must be the last mode: blocks stay compiled from then on")
         if self.settings.select != "topk" and set(self.modes) != {"eager"}:
             raise ValueError("graphs need static lengths; take select=topk, or mode eager")
-        if min(self.batch, self.text_tokens, self.rounds) < 1 or self.warmup < 0:
+        if min(self.batch, self.words, self.rounds) < 1 or self.warmup < 0:
             raise ValueError("batch, text_tokens and rounds must be at least 1, warmup not negative")
+        if self.model == "tiny" and (self.pixels, self.aspect, self.dtype) != ("1M", 1.0, "auto"):
+            raise ValueError("pixels, aspect and dtype are of published sizes; tiny has its own: leave them out")
+
+    @property
+    def words(self) -> int:
+        """Words of a prompt."""
+        return (16 if self.model == "tiny" else 64) if self.text_tokens is None else self.text_tokens

@@ -73,7 +73,7 @@ def compare(
     outcomes: dict[str, Outcome] = {}
     with progress_bar(len(order) * len(labels), desc="drawing", quiet=quiet) as bar:
         for name in order:
-            images, work, run = [], [], None
+            images, work, ran, run = [], [], 0, None
             for begin in range(0, len(labels), batch):
                 part = labels[begin : begin + batch]
                 seeds = range(seed + begin, seed + begin + len(part))
@@ -81,6 +81,7 @@ def compare(
                 images.append((run.image() + 1) / 2)
                 words = 1 + 3 * float((part[..., 0] > 0).sum(1).float().mean())
                 work.append(len(part) * gflops(run.records, host.transformer, round(words)))
+                ran += len(part) * sum(r.kept for r in run.records)
                 bar.update(len(part))
             assert run is not None
             pixels = torch.cat(images)
@@ -90,7 +91,7 @@ def compare(
                 grades=_grades(host, pixels, reference, labels.to(host.device), exact=name == "dense"),
                 features=torch.cat([host.grader.features(x).flatten(1) for x in pixels.split(batch)]),
                 gflops=sum(work) / len(labels),
-                kept=sum(r.kept for r in run.records) / run.schedule.total,
+                kept=ran / (len(labels) * run.schedule.total),
                 run=run,
             )
     return outcomes

@@ -11,6 +11,7 @@ from hone_visual_ar.schedules import infinity_schedule
 from .benchmarks import check_benchmark
 from .calibrate import read_lines
 from .config import (
+    VARIANTS,
     BenchConfig,
     CalibrateConfig,
     DemoConfig,
@@ -21,7 +22,7 @@ from .config import (
     SparseVARConfig,
 )
 from .host import PACKAGE, SCHEDULE
-from .models import fit
+from .models import TINY, TINY_SCHEDULE, fit, variant_of
 from .sample import check_inputs
 
 __all__ = ["bench", "calibrate", "evaluate", "host", "reproduce"]
@@ -53,6 +54,8 @@ def evaluate(cfg: EvalConfig) -> EvalConfig:
     """
     if cfg.protocol == "scenes":
         _look(cfg.host, cfg.settings)
+        for name in cfg.variants:
+            variant_of(name, cfg.settings)
     else:
         check_benchmark(cfg)
     return cfg
@@ -82,6 +85,8 @@ def reproduce(cfg: ReproduceConfig) -> ReproduceConfig:
         stored = _look(path, cfg.settings)
         if stored.facts is None or not stored.facts.passed:
             raise ValueError(f"{stored.path} missed its gates; train it longer")
+    for name in VARIANTS:
+        variant_of(name, cfg.settings)
     return cfg
 
 
@@ -89,14 +94,16 @@ def bench(cfg: BenchConfig) -> BenchConfig:
     """Of ``bench``: is there such a model, schedule, scale and block, and a scale before each stop.
 
     Raises:
-        ValueError: There is not.
+        ValueError: There is not, or a prompt is longer than the model reads.
     """
-    if cfg.model == "tiny":
-        return cfg
-    if cfg.model not in INFINITY_SIZES:
+    sizes = {"tiny": TINY, **INFINITY_SIZES}
+    if cfg.model not in sizes:
         raise ValueError(f"model must be tiny or one of {', '.join(INFINITY_SIZES)}; got {cfg.model!r}")
-    schedule = infinity_schedule(cfg.pixels, cfg.aspect)
-    fit(cfg.settings, INFINITY_SIZES[cfg.model]["depth"], schedule)
+    schedule = TINY_SCHEDULE if cfg.model == "tiny" else infinity_schedule(cfg.pixels, cfg.aspect)
+    fit(cfg.settings, sizes[cfg.model]["depth"], schedule)
+    longest = sizes[cfg.model].get("text_maxlen", 512)
+    if cfg.words > longest:
+        raise ValueError(f"{cfg.model} reads at most {longest} words of a prompt; got text_tokens {cfg.words}")
     if not all(1 <= count < len(schedule) for count in cfg.stops):
         raise ValueError(f"stops leave out 1 to {len(schedule) - 1} of the {len(schedule)} scales; got {cfg.stops}")
     return cfg

@@ -284,14 +284,19 @@ def attach(model: NextScaleTransformer, config: str | SparseVARConfig = "infinit
     return SparseVARHandle(settings, found, policy)
 
 
+TINY: dict[str, Any] = {
+    "depth": 2, "width": 64, "num_heads": 2, "chunks": 1, "code_dim": 4, "text_channels": 128, "text_maxlen": 16
+}  # fmt: skip
+TINY_SCHEDULE = ScaleSchedule(tuple((side, side) for side in (1, 2, 4, 6, 8)))
+
+
 def tiny(seed: int = 0) -> tuple[Infinity, BSQVAE, ScaleSchedule]:
     """A small Infinity with random weights, its tokenizer, and scales up to 8 x 8; the global generator stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Infinity(depth=2, width=64, num_heads=2, chunks=1, code_dim=4, text_channels=128, text_maxlen=16)
+        model = Infinity(**TINY)
         tokenizer = BSQVAE(latent_dim=4, channels=32, multipliers=(1, 1), blocks=1)
-    sides = (1, 2, 4, 6, 8)
-    return model.eval(), tokenizer.eval(), ScaleSchedule(tuple((side, side) for side in sides))
+    return model.eval(), tokenizer.eval(), TINY_SCHEDULE
 
 
 def _without_anchors(settings: SparseVARConfig) -> float:
@@ -314,7 +319,7 @@ def variant_of(name: str, settings: SparseVARConfig) -> Policy:
         "sparse": {},
         "no-anchors": {"window": None, "fill": "zero", "ratio": _without_anchors(settings)},
         "kv-fill": {"kv": "fill"},
-        "threshold": {"select": "threshold", "bucket": 8},
+        "threshold": {"select": "threshold"},
     }
     if name in ("random", "inverse", "distance"):
         changes[name] = {"score": name}

@@ -165,7 +165,7 @@ class SkipVARStyle(Policy):
             state["action"], state["count"] = self.decide(change, high)
             if state["action"] not in get_args(Action) or state["count"] < 0:
                 raise ValueError(
-                    f"decide must name stop, unguided or dense and a count; got {self.decide(change, high)}"
+                    f"decide must name stop, unguided or dense and a count; got {state['action']!r}, {state['count']}"
                 )
         if scale <= at or scale < len(run.schedule) - state["count"] or state["action"] == "dense":
             return super().scale(run, scale, state)

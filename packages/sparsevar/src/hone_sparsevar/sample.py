@@ -124,7 +124,7 @@ def drawer(model: Path, image: ImageConfig, device: str, *, classes: bool = Fals
 def draw_images(
     model: Path, wanted: Sequence[Wanted], image: ImageConfig, policy: Policy, run: Run, *, batch: int
 ) -> None:
-    """Draw what is not there yet; each file is written whole or not at all.
+    """Draw what is not there yet, by whole batches: by ``threshold`` an image depends on its company.
 
     Args:
         model: Folder of the pipeline.
@@ -134,13 +134,13 @@ def draw_images(
         run: The run, entered.
         batch: Images at a time.
     """
-    missing = [item for item in wanted if not item.file.is_file()]
+    batches = [wanted[begin : begin + batch] for begin in range(0, len(wanted), batch)]
+    missing = [part for part in batches if not all(item.file.is_file() for item in part)]
     if not missing:
         return
-    pipe = drawer(model, image, run.device, classes=isinstance(missing[0].prompt, int))
-    with progress_bar(len(missing), desc="images", quiet=run.quiet) as bar:
-        for begin in range(0, len(missing), batch):
-            part = missing[begin : begin + batch]
+    pipe = drawer(model, image, run.device, classes=isinstance(wanted[0].prompt, int))
+    with progress_bar(sum(map(len, missing)), desc="images", quiet=run.quiet) as bar:
+        for part in missing:
             images = pipe([item.prompt for item in part], seeds=[item.seed for item in part], policy=policy).images
             for item, drawn in zip(part, images, strict=True):
                 item.file.parent.mkdir(parents=True, exist_ok=True)
