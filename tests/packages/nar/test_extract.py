@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import imageio_ffmpeg
 import numpy as np
@@ -11,6 +12,7 @@ from hone_nar.extract import clips_of, extract, find_texts, prepare, views_of
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny_tokenizer
 from PIL import Image
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -68,6 +70,41 @@ def test_bad_input_is_named_before_work(images, start):
     (images / "images" / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(CheckpointError, match="no image that can be read"):
         views_of(images / "images" / "cat" / "0.png", 30, "ten")
+
+
+def test_a_stopped_run_goes_on_with_the_same_files_alone(images, start, monkeypatch):
+    cfg = ExtractConfig(images=images / "images", vae=images / "vae", size=32, crops="center")
+    broken = images / "images" / "dog" / "0.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    with pytest.raises(CheckpointError, match="no image"), start(cfg, "extract", images / "run") as run:
+        extract(cfg, run)
+    broken.write_bytes(whole)
+    # A class that sorts before the others would take the number of one that is done.
+    (images / "images" / "bird").mkdir()
+    (images / "images" / "bird" / "0.png").write_bytes(whole)
+    with (
+        pytest.raises(CheckpointError, match="added, removed or changed"),
+        start(cfg, "extract", images / "run") as run,
+    ):
+        extract(cfg, run)
+    shutil.rmtree(images / "images" / "bird")
+    with start(cfg, "extract", images / "run") as run:
+        assert open_codes(extract(cfg, run).codes).classes == 2
+
+
+def test_the_releases_folder_of_a_tokenizer_is_read_by_names_and_shapes(images, start):
+    """Its config names no class, as that of LARP's repository."""
+    folder = images / "larp"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"bottleneck": {}}')
+    save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+    cfg = ExtractConfig(images=images / "images", vae=folder, size=32)
+    with (
+        start(cfg, "extract", images / "run") as run,
+        pytest.raises(CheckpointError, match="not the file of this Llam"),
+    ):
+        extract(cfg, run)
 
 
 def test_images_with_texts(images, start):

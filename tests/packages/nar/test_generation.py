@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.testing import assert_close, requires_gpu
 from hone_nar.bench import check_draws
 from hone_nar.generation import Decoding, GraphedDecoding, generate
-from hone_nar.models import tiny
+from hone_nar.models import attach, tiny
 from hone_nar.transformer import Pieces, compiled_pieces
 from hone_visual_ar.sampling import Sampling
 
@@ -205,16 +207,60 @@ def test_passes_over_few_tokens_give_the_logits_of_texts(grid):
 
 
 def test_passes_over_few_tokens_are_of_plain_layers():
-    wrong = [tiny("flashar"), tiny().train(), *(tiny() for _ in range(4))]
-    wrong[2].layers[1].feed_forward.w2 = torch.nn.Sequential(wrong[2].layers[1].feed_forward.w2)
-    wrong[3].layers[0].attention_norm.register_forward_hook(lambda module, given, out: 2 * out)
-    wrong[4].layers[1].forward = wrong[4].layers[1].forward
-    wrong[5].layers[0].attention.wo.bias = torch.nn.Parameter(torch.ones(wrong[5].config.dim))
+    wrong = [tiny("flashar"), *(tiny() for _ in range(4))]
+    wrong[1].layers[1].feed_forward.w2 = torch.nn.Sequential(wrong[1].layers[1].feed_forward.w2)
+    wrong[2].layers[0].attention_norm.register_forward_hook(lambda module, given, out: 2 * out)
+    wrong[3].layers[1].forward = wrong[3].layers[1].forward
+    wrong[4].layers[0].attention.wo.bias = torch.nn.Parameter(torch.ones(wrong[4].config.dim))
     for model in wrong:
-        with pytest.raises(ValueError, match="in eval mode and with plain linear layers"):
+        with pytest.raises(ValueError, match="of the published blocks, with plain linear layers"):
             Decoding(model, 1, sampling=SAMPLING, few=8)
     with pytest.raises(ValueError, match="few must be 0 to 64; got 65"):
         Decoding(tiny(), 1, sampling=SAMPLING, few=65)
+
+
+def test_graphs_of_what_was_replaced_moved_or_mixed_otherwise_are_refused():
+    def replace(model):
+        model.layers[0].attention.wqkv = torch.nn.Sequential(model.layers[0].attention.wqkv)  # as a LoRA is put in
+
+    def move(model):
+        model.norm.weight.data = model.norm.weight.data.clone()  # as .to() does
+
+    def swap(model):
+        model.norm.weight = torch.nn.Parameter(model.norm.weight.data)
+
+    for kind, options in ((GraphedDecoding, {"capture": lambda work: work}), (Decoding, {"few": 8})):
+        for change in (replace, move, swap):
+            model = tiny()
+            run = kind(model, 1, sampling=Sampling(), **options)
+            condition = model.condition(torch.tensor([3]))
+            run.load(condition, [1])
+            change(model)
+            with pytest.raises(RuntimeError, match="replaced, wrapped or moved since this decoding was made"):
+                run.load(condition, [1])
+    model = tiny()
+    run, condition = Decoding(model, 1, sampling=Sampling()), model.condition(torch.tensor([3]))
+    replace(model)
+    run.load(condition, [1])  # which calls what is there
+    with attach(model, "right-only"):
+        with pytest.raises(ValueError, match="mixes heads by 'average', and the model by 'right' by now"):
+            run.load(condition, [1])
+        Decoding(model, 1, sampling=Sampling(), kind="average").load(condition, [1])
+
+
+@pytest.mark.parametrize("kind", [Decoding, partial(GraphedDecoding, capture=lambda work: work)])
+def test_values_that_are_not_finite_are_named(kind):
+    model = tiny()
+    run = kind(model, 1, sampling=Sampling())
+    model.layers[1].feed_forward.w2.weight.data[0] = torch.inf
+    run.load(model.condition(torch.tensor([3])), [1])
+    with pytest.raises(RuntimeError, match=r"not finite in torch\.float32"):
+        run.run()
+
+
+def test_a_model_in_training_mode_draws_nothing():
+    with pytest.raises(ValueError, match="in training mode"):
+        Decoding(tiny().train(), 1, sampling=Sampling())
 
 
 def test_what_is_not_fused_is_refused():

@@ -43,6 +43,19 @@ def test_decoding_is_that_of_transformers(pair):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+def test_many_images_are_decoded_in_parts(pair, monkeypatch):
+    ours, _ = pair
+    codes = torch.randint(64, (5, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = ours.decode(codes)
+        made = []
+        monkeypatch.setattr("hone_nar.tokenizer.PIXELS", 2 * 32 * 32)
+        hook = ours.decoder.register_forward_pre_hook(lambda module, given: made.append(len(given[0])))
+        torch.testing.assert_close(ours.decode(codes), wanted, atol=1e-5, rtol=0)
+        hook.remove()
+    assert made == [2, 2, 1]
+
+
 def test_encoding_takes_the_entry_most_alike(pair):
     ours, _ = pair
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

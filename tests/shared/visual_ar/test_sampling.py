@@ -57,7 +57,10 @@ def test_an_images_draws_do_not_depend_on_its_batch():
     [
         ({"top_p": 1.5}, "top_p lie in .0, 1.; got 0 and 1.5"),
         ({"top_k": -1}, "top_k must not be negative"),
-        ({"temperature": 0.0}, "temperature must be positive; got 0.0. Use greedy"),
+        ({"temperature": 0.0}, "temperature must be positive and finite; got 0.0. Use greedy"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite; got inf"),
+        ({"guidance": float("nan")}, "guidance must be finite; got nan"),
+        ({"guidance": (1.0, float("inf"))}, "guidance must be finite"),
     ],
 )
 def test_bad_settings(options, message):

@@ -8,6 +8,7 @@ Differs: images are fitted by one bicubic resampling; codes lie in a file for ea
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
+from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from torch import Tensor
@@ -191,9 +193,11 @@ def _find(cfg: ExtractConfig) -> list[tuple[str, list[tuple[Path, str]]]]:
 
 def _tokenizer(cfg: ExtractConfig) -> Any:
     cls, name = (LARPTokenizer, "larp_l_long") if cfg.kind == "clips" else (LlamaGenVQModel, "vq_ds16")
-    if not (cfg.vae.is_dir() and (cfg.vae / "config.json").is_file()):
+    config = cfg.vae / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
+    if kind is None:
+        # The release's own folder of LARP has a config without a class.
         return load_published(build(name), cfg.vae)
-    kind = json.loads((cfg.vae / "config.json").read_text(encoding="utf-8")).get("_class_name")
     if kind != cls.__name__:
         raise CheckpointError(f"{cfg.vae} holds a {kind}; {cfg.kind} need a {cls.__name__}")
     return cls.from_pretrained(cfg.vae)
@@ -217,14 +221,29 @@ def _encoder(cfg: ExtractConfig, vae: Any, device: torch.device) -> tuple[tuple[
     return (side, side), lambda file: vae.encode(views_of(file, cfg.size, cfg.crops).to(device)).flatten(1).cpu()[None]
 
 
+def _check_listing(run: Run, found: list[tuple[str, list[tuple[Path, str]]]]) -> None:
+    """Refuse to go on with other files than those that a stopped run began with: classes are numbered by them."""
+    listed = json.dumps([[name, [[str(file), text] for file, text in files]] for name, files in found])
+    digest, stored = {"sha256": hashlib.sha256(listed.encode()).hexdigest()}, run.path / "listing.json"
+    if not stored.is_file():
+        atomic_write_json(stored, digest)
+    elif json.loads(stored.read_text(encoding="utf-8")) != digest:
+        raise CheckpointError(
+            f"files or texts were added, removed or changed since {run.path} was begun, and what is there is numbered "
+            "by them; choose another --out"
+        )
+
+
 def extract(cfg: ExtractConfig, run: Run) -> ExtractReport:
     """Write codes of every class or part; one that is done is not repeated.
 
     Raises:
-        CheckpointError: Images or tokenizer are missing or damaged, or the tokenizer is of another kind.
+        CheckpointError: Images or tokenizer are missing or damaged, the tokenizer is of another kind, or a stopped run
+            goes on with other files.
         ValueError: The size is no multiple of the tokenizer's stride, or the grid is not of its tokens.
     """
     found = _find(cfg)
+    _check_listing(run, found)
     device = resolve_device(run.device)
     vae = _tokenizer(cfg)
     vae = vae.to(device, resolve_dtype(cfg.dtype, device)).eval()

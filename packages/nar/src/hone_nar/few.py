@@ -21,7 +21,7 @@ PLAIN = (TransformerBlock, Attention, FeedForward, RMSNorm, nn.Linear, nn.Dropou
 
 
 def is_plain(model: Any) -> bool:
-    """Whether these launches compute what the model does: it is in eval mode, and no part was replaced or hooked."""
+    """Whether these launches compute what the model does in eval mode: no part was replaced or hooked."""
     plain = all(
         type(part) in PLAIN
         and getattr(part, "bias", None) is None
@@ -31,7 +31,7 @@ def is_plain(model: Any) -> bool:
         for block in model.layers
         for part in block.modules()
     )
-    return plain and type(model).run_blocks is NARTransformer.run_blocks and not model.training
+    return plain and type(model).run_blocks is NARTransformer.run_blocks
 
 
 def run_few(model: Any, x: Tensor, *, begin: int, cache: SlotCache, words: Tensor | None) -> list[Tensor]:

@@ -27,6 +27,21 @@ __all__ = ["Decoding", "GraphedDecoding", "generate", "graphed", "single_values"
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
+class _Parts:
+    """Layers and weights of a model as they are now, which graphs go on to read where they lie."""
+
+    def __init__(self, model: Any) -> None:
+        places = [place for module in model.modules() for place in (module._modules, module._parameters)]
+        self._links = [(place, name, part) for place in places for name, part in place.items()]
+        self._addresses = [(weight, weight.data_ptr()) for weight in model.parameters()]
+
+    def stand(self) -> bool:
+        """Whether none was replaced, wrapped or moved."""
+        return all(place.get(name) is part for place, name, part in self._links) and all(
+            weight.data_ptr() == address for weight, address in self._addresses
+        )
+
+
 def single_values(sampling: Sampling) -> tuple[float, float]:
     """Strength of guidance, and temperature.
 
@@ -62,8 +77,8 @@ class Decoding:
         passes: Forwards of the model so far.
 
     Raises:
-        ValueError: Draws are fused of a model with a gate, or greedy or by top-p; or ``few`` is out of range, or given
-            with a model that it is not made for.
+        ValueError: The model is in training mode; draws are fused of a model with a gate, or greedy or by top-p; or
+            ``few`` is out of range, or given with a model that it is not made for.
     """
 
     def __init__(
@@ -79,12 +94,14 @@ class Decoding:
         few: int = 0,
     ) -> None:
         self.pieces, self.fused, self.few = pieces, fused, few
+        if model.training:
+            raise ValueError("the model is in training mode, where dropout changes what is drawn; call its eval()")
         if not 0 <= few <= TOKENS:
             raise ValueError(f"few must be 0 to {TOKENS}; got {few}")
         if few and not is_plain(model):
             raise ValueError(
-                "passes over few tokens are of the published blocks, in eval mode and with plain linear layers; merge "
-                "or take off what was added to them, or leave few out"
+                "passes over few tokens are of the published blocks, with plain linear layers; merge or take off what "
+                "was added to them, or leave few out"
             )
         if fused and not _fuses(model, sampling):
             raise ValueError(
@@ -94,7 +111,9 @@ class Decoding:
         self.strength, self._temperature = single_values(sampling)
         self.guided = self.strength != 1
         self.rows, device = images * (1 + self.guided), model.tok_embeddings.weight.device
+        self._asked, self.kind = kind, model.mixing(kind)
         self.plan = model.plan(kind, device)
+        self._parts = _Parts(model) if few else None
         self.cache = model.new_cache(self.rows)
         count, start = model.tokens, model.cls_token_num
         self.tokens = torch.zeros(images, count, dtype=torch.long, device=device)
@@ -131,8 +150,19 @@ class Decoding:
         """Put in the condition of a batch and the draws of its images' seeds.
 
         Raises:
-            ValueError: There are not as many rows or seeds as images.
+            ValueError: There are not as many rows or seeds as images, or the model mixes its heads otherwise by now.
+            RuntimeError: What graphs or ``few`` were made of was replaced or moved.
         """
+        if self.model.mixing(self._asked) != self.kind:
+            raise ValueError(
+                f"this decoding mixes heads by {self.kind!r}, and the model by {self.model.mixing(self._asked)!r} by "
+                "now; make another after attach or detach"
+            )
+        if self._parts is not None and not self._parts.stand():
+            raise RuntimeError(
+                "layers or weights of the model were replaced, wrapped or moved since this decoding was made; make "
+                "another"
+            )
         if condition.images != self.images or len(condition.embedding) != self.rows or len(seeds) != self.images:
             raise ValueError(
                 f"expected {self.images} images in {self.rows} rows and as many seeds; got {condition.images}, "
@@ -206,12 +236,24 @@ class Decoding:
 
         Returns:
             Codes ``[B, tokens]`` in raster order.
+
+        Raises:
+            RuntimeError: The model's values are not finite.
         """
         for step in range(len(self.model.order.steps)):
             self.step(step)
             self.passes += 1
             if on_step is not None:
                 on_step(step)
+        return self._drawn()
+
+    def _drawn(self) -> Tensor:
+        # What is not finite in any pass is not in the last block of those after it.
+        if not bool(self.cache.v[-1].isfinite().all()):
+            raise RuntimeError(
+                f"the model's values are not finite in {self.cache.v[-1].dtype}; take bfloat16 or float32, or look at "
+                "its weights"
+            )
         return self.raster()
 
     def raster(self) -> Tensor:
@@ -227,7 +269,8 @@ class GraphedDecoding(Decoding):
     """The same, each step captured once as a CUDA graph and replayed; arguments are those of ``Decoding``.
 
     Shapes differ between steps and never within one, so that there is a graph of each. ``load`` may put in another
-    batch of the size; weights that are moved or replaced after the first run are not seen.
+    batch of the size, and refuses where weights or layers were moved, replaced or wrapped meanwhile. What else is
+    switched on a module after the first run, such as its hooks, is not seen.
 
     Args:
         capture: Makes what repeats a step's work on the same buffers; a CUDA graph's capture unless given.
@@ -242,6 +285,7 @@ class GraphedDecoding(Decoding):
             raise UnsupportedHardwareError(
                 "a graph for each step needs a CUDA device", f"the model is on {self.tokens.device}", "Decoding"
             )
+        self._parts = _Parts(self.model)
         self._capture: Capture = capture or self._capture_graph
         self._replays: list[Callable[[], None]] = []
         self._pool: Any = None
@@ -260,7 +304,7 @@ class GraphedDecoding(Decoding):
             self.passes += 1
             if on_step is not None:
                 on_step(number)
-        return self.raster()
+        return self._drawn()
 
     def _aside(self, work: Callable[[], Any]) -> None:
         if self.tokens.device.type != "cuda":

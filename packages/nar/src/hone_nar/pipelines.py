@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from hone_visual_ar.pipelines import seeds_of
 from hone_visual_ar.sampling import Sampling
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
@@ -25,7 +26,26 @@ __all__ = ["NARPipeline", "NARVideoPipeline"]
 OutputType = Literal["pil", "np", "pt", "codes"]
 
 
-class NARPipeline(DiffusionPipeline):
+class _Pipeline(DiffusionPipeline):
+    """What both share: transformer and tokenizer stay where they are, which is small beside a text encoder."""
+
+    model_cpu_offload_seq = "text_encoder"
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["transformer", "vae"]
+
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Not there: steps read weights beside calling layers, and graphs read them where they lie.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "layers cannot be offloaded one by one; enable_model_cpu_offload() offloads the text encoder"
+        )
+
+    enable_group_offload = enable_sequential_cpu_offload
+
+
+class NARPipeline(_Pipeline):
     """Images with NAR, or with a raster LlamaGen in the same engine.
 
     Args:
@@ -111,6 +131,9 @@ class NARPipeline(DiffusionPipeline):
         assert encoder is not None
         assert tokenizer is not None
         features, words = encode_texts(encoder, tokenizer, prompts, self.transformer.cls_token_num)
+        for hook in getattr(self, "_all_hooks", ()):
+            # Of enable_model_cpu_offload: the encoder is away while images are drawn.
+            hook.offload()
         place = self.transformer.tok_embeddings.weight
         return features.to(place.device, place.dtype), words.to(place.device)
 
@@ -166,14 +189,14 @@ class NARPipeline(DiffusionPipeline):
             if prompt is None or class_labels is not None:
                 raise ValueError("this model draws texts; give prompt and no class_labels")
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            numbers = _seeds(seeds, len(prompts))
+            numbers = seeds_of(seeds, len(prompts))
             text, words = self.encode_prompt(prompts)
             condition = model.condition(text=text, words=words, guided=guided)
         else:
             if class_labels is None or prompt is not None:
                 raise ValueError("this model draws classes; give class_labels and no prompt")
             labels = _labels(class_labels, model)
-            numbers = _seeds(seeds, len(labels))
+            numbers = seeds_of(seeds, len(labels))
             condition = model.condition(labels, guided=guided)
         if decoding is None:
             codes = generate(
@@ -221,7 +244,7 @@ class NARPipeline(DiffusionPipeline):
         return graphed(self.transformer, images, sampling=sampling, guided_tokens=guided_tokens)
 
 
-class NARVideoPipeline(DiffusionPipeline):
+class NARVideoPipeline(_Pipeline):
     """Clips of classes with NAR on LARP's tokens.
 
     Args:
@@ -297,7 +320,7 @@ class NARVideoPipeline(DiffusionPipeline):
         if decoding is not None:
             _check_decoding(decoding, model, told=guidance_scale is not None, guided_tokens=None, sampling=sampling)
         labels = _labels(class_labels, model)
-        numbers = _seeds(seeds, len(labels))
+        numbers = seeds_of(seeds, len(labels))
         condition = model.condition(labels, guided=scale != 1 if decoding is None else decoding.guided)
         if decoding is None:
             codes = generate(model, condition, seeds=numbers, sampling=sampling)
@@ -354,15 +377,7 @@ def _run(
 
 
 def _labels(class_labels: int | Sequence[int], model: Any) -> Tensor:
-    classes = [class_labels] if isinstance(class_labels, int) else list(class_labels)
-    if not classes:
+    labels = torch.as_tensor(class_labels, device=model.tok_embeddings.weight.device)
+    if not labels.numel():
         raise ValueError("expected at least one class; got none")
-    return torch.tensor(classes, device=model.tok_embeddings.weight.device)
-
-
-def _seeds(seeds: int | Sequence[int], images: int) -> list[int]:
-    if isinstance(seeds, int):
-        return list(range(seeds, seeds + images))
-    if len(seeds) != images:
-        raise ValueError(f"expected one seed, or one for each of {images} images; got {len(seeds)}")
-    return list(seeds)
+    return labels[None] if labels.ndim == 0 else labels

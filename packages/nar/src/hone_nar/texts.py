@@ -111,4 +111,6 @@ def encode_texts(
     for row, each in enumerate(found):
         ids[row, : len(each)], words[row, : len(each)] = torch.tensor(each), True
     ids, words = ids.to(encoder.device), words.to(encoder.device)
-    return pad_left(encoder(ids, attention_mask=words.long()).last_hidden_state, words)
+    features = encoder(ids, attention_mask=words.long()).last_hidden_state
+    # Hooks of an offloaded encoder run it elsewhere.
+    return pad_left(features, words.to(features.device))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from hone_visual_ar.autoencoder import Down, Kit, ResBlock, Up, group_norm
+from hone_visual_ar.tokenizers import PIXELS
 from torch import Tensor, nn
 
 __all__ = ["LlamaGenVQModel"]
@@ -166,4 +168,6 @@ class LlamaGenVQModel(ModelMixin, ConfigMixin):
         if low < 0 or high >= self.choices:
             raise ValueError(f"codes must lie in 0 to {self.choices - 1}; got {low} to {high}")
         latent = F.embedding(codes, self._entries()).movedim(-1, 1).to(self.dtype)
-        return self.decoder(self.post_quant_conv(latent)).clamp(-1, 1)
+        pixels = self.stride**2 * codes[0].numel()
+        parts = latent.split(max(1, PIXELS // pixels))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts]).clamp(-1, 1)

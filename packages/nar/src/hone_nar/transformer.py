@@ -506,10 +506,13 @@ class NARTransformer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: The model has no such head.
         """
-        if kind is None:
-            on = self.attached is not None and not self.attached.state.disabled
-            kind = self.attached.kind if on and self.attached is not None else "average"
-        return plan_of(self.order, self.cls_token_num, self.heads, kind).to(device)
+        return plan_of(self.order, self.cls_token_num, self.heads, self.mixing(kind)).to(device)
+
+    def mixing(self, kind: Mix | None = None) -> Mix:
+        """How heads are mixed: as given, as ``attach`` says, or their average."""
+        if kind is not None:
+            return kind
+        return "average" if self.attached is None or self.attached.state.disabled else self.attached.kind
 
     def nll(self, tokens: Tensor, labels: Tensor | None = None, *, kind: Mix | None = None, **condition: Any) -> Tensor:
         """Negative log-likelihood in nats of each token ``[B, tokens]``, in raster order.
@@ -538,7 +541,7 @@ def output_name(head: str) -> str:
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.ndim != 1 or labels.is_floating_point():
+    if labels.ndim != 1 or labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"labels must be integers [B]; got {labels.dtype} {list(labels.shape)}")
     if labels.is_meta or not labels.numel():
         return

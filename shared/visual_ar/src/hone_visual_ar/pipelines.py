@@ -6,9 +6,11 @@ releases' own files.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -24,7 +26,7 @@ from .tokenizers import BSQVAE, VQVAE
 from .transformer import Condition
 from .var import VAR, VAR_SIZES
 
-__all__ = ["InfinityPipeline", "VARPipeline", "check_prompts", "count_words", "tokenizer_of"]
+__all__ = ["InfinityPipeline", "VARPipeline", "check_prompts", "count_words", "seeds_of", "tokenizer_of"]
 
 OutputType = Literal["pil", "np", "pt"]
 
@@ -69,13 +71,19 @@ def check_prompts(folder: Path, prompts: Sequence[str], longest: int) -> None:
     count_words(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), prompts, longest)
 
 
-def _seeds(seeds: int | Sequence[int], images: int) -> list[int]:
-    """A seed for each image; one number counts up from itself."""
-    if isinstance(seeds, int):
-        return list(range(seeds, seeds + images))
-    if len(seeds) != images:
-        raise ValueError(f"expected one seed, or one for each of {images} images; got {len(seeds)}")
-    return list(seeds)
+def seeds_of(seeds: int | Sequence[int], images: int) -> list[int]:
+    """A seed for each image; one number counts up from itself.
+
+    Raises:
+        ValueError: There are not as many as images.
+    """
+    with contextlib.suppress(TypeError):
+        first = index(cast(SupportsIndex, seeds))
+        return list(range(first, first + images))
+    each = [index(seed) for seed in cast(Sequence[int], seeds)]
+    if len(each) != images:
+        raise ValueError(f"expected one seed, or one for each of {images} images; got {len(each)}")
+    return each
 
 
 class _NextScalePipeline(DiffusionPipeline):
@@ -246,7 +254,7 @@ class InfinityPipeline(_NextScalePipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
         count = len(prompts) * num_images_per_prompt
-        numbers = _seeds(seeds, count)
+        numbers = seeds_of(seeds, count)
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         if negative is not None and guidance_scale == 1:
             raise ValueError("a negative prompt needs guidance; give guidance_scale another value than 1")
@@ -324,9 +332,10 @@ class VARPipeline(_NextScalePipeline):
             ValueError: Classes, seeds or sampling do not fit; nothing has run then.
         """
         _check_output(output_type)
-        classes = torch.tensor([class_labels] if isinstance(class_labels, int) else list(class_labels))
+        classes = torch.as_tensor(class_labels)
+        classes = classes[None] if classes.ndim == 0 else classes
         sampling = Sampling(guidance=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
-        numbers = _seeds(seeds, len(classes))
+        numbers = seeds_of(seeds, len(classes))
         condition = self.transformer.condition(classes, guided=guidance_scale != 0)
         run = generate(
             self.transformer,

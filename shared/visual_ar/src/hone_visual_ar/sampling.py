@@ -8,6 +8,7 @@ Differs: the releases call ``torch.multinomial``; the distribution is the same, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,8 +40,13 @@ class Sampling:
         if self.top_k < 0 or not 0 <= self.top_p <= 1:
             raise ValueError(f"top_k must not be negative and top_p lie in [0, 1]; got {self.top_k} and {self.top_p}")
         values = (self.temperature,) if isinstance(self.temperature, float | int) else self.temperature
-        if not all(value > 0 for value in values):
-            raise ValueError(f"temperature must be positive; got {self.temperature}. Use greedy for its limit.")
+        if not all(0 < value < math.inf for value in values):
+            raise ValueError(
+                f"temperature must be positive and finite; got {self.temperature}. Use greedy for its limit."
+            )
+        strengths = (self.guidance,) if isinstance(self.guidance, float | int) else self.guidance
+        if not all(map(math.isfinite, strengths)):
+            raise ValueError(f"guidance must be finite; got {self.guidance}")
 
     def at(self, scale: int, scales: int) -> tuple[float, float]:
         """Guidance and temperature of a scale.

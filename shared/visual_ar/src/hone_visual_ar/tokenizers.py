@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .autoencoder import Decoder, Encoder, straight_through
 from .schedules import ScaleSchedule
 
-__all__ = ["BSQVAE", "VQVAE", "ScaleTokenizer", "bits_of", "codes_of"]
+__all__ = ["BSQVAE", "PIXELS", "VQVAE", "ScaleTokenizer", "bits_of", "codes_of"]
 
 PIXELS = 1 << 22
 """Pixels that a decoder makes at a time: with twice as many, its widest tensor would have 2^31 elements."""

@@ -19,7 +19,7 @@ from .schedules import ScaleSchedule
 if TYPE_CHECKING:
     from .generation import Policy
 
-__all__ = ["Condition", "NextScaleTransformer", "Observe"]
+__all__ = ["Condition", "NextScaleTransformer", "Observe", "scale_mask"]
 
 Observe = Callable[[int, Tensor, Tensor], None]
 """Called after each block with its number and its tokens ``[R, n, C]`` before and after."""
