@@ -22,7 +22,7 @@ _PROGRAMS = 512
 """Into about so many programs each pass is cut: the first by pieces of the keys, the second by parts of the rows."""
 _PIECES = 8
 """At most, of the keys; the second pass joins what they found."""
-_PARTS = 4
+_PARTS = 2
 """At most, of the rows; whoever is last joins what they found."""
 _NARROW = ((64, 64, 4, 3), (64, 128, 4, 2))
 """Of both passes: rows and keys of a tile, warps, stages. For 16-bit numbers."""
