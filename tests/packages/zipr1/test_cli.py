@@ -24,7 +24,10 @@ def test_info_names_presets_and_classes(command):
     code, out, err = command("info", "--json")
     assert code == 0, err
     facts = json.loads(out)
-    assert "qwen2_5_vl" in facts["classes"]
+    whole, some = facts["classes"].values()
+    assert whole.split(", ") == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"]
+    assert "internvl" in some.split(", ")
+    assert not set(whole.split(", ")) & set(some.split(", "))
     assert facts["presets"]["paper"].startswith("top-p 0.975. Paper")
 
 

@@ -98,7 +98,13 @@ def test_every_arm_is_run_and_a_stopped_run_goes_on(cfg, start, monkeypatch):
     with start(cfg) as run:
         report = reproduce(cfg, run)
     assert len(trained) == len(set(trained)) == len(ARMS)
-    assert {row.variant for row in run.rows if row.metric == "accuracy"} == set(ARMS)
+    means = {(row.variant, row.split): row for row in run.rows if row.metric == "accuracy"}
+    assert {arm for arm, _ in means} == set(ARMS)
+    own = {(row.variant, row.split): row for row in run.rows if row.metric == "host_accuracy"}
+    assert own.keys() == means.keys()
+    for key, row in own.items():  # of one host
+        assert (row.value, row.n, row.labels) == (means[key].value, 20, {"seed": 0})
+    assert {row.variant for row in run.rows if row.metric == "host_token_ratio"} == set(ARMS)
     assert report.verdict["claims"].keys() == RULES.keys()
     assert report.verdict["claims"]["paper"]["verdict"].startswith("UNDECIDED, 1 of 3")
     assert (run.figures / "arms.png").is_file()

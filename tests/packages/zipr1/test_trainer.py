@@ -189,3 +189,27 @@ def test_a_video_is_refused(made, ours):
     object.__setattr__(items[0], "is_video", True)
     with pytest.raises(ValueError, match="TRL trains on pictures; got the video"):
         ours.dataset_rows(items)
+
+
+@pytest.mark.parametrize(
+    ("installed", "error", "message"),
+    [
+        (False, "MissingExtraError", "needs the extra 'trl'"),
+        (True, "ModuleNotFoundError", "No module named 'none'"),
+    ],
+)
+def test_the_module_that_is_missing_is_named(monkeypatch, tmp_path, ours, installed, error, message):
+    import importlib.util
+    import sys
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    if installed:
+        (tmp_path / "trl.py").write_text("import none")
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, "trl", None)
+    spec = importlib.util.spec_from_file_location("hone_zipr1.again", ours.__file__)
+    with pytest.raises(ImportError, match=message) as found:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert type(found.value).__name__ == error

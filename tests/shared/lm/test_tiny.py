@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hone_lm.tiny import FAMILIES, build_tokenizer, tiny
+from hone_lm.tiny import FAMILIES, build_tokenizer, tiny, tiny_inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -17,6 +17,8 @@ def test_models_are_of_the_real_class_and_repeat(family):
 def test_unknown_family():
     with pytest.raises(ValueError, match="family must be one of qwen2_vl"):
         tiny("gpt2")
+    with pytest.raises(ValueError, match=r"family must be one of qwen2_vl.*got 'gpt2'"):
+        tiny_inputs("gpt2", None)
 
 
 @pytest.mark.parametrize("text", ["Was läuft, und wann?", "  two  spaces\n", "数字 42"])

@@ -6,8 +6,9 @@ the work is that of the method and its time does not depend on what the attentio
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -119,17 +120,25 @@ def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
     split = f"{tokens} tokens, batch {batch}"
     keyword = cache_keyword(model)
 
-    def prefill() -> Any:
+    def prefill(model: Any) -> Any:
         cache = DynamicCache()
         sparse_layers(cache, model.config.get_text_config().num_hidden_layers)
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **{keyword: cache})
         return cache
 
+    # Side by side, since a card that has worked for a second is slower: models of the same weights.
+    with ExitStack() as attached:
+        calls: dict[str, Any] = {DENSE: partial(prefill, model)}
+        for kept in cfg.ratios:
+            other = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+            attached.enter_context(attach(other, _selection(cfg, kept)))
+            calls[_name(kept)] = partial(prefill, other)
+        times = measure_interleaved(calls, warmup=2, rounds=cfg.rounds, device=ids.device)
+    _rows(cfg, run, "prefill", times, split)
     for ratio in (None, *cfg.ratios):
         with nullcontext() if ratio is None else attach(model, _selection(cfg, ratio)):
-            cache = prefill()
-            calls: dict[str, Any] = {"prefill": prefill, "decode": partial(_decode, model, cache, batch, tokens)}
-            _add(cfg, run, _name(ratio), split, calls, cache, ids.device)
+            cache = prefill(model)
+            _add(cfg, run, _name(ratio), split, partial(_decode, model, cache, batch, tokens), cache, ids.device)
             plain = _said(model, cache, batch, tokens) if cfg.captured else None
         if plain is not None:
             _captured(cfg, run, model, cache, batch, tokens, ratio, plain)
@@ -192,10 +201,8 @@ def _decoding(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -
         del cache
         cache = _filled(cfg, model, batch, tokens, ratio)
         with nullcontext() if ratio is None else attach(model, _selection(cfg, ratio)):
-            calls = {"decode": partial(_decode, model, cache, batch, tokens)}
-            _add(cfg, run, _name(ratio), split, calls, cache, model.device)
+            _add(cfg, run, _name(ratio), split, partial(_decode, model, cache, batch, tokens), cache, model.device)
             plain = _said(model, cache, batch, tokens) if cfg.captured else None
-            del calls
         if plain is not None:
             _captured(cfg, run, model, cache, batch, tokens, ratio, plain)
     _decode_bounds(cfg, run, model, batch, tokens)
@@ -224,11 +231,10 @@ def _unequal(batch: int, tokens: int, ratio: float, generator: torch.Generator, 
 
 
 def _add(
-    cfg: BenchConfig, run: Run, name: str, split: str, calls: dict[str, Any], cache: Any, device: torch.device
+    cfg: BenchConfig, run: Run, name: str, split: str, decode: Callable[[], Any], cache: Any, device: torch.device
 ) -> None:
-    """Times of one variant, attached beforehand, and what its cache holds."""
-    for phase, call in calls.items():
-        _rows(cfg, run, phase, measure_interleaved({name: call}, warmup=2, rounds=cfg.rounds, device=device), split)
+    """Times of a decoding step of one variant, attached beforehand, and what its cache holds."""
+    _rows(cfg, run, "decode", measure_interleaved({name: decode}, warmup=2, rounds=cfg.rounds, device=device), split)
     run.row("cache", stored_bytes(cache) / 2**20, unit="MiB", better="lower", variant=name, split=split)
 
 

@@ -22,12 +22,15 @@ def info() -> dict[str, Any]:
     from hone_core.hosts import describe_host
     from hone_lm.layouts import RULES
 
-    from .config import PRESETS
+    from .config import PRESETS, TESTED
 
     return {
         **installed(PACKAGE, "transformers"),
         "presets": {name: f"{p.config.label}. {p.provenance} For: {p.model}." for name, p in PRESETS.items()},
-        "classes": list(RULES),
+        "classes": {
+            "tested with all that the README lists": ", ".join(TESTED),
+            "tested in prefill and decoding": ", ".join(name for name in RULES if name not in TESTED),
+        },
         "tiny host": describe_host(PACKAGE),
     }
 

@@ -13,6 +13,7 @@ __all__ = [
     "GRID",
     "KINDS",
     "PRESETS",
+    "TESTED",
     "AskConfig",
     "BenchConfig",
     "DemoConfig",
@@ -118,6 +119,9 @@ class SparseConfig:
         amount = f"{self.p:g}" if self.ratio is None else f"ratio {self.ratio:g}"
         return f"{self.policy} {amount}"
 
+
+TESTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+"""``model_type`` of the classes on which every part was tried; others are taken where their layout is known."""
 
 PRESETS: dict[str, Preset[SparseConfig]] = {
     "paper": Preset(

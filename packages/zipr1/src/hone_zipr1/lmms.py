@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .config import PRESETS
 from .models import attach, check_config
 from .questions import Item, model_inputs, picture_inputs
 
-__all__ = ["SparseModel", "manifest"]
+__all__ = ["SparseModel", "generation_settings", "manifest"]
 
 # lmms-eval loads this module. It cannot be an extra: its latex2sympy2 wants another antlr4 than the math-verify of
 # hone-rstitch, and one resolution holds the extras of all members.
@@ -28,6 +28,37 @@ if importlib.util.find_spec("lmms_eval") is None:
 _Base: Any = importlib.import_module("lmms_eval.api.model").lmms
 _registry: Any = importlib.import_module("lmms_eval.models.registry_v2")
 _log = logging.getLogger(__name__)
+
+
+_DRAWING = ("temperature", "top_p", "top_k")
+_KNOWN = ("max_new_tokens", "until", "do_sample", "num_beams", *_DRAWING)
+_ELSEWHERE = ("image_aspect_ratio",)
+"""Options of tasks that are of other models' picture processors, and name nothing that this one has."""
+
+
+def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``generate`` is given for a request: 128 tokens, greedily, but for what it says.
+
+    A temperature above 0 draws, unless ``do_sample`` is false; ``top_p`` and ``top_k`` count where answers are drawn.
+
+    Args:
+        options: Generation options of a request of lmms-eval.
+
+    Raises:
+        ValueError: An option is of no kind that is known.
+    """
+    unknown = sorted(set(options) - {*_KNOWN, *_ELSEWHERE})
+    if unknown:
+        raise ValueError(
+            f"a request may say {', '.join(_KNOWN)}; got {', '.join(unknown)}. Leave it out of the task's "
+            "generation_kwargs"
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    warm = given.get("temperature", 0) > 0
+    drawn = warm if "do_sample" not in given else bool(given["do_sample"]) and given.get("temperature", 1) > 0
+    settings = {"max_new_tokens": int(given.get("max_new_tokens", 128)), "do_sample": drawn}
+    settings["num_beams"] = int(given.get("num_beams", 1))
+    return settings | ({name: given[name] for name in _DRAWING if name in given} if drawn else {})
 
 
 def manifest() -> Any:
@@ -82,17 +113,21 @@ class SparseModel(_Base):
         self.ratios: list[float] = []
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer; greedy whatever a task asks for, and cut at the first of a request's stops.
+        """Answer as the requests ask for it, and cut at the first of a request's stops.
 
         Args:
-            requests: Of lmms-eval; of their options ``max_new_tokens`` (128) and ``until`` are looked at, no others.
+            requests: Of lmms-eval; of their options see ``generation_settings``, and ``until``.
+
+        Raises:
+            ValueError: An option is of no kind that is known; before the first answer.
         """
         answers = []
+        settings = [generation_settings(request.args[1]) for request in requests]
         with progress_bar(len(requests), desc="questions") as bar:
-            for request in requests:
+            for request, given in zip(requests, settings, strict=True):
                 text, options, visuals_of, doc, task, split = request.args
                 visuals = visuals_of(self.task_dict[task][split][doc]) or []
-                answer = self._answer(text, visuals, int(options.get("max_new_tokens", 128)))
+                answer = self._answer(text, visuals, given)
                 stops = options.get("until") or []
                 for stop in [stops] if isinstance(stops, str) else stops:
                     answer = answer.split(stop)[0] if stop else answer
@@ -103,12 +138,12 @@ class SparseModel(_Base):
         return answers
 
     @torch.no_grad()
-    def _answer(self, text: str, visuals: Sequence[Any], length: int) -> str:
+    def _answer(self, text: str, visuals: Sequence[Any], settings: Mapping[str, Any]) -> str:
         from hone_lm.choices import to_model
 
         inputs = to_model(self._inputs(text, visuals), self._model)
         with nullcontext() if self._selection is None else attach(self._model, self._selection) as handle:
-            out = self._model.generate(**inputs, max_new_tokens=length, do_sample=False)
+            out = self._model.generate(**inputs, **settings)
             if handle is not None and handle.stats is not None:
                 self.ratios.append(float(handle.stats.ratio[0]))
         return self._processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -181,7 +181,7 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
             bar.update()
     found = {job: torch.load(job.file(folder), weights_only=True) for job in jobs}
     seeds = [read_facts(path, PACKAGE).seed for path in paths]
-    _write_rows(run, cfg, names, found, len(paths), load_host(path=paths[0]))
+    _write_rows(run, names, found, seeds, load_host(path=paths[0]))
     claims = {}
     for claim, arms in NEEDED.items():
         if not set(arms) <= set(names):
@@ -327,10 +327,9 @@ def judge(claim: str, found: Mapping[str, _Found]) -> tuple[str, str]:
     return ("yes" if fall >= 25 and loss <= 1 and more["correctness"] >= 10 else "undecided"), text
 
 
-def _write_rows(
-    run: Run, cfg: ReproduceConfig, names: Sequence[str], found: Mapping[Job, _Found], hosts: int, host: Host
-) -> None:
-    """Means over hosts; intervals are over questions, which all hosts share, and spreads over hosts."""
+def _write_rows(run: Run, names: Sequence[str], found: Mapping[Job, _Found], seeds: Sequence[int], host: Host) -> None:
+    """Means over hosts, and what each host found; intervals are over questions, which all share, spreads over hosts."""
+    hosts = len(seeds)
     for arm in names:
         for split in found[Job(arm, 0)]:
             right = np.stack([found[Job(arm, at)][split]["right"].numpy() for at in range(hosts)]).astype(float)
@@ -346,6 +345,17 @@ def _write_rows(
                     variant=arm,
                     split=split,
                 )
+                for seed, own in zip(seeds, values, strict=True):
+                    run.row(
+                        f"host_{metric}",
+                        own.mean(),
+                        better=better,  # type: ignore[arg-type]
+                        n=own.size,
+                        interval=bootstrap_interval(own),
+                        variant=arm,
+                        split=split,
+                        labels={"seed": seed},
+                    )
     for p in PS:
         uniform = uniform_of(host, replace(SELECTION, p=p))
         assert uniform is not None, "all rows are looked at"

@@ -31,6 +31,8 @@ from .questions import Item, is_right
 try:
     from trl import GRPOConfig, GRPOTrainer
 except ModuleNotFoundError as error:
+    if error.name != "trl":  # something that TRL wants, which the message names
+        raise
     raise MissingExtraError("trl", "hone-zipr1", "SparseGRPOTrainer") from error
 
 __all__ = ["SparseGRPOTrainer", "dataset_rows", "paper_args", "right_answers"]
@@ -196,7 +198,7 @@ class SparseGRPOTrainer(GRPOTrainer):
         **named: Any,
     ) -> Any:
         given = (model, input_ids, attention_mask, logits_to_keep)
-        if model is self.ref_model or _without_adapters(model):
+        if model is self.ref_model or _adapters_are_off(model):
             with self.handle.disabled():
                 return super()._get_per_token_logps_and_entropies(*given, batch_size=batch_size, **named)
         # One forward, as the thresholds are those of all its rows.
@@ -204,7 +206,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*given, **named)
 
 
-def _without_adapters(model: Any) -> bool:
+def _adapters_are_off(model: Any) -> bool:
     """Whether a model has adapters, all off: then it is the reference."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

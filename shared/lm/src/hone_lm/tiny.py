@@ -378,6 +378,11 @@ PROMPTS = {
 """Prompt with the family's video placeholder and a slot for the question."""
 
 
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+
+
 def tiny(family: str, *, layers: int = 4, seed: int = 0) -> tuple[Any, Any]:
     """Make a tiny model of a family, in evaluation mode, and its processor.
 
@@ -389,8 +394,7 @@ def tiny(family: str, *, layers: int = 4, seed: int = 0) -> tuple[Any, Any]:
     Raises:
         ValueError: The family is not known.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    _check_family(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = FAMILIES[family](layers)
@@ -421,7 +425,11 @@ def tiny_inputs(
         frames: Of each video.
         size: Pixels along a side.
         seed: Of the first video; each further one has the next.
+
+    Raises:
+        ValueError: The family is not known.
     """
+    _check_family(family)
     text = [PROMPTS[family].format(question=question) for question in questions]
     videos = [random_video(frames, size=size, seed=seed + index) for index in range(len(text))]
     metadata = [
