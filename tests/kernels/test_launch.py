@@ -2,6 +2,8 @@
 
 import gc
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from hone_core.testing import requires_gpu
 from hone_kernels import launch as module
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
-from hone_kernels.launch import Kept, eager, geometry, launch, number
+from hone_kernels.launch import Kept, eager, geometry, kept_beside, launch, number
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -48,6 +50,7 @@ def on_a_gpu(monkeypatch):
     """As if the kernels were compiled, and the tensors on a device with a stream."""
     monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(module, "_launches", Kept())
+    monkeypatch.setattr(module, "_maps", Kept())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
 
 
@@ -117,6 +120,94 @@ def test_descriptors_get_the_new_base_and_keep_no_tensor(on_a_gpu):
     gc.collect()
 
 
+def test_a_descriptor_is_encoded_once_for_each_base(on_a_gpu, monkeypatch):
+    """What reaches the launcher below Triton's is what Triton's gives it."""
+    import triton
+    from triton.backends.nvidia import driver
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    got, encoded = [], []
+
+    def fill(address, *rest):
+        encoded.append(address)
+        return ("map", address, repr(rest))
+
+    active = SimpleNamespace(utils=SimpleNamespace(fill_tma_descriptor=fill))
+    monkeypatch.setattr(triton.runtime.driver, "_active", active, raising=False)
+    signature = dict(enumerate(("tensordesc<fp32[8, 16]>", "*fp32", "*fp32", "i32", "constexpr")))
+    meta = dict(swizzle=0, elem_size=4, elem_type=7, block_size=[8, 16], fp4_padded=False)
+
+    class Run:
+        launch = staticmethod(driver.wrap_handle_tensordesc(lambda *args: got.append(args), signature, [meta]))
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid, launch_pdl = False, True
+
+        def __call__(self, x, y, z, stream, function, *args):
+            self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, None, None, *args)
+
+    if not triton.__version__.startswith("3.6."):
+        assert module._below(Run()) == (None, None)
+        return
+    kernel = Kernel()
+    kernel.compiled.run = Run()
+
+    def build(x, out):
+        return (3,), (TensorDescriptor(x, [16, 16], [16, 1], [8, 16]), out, None, 1), dict(SIZE=4, num_warps=8)
+
+    tensors = [torch.zeros(16, 16) for _ in range(2)]
+    for x in (*tensors, *tensors):
+        out = torch.zeros(16)
+        launch(kernel, geometry(x), (x, out), build)
+        if not got:  # the first goes Triton's way
+            assert len(kernel.seen) == 1
+            kernel.seen.clear()
+            got.append(None)
+            continue
+        descriptor = TensorDescriptor(x, [16, 16], [16, 1], [8, 16])
+        seen = got[-1]
+        kernel.compiled.run(3, 1, 1, 7, "f", "m", None, None, None, descriptor, out.data_ptr(), None, 1, 4)
+        assert seen == got[-1]
+    assert kernel.seen == []
+    assert len(got) == 1 + 2 * 3
+    assert len(encoded) == 2 + 3  # two bases, and three times Triton's way
+
+    def other(x, out):
+        return (3,), (TensorDescriptor(x, [8, 32], [32, 1], [8, 16]), out, None, 1), dict(SIZE=4, num_warps=8)
+
+    # The same memory in another form is another descriptor, and so is it when it comes back.
+    for x in (tensors[0].view(8, 32), tensors[0].view(8, 32), tensors[0]):
+        launch(kernel, geometry(x), (x, torch.zeros(16)), other if x.shape[0] == 8 else build)
+    assert [seen[13][2] for seen in got[-2:]] == [
+        repr((0, 4, 7, [8, 16], n, [n[1], 1], 0)) for n in ([8, 32], [16, 16])
+    ]
+    assert [seen[13][1] for seen in got[-2:]] == [tensors[0].data_ptr()] * 2
+    assert len(encoded) == 2 + 3 + 1
+    assert len(module._maps) == 3
+
+
+def test_what_lies_below_a_launcher_is_taken_only_where_it_is_known():
+    run = SimpleNamespace(launch=len, global_scratch_size=0, profile_scratch_size=0)  # a function in C: no descriptors
+    assert module._below(run) == (len, None)
+    for other in (dict(global_scratch_size=1), dict(launch=lambda *args: None), dict(arg_annotations=[])):
+        assert module._below(SimpleNamespace(**vars(run) | other)) == (None, None)
+    assert module._below(lambda *args: None) == (None, None)
+
+
+def test_threads_launch_side_by_side(on_a_gpu):
+    kernel = Kernel()
+    call(kernel, *(torch.zeros(16) for _ in range(3)))
+    sets = [[torch.zeros(16) for _ in range(3)] for _ in range(8)]
+
+    def often(tensors):
+        for _ in range(200):
+            call(kernel, *tensors)
+
+    with ThreadPoolExecutor(len(sets)) as pool:
+        list(pool.map(often, sets))
+    want = Counter({(x.data_ptr(), out.data_ptr(), y.data_ptr()): 200 for x, y, out in sets})
+    assert Counter(tuple(addresses(seen)[:3]) for seen in kernel.seen[1:]) == want
+
+
 def test_a_profiler_sees_every_launch(on_a_gpu, monkeypatch):
     kernel, x = Kernel(), torch.zeros(16)
     call(kernel, x, x, x)
@@ -130,6 +221,29 @@ def test_what_is_kept_is_bounded():
     for i in range(5):
         kept.keep(i, i)
     assert list(kept) == [2, 3, 4]
+
+
+def test_what_is_kept_beside_a_tensor_follows_it_and_goes_with_it():
+    made = []
+
+    def get(x, what="sum"):
+        return kept_beside(x, what, lambda: made.append(what) or x.sum())
+
+    x, held = torch.ones(3), len(module._beside)
+    assert get(x) is get(x)
+    x += 1
+    assert get(x) == 6
+    assert get(x, "other") is get(x, "other")
+    assert made == ["sum", "sum", "other"]
+    weight = torch.ones(3, requires_grad=True)  # who trains it may write where nobody counts
+    assert get(weight) is not get(weight)
+    with torch.inference_mode():
+        y = torch.ones(3)
+    assert get(y) is not get(y)
+    assert len(module._beside) == held + 1
+    del x
+    gc.collect()
+    assert len(module._beside) == held
 
 
 def test_a_number_stands_for_one_key(monkeypatch):
@@ -277,9 +391,12 @@ def test_lists_that_change_under_a_graph_and_on_another_stream():
     def call(layout):
         return block_sparse_attention(q, k, v, layout, backend="gluon")
 
-    call(layout)
+    first = call(layout)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
+    # What a launch counts in is as it was when it ends.
+    assert [held.view(-1)[-2].item() for (what, *_), (_, held) in layout._held.items() if what == "rows"] == [0]
+    assert torch.equal(call(layout), first)
     with torch.cuda.graph(graph):
         captured = call(layout)
     other = BlockLayout.from_mask(torch.rand(1, 2, 4, 4, device="cuda") < 0.6, 512, 512)

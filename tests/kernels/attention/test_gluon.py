@@ -133,12 +133,12 @@ def test_schedule(batch, heads, rows, shared):
 def test_padded_bias(keys):
     pooled = torch.empty(2, 3, 130, 8)
     bias = torch.randn(3, 130).expand(2, 3, 130)
-    got = gluon._pad_bias(bias, pooled, keys)
+    got = gluon.pad_bias(bias, pooled, keys)
     assert got.shape[-1] % keys == 0
     assert got.shape[-1] - 130 < keys
     assert_close(got[..., :130], bias / torch.tensor(2.0).log())
     assert (got[..., 130:] == -torch.inf).all()
-    assert (gluon._pad_bias(None, pooled, keys)[..., :130] == 0).all()
+    assert (gluon.pad_bias(None, pooled, keys)[..., :130] == 0).all()
 
 
 def test_only_what_may_differ_takes_the_kernel_that_adds_in_any_order(monkeypatch):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
-from hone_kernels.launch import Kept, eager, geometry, number, on_device_of
+from hone_kernels.launch import Kept, eager, geometry, kept_beside, number, on_device_of
 
 from .flash import flash_attention
 from .layout import BlockLayout
@@ -207,6 +207,7 @@ def block_sparse_attention(
         found = (*_check(q, k, v, layout, scale, pooled, backend), None)
     scale, backend, key = found
     pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
+    source = bias
     if backend == "reference":
         out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
         return (out, lse) if return_lse else out
@@ -224,9 +225,9 @@ def block_sparse_attention(
         blocks = (layout.block_q, layout.block_k)
         out, lse = _attention_op(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, *blocks, scale, backend, fused)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key)
+        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key, source)
     else:
-        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
+        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key, source)
     return (out, lse) if return_lse else out
 
 
@@ -268,17 +269,26 @@ def _forward(
     scale: float,
     backend: Backend,
     key: Hashable,
+    source: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp by a kernel, with what is kept of the layout and of calls of this geometry."""
+    """Output and log-sum-exp by a kernel, with what is kept of the layout and of calls of this geometry.
+
+    ``source`` is the bias as the caller has it, beside which the kernel's form of it may be kept.
+    """
     args = (q, k, v, *layout.lists(), pooled_k, pooled_v, bias, layout.block_q, layout.block_k, scale)
     with on_device_of(q):
         if backend == "gluon":
-            from .gluon_sm90 import attention_forward, schedule
+            from .gluon_sm90 import attention_forward, config_for, pad_bias, schedule
 
             batch, heads = q.shape[:2]
+            # The launch counts in it: it is this stream's alone.
             table = layout.kept(("rows", batch, heads), lambda: schedule(layout.lists()[0], batch, heads, key))
-            # The launch counts in it.
-            return attention_forward(*args, table=table.clone(), key=key)
+            if pooled_k is None or source is None:
+                return attention_forward(*args, table=table, key=key)
+            keys = config_for(q.shape[3], layout.block_q).keys
+            what = (pooled_k.shape[:3], keys)
+            padded = kept_beside(source, what, lambda: pad_bias(bias, pooled_k, keys, key))
+            return attention_forward(*args, table=table, bias=padded, key=key)
         from .triton import attention_forward as portable
 
         return portable(*args, key=key)
@@ -288,8 +298,8 @@ class _Attention(torch.autograd.Function):
     """The op outside of ``torch.compile``, where the registered one would cost more than the launches."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key):
-        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key)
+    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key, source):
+        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key, source)
         # Its lists as columns are large: they live as long as the caller's layout, not as long as the graph.
         ctx.layout, ctx.sizes = weakref.ref(layout), (layout.block_q, layout.block_k, scale, fused)
         ctx.save_for_backward(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, out, lse)
@@ -300,14 +310,14 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted: the operator refuses its derivative, which there is none of.
             *tensors, out, lse = ctx.saved_tensors
-            return *_operator_gradients(dout, dlse, tensors, out, lse, ctx.sizes), *[None] * 5
+            return *_operator_gradients(dout, dlse, tensors, out, lse, ctx.sizes), *[None] * 6
         q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, out, lse = ctx.saved_tensors
         layout = ctx.layout()
         columns = None if layout is None else layout.kept("columns", layout.transpose)
         grads = _gradients(
             columns, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, *ctx.sizes
         )
-        return *grads, *[None] * 5
+        return *grads, *[None] * 6
 
 
 def _gradients(

@@ -114,9 +114,11 @@ def _widen(x, DTYPE: gl.constexpr):
 
 
 @triton.jit
-def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, rows_ptr, sob, soh, sos, sdb, sdh, sds, tokens, padded,
-                       DIM: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, rows_ptr, sums_ptr, sob, soh, sos, sdb, sdh, sds, tokens,
+                       padded, DIM: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """Two words of each query, padded to whole tiles: for each tile of ROWS queries ``log2`` and then ``delta``.
+
+    And zeros for its sums: a launch of their own would cost the host more than they do here.
 
     ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
     ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``.
@@ -134,6 +136,8 @@ def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, rows_ptr, sob, soh,
     rows_ptr += 2 * (row * padded + start)
     tl.store(rows_ptr + local, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
     tl.store(rows_ptr + ROWS + local, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse)
+    words = tl.arange(0, ROWS * DIM)
+    tl.store(sums_ptr + (row * padded + start) * DIM + words, tl.zeros([ROWS * DIM], tl.float32))
 
 
 @triton.jit
@@ -493,10 +497,10 @@ def attention_backward(
     padded = -(-tokens_q // 128) * 128
     tall = config.queries
     rows = torch.empty((batch * heads * padded // tall, 2 * tall), dtype=torch.float32, device=q.device)
-    sums = torch.zeros((batch * heads * padded, dim), dtype=torch.float32, device=q.device)
+    sums = torch.empty((batch * heads * padded, dim), dtype=torch.float32, device=q.device)
 
-    def statistics(out, dout, lse, dlse, rows):
-        args = (out, dout, lse, dlse, rows, *_bhs(out), *_bhs(dout), tokens_q, padded)
+    def statistics(out, dout, lse, dlse, rows, sums):
+        args = (out, dout, lse, dlse, rows, sums, *_bhs(out), *_bhs(dout), tokens_q, padded)
         return (padded // tall, heads, batch), args, dict(DIM=dim, ROWS=tall, num_warps=4)
 
     def order(sums, dq):
@@ -527,7 +531,7 @@ def attention_backward(
 
         return build
 
-    launch(_statistics_kernel, key, (out, dout, lse, dlse, rows), statistics)
+    launch(_statistics_kernel, key, (out, dout, lse, dlse, rows, sums), statistics)
     listed = (q, k, v, dout, rows, dk, dv, sums, None, None, q_num, q_idx, k_valid)
     launch(_backward_kernel, key and (key, False), listed, gradients(False))
     dpk = dpv = dbias = None

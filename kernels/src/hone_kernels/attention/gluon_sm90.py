@@ -48,7 +48,7 @@ from hone_kernels.launch import geometry, launch, number
 
 from .triton import LN2, LOG2E, _describable, _descriptor_strides, _strides
 
-__all__ = ["CONFIGS", "Config", "attention_forward", "config_for", "schedule"]
+__all__ = ["CONFIGS", "Config", "attention_forward", "config_for", "pad_bias", "schedule"]
 
 # Of a header: row (-1: no more), steps over listed blocks, how many keys of the first of them exist.
 HEADER_WORDS = gl.constexpr(3)
@@ -155,15 +155,17 @@ def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIA
 
 
 # One lane takes the next number for its warp. Assembly, since a scalar atomic of Triton would go through shared memory.
+# Each row takes one number, so the counter, which wraps around at that many, is 0 again at the end of the launch.
 _CLAIM = gl.constexpr(
     "{ .reg .pred first; .reg .b32 lane, old; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 old, 0; "
-    "@first atom.global.gpu.relaxed.add.u32 old, [$1], 1; shfl.sync.idx.b32 $0, old, 0, 31, 0xffffffff; }"
+    "@first atom.global.gpu.relaxed.inc.u32 old, [$1], $2; shfl.sync.idx.b32 $0, old, 0, 31, 0xffffffff; }"
 )
 
 
 @gluon.jit
-def _claim(counter):
-    return gl.inline_asm_elementwise(_CLAIM, "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+def _claim(counter, last):
+    arguments = [counter.to(gl.int64), last]
+    return gl.inline_asm_elementwise(_CLAIM, "=r,l,r", arguments, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -336,7 +338,7 @@ def _producer(q_desc, k_desc, v_desc, pk_desc, pv_desc, table_ptr, idx_ptr, vali
         row_turn += 1
 
         if CLAIM:
-            place = gl.num_programs(0) + _claim(table_ptr + 2 * total)
+            place = gl.num_programs(0) + _claim(table_ptr + 2 * total, total - 1)
         else:
             place += gl.num_programs(0)
         tile = gl.load(table_ptr + 2 * place, mask=place < total, other=0)
@@ -650,7 +652,7 @@ def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None
     return table
 
 
-def _pad_bias(bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | None = None) -> Tensor:
+def pad_bias(bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | None = None) -> Tensor:
     """Bias of whole steps of pooled keys: ``[B, HK, ceil(G / keys) * keys]`` float32, base 2."""
     batch, heads, groups = pooled.shape[:3]
     steps = -(-groups // keys)
@@ -681,11 +683,14 @@ def attention_forward(
     config: Config | None = None,
     *,
     table: Tensor | None = None,
+    bias: Tensor | None = None,
     key: Hashable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's.
 
-    ``table`` is ``schedule``'s, if it is there already (the launch counts in it); ``key`` is for ``launch``.
+    ``table`` is ``schedule``'s, if it is there already. The launch counts in it and leaves it as it was, so that those
+    that share it must follow one another. ``bias`` is ``pad_bias``'s of the pooled keys, likewise. ``key`` is for
+    ``launch``.
     """
     batch, heads, tokens_q, dim = q.shape
     if key is None:
@@ -696,7 +701,8 @@ def attention_forward(
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
     if table is None:
         table = schedule(kv_num, batch, heads, key)
-    bias = None if pooled_k is None else _pad_bias(pooled_bias, pooled_k, config.keys, key)
+    if pooled_k is not None and bias is None:
+        bias = pad_bias(pooled_bias, pooled_k, config.keys, key)
 
     def build(q, k, v, pooled_k, pooled_v, out, bias, lse, table, kv_num, kv_idx, k_valid):
         consumers = block_q // 64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.checks import unit_last
-from hone_kernels.launch import geometry
+from hone_kernels.launch import geometry, unchanged
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -329,23 +329,16 @@ class BlockLayout:
     def kept(self, what: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for as long as this layout's lists are what they are.
 
-        Where nobody could tell that they are (a CUDA graph, which reads whatever its memory holds when it is replayed;
-        lists made in inference mode, which do not count their changes) or that it is there already (another stream), it
-        is made anew.
+        Where nobody could tell that they are (``launch.unchanged``), or whether it is there already (on another
+        stream), it is made anew.
 
         Args:
             what: Names it.
             make: From the lists, without waiting for the device.
         """
-        lists = (self.kv_num, self.kv_idx)
-        if any(x.is_inference() for x in lists):
+        state = unchanged(self.kv_num, self.kv_idx)
+        if state is None:
             return make()
-        stream = 0
-        if self.kv_num.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return make()
-            stream = torch._C._cuda_getCurrentRawStream(self.kv_num.get_device())
-        state = (stream, *((x.data_ptr(), x._version) for x in lists))
         held: dict[Hashable, Any] = self.__dict__.setdefault("_held", {})
         found = held.get(what)
         if found is None or found[0] != state:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose, warn_once
 from hone_kernels.checks import check_heads, unit_last
-from hone_kernels.launch import eager, on_device_of
+from hone_kernels.launch import Kept, eager, geometry, on_device_of
 
 from .reference import V_PADDING, dequantize, quantize_reference
 
@@ -216,27 +217,50 @@ def quantize_qkv(
 
     Source: FPSAttention (arXiv 2506.04648), equations 1 and 4; SageAttention (arXiv 2410.02367) for ``smooth_k``.
     """
-    groups = _check_quantize(q, k, v, rope, order, k_valid, block, group)
-    if isinstance(group, int):
-        if longest is not None:
-            raise ValueError(f"longest is for a tensor of groups; got group={group} and longest={longest}")
-        longest = group
-    if longest is not None and longest < 1:
-        raise ValueError(f"longest counts the blocks of the longest group and must be positive; got {longest}")
+    tensors = (q, k, v, order, k_valid)
+    known = None
+    # Of groups there is a tensor to make, of tables what they are to be read as.
+    plain = rope is None and type(group) is int and group == 1 and longest is None and eager(*tensors)
+    if plain:
+        facts = geometry(*tensors)
+        known = facts and (facts, block, backend)
+    if known is not None and known in _checked:
+        groups, longest, chosen = None, 1, _checked[known]
+    else:
+        groups = _check_quantize(q, k, v, rope, order, k_valid, block, group)
+        if isinstance(group, int):
+            if longest is not None:
+                raise ValueError(f"longest is for a tensor of groups; got group={group} and longest={longest}")
+            longest = group
+        if longest is not None and longest < 1:
+            raise ValueError(f"longest counts the blocks of the longest group and must be positive; got {longest}")
+        chosen = choose("quantize_qkv", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], block=block)
+        if known is not None and chosen != "reference":
+            _checked.keep(known, chosen)
     cos, sin = (None, None) if rope is None else _tables(rope, q.shape[2], q.shape[3], q.device)
-    q, k, v = (unit_last(x.detach()) for x in (q, k, v))
+    q, k, v = (unit_last(x.detach() if x.requires_grad else x) for x in (q, k, v))
     order, k_valid = (None if x is None else unit_last(x) for x in (order, k_valid))
     args = (q, k, v, cos, sin, order, k_valid, block, groups, smooth_k)
     for_lse = for_lse and smooth_k
-    if choose("quantize_qkv", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], block=block) == "reference":
+    if chosen == "reference":
         q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize_reference(*args, for_lse)
+    elif plain or eager(q, k, v, cos, sin, order, k_valid, groups):
+        operands = object.__new__(FP8Operands)  # its checks are of what others make
+        operands.__dict__.update(zip(_NAMES, _fields(*args, longest or 0, for_lse), strict=True), block=block)
+        return operands
     else:
         # As an operator only where something traces the call.
-        quantize = quantize_fields if eager(q, k, v, cos, sin, order, k_valid, groups) else _quantize_op
-        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize(*args, longest or 0, for_lse)
+        q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = _quantize_op(*args, longest or 0, for_lse)
         k_mean = k_mean if smooth_k else None
         q_dot_mean = q_dot_mean if for_lse else None
     return FP8Operands(q8, k8, v8, q_scale, k_scale, v_scale, block, k_mean, q_dot_mean)
+
+
+_NAMES = ("q8", "k8", "v8", "q_scale", "k_scale", "v_scale", "k_mean", "q_dot_mean")
+
+
+_checked = Kept()
+"""Backend of calls that passed the checks, by all that the checks look at."""
 
 
 def _check_quantize(
@@ -298,26 +322,29 @@ def _(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_l
     return fake_fields(q, k, None if order is None else order.shape[0], block, smooth_k, for_lse)
 
 
-def quantize_fields(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_lse) -> Fields:
-    """The op's work, for ops that round and go on."""
+def quantize_fields(*args: Any) -> Fields:
+    """The op's work, for ops that round and go on: a custom op returns tensors only, and an absent one is empty."""
+    q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = (
+        args[0].new_empty(0, dtype=torch.float32) if x is None else x for x in _fields(*args)
+    )
+    return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
+
+
+def _fields(
+    q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_lse
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     from .triton import has_e4m3
     from .triton_quantize import quantize_triton
 
     if has_e4m3(q):
         with on_device_of(q):
-            fields = quantize_triton(
+            return quantize_triton(
                 q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest=longest, for_lse=for_lse
             )
-    else:
-        warn_once(
-            "quantize_qkv", f"{q.device} has no E4M3 (compute capability 8.9): rounding in torch, products in bfloat16"
-        )
-        fields = quantize_reference(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, for_lse)
-    # A custom op returns tensors only: an absent one is empty.
-    q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = (
-        q.new_empty(0, dtype=torch.float32) if x is None else x for x in fields
+    warn_once(
+        "quantize_qkv", f"{q.device} has no E4M3 (compute capability 8.9): rounding in torch, products in bfloat16"
     )
-    return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
+    return quantize_reference(q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, for_lse)
 
 
 def fake_fields(q: Tensor, k: Tensor, slots: int | None, block: int, smooth_k: bool, for_lse: bool) -> Fields:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hone_kernels.attention.triton import _bhs, _strides
-from hone_kernels.launch import geometry, launch
+from hone_kernels.launch import geometry, launch, number
 
 from .reference import AMAX_MIN, E4M3_MAX, MEAN_RUN, V_PADDING, group_amax, mean_step, scales
 
@@ -360,15 +360,22 @@ def _rows(
 @triton.jit
 def _rows_kernel(
     q_ptr, k_ptr, order_ptr, cos_ptr, sin_ptr, valid_q_ptr, valid_k_ptr, mean_ptr, q8_ptr, k8_ptr, q_scale_ptr,
-    k_scale_ptr, q_factor_ptr, k_factor_ptr, dot_ptr, groups_ptr,
-    sqb, sqh, sqs, skb, skh, sks, svq, svk, heads, heads_k, tokens_q, tokens_k, blocks_q, blocks_k, chunks_q,
+    k_scale_ptr, q_factor_ptr, k_factor_ptr, dot_ptr, groups_ptr, zeros_ptr,
+    sqb, sqh, sqs, skb, skh, sks, svq, svk, heads, heads_k, tokens_q, tokens_k, blocks_q, blocks_k, chunks_q, zeros,
     DIM: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     ORDER: tl.constexpr, ROPE: tl.constexpr, VALID_Q: tl.constexpr, VALID_K: tl.constexpr, MEAN: tl.constexpr,
     DOT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Queries by the first ``chunks_q`` programs of a block, keys by the others, which so share rotary tables."""
+    """Queries by the first ``chunks_q`` programs of a block, keys by the others, which so share rotary tables.
+
+    One of them also writes the zeros from which the launch of the values counts.
+    """
     chunk = tl.program_id(0)
     block = tl.program_id(1)
+    if (chunk == 0) & (block == 0) & (tl.program_id(2) == 0):
+        for word in range(0, zeros, 1024):
+            at = word + tl.arange(0, 1024)
+            tl.store(zeros_ptr + at, tl.zeros([1024], tl.int32), mask=at < zeros)
     length = 1
     if STEP == "run":
         length = _length(groups_ptr, block, tl.num_programs(1))
@@ -390,16 +397,18 @@ def _rows_kernel(
 
 @triton.jit
 def _values_kernel(
-    v_ptr, order_ptr, valid_ptr, amax_ptr, done_ptr, ticket_ptr, v8_ptr, scale_ptr, svb, svh, svs, sval, heads, tokens,
-    rows, parts, unit, DIM: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr, VALID: tl.constexpr,
+    v_ptr, order_ptr, valid_ptr, amax_ptr, v8_ptr, scale_ptr, svb, svh, svs, sval, heads, tokens, rows, parts, unit,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr, VALID: tl.constexpr,
 ):  # fmt: skip
     """128 values of one head: the largest magnitude of each channel, or, when it is known, rounded and transposed.
 
     Programs alternate between the largest magnitudes of ``unit`` heads and the rounding of the ``unit`` heads before,
     whose values are then still in the L2 cache. Those that round wait until ``done`` counts all parts of their head.
     Programs draw their numbers as they start, so what they wait for is running or over, in whatever order they start.
+    Behind the magnitudes of all rows stand the counts ``done``, and behind these the number drawn next.
     """
-    program = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+    done_ptr = amax_ptr + rows * DIM
+    program = tl.atomic_add(done_ptr + rows, 1, sem="relaxed")
     turn = program // (unit * parts)
     within = program % (unit * parts)
     second = turn % 2 == 1
@@ -468,7 +477,7 @@ def quantize_triton(
     heads_k, tokens_k = k.shape[1:3]
     in_runs = groups is not None and 1 < longest <= _LONGEST
     facts = geometry(q, k, v, cos, sin, order, k_valid, groups)
-    call = facts and (facts, block, smooth_k, settings, in_runs, for_lse)
+    call = facts and number((facts, block, smooth_k, settings, in_runs, for_lse))
     if settings is None:
         plain = cos is None and not smooth_k
         grouped = GROUPED if cos is None else GROUPED_ROTATING
@@ -508,20 +517,22 @@ def quantize_triton(
     k8 = torch.empty((batch, heads_k, tokens_k, dim), dtype=torch.float8_e4m3fn, device=k.device)
     q_scale = torch.empty((batch, heads, blocks_q), dtype=torch.float32, device=q.device)
     k_scale = torch.empty((batch, heads_k, blocks_k), dtype=torch.float32, device=k.device)
+    all_rows = batch * heads_k
+    amax = torch.empty(all_rows * (dim + 1) + 1, dtype=torch.int32, device=v.device)
     if groups is not None:
         groups = groups.contiguous()
 
     def rows(step: str, q_factor: Tensor | None = None, k_factor: Tensor | None = None) -> None:
         def build(q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor,
-                  q_dot_mean, groups):  # fmt: skip
+                  q_dot_mean, groups, amax):  # fmt: skip
             # As even as that many heads at most allow.
             chunk = 1 if cos is None else triton.cdiv(heads, triton.cdiv(heads, settings.heads))
             chunks_q, chunks_k = triton.cdiv(heads, chunk), triton.cdiv(heads_k, chunk)
             args = (
                 q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor,
-                q_dot_mean, groups,
+                q_dot_mean, groups, amax,
                 *_bhs(q), *_bhs(k), *_strides(q_valid, (0,)), *_strides(k_valid, (0,)), heads, heads_k, tokens_q,
-                tokens_k, blocks_q, blocks_k, chunks_q,
+                tokens_k, blocks_q, blocks_k, chunks_q, amax.shape[0],
             )  # fmt: skip
             named = dict(
                 HEADS=chunk, ROWS=min(settings.rows, block), GROUP=heads // heads_k, ROPE=cos is not None,
@@ -532,7 +543,7 @@ def quantize_triton(
 
         tensors = (
             q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor, q_dot_mean,
-            groups,
+            groups, amax,
         )  # fmt: skip
         launch(_rows_kernel, call and (call, step), tensors, build)
 
@@ -543,23 +554,21 @@ def quantize_triton(
         (q_scale, q_factor), (k_scale, k_factor) = (scales(group_amax(x, groups)) for x in (q_scale, k_scale))
         rows("cast", q_factor, k_factor)
 
-    all_rows = batch * heads_k
     parts = -(-tokens_k // V_PADDING)
     v8 = torch.empty((batch, heads_k, dim, parts * V_PADDING), dtype=torch.float8_e4m3fn, device=v.device)
     v_scale = torch.empty((batch, heads_k, dim), dtype=torch.float32, device=v.device)
-    amax = torch.zeros(all_rows * (dim + 1) + 1, dtype=torch.int32, device=v.device)
 
-    def values(v, order, k_valid, amax, done, ticket, v8, v_scale):
+    def values(v, order, k_valid, amax, v8, v_scale):
         unit = min(all_rows, max(1, settings.reuse // (tokens_k * dim * v.element_size())))
         turns = 2 * triton.cdiv(all_rows, unit) + 2
         args = (
-            v, order, k_valid, amax, done, ticket, v8, v_scale, *_bhs(v), *_strides(k_valid, (0,)), heads_k, tokens_k,
-            all_rows, parts, unit,
+            v, order, k_valid, amax, v8, v_scale, *_bhs(v), *_strides(k_valid, (0,)), heads_k, tokens_k, all_rows,
+            parts, unit,
         )  # fmt: skip
         named = dict(VALID=padded, num_warps=settings.values[0], maxnreg=settings.values[1], **keys)
         return (turns * unit * parts,), args, named
 
-    tensors = (v, order, k_valid, amax, amax[all_rows * dim :], amax[-1:], v8, v_scale)
+    tensors = (v, order, k_valid, amax, v8, v_scale)
     launch(_values_kernel, call, tensors, values)
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_heads, check_scale
+from hone_kernels.launch import Kept, eager, geometry, on_device_of
 
 from .reference import block_scores_reference
 
@@ -92,18 +93,32 @@ def block_scores(
 
     Source: BLADE (arXiv 2508.10774), Algorithm 1 for ``"paper"``; the authors' release for ``"official"``.
     """
-    _check(q, k, q_index, k_index, kind)
-    if rounded and kind != "official":
-        raise ValueError(f"rounded goes with kind 'official'; got {kind!r}")
-    scale = check_scale(scale, q.shape[3])
-    # Of "mean" one token per block is scored, whatever their number.
-    samples = None if kind == "mean" else k_index.shape[3]
-    backend = choose("block_scores", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], samples=samples)
-    return torch.ops.hone_kernels.block_scores(q.detach(), k.detach(), q_index, k_index, kind, scale, rounded, backend)
+    plain, call = eager(q, k, q_index, k_index), None
+    if plain:
+        facts = geometry(q, k, q_index, k_index)
+        call = facts and (facts, kind, scale, rounded, backend)
+    if call is not None and call in _checked:
+        scale, backend = _checked[call]
+    else:
+        _check(q, k, q_index, k_index, kind)
+        if rounded and kind != "official":
+            raise ValueError(f"rounded goes with kind 'official'; got {kind!r}")
+        scale = check_scale(scale, q.shape[3])
+        # Of "mean" one token per block is scored, whatever their number.
+        samples = None if kind == "mean" else k_index.shape[3]
+        backend = choose("block_scores", backend, SUPPORT, q.device, q.dtype, head_dim=q.shape[3], samples=samples)
+        if call is not None and backend != "reference":
+            _checked.keep(call, (scale, backend))
+    # As an operator only where something traces the call.
+    run = _run if plain else torch.ops.hone_kernels.block_scores
+    return run(q.detach(), k.detach(), q_index, k_index, kind, scale, rounded, backend)
 
 
-@torch.library.custom_op("hone_kernels::block_scores", mutates_args=())
-def _block_scores(
+_checked = Kept()
+"""Scale and backend of calls that passed the checks, by all that the checks look at."""
+
+
+def _run(
     q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, rounded: bool, backend: str
 ) -> Tensor:
     if backend == "reference":
@@ -111,8 +126,15 @@ def _block_scores(
         return block_scores_reference(q, k, q_index, k_index, kind, scale, rounding=rounding)
     from .triton import block_scores_triton  # needs Triton
 
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         return block_scores_triton(q, k, q_index, k_index, kind, scale, rounded)
+
+
+@torch.library.custom_op("hone_kernels::block_scores", mutates_args=())
+def _block_scores(
+    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, rounded: bool, backend: str
+) -> Tensor:
+    return _run(q, k, q_index, k_index, kind, scale, rounded, backend)
 
 
 @_block_scores.register_fake

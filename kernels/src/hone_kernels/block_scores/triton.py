@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hone_kernels.launch import geometry, launch, number
+
 __all__ = ["TILES", "Tile", "block_scores_triton"]
 
 LOG2E = 1.4426950408889634
@@ -225,19 +227,31 @@ def block_scores_triton(
     row = torch.empty((group, rows), dtype=torch.float32, device=q.device)
     out = torch.empty((batch, heads, num_q, num_k), dtype=torch.float32, device=q.device)
     width = triton.next_power_of_2(num_k)
+    facts = geometry(q, k, q_index, k_index)
+    call = facts and number((facts, kind, scale, rounded, tile))
     for first in range(0, batch * heads, group):
         count = min(group, batch * heads - first)
-        _row_stats_kernel[(triton.cdiv(rows, tile.rows), count)](
-            q, k, q_index, k_index, stat, row,
-            *q.stride()[:3], *k.stride()[:3], *_index_strides(q_index), *_index_strides(k_index),
-            rows, num_k, first, scale * LOG2E,
-            H=heads, GROUP=heads // k.shape[1], SAMPLES=per_k, D=dim,
-            BM=tile.rows, BLOCKS=blocks, SP=per_block, DP=padded, KIND=_KIND[kind], ROUNDED=rounded,
-            num_warps=tile.warps, num_stages=stages,
-        )  # fmt: skip
-        _reduce_rows_kernel[(num_q, count)](
-            stat, row, q_index, out, *_index_strides(q_index), num_q, num_k, first,
-            H=heads, R=per_q, RP=min(triton.next_power_of_2(per_q), max(1, 8192 // width)), NKP=width,
-            KIND=_KIND[kind], ROUND_TO=_ROUND_TO.get(q.dtype) if rounded else None, num_warps=4,
-        )  # fmt: skip
+
+        def stats(q, k, q_index, k_index, stat, row, first=first, count=count):
+            args = (
+                q, k, q_index, k_index, stat, row,
+                *q.stride()[:3], *k.stride()[:3], *_index_strides(q_index), *_index_strides(k_index),
+                rows, num_k, first, scale * LOG2E,
+            )  # fmt: skip
+            named = dict(
+                H=heads, GROUP=heads // k.shape[1], SAMPLES=per_k, D=dim, BM=tile.rows, BLOCKS=blocks, SP=per_block,
+                DP=padded, KIND=_KIND[kind], ROUNDED=rounded, num_warps=tile.warps, num_stages=stages,
+            )  # fmt: skip
+            return (triton.cdiv(rows, tile.rows), count), args, named
+
+        def reduce(stat, row, q_index, out, first=first, count=count):
+            args = (stat, row, q_index, out, *_index_strides(q_index), num_q, num_k, first)
+            named = dict(
+                H=heads, R=per_q, RP=min(triton.next_power_of_2(per_q), max(1, 8192 // width)), NKP=width,
+                KIND=_KIND[kind], ROUND_TO=_ROUND_TO.get(q.dtype) if rounded else None, num_warps=4,
+            )  # fmt: skip
+            return (num_q, count), args, named
+
+        launch(_row_stats_kernel, call and (call, first), (q, k, q_index, k_index, stat, row), stats)
+        launch(_reduce_rows_kernel, call and (call, first), (stat, row, q_index, out), reduce)
     return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.launch import eager, on_device_of
 
 from .reference import select_blocks_reference
 
@@ -83,15 +84,14 @@ def select_blocks(
     if not 0 <= forced <= min(num_q, num_k):
         raise ValueError(f"forced must lie in [0, {min(num_q, num_k)}], the number of blocks; got {forced}")
     backend = choose("select_blocks", backend, SUPPORT, scores.device, scores.dtype)
+    # As an operator only where something traces the call.
+    run = _run if eager(scores) else torch.ops.hone_kernels.select_blocks
     return SelectedBlocks(
-        *torch.ops.hone_kernels.select_blocks(
-            scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties, backend
-        )
+        *run(scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties, backend)
     )
 
 
-@torch.library.custom_op("hone_kernels::select_blocks", mutates_args=())
-def _select_blocks(
+def _run(
     scores: Tensor,
     min_keep: int,
     max_keep: int,
@@ -106,8 +106,23 @@ def _select_blocks(
         return select_blocks_reference(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
     from .triton import select_blocks_triton  # needs Triton
 
-    with torch.cuda.device_of(scores):
+    with on_device_of(scores):
         return select_blocks_triton(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
+
+
+@torch.library.custom_op("hone_kernels::select_blocks", mutates_args=())
+def _select_blocks(
+    scores: Tensor,
+    min_keep: int,
+    max_keep: int,
+    mass: float | None,
+    inclusive: bool,
+    keep_diagonal: bool,
+    forced: int,
+    spread_ties: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _run(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties, backend)
 
 
 @_select_blocks.register_fake

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hone_kernels.launch import geometry, launch
+
 from .reference import tie_steps
 
 __all__ = ["select_blocks_triton"]
@@ -99,12 +101,20 @@ def select_blocks_triton(
     idx = torch.empty((batch, heads, num_q, width), dtype=torch.int32, device=scores.device)
     num = torch.empty((batch, heads, num_q), dtype=torch.int32, device=scores.device)
     clamped = torch.empty((batch, heads, num_q), dtype=torch.bool, device=scores.device)
-    padded = triton.next_power_of_2(num_k)
-    tie_step, tie_turn = tie_steps(num_k)
-    _select_kernel[(num_q, batch * heads)](
-        scores, idx, num, clamped, num_q, num_k, width, min_keep, max_keep, forced, 1.0 if mass is None else mass,
-        tie_step, tie_turn,
-        NKP=padded, KEY_BITS=padded.bit_length() - 1, TOP_K=mass is None, INCLUSIVE=inclusive, DIAGONAL=keep_diagonal,
-        SPREAD=spread_ties, num_warps=1 if padded <= 1024 else 4,
-    )  # fmt: skip
+    options = (min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
+
+    def build(scores, idx, num, clamped):
+        padded = triton.next_power_of_2(num_k)
+        args = (
+            scores, idx, num, clamped, num_q, num_k, width, min_keep, max_keep, forced, 1.0 if mass is None else mass,
+            *tie_steps(num_k),
+        )  # fmt: skip
+        named = dict(
+            NKP=padded, KEY_BITS=padded.bit_length() - 1, TOP_K=mass is None, INCLUSIVE=inclusive,
+            DIAGONAL=keep_diagonal, SPREAD=spread_ties, num_warps=1 if padded <= 1024 else 4,
+        )  # fmt: skip
+        return (num_q, batch * heads), args, named
+
+    facts = geometry(scores)
+    launch(_select_kernel, facts and (facts, options), (scores, idx, num, clamped), build)
     return idx, num, clamped

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import hone_kernels.block_select as block_select
 import torch
 import torch.nn.functional as F
+from hone_core.tensors import plain_tensors
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.block_select import SelectedBlocks
 from hone_kernels.precision import without_autocast
@@ -272,10 +274,23 @@ def pool_tokens(
             means = torch.cat([means, total / last], dim=2)
         return means.to(x.dtype)
 
-    bias = torch.full((1, 1, whole), math.log(n), dtype=_wide(k.dtype), device=k.device)
-    if rest:
-        bias = torch.cat([bias, bias.new_full((1, 1, 1), math.log(last))], dim=2)
-    return PooledKV(pool(k), pool(v), bias)
+    groups = (n, whole, last if rest else 0, _wide(k.dtype))
+    traced = torch.compiler.is_compiling() or (k.is_cuda and torch.cuda.is_current_stream_capturing())
+    return PooledKV(pool(k), pool(v), _bias(*groups, k.device) if traced else _kept_bias(*groups, k.device))
+
+
+def _bias(n: int, whole: int, last: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Logarithms of what groups count as: ``whole`` ones of n, and behind them, if it is not 0, one of ``last``."""
+    bias = torch.full((1, 1, whole), math.log(n), dtype=dtype, device=device)
+    return torch.cat([bias, bias.new_full((1, 1, 1), math.log(last))], dim=2) if last else bias
+
+
+@lru_cache(maxsize=64)
+def _kept_bias(n: int, whole: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same, which a kernel can keep its own form of: do not write into it."""
+    with plain_tensors():
+        # From the host, so that it is there on every stream.
+        return _bias(n, whole, last, dtype, "cpu").to(device)
 
 
 @torch.no_grad()
