@@ -221,16 +221,23 @@ def gluon_backward_launches(
     pooled: bool = False,
     padded: bool = False,
     config: Any = None,
+    fixed: bool = True,
 ) -> list[Launch]:
-    """What the Gluon backward launches, with blocks of 128 keys; arguments as for :func:`attention_launches`."""
+    """What the Gluon backward launches, with blocks of 128 keys; arguments as for :func:`attention_launches`.
+
+    ``fixed``: with sums in fixed point.
+    """
     from .attention import gluon_backward_sm90 as module
 
     q, k, layout, valid, extra = _inputs(dtype, dim, block_q, 128, heads_k, tokens, pooled, padded)
     lse = torch.empty(q.shape[:3])
     columns = layout.transpose()
     lists = (layout.kv_num, layout.kv_idx, columns.kv_num, columns.kv_idx)
-    with record_launches(module, "_statistics_kernel", "_backward_kernel", "_order_kernel") as launches:
-        module.attention_backward(q, lse, q, k, k, q, lse, *lists, valid, *extra, block_q, 128, 0.1, config)
+    kernels = ("_extent_kernel", "_statistics_kernel", "_backward_kernel", "_order_kernel")
+    with record_launches(module, *kernels) as launches:
+        module.attention_backward(
+            q, lse, q, k, k, q, lse, *lists, valid, *extra, block_q, 128, 0.1, config, fixed=fixed
+        )
     return launches
 
 

@@ -266,20 +266,28 @@ def test_hand_overs_while_products_run_are_counted_and_need_their_barrier():
 
 # Scalars, most of the warpgroup of queries and its 72 registers: bytes with Triton 3.6 and with 3.8.
 BACKWARD_SPILLS = {64: (32, 40), 128: (240, 180)}
-QUICK_BACKWARD = {(128, False, False), (64, True, True)}
+QUICK_BACKWARD = {(128, False, False, True), (64, True, True, True), (128, False, False, False)}
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    ("dim", "pooled", "padded"),
-    [unless((dim, *shape) in QUICK_BACKWARD, dim, *shape) for dim in gluon_backward.CONFIGS for shape in SHAPES],
+    ("dim", "pooled", "padded", "fixed"),
+    [
+        unless((dim, *shape, fixed) in QUICK_BACKWARD, dim, *shape, fixed)
+        for dim in gluon_backward.CONFIGS
+        for shape in SHAPES
+        for fixed in (True, False)
+    ],
 )
-def test_gluon_backward(dim, pooled, padded):
+def test_gluon_backward(dim, pooled, padded, fixed):
     recorded = gluon_backward_launches(
-        BF16, dim, heads_k=2, tokens=2056 if padded else 2048, pooled=pooled, padded=padded
+        BF16, dim, heads_k=2, tokens=2056 if padded else 2048, pooled=pooled, padded=padded, fixed=fixed
     )
     assert [x.name for x in recorded] == (
-        ["_statistics_kernel"] + ["_backward_kernel"] * (1 + pooled) + ["_order_kernel"]
+        ["_extent_kernel"] * ((1 + pooled) * fixed)
+        + ["_statistics_kernel"]
+        + ["_backward_kernel"] * (1 + pooled)
+        + ["_order_kernel"]
     )
     for launch in recorded:
         code = compile_launch(launch)
@@ -290,10 +298,12 @@ def test_gluon_backward(dim, pooled, padded):
         assert code.spills <= BACKWARD_SPILLS[dim][NEWER], launch
         tall, ahead = launch.arguments["q_desc"].block_shape[2], launch.arguments["AHEAD"]
         # Two warpgroups of keys: S (the first ahead of the loop, too) and dP over the head size, dV and dK over the
-        # queries; then dQ over 128 keys, 64 columns at a time.
-        assert code.count("HGMMA") == 2 * ((2 + ahead) * dim // 16 + 2 * tall // 16) + dim // 64 * 128 // 16
+        # queries; then dQ over 128 keys, 64 columns at a time: in fixed point one loop, in any order one after another.
+        pieces = 1 if fixed else dim // 64
+        assert code.count("HGMMA") == 2 * ((2 + ahead) * dim // 16 + 2 * tall // 16) + pieces * 128 // 16
         assert code.count("USETMAXREG") > 0  # not ignored for want of registers
-        assert "red.relaxed.gpu.global.add.v4.f32" in code.ptx
+        assert ("red.relaxed.gpu.global.add.v4.f32" in code.ptx) == (not fixed)
+        assert code.ptx.count("red.relaxed.gpu.global.add.s32") == fixed * 32
         assert code.shared_bytes <= 227 * 1024
         assert hand_overs(code.ptx, during=2) == 5
 

@@ -1,14 +1,16 @@
-"""The Gluon forward: its helpers interpreted on a CPU, the kernel on a Hopper GPU against reference and Triton."""
+"""The Gluon kernels: helpers interpreted on a CPU, the kernels on a Hopper GPU against reference and Triton."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hone_core.testing import assert_close, nan_poison, no_host_sync, requires_gpu
 from hone_kernels.attention import SUPPORT, BlockLayout, PooledKV, api, block_sparse_attention
-from hone_kernels.attention.api import _attention_op
+from hone_kernels.attention.api import _attention_op, gradients_by
 
 gluon = pytest.importorskip("hone_kernels.attention.gluon_sm90", reason="Triton is for Linux only")
+backward = pytest.importorskip("hone_kernels.attention.gluon_backward_sm90", reason="Triton is for Linux only")
 
 SUPPORTED = SUPPORT["gluon"]
 
@@ -141,8 +143,107 @@ def test_padded_bias(keys):
     assert (gluon.pad_bias(None, pooled, keys)[..., :130] == 0).all()
 
 
+class Columns:
+    """Stands in for the kernel of columns on a CPU: sums in fixed point, in another order of columns each time."""
+
+    def __init__(self, backward):
+        self.arg_names = backward._backward_kernel.arg_names
+
+    def __getitem__(self, grid):
+        def launch(*args, **named):
+            at = dict(zip(self.arg_names, args, strict=False)) | named
+            q, k, v, dout, rows = (at[f"{x}_desc"].base for x in ("q", "k", "v", "do", "rows"))
+            heads, dim, tiles, group = q.shape[1], q.shape[3], at["tiles"], at["GROUP"]
+            sums = at["sums_ptr"].view(-1, 64 * dim)
+            units = at["units_ptr"].view(-1, 64)
+            bias = torch.zeros(k.shape[:3]) if at["bias_ptr"] is None else at["bias_ptr"]
+            # Where the matrix unit has row and column: thread, and register of it.
+            row, column = torch.arange(64)[:, None], torch.arange(dim)
+            thread = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
+            register = column // 8 * 4 + row % 16 // 8 * 2 + column % 2
+            word = register // 4 * 512 + thread // 32 * 128 + register % 4 * 32 + thread % 32
+            for column in torch.randperm(grid[0] * grid[1] * grid[2]).tolist():
+                block, kv, batch = column % grid[0], column // grid[0] % grid[1], column // grid[0] // grid[1]
+                keys = slice(block * 128, min(block * 128 + 128, k.shape[2]))
+                for head in range(kv * group, kv * group + group):
+                    listed = range(tiles)
+                    if not at["DENSE"]:
+                        each = at["BLOCK_Q"] // 64
+                        blocks = at["idx_ptr"][batch, head, block, : at["num_ptr"][batch, head, block]].tolist()
+                        listed = [b * each + i for b in blocks for i in range(each)]
+                    for tile in listed:
+                        place = (batch * heads + head) * tiles + tile
+                        log2, delta = rows[place].double().view(2, 64, 1)
+                        queries = [torch.zeros(64, dim, dtype=torch.float64) for _ in range(2)]
+                        for all_, few in zip((q, dout), queries, strict=True):
+                            part = all_[batch, head, tile * 64 : tile * 64 + 64]
+                            few[: len(part)] = part
+                        s = queries[0] @ k[batch, kv, keys].double().T * at["scale"]
+                        p = torch.exp2(s + bias[batch, kv, keys].double() / math.log(2) - log2)
+                        ds = p * (queries[1] @ v[batch, kv, keys].double().T - delta)
+                        dq = (ds @ k[batch, kv, keys].double()).float() * units[place][:, None]
+                        assert not (dq.abs() > 2**30).any()
+                        whole = dq.round().nan_to_num(0).to(torch.int32)
+                        sums[place, word.flatten()] += whole.flatten()
+
+        return launch
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+def test_sums_in_fixed_point(dim, block_q, monkeypatch):
+    """Around a kernel of columns in plain torch: dq is exact to more digits than bfloat16 has, in whatever order."""
+    monkeypatch.setattr(backward, "_backward_kernel", Columns(backward))
+    q, dout = torch.randn(2, 2, 4, 170, dim)
+    k, v = torch.randn(2, 2, 2, 300, dim)
+    pooled_k, pooled_v = torch.randn(2, 2, 2, 9, dim)
+    bias = torch.randn(2, 2, 9)
+    k[:, :, 100] *= 8  # far from the others
+    dout[:, :, 20] = 0
+    dout[:, :, 21] *= 1e-20
+    mask = torch.rand(2, 4, -(-170 // block_q), 3) < 0.7
+    layout = BlockLayout.from_mask(mask, 170, 300, block_q=block_q)
+    columns = layout.transpose()
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    far = PooledKV(pooled_k.double(), pooled_v.double(), bias.double())
+    out, lse = block_sparse_attention(*leaves, layout, pooled=far, return_lse=True, backend="reference")
+    dlse = torch.randn(lse.shape)
+    dlse[:, :, 20:22] = 0
+    want = torch.autograd.grad((out * dout).sum() + (lse * dlse).sum(), leaves[0])[0]
+    args = (dout, dlse, q, k, v, out.detach().float(), lse.detach().float(), *layout.lists()[:2], *columns.lists()[:2],
+            None, pooled_k, pooled_v, bias, block_q, 128, dim**-0.5)  # fmt: skip
+    first, second = (backward.attention_backward(*args)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    off = (first - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-40)
+    assert off.max() < 2**-11, off.max()  # bfloat16 rounds each to within 2**-9
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_what_is_no_number_has_no_place_in_fixed_point(monkeypatch):
+    """Rows that read it have none either; the others are what they are."""
+    monkeypatch.setattr(backward, "_backward_kernel", Columns(backward))
+    for name, value in (("k", torch.nan), ("v", torch.nan), ("v", torch.inf), ("dout", torch.nan), ("dlse", torch.nan)):
+        given = dict(zip(("q", "k", "v", "dout"), torch.randn(4, 1, 1, 200, 64), strict=True))
+        given["dlse"] = torch.zeros(1, 1, 200)
+        given[name][0, 0, 130] = value
+        layout = BlockLayout.from_mask(torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.bool), 200, 200)
+        q, k, v, dout, dlse = given.values()
+        # Apart: in the reference zero weights of what is no number are none either.
+        parts = [x.split(128, dim=2) for x in (q, k, v)]
+        logits = [q @ k.mT * 0.125 for q, k in zip(*parts[:2], strict=True)]
+        lse = torch.cat([x.logsumexp(-1) for x in logits], dim=2)
+        out = torch.cat([x.softmax(-1) @ v for x, v in zip(logits, parts[2], strict=True)], dim=2)
+        lists = (*layout.lists()[:2], *layout.transpose().lists()[:2])
+        dq = backward.attention_backward(dout, dlse, q, k, v, out, lse, *lists, *[None] * 4, 128, 128, 0.125)[0]
+        assert dq[0, 0, :128].isfinite().all()
+        assert dq[0, 0, 130].isnan().all()
+        assert dq[0, 0, 128:].isnan().any(-1).all() == (name in "kv")
+
+
 def test_only_what_may_differ_takes_the_kernel_that_adds_in_any_order(monkeypatch):
-    """Which calls hand ``fused`` to the operator: never by default, and only Gluon's with blocks of 128 keys."""
+    """What calls tell the operator: any order never by default, and only of Gluon's with blocks of 128 keys."""
     seen = []
 
     def operator(*args):
@@ -152,13 +253,22 @@ def test_only_what_may_differ_takes_the_kernel_that_adds_in_any_order(monkeypatc
     monkeypatch.setattr(api, "_attention_op", operator)
     monkeypatch.setattr(api, "eager", lambda *tensors: False)
     monkeypatch.setattr(api, "choose", lambda op, backend, *rest, **options: backend)
-    q = torch.randn(1, 2, 128, 64, dtype=torch.bfloat16)
-    for backend, block_k, deterministic in (
-        ("gluon", 128, True), ("gluon", 128, False), ("gluon", 64, False), ("triton", 128, False),
-    ):  # fmt: skip
+    for backend, block_k, dtype, deterministic, gradients in (
+        ("gluon", 128, torch.bfloat16, True, "fixed point"),
+        ("gluon", 128, torch.bfloat16, False, "any order"),
+        ("gluon", 128, torch.float16, True, "triton"),
+        ("gluon", 128, torch.float16, False, "any order"),
+        ("gluon", 64, torch.bfloat16, False, "triton"),
+        ("gluon", 64, torch.bfloat16, True, "triton"),
+        ("triton", 128, torch.bfloat16, False, "triton"),
+    ):
+        q = torch.randn(1, 2, 128, 64, dtype=dtype)
         layout = BlockLayout.dense(128, 128, block_k=block_k)
         block_sparse_attention(q, q, q, layout, backend=backend, deterministic=deterministic)
-    assert seen == [False, True, False, False]
+        assert seen.pop() == gradients
+    layout = BlockLayout.dense(128, 128)
+    block_sparse_attention(q, q, q, layout, backend="gluon")
+    assert seen.pop() == gradients_by("gluon", q.dtype, 128, deterministic=True)
 
 
 def test_says_why_it_cannot():
@@ -294,7 +404,6 @@ def test_nan_stays_nan(keys, dim, dtype):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("dim", SUPPORTED.head_dims)
 def test_gradients(dim):
-    """They come from the Triton kernels, fed with this forward's output and log-sum-exp."""
     leaves, layout, pooled = build(Case(heads=4, dim=dim, pooled=60, bias=True))
 
     def evaluate(leaves, backend):
@@ -310,29 +419,83 @@ def test_gradients(dim):
         assert_close(got.double() / size, want / size, dtype=torch.bfloat16)
 
 
+def gradients(leaves, layout, pooled, dout, dlse, backend, **options):
+    out, lse = run(leaves, layout, pooled, backend, **options)
+    scalar = (out.float() * dout).sum() + (lse.masked_fill(lse == -torch.inf, 0) * dlse).sum()
+    return torch.autograd.grad(scalar, leaves)
+
+
 @requires_gpu(min_sm=SUPPORTED.min_sm)
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("dtype", SUPPORTED.dtypes, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "deterministic"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)], ids=str
+)
 @pytest.mark.parametrize("block_q", [128, 64])
 @pytest.mark.parametrize("dim", SUPPORTED.head_dims)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_in_one_kernel(case, dim, block_q, dtype):
-    """Gluon's own backward; only q's gradient may differ between two runs, and only in its last bits."""
+def test_gradients_in_one_kernel(case, dim, block_q, dtype, deterministic):
+    """Gluon's own backward; only q's gradient may differ between two runs, in its last bits, and only if it may."""
     leaves, layout, pooled = build(replace(case, dim=dim, block_q=block_q), dtype)
-    dout, dlse = torch.randn_like(leaves[0], dtype=torch.float32), torch.randn(leaves[0].shape[:3], device="cuda")
-
-    def evaluate(leaves, backend, **options):
-        out, lse = run(leaves, layout, pooled, backend, **options)
-        scalar = (out.float() * dout).sum() + (lse.masked_fill(lse == -torch.inf, 0) * dlse).sum()
-        return torch.autograd.grad(scalar, leaves)
-
-    exact = evaluate([x.detach().double().requires_grad_() for x in leaves], "reference")
-    first, second = (evaluate(leaves, "gluon", deterministic=False) for _ in range(2))
+    given = layout, pooled, torch.randn_like(leaves[0], dtype=torch.float32), torch.randn(leaves[0].shape[:3]).cuda()
+    exact = gradients([x.detach().double().requires_grad_() for x in leaves], *given, "reference")
+    first, second = (gradients(leaves, *given, "gluon", deterministic=deterministic) for _ in range(2))
     for got, want in zip(first, exact, strict=True):
         size = max(1.0, want.abs().max().item())
         assert_close(got.double() / size, want / size, dtype=dtype)
     assert all(torch.equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
     assert_close(first[0], second[0])
+    if deterministic:
+        assert torch.equal(first[0], second[0])
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+def test_runs_of_gradients_are_identical(dim):
+    """More columns than multiprocessors, of many lengths, some adding to the same queries at once."""
+    tokens, heads = 5000, 8
+    leaves = [torch.randn(1, heads, tokens, dim, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in "qkv"]
+    mask = torch.rand(1, heads, 40, 40, device="cuda") < torch.rand(1, heads, 1, 40, device="cuda")
+    layout = BlockLayout.from_mask(mask, tokens, tokens)
+    given = layout, None, torch.randn_like(leaves[0]), torch.randn(1, heads, tokens, device="cuda")
+    first = gradients(leaves, *given, "gluon")
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(leaves, *given, "gluon"), strict=True))
+
+
+def some_tokens(what, tokens, factor):
+    what[:, :, tokens] *= factor
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize(
+    "twist",
+    [
+        lambda q, k, v, dout: some_tokens(k, 500, 30),
+        lambda q, k, v, dout: (k[..., 3].add_(30), q[..., 3].mul_(0.05)),
+        lambda q, k, v, dout: v.add_(20),
+        lambda q, k, v, dout: (some_tokens(dout, slice(0, 700), 1e-6), some_tokens(dout, slice(700, 900), 0)),
+    ],
+    ids=["a key far out", "a channel far out", "values that share a mean", "small gradients"],
+)
+def test_sums_in_fixed_point_are_as_close_as_those_in_any_order(twist, dim):
+    """Where the bound from which their unit comes is far above what the sums are."""
+    q, k, v, dout = torch.randn(4, 1, 2, 2000, dim, device="cuda").bfloat16()
+    twist(q, k, v, dout)
+    layout, dlse = BlockLayout.dense(2000, 2000, device="cuda"), torch.zeros(1, 2, 2000, device="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    exact = gradients([x.detach().double().requires_grad_() for x in leaves], layout, None, dout, dlse, "reference")[0]
+
+    def off(deterministic):
+        got = gradients(leaves, layout, None, dout, dlse, "gluon", deterministic=deterministic)[0]
+        return (got.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+
+    fixed, any_order = off(True), off(False)
+    assert not fixed.isnan().any()
+    # By rows, within a part of what bfloat16 rounds away.
+    assert (fixed < any_order * 1.05 + 2**-11).all()
 
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ SUPPORT: dict[str, Support] = {
         min_sm=80,
         backward=True,
     ),
-    # The forward; its gradients come from the Triton kernels.
+    # Of float16, and of blocks of 64 keys, the gradients come from the Triton kernels.
     "gluon": Support(
         dtypes=(torch.bfloat16, torch.float16),
         language="gluon",
@@ -182,9 +183,10 @@ def block_sparse_attention(
             device, ``"auto"`` for the first of these that can (see ``preference``). ``"flash"`` is FlashAttention 4,
             where it is installed: Hopper, without pooled keys and ``k_valid``, outside of ``torch.compile``; its
             gradients are not bit-identical. A named backend never gives way to another.
-        deterministic: Whether gradients must be the same bits from run to run. If not, those of ``"gluon"`` come, for
-            blocks of 128 keys, from its own kernel: faster, but q's is added up in any order, in a buffer of float32
-            of q's size; every other backward stays what it is.
+        deterministic: Whether gradients must be the same bits from run to run. Those of ``"gluon"`` come, for blocks
+            of 128 keys, from its own kernel, which adds q's up in any order, in a buffer of 4 bytes for each value of
+            q: in float32, if not; in fixed point, where the order does not matter, if so, for bfloat16 only. Every
+            other backward stays what it is.
 
     Returns:
         ``out [B, H, TQ, D]`` in q's dtype; with ``return_lse`` also ``lse [B, H, TQ]``, natural log, float32 (float64
@@ -220,12 +222,12 @@ def block_sparse_attention(
         if bias is not None:
             bias = bias.float().expand(pooled_k.shape[:3])
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
-    fused = not deterministic and backend == "gluon" and layout.block_k == 128
+    gradients = gradients_by(backend, q.dtype, layout.block_k, deterministic)
     if key is None:
         blocks = (layout.block_q, layout.block_k)
-        out, lse = _attention_op(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, *blocks, scale, backend, fused)
+        out, lse = _attention_op(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, *blocks, scale, backend, gradients)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key, source)
+        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, gradients, key, source)
     else:
         out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key, source)
     return (out, lse) if return_lse else out
@@ -298,10 +300,10 @@ class _Attention(torch.autograd.Function):
     """The op outside of ``torch.compile``, where the registered one would cost more than the launches."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, fused, key, source):
+    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, gradients, key, source):
         out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key, source)
         # Its lists as columns are large: they live as long as the caller's layout, not as long as the graph.
-        ctx.layout, ctx.sizes = weakref.ref(layout), (layout.block_q, layout.block_k, scale, fused)
+        ctx.layout, ctx.sizes = weakref.ref(layout), (layout.block_q, layout.block_k, scale, gradients)
         ctx.save_for_backward(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, out, lse)
         return out, lse
 
@@ -338,17 +340,19 @@ def _gradients(
     block_q: int,
     block_k: int,
     scale: float,
-    fused: bool,
+    gradients: str,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, pooled k, pooled v and the bias.
 
-    ``columns`` is the transposed layout, if it is there; ``fused`` asks for Gluon's kernel, which is not deterministic.
+    ``columns`` is the transposed layout, if it is there; ``gradients`` names the kernel, as ``gradients_by`` does.
     """
     attention_backward: Callable[..., tuple[Tensor | None, ...]]
-    if fused:
-        from .gluon_backward_sm90 import attention_backward
-    else:
+    if gradients == "triton":
         from .triton import attention_backward
+    else:
+        from .gluon_backward_sm90 import attention_backward as one_kernel
+
+        attention_backward = functools.partial(one_kernel, fixed=gradients == "fixed point")
 
     if columns is None:
         columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k, check=False).transpose()
@@ -357,6 +361,16 @@ def _gradients(
             in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
             k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
         )  # fmt: skip
+
+
+def gradients_by(backend: str, dtype: torch.dtype, block_k: int, deterministic: bool) -> str:
+    """The backward that goes with a forward: ``"triton"``, or Gluon's, ``"fixed point"`` or in ``"any order"``."""
+    if backend != "gluon" or block_k != 128:
+        return "triton"
+    if not deterministic:
+        return "any order"
+    # What is infinite has no place in fixed point, and the gradient of a logit can be in float16 only.
+    return "fixed point" if dtype == torch.bfloat16 else "triton"
 
 
 def preference(dim: int, pooled: bool) -> tuple[Backend, Backend]:
@@ -383,7 +397,7 @@ def _attention_op(
     block_k: int,
     scale: float,
     backend: str,
-    fused: bool = False,
+    gradients: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     if backend == "gluon":
@@ -398,7 +412,22 @@ def _attention_op(
 
 
 @_attention_op.register_fake
-def _(q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale, backend, fused=False):
+def _(
+    q,
+    k,
+    v,
+    kv_num,
+    kv_idx,
+    k_valid,
+    pooled_k,
+    pooled_v,
+    pooled_bias,
+    block_q,
+    block_k,
+    scale,
+    backend,
+    gradients="triton",
+):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -420,11 +449,11 @@ def _attention_backward_op(
     block_q: int,
     block_k: int,
     scale: float,
-    fused: bool = False,
+    gradients: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = _gradients(
         None, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias,
-        block_q, block_k, scale, fused,
+        block_q, block_k, scale, gradients,
     )  # fmt: skip
     # A custom op returns tensors only: an absent gradient is an empty one.
     dq, dk, dv, dpk, dpv, dbias = (q.new_empty(0) if g is None else g for g in grads)
@@ -433,7 +462,7 @@ def _attention_backward_op(
 
 @_attention_backward_op.register_fake
 def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
-      fused=False):  # fmt: skip
+      gradients="triton"):  # fmt: skip
     absent = q.new_empty(0)
     pooled = (absent, absent) if pooled_k is None else (torch.empty_like(pooled_k), torch.empty_like(pooled_v))
     bias = absent if pooled_bias is None else q.new_empty(pooled_bias.shape, dtype=torch.float32)
@@ -441,8 +470,8 @@ def _(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v
 
 
 def _save(ctx, inputs, output):
-    *tensors, block_q, block_k, scale, _, fused = inputs
-    ctx.sizes = (block_q, block_k, scale, fused)
+    *tensors, block_q, block_k, scale, _, gradients = inputs
+    ctx.sizes = (block_q, block_k, scale, gradients)
     ctx.save_for_backward(*tensors, *output)
 
 

@@ -5,13 +5,21 @@ A program owns 128 keys of one head and walks the query blocks of their column, 
 - Two of *keys*, 64 keys each. Logits and the gradient of the weights are computed transposed, ``S = K Q^T`` and
   ``dP = V dO^T``, so that weights and ``dS`` are, in registers, the first operand of ``dV += P dO`` and ``dK += dS Q``.
 - One of *queries*. It starts the copies of Q, dO and of two words a query (log-sum-exp and delta), waits until both
-  others have left their halves of ``dS`` in shared memory, and adds ``dQ = dS^T K`` to a float32 buffer by vector
-  reductions of the L2 cache, in the order in which its registers hold them. A small kernel puts that in order, scales
-  and casts it.
+  others have left their halves of ``dS`` in shared memory, and adds ``dQ = dS^T K`` to a buffer of 4 bytes for each
+  value by reductions of the L2 cache, in the order in which its registers hold them. A small kernel puts that in order,
+  scales and casts it.
 
 The warpgroups of keys never wait for each other, so that the exponentials of one run under the products of the other.
-Order of additions to dQ is that in which programs come: its last bits differ from run to run. Who wants the same bits
-takes the kernels of ``triton.py``, seven products in all.
+
+Programs add to dQ in the order in which they come. So that its bits do not depend on that, they add whole numbers: what
+a program has for a row, times the row's *unit*, a power of two, rounded. Of a row of weights that sum up to one
+
+    |sum of p_j (dout . v_j - delta) k_jc| <= (|dout| max |v| + |delta|) max |k_c|
+
+over any of its keys, where both maxima are over all keys of the head: the unit is the largest by which that stays below
+2**30. Each addition rounds to within 2**-30 of the bound, where bfloat16 rounds dQ to within 2**-9 of itself; of random
+operands at 32,768 tokens the bound is some 2**14 times what dQ is. ``fixed=False`` adds float32 instead, four words an
+instruction, and the last bits of dQ then differ from run to run.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale).
 
@@ -91,6 +99,17 @@ _REDUCE = gl.constexpr(
 )
 
 
+# The same in fixed point: each of four registers, rounded to a whole number, to 32 consecutive words for a warp.
+_ADD = gl.constexpr(
+    "{ .reg .s32 whole; "
+    "cvt.rni.s32.f32 whole, $8; red.relaxed.gpu.global.add.s32 [$4], whole; "
+    "cvt.rni.s32.f32 whole, $9; red.relaxed.gpu.global.add.s32 [$4+128], whole; "
+    "cvt.rni.s32.f32 whole, $10; red.relaxed.gpu.global.add.s32 [$4+256], whole; "
+    "cvt.rni.s32.f32 whole, $11; red.relaxed.gpu.global.add.s32 [$4+384], whole; } "
+    "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
+)
+
+
 # Two neighbours by one instruction, which the compiler does not find where the halves are widened again.
 _NARROW_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 _NARROW_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
@@ -114,14 +133,35 @@ def _widen(x, DTYPE: gl.constexpr):
 
 
 @triton.jit
-def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, rows_ptr, sums_ptr, sob, soh, sos, sdb, sdh, sds, tokens,
-                       padded, DIM: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Two words of each query, padded to whole tiles: for each tile of ROWS queries ``log2`` and then ``delta``.
+def _extent_kernel(k_ptr, v_ptr, valid_ptr, extent_ptr, skb, skh, sks, svb, svh, svs, sval, tokens,
+                   DIM: tl.constexpr, VALID: tl.constexpr):  # fmt: skip
+    """The largest value of K and the largest squared norm of a row of V, as bits of float32, of each head."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    exist = tokens
+    if VALID:
+        exist = tl.minimum(tokens, block * 128 + tl.load(valid_ptr + batch * sval + block))
+    k = _tile(k_ptr, batch, head, block * 128, skb, skh, sks, exist, 128, DIM, DIM, True, False).to(tl.float32)
+    v = _tile(v_ptr, batch, head, block * 128, svb, svh, svs, exist, 128, DIM, DIM, True, False).to(tl.float32)
+    # What is not finite shows in the delta of the rows that read it.
+    k = tl.max(tl.where(tl.abs(k) < float("inf"), tl.abs(k), 0.0))
+    v = tl.max(tl.sum(tl.where(tl.abs(v) < float("inf"), v * v, 0.0), 1))
+    extent_ptr += 2 * (batch * tl.num_programs(1) + head)
+    tl.atomic_max(extent_ptr, k.to(tl.int32, bitcast=True), sem="relaxed")
+    tl.atomic_max(extent_ptr + 1, v.to(tl.int32, bitcast=True), sem="relaxed")
 
-    And zeros for its sums: a launch of their own would cost the host more than they do here.
+
+@triton.jit
+def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, extent_ptr, rows_ptr, units_ptr, sums_ptr, sob, soh, sos,
+                       sdb, sdh, sds, tokens, padded, group, DIM: tl.constexpr, ROWS: tl.constexpr,
+                       FIXED: tl.constexpr):  # fmt: skip
+    """Words of each query, padded to whole tiles: ``unit``, and for each tile of ROWS queries ``log2``, then ``delta``.
 
     ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
     ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``.
+    ``unit``: the power of two that sums of this row of dQ are multiplied by in fixed point; NaN where there are none.
+    The sums of the tile become zero here, since a launch for that would cost the host more.
     """
     start = tl.program_id(0) * ROWS
     head = tl.program_id(1)
@@ -129,29 +169,48 @@ def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, rows_ptr, sums_ptr,
     local = tl.arange(0, ROWS)
     at = start + local
     out = _tile(out_ptr, batch, head, start, sob, soh, sos, tokens, ROWS, DIM, DIM, True, False)
-    dout = _tile(dout_ptr, batch, head, start, sdb, sdh, sds, tokens, ROWS, DIM, DIM, True, False)
+    dout = _tile(dout_ptr, batch, head, start, sdb, sdh, sds, tokens, ROWS, DIM, DIM, True, False).to(tl.float32)
     row = batch.to(tl.int64) * tl.num_programs(1) + head
     lse = tl.load(lse_ptr + row * tokens + at, mask=at < tokens, other=-float("inf"))
     dlse = tl.load(dlse_ptr + row * tokens + at, mask=at < tokens, other=0.0)
     rows_ptr += 2 * (row * padded + start)
+    delta = tl.sum(out.to(tl.float32) * dout, 1) - dlse
     tl.store(rows_ptr + local, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
-    tl.store(rows_ptr + ROWS + local, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse)
-    words = tl.arange(0, ROWS * DIM)
-    tl.store(sums_ptr + (row * padded + start) * DIM + words, tl.zeros([ROWS * DIM], tl.float32))
+    tl.store(rows_ptr + ROWS + local, delta)
+    if FIXED:
+        extent_ptr += 2 * (row // group)
+        # A bound of |sum of p (dout . v - delta) k| over any of the keys, whose p sum up to one.
+        most = tl.sqrt(tl.sum(dout * dout, 1)) * tl.sqrt(tl.load(extent_ptr + 1).to(tl.float32, bitcast=True))
+        most = (most + tl.abs(delta)) * tl.load(extent_ptr).to(tl.float32, bitcast=True)
+        # Below 2 ** (exponent - 126), so below 2 ** 30 times 2 ** (156 - exponent): a bit of 31 is left for roundings.
+        exponent = most.to(tl.int32, bitcast=True) >> 23 & 255
+        unit = ((283 - tl.maximum(exponent, 30)) << 23).to(tl.float32, bitcast=True)
+        tl.store(units_ptr + row * padded + at, tl.where(exponent == 255, float("nan"), unit))
+    sums_ptr += (row * padded + start) * DIM
+    tl.store(sums_ptr + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], sums_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _order_kernel(sums_ptr, dq_ptr, sob, soh, sos, tokens, padded, scale, DIM: tl.constexpr):
+def _order_kernel(sums_ptr, units_ptr, dq_ptr, sob, soh, sos, tokens, padded, scale, DIM: tl.constexpr,
+                  FIXED: tl.constexpr):  # fmt: skip
     """Sums of a tile of 64 queries from the order of the matrix unit's registers to dQ."""
     start = tl.program_id(0) * 64
     head = tl.program_id(1)
     batch = tl.program_id(2)
     row = batch.to(tl.int64) * tl.num_programs(1) + head
+    at = tl.arange(0, 64)
     sums_ptr += (row * padded + start) * DIM
     sums = tl.load(sums_ptr + tl.arange(0, 64 * DIM))
-    # Column // 8; row // 16, row % 8, column % 8 // 2 of a thread; row % 16 // 8, column % 2.
-    sums = sums.reshape([DIM // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, DIM])
-    at = tl.arange(0, 64)
+    if FIXED:
+        # Column // 8; row // 16; row % 16 // 8, column % 2 of a register; row % 8, column % 8 // 2 of a thread.
+        sums = sums.to(tl.float32).reshape([DIM // 8, 4, 2, 2, 8, 4]).permute(1, 2, 4, 0, 5, 3).reshape([64, DIM])
+        unit = tl.load(units_ptr + row * padded + start + at)
+        # One over a power of two, without rounding.
+        size = (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        sums *= tl.where(unit == unit, size, unit)[:, None]
+    else:
+        # Column // 8; row // 16, row % 8, column % 8 // 2 of a thread; row % 16 // 8, column % 2.
+        sums = sums.reshape([DIM // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, DIM])
     dq_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh + start.to(tl.int64) * sos
     ptrs = dq_ptr + at[:, None] * sos + tl.arange(0, DIM)[None, :]
     tl.store(ptrs, (sums * scale).to(dq_ptr.dtype.element_ty), mask=(start + at < tokens)[:, None])
@@ -203,12 +262,13 @@ def _steps(num_ptr, head_k, snh, tiles, config: gl.constexpr):
 
 
 @gluon.jit
-def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, tiles, steps, memory,
+def _queries(q_desc, do_desc, rows_desc, units_ptr, sums_ptr, num_ptr, idx_ptr, snh, sih, tiles, steps, memory,
              config: gl.constexpr):  # fmt: skip
     k_buf, _, q_buf, _, _, ds_buf, header, kv_full, _, _, ds_full, ds_empty = memory
     STAGES: gl.constexpr = config[0]
     BUFFERS: gl.constexpr = config[1]
     GROUP: gl.constexpr = config[3]
+    FIXED: gl.constexpr = config[12]
     BM: gl.constexpr = q_buf.shape[3]
     D: gl.constexpr = q_buf.shape[4]
     # Columns of dQ at a time: more would take registers from the other warpgroups.
@@ -217,7 +277,10 @@ def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, t
     row = gl.arange(0, BM, gl.SliceLayout(1, SUMS))
     column = gl.arange(0, WIDE, gl.SliceLayout(0, SUMS))
     # The first of the four words of which each element is one, as _order_kernel reads them.
-    thread_at = (row % 64 // 16 * 128 + row % 8 * 16)[:, None] + (column % 8 // 2 * 4)[None, :]
+    if FIXED:
+        thread_at = (row % 64 // 16 * 128 + row % 8 * 4)[:, None] + (column % 8 // 2)[None, :]
+    else:
+        thread_at = (row % 64 // 16 * 128 + row % 8 * 16)[:, None] + (column % 8 // 2 * 4)[None, :]
     register_at = (row // 64 * (64 * D))[:, None] + (column // 8 * 512)[None, :]
     zeros = gl.zeros([BM, WIDE], gl.float32, SUMS)
     # K in the pieces of WIDE columns in which it lies in shared memory.
@@ -249,6 +312,8 @@ def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, t
         place = _get(header.index(step % STAGES))
         at = step % BUFFERS
         tile_ptr = (sums_ptr + place.to(gl.int64) * (BM * D)).to(gl.int64)
+        if FIXED:
+            unit = gl.load(units_ptr + place.to(gl.int64) * BM + row)[:, None]
         mbarrier.wait(ds_full.index(at), step // BUFFERS & 1)
         ds_t = ds_buf.index(at).permute((1, 0))
         for part in range(0, parts):
@@ -256,9 +321,12 @@ def _queries(q_desc, do_desc, rows_desc, sums_ptr, num_ptr, idx_ptr, snh, sih, t
             dq = warpgroup_mma_wait(0, deps=(dq,))
             # Bytes; what registers of a thread differ by comes last, as a constant.
             words = tile_ptr + thread_at.to(gl.int64) * 4 + register_at.to(gl.int64) * 4
+            if FIXED:
+                dq *= unit
             gl.inline_asm_elementwise(
-                _REDUCE, "=r,=r,=r,=r,l,l,l,l,r,r,r,r", [words, dq], dtype=gl.int32, is_pure=False, pack=4
-            )
+                _ADD if FIXED else _REDUCE, "=r,=r,=r,=r,l,l,l,l,r,r,r,r", [words, dq], dtype=gl.int32, is_pure=False,
+                pack=4,
+            )  # fmt: skip
             tile_ptr += WIDE * 256
         mbarrier.arrive(ds_empty.index(at))
         if step + STAGES < steps:
@@ -392,11 +460,11 @@ def _keys(dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k,
 
 @gluon.jit(do_not_specialize=["snb", "snh", "sib", "sih", "siq", "sval", "sbb", "sbh", "sbg", "tokens_k", "tiles"])
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, sums_ptr, bias_ptr, dbias_ptr, num_ptr, idx_ptr,
-    valid_ptr, snb, snh, sib, sih, siq, sval, sbb, sbh, sbg, tokens_k, tiles, scale, logit_scale,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, units_ptr, sums_ptr, bias_ptr, dbias_ptr, num_ptr,
+    idx_ptr, valid_ptr, snb, snh, sib, sih, siq, sval, sbb, sbh, sbg, tokens_k, tiles, scale, logit_scale,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, DENSE: gl.constexpr,
     TAIL: gl.constexpr, VALID: gl.constexpr, BIASED: gl.constexpr, OPERANDS: gl.constexpr,
-    EARLY: gl.constexpr, AHEAD: gl.constexpr, EXACT: gl.constexpr,
+    EARLY: gl.constexpr, AHEAD: gl.constexpr, EXACT: gl.constexpr, FIXED: gl.constexpr,
     KEY_REGISTERS: gl.constexpr, QUERY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_desc.block_shape[3]
@@ -425,7 +493,7 @@ def _backward_kernel(
         mbarrier.init(ds_empty.index(at), count=1)
     memory = (k_buf, v_buf, q_buf, do_buf, rows_buf, ds_buf, header, kv_full, full, empty, ds_full, ds_empty)
     config: gl.constexpr = (
-        STAGES, BUFFERS, BLOCK_Q, GROUP, DENSE, TAIL or VALID, BIASED, BM, OPERANDS, EARLY, AHEAD, EXACT,
+        STAGES, BUFFERS, BLOCK_Q, GROUP, DENSE, TAIL or VALID, BIASED, BM, OPERANDS, EARLY, AHEAD, EXACT, FIXED,
     )  # fmt: skip
 
     block = gl.program_id(0)
@@ -453,16 +521,17 @@ def _backward_kernel(
                      memory, config, 0)),
             (_keys, (dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k, steps, scale, logit_scale,
                      memory, config, 1)),
-            (_queries, (q_desc, do_desc, rows_desc, sums_ptr, num_at, idx_at, snh, sih, tiles, steps, memory, config)),
+            (_queries, (q_desc, do_desc, rows_desc, units_ptr, sums_ptr, num_at, idx_at, snh, sih, tiles, steps,
+                        memory, config)),
         ],
         [4, 4],
         [KEY_REGISTERS, QUERY_REGISTERS],
     )  # fmt: skip
 
 
-def _describe_rows(x: Tensor, queries: int) -> TensorDescriptor:
+def _describe_rows(x: Tensor) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 2 * queries], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, x.shape[1]], layout)
 
 
 def attention_backward(
@@ -485,35 +554,51 @@ def attention_backward(
     block_k: int,
     scale: float,
     config: Config | None = None,
+    *,
+    fixed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients as ``triton.attention_backward`` returns them; blocks of 128 keys and whole tiles of queries."""
+    """Gradients as ``triton.attention_backward`` returns them, for blocks of 128 keys.
+
+    ``fixed``: sums of dQ in fixed point, the same bits from run to run; for bfloat16, in which nothing becomes infinite
+    that the bound of a row does not show. Else in float32, in any order.
+    """
     batch, heads, tokens_q, dim = q.shape
     heads_k = k.shape[1]
     config = config or CONFIGS[dim]
     facts = geometry(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, q_num, q_idx, k_valid, pooled_k, pooled_v,
                      pooled_bias)  # fmt: skip
-    key = facts and number((facts, block_q, block_k, scale, config))
+    key = facts and number((facts, block_q, block_k, scale, config, fixed))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     padded = -(-tokens_q // 128) * 128
     tall = config.queries
-    rows = torch.empty((batch * heads * padded // tall, 2 * tall), dtype=torch.float32, device=q.device)
-    sums = torch.empty((batch * heads * padded, dim), dtype=torch.float32, device=q.device)
+    device = q.device
+    rows = torch.empty((batch * heads * padded // tall, 2 * tall), dtype=torch.float32, device=device)
+    units = torch.empty((batch * heads * padded,), dtype=torch.float32, device=device) if fixed else None
+    sums = torch.empty((batch * heads * padded, dim), dtype=torch.int32 if fixed else torch.float32, device=device)
+    extents = torch.zeros((batch, heads_k, 2), dtype=torch.int32, device=device) if fixed else None
 
-    def statistics(out, dout, lse, dlse, rows, sums):
-        args = (out, dout, lse, dlse, rows, sums, *_bhs(out), *_bhs(dout), tokens_q, padded)
-        return (padded // tall, heads, batch), args, dict(DIM=dim, ROWS=tall, num_warps=4)
+    def extent(keys, values, valid, extents):
+        tokens = keys.shape[2]
+        args = (keys, values, valid, extents, *_bhs(keys), *_bhs(values), *_strides(valid, (0,)), tokens)
+        named = dict(DIM=dim, VALID=valid is not None, num_warps=4)
+        return (triton.cdiv(tokens, 128), heads_k, batch), args, named
 
-    def order(sums, dq):
-        args = (sums, dq, *_bhs(dq), tokens_q, padded, scale)
-        return (triton.cdiv(tokens_q, 64), heads, batch), args, dict(DIM=dim, num_warps=4)
+    def statistics(out, dout, lse, dlse, extents, rows, units, sums):
+        args = (out, dout, lse, dlse, extents, rows, units, sums, *_bhs(out), *_bhs(dout), tokens_q, padded,
+                heads // heads_k)  # fmt: skip
+        return (padded // tall, heads, batch), args, dict(DIM=dim, ROWS=tall, FIXED=fixed, num_warps=4)
+
+    def order(sums, units, dq):
+        args = (sums, units, dq, *_bhs(dq), tokens_q, padded, scale)
+        return (triton.cdiv(tokens_q, 64), heads, batch), args, dict(DIM=dim, FIXED=fixed, num_warps=4)
 
     def gradients(dense: bool):
-        def build(q, keys, values, dout, rows, dkeys, dvalues, sums, bias, dbias, q_num, q_idx, valid):
+        def build(q, keys, values, dout, rows, dkeys, dvalues, units, sums, bias, dbias, q_num, q_idx, valid):
             tokens_k = keys.shape[2]
             args = (
                 _describe(_addressable(q), tall), _describe(_addressable(keys), 128),
-                _describe(_addressable(values), 128), _describe(_addressable(dout), tall), _describe_rows(rows, tall),
-                _describe(dkeys, 64), _describe(dvalues, 64), sums, bias, dbias, q_num, q_idx, valid,
+                _describe(_addressable(values), 128), _describe(_addressable(dout), tall), _describe_rows(rows),
+                _describe(dkeys, 64), _describe(dvalues, 64), units, sums, bias, dbias, q_num, q_idx, valid,
                 *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
                 *((0, 0, 0) if bias is None else bias.stride()),
                 tokens_k, padded // tall,
@@ -523,7 +608,7 @@ def attention_backward(
             named = dict(
                 BLOCK_Q=block_q, STAGES=config.stages, BUFFERS=config.buffers, GROUP=heads // heads_k, DENSE=dense,
                 TAIL=tokens_k % 128 != 0, VALID=valid is not None, BIASED=bias is not None, OPERANDS=config.operands,
-                EARLY=config.early, AHEAD=config.ahead, EXACT=config.exact,
+                EARLY=config.early, AHEAD=config.ahead, EXACT=config.exact, FIXED=fixed,
                 KEY_REGISTERS=keys_registers, QUERY_REGISTERS=query_registers, num_warps=4,
                 maxnreg=_LAUNCH_REGISTERS,
             )  # fmt: skip
@@ -531,8 +616,12 @@ def attention_backward(
 
         return build
 
-    launch(_statistics_kernel, key, (out, dout, lse, dlse, rows, sums), statistics)
-    listed = (q, k, v, dout, rows, dk, dv, sums, None, None, q_num, q_idx, k_valid)
+    if fixed:
+        launch(_extent_kernel, key and (key, False), (k, v, k_valid, extents), extent)
+        if pooled_k is not None:
+            launch(_extent_kernel, key and (key, True), (pooled_k, pooled_v, None, extents), extent)
+    launch(_statistics_kernel, key, (out, dout, lse, dlse, extents, rows, units, sums), statistics)
+    listed = (q, k, v, dout, rows, dk, dv, units, sums, None, None, q_num, q_idx, k_valid)
     launch(_backward_kernel, key and (key, False), listed, gradients(False))
     dpk = dpv = dbias = None
     if pooled_k is not None:
@@ -540,7 +629,7 @@ def attention_backward(
         dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
         if pooled_bias is not None:
             dbias = torch.empty(pooled_bias.shape, dtype=torch.float32, device=q.device)
-        dense = (q, pooled_k, pooled_v, dout, rows, dpk, dpv, sums, pooled_bias, dbias, q_num, q_idx, None)
+        dense = (q, pooled_k, pooled_v, dout, rows, dpk, dpv, units, sums, pooled_bias, dbias, q_num, q_idx, None)
         launch(_backward_kernel, key and (key, True), dense, gradients(True))
-    launch(_order_kernel, key, (sums, dq), order)
+    launch(_order_kernel, key, (sums, units, dq), order)
     return dq, dk, dv, dpk, dpv, dbias
