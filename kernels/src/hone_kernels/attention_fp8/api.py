@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.attention.api import SUPPORT as EXACT_SUPPORT
-from hone_kernels.attention.api import check_layout
+from hone_kernels.attention.api import check_layout, gradients_by
 from hone_kernels.attention.layout import BlockLayout
 from hone_kernels.attention.reference import attention_reference
 from hone_kernels.backends import Backend, choose
@@ -471,6 +471,7 @@ def _straight_through_backward_op(
     delta: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
+    attention_backward: Callable[..., tuple[Any, ...]]
     from hone_kernels.attention.triton import attention_backward, attention_forward
 
     from .triton import has_e4m3
@@ -485,15 +486,19 @@ def _straight_through_backward_op(
             q, k, v = dequantize_triton(*operands)
         else:
             q, k, v = dequantize(*operands)
+        sizes = dict(head_dim=q.shape[3], block_q=block_q, block_k=block_k)
+        if EXACT_SUPPORT["gluon"].reason(q.device, q.dtype, **sizes) is None:
+            from hone_kernels.attention.gluon_sm90 import attention_forward
+
+            if gradients_by("gluon", q.dtype, block_k, deterministic=True) != "triton":
+                from hone_kernels.attention.gluon_backward_sm90 import attention_backward
         if delta == "exact":
-            sizes = dict(head_dim=q.shape[3], block_q=block_q, block_k=block_k)
-            if EXACT_SUPPORT["gluon"].reason(q.device, q.dtype, **sizes) is None:
-                from hone_kernels.attention.gluon_sm90 import attention_forward
             out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, *no_pooled, block_q, block_k, scale)
-        return attention_backward(
+        dq, dk, dv, *_ = attention_backward(
             in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
             k_valid, *no_pooled, block_q, block_k, scale,
-        )[:3]  # fmt: skip
+        )  # fmt: skip
+    return dq, dk, dv
 
 
 @_straight_through_backward_op.register_fake
