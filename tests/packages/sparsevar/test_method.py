@@ -23,6 +23,9 @@ def test_change_by_hand():
     before, after = torch.tensor([[[1.0, 2.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 4.0], [3.0, 1.0]]])
     assert_close(change_map(before, after), torch.tensor([[2.0, 5.0]]))
     assert_close(change_map(before, after, "rel"), torch.tensor([[2.0 / 2.5, 5.0 / 2.0]]))
+    # Blocks in half precision: what is small beside a large change is not rounded away.
+    half = torch.tensor([[[0.0, 0.0]], [[1.0, 2**-5]]], dtype=torch.bfloat16)[:, None]
+    assert torch.equal(change_map(*half), torch.tensor([[(1 + 2**-10) / 2]]))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

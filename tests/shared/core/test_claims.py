@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hone_core.claims import ClaimsReport, decided, decided_over, verdict_over_seeds, write_claims
+from hone_core.claims import ClaimsReport, decided, decided_over, verdict_over_margins, verdict_over_seeds, write_claims
 from hone_core.runs import Run
 
 
@@ -29,12 +29,21 @@ def test_no_difference_at_all_is_none_above_zero():
         (["yes"] * 3, "CONFIRMED (yes on 3)"),
         (["no"] * 3, "REFUTED (no on 3)"),
         (["yes", "no", "yes"], "MIXED (yes on 2, no on 1)"),
+        (["yes", "undecided", "yes"], "UNDECIDED (yes on 2, undecided on 1)"),
+        (["undecided"] * 3, "UNDECIDED (undecided on 3)"),
         (["yes", "yes"], "UNDECIDED, 2 of 3 seeds (yes on 2)"),
         ([], "NOT TESTED"),
     ],
 )
 def test_verdicts_need_all_of_three_seeds(holds, verdict):
     assert verdict_over_seeds(holds) == verdict
+
+
+def test_margins_speak_by_their_sign():
+    assert verdict_over_margins([0.1, 0.2, 0.3]) == "CONFIRMED"
+    assert verdict_over_margins([-0.1, 0.0, -0.3]) == "REFUTED"
+    assert verdict_over_margins([0.1, 0.0, 0.3]) == "MIXED, 2 of 3"
+    assert verdict_over_margins([0.1, 0.2]) == "UNDECIDED, 2 of 3 seeds"
 
 
 def test_a_report_says_what_was_written(tmp_path):

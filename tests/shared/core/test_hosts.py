@@ -6,7 +6,7 @@ import pytest
 import torch
 from hone_core import hosts
 from hone_core.errors import CheckpointError
-from hone_core.hosts import HostFacts, describe_host, open_host, packaged_host, save_host, write_facts
+from hone_core.hosts import HostFacts, ModuleHost, describe_host, open_host, packaged_host, save_host, write_facts
 from torch import nn
 
 
@@ -34,7 +34,7 @@ class Model(nn.Module):
     def __init__(self, width=4):
         super().__init__()
         self.linear = nn.Linear(width, width)
-        self.register_buffer("count", torch.tensor([2**20 + 1]))
+        self.register_buffer("count", torch.tensor([2**24 + 1]))
 
 
 def save(path, facts=None, *, width=4, seed=0):
@@ -68,6 +68,40 @@ def test_round_trip_in_half_precision(path):
             assert torch.equal(again[prefix].state_dict()[name], want), name
     assert list(rest) == ["words"]
     assert torch.equal(rest["words"], words.half().float())
+
+
+@dataclasses.dataclass
+class Host(ModuleHost):
+    package = "hone-core"
+    architecture = Config
+    tensors = ("words",)
+    config: Config
+    model: Model
+    words: torch.Tensor
+    facts: HostFacts | None = None
+
+    @classmethod
+    def untrained(cls, config=None, seed=0):
+        config = config or Config()
+        torch.manual_seed(seed)
+        return cls(config, Model(config.width), torch.randn(3))
+
+    @property
+    def modules(self):
+        return {"model.": self.model}
+
+
+def test_a_host_of_modules_is_loaded_to_be_run(path):
+    host = Host.untrained(Config(width=5), seed=1)
+    host.save(path, FACTS)
+    again = Host.load(path=path)
+    assert (again.config, again.facts) == (Config(width=5), FACTS)
+    assert torch.equal(again.words, host.words.half().float())
+    assert torch.equal(again.model.linear.weight, host.model.linear.weight.half().float())
+    assert not again.model.training
+    assert not any(part.requires_grad for part in again.model.parameters())
+    assert again.parameters == {"model": 30}
+    assert {part.device.type for part in (*again.to("meta").model.parameters(), again.words)} == {"meta"}
 
 
 def test_sidecar_reads_like_a_record(path):

@@ -82,6 +82,7 @@ def test_crash_leaves_status_and_message_then_resumes(tmp_path):
     assert failed["message"] == "RuntimeError: out of memory"
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
+    (tmp_path / "results.json").write_text(json.dumps(failed | {"seconds": 100.0}))
 
     run = attempt(crash=False)
     assert run.resumed
@@ -89,7 +90,7 @@ def test_crash_leaves_status_and_message_then_resumes(tmp_path):
     assert done["status"] == "done"
     assert "message" not in done
     assert done["started"] == failed["started"]
-    assert done["seconds"] >= failed["seconds"]
+    assert done["seconds"] >= 100
     assert [(row["metric"], row["value"]) for row in done["rows"]] == [("kept", 1.0), ("again", 2.0)]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
@@ -131,6 +132,12 @@ def test_finished_run_is_returned_untouched(tmp_path):
         with pytest.raises(RuntimeError, match="finished run"):
             again.log(step=1, loss=0.0)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_config_is_compared_as_a_file_gives_it_back(tmp_path):
+    for done in (False, True):
+        with start(tmp_path, config={"layers": (1, 2)}) as run:
+            assert run.done is done
 
 
 def test_finished_run_is_taken_up_again(tmp_path):
@@ -290,10 +297,13 @@ def test_export_joins_results_and_environment(tmp_path, monkeypatch):
 def test_export_cuts_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "environment", lambda: {"commit": "0123456789abcdef", "dirty": False})
     paths = {"hosts": [str(tmp_path / "a.safetensors"), "b/c.json"], "source": {"model": str(tmp_path / "m")}, "n": 1}
+    paths["prompt"] = "/a cat and a dog"
     with start(tmp_path / "run", config=paths) as run:
         pass
     data = json.loads(export_results(run.path, tmp_path / "out.json").read_text())
-    assert data["config"] == {"hosts": ["a.safetensors", "b/c.json"], "source": {"model": "m"}, "n": 1}
+    assert data["config"] == {"hosts": ["a.safetensors", "b/c.json"], "source": {"model": "m"}, "n": 1} | {
+        "prompt": "/a cat and a dog"
+    }
     assert json.loads((run.path / "config.json").read_text()) == paths
 
 

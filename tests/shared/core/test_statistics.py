@@ -23,6 +23,8 @@ def test_interval_is_the_standard_error_for_many_values():
     assert bootstrap_interval([1.0, 1.0]) == (1.0, 1.0)
     assert bootstrap_interval(values) == (low, high)
     assert bootstrap_interval(values, seed=1) != (low, high)
+    few = np.random.default_rng(0).integers(0, 10, (3, 10))
+    assert bootstrap_interval(np.arange(10), draws=3) == bootstrap_interval(np.arange(10), resamples=few)
 
 
 def test_a_wider_level_gives_a_wider_interval():
@@ -50,6 +52,8 @@ def test_pairs():
     result = paired([True, False, False, True], [True, True, True, False])
     assert (result.change, result.to_wrong, result.to_right) == (-0.25, 2, 1)
     assert result.interval[0] <= result.change <= result.interval[1]
+    many = [index % 3 == 0 for index in range(200)], [index % 2 == 0 for index in range(200)]
+    assert paired(*many, seed=1).interval != paired(*many).interval
     with pytest.raises(ValueError, match="the same items twice"):
         paired([True], [True, False])
 

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hone_core.hosts import HostFacts, open_host, save_host
 from hone_core.runs import Run
 from hone_core.training import (
     LogFile,
+    SharedTraining,
     Training,
     TrainReport,
     average_into,
@@ -146,7 +149,7 @@ def test_checkpoints_are_written_on_the_way(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["run", "file"])
-def test_a_resumed_training_logs_no_step_twice(tmp_path, kind):
+def test_a_resumed_training_logs_and_counts_no_step_twice(tmp_path, kind, monkeypatch):
     cfg, path = Config(log_every=1), tmp_path / "run" / "metrics.jsonl"
     loop = Loop(cfg, tmp_path / "state.pt")
 
@@ -164,8 +167,12 @@ def test_a_resumed_training_logs_no_step_twice(tmp_path, kind):
         file.write('{"step": 5, "lo')
     again = Loop(cfg, tmp_path / "state.pt")
     again.training.resume()
+    counted = []
+    bar = SimpleNamespace(update=lambda n=1: counted.append(n), show=lambda **values: None)
+    monkeypatch.setattr("hone_core.training.progress_bar", lambda *_, **__: nullcontext(bar))
     with start(tmp_path / "run", cfg) as run:
         again.training.follow(again.steps(), run if kind == "run" else LogFile(path))
+    assert counted == [2, 1, 1, 1, 1]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
@@ -192,6 +199,35 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="is no checkpoint of a training run"):
         Loop(Config(), path).training.resume()
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_processes_stop_together_and_the_first_says_when_to_save(tmp_path, main):
+    """The other process has spent its whole budget, and the first one's clock is due for a checkpoint or is not."""
+
+    def reduce(clocks, how):
+        assert how == "mean"
+        return (clocks + torch.tensor([1.0, 0.0 if main else due])) / 2
+
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=main, device=torch.device("cpu"), reduce=reduce)
+    for due in (0.0, 1.0):
+        path = tmp_path / f"{due}.pt"
+        asked = []
+        part = SimpleNamespace(state_dict=lambda asked=asked: asked.append(1) or {})
+        # By a process of its own, none or each step would be saved.
+        seconds = 0.0 if due == main else 1000.0
+        training = SharedTraining(Config(steps=4, checkpoint_seconds=seconds), path, {"part": part}, accelerator)
+
+        def loop(training=training):
+            training.start()
+            for _ in range(3):
+                training.step += 1
+                assert training.spent() == (training.step / 4 + 1) / 2
+                yield None
+
+        training.follow(loop(), LogFile(tmp_path / "log.jsonl"))
+        assert len(asked) == (4 if due else 1)
+        assert path.is_file() == main
 
 
 def test_budgets(tmp_path, monkeypatch):
@@ -224,7 +260,7 @@ def test_budgets(tmp_path, monkeypatch):
 def test_a_finished_host_reports_the_same_again(tmp_path, caplog, passed):
     cfg = Config()
     loop = Loop(cfg, tmp_path / "state.pt")
-    gates = {"accuracy": 0.5 if passed else 0.9}
+    gates = {"accuracy": 0.5 if passed else 0.9, "error": 0.1}
     with start(tmp_path / "run", cfg) as run:
         loop.training.follow(loop.steps(), run)
         exported = save_host(run.artifacts / "host.safetensors", cfg, {"": loop.model}, package="hone-core")
