@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from hone_core.config import to_dict
 from hone_zipr1.config import (
     PRESETS,
     BenchConfig,
@@ -9,6 +10,7 @@ from hone_zipr1.config import (
     GenerateConfig,
     HostConfig,
     ReinforceConfig,
+    ReproduceConfig,
     SparseConfig,
     TrainConfig,
     TrainHostConfig,
@@ -62,3 +64,7 @@ def test_bad_values_are_named(make, message):
 def test_the_papers_preset():
     assert PRESETS["paper"].config.p == 0.975
     assert PRESETS["paper"].config.label == "top-p 0.975"
+
+
+def test_a_run_goes_on_with_other_workers():
+    assert to_dict(ReproduceConfig(workers=5)) == to_dict(ReproduceConfig())

@@ -401,7 +401,7 @@ class ReproduceConfig:
     """Held-out questions of each evaluation."""
     batch: int = 500
     """Questions at a time there."""
-    workers: int = 1
+    workers: int = field(default=1, metadata=flag(stored=False))
     """Arms that are trained at the same time, each in a process, with ``--device cuda`` over all visible GPUs."""
     seed: int = 0
     """Of prompts, draws and the held-out questions."""
