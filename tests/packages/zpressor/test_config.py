@@ -21,7 +21,7 @@ from hone_zpressor.config import (
         (lambda: DemoConfig(views=4), "2 <= anchors <= views"),
         (lambda: DemoConfig(frames=1), "two frames"),
         (lambda: DemoConfig(views=40, targets=11), "at most 50 views with the targets"),
-        (lambda: TrainHostConfig(steps=None), "steps must be given"),
+        (lambda: TrainHostConfig(steps=0), "steps must be at least 1; got 0"),
         (lambda: TrainHostConfig(steps=0), "steps must be at least 1"),
         (lambda: TrainHostConfig(base_share=1.0), "base_share must lie in"),
         (lambda: TrainHostConfig(context=5), "anchors <= context <= gap"),

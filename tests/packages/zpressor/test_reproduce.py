@@ -17,6 +17,14 @@ def test_views_that_a_host_keeps_all_of_are_refused(stored, small):
         prepare(ReproduceConfig(hosts=(stored(cfg=six),), views=(6,), judged=(6,), anchor_counts=()))
 
 
+def test_quality_is_not_held_against_itself(stored, start):
+    cfg = ReproduceConfig(hosts=(stored(),), rooms=2, views=(6,), judged=(6,), anchor_counts=(), targets=1)
+    with start(prepare(cfg), "reproduce") as run:
+        report = reproduce(cfg, run)
+    assert report.verdict["claims"]["held"] == "NOT TESTED"
+    assert report.verdict["hosts"][0]["claims"].keys() == RULES.keys() - {"held"}
+
+
 def test_every_claim_gets_its_verdict(stored, start):
     cfg = prepare(ReproduceConfig(hosts=(stored(),), rooms=2, views=(6, 8), judged=(8,), anchor_counts=(), targets=1))
     with start(cfg, "reproduce") as run:

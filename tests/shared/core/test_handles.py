@@ -156,6 +156,9 @@ def test_a_copy_has_hooks_and_state_of_its_own(model, duplicate):
 def test_a_replaced_module_is_noticed_and_detaching_still_works(model):
     handle = Scaled(Settings(), model)
     first = model[1]
+    model[1] = copy.deepcopy(first)
+    with pytest.raises(RuntimeError, match=r"1 was replaced after attach.*Linear stands where Linear was"):
+        model(X)
     model[1] = nn.Sequential(first)
     with pytest.raises(RuntimeError, match=r"1 was replaced after attach.*Sequential stands where Linear was"):
         model(X)

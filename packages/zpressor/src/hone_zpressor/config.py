@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -164,10 +165,10 @@ class TrainHostConfig:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises, at the start of each stage."""
-    steps: int | None = 8000
-    """Optimiser steps in all, which must be given: the three arms share theirs equally."""
-    minutes: float = 5.0
-    """Not used: the steps bound the training."""
+    steps: int = 8000
+    """Optimiser steps in all."""
+    minutes: float = field(default=math.inf, metadata=flag(hidden=True))
+    """No bound: the arms share steps equally."""
     graded: int = 32
     """Rooms, none of them trained on, that the host is graded on."""
     log_every: int = 50
@@ -179,8 +180,6 @@ class TrainHostConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.minutes, self.steps)
-        if self.steps is None:
-            raise ValueError("the three arms share steps equally, so that steps must be given")
         if not 0 < self.base_share < 1:
             raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
         anchors = self.host.zpressor.anchors

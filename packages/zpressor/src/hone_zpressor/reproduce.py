@@ -131,8 +131,9 @@ def _host(
     gaps = {
         "host": over("zpressor", "host"),
         "anchors": over("zpressor", "anchors"),
-        "held": psnr["zpressor", max(cfg.judged)] - psnr["zpressor", above] + MARGIN,
         "farthest": over("zpressor", "random"),
     }
+    if max(cfg.judged) > above:  # else it would be held against itself
+        gaps["held"] = psnr["zpressor", max(cfg.judged)] - psnr["zpressor", above] + MARGIN
     claims = {claim: decided(values.numpy()) for claim, values in gaps.items()}
     return {"name": name, "path": str(path or "packaged"), "claims": claims}

@@ -78,7 +78,6 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
 
 def stage_steps(cfg: TrainHostConfig) -> dict[str, int]:
     """Steps of each stage."""
-    assert cfg.steps is not None
     each = max(1, round(cfg.steps * (1 - cfg.base_share) / len(ARMS)))
     return {"base": max(1, cfg.steps - each * len(ARMS))} | dict.fromkeys(ARMS, each)
 
