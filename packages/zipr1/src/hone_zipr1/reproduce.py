@@ -82,20 +82,25 @@ class ReproduceReport(VerdictReport):
         values = {(row.metric, row.variant, row.split): row for row in self.rows}
         splits = list(dict.fromkeys(row.split for row in self.rows if row.metric == "accuracy"))
         lines = [f"accuracy / tokens kept, %, means over {len(self.verdict['seeds'])} host(s)"]
-        lines.append(f"{'':<58}" + "".join(f"{split:>16}" for split in splits))
+        widths = [max(16, len(split) + 2) for split in splits]
+
+        def line(name: str, cells: Sequence[str]) -> str:
+            return f"{name:<58.58}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+        lines.append(line("", splits))
         for arm, text in ARMS.items():
             cells = []
             for split in splits:
                 right, tau = values.get(("accuracy", arm, split)), values.get(("token_ratio", arm, split))
                 shown = "" if right is None or tau is None else f"{100 * right.value:.1f} / {100 * tau.value:.1f}"
-                cells.append(f"{shown:>16}")
-            if any(cell.strip() for cell in cells):
-                lines.append(f"{arm + ': ' + text:<58.58}" + "".join(cells))
+                cells.append(shown)
+            if any(cells):
+                lines.append(line(f"{arm}: {text}", cells))
         uniform = [
             "" if row is None else f"{100 * row.value:.1f}"
             for row in (values.get(("uniform_ratio", "uniform attention", split)) for split in splits)
         ]
-        lines.append(f"{'uniform attention':<58}" + "".join(f"{text:>16}" for text in uniform))
+        lines.append(line("uniform attention", uniform))
         for claim, found in self.verdict["claims"].items():
             lines.append(f"{claim}: {found['verdict']} ({RULES[claim]})")
             lines += [f"  host {seed}: {text}" for seed, text in found["shown"].items()]
