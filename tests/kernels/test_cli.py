@@ -116,6 +116,7 @@ def test_info_says_of_every_op_what_runs(capsys, monkeypatch):
         "nearest_points",
         "plane_sweep",
         "prefix_attention",
+        "pyramid_attention",
         "splat_blend",
         "token_select",
     )
@@ -267,6 +268,15 @@ def test_column_mass_bench_on_a_gpu(tmp_path):
     found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
     times = {r["variant"] for r in found if r["metric"] == "time"}
     assert times == {"column mass", "selection", "both", "torch", "causal dense"}
+
+
+@requires_gpu(min_sm=80)
+def test_pyramid_bench_on_a_gpu(tmp_path):
+    argv = ["--op", "pyramid_attention", "--shapes", "2x2080x64", "--rounds", "2"]
+    found, _ = verb("bench", *argv, "--out", str(tmp_path / "run"))
+    times = {(r["split"], r["variant"]) for r in found if r["metric"] == "time"}
+    names = ("hone pyramid", "hone pyramid, by levels", "hone lists")
+    assert times >= {(split, name) for split in ("forward", "backward") for name in names}
 
 
 @requires_gpu(min_sm=80)

@@ -28,6 +28,7 @@ WITHOUT = {
     "logits",
     "plane_sweep",
     "profile",
+    "pyramid_attention",
     "ragged_decode",
     "sanitize",
     "splat_blend",

@@ -23,6 +23,7 @@ from hone_kernels.kept_tokens import bench as kept_bench
 from hone_kernels.logits import SUPPORT as LOGITS
 from hone_kernels.logits import bench as logits_bench
 from hone_kernels.plane_sweep import bench as sweep_bench
+from hone_kernels.pyramid_attention import bench as pyramid_bench
 from hone_kernels.ragged_decode import bench as decode_bench
 from hone_kernels.rows import TimesReport
 from hone_kernels.splat_blend import bench as blend_bench
@@ -33,6 +34,7 @@ _GROUPED: dict[str, Any] = {
     "column_mass": mass_bench,
     "kept_tokens": kept_bench,
     "plane_sweep": sweep_bench,
+    "pyramid_attention": pyramid_bench,
     "ragged_decode": decode_bench,
     "splat_blend": blend_bench,
 }

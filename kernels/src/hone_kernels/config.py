@@ -16,6 +16,7 @@ Op = Literal[
     "ragged_decode",
     "kept_tokens",
     "plane_sweep",
+    "pyramid_attention",
     "splat_blend",
 ]
 Dtype = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
@@ -39,6 +40,7 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "ragged_decode": ("shapes",),
     "kept_tokens": ("shapes",),
     "plane_sweep": ("shapes",),
+    "pyramid_attention": ("shapes",),
     "splat_blend": ("shapes",),
 }
 """What each op's bench lets choose; of the rest it measures what it measures."""
@@ -58,7 +60,7 @@ class BenchConfig:
     op: Op = "attention"
     """Which op: attention beside every other that is installed, FP8's prologue and gradients, BLADE's prober, the
     reading of logits, column masses with the selection of tokens, decoding from ragged caches, what lies around
-    blocks that run some tokens only, cost volumes, or the blending of splats."""
+    blocks that run some tokens only, cost volumes, attention over a pyramid of keys, or the blending of splats."""
     shapes: tuple[str, ...] = ()
     """Names, or HEADSxTOKENSxHEAD_SIZE such as 12x32768x128; of logits ROWSxVOCABULARY, of column_mass and
     ragged_decode BATCHxHEADSxKEY_HEADSxTOKENSxHEAD_SIZE, of kept_tokens ROWSxTOKENSxKEPTxCHANNELS, of plane_sweep

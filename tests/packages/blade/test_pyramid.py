@@ -52,24 +52,6 @@ def test_one_softmax_over_keys_at_their_factors(tokens, kv_heads):
     assert_close(pyramid_attention(q, k, v, factors, PYRAMID), by_definition(q, k, v, factors, 16))
 
 
-def test_padded_blocks_of_the_kernels_are_the_same(monkeypatch):
-    q, k, v = tensors(tokens=75)
-    factors = mixed(1, 2, 75, 16)
-    want = pyramid_attention(q, k, v, factors, PYRAMID)
-    widths = []
-    real = torch.nn.functional.pad
-
-    def fill(x, widths_, **options):
-        widths.append(widths_)
-        return real(x, widths_, **options)
-
-    # What a GPU does, whose kernels take no block below 32, on the backend that is here.
-    monkeypatch.setattr("hone_blade.pyramid.F.pad", fill)
-    monkeypatch.setattr("hone_blade.pyramid._needs_no_filling", lambda cfg, device: False)
-    assert_close(pyramid_attention(q, k, v, factors, PYRAMID), want)
-    assert sorted({w[-1] for w in widths}) == [24, 28, 30]
-
-
 def test_gradients_are_exact():
     q, k, v = (x.requires_grad_() for x in tensors(heads=1, tokens=37, dim=4))
     factors = torch.tensor([[4, 2, 1], [8, 1, 0], [0, 8, 1]], dtype=torch.int32)[None, None]

@@ -3,17 +3,14 @@
 Every pair of blocks has a pool factor: 1 reads the keys as they are, r = 2, 4 or 8 reads the means of r consecutive
 keys and values, which weigh as r by ``ln r`` on their logits, and 0 skips the pair. All of it is one softmax.
 
-It is computed with one call of sparse attention per factor, and the results merged by their log-sum-exp in float32,
-through which the gradient flows too.
+One kernel computes it, which gathers blocks of few means into full tiles (``hone_kernels.pyramid_attention``).
 """
 
 from __future__ import annotations
 
-import math
-
+import hone_kernels.pyramid_attention as kernels
 import torch
 import torch.nn.functional as F
-from hone_kernels.attention import BlockLayout, block_sparse_attention
 from hone_kernels.precision import without_autocast
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,9 +18,6 @@ from torch import Tensor
 from .config import FACTORS, BladeConfig
 
 __all__ = ["pyramid_attention", "pyramid_density", "pyramid_factors", "similarity_cap"]
-
-_LEAST_TILE = 32
-"""Keys of the smallest block that the kernels take; shorter pooled blocks are filled up with keys that do not count."""
 
 
 @torch.no_grad()
@@ -149,40 +143,4 @@ def pyramid_attention(
     Differs: the release's newer kernel merges two blocks whatever their size, which is wrong where a pooled block has
         less than half of its tile; and it fills a short last block with copies that count. Here blocks are exact.
     """
-    tokens, whole = k.shape[2], k.shape[2] // cfg.block
-    outs, lses = [], []
-    for factor in FACTORS:
-        if factor == 1:
-            keys, values, wanted, valid, width = k, v, factors == 1, None, cfg.block
-            length = tokens
-        else:
-            if not whole:
-                continue
-            size = cfg.block // factor
-            width = size if _needs_no_filling(cfg, q.device) else max(size, _LEAST_TILE)
-            keys, values = (_pooled(x, whole, cfg.block, factor, width) for x in (k, v))
-            wanted, length = factors[..., :whole] == factor, whole * width
-            valid = None
-            if width > size:
-                valid = torch.full((1, whole), size, dtype=torch.int32, device=q.device)
-        layout = BlockLayout.from_mask(wanted, tokens, length, block_q=cfg.block, block_k=width, k_valid=valid)
-        out, lse = block_sparse_attention(q, keys, values, layout, scale=scale, return_lse=True, backend=cfg.backend)
-        outs.append(out)
-        lses.append(lse + math.log(factor))
-    weights = torch.stack(lses).softmax(0).unsqueeze(-1)
-    return (
-        torch.stack([weight * out.to(weight.dtype) for weight, out in zip(weights, outs, strict=True)])
-        .sum(0)
-        .to(q.dtype)
-    )
-
-
-def _needs_no_filling(cfg: BladeConfig, device: torch.device) -> bool:
-    return cfg.backend == "reference" or (cfg.backend == "auto" and device.type != "cuda")
-
-
-def _pooled(x: Tensor, whole: int, block: int, factor: int, width: int) -> Tensor:
-    """Means of ``factor`` tokens of the whole blocks, each block's filled up with zeros to ``width``."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    means = x[:, :, : whole * block].unflatten(2, (whole, block // factor, factor)).mean(4, dtype=wide).to(x.dtype)
-    return F.pad(means, (0, 0, 0, width - means.shape[3])).flatten(2, 3)
+    return kernels.pyramid_attention(q, k, v, factors, block=cfg.block, scale=scale, backend=cfg.backend, check=False)
