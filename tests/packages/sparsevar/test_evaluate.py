@@ -1,9 +1,11 @@
+import pytest
 import torch
 from hone_core.runs import Run
 from hone_core.testing import assert_close
+from hone_sparsevar import calibrate
 from hone_sparsevar.config import CalibrateConfig, EvalConfig, InspectConfig
 from hone_sparsevar.evaluate import compare, evaluate, scenes
-from hone_sparsevar.host import load_host
+from hone_sparsevar.host import Host, load_host
 from hone_sparsevar.inspection import inspect
 from hone_sparsevar.models import variant_of
 
@@ -51,6 +53,26 @@ def test_tokens_are_counted_over_all_batches(untrained):
     assert len(set(counts)) > 1
     found = compare(host, policies, labels, seed=4, batch=1, quiet=True)["threshold"]
     assert found.kept == sum(counts) / (3 * runs[0].schedule.total)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_without_a_detector_drawn_images_choose_one(block, untrained, tmp_path, monkeypatch):
+    seen, draw = [], Host.draw
+
+    def watched(*args, **options):
+        run = draw(*args, **options)
+        seen.append(getattr(run.state, "detector", None))
+        return run
+
+    monkeypatch.setattr(Host, "draw", watched)
+    monkeypatch.setattr(calibrate, "image_scores", lambda *_: torch.eye(2)[block : block + 1])
+    for verb, cfg in (
+        (evaluate, EvalConfig(host=untrained, variants=("sparse",), limit=2)),
+        (inspect, InspectConfig(host=untrained)),
+    ):
+        with start(tmp_path / verb.__name__, cfg, verb.__name__) as run:
+            verb(cfg, run)
+    assert seen == [None, block, block]  # dense and sparse of eval, and inspect's
 
 
 def test_inspect_writes_a_line_per_scale(untrained, tmp_path):

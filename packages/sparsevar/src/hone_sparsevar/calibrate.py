@@ -137,11 +137,11 @@ def image_scores(host: Host, images: int, scale: int, seed: int, *, batch: int =
     return torch.cat(found)
 
 
-def chosen(host: Host, settings: SparseVARConfig, images: int) -> SparseVARConfig:
+def chosen(host: Host, settings: SparseVARConfig, images: int = 16) -> SparseVARConfig:
     """Settings with the block that drawn images call best, where they name none.
 
     Args:
-        host: Draws the images.
+        host: Draws the images, of seeds of their own.
         settings: Of the method.
         images: How many.
     """

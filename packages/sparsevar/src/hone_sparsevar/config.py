@@ -42,7 +42,8 @@ class SparseVARConfig:
     start_scale: int = -3
     """First sparse scale; negative counts from the end, and as many as there are scales leaves all dense."""
     detector: int | None = None
-    """Block whose change is the map (default: half the depth). Choose it with ``calibrate``."""
+    """Block whose change is the map (default: half the depth; of the tiny host, the one that some images choose). Find
+    it with ``calibrate``."""
     select: Literal["topk", "threshold"] = "topk"
     """``topk``: as many tokens in every image, so that lengths are static. ``threshold``: those above one, and as many
     in every image as in the batch's fullest, so that what comes out depends on the company."""
@@ -234,7 +235,7 @@ class TrainHostConfig:
 class DemoConfig:
     """The same scenes dense, sparse, stopped early and with other masks.
 
-    Without a detector, 16 further images choose one, as ``calibrate`` does.
+    Without a detector, 16 further images choose one, as ``calibrate`` does; so in ``eval`` and ``inspect``.
     """
 
     host: Path | None = None

@@ -21,8 +21,6 @@ from .models import variant_of
 
 __all__ = ["SHOWN", "DemoReport", "demo"]
 
-CALIBRATED = 16
-"""Images that choose the block whose change is the map, where none is named."""
 SHOWN = ("dense", "sparse", "early-stop-1", "random", "inverse", "zero")
 
 
@@ -55,7 +53,7 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
     """
     host = load_host(resolve_device(run.device), path=cfg.host)
     labels, images = scenes(cfg.limit, cfg.seed)
-    settings = chosen(host, cfg.settings, CALIBRATED)
+    settings = chosen(host, cfg.settings)
     policies = {name: variant_of(name, settings) for name in SHOWN}
     outcomes = compare(host, policies, labels, seed=cfg.seed, batch=cfg.limit, quiet=run.quiet)
     write_rows(run, outcomes, real_features(host, images, cfg.limit))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import plots
 from .benchmarks import judge
+from .calibrate import chosen
 from .config import EvalConfig
 from .data import random_labels, render
 from .flops import gflops
@@ -198,7 +199,8 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         return EvalReport.of(run)
     host = load_host(resolve_device(run.device), path=cfg.host)
     labels, images = scenes(256 if cfg.limit is None else cfg.limit, cfg.seed)
-    policies = {name: variant_of(name, cfg.settings) for name in dict.fromkeys(("dense", *cfg.variants))}
+    settings = chosen(host, cfg.settings)
+    policies = {name: variant_of(name, settings) for name in dict.fromkeys(("dense", *cfg.variants))}
     outcomes = compare(host, policies, labels, seed=cfg.seed, batch=cfg.batch, greedy=cfg.greedy, quiet=run.quiet)
     write_rows(run, outcomes, real_features(host, images, cfg.batch))
     plots.frontier(run.rows, run.figures / "frontier.png")

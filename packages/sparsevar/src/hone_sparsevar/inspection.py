@@ -9,6 +9,7 @@ from hone_core.devices import resolve_device
 from hone_core.runs import Report, Run
 
 from . import plots
+from .calibrate import chosen
 from .config import InspectConfig
 from .data import caption
 from .evaluate import scenes
@@ -52,7 +53,7 @@ def inspect(cfg: InspectConfig, run: Run) -> InspectReport:
     """
     host = load_host(resolve_device(run.device), path=cfg.host)
     labels, _ = scenes(1, cfg.seed)
-    drawn = host.draw(labels, [cfg.seed], policy=SparsePolicy(cfg.settings))
+    drawn = host.draw(labels, [cfg.seed], policy=SparsePolicy(chosen(host, cfg.settings)))
     words = 1 + caption(labels[0]).count(",") * 3 + 3
     for record in drawn.records:
         found = {"tokens": record.tokens, "kept": record.kept, "keys": record.keys}
