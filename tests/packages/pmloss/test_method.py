@@ -130,6 +130,14 @@ def test_scaling_and_moving_the_prediction(clouds):
     assert torch.allclose(pulls[1][:, 0, 0], 2 * pm_loss(means, teacher, detached).loss)
 
 
+def test_the_scale_is_of_the_points_that_the_teacher_has(clouds):
+    means, teacher = clouds(noise=0.2)
+    broken = teacher.clone()
+    broken[:, :6] = torch.nan
+    cfg = PMLossConfig(direction="paired", scale_normalised="detached")
+    assert torch.allclose(pm_loss(means, broken, cfg).loss, pm_loss(means[:, 6:], teacher[:, 6:], cfg).loss)
+
+
 def test_a_detached_similarity_has_the_value_and_another_gradient(clouds):
     means, teacher = clouds(noise=0.2)
     means.requires_grad_()
@@ -332,6 +340,7 @@ def test_nearest_by_brute_force(backend, monkeypatch):
     assert torch.equal(distances.gather(1, index[:, None])[:, 0], distances.amin(1))
     short = nearest(points.bfloat16(), cloud, backend=backend)
     assert torch.equal(short, nearest(points.bfloat16().float(), cloud, backend=backend))
+    assert torch.equal(nearest(points.double(), cloud, backend=backend), index)
     with pytest.raises(ValueError, match="no point to be near to"):
         nearest(points, cloud[:0], backend=backend)
 

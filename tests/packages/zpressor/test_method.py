@@ -104,6 +104,13 @@ def test_bfloat16_is_the_oracles(module, hostref):
     assert not torch.equal(found, plain)
 
 
+@torch.no_grad()
+def test_self_attention_is_in_16_bits_on_a_gpu_alone(module):
+    tokens = scene(1, 1)[0][0].flatten(2).mT
+    block = module.self_attn_layers[0][0]
+    assert torch.equal(block(tokens, "bfloat16"), block(tokens, "float32"))
+
+
 def test_scenes_of_different_views_are_each_as_alone(module):
     features, centres = scene(2, 9)
     present = torch.ones(2, 9, dtype=torch.bool)

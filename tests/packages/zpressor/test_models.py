@@ -89,6 +89,11 @@ def test_random_anchors_are_a_seed(host, views):
             chosen.append(handle.compressor.choose(views).tolist())
     assert chosen[0] == chosen[1] != chosen[2]
     assert all(len(set(row)) == 3 for row in chosen[2])
+    present = torch.zeros_like(views.near, dtype=torch.bool)
+    present[:, [1, 3, 4]] = True
+    with attach(host, settings[2]) as handle:
+        found = handle.compressor.choose(replace(views, present=present))
+    assert (found.sort(1).values == torch.tensor([1, 3, 4])).all()
 
 
 def test_overlap_is_between_the_least_and_the_largest_depth(host, views, monkeypatch):

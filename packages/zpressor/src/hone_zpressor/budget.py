@@ -84,8 +84,6 @@ def most_anchors(cost: Callable[[int], Cost | None], most: int, budget: Budget) 
             fits = tried
         else:
             fails = tried
-        if fits == most:
-            break
     return fits
 
 
