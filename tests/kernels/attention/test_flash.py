@@ -112,6 +112,9 @@ def test_it_says_why_it_cannot_run_and_auto_never_takes_it(monkeypatch):
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)  # the library's
 @pytest.mark.parametrize("dtype", SUPPORTED.dtypes, ids=str)
 @pytest.mark.parametrize("dim", SUPPORTED.head_dims)
 @pytest.mark.parametrize("heads_k", [4, 2])

@@ -160,6 +160,16 @@ def test_pooled_bias_is_as_wide_as_the_keys():
     assert torch.equal(bias.flatten(), torch.tensor([7.0] * 11 + [3.0], dtype=torch.float64).log())
 
 
+def test_the_bias_of_a_geometry_is_one_tensor_that_any_mode_can_use():
+    _, k, v = tensors()
+    with torch.inference_mode():
+        first = pool_tokens(k, v, 6).bias
+    assert not first.is_inference()
+    assert pool_tokens(k + 1, v, 6).bias is first
+    assert pool_tokens(k, v, 5).bias is not first
+    assert pool_tokens(k.float(), v.float(), 6).bias.dtype == torch.float32
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_gradients_through_attention_and_pooling(exact):
     q, k, v = tensors(heads=2, kv_heads=1, tokens=11, dim=3)
