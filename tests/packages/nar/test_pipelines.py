@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload
 from hone_core.errors import CheckpointError, UnsupportedHardwareError
+from hone_core.testing import requires_gpu
 from hone_nar import pipelines, sample
 from hone_nar.config import GenerateConfig
 from hone_nar.extract import clips_of
@@ -129,6 +130,24 @@ def test_the_text_encoder_is_offloaded(texts, monkeypatch):
     for name in ("enable_sequential_cpu_offload", "enable_group_offload"):
         with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
             getattr(pipe, name)()
+
+
+@requires_gpu()
+def test_the_text_encoder_is_offloaded_of_a_gpu(texts):
+    """Before and after it is used; graphs, which read the transformer where it lies, go on."""
+    pipe = NARPipeline(*copy.deepcopy([texts.transformer, texts.vae, texts.text_encoder]), texts.tokenizer)
+    want = pipe.to("cuda")(prompt="a dog", output_type="codes").images
+    pipe.enable_model_cpu_offload()
+    graphs = pipe.graphs(1)
+    found = []
+    for decoding in (None, graphs, graphs):
+        assert (pipe.text_encoder.device.type, pipe.transformer.device.type) == ("cpu", "cuda")
+        found.append(pipe(prompt="a dog", decoding=decoding, output_type="codes").images)
+    assert torch.equal(found[0], want)
+    assert torch.equal(found[1], found[2])
+    pipe.transformer.to("cpu")
+    with pytest.raises(RuntimeError, match="replaced, wrapped or moved"):
+        pipe(prompt="a dog", decoding=graphs)
 
 
 def test_adapters_count_before_and_after_they_are_merged(monkeypatch):

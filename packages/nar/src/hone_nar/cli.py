@@ -48,7 +48,9 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
     "extract": _verb(
         "extract:extract", "ExtractConfig", "Write codes of images in folders, to train on.", prepare="extract:prepare"
     ),
-    "train": _verb("finetune:train", "TrainConfig", "Train NAR or LlamaGen on codes.", prepare="finetune:prepare"),
+    "train": _verb(
+        "finetune:train", "TrainConfig", "Train NAR, LlamaGen or FlashAR on codes.", prepare="finetune:prepare"
+    ),
     "eval": _verb(
         "evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits.", prepare="evaluate:prepare"
     ),

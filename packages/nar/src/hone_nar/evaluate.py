@@ -69,9 +69,10 @@ def table(rows: Sequence[Row]) -> str:
     """Variants with their values, as text."""
     found = {(row.variant, row.metric): row for row in rows}
     names = list(dict.fromkeys(row.variant for row in rows))
-    lines = [f"{'':<12}{'bits/token':>11}{'accuracy':>10}{'distance':>10}{'passes':>8}{'ms/image':>10}"]
+    first = max(11, *map(len, names)) + 1
+    lines = [f"{'':<{first}}{'bits/token':>11}{'accuracy':>10}{'distance':>10}{'passes':>8}{'ms/image':>10}"]
     for name in names:
-        line = f"{name:<12}"
+        line = f"{name:<{first}}"
         for metric, width, form in (
             ("bits_per_token", 11, ".3f"), ("accuracy", 10, ".3f"), ("distance", 10, ".1f"), ("passes", 8, ".0f"),
             ("time_per_image", 10, ".2f"),
@@ -242,4 +243,5 @@ def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
             given = condition_of([label for _, label in items], reader, device)
             parts.append(model.nll(tokens, **given).cpu() / math.log(2))
             bar.update(len(items))
-    _bits_row(run, torch.cat(parts), "raster" if model.order.raster else "nar")
+    flash = isinstance(model, FlashARForImageGeneration)
+    _bits_row(run, torch.cat(parts), "flashar" if flash else "raster" if model.order.raster else "nar")

@@ -22,7 +22,7 @@ from .few import is_plain, run_few
 from .method import guide, mask_of
 from .transformer import Condition, NARTransformer, Pieces, slot_ids
 
-__all__ = ["Decoding", "GraphedDecoding", "generate", "graphed", "single_values"]
+__all__ = ["Decoding", "GraphedDecoding", "generate", "graphed"]
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -42,7 +42,7 @@ class _Parts:
         )
 
 
-def single_values(sampling: Sampling) -> tuple[float, float]:
+def _single_values(sampling: Sampling) -> tuple[float, float]:
     """Strength of guidance, and temperature.
 
     Raises:
@@ -108,7 +108,7 @@ class Decoding:
                 "the fused kernel averages heads, cuts by top_k and draws; leave fused out for a gate, greedy or top_p"
             )
         self.model, self.images, self.sampling, self.guided_tokens = model, images, sampling, guided_tokens
-        self.strength, self._temperature = single_values(sampling)
+        self.strength, self._temperature = _single_values(sampling)
         self.guided = self.strength != 1
         self.rows, device = images * (1 + self.guided), model.tok_embeddings.weight.device
         self._asked, self.kind = kind, model.mixing(kind)
