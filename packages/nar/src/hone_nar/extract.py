@@ -243,11 +243,11 @@ def extract(cfg: ExtractConfig, run: Run) -> ExtractReport:
         ValueError: The size is no multiple of the tokenizer's stride, or the grid is not of its tokens.
     """
     found = _find(cfg)
-    _check_listing(run, found)
     device = resolve_device(run.device)
     vae = _tokenizer(cfg)
     vae = vae.to(device, resolve_dtype(cfg.dtype, device)).eval()
     grid, encode = _encoder(cfg, vae, device)
+    _check_listing(run, found)
     images = 0
     with torch.no_grad(), progress_bar(sum(len(files) for _, files in found), desc="images", quiet=run.quiet) as bar:
         for number, (_, files) in enumerate(found):
