@@ -157,6 +157,28 @@ def test_configs_are_frozen_and_survive_json(package, with_config):
     assert checked >= 4 - len(NO_VERB_YET.get(package.name, ()))
 
 
+def trainings(package):
+    """The dataclasses that a training of the package reads, with something in place of required fields."""
+    for kind in vars(importlib.import_module(f"{package.module}.config")).values():
+        if dataclasses.is_dataclass(kind) and hasattr(kind, "log_every"):
+            missing = (dataclasses.MISSING, dataclasses.MISSING)
+            needed = [f.name for f in dataclasses.fields(kind) if (f.default, f.default_factory) == missing]
+            yield kind, dict.fromkeys(needed, 1)
+
+
+def test_trainings_refuse_before_work_what_none_runs_with(package):
+    looked_at = 0
+    for kind, needed in trainings(package):
+        for name in {"log_every", "batch", "lr", "adamw_lr", "warmup_steps"} & {
+            f.name for f in dataclasses.fields(kind)
+        }:
+            looked_at += 1
+            # Some batches are of two at least.
+            with pytest.raises(ValueError, match=rf"\b{name}\b.* must be (positive|at least)"):
+                kind(**needed | {name: 0})
+    assert looked_at >= 2
+
+
 def test_presets_say_where_they_come_from(package):
     presets = load(f"{package.module}.config:PRESETS")
     assert "tiny" in presets

@@ -23,7 +23,7 @@ SMALL = HostConfig(channels=(8, 8, 32), layers=1, candidates=8, refine_channels=
 def short():
     return TrainHostConfig(
         host=SMALL, steps=5, base_share=0.3, scenes=1, targets=1, graded=1, graded_targets=1, log_every=1,
-        checkpoint_seconds=-1.0,
+        checkpoint_seconds=0.0,
     )  # fmt: skip
 
 

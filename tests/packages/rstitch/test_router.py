@@ -179,7 +179,7 @@ def test_a_stopped_training_goes_on_exactly(packaged, start, monkeypatch, tmp_pa
         "".join(f'{{"question": "{100 + at}*{10 + at}", "answer": {(100 + at) * (10 + at)}}}\n' for at in range(30))
     )
     cfg = TrainRouterConfig(
-        steps=3, batch=2, rollouts=4, epochs=2, items=2, taus=(0.1,), width=8, log_every=1, checkpoint_seconds=-1.0,
+        steps=3, batch=2, rollouts=4, epochs=2, items=2, taus=(0.1,), width=8, log_every=1, checkpoint_seconds=0.0,
         sampling=SamplingConfig(max_new_tokens=6), **dict.fromkeys(("data", "held_out"), str(file)) if data else {},
     )  # fmt: skip
     # An untrained pair is never right: what is right here follows from the text.

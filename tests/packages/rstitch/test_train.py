@@ -15,7 +15,7 @@ SHORT = TrainHostConfig(
     batch=4,
     held_out=8,
     log_every=2,
-    checkpoint_seconds=-1.0,  # after each step
+    checkpoint_seconds=0.0,  # after each step
 )
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 SMALL = HostConfig(cells=2, layers=1, width=32, heads=2, heads_k=1, intermediate=32, vision_width=16)
 SHORT = TrainHostConfig(
-    host=SMALL, steps=6, batch=8, held_out=20, warmup_steps=2, log_every=2, checkpoint_seconds=-1.0  # after each step
+    host=SMALL, steps=6, batch=8, held_out=20, warmup_steps=2, log_every=2, checkpoint_seconds=0.0  # after each step
 )  # fmt: skip
 
 

@@ -248,12 +248,25 @@ def test_budgets(tmp_path, monkeypatch):
     counted.step = 2
     assert counted.spent() == 0.25
     assert counted.due()
-    check_budget(0, 5)
-    check_budget(0.1, None)
-    with pytest.raises(ValueError, match="minutes must be positive when steps is not given; got 0"):
-        check_budget(0, None)
-    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
-        check_budget(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"steps": None, "minutes": 0}, "minutes must be positive when steps is not given; got 0"),
+        ({"steps": None, "minutes": math.nan}, "minutes must be positive when steps is not given; got nan"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"log_every": 0}, "log_every must be at least 1; got 0"),
+        ({"checkpoint_seconds": -1.0}, "checkpoint_seconds must be at least 0; got -1.0"),
+        ({"lr": 0.0}, "lr must be positive; got 0.0"),
+        ({"lr": math.nan}, "lr must be positive; got nan"),
+    ],
+)
+def test_a_budget_has_a_step_and_logs(bad, message):
+    check_budget(Config(minutes=0, checkpoint_seconds=0), "lr")
+    check_budget(Config(steps=None, minutes=0.1), "lr")
+    with pytest.raises(ValueError, match=message):
+        check_budget(Config(**bad), "lr")
 
 
 @pytest.mark.parametrize("passed", [True, False])

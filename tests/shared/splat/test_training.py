@@ -138,7 +138,7 @@ def test_bad_settings_are_named():
     for changes, message in (
         ({"context": (1, 2)}, "2 <= context"),
         ({"gap": (4, 50)}, "context - 1 <= gap"),
-        ({"draws": 0}, "draws must be positive"),
+        ({"draws": 0}, "draws must be at least 1"),
         ({"flip": 2.0}, "flip must lie"),
         ({"clip": 0.0}, "clip must be positive"),
     ):

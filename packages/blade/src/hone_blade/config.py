@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hone_core.config import Dtype, Preset, flag
+from hone_core.config import Dtype, Preset, check_least, flag
 from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
 from hone_video.host_config import HostConfig, Solver
@@ -459,7 +459,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("the demo needs at least one prompt, such as 'a red 7 moving left, slow'")
-        _at_least_one(self, "limit")
+        check_least(self, 1, "limit")
         for prompt in self.prompts:
             parse_prompt(prompt)
 
@@ -602,7 +602,10 @@ class TrainHostConfig:
     """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(
+            self, "batch", "lr", "adamw_lr", "warmup_steps", "classifier_steps", "classifier_batch", "eval_clips"
+        )
+        check_least(self, 0, "weight_decay")
         if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1:
             raise ValueError(f"drop must be in [0, 1) and uniform in [0, 1]; got {self.drop} and {self.uniform}")
 
@@ -779,7 +782,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         known_preset(self.preset)
-        _at_least_one(self, "steps", "batch", "accumulate", "lora_rank", "eval_clips", "log_every")
+        check_budget(self, "batch", "accumulate", "lora_rank", "eval_clips", "lr", "fake_lr", "warmup_steps", "clip")
+        check_least(self, 0, "weight_decay")
         if not 0 <= self.dense_share <= 1:
             raise ValueError(f"dense_share must lie in [0, 1]; got {self.dense_share}")
         if self.batch % self.accumulate:
@@ -833,7 +837,7 @@ class EncodeConfig:
     """Never ask the hub, only its local cache."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "limit", "height", "width", "frames")
+        check_least(self, 1, "limit", "height", "width", "frames")
         if (self.prompt_file is None) == (self.image_folder is None):
             raise ValueError(
                 "give prompts: --prompt-file FILE, one a line, or for an image-to-video pipeline --image-folder "
@@ -911,7 +915,7 @@ class PipelineDistillConfig:
             raise ValueError(f"no objective {self.objective!r}; there are {', '.join(TDM_PRESETS)}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be positive, or 0 to train every weight; got {self.lora_rank}")
-        _at_least_one(self, "height", "width", "frames", "samples")
+        check_least(self, 1, "height", "width", "frames", "samples")
         if self.sample_every < 0:
             raise ValueError(f"sample_every must not be negative; got {self.sample_every}")
         if self.loop.micro_batch != 1:
@@ -942,7 +946,7 @@ class StudentsConfig:
     """Sparse attention: 0.1875 of all pairs on 1,024 tokens is a sparsity of 0.81, the paper's 0.80."""
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "updates", "train_batch", "lora_rank")
+        check_least(self, 1, "updates", "train_batch", "lora_rank")
 
     def run(self, attention: BladeConfig, seed: int, **changes: Any) -> DistillConfig:
         """The training of one student.
@@ -997,7 +1001,7 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         if not self.settings:
             raise ValueError("settings must name at least one comparison")
-        _at_least_one(self, "prompts", "seeds", "batch", "workers")
+        check_least(self, 1, "prompts", "seeds", "batch", "workers")
         if not 0 <= self.gate <= 1:
             raise ValueError(f"gate is a share in [0, 1]; got {self.gate}")
         if self.lora is not None and self.claim != "decomposition":
@@ -1088,7 +1092,7 @@ class GenerateConfig:
         known_preset(self.preset)
         if self.dense and (self.preset is not None or self.attention is not None):
             raise ValueError("dense leaves attention as it is; drop preset and attention, or dense")
-        _at_least_one(self, "limit", "steps", "height", "width", "frames", "fps")
+        check_least(self, 1, "limit", "steps", "height", "width", "frames", "fps")
         if self.guidance < 1:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
         if self.flow_shift is not None and (self.scheduler != "unipc" or self.flow_shift <= 0):
@@ -1160,7 +1164,7 @@ class InspectConfig:
             given += ["dtype"] * (self.dtype != "auto") + ["offload"] * self.offload
             if given:
                 raise ValueError(f"{' and '.join(given)}: for a pipeline; pass --model too")
-        _at_least_one(self, "steps", "height", "width", "frames")
+        check_least(self, 1, "steps", "height", "width", "frames")
         known_preset(self.preset)
         if self.model is None:
             parse_prompt(self.prompt)
@@ -1221,13 +1225,6 @@ def known_preset(name: str | None) -> None:
         raise ValueError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
 
 
-def _at_least_one(cfg: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-
-
 def _own_preset(model: str) -> str:
     """Attention settings that go with a model."""
     return "tiny" if model.startswith("tiny") else model
@@ -1276,8 +1273,8 @@ class BenchConfig:
         known_preset(self.preset)
         if not self.parts or not set(self.parts) <= set(get_args(Part)):
             raise ValueError(f"parts must name some of {', '.join(get_args(Part))}; got {self.parts}")
-        _at_least_one(
-            self, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps", "updates", "lora_rank"
+        check_least(
+            self, 1, "rounds", "forward_rounds", "steps", "few_steps", "repeats", "max_steps", "updates", "lora_rank"
         )
         if self.attention.mask == "pyramid":
             raise ValueError(

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hone_core.config import Dtype, Preset, flag
+from hone_core.config import Dtype, Preset, check_least, flag
 from hone_core.training import check_budget
 from hone_video.host_config import HostConfig as DenseHostConfig
 from hone_video.prompts import parse_prompt
@@ -356,7 +356,7 @@ class BenchConfig:
             )
         if self.model.startswith("tiny") and self.dtype not in ("auto", "float32"):
             raise ValueError(f"tiny models are float32; leave dtype out, got {self.dtype!r}")
-        _at_least_one(self, "layers", "rounds", "forward_rounds", "loop_steps")
+        check_least(self, 1, "layers", "rounds", "forward_rounds", "loop_steps")
 
     @property
     def schedule(self) -> str:
@@ -378,13 +378,6 @@ class BenchConfig:
 def _check_shift(shift: float | None) -> None:
     if shift is not None and not 0 < shift < float("inf"):
         raise ValueError(f"flow_shift must be a positive number, 1 for none; got {shift}")
-
-
-def _at_least_one(cfg: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
 
 
 PROMPTS = (
@@ -437,7 +430,7 @@ class VideoConfig:
     def __post_init__(self) -> None:
         if any(not prompt.strip() for prompt in self.prompts):
             raise ValueError("a prompt must not be empty")
-        _at_least_one(self, "steps", "height", "width", "frames")
+        check_least(self, 1, "steps", "height", "width", "frames")
         if self.guidance < 1:
             raise ValueError(f"guidance must be at least 1, which is none; got {self.guidance}")
         _check_shift(self.flow_shift)
@@ -484,7 +477,7 @@ class GenerateConfig:
             raise ValueError("give one of preset, schedule and dense")
         if self.preset is not None:
             _known_preset(self.preset)
-        _at_least_one(self, "fps")
+        check_least(self, 1, "fps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -522,7 +515,7 @@ class CalibrateConfig:
             raise ValueError(f"budget is a mean density in (0, 1]; got {self.budget}")
         if not self.scales or not set(self.scales) <= set(get_args(Scales)):
             raise ValueError(f"scales must name some of {get_args(Scales)}; got {self.scales}")
-        _at_least_one(self, "regimes")
+        check_least(self, 1, "regimes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -550,7 +543,7 @@ class DemoConfig:
         for prompt in self.prompts:
             parse_prompt(prompt)
         _one_attention(self.preset, self.tuned)
-        _at_least_one(self, "limit", "steps")
+        check_least(self, 1, "limit", "steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -586,7 +579,7 @@ class EvalConfig:
         self.vbench.check(self.protocol)
         if self.preset is not None:
             _known_preset(self.preset)
-        _at_least_one(self, "prompts", "batch", "steps")
+        check_least(self, 1, "prompts", "batch", "steps")
         if self.protocol == "vbench":
             if self.host is not None:
                 raise ValueError("host is the tiny one of protocol clips; VBench takes a pipeline, --model FOLDER")
@@ -663,13 +656,11 @@ class TrainHostConfig:
     """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "batch", "lr", "warmup_steps", "eval_clips")
         _known_preset(self.preset)
-        _at_least_one(self, "batch", "warmup_steps", "eval_clips", "log_every")
         if self.loss not in get_args(Loss):
             raise ValueError(f"loss must be one of {get_args(Loss)}; got {self.loss!r}")
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(f"lr must be positive and weight_decay not negative; got {self.lr}, {self.weight_decay}")
+        check_least(self, 0, "weight_decay")
         if not 0 <= self.drop < 1 or not 0 <= self.uniform <= 1 or not 0 <= self.ema < 1:
             raise ValueError(
                 f"drop and ema must be in [0, 1) and uniform in [0, 1]; got {self.drop}, {self.ema} and {self.uniform}"
@@ -835,7 +826,7 @@ class ReproduceConfig:
     def __post_init__(self) -> None:
         _known_preset(self.preset)
         _known_preset(self.schedule_preset)
-        _at_least_one(self, "prompts", "seeds", "train_steps", "train_batch", "batch", "workers")
+        check_least(self, 1, "prompts", "seeds", "train_steps", "train_batch", "batch", "workers")
         unknown = set(self.arms) - set(ARMS)
         if unknown:
             raise ValueError(f"no arm {', '.join(sorted(unknown))}; the arms are {', '.join(ARMS)}")

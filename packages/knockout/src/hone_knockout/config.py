@@ -7,7 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
-from hone_core.config import Dtype, Preset, flag
+from hone_core.config import Dtype, Preset, check_least, flag
 from hone_core.training import check_budget
 
 from .flops import WORKLOADS
@@ -329,7 +329,8 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "batch", "lr", "adamw_lr", "warmup_steps", "eval_every", "eval_clips")
+        check_least(self, 0, "weight_decay", "aux")
         if not 0 < self.decay < 1 or not 0 <= self.aux_until <= 1 or not 0 < self.aux_fade <= 1:
             raise ValueError(
                 f"decay, aux_until and aux_fade are shares; got {self.decay}, {self.aux_until} and {self.aux_fade}"

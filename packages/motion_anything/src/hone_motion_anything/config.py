@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, Preset, flag
+from hone_core.config import Dtype, Preset, check_least, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -276,7 +276,7 @@ class TrainHostConfig:
     """Motions that the grades are over."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "tokenizer_lr", "lr")
         if min(self.tokenizer_share, self.evaluator_share) <= 0 or self.tokenizer_share + self.evaluator_share >= 1:
             raise ValueError(
                 "tokenizer_share and evaluator_share must be positive and leave the transformer some; got "
@@ -338,6 +338,9 @@ class ArmConfig:
     """Steps between two logged ones."""
     checkpoint_seconds: float = 60.0
     """Least time between two checkpoints, from which a stopped run goes on."""
+
+    def __post_init__(self) -> None:
+        check_budget(self, "batch", "lr")
 
 
 ARMS = ("attention", "random", "events", "cosine")
@@ -590,10 +593,9 @@ class TrainConfig:
     """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "batch", "lr", "warmup_steps")
+        check_least(self, 0, "weight_decay")
         if self.stage == "transformer" and (self.tokenizer is None or self.text_encoder is None):
             raise ValueError("the transformer needs --tokenizer, made by --stage tokenizer, and --text-encoder")
-        if min(self.batch, self.warmup_steps) < 1:
-            raise ValueError(f"batch and warmup_steps must be at least 1; got {self.batch} and {self.warmup_steps}")
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop is a share in [0, 1]; got {self.drop}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, Preset, flag
+from hone_core.config import Dtype, Preset, check_least, flag
 from hone_core.training import check_budget
 from hone_video.training_config import LoopConfig
 
@@ -62,12 +62,6 @@ class HostConfig:
             raise ValueError(f"data must be digits or shapes; got {self.data!r}")
 
 
-def _check_least(config: object, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainHostConfig:
     """Training of the tiny host: NAR and the raster model in turns, as many steps each."""
@@ -100,7 +94,7 @@ class TrainHostConfig:
     """Drawn images that the grades are over."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "batch", "lr")
         HostConfig(data=self.data)
         if self.steps is not None and self.steps < 2:
             raise ValueError(f"steps are of two models; got {self.steps}")
@@ -108,8 +102,7 @@ class TrainHostConfig:
             raise ValueError(
                 f"drop, dropout and ema are shares in [0, 1); got {self.drop}, {self.dropout} and {self.ema}"
             )
-        _check_least(self, 1, "batch")
-        _check_least(self, 20, "eval_images")
+        check_least(self, 20, "eval_images")
 
 
 def _release_loop() -> LoopConfig:
@@ -191,7 +184,7 @@ class TrainConfig:
             raise ValueError(f"milestones are shares of the training in (0, 1); got {self.milestones}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype must be auto, bfloat16 or float32; got {self.dtype!r}")
-        _check_least(self, 1, "classes", "codebook")
+        check_least(self, 1, "classes", "codebook")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +217,7 @@ class ExtractConfig:
             raise ValueError(f"crops must be ten or center; got {self.crops!r}")
         if self.kind not in ("classes", "texts", "clips"):
             raise ValueError(f"kind must be classes, texts or clips; got {self.kind!r}")
-        _check_least(self, 1, "size", "shard")
+        check_least(self, 1, "size", "shard")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,7 +236,7 @@ class DemoConfig:
     """Of the first image."""
 
     def __post_init__(self) -> None:
-        _check_least(self, 1, "limit")
+        check_least(self, 1, "limit")
         HostConfig(data=self.data)
         if self.host is not None and self.data != "digits":
             raise ValueError("--data chooses among the packaged hosts; leave it out with --host")
@@ -293,9 +286,9 @@ class EvalConfig:
     """geneval: folder of its Mask2Former."""
 
     def __post_init__(self) -> None:
-        _check_least(self, 1, "batch")
+        check_least(self, 1, "batch")
         if self.limit is not None:
-            _check_least(self, 20 if self.protocol == "host" else 1, "limit")
+            check_least(self, 20 if self.protocol == "host" else 1, "limit")
         if self.protocol not in ("host", "imagenet", "ucf", "geneval"):
             raise ValueError(f"protocol must be host, imagenet, ucf or geneval; got {self.protocol!r}")
         others = ("reference", "detector", "prompts", "scorer", "weights")
@@ -360,7 +353,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if bool(self.classes) == bool(self.prompts):
             raise ValueError("give classes or prompts, and not both")
-        _check_least(self, 1, "batch", "fps")
+        check_least(self, 1, "batch", "fps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,8 +395,8 @@ class BenchConfig:
             raise ValueError(f"expected models and batches of at least 1; got {self.models} and {self.batches}")
         if not self.modes or not set(self.modes) <= {"eager", "graphs", "compiled", "fused", "few"}:
             raise ValueError(f"modes must be of eager, graphs, compiled, fused and few; got {self.modes}")
-        _check_least(self, 1, "rounds")
-        _check_least(self, 0, "warmup")
+        check_least(self, 1, "rounds")
+        check_least(self, 0, "warmup")
         if self.bandwidth is not None and self.bandwidth <= 0:
             raise ValueError(f"bandwidth must be positive; got {self.bandwidth}")
 
@@ -433,5 +426,5 @@ class ReproduceConfig:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds must be different and at least one; got {self.seeds}")
         HostConfig(data=self.data)
-        _check_least(self, 1, "steps", "batch")
-        _check_least(self, 20, "limit")
+        check_least(self, 1, "steps", "batch")
+        check_least(self, 20, "limit")

@@ -173,7 +173,7 @@ class TrainHostConfig:
     """Of weights and rooms."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "scenes", "targets", "graded", "lr", "fine_tune_lr", "warmup_steps")
         if not 0 < self.base_share < 1:
             raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
         if self.base_depth < 0:
@@ -185,8 +185,8 @@ class TrainHostConfig:
             )
         if not 2 <= self.gap[0] <= self.gap[1] < 50:
             raise ValueError(f"expected 2 <= gap < 50; got {self.gap}")
-        if min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1 or not 1 <= self.graded_targets <= 13:
-            raise ValueError("scenes, targets, graded and warmup_steps must be positive, graded_targets 1 to 13")
+        if not 1 <= self.graded_targets <= 13:
+            raise ValueError(f"graded_targets must lie in 1 to 13; got {self.graded_targets}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from hone_core.config import Dtype, Preset, flag
+from hone_core.config import Dtype, Preset, check_least, flag
+from hone_core.training import check_budget
 
 __all__ = [
     "LARGE",
@@ -231,8 +232,8 @@ class TrainHostConfig:
     """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        if min(self.small_steps, self.large_steps, self.verbose_steps, self.batch, self.held_out) < 1:
-            raise ValueError("steps, batch and held_out must be at least 1")
+        stages = ("small_steps", "large_steps", "verbose_steps")
+        check_budget(self, *stages, "batch", "lr", "adamw_lr", "warmup_steps", "held_out")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share; got {self.decay}")
 
@@ -659,10 +660,11 @@ class TrainRouterConfig:
     def __post_init__(self) -> None:
         _check_taus(self.taus)
         _check_weights(self.models)
-        if min(self.steps, self.batch, self.epochs, self.width, self.log_every) < 1 or self.rollouts < 2:
-            raise ValueError("steps, batch, epochs, width and log_every must be at least 1, rollouts at least 2")
-        if self.lr <= 0 or self.price < 0 or not 0 < self.clip_low < 1 or self.clip_high <= 0 or self.items < 2:
-            raise ValueError("expected lr > 0, price >= 0, 0 < clip_low < 1, clip_high > 0 and items >= 2")
+        check_budget(self, "batch", "epochs", "width", "lr", "clip_high")
+        check_least(self, 0, "price")
+        check_least(self, 2, "rollouts", "items")
+        if not 0 < self.clip_low < 1:
+            raise ValueError(f"clip_low must lie in (0, 1); got {self.clip_low}")
         if self.stitch.policy != "router":
             raise ValueError(f"the router is asked by policy 'router'; got {self.stitch.policy!r}")
         if (self.data is None) != (self.held_out is None):

@@ -217,7 +217,7 @@ class TrainHostConfig:
     """Images that the grades are over."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "batch", "tokenizer_lr", "lr", "eval_images")
         if not 0 < self.tokenizer_share + self.grader_share < 1 or min(self.tokenizer_share, self.grader_share) <= 0:
             raise ValueError(
                 "tokenizer_share and grader_share must be positive and leave the transformer some; got "

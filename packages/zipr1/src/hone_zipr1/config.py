@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from hone_core.config import Dtype, Preset, flag
+from hone_core.config import Dtype, Preset, check_least, flag
 from hone_core.training import check_budget
 
 __all__ = [
@@ -219,15 +219,11 @@ class TrainHostConfig:
     """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "lr", "adamw_lr", "warmup_steps")
         if min(self.batch, self.held_out) < 2:
             raise ValueError(f"batch and held_out must be at least 2; got {self.batch} and {self.held_out}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share of the budget in (0, 1]; got {self.decay}")
-        if min(self.warmup_steps, self.log_every) < 1:
-            raise ValueError(
-                f"warmup_steps and log_every must be at least 1; got {self.warmup_steps} and {self.log_every}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,7 +337,7 @@ class TrainConfig:
     """Least time between two checkpoints, from which a stopped run goes on."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "frames", "max_new_tokens")
         if (self.model is None) != (self.data is None):
             raise ValueError("a model needs --data with questions; the tiny host (no --model) makes its own")
         if self.model is None and (self.lora_rank or self.shard or self.dtype != "auto"):
@@ -350,11 +346,7 @@ class TrainConfig:
             raise ValueError(
                 "a captured step does not fetch the weights of other processes; leave shard or captured out"
             )
-        if self.lora_rank < 0 or min(self.frames, self.max_new_tokens, self.log_every) < 1:
-            raise ValueError(
-                "lora_rank must not be negative; frames, max_new_tokens and log_every must be positive; got "
-                f"{self.lora_rank}, {self.frames}, {self.max_new_tokens} and {self.log_every}"
-            )
+        check_least(self, 0, "lora_rank")
         if self.sparse.policy in BY_RATIO or self.sparse.p != SparseConfig().p:
             raise ValueError(f"thresholds are those of --ps, one per rollout; got {self.sparse.label}")
 
@@ -379,6 +371,9 @@ class ArmConfig:
     """Steps between two logged ones."""
     checkpoint_seconds: float = 20.0
     """Least time between two checkpoints, from which a stopped run goes on."""
+
+    def __post_init__(self) -> None:
+        check_budget(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -179,17 +179,12 @@ class TrainHostConfig:
     """Of weights and rooms."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "scenes", "targets", "graded", "lr", "warmup_steps")
         if not 0 < self.base_share < 1:
             raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
         anchors = self.host.zpressor.anchors
         if not anchors <= self.context or not self.context <= self.gap[0] <= self.gap[1] <= 50:
             raise ValueError(f"expected anchors <= context <= gap <= 50; got {anchors}, {self.context} and {self.gap}")
-        if min(self.scenes, self.targets, self.graded, self.warmup_steps) < 1:
-            raise ValueError(
-                f"scenes, targets, graded and warmup_steps must be positive; got {self.scenes}, {self.targets}, "
-                f"{self.graded} and {self.warmup_steps}"
-            )
         if self.context + self.targets > self.gap[1]:
             raise ValueError(
                 f"expected context and targets to fit into the largest gap, {self.gap[1]} frames; got {self.context} "

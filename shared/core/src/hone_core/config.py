@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["Dtype", "Preset", "decode", "encode", "flag", "from_dict", "known_fields", "load_config", "read_config"]
-__all__ += ["to_dict"]
+__all__ = ["Dtype", "Preset", "check_least", "decode", "encode", "flag", "from_dict", "known_fields", "load_config"]
+__all__ += ["read_config", "to_dict"]
 
 T = TypeVar("T")
 
@@ -71,6 +71,23 @@ def flag(
             ``config.json``, so that the command is the same with another value.
     """
     return {FLAG: FlagOptions(name=name, hidden=hidden, instead_of=instead_of, stored=stored)}
+
+
+def check_least(config: Any, least: int, *names: str) -> None:
+    """Refuse numbers below a bound; for the ``__post_init__`` of a config.
+
+    Args:
+        config: Whose fields are looked at.
+        least: Bound, itself allowed.
+        names: Of the fields; one that is None passes.
+
+    Raises:
+        ValueError: A field is below it, or no number (NaN).
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

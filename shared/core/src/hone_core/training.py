@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from hone_core.config import to_dict
+from hone_core.config import check_least, to_dict
 from hone_core.environment import environment
 from hone_core.errors import CheckpointError
 from hone_core.hosts import HostFacts, read_facts, write_facts
@@ -88,20 +88,23 @@ class LogFile:
         drop_lines_after(self.path, step)
 
 
-def check_budget(minutes: float, steps: int | None) -> None:
-    """Refuse a budget without a step; for the ``__post_init__`` of a training config.
+def check_budget(config: Budgeted, *positive: str) -> None:
+    """Refuse a budget without a step, and what no training runs with; for the ``__post_init__`` of its config.
 
     Args:
-        minutes: Wall clock of the training itself, compilation included, where ``steps`` is None.
-        steps: Optimiser steps: reproducible, where minutes are not.
+        config: Of the training; of ``minutes`` and ``steps``, the one that holds is looked at.
+        positive: Other fields of it that must be above 0, such as ``batch`` and ``lr``.
 
     Raises:
-        ValueError: The one that holds is not positive.
+        ValueError: A value is out of its range.
     """
-    if steps is None and minutes <= 0:
-        raise ValueError(f"minutes must be positive when steps is not given; got {minutes}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+    if config.steps is None and not config.minutes > 0:
+        raise ValueError(f"minutes must be positive when steps is not given; got {config.minutes}")
+    check_least(config, 1, "steps", "log_every")
+    check_least(config, 0, "checkpoint_seconds")
+    for name in positive:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive; got {getattr(config, name)}")
 
 
 class Training:

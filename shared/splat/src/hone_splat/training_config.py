@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone_core.config import flag
+from hone_core.config import check_least, flag
 from hone_core.training import check_budget
 
 from .ranges import HOSTS
@@ -66,17 +66,15 @@ class FitConfig:
     """Of the order of scenes and of their views."""
 
     def __post_init__(self) -> None:
-        check_budget(self.minutes, self.steps)
+        check_budget(self, "targets", "lr", "lr_pretrained", "clip")
+        check_least(self, 1, "draws")
+        check_least(self, 0, "weight_decay", "lpips")
         if self.model not in HOSTS:
             raise ValueError(f"no host {self.model!r}; there are {', '.join(HOSTS)}")
         if self.model == "tiny" and self.start is not None:
             raise ValueError("the tiny host has no checkpoint to begin with here: leave --start out")
         if not 2 <= self.context[0] <= self.context[1] or not self.context[1] - 1 <= self.gap[0] <= self.gap[1]:
             raise ValueError(f"expected 2 <= context, and context - 1 <= gap; got {self.context} and {self.gap}")
-        if self.targets < 1 or (self.draws is not None and self.draws < 1):
-            raise ValueError(f"targets and draws must be positive; got {self.targets} and {self.draws}")
-        if min(self.lr, self.lr_pretrained, self.clip) <= 0 or min(self.weight_decay, self.lpips) < 0:
-            raise ValueError("lr, lr_pretrained and clip must be positive, weight_decay and lpips at least 0")
         if not 0 <= self.flip <= 1 or not 0 < self.rise < 1:
             raise ValueError(f"flip must lie in [0, 1], rise in (0, 1); got {self.flip} and {self.rise}")
         if self.lpips and self.vgg is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from hone_core.config import check_least
+
 __all__ = ["DataConfig", "LoopConfig", "LoraTargets"]
 
 LoraTargets = Literal["attention", "all"]
@@ -43,9 +45,7 @@ class LoopConfig:
     """Also log for TensorBoard (extra train), into the run's folder."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "warmup_steps", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_least(self, 1, "steps", "batch", "micro_batch", "warmup_steps", "log_every", "checkpoint_every")
         if self.batch % self.micro_batch:
             raise ValueError(f"batch must be a multiple of micro_batch; got {self.batch} and {self.micro_batch}")
         if self.lr <= 0 or self.clip <= 0 or self.weight_decay < 0:
