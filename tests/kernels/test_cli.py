@@ -2,7 +2,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,12 +17,6 @@ from hone_core.testing import requires_gpu
 from hone_kernels import cli
 from hone_kernels.config import BenchConfig, SpillsConfig
 from hone_kernels.rows import table
-
-
-@pytest.fixture(autouse=True)
-def _handlers(monkeypatch):
-    """Commands set up logging; what they set ends with the test."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", list(logging.getLogger().handlers))
 
 
 def rows(variant, density, ms, error=None):

@@ -1,5 +1,4 @@
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -16,15 +15,6 @@ from hone_knockout.data import generated_items
 from hone_knockout.sources import source_of_run
 
 ASK = ["generate", "--model", "M", "--ask", "?"]
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Each command puts a handler on the stderr of its test, which is closed after it."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = before, level
 
 
 def run(capsys, *argv):

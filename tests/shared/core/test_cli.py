@@ -78,16 +78,6 @@ VERBS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.getLogger("hone_core").setLevel(logging.NOTSET)
-
-
 @pytest.fixture
 def call(capsys):
     def run(*argv):
@@ -154,6 +144,14 @@ def test_own_quiet_flag_is_passed_on(call):
 
 def test_logs_go_to_stderr(call):
     assert "INFO hone_core: at work" in call("demo")[2]
+
+
+@pytest.mark.parametrize("fail", ["", "value"])
+def test_logging_is_as_it_was_once_a_verb_has_run(call, fail):
+    loggers = [logging.getLogger(), logging.getLogger("hone_core")]
+    before = [(one.handlers[:], one.level) for one in loggers]
+    assert call("demo", "--verbose", *(["--fail", fail] if fail else []))[0] == (1 if fail else 0)
+    assert [(one.handlers, one.level) for one in loggers] == before
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ A package's ``cli.py`` is a table of verbs and one call of ``run_cli``. The flag
 config; nothing but the config's module is imported for ``--help``, which takes well under a second.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -16,7 +17,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -157,8 +158,9 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
     try:
         fn = _function_of(prog, verb, args)
         call, common = tyro.cli(_with_common_flags(fn), args=_gather_repeats(fn, args), prog=prog)
-        _set_up_logging(quiet=common["quiet"] or not Processes.of_launcher().main, verbose=common["verbose"])
-        _print_result(call(), as_json=common["json"])
+        with _logs(quiet=common["quiet"] or not Processes.of_launcher().main, verbose=common["verbose"]):
+            result = call()
+        _print_result(result, as_json=common["json"])
         return OK
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -516,8 +518,9 @@ def _inline(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """One handler on stderr; debug lines of our own packages only, not of every library."""
+@contextlib.contextmanager
+def _logs(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """One handler on stderr while a verb runs; debug lines of our own packages only, not of every library."""
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.console import Console
@@ -528,8 +531,16 @@ def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
+    ours = [logging.getLogger(name) for name in sys.modules if name.startswith("hone_") and "." not in name]
+    handlers, levels = root.handlers, {one: one.level for one in [root, *ours]}
     root.handlers = [handler]
     root.setLevel(logging.WARNING if quiet else logging.INFO)
-    if verbose:
-        for package in [name for name in sys.modules if name.startswith("hone_") and "." not in name]:
-            logging.getLogger(package).setLevel(logging.DEBUG)
+    for package in ours if verbose else ():
+        package.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        # Of a program that calls verbs, later lines are not for the stream of this one, which may be closed by then.
+        root.handlers = handlers
+        for one, level in levels.items():
+            one.setLevel(level)
