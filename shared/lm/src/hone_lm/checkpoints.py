@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .decoders import SOFTMAX_LAYERS
+from .decoders import check_attention
 
 __all__ = ["find_licence", "load_model", "read_config"]
 
@@ -44,12 +44,7 @@ def read_config(path: str) -> Any:
             f"{path} is a {found.model_type} model without visual tokens; expected a video language model such as "
             "llava-hf/llava-onevision-qwen2-7b-ov-hf"
         )
-    other = sorted(set(getattr(found.get_text_config(), "layer_types", None) or ()) - set(SOFTMAX_LAYERS))
-    if other:
-        raise ValueError(
-            f"{path} has a hybrid decoder ({', '.join(other)}): a recurrent layer has no attention to change, "
-            "and video would flow through it. Use a decoder of attention layers only."
-        )
+    check_attention(found.get_text_config(), path)
     return found
 
 

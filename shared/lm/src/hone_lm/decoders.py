@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Decoder", "cache_keyword", "cache_of", "deepstack_layers", "find_decoder"]
+__all__ = ["Decoder", "cache_keyword", "cache_of", "check_attention", "deepstack_layers", "find_decoder"]
 
 _CACHE_NAMES = ("cache", "past_key_values")  # of newer and of older forwards
 
@@ -63,18 +63,33 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"{type(model).__name__} has no decoder with layers; expected a transformers vision-language model such as "
             "LlavaOnevisionForConditionalGeneration"
         )
-    config = decoder.config
-    types = list(getattr(config, "layer_types", None) or [])
-    other = sorted({kind for kind in types if kind not in SOFTMAX_LAYERS})
-    without = [index for index, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
-    if other or without:
-        found = ", ".join(other) or f"layers {without} without self_attn"
-        raise ValueError(
-            f"{type(decoder).__name__} is a hybrid decoder ({found}): a recurrent layer has no attention to "
-            "change, and video would flow through it. Use a decoder of attention layers only."
-        )
+    check_attention(
+        decoder.config,
+        type(decoder).__name__,
+        [index for index, layer in enumerate(layers) if not hasattr(layer, "self_attn")],
+    )
     head = getattr(model, "lm_head", None)
-    return Decoder(decoder, layers, config, head, deepstack_layers(getattr(model, "config", None)))
+    return Decoder(decoder, layers, decoder.config, head, deepstack_layers(getattr(model, "config", None)))
+
+
+def check_attention(config: Any, whose: str, without: Sequence[int] = ()) -> None:
+    """Refuse a hybrid decoder.
+
+    Args:
+        config: Of the decoder.
+        whose: What the message calls it.
+        without: Layers that are known to have no attention.
+
+    Raises:
+        ValueError: A layer is not softmax attention.
+    """
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(SOFTMAX_LAYERS))
+    if other or without:
+        found = ", ".join(other) or f"layers {list(without)} without self_attn"
+        raise ValueError(
+            f"{whose} has a hybrid decoder ({found}): a recurrent layer has no attention to change, and video would "
+            "flow through it. Use a decoder of attention layers only."
+        )
 
 
 def deepstack_layers(config: Any) -> int:
