@@ -52,6 +52,17 @@ def test_photographs_become_chunks_that_give_the_same_views(tmp_path, start):
     assert str(ConvertReport.of(run)) == str(report)
 
 
+def test_a_scale_that_is_guessed_is_said_before_work(tmp_path, caplog):
+    folders = [capturefiles.write_colmap(tmp_path / name, binary=False, views=8) for name in ("one", "two")]
+    cfg = ConvertConfig(captures=tuple(folders), model="tiny", context=4, targets=2)
+    prepare(cfg)
+    assert not caplog.records
+    (folders[1] / "sparse/0/points3D.txt").unlink()
+    prepare(cfg)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "two has no sparse points: its scale is guessed" in caplog.text
+
+
 def test_scenes_that_do_not_go_are_named(tmp_path):
     folder = capturefiles.write_colmap(tmp_path / "one", binary=True, views=8)
     with pytest.raises(ValueError, match="name folders of COLMAP models"):

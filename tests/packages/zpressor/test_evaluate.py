@@ -46,8 +46,10 @@ def test_scenes_are_graded_once_and_as_by_hand(chunks, stored, start, monkeypatc
     found = {row.metric: row for row in report.rows}
     assert found["psnr"].n == 2
     assert found["gaussians"].value == 2 * 32 * 32
-    half = 1.96 * found["psnr"].spread / 2**0.5
-    assert found["psnr"].interval == pytest.approx((found["psnr"].value - half, found["psnr"].value + half))
+    scenes = json.loads((run.artifacts / "scenes.json").read_text("utf-8"))
+    low, high = sorted(scene["psnr"] for scene in scenes.values())
+    assert found["psnr"].spread == pytest.approx((high - low) / 2**0.5)  # over n - 1
+    assert found["psnr"].interval == pytest.approx((low, high))
     context = graded_rooms([0, 1], 8, 1, 32).context
     tiny = with_settings(load_host("zpressor", path=cfg.checkpoint), anchors=2)
     given, asked = (context.take(torch.tensor([rows, rows])) for rows in ([0, 2, 3, 5, 7], [1, 4]))

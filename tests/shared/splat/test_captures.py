@@ -170,6 +170,29 @@ def test_bad_colmap_models_are_named(tmp_path):
     assert len(read_colmap(odd)) == 6
 
 
+def test_lines_of_images_go_by_two_whatever_is_empty(tmp_path):
+    folder = capturefiles.write_colmap(tmp_path, binary=False)
+    path = folder / "sparse/0/images.txt"
+    whole = path.read_text()
+    want = read_colmap(folder)
+    lines = whole.splitlines()
+    assert "" in lines  # a picture without points
+    path.write_text("# a comment\n\n" + whole.replace("\n", "\n\n", 1) + "\n\n")
+    again = read_colmap(folder)
+    assert again.images == want.images
+    assert torch.equal(again.cam_to_world, want.cam_to_world)
+    path.write_text("\n".join(line for line in lines if line))
+    with pytest.raises(ValueError, match=r"images\.txt: expected a line of X Y POINT3D_ID for the points of 005\.png"):
+        read_colmap(folder)
+
+
+def test_points_that_are_named_and_missing_are_said(tmp_path):
+    path = capturefiles.write_transforms(tmp_path)
+    (tmp_path / "sparse.ply").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names 'sparse\.ply' as its points .*delete the entry"):
+        read_transforms(path)
+
+
 def test_what_image_undistorter_leaves_is_read(tmp_path):
     folder = capturefiles.write_colmap(tmp_path / "a", binary=True)
     (folder / "sparse" / "0").rename(folder / "0")

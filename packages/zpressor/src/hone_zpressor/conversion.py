@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from .anchors import farthest_points
 from .config import ConvertConfig
 
 __all__ = ["ConvertReport", "convert", "evaluation_views", "prepare"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def _read(cfg: ConvertConfig) -> Iterator[tuple[str, Capture]]:
 
 
 def prepare(cfg: ConvertConfig) -> ConvertConfig:
-    """Read the cameras of every scene before anything is written.
+    """Read the cameras of every scene before anything is written, and say whose scale is guessed.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -86,13 +89,20 @@ def prepare(cfg: ConvertConfig) -> ConvertConfig:
     """
     if not cfg.captures:
         raise ValueError("name folders of COLMAP models or transforms.json files: --captures PATH ...")
-    names = []
+    names, limits = [], HOSTS[cfg.model]
     for name, capture in _read(cfg):
         try:
             evaluation_views(capture.cam_to_world, cfg.context, cfg.targets, cfg.frames)
+            guessed = fit_range(capture, limits.near, limits.far).guessed
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         names.append(name)
+        if guessed:
+            log.warning(
+                "%s has no sparse points: its scale is guessed from where the cameras look. A COLMAP model with points "
+                "would fix it",
+                name,
+            )
     if len({*names}) < len(names):
         raise ValueError(f"two scenes have one name; scenes are called by their folders: {', '.join(names)}")
     return cfg

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
+from hone_core.statistics import bootstrap_interval
 from hone_splat.chunks import ChunkSet, read_evaluation_index
 from hone_splat.metrics import Lpips, psnr, ssim
 from hone_splat.ranges import HOSTS
@@ -97,11 +97,11 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         graded.append(("lpips", "", "lower"))
     for metric, unit, better in graded:
         values = torch.tensor([done[key][metric] for key in index], dtype=torch.float64)
-        spread = float(values.std(correction=0))
-        half = 1.96 * spread / math.sqrt(len(values))
-        mean = float(values.mean())
-        run.row(metric, mean, unit=unit, better=better, n=len(values), spread=spread, variant=cfg.arm,
-                interval=(mean - half, mean + half))  # fmt: skip
+        several = len(values) > 1  # one scene says nothing of others
+        run.row(
+            metric, float(values.mean()), unit=unit, better=better, n=len(values), variant=cfg.arm,
+            spread=float(values.std()) if several else None, interval=bootstrap_interval(values) if several else None,
+        )  # fmt: skip
     counts = torch.tensor([float(done[key]["gaussians"]) for key in index])
     run.row("gaussians", float(counts.mean()), better="lower", n=len(index), variant=cfg.arm)
     return EvalReport.of(run)

@@ -145,7 +145,7 @@ def prepare(cfg: Any) -> Any:
 
 def warn_of_guess(scene: SceneRange) -> None:
     """Say where depths were guessed, which the splat depends on."""
-    if "guess" in scene.source:
+    if scene.guessed:
         log.warning("depths are %s", scene.source)
 
 
@@ -205,7 +205,7 @@ def examine(capture: Capture, scene: SceneRange, cfg: DoctorConfig) -> tuple[dic
         "overlap_with_best_neighbour": (float(best.mean()), ""),
         "least_overlap": (float(best.min()), ""),
     }
-    warnings = [f"depths are {scene.source}"] if "guess" in scene.source else []
+    warnings = [f"depths are {scene.source}"] if scene.guessed else []
     if scene.scale * scene.depths[2] > host.far:
         warnings.append(
             f"depth: the 95th percentile is {scene.scale * scene.depths[2]:.3g} in the host's units, beyond the "

@@ -105,6 +105,11 @@ class SceneRange:
     depths: tuple[float, float, float]
     source: str
 
+    @property
+    def guessed(self) -> bool:
+        """Whether depths are only those of where the cameras look."""
+        return self.source.startswith("where the cameras look")
+
 
 # COLMAP ---------------------------------------------------------------------------------------------------------------
 
@@ -270,11 +275,21 @@ def _cameras_txt(path: Path) -> dict[int, Camera]:
 
 def _images_txt(path: Path) -> list[Pose]:
     poses: list[Pose] = []
-    # Each picture has two lines, the second of which lists its points and may be empty.
-    for line in list(_lines(path))[::2]:
+    lines = iter(path.read_text("utf-8").splitlines())
+    for line in lines:
+        if line.startswith("#") or not line.strip():
+            continue
         words = line.split(maxsplit=9)
         if len(words) != 10:
             raise ValueError(f"{path}: expected IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME; got {line!r}")
+        # The next line lists the picture's points, and is empty where it has none.
+        seen = next(lines, "").split()
+        if len(seen) % 3 or not all(word.lstrip("-").isdecimal() for word in seen[2::3]):
+            raise ValueError(
+                f"{path}: expected a line of X Y POINT3D_ID for the points of {words[9].strip()}, empty where it has "
+                f"none; got {' '.join(seen)[:80]!r}. Where empty lines were taken out, write the model again by colmap "
+                "model_converter --output_type TXT"
+            )
         values = tuple(map(float, words[1:8]))
         poses.append((words[9].strip(), values[:4], values[4:], int(words[8])))
     return poses
@@ -295,7 +310,7 @@ def read_transforms(path: str | Path) -> Capture:
         path: The file, or its folder.
 
     Raises:
-        FileNotFoundError: The file or a picture is missing.
+        FileNotFoundError: The file, a picture or the points that it names are missing.
         ValueError: It is no such file, or a camera is distorted, without intrinsics or impossible.
     """
     path = Path(path)
@@ -319,9 +334,20 @@ def read_transforms(path: str | Path) -> Capture:
     ]
     matrices = [_matrix_of(frame, path) for frame in frames]
     poses = opengl_to_opencv(torch.tensor(np.array(matrices)).view(-1, 4, 4))
+    return _capture(names, path.parent, poses, inner, _named_points(data, path))
+
+
+def _named_points(data: dict[str, Any], path: Path) -> Tensor | None:
+    """Of the file that ``ply_file_path`` names."""
     named = data.get("ply_file_path")
-    points = _read(read_points, path.parent / named) if named and (path.parent / named).is_file() else None
-    return _capture(names, path.parent, poses, inner, points)
+    if not named:
+        return None
+    if not isinstance(named, str) or not (path.parent / named).is_file():
+        raise FileNotFoundError(
+            f"{path} names {named!r} as its points (ply_file_path), and there is no such file. Copy it there; or "
+            "delete the entry, and depths are guessed from where the cameras look"
+        )
+    return _read(read_points, path.parent / named)
 
 
 def _matrix_of(frame: dict[str, Any], path: Path) -> np.ndarray[Any, Any]:
