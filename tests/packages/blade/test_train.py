@@ -185,13 +185,13 @@ def test_muon_gets_the_matrices_of_the_blocks(tmp_path):
 def test_starting_from_other_weights(tmp_path):
     with start(tmp_path / "first") as run:
         first = train_host(SMOKE, run)
-    cfg = replace(SMOKE, steps=1, lr=1e-9, adamw_lr=1e-9, init=first.checkpoint)
+    cfg = replace(SMOKE, steps=1, lr=1e-9, adamw_lr=1e-9, start=first.checkpoint)
     with start(tmp_path / "second", cfg) as run:
         second = train_host(cfg, run)
     one, two = load_host(path=first.checkpoint), load_host(path=second.checkpoint)
     for name, value in one.transformer.state_dict().items():
         torch.testing.assert_close(two.transformer.state_dict()[name], value, msg=name)
-    wider = replace(SMOKE, host=replace(SMOKE.host, ffn_dim=64), init=first.checkpoint)
+    wider = replace(SMOKE, host=replace(SMOKE.host, ffn_dim=64), start=first.checkpoint)
     with pytest.raises(CheckpointError, match="another architecture"), start(tmp_path / "third", wider) as run:
         train_host(wider, run)
 

@@ -43,7 +43,7 @@ def test_the_choice_is_the_best_by_drawn_images(untrained, tmp_path):
 
 def test_a_pipeline_is_calibrated_on_what_it_draws(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\ncat\n")
-    options = {"model": folder, "prompts": tmp_path / "prompts.txt", "image": ImageConfig(pixels="0.06M")}
+    options = {"model": folder, "prompt_file": tmp_path / "prompts.txt", "image": ImageConfig(pixels="0.06M")}
     found = []
     for batch in (1, 2):
         cfg = CalibrateConfig(batch=batch, **options)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hone_core.config import Dtype, Preset, check_least, flag
+from hone_core.io import read_prompts
 from hone_core.training import check_budget
 from hone_video.grids import ORDERS, Order
 from hone_video.host_config import HostConfig, Solver
@@ -46,7 +47,6 @@ __all__ = [
     "TDMConfig",
     "TrainHostConfig",
     "known_preset",
-    "read_prompt_file",
 ]
 
 Score = Literal["paper", "official", "mean", "lse"]
@@ -549,8 +549,8 @@ class TrainHostConfig:
     """One training run of the tiny host."""
 
     host: HostConfig = field(default_factory=HostConfig, metadata=flag(hidden=True))
-    init: Path | None = None
-    """A host.safetensors whose weights and word table to start from."""
+    start: Path | None = None
+    """A host.safetensors whose weights and word table to begin with (default: random weights)."""
     seed: int = 0
     """Of weights and data."""
     minutes: float = 7.0
@@ -1115,7 +1115,7 @@ class GenerateConfig:
         """
         if self.prompt_file is None:
             return self.prompts
-        return read_prompt_file(Path(self.prompt_file))
+        return read_prompts(self.prompt_file)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1194,25 +1194,6 @@ class InspectConfig:
             seed=self.seed,
             **{name: value for name, value in given.items() if value is not None},
         )
-
-
-def read_prompt_file(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; empty lines are skipped.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It holds no prompt, or is not UTF-8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt_file {path} does not exist; expected a text file with one prompt a line")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file {path} is not UTF-8 text ({error}); expected one prompt a line") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ValueError(f"prompt_file {path} holds no prompt; expected one a line")
-    return prompts
 
 
 def known_preset(name: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from hone_core.errors import CheckpointError
 from hone_core.hosts import open_host
+from hone_core.io import read_prompts
 from hone_video.host_config import PACKAGE, HostConfig
 
 from .config import (
@@ -21,7 +22,6 @@ from .config import (
     PipelineDistillConfig,
     ReproduceConfig,
     TrainHostConfig,
-    read_prompt_file,
 )
 
 __all__ = [
@@ -66,7 +66,7 @@ def find_student(cfg: Shown) -> Shown:
 
 def find_init(cfg: TrainHostConfig) -> TrainHostConfig:
     """Likewise of the host that training starts from."""
-    return cfg if cfg.init is None else replace(cfg, init=_checkpoint(cfg.init))
+    return cfg if cfg.start is None else replace(cfg, start=_checkpoint(cfg.start))
 
 
 def find_evaluated(cfg: EvalConfig) -> EvalConfig:
@@ -117,7 +117,7 @@ def find_encoded(cfg: EncodeConfig) -> EncodeConfig:
         CheckpointError, FileNotFoundError, ValueError: As ``hone_blade.pipelines.clips_of``.
     """
     if cfg.prompt_file is not None:
-        read_prompt_file(cfg.prompt_file)  # before torch is imported
+        read_prompts(cfg.prompt_file)  # before torch is imported
     from .pipelines import clips_of
 
     clips_of(cfg)

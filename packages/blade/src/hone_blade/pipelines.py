@@ -24,7 +24,7 @@ import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.environment import code_version
 from hone_core.errors import CheckpointError
-from hone_core.io import atomic_path
+from hone_core.io import atomic_path, read_prompts
 from hone_core.runs import Report, Run
 from hone_video.caching import Cache, Clip, fill_cache, fingerprint, read_clips
 from hone_video.denoising import Denoiser
@@ -49,7 +49,6 @@ from .config import (
     PipelineDistillConfig,
     Rollout,
     TDMConfig,
-    read_prompt_file,
 )
 from .lora import Transformer, lora_header, save_student
 from .models import attach
@@ -128,7 +127,7 @@ def clips_of(cfg: EncodeConfig) -> tuple[list[Clip], tuple[int, int, int] | None
     """
     local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
     if cfg.prompt_file is not None:
-        prompts = read_prompt_file(cfg.prompt_file)[: cfg.limit]
+        prompts = read_prompts(cfg.prompt_file)[: cfg.limit]
         find_pipeline(cfg.model, **local)
         return [Clip(prompt) for prompt in prompts], None
     assert cfg.image_folder is not None
@@ -184,7 +183,7 @@ def plan_of(cfg: PipelineDistillConfig) -> Plan:
             transformers are to be trained whole, or shared out.
     """
     if cfg.prompt_file is not None:
-        read_prompt_file(cfg.prompt_file)
+        read_prompts(cfg.prompt_file)
     local: dict[str, Any] = {"local_files_only": cfg.local_files_only}
     name = find_pipeline(cfg.model, images=True, **local)
     two = "transformer_2" in pipeline_parts(cfg.model, **local)
@@ -298,7 +297,7 @@ def distill_pipeline(cfg: PipelineDistillConfig, run: Run) -> PipelineReport:
     dtype = resolve_dtype(cfg.dtype, loop.device)
     if cfg.cache is None:
         assert cfg.prompt_file is not None
-        clips = [Clip(prompt) for prompt in read_prompt_file(cfg.prompt_file)]
+        clips = [Clip(prompt) for prompt in read_prompts(cfg.prompt_file)]
         cache = fill_cache(
             run.path / "cache", clips, cfg.model, device=loop.device, dtype=dtype, processes=run.processes,
             local_files_only=cfg.local_files_only, quiet=run.quiet,

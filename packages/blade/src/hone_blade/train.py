@@ -66,8 +66,8 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     held_out = load_glyphs("held_out", device) if handwritten else glyphs
     generator = torch.Generator(device).manual_seed(cfg.seed)
     host = Host.untrained(cfg.host, seed=cfg.seed).to(device)
-    if cfg.init is not None:
-        _start_from(host, load_host(device, path=cfg.init), cfg.init)
+    if cfg.start is not None:
+        _start_from(host, load_host(device, path=cfg.start), cfg.start)
     state = _TrainState(cfg, host, run.artifacts / "checkpoint.pt", generator)
     if not state.training.resume():
         with Stopwatch(device) as watch:

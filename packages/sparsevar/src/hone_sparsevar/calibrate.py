@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hone_core.devices import resolve_device
-from hone_core.errors import CheckpointError
-from hone_core.io import atomic_write_json
+from hone_core.io import atomic_write_json, read_prompts
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_visual_ar.generation import Generation, Policy
@@ -27,7 +26,7 @@ from .host import SCHEDULE, Host, load_host
 from .method import change_map, resize_map
 from .sample import check_inputs, drawer
 
-__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "chosen", "mask_scores", "read_lines", "spearman"]
+__all__ = ["CalibrateReport", "Watch", "auroc", "calibrate", "chosen", "mask_scores", "spearman"]
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -204,7 +203,7 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     The choice is by rank correlation with drawn images, which needs no known mask; on the host the masks check it.
 
     Raises:
-        CheckpointError: There is no host, no pipeline or no prompts.
+        CheckpointError, FileNotFoundError, ValueError: There is no host, no pipeline or no prompts.
         ValueError: The scale has none before it, or a prompt is too long.
     """
     schedule = SCHEDULE if cfg.model is None else infinity_schedule(cfg.image.pixels, cfg.image.aspect)
@@ -219,7 +218,8 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
         by_image, count = image_scores(host, cfg.limit, scale, cfg.seed).nanmean(0), cfg.limit
         choice |= {"model": "tiny", "auroc": [round(float(x), 4) for x in by_mask]}
     else:
-        prompts = read_lines(cfg)
+        assert cfg.prompt_file is not None
+        prompts = list(read_prompts(cfg.prompt_file)[: cfg.limit])
         check_inputs(cfg.model, prompts, cfg.image, SparseVARConfig(start_scale=cfg.start))
         by_image, count = pipeline_scores(cfg, prompts, run).nanmean(0), len(prompts)
         choice |= {"model": cfg.model.name}
@@ -231,20 +231,3 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     choice |= {"detector": best, "images": count, "rank_correlation": [round(float(x), 4) for x in by_image]}
     atomic_write_json(run.artifacts / "detector.json", choice)
     return CalibrateReport.of(run)
-
-
-def read_lines(cfg: CalibrateConfig) -> list[str]:
-    """Prompts of a text file, one a line.
-
-    Raises:
-        CheckpointError: It cannot be read, or holds none.
-    """
-    assert cfg.prompts is not None
-    try:
-        lines = [line.strip() for line in cfg.prompts.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise CheckpointError(f"{cfg.prompts} cannot be read: {error}") from error
-    found = [line for line in lines if line][: cfg.limit]
-    if not found:
-        raise CheckpointError(f"{cfg.prompts} holds no prompt; write one a line")
-    return found

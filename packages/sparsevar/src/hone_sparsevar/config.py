@@ -401,8 +401,8 @@ class CalibrateConfig:
     """A host.safetensors made by train-host (default: the packaged one)."""
     model: Path | None = None
     """Folder of an ``InfinityPipeline`` in place of a host."""
-    prompts: Path | None = None
-    """Text file, a prompt a line, that the pipeline draws; 32 or more make a choice that holds."""
+    prompt_file: Path | None = None
+    """UTF-8 text, one prompt a line, that the pipeline draws; 32 or more make a choice that holds."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """How the pipeline draws."""
     limit: int = 64
@@ -417,8 +417,8 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         if self.limit < 1 or self.batch < 1:
             raise ValueError(f"limit and batch must be at least 1; got {self.limit} and {self.batch}")
-        if (self.model is None) != (self.prompts is None):
-            raise ValueError("a pipeline and its prompts go together: --model FOLDER --prompts FILE")
+        if (self.model is None) != (self.prompt_file is None):
+            raise ValueError("a pipeline and its prompts go together: --model FOLDER --prompt-file FILE")
         if self.model is not None and self.host is not None:
             raise ValueError("give a host or a pipeline, not both")
         if self.model is None and (self.image != ImageConfig() or self.batch != 1):

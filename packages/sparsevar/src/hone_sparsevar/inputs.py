@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from hone_core.hosts import StoredHost, open_host
+from hone_core.io import read_prompts
 from hone_visual_ar.infinity import INFINITY_SIZES
 from hone_visual_ar.schedules import infinity_schedule
 
 from .benchmarks import check_benchmark
-from .calibrate import read_lines
 from .config import (
     VARIANTS,
     BenchConfig,
@@ -66,12 +66,14 @@ def calibrate(cfg: CalibrateConfig) -> CalibrateConfig:
 
     Raises:
         CheckpointError, ValueError: As above.
+        FileNotFoundError: There are no prompts.
     """
     settings = SparseVARConfig(start_scale=cfg.start)
     if cfg.model is None:
         _look(cfg.host, settings)
     else:
-        check_inputs(cfg.model, read_lines(cfg), cfg.image, settings)
+        assert cfg.prompt_file is not None
+        check_inputs(cfg.model, read_prompts(cfg.prompt_file)[: cfg.limit], cfg.image, settings)
     return cfg
 
 

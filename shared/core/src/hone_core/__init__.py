@@ -18,7 +18,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "flags": ["Flag", "flags_of"],
         "handles": ["CallState", "Handle", "Hooks", "resolve"],
         "hosts": ["HostFacts", "describe_host", "open_host", "packaged_host", "read_facts", "save_host", "write_facts"],
-        "io": ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"],
+        "io": [
+            *("atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "read_prompts"),
+            "save_safetensors",
+        ],
         "lazy": [],
         "plots": ["Sheet", "drawing"],
         "progress": ["progress_bar"],

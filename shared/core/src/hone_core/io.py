@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: each write goes to a neighbour and is renamed into place."""
+"""Files that are either whole or absent: each write goes to a neighbour and is renamed into place. And prompts."""
 
 import json
 import os
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"]
-__all__ += ["save_state"]
+__all__ += ["read_prompts", "save_state"]
 
 
 @contextmanager
@@ -103,3 +103,22 @@ def save_state(state: Any, path: str | Path) -> Path:
                 raise
             raise OSError(f"{path} could not be written: {cause}") from error
     return Path(path)
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no prompt, or is not UTF-8.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the file of prompts {path} does not exist; expected a text file with one prompt a line")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); expected one prompt a line") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; expected one a line")
+    return prompts
