@@ -66,7 +66,8 @@ def on_files(files: Files, config: Any) -> Files:
     kept = Files([file for file in files if file.src_dir != config.docs_dir])
     for name in tracked:
         path = ROOT / name
-        if path.suffix in SHOWN and path.is_file() and not name.startswith((".", "tests/")):
+        shown = path.suffix in SHOWN or (path.suffix == ".json" and name.startswith("results/"))
+        if shown and path.is_file() and not name.startswith((".", "tests/")):
             kept.append(File.generated(config, name, abs_src_path=str(path)))
     for name in [*_members("packages"), "kernels", *_members("shared")]:
         kept.append(File.generated(config, f"api/hone_{name}.md", content=_api(f"hone_{name}")))
@@ -79,7 +80,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """A link to a member's folder leads to its page, as it does in the repository."""
     text = FOLDER.sub(r"\1\2/README.md\3)", markdown)
-    return text.replace("](LICENSE)", "](LICENSE.md)")
+    return re.sub(r"(\]\((?:\.\./)*LICENSE)\)", r"\1.md)", text)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
