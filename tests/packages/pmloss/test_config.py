@@ -14,7 +14,7 @@ from hone_pmloss.config import DemoConfig, EvalConfig, PMLossConfig, TrainHostCo
         (lambda: TrainHostConfig(base_depth=-1.0), "base_depth must be at least 0"),
         (lambda: TrainHostConfig(teacher_noise=1.0), "expected teacher_noise in"),
         (lambda: TrainHostConfig(gap=(1, 5)), "expected 2 <= gap < 50"),
-        (lambda: TrainHostConfig(graded_targets=14), "graded_targets 1 to 13"),
+        (lambda: TrainHostConfig(graded_targets=14), "graded_targets must lie in 1 to 13"),
         (lambda: DemoConfig(size=8), "expected size >= 16"),
         (lambda: DemoConfig(blur=4), "blur must be odd"),
         (lambda: EvalConfig(ply="a", truth="b", opacity=1.0), "expected 0 <= opacity < 1"),

@@ -87,7 +87,7 @@ def test_bad_gates_are_named(values, match):
         ("ReproduceConfig", {"pairs": (1, 1)}, "twice"),
         ("SimulateConfig", {"q": 0.0}, "q"),
         ("SimulateConfig", {"requests": (0,)}, "requests"),
-        ("TrainHostConfig", {"small_steps": 0}, "at least 1"),
+        ("TrainHostConfig", {"small_steps": 0}, "small_steps must be positive; got 0"),
         ("TrainHostConfig", {"decay": 0.0}, "share"),
     ],
 )

@@ -243,8 +243,8 @@ def test_training_runs_and_compares(packaged, start, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"rollouts": 1}, "rollouts at least 2"),
-        ({"price": -1.0}, "price >= 0"),
+        ({"rollouts": 1}, "rollouts must be at least 2"),
+        ({"price": -1.0}, "price must be at least 0"),
         ({"stitch": StitchConfig()}, "policy 'router'"),
         ({"data": "a.jsonl"}, "data and held_out"),
     ],

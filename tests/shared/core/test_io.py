@@ -8,6 +8,7 @@ from hone_core.io import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
+    read_prompts,
     save_safetensors,
     save_state,
 )
@@ -76,3 +77,17 @@ def test_safetensors_of_shared_and_strided_tensors(tmp_path):
         assert stored.metadata() == {"k": "v"}
         assert stored.get_tensor("t").tolist() == [[0, 3], [1, 4], [2, 5]]
         assert stored.get_tensor("row").tolist() == [3, 4, 5]
+
+
+def test_prompts_are_lines_that_are_not_empty(tmp_path):
+    file = tmp_path / "prompts.txt"
+    with pytest.raises(FileNotFoundError, match=r"prompts\.txt does not exist; expected a text file"):
+        read_prompts(file)
+    file.write_bytes("\ufeff".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8"):
+        read_prompts(file)
+    file.write_text(" \n\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(file)
+    file.write_text("a cat \n\n  två\n", encoding="utf-8")
+    assert read_prompts(file) == ("a cat", "två")
