@@ -225,8 +225,6 @@ class TrainHostConfig:
             )
         if not 0 <= self.flip <= 1 or not 0 <= self.drop <= 1:
             raise ValueError(f"flip and drop are shares in [0, 1]; got {self.flip} and {self.drop}")
-        if self.batch < 1 or self.eval_images < 1:
-            raise ValueError(f"batch and eval_images must be at least 1; got {self.batch} and {self.eval_images}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is a decay in [0, 1); got {self.ema}")
 

@@ -113,7 +113,9 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
         ValueError: It holds no prompt, or is not UTF-8.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"the file of prompts {path} does not exist; expected a text file with one prompt a line")
+        raise FileNotFoundError(
+            f"the file of prompts {path} does not exist; expected a text file with one prompt a line"
+        )
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
