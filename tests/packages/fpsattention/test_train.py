@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on_exactly(tiny_host, tmp_path):
         ({"lr": 0.0}, "lr must be positive"),
         ({"drop": 1.0}, r"drop and ema must be in \[0, 1\)"),
         ({"preset": "best"}, "no preset 'best'"),
-        ({"batch": 0}, "batch must be at least 1"),
+        ({"batch": 0}, "batch must be positive; got 0"),
     ],
 )
 def test_bad_settings_are_named(change, message):
