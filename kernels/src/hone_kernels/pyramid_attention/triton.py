@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hone_kernels.attention.triton import (
+    FIXED_ZEROS,
     LN2,
     LOG2E,
     Tiles,
@@ -366,6 +367,9 @@ def _dkv_kernel(
     else:
         dk = tl.zeros([BN, DIM_PAD], tl.float32)
         dv = tl.zeros([BN, DIM_PAD], tl.float32)
+    if FIXED_ZEROS and DESC:
+        dk = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [dk], tl.float32, is_pure=False, pack=1)
+        dv = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [dv], tl.float32, is_pure=False, pack=1)
 
     for g in range(GROUP):
         head = head_k * GROUP + g
