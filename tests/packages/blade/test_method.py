@@ -168,6 +168,8 @@ def test_the_bias_of_a_geometry_is_one_tensor_that_any_mode_can_use():
     assert pool_tokens(k + 1, v, 6).bias is first
     assert pool_tokens(k, v, 5).bias is not first
     assert pool_tokens(k.float(), v.float(), 6).bias.dtype == torch.float32
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert type(pool_tokens(*map(mode.from_tensor, (k, v)), 6).bias) is not torch.Tensor
 
 
 @pytest.mark.parametrize("exact", [True, False])

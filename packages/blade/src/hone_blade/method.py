@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from hone_core.tensors import plain_tensors
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.block_select import SelectedBlocks
+from hone_kernels.launch import eager
 from hone_kernels.precision import without_autocast
 from jaxtyping import Float
 from torch import Tensor
@@ -275,8 +276,8 @@ def pool_tokens(
         return means.to(x.dtype)
 
     groups = (n, whole, last if rest else 0, _wide(k.dtype))
-    traced = torch.compiler.is_compiling() or (k.is_cuda and torch.cuda.is_current_stream_capturing())
-    return PooledKV(pool(k), pool(v), _bias(*groups, k.device) if traced else _kept_bias(*groups, k.device))
+    plain = eager(k, v) and not (k.is_cuda and torch.cuda.is_current_stream_capturing())
+    return PooledKV(pool(k), pool(v), _kept_bias(*groups, k.device) if plain else _bias(*groups, k.device))
 
 
 def _bias(n: int, whole: int, last: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
