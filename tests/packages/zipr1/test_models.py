@@ -607,6 +607,28 @@ def test_packed_attention_on_a_gpu():
 
 
 @requires_gpu(min_sm=80)
+def test_nothing_of_ours_waits_before_the_layers(monkeypatch):
+    from hone_core.testing import no_host_sync
+
+    for name in ("_before_model", "_before_decoder"):
+        whole = getattr(models.SparseHandle, name)
+
+        def quiet(self, *args, whole=whole):
+            with no_host_sync():
+                return whole(self, *args)
+
+        monkeypatch.setattr(models.SparseHandle, name, quiet)
+    model = copy.deepcopy(get("qwen2_5_vl")[0]).half().cuda()
+    ids = torch.full((2, 40), 7, device="cuda")
+    with sparse(model, 0.5, recent=8, random=8) as handle:
+        model(input_ids=ids)
+        assert handle.stats.rows.tolist()[0] == handle.stats.rows.tolist()[1]
+        assert handle.stats.rows.shape == (2, 16)
+        with pytest.raises(ValueError, match="visual tokens came without pixels"):
+            model(input_ids=ids.index_fill(1, ids.new_tensor([3]), visual_ids(model.config)[0]))
+
+
+@requires_gpu(min_sm=80)
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
 def test_no_layer_waits_for_the_device_on_a_gpu(family, monkeypatch):

@@ -133,11 +133,20 @@ class _Given:
 
 @dataclass
 class _Inputs:
-    """What a running forward was given, as its decoder does not see all of it."""
+    """What a running forward was given, as its decoder does not see all of it.
+
+    Attributes:
+        mask: ``[batch, tokens]``.
+        ids: ``[batch, tokens]``.
+        candidates: guesses at the end of the ids.
+        visual: placeholders among ids that came without pixels, which should be none.
+        tower: what a vision tower looked at.
+    """
 
     mask: Tensor | None
     ids: Tensor | None
     candidates: int
+    visual: Counts | None = None
     tower: Zipped = field(default_factory=Zipped)
 
 
@@ -307,11 +316,9 @@ class SparseHandle(Handle[SparseConfig]):
         # One token after a filled cache is what the model wrote, whatever it is.
         written = ids is not None and ids.shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0
         embeds = inputs.get("inputs_embeds")
-        if ids is not None and not (pixels or written) and embeds is None and bool(self._is_visual(ids).any()):
-            raise ValueError(
-                "visual tokens came without pixels, as in chunked prefill, which drops them. Call generate without "
-                "prefill_chunk_size, and give the whole prompt in one forward"
-            )
+        # Heard of behind the layers: nothing is to wait for the device before them.
+        unseen = ids is not None and not (pixels or written) and embeds is None
+        visual = Counts(self._is_visual(ids).sum()[None]) if unseen and ids is not None else None
         # Assisted decoding and prompt lookup put guesses after the prompt, and ask for a logit of each and one more.
         keep = inputs.get("logits_to_keep")
         guesses = keep - 1 if cache is not None and isinstance(keep, int) and keep > 1 else 0
@@ -320,7 +327,7 @@ class SparseHandle(Handle[SparseConfig]):
                 "a captured step reads one token: prompt lookup and assisted decoding bring several. Leave captured "
                 "out, or prompt_lookup_num_tokens and assistant_model"
             )
-        self._state.current = _Inputs(mask, ids, guesses)
+        self._state.current = _Inputs(mask, ids, guesses, visual)
         for output in (inputs.get("mm_encoder_outputs") or {}).values():
             if self._tower is not None and hasattr(output, _TOLD):
                 self._state.current.tower.add(getattr(output, _TOLD))
@@ -383,7 +390,7 @@ class SparseHandle(Handle[SparseConfig]):
             before = cache.layers[0].protected
             written = here.new_ones(batch, earlier - before.shape[1])
             protected = torch.cat([before, written, protected], -1) & here
-        stats = Stats(here, protected, self._rows(here[:, earlier:], earlier))
+        stats = Stats(here, protected, self._rows(here[:, earlier:], earlier, padded=real is not None))
         # Once for all layers: each of these operations is a launch.
         share, budget = budgets(p, self.config.ratio, here)
         running = _Pass(p, prompt, earlier, stats, real, cache, given.soft, share, budget)
@@ -399,6 +406,12 @@ class SparseHandle(Handle[SparseConfig]):
         if running is None:
             return
         running.settle()
+        inputs = self._state.current
+        if inputs is not None and inputs.visual is not None and any(inputs.visual.read()):
+            raise ValueError(
+                "visual tokens came without pixels, as in chunked prefill, which drops them. Call generate without "
+                "prefill_chunk_size, and give the whole prompt in one forward"
+            )
         missed = sorted(set(range(self.decoder.num_layers)) - running.seen)
         if missed:
             raise RuntimeError(
@@ -437,7 +450,7 @@ class SparseHandle(Handle[SparseConfig]):
         return keep, torch.cat([merged, embeds[:, prompt:]], 1)
 
     def _is_visual(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self._visual, device=ids.device))
+        return functools.reduce(torch.logical_or, [ids == visual for visual in self._visual])
 
     def _protected(self, inputs: _Inputs, given: _Given, real: Tensor) -> Tensor:
         """Tokens that stay: text if so configured, and the last one of each sample, whose output is the answer."""
@@ -454,21 +467,26 @@ class SparseHandle(Handle[SparseConfig]):
             )
         return (~self._is_visual(inputs.ids[:, : real.shape[1]]) | last) & real
 
-    def _rows(self, real: Tensor, earlier: int) -> Tensor | None:
-        """Positions of the probe rows of each sample, after those of earlier turns; None for all rows."""
+    def _rows(self, real: Tensor, earlier: int, *, padded: bool) -> Tensor | None:
+        """Positions of the probe rows of each sample, after those of earlier turns; None for all rows.
+
+        Without padding nothing waits for the device.
+        """
         if self.config.rows == "all":
             at = torch.arange(earlier, earlier + real.shape[1], device=real.device)
             return torch.where(real, at, -1).int() if earlier else None
-        lengths = real.sum(-1).tolist()
+        lengths, starts = [real.shape[1]] * len(real), [0] * len(real)
+        if padded:
+            lengths, starts = torch.stack([real.sum(-1), real.to(torch.uint8).argmax(-1)]).tolist()
         drawn = {
             length: method.probe_rows(length, self.config.recent, self.config.random, self.config.seed)
             for length in set(lengths)
         }
         found = torch.full((len(real), max(map(len, drawn.values()))), -1)
-        starts = real.to(torch.uint8).argmax(-1).tolist()
         for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
             found[row, : len(drawn[length])] = drawn[length] + start + earlier
-        return found.int().to(real.device)
+        found = found.int()
+        return (found.pin_memory() if real.is_cuda else found).to(real.device, non_blocking=True)
 
     # In place of a forward of one token.
 
