@@ -17,9 +17,9 @@ a program has for a row, times the row's *unit*, a power of two, rounded. Of a r
     |sum of p_j (dout . v_j - delta) k_jc| <= (|dout| max |v| + |delta|) max |k_c|
 
 over any of its keys, where both maxima are over all keys of the head: the unit is the largest by which that stays below
-2**30. Each addition rounds to within 2**-30 of the bound, where bfloat16 rounds dQ to within 2**-9 of itself; of random
-operands at 32,768 tokens the bound is some 2**14 times what dQ is. ``fixed=False`` adds float32 instead, four words an
-instruction, and the last bits of dQ then differ from run to run.
+2**30. Each addition rounds to within 2**-30 of the bound, and what is smaller is lost; bfloat16 rounds dQ to within
+2**-9 of itself, and of random operands at 32,768 tokens the bound is some 2**14 times what dQ is. ``fixed=False`` adds
+float32 instead, four words an instruction, and the last bits of dQ then differ from run to run.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale).
 
