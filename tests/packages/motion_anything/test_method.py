@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -378,6 +379,11 @@ def test_guidance_is_a_sum_over_conditions():
     assert_close(guided(net, ids, condition, valid, 1.0, 1.0), both)
     # What weighs nothing is not computed.
     assert passes(net, ids, condition, valid, 1.0, 1.0).weights == (1.0,)
+    # A row whose text is left out has none in any pass.
+    gone, there = torch.tensor([True, True]), torch.tensor([False, False])
+    none, heard = (net(ids, condition.dropped(gone, music), valid) for music in (gone, there))
+    marked = replace(condition, no_text=torch.tensor([True, False]))
+    assert_close(guided(net, ids, marked, valid, 3.0, 2.0)[0], (none + 2 * (heard - none))[0])
     text = Condition(text=condition.text)
     alone = net(ids, text.dropped(no, no), valid)
     assert_close(guided(net, ids, text, valid, 4.0, 9.0), alone + 4 * (net(ids, text, valid) - alone))

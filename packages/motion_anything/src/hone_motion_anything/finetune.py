@@ -202,8 +202,7 @@ class Fitting:
         condition = Condition(text=torch.stack(texts), music=self._music(chosen, longest), no_text=untold)
         mask, _ = draw_mask(self.model, ids, condition, valid, generator)
         gone = torch.rand(2, len(chosen), generator=generator, device=self.device) < self.cfg.drop
-        dropped = condition.dropped(gone[0] | untold, gone[1])
-        return masked_loss(self.model, ids, dropped, valid, mask, generator, self.cfg.settings.corrupt)
+        return masked_loss(self.model, ids, condition.dropped(*gone), valid, mask, generator, self.cfg.settings.corrupt)
 
     def _music(self, chosen: list[int], longest: int) -> Tensor | None:
         if self.clips[chosen[0]].music is None:

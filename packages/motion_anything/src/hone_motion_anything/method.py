@@ -59,8 +59,12 @@ class Condition:
         return len(found)
 
     def dropped(self, text: Tensor, music: Tensor) -> Condition:
-        """The same with the marked rows ``[B]`` of each modality left out."""
-        return replace(self, no_text=text, no_music=music)
+        """The same with the marked rows ``[B]`` of each modality left out too."""
+        return replace(
+            self,
+            no_text=text if self.no_text is None else self.no_text | text,
+            no_music=music if self.no_music is None else self.no_music | music,
+        )
 
     def rows(self, at: Tensor | slice) -> Condition:
         """Some of the rows."""
