@@ -164,4 +164,6 @@ def test_records_of_a_run_are_counted(model):
     dense, less = (gflops(run.records, transformer) for run in runs)
     assert less < dense
     last = scale_gflops(runs[0].records[-1], transformer)
+    # Two rows of 90 tokens, three blocks of width 64: two products over each word that is read.
+    assert scale_gflops(runs[0].records[-1], transformer, 10) - last == pytest.approx(1e-9 * 2 * 90 * 3 * 4 * 64 * 10)
     assert dense - last == pytest.approx(sum(scale_gflops(r, transformer) for r in runs[0].records[:-1]))

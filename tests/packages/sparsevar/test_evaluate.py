@@ -4,7 +4,7 @@ from hone_core.runs import Run
 from hone_core.testing import assert_close
 from hone_sparsevar import calibrate
 from hone_sparsevar.config import CalibrateConfig, EvalConfig, InspectConfig
-from hone_sparsevar.evaluate import compare, evaluate, scenes
+from hone_sparsevar.evaluate import _grades, compare, evaluate, scenes
 from hone_sparsevar.host import Host, load_host
 from hone_sparsevar.inspection import inspect
 from hone_sparsevar.models import variant_of
@@ -38,10 +38,20 @@ def test_batches_do_not_change_images(untrained):
     one, three = (compare(host, policies, labels, seed=4, batch=n, quiet=True) for n in (1, 3))
     for name in policies:
         assert_close(one[name].images, three[name].images)
+        assert one[name].gflops == pytest.approx(three[name].gflops, rel=0.01)
     # Against itself: nothing differs.
     same = compare(host, {"dense": policies["dense"], "again": policies["dense"]}, labels, seed=4, batch=3, quiet=True)
     assert torch.equal(same["again"].images, same["dense"].images)
     assert same["again"].grades["psnr"].min() == 100
+
+
+def test_texture_is_looked_for_where_the_dense_image_has_most(untrained):
+    image = torch.zeros(1, 3, 64, 64)
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    image[..., :32, :32] = (x + y) % 2  # a quarter of it, of which each pixel differs from its four neighbours by 1
+    grades = _grades(load_host(path=untrained), image, image, scenes(1, 0)[0], exact=True)
+    assert grades["energy_textured"].item() == pytest.approx(16, rel=0.05)
+    assert grades["energy_flat"].item() == 0
 
 
 def test_tokens_are_counted_over_all_batches(untrained):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hone_core.testing import assert_close
 from hone_sparsevar.peers import EarlyStop, FastVARStyle, SkipUncond, SkipVARStyle, edge_change, high_frequency
-from hone_visual_ar import Policy, Sampling, generate
+from hone_visual_ar import Infinity, Policy, Sampling, generate
 from hone_visual_ar.generation import Generation
 
 
@@ -49,6 +49,22 @@ def test_fastvar_style_leaves_out_and_keeps_its_state_to_itself(model):
     # The first block has all keys of the sparse scale before the last, the others half of them.
     assert first.cache.lengths == [69, 48, 48]
     assert first.state.keys() == {(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)}
+
+
+def test_fastvar_style_leaves_an_eleventh_of_the_blocks_dense(model, monkeypatch):
+    _, tokenizer, _, schedule = model
+    seen, context = [], Generation.context
+
+    def catch(run, scale, **options):
+        seen.extend([options["positions"] is None] if scale == 4 else [])
+        return context(run, scale, **options)
+
+    deep = Infinity(depth=11, width=32, num_heads=2, chunks=1, code_dim=4, text_channels=128, text_maxlen=8).eval()
+    with torch.no_grad():
+        condition = deep.condition(torch.randn(2, 3, 128), [3, 3])
+    monkeypatch.setattr(Generation, "context", catch)
+    draw((deep, tokenizer, condition, schedule), FastVARStyle(ratio=0.5, start_scale=-1))
+    assert seen == [True] + [False] * 10
 
 
 def test_fastvar_style_runs_what_lies_farthest_from_the_mean(model, monkeypatch):

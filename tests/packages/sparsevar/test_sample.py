@@ -22,12 +22,18 @@ def draw(folder, path, variant="sparse", **options):
 def test_every_prompt_has_its_image_whatever_the_batch(folder, tmp_path):
     one, two = draw(folder, tmp_path / "1"), draw(folder, tmp_path / "2", batch=2)
     assert len(one) == 3
+    alike = GenerateConfig(model=folder, prompts=("a", "a"), image=ImageConfig(pixels="0.06M"))
+    with Run.start(
+        package="hone-sparsevar", verb="generate", config=alike, out=tmp_path / "alike", device="cpu", quiet=True
+    ) as run:
+        first, second = (np.asarray(Image.open(file)).astype(int) for file in generate(alike, run).images)
+    assert abs(first - second).max() > 10
     assert max(abs(a - b).max() for a, b in zip(one, two, strict=True)) <= 1
     dense = draw(folder, tmp_path / "3", variant="dense")
     assert max(abs(a - b).max() for a, b in zip(one, dense, strict=True)) > 10
 
 
-def test_a_stopped_run_draws_what_a_whole_one_does(folder, tmp_path):
+def test_a_stopped_run_draws_what_a_whole_one_does(folder, tmp_path, monkeypatch):
     """By threshold an image depends on its batch, which is drawn again."""
     options = {"settings": SparseVARConfig(select="threshold", bucket=1, start_scale=-1), "batch": 3}
     whole = draw(folder, tmp_path / "whole", **options)
@@ -40,6 +46,10 @@ def test_a_stopped_run_draws_what_a_whole_one_does(folder, tmp_path):
     (run / "results.json").write_text(json.dumps(results | {"status": "running"}))
     for one, other in zip(whole, draw(folder, run, **options), strict=True):
         assert (one == other).all()
+    # What is there is not drawn again.
+    (run / "results.json").write_text(json.dumps(results | {"status": "running"}))
+    monkeypatch.setattr(InfinityPipeline, "from_pretrained", None)
+    assert len(draw(folder, run, **options)) == 3
 
 
 @pytest.mark.parametrize(

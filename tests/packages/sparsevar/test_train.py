@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_core.testing import assert_close
+from hone_core.training import rate_at
 from hone_sparsevar.config import HostConfig, TrainHostConfig
 from hone_sparsevar.data import random_labels, word_table, words
 from hone_sparsevar.host import SCHEDULE, Host, load_host
@@ -68,6 +69,40 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):
     other = Making(TrainHostConfig(host=CONFIG.host, steps=9), torch.device("cpu"), tmp_path / "cut.pt")
     with pytest.raises(CheckpointError, match=r"differs in .*steps"):
         other.training.resume()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_what_is_kept_follows_the_weights_at_each_stages_rate(tmp_path, ema):
+    rates = {"tokenizer": 1e-3, "grader": 1e-3, "transformer": 4e-3}
+    cfg = replace(CONFIG, ema=ema, tokenizer_lr=1e-3, lr=4e-3)
+    making = Making(cfg, torch.device("cpu"), tmp_path / "x.pt")
+    names = ("head.weight", "word_embed.weight")
+
+    def read(model):
+        return [model.state_dict()[name].clone() for name in names]
+
+    want = read(making.host.transformer)
+    for _ in making.train():
+        if making.training.step > 4:  # four steps are of the tokenizer and the grader
+            want = [w + (1 - ema) * (now - w) for w, now in zip(want, read(making.host.transformer), strict=True)]
+    for found, w in zip(read(making.result().transformer), want, strict=True):
+        assert_close(found, w)
+    # The last steps of each stage lie at these shares of it.
+    for (stage, peak), done in zip(rates.items(), (2 / 6 / 0.4, 0.1 / 0.2, (5 / 6 - 0.6) / 0.4), strict=True):
+        assert making.optimizers[stage].param_groups[0]["lr"] == pytest.approx(peak * rate_at(done))
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_a_share_of_prompts_is_dropped(tmp_path, drop, monkeypatch):
+    making = Making(replace(CONFIG, drop=drop), torch.device("cpu"), tmp_path / "x.pt")
+    seen, condition = [], making.host.transformer.condition
+    monkeypatch.setattr(
+        making.host.transformer,
+        "condition",
+        lambda *args, **options: seen.append(options) or condition(*args, **options),
+    )
+    making.loss("transformer")
+    assert seen[0]["drop"].tolist() == [bool(drop)] * CONFIG.batch
 
 
 def test_self_correction_without_flips_is_the_tokenizers_own_encoding():
