@@ -24,7 +24,7 @@ from .train_worker import SMALL
 FRAMES = 12
 SHORT = {
     "lpips": 0.0, "size": (32, 32), "context": (2, 3), "targets": 2, "gap": (6, 9), "flip": 0.0, "draws": 1,
-    "log_every": 1, "checkpoint_seconds": -1.0, "model": "tiny", "teacher": "precomputed",
+    "log_every": 1, "checkpoint_seconds": 0.0, "model": "tiny", "teacher": "precomputed",
 }  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def test_two_processes_step_by_the_mean_of_their_scenes_and_go_on_after_one_fail
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
     command += ["train", "--chunks", tmp_path / "chunks", "--points", tmp_path, "--steps", "2", "--weight", "0.5"]
     command += ["--lpips", "0", "--size", "32", "32", "--context", "2", "3", "--targets", "2", "--gap", "6", "9"]
-    command += ["--flip", "0", "--draws", "1", "--log-every", "1", "--checkpoint-seconds", "-1", "--model", "tiny"]
+    command += ["--flip", "0", "--draws", "1", "--log-every", "1", "--checkpoint-seconds", "0", "--model", "tiny"]
     command += ["--teacher", "precomputed", "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
 
     def launch():
