@@ -220,6 +220,29 @@ def test_sums_in_fixed_point(dim, block_q, monkeypatch):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("sizes", [(1, 1), (1e-24, 1), (1, 1e-24), (1e-12, 1e-12), (1e8, 1e8)], ids=str)
+def test_no_sum_in_fixed_point_outgrows_its_word(sizes, monkeypatch):
+    """Also where squares are too small for float32, and nothing else tells how large a sum may be."""
+    seen = []
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **named: seen.append(args[7])
+
+    monkeypatch.setattr(backward, "_backward_kernel", Nothing())
+    dout, v = torch.randn(2, 4, 70, 64) * sizes[0], torch.randn(2, 2, 200, 64) * sizes[1]
+    q, k = torch.randn_like(dout), torch.randn_like(v)
+    layout = BlockLayout.dense(70, 200)
+    lists = (*layout.lists()[:2], *layout.transpose().lists()[:2])
+    zeros = torch.zeros(2, 4, 70)
+    backward.attention_backward(dout, zeros, q, k, v, torch.zeros_like(q), zeros, *lists, *[None] * 4, 128, 128, 0.125)
+    unit = seen[0].view(2, 4, 128)[:, :, :70].double()
+    wide = [x.double().repeat_interleave(2, dim=1) for x in (k, v)]
+    largest = wide[0].abs().amax((2, 3)) * wide[1].norm(dim=-1).amax(2)
+    assert (dout.double().norm(dim=-1) * largest[..., None] * unit).max() < 2**30
+
+
+@pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_what_is_no_number_has_no_place_in_fixed_point(monkeypatch):
     """Rows that read it have none either; the others are what they are."""

@@ -185,7 +185,8 @@ def block_sparse_attention(
             gradients are not bit-identical. A named backend never gives way to another.
         deterministic: Whether gradients must be the same bits from run to run. Those of ``"gluon"`` come, for blocks
             of 128 keys, from its own kernel, which adds q's up in any order, in a buffer of 4 bytes for each value of
-            q: in float32, if not; in fixed point, where the order does not matter, if so, for bfloat16 only. Every
+            q: in float32, if not; in fixed point, where the order does not matter, if so, for bfloat16 only. That is
+            coarser in all rows of a head where a value or a channel of its keys is far above the others (README). Every
             other backward stays what it is.
 
     Returns:

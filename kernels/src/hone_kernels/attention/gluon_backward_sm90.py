@@ -18,8 +18,14 @@ a program has for a row, times the row's *unit*, a power of two, rounded. Of a r
 
 over any of its keys, where both maxima are over all keys of the head: the unit is the largest by which that stays below
 2**30. Each addition rounds to within 2**-30 of the bound, and what is smaller is lost; bfloat16 rounds dQ to within
-2**-9 of itself, and of random operands at 32,768 tokens the bound is some 2**14 times what dQ is. ``fixed=False`` adds
-float32 instead, four words an instruction, and the last bits of dQ then differ from run to run.
+2**-9 of itself, and of random operands at 32,768 tokens the bound is some 2**14 times what dQ is. One value, or one
+channel of K, far above the others raises the bound of every row of its head, also of those that give it no weight, and
+their errors grow with it (LOG.md). ``fixed=False`` adds float32 instead, four words an instruction, and the last bits
+of dQ then differ from run to run.
+
+Weights sum up to one as far as the log-sum-exp says what the logits are, which float32 rounds to within 2**-24 of
+themselves: from logits of some 10**7 on they may sum up to more than the bit that is left for roundings, and then dQ is
+wrong in any order, but in fixed point with any sign.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale).
 
@@ -91,6 +97,9 @@ CONFIGS: dict[int, Config] = {
 
 _LAUNCH_REGISTERS = 168
 """Per thread at launch: three warpgroups of it fill the multiprocessor."""
+
+LEAST = tl.constexpr(2.0**-126)
+"""Smallest normal float32."""
 
 # Adds four consecutive registers to four consecutive words.
 _REDUCE = gl.constexpr(
@@ -180,7 +189,9 @@ def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, extent_ptr, rows_pt
     if FIXED:
         extent_ptr += 2 * (row // group)
         # A bound of |sum of p (dout . v - delta) k| over any of the keys, whose p sum up to one.
-        most = tl.sqrt(tl.sum(dout * dout, 1)) * tl.sqrt(tl.load(extent_ptr + 1).to(tl.float32, bitcast=True))
+        # Squares too small for float32 are zero: what they may have been is added.
+        value = tl.load(extent_ptr + 1).to(tl.float32, bitcast=True)
+        most = tl.sqrt(tl.sum(dout * dout, 1) + DIM * LEAST) * tl.sqrt(value + DIM * LEAST)
         most = (most + tl.abs(delta)) * tl.load(extent_ptr).to(tl.float32, bitcast=True)
         # Below 2 ** (exponent - 126), so below 2 ** 30 times 2 ** (156 - exponent): a bit of 31 is left for roundings.
         exponent = most.to(tl.int32, bitcast=True) >> 23 & 255
