@@ -109,6 +109,16 @@ def test_rows_are_there_while_it_runs(tmp_path):
         again.save()
 
 
+def test_lines_logged_after_later_steps_were_forgotten_are_kept(tmp_path):
+    with start(tmp_path / "run") as run:
+        for step in (1, 2, 3):
+            run.log(step=step, loss=0.5)
+        run.forget_after(1)
+        run.log(step=2, loss=0.25)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.25)]
+
+
 def test_row_of_the_end(tmp_path):
     with start(tmp_path) as run:
         run.log(step=1, loss=9.0)

@@ -201,6 +201,10 @@ class Run:
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` beyond a step: what a resumed training does again."""
         if self.processes.main:
+            if self._metrics is not None:
+                # The file is replaced, and lines of now would go into the old one.
+                self._metrics.close()
+                self._metrics = None
             drop_lines_after(self.path / "metrics.jsonl", step)
 
     def row_of_end(self, metric: str, *, unit: str = "", better: Better = "lower", variant: str = "") -> Row:
