@@ -754,6 +754,12 @@ def test_bad_inputs_are_named():
             model(**inputs)
         with pytest.raises(ValueError, match="without pixels"):
             model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        stored = DynamicCache()
+        with pytest.raises(ValueError, match="without pixels"):
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], past_key_values=stored)
+        # It is heard of behind the layers, which have filled the cache by then.
+        again = model(**inputs, past_key_values=stored).logits
+        assert torch.equal(again, model(**inputs).logits)
         with pytest.raises(ValueError, match="does not say what is text"):
             model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
         with pytest.raises(ValueError, match="output_attentions"):

@@ -40,7 +40,7 @@ class Counts:
     """
 
     def __init__(self, num: Tensor) -> None:
-        self._num = num.to("cpu", non_blocking=True)
+        self._num = num.to("cpu", non_blocking=num.is_cuda)
         self._arrived: torch.cuda.Event | None = None
         if num.is_cuda:
             self._arrived = torch.cuda.Event()

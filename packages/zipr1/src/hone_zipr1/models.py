@@ -408,6 +408,8 @@ class SparseHandle(Handle[SparseConfig]):
         running.settle()
         inputs = self._state.current
         if inputs is not None and inputs.visual is not None and any(inputs.visual.read()):
+            if running.cache is not None and not running.earlier:
+                running.cache.reset()  # else the prompt with its pixels would be a later turn
             raise ValueError(
                 "visual tokens came without pixels, as in chunked prefill, which drops them. Call generate without "
                 "prefill_chunk_size, and give the whole prompt in one forward"
