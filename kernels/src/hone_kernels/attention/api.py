@@ -63,7 +63,8 @@ class PooledKV:
         k: ``[B, HK, G, D]``.
         v: ``[B, HK, G, D]``.
         bias: Floating point, broadcastable to ``[B, HK, G]``, in natural-log units, added to the scaled logits:
-            ``log(n)`` makes one key weigh as n. None: no bias.
+            ``log(n)`` makes one key weigh as n. None: no bias. One that asks for no gradient is read again where torch
+            counts a change: who writes past it (``.data``, a kernel of their own) gives a new tensor.
     """
 
     k: Tensor
