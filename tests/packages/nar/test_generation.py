@@ -248,11 +248,14 @@ def test_graphs_of_what_was_replaced_moved_or_mixed_otherwise_are_refused():
         Decoding(model, 1, sampling=Sampling(), kind="average").load(condition, [1])
 
 
+@pytest.mark.parametrize("part", ["layers.1.feed_forward.w2", "layers.2.feed_forward.w2", "norm", "output"])
 @pytest.mark.parametrize("kind", [Decoding, partial(GraphedDecoding, capture=lambda work: work)])
-def test_values_that_are_not_finite_are_named(kind):
+def test_values_that_are_not_finite_are_named(kind, part):
     model = tiny()
-    run = kind(model, 1, sampling=Sampling())
-    model.layers[1].feed_forward.w2.weight.data[0] = torch.inf
+    run = kind(model, 1, sampling=Sampling(top_k=10))
+    run.load(model.condition(torch.tensor([3])), [1])
+    run.run()
+    model.get_submodule(part).weight.data[0] = torch.inf
     run.load(model.condition(torch.tensor([3])), [1])
     with pytest.raises(RuntimeError, match=r"not finite in torch\.float32"):
         run.run()

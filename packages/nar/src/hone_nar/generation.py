@@ -248,8 +248,11 @@ class Decoding:
         return self._drawn()
 
     def _drawn(self) -> Tensor:
-        # What is not finite in any pass is not in the last block of those after it.
-        if not bool(self.cache.v[-1].isfinite().all()):
+        # What goes into the last block stays there, of all passes; what comes out of it, of the last pass unless fused.
+        finite = self.cache.v[-1].isfinite().all()
+        if self.logits is not None:
+            finite = finite & self.logits.isfinite().all()
+        if not bool(finite):
             raise RuntimeError(
                 f"the model's values are not finite in {self.cache.v[-1].dtype}; take bfloat16 or float32, or look at "
                 "its weights"
