@@ -264,6 +264,11 @@ def test_values_that_are_not_finite_are_named(kind, part):
 def test_a_model_in_training_mode_draws_nothing():
     with pytest.raises(ValueError, match="in training mode"):
         Decoding(tiny().train(), 1, sampling=Sampling())
+    model = tiny()
+    run, condition = Decoding(model, 1, sampling=Sampling()), model.condition(torch.tensor([3]))
+    model.train()
+    with pytest.raises(ValueError, match="in training mode"):
+        run.load(condition, [1])
 
 
 def test_what_is_not_fused_is_refused():

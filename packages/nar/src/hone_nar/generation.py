@@ -53,6 +53,11 @@ def _single_values(sampling: Sampling) -> tuple[float, float]:
     return float(sampling.guidance), float(sampling.temperature)
 
 
+def _check_eval(model: Any) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes what is drawn; call its eval()")
+
+
 def _fuses(model: Any, sampling: Sampling) -> bool:
     return type(model).mixed is NARTransformer.mixed and not sampling.greedy and sampling.top_p <= 0
 
@@ -94,8 +99,7 @@ class Decoding:
         few: int = 0,
     ) -> None:
         self.pieces, self.fused, self.few = pieces, fused, few
-        if model.training:
-            raise ValueError("the model is in training mode, where dropout changes what is drawn; call its eval()")
+        _check_eval(model)
         if not 0 <= few <= TOKENS:
             raise ValueError(f"few must be 0 to {TOKENS}; got {few}")
         if few and not is_plain(model):
@@ -150,9 +154,11 @@ class Decoding:
         """Put in the condition of a batch and the draws of its images' seeds.
 
         Raises:
-            ValueError: There are not as many rows or seeds as images, or the model mixes its heads otherwise by now.
+            ValueError: There are not as many rows or seeds as images, or the model mixes its heads otherwise by now, or
+                is in training mode.
             RuntimeError: What graphs or ``few`` were made of was replaced or moved.
         """
+        _check_eval(self.model)
         if self.model.mixing(self._asked) != self.kind:
             raise ValueError(
                 f"this decoding mixes heads by {self.kind!r}, and the model by {self.model.mixing(self._asked)!r} by "
