@@ -299,7 +299,8 @@ def test_another_config_does_not_go_on(host, tmp_path):
         ({"batch": 4, "accumulate": 3}, "accumulate must divide"),
         ({"preset": "wan2.1-1.3b-free", "attention": None}, "dense_steps 0, got 12"),
         ({"preset": "none"}, "no preset 'none'"),
-        ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"lora_rank": 0}, "lora_rank must be positive"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"gradient_checkpointing": True}, "add --no-graphs"),
     ],
 )

@@ -145,14 +145,15 @@ def test_per_token_timesteps_take_the_largest():
 
 @pytest.mark.parametrize("regimes", [(NEAR, FULL), (NEAR, Regime(e4m3=False)), (Regime(window=(1, 1, 1)), NEAR)])
 def test_samples_at_different_noise_levels_have_each_their_regime(kind, regimes):
-    model, args = tiny(kind), list(inputs(kind, batch=4))
+    # In float64: float32 products of another batch size can round a value to the next E4M3. Scales are float32.
+    model, args = tiny(kind).double(), [x.double() if x.is_floating_point() else x for x in inputs(kind, batch=4)]
     place = next(i for i, x in enumerate(args) if x.dim() == 1)
     args[place] = torch.tensor([900.0, 100.0, 950.0, 200.0])
     settings = config(*regimes, boundaries=(0.5,))
     with attach(model, settings):
         alone = [run(model, [x[i : i + 1] for x in args]) for i in range(4)]
         together = run(model, args)
-        assert_close(together, torch.cat(alone))
+        assert_close(together, torch.cat(alone), dtype=torch.float32)
         together.square().sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -164,13 +165,13 @@ def test_samples_at_different_noise_levels_have_each_their_regime(kind, regimes)
                 assert float((p.grad - grads[name]).norm()) <= 1e-3 * float(grads[name].norm()) + 1e-6
         # Said beforehand, nothing is read back.
         handle.begin_step(0, sigma=[0.9, 0.1, 0.95, 0.2])
-        assert_close(run(model, args), together)
+        assert_close(run(model, args), together, dtype=torch.float32)
         handle.reset()
         # All in one regime: as ever.
         args[place] = torch.tensor([900.0, 950.0, 990.0, 800.0])
         mixed = run(model, args)
     with attach(model, settings.constant(0)):
-        assert_close(mixed, run(model, args))
+        assert_close(mixed, run(model, args), dtype=torch.float32)
 
 
 @torch.no_grad()

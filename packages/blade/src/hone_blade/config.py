@@ -782,8 +782,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         known_preset(self.preset)
-        check_budget(self, "batch", "accumulate", "lora_rank", "eval_clips", "lr", "fake_lr", "warmup_steps", "clip")
-        check_least(self, 0, "weight_decay")
+        check_budget(self, "batch", "accumulate", "lora_rank", "eval_clips", "lr", "fake_lr", "clip")
+        check_least(self, 0, "weight_decay", "warmup_steps")
         if not 0 <= self.dense_share <= 1:
             raise ValueError(f"dense_share must lie in [0, 1]; got {self.dense_share}")
         if self.batch % self.accumulate:
