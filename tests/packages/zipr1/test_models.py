@@ -561,7 +561,7 @@ def test_a_layer_that_does_not_wait_drops_the_same_a_layer_later(family, cache, 
     found, widths = [], []
 
     def look(module, args, kwargs):
-        stored = kwargs["past_key_values"].layers
+        stored = kwargs[cache_keyword(module)].layers
         widths.append([layer.keys.shape[2] for layer in stored if layer.seen])
 
     for late in (False, True):
@@ -571,7 +571,7 @@ def test_a_layer_that_does_not_wait_drops_the_same_a_layer_later(family, cache, 
         with sparse(model, 0.4, **settings) as handle:
             full, stored = model(**inputs), DynamicCache()
             seen = list(widths)
-            model(**inputs, past_key_values=stored)
+            model(**inputs, **{cache_keyword(model): stored})
             keep = handle.stats.keep
             found.append((full.logits, stored, keep, *written(model, inputs, num_beams=2)))
         for hook in hooks:
@@ -654,7 +654,7 @@ def test_no_layer_waits_for_the_device_on_a_gpu(family, monkeypatch):
             try:
                 for _ in range(2):
                     stored = DynamicCache()
-                    logits = model(**inputs, past_key_values=stored).logits
+                    logits = model(**inputs, **{cache_keyword(model): stored}).logits
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             found.append((logits, stored.layers, handle.stats.keep))
@@ -756,9 +756,11 @@ def test_bad_inputs_are_named():
             model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         stored = DynamicCache()
         with pytest.raises(ValueError, match="without pixels"):
-            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], past_key_values=stored)
+            model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **{cache_keyword(model): stored}
+            )
         # It is heard of behind the layers, which have filled the cache by then.
-        again = model(**inputs, past_key_values=stored).logits
+        again = model(**inputs, **{cache_keyword(model): stored}).logits
         assert torch.equal(again, model(**inputs).logits)
         with pytest.raises(ValueError, match="does not say what is text"):
             model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
