@@ -224,8 +224,9 @@ def quantize_qkv(
     if plain:
         facts = geometry(*tensors)
         known = facts and (facts, block, backend)
-    if known is not None and known in _checked:
-        groups, longest, chosen = None, 1, _checked[known]
+    # One reading: another thread may drop the entry between two.
+    if known is not None and (before := _checked.get(known)) is not None:
+        groups, longest, chosen = None, 1, before
     else:
         groups = _check_quantize(q, k, v, rope, order, k_valid, block, group)
         if isinstance(group, int):
