@@ -14,6 +14,8 @@ def case(batch, heads, heads_k, tokens, dim, dtype, device="cpu"):
     stops = torch.linspace(0, tokens, batch + 1, device=device)[1:]
     valid = (at < stops[:, None] * 0.7) | (at >= tokens - 2)
     valid[0, : tokens // 2] = False
+    # As a cache has them, with room behind.
+    valid = torch.cat([valid, torch.ones_like(valid[:, :1]).expand(-1, 5)], 1)[:, :tokens]
     for x in (k, v):
         x.transpose(1, 2)[~valid] = torch.nan
     return q, k, v, valid

@@ -1,6 +1,7 @@
 """Token selection inside real classes: equal to the dense model whose dropped keys and values are masked."""
 
 import copy
+from collections import Counter
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -23,6 +24,7 @@ from hone_zipr1.models import (
     sparse,
     visual_ids,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 FAMILIES = TESTED
@@ -459,6 +461,73 @@ def test_cache_layer_counts_what_was_seen_and_takes_back_only_what_is_whole():
     assert (layer.get_seq_length(), layer.protected.shape[1]) == (6, 6)
     layer.reset()
     assert layer.get_seq_length() == 0
+
+
+def test_later_tokens_are_noted_when_they_are_asked_for():
+    states = torch.arange(9.0).view(1, 1, 9, 1).expand(2, 1, 9, 1)
+    keep = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 1]]).bool()
+    rooms = []
+    for asked in (False, True):
+        layer = SparseLayer()
+        layer.update(states[:, :, :6], states[:, :, :6])
+        layer.evict(Kept.of(keep), 4)
+        assert layer.dropped
+        assert not layer.whole
+        for _ in range(3):
+            layer.update(states[:, :, :1], states[:, :, :1])
+            if asked:
+                assert layer.valid.shape == layer.positions.shape == (2, layer.keys.shape[2])
+                rooms.append(layer.valid.data_ptr())
+        layer.crop(-2)
+        layer.update(states[:, :, :1], states[:, :, :1])
+        assert layer.positions.tolist() == [[0, 2, 5, 6, 7], [*layer.positions[1, :3].tolist(), 6, 7]]
+        assert layer.positions[1, :2].tolist() == [3, 5]
+        assert layer.valid.tolist() == [[True] * 5, [True, True, False, True, True]]
+        # Token 5 is a guess, and stands in another column in each sample.
+        layer.crop(5)
+        assert layer.positions.tolist()[0] == [0, 2]
+        assert layer.valid.tolist() == [[True, True], [True, False]]
+        layer.update(states[:, :, :1], states[:, :, :1])
+        assert layer.positions[:, 2:].tolist() == [[5], [5]]
+        assert layer.valid.tolist() == [[True] * 3, [True, False, True]]
+    assert len(set(rooms)) == 1
+
+
+class Work(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not any(alias.alias_info and not alias.alias_info.is_write for alias in func._schema.arguments):
+            self.found[str(func)] += 1
+        return out
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_step_after_one_prompt_does_no_more_than_the_dense_one(implementation):
+    model, inputs = get("qwen2_5_vl")
+    found = []
+    model.set_attn_implementation(implementation)
+    try:
+        for p in (None, 0.4):
+            with nullcontext() if p is None else sparse(model, p) as handle:
+                cache = DynamicCache()
+                model(**inputs, **{cache_keyword(model): cache})
+                assert p is None or handle.stats.ratio < 1
+                for _ in range(2):
+                    with Work() as work:
+                        at = torch.full((3, 1, 1), cache.get_seq_length())
+                        model(torch.tensor([[10]]), position_ids=at, **{cache_keyword(model): cache})
+                    found.append(work.found)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert found[0].total() > 30 * LAYERS
+    assert not found[2] - found[0]
+    assert not found[3] - found[1]
 
 
 def test_what_a_kernel_knows_of_its_choice_is_where_the_tokens_are():

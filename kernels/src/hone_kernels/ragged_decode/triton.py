@@ -18,11 +18,11 @@ _PIECES = 64
 """Of a cache, at most: one program joins them."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_valid"])
 def _pieces_kernel(
     Q, K, V, VALID, PART, LSE,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    num_k, chunk, pieces, scale_log2,
+    stride_valid, num_k, chunk, pieces, scale_log2,
     H: tl.constexpr, HK: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
@@ -41,7 +41,7 @@ def _pieces_kernel(
     for start in range(first, tl.minimum(first + chunk, num_k), BN):
         at = start + c
         # No branch around a tile without a valid entry, of which nothing is loaded: loads behind one are not pipelined.
-        live = tl.load(VALID + b * num_k + at, mask=at < num_k, other=0) != 0
+        live = tl.load(VALID + b * stride_valid + at, mask=at < num_k, other=0) != 0
         token = at.to(tl.int64)
         k = tl.load(
             K + b * stride_kb + hk * stride_kh + token[None, :] * stride_kt + d[:, None],
@@ -91,7 +91,7 @@ def decode_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor, scale: float, *, programs: int = _PROGRAMS
 ) -> Tensor:
     """See ``decode_attention``; ``programs`` is about how many the caches are cut into."""
-    q, k, v, valid = unit_last(q), unit_last(k), unit_last(v), valid.contiguous()
+    q, k, v, valid = unit_last(q), unit_last(k), unit_last(v), unit_last(valid)
     batch, heads, _, dim = q.shape
     heads_k, num_k = k.shape[1:3]
     tile = 64 if q.element_size() == 2 else 16
@@ -102,8 +102,8 @@ def decode_attention_triton(
     lse = torch.empty((batch, heads, pieces), dtype=torch.float32, device=q.device)
     out = torch.empty((batch, heads, 1, dim), dtype=q.dtype, device=q.device)
     _pieces_kernel[(pieces, heads_k, batch)](
-        q, k, v, valid, part, lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], num_k, chunk, pieces,
-        scale * LOG2E,
+        q, k, v, valid, part, lse, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], valid.stride(0),
+        num_k, chunk, pieces, scale * LOG2E,
         H=heads, HK=heads_k, GP=max(16, triton.next_power_of_2(heads // heads_k)), D=dim, BN=tile,
         num_warps=4, num_stages=3,
     )  # fmt: skip

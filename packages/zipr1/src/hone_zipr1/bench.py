@@ -7,8 +7,8 @@ the work is that of the method and its time does not depend on what the attentio
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -43,6 +43,8 @@ VOCABULARY = 152064
 DENSE = "dense"
 CAPTURED = ", captured"
 FLASH = "dense, FlashAttention 3"
+_ByRatio = dict[float | None, Any]
+"""None: dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,34 @@ def _name(ratio: float | None) -> str:
     return DENSE if ratio is None else f"tau {ratio:g}"
 
 
+@contextmanager
+def _side_by_side(cfg: BenchConfig, model: Any) -> Iterator[_ByRatio]:
+    """The model, dense, and by each ratio one of the same weights that keeps it.
+
+    What is compared is timed in turn: a card that has worked for a second is slower, and a host is now this fast, now
+    that.
+    """
+    weights = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    models: _ByRatio = {None: model} | {ratio: copy.deepcopy(model, dict(weights)) for ratio in cfg.ratios}
+    with ExitStack() as attached:
+        for ratio in cfg.ratios:
+            attached.enter_context(attach(models[ratio], _selection(cfg, ratio)))
+        yield models
+
+
+def _steps(cfg: BenchConfig, run: Run, models: _ByRatio, caches: _ByRatio, batch: int, tokens: int) -> None:
+    """Times of a decoding step of every variant, and what its cache holds."""
+    split, device = f"{tokens} tokens, batch {batch}", models[None].device
+    calls = {_name(ratio): partial(_decode, models[ratio], cache, batch, tokens) for ratio, cache in caches.items()}
+    _rows(cfg, run, "decode", measure_interleaved(calls, warmup=2, rounds=cfg.rounds, device=device), split)
+    for ratio, cache in caches.items():
+        stored = stored_bytes(cache) / 2**20
+        run.row("cache", stored, unit="MiB", better="lower", variant=_name(ratio), split=split)
+        if cfg.captured:
+            plain = _said(models[ratio], cache, batch, tokens)
+            _captured(cfg, run, models[None], cache, batch, tokens, ratio, plain)
+
+
 @torch.no_grad()
 def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
     batch, tokens = ids.shape
@@ -126,22 +156,11 @@ def _whole(cfg: BenchConfig, run: Run, model: Any, ids: Tensor) -> None:
         model(input_ids=ids, use_cache=True, logits_to_keep=1, **{keyword: cache})
         return cache
 
-    # Side by side, since a card that has worked for a second is slower: models of the same weights.
-    with ExitStack() as attached:
-        calls: dict[str, Any] = {DENSE: partial(prefill, model)}
-        for kept in cfg.ratios:
-            other = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
-            attached.enter_context(attach(other, _selection(cfg, kept)))
-            calls[_name(kept)] = partial(prefill, other)
+    with _side_by_side(cfg, model) as models:
+        calls = {_name(ratio): partial(prefill, other) for ratio, other in models.items()}
         times = measure_interleaved(calls, warmup=2, rounds=cfg.rounds, device=ids.device)
-    _rows(cfg, run, "prefill", times, split)
-    for ratio in (None, *cfg.ratios):
-        with nullcontext() if ratio is None else attach(model, _selection(cfg, ratio)):
-            cache = prefill(model)
-            _add(cfg, run, _name(ratio), split, partial(_decode, model, cache, batch, tokens), cache, ids.device)
-            plain = _said(model, cache, batch, tokens) if cfg.captured else None
-        if plain is not None:
-            _captured(cfg, run, model, cache, batch, tokens, ratio, plain)
+        _rows(cfg, run, "prefill", times, split)
+        _steps(cfg, run, models, {ratio: prefill(other) for ratio, other in models.items()}, batch, tokens)
     text = model.config.get_text_config()
     for ratio in cfg.ratios:
         bound = prefill_bound(text, tokens, ratio)
@@ -196,15 +215,9 @@ def _decode_bounds(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: i
 @torch.no_grad()
 def _decoding(cfg: BenchConfig, run: Run, model: Any, batch: int, tokens: int) -> None:
     """Decoding from caches of random keys and values."""
-    split, cache = f"{tokens} tokens, batch {batch}", None
-    for ratio in (None, *cfg.ratios):
-        del cache
-        cache = _filled(cfg, model, batch, tokens, ratio)
-        with nullcontext() if ratio is None else attach(model, _selection(cfg, ratio)):
-            _add(cfg, run, _name(ratio), split, partial(_decode, model, cache, batch, tokens), cache, model.device)
-            plain = _said(model, cache, batch, tokens) if cfg.captured else None
-        if plain is not None:
-            _captured(cfg, run, model, cache, batch, tokens, ratio, plain)
+    with _side_by_side(cfg, model) as models:
+        caches = {ratio: _filled(cfg, model, batch, tokens, ratio) for ratio in models}
+        _steps(cfg, run, models, caches, batch, tokens)
     _decode_bounds(cfg, run, model, batch, tokens)
 
 
@@ -228,14 +241,6 @@ def _unequal(batch: int, tokens: int, ratio: float, generator: torch.Generator, 
     spread = torch.linspace(0.5, 1.5, batch, device=device) if batch > 1 else torch.ones(1, device=device)
     order = torch.rand(batch, tokens, generator=generator, device=device).argsort(-1).argsort(-1)
     return order < (spread * ratio * tokens).ceil()[:, None]
-
-
-def _add(
-    cfg: BenchConfig, run: Run, name: str, split: str, decode: Callable[[], Any], cache: Any, device: torch.device
-) -> None:
-    """Times of a decoding step of one variant, attached beforehand, and what its cache holds."""
-    _rows(cfg, run, "decode", measure_interleaved({name: decode}, warmup=2, rounds=cfg.rounds, device=device), split)
-    run.row("cache", stored_bytes(cache) / 2**20, unit="MiB", better="lower", variant=name, split=split)
 
 
 @torch.no_grad()
@@ -306,9 +311,9 @@ def _rows(cfg: BenchConfig, run: Run, metric: str, times: dict[str, Timing], spl
         run.row(
             metric, timing.ms_p50, unit="ms", better="lower", n=cfg.rounds, variant=name, split=split, labels=labels
         )
-        if timing.peak_bytes is not None and metric in ("prefill", "decode"):
+        if timing.peak_bytes is not None and metric == "prefill":
             peak = timing.peak_bytes / 2**30
-            run.row(f"{metric}_peak", peak, unit="GiB", better="lower", variant=name, split=split)
+            run.row("prefill_peak", peak, unit="GiB", better="lower", variant=name, split=split)
 
 
 def _linear(text: Any) -> int:

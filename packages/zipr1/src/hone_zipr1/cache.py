@@ -12,6 +12,9 @@ from transformers.cache_utils import DynamicLayer
 
 __all__ = ["Chosen", "Counts", "Kept", "SparseLayer", "check_cache", "sparse_layers"]
 
+_ROOM = 256
+"""Tokens to come that the note of what is read has room for."""
+
 
 class Chosen(NamedTuple):
     """What was chosen, and, where a kernel chose, what it knows besides.
@@ -101,12 +104,12 @@ class SparseLayer(DynamicLayer):
 
     The tokens of a sample stand in their order, at the left; a sample that kept fewer than another is filled up at the
     end of its prompt. ``get_seq_length`` counts the tokens seen, evicted ones included: positions go on from there.
+    Tokens since stand where they are expected and are read, so that nothing is written down of them before it is asked
+    for: a step of decoding appends keys and values, as in a cache of transformers.
 
     Attributes:
         seen: Tokens that went in.
         prompt: Of these, the ones that came before the last eviction.
-        positions: ``[batch, stored]``, where each stored token stood among those seen; None: nothing was dropped.
-        valid: ``[batch, stored]``, which stored tokens are read; None as well then.
         whole: Whether all stored tokens are read.
         protected: ``[batch, tokens]``, which of the first tokens a selection may not drop; later ones are text.
 
@@ -121,21 +124,51 @@ class SparseLayer(DynamicLayer):
         super().__init__()
         self.captured = captured
         self.seen = self.prompt = 0
-        self.positions: Tensor | None = None
-        self.valid: Tensor | None = None
+        # Of the first stored tokens; of later ones ``_valid`` has True, or nothing yet.
+        self._positions: Tensor | None = None
+        self._valid: Tensor | None = None
+        self._noted = 0
         self.whole = True
         self.protected: Tensor | None = None
 
+    @property
+    def dropped(self) -> bool:
+        """Whether something was dropped, or is stored and not read."""
+        return self._positions is not None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``[batch, stored]``, where each stored token stood among those seen; None: nothing was dropped."""
+        if self._positions is not None and (new := self.keys.shape[-2] - self._positions.shape[1]):
+            at = torch.arange(self.seen - new, self.seen, device=self._positions.device)
+            self._positions = torch.cat([self._positions, at.expand(len(self._positions), -1)], -1)
+        return self._positions
+
+    @property
+    def valid(self) -> Tensor | None:
+        """``[batch, stored]``, which stored tokens are read; None: nothing was dropped."""
+        if self._valid is None:
+            return None
+        stored = self.keys.shape[-2]
+        if (new := stored - self._valid.shape[1]) > 0:
+            # With room for those to come.
+            self._valid = torch.cat([self._valid, self._valid.new_ones(len(self._valid), new + _ROOM)], -1)
+        return self._valid[:, :stored]
+
+    def note(self, positions: Tensor | None, valid: Tensor | None) -> None:
+        """Say of all stored tokens where they stood and which are read.
+
+        Args:
+            positions: See there.
+            valid: See there.
+        """
+        self._positions, self._valid = positions, valid
+        self._noted = 0 if valid is None else valid.shape[1]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; see ``DynamicLayer``."""
-        keys, values = super().update(key_states, value_states)
-        new = key_states.shape[-2]
-        if self.positions is not None and self.valid is not None:
-            at = torch.arange(self.seen, self.seen + new, device=keys.device).expand(len(keys), -1)
-            self.positions = torch.cat([self.positions, at], -1)
-            self.valid = torch.cat([self.valid, torch.ones_like(at, dtype=torch.bool)], -1)
-        self.seen += new
-        return keys, values
+        self.seen += key_states.shape[-2]
+        return super().update(key_states, value_states)
 
     def evict(self, kept: Kept, prompt: int) -> None:
         """Drop what is not kept, for good.
@@ -145,10 +178,8 @@ class SparseLayer(DynamicLayer):
             prompt: Tokens that were chosen from, the first of those seen; the others, guesses or an answer, are kept.
         """
         self.keys, self.values = kept.take(self.keys, self.values)
-        self.positions, self.valid, self.whole = kept.places, kept.valid, kept.valid is None
-        if kept.valid is None:
-            self.valid = torch.ones_like(kept.places, dtype=torch.bool)
-        self.prompt = prompt
+        self.whole, self.prompt = kept.valid is None, prompt
+        self.note(kept.places, torch.ones_like(kept.places, dtype=torch.bool) if kept.valid is None else kept.valid)
 
     def read(self, keep: Tensor, prompt: int) -> None:
         """Store everything and read what is kept, until the next call.
@@ -157,8 +188,8 @@ class SparseLayer(DynamicLayer):
             keep: ``[batch, seen]``.
             prompt: As for ``evict``.
         """
-        self.positions = torch.arange(self.seen, device=keep.device).expand(len(keep), -1)
-        self.valid, self.whole, self.prompt = keep, False, prompt
+        self.whole, self.prompt = False, prompt
+        self.note(torch.arange(self.seen, device=keep.device).expand(len(keep), -1), keep)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -173,18 +204,19 @@ class SparseLayer(DynamicLayer):
         left = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.seen)
         if left == self.seen:
             return
-        if self.positions is not None and left < self.prompt:
+        if self.dropped and left < self.prompt:
             raise ValueError(
                 f"the cache cannot be cut to {left} tokens: of the first {self.prompt}, some are evicted. Run the "
                 "shorter prompt from the start"
             )
         stop = self.keys.shape[-2] - (self.seen - left)
-        self.keys, self.values = self.keys[..., :stop, :], self.values[..., :stop, :]
-        if self.positions is not None and self.valid is not None:
+        if stop < self._noted and (positions := self.positions) is not None and (valid := self.valid) is not None:
             # Where a sample kept fewer than another, its last tokens are not in the last columns.
-            gone = self.positions >= left
-            self.positions = self.positions.masked_fill(gone, -1)[:, :stop]
-            self.valid = (self.valid & ~gone)[:, :stop]
+            gone = positions >= left
+            self.note(positions.masked_fill(gone, -1)[:, :stop], (valid & ~gone)[:, :stop])
+        elif self._positions is not None:
+            self._positions = self._positions[:, :stop]
+        self.keys, self.values = self.keys[..., :stop, :], self.values[..., :stop, :]
         self.seen = left
         if self.protected is not None:
             self.protected = self.protected[:, :left]
@@ -196,8 +228,8 @@ class SparseLayer(DynamicLayer):
     def _rows(self, index: Tensor) -> None:
         if self.seen:
             self.keys, self.values = self.keys[index], self.values[index]
-        if self.positions is not None and self.valid is not None:
-            self.positions, self.valid = self.positions[index], self.valid[index]
+        if self._positions is not None and self._valid is not None:
+            self._positions, self._valid = self._positions[index], self._valid[index]
         if self.protected is not None:
             self.protected = self.protected[index]
 

@@ -70,7 +70,7 @@ class FixedLayer(DynamicLayer):
         stored = self.stored
         stored.keys, stored.values = self.keys[:, :, : self.num], self.values[:, :, : self.num]
         if self.positions is not None:
-            stored.positions, stored.valid = self.positions[:, : self.num], self.valid[:, : self.num]
+            stored.note(self.positions[:, : self.num], self.valid[:, : self.num])
         self._shown = stored.keys
 
     @property

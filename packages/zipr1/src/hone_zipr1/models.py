@@ -364,7 +364,7 @@ class SparseHandle(Handle[SparseConfig]):
             # A later turn chooses anew among all that is stored; an answer, and guesses at it, are only appended.
             turn = self.config.cache == "retrieve" and tokens > 1 and not inputs.candidates
             if not turn:
-                if tokens > 1 and not inputs.candidates and any(layer.positions is not None for layer in cache.layers):
+                if tokens > 1 and not inputs.candidates and any(layer.dropped for layer in cache.layers):
                     _log.warning(
                         "a later turn of %d tokens reads a prompt of which tokens are gone for good; cache='retrieve' "
                         "keeps them, and chooses anew",
@@ -557,8 +557,10 @@ class SparseHandle(Handle[SparseConfig]):
             if isinstance(stored, FixedLayer):
                 out = decode_attention(query, key, value, stored.valid, scale=kwargs.get("scaling"))
                 return out.transpose(1, 2).contiguous(), None
-            if stored.positions is None:
+            if not stored.dropped:
                 return base(module, query, key, value, attention_mask, **kwargs)
+            if stored.whole and query.shape[2] == 1:
+                return base(module, query, key, value, None, **kwargs)
             return _continued(stored, running.real, module, query, key, value, kwargs), None
         if stored is not None:
             stored.protected = running.stats.protected
@@ -568,7 +570,7 @@ class SparseHandle(Handle[SparseConfig]):
         else:
             chosen = self._choose(running, layer, query, key, kwargs.get("scaling"))
         keep = running.stats.keep[layer] = chosen.keep
-        if running.earlier and not (keep is running.stats.real and stored is not None and stored.positions is None):
+        if running.earlier and not (keep is running.stats.real and stored is not None and not stored.dropped):
             assert stored is not None, "that is where earlier turns are"
             return _anew(stored, keep, query, key, value, kwargs), None
         if keep is running.stats.real:
@@ -889,15 +891,15 @@ def _continued(
     stored: SparseLayer, real: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
 ) -> Tensor:
     """Attention of new tokens to what the layer still reads, and among themselves."""
-    positions, valid = stored.positions, stored.valid
-    assert positions is not None, "something was dropped"
-    assert valid is not None, "and then it says what is read"
-    new = query.shape[2]
-    mask = None
+    valid, new, mask = stored.valid, query.shape[2], None
+    assert valid is not None, "something was dropped, and then it says what is read"
     if new > 1:
         at = torch.arange(stored.seen - new, stored.seen, device=query.device)
+        positions = stored.positions
+        assert positions is not None, "likewise"
         if real is not None:
-            valid[:, -new:] = real[:, -new:]
+            valid = torch.cat([valid[:, :-new], real[:, -new:]], -1)
+            stored.note(positions, valid)
         pairs = valid[:, None, :] & (positions[:, None, :] <= at[:, None])
         mask = (pairs | (positions[:, None, :] == at[:, None]))[:, None]
         stored.whole = stored.whole and (real is None or bool(real[:, -new:].all()))
