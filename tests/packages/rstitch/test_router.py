@@ -180,7 +180,8 @@ def test_a_stopped_training_goes_on_exactly(packaged, start, monkeypatch, tmp_pa
     )
     cfg = TrainRouterConfig(
         steps=3, batch=2, rollouts=4, epochs=2, items=2, taus=(0.1,), width=8, log_every=1, checkpoint_seconds=0.0,
-        sampling=SamplingConfig(max_new_tokens=6), **dict.fromkeys(("data", "held_out"), str(file)) if data else {},
+        sampling=SamplingConfig(max_new_tokens=6),
+        **dict.fromkeys(("data", "held_out_data"), str(file)) if data else {},
     )  # fmt: skip
     # An untrained pair is never right: what is right here follows from the text.
     monkeypatch.setattr(reinforce, "grade", lambda text, *rest: sum(map(ord, text)) % 2 == 0)
@@ -246,7 +247,7 @@ def test_training_runs_and_compares(packaged, start, monkeypatch):
         ({"rollouts": 1}, "rollouts must be at least 2"),
         ({"price": -1.0}, "price must be at least 0"),
         ({"stitch": StitchConfig()}, "policy 'router'"),
-        ({"data": "a.jsonl"}, "data and held_out"),
+        ({"data": "a.jsonl"}, "data and held_out_data"),
     ],
 )
 def test_bad_training_is_named(values, match):

@@ -614,7 +614,7 @@ class TrainRouterConfig:
     """The pair."""
     data: str | None = None
     """Problems to train on, as ``eval`` takes them (default: generated products)."""
-    held_out: str | None = None
+    held_out_data: str | None = None
     """Problems that the router is held against thresholds on (default: generated products)."""
     format: Literal["number", "math"] = "number"
     """How an answer is graded."""
@@ -667,8 +667,8 @@ class TrainRouterConfig:
             raise ValueError(f"clip_low must lie in (0, 1); got {self.clip_low}")
         if self.stitch.policy != "router":
             raise ValueError(f"the router is asked by policy 'router'; got {self.stitch.policy!r}")
-        if (self.data is None) != (self.held_out is None):
-            raise ValueError("give data and held_out, two sets of problems, or neither")
+        if (self.data is None) != (self.held_out_data is None):
+            raise ValueError("give data and held_out_data, two sets of problems, or neither")
 
     @property
     def minutes(self) -> float:

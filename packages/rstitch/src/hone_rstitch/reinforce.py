@@ -124,7 +124,7 @@ def prepare(cfg: TrainRouterConfig) -> TrainRouterConfig:
     if cfg.format == "math":
         grade("1", "1", "math")
     tiny = cfg.models.small is None
-    cfg = replace(cfg, data=found_data(cfg.data, tiny=tiny), held_out=found_data(cfg.held_out, tiny=tiny))
+    cfg = replace(cfg, data=found_data(cfg.data, tiny=tiny), held_out_data=found_data(cfg.held_out_data, tiny=tiny))
     check_models(cfg.models)
     return cfg
 
@@ -271,10 +271,10 @@ def _update(
 
 def _compare(cfg: TrainRouterConfig, run: Run, pair: Pair, router: Router, ratio: float) -> None:
     """Accuracy and cost of the router and of thresholds, on problems that neither was chosen on."""
-    if cfg.held_out is None:
+    if cfg.held_out_data is None:
         problems = products(cfg.items, seed=80_000 + cfg.seed)
     else:
-        problems = read_problems(cfg.held_out, limit=cfg.items)
+        problems = read_problems(cfg.held_out_data, limit=cfg.items)
     # A repeated command finds the answers of the same router.
     answers = Answers(
         run.artifacts / "answers.jsonl", pair, problems, cfg.sampling, format=cfg.format, batch=cfg.batch * 4,
