@@ -37,9 +37,10 @@ def test_triton_kernels(tmp_path, tool, part):
 
 # racecheck does not follow mbarriers (kernels/LOG.md): what it counts there is recorded, not judged.
 @requires_gpu(min_sm=90)
+@pytest.mark.parametrize("part", ["attention", "pyramid_attention"])
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
-def test_gluon_kernels(tmp_path, tool):
-    check(tmp_path, tool, "gluon", "attention")
+def test_gluon_kernels(tmp_path, tool, part):
+    check(tmp_path, tool, "gluon", part)
 
 
 def test_counts_are_read_and_summed_over_processes():
@@ -63,8 +64,10 @@ def test_each_kernel_is_run_under_each_tool_once():
         ("triton", "attention"),
         ("triton", "attention_fp8"),
         ("triton", "block_scores"),
+        ("triton", "pyramid_attention"),
         ("triton", "ragged_decode"),
         ("gluon", "attention"),
+        ("gluon", "pyramid_attention"),
     ]
     assert [(*c.tools, *c.backends, *c.parts) for c in found] == [
         (tool, *case) for tool in ("memcheck", "racecheck") for case in per_tool

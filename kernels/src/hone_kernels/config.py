@@ -27,7 +27,7 @@ Kind = Literal["gluon", "triton", "fp8 triton"]
 Tool = Literal["memcheck", "synccheck", "racecheck"]
 Backend = Literal["triton", "gluon"]
 Ours = Literal["reference", "triton", "gluon"]
-Part = Literal["attention", "attention_fp8", "block_scores", "ragged_decode"]
+Part = Literal["attention", "attention_fp8", "block_scores", "pyramid_attention", "ragged_decode"]
 Profiled = Literal["attention", "column_mass", "token_select", "ragged_decode"]
 Tokens = Literal["whole", "ragged", "padded"]
 

@@ -38,6 +38,7 @@ from hone_kernels.column_mass import column_mass
 from hone_kernels.config import SanitizeConfig
 from hone_kernels.draw_codes import draw_codes
 from hone_kernels.gpu import the_gpu
+from hone_kernels.pyramid_attention import FACTORS, pyramid_attention
 from hone_kernels.ragged_decode import decode_attention
 from hone_kernels.token_select import select_tokens
 
@@ -73,11 +74,11 @@ def find_sanitizer() -> str | None:
 
 
 def cases(cfg: SanitizeConfig) -> list[SanitizeConfig]:
-    """A config per tool, backend and part; Gluon has attention alone."""
+    """A config per tool, backend and part; Gluon has attention over lists and over a pyramid alone."""
     return [
         dataclasses.replace(cfg, tools=(tool,), backends=(backend,), parts=(part,))
         for tool, backend, part in itertools.product(cfg.tools, cfg.backends, cfg.parts)
-        if part == "attention" or backend == "triton"
+        if part in ("attention", "pyramid_attention") or backend == "triton"
     ]
 
 
@@ -177,7 +178,7 @@ def run_case(case: SanitizeConfig) -> None:
     torch.manual_seed(case.seed)
     (backend,), (part,) = case.backends, case.parts
     parts = {"attention": _attention, "attention_fp8": _attention_fp8, "block_scores": _scores_and_selection}
-    (parts | {"ragged_decode": _tokens})[part](backend)
+    (parts | {"ragged_decode": _tokens, "pyramid_attention": _pyramid})[part](backend)
     torch.cuda.synchronize()
 
 
@@ -207,9 +208,11 @@ def _attention(backend: Backend) -> None:
         extra = [torch.randn(2, 2, 37, dim).bfloat16() for _ in range(2)] if pooled else []
         bias = [torch.randn(2, 2, 37)] if pooled else []
         results = []
-        lanes: tuple[tuple[Backend, str, torch.dtype], ...]
-        lanes = ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64))
-        for name, device, dtype in lanes:
+        lanes: list[tuple[Backend, str, torch.dtype, bool]]
+        lanes = [(backend, "cuda", torch.bfloat16, True), ("reference", "cpu", torch.float64, True)]
+        if backend == "gluon":  # sums q's gradient in whole numbers, or in float32
+            lanes.insert(1, (backend, "cuda", torch.bfloat16, False))
+        for name, device, dtype, deterministic in lanes:
             layout = BlockLayout.from_mask(mask, 301, 277, block_q=block, block_k=block, k_valid=valid)
             tensors = {n: getattr(layout, n) for n in ("kv_num", "kv_idx", "k_valid")}
             moved: dict[str, Any] = {n: x if x is None else x.to(device) for n, x in tensors.items()}
@@ -217,13 +220,32 @@ def _attention(backend: Backend) -> None:
             leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v, *extra)]
             leaves += [x.to(device).requires_grad_() for x in bias]
             far = PooledKV(*leaves[3:]) if pooled else None
-            out, lse = block_sparse_attention(
-                leaves[0], leaves[1], leaves[2], layout, pooled=far, return_lse=True, backend=name
-            )
+            given: dict[str, Any] = dict(pooled=far, return_lse=True, backend=name, deterministic=deterministic)
+            out, lse = block_sparse_attention(leaves[0], leaves[1], leaves[2], layout, **given)
             grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
             results.append([x.detach().double().cpu() for x in (out, lse, *grads)])
         what = f"attention {backend} d{dim} block {block} padded {padded} pooled {pooled}"
-        _close(what, results[0], results[1], [2e-2] * len(results[0]))
+        for got in results[:-1]:
+            _close(what, got, results[-1], [2e-2] * len(got))
+
+
+def _pyramid(backend: Backend) -> None:
+    """Every factor, a row without keys, ragged ends, grouped heads; forward and backward."""
+    for dim in (64, 128):
+        q, dout = (torch.randn(2, 4, 301, dim).bfloat16() for _ in range(2))
+        k, v = (torch.randn(2, 2, 533, dim).bfloat16() for _ in range(2))
+        factors = torch.tensor([0, *FACTORS], dtype=torch.int32)[torch.randint(5, (2, 4, 3, 5))]
+        factors[:, :, 1] = 0
+        factors[..., -1].clamp_(max=1)
+        results = []
+        lanes: tuple[tuple[Backend, str, torch.dtype], ...]
+        lanes = ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64))
+        for name, device, dtype in lanes:
+            leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+            out, lse = pyramid_attention(*leaves, factors.to(device), return_lse=True, backend=name)
+            grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
+            results.append([x.detach().double().cpu() for x in (out, lse, *grads)])
+        _close(f"pyramid_attention {backend} d{dim}", results[0], results[1], [2e-2] * 5)
 
 
 def _attention_fp8(backend: Backend) -> None:
