@@ -241,8 +241,8 @@ def _pyramid(backend: Backend) -> None:
         lanes: tuple[tuple[Backend, str, torch.dtype], ...]
         lanes = ((backend, "cuda", torch.bfloat16), ("reference", "cpu", torch.float64))
         for name, device, dtype in lanes:
-            leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
-            out, lse = pyramid_attention(*leaves, factors.to(device), return_lse=True, backend=name)
+            a, b, c = leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+            out, lse = pyramid_attention(a, b, c, factors.to(device), return_lse=True, backend=name)
             grads = torch.autograd.grad(out, leaves, dout.to(device, dtype))
             results.append([x.detach().double().cpu() for x in (out, lse, *grads)])
         _close(f"pyramid_attention {backend} d{dim}", results[0], results[1], [2e-2] * 5)
