@@ -234,7 +234,7 @@ def gluon_backward_launches(
     lse = torch.empty(q.shape[:3])
     columns = layout.transpose()
     lists = (layout.kv_num, layout.kv_idx, columns.kv_num, columns.kv_idx)
-    kernels = ("_extent_kernel", "_statistics_kernel", "_backward_kernel", "_order_kernel")
+    kernels = ("_extent_kernel", "_bounds_kernel", "_statistics_kernel", "_backward_kernel", "_order_kernel")
     with record_launches(module, *kernels) as launches:
         module.attention_backward(
             q, lse, q, k, k, q, lse, *lists, valid, *extra, block_q, 128, 0.1, config, fixed=fixed

@@ -286,6 +286,7 @@ def test_gluon_backward(dim, pooled, padded, fixed):
     )
     assert [x.name for x in recorded] == (
         ["_extent_kernel"] * ((1 + pooled) * fixed)
+        + ["_bounds_kernel"] * fixed
         + ["_statistics_kernel"]
         + ["_backward_kernel"] * (1 + pooled)
         + ["_order_kernel"]

@@ -156,6 +156,7 @@ class Columns:
             heads, dim, tiles, group = q.shape[1], q.shape[3], at["tiles"], at["GROUP"]
             sums = at["sums_ptr"].view(-1, 64 * dim)
             units = at["units_ptr"].view(-1, 64)
+            factors = (at["factors_ptr"] & 0x7FFFFFFF).view(torch.float32).double()
             bias = torch.zeros(k.shape[:3]) if at["bias_ptr"] is None else at["bias_ptr"]
             # Where the matrix unit has row and column: thread, and register of it.
             row, column = torch.arange(64)[:, None], torch.arange(dim)
@@ -164,7 +165,12 @@ class Columns:
             word = register // 4 * 512 + thread // 32 * 128 + register % 4 * 32 + thread % 32
             for column in torch.randperm(grid[0] * grid[1] * grid[2]).tolist():
                 block, kv, batch = column % grid[0], column // grid[0] % grid[1], column // grid[0] // grid[1]
-                keys = slice(block * 128, min(block * 128 + 128, k.shape[2]))
+                exist = k.shape[2] - block * 128
+                if at["VALID"]:
+                    exist = min(exist, int(at["valid_ptr"].expand(len(k), -1)[batch, block]))
+                keys = slice(block * 128, block * 128 + min(exist, 128))
+                scaled = k[batch, kv, keys].double() * factors[batch, kv]
+                assert not (scaled.abs() >= 4).logical_and(scaled.isfinite()).any()
                 for head in range(kv * group, kv * group + group):
                     listed = range(tiles)
                     if not at["DENSE"]:
@@ -181,8 +187,8 @@ class Columns:
                         s = queries[0] @ k[batch, kv, keys].double().T * at["scale"]
                         p = torch.exp2(s + bias[batch, kv, keys].double() / math.log(2) - log2)
                         ds = p * (queries[1] @ v[batch, kv, keys].double().T - delta)
-                        dq = (ds @ k[batch, kv, keys].double()).float() * units[place][:, None]
-                        assert not (dq.abs() > 2**30).any()
+                        dq = (ds @ scaled).float() * units[place][:, None]
+                        assert not (dq.abs() > backward.LIMIT / 1.125).any()
                         whole = dq.round().nan_to_num(0).to(torch.int32)
                         sums[place, word.flatten()] += whole.flatten()
 
@@ -227,7 +233,7 @@ def test_no_sum_in_fixed_point_outgrows_its_word(sizes, monkeypatch):
 
     class Nothing:
         def __getitem__(self, grid):
-            return lambda *args, **named: seen.append(args[7])
+            return lambda *args, **named: seen.append(args[7:9])
 
     monkeypatch.setattr(backward, "_backward_kernel", Nothing())
     dout, v = torch.randn(2, 4, 70, 64) * sizes[0], torch.randn(2, 2, 200, 64) * sizes[1]
@@ -236,10 +242,11 @@ def test_no_sum_in_fixed_point_outgrows_its_word(sizes, monkeypatch):
     lists = (*layout.lists()[:2], *layout.transpose().lists()[:2])
     zeros = torch.zeros(2, 4, 70)
     backward.attention_backward(dout, zeros, q, k, v, torch.zeros_like(q), zeros, *lists, *[None] * 4, 128, 128, 0.125)
-    unit = seen[0].view(2, 4, 128)[:, :, :70].double()
-    wide = [x.double().repeat_interleave(2, dim=1) for x in (k, v)]
-    largest = wide[0].abs().amax((2, 3)) * wide[1].norm(dim=-1).amax(2)
-    assert (dout.double().norm(dim=-1) * largest[..., None] * unit).max() < 2**30
+    factors, units = seen[0]
+    unit = units.view(2, 4, 128)[:, :, :70].double()
+    scaled = (k.double() * factors.view(torch.float32).double()[:, :, None]).repeat_interleave(2, dim=1)
+    largest = scaled.abs().amax((2, 3)) * v.double().norm(dim=-1).amax(2).repeat_interleave(2, dim=1)
+    assert (dout.double().norm(dim=-1) * largest[..., None] * unit).max() < backward.LIMIT
 
 
 @pytest.mark.interpret
@@ -263,6 +270,49 @@ def test_what_is_no_number_has_no_place_in_fixed_point(monkeypatch):
         assert dq[0, 0, :128].isfinite().all()
         assert dq[0, 0, 130].isnan().all()
         assert dq[0, 0, 128:].isnan().any(-1).all() == (name in "kv")
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_keys_without_weight_that_are_not_finite_show_where_float32_shows_them(value, monkeypatch):
+    """Zero times infinity: no number in that channel of each row whose list has the key, and nowhere else."""
+    monkeypatch.setattr(backward, "_backward_kernel", Columns(backward))
+    q, k, v, dout = torch.randn(4, 1, 1, 256, 64)
+    k[0, 0, 130, 3] = value
+    q[..., 3] = -math.copysign(1, value) * (q[..., 3].abs() + 0.1)  # its logit is -inf in each row
+    mask = torch.tensor([[[[1, 0], [1, 1]]]], dtype=torch.bool)
+    layout = BlockLayout.from_mask(mask, 256, 256)
+    s = (q @ k.mT * 0.125).masked_fill(~mask.repeat_interleave(128, 2).repeat_interleave(128, 3), -torch.inf)
+    p, lse = s.softmax(-1), s.logsumexp(-1)
+    out = p @ v
+    assert out.isfinite().all()
+    lists = (*layout.lists()[:2], *layout.transpose().lists()[:2])
+    args = (dout, torch.zeros_like(lse), q, k, v, out, lse, *lists, *[None] * 4, 128, 128, 0.125)
+    dq = backward.attention_backward(*args)[0]
+    ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
+    want = torch.cat([ds[..., :128, :128] @ k[..., :128, :], ds[..., 128:, :] @ k], dim=2) * 0.125
+    assert want.isnan().sum() == 128
+    assert torch.equal(dq.isnan(), want.isnan())
+    assert_close(dq.nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.interpret
+def test_unit_of_a_channel_does_not_follow_the_others(monkeypatch):
+    """A channel of K 256 times as large costs no other channel a digit: all gradients are the same bits."""
+    monkeypatch.setattr(backward, "_backward_kernel", Columns(backward))
+    q, k, v, dout = torch.randn(4, 1, 1, 256, 64)
+    lists = BlockLayout.dense(256, 256)
+    lists = (*lists.lists()[:2], *lists.transpose().lists()[:2])
+    got = []
+    for factor in (1.0, 256.0):
+        k[..., 7] *= factor
+        q[..., 7] /= factor
+        s = q @ k.mT * 0.125
+        args = (dout, torch.zeros(1, 1, 256), q, k, v, s.softmax(-1) @ v, s.logsumexp(-1), *lists, *[None] * 4)
+        got.append(backward.attention_backward(*args, 128, 128, 0.125)[0])
+    got[1][..., 7] /= 256
+    assert torch.equal(*got)
 
 
 def test_only_what_may_differ_takes_the_kernel_that_adds_in_any_order(monkeypatch):

@@ -12,20 +12,26 @@ A program owns 128 keys of one head and walks the query blocks of their column, 
 The warpgroups of keys never wait for each other, so that the exponentials of one run under the products of the other.
 
 Programs add to dQ in the order in which they come. So that its bits do not depend on that, they add whole numbers: what
-a program has for a row, times the row's *unit*, a power of two, rounded. Of a row of weights that sum up to one
+a program has for a row, times the row's *unit* and its channel's *factor*, rounded. The factor of a channel of K is the
+power of two that brings the channel's largest value to between two and four; dQ is multiplied from K so scaled: a
+program keeps a copy of that in shared memory. Of a row of weights that sum up to one
 
-    |sum of p_j (dout . v_j - delta) k_jc| <= (|dout| max |v| + |delta|) max |k_c|
+    |sum of p_j (dout . v_j - delta) k_jc| <= |dout| max (|v| |k|) + |delta| max |k|
 
-over any of its keys, where both maxima are over all keys of the head: the unit is the largest by which that stays below
-2**30. Each addition rounds to within 2**-30 of the bound, and what is smaller is lost; bfloat16 rounds dQ to within
-2**-9 of itself, and of random operands at 32,768 tokens the bound is some 2**14 times what dQ is. One value, or one
-channel of K, far above the others raises the bound of every row of its head, also of those that give it no weight, and
-their errors grow with it (LOG.md). ``fixed=False`` adds float32 instead, four words an instruction, and the last bits
-of dQ then differ from run to run.
+where ``|k|`` is the largest value of K so scaled in a block of keys, ``|v|`` the longest row of V there, and the maxima
+are over the blocks that the row lists (and all of the pooled keys): the unit is what brings that to ``LIMIT``, less an
+eighth for weights that sum up to more than one. Each addition rounds to within 2**-31 of the bound, and what is smaller
+is lost; bfloat16 rounds dQ to within 2**-9 of itself, and of random operands at 32,768 tokens the bound is some 2**14
+times what dQ is. A channel of K far above the others costs those nothing. A few long values raise the bound of the rows
+whose lists have them, also of those that give them no weight (LOG.md has errors). ``fixed=False`` adds float32 instead,
+four words an instruction, and the last bits of dQ then differ from run to run.
 
-Weights sum up to one as far as the log-sum-exp says what the logits are, which float32 rounds to within 2**-24 of
-themselves: from logits of some 10**7 on they may sum up to more than the bit that is left for roundings, and then dQ is
-wrong in any order, but in fixed point with any sign.
+Weights sum up to one as far as the log-sum-exp says what the logits are: ``weight`` of ``attention_backward`` says up
+to what they may. Float32 rounds logits to within 2**-24 of themselves: from logits of some 10**6 on they may sum up to
+more than an eighth above one, and then dQ is wrong in any order, but in fixed point with any sign.
+
+What is not finite makes NaN of the rows that read it, as in float32: in V and dO by way of delta; in K, where its
+weight is zero, in its channel only, which the signs of units and factors say.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale).
 
@@ -100,6 +106,11 @@ _LAUNCH_REGISTERS = 168
 
 LEAST = tl.constexpr(2.0**-126)
 """Smallest normal float32."""
+SIGN = tl.constexpr(-(2**31))
+"""The bit of it in 32."""
+
+LIMIT = 2.0**31 - 2.0**24
+"""Of sums in fixed point; what is left of 32 bits is for half a unit of each of up to 2**25 additions."""
 
 # Adds four consecutive registers to four consecutive words.
 _REDUCE = gl.constexpr(
@@ -142,34 +153,83 @@ def _widen(x, DTYPE: gl.constexpr):
 
 
 @triton.jit
-def _extent_kernel(k_ptr, v_ptr, valid_ptr, extent_ptr, skb, skh, sks, svb, svh, svs, sval, tokens,
+def _extent_kernel(k_ptr, v_ptr, valid_ptr, largest_ptr, skb, skh, sks, svb, svh, svs, sval, tokens, first, blocks,
                    DIM: tl.constexpr, VALID: tl.constexpr):  # fmt: skip
-    """The largest value of K and the largest squared norm of a row of V, as bits of float32, of each head."""
+    """Of a block of keys, bits of float32: the largest value in each channel of K, and the longest row of V, squared.
+
+    What is not finite does not count; in K it sets the sign of its channel.
+    """
     block = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
     exist = tokens
     if VALID:
         exist = tl.minimum(tokens, block * 128 + tl.load(valid_ptr + batch * sval + block))
-    k = _tile(k_ptr, batch, head, block * 128, skb, skh, sks, exist, 128, DIM, DIM, True, False).to(tl.float32)
+    k = tl.abs(_tile(k_ptr, batch, head, block * 128, skb, skh, sks, exist, 128, DIM, DIM, True, False).to(tl.float32))
     v = _tile(v_ptr, batch, head, block * 128, svb, svh, svs, exist, 128, DIM, DIM, True, False).to(tl.float32)
-    # What is not finite shows in the delta of the rows that read it.
-    k = tl.max(tl.where(tl.abs(k) < float("inf"), tl.abs(k), 0.0))
-    v = tl.max(tl.sum(tl.where(tl.abs(v) < float("inf"), v * v, 0.0), 1))
-    extent_ptr += 2 * (batch * tl.num_programs(1) + head)
-    tl.atomic_max(extent_ptr, k.to(tl.int32, bitcast=True), sem="relaxed")
-    tl.atomic_max(extent_ptr + 1, v.to(tl.int32, bitcast=True), sem="relaxed")
+    finite = k < float("inf")
+    largest = tl.max(tl.where(finite, k, 0.0), 0).to(tl.int32, bitcast=True)
+    largest |= tl.max(tl.where(finite, 0, 1), 0) << 31
+    # What is not finite in V shows in the delta of the rows that read it.
+    longest = tl.max(tl.sum(tl.where(tl.abs(v) < float("inf"), v * v, 0.0), 1))
+    largest_ptr += (batch * tl.num_programs(1) + head).to(tl.int64) * blocks * (DIM + 1)
+    block += first
+    tl.store(largest_ptr + block * DIM + tl.arange(0, DIM), largest)
+    tl.store(largest_ptr + blocks * DIM + block, longest.to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, extent_ptr, rows_ptr, units_ptr, sums_ptr, sob, soh, sos,
-                       sdb, sdh, sds, tokens, padded, group, DIM: tl.constexpr, ROWS: tl.constexpr,
+def _bounds_kernel(largest_ptr, factors_ptr, bounds_ptr, blocks, DIM: tl.constexpr, SHARE: tl.constexpr):
+    """From what ``_extent_kernel`` found: factors of a head's channels of K, and two bounds of each block of its keys.
+
+    ``factors``: the power of two that brings the largest finite value of a channel to between two and four; less than
+    that where all are too small for it. ``bounds``: the largest value of K so scaled in a block, and before it that
+    times the longest row of V. Bits of float32, with the sign of what is not finite in K: in a channel, in a block.
+    """
+    head = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    channel = tl.arange(0, DIM)
+    local = tl.arange(0, 32)
+    largest_ptr += head.to(tl.int64) * blocks * (DIM + 1)
+    top = tl.zeros([DIM], tl.int32)
+    sign = tl.zeros([DIM], tl.int32)
+    for start in range(0, blocks, 32):
+        block = start + local
+        values = tl.load(largest_ptr + block[:, None] * DIM + channel, mask=(block < blocks)[:, None], other=0)
+        top = tl.maximum(top, tl.max(values & 0x7FFFFFFF, 0))
+        sign = tl.minimum(sign, tl.min(values, 0))
+    # Values are below 2 ** (exponent - 126), and below 2 ** -126 where it is 0.
+    bits = (255 - tl.maximum(top >> 23, 1)) << 23
+    factor = bits.to(tl.float32, bitcast=True)
+    if tl.program_id(0) == 0:
+        tl.store(factors_ptr + head * DIM + channel, tl.where(sign < 0, bits | SIGN, bits))
+    first = tl.program_id(0) * SHARE
+    for start in range(first, tl.minimum(first + SHARE, blocks), 32):
+        block = start + local
+        here = block < blocks
+        values = tl.load(largest_ptr + block[:, None] * DIM + channel, mask=here[:, None], other=0)
+        size = tl.max((values & 0x7FFFFFFF).to(tl.float32, bitcast=True) * factor, 1)
+        longest = tl.load(largest_ptr + blocks * DIM + block, mask=here, other=0).to(tl.float32, bitcast=True)
+        # Squares too small for float32 are zero: what they may have been is added.
+        longest = tl.sqrt(longest + DIM * LEAST) * size
+        size = size.to(tl.int32, bitcast=True)
+        size = tl.where(tl.min(values, 1) < 0, size | SIGN, size)
+        bounds = bounds_ptr + 2 * (head * blocks + block)
+        tl.store(bounds, longest.to(tl.int32, bitcast=True), mask=here)
+        tl.store(bounds + 1, size, mask=here)
+
+
+@triton.jit
+def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, bounds_ptr, num_ptr, idx_ptr, rows_ptr, units_ptr,
+                       sums_ptr, sob, soh, sos, sdb, sdh, sds, snb, snh, sib, sih, siq, tokens, padded, group, listable,
+                       blocks, limit, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
                        FIXED: tl.constexpr):  # fmt: skip
     """Words of each query, padded to whole tiles: ``unit``, and for each tile of ROWS queries ``log2``, then ``delta``.
 
     ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
     ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``.
-    ``unit``: the power of two that sums of this row of dQ are multiplied by in fixed point; NaN where there are none.
+    ``unit``: what sums of this row of dQ are multiplied by in fixed point, ``limit`` over a bound of them; NaN where
+    there is none, negative where the row reads keys that are not finite. Bounds of ``listable`` blocks count where a
+    row lists them, those behind, of pooled keys, always.
     The sums of the tile become zero here, since a launch for that would cost the host more.
     """
     start = tl.program_id(0) * ROWS
@@ -187,23 +247,37 @@ def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, extent_ptr, rows_pt
     tl.store(rows_ptr + local, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
     tl.store(rows_ptr + ROWS + local, delta)
     if FIXED:
-        extent_ptr += 2 * (row // group)
-        # A bound of |sum of p (dout . v - delta) k| over any of the keys, whose p sum up to one.
-        # Squares too small for float32 are zero: what they may have been is added.
-        value = tl.load(extent_ptr + 1).to(tl.float32, bitcast=True)
-        most = tl.sqrt(tl.sum(dout * dout, 1) + DIM * LEAST) * tl.sqrt(value + DIM * LEAST)
-        most = (most + tl.abs(delta)) * tl.load(extent_ptr).to(tl.float32, bitcast=True)
-        # Below 2 ** (exponent - 126), so below 2 ** 30 times 2 ** (156 - exponent): a bit of 31 is left for roundings.
-        exponent = most.to(tl.int32, bitcast=True) >> 23 & 255
-        unit = ((283 - tl.maximum(exponent, 30)) << 23).to(tl.float32, bitcast=True)
-        tl.store(units_ptr + row * padded + at, tl.where(exponent == 255, float("nan"), unit))
+        bounds_ptr += 2 * blocks * (row // group)
+        block = start // BLOCK_Q
+        listed = tl.load(num_ptr + batch * snb + head * snh + block, mask=start < tokens, other=0)
+        idx_ptr += batch.to(tl.int64) * sib + head.to(tl.int64) * sih + block.to(tl.int64) * siq
+        lane = tl.arange(0, 128)
+        far = tl.zeros([128], tl.int32)
+        near = tl.zeros([128], tl.int32)
+        sign = tl.zeros([128], tl.int32)
+        # Bits of positive numbers are in the order of the numbers.
+        for t in range(0, listed + blocks - listable, 128):
+            read = t + lane
+            here = tl.load(idx_ptr + read, mask=read < listed, other=0)
+            here = bounds_ptr + 2 * tl.where(read < listed, here, read - listed + listable)
+            read = read < listed + blocks - listable
+            far = tl.maximum(far, tl.load(here, mask=read, other=0))
+            size = tl.load(here + 1, mask=read, other=0)
+            near = tl.maximum(near, size & 0x7FFFFFFF)
+            sign = tl.minimum(sign, size)
+        most = tl.sqrt(tl.sum(dout * dout, 1) + DIM * LEAST) * tl.max(far, 0).to(tl.float32, bitcast=True)
+        most += tl.abs(delta) * tl.max(near, 0).to(tl.float32, bitcast=True)
+        # Not by a maximum, for which a number is more than none.
+        unit = limit / tl.where(most < 2.0**-80, 2.0**-80, most)
+        unit = tl.where(tl.min(sign, 0) < 0, -unit, unit)
+        tl.store(units_ptr + row * padded + at, tl.where(most < float("inf"), unit, float("nan")))
     sums_ptr += (row * padded + start) * DIM
     tl.store(sums_ptr + tl.arange(0, ROWS * DIM), tl.zeros([ROWS * DIM], sums_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _order_kernel(sums_ptr, units_ptr, dq_ptr, sob, soh, sos, tokens, padded, scale, DIM: tl.constexpr,
-                  FIXED: tl.constexpr):  # fmt: skip
+def _order_kernel(sums_ptr, units_ptr, factors_ptr, dq_ptr, sob, soh, sos, tokens, padded, group, scale,
+                  DIM: tl.constexpr, FIXED: tl.constexpr):  # fmt: skip
     """Sums of a tile of 64 queries from the order of the matrix unit's registers to dQ."""
     start = tl.program_id(0) * 64
     head = tl.program_id(1)
@@ -216,15 +290,18 @@ def _order_kernel(sums_ptr, units_ptr, dq_ptr, sob, soh, sos, tokens, padded, sc
         # Column // 8; row // 16; row % 16 // 8, column % 2 of a register; row % 8, column % 8 // 2 of a thread.
         sums = sums.to(tl.float32).reshape([DIM // 8, 4, 2, 2, 8, 4]).permute(1, 2, 4, 0, 5, 3).reshape([64, DIM])
         unit = tl.load(units_ptr + row * padded + start + at)
-        # One over a power of two, without rounding.
-        size = (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-        sums *= tl.where(unit == unit, size, unit)[:, None]
+        factor = tl.load(factors_ptr + row // group * DIM + tl.arange(0, DIM))
+        sums *= (0.5 * scale / unit)[:, None]
+        # Two over a power of two, without rounding.
+        sums *= (0x7F800000 - (factor & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        # Zero weights of what is not finite are no numbers, and whole numbers know none.
+        sums = tl.where((unit < 0)[:, None] & (factor < 0), float("nan"), sums)
     else:
         # Column // 8; row // 16, row % 8, column % 8 // 2 of a thread; row % 16 // 8, column % 2.
-        sums = sums.reshape([DIM // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, DIM])
+        sums = sums.reshape([DIM // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, DIM]) * scale
     dq_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh + start.to(tl.int64) * sos
     ptrs = dq_ptr + at[:, None] * sos + tl.arange(0, DIM)[None, :]
-    tl.store(ptrs, (sums * scale).to(dq_ptr.dtype.element_ty), mask=(start + at < tokens)[:, None])
+    tl.store(ptrs, sums.to(dq_ptr.dtype.element_ty), mask=(start + at < tokens)[:, None])
 
 
 @gluon.jit
@@ -273,12 +350,13 @@ def _steps(num_ptr, head_k, snh, tiles, config: gl.constexpr):
 
 
 @gluon.jit
-def _queries(q_desc, do_desc, rows_desc, units_ptr, sums_ptr, num_ptr, idx_ptr, snh, sih, tiles, steps, memory,
-             config: gl.constexpr):  # fmt: skip
+def _queries(q_desc, do_desc, rows_desc, factors_ptr, units_ptr, sums_ptr, num_ptr, idx_ptr, snh, sih, exist, tiles,
+             steps, memory, scaled_buf, config: gl.constexpr):  # fmt: skip
     k_buf, _, q_buf, _, _, ds_buf, header, kv_full, _, _, ds_full, ds_empty = memory
     STAGES: gl.constexpr = config[0]
     BUFFERS: gl.constexpr = config[1]
     GROUP: gl.constexpr = config[3]
+    MASKED: gl.constexpr = config[5]
     FIXED: gl.constexpr = config[12]
     BM: gl.constexpr = q_buf.shape[3]
     D: gl.constexpr = q_buf.shape[4]
@@ -319,6 +397,22 @@ def _queries(q_desc, do_desc, rows_desc, units_ptr, sums_ptr, num_ptr, idx_ptr, 
               memory, ahead, config)  # fmt: skip
         t += 1
     mbarrier.wait(kv_full, 0)
+    if FIXED:
+        # K times the factors of its channels, and zeros for keys that do not exist.
+        PARTS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        key = gl.arange(0, 32, gl.SliceLayout(1, PARTS))
+        channel = gl.arange(0, WIDE, gl.SliceLayout(0, PARTS))
+        factors_ptr += (batch * gl.num_programs(1) + head_k) * D
+        for part in range(0, parts):
+            factor = (gl.load(factors_ptr + part * WIDE + channel) & 0x7FFFFFFF).to(gl.float32, bitcast=True)
+            for start in gl.static_range(0, 128, 32):
+                few = pieces.index(part).slice(start, 32, dim=0).load(PARTS).to(gl.float32) * factor[None, :]
+                if MASKED:
+                    few = gl.where((start + key < exist)[:, None], few, 0.0)
+                scaled_buf.index(part).slice(start, 32, dim=0).store(few.to(k_buf.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        pieces = scaled_buf
     for step in range(0, steps):
         place = _get(header.index(step % STAGES))
         at = step % BUFFERS
@@ -471,10 +565,10 @@ def _keys(dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k,
 
 @gluon.jit(do_not_specialize=["snb", "snh", "sib", "sih", "siq", "sval", "sbb", "sbh", "sbg", "tokens_k", "tiles"])
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, units_ptr, sums_ptr, bias_ptr, dbias_ptr, num_ptr,
-    idx_ptr, valid_ptr, snb, snh, sib, sih, siq, sval, sbb, sbh, sbg, tokens_k, tiles, scale, logit_scale,
-    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, DENSE: gl.constexpr,
-    TAIL: gl.constexpr, VALID: gl.constexpr, BIASED: gl.constexpr, OPERANDS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, factors_ptr, units_ptr, sums_ptr, bias_ptr,
+    dbias_ptr, num_ptr, idx_ptr, valid_ptr, snb, snh, sib, sih, siq, sval, sbb, sbh, sbg, tokens_k, tiles, scale,
+    logit_scale, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
+    DENSE: gl.constexpr, TAIL: gl.constexpr, VALID: gl.constexpr, BIASED: gl.constexpr, OPERANDS: gl.constexpr,
     EARLY: gl.constexpr, AHEAD: gl.constexpr, EXACT: gl.constexpr, FIXED: gl.constexpr,
     KEY_REGISTERS: gl.constexpr, QUERY_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -489,6 +583,8 @@ def _backward_kernel(
     do_buf = gl.allocate_shared_memory(do_desc.dtype, [STAGES, 1, 1, BM, D], do_desc.layout)
     rows_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * BM], rows_desc.layout)
     ds_buf = gl.allocate_shared_memory(q_desc.dtype, [BUFFERS, 128, BM], DS)
+    PIECES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    scaled_buf = gl.allocate_shared_memory(k_desc.dtype, [D // 64, 128, 64], PIECES)
     header = gl.allocate_shared_memory(gl.int32, [STAGES, 1], WORD)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -532,8 +628,8 @@ def _backward_kernel(
                      memory, config, 0)),
             (_keys, (dk_desc, dv_desc, bias_ptr, dbias_ptr, sbb, sbh, sbg, exist, tokens_k, steps, scale, logit_scale,
                      memory, config, 1)),
-            (_queries, (q_desc, do_desc, rows_desc, units_ptr, sums_ptr, num_at, idx_at, snh, sih, tiles, steps,
-                        memory, config)),
+            (_queries, (q_desc, do_desc, rows_desc, factors_ptr, units_ptr, sums_ptr, num_at, idx_at, snh, sih, exist,
+                        tiles, steps, memory, scaled_buf, config)),
         ],
         [4, 4],
         [KEY_REGISTERS, QUERY_REGISTERS],
@@ -567,6 +663,7 @@ def attention_backward(
     config: Config | None = None,
     *,
     fixed: bool = True,
+    weight: float = 1.125,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients as ``triton.attention_backward`` returns them, for blocks of 128 keys.
 
@@ -578,7 +675,7 @@ def attention_backward(
     config = config or CONFIGS[dim]
     facts = geometry(dout, dlse, q, k, v, out, lse, kv_num, kv_idx, q_num, q_idx, k_valid, pooled_k, pooled_v,
                      pooled_bias)  # fmt: skip
-    key = facts and number((facts, block_q, block_k, scale, config, fixed))
+    key = facts and number((facts, block_q, block_k, scale, config, fixed, weight))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     padded = -(-tokens_q // 128) * 128
     tall = config.queries
@@ -586,30 +683,47 @@ def attention_backward(
     rows = torch.empty((batch * heads * padded // tall, 2 * tall), dtype=torch.float32, device=device)
     units = torch.empty((batch * heads * padded,), dtype=torch.float32, device=device) if fixed else None
     sums = torch.empty((batch * heads * padded, dim), dtype=torch.int32 if fixed else torch.float32, device=device)
-    extents = torch.zeros((batch, heads_k, 2), dtype=torch.int32, device=device) if fixed else None
+    listable = -(-k.shape[2] // 128)
+    blocks = listable + (0 if pooled_k is None else -(-pooled_k.shape[2] // 128))
+    largest = factors = bounds = None
+    if fixed:
+        largest, factors, bounds = (
+            torch.empty((batch, heads_k, n), dtype=torch.int32, device=device)
+            for n in (blocks * (dim + 1), dim, blocks * 2)
+        )
 
-    def extent(keys, values, valid, extents):
-        tokens = keys.shape[2]
-        args = (keys, values, valid, extents, *_bhs(keys), *_bhs(values), *_strides(valid, (0,)), tokens)
-        named = dict(DIM=dim, VALID=valid is not None, num_warps=4)
-        return (triton.cdiv(tokens, 128), heads_k, batch), args, named
+    def extent(first: int):
+        def build(keys, values, valid, largest):
+            tokens = keys.shape[2]
+            args = (keys, values, valid, largest, *_bhs(keys), *_bhs(values), *_strides(valid, (0,)), tokens, first,
+                    blocks)  # fmt: skip
+            named = dict(DIM=dim, VALID=valid is not None, num_warps=4)
+            return (triton.cdiv(tokens, 128), heads_k, batch), args, named
 
-    def statistics(out, dout, lse, dlse, extents, rows, units, sums):
-        args = (out, dout, lse, dlse, extents, rows, units, sums, *_bhs(out), *_bhs(dout), tokens_q, padded,
-                heads // heads_k)  # fmt: skip
-        return (padded // tall, heads, batch), args, dict(DIM=dim, ROWS=tall, FIXED=fixed, num_warps=4)
+        return build
 
-    def order(sums, units, dq):
-        args = (sums, units, dq, *_bhs(dq), tokens_q, padded, scale)
+    def bound(largest, factors, bounds):
+        args = (largest, factors, bounds, blocks)
+        return (triton.cdiv(blocks, 64), heads_k, batch), args, dict(DIM=dim, SHARE=64, num_warps=4)
+
+    def statistics(out, dout, lse, dlse, bounds, kv_num, kv_idx, rows, units, sums):
+        args = (out, dout, lse, dlse, bounds, kv_num, kv_idx, rows, units, sums, *_bhs(out), *_bhs(dout),
+                *_strides(kv_num, (0, 1)), *_strides(kv_idx, (0, 1)), kv_idx.stride(2), tokens_q, padded,
+                heads // heads_k, listable, blocks, LIMIT / weight)  # fmt: skip
+        named = dict(DIM=dim, ROWS=tall, BLOCK_Q=block_q, FIXED=fixed, num_warps=4)
+        return (padded // tall, heads, batch), args, named
+
+    def order(sums, units, factors, dq):
+        args = (sums, units, factors, dq, *_bhs(dq), tokens_q, padded, heads // heads_k, scale)
         return (triton.cdiv(tokens_q, 64), heads, batch), args, dict(DIM=dim, FIXED=fixed, num_warps=4)
 
     def gradients(dense: bool):
-        def build(q, keys, values, dout, rows, dkeys, dvalues, units, sums, bias, dbias, q_num, q_idx, valid):
+        def build(q, keys, values, dout, rows, dkeys, dvalues, factors, units, sums, bias, dbias, q_num, q_idx, valid):
             tokens_k = keys.shape[2]
             args = (
                 _describe(_addressable(q), tall), _describe(_addressable(keys), 128),
                 _describe(_addressable(values), 128), _describe(_addressable(dout), tall), _describe_rows(rows),
-                _describe(dkeys, 64), _describe(dvalues, 64), units, sums, bias, dbias, q_num, q_idx, valid,
+                _describe(dkeys, 64), _describe(dvalues, 64), factors, units, sums, bias, dbias, q_num, q_idx, valid,
                 *_strides(q_num, (0, 1)), *_strides(q_idx, (0, 1)), q_idx.stride(2), *_strides(valid, (0,)),
                 *((0, 0, 0) if bias is None else bias.stride()),
                 tokens_k, padded // tall,
@@ -628,11 +742,12 @@ def attention_backward(
         return build
 
     if fixed:
-        launch(_extent_kernel, key and (key, False), (k, v, k_valid, extents), extent)
+        launch(_extent_kernel, key and (key, False), (k, v, k_valid, largest), extent(0))
         if pooled_k is not None:
-            launch(_extent_kernel, key and (key, True), (pooled_k, pooled_v, None, extents), extent)
-    launch(_statistics_kernel, key, (out, dout, lse, dlse, extents, rows, units, sums), statistics)
-    listed = (q, k, v, dout, rows, dk, dv, units, sums, None, None, q_num, q_idx, k_valid)
+            launch(_extent_kernel, key and (key, True), (pooled_k, pooled_v, None, largest), extent(listable))
+        launch(_bounds_kernel, key, (largest, factors, bounds), bound)
+    launch(_statistics_kernel, key, (out, dout, lse, dlse, bounds, kv_num, kv_idx, rows, units, sums), statistics)
+    listed = (q, k, v, dout, rows, dk, dv, factors, units, sums, None, None, q_num, q_idx, k_valid)
     launch(_backward_kernel, key and (key, False), listed, gradients(False))
     dpk = dpv = dbias = None
     if pooled_k is not None:
@@ -640,7 +755,23 @@ def attention_backward(
         dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
         if pooled_bias is not None:
             dbias = torch.empty(pooled_bias.shape, dtype=torch.float32, device=q.device)
-        dense = (q, pooled_k, pooled_v, dout, rows, dpk, dpv, units, sums, pooled_bias, dbias, q_num, q_idx, None)
+        dense = (
+            q,
+            pooled_k,
+            pooled_v,
+            dout,
+            rows,
+            dpk,
+            dpv,
+            factors,
+            units,
+            sums,
+            pooled_bias,
+            dbias,
+            q_num,
+            q_idx,
+            None,
+        )
         launch(_backward_kernel, key and (key, True), dense, gradients(True))
-    launch(_order_kernel, key, (sums, units, dq), order)
+    launch(_order_kernel, key, (sums, units, factors, dq), order)
     return dq, dk, dv, dpk, dpv, dbias
