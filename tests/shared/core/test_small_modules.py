@@ -12,6 +12,7 @@ from hone_core.devices import resolve_device, resolve_dtype, use_device
 from hone_core.environment import TRIED, code_version, environment, untried
 from hone_core.errors import CheckpointError, MissingExtraError, MissingProgramError, UnsupportedHardwareError
 from hone_core.lazy import lazy_names
+from hone_core.tensors import not_finite
 
 
 def test_a_module_for_another_program_says_which():
@@ -44,6 +45,14 @@ def test_devices():
             resolve_device(name)
     with pytest.raises(UnsupportedHardwareError, match=r"'cuda:99' was asked for; found .* CUDA device"):
         resolve_device("cuda:99")
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    good = {"a": torch.ones(2), "b": [torch.ones(1, dtype=torch.long), {"c": torch.ones(1, dtype=torch.complex64)}]}
+    good |= {"text": "nan", "number": float("nan"), "eight": torch.ones(2).to(torch.float8_e4m3fn)}
+    assert not_finite(good) is None
+    assert not_finite({**good, "d": {1: (torch.ones(1), torch.tensor([1.0, torch.inf]))}}) == "d.1.1"
+    assert not_finite({**good, "eight": torch.full((2,), torch.nan).to(torch.float8_e4m3fn)}, "part") == "part.eight"
 
 
 def test_dtypes():

@@ -187,6 +187,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == "nan"
 
 
+def test_a_step_between_logged_ones_that_breaks_weights_spoils_no_checkpoint(tmp_path):
+    cfg = Config(checkpoint_seconds=0.0, log_every=100)
+    loop = Loop(cfg, tmp_path / "state.pt")
+    with pytest.raises(
+        RuntimeError, match=r"model\.weight holds NaN or infinity after step 5, .*lower the learning rate"
+    ):
+        loop.training.follow(loop.steps(broken_at=5), LogFile(tmp_path / "log.jsonl"))
+    again = Loop(cfg, tmp_path / "state.pt")
+    again.training.resume()
+    assert again.training.step == 4
+    last = Loop(Config(log_every=100), tmp_path / "none.pt")
+    with pytest.raises(RuntimeError, match="after step 6"):
+        last.training.follow(last.steps(broken_at=6), LogFile(tmp_path / "log.jsonl"))
+    assert not (tmp_path / "none.pt").exists()
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path = tmp_path / "state.pt"
     run_steps(Loop(Config(), path), 2)

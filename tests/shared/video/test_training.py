@@ -108,6 +108,25 @@ def test_rate_and_average_by_hand(tmp_path):
         assert float(loop.weights("student", averaged=False)["weight"]) == pytest.approx(-0.35, abs=1e-6)
 
 
+def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path):
+    """A loss may be finite where its gradient is not."""
+    from hone_core.runs import Run
+
+    cfg = LoopConfig(steps=2, batch=1, checkpoint_every=1)
+    with Run.start(package="hone-video", verb="train", config=cfg, out=tmp_path / "run", device="cpu") as run:
+        loop, model = Loop(cfg, run), torch.nn.Linear(1, 1, bias=False)
+        loop.prepare(model, {"student": Group(lr=cfg.lr)})
+
+        def update():
+            if loop.step == 1:
+                model.weight.data.fill_(torch.inf)
+            return {"loss": 1.0}
+
+        with pytest.raises(RuntimeError, match=r"student\.parameters\.weight holds NaN or infinity after step 2"):
+            loop.follow(update)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000001"]
+
+
 def test_what_is_no_checkpoint_is_refused(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", steps=6, stop=3)

@@ -16,6 +16,7 @@ from hone_core.hosts import HostFacts, read_facts, write_facts
 from hone_core.io import save_state
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run, drop_lines_after
+from hone_core.tensors import not_finite
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,7 +166,8 @@ class Training:
             show: Values that stand beside the progress bar.
 
         Raises:
-            RuntimeError: The loss of a logged step is not finite; no checkpoint is written after it.
+            RuntimeError: The loss of a logged step, or what a checkpoint is to hold, is not finite; no checkpoint is
+                written after it.
         """
         run.forget_after(self.step)
         with progress_bar(self.config.steps, desc="training", quiet=run.quiet) as bar:
@@ -189,13 +191,16 @@ class Training:
 
         Raises:
             OSError: It cannot be written; the checkpoint before is intact.
+            RuntimeError: It holds NaN or infinity, of a step that was not logged too; the checkpoint before is intact.
         """
-        state = {
-            "config": to_dict(self.config),
-            "step": self.step,
-            "seconds": self.elapsed(),
-            "parts": {name: _state_of(part) for name, part in self.parts.items()},
-        }
+        parts = {name: _state_of(part) for name, part in self.parts.items()}
+        broken = not_finite(parts)
+        if broken is not None:
+            raise RuntimeError(
+                f"{broken} holds NaN or infinity after step {self.step}, so that no checkpoint is written: the "
+                "training diverged since the last one; lower the learning rate"
+            )
+        state = {"config": to_dict(self.config), "step": self.step, "seconds": self.elapsed(), "parts": parts}
         save_state(state, self.path)
         self._saved = time.perf_counter()
 

@@ -44,6 +44,7 @@ from hone_core.io import atomic_write_json
 from hone_core.processes import load_whole_weights
 from hone_core.progress import progress_bar
 from hone_core.runs import Run
+from hone_core.tensors import not_finite
 from torch import Tensor, nn
 
 from .training_config import LoopConfig
@@ -314,8 +315,16 @@ class Loop:
 
         Raises:
             OSError: It cannot be written; the one before is intact.
+            RuntimeError: It would hold NaN or infinity; the one before is intact.
         """
         main, wait = self.accelerator.is_main_process, self.accelerator.wait_for_everyone
+        # A loss that is finite may have gradients that are not. All processes stop, whoever holds the part.
+        broken = not_finite(self._state())
+        if self.mean({"broken": float(broken is not None)})["broken"]:
+            raise RuntimeError(
+                f"{broken or 'the part of another process'} holds NaN or infinity after step {self.step}, so that no "
+                "checkpoint is written; lower the learning rate"
+            )
         scratch, target = self.folder / "partial", self.folder / f"{self.step:08d}"
         if main:
             shutil.rmtree(scratch, ignore_errors=True)
