@@ -250,9 +250,10 @@ def test_graphs_of_what_was_replaced_moved_or_mixed_otherwise_are_refused():
 
 @pytest.mark.parametrize("part", ["layers.1.feed_forward.w2", "layers.2.feed_forward.w2", "norm", "output"])
 @pytest.mark.parametrize("kind", [Decoding, partial(GraphedDecoding, capture=lambda work: work)])
-def test_values_that_are_not_finite_are_named(kind, part):
+@pytest.mark.parametrize("fused", [False, True])
+def test_values_that_are_not_finite_are_named(kind, part, fused):
     model = tiny()
-    run = kind(model, 1, sampling=Sampling(top_k=10))
+    run = kind(model, 1, sampling=Sampling(top_k=10), fused=fused)
     run.load(model.condition(torch.tensor([3])), [1])
     run.run()
     model.get_submodule(part).weight.data[0] = torch.inf

@@ -147,6 +147,7 @@ class Decoding:
             # A text is causal, and all others see each other.
             self._small.append(self.rows * count <= few and (step > 0 or start == 1))
         self.logits: Tensor | None = None
+        self._unmixed: Sequence[Tensor] = ()  # logits of the last step's heads, where draws are fused
         self.passes = 0
 
     @torch.no_grad()
@@ -198,6 +199,7 @@ class Decoding:
         first, last = self.starts[step], self.starts[step + 1]
         over = self.guided_tokens is not None and first > self.guided_tokens
         if self.fused:
+            self._unmixed = each
             if self.guided and over:
                 each = [logits[: self.images] for logits in each]
             self.tokens[:, first:last] = draw_codes(
@@ -254,11 +256,9 @@ class Decoding:
         return self._drawn()
 
     def _drawn(self) -> Tensor:
-        # What goes into the last block stays there, of all passes; what comes out of it, of the last pass unless fused.
-        finite = self.cache.v[-1].isfinite().all()
-        if self.logits is not None:
-            finite = finite & self.logits.isfinite().all()
-        if not bool(finite):
+        # What goes into the last block stays there, of all passes; what comes out of it, of the last pass.
+        kept = (self.cache.v[-1], *(self._unmixed if self.logits is None else (self.logits,)))
+        if not bool(torch.stack([values.isfinite().all() for values in kept]).all()):
             raise RuntimeError(
                 f"the model's values are not finite in {self.cache.v[-1].dtype}; take bfloat16 or float32, or look at "
                 "its weights"
