@@ -1,3 +1,6 @@
+from functools import partial
+
+import hone_nar.reproduce as reproduce_module
 import pytest
 import torch
 from hone_core.claims import verdict_over_margins
@@ -6,6 +9,7 @@ from hone_nar.evaluate import Variant, drawing_rows
 from hone_nar.method import diagonal_order
 from hone_nar.reproduce import CLAIMS, reproduce
 from hone_nar.tasks import TASKS
+from hone_nar.train import take_step
 
 
 def test_every_claim_is_judged_and_trainings_are_kept(start, tmp_path):
@@ -24,6 +28,42 @@ def test_every_claim_is_judged_and_trainings_are_kept(start, tmp_path):
     assert len(files) == 5
     assert "heads" in str(report)
     assert "less raster's, 1 at once: " in str(report)
+
+
+def test_a_training_that_was_stopped_goes_on_and_logs_no_step_twice(start, tmp_path, monkeypatch):
+    settings = partial(reproduce_module._Settings, log_every=1, checkpoint_seconds=0.0)
+    monkeypatch.setattr(reproduce_module, "_Settings", settings)
+    cfg = ReproduceConfig(
+        host=HostConfig(dim=16, layers=1, heads=2), data="shapes", seeds=(3,), steps=4, batch=4, limit=20
+    )
+    with start(cfg, "reproduce", tmp_path / "whole") as run:
+        want = reproduce(cfg, run)
+    taken = []
+
+    def stopped(learner, train, batch, done, seed, number, step):
+        if (number, step) == (1, 3) and len(taken) < 8:
+            raise KeyboardInterrupt
+        taken.append((number, step))
+        return take_step(learner, train, batch, done, seed, number, step)
+
+    monkeypatch.setattr(reproduce_module, "take_step", stopped)
+    with pytest.raises(KeyboardInterrupt), start(cfg, "reproduce", tmp_path / "cut") as run:
+        reproduce(cfg, run)
+    taken += [None]
+    with start(cfg, "reproduce", tmp_path / "cut") as run:
+        found = reproduce(cfg, run)
+    assert taken == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), None, (1, 3), *((2, n) for n in range(4))]
+    wanted = {file.name: file for file in (tmp_path / "whole" / "artifacts").iterdir()}
+    files = {file.name: file for file in (tmp_path / "cut" / "artifacts").iterdir()}
+    trained = ("raster-3", "nar-3", "permuted-3")
+    assert set(files) == set(wanted) == {"verdicts.json", *(n + end for n in trained for end in (".pt", ".jsonl"))}
+    for name, file in files.items():
+        if name.endswith(".jsonl"):
+            assert file.read_text() == wanted[name].read_text()
+            assert len(file.read_text().splitlines()) == 4
+    assert {(r.metric, r.variant): r.value for r in found.rows if "time" not in r.metric} == {
+        (r.metric, r.variant): r.value for r in want.rows if "time" not in r.metric
+    }
 
 
 def test_locality_is_asked_of_clips(start, tmp_path):

@@ -11,8 +11,8 @@ Source: Table 1 (quality beside raster), Table 4 (one head), Table 5 (one head a
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
 from statistics import mean, stdev
 from typing import Any
@@ -23,6 +23,7 @@ from hone_core.devices import resolve_device
 from hone_core.io import atomic_write_json, save_state
 from hone_core.progress import progress_bar
 from hone_core.runs import Better, Run
+from hone_core.training import LogFile, Training
 from torch import Tensor
 
 from .config import HEADS, ReproduceConfig
@@ -86,8 +87,20 @@ class ReproduceReport(MarginsReport):
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Of one training, as ``Training`` asks for them."""
+
+    name: str
+    seed: int
+    steps: int
+    minutes: float = 0.0
+    log_every: int = 50
+    checkpoint_seconds: float = 60.0
+
+
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
-    """Train, measure and judge; a training that is done is not repeated.
+    """Train, measure and judge; a training that is done is not repeated, and one that was stopped goes on.
 
     Raises:
         RuntimeError: A loss is not finite.
@@ -147,14 +160,23 @@ def _trained(
     train = train.to(device)
     steps = -(-cfg.steps // FLASHAR_SHARE) if name == "flashar" else cfg.steps
     number = list(TRAININGS[cfg.data]).index(name)
-    for step in range(steps):
-        value = take_step(learner, train, cfg.batch, step / steps, seed, number, step)
-        bar.update(cfg.steps / steps)
-        if step % 50 == 49:
-            if not math.isfinite(float(value)):
-                raise RuntimeError(f"the loss of {name} became {float(value)}; lower lr")
-            run.log(step=step + 1, **{f"loss of {name}, seed {seed}": float(value)})
+    checkpoint = file.with_suffix(".checkpoint")
+    training = Training(_Settings(name=name, seed=seed, steps=steps), checkpoint, learner.parts)
+    training.resume()
+    bar.update(cfg.steps / steps * training.step)
+
+    def loop() -> Iterator[dict[str, float] | None]:
+        training.start()
+        while training.spent() < 1:
+            done = training.step / steps
+            value = take_step(learner, train, cfg.batch, done, seed, number, training.step)
+            training.step += 1
+            bar.update(cfg.steps / steps)
+            yield {"loss": float(value)} if training.due() else None
+
+    training.follow(loop(), LogFile(file.with_suffix(".jsonl")))
     save_state(learner.average.state_dict(), file)
+    checkpoint.unlink()
     return learner.average
 
 
