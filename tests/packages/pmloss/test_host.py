@@ -16,6 +16,8 @@ def test_both_arms_are_read_back(tmp_path):
     for arm in ARMS:
         found = load_host(arm, path=path)
         assert found.config == SMALL
+        assert not any(value.requires_grad for value in found.host.parameters())
+        assert not any(part.training for part in found.host.modules())
         for name, value in found.host.state_dict().items():
             assert torch.allclose(value, want[name], atol=1e-3), name
     with pytest.raises(ValueError, match="no arm 'none'; the arms are photometric, pm"):

@@ -12,6 +12,8 @@ def test_arms_come_back_as_stored(stored, small):
         want = build_arm(small, arm).host.state_dict()
         assert found.config == small
         assert (found.handle is None) == (arm == "host")
+        assert not any(value.requires_grad for value in found.host.parameters())
+        assert not any(part.training for part in found.host.modules())
         for name, value in found.host.state_dict().items():
             assert torch.allclose(value, want[name], atol=1e-3), name
     with pytest.raises(ValueError, match="no arm 'none'; the arms are host, zpressor, anchors"):

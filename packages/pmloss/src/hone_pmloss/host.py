@@ -47,7 +47,7 @@ def open_tiny(path: Path | None = None) -> StoredHost[HostConfig]:
 
 
 def load_host(arm: str = "pm", *, path: Path | None = None, device: torch.device | str = "cpu") -> TinyHost:
-    """Load a trained arm; weights are float32.
+    """Load a trained arm; its weights are float32 and take no gradient.
 
     Args:
         arm: One of ``ARMS``.
@@ -63,4 +63,4 @@ def load_host(arm: str = "pm", *, path: Path | None = None, device: torch.device
     stored = open_tiny(path)
     built = {name: tiny(stored.config) for name in ARMS}
     stored.load({f"{name}.": host for name, host in built.items()})
-    return TinyHost(built[arm].to(device), stored.config)
+    return TinyHost(built[arm].to(device).eval().requires_grad_(False), stored.config)

@@ -80,7 +80,7 @@ def open_tiny(path: Path | None = None) -> StoredHost[HostConfig]:
 
 
 def load_host(arm: str = "host", *, path: Path | None = None, device: torch.device | str = "cpu") -> TinyHost:
-    """Load a trained arm; weights are float32.
+    """Load a trained arm; its weights are float32 and take no gradient.
 
     Args:
         arm: One of ``ARMS``.
@@ -97,5 +97,5 @@ def load_host(arm: str = "host", *, path: Path | None = None, device: torch.devi
         raise ValueError(f"no arm {arm!r}; the arms are {', '.join(ARMS)}")
     modules: dict[str, nn.Module] = {f"{name}.": one.host for name, one in built.items()}
     stored.load(modules)
-    built[arm].host.to(device)
+    built[arm].host.to(device).eval().requires_grad_(False)
     return built[arm]
