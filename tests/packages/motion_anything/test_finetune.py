@@ -111,6 +111,23 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(folder, tmp_path):
         assert torch.equal(first, second)
 
 
+def test_a_training_that_is_stopped_after_its_last_step_still_reports_its_loss(folder, tmp_path, monkeypatch):
+    cfg = first_stage(folder)
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hone_motion_anything.finetune.hosts.save_host", stopped)
+        with pytest.raises(KeyboardInterrupt), start(cfg, tmp_path / "run") as run:
+            train(cfg, run)
+    with start(cfg, tmp_path / "run") as run:
+        report = train(cfg, run)
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(logged) == 4
+    assert next(row.value for row in report.rows if row.metric == "loss") == logged[-1]
+
+
 def test_texts_have_clips_vectors(clip):
     encode = ClipText(clip)
     found = encode(["a person walks", "walk", "a person walks"])

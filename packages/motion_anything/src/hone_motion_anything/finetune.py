@@ -263,22 +263,14 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
     clips = (read_triples if is_triples(cfg.data) else read_clips)(cfg.data, "train")
     fitting = Fitting(cfg, clips, accelerator, device, run.artifacts / "checkpoint.pt")
     fitting.training.resume()
-    losses: list[float] = []
-
-    def loop() -> Iterator[dict[str, float] | None]:
-        for values in fitting.train():
-            if values is not None:
-                losses.append(values["loss"])
-            yield values
-
-    fitting.training.follow(loop(), run)
+    fitting.training.follow(fitting.train(), run)
     if accelerator.is_main_process:
         sizes = cfg.tokenizer_sizes if cfg.stage == "tokenizer" else cfg.transformer
         hosts.save_host(
             run.artifacts / f"{cfg.stage}.safetensors", sizes, {f"{cfg.stage}.": fitting.model}, package=PACKAGE
         )
-        if losses:
-            run.row("loss", losses[-1], better="lower", split="train")
+        if fitting.training.step >= cfg.log_every:
+            run.row_of_end("loss", split="train")
         run.row("clips", len(clips), better="none", split="train")
     accelerator.wait_for_everyone()
     return TrainedReport.of(run)

@@ -207,11 +207,14 @@ class Run:
                 self._metrics = None
             drop_lines_after(self.path / "metrics.jsonl", step)
 
-    def row_of_end(self, metric: str, *, unit: str = "", better: Better = "lower", variant: str = "") -> Row:
+    def row_of_end(
+        self, metric: str, *, unit: str = "", better: Better = "lower", variant: str = "", split: str = ""
+    ) -> Row:
         """Add the mean of the last tenth of what was logged of a training's ``metric``."""
         lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         values = [float(json.loads(line)[metric]) for line in lines[-max(1, len(lines) // 10) :]]
-        return self.row(metric, sum(values) / len(values), unit=unit, better=better, n=len(values), variant=variant)
+        mean = sum(values) / len(values)
+        return self.row(metric, mean, unit=unit, better=better, n=len(values), variant=variant, split=split)
 
     def row(
         self,
