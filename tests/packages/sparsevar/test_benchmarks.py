@@ -171,8 +171,9 @@ def test_a_scorer_that_fails_is_quoted(folder, suite):
 def test_files_that_are_no_prompts(protocol, tmp_path):
     (tmp_path / "other.json").write_text('{"a": 1}')
     path = tmp_path / "other.json" if protocol in ("geneval", "imagereward") else tmp_path / "none"
-    with pytest.raises(CheckpointError, match=f"no prompts .*{protocol}"):
+    with pytest.raises(CheckpointError, match=f"(?i)no prompts .*{protocol}") as caught:
         read_prompts(protocol, path, 1)
+    assert str(caught.value).count("holds no prompts") == 1
 
 
 @pytest.mark.parametrize(

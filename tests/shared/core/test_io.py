@@ -3,12 +3,14 @@ import stat
 
 import pytest
 import torch
+from hone_core.errors import CheckpointError
 from hone_core.io import (
     atomic_path,
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
     read_prompts,
+    read_published,
     save_safetensors,
     save_state,
 )
@@ -91,3 +93,22 @@ def test_prompts_are_lines_that_are_not_empty(tmp_path):
         read_prompts(file)
     file.write_text("a cat \n\n  två\n", encoding="utf-8")
     assert read_prompts(file) == ("a cat", "två")
+
+
+def test_published_prompts_are_there_or_the_benchmark_is_named(tmp_path):
+    def broken():
+        yield 1
+        raise KeyError("prompt")
+
+    def refused():
+        raise CheckpointError("as the reader says")
+
+    assert read_published("a", "X", lambda: iter("ab")) == ["a", "b"]
+    for read, message in [
+        (broken, r"^a holds no prompts as X publishes them \(KeyError\('prompt'\)\)$"),
+        (refused, "^as the reader says$"),
+        (list, "^a holds no prompts of X$"),
+        ((tmp_path / "none").read_text, "^a cannot be read: No such file"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            read_published("a", "X", read)

@@ -118,14 +118,14 @@ def test_what_cannot_be_done_is_said_before_anything_is_made(info, tmp_path, mon
     with pytest.raises(ValueError, match=r"is a text file\. Add --no-grade"):
         find_suite(VBenchConfig(vbench_info=text))
     text.write_text("\n")
-    with pytest.raises(CheckpointError, match="holds no prompt"):
+    with pytest.raises(ValueError, match="holds no prompt"):
         find_suite(VBenchConfig(vbench_info=text, grade=False))
     for prompt in ("either/or", "long " * 60):
         text.write_text(prompt)
         with pytest.raises(ValueError, match="is no file name"):
             find_suite(VBenchConfig(vbench_info=text, grade=False))
     info.write_text('{"prompt": 1}')
-    with pytest.raises(CheckpointError, match="is not VBench's list of prompts"):
+    with pytest.raises(CheckpointError, match="holds no prompts as VBench publishes them"):
         find_suite(VBenchConfig(vbench_info=info, grade=False))
 
 

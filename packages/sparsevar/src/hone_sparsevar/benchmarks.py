@@ -21,7 +21,7 @@ from typing import Any
 
 from hone_core.devices import resolve_device
 from hone_core.errors import CheckpointError, MissingExtraError
-from hone_core.io import atomic_path
+from hone_core.io import atomic_path, read_published
 from hone_core.runs import Run
 from hone_visual_ar import geneval
 from PIL import Image
@@ -65,13 +65,7 @@ def read_prompts(protocol: str, path: Path, images: int, limit: int | None = Non
     Raises:
         CheckpointError: The file or folder is missing, or is none of this benchmark.
     """
-    try:
-        found = _READERS[protocol](path, images, limit)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} holds no prompts as {protocol} publishes them ({error!r})") from error
-    if not found:
-        raise CheckpointError(f"{path} holds no prompts of {protocol}")
-    return found
+    return read_published(path, protocol, lambda: _READERS[protocol](path, images, limit))
 
 
 def _geneval(path: Path, images: int, limit: int | None) -> list[Prompt]:

@@ -3,16 +3,20 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hone_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"]
-__all__ += ["read_prompts", "save_state"]
+__all__ += ["read_prompts", "read_published", "save_state"]
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -124,3 +128,27 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     if not prompts:
         raise ValueError(f"{path} holds no prompt; expected one a line")
     return prompts
+
+
+def read_published(path: str | Path, benchmark: str, read: Callable[[], Iterable[T]]) -> list[T]:
+    """What a reader finds in a benchmark's own file or folder of prompts: at least one.
+
+    Args:
+        path: The file or folder, for the message.
+        benchmark: Whose prompts.
+        read: Reads them.
+
+    Raises:
+        CheckpointError: It is missing, cannot be read, or is none of this benchmark.
+    """
+    try:
+        found = list(read())
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no prompts as {benchmark} publishes them ({error!r})") from error
+    if not found:
+        raise CheckpointError(f"{path} holds no prompts of {benchmark}")
+    return found

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hone_core.errors import CheckpointError
-from hone_core.io import atomic_write_json
+from hone_core.io import atomic_write_json, read_prompts, read_published
 from hone_core.runs import Row, Run
 
 from .vbench_config import VBenchConfig
@@ -67,7 +67,8 @@ def find_suite(cfg: VBenchConfig, *, limit: int | None = None) -> Suite:
 
     Raises:
         CheckpointError: There is no list of prompts, or it is none.
-        ValueError: It is to be graded and cannot be, or a prompt is no file name.
+        FileNotFoundError: There is no such text file.
+        ValueError: A text file holds no prompt; it is to be graded and cannot be, or a prompt is no file name.
     """
     info = cfg.vbench_info
     if info is None:
@@ -78,15 +79,9 @@ def find_suite(cfg: VBenchConfig, *, limit: int | None = None) -> Suite:
                 f"{INFO}, or a text file of prompts"
             )
         info = Path(found.origin).parent / INFO
-    try:
-        text = info.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{info} cannot be read: {error}") from error
     graded = info.suffix == ".json"
-    prompts = _of_json(info, text, cfg.graded) if graded else [line.strip() for line in text.splitlines()]
-    prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt))[:limit]
-    if not prompts:
-        raise CheckpointError(f"{info} holds no prompt of {', '.join(cfg.graded)}")
+    published = read_published(info, "VBench", lambda: _of_json(info, cfg.graded)) if graded else read_prompts(info)
+    prompts = list(dict.fromkeys(prompt for prompt in published if prompt))[:limit]
     for prompt in prompts:
         if "/" in prompt or len(f"{prompt}-99.mp4".encode()) > LONGEST:
             raise ValueError(f"a video is called by its prompt, and this one is no file name: {prompt[:80]!r}")
@@ -100,14 +95,9 @@ def find_suite(cfg: VBenchConfig, *, limit: int | None = None) -> Suite:
     return Suite(tuple(prompts), info if graded else None, cfg.videos_per_prompt)
 
 
-def _of_json(file: Path, text: str, dimensions: tuple[str, ...]) -> list[str]:
-    try:
-        entries = json.loads(text)
-        return [entry["prompt_en"] for entry in entries if not set(dimensions).isdisjoint(entry["dimension"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is not VBench's list of prompts, entries with prompt_en and dimension ({error!r})"
-        ) from error
+def _of_json(file: Path, dimensions: tuple[str, ...]) -> list[str]:
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    return [entry["prompt_en"] for entry in entries if not set(dimensions).isdisjoint(entry["dimension"])]
 
 
 def grade_videos(cfg: VBenchConfig, suite: Suite, run: Run) -> None:

@@ -10,13 +10,13 @@ import os
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hone_core.errors import CheckpointError
-from hone_core.io import atomic_write_json
+from hone_core.io import atomic_write_json, read_published
 
 __all__ = ["GenEvalPrompt", "check_scorer", "interpreter", "read_prompts", "score", "write_facts"]
 
@@ -49,22 +49,15 @@ def read_prompts(path: Path, images: int = 4, limit: int | None = None) -> list[
     Raises:
         CheckpointError: The file is missing, or is none of GenEval's.
     """
-    try:
+
+    def read() -> Iterator[GenEvalPrompt]:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
-        found = [
-            GenEvalPrompt(
-                entry["prompt"],
-                tuple(Path(f"{at:05}", "samples", f"{number:05}.png") for number in range(images)),
-                entry,
-            )
-            for at, entry in enumerate(entries)
-            if entry["tag"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} holds no prompts as GenEval publishes them ({error!r})") from error
-    if not found:
-        raise CheckpointError(f"{path} holds no prompts of GenEval")
-    return found
+        for at, entry in enumerate(entries):
+            if entry["tag"]:
+                files = tuple(Path(f"{at:05}", "samples", f"{number:05}.png") for number in range(images))
+                yield GenEvalPrompt(entry["prompt"], files, entry)
+
+    return read_published(path, "GenEval", read)
 
 
 def write_facts(folder: Path, prompts: Sequence[GenEvalPrompt]) -> None:
