@@ -13,7 +13,7 @@ from hone_core.testing import requires_gpu
 from hone_kernels import launch as module
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
-from hone_kernels.launch import Kept, eager, geometry, kept_beside, launch, number
+from hone_kernels.launch import Kept, Notes, Plans, eager, geometry, kept_beside, launch, number, plannable
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -275,6 +275,130 @@ def test_only_plain_calls_are_eager():
     assert torch.func.vmap(lambda y: y * eager(y))(x[None] + 1).sum() == 0
     with torch.autograd.forward_ad.dual_level():
         assert not eager(x)
+
+
+def planned(plans, kernel, x, y, forget=False):
+    """An op of one kernel: what it gives, and whether by a plan."""
+    again = plans.find("op", (x, y)) if plannable() else None
+    if again is not None:
+        parts, addresses, stream = again
+        return parts.op(addresses, stream)[0], True
+    notes = Notes(x, y)
+    out, scratch = notes.made(torch.empty_like(x)), torch.empty(8)
+    if not forget:
+        notes.made(scratch)
+
+    def build(x, y, out, scratch):
+        return (3, 2), (x, out, y, scratch), dict(SIZE=4, num_warps=8)
+
+    launch(kernel, geometry(x, y), (x, y, out, scratch), build, notes)
+    plans.add("op", (x, y), op=notes.replay(out))
+    return out, False
+
+
+def test_a_plan_does_what_the_first_call_did(on_a_gpu):
+    plans, kernel = Plans(), Kernel()
+    pairs = [(torch.zeros(2, 16).t().contiguous().t(), torch.zeros(16)) for _ in range(3)]
+    outs = [planned(plans, kernel, *pair) for pair in pairs]
+    assert [by_plan for _, by_plan in outs] == [False, True, True]
+    first = kernel.seen[0]
+    for (x, y), (out, _), seen in zip(pairs[1:], outs[1:], kernel.seen[1:], strict=True):
+        assert seen[:3] == ("kept", (3, 2, 1), (7, "f", "m", None, None, None))
+        assert addresses(seen)[:3] == [x.data_ptr(), out.data_ptr(), y.data_ptr()]
+        assert addresses(seen)[3] not in {0, *addresses(seen)[:3]}  # scratch of its own
+        assert (out.shape, out.stride(), out.dtype) == (x.shape, x.stride(), x.dtype)
+        assert not out.requires_grad
+    assert first[0] == "triton"
+    assert addresses(first)[:3] == [pairs[0][0].data_ptr(), outs[0][0].data_ptr(), pairs[0][1].data_ptr()]
+    kept = gc.get_referents(*plans._kept.values())
+    assert not any(isinstance(x, torch.Tensor) for x in kept)
+
+
+def test_a_plan_is_for_its_kind_only(on_a_gpu, monkeypatch):
+    plans, kernel = Plans(), Kernel()
+    x, y = torch.zeros(16), torch.zeros(16)
+
+    def by_plan(a, b):
+        again = plans.find("op", (a, b)) if plannable() else None
+        return again is not None
+
+    planned(plans, kernel, x, y)
+    assert by_plan(x, y)
+    assert by_plan(torch.ones(16), torch.ones(16))
+    others = {
+        "shape": torch.zeros(32),
+        "strides": torch.zeros(32)[::2],
+        "dtype": torch.zeros(16, dtype=torch.float16),
+        "device": torch.zeros(16, device="meta"),
+        "base": torch.zeros(17)[1:],
+        "gradient": torch.zeros(16, requires_grad=True),
+        "parameter": torch.nn.Parameter(torch.zeros(16)),
+        "subclass": x.as_subclass(type("Other", (torch.Tensor,), {})),
+        "conjugate": torch.zeros(16, dtype=torch.complex64).conj().imag,
+        "no tensor": None,
+        "the same twice": x,
+    }
+    for name, other in others.items():
+        assert not by_plan(other, x), name
+    with torch.inference_mode():
+        assert not by_plan(x, y)
+        assert not by_plan(torch.zeros(16), torch.zeros(16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not by_plan(x, y)
+    with torch.autograd.forward_ad.dual_level():
+        assert not by_plan(x, y)
+    with torch._subclasses.FakeTensorMode():
+        assert not by_plan(x, y)
+    seen = []
+    torch.func.vmap(lambda z: seen.extend([by_plan(z, y), by_plan(x, y)]) or z)(x[None])
+    torch.func.grad(lambda z: seen.extend([by_plan(z, y), by_plan(x, y)]) or z.sum())(x)
+    assert seen == [False] * 4
+    traced = torch.compile(lambda z: z * by_plan(z, y), backend="eager", fullgraph=True)
+    assert traced(x + 1).sum() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module._RUNTIME, "launch_enter_hook", SimpleNamespace(calls=[print]))
+        assert not by_plan(x, y)
+    # Each of these has a plan of its own.
+    for other in (others["shape"], others["gradient"]):
+        planned(plans, kernel, other, x)
+        assert by_plan(other.detach().clone().requires_grad_(other.requires_grad), y)
+    assert by_plan(x, y)
+
+
+def test_more_than_allocations_and_launches_is_no_plan(on_a_gpu):
+    plans, kernel, x = Plans(), Kernel(), torch.zeros(16)
+    planned(plans, kernel, x, torch.zeros(16), forget=True)  # a tensor that was made on the way
+    planned(plans, kernel, x, x)  # of one tensor twice
+    assert plans.find("op", (x, torch.zeros(16))) is None
+    assert plans.find("op", (x, x)) is None
+
+
+def test_zeros_of_a_plan_are_zeros_each_time(on_a_gpu):
+    plans, x = Plans(), torch.zeros(4)
+    notes = Notes(x)
+    zeros = notes.made(torch.zeros(1 << 12), zeros=True)
+    plans.add("op", (x,), op=notes.replay(zeros))
+    for _ in range(3):
+        parts, given, stream = plans.find("op", (torch.ones(4),))
+        (got,) = parts.op(given, stream)
+        assert (got == 0).all()
+        got += 1
+
+
+def test_plans_are_bounded_and_threads_share_them(on_a_gpu):
+    plans, kernel = Plans(kinds=2), Kernel()
+    sizes = (16, 32, 48)
+    for n in sizes:
+        planned(plans, kernel, torch.zeros(n), torch.zeros(n))
+    found = [plans.find("op", (torch.zeros(n), torch.zeros(n))) is not None for n in sizes]
+    assert found == [False, True, True]
+
+    def often(n):
+        return {planned(plans, kernel, torch.zeros(n), torch.zeros(n))[0].shape for _ in range(200)}
+
+    with ThreadPoolExecutor(8) as pool:
+        for n, shapes in zip([*sizes] * 4, pool.map(often, [*sizes] * 4), strict=True):
+            assert shapes == {(n,)}
 
 
 def layout():

@@ -161,6 +161,7 @@ def attention_launches(
     padded: bool = False,
     sm: int = 90,
     tiles: Any = None,
+    from_lse: bool = True,
 ) -> list[Launch]:
     """What the Triton attention launches, forward and backward, for inputs of this kind.
 
@@ -174,6 +175,7 @@ def attention_launches(
         padded: With ``k_valid``.
         sm: Compute capability times ten.
         tiles: Of the forward, instead of the shipped ones.
+        from_lse: With a gradient from the log-sum-exp.
     """
     from .attention import triton as module
 
@@ -185,8 +187,9 @@ def attention_launches(
     with mock.patch.object(module, "_sm", return_value=sm), record_launches(module, *kernels) as launches:
         module.attention_forward(q, k, k, *lists, valid, *extra, block_q, block_k, 0.1, tiles)
         module.attention_backward(
-            q, lse, q, k, k, q, lse, *lists, columns.kv_num, columns.kv_idx, valid, *extra, block_q, block_k, 0.1
-        )
+            q, lse if from_lse else None, q, k, k, q, lse, *lists, columns.kv_num, columns.kv_idx, valid, *extra,
+            block_q, block_k, 0.1,
+        )  # fmt: skip
     return launches
 
 
@@ -223,6 +226,7 @@ def gluon_backward_launches(
     padded: bool = False,
     config: Any = None,
     fixed: bool = True,
+    from_lse: bool = True,
 ) -> list[Launch]:
     """What the Gluon backward launches, with blocks of 128 keys; arguments as for :func:`attention_launches`.
 
@@ -237,7 +241,7 @@ def gluon_backward_launches(
     kernels = ("_extent_kernel", "_bounds_kernel", "_statistics_kernel", "_backward_kernel", "_order_kernel")
     with record_launches(module, *kernels) as launches:
         module.attention_backward(
-            q, lse, q, k, k, q, lse, *lists, valid, *extra, block_q, 128, 0.1, config, fixed=fixed
+            q, lse if from_lse else None, q, k, k, q, lse, *lists, valid, *extra, block_q, 128, 0.1, config, fixed=fixed
         )
     return launches
 

@@ -13,13 +13,24 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
-from hone_kernels.launch import Kept, eager, geometry, kept_beside, number, on_device_of
+from hone_kernels.launch import (
+    Kept,
+    Notes,
+    Plans,
+    Replay,
+    eager,
+    geometry,
+    kept_beside,
+    number,
+    on_device_of,
+    plannable,
+)
 
 from .flash import flash_attention
 from .layout import BlockLayout
 from .reference import attention_reference
 
-__all__ = ["SUPPORT", "Backend", "PooledKV", "block_sparse_attention", "check_layout"]
+__all__ = ["SUPPORT", "Backend", "PooledKV", "block_sparse_attention", "check_layout", "row_order"]
 
 
 SUPPORT: dict[str, Support] = {
@@ -198,41 +209,117 @@ def block_sparse_attention(
         ValueError: If shapes, layout and backend do not fit together.
         TypeError: If dtypes differ or the layout is not a ``BlockLayout``.
     """
+    kind = given = None
+    if plannable() and type(layout) is BlockLayout:
+        given, which = _given(q, k, v, layout, pooled)
+        sizes = (layout.tokens_q, layout.tokens_k, layout.block_q, layout.block_k)
+        kind = (sizes, which, scale, backend, deterministic, torch.is_grad_enabled())
+        again = _plans.find(kind, given)
+        if again is not None:
+            call = again[0].call
+            source = None if pooled is None else pooled.bias
+            if call.differentiable:
+                out, lse = _Attention.apply(q, k, v, *_pooled(pooled), layout, call, again, source, None)
+            else:
+                out, lse = _replay(again, layout, None if pooled is None else pooled.k, source)
+            return (out, lse) if return_lse else out
     tensors = (q, k, v, *(() if pooled is None else (pooled.k, pooled.v, pooled.bias)))
     if eager(*tensors) and isinstance(layout, BlockLayout):
         facts, lists = geometry(*tensors), layout.geometry()
-        call = (facts, lists, scale, backend) if facts and lists else None
-        found = _checked.get(call) if call else None
+        looked_at = (facts, lists, scale, backend) if facts and lists else None
+        found = _checked.get(looked_at) if looked_at else None
         if found is None:
-            found = (*_check(q, k, v, layout, scale, pooled, backend), number(call) if call else None)
-            if call and found[1] != "reference":
-                _checked.keep(call, found)
+            found = (*_check(q, k, v, layout, scale, pooled, backend), number(looked_at) if looked_at else None)
+            if looked_at and found[1] != "reference":
+                _checked.keep(looked_at, found)
     else:
         found = (*_check(q, k, v, layout, scale, pooled, backend), None)
     scale, backend, key = found
-    pooled_k, pooled_v, bias = (None, None, None) if pooled is None else (pooled.k, pooled.v, pooled.bias)
-    source = bias
     if backend == "reference":
-        out, lse = attention_reference(q, k, v, layout, scale, pooled_k, pooled_v, bias)
+        further = () if pooled is None else (pooled.k, pooled.v, pooled.bias)
+        out, lse = attention_reference(q, k, v, layout, scale, *further)
         return (out, lse) if return_lse else out
     if backend == "flash":
         with on_device_of(q):
             out, lse = flash_attention(unit_last(q), unit_last(k), unit_last(v), layout, scale)
         return (out, lse) if return_lse else out
-    if pooled_k is not None and pooled_v is not None:
-        pooled_k, pooled_v = unit_last(pooled_k), unit_last(pooled_v)
-        if bias is not None:
-            bias = bias.float().expand(pooled_k.shape[:3])
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
     gradients = gradients_by(backend, q.dtype, layout.block_k, deterministic)
     if key is None:
         blocks = (layout.block_q, layout.block_k)
-        out, lse = _attention_op(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, *blocks, scale, backend, gradients)
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        out, lse = _Attention.apply(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, gradients, key, source)
-    else:
-        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key, source)
+        out, lse = _attention_op(q, k, v, *layout.lists(), *_pooled(pooled), *blocks, scale, backend, gradients)
+        return (out, lse) if return_lse else out
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    source = None if pooled is None else pooled.bias
+    # A copy made on the way is none of the call's tensors.
+    whole = given is not None and all(x is source or x.stride(-1) == 1 for x in given)
+    call = _Call(key, q.shape[0], q.shape[1], layout.block_q, layout.block_k, scale, backend, gradients, differentiable)
+    notes: list[Replay | None] | None = [] if whole else None
+    args = (q, k, v, *_pooled(pooled), layout, call)
+    out, lse = _Attention.apply(*args, None, source, notes) if differentiable else _forward(*args, source, notes)
+    if notes and given is not None:
+        _plans.add(kind, given, call=call, forward=notes[0])
     return (out, lse) if return_lse else out
+
+
+_plans = Plans()
+_schedules = Plans()
+_backward_plans = Plans()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the launches of a call depend on.
+
+    Attributes:
+        key: Number of its geometry and options.
+        batch: B.
+        heads: H.
+        block_q: Queries in a block.
+        block_k: Keys in a block.
+        scale: Factor on the logits.
+        backend: Of the forward.
+        gradients: As ``gradients_by`` has it.
+        differentiable: Whether a gradient may be asked for.
+    """
+
+    key: Hashable
+    batch: int
+    heads: int
+    block_q: int
+    block_k: int
+    scale: float
+    backend: str
+    gradients: str
+    differentiable: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, float, str]:
+        """What the gradients depend on."""
+        return self.block_q, self.block_k, self.scale, self.gradients
+
+
+def _given(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, pooled: PooledKV | None) -> tuple[list[Tensor], int]:
+    """A call's tensors, and which there are of those that need not be."""
+    given, which = [q, k, v, layout.kv_num, layout.kv_idx], 0
+    if layout.k_valid is not None:
+        given.append(layout.k_valid)
+        which = 1
+    if pooled is not None:
+        given += (pooled.k, pooled.v)
+        which |= 2
+        if pooled.bias is not None:
+            given.append(pooled.bias)
+            which |= 4
+    return given, which
+
+
+def _pooled(pooled: PooledKV | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Pooled keys, values and their bias ``[B, HK, G]`` float32, as the kernels read them."""
+    if pooled is None:
+        return None, None, None
+    k = unit_last(pooled.k)
+    return k, unit_last(pooled.v), None if pooled.bias is None else pooled.bias.float().expand(k.shape[:3])
 
 
 _checked = Kept()
@@ -270,64 +357,120 @@ def _forward(
     pooled_v: Tensor | None,
     bias: Tensor | None,
     layout: BlockLayout,
-    scale: float,
-    backend: Backend,
-    key: Hashable,
+    call: _Call,
     source: Tensor | None,
+    replays: list[Replay | None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by a kernel, with what is kept of the layout and of calls of this geometry.
 
-    ``source`` is the bias as the caller has it, beside which the kernel's form of it may be kept.
+    ``source`` is the bias as the caller has it, beside which the kernel's form of it may be kept. To ``replays`` goes
+    what does it again for the tensors of ``_given``, behind which the kept ones stand.
     """
-    args = (q, k, v, *layout.lists(), pooled_k, pooled_v, bias, layout.block_q, layout.block_k, scale)
+    lists = layout.lists()
+    args = (q, k, v, *lists, pooled_k, pooled_v, bias, call.block_q, call.block_k, call.scale)
+    given = [x for x in (q, k, v, *lists, pooled_k, pooled_v, source) if x is not None]
+    options: dict[str, Any] = {}
+    attention_forward: Callable[..., tuple[Tensor, Tensor]]
     with on_device_of(q):
-        if backend == "gluon":
-            from .gluon_sm90 import attention_forward, config_for, pad_bias, schedule
+        if call.backend == "gluon":
+            from .gluon_sm90 import attention_forward
 
-            batch, heads = q.shape[:2]
-            # The launch counts in it: it is this stream's alone.
-            table = layout.kept(("rows", batch, heads), lambda: schedule(layout.lists()[0], batch, heads, key))
-            if pooled_k is None or source is None:
-                return attention_forward(*args, table=table, key=key)
-            keys = config_for(q.shape[3], layout.block_q).keys
-            what = (pooled_k.shape[:3], keys)
-            padded = kept_beside(source, what, lambda: pad_bias(bias, pooled_k, keys, key))
-            return attention_forward(*args, table=table, bias=padded, key=key)
-        from .triton import attention_forward as portable
+            options["table"] = row_order(layout, call.batch, call.heads)
+            if pooled_k is not None and source is not None:
+                options["bias"] = _padded(source, pooled_k, call)
+            given += options.values()
+        else:
+            from .triton import attention_forward
+        notes = None if replays is None else Notes(*given)
+        if notes is not None:
+            notes.same(bias, source)
+        out, lse = attention_forward(*args, **options, key=call.key, notes=notes)
+    if notes is not None and replays is not None:
+        replays.append(notes.replay(out, lse))
+    return out, lse
 
-        return portable(*args, key=key)
+
+def row_order(layout: BlockLayout, batch: int, heads: int) -> Tensor:
+    """``gluon_sm90.schedule`` of a layout, kept with it. A launch counts in it: it is this stream's alone."""
+    return layout.kept(("rows", batch, heads), functools.partial(_schedule, layout, batch, heads))
+
+
+def _schedule(layout: BlockLayout, batch: int, heads: int) -> Tensor:
+    from .gluon_sm90 import schedule
+
+    given = (layout.kv_num,)
+    again = _schedules.find((batch, heads), given) if plannable() else None
+    if again is not None:
+        parts, addresses, stream = again
+        return parts.rows(addresses, stream)[0]
+    facts, num = geometry(*given), unit_last(layout.kv_num)
+    notes = Notes(num)
+    table = schedule(num, batch, heads, facts and number((facts, batch, heads)), notes)
+    if num is layout.kv_num and plannable():
+        _schedules.add((batch, heads), given, rows=notes.replay(table))
+    return table
+
+
+def _padded(source: Tensor, pooled_k: Tensor, call: _Call) -> Tensor:
+    """The bias as the kernel reads it, kept beside the caller's."""
+    from .gluon_sm90 import config_for, pad_bias
+
+    shape, keys = pooled_k.shape[:3], config_for(pooled_k.shape[3], call.block_q).keys
+
+    def make() -> Tensor:
+        return pad_bias(source.detach().float().expand(shape), pooled_k, keys, call.key)
+
+    return kept_beside(source, (shape, keys), make)
+
+
+def _replay(
+    again: tuple[Any, list[int], int], layout: BlockLayout, pooled_k: Tensor | None, source: Tensor | None
+) -> list[Tensor]:
+    """Output and log-sum-exp by a plan."""
+    parts, addresses, stream = again
+    if parts.call.backend == "gluon":
+        addresses.append(row_order(layout, parts.call.batch, parts.call.heads).data_ptr())
+        if pooled_k is not None and source is not None:
+            addresses.append(_padded(source, pooled_k, parts.call).data_ptr())
+    return parts.forward(addresses, stream)
 
 
 class _Attention(torch.autograd.Function):
     """The op outside of ``torch.compile``, where the registered one would cost more than the launches."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, gradients, key, source):
-        out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, scale, backend, key, source)
+    def forward(ctx, q, k, v, pooled_k, pooled_v, bias, layout, call, again, source, replays):
+        if again is None:
+            out, lse = _forward(q, k, v, pooled_k, pooled_v, bias, layout, call, source, replays)
+        else:
+            out, lse = _replay(again, layout, pooled_k, source)
+        ctx.set_materialize_grads(False)
         # Its lists as columns are large: they live as long as the caller's layout, not as long as the graph.
-        ctx.layout, ctx.sizes = weakref.ref(layout), (layout.block_q, layout.block_k, scale, gradients)
+        ctx.layout, ctx.call = weakref.ref(layout), call
         ctx.save_for_backward(q, k, v, *layout.lists(), pooled_k, pooled_v, bias, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, out, lse = saved = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
         if torch.is_grad_enabled():
             # A graph of the gradient is wanted: the operator refuses its derivative, which there is none of.
-            *tensors, out, lse = ctx.saved_tensors
-            return *_operator_gradients(dout, dlse, tensors, out, lse, ctx.sizes), *[None] * 6
-        q, k, v, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, out, lse = ctx.saved_tensors
+            dlse = torch.zeros_like(lse) if dlse is None else dlse
+            return *_operator_gradients(dout, dlse, saved[:9], out, lse, ctx.call.sizes), *[None] * 5
         layout = ctx.layout()
         columns = None if layout is None else layout.kept("columns", layout.transpose)
         grads = _gradients(
-            columns, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, *ctx.sizes
+            columns, dout, dlse, q, k, v, out, lse, kv_num, kv_idx, k_valid, pooled_k, pooled_v, bias, *ctx.call.sizes
         )
-        return *grads, *[None] * 6
+        return *grads, *[None] * 5
 
 
 def _gradients(
     columns: BlockLayout | None,
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -349,20 +492,34 @@ def _gradients(
     ``columns`` is the transposed layout, if it is there; ``gradients`` names the kernel, as ``gradients_by`` does.
     """
     attention_backward: Callable[..., tuple[Tensor | None, ...]]
+    if columns is None:
+        columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k, check=False).transpose()
+    given = kind = None
+    if plannable():
+        some = (dlse, k_valid, pooled_k, pooled_v, pooled_bias)
+        given = [dout, q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx]
+        given += [x for x in some if x is not None]
+        kind = (block_q, block_k, scale, gradients, *[x is None for x in some])
+        again = _backward_plans.find(kind, given)
+        if again is not None:
+            parts, addresses, stream = again
+            return parts.backward(addresses, stream)
     if gradients == "triton":
         from .triton import attention_backward
     else:
         from .gluon_backward_sm90 import attention_backward as one_kernel
 
         attention_backward = functools.partial(one_kernel, fixed=gradients == "fixed point")
-
-    if columns is None:
-        columns = BlockLayout(kv_num, kv_idx, q.shape[2], k.shape[2], block_q, block_k, check=False).transpose()
+    notes = None if given is None else Notes(*given)
     with on_device_of(q):
-        return attention_backward(
-            in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
-            k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
+        grads = attention_backward(
+            in_memory(dout), None if dlse is None else dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx,
+            columns.kv_num, columns.kv_idx, k_valid, pooled_k, pooled_v, pooled_bias, block_q, block_k, scale,
+            notes=notes,
         )  # fmt: skip
+    if notes is not None and given is not None:
+        _backward_plans.add(kind, given, backward=notes.replay(*grads))
+    return grads
 
 
 def gradients_by(backend: str, dtype: torch.dtype, block_k: int, deterministic: bool) -> str:

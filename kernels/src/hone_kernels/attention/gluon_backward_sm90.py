@@ -63,7 +63,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hone_kernels.launch import geometry, launch, number
+from hone_kernels.launch import Notes, geometry, launch, number
 
 from .gluon_sm90 import _addressable, _describe, _get, _put, _thread_sums
 from .triton import LOG2E, _bhs, _strides, _tile
@@ -226,7 +226,7 @@ def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, bounds_ptr, num_ptr
     """Words of each query, padded to whole tiles: ``unit``, and for each tile of ROWS queries ``log2``, then ``delta``.
 
     ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
-    ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``.
+    ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``; without ``dlse`` if None.
     ``unit``: what sums of this row of dQ are multiplied by in fixed point, ``limit`` over a bound of them; NaN where
     there is none, negative where the row reads keys that are not finite. Bounds of ``listable`` blocks count where a
     row lists them, those behind, of pooled keys, always.
@@ -241,9 +241,10 @@ def _statistics_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, bounds_ptr, num_ptr
     dout = _tile(dout_ptr, batch, head, start, sdb, sdh, sds, tokens, ROWS, DIM, DIM, True, False).to(tl.float32)
     row = batch.to(tl.int64) * tl.num_programs(1) + head
     lse = tl.load(lse_ptr + row * tokens + at, mask=at < tokens, other=-float("inf"))
-    dlse = tl.load(dlse_ptr + row * tokens + at, mask=at < tokens, other=0.0)
     rows_ptr += 2 * (row * padded + start)
-    delta = tl.sum(out.to(tl.float32) * dout, 1) - dlse
+    delta = tl.sum(out.to(tl.float32) * dout, 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + row * tokens + at, mask=at < tokens, other=0.0)
     tl.store(rows_ptr + local, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
     tl.store(rows_ptr + ROWS + local, delta)
     if FIXED:
@@ -643,7 +644,7 @@ def _describe_rows(x: Tensor) -> TensorDescriptor:
 
 def attention_backward(
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -664,6 +665,7 @@ def attention_backward(
     *,
     fixed: bool = True,
     weight: float = 1.125,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients as ``triton.attention_backward`` returns them, for blocks of 128 keys.
 
@@ -691,6 +693,10 @@ def attention_backward(
             torch.empty((batch, heads_k, n), dtype=torch.int32, device=device)
             for n in (blocks * (dim + 1), dim, blocks * 2)
         )
+    if notes is not None:
+        for x in (dq, dk, dv, rows, sums, units, largest, factors, bounds):
+            if x is not None:
+                notes.made(x)
 
     def extent(first: int):
         def build(keys, values, valid, largest):
@@ -742,36 +748,26 @@ def attention_backward(
         return build
 
     if fixed:
-        launch(_extent_kernel, key and (key, False), (k, v, k_valid, largest), extent(0))
+        launch(_extent_kernel, key and (key, False), (k, v, k_valid, largest), extent(0), notes)
         if pooled_k is not None:
-            launch(_extent_kernel, key and (key, True), (pooled_k, pooled_v, None, largest), extent(listable))
-        launch(_bounds_kernel, key, (largest, factors, bounds), bound)
-    launch(_statistics_kernel, key, (out, dout, lse, dlse, bounds, kv_num, kv_idx, rows, units, sums), statistics)
+            launch(_extent_kernel, key and (key, True), (pooled_k, pooled_v, None, largest), extent(listable), notes)
+        launch(_bounds_kernel, key, (largest, factors, bounds), bound, notes)
+    launch(
+        _statistics_kernel, key, (out, dout, lse, dlse, bounds, kv_num, kv_idx, rows, units, sums), statistics, notes
+    )
     listed = (q, k, v, dout, rows, dk, dv, factors, units, sums, None, None, q_num, q_idx, k_valid)
-    launch(_backward_kernel, key and (key, False), listed, gradients(False))
+    launch(_backward_kernel, key and (key, False), listed, gradients(False), notes)
     dpk = dpv = dbias = None
     if pooled_k is not None:
         assert pooled_v is not None
         dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
         if pooled_bias is not None:
             dbias = torch.empty(pooled_bias.shape, dtype=torch.float32, device=q.device)
-        dense = (
-            q,
-            pooled_k,
-            pooled_v,
-            dout,
-            rows,
-            dpk,
-            dpv,
-            factors,
-            units,
-            sums,
-            pooled_bias,
-            dbias,
-            q_num,
-            q_idx,
-            None,
-        )
-        launch(_backward_kernel, key and (key, True), dense, gradients(True))
-    launch(_order_kernel, key, (sums, units, factors, dq), order)
+        if notes is not None:
+            for x in (dpk, dpv) if dbias is None else (dpk, dpv, dbias):
+                notes.made(x)
+        far = (pooled_bias, dbias, q_num, q_idx, None)
+        dense = (q, pooled_k, pooled_v, dout, rows, dpk, dpv, factors, units, sums, *far)
+        launch(_backward_kernel, key and (key, True), dense, gradients(True), notes)
+    launch(_order_kernel, key, (sums, units, factors, dq), order, notes)
     return dq, dk, dv, dpk, dpv, dbias

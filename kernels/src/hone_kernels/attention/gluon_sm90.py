@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hone_kernels.launch import geometry, launch, number
+from hone_kernels.launch import Notes, geometry, launch, number
 
 from .triton import LN2, LOG2E, _describable, _descriptor_strides, _strides
 
@@ -155,16 +155,18 @@ def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIA
 
 
 # One lane takes the next number for its warp. Assembly, since a scalar atomic of Triton would go through shared memory.
-# Each row takes one number, so the counter, which wraps around at that many, is 0 again at the end of the launch.
+# Each row takes one number, so the counter, which wraps around at that many, is 0 again at the end of the launch. One
+# less is worked out in here, where it takes no register from the loop.
 _CLAIM = gl.constexpr(
-    "{ .reg .pred first; .reg .b32 lane, old; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 old, 0; "
-    "@first atom.global.gpu.relaxed.inc.u32 old, [$1], $2; shfl.sync.idx.b32 $0, old, 0, 31, 0xffffffff; }"
+    "{ .reg .pred first; .reg .b32 lane, old, last; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; "
+    "mov.b32 old, 0; sub.u32 last, $2, 1; @first atom.global.gpu.relaxed.inc.u32 old, [$1], last; "
+    "shfl.sync.idx.b32 $0, old, 0, 31, 0xffffffff; }"
 )
 
 
 @gluon.jit
-def _claim(counter, last):
-    arguments = [counter.to(gl.int64), last]
+def _claim_row(counter, total):
+    arguments = [counter.to(gl.int64), total]
     return gl.inline_asm_elementwise(_CLAIM, "=r,l,r", arguments, dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -338,7 +340,7 @@ def _producer(q_desc, k_desc, v_desc, pk_desc, pv_desc, table_ptr, idx_ptr, vali
         row_turn += 1
 
         if CLAIM:
-            place = gl.num_programs(0) + _claim(table_ptr + 2 * total, total - 1)
+            place = gl.num_programs(0) + _claim_row(table_ptr + 2 * total, total)
         else:
             place += gl.num_programs(0)
         tile = gl.load(table_ptr + 2 * place, mask=place < total, other=0)
@@ -618,7 +620,7 @@ def _describe(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), _descriptor_strides(x), [1, 1, rows, dim], layout)
 
 
-def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None) -> Tensor:
+def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None, notes: Notes | None = None) -> Tensor:
     """The order in which rows are computed.
 
     Args:
@@ -626,6 +628,7 @@ def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None
         batch: B.
         heads: H.
         key: Of the call, see ``launch``.
+        notes: Where to take it down.
 
     Returns:
         ``[B * H * NQ + 1, 2]`` int32: row ``(b * H + h) * NQ + i`` and its count; behind them the counter from which
@@ -647,12 +650,17 @@ def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None
     def sort(kv_num, counts, table):
         return (programs,), (kv_num, counts, table, *sizes(kv_num)), dict(CHUNK=16, **shape)
 
-    launch(_count_kernel, key, (kv_num, counts), count)
-    launch(_schedule_kernel, key, (kv_num, counts, table), sort)
+    if notes is not None:
+        notes.made(table)
+        notes.made(counts)
+    launch(_count_kernel, key, (kv_num, counts), count, notes)
+    launch(_schedule_kernel, key, (kv_num, counts, table), sort, notes)
     return table
 
 
-def pad_bias(bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | None = None) -> Tensor:
+def pad_bias(
+    bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | None = None, notes: Notes | None = None
+) -> Tensor:
     """Bias of whole steps of pooled keys: ``[B, HK, ceil(G / keys) * keys]`` float32, base 2."""
     batch, heads, groups = pooled.shape[:3]
     steps = -(-groups // keys)
@@ -663,7 +671,9 @@ def pad_bias(bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | Non
         args = (bias, padded, *strides, heads, groups, steps * keys)
         return (steps, batch * heads), args, dict(BIASED=bias is not None, BN=keys, num_warps=1)
 
-    launch(_bias_kernel, key, (padded, bias), build)
+    if notes is not None:
+        notes.made(padded)
+    launch(_bias_kernel, key, (padded, bias), build, notes)
     return padded
 
 
@@ -685,12 +695,13 @@ def attention_forward(
     table: Tensor | None = None,
     bias: Tensor | None = None,
     key: Hashable | None = None,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's.
 
     ``table`` is ``schedule``'s, if it is there already. The launch counts in it and leaves it as it was, so that those
-    that share it must follow one another. ``bias`` is ``pad_bias``'s of the pooled keys, likewise. ``key`` is for
-    ``launch``.
+    that share it must follow one another. ``bias`` is ``pad_bias``'s of the pooled keys, likewise. ``key`` and
+    ``notes`` are for ``launch``.
     """
     batch, heads, tokens_q, dim = q.shape
     if key is None:
@@ -700,9 +711,12 @@ def attention_forward(
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
     if table is None:
-        table = schedule(kv_num, batch, heads, key)
+        table = schedule(kv_num, batch, heads, key, notes)
     if pooled_k is not None and bias is None:
-        bias = pad_bias(pooled_bias, pooled_k, config.keys, key)
+        bias = pad_bias(pooled_bias, pooled_k, config.keys, key, notes)
+    if notes is not None:
+        notes.made(out)
+        notes.made(lse)
 
     def build(q, k, v, pooled_k, pooled_v, out, bias, lse, table, kv_num, kv_idx, k_valid):
         consumers = block_q // 64
@@ -731,5 +745,5 @@ def attention_forward(
         return (min(total, _multiprocessors(q) * (2 // consumers)),), args, named
 
     tensors = (q, k, v, pooled_k, pooled_v, out, bias, lse, table, kv_num, kv_idx, k_valid)
-    launch(_forward_kernel, key, tensors, build)
+    launch(_forward_kernel, key, tensors, build, notes)
     return out, lse

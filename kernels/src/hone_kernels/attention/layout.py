@@ -57,6 +57,9 @@ class BlockLayout:
     Query block ``i`` covers queries ``[i * block_q, (i + 1) * block_q)``; key block ``j`` likewise. With ``NQ =
     ceil(tokens_q / block_q)`` and ``NK = ceil(tokens_k / block_k)``, only the last block of either side may be short.
 
+    What a call makes of the lists (an order of the rows, columns for gradients) is kept for the next one, and made anew
+    where torch counts a change of them. Who writes past it (``.data``, a kernel of their own) makes a new layout.
+
     Attributes:
         kv_num: ``[B or 1, H or 1, NQ]`` int32, how many key blocks each query block reads, 0 to ``L``.
         kv_idx: ``[B or 1, H or 1, NQ, L]`` int32, which ones: strictly ascending in the first ``kv_num`` entries, each

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hone_kernels.launch import geometry, launch, number
+from hone_kernels.launch import Notes, geometry, launch, number
 
 __all__ = ["Tiles", "attention_backward", "attention_forward", "tiles_for"]
 
@@ -256,7 +256,7 @@ def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, log2_ptr, delta_ptr, sob,
     """What the other backward kernels need of each query, padded to whole tiles so that they need no mask.
 
     ``log2``: log-sum-exp in base 2; ``+inf``, so that nothing weighs, for queries without a key and past the end.
-    ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``.
+    ``delta = sum(out * dout) - dlse``: what the softmax gradient subtracts from ``dout @ v``; without ``dlse`` if None.
     """
     start = tl.program_id(0) * ROWS
     head = tl.program_id(1)
@@ -266,9 +266,11 @@ def _rows_kernel(out_ptr, dout_ptr, lse_ptr, dlse_ptr, log2_ptr, delta_ptr, sob,
     dout = _tile(dout_ptr, batch, head, start, sdb, sdh, sds, tokens, ROWS, DIM, DIM_PAD, True, False)
     row = batch.to(tl.int64) * tl.num_programs(1) + head
     lse = tl.load(lse_ptr + row * tokens + at, mask=at < tokens, other=-float("inf"))
-    dlse = tl.load(dlse_ptr + row * tokens + at, mask=at < tokens, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + row * tokens + at, mask=at < tokens, other=0.0)
     tl.store(log2_ptr + row * padded + at, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
-    tl.store(delta_ptr + row * padded + at, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse)
+    tl.store(delta_ptr + row * padded + at, delta)
 
 
 @triton.jit
@@ -487,10 +489,11 @@ def attention_forward(
     tiles: Tiles | None = None,
     *,
     key: Hashable | None = None,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output in q's strides and natural log-sum-exp ``[B, H, TQ]`` float32; arguments as the public op's.
 
-    ``key`` is for ``launch``, if it is known.
+    ``key``, if it is known, and ``notes`` are for ``launch``.
     """
     batch, heads, tokens_q, dim = q.shape
     if key is None:
@@ -498,6 +501,9 @@ def attention_forward(
         key = facts and number((facts, block_q, block_k, scale, tiles))
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q.device)
+    if notes is not None:
+        notes.made(out)
+        notes.made(lse)
 
     def build(q, k, v, pooled_k, pooled_v, pooled_bias, out, lse, kv_num, kv_idx, k_valid):
         tokens_k = k.shape[2]
@@ -527,13 +533,13 @@ def attention_forward(
         return (triton.cdiv(tokens_q, t.q), heads, batch), args, named
 
     tensors = (q, k, v, pooled_k, pooled_v, pooled_bias, out, lse, kv_num, kv_idx, k_valid)
-    launch(_forward_kernel, key, tensors, build)
+    launch(_forward_kernel, key, tensors, build, notes)
     return out, lse
 
 
 def attention_backward(
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -551,10 +557,13 @@ def attention_backward(
     block_k: int,
     scale: float,
     tiles: dict[str, Tiles] | None = None,
+    *,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, pooled k, pooled v (each in its strides) and of the bias (``[B, HK, G]`` float32).
 
-    ``q_num`` and ``q_idx`` are the lists of the transposed layout.
+    ``q_num`` and ``q_idx`` are the lists of the transposed layout. ``dlse`` None: no gradient came to the log-sum-exp.
+    ``notes`` is for ``launch``.
     """
     batch, heads, tokens_q, dim = q.shape
     heads_k = k.shape[1]
@@ -566,6 +575,9 @@ def attention_backward(
     padded = -(-tokens_q // 128) * 128  # whole tiles of any configuration
     log2 = torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device)
     delta = torch.empty_like(log2)
+    if notes is not None:
+        for x in (dq, dk, dv, log2, delta):
+            notes.made(x)
 
     def tiles_of(kernel: str) -> Tiles:
         return tiles.get(kernel) or tiles_for(kernel, q.dtype, dim, block_q, block_k, _sm(q))
@@ -630,11 +642,11 @@ def attention_backward(
 
         return build
 
-    launch(_rows_kernel, key, (out, dout, lse, dlse, log2, delta), rows)
+    launch(_rows_kernel, key, (out, dout, lse, dlse, log2, delta), rows, notes)
     tensors = (q, k, v, pooled_k, pooled_v, pooled_bias, dout, log2, delta, dq, kv_num, kv_idx, k_valid)
-    launch(_dq_kernel, key, tensors, query_gradient)
+    launch(_dq_kernel, key, tensors, query_gradient, notes)
     listed = (q, k, v, None, dout, log2, delta, dk, dv, None, q_num, q_idx, k_valid)
-    launch(_dkv_kernel, key and (key, False), listed, key_gradients(False))
+    launch(_dkv_kernel, key and (key, False), listed, key_gradients(False), notes)
     if pooled_k is None:
         return dq, dk, dv, None, None, None
     assert pooled_v is not None
@@ -642,6 +654,9 @@ def attention_backward(
     dbias = None
     if pooled_bias is not None:
         dbias = torch.empty(pooled_bias.shape, dtype=torch.float32, device=q.device)
+    if notes is not None:
+        for x in (dpk, dpv) if dbias is None else (dpk, dpv, dbias):
+            notes.made(x)
     dense = (q, pooled_k, pooled_v, pooled_bias, dout, log2, delta, dpk, dpv, dbias, q_num, q_idx, None)
-    launch(_dkv_kernel, key and (key, True), dense, key_gradients(True))
+    launch(_dkv_kernel, key and (key, True), dense, key_gradients(True), notes)
     return dq, dk, dv, dpk, dpv, dbias

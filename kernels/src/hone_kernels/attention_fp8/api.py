@@ -13,6 +13,7 @@ With operands rounded to E4M3 (``x8 = round(x / scale)``) and ``s_ij = scale * q
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, get_args, overload
 
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from hone_kernels.attention.api import SUPPORT as EXACT_SUPPORT
-from hone_kernels.attention.api import check_layout, gradients_by
+from hone_kernels.attention.api import check_layout, gradients_by, row_order
 from hone_kernels.attention.layout import BlockLayout
 from hone_kernels.attention.reference import attention_reference
 from hone_kernels.backends import Backend, choose
 from hone_kernels.checks import check_heads, check_scale, in_memory, unit_last
-from hone_kernels.launch import Kept, eager, geometry, on_device_of
+from hone_kernels.launch import Kept, Notes, Plans, eager, geometry, on_device_of, plannable
 
 from .quantize import SUPPORT, FP8Operands, check_groups, fake_fields, quantize_fields, quantize_qkv
 from .reference import absent_keys, attention_fp8_reference, dequantize, put_rows
@@ -106,8 +107,28 @@ def quantized_attention(
     if not isinstance(operands, FP8Operands):
         raise TypeError(f"operands must be FP8Operands, from quantize_qkv; got {type(operands).__name__}")
     x = operands
-    tensors = (x.q8, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale, out, order)
-    key = found = None
+    operand = (x.q8, x.k8, x.v8, x.q_scale, x.k_scale, x.v_scale)
+    tensors = (*operand, out, order)
+    key = found = notes = None
+    if plannable() and type(layout) is BlockLayout:
+        further = (layout.k_valid, out, order)
+        given = [*operand, layout.kv_num, layout.kv_idx, *(t for t in further if t is not None)]
+        sizes = (x.block, layout.tokens_q, layout.tokens_k, layout.block_q, layout.block_k)
+        absent = tuple([t is None for t in (*further, x.k_mean, x.q_dot_mean)])
+        kind = (sizes, absent, scale, return_lse, out_dtype, backend)
+        again = _plans.find(kind, given)
+        if again is not None:
+            parts, addresses, stream = again
+            lse, made = parts.forward(addresses, stream)
+            if out is None:
+                out = made
+            else:
+                torch.autograd.graph.increment_version(out)
+            if not return_lse:
+                return out
+            return out, lse if x.q_dot_mean is None else lse + parts.scale * x.q_dot_mean
+        if not any(t.requires_grad for t in given):
+            notes = Notes(*given)
     plain = eager(*tensors) and isinstance(layout, BlockLayout)
     if plain:
         facts, lists = geometry(*tensors), layout.geometry()
@@ -128,13 +149,14 @@ def quantized_attention(
         else:
             put_rows(out, rows, order, layout.k_valid, layout.block_k)
     else:
-        sizes = (x.block, layout.block_q, layout.block_k, scale)
-        args = (*tensors[:6], *layout.lists(), *sizes)
+        args = (*operand, *layout.lists(), x.block, layout.block_q, layout.block_k, scale)
         if plain and not any(t is not None and t.requires_grad for t in tensors):
             into = out
-            out, lse = _forward(*args, out_dtype, out, order)
+            out, lse = _forward(*args, out_dtype, out, order, notes)
             if into is not None:
                 torch.autograd.graph.increment_version(into)
+            if notes is not None:
+                _plans.add(kind, given, forward=notes.replay(lse, out if into is None else None), scale=scale)
         elif out is None:
             out, lse = _forward_op(*args, out_dtype)
         else:
@@ -143,6 +165,8 @@ def quantized_attention(
         return out
     return out, lse if operands.q_dot_mean is None else lse + scale * operands.q_dot_mean
 
+
+_plans = Plans()
 
 _checked = Kept()
 """Scale, output dtype and backend of calls that passed the checks, by all that the checks look at."""
@@ -288,9 +312,14 @@ def straight_through_attention(
     if backend == "reference":
         out, lse = _straight_through_reference(q, k, v, layout, scale, smooth_k, group, delta, block)
         return (out, lse) if return_lse else out
-    out, lse, *_, q_dot_mean = _straight_through_op(
-        *(unit_last(x) for x in (q, k, v)), *layout.lists(), block, *blocks.values(), scale, groups, smooth_k, delta,
-    )  # fmt: skip
+    q, k, v = (unit_last(x) for x in (q, k, v))
+    if eager(q, k, v) and type(layout) is BlockLayout:
+        sizes = (block, *blocks.values(), scale)
+        out, lse, q_dot_mean = _StraightThrough.apply(q, k, v, layout, sizes, groups, smooth_k, delta)
+    else:
+        out, lse, *_, q_dot_mean = _straight_through_op(
+            q, k, v, *layout.lists(), block, *blocks.values(), scale, groups, smooth_k, delta
+        )
     if not return_lse:
         return out
     return out, lse + scale * q_dot_mean if smooth_k else lse
@@ -347,6 +376,7 @@ def _forward(
     out_dtype: torch.dtype,
     out: Tensor | None = None,
     order: Tensor | None = None,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor]:
     from .triton import attention_fp8_forward
 
@@ -354,7 +384,7 @@ def _forward(
     with on_device_of(q8):
         return attention_fp8_forward(
             q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, out_dtype,
-            out=out, order=order,
+            out=out, order=order, notes=notes,
         )  # fmt: skip
 
 
@@ -420,6 +450,41 @@ def _fake_output(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The op outside of ``torch.compile``, where the registered one would cost more than the launches."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout, sizes, groups, smooth_k, delta):
+        args = (q, k, v, *layout.lists(), *sizes, groups, smooth_k)
+        out, lse, *fields = _straight_through(*args)
+        *operands, k_mean, q_dot_mean = fields
+        ctx.set_materialize_grads(False)
+        # What is made of its lists lives as long as the caller's layout, not as long as the graph.
+        ctx.layout, ctx.sizes, ctx.delta, ctx.smooth_k = weakref.ref(layout), sizes, delta, smooth_k
+        ctx.save_for_backward(out, lse, *operands, k_mean, *layout.lists())
+        return out, lse, q_dot_mean
+
+    @staticmethod
+    def backward(ctx, dout, dlse, d_dot_mean):
+        out, lse, *operands, k_mean, kv_num, kv_idx, k_valid = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        args = (out, lse, *operands, kv_num, kv_idx, k_valid, *ctx.sizes, ctx.delta)
+        if torch.is_grad_enabled():
+            # A graph of the gradient is wanted: the operator refuses its derivative, which there is none of.
+            dlse = torch.zeros_like(lse) if dlse is None else dlse
+            dq, dk, dv = torch.ops.hone_kernels.straight_through_attention_backward(dout, dlse, *args)
+        else:
+            dq, dk, dv = _straight_through_gradients(ctx.layout(), dout, dlse, *args)
+        return _with_mean(dq, d_dot_mean if ctx.smooth_k else None, k_mean), dk, dv, *[None] * 5
+
+
+def _with_mean(dq: Tensor, d_dot_mean: Tensor | None, k_mean: Tensor) -> Tensor:
+    """The gradient of q with what comes through ``q . k_mean``."""
+    if d_dot_mean is None:
+        return dq
+    return dq + d_dot_mean.unsqueeze(-1).to(dq.dtype) * _per_query_head(k_mean, dq)
+
+
 @torch.library.custom_op("hone_kernels::straight_through_attention", mutates_args=())
 def _straight_through_op(
     q: Tensor,
@@ -437,10 +502,14 @@ def _straight_through_op(
     delta: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, log-sum-exp of the smoothed keys, and the operands, kept for the backward instead of q, k and v."""
+    return _straight_through(q, k, v, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, groups, smooth_k)
+
+
+def _straight_through(q, k, v, kv_num, kv_idx, k_valid, block, block_q, block_k, scale, groups, smooth_k):
     from .triton import attention_fp8_forward
 
     fields = quantize_fields(q, k, v, None, None, None, k_valid, block, groups, smooth_k, 0, smooth_k)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         out, lse = attention_fp8_forward(*fields[:6], kv_num, kv_idx, k_valid, block, block_q, block_k, scale, q.dtype)
     return out, lse, *fields
 
@@ -471,37 +540,97 @@ def _straight_through_backward_op(
     scale: float,
     delta: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _straight_through_gradients(
+        None, dout, dlse, out, lse, q8, k8, v8, q_scale, k_scale, v_scale, kv_num, kv_idx, k_valid, block, block_q,
+        block_k, scale, delta,
+    )  # fmt: skip
+
+
+_gradient_plans = Plans()
+
+
+def _straight_through_gradients(
+    layout: BlockLayout | None,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    k_valid: Tensor | None,
+    block: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    delta: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. ``layout`` is the caller's, if it still lives, with which columns and order are kept."""
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     attention_backward: Callable[..., tuple[Any, ...]]
     from hone_kernels.attention.triton import attention_backward, attention_forward
 
     from .triton import has_e4m3
 
-    operands = (q8, k8, v8, q_scale, k_scale, v_scale, block, dout.dtype)
-    columns = BlockLayout(kv_num, kv_idx, q8.shape[2], k8.shape[2], block_q, block_k, check=False).transpose()
-    no_pooled = (None, None, None)
-    with torch.cuda.device_of(q8):
+    whole = layout
+    if whole is None:
+        whole = BlockLayout(kv_num, kv_idx, q8.shape[2], k8.shape[2], block_q, block_k, check=False)
+    columns = whole.transpose() if layout is None else layout.kept("columns", layout.transpose)
+    sizes: dict[str, Any] = dict(head_dim=q8.shape[3], block_q=block_q, block_k=block_k)
+    gluon = EXACT_SUPPORT["gluon"].reason(q8.device, dout.dtype, **sizes) is None
+    operands = (q8, k8, v8, q_scale, k_scale, v_scale)
+    with on_device_of(q8):
+        table = None
+        if gluon and delta == "exact":
+            table = row_order(whole, q8.shape[0], q8.shape[1])
+        further = (dlse, k_valid, table, *((out, lse) if delta == "forward" else ()))
+        given = (
+            dout,
+            *operands,
+            kv_num,
+            kv_idx,
+            columns.kv_num,
+            columns.kv_idx,
+            *[x for x in further if x is not None],
+        )
+        kind = (block, block_q, block_k, scale, delta, *[x is None for x in further])
+        again = _gradient_plans.find(kind, given) if plannable() else None
+        if again is not None:
+            parts, addresses, stream = again
+            return parts.backward(addresses, stream)
+        notes = Notes(*given)
         if has_e4m3(q8):
             from .triton_quantize import dequantize_triton
 
-            q, k, v = dequantize_triton(*operands)
+            q, k, v = dequantize_triton(*operands, block, dout.dtype, notes)
         else:
-            q, k, v = dequantize(*operands)
-        sizes = dict(head_dim=q.shape[3], block_q=block_q, block_k=block_k)
-        if EXACT_SUPPORT["gluon"].reason(q.device, q.dtype, **sizes) is None:
+            q, k, v = dequantize(*operands, block, dout.dtype)
+        options: dict[str, Any] = dict(notes=notes)
+        if gluon:
             from hone_kernels.attention.gluon_sm90 import attention_forward
 
+            options["table"] = table
             if gradients_by("gluon", q.dtype, block_k, deterministic=True) != "triton":
                 from hone_kernels.attention.gluon_backward_sm90 import attention_backward as one_kernel
 
                 # The log-sum-exp of rounded operands is not quite that of what they stand for in 16 bits.
                 attention_backward = functools.partial(one_kernel, weight=1.125 if delta == "exact" else 2.0)
+        no_pooled = (None, None, None)
         if delta == "exact":
-            out, lse = attention_forward(q, k, v, kv_num, kv_idx, k_valid, *no_pooled, block_q, block_k, scale)
+            out, lse = attention_forward(
+                q, k, v, kv_num, kv_idx, k_valid, *no_pooled, block_q, block_k, scale, **options
+            )
         dq, dk, dv, *_ = attention_backward(
-            in_memory(dout), dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx, columns.kv_num, columns.kv_idx,
-            k_valid, *no_pooled, block_q, block_k, scale,
+            in_memory(dout), None if dlse is None else dlse.contiguous(), q, k, v, out, lse, kv_num, kv_idx,
+            columns.kv_num, columns.kv_idx, k_valid, *no_pooled, block_q, block_k, scale, notes=notes,
         )  # fmt: skip
+    if plannable():
+        _gradient_plans.add(kind, given, backward=notes.replay(dq, dk, dv))
     return dq, dk, dv
 
 
@@ -526,9 +655,7 @@ def _backward(ctx, dout, dlse, *rest):
         dout, torch.zeros_like(lse) if dlse is None else dlse, out, lse, *fields, kv_num, kv_idx, k_valid, *ctx.sizes,
         ctx.scale, ctx.delta,
     )  # fmt: skip
-    if rest[-1] is not None and ctx.smooth_k:
-        dq = dq + rest[-1].unsqueeze(-1).to(dq.dtype) * _per_query_head(k_mean, dq)
-    return dq, dk, dv, *[None] * 10
+    return _with_mean(dq, rest[-1] if ctx.smooth_k else None, k_mean), dk, dv, *[None] * 10
 
 
 _straight_through_op.register_autograd(_backward, setup_context=_save)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose, warn_once
 from hone_kernels.checks import check_heads, unit_last
-from hone_kernels.launch import Kept, eager, geometry, on_device_of
+from hone_kernels.launch import Kept, Notes, Plans, eager, geometry, on_device_of, plannable
 
 from .reference import V_PADDING, dequantize, quantize_reference
 
@@ -218,7 +219,17 @@ def quantize_qkv(
     Source: FPSAttention (arXiv 2506.04648), equations 1 and 4; SageAttention (arXiv 2410.02367) for ``smooth_k``.
     """
     tensors = (q, k, v, order, k_valid)
-    known = None
+    known = notes = None
+    # What comes with groups, tables or smoothed keys is more than allocations and launches.
+    if plannable() and rope is None and not smooth_k and type(group) is int and group == 1 and longest is None:
+        given = [x for x in tensors if x is not None]
+        kind = (block, backend, order is None, k_valid is None)
+        again = _plans.find(kind, given)
+        if again is not None:
+            parts, addresses, stream = again
+            return _operands(parts.rounded(addresses, stream), block)
+        if not any(x.requires_grad for x in given):
+            notes = Notes(*given)
     # Of groups there is a tensor to make, of tables what they are to be read as.
     plain = rope is None and type(group) is int and group == 1 and longest is None and eager(*tensors)
     if plain:
@@ -246,15 +257,26 @@ def quantize_qkv(
     if chosen == "reference":
         q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = quantize_reference(*args, for_lse)
     elif plain or eager(q, k, v, cos, sin, order, k_valid, groups):
-        operands = object.__new__(FP8Operands)  # its checks are of what others make
-        operands.__dict__.update(zip(_NAMES, _fields(*args, longest or 0, for_lse), strict=True), block=block)
-        return operands
+        fields = _fields(*args, longest or 0, for_lse, notes)
+        if notes is not None:
+            _plans.add(kind, given, rounded=notes.replay(*fields))
+        return _operands(fields, block)
     else:
         # As an operator only where something traces the call.
         q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean = _quantize_op(*args, longest or 0, for_lse)
         k_mean = k_mean if smooth_k else None
         q_dot_mean = q_dot_mean if for_lse else None
     return FP8Operands(q8, k8, v8, q_scale, k_scale, v_scale, block, k_mean, q_dot_mean)
+
+
+_plans = Plans()
+
+
+def _operands(fields: Sequence[Tensor | None], block: int) -> FP8Operands:
+    """Without its checks, which are of what others make."""
+    operands = object.__new__(FP8Operands)
+    operands.__dict__.update(zip(_NAMES, fields, strict=True), block=block)
+    return operands
 
 
 _NAMES = ("q8", "k8", "v8", "q_scale", "k_scale", "v_scale", "k_mean", "q_dot_mean")
@@ -332,7 +354,7 @@ def quantize_fields(*args: Any) -> Fields:
 
 
 def _fields(
-    q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_lse
+    q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest, for_lse, notes=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     from .triton import has_e4m3
     from .triton_quantize import quantize_triton
@@ -340,8 +362,9 @@ def _fields(
     if has_e4m3(q):
         with on_device_of(q):
             return quantize_triton(
-                q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest=longest, for_lse=for_lse
-            )
+                q, k, v, cos, sin, order, k_valid, block, groups, smooth_k, longest=longest, for_lse=for_lse,
+                notes=notes,
+            )  # fmt: skip
     warn_once(
         "quantize_qkv", f"{q.device} has no E4M3 (compute capability 8.9): rounding in torch, products in bfloat16"
     )

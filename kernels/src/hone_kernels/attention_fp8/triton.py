@@ -28,7 +28,7 @@ from hone_kernels.attention.triton import (
     _tile,
     attention_forward,
 )
-from hone_kernels.launch import geometry, launch
+from hone_kernels.launch import Notes, geometry, launch
 
 from .reference import dequantize, put_rows
 
@@ -200,11 +200,12 @@ def attention_fp8_forward(
     *,
     out: Tensor | None = None,
     order: Tensor | None = None,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and natural log-sum-exp ``[B, H, TQ]`` float32 of the keys as given.
 
     Without ``out`` a new one, in memory ``[B, TQ, H, D]``. With ``order`` rows go to their places in ``out``, see
-    ``quantized_attention``.
+    ``quantized_attention``. ``notes`` is for ``launch``.
     """
     if not has_e4m3(q8):
         q, k, v = dequantize(q8, k8, v8, q_scale, k_scale, v_scale, block, torch.bfloat16)
@@ -215,9 +216,14 @@ def attention_fp8_forward(
         put_rows(out, rows, order, k_valid, block_k)
         return out, lse
     batch, heads, tokens_q, dim = q8.shape
+    given = out
     if out is None:
         out = torch.empty((batch, tokens_q, heads, dim), dtype=out_dtype, device=q8.device).transpose(1, 2)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=q8.device)
+    if notes is not None:
+        notes.made(lse)
+        if given is None:
+            notes.made(out)
     tensors = (q8, k8, v8, q_scale, k_scale, v_scale, out, kv_num, kv_idx, k_valid, order)
     facts = geometry(*tensors)
 
@@ -242,5 +248,5 @@ def attention_fp8_forward(
         return (triton.cdiv(tokens_q, t.q), heads, batch), args, named
 
     key = facts and (facts, block, block_q, block_k, scale, tiles)
-    launch(_forward_kernel, key, (*tensors, lse), build)
+    launch(_forward_kernel, key, (*tensors, lse), build, notes)
     return out, lse

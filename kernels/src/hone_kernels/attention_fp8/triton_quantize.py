@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hone_kernels.attention.triton import _bhs, _strides
-from hone_kernels.launch import geometry, launch, number
+from hone_kernels.launch import Notes, geometry, launch, number
 
 from .reference import AMAX_MIN, E4M3_MAX, MEAN_RUN, V_PADDING, group_amax, mean_step, scales
 
@@ -470,8 +470,12 @@ def quantize_triton(
     *,
     longest: int = 0,
     for_lse: bool = True,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As ``quantize_reference``; with the shipped settings if None. ``longest``: see ``quantize_qkv``, 0 if unknown."""
+    """As ``quantize_reference``; with the shipped settings if None. ``longest``: see ``quantize_qkv``, 0 if unknown.
+
+    ``notes`` is for ``launch``; with smoothed keys or groups more than that is done.
+    """
     q, k = _even(q), _even(k)
     batch, heads, tokens_q, dim = q.shape
     heads_k, tokens_k = k.shape[1:3]
@@ -519,6 +523,9 @@ def quantize_triton(
     k_scale = torch.empty((batch, heads_k, blocks_k), dtype=torch.float32, device=k.device)
     all_rows = batch * heads_k
     amax = torch.empty(all_rows * (dim + 1) + 1, dtype=torch.int32, device=v.device)
+    if notes is not None:
+        for x in (q8, k8, q_scale, k_scale, amax):
+            notes.made(x)
     if groups is not None:
         groups = groups.contiguous()
 
@@ -545,7 +552,7 @@ def quantize_triton(
             q, k, order, cos, sin, q_valid, k_valid, k_mean, q8, k8, q_scale, k_scale, q_factor, k_factor, q_dot_mean,
             groups, amax,
         )  # fmt: skip
-        launch(_rows_kernel, call and (call, step), tensors, build)
+        launch(_rows_kernel, call and (call, step), tensors, build, notes)
 
     if groups is None or in_runs:
         rows("all" if groups is None else "run")
@@ -557,6 +564,9 @@ def quantize_triton(
     parts = -(-tokens_k // V_PADDING)
     v8 = torch.empty((batch, heads_k, dim, parts * V_PADDING), dtype=torch.float8_e4m3fn, device=v.device)
     v_scale = torch.empty((batch, heads_k, dim), dtype=torch.float32, device=v.device)
+    if notes is not None:
+        notes.made(v8)
+        notes.made(v_scale)
 
     def values(v, order, k_valid, amax, v8, v_scale):
         unit = min(all_rows, max(1, settings.reuse // (tokens_k * dim * v.element_size())))
@@ -569,7 +579,7 @@ def quantize_triton(
         return (turns * unit * parts,), args, named
 
     tensors = (v, order, k_valid, amax, v8, v_scale)
-    launch(_values_kernel, call, tensors, values)
+    launch(_values_kernel, call, tensors, values, notes)
     return q8, k8, v8, q_scale, k_scale, v_scale, k_mean, q_dot_mean
 
 
@@ -603,11 +613,15 @@ def dequantize_triton(
     v_scale: Tensor,
     block: int,
     dtype: torch.dtype,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``dequantize``, bit for bit."""
+    """As ``dequantize``, bit for bit. ``notes`` is for ``launch``."""
     dim = k8.shape[3]
     facts = geometry(q8, k8, v8, q_scale, k_scale, v_scale)
     q, k, v = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q8, k8, k8))
+    if notes is not None:
+        for x in (q, k, v):
+            notes.made(x)
     for x8, scale, out, values in ((q8, q_scale, q, False), (k8, k_scale, k, False), (v8, v_scale, v, True)):
 
         def build(x8, scale, out, values=values):
@@ -615,5 +629,5 @@ def dequantize_triton(
             named = dict(BLOCK=block, DIM=dim, ROWS=64, VALUES=values, num_warps=4)
             return (triton.cdiv(tokens, 64), batch * heads), (x8, scale, out, tokens, v8.shape[3]), named
 
-        launch(_dequantize_kernel, facts and (facts, block, dtype, values, x8.shape), (x8, scale, out), build)
+        launch(_dequantize_kernel, facts and (facts, block, dtype, values, x8.shape), (x8, scale, out), build, notes)
     return q, k, v

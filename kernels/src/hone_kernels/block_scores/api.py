@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
 from hone_kernels.checks import check_heads, check_scale
-from hone_kernels.launch import Kept, eager, geometry, on_device_of
+from hone_kernels.launch import Kept, Notes, Plans, eager, geometry, on_device_of, plannable
 
 from .reference import block_scores_reference
 
@@ -93,6 +93,12 @@ def block_scores(
 
     Source: BLADE (arXiv 2508.10774), Algorithm 1 for ``"paper"``; the authors' release for ``"official"``.
     """
+    given, options = (q, k, q_index, k_index), (kind, scale, rounded, backend)
+    planned = plannable()
+    again = _plans.find(options, given) if planned else None
+    if again is not None:
+        parts, addresses, stream = again
+        return parts.scores(addresses, stream)[0]
     plain, call = eager(q, k, q_index, k_index), None
     if plain:
         facts = geometry(q, k, q_index, k_index)
@@ -110,16 +116,32 @@ def block_scores(
         if call is not None and backend != "reference":
             _checked.keep(call, (scale, backend))
     # As an operator only where something traces the call.
-    run = _run if plain else torch.ops.hone_kernels.block_scores
-    return run(q.detach(), k.detach(), q_index, k_index, kind, scale, rounded, backend)
+    if not plain:
+        return torch.ops.hone_kernels.block_scores(q.detach(), k.detach(), *given[2:], kind, scale, rounded, backend)
+    if not planned or backend == "reference" or q.requires_grad or k.requires_grad:
+        return _run(q.detach(), k.detach(), q_index, k_index, kind, scale, rounded, backend)
+    notes = Notes(*given)
+    out = _run(*given, kind, scale, rounded, backend, notes)
+    _plans.add(options, given, scores=notes.replay(out))
+    return out
 
+
+_plans = Plans()
 
 _checked = Kept()
 """Scale and backend of calls that passed the checks, by all that the checks look at."""
 
 
 def _run(
-    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, kind: str, scale: float, rounded: bool, backend: str
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    kind: str,
+    scale: float,
+    rounded: bool,
+    backend: str,
+    notes: Notes | None = None,
 ) -> Tensor:
     if backend == "reference":
         rounding = q.dtype if rounded and q.dtype.itemsize == 2 else None
@@ -127,7 +149,7 @@ def _run(
     from .triton import block_scores_triton  # needs Triton
 
     with on_device_of(q):
-        return block_scores_triton(q, k, q_index, k_index, kind, scale, rounded)
+        return block_scores_triton(q, k, q_index, k_index, kind, scale, rounded, notes=notes)
 
 
 @torch.library.custom_op("hone_kernels::block_scores", mutates_args=())

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hone_kernels.launch import geometry, launch, number
+from hone_kernels.launch import Notes, geometry, launch, number
 
 __all__ = ["TILES", "Tile", "block_scores_triton"]
 
@@ -204,8 +204,9 @@ def block_scores_triton(
     scale: float,
     rounded: bool = False,
     tile: Tile | None = None,
+    notes: Notes | None = None,
 ) -> Tensor:
-    """See ``block_scores``; ``tile`` overrides the launch settings of the logit pass."""
+    """See ``block_scores``; ``tile`` overrides the launch settings of the logit pass, ``notes`` is for ``launch``."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     q_index, k_index = q_index.contiguous(), k_index.contiguous()
     batch, heads, _, dim = q.shape
@@ -226,6 +227,9 @@ def block_scores_triton(
     stat = torch.empty((group, rows, num_k), dtype=torch.float32, device=q.device)
     row = torch.empty((group, rows), dtype=torch.float32, device=q.device)
     out = torch.empty((batch, heads, num_q, num_k), dtype=torch.float32, device=q.device)
+    if notes is not None:
+        for x in (stat, row, out):
+            notes.made(x)
     width = triton.next_power_of_2(num_k)
     facts = geometry(q, k, q_index, k_index)
     call = facts and number((facts, kind, scale, rounded, tile))
@@ -252,6 +256,6 @@ def block_scores_triton(
             )  # fmt: skip
             return (num_q, count), args, named
 
-        launch(_row_stats_kernel, call and (call, first), (q, k, q_index, k_index, stat, row), stats)
-        launch(_reduce_rows_kernel, call and (call, first), (stat, row, q_index, out), reduce)
+        launch(_row_stats_kernel, call and (call, first), (q, k, q_index, k_index, stat, row), stats, notes)
+        launch(_reduce_rows_kernel, call and (call, first), (stat, row, q_index, out), reduce, notes)
     return out

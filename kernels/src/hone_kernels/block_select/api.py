@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
-from hone_kernels.launch import eager, on_device_of
+from hone_kernels.launch import Notes, Plans, eager, on_device_of, plannable
 
 from .reference import select_blocks_reference
 
@@ -72,6 +72,12 @@ def select_blocks(
 
     Source: ``mass`` with clamps is the mask rule of BLADE (arXiv 2508.10774); its release has ``inclusive=False``.
     """
+    options = (min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
+    planned = plannable()
+    again = _plans.find((options, backend), (scores,)) if planned else None
+    if again is not None:
+        parts, addresses, stream = again
+        return SelectedBlocks(*parts.blocks(addresses, stream))
     if scores.dim() != 4 or not scores.numel():
         raise ValueError(f"scores must be [B, H, NQ, NK] and not empty; got {list(scores.shape)}")
     num_q, num_k = scores.shape[-2:]
@@ -83,12 +89,20 @@ def select_blocks(
         raise ValueError(f"mass is a share of the row's sum in (0, 1], or None; got {mass}")
     if not 0 <= forced <= min(num_q, num_k):
         raise ValueError(f"forced must lie in [0, {min(num_q, num_k)}], the number of blocks; got {forced}")
+    asked = backend
     backend = choose("select_blocks", backend, SUPPORT, scores.device, scores.dtype)
     # As an operator only where something traces the call.
-    run = _run if eager(scores) else torch.ops.hone_kernels.select_blocks
-    return SelectedBlocks(
-        *run(scores.detach(), min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties, backend)
-    )
+    if not eager(scores):
+        return SelectedBlocks(*torch.ops.hone_kernels.select_blocks(scores.detach(), *options, backend))
+    if not planned or backend == "reference" or scores.requires_grad:
+        return SelectedBlocks(*_run(scores.detach(), *options, backend))
+    notes = Notes(scores)
+    found = _run(scores, *options, backend, notes)
+    _plans.add((options, asked), (scores,), blocks=notes.replay(*found))
+    return SelectedBlocks(*found)
+
+
+_plans = Plans()
 
 
 def _run(
@@ -101,13 +115,15 @@ def _run(
     forced: int,
     spread_ties: bool,
     backend: str,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return select_blocks_reference(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
     from .triton import select_blocks_triton  # needs Triton
 
     with on_device_of(scores):
-        return select_blocks_triton(scores, min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
+        options = (min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
+        return select_blocks_triton(scores, *options, notes)
 
 
 @torch.library.custom_op("hone_kernels::select_blocks", mutates_args=())

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hone_kernels.launch import geometry, launch
+from hone_kernels.launch import Notes, geometry, launch
 
 from .reference import tie_steps
 
@@ -93,14 +93,18 @@ def select_blocks_triton(
     keep_diagonal: bool,
     forced: int,
     spread_ties: bool = False,
+    notes: Notes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``select_blocks``."""
+    """See ``select_blocks``; ``notes`` is for ``launch``."""
     scores = scores.contiguous()
     batch, heads, num_q, num_k = scores.shape
     width = num_k if forced else max_keep
     idx = torch.empty((batch, heads, num_q, width), dtype=torch.int32, device=scores.device)
     num = torch.empty((batch, heads, num_q), dtype=torch.int32, device=scores.device)
     clamped = torch.empty((batch, heads, num_q), dtype=torch.bool, device=scores.device)
+    if notes is not None:
+        for x in (idx, num, clamped):
+            notes.made(x)
     options = (min_keep, max_keep, mass, inclusive, keep_diagonal, forced, spread_ties)
 
     def build(scores, idx, num, clamped):
@@ -116,5 +120,5 @@ def select_blocks_triton(
         return (num_q, batch * heads), args, named
 
     facts = geometry(scores)
-    launch(_select_kernel, facts and (facts, options), (scores, idx, num, clamped), build)
+    launch(_select_kernel, facts and (facts, options), (scores, idx, num, clamped), build, notes)
     return idx, num, clamped

@@ -33,7 +33,7 @@ from hone_kernels.attention.gluon_sm90 import (
     HEADER_WORDS,
     Config,
     _addressable,
-    _claim,
+    _claim_row,
     _describe,
     _get,
     _multiprocessors,
@@ -176,7 +176,7 @@ def _producer(q_desc, k_descs, v_descs, table_ptr, num_ptr, idx_ptr, width, toke
                     )
                 row_turn += 1
                 if CLAIM:
-                    place = gl.num_programs(0) + _claim(table_ptr + 2 * total, total - 1)
+                    place = gl.num_programs(0) + _claim_row(table_ptr + 2 * total, total)
                 else:
                     place += gl.num_programs(0)
                 next_tile = gl.load(table_ptr + 2 * place, mask=place < total, other=0)
