@@ -2,6 +2,7 @@
 
 import gc
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hone_core.testing import requires_gpu
 from hone_kernels import launch as module
-from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
+from hone_kernels.attention import BlockLayout, PooledKV, api, block_sparse_attention
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention, straight_through_attention
 from hone_kernels.launch import Kept, Notes, Plans, eager, geometry, kept_beside, launch, number, plannable
 
@@ -312,6 +313,26 @@ def test_a_plan_does_what_the_first_call_did(on_a_gpu):
     assert addresses(first)[:3] == [pairs[0][0].data_ptr(), outs[0][0].data_ptr(), pairs[0][1].data_ptr()]
     kept = gc.get_referents(*plans._kept.values())
     assert not any(isinstance(x, torch.Tensor) for x in kept)
+
+
+def test_what_a_plan_makes_on_the_way_lives_until_its_launches(monkeypatch):
+    """A CUDA graph keeps no order of rows: where it had gone, the output would be given its memory."""
+    alive = []
+
+    def made(*args):
+        x = torch.zeros(4)
+        alive.append(weakref.ref(x))
+        return x
+
+    def forward(addresses, stream):
+        assert addresses == [1, *[ref().data_ptr() for ref in alive]]
+        return stream
+
+    monkeypatch.setattr(api, "row_order", made)
+    monkeypatch.setattr(api, "_padded", made)
+    parts = SimpleNamespace(call=SimpleNamespace(backend="gluon", batch=1, heads=1), forward=forward)
+    assert api._replay((parts, [1], 7), None, torch.zeros(1), torch.zeros(1)) == 7
+    assert len(alive) == 2
 
 
 def test_a_plan_is_for_its_kind_only(on_a_gpu, monkeypatch):

@@ -428,10 +428,12 @@ def _replay(
 ) -> list[Tensor]:
     """Output and log-sum-exp by a plan."""
     parts, addresses, stream = again
+    held = []  # till the launches are out: while a CUDA graph is captured nobody else keeps them
     if parts.call.backend == "gluon":
-        addresses.append(row_order(layout, parts.call.batch, parts.call.heads).data_ptr())
+        held.append(row_order(layout, parts.call.batch, parts.call.heads))
         if pooled_k is not None and source is not None:
-            addresses.append(_padded(source, pooled_k, parts.call).data_ptr())
+            held.append(_padded(source, pooled_k, parts.call))
+    addresses += [x.data_ptr() for x in held]
     return parts.forward(addresses, stream)
 
 
