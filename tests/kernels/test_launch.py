@@ -316,7 +316,7 @@ def test_a_plan_does_what_the_first_call_did(on_a_gpu):
 
 
 def test_what_a_plan_makes_on_the_way_lives_until_its_launches(monkeypatch):
-    """A CUDA graph keeps no order of rows: where it had gone, the output would be given its memory."""
+    """Lists from inference mode keep no order of rows: where it had gone, the output would be given its memory."""
     alive = []
 
     def made(*args):
@@ -406,13 +406,21 @@ def test_zeros_of_a_plan_are_zeros_each_time(on_a_gpu):
         got += 1
 
 
-def test_plans_are_bounded_and_threads_share_them(on_a_gpu):
+def test_plans_are_bounded_and_threads_share_them(on_a_gpu, monkeypatch):
     plans, kernel = Plans(kinds=2), Kernel()
     sizes = (16, 32, 48)
+
+    def found():
+        return [plans.find("op", (torch.zeros(n), torch.zeros(n))) is not None for n in sizes]
+
     for n in sizes:
         planned(plans, kernel, torch.zeros(n), torch.zeros(n))
-    found = [plans.find("op", (torch.zeros(n), torch.zeros(n))) is not None for n in sizes]
-    assert found == [False, True, True]
+    assert found() == [False, True, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(module._RUNTIME, "launch_enter_hook", SimpleNamespace(calls=[print]))
+        for _ in range(2):
+            assert not planned(plans, kernel, torch.zeros(48), torch.zeros(48))[1]
+    assert found() == [False, True, True]
 
     def often(n):
         return {planned(plans, kernel, torch.zeros(n), torch.zeros(n))[0].shape for _ in range(200)}

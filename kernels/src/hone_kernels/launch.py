@@ -554,7 +554,12 @@ class Plans:
         for plan in self._kept.get(key, ()):
             if plan.fits(*given):
                 addresses = addresses_of(given)
-                if addresses is None or (plan.device >= 0 and plan.device != torch._C._cuda_getDevice()):
+                if addresses is None:
+                    return None
+                # A capture goes the long way: what the host spends on it is no matter.
+                if plan.device >= 0 and (
+                    plan.device != torch._C._cuda_getDevice() or torch.cuda.is_current_stream_capturing()
+                ):
                     return None
                 for replay in plan.replays:
                     if replay.watched():
@@ -564,8 +569,11 @@ class Plans:
 
     def add(self, key: Hashable, given: Sequence[Tensor], **parts: Any) -> None:
         """Keep what calls of the kind of ``given`` do, unless a part of it is None."""
-        if None not in parts.values() and hasattr(_DYNAMO, "TensorGuards"):
-            self._kept.keep(key, (Plan(given, **parts), *self._kept.get(key, ())[: self._kinds - 1]))
+        known = self._kept.get(key, ())
+        # A call that one fits goes the long way where that is watched or captured.
+        if None in parts.values() or not hasattr(_DYNAMO, "TensorGuards") or any(x.fits(*given) for x in known):
+            return
+        self._kept.keep(key, (Plan(given, **parts), *known[: self._kinds - 1]))
 
     def clear(self) -> None:
         """Forget all."""

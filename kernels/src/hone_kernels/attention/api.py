@@ -428,7 +428,7 @@ def _replay(
 ) -> list[Tensor]:
     """Output and log-sum-exp by a plan."""
     parts, addresses, stream = again
-    held = []  # till the launches are out: while a CUDA graph is captured nobody else keeps them
+    held = []  # till the launches are out: of lists from inference mode nobody else keeps them
     if parts.call.backend == "gluon":
         held.append(row_order(layout, parts.call.batch, parts.call.heads))
         if pooled_k is not None and source is not None:

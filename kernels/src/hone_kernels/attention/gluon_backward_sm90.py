@@ -412,7 +412,7 @@ def _queries(q_desc, do_desc, rows_desc, factors_ptr, units_ptr, sums_ptr, num_p
                     few = gl.where((start + key < exist)[:, None], few, 0.0)
                 scaled_buf.index(part).slice(start, 32, dim=0).store(few.to(k_buf.dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        tl.debug_barrier()
         pieces = scaled_buf
     for step in range(0, steps):
         place = _get(header.index(step % STAGES))
@@ -703,7 +703,7 @@ def attention_backward(
             tokens = keys.shape[2]
             args = (keys, values, valid, largest, *_bhs(keys), *_bhs(values), *_strides(valid, (0,)), tokens, first,
                     blocks)  # fmt: skip
-            named = dict(DIM=dim, VALID=valid is not None, num_warps=4)
+            named = dict(DIM=dim, VALID=valid is not None, num_warps=8)
             return (triton.cdiv(tokens, 128), heads_k, batch), args, named
 
         return build
