@@ -17,6 +17,8 @@ def test_rows_of_every_variant(untrained, start, tmp_path):
         (metric, variant) for metric in metrics for variant in ("nar", "raster", "right-only", "below-only")
     } <= found
     assert ("accuracy", "real digits") in found
+    titles = str(report).splitlines()[0].split()
+    assert titles == ["bits/token", "accuracy", "distance", "passes", "ms/image"]
 
 
 def test_likelihoods_alone_are_exact(untrained, start, tmp_path):
@@ -24,6 +26,7 @@ def test_likelihoods_alone_are_exact(untrained, start, tmp_path):
     with start(cfg, "eval", tmp_path / "run") as run:
         report = evaluate(cfg, run)
     assert {row.metric for row in report.rows} == {"bits_per_token"}
+    assert str(report).splitlines()[0].split() == ["bits/token"]
     model, test = load_host(path=untrained).raster, digits("test")
     with torch.no_grad():
         logs = model(test.tokens[:5], test.labels[:5]).logits.double().log_softmax(-1)

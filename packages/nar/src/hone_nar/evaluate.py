@@ -33,6 +33,14 @@ __all__ = ["EvalReport", "Variant", "evaluate", "prepare", "table", "variants_of
 
 LIMIT = 1000
 """Images that are drawn of a variant, or measured of a folder, unless told."""
+COLUMNS = (
+    ("bits_per_token", "bits/token", 11, ".3f"),
+    ("accuracy", "accuracy", 10, ".3f"),
+    ("distance", "distance", 10, ".1f"),
+    ("passes", "passes", 8, ".0f"),
+    ("time_per_image", "ms/image", 10, ".2f"),
+)
+"""Of the table: metric, title, width, form of its values."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +74,15 @@ def variants_of(host: Host) -> list[Variant]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Variants with their values, as text."""
+    """Variants with their values, as text; a column that no variant has a value for is left out."""
     found = {(row.variant, row.metric): row for row in rows}
     names = list(dict.fromkeys(row.variant for row in rows))
+    columns = [column for column in COLUMNS if any(row.metric == column[0] for row in rows)]
     first = max(11, *map(len, names)) + 1
-    lines = [f"{'':<{first}}{'bits/token':>11}{'accuracy':>10}{'distance':>10}{'passes':>8}{'ms/image':>10}"]
+    lines = [f"{'':<{first}}" + "".join(f"{title:>{width}}" for _, title, width, _ in columns)]
     for name in names:
         line = f"{name:<{first}}"
-        for metric, width, form in (
-            ("bits_per_token", 11, ".3f"), ("accuracy", 10, ".3f"), ("distance", 10, ".1f"), ("passes", 8, ".0f"),
-            ("time_per_image", 10, ".2f"),
-        ):  # fmt: skip
+        for metric, _, width, form in columns:
             row = found.get((name, metric))
             line += f"{format(row.value, form) if row else '':>{width}}"
         lines.append(line)
