@@ -57,6 +57,8 @@ def test_generate_asks_a_router(command, packaged, tmp_path):
     [
         (("generate",), 1, "--ask"),
         (("generate", "--ask", "1*1", "--small", "x"), 1, "small and large"),
+        (("generate", "--ask", "12 * 3"), 1, "are # * + . 0 1 2 3 4 5 6 7 8 9 = ?; it would read ' ' as <unk>"),
+        (("generate", "--ask", "12x3", "--dry-run"), 1, "is asked products, such as 123*45"),
         (("generate", "--ask", "1*1", "--tau", "much"), 2, "tau"),
         (("generate", "--ask", "1*1", "--policy", "router"), 1, "needs a router; make one with train-router"),
         (("generate", "--ask", "1*1", "--router", "r.safetensors"), 1, "asked by policy 'router' alone"),

@@ -2,10 +2,11 @@ import shutil
 
 import pytest
 import torch
-from hone_rstitch.config import ModelsConfig, SamplingConfig, StitchConfig
+from hone_rstitch.config import GenerateConfig, ModelsConfig, SamplingConfig, StitchConfig
 from hone_rstitch.generation import stitch_generate
 from hone_rstitch.host import build_tokenizer, load_host
 from hone_rstitch.models import Pair, attach, check_models, tiny
+from hone_rstitch.sample import prepare
 
 QUESTIONS = ["123*45", "7*6"]
 SAMPLING = SamplingConfig(max_new_tokens=10)
@@ -51,6 +52,15 @@ def test_a_pair_that_does_not_fit_is_refused_before_its_weights(saved, tmp_path)
         Pair.load(cfg)
 
 
+def test_a_question_that_cannot_be_read_is_refused_before_weights(monkeypatch):
+    tokenizers = (build_tokenizer("small"), build_tokenizer("large"))
+    monkeypatch.setattr("hone_rstitch.host.read_pair", lambda small, large: (tokenizers, None))
+    for models in (ModelsConfig(), ModelsConfig(small="a", large="b")):
+        prepare(GenerateConfig(models=models, ask="12*3"))
+        with pytest.raises(ValueError, match="it would read 'x' as <unk>"):
+            prepare(GenerateConfig(models=models, ask="12x3"))
+
+
 def test_a_missing_checkpoint_is_named(saved):
     _, folders = saved
     with pytest.raises(OSError, match="no folder nowhere/at-all"):
@@ -78,6 +88,11 @@ def test_chat_templates_are_each_models_own(saved):
     own = Pair(pair.small, pair.large, small, large, pair.vocabulary)
     prompts = own.prompts(["3*4"])
     assert [small.decode(prompts[0][0]), large.decode(prompts[1][0])] == ["13*4=", "223*4="]
+    # The template's own words are its maker's; what is asked has to be read as it stands.
+    turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "3*4"}]
+    for refused in (lambda: own.prompts(["3x4"]), lambda: own.chat_prompts(turns)):
+        with pytest.raises(ValueError, match="it would read 'x' as <unk>"):
+            refused()
     plain = Pair(pair.small, pair.large, small, large, pair.vocabulary, chat=False)
     assert small.decode(plain.prompts(["3*4"])[0][0]) == "3*4"
 

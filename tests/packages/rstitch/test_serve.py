@@ -137,6 +137,7 @@ def test_wrong_requests_are_told_what_is_wrong(served):
         ({"stop": ["#", ""]}, "stop: an empty string would end every text"),
         ({"extra_body": {"rstitch": {"window": 10**21}}}, "window and min_large_run must lie in 1 .. 1048576"),
         ({"prompt": ""}, "a prompt of a token at least"),
+        ({"prompt": "123x45="}, "it would read 'x' as <unk>"),
     ):
         with pytest.raises(openai.BadRequestError, match=re.escape(words)):
             client.completions.create(**(ask | change))
@@ -148,6 +149,8 @@ def test_wrong_requests_are_told_what_is_wrong(served):
         client.chat.completions.create(
             model="hone-rstitch", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "1*1"}]
         )
+    with pytest.raises(openai.BadRequestError, match="it would read ' ' as <unk>"):
+        client.chat.completions.create(model="hone-rstitch", messages=[{"role": "user", "content": "12 * 3"}])
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     broken = httpx.post(f"{served.url}/v1/completions", content=b'{"prompt": ', headers=headers)
     assert broken.status_code == 400

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hone_rstitch.config import LARGE, SMALL
-from hone_rstitch.vocabulary import Vocabulary
+from hone_rstitch.vocabulary import Vocabulary, check_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -133,3 +133,24 @@ def test_a_vocabulary_without_ends_is_read():
     vocabulary = Vocabulary.shared(3, 5, ())
     logits = torch.arange(5.0)[None]
     assert vocabulary.read(logits, 1)[0].isfinite().tolist() == [True, True, True, False, False]
+
+
+def test_a_text_that_would_be_read_otherwise_is_refused():
+    check_text(SMALL_TOKENS, "abc<think>j<User>")
+    with pytest.raises(ValueError, match=r"a b c d e f g h i j; it would read 'x', ' ', 'é' as <unk>"):
+        check_text(SMALL_TOKENS, "ax xé b")
+    with pytest.raises(ValueError, match=r"'r' and 4 more as <unk>"):
+        check_text(SMALL_TOKENS, "klmnopqrstuvk")
+
+
+def test_a_text_may_name_the_unknown_token_and_bytes_read_everything():
+    core = Tokenizer(models.WordLevel({"two": 0, "words": 1, "<unk>": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=core)
+    check_text(words, "two <unk> words")
+    with pytest.raises(ValueError, match=r"can read; it would read 'three' as <unk>"):
+        check_text(words, "three words")
+    letters = {letter: at for at, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    core = Tokenizer(models.BPE(letters, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel()
+    check_text(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<|endoftext|>"), "naïve 漢字 <|endoftext|>")

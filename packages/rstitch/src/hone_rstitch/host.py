@@ -15,8 +15,9 @@ from hone_core.hosts import StoredHost, open_host, packaged_host
 
 from .config import DecoderConfig, HostConfig, ModelsConfig
 from .data import CHARACTERS
-from .models import Pair, check_models
+from .models import Pair, read_pair
 from .router import load_router
+from .vocabulary import check_text
 
 __all__ = [
     "PACKAGE",
@@ -139,18 +140,25 @@ def load_models(cfg: ModelsConfig, *, device: torch.device | str = "cpu") -> Pai
     return load_host(cfg.pair, device=device) if cfg.small is None else Pair.load(cfg, device=device)
 
 
-def check_pair(cfg: ModelsConfig, router: Path | None) -> None:
+def check_pair(cfg: ModelsConfig, router: Path | None, *, ask: str | None = None) -> None:
     """Look whether the models that a config names can write one text, before any weights are read.
 
     Args:
         cfg: Which.
         router: Of R-Stitch+, if there is one.
+        ask: A question for them, if it is known.
 
     Raises:
-        ValueError: They are not of one family, or the router is for another small model.
+        ValueError: They are not of one family, cannot read the question, or the router is for another small model.
         OSError: There is no such checkpoint, or no such router.
     """
-    check_models(cfg)
+    if cfg.small is None or cfg.large is None:
+        tokenizers: tuple[Any, Any] = (build_tokenizer("small"), build_tokenizer("large"))
+    else:
+        tokenizers, _ = read_pair(cfg.small, cfg.large)
+    if ask is not None:
+        for tokenizer in tokenizers:
+            check_text(tokenizer, ask)
     if router is not None:
         load_router(router, hidden=_small_channels(cfg))
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .config import PRESETS, ModelsConfig, SamplingConfig, StitchConfig
 from .generation import StitchOutput, StitchToken, end_ids, stitch_generate
 from .router import Routing
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, check_text
 
 __all__ = ["Pair", "StitchHandle", "attach", "check_models", "pad_left", "read_pair", "tiny"]
 
@@ -120,7 +120,11 @@ class Pair:
         return self.large.device
 
     def prompts(self, questions: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Ids of what the small and the large model are asked, each in its own words, template and ids."""
+        """Ids of what the small and the large model are asked, each in its own words, template and ids.
+
+        Raises:
+            ValueError: A tokenizer cannot read a question.
+        """
         small, large = (
             [_prompt_ids(tokenizer, template.replace("{question}", question), self.chat) for question in questions]
             for tokenizer, template in (
@@ -136,7 +140,8 @@ class Pair:
         Where there is none (or ``chat`` is False) a single message of the user is a question like any other.
 
         Raises:
-            ValueError: There is no template, and more than a question; or the template refuses the messages.
+            ValueError: There is no template, and more than a question; or the template refuses the messages; or a
+                tokenizer cannot read them.
         """
         found = []
         for tokenizer, template in (
@@ -149,6 +154,8 @@ class Pair:
                 from jinja2 import TemplateError
 
                 turns = [*before, {**last, "content": asked}]
+                for turn in turns:
+                    check_text(tokenizer, turn["content"])
                 try:
                     ids = tokenizer.apply_chat_template(
                         turns, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -159,8 +166,17 @@ class Pair:
             elif before or last["role"] != "user":
                 raise ValueError("this model has no chat template: send one message of the user, or use completions")
             else:
-                found.append(tokenizer.encode(asked))
+                found.append(_prompt_ids(tokenizer, asked, False))
         small, large = found
+        return small, large
+
+    def text_prompts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text for the small and the large model, without template or words of theirs.
+
+        Raises:
+            ValueError: A tokenizer cannot read it.
+        """
+        small, large = (_prompt_ids(tokenizer, text, False) for tokenizer in (self.small_tokenizer, self.tokenizer))
         return small, large
 
     def answer(
@@ -390,6 +406,7 @@ def tiny(family: Family = "qwen2", *, seed: int = 0, rows: tuple[int, int] = (96
 
 
 def _prompt_ids(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    check_text(tokenizer, text)
     if chat and getattr(tokenizer, "chat_template", None):
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False

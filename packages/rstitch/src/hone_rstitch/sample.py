@@ -43,12 +43,12 @@ class GenerateReport(Report):
 
 
 def prepare(cfg: GenerateConfig) -> GenerateConfig:
-    """Look whether the models can write one text.
+    """Look whether the models can write one text, and read the question.
 
     Raises:
         ValueError, OSError: As ``check_pair``.
     """
-    check_pair(cfg.models, cfg.router)
+    check_pair(cfg.models, cfg.router, ask=cfg.ask)
     return cfg
 
 

@@ -388,10 +388,8 @@ def app_of(
     @app.post("/v1/completions", dependencies=[Depends(allowed)])
     async def completions(request: Request, body: Completion) -> Any:
         # A long prompt takes its time, in which others are answered.
-        small, large = [
-            await asyncio.to_thread(one.encode, body.prompt) for one in (pair.small_tokenizer, pair.tokenizer)
-        ]
-        return await answer(request, body, (small, large), body.max_tokens, _Shape(pair, body, model, chat=False))
+        prompts = await asyncio.to_thread(pair.text_prompts, body.prompt)
+        return await answer(request, body, prompts, body.max_tokens, _Shape(pair, body, model, chat=False))
 
     @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
     async def chat(request: Request, body: Chat) -> Any:

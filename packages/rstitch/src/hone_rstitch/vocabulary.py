@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import LARGE
 
-__all__ = ["Vocabulary"]
+__all__ = ["Vocabulary", "check_text"]
 
 PROBES = (
     "Let x = 12.5; then 3*4 = 12, so the answer is \\boxed{60}.",
@@ -133,6 +133,37 @@ class Vocabulary:
                 "give the small model a prompt of its own (small_input_ids)"
             )
         return found
+
+
+def check_text(tokenizer: Any, text: str) -> None:
+    """Refuse a text that a model would read otherwise than it stands there.
+
+    Vocabularies over bytes, as published pairs have, read every text.
+
+    Args:
+        tokenizer: Of the model; what is not of the tokenizers library is not looked at.
+        text: What it is asked.
+
+    Raises:
+        ValueError: The tokenizer reads a part of the text as unknown.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    unknown = None if core is None else getattr(core.model, "unk_token", None)
+    if core is None or not unknown:
+        return
+    found = core.encode(text, add_special_tokens=False)
+    # A text that itself names the token is read as it stands.
+    unread = {text[a:b]: None for token, (a, b) in zip(found.tokens, found.offsets, strict=True) if token == unknown}
+    parts = [part for part in unread if part != unknown]
+    if not parts:
+        return
+    shown = ", ".join(map(repr, parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    letters = sorted({*core.get_vocab(with_added_tokens=False)} - {unknown})
+    known = f", whose tokens are {' '.join(letters)}" if all(len(letter) == 1 for letter in letters) else ""
+    raise ValueError(
+        f"expected a question that the tokenizer can read{known}; it would read {shown} as {unknown}. "
+        "The packaged pair is asked products, such as 123*45; for other questions give small and large"
+    )
 
 
 def _tokens(tokenizer: Any) -> tuple[Mapping[str, int], Mapping[str, int]]:
