@@ -132,8 +132,12 @@ def test_bad_input_is_named_before_a_folder_is_made(folder, capsys, monkeypatch,
 
 
 def test_missing_weights_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="name your photographs"):
+    with pytest.raises(ValueError, match=r"name your photographs by one of .*; got neither"):
         prepare(RenderConfig())
+    with pytest.raises(ValueError, match=r"got images .*images alone, .* by colmap automatic_reconstructor or"):
+        prepare(DoctorConfig(images=folder / "images"))
+    with pytest.raises(FileNotFoundError, match=r"8 pictures in .*, which is no folder: 000.png and 7 more"):
+        prepare(DoctorConfig(colmap=folder, images=tmp_path / "none"))
     with pytest.raises(CheckpointError, match="weights of mvsplat are not packaged, and none was named"):
         prepare(RenderConfig(colmap=folder))
     with pytest.raises(CheckpointError):

@@ -139,6 +139,8 @@ def test_overlap_counts_the_samples_that_others_see():
 def test_bad_colmap_models_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no COLMAP model"):
         read_colmap(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere, which is no folder\. Name the folder that COLMAP wrote"):
+        read_colmap(tmp_path / "nowhere")
     bent = capturefiles.write_colmap(tmp_path / "bent", binary=True, model="OPENCV", extra=(0.1, 0, 0, 0))
     with pytest.raises(ValueError, match=r"a distorted camera, OPENCV with .*image_undistorter"):
         read_colmap(bent)
@@ -159,8 +161,13 @@ def test_bad_colmap_models_are_named(tmp_path):
     (bent / "images" / "002.png").unlink()
     gone = capturefiles.write_colmap(tmp_path / "gone", binary=True)
     (gone / "images" / "002.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"002.png is missing"):
+    with pytest.raises(FileNotFoundError, match=r"6 pictures in .*images: 002.png is missing\. Copy them there, or"):
         read_colmap(gone)
+    # Elsewhere than the model says: an empty folder, and none at all.
+    with pytest.raises(FileNotFoundError, match=r"sparse: 000.png and 5 more are missing.* by images"):
+        read_colmap(gone, gone / "sparse")
+    with pytest.raises(FileNotFoundError, match=r"nowhere, which is no folder: 000.png and 5 more"):
+        read_colmap(gone, gone / "nowhere")
     odd = capturefiles.write_colmap(tmp_path / "odd", binary=True)
     for shape in ((40, 40), (64, 46)):
         Image.new("RGB", shape).save(odd / "images" / "001.png")
@@ -219,8 +226,11 @@ def test_blenders_frames_have_an_angle_and_no_suffix(tmp_path):
     assert torch.allclose(intrinsics_px(capture.intrinsics_norm, 48, 64)[0], want)
     _, poses, *_ = capturefiles.room()
     assert torch.allclose(capture.cam_to_world, poses, atol=1e-5)
-    with pytest.raises(FileNotFoundError, match=r"there is no .*transforms\.json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*transforms\.json: expected .* ns-process-data"):
         read_transforms(tmp_path / "images")
+    (tmp_path / "images" / "002.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"002 is missing\. Copy them there, or mend file_path"):
+        read_transforms(path)
 
 
 def test_damaged_pictures_are_named(tmp_path):

@@ -123,7 +123,12 @@ def read_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> tuple[Capture
         capture = read_transforms(cfg.transforms)
     else:
         file = "a file by splat, or " if isinstance(cfg, ViewConfig) else ""
-        raise ValueError(f"name {file}your photographs by one of colmap and transforms")
+        given = "neither" if cfg.images is None else f"images {cfg.images} alone, and pictures have no cameras"
+        raise ValueError(
+            f"name {file}your photographs by one of colmap (folder of a COLMAP model) and transforms (a "
+            f"transforms.json of nerfstudio or Blender); got {given}. Where you have pictures alone, find their "
+            "cameras first, by colmap automatic_reconstructor or nerfstudio's ns-process-data"
+        )
     bounds = None if cfg.near is None or cfg.far is None else (cfg.near, cfg.far)
     return capture, fit_range(capture, HOSTS[cfg.model].near, HOSTS[cfg.model].far, bounds=bounds)
 

@@ -134,8 +134,11 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
         if (place / f"cameras{suffix}").is_file() and (place / f"images{suffix}").is_file()
     ]
     if not found:
-        shown = ", ".join(str(place) for place in places)
-        raise FileNotFoundError(f"no COLMAP model: cameras and images (.bin or .txt) were sought in {shown}")
+        shown = ", ".join(str(place) for place in places) if folder.is_dir() else f"{folder}, which is no folder"
+        raise FileNotFoundError(
+            f"no COLMAP model: cameras and images (.bin or .txt) were sought in {shown}. Name the folder that COLMAP "
+            "wrote; of pictures alone, colmap automatic_reconstructor makes such a model"
+        )
     place, suffix = found[0]
     if images is None:
         near = [folder / "images", place / "images", place.parent / "images", place.parent.parent / "images"]
@@ -153,6 +156,7 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
     world_to_cam[:, :3, :3] = quat_to_matrix(torch.tensor(quats, dtype=torch.float64).view(-1, 4))
     world_to_cam[:, :3, 3] = torch.tensor(shifts, dtype=torch.float64).view(-1, 3)
     inner = [_pinhole(*cameras[key], name) for name, key in zip(names, keys, strict=True)]
+    _find_pictures(names, Path(images), "Copy them there, or name the folder that holds them by images")
     return _capture(names, Path(images), _inverse(world_to_cam), inner, points)
 
 
@@ -317,7 +321,10 @@ def read_transforms(path: str | Path) -> Capture:
     if path.is_dir():
         path = path / "transforms.json"
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(
+            f"there is no {path}: expected the transforms.json of nerfstudio or Blender, or its folder. Of pictures "
+            "alone, nerfstudio's ns-process-data makes one"
+        )
     try:
         data = json.loads(path.read_text("utf-8"))
     except ValueError as error:  # of JSON, or of UTF-8
@@ -329,6 +336,7 @@ def read_transforms(path: str | Path) -> Capture:
         raise ValueError(f"{path}: expected frames, each with file_path and transform_matrix")
     frames = sorted(frames, key=lambda frame: frame["file_path"])
     names = [_picture(path.parent, frame["file_path"]) for frame in frames]
+    _find_pictures(names, path.parent, f"Copy them there, or mend file_path in {path.name}")
     inner = [
         _frame_intrinsics({**data, **frame}, path.parent / name) for frame, name in zip(frames, names, strict=True)
     ]
@@ -428,10 +436,17 @@ def read_points(path: Path) -> Float[Tensor, "point 3"]:
 # Both -----------------------------------------------------------------------------------------------------------------
 
 
+def _find_pictures(names: Sequence[str], folder: Path, remedy: str) -> None:
+    """Look whether all pictures that a model names are in their folder."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f"and {len(missing) - 1} more are missing" if len(missing) > 1 else "is missing"
+        where = "" if folder.is_dir() else ", which is no folder"
+        raise FileNotFoundError(f"expected {len(names)} pictures in {folder}{where}: {missing[0]} {more}. {remedy}")
+
+
 def _image_size(path: Path) -> tuple[int, int]:
     """Width and height, without decoding."""
-    if not path.is_file():
-        raise FileNotFoundError(f"the picture {path} is missing")
     try:
         with Image.open(path) as image:
             return image.size
