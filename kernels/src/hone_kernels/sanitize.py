@@ -38,6 +38,7 @@ from hone_kernels.column_mass import column_mass
 from hone_kernels.config import SanitizeConfig
 from hone_kernels.draw_codes import draw_codes
 from hone_kernels.gpu import the_gpu
+from hone_kernels.group_means import group_means
 from hone_kernels.pyramid_attention import FACTORS, pyramid_attention
 from hone_kernels.ragged_decode import decode_attention
 from hone_kernels.token_select import select_tokens
@@ -286,6 +287,15 @@ def _scores_and_selection(backend: Backend) -> None:
         _close(f"block_scores {kind}", [got], [want.double()], [1e-3])
         for mass in (None, 0.9):
             select_blocks(got, backend=backend, min_keep=1, max_keep=4, mass=mass, keep_diagonal=True, forced=1)
+    for exact in (True, False):
+        results = []
+        for name in (backend, "reference"):
+            x = k.detach().requires_grad_()
+            means = group_means(x, q[:, :2], 30, tokens=290, exact=exact, backend=name)
+            (means[0] * means[1]).sum().backward()
+            assert x.grad is not None
+            results.append([*(y.double() for y in means), x.grad.double()])
+        _close(f"group_means exact {exact}", results[0], results[1], [1e-2] * 3)
 
 
 def _draws(backend: Backend) -> None:

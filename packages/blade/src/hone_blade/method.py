@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from hone_core.tensors import plain_tensors
 from hone_kernels.attention import BlockLayout, PooledKV, block_sparse_attention
 from hone_kernels.block_select import SelectedBlocks
+from hone_kernels.group_means import group_means
 from hone_kernels.launch import eager
 from hone_kernels.precision import without_autocast
 from jaxtyping import Float
@@ -128,7 +129,8 @@ def adaptive_sparse_attention(
     layout = _layout(kept, q, k, cfg)
     pooled = None
     if cfg.pool:
-        pooled = pool_tokens(k, v, cfg.pool, text_tokens=0 if cfg.pool_text else text_tokens, exact=cfg.pool_exact)
+        text = 0 if cfg.pool_text else text_tokens
+        pooled = pool_tokens(k, v, cfg.pool, text_tokens=text, exact=cfg.pool_exact, backend=cfg.scoring_backend)
     out = block_sparse_attention(q, k, v, layout, scale=scale, pooled=pooled, backend=cfg.backend)
     if not return_stats:
         return out
@@ -238,7 +240,6 @@ def select_blocks(
     )
 
 
-@without_autocast
 def pool_tokens(
     k: Float[Tensor, "batch heads tokens dim"],
     v: Float[Tensor, "batch heads tokens dim"],
@@ -246,6 +247,7 @@ def pool_tokens(
     *,
     text_tokens: int = 0,
     exact: bool = True,
+    backend: Backend = "auto",
 ) -> PooledKV:
     """Global tokens of ASA_G: means of n consecutive keys and values, which weigh as n by ``ln n`` on their logits.
 
@@ -255,6 +257,7 @@ def pool_tokens(
         n: Tokens in a group.
         text_tokens: Tokens at the end that are left out.
         exact: Whether a short last group counts with its true size; if not, copies of the last token fill it up.
+        backend: Of ``hone_kernels.group_means``.
 
     Source: K_aug = [K, MeanPool_n(K)], likewise V, with ``+ ln n`` on the pooled logits.
     """
@@ -263,21 +266,11 @@ def pool_tokens(
         raise ValueError(f"n, the tokens of a pooled group, must be at least 1; got {n}")
     if tokens < 1:
         raise ValueError(f"there must be video tokens to pool; got {k.shape[2]} tokens of which {text_tokens} are text")
+    means = group_means(k, v, n, tokens=tokens, exact=exact, backend=backend)
     whole, rest = tokens // n, tokens % n
-    last = rest if exact else n  # tokens that a short last group counts as
-
-    def pool(x: Tensor) -> Tensor:
-        wide = _wide(x.dtype)
-        means = x[:, :, : whole * n].unflatten(2, (whole, n)).mean(3, dtype=wide)
-        if rest:
-            tail = x[:, :, whole * n : tokens].to(wide)
-            total = tail.sum(2, keepdim=True) + (last - rest) * tail[:, :, -1:]
-            means = torch.cat([means, total / last], dim=2)
-        return means.to(x.dtype)
-
-    groups = (n, whole, last if rest else 0, _wide(k.dtype))
+    groups = (n, whole, (rest if exact else n) if rest else 0, _wide(k.dtype))
     plain = eager(k, v) and not (k.is_cuda and torch.cuda.is_current_stream_capturing())
-    return PooledKV(pool(k), pool(v), _kept_bias(*groups, k.device) if plain else _bias(*groups, k.device))
+    return PooledKV(*means, _kept_bias(*groups, k.device) if plain else _bias(*groups, k.device))
 
 
 def _bias(n: int, whole: int, last: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
