@@ -1,8 +1,13 @@
+import itertools
 import json
 
 import pytest
+from hone_core.plots import finish
+from hone_rstitch import plots
 from hone_rstitch.config import DemoConfig
 from hone_rstitch.demo import DemoReport, demo, show_answer
+from hone_rstitch.evaluate import Answer, Outcome
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 
 def token(text, model, entropy=0.1, thrown=None):
@@ -37,7 +42,7 @@ def test_the_demo_shows_answers_and_the_curve(packaged, start):
     text = str(report)
     assert text.startswith("large model in [brackets]:")
     assert len(report.answers) == 3
-    for label in ("small", "large", "tau 0.2", "tau 0.6", "random as tau 0.2"):
+    for label in ("small", "large", "tau 0.2", "tau 0.6", "random as tau 0.2", "cascade as tau 0.2"):
         assert f"\n{label} " in text
     assert report.chart.stat().st_size > 5000
     assert report.sheet.stat().st_size > 5000
@@ -48,6 +53,33 @@ def test_the_demo_shows_answers_and_the_curve(packaged, start):
     again = start(cfg)
     assert again.done
     assert str(DemoReport.of(again)) == text
+
+
+@pytest.mark.parametrize("small", [0.1, 0.55, 0.6])
+def test_words_of_the_curve_cover_no_line_and_not_each_other(monkeypatch, tmp_path, small):
+    def outcome(share, right):
+        large = round(20 * share)
+        tokens = (20 - large, large)
+        answers = [Answer("", at < 20 * right, tokens, tokens, 0, 0, (0.0, 0.0), 0.0) for at in range(20)]
+        return Outcome("", tuple(answers))
+
+    figures = []
+    monkeypatch.setattr(plots, "finish", lambda figure, **words: (finish(figure, **words), figures.append(figure)))
+    shares = (0.0, 0.05, 0.5)
+    line = [outcome(share, 0.2 + share) for share in shares]
+    alone = {"small": outcome(0, small), "large": outcome(1, 0.6)}
+    plots.curve({"stitch": line, "random": line, "cascade": line}, alone, tmp_path / "curve.png", title="pair")
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    assert axes.lines[0].get_xdata().tolist() == [100 * share for share in shares]
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [label for _, _, label in plots.STYLES.values()]
+    assert [text.get_text().split("\n")[0] for text in axes.texts] == ["small model", "large model"]
+    boxes = [one.get_window_extent() for one in (legend, *axes.texts, *figure.texts)]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not any(box.overlaps(axes.get_window_extent()) for box in boxes)
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 @pytest.mark.slow

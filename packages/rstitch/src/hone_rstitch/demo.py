@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ def demo(cfg: DemoConfig, run: Run) -> DemoReport:
         stitched = answers.ask(StitchConfig(tau=tau))
         lines["stitch"].append(stitched)
         lines["random"].append(answers.ask(matched_random(stitched), label=f"random as {stitched.label}"))
-        lines["cascade"].append(cascade(alone["small"], alone["large"], calls=stitched.calls(LARGE)))
-    for outcome in (*alone.values(), *lines["stitch"], *lines["random"]):
+        asked_anew = cascade(alone["small"], alone["large"], calls=stitched.calls(LARGE))
+        lines["cascade"].append(replace(asked_anew, label=f"cascade as {stitched.label}"))
+    for outcome in (*alone.values(), *lines["stitch"], *lines["random"], *lines["cascade"]):
         write_rows(run, outcome, ratio)
     plots.curve(lines, alone, run.figures / "curve.png", title=f"{cfg.items} held-out products, tiny pair {cfg.pair}")
     return DemoReport.of(run)

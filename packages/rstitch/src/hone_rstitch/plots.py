@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hone_core.plots import BLUE, GREY, INK, ORANGE, RED, drawing, error_line, finish
+import numpy as np
+from hone_core.plots import BLUE, GREY, INK, ORANGE, RED, drawing, finish
+from numpy.typing import NDArray
 
 from .config import LARGE
 
@@ -17,8 +19,8 @@ __all__ = ["answers", "curve"]
 
 STYLES = {
     "stitch": (BLUE, "o-", "R-Stitch"),
-    "random": (GREY, "s--", "random, same share"),
-    "cascade": (ORANGE, "^:", "cascade, same large steps"),
+    "cascade": (ORANGE, "^-.", "cascade, same large steps"),
+    "random": (GREY, "s--", "random routing, same share"),
 }
 COLORS = (BLUE, RED)
 """Of what the small and the large model wrote."""
@@ -27,28 +29,57 @@ COLORS = (BLUE, RED)
 def curve(lines: Mapping[str, Sequence[Outcome]], alone: Mapping[str, Outcome], path: Path, *, title: str = "") -> Path:
     """Accuracy against the share of tokens that the large model wrote.
 
+    Shares stand at their square roots, since thresholds that matter lie close together at small ones.
+
     Args:
         lines: ``stitch``, ``random``, ``cascade`` to a setting per point.
         alone: ``small`` and ``large``, each model by itself.
         path: PNG to write.
         title: Over the picture.
     """
-    with drawing(path, 5.2, 3.4) as figure:
+    from matplotlib.ticker import FixedLocator
+
+    with drawing(path, 6.4, 4.0) as figure:
         axes = figure.subplots()
-        for name, outcomes in lines.items():
+        for order, name in enumerate(STYLES):
+            outcomes = sorted(lines.get(name, ()), key=lambda outcome: outcome.share)
             if not outcomes:
                 continue
             color, style, label = STYLES[name]
-            points = [(o.share, o.accuracy, o.interval) for o in outcomes]
-            error_line(axes, points, style=style, color=color, label=label)
-        for name, outcome in alone.items():
-            axes.axhline(100 * outcome.accuracy, color=INK, linewidth=0.6, linestyle=(0, (1, 3)))
-            axes.annotate(f"{name} model alone", (0, 100 * outcome.accuracy), va="bottom", fontsize=7)
-        axes.set_xlabel("tokens written by the large model, %")
+            shares = [100 * outcome.share for outcome in outcomes]
+            low, high = (np.asarray([100 * outcome.interval[end] for outcome in outcomes]) for end in (0, 1))
+            axes.fill_between(shares, low, high, color=color, alpha=0.15, linewidth=0)
+            accuracy = [100 * outcome.accuracy for outcome in outcomes]
+            axes.plot(shares, accuracy, style, color=color, label=label, markersize=5, zorder=4 - 0.1 * order)
+        # Beside the axes, where no line runs; those close to each other move apart.
+        ranked = sorted(alone.items(), key=lambda item: item[1].accuracy)
+        bottom, top = axes.get_ylim()
+        close = len(ranked) > 1 and 100 * (ranked[1][1].accuracy - ranked[0][1].accuracy) < 0.12 * (top - bottom)
+        for place, (name, outcome) in enumerate(ranked):
+            axes.axhline(100 * outcome.accuracy, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+            side, rise = (("top", -2), ("bottom", 2))[place] if close else ("center", 0)
+            words = f"{name} model\nalone {100 * outcome.accuracy:.1f} %"
+            axes.annotate(
+                words,
+                (1, 100 * outcome.accuracy),
+                xycoords=axes.get_yaxis_transform(),
+                xytext=(5, rise),
+                textcoords="offset points",
+                va=side,
+            )
+        axes.set_xscale("function", functions=(_root, np.square))
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(FixedLocator([0, 1, 2, 5, 10, 20, 30, 40, 60, 80, 100]))
+        axes.set_xlabel("tokens written by the large model, % (square-root axis)")
         axes.set_ylabel("accuracy, %")
-        axes.legend(loc="lower right")
-        finish(figure, title=title, note="bars: 95 % bootstrap intervals over problems")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=3, columnspacing=1.2, borderaxespad=0.2)
+        finish(figure, title=title, note="bands: 95 % bootstrap intervals over problems")
     return path
+
+
+def _root(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sqrt(np.maximum(share, 0))
 
 
 def answers(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> Path:
@@ -63,6 +94,8 @@ def answers(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -
     with drawing(path, 8, 0.9 * len(rows) + 0.6) as figure:
         grid = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
         longest = max(len(row["tokens"]) for row in rows)
+        # All rows are of one height, which the largest entropy fills.
+        most = max(max(t["entropy"], t["discarded_entropy"] or 0.0) for row in rows for t in row["tokens"]) or 1.0
         for axes, row in zip(grid, rows, strict=True):
             tokens = row["tokens"]
             axes.bar(range(len(tokens)), [t["entropy"] for t in tokens], color=[COLORS[t["model"]] for t in tokens])
@@ -73,9 +106,12 @@ def answers(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -
                 label.set_color(COLORS[token["model"]])
                 label.set_fontweight("bold" if token["model"] == LARGE else "normal")
             axes.set_xlim(-0.6, longest - 0.4)
-            axes.set_ylim(0, 1)
+            axes.set_ylim(0, 1.15 * most)
             axes.set_ylabel(f"{row['question']}\n{'right' if row['right'] else 'wrong'}", rotation=0, ha="right")
             axes.set_yticks([])
-        note = "blue: small model, red: large; bars: entropy / ln V; triangles: tokens of the small model thrown away"
+        note = (
+            "blue: small model, red: large; bars: entropy / ln V; triangles: tokens of the small model thrown away; "
+            f"the highest is {most:.2f}"
+        )
         finish(figure, title=title, note=note)
     return path
