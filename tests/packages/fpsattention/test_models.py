@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.testing import assert_close
 from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime
@@ -267,7 +267,25 @@ def test_pipelines_with_two_transformers():
     handle.detach()
 
 
+def test_a_sequence_of_transformers():
+    models = (tiny("wan"), tiny("wan", seed=1, num_layers=1))
+    with attach(models, config(NEAR, Regime(), boundaries=(0.5,))) as handle:
+        assert handle.models == models
+    schedule = Schedule(
+        config=SMALL, model=describe_model(models[0]), sampler="", steps=4, grid=(3, 2, 2), budget=0.5, provenance=""
+    )
+    attach(models, schedule).detach()
+
+
 # ---- what is refused
+
+
+@pytest.mark.parametrize("given", ["a folder", None, (), torch.nn.Identity()])
+def test_what_is_no_transformer_is_refused_by_name(given):
+    with pytest.raises(TypeError, match=f"cannot attach to {type(given).__name__}; supported are WanTransformer3D"):
+        attach(given, SMALL)
+    with pytest.raises(TypeError, match="WanPipeline holds no transformer; supported are"):
+        attach(WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None), SMALL)
 
 
 def test_a_preset_takes_the_schedulers_shift():

@@ -15,6 +15,7 @@ from hone_video.architectures import FULL_SIZE, full_size, tiny, tiny_inputs
 from hone_video.attachment import Method, reorder_patches
 from hone_video.grids import Order
 from hone_video.handle import SUPPORTED, VideoHandle, attach_method
+from hone_video.host import Host
 from hone_video.orders import inverse_order, token_order
 from torch import nn
 
@@ -840,3 +841,12 @@ def test_processors_that_unfusing_brings_back():
 def test_a_wrapper_says_what_to_pass():
     with pytest.raises(TypeError, match=r"cannot attach to DataParallel around a WanTransf.*its \.module; supported"):
         attach(nn.DataParallel(tiny("wan")), SPARSE)
+
+
+def test_a_holder_of_a_transformer_says_what_to_pass():
+    host = Host.untrained()
+    with pytest.raises(
+        TypeError, match=r"cannot attach to Host, which holds a WanTransf.* pass its \.transformer; supp"
+    ):
+        attach(host, SPARSE)
+    attach(host.transformer, SPARSE).detach()

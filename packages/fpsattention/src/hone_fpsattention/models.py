@@ -21,7 +21,7 @@ from hone_kernels.attention import BlockLayout
 from hone_kernels.attention_fp8 import SUPPORT
 from hone_video.attachment import Method
 from hone_video.grids import Grid
-from hone_video.handle import VideoHandle, attach_method
+from hone_video.handle import VideoHandle, attach_method, transformers_of
 from hone_video.host import NUM_TRAIN_TIMESTEPS
 from torch import Tensor
 
@@ -226,7 +226,7 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
     Args:
         model_or_pipeline: A ``WanTransformer3DModel``, ``CogVideoXTransformer3DModel`` (text-, image- or
             video-conditioned) or ``HunyuanVideoTransformer3DModel``, or a pipeline that holds one; of a Wan2.2 pipeline
-            both transformers.
+            both transformers, or a sequence of them.
         config: Name in ``PRESETS``, of a pipeline with its scheduler's shift; settings; or a calibrated schedule. Both
             of these must have the scheduler's shift, and a schedule must be of this model and sampler.
 
@@ -235,18 +235,17 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
 
     Raises:
         TypeError: The model's class is not supported.
-        ValueError: The preset is unknown; the schedule is of something else; a method is attached already; a
-            self-attention has a processor that is not the class's own; ring or tensor parallelism is on;
-            ``dense_layers`` names a layer that the model does not have.
+        ValueError: The preset is unknown; the schedule is of something else; a method is attached already; one
+            transformer was given twice; a self-attention has a processor that is not the class's own; ring or tensor
+            parallelism is on; ``dense_layers`` names a layer that the model does not have.
         UnsupportedHardwareError: The model is on a GPU that cannot run it in E4M3. In every case the model is
             untouched.
     """
+    models = transformers_of(model_or_pipeline)
     scheduler = getattr(model_or_pipeline, "scheduler", None)
     if isinstance(config, Schedule):
         schedule, config = config, config.config
-        schedule.check(
-            model=describe_model(model_or_pipeline), sampler=_sampler(scheduler, schedule), shift=config.shift
-        )
+        schedule.check(model=describe_model(models[0]), sampler=_sampler(scheduler, schedule), shift=config.shift)
     shift = None if scheduler is None else scheduler_shift(scheduler)
     if isinstance(config, str):
         config = preset_for(config, shift)
@@ -256,8 +255,8 @@ def attach(model_or_pipeline: Any, config: str | FPSAttentionConfig | Schedule) 
             f"the pipeline's scheduler has shift {shift:g}, but these settings map steps to noise levels by "
             f"{config.shift:g}; take dataclasses.replace(config, shift={shift:g}), or give the scheduler the other"
         )
-    transformer = getattr(model_or_pipeline, "transformer", model_or_pipeline)
-    check_hardware(config, transformer)
+    for model in models:
+        check_hardware(config, model)
     return attach_method(model_or_pipeline, _FPSAttention(config), FPSAttentionHandle)
 
 

@@ -16,7 +16,7 @@ from .attachment import Attachment, Method, Processor
 from .families import FAMILIES
 from .steps import Steps
 
-__all__ = ["SUPPORTED", "LayerStats", "VideoHandle", "attach_method"]
+__all__ = ["SUPPORTED", "LayerStats", "VideoHandle", "attach_method", "transformers_of"]
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class VideoHandle(Handle[C], Generic[C]):
             TypeError: The model's class is not supported.
             ValueError: Nothing is attached to it.
         """
-        models = _transformers(model_or_pipeline)
+        models = transformers_of(model_or_pipeline)
         attachments = []
         for model in models:
             processor = _family(model).self_attentions(model)[0].processor
@@ -183,7 +183,7 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
             ring or tensor parallelism is on; ``dense_layers`` names a layer that the model does not have. In every case
             the model is untouched.
     """
-    models = _transformers(model_or_pipeline)
+    models = transformers_of(model_or_pipeline)
     for model in models:
         _family(model).check(model, method, _SUPPORTED_TEXT)
     steps = Steps(method.plan, method.plan_each)
@@ -199,7 +199,16 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
     return made
 
 
-def _transformers(model_or_pipeline: Any) -> tuple[nn.Module, ...]:
+def transformers_of(model_or_pipeline: Any) -> tuple[nn.Module, ...]:
+    """The transformers that ``attach_method`` would take of what it is given, without what ``torch.compile`` wraps.
+
+    Args:
+        model_or_pipeline: As for ``attach_method``.
+
+    Raises:
+        TypeError: It is, or holds, none of a class in ``SUPPORTED``.
+        ValueError: One was given twice.
+    """
     if isinstance(model_or_pipeline, DiffusionPipeline | ModularPipeline):
         found = [getattr(model_or_pipeline, name, None) for name in ("transformer", "transformer_2")]
         models = [model for model in found if model is not None]
@@ -225,7 +234,9 @@ def _family(model: Any) -> type[Attachment]:
 
 
 def _unwrapping(model: Any) -> str:
-    """What to pass instead of a wrapper of a supported model."""
+    """What to pass instead of a wrapper, or a holder such as a tiny host, of a supported model."""
+    if isinstance(getattr(model, "transformer", None), SUPPORTED):
+        return f", which holds a {type(model.transformer).__name__}: pass its .transformer"
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():
             if isinstance(module, SUPPORTED):
