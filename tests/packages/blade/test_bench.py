@@ -10,6 +10,7 @@ from hone_blade.models import attach
 from hone_core.config import Preset
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.runs import Run, load_results
+from hone_core.testing import requires_gpu
 from hone_video.architectures import FULL_SIZE
 from hone_video.workloads import WORKLOADS
 
@@ -17,9 +18,9 @@ SMALL = {"rounds": 2, "forward_rounds": 2, "steps": 4, "few_steps": 2, "repeats"
 KINDS = pytest.mark.parametrize("kind", ["wan", "cogvideox"])
 
 
-def measure(folder, **options):
+def measure(folder, device="cpu", **options):
     cfg = BenchConfig(**{**SMALL, **options})
-    with Run.start(package="hone-blade", verb="bench", config=cfg, out=folder, device="cpu", quiet=True) as run:
+    with Run.start(package="hone-blade", verb="bench", config=cfg, out=folder, device=device, quiet=True) as run:
         report = bench(cfg, run)
     return report, load_results(folder)["rows"]
 
@@ -221,7 +222,7 @@ def test_pooling_of_a_preset_without_it_is_the_models_own():
         ({"preset": "wan2.1-1.3b-free"}, "few_steps must be above the 12 first steps .* got 8. Take more steps"),
         ({"model": "flux"}, r"model must be one of wan2\.1-1\.3b"),
         ({"preset": "none"}, "no preset 'none'"),
-        ({"parts": ()}, "parts must name some of attention, forward, e2e"),
+        ({"parts": ()}, "parts must name some of attention, host, forward, e2e"),
         ({"parts": ("all",)}, "parts must name some of"),
         ({"rounds": 0}, "rounds must be at least 1; got 0"),
         ({"steps": 8}, "few_steps must differ from steps"),
@@ -236,6 +237,21 @@ def test_settings_that_make_no_sense(options, message):
 def test_published_sizes_are_not_run_on_a_cpu(tmp_path):
     with pytest.raises(UnsupportedHardwareError, match=r"wan2\.1-1\.3b at its published size needs .* Use tiny-wan or"):
         measure(tmp_path / "run")
+
+
+def test_there_is_no_host_of_a_cpu(tmp_path):
+    with pytest.raises(UnsupportedHardwareError, match="part host is of what a GPU does not wait for"):
+        measure(tmp_path / "run", model="tiny-wan", parts=("host",))
+
+
+@requires_gpu(min_sm=90)
+def test_host_time_of_a_layer(tmp_path, record_property):
+    """150 us are aimed at; another process may take the core in between."""
+    _, rows = measure(tmp_path / "run", "cuda", model="wan2.1-1.3b", parts=("host",), rounds=20)
+    found = {row["variant"]: row["value"] for row in rows}
+    record_property("host_us", found)
+    assert found.keys() == {"dense", "asa", "asa_g"}
+    assert found["asa"] < found["asa_g"] < 300
 
 
 @KINDS

@@ -4,7 +4,15 @@ import time
 import pytest
 import torch
 from hone_core.testing import requires_gpu
-from hone_core.timing import AnswerWatch, Stopwatch, _percentile, check_values, measure, measure_interleaved
+from hone_core.timing import (
+    AnswerWatch,
+    Stopwatch,
+    _percentile,
+    check_values,
+    measure,
+    measure_host,
+    measure_interleaved,
+)
 
 
 def test_percentiles_by_hand():
@@ -45,7 +53,17 @@ def test_slower_call_gets_the_larger_time():
     assert timings["slow"].ms_p50 > 3.5 > timings["fast"].ms_p50
 
 
+def test_host_time_is_of_one_call():
+    ran = []
+    timing = measure_host(lambda: ran.append(time.sleep(0.002)), warmup=1, repeats=3, calls=4)
+    assert len(ran) == 1 + 3 * 4
+    assert timing.n == 3
+    assert 2 <= timing.ms_p20 <= timing.ms_p50 <= timing.ms_p80 < 500
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="at least one run of one call"):
+        measure_host(lambda: None, calls=0)
     with pytest.raises(ValueError, match="at least one timed call"):
         measure(lambda: None, repeats=0, device="cpu")
     with pytest.raises(ValueError, match="cold_l2 needs a CUDA device; got cpu"):

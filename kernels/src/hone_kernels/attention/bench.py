@@ -15,15 +15,13 @@ import functools
 import gc
 import logging
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hone_core.runs import Run
-from hone_core.timing import Timing, measure_interleaved
+from hone_core.timing import Timing, measure_host, measure_interleaved
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -49,9 +47,6 @@ _LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 _DEVICE = "cuda"
 
 _WARMUP = 3
-
-_CALLS = 20
-"""Between two looks at the clock of the host."""
 
 _HEADS_CHECKED = 2
 """Heads whose values are compared: the reference is slow."""
@@ -190,14 +185,17 @@ def bench(
                 if mode == "forward" and dtype != FP8:
                     calls["sdpa"] = functools.partial(scaled_dot_product_attention, q, k, v)
                     facts["sdpa"] = _Fact("torch sdpa dense", 1.0, None, 0.0)
-                for key, (us, spread) in _host_times(calls, rounds).items():
+                for key, call in calls.items():
+                    timing = measure_host(call, warmup=_WARMUP, repeats=rounds)
+                    spread = (timing.ms_p80 - timing.ms_p20) / 2 * 1e3
                     options: Any = dict(unit="us", better="lower", spread=spread, n=rounds)
+                    kept = {"kept_launches": launch.KEEP}
                     run.row(
                         "host_us",
-                        us,
+                        timing.ms_p50 * 1e3,
                         variant=facts[key].name,
                         split=mode,
-                        labels=labels | {"kept_launches": launch.KEEP},
+                        labels=labels | kept,
                         **options,
                     )
             else:
@@ -239,25 +237,6 @@ def _fastest(facts: dict[str, _Fact], timings: dict[str, Timing]) -> dict[float,
     found: dict[float, str] = {}
     for key in sorted((key for key in timings if facts[key].name.endswith(" dense")), key=lambda x: timings[x].ms_p50):
         found.setdefault(facts[key].density, facts[key].name)
-    return found
-
-
-def _host_times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Microseconds of the host for one call of each, and half of what lies between the 20th and 80th percentile."""
-    found = {}
-    for key, call in calls.items():
-        for _ in range(_WARMUP):
-            call()
-        each = []
-        for _ in range(rounds):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(_CALLS):
-                call()
-            each.append((time.perf_counter() - start) / _CALLS * 1e6)
-        each.sort()
-        found[key] = (statistics.median(each), (each[int(0.8 * (rounds - 1))] - each[int(0.2 * (rounds - 1))]) / 2)
     return found
 
 

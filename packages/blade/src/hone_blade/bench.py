@@ -23,7 +23,7 @@ from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import UnsupportedHardwareError
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
-from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
+from hone_core.timing import Stopwatch, Timing, check_values, measure_host, measure_interleaved
 from hone_kernels.attention import block_sparse_attention
 from hone_video.architectures import FULL_SIZE, full_size, tiny
 from hone_video.attachment import reorder_patches
@@ -81,7 +81,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         run: The run, entered.
 
     Raises:
-        UnsupportedHardwareError: A published size is asked of a CPU.
+        UnsupportedHardwareError: A published size, or what the host of a GPU takes, is asked of a CPU.
         ValueError: The preset leaves a sparse variant dense at this model's size.
         RuntimeError: The sparse attention differs from its reference on this device (no time is reported then), cuDNN
             cannot run the dense attention, or a video came out not finite.
@@ -91,6 +91,10 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         small = [name for name in WORKLOADS if name not in FULL_SIZE]
         raise UnsupportedHardwareError(
             f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use=" or ".join(small)
+        )
+    if "host" in cfg.parts and device.type != "cuda":
+        raise UnsupportedHardwareError(
+            "part host is of what a GPU does not wait for", found="no CUDA device", use="the other parts"
         )
     _Bench(cfg, run, device, run.quiet).all()
     return BenchReport.of(run)
@@ -117,6 +121,8 @@ class _Bench:
             self.check()
             if "attention" in self.cfg.parts:
                 self.attention()
+            if "host" in self.cfg.parts:
+                self.host()
             if "forward" in self.cfg.parts or "e2e" in self.cfg.parts:
                 self.model = self.build()
                 if "forward" in self.cfg.parts:
@@ -176,6 +182,21 @@ class _Bench:
             check_values(f"{name} attention", got, want, tolerance=_TOLERANCE, advice=advice)
 
     # One attention.
+
+    def host(self) -> None:
+        """Of one eager layer, at a size at which nothing hides it."""
+        heads, dim, _ = self.heads()
+        q, k, v = _inputs(min(heads, 2), 1000, dim, self.device, self.dtype)
+        calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v)}
+        for name, cfg in self.variants.items():
+            if cfg is not None:
+                calls[name] = partial(adaptive_sparse_attention, q, k, v, cfg=cfg, grid=(10, 10, 10))
+        labels = {"tokens": q.shape[2], "heads": q.shape[1], "dim": dim}
+        for name, call in calls.items():
+            timing = measure_host(call, repeats=self.cfg.rounds)
+            spread = (timing.ms_p80 - timing.ms_p20) / 2 * 1e3
+            self.row("host", "host_us", timing.ms_p50 * 1e3, "us", name, n=timing.n, spread=spread, labels=labels)
+        self.clear()
 
     def attention(self) -> None:
         work = self.work

@@ -54,7 +54,7 @@ Offsets = Literal["seeded", "strided", "random"]
 Selection = Literal["threshold", "topk"]
 Mask = Literal["adaptive", "pyramid", "window", "random", "dense"]
 Backend = Literal["auto", "reference", "triton", "gluon"]
-Part = Literal["attention", "forward", "e2e", "training"]
+Part = Literal["attention", "host", "forward", "e2e", "training"]
 
 _KINDS = {
     bool: "True or False",
@@ -1219,12 +1219,13 @@ class BenchConfig:
     """wan2.1-1.3b, wan2.1-14b or cogvideox-5b, or on a CPU tiny-wan or tiny-cogvideox."""
     parts: tuple[Part, ...] = ("attention", "forward", "e2e")
     """``attention``: one layer, and the pieces of BLADE in it. ``forward``: one call of the transformer. ``e2e``: whole
-    denoising loops, many dense steps with guidance down to few sparse ones without. ``training``: one update of a
-    distillation, by part; only if asked for."""
+    denoising loops, many dense steps with guidance down to few sparse ones without. Only if asked for: ``host``, what
+    one eager layer costs the host of a GPU, at 2 heads of 1,000 tokens; ``training``, one update of a distillation, by
+    part."""
     preset: str | None = None
     """Attention settings by name (default: the model's own)."""
     rounds: int = 20
-    """Timed rounds of one attention; each calls every variant once, in a random order."""
+    """Timed rounds of one attention; each calls every variant once, in a random order. Of the host, 20 times."""
     forward_rounds: int = 5
     """Likewise of one forward."""
     steps: int = 50

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AnswerWatch", "Stopwatch", "Timing", "check_values", "measure", "measure_interleaved"]
+__all__ = ["AnswerWatch", "Stopwatch", "Timing", "check_values", "measure", "measure_host", "measure_interleaved"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +114,38 @@ def measure_interleaved(
         )
         for name, values in samples.items()
     }
+
+
+def measure_host(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 50, calls: int = 20) -> Timing:
+    """Time what a call costs the host, whatever the GPU takes for it.
+
+    Args:
+        fn: The call, small enough that the GPU waits for the host.
+        warmup: Untimed calls first.
+        repeats: Timed runs, each begun with the GPU idle and ended without waiting for it.
+        calls: In a run, whose time is divided by them.
+
+    Raises:
+        ValueError: ``repeats`` or ``calls`` is not positive, or ``warmup`` is negative.
+    """
+    import torch
+
+    if repeats < 1 or calls < 1 or warmup < 0:
+        raise ValueError(
+            f"expected at least one run of one call and no negative warm-up; got {repeats}, {calls} and {warmup}"
+        )
+    for _ in range(warmup):
+        fn()
+    each = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        each.append((time.perf_counter() - start) / calls * 1e3)
+    p20, p50, p80 = (_percentile(each, percent) for percent in (20, 50, 80))
+    return Timing(ms_p20=p20, ms_p50=p50, ms_p80=p80, n=repeats)
 
 
 class Stopwatch:
