@@ -191,6 +191,49 @@ def test_the_verb_trains_a_model_and_goes_on_exactly(command, checkpoint, asked,
         assert any(float(value.abs().max()) > 0 for key, value in whole.items() if "lora_B" in key)
 
 
+def test_adapters_that_were_trained_are_graded_and_asked_as_a_model_is(
+    command, checkpoint, asked, tmp_path, monkeypatch
+):
+    from hone_lm.tiny import tiny_inputs
+    from hone_zipr1.adapters import base_of, load_model
+    from safetensors.torch import load_file
+
+    argv = ("train", "--model", checkpoint, "--data", asked, "--lora-rank", 2, "--max-new-tokens", 3, "--steps", 2)
+    argv += ("--ps", 0.4, 0.8, "--group", 2, "--prompts", 2, "--lr", 0.1, "--device", "cpu", "--quiet")
+    monkeypatch.setattr("hone_zipr1.questions.is_right", lambda text, item: len(text) % 2 == 0 or text == item.answer)
+    code, _, err = command(*argv, "--out", tmp_path / "run")
+    assert code == 0, err
+    folder = tmp_path / "run/artifacts/model"
+    assert base_of(str(folder)) == str(checkpoint)
+    assert base_of(str(checkpoint)) == str(checkpoint)
+    # By hand: the product of the two, times alpha over the rank, which is 2.
+    weights, device = load_file(folder / "adapter_model.safetensors"), {"device": "cpu", "dtype": torch.float32}
+    plain, processor = load_model(str(checkpoint), **device)
+    inputs = tiny_inputs("qwen2_5_vl", processor)
+    with torch.no_grad():
+        before = plain(**inputs).logits
+        for name, module in plain.named_modules():
+            if (down := weights.pop(f"base_model.model.{name}.lora_A.weight", None)) is not None:
+                module.weight += 2 * weights.pop(f"base_model.model.{name}.lora_B.weight") @ down
+        assert not weights
+        want, found = plain(**inputs).logits, load_model(str(folder), **device)[0](**inputs).logits
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+    assert float((found - before).abs().max()) > 1e-2
+    ask = ("--model", folder, "--max-new-tokens", 3, "--device", "cpu", "--quiet")
+    code, out, err = command("eval", *ask, "--data", asked, "--ps", 0.9, "--out", tmp_path / "eval")
+    assert code == 0, err
+    assert "top-p 0.9" in out
+    picture = ("--image", asked.parent / "0.png", "--ask", "What?", "--rounds", 1)
+    code, out, err = command("generate", *ask, *picture, "--out", tmp_path / "generate")
+    assert code == 0, err
+    assert "kept" in out
+    told = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    code, _, err = command("eval", *ask, "--data", asked, "--out", tmp_path / "again")
+    assert code == 1
+    assert "does not name the model that the adapters were trained on" in err
+
+
 def test_every_process_loads_whole_weights_under_fsdp(command, checkpoint, asked, tmp_path, monkeypatch):
     """As ``accelerate launch`` sets it: on, and then all processes but the first would train zeros."""
     import accelerate

@@ -444,7 +444,8 @@ class AskConfig:
     ask: str
     """Question. Of the tiny host: "digit B3" or "sum A1 C2" (rows are letters, columns numbers)."""
     model: str | None = None
-    """Folder or hub address of a model (default: the tiny host, asked about a generated mosaic)."""
+    """Folder or hub address of a model, or a folder of adapters that train wrote (default: the tiny host, asked about a
+    generated mosaic)."""
     image: Path | None = None
     """Picture."""
     video: Path | None = None
@@ -514,7 +515,7 @@ class EvalConfig:
     """A model's accuracy on checkable questions, dense and at falling thresholds, each question alone."""
 
     model: str
-    """Folder or hub address."""
+    """Folder or hub address, or a folder of adapters that train wrote."""
     data: Path
     """Questions, a JSON object per line: image or video, question, answer, type."""
     ps: tuple[float, ...] = (0.8, 0.94, 0.975)

@@ -48,13 +48,15 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
     """
     from hone_lm.checkpoints import read_config
 
+    from .adapters import base_of
+
     if not cfg.data.is_file():
         raise FileNotFoundError(f"there is no {cfg.data}")
     items = load_items(cfg.data)[: cfg.limit]
-    found = read_config(cfg.model)
+    found = read_config(base_of(cfg.model))
     for config in _selections(cfg):
         check_config(found, config)
-    check_longest(cfg.model, items, cfg.frames, cfg.max_new_tokens)
+    check_longest(base_of(cfg.model), items, cfg.frames, cfg.max_new_tokens)
     model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
     return replace(cfg, data=cfg.data.resolve(), model=model)
 
@@ -81,8 +83,9 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     Raises:
         ValueError: A question leaves no room for its answer in the model's context.
     """
-    from hone_lm.checkpoints import load_model
     from hone_lm.choices import to_model
+
+    from .adapters import load_model
 
     device = resolve_device(run.device)
     items, path = load_items(cfg.data)[: cfg.limit], run.artifacts / ANSWERS

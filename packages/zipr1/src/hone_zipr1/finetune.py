@@ -250,7 +250,7 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, weights: dict[str,
         save_host(task.host, folder / "host.safetensors")
     else:
         if cfg.lora_rank:
-            _write_adapter(task.model, weights, folder)
+            _write_adapter(task.model, weights, folder, str(cfg.model))
         else:
             task.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         task.processor.save_pretrained(folder)  # type: ignore[attr-defined]
@@ -262,8 +262,8 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, weights: dict[str,
         )
 
 
-def _write_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Write what peft reads: its config, and the weights under its names."""
+def _write_adapter(model: Any, state: dict[str, Tensor], folder: Path, base: str) -> None:
+    """Write what peft reads: its config, with the model that they belong to, and the weights under its names."""
     from safetensors.torch import save_file
 
     weights = {
@@ -271,6 +271,7 @@ def _write_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
         for name, value in state.items()
         if ".lora_" in name
     }
+    model.peft_config["default"].base_model_name_or_path = base
     model.peft_config["default"].save_pretrained(folder)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

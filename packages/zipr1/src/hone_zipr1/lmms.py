@@ -70,7 +70,7 @@ class SparseModel(_Base):
     """A vision-language model with selected tokens, one question at a time.
 
     Args:
-        pretrained: Folder or hub address.
+        pretrained: Folder or hub address, or a folder of adapters that ``train`` wrote.
         p: Share of the attention mass; None is the dense model.
         preset: Selection by name, but for its threshold.
         frames: Of a video.
@@ -97,7 +97,9 @@ class SparseModel(_Base):
         dtype: str = "auto",
         batch_size: int | str = 1,
     ) -> None:
-        from hone_lm.checkpoints import load_model, read_config
+        from hone_lm.checkpoints import read_config
+
+        from .adapters import base_of, load_model
 
         super().__init__()
         if int(batch_size) != 1:
@@ -106,7 +108,7 @@ class SparseModel(_Base):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
         self._selection = None if p is None else replace(PRESETS[preset].config, p=float(p))
         if self._selection is not None:
-            check_config(read_config(pretrained), self._selection)
+            check_config(read_config(base_of(pretrained)), self._selection)
         place = resolve_device(device or "auto")
         self._model, self._processor = load_model(pretrained, device=place, dtype=resolve_dtype(dtype, place))
         self._frames = frames

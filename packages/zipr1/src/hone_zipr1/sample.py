@@ -91,10 +91,11 @@ def prepare(cfg: Ask) -> Ask:
         return replace(cfg, preset="tiny" if cfg.preset == "paper" else cfg.preset)
     from hone_lm.checkpoints import read_config
 
+    from .adapters import base_of
     from .models import check_config
     from .questions import check_context
 
-    check_config(read_config(cfg.model), selection_of(cfg))
+    check_config(read_config(base_of(cfg.model)), selection_of(cfg))
     found, inputs = processed(cfg)
     check_context(inputs, found, cfg.max_new_tokens if isinstance(cfg, GenerateConfig) else 0, [_item(cfg)])
     absolute = {
@@ -117,7 +118,10 @@ def processed(cfg: AskConfig) -> tuple[Any, Any]:
     from hone_lm.checkpoints import read_config
     from transformers import AutoProcessor
 
-    return read_config(cfg.model), _inputs(AutoProcessor.from_pretrained(cfg.model), cfg)
+    from .adapters import base_of
+
+    base = base_of(cfg.model)
+    return read_config(base), _inputs(AutoProcessor.from_pretrained(base), cfg)
 
 
 def load_asked(cfg: AskConfig, device: torch.device) -> tuple[Any, Any, dict[str, torch.Tensor]]:
@@ -135,8 +139,9 @@ def load_asked(cfg: AskConfig, device: torch.device) -> tuple[Any, Any, dict[str
         kind, asked = parse_question(cfg.ask, host.config.cells)
         batch = mosaics(1, host.config.cells, cfg.seed, split="test", device=device).asking(kind, asked)
         return host.model, host.processor, host.inputs(batch)
-    from hone_lm.checkpoints import load_model
     from hone_lm.choices import to_model
+
+    from .adapters import load_model
 
     model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
     return model, processor, to_model(_inputs(processor, cfg), model)
