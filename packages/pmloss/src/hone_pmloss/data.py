@@ -12,7 +12,7 @@ from hone_splat.rooms import Rooms
 from hone_splat.views import Views
 from torch import Tensor
 
-__all__ = ["GRADED", "Scene", "graded_rooms", "training_batch"]
+__all__ = ["GRADED", "Scene", "frames_beyond", "graded_rooms", "training_batch"]
 
 GRADED = 1_000_000
 """Seeds of rooms from here on are graded on, never trained on."""
@@ -75,6 +75,16 @@ class Scene:
         return unproject(distance, self.context.cam_to_world, self.context.intrinsics_norm, "distance")
 
 
+def frames_beyond(targets: int) -> Tensor:
+    """Frames ``[targets]`` of graded rooms, spread evenly over what lies beyond the context views."""
+    first, last = CONTEXT
+    return _spread(torch.cat([torch.arange(first - BEYOND, first), torch.arange(last + 1, last + 1 + BEYOND)]), targets)
+
+
+def _spread(frames: Tensor, targets: int) -> Tensor:
+    return frames[((torch.arange(targets) + 0.5) * len(frames) / targets).long()]
+
+
 def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch.device | str = "cpu") -> Scene:
     """Rooms as they are graded: two context views, targets spread evenly between them and over what lies beyond.
 
@@ -92,17 +102,15 @@ def graded_rooms(seeds: Sequence[int], targets: int, size: int, *, device: torch
     rooms = Rooms.draw([GRADED + seed for seed in seeds], device=device)
     first, last = CONTEXT
     inside = torch.arange(first + 1, last)
-    outside = torch.cat([torch.arange(first - BEYOND, first), torch.arange(last + 1, last + 1 + BEYOND)])
     if not 1 <= targets <= len(inside):
         raise ValueError(f"expected 1 to {len(inside)} targets; got {targets}")
 
-    def spread(frames: Tensor) -> Tensor:
-        place = (torch.arange(targets) + 0.5) * len(frames) / targets
-        return frames[place.long()].expand(len(rooms), -1).to(device)
+    def everywhere(frames: Tensor) -> Tensor:
+        return frames.expand(len(rooms), -1).to(device)
 
-    context, distance = rooms.views(torch.tensor(CONTEXT).expand(len(rooms), -1).to(device), size)
-    between, _ = rooms.views(spread(inside), size)
-    beyond, beyond_distance = rooms.views(spread(outside), size)
+    context, distance = rooms.views(everywhere(torch.tensor(CONTEXT)), size)
+    between, _ = rooms.views(everywhere(_spread(inside, targets)), size)
+    beyond, beyond_distance = rooms.views(everywhere(frames_beyond(targets)), size)
     return Scene(context, between, beyond, distance, beyond_distance)
 
 

@@ -29,13 +29,16 @@ TITLES = {
 """Metrics that are drawn, by name."""
 
 
-def clouds(arms: Mapping[str, tuple[Tensor, Tensor]], colours: Tensor, path: Path, *, title: str) -> Path:
+def clouds(
+    arms: Mapping[str, tuple[Tensor, Tensor]], colours: Tensor, path: Path, *, views: Sequence[str], title: str
+) -> Path:
     """A row per arm: its centres from above, and its pictures.
 
     Args:
         arms: Name to centres ``[G, 3]`` and pictures ``[V, 3, H, W]``.
         colours: ``[G, 3]`` of the centres, in [0, 1].
         path: To write.
+        views: Where each of the V pictures is seen from.
         title: Of the figure.
     """
     first = next(iter(arms.values()))[1]
@@ -56,6 +59,8 @@ def clouds(arms: Mapping[str, tuple[Tensor, Tensor]], colours: Tensor, path: Pat
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.grid(False)
+        for axis, name in zip(axes[0], ["points from above", *(views[pick] for pick in picks)], strict=True):
+            axis.set_title(name)
         finish(figure, title=title)
     return path
 
