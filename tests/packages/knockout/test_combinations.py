@@ -105,6 +105,28 @@ class TestAttentionImplementation:
                 model(**first)
 
     @torch.no_grad()
+    def test_a_copy_of_the_model_is_refused(self, model, first):
+        before = model(**first).logits
+        with attach(model, EVERYWHERE):
+            twin = copy.deepcopy(model)
+            with pytest.raises(RuntimeError, match=r"copy of one .*detach\(\), copy the model, then attach\(\)"):
+                twin(**first)
+            with pytest.raises(ValueError, match="copy of one"):
+                attach(twin, EVERYWHERE)
+            knocked = model(**first).logits
+        assert torch.equal(model(**first).logits, before)
+        with attach(copy.deepcopy(model), EVERYWHERE) as handle:
+            assert torch.equal(handle.models[0](**first).logits, knocked)
+
+    @torch.no_grad()
+    def test_offloading_after_attach_is_refused(self, model, first):
+        """As accelerate leaves a layer between its calls: without weights."""
+        with attach(model, EVERYWHERE):
+            find_decoder(model).layers[3].to("meta")
+            with pytest.raises(ValueError, match=r"weights are all on one device; .*meta: layers 3\)"):
+                model(**first)
+
+    @torch.no_grad()
     def test_layers_that_do_not_run_are_refused(self, model, first):
         with attach(model, EVERYWHERE):
             find_decoder(model).config.num_hidden_layers = 4

@@ -59,6 +59,8 @@ def test_a_copy_does_not_run_as_if_nothing_were_attached():
     with pytest.raises(RuntimeError, match="copy of one"):
         twin(**inputs)
     tap.remove()
+    with pytest.raises(ValueError, match=r"copy of one .*detach\(\), copy the model, then attach\(\) to the copy"):
+        tap_attention(find_decoder(twin), passing)
 
 
 @torch.no_grad()

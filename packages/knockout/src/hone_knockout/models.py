@@ -179,6 +179,8 @@ class KnockoutHandle(Handle[KnockoutConfig]):
         if cache is not None and int(cache.get_seq_length()) > 0:
             self._state.current = self._continued(cache, inputs)
             return None
+        # Offloading may have come since; what it does to the weights would show as an error of torch's.
+        check_devices(self.decoder)
         exit = self.config.exit is not None
         if exit:
             if inputs.get("labels") is not None:

@@ -22,6 +22,10 @@ BASES = ("eager", "sdpa", "flex_attention")
 """Base implementations that take an arbitrary mask."""
 
 _PREFIX = "hone_tap_"
+_COPIED = (
+    "this model is a copy of one with something attached to its attention, or made of its config, and cannot run: call "
+    "handle.detach(), copy the model, then attach() to the copy"
+)
 _TAPS: weakref.WeakKeyDictionary[nn.Module, AttentionTap] = weakref.WeakKeyDictionary()
 
 
@@ -57,7 +61,7 @@ class AttentionTap:
         Another base that was set since (``model.set_attn_implementation``) is followed.
 
         Raises:
-            RuntimeError: An attention module was replaced.
+            RuntimeError: An attention module was replaced, or the model is a copy of the tapped one.
             ValueError: The implementation that was set takes no arbitrary mask.
         """
         implementation = self.decoder.config._attn_implementation
@@ -70,6 +74,8 @@ class AttentionTap:
                 )
             self.base = base
             self.decoder.model.set_attn_implementation(_PREFIX + base)
+        if not any(module in _TAPS for module in _attentions(self.decoder)):
+            raise RuntimeError(_COPIED)
         for index, module in enumerate(_attentions(self.decoder)):
             if _TAPS.get(module) is not self or getattr(module, "config", self.decoder.config) is not (
                 self.decoder.config
@@ -98,10 +104,13 @@ def tap_attention(decoder: Decoder, attend: Attend) -> AttentionTap:
             ``BlockMask``.
 
     Raises:
-        ValueError: The decoder is tapped already, or its implementation takes no arbitrary mask (flash attention).
+        ValueError: The decoder is tapped already, or a copy of such a one, or its implementation takes no arbitrary
+            mask (flash attention).
     """
     implementation = decoder.config._attn_implementation
     if implementation.startswith(_PREFIX):
+        if not any(module in _TAPS for module in _attentions(decoder)):
+            raise ValueError(_COPIED)
         raise ValueError("this decoder is tapped already; detach what is attached to it first")
     if implementation not in BASES:
         raise ValueError(
@@ -139,10 +148,7 @@ def _tapped(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         tap = _TAPS.get(module)
         if tap is None:
             # A deep copy keeps the name in its config and has no tap: running it as it is would pass for a result.
-            raise RuntimeError(
-                "this model is a copy of one with something attached to its attention; attach to the copy, or copy "
-                "after detaching"
-            )
+            raise RuntimeError(_COPIED)
         return tap.attend(_base(module, base), module, query, key, value, attention_mask, **kwargs)
 
     return attention
