@@ -6,9 +6,11 @@ import torch
 from hone_core.testing import assert_close
 from hone_motion_anything.data import generated
 from hone_motion_anything.exports import _euler, export_distance, fit_rig, read_bvh, read_smpl, write_bvh, write_smpl
+from hone_motion_anything.gltf import write_gltf
 from hone_motion_anything.grammar import draw_scenes, perform
 from hone_motion_anything.rotations import axis_angle_to_quat, kabsch, matrix_to_axis_angle, to_matrix
 from hone_motion_anything.skeletons import HUMANML3D, KIT, SMPL_OFFSETS, forward_kinematics
+from hone_motion_anything.viewer import write_viewer
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,15 @@ def test_bvh_round_trip_is_under_a_tenth_of_a_millimetre(joints, tmp_path):
 def stretching(joints):
     """Joints that belong to no rigid skeleton."""
     return joints[0] + 0.02 * torch.randn(joints[0].shape, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_several_motions_are_no_file(joints, tmp_path):
+    for write in (write_bvh, write_smpl, write_gltf):
+        with pytest.raises(ValueError, match=r"expected one motion, \[frames, 22, 3\]; got \[3, 81, 22, 3\]\. Pass"):
+            write(joints, tmp_path / "a")
+    with pytest.raises(ValueError, match="expected one motion"):
+        write_viewer({"three": joints}, tmp_path / "a.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_stretched_bones_put_every_joint_where_it_is(joints, stretching, tmp_path):

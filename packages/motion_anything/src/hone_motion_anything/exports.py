@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .config import Bones
-from .features import check_joints
+from .features import check_motion
 from .rotations import axis_angle_to_quat, conjugate, matrix_to_axis_angle, multiply, rotate, to_matrix
 from .skeletons import HUMANML3D, SMPL_OFFSETS, Skeleton, forward_kinematics, local_rotations
 
@@ -53,12 +53,12 @@ def fit_rig(joints: Float[Tensor, "frames joints 3"], skeleton: Skeleton = HUMAN
         bones: ``fixed`` leaves each joint at its bone's end; ``stretched`` puts it where it is, in each frame.
 
     Raises:
-        ValueError: The joints are of another skeleton, or not finite; ``bones`` is neither.
+        ValueError: The joints are of another skeleton, of several motions, or not finite; ``bones`` is neither.
     """
     if bones not in get_args(Bones):
         raise ValueError(f"bones must be one of {', '.join(get_args(Bones))}; got {bones!r}")
     joints = joints.detach().double().cpu()
-    check_joints(joints, skeleton)
+    check_motion(joints, skeleton)
     directions = SMPL_OFFSETS[:22] if skeleton is HUMANML3D else skeleton.directions
     rest = torch.tensor(directions, dtype=torch.float64)
     spans = torch.cat([torch.zeros_like(joints[:, :1]), joints[:, 1:] - joints[:, list(skeleton.parents[1:])]], 1)
@@ -84,7 +84,7 @@ def export_distance(
     """How far, in metres, each joint of an export with fixed bones is from where it was.
 
     Raises:
-        ValueError: The joints are of another skeleton, or not finite.
+        ValueError: The joints are of another skeleton, of several motions, or not finite.
     """
     rig = fit_rig(joints, skeleton)
     back = forward_kinematics(rig.rotations, rig.places[:, 0], rig.offsets, skeleton.parents)
@@ -110,7 +110,7 @@ def write_bvh(
             in for the offsets.
 
     Raises:
-        ValueError: The joints are of another skeleton, or not finite; ``bones`` is neither.
+        ValueError: The joints are of another skeleton, of several motions, or not finite; ``bones`` is neither.
     """
     rig = fit_rig(joints, skeleton, bones)
     angles = _euler(to_matrix(rig.rotations))
@@ -320,7 +320,7 @@ def write_smpl(joints: Float[Tensor, "frames 22 3"], path: str | Path, *, fps: f
         fps: Frames a second.
 
     Raises:
-        ValueError: The joints are of another skeleton, or not finite.
+        ValueError: The joints are of another skeleton, of several motions, or not finite.
     """
     rig = fit_rig(joints)
     vectors = matrix_to_axis_angle(to_matrix(rig.rotations))

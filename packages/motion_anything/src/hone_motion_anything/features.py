@@ -254,6 +254,19 @@ def check_joints(joints: Tensor, skeleton: Skeleton) -> None:
         raise ValueError(f"frame {frame} holds a joint that is not finite")
 
 
+def check_motion(joints: Tensor, skeleton: Skeleton) -> None:
+    """Refuse what is not one motion of a skeleton, such as a batch where a file holds one.
+
+    Raises:
+        ValueError: See ``extract``; or there are several.
+    """
+    check_joints(joints, skeleton)
+    if joints.ndim > 3:
+        raise ValueError(
+            f"expected one motion, [frames, {skeleton.count}, 3]; got {list(joints.shape)}. Pass several one by one"
+        )
+
+
 def _root(features: Tensor) -> tuple[Tensor, Tensor]:
     """Heading and place of the root in every row."""
     turning = features[..., 0]

@@ -93,7 +93,7 @@ def write_gltf(
         bones: ``fixed`` moves the root and turns the others; ``stretched`` moves each joint in a track of its own.
 
     Raises:
-        ValueError: The joints are of another skeleton, or not finite; ``bones`` is neither.
+        ValueError: The joints are of another skeleton, of several motions, or not finite; ``bones`` is neither.
     """
     offsets, turns, moves = fit_rig(joints, skeleton, bones)
     # glTF has x, y, z, w.

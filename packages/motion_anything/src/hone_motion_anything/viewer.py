@@ -13,7 +13,7 @@ from hone_core.io import atomic_path
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .features import check_joints
+from .features import check_motion
 from .skeletons import HUMANML3D, PART_JOINTS, PARTS, Skeleton
 
 __all__ = ["write_viewer"]
@@ -44,8 +44,8 @@ def write_viewer(
         sound: A WAV that plays with the motions.
 
     Raises:
-        ValueError: There are no motions, their lengths differ, joints are of another skeleton or not finite, marks are
-            of no motion or of other parts.
+        ValueError: There are no motions, their lengths differ, joints are of another skeleton, of several motions or
+            not finite, marks are of no motion or of other parts.
         FileNotFoundError: There is no such sound.
     """
     if Path(path).suffix != ".html":
@@ -62,7 +62,7 @@ def write_viewer(
             )
     shown = []
     for title, joints in motions.items():
-        check_joints(joints, skeleton)
+        check_motion(joints, skeleton)
         places = joints.detach().cpu().numpy().astype("<f4")
         entry = {"title": title, "places": _text(places.tobytes())}
         if title in marks:
