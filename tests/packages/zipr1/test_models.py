@@ -253,6 +253,19 @@ def test_a_later_turn_reads_what_is_left(caplog):
     assert_close(later, masked_dense(model, longer, grown)[:, -3:], atol=1e-9, rtol=0)
 
 
+def test_a_later_turn_after_text_alone_has_nothing_to_warn_of(caplog):
+    model, _ = get("llava_onevision")
+    found = []
+    for p in (None, 0.3):
+        cache = {cache_keyword(model): DynamicCache()}
+        with nullcontext() if p is None else sparse(model, p, rows="all"):
+            model(input_ids=torch.full((1, 20), 40), use_cache=True, **cache)
+            found.append(model(input_ids=torch.tensor([[40, 50, 60]]), use_cache=True, **cache).logits)
+    # All text is kept.
+    assert_close(found[1], found[0], atol=1e-9, rtol=0)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("rows", ["all", "probe"])
 def test_a_later_turn_on_a_full_cache_chooses_anew(rows):
     model, inputs = get("llava_onevision", TWO)

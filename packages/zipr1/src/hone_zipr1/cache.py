@@ -137,6 +137,11 @@ class SparseLayer(DynamicLayer):
         return self._positions is not None
 
     @property
+    def lossy(self) -> bool:
+        """Whether tokens are gone or not read; of a padded batch that kept every token it says so, too."""
+        return self.dropped and (self.keys.shape[-2] < self.seen or not self.whole)
+
+    @property
     def positions(self) -> Tensor | None:
         """``[batch, stored]``, where each stored token stood among those seen; None: nothing was dropped."""
         if self._positions is not None and (new := self.keys.shape[-2] - self._positions.shape[1]):

@@ -364,7 +364,7 @@ class SparseHandle(Handle[SparseConfig]):
             # A later turn chooses anew among all that is stored; an answer, and guesses at it, are only appended.
             turn = self.config.cache == "retrieve" and tokens > 1 and not inputs.candidates
             if not turn:
-                if tokens > 1 and not inputs.candidates and any(layer.dropped for layer in cache.layers):
+                if tokens > 1 and not inputs.candidates and any(layer.lossy for layer in cache.layers):
                     _log.warning(
                         "a later turn of %d tokens reads a prompt of which tokens are gone for good; cache='retrieve' "
                         "keeps them, and chooses anew",
