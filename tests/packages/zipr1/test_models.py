@@ -834,6 +834,18 @@ def test_bad_inputs_are_named():
             model(**inputs)
         with handle.using(p=torch.tensor([0.5, 1.5])), pytest.raises(ValueError, match=r"in \(0, 1\]"):
             model(**inputs)
+        for count in (-3, 0, inputs["input_ids"].shape[1] + 1):
+            with (
+                handle.using(prompt_tokens=count),
+                pytest.raises(ValueError, match=f"prompt_tokens must lie in 1 .. .*{count}"),
+            ):
+                model(**inputs)
+        real = inputs["attention_mask"].bool()
+        for wrong in (real[:, 1:], real[:1], real.float()):
+            with handle.using(protected=wrong), pytest.raises(ValueError, match="protected must be bool"):
+                model(**inputs)
+        with handle.using(protected=real), pytest.raises(ValueError, match="each beam and returned sequence has a row"):
+            model.generate(**inputs, max_new_tokens=2, num_beams=2)
         with pytest.raises(ValueError, match="without pixels"):
             model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         stored = DynamicCache()

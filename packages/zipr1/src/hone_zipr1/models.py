@@ -373,7 +373,10 @@ class SparseHandle(Handle[SparseConfig]):
                 return args, kwargs | {_PASS: _Pass(1.0, 0, earlier, None, real, cache, False)}
         elif cache is not None:
             sparse_layers(cache, self.decoder.num_layers, captured=self.config.captured)
-        prompt = earlier + (tokens - inputs.candidates if given.prompt_tokens is None else given.prompt_tokens)
+        own = tokens - inputs.candidates if given.prompt_tokens is None else given.prompt_tokens
+        if not 1 <= own <= tokens:
+            raise ValueError(f"prompt_tokens must lie in 1 .. {tokens}, the tokens of this forward; got {own}")
+        prompt = earlier + own
         here = torch.ones(batch, prompt, dtype=torch.bool, device=states.device) if real is None else real[:, :prompt]
         p: float | Tensor = self.config.p
         if given.p is not None:
@@ -383,7 +386,10 @@ class SparseHandle(Handle[SparseConfig]):
                     "policy='top-p'"
                 )
             if given.p.shape != (batch,) or not bool(((given.p > 0) & (given.p <= 1)).all()):
-                raise ValueError(f"p must be {batch} numbers in (0, 1], one per sample; got {given.p}")
+                raise ValueError(
+                    f"p must be {batch} numbers in (0, 1], one per sample (each beam and returned sequence is "
+                    f"one); got {given.p}"
+                )
             p = given.p.to(states.device)
         protected = self._protected(inputs, given, here[:, earlier:])
         if cache is not None and earlier:
@@ -459,6 +465,11 @@ class SparseHandle(Handle[SparseConfig]):
         place = real.cumsum(-1)
         last = real & (place == place[:, -1:])
         if given.protected is not None:
+            if given.protected.shape != real.shape or given.protected.dtype != torch.bool:
+                raise ValueError(
+                    f"protected must be bool {list(real.shape)}, the tokens of each prompt (each beam and returned "
+                    f"sequence has a row); got {given.protected.dtype} {list(given.protected.shape)}"
+                )
             return (given.protected.to(real.device) | last) & real
         if self.config.protect == "none":
             return last
