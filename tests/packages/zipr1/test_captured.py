@@ -284,7 +284,7 @@ def test_detached_the_forward_is_the_models_own():
         with handle.disabled():
             assert torch.equal(written(model, inputs)[0], dense)
         twin = copy.deepcopy(model)
-        with pytest.raises(RuntimeError, match="replaced after attach"):
+        with pytest.raises(RuntimeError, match="copy the model, then attach"):
             written(twin, inputs)
     assert "forward" not in vars(inside)
     assert torch.equal(written(model, inputs)[0], dense)
