@@ -37,6 +37,20 @@ def test_bad_knockout(values, message):
         Knockout(**values)
 
 
+@pytest.mark.parametrize("layers", [5, "5", ("5",), (5.0,), [5], range(5, 7)])
+def test_layers_that_are_no_tuple_of_numbers(layers):
+    with pytest.raises(TypeError, match=r"layers must be a tuple of whole numbers, such as \(4, 5\); got "):
+        Knockout(kind="LV", layers=layers)
+    with pytest.raises(TypeError, match="frames must be a tuple of whole numbers"):
+        Knockout(kind="LV", layers=(5,), frames=layers)
+
+
+@pytest.mark.parametrize("knockouts", [(3,), (None,), [Knockout(kind="LV", layers=(5,))]])
+def test_knockouts_that_are_none(knockouts):
+    with pytest.raises(TypeError, match="knockouts must be a tuple of Knockout; got "):
+        KnockoutConfig(knockouts=knockouts)
+
+
 def test_bad_config():
     with pytest.raises(ValueError, match="at least one layer"):
         KnockoutConfig(exit=0)

@@ -81,6 +81,9 @@ class Knockout:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
         if self.control not in get_args(Control):
             raise ValueError(f"control must be one of {', '.join(get_args(Control))}; got {self.control!r}")
+        for name, given in (("layers", self.layers), ("frames", self.frames)):
+            if given is not None and not (isinstance(given, tuple) and all(type(i) is int for i in given)):
+                raise TypeError(f"{name} must be a tuple of whole numbers, such as (4, 5); got {given!r}")
         if not self.layers:
             raise ValueError("a knockout needs at least one layer; leave the knockout out for the baseline")
         if min(self.layers) < 0 or len(set(self.layers)) != len(self.layers):
@@ -120,6 +123,8 @@ class KnockoutConfig:
     """Accept a knockout that blocks no pair of a prompt. Otherwise it is an error: it would pass for a result."""
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.knockouts, tuple) and all(isinstance(item, Knockout) for item in self.knockouts)):
+            raise TypeError(f"knockouts must be a tuple of Knockout; got {self.knockouts!r}")
         if self.exit is None:
             if self.leave != "visual":
                 raise ValueError(f"leave={self.leave!r} says what leaves at an exit, and there is none; give exit")

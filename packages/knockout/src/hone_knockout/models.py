@@ -457,7 +457,7 @@ def attach(
         ValueError: Layers are out of range, the exit comes before DeepStack's last layer, the decoder is a hybrid, the
             attention implementation takes no mask, the decoder is spread over devices, or something is attached
             already.
-        TypeError: The model has no decoder.
+        TypeError: The model has no decoder, or ``config`` is none of these.
     """
     if isinstance(config, Knockout):
         config = KnockoutConfig(knockouts=(config,))
