@@ -26,6 +26,8 @@ from hone_zipr1.config import (
         (lambda: SparseConfig(cache="drop"), "cache must be one of evict, retrieve; got 'drop'"),
         (lambda: SparseConfig(compute="flash"), "compute must be one of gather, varlen, mask; got 'flash'"),
         (lambda: SparseConfig(recent=0), "recent must be positive"),
+        (lambda: SparseConfig(recent=64.5), "recent is a number of rows, or below 1 a share of the prompt; got 64.5"),
+        (lambda: SparseConfig(random=1.5), "random is a number of rows, or below 1 a share"),
         (lambda: SparseConfig(policy="top-k"), "ratio belongs to"),
         (lambda: SparseConfig(ratio=0.5), "ratio belongs to"),
         (lambda: SparseConfig(policy="fastv", ratio=2.0), "share of the prompt"),

@@ -95,6 +95,9 @@ class SparseConfig:
                 f"recent must be positive, so that every token is seen by a probe row, and random not negative; got "
                 f"{self.recent} and {self.random}"
             )
+        for name in ("recent", "random"):
+            if (amount := getattr(self, name)) > 1 and amount != int(amount):
+                raise ValueError(f"{name} is a number of rows, or below 1 a share of the prompt; got {amount:g}")
         if (self.policy in BY_RATIO) != (self.ratio is not None):
             raise ValueError(
                 f"ratio belongs to policy {', '.join(BY_RATIO)}, which need it; got {self.policy} and {self.ratio}"
