@@ -369,3 +369,22 @@ def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, chec
         assert abs(row["top-k as top-p 0.9"]["ratio"] - row["top-p 0.9"]["ratio"]) < 0.05
         assert row["top-k as top-p 1"]["answer"] == row["dense"]["answer"]
     assert "points from dense" in out
+
+
+def test_a_change_is_from_the_dense_model(command, checkpoint, asked, tmp_path, monkeypatch):
+    from hone_zipr1 import evaluate
+
+    # The right answers are 3 and 4.
+    said = iter(["3", "3", "4", "0"])
+    monkeypatch.setattr(
+        evaluate, "_ask", lambda *given: {"answer": next(said), "ratio": 1.0 if given[-1] is None else 0.5}
+    )
+    argv = ("eval", "--model", checkpoint, "--data", asked, "--ps", 0.9, "--device", "cpu", "--quiet")
+    code, out, err = command(*argv, "--out", tmp_path / "run")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+    values = {(row["metric"], row["variant"]): row["value"] for row in rows}
+    assert (values["accuracy", "dense"], values["accuracy", "top-p 0.9"]) == (1.0, 0.5)
+    (change,) = (row for row in rows if row["metric"] == "change")
+    assert (change["value"], change["labels"]["to_wrong"], change["labels"]["to_right"]) == (-0.5, 1, 0)
+    assert "top-p 0.9: -50.0 [" in out
