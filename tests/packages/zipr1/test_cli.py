@@ -153,3 +153,16 @@ def test_dry_run_prints_the_settings(command, tmp_path, monkeypatch):
     assert code == 0, err
     assert json.loads(out)["config"]["seed"] == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_s_time_is_its_prefill_and_the_rest(command, checkpoint, tmp_path, monkeypatch):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    watch = SimpleNamespace(prefill_seconds=0.25, seconds=1.0, peak_bytes=None)
+    monkeypatch.setattr("hone_zipr1.sample.AnswerWatch", lambda model: nullcontext(watch))
+    folder, picture = checkpoint
+    argv = ("generate", "--model", folder, "--image", picture, "--ask", "What?", "--max-new-tokens", "2")
+    code, out, err = command(*argv, "--rounds", "1", "--out", tmp_path / "run", "--device", "cpu", "--quiet")
+    assert code == 0, err
+    assert "prefill 250.0 ms, decode 750.0 ms" in out

@@ -47,3 +47,13 @@ def test_what_was_kept_is_drawn(run):
             assert len(keep) == len(keep[0]) == 4
             assert {value for line in keep for value in line} <= {0, 1}
         assert row["answers"].keys() == {"dense", "top-p 0.5", "top-p 0.9"}
+
+
+def test_fastv_has_the_budget_of_the_others(small_host):
+    from hone_zipr1.config import SparseConfig
+    from hone_zipr1.grading import ask, at_budget, held_out
+
+    # Of three layers, the first two keep everything: (0.8 x 3 - 2) / 1.
+    fastv = at_budget(SparseConfig(rows="all"), 0.8, small_host.model.config)["FastV"]
+    assert (fastv.ratio, fastv.fastv_layer) == (pytest.approx(0.4), 2)
+    assert ask(small_host, held_out(small_host, 6, 0), fastv, batch=6).tau == pytest.approx(0.8, abs=0.02)

@@ -388,3 +388,18 @@ def test_a_change_is_from_the_dense_model(command, checkpoint, asked, tmp_path, 
     (change,) = (row for row in rows if row["metric"] == "change")
     assert (change["value"], change["labels"]["to_wrong"], change["labels"]["to_right"]) == (-0.5, 1, 0)
     assert "top-p 0.9: -50.0 [" in out
+
+
+def test_a_report_has_the_first_and_the_last_tenth(tmp_path):
+    from types import SimpleNamespace
+
+    from hone_zipr1.finetune import _write_rows
+
+    lines = [{"step": step, "accuracy": step / 20, "tau": 1 - step / 20} for step in range(20)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = {}
+    _write_rows(
+        SimpleNamespace(path=tmp_path, row=lambda name, value, **said: found.update({(name, said["split"]): value}))
+    )
+    want = {("accuracy", "first"): 0.025, ("tau", "first"): 0.975, ("accuracy", "last"): 0.925, ("tau", "last"): 0.075}
+    assert found == pytest.approx(want)

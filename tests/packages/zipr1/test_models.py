@@ -883,3 +883,19 @@ def test_a_quantised_cache_is_refused():
     cache.layers, cache.offloading = [], False
     with pytest.raises(ValueError, match="got QuantizedCache"):
         sparse_layers(cache, 2)
+
+
+def test_stats_by_hand():
+    real, keep = torch.tensor([[0, 1, 1, 1, 1]]).bool(), {0: [0, 1, 1, 0, 0], 1: [0, 0, 1, 1, 1]}
+    stats = models.Stats(
+        real,
+        torch.zeros_like(real),
+        keep={layer: torch.tensor([kept]).bool() for layer, kept in keep.items()},
+        columns={0: torch.tensor([[0.0, 6.0, 1.0, 2.0, 1.0]])},
+    )
+    assert stats.layer_ratio.tolist() == [[0.5], [0.75]]
+    assert stats.ratio.tolist() == [0.625]
+    # Of the three tokens after the first, one and all three.
+    assert stats.ratio_without_sink.tolist() == pytest.approx([2 / 3])
+    assert stats.sink[0].tolist() == pytest.approx([0.6])
+    assert stats.mass[0].tolist() == pytest.approx([0.7])
