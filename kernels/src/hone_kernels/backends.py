@@ -6,13 +6,15 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 __all__ = ["Backend", "Support", "choose", "flash_reason", "gluon_reason", "triton_reason", "warn_once"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Backend = Literal["auto", "reference", "triton", "gluon", "flash"]
 
@@ -25,7 +27,13 @@ _log = logging.getLogger(__name__)
 _warned: set[tuple[str, str]] = set()
 
 
-@torch.compiler.assume_constant_result
+def _constant(fn: F) -> F:
+    """Do what ``torch.compiler.assume_constant_result`` does, which imports the whole compiler: seconds."""
+    fn.__dict__["_dynamo_marked_constant"] = True
+    return fn
+
+
+@_constant
 def _capability(device: torch.device) -> int:
     """Compute capability times ten."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -55,7 +63,7 @@ def triton_reason(device: torch.device, min_sm: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _gluon_error() -> str | None:
     """Why Gluon cannot be imported. It is young, so not every Triton has what the kernels need of it."""
     try:
@@ -84,7 +92,7 @@ def gluon_reason(device: torch.device, min_sm: int, max_sm: int) -> str | None:
     return error
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _flash_error() -> str | None:
     """Why FlashAttention 4 cannot be imported."""
     try:

@@ -191,12 +191,15 @@ def test_begin_step_says_the_noise_level():
     staged = config(FULL, NEAR, boundaries=(0.5,))
     expected = run(model, args)
     with attach(model, staged) as handle:
-        handle.begin_step(0, sigma=0.1)
-        assert not torch.equal(run(model, args), expected)
-        handle.begin_step(0, sigma=0.9)
-        assert_close(run(model, args), expected)
+        for low in (0.1, torch.tensor(0.1), torch.tensor([0.1])):
+            handle.begin_step(0, sigma=low)
+            assert not torch.equal(run(model, args), expected)
+            handle.begin_step(0, sigma=0.9)
+            assert_close(run(model, args), expected)
         with pytest.raises(ValueError, match="sigma, the noise level in"):
             handle.begin_step(1)
+        with pytest.raises(ValueError, match="those of a batch's samples; got none"):
+            handle.begin_step(1, sigma=[])
         with pytest.raises(ValueError, match=r"sigma must lie in \[0, 1\]"):
             handle.begin_step(1, sigma=900.0)
     with attach(model, config(FULL)) as handle:

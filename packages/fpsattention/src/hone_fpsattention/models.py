@@ -195,20 +195,25 @@ def _(window, scales, box, tile, block, border, grid, text_tokens, device):
 class FPSAttentionHandle(VideoHandle[FPSAttentionConfig]):
     """FPSAttention on a model, as ``attach`` returned it; also a context manager that detaches at the end."""
 
-    def begin_step(self, step: int, *, sigma: float | Sequence[float] | None = None) -> None:
+    def begin_step(self, step: int, *, sigma: float | Sequence[float] | Tensor | None = None) -> None:
         """Say which denoising step this thread's coming forwards belong to, and its noise level.
 
         Without this call the timestep of every forward is read back from the device, if there are several regimes.
 
         Args:
             step: From 0.
-            sigma: Noise level in [0, 1], or those of a batch's samples; not needed where one regime holds everywhere.
+            sigma: Noise level in [0, 1], or those of a batch's samples (a tensor's are read back from its device); not needed
+                where one regime holds everywhere.
 
         Raises:
             ValueError: ``step`` is negative, or ``sigma`` is missing or out of range.
         """
         if sigma is None and len(self.config.regimes) > 1:
             raise ValueError("sigma, the noise level in [0, 1], is needed: it chooses one of several regimes")
+        if isinstance(sigma, Tensor):
+            sigma = sigma.tolist()
+        if isinstance(sigma, Sequence) and not sigma:
+            raise ValueError("sigma must be a noise level in [0, 1] or those of a batch's samples; got none")
         super().begin_step(step)
         method = self._attachments[0].method
         if isinstance(sigma, Sequence):
