@@ -202,8 +202,8 @@ class FPSAttentionHandle(VideoHandle[FPSAttentionConfig]):
 
         Args:
             step: From 0.
-            sigma: Noise level in [0, 1], or those of a batch's samples (a tensor's are read back from its device); not needed
-                where one regime holds everywhere.
+            sigma: Noise level in [0, 1], or those of a batch's samples (a tensor's are read back from its device); not
+                needed where one regime holds everywhere.
 
         Raises:
             ValueError: ``step`` is negative, or ``sigma`` is missing or out of range.
