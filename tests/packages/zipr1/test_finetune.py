@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from hone_lm.tiny import tiny
+from hone_zipr1.adapters import load_model
 from hone_zipr1.config import ReinforceConfig, SparseConfig
 from hone_zipr1.models import attach
-from hone_zipr1.questions import Item, ModelTask, is_right, load_items
+from hone_zipr1.objectives import BudgetPolicy
+from hone_zipr1.questions import Item, ModelTask, is_right, load_items, model_inputs, prompt_features
 from hone_zipr1.reinforce import Reinforcement
 
 CFG = ReinforceConfig(ps=(0.4, 0.8), group=2, prompts=2, lr=1e-3)
@@ -195,7 +197,7 @@ def test_adapters_that_were_trained_are_graded_and_asked_as_a_model_is(
     command, checkpoint, asked, tmp_path, monkeypatch
 ):
     from hone_lm.tiny import tiny_inputs
-    from hone_zipr1.adapters import base_of, load_model
+    from hone_zipr1.adapters import base_of
     from safetensors.torch import load_file
 
     argv = ("train", "--model", checkpoint, "--data", asked, "--lora-rank", 2, "--max-new-tokens", 3, "--steps", 2)
@@ -227,6 +229,10 @@ def test_adapters_that_were_trained_are_graded_and_asked_as_a_model_is(
     code, out, err = command("generate", *ask, *picture, "--out", tmp_path / "generate")
     assert code == 0, err
     assert "kept" in out
+    code, _, err = command("train", *ask, "--data", asked, "--steps", 1, "--out", tmp_path / "more")
+    assert code == 1
+    assert "holds adapters of" in err
+    assert "expected a whole model" in err
     told = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(told))
     code, _, err = command("eval", *ask, "--data", asked, "--out", tmp_path / "again")
@@ -337,6 +343,38 @@ def test_a_picture_larger_than_the_context_is_refused_before_weights_are_read(
     assert code == 1
     assert "1.png has" in err
     assert "has a context of 4096" in err
+
+
+def test_a_learned_budget_gives_each_question_its_threshold(command, checkpoint, asked, tmp_path):
+    train = ("train", "--model", checkpoint, "--data", asked, "--objective", "budget-policy", "--steps", 1)
+    shape = ("--ps", 0.3, 1, "--group", 2, "--prompts", 1, "--max-new-tokens", 3, "--device", "cpu", "--quiet")
+    code, _, err = command(*train, *shape, "--out", tmp_path / "train")
+    assert code == 0, err
+    budget = tmp_path / "train/artifacts/model/budget.safetensors"
+    assert set(BudgetPolicy.load(budget).thresholds.tolist()) == {torch.tensor(p).item() for p in (0.3, 1.0)}
+    # One that tells the two questions apart.
+    model, processor = load_model(str(checkpoint), device=torch.device("cpu"), dtype=torch.float32)
+    features = [prompt_features(model, model_inputs(processor, [item], 32)) for item in load_items(asked)]
+    policy = BudgetPolicy((0.3, 1.0), features[0].shape[1])
+    with torch.no_grad():
+        apart = policy.norm(features[0])[0] - policy.norm(features[1])[0]
+        policy.out.weight.copy_(torch.stack([apart, -apart]))
+    policy.save(budget)
+    argv = ("eval", "--model", checkpoint, "--data", asked, "--ps", 0.3, 1, "--budget", budget, "--max-new-tokens", 3)
+    code, out, err = command(*argv, "--device", "cpu", "--quiet", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "learned budget" in out
+    rows = [json.loads(line) for line in (tmp_path / "run/artifacts/answers.jsonl").read_text().splitlines()]
+    assert [row["learned budget"]["p"] for row in rows] == pytest.approx([0.3, 1.0])
+    for row in rows:
+        same = row[f"top-p {row['learned budget']['p']:.2g}"]
+        assert row["learned budget"]["ratio"] == pytest.approx(same["ratio"], abs=1e-6)
+        assert row["learned budget"]["answer"] == same["answer"]
+    assert rows[0]["learned budget"]["ratio"] < rows[1]["learned budget"]["ratio"] == 1
+    BudgetPolicy((0.3, 1.0), 7).save(budget)
+    code, _, err = command(*argv, "--out", tmp_path / "other")
+    assert code == 1
+    assert "was learned for a model of width 7" in err
 
 
 def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, checkpoint, asked, tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from hone_core.errors import CheckpointError
 from hone_zipr1.objectives import BudgetPolicy, advantages, grpo_loss, rewards
+from safetensors.torch import save_file
 
 
 def test_rewards_by_hand():
@@ -70,6 +72,29 @@ def test_what_is_watched_is_of_the_answers_tokens_alone(tensors):
     two = grpo_loss(logp[:2], old[:2], reference[:2], advantage[:2], mask[:2], epsilon=0.2, beta=0.04)
     three = grpo_loss(logp, old, reference, advantage, none, epsilon=0.2, beta=0.04)
     assert float(three.loss) == pytest.approx(float(two.loss) * 2 / 3)
+
+
+def test_a_budget_is_read_as_it_was_written(tmp_path):
+    policy = BudgetPolicy((0.5, 0.9, 0.95), 4)
+    torch.nn.init.normal_(policy.out.weight)
+    features = torch.randn(20, 4)
+    policy.save(tmp_path / "budget.safetensors")
+    read = BudgetPolicy.load(tmp_path / "budget.safetensors")
+    assert torch.equal(read.best(features), policy.best(features))
+    assert len(set(read.best(features).tolist())) > 1
+    with pytest.raises(FileNotFoundError, match=r"expected the budget\.safetensors of a training"):
+        BudgetPolicy.load(tmp_path)
+    broken = tmp_path / "broken.safetensors"
+    for state in ({"out.bias": torch.zeros(3)}, {**policy.state_dict(), "out.bias": torch.zeros(2)}):
+        save_file(state, broken)
+        with pytest.raises(CheckpointError, match="holds no learned budget"):
+            BudgetPolicy.load(broken)
+    broken.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="holds no learned budget"):
+        BudgetPolicy.load(broken)
+    save_file({**policy.state_dict(), "out.bias": torch.full((3,), torch.nan)}, broken)
+    with pytest.raises(CheckpointError, match="not finite"):
+        BudgetPolicy.load(broken)
 
 
 def test_a_budget_depends_on_what_prompts_are_like_not_on_how_large_their_features_are():

@@ -523,6 +523,9 @@ class EvalConfig:
     """Questions, a JSON object per line: image or video, question, answer, type."""
     ps: tuple[float, ...] = (0.8, 0.94, 0.975)
     """Thresholds, beside the dense model."""
+    budget: Path | None = None
+    """Also answer each question at the threshold that a learned budget gives it: the budget.safetensors of a training
+    with budget-policy."""
     preset: str = "paper"
     """Selection by name, but for its threshold."""
     peers: bool = False

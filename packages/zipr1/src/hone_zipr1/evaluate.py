@@ -16,11 +16,14 @@ from hone_core.statistics import bootstrap_interval, paired
 from .config import PRESETS, EvalConfig, SparseConfig
 from .grading import DENSE, at_budget, table
 from .models import attach, check_config
-from .questions import check_context, check_longest, is_right, load_items, model_inputs
+from .objectives import BudgetPolicy
+from .questions import check_context, check_longest, is_right, load_items, model_inputs, prompt_features
 
 __all__ = ["EvalReport", "evaluate", "prepare"]
 
 ANSWERS = "answers.jsonl"
+LEARNED = "learned budget"
+"""Variant of the answers at thresholds that a policy gave."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,9 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
     """Look at the questions and at the model's config, before weights are read.
 
     Raises:
-        ValueError: A question is none or too long, or the model cannot take the selection.
-        FileNotFoundError: The file, or what a question is about, is missing.
+        ValueError: A question is none or too long, or the model cannot take the selection or the budget.
+        FileNotFoundError: A file, or what a question is about, is missing.
+        CheckpointError: The budget is none.
     """
     from hone_lm.checkpoints import read_config
 
@@ -56,17 +60,24 @@ def prepare(cfg: EvalConfig) -> EvalConfig:
     found = read_config(base_of(cfg.model))
     for config in _selections(cfg):
         check_config(found, config)
+    if cfg.budget is not None:
+        takes, width = BudgetPolicy.load(cfg.budget).out.in_features, found.get_text_config().hidden_size
+        if takes != width:
+            raise ValueError(f"{cfg.budget} was learned for a model of width {takes}; {cfg.model} has {width}")
     check_longest(base_of(cfg.model), items, cfg.frames, cfg.max_new_tokens)
     model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
-    return replace(cfg, data=cfg.data.resolve(), model=model)
+    budget = None if cfg.budget is None else cfg.budget.resolve()
+    return replace(cfg, data=cfg.data.resolve(), model=model, budget=budget)
 
 
 def _selections(cfg: EvalConfig) -> list[SparseConfig]:
     return [replace(PRESETS[cfg.preset].config, p=p) for p in cfg.ps]
 
 
-def _answers(model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Of one question: dense, at each threshold and, if so asked, by others at what each threshold kept."""
+def _answers(
+    model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig, policy: BudgetPolicy | None
+) -> dict[str, dict[str, Any]]:
+    """Of one question: dense, at each threshold and, if so asked, at a learned one and by others at what each kept."""
     given = (model, processor, inputs, cfg.max_new_tokens)
     row = {DENSE: _ask(*given, None)}
     for one in _selections(cfg):
@@ -74,6 +85,9 @@ def _answers(model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig
         if cfg.peers:
             for name, other in at_budget(one, row[one.label]["ratio"], model.config).items():
                 row[f"{name} as {one.label}"] = _ask(*given, other)
+    if policy is not None:
+        p = float(policy.best(prompt_features(model, inputs).to(policy.thresholds.device))[0])
+        row[LEARNED] = _ask(*given, replace(PRESETS[cfg.preset].config, p=p)) | {"p": p}
     return row
 
 
@@ -94,6 +108,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     if whole != text:  # cut off within a line
         path.write_text(whole, encoding="utf-8")
     done = [json.loads(line) for line in whole.splitlines()]
+    policy = None if cfg.budget is None else BudgetPolicy.load(cfg.budget)
     model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
     with progress_bar(len(items), desc="questions", quiet=run.quiet) as bar, path.open("a", encoding="utf-8") as file:
         bar.update(len(done))
@@ -101,7 +116,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
             made = model_inputs(processor, [item], cfg.frames)
             check_context(made, model.config, cfg.max_new_tokens, [item])
             inputs = to_model(made, model)
-            row = _answers(model, processor, inputs, cfg)
+            row = _answers(model, processor, inputs, cfg, policy)
             for said in row.values():
                 said["right"] = is_right(said["answer"], item)
             done.append(row)

@@ -73,8 +73,15 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
         return cfg
     from hone_lm.checkpoints import read_config
 
+    from .adapters import base_of
     from .questions import check_longest, load_items
 
+    base = base_of(cfg.model)
+    if base != cfg.model:
+        raise ValueError(
+            f"{cfg.model} holds adapters of {base}; expected a whole model. Save the two merged (merge_and_unload of "
+            "peft), or train anew from that model"
+        )
     if not cfg.data.is_file():
         raise FileNotFoundError(f"there is no {cfg.data}")
     items = load_items(cfg.data)
@@ -255,11 +262,7 @@ def _write(cfg: TrainConfig, task: Task, loop: Reinforcement, weights: dict[str,
             task.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         task.processor.save_pretrained(folder)  # type: ignore[attr-defined]
     if loop.budget is not None:
-        from safetensors.torch import save_file
-
-        save_file(
-            {name: value.cpu() for name, value in loop.budget.state_dict().items()}, folder / "budget.safetensors"
-        )
+        loop.budget.save(folder / "budget.safetensors")
 
 
 def _write_adapter(model: Any, state: dict[str, Tensor], folder: Path, base: str) -> None:

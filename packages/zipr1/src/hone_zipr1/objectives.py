@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
+from hone_core.errors import CheckpointError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -138,3 +140,37 @@ class BudgetPolicy(nn.Module):
     def best(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
         """The likeliest threshold of each prompt, which is the one to deploy."""
         return self.thresholds[self(features).argmax(-1)]
+
+    def save(self, path: str | Path) -> None:
+        """Write what ``load`` reads, as safetensors."""
+        from safetensors.torch import save_file
+
+        save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a policy that ``train`` wrote, ``budget.safetensors``, onto the CPU.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CheckpointError: It is none of these.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no {path}; expected the budget.safetensors of a training")
+        try:
+            state = load_file(path)
+            policy = cls(state["thresholds"].tolist(), state["out.weight"].shape[1])
+            policy.load_state_dict(state)
+        except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} holds no learned budget ({error}); expected the budget.safetensors that "
+                "train --objective budget-policy wrote"
+            ) from error
+        if not all(value.isfinite().all() for value in state.values()):
+            raise CheckpointError(
+                f"{path} has values that are not finite; expected a budget of a training that went well"
+            )
+        return policy

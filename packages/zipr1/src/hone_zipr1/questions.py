@@ -31,6 +31,7 @@ __all__ = [
     "load_items",
     "model_inputs",
     "picture_inputs",
+    "prompt_features",
 ]
 
 Type = Literal["choice", "number", "string"]
@@ -235,6 +236,23 @@ def picture_inputs(processor: Any, texts: Sequence[str], pictures: Sequence[Sequ
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 
+@torch.no_grad()
+def prompt_features(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Mean embedding of each prompt's text, for ``BudgetPolicy``; what a picture shows is not in it.
+
+    Args:
+        model: A model of a processor's inputs.
+        inputs: Of it, ``input_ids`` and ``attention_mask`` among them, on the model's device.
+
+    Returns:
+        float32 ``[batch, dim]``.
+    """
+    ids = inputs["input_ids"]
+    text = inputs["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(visual_ids(model.config), device=ids.device))
+    embeds = model.get_input_embeddings()(ids).float()
+    return (embeds * text[..., None]).sum(1) / text.sum(1, keepdim=True)
+
+
 class ModelTask:
     """A model of transformers and a file of questions, as ``reinforce`` asks for them.
 
@@ -296,14 +314,8 @@ class ModelTask:
 
     @torch.no_grad()
     def features(self, rows: list[Item]) -> Tensor:
-        """Mean embedding of each prompt's text; what a picture shows is not in it."""
-        inputs = self.inputs(rows)
-        ids = inputs["input_ids"]
-        text = inputs["attention_mask"].bool() & ~torch.isin(
-            ids, torch.tensor(visual_ids(self.model.config), device=ids.device)
-        )
-        embeds = self.model.get_input_embeddings()(ids).float()
-        return (embeds * text[..., None]).sum(1) / text.sum(1, keepdim=True)
+        """See ``prompt_features``."""
+        return prompt_features(self.model, self.inputs(rows))
 
     @torch.no_grad()
     def sample(self, rows: list[Item], handle: SparseHandle, p: Tensor, temperature: float, seed: int) -> Drawn:
