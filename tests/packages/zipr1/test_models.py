@@ -773,6 +773,31 @@ def test_disabled_and_detached():
     assert torch.equal(model(**inputs).logits, dense)
 
 
+@pytest.mark.parametrize("kind", ["evict", "retrieve"])
+def test_a_cache_that_dropped_tokens_is_not_read_without_the_selection(kind):
+    model, inputs = get("llava_onevision")
+    ids, name = inputs["input_ids"][:, -1:], cache_keyword(model)
+
+    def step(cache):
+        mask = torch.ones(1, int(cache.get_seq_length()) + 1, dtype=torch.long)
+        return model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}).logits
+
+    whole, cache = DynamicCache(), DynamicCache()
+    with sparse(model, 1.0):
+        model(**inputs, use_cache=True, **{name: whole})
+    with sparse(model, 0.2, rows="all", cache=kind) as handle:
+        model(**inputs, use_cache=True, **{name: cache})
+        want = step(copy.deepcopy(cache))
+        with handle.disabled(), pytest.raises(ValueError, match="this forward has no selection"):
+            step(copy.deepcopy(cache))
+        assert torch.equal(step(copy.deepcopy(cache)), want)
+    with pytest.raises(ValueError, match="Attach for as long as the cache is used, or read the prompt anew"):
+        step(copy.deepcopy(cache))
+    step(whole)  # nothing is gone from it
+    with sparse(model, 0.2, rows="all", cache=kind):
+        assert torch.equal(step(cache), want)
+
+
 def small_config(**changes):
     config = copy.deepcopy(get("qwen2_5_vl")[0].config)
     for name, value in changes.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["Chosen", "Counts", "Kept", "SparseLayer", "check_cache", "sparse_layers"]
+__all__ = ["Chosen", "Counts", "Kept", "Reader", "SparseLayer", "check_cache", "sparse_layers"]
 
 _ROOM = 256
 """Tokens to come that the note of what is read has room for."""
@@ -99,6 +99,17 @@ def _backend(*states: Tensor) -> Literal["auto", "reference"]:
     return "reference" if torch.is_grad_enabled() and any(x.requires_grad for x in states) else "auto"
 
 
+class Reader:
+    """Whether the forward that reads a cache knows what its layers kept; one for all layers.
+
+    Attributes:
+        here: It does.
+    """
+
+    def __init__(self) -> None:
+        self.here = False
+
+
 class SparseLayer(DynamicLayer):
     """Keys and values of a prompt's kept tokens, and of every token since.
 
@@ -115,14 +126,15 @@ class SparseLayer(DynamicLayer):
 
     Args:
         captured: Its steps are captured, so that samples keep their order.
+        reader: Says whether a forward may read it; None: any may.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, captured: bool = False) -> None:
+    def __init__(self, captured: bool = False, reader: Reader | None = None) -> None:
         super().__init__()
-        self.captured = captured
+        self.captured, self.reader = captured, reader
         self.seen = self.prompt = 0
         # Of the first stored tokens; of later ones ``_valid`` has True, or nothing yet.
         self._positions: Tensor | None = None
@@ -171,7 +183,17 @@ class SparseLayer(DynamicLayer):
         self._noted = 0 if valid is None else valid.shape[1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; see ``DynamicLayer``."""
+        """Append; see ``DynamicLayer``.
+
+        Raises:
+            ValueError: Tokens are gone or not to be read, and the forward does not know which.
+        """
+        if self.reader is not None and not self.reader.here and self.lossy:
+            raise ValueError(
+                "the cache holds what a token selection kept of its prompt, and this forward has no selection "
+                "(detached, disabled, or another model). Attach for as long as the cache is used, or read the prompt "
+                "anew"
+            )
         self.seen += key_states.shape[-2]
         return super().update(key_states, value_states)
 
@@ -228,7 +250,7 @@ class SparseLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self.captured)  # type: ignore[misc]
+        self.__init__(self.captured, self.reader)  # type: ignore[misc]
 
     def _rows(self, index: Tensor) -> None:
         if self.seen:
@@ -269,7 +291,8 @@ def sparse_layers(cache: Any, num_layers: int, *, captured: bool = False) -> Non
         ValueError: See ``check_cache``.
     """
     check_cache(cache)
-    cache.layers[:] = [SparseLayer(captured) for _ in range(num_layers)]
+    reader = Reader()
+    cache.layers[:] = [SparseLayer(captured, reader) for _ in range(num_layers)]
 
 
 def check_cache(cache: Any) -> None:

@@ -355,6 +355,7 @@ class SparseHandle(Handle[SparseConfig]):
             cache = DynamicCache()
             kwargs = kwargs | {self._keyword: cache}
         real = None if inputs.mask is None else inputs.mask.bool().to(states.device)
+        self._reads(cache, True)
         earlier = 0 if cache is None else int(cache.get_seq_length())
         if cache is not None and earlier:
             if not isinstance(cache.layers[0], SparseLayer):
@@ -373,6 +374,7 @@ class SparseHandle(Handle[SparseConfig]):
                 return args, kwargs | {_PASS: _Pass(1.0, 0, earlier, None, real, cache, False)}
         elif cache is not None:
             sparse_layers(cache, self.decoder.num_layers, captured=self.config.captured)
+            self._reads(cache, True)
         own = tokens - inputs.candidates if given.prompt_tokens is None else given.prompt_tokens
         if not 1 <= own <= tokens:
             raise ValueError(f"prompt_tokens must lie in 1 .. {tokens}, the tokens of this forward; got {own}")
@@ -412,6 +414,7 @@ class SparseHandle(Handle[SparseConfig]):
         if running is None:
             return
         running.settle()
+        self._reads(running.cache, False)
         inputs = self._state.current
         if inputs is not None and inputs.visual is not None and any(inputs.visual.read()):
             if running.cache is not None and not running.earlier:
@@ -427,6 +430,13 @@ class SparseHandle(Handle[SparseConfig]):
             )
         if running.stats is not None:
             self.stats = running.stats
+
+    @staticmethod
+    def _reads(cache: Any, here: bool) -> None:
+        """Say to a cache that its reader knows what it kept, or no longer."""
+        reader = getattr(cache.layers[0], "reader", None) if cache is not None and cache.layers else None
+        if reader is not None:
+            reader.here = here
 
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
