@@ -12,6 +12,7 @@ from hone_fpsattention.config import PRESETS, FPSAttentionConfig, Regime
 from hone_fpsattention.models import FPSAttentionHandle, _FPSAttention, attach, check_hardware, describe_model
 from hone_fpsattention.schedule import Schedule
 from hone_video.architectures import tiny, tiny_inputs, tiny_pipeline
+from peft import LoraConfig
 
 FULL = Regime(window=(9, 9, 9), e4m3=False)
 """Goes through tiles and lists, and is dense attention."""
@@ -244,6 +245,43 @@ def test_two_threads_on_one_model():
             thread.join()
     for name, outs in results.items():
         assert all(torch.equal(out, expected[name]) for out in outs)
+
+
+@torch.no_grad()
+def test_lora_before_and_after_attach(kind):
+    lora = LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    args, found = inputs(kind, 900.0), {}
+    for when in ("never", "before", "after"):
+        model = tiny(kind)
+        if when == "before":
+            torch.manual_seed(1)
+            model.add_adapter(lora)
+        with attach(model, config(NEAR)):
+            if when == "after":
+                torch.manual_seed(1)
+                model.add_adapter(lora)
+            found[when] = run(model, args)
+            if when != "never":
+                model.disable_adapters()
+                assert torch.equal(run(model, args), found["never"])
+                model.enable_adapters()
+                assert torch.equal(run(model, args), found[when])
+    assert torch.equal(found["before"], found["after"])
+    assert float((found["before"] - found["never"]).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_group_offload_before_and_after_attach():
+    model, args = tiny("wan"), inputs("wan", 900.0)
+    with attach(model, config(NEAR)):
+        expected = run(model, args)
+    for before in (True, False):
+        offloaded = tiny("wan")
+        handle = None if before else attach(offloaded, config(NEAR))
+        offloaded.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+        handle = attach(offloaded, config(NEAR)) if handle is None else handle
+        assert torch.equal(run(offloaded, args), expected)
+        handle.detach()
 
 
 @torch.no_grad()
