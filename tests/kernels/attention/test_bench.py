@@ -1,6 +1,5 @@
 """The bench on a CPU with the reference for a backend: what is measured and checked. Only the clock is replaced."""
 
-import functools
 import logging
 import sys
 import types
@@ -344,7 +343,7 @@ def test_flash_attention_in_fp8_is_a_dense_peer_whose_values_count(on_cpu, caplo
 
 
 def test_host_time_of_a_call_is_a_row(on_cpu):
-    on_cpu.setattr(bench_module, "measure_host", functools.partial(bench_module.measure_host, calls=1))
+    on_cpu.setattr(bench_module, "measure_host", partial(bench_module.measure_host, calls=1))
     on_cpu.setattr(bench_module, "measure_interleaved", None)
     rows = run([torch.bfloat16, FP8], modes=["host"])
     assert {r.metric for r in rows} == {"host_us"}
