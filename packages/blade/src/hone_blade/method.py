@@ -262,8 +262,6 @@ def pool_tokens(
     Source: K_aug = [K, MeanPool_n(K)], likewise V, with ``+ ln n`` on the pooled logits.
     """
     tokens = k.shape[2] - text_tokens
-    if n < 1:
-        raise ValueError(f"n, the tokens of a pooled group, must be at least 1; got {n}")
     if tokens < 1:
         raise ValueError(f"there must be video tokens to pool; got {k.shape[2]} tokens of which {text_tokens} are text")
     means = group_means(k, v, n, tokens=tokens, exact=exact, backend=backend)

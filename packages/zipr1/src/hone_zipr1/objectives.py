@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 import torch
 from hone_core.errors import CheckpointError
+from hone_core.tensors import not_finite
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -169,8 +170,8 @@ class BudgetPolicy(nn.Module):
                 f"{path} holds no learned budget ({error}); expected the budget.safetensors that "
                 "train --objective budget-policy wrote"
             ) from error
-        if not all(value.isfinite().all() for value in state.values()):
+        if broken := not_finite(state):
             raise CheckpointError(
-                f"{path} has values that are not finite; expected a budget of a training that went well"
+                f"{broken} of {path} holds NaN or infinity; expected a budget of a training that went well"
             )
         return policy
