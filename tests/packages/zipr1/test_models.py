@@ -774,13 +774,16 @@ def test_disabled_and_detached():
 
 
 @pytest.mark.parametrize("kind", ["evict", "retrieve"])
-def test_a_cache_that_dropped_tokens_is_not_read_without_the_selection(kind):
+def test_a_cache_that_dropped_tokens_is_not_read_without_the_selection(kind, monkeypatch):
     model, inputs = get("llava_onevision")
     ids, name = inputs["input_ids"][:, -1:], cache_keyword(model)
 
     def step(cache):
         mask = torch.ones(1, int(cache.get_seq_length()) + 1, dtype=torch.long)
         return model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}).logits
+
+    def fail(*args, **kwargs):
+        raise MemoryError
 
     whole, cache = DynamicCache(), DynamicCache()
     with sparse(model, 1.0):
@@ -791,6 +794,13 @@ def test_a_cache_that_dropped_tokens_is_not_read_without_the_selection(kind):
         with handle.disabled(), pytest.raises(ValueError, match="this forward has no selection"):
             step(copy.deepcopy(cache))
         assert torch.equal(step(copy.deepcopy(cache)), want)
+        halted = copy.deepcopy(cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(SparseLayer, "update", fail)
+            with pytest.raises(MemoryError):
+                step(halted)
+    with pytest.raises(ValueError, match="this forward has no selection"):
+        step(halted)
     with pytest.raises(ValueError, match="Attach for as long as the cache is used, or read the prompt anew"):
         step(copy.deepcopy(cache))
     step(whole)  # nothing is gone from it

@@ -334,6 +334,7 @@ class SparseHandle(Handle[SparseConfig]):
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self._state.current = None
+        self._reads(cache_of(kwargs), False)  # also where the forward raised
 
     def _before_decoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -434,7 +435,8 @@ class SparseHandle(Handle[SparseConfig]):
     @staticmethod
     def _reads(cache: Any, here: bool) -> None:
         """Say to a cache that its reader knows what it kept, or no longer."""
-        reader = getattr(cache.layers[0], "reader", None) if cache is not None and cache.layers else None
+        layers = getattr(cache, "layers", None)
+        reader = getattr(layers[0], "reader", None) if layers else None
         if reader is not None:
             reader.here = here
 
