@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hone_blade import bench as bench_module
 from hone_blade.bench import bench
 from hone_blade.config import PRESETS, BenchConfig
@@ -252,6 +253,32 @@ def test_host_time_of_a_layer(tmp_path, record_property):
     record_property("host_us", found)
     assert found.keys() == {"dense", "asa", "asa_g"}
     assert found["asa"] < found["asa_g"] < 300
+
+
+def test_other_dense_kernels_are_compared_and_the_fastest_draws_the_videos(tmp_path, monkeypatch):
+    def kernels(spoil):
+        def flash(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v) + spoil
+
+        return lambda self: {"dense": F.scaled_dot_product_attention, "flash-attn 3 dense": flash}
+
+    def forwards(self, contexts, warmup=1):
+        timings = own(self, contexts, warmup)
+        return {name: replace(timing, ms_p50=float("flash" not in name)) for name, timing in timings.items()}
+
+    own = bench_module._Bench.forwards
+    monkeypatch.setattr(bench_module._Bench, "forwards", forwards)
+    monkeypatch.setattr(bench_module._Bench, "dense_kernels", kernels(0))
+    for parts in (("attention", "forward", "e2e"), ("e2e",)):
+        _, rows = measure(tmp_path / f"right{len(parts)}", model="tiny-wan", parts=parts)
+        for part in {"attention", "forward"} & {*parts}:
+            variants = {row["variant"] for row in rows if row["split"] == part and row["metric"] == "time"}
+            assert variants >= {"dense", "flash-attn 3 dense", "asa", "asa_g"}
+        loops = [row["variant"] for row in rows if row["split"] == "e2e" and row["metric"] == "seconds"]
+        assert loops == [*["flash-attn 3 dense"] * 3, "asa", "asa_g"]
+    monkeypatch.setattr(bench_module._Bench, "dense_kernels", kernels(1))
+    with pytest.raises(RuntimeError, match=r"flash-attn 3 dense is wrong on cpu"):
+        measure(tmp_path / "wrong", model="tiny-wan", parts=("attention",))
 
 
 @KINDS

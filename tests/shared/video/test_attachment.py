@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from hone_video.architectures import FULL_SIZE, full_size, tiny, tiny_inputs
 from hone_video.attachment import Method, reorder_patches
 from hone_video.grids import Order
-from hone_video.handle import SUPPORTED, VideoHandle, attach_method
+from hone_video.handle import SUPPORTED, VideoHandle, attach_kernel, attach_method
 from hone_video.host import Host
 from hone_video.orders import inverse_order, token_order
 from torch import nn
@@ -850,3 +850,24 @@ def test_a_holder_of_a_transformer_says_what_to_pass():
     ):
         attach(host, SPARSE)
     attach(host.transformer, SPARSE).detach()
+
+
+@KINDS
+def test_another_kernel_takes_the_place_of_the_models_own(kind):
+    model, inputs, calls = tiny(kind), tiny_inputs(kind), []
+    if kind == "hunyuan":  # no kernel gets its mask
+        inputs["encoder_attention_mask"] = torch.ones_like(inputs["encoder_attention_mask"])
+    want = model(**inputs, return_dict=False)[0]
+
+    def kernel(q, k, v):
+        calls.append(q.shape)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    with attach_kernel(model, kernel):
+        torch.testing.assert_close(model(**inputs, return_dict=False)[0], want, rtol=1e-5, atol=1e-5)
+        with_kernel = len(calls)
+        assert with_kernel >= 2
+    assert torch.equal(model(**inputs, return_dict=False)[0], want)
+    assert len(calls) == with_kernel
+    with attach_kernel(model, lambda q, k, v: kernel(q, k, v) + 1):
+        assert not torch.allclose(model(**inputs, return_dict=False)[0], want, atol=1e-3)

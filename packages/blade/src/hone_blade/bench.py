@@ -1,9 +1,9 @@
 """What BLADE costs and saves: one attention, one forward, one video, each beside dense attention on the same device.
 
 The models are the published architectures with random weights, so time and memory mean something and pictures do not.
-Dense attention on a GPU is cuDNN's, the fastest that torch has; nothing falls back to another one in silence. A video
-is the real pipeline's denoising loop on given text embeddings, without text encoder and VAE, whose cost is the same
-with every attention.
+Dense attention on a GPU is cuDNN's, the fastest that torch has, and FlashAttention's where it is installed; nothing
+falls back to another one in silence. A video is the real pipeline's denoising loop on given text embeddings, without
+text encoder and VAE, whose cost is the same with every attention; dense ones take the kernel whose forward is fastest.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_host, measure_interleaved
 from hone_kernels.attention import block_sparse_attention
+from hone_kernels.attention.bench import dense_kernels
 from hone_video.architectures import FULL_SIZE, full_size, tiny
 from hone_video.attachment import reorder_patches
+from hone_video.handle import VideoHandle, attach_kernel
 from hone_video.orders import token_order
 from hone_video.workloads import WORKLOADS, Workload
 from torch import Tensor, nn
@@ -49,6 +51,9 @@ _SPARSE_EVERYWHERE: dict[str, Any] = {"dense_layers": (), "dense_steps": 0, "min
 
 PUBLISHED_BATCH, GPUS = 80, 8
 """Videos of an update in the release, and the GPUs that the paper names."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Context = Callable[[], AbstractContextManager[Any]]
 
 _TOLERANCE = 2e-2
 """Relative error (norm) of bfloat16 attention against the float32 reference that still passes."""
@@ -73,8 +78,9 @@ class BenchReport(Report):
 def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     """Measure, and write rows into the run.
 
-    ``split`` of a row is the part; ``variant`` is ``dense``, ``asa`` or ``asa_g``, or a piece of ``asa_g`` or of an
-    update. Rows are times (``ms`` and ``s``) and ``peak_memory`` (``GiB``, weights included). A speed-up is two rows.
+    ``split`` of a row is the part; ``variant`` is ``dense`` (cuDNN's on a GPU) or another dense kernel, ``asa`` or
+    ``asa_g``, or a piece of ``asa_g`` or of an update. Rows are times (``ms`` and ``s``) and ``peak_memory`` (``GiB``,
+    weights included). A speed-up is two rows.
 
     Args:
         cfg: What to measure.
@@ -83,8 +89,8 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
     Raises:
         UnsupportedHardwareError: A published size, or what the host of a GPU takes, is asked of a CPU.
         ValueError: The preset leaves a sparse variant dense at this model's size.
-        RuntimeError: The sparse attention differs from its reference on this device (no time is reported then), cuDNN
-            cannot run the dense attention, or a video came out not finite.
+        RuntimeError: An attention differs from its reference on this device (no time is reported then), cuDNN cannot
+            run the dense attention, or a video came out not finite.
     """
     device = resolve_device(run.device)
     if device.type == "cpu" and cfg.model in FULL_SIZE:
@@ -114,6 +120,8 @@ class _Bench:
         }
         left_out = [name for name, none in _SPARSE_EVERYWHERE.items() if getattr(cfg.attention, name) != none]
         self.note = {"preset_without": ", ".join(left_out)} if left_out else {}
+        self.dense = self.dense_kernels()
+        self.fastest: str | None = None
 
     def all(self) -> None:
         torch.manual_seed(self.cfg.seed)
@@ -140,11 +148,11 @@ class _Bench:
 
     def times(self, part: Part, timings: dict[str, Timing], **given: Any) -> None:
         for variant, timing in timings.items():
-            labels = given if variant == "dense" or variant == "permutation" else {**given, **self.note}
+            labels = given if variant in self.dense or variant == "permutation" else {**given, **self.note}
             # Half the width between the 20th and the 80th percentile, which outliers do not reach.
             spread = (timing.ms_p80 - timing.ms_p20) / 2
             self.row(part, "time", timing.ms_p50, "ms", variant, n=timing.n, spread=spread, labels=labels)
-            if timing.peak_bytes is not None and variant in self.variants:
+            if timing.peak_bytes is not None and variant in self.dense | self.variants:
                 self.row(part, "peak_memory", timing.peak_bytes / 2**30, "GiB", variant, labels=labels)
 
     def clear(self) -> None:
@@ -165,10 +173,25 @@ class _Bench:
         options = {} if self.work.kind == "wan" else {"max_text_seq_length": self.work.text_tokens}
         return tiny(self.work.kind, self.cfg.seed, **options).to(device=device, dtype=self.dtype)
 
+    def dense_kernels(self) -> dict[str, Attend]:
+        """Dense attention by whatever runs here, the model's own kernel first."""
+        own: dict[str, Attend] = {"dense": scaled_dot_product_attention}
+        if self.device.type != "cuda":
+            return own
+        return own | {name: call for name, call in dense_kernels(self.dtype).items() if name.startswith("flash")}
+
+    def dense_contexts(self) -> dict[str, Context]:
+        """The dense model by each kernel: cuDNN's through the model's own code, others in its place."""
+        others = {name: partial(attach_kernel, self.model, call) for name, call in self.dense.items()}
+        return {**others, "dense": nullcontext}
+
     def check(self) -> None:
         """Values first: a wrong kernel is not timed."""
         heads, dim, _ = self.heads()
         q, k, v = _inputs(min(heads, 2), 1000, dim, self.device, self.dtype)
+        exact = (q.float() @ k.float().mT * dim**-0.5).softmax(dim=-1) @ v.float()
+        for name, attend in self.dense.items():
+            check_values(name, attend(q, k, v), exact, tolerance=_TOLERANCE)
         for name, cfg in self.variants.items():
             if cfg is None:
                 continue
@@ -203,7 +226,7 @@ class _Bench:
         heads, dim, layers = self.heads()
         q, k, v = _inputs(heads, work.tokens, dim, self.device, self.dtype)
         place: dict[str, Any] = {"text_tokens": work.joint_text, "grid": work.grid}
-        calls: dict[str, Callable[[], object]] = {"dense": lambda: scaled_dot_product_attention(q, k, v)}
+        calls: dict[str, Callable[[], object]] = {name: partial(call, q, k, v) for name, call in self.dense.items()}
         layouts = {}
         for name, cfg in self.variants.items():
             if cfg is not None:
@@ -245,26 +268,35 @@ class _Bench:
     # One forward.
 
     def forward(self) -> None:
-        inputs = self.model_inputs()
-
-        def call(cfg: BladeConfig | None) -> Callable[[], object]:
-            def run() -> object:
-                # Replacing the processors takes well under a millisecond, and keeps the variants in one random order.
-                with nullcontext() if cfg is None else attach(self.model, cfg):
-                    return self.model(**inputs, return_dict=False)[0]
-
-            return run
-
-        options: dict[str, Any] = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
-        calls = {name: call(cfg) for name, cfg in self.variants.items()}
-        self.times("forward", measure_interleaved(calls, warmup=1, **options), mode="eager")
+        sparse: dict[str, Context]
+        sparse = {name: partial(attach, self.model, cfg) for name, cfg in self.variants.items() if cfg is not None}
+        dense = self.dense_contexts()
+        timings = self.forwards(dense | sparse)
+        self.times("forward", timings, mode="eager")
+        self.fastest = min(dense, key=lambda name: timings[name].ms_p50)
         if self.cfg.compile_blocks:
             blocks = self.model.blocks if self.work.kind == "wan" else self.model.transformer_blocks
             for block in blocks:
                 block.compile(fullgraph=True)
-            self.times("forward", measure_interleaved(calls, warmup=2, **options), mode="compiled blocks")
+            # Kernels of others may not compile without a graph break.
+            self.times("forward", self.forwards({"dense": nullcontext, **sparse}, warmup=2), mode="compiled blocks")
             for block in blocks:
                 block._compiled_call_impl = None
+
+    def forwards(self, contexts: dict[str, Context], warmup: int = 1) -> dict[str, Timing]:
+        inputs = self.model_inputs()
+
+        def call(context: Context) -> Callable[[], object]:
+            def run() -> object:
+                # Replacing the processors takes well under a millisecond, and keeps the variants in one random order.
+                with context():
+                    return self.model(**inputs, return_dict=False)[0]
+
+            return run
+
+        calls = {name: call(context) for name, context in contexts.items()}
+        options: dict[str, Any] = {"rounds": self.cfg.forward_rounds, "seed": self.cfg.seed, "device": self.device}
+        return measure_interleaved(calls, warmup=warmup, **options)
 
     def model_inputs(self) -> dict[str, Any]:
         work, config = self.work, self.model.config
@@ -377,11 +409,18 @@ class _Bench:
 
     def videos(self) -> None:
         cfg = self.cfg
+        contexts = self.dense_contexts()
+        if self.fastest is None:  # part forward is not asked for
+            self.fastest = "dense"
+            if len(contexts) > 1:
+                timings = self.forwards(contexts)
+                self.fastest = min(contexts, key=lambda name: timings[name].ms_p50)
+        dense = self.fastest
         # Many guided steps, no guidance, few steps, sparse: each row changes one thing.
         loops = [
-            ("dense", cfg.steps, True, 1),
-            ("dense", cfg.steps, False, 1),
-            ("dense", cfg.few_steps, False, cfg.repeats),
+            (dense, cfg.steps, True, 1),
+            (dense, cfg.steps, False, 1),
+            (dense, cfg.few_steps, False, cfg.repeats),
             ("asa", cfg.few_steps, False, cfg.repeats),
             ("asa_g", cfg.few_steps, False, cfg.repeats),
         ]
@@ -390,18 +429,18 @@ class _Bench:
         total = sum(steps * loop[3] for steps, loop in zip(measured, loops, strict=True))
         with progress_bar(total, desc=f"{cfg.model} steps", quiet=self.quiet) as bar:
             for (variant, steps, guided, repeats), run_steps in zip(loops, measured, strict=True):
-                settings = self.whole[variant]
-                attached: AbstractContextManager[BladeHandle | None]
-                attached = nullcontext() if settings is None else attach(pipe, settings)
+                settings = self.whole.get(variant)
+                attached: AbstractContextManager[BladeHandle | VideoHandle[None] | None]
+                attached = contexts[variant]() if settings is None else attach(pipe, settings)
                 with attached as handle:
                     few = steps == cfg.few_steps
                     # Two steps of each kind that there is, so that nothing is compiled while time is taken.
                     warm = min(run_steps, 2 + (0 if settings is None else settings.dense_steps))
                     recorded: AbstractContextManager[list[LayerStats]]
-                    recorded = nullcontext([]) if handle is None else handle.record()
+                    recorded = handle.record() if isinstance(handle, BladeHandle) else nullcontext([])
                     with recorded as stats:
                         self.video(pipe, text, warm, guided, few, None)
-                    if handle is not None:
+                    if isinstance(handle, BladeHandle):
                         found = [float(row.stats.density.mean()) for row in stats]
                         _check_sparse(variant, statistics.fmean(found) if found else 1.0)
                     runs = [self.video(pipe, text, run_steps, guided, few, bar.update) for _ in range(repeats)]
@@ -485,7 +524,7 @@ def _check_sparse(name: str, density: float) -> None:
 
 
 def _dense_backend(device: torch.device) -> AbstractContextManager[None]:
-    """Allow cuDNN and nothing else on a GPU."""
+    """Of torch's own attention, allow cuDNN's and nothing else on a GPU."""
     return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if device.type == "cuda" else nullcontext()
 
 

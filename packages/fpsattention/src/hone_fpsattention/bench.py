@@ -28,8 +28,7 @@ from hone_kernels.attention.bench import dense_kernels
 from hone_kernels.attention_fp8 import quantize_qkv, quantized_attention
 from hone_kernels.attention_fp8.reference import rotate
 from hone_video.architectures import FULL_SIZE, full_size, tiny
-from hone_video.attachment import Method
-from hone_video.handle import VideoHandle, attach_method
+from hone_video.handle import attach_kernel
 from hone_video.workloads import HD_WORKLOADS, WORKLOADS
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -117,21 +116,6 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class _Dense(Method):
-    """The model's own attention by another kernel, on tokens in their own order."""
-
-    name, config = "another dense kernel", None
-
-    def __init__(self, attend: Attend) -> None:
-        self.call = attend
-
-    def plan(self, step: int, timestep: float | None) -> str:
-        return "dense"
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Tensor:
-        return self.call(q, k, v)
 
 
 class _Bench:
@@ -331,10 +315,10 @@ class _Bench:
         if self.work.kind == "hunyuan":
             # Its own mask hides nothing here, and no fast kernel takes one.
             first = next(iter(self.dense.values()))
-            found["dense"] = partial(attach_method, model, _Dense(first), VideoHandle)
+            found["dense"] = partial(attach_kernel, model, first)
         for name, attend in self.dense.items():
             if name.startswith("flash"):
-                found[name] = partial(attach_method, model, _Dense(attend), VideoHandle)
+                found[name] = partial(attach_kernel, model, attend)
         return found
 
     def forwards(

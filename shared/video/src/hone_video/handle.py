@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils.torch_utils import is_compiled_module
 from hone_core.handles import CallState, Handle
-from torch import nn
+from torch import Tensor, nn
 
 from .attachment import Attachment, Method, Processor
 from .families import FAMILIES
 from .steps import Steps
 
-__all__ = ["SUPPORTED", "LayerStats", "VideoHandle", "attach_method", "transformers_of"]
+__all__ = ["SUPPORTED", "LayerStats", "VideoHandle", "attach_kernel", "attach_method", "transformers_of"]
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +197,35 @@ def attach_method(model_or_pipeline: Any, method: Method, handle: type[H]) -> H:
         raise
     log.debug("attached to %s: %s", ", ".join(type(model).__name__ for model in models), method.config)
     return made
+
+
+class _Kernel(Method):
+    """Dense attention by a given function, on tokens in their own order."""
+
+    name, config = "another kernel", None
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.call = attend
+
+    def plan(self, step: int, timestep: float | None) -> str:
+        return "dense"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Tensor:
+        return self.call(q, k, v)
+
+
+def attach_kernel(model_or_pipeline: Any, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> VideoHandle[None]:
+    """Give a transformer another kernel for its dense self-attention, to compare with; as ``attach_method``.
+
+    Args:
+        model_or_pipeline: As for ``attach_method``.
+        attend: Of q, k, v ``[B, H, S, D]``, the attention of all queries over all keys, ``[B, H, S, D]``. No mask
+            reaches it, so texts may not be padded.
+
+    Raises:
+        TypeError, ValueError: As ``attach_method``.
+    """
+    return attach_method(model_or_pipeline, _Kernel(attend), VideoHandle)
 
 
 def transformers_of(model_or_pipeline: Any) -> tuple[nn.Module, ...]:
