@@ -170,13 +170,14 @@ def test_lists(columns):
     factors = random_factors(2, 3, 300, 523, 64)
     num, tiles, idx = lists(factors, 523 // 64, columns=columns)
     for (b, h, i), count in zip(
-        torch.cartesian_prod(*map(torch.arange, tiles.shape)).tolist(), num.flatten(0, 2), strict=True
+        torch.cartesian_prod(*map(torch.arange, tiles.shape[1:])).tolist(), num.flatten(0, 2), strict=True
     ):
         row = factors[b, h, :, i] if columns else factors[b, h, i]
         want = [(row == factor).nonzero().flatten() for factor in FACTORS]
         assert count.tolist() == [len(x) for x in want]
         assert torch.equal(idx[b, h, i, : count.sum()].long(), torch.cat(want))
-        assert tiles[b, h, i] == sum(-(-len(x) // factor) for x, factor in zip(want, FACTORS, strict=True))
+        filled = [-(-len(x) // factor) for x, factor in zip(want, FACTORS, strict=True)]
+        assert tiles[:, b, h, i].tolist() == [filled[0], sum(filled[1:]), sum(filled)]
 
 
 @pytest.mark.interpret
@@ -184,9 +185,10 @@ def test_lists(columns):
 def test_pooling(dtype):
     from hone_kernels.pyramid_attention.triton import pool
 
-    x = torch.randn(2, 75, 3, 24, dtype=dtype).transpose(1, 2)
-    want = [x[:, :, :64].double().unflatten(2, (-1, factor)).mean(3).to(dtype) for factor in FACTORS[1:]]
-    assert_close(pool(x, 32), torch.cat(want, 2))
+    pair = torch.randn(2, 75, 3, 24, dtype=dtype).transpose(1, 2), torch.randn(2, 3, 75, 24, dtype=dtype)
+    for x, got in zip(pair, pool(*pair, 32), strict=True):
+        want = [x[:, :, :64].double().unflatten(2, (-1, factor)).mean(3).to(dtype) for factor in FACTORS[1:]]
+        assert_close(got, torch.cat(want, 2))
 
 
 SLOW = [case for case in CASES if case.dim > 64 or case.batch > 1]
@@ -204,13 +206,40 @@ def test_interpreted(case, dtype):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_levels_above_0_are_added_to_what_is_there(dtype):
+    """Where another kernel has made the gradients of level 0, as on Hopper."""
+    from hone_kernels.pyramid_attention.triton import attention_backward, lists, pool
+
+    case = Case()
+    (q, k, v), factors = build(case, dtype, "cpu")
+    q, k, v = (x.detach() for x in (q, k, v))
+    whole = case.keys // case.block
+    out, lse = pyramid_attention(q, k, v, factors, block=case.block, return_lse=True, backend="reference")
+    num, _, idx = lists(factors, whole)
+    q_num, _, q_idx = lists(factors, whole, columns=True)
+    args = (torch.randn_like(out), torch.randn_like(lse), q, k, v, *pool(k, v, case.block), out, lse, num, idx, q_num,
+            q_idx, case.block, 0.125)  # fmt: skip
+    there = tuple(torch.randn_like(x) for x in (q, k, v))
+    of_all = attention_backward(*args)
+    # Of level 0 alone: the same weights, and no entry of another level.
+    listed_num, listed_q_num = num.clone(), q_num.clone()
+    listed_num[..., 1:] = listed_q_num[..., 1:] = 0
+    listed = attention_backward(*args[:9], listed_num, idx, listed_q_num, *args[12:])
+    got = attention_backward(*args, tuple(x.clone() for x in there))
+    for g, every, level_0, before in zip(got, of_all, listed, there, strict=True):
+        want = before.double() + (every.double() - level_0.double())
+        assert_close(g, want.to(dtype))
+
+
+@pytest.mark.interpret
 @pytest.mark.slow
 def test_operators_are_registered_as_torch_asks():
     (q, k, v), factors = build(Case(queries=40, keys=70, dim=32, block=32), torch.float32, "cpu")
     torch.library.opcheck(_pyramid_op, (q, k, v, factors, 32, 0.2, "triton"))
     out, lse = _pyramid_op(q.detach(), k.detach(), v.detach(), factors, 32, 0.2, "triton")
     args = [x.detach() for x in (out, lse.nan_to_num(neginf=0), q, k, v)]
-    torch.library.opcheck(_pyramid_backward_op, (*args, factors, out, lse, 32, 0.2))
+    torch.library.opcheck(_pyramid_backward_op, (*args, factors, out, lse, 32, 0.2, "triton"))
 
 
 @requires_gpu(min_sm=80)

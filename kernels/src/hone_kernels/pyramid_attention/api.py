@@ -29,7 +29,8 @@ SUPPORT: dict[str, Support] = {
         min_sm=80,
         backward=True,
     ),
-    # The forward; its gradients come from the Triton kernels.
+    # Of bfloat16, level 0's gradients come from the lists' Gluon kernel; all others from Triton's, but for q's at head
+    # size 64.
     "gluon": Support(
         dtypes=(torch.bfloat16, torch.float16),
         language="gluon",
@@ -151,11 +152,11 @@ def _pyramid_op(
 
     with on_device_of(q):
         num, tiles, idx = lists(factors, k.shape[2] // block)
-        pooled_k, pooled_v = pool(k, block), pool(v, block)
+        pooled_k, pooled_v = pool(k, v, block)
         if backend == "gluon":
             from .gluon_sm90 import attention_forward as gluon_forward
 
-            return gluon_forward(q, k, v, pooled_k, pooled_v, num, idx, tiles, scale)
+            return gluon_forward(q, k, v, pooled_k, pooled_v, num, idx, tiles[2], scale)
         return attention_forward(q, k, v, pooled_k, pooled_v, num, idx, block, scale)
 
 
@@ -176,29 +177,41 @@ def _pyramid_backward_op(
     lse: Tensor,
     block: int,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .triton import attention_backward, lists, pool
 
+    dout, dlse = in_memory(dout), dlse.contiguous()
+    listed = above = None
     with on_device_of(q):
         whole = k.shape[2] // block
-        num, _, idx = lists(factors, whole)
-        q_num, _, q_idx = lists(factors, whole, columns=True)
+        num, tiles, idx = lists(factors, whole)
+        q_num, q_tiles, q_idx = lists(factors, whole, columns=True)
+        # In fixed point, which is for bfloat16.
+        if backend == "gluon" and q.dtype == torch.bfloat16:
+            from hone_kernels.attention.gluon_backward_sm90 import attention_backward as gluon_backward
+
+            # At head size 128 Gluon's gradient of q spills in its loop.
+            above = tiles[1] if q.shape[3] == 64 else None
+            listed = gluon_backward(
+                dout, dlse, q, k, v, out, lse, tiles[0], idx, q_tiles[0], q_idx, None, None, None, None, block, block,
+                scale,
+            )[:3]  # fmt: skip
         # Means again: to keep them would take as much memory as k and v.
-        pooled_k, pooled_v = pool(k, block), pool(v, block)
+        pooled_k, pooled_v = pool(k, v, block)
         return attention_backward(
-            in_memory(dout), dlse.contiguous(), q, k, v, pooled_k, pooled_v, out, lse, num, idx, q_num, q_idx, block,
-            scale,
+            dout, dlse, q, k, v, pooled_k, pooled_v, out, lse, num, idx, q_num, q_idx, block, scale, listed, above,
         )  # fmt: skip
 
 
 @_pyramid_backward_op.register_fake
-def _(dout, dlse, q, k, v, factors, out, lse, block, scale):
+def _(dout, dlse, q, k, v, factors, out, lse, block, scale, backend):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, factors, block, scale, _ = inputs
-    ctx.sizes = (block, scale)
+    q, k, v, factors, *sizes = inputs
+    ctx.sizes = sizes
     ctx.save_for_backward(q, k, v, factors, *output)
 
 

@@ -11,7 +11,8 @@ base 2, ``l`` on its logit: the running maximum is held relative to the level in
 
 Gradients of keys go by columns: one launch a level, coarse ones first, whose tile is (part of) one block. Tiles of
 fewer than 64 keys are the narrow side of every product, so that the matrix units still get 64 rows. The launch of level
-0 adds each key's share of the gradients of its means.
+0 adds each key's share of the gradients of its means. Where another kernel has made the gradients of level 0, those of
+the other levels are added to them, and the shares in a launch of their own.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ LEVELS = tl.constexpr(4)
 
 @triton.jit
 def _lists_kernel(
-    factors_ptr, num_ptr, tiles_ptr, idx_ptr, sfb, sfh, sfi, sfj, heads, rows, count, whole, width,
+    factors_ptr, num_ptr, tiles_ptr, idx_ptr, sfb, sfh, sfi, sfj, heads, rows, count, whole, width, total,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """The list of one row: how many blocks of each level, how many full tiles they need, and which blocks."""
@@ -60,7 +61,8 @@ def _lists_kernel(
     factors_ptr += batch.to(tl.int64) * sfb + head.to(tl.int64) * sfh + i.to(tl.int64) * sfi
     factor = tl.load(factors_ptr + at.to(tl.int64) * sfj, mask=at < count, other=0)
     begin = 0
-    tiles = 0
+    above = 0
+    listed = 0
     for level in tl.static_range(LEVELS):
         member = ((factor == 1 << level) & ((at < whole) | (level == 0))).to(tl.int32)
         num = tl.sum(member, 0)
@@ -68,8 +70,13 @@ def _lists_kernel(
         tl.store(idx_ptr + row.to(tl.int64) * width + place, at, mask=member > 0)
         tl.store(num_ptr + row * LEVELS + level, num)
         begin += num
-        tiles += (num + (1 << level) - 1) // (1 << level)
-    tl.store(tiles_ptr + row, tiles)
+        if level > 0:
+            above += (num + (1 << level) - 1) // (1 << level)
+        else:
+            listed += num
+    tl.store(tiles_ptr + row, listed)
+    tl.store(tiles_ptr + total + row, above)
+    tl.store(tiles_ptr + 2 * total + row, listed + above)
 
 
 @triton.jit
@@ -93,11 +100,9 @@ def _every_eighth(ptr, place, phase, stride, DIM: tl.constexpr, DIM_PAD: tl.cons
 
 
 @triton.jit
-def _pool_kernel(x_ptr, out_ptr, sxb, sxh, sxs, sob, soh, sos, whole, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """Means of one block of keys at every level above 0, of which no two threads share any."""
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
+def _pool(x_ptr, out_ptr, batch, head, sxb, sxh, sxs, sob, soh, sos, whole, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """Means of one block of keys or values at every level above 0, of which no two threads share any."""
     # Of groups of 8 keys.
     place = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     x_ptr += batch.to(tl.int64) * sxb + head.to(tl.int64) * sxh
@@ -117,6 +122,17 @@ def _pool_kernel(x_ptr, out_ptr, sxb, sxh, sxs, sob, soh, sos, whole, DIM: tl.co
     x0 = _mean(out_ptr, x0, x2, place, 0, whole, sos, DIM, DIM_PAD, 2, BLOCK)
     x4 = _mean(out_ptr, x4, x6, place, 1, whole, sos, DIM, DIM_PAD, 2, BLOCK)
     _mean(out_ptr, x0, x4, place, 0, whole, sos, DIM, DIM_PAD, 3, BLOCK)
+
+
+@triton.jit
+def _pool_kernel(
+    k_ptr, v_ptr, pk_ptr, pv_ptr, skb, skh, sks, svb, svh, svs, spkb, spkh, spks, spvb, spvh, spvs, whole,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    _pool(k_ptr, pk_ptr, batch, head, skb, skh, sks, spkb, spkh, spks, whole, DIM, DIM_PAD, BLOCK)
+    _pool(v_ptr, pv_ptr, batch, head, svb, svh, svs, spvb, spvh, spvs, whole, DIM, DIM_PAD, BLOCK)
 
 
 @triton.jit
@@ -268,7 +284,9 @@ def _dq_kernel(
     rows, width, tokens_q, tokens_k, padded, scale, logit_scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr, STAGES: tl.constexpr,
+    ABOVE: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of a tile of queries: of all levels, or (ABOVE) of those above 0 on top of what is there."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -286,15 +304,16 @@ def _dq_kernel(
     dq = tl.zeros([BM, DIM_PAD], tl.float32)
 
     num, offset, full, count = _level_of(num_ptr, list_ptr, whole, tokens_k, 0, BLOCK, BN)
-    dq = _dq_steps(
-        dq, q, dout, log2, delta, k_src, v_src, None, None, list_ptr, num, 0, full, offset, tokens_k, batch, head_k,
-        skb, skh, sks, svb, svh, svs, scale, 0, BLOCK, BN, False, DIM, DIM_PAD, PRECISION, DESC, STAGES,
-    )  # fmt: skip
-    if TAIL:
+    if not ABOVE:
         dq = _dq_steps(
-            dq, q, dout, log2, delta, k_src, v_src, None, None, list_ptr, num, full, count, offset, tokens_k, batch,
-            head_k, skb, skh, sks, svb, svh, svs, scale, 0, BLOCK, BN, True, DIM, DIM_PAD, PRECISION, DESC, STAGES,
+            dq, q, dout, log2, delta, k_src, v_src, None, None, list_ptr, num, 0, full, offset, tokens_k, batch, head_k,
+            skb, skh, sks, svb, svh, svs, scale, 0, BLOCK, BN, False, DIM, DIM_PAD, PRECISION, DESC, STAGES,
         )  # fmt: skip
+        if TAIL:
+            dq = _dq_steps(
+                dq, q, dout, log2, delta, k_src, v_src, None, None, list_ptr, num, full, count, offset, tokens_k, batch,
+                head_k, skb, skh, sks, svb, svh, svs, scale, 0, BLOCK, BN, True, DIM, DIM_PAD, PRECISION, DESC, STAGES,
+            )  # fmt: skip
     for level in tl.static_range(1, LEVELS):
         list_ptr += num
         num, offset, full, count = _level_of(num_ptr, list_ptr, whole, tokens_k, level, BLOCK, BN)
@@ -315,7 +334,10 @@ def _dq_kernel(
     dq_ptr += batch.to(tl.int64) * sob + head.to(tl.int64) * soh + start_q.to(tl.int64) * sos
     ptrs = dq_ptr + tl.arange(0, BM)[:, None] * sos + dim[None, :]
     keep = (at < tokens_q)[:, None] & (dim < DIM)[None, :]
-    tl.store(ptrs, (dq * logit_scale).to(dq_ptr.dtype.element_ty), mask=keep)
+    dq *= logit_scale
+    if ABOVE:
+        dq += tl.load(ptrs, mask=keep, other=0.0).to(tl.float32)
+    tl.store(ptrs, dq.to(dq_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -419,6 +441,28 @@ def _dkv_kernel(
     tl.store(dk_ptr + local * sdks + dim[None, :], dk.to(dk_ptr.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def _spread_kernel(
+    dk_ptr, dv_ptr, dpk_ptr, dpv_ptr, sdkb, sdkh, sdks, sdvb, sdvh, sdvs, spkb, spkh, spks, spvb, spvh, spvs, whole,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds to gradients of keys and values of whole blocks what gradients of their means say of them."""
+    start = tl.program_id(0) * ROWS
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    dim = tl.arange(0, DIM_PAD)
+    row = (start + tl.arange(0, ROWS)).to(tl.int64)
+    keep = (row < whole * BLOCK)[:, None] & (dim < DIM)[None, :]
+    at = dk_ptr + batch.to(tl.int64) * sdkb + head.to(tl.int64) * sdkh + row[:, None] * sdks + dim[None, :]
+    x = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    x = _add_shares(x, dpk_ptr, batch, head, spkb, spkh, spks, start, whole, BLOCK, ROWS, DIM, DIM_PAD)
+    tl.store(at, x.to(dk_ptr.dtype.element_ty), mask=keep)
+    at = dv_ptr + batch.to(tl.int64) * sdvb + head.to(tl.int64) * sdvh + row[:, None] * sdvs + dim[None, :]
+    x = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    x = _add_shares(x, dpv_ptr, batch, head, spvb, spvh, spvs, start, whole, BLOCK, ROWS, DIM, DIM_PAD)
+    tl.store(at, x.to(dv_ptr.dtype.element_ty), mask=keep)
+
+
 def lists(factors: Tensor, whole: int, *, columns: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Lists of blocks, level by level and ascending in each.
 
@@ -428,8 +472,8 @@ def lists(factors: Tensor, whole: int, *, columns: bool = False) -> tuple[Tensor
         columns: The list of each key block instead: of the query blocks that read it.
 
     Returns:
-        int32 ``[B, H, N, 4]`` blocks of each level, ``[B, H, N]`` tiles of 128 keys that they fill, and
-        ``[B, H, N, M]`` which blocks; what stands behind them is undefined.
+        int32 ``[B, H, N, 4]`` blocks of each level, ``[3, B, H, N]`` tiles of 128 keys that level 0, those above it and
+        all of them fill, and ``[B, H, N, M]`` which blocks; what stands behind them is undefined.
     """
     batch, heads, rows, count = factors.shape
     strides = factors.stride()
@@ -437,7 +481,7 @@ def lists(factors: Tensor, whole: int, *, columns: bool = False) -> tuple[Tensor
         rows, count = count, rows
         strides = (*strides[:2], strides[3], strides[2])
     num = torch.empty((batch, heads, rows, LEVELS.value), dtype=torch.int32, device=factors.device)
-    tiles = torch.empty((batch, heads, rows), dtype=torch.int32, device=factors.device)
+    tiles = torch.empty((3, batch, heads, rows), dtype=torch.int32, device=factors.device)
     idx = torch.empty((batch, heads, rows, count), dtype=torch.int32, device=factors.device)
     if columns:
         whole = count
@@ -445,33 +489,34 @@ def lists(factors: Tensor, whole: int, *, columns: bool = False) -> tuple[Tensor
     key = facts and number((facts, whole, columns))
 
     def build(factors, num, tiles, idx):
-        args = (factors, num, tiles, idx, *strides, heads, rows, count, whole, count)
+        args = (factors, num, tiles, idx, *strides, heads, rows, count, whole, count, batch * heads * rows)
         return (batch * heads * rows,), args, dict(WIDE=triton.next_power_of_2(count), num_warps=4)
 
     launch(_lists_kernel, key, (factors, num, tiles, idx), build)
     return num, tiles, idx
 
 
-def pool(x: Tensor, block: int) -> Tensor:
-    """Means of 2, 4 and 8 consecutive keys of all whole blocks, ``[B, HK, G, D]``, one level behind the other.
+def pool(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Means of 2, 4 and 8 consecutive keys and values of all whole blocks, ``[B, HK, G, D]`` each.
 
-    Where no block is whole, one of zeros stands for them, which nobody reads.
+    One level lies behind the other. Where no block is whole, one of zeros stands for them, which nobody reads.
     """
-    batch, heads, tokens, dim = x.shape
+    batch, heads, tokens, dim = k.shape
     whole = tokens // block
     if not whole:
-        return x.new_zeros((batch, heads, block, dim))
-    out = x.new_empty((batch, heads, whole * (block - block // 2 ** (LEVELS.value - 1)), dim))
-    facts = geometry(x)
+        return k.new_zeros((batch, heads, block, dim)), v.new_zeros((batch, heads, block, dim))
+    rows = whole * (block - block // 2 ** (LEVELS.value - 1))
+    pooled = (k.new_empty((batch, heads, rows, dim)), v.new_empty((batch, heads, rows, dim)))
+    facts = geometry(k, v)
     key = facts and number((facts, block))
 
-    def build(x, out):
+    def build(k, v, pooled_k, pooled_v):
         named = dict(DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block)
-        args = (x, out, *_bhs(x), *_bhs(out), whole)
+        args = (k, v, pooled_k, pooled_v, *_bhs(k), *_bhs(v), *_bhs(pooled_k), *_bhs(pooled_v), whole)
         return (whole, heads, batch), args, dict(num_warps=4, **named)
 
-    launch(_pool_kernel, key, (x, out), build)
-    return out
+    launch(_pool_kernel, key, (k, v, *pooled), build)
+    return pooled
 
 
 def attention_forward(
@@ -549,14 +594,25 @@ def attention_backward(
     q_idx: Tensor,
     block: int,
     scale: float,
+    listed: tuple[Tensor, Tensor, Tensor] | None = None,
+    above: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each in its strides. ``q_num`` and ``q_idx`` are lists of columns."""
+    """Gradients of q, k and v, each in its strides. ``q_num`` and ``q_idx`` are lists of columns.
+
+    ``listed`` are those of level 0 if they are there already, to which this adds what comes of the other levels. With
+    ``above``, of ``lists`` of rows, Gluon's kernel does that for q.
+    """
     batch, heads, tokens_q, dim = q.shape
     heads_k, tokens_k = k.shape[1:3]
     whole = tokens_k // block
     facts = geometry(dout, dlse, q, k, v, out, lse, num, idx, q_num, q_idx)
     key = facts and number((facts, block, scale))
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if listed is None:
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    elif not whole:
+        return listed
+    else:
+        dq, dk, dv = listed
     dpk, dpv = torch.empty_like(pooled_k), torch.empty_like(pooled_v)
     padded = -(-tokens_q // 128) * 128
     log2 = torch.empty((batch, heads, padded), dtype=torch.float32, device=q.device)
@@ -585,9 +641,15 @@ def attention_backward(
         )  # fmt: skip
         named = dict(
             BM=t.q, BN=t.k, TAIL=tokens_k % block != 0, DESC=descriptors, STAGES=t.stages, num_warps=t.warps,
-            num_stages=t.stages, maxnreg=t.registers, **shared,
+            num_stages=t.stages, maxnreg=t.registers, ABOVE=listed is not None, **shared,
         )  # fmt: skip
         return (triton.cdiv(tokens_q, t.q), heads, batch), args, named
+
+    def spread(dk, dv, dpk, dpv):
+        rows = 32 if dim > 64 else 64
+        args = (dk, dv, dpk, dpv, *_bhs(dk), *_bhs(dv), *_bhs(dpk), *_bhs(dpv), whole)
+        named = dict(DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, ROWS=rows, num_warps=4)
+        return (triton.cdiv(whole * block, rows), heads_k, batch), args, named
 
     def key_gradients(level: int):
         size = block >> level
@@ -618,12 +680,21 @@ def attention_backward(
         return build
 
     launch(_rows_kernel, key, (out, dout, lse, dlse, log2, delta), rows)
-    launch(_dq_kernel, key, (q, k, v, pooled_k, pooled_v, dout, log2, delta, dq, num, idx), query_gradient)
-    above = (q, pooled_k, pooled_v, dout, log2, delta, dpk, dpv, dpk, dpv, q_num, q_idx)
+    if above is None:
+        tensors = (q, k, v, pooled_k, pooled_v, dout, log2, delta, dq, num, idx)
+        launch(_dq_kernel, key and (key, listed is None), tensors, query_gradient)
+    else:
+        from .gluon_sm90 import add_query_gradient
+
+        add_query_gradient(dq, dout, log2, delta, q, k, v, pooled_k, pooled_v, num, idx, above, scale, key=key)
+    coarse = (q, pooled_k, pooled_v, dout, log2, delta, dpk, dpv, dpk, dpv, q_num, q_idx)
     for level in range(LEVELS.value - 1, 0, -1) if whole else ():
-        launch(_dkv_kernel, key and (key, level), above, key_gradients(level))
-    listed = (q, k, v, dout, log2, delta, dk, dv, dpk, dpv, q_num, q_idx)
-    launch(_dkv_kernel, key and (key, 0), listed, key_gradients(0))
+        launch(_dkv_kernel, key and (key, level), coarse, key_gradients(level))
+    if listed is None:
+        fine = (q, k, v, dout, log2, delta, dk, dv, dpk, dpv, q_num, q_idx)
+        launch(_dkv_kernel, key and (key, 0), fine, key_gradients(0))
+    else:
+        launch(_spread_kernel, key, (dk, dv, dpk, dpv), spread)
     return dq, dk, dv
 
 
