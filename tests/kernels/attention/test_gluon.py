@@ -133,14 +133,25 @@ def test_schedule(batch, heads, rows, shared):
 @pytest.mark.interpret
 @pytest.mark.parametrize("keys", [64, 128])
 def test_padded_bias(keys):
-    pooled = torch.empty(2, 3, 130, 8)
-    bias = torch.randn(3, 130).expand(2, 3, 130)
-    got = gluon.pad_bias(bias, pooled, keys)
-    assert got.shape[-1] % keys == 0
-    assert got.shape[-1] - 130 < keys
-    assert_close(got[..., :130], bias / torch.tensor(2.0).log())
-    assert (got[..., 130:] == -torch.inf).all()
-    assert (gluon.pad_bias(None, pooled, keys)[..., :130] == 0).all()
+    pooled = torch.empty(2, 3, 300, 8)
+    bias = torch.randn(3, 300).expand(2, 3, 300).clone()
+    bias[:, 1, :keys] = 2.0
+    bias[1, 2, keys : 2 * keys] = -torch.inf
+    got = gluon.pad_bias(bias, pooled, keys).unflatten(-1, (-1, keys + 1))
+    biases, even = got[..., :keys].flatten(2), got[..., keys]
+    assert biases.shape[-1] - 300 < keys
+    assert_close(biases[..., :300], bias / torch.tensor(2.0).log())
+    assert (biases[..., 300:] == -torch.inf).all()
+    # Of whole steps of one finite bias, that.
+    assert_close(even[:, 1, 0], torch.full((2,), 2 / math.log(2)))
+    even[:, 1, 0] = torch.nan
+    assert even.isnan().all()
+    zeros = gluon.pad_bias(None, pooled, keys).unflatten(-1, (-1, keys + 1))
+    assert (zeros[..., :-1, :] == 0).all()
+    assert (zeros[..., -1, : 300 % keys] == 0).all()
+    assert zeros[..., -1, keys].isnan().all()
+    bias[0, 0, 3] = torch.nan
+    assert gluon.pad_bias(bias, pooled, keys)[0, 0, keys].isnan()
 
 
 class Columns:
@@ -448,6 +459,40 @@ def test_many_rows_of_many_lengths(dim, claim):
     other, other_lse = block_sparse_attention(q, k, v, layout, return_lse=True, backend="gluon")
     assert torch.equal(out, other)
     assert torch.equal(lse, other_lse)
+
+
+def _one_differs(bias):
+    bias[..., 200] += 1
+
+
+def _a_step_is_gone(bias):
+    bias[:, :, 128:256] = -torch.inf
+
+
+@requires_gpu(min_sm=SUPPORTED.min_sm)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("twist", [None, lambda bias: None, _one_differs, _a_step_is_gone])
+@pytest.mark.parametrize("sizes", [(128, 128), (64, 64)])
+@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_of_pooled_keys_of_one_bias(dim, sizes, padded, twist):
+    """As means of groups have it: one number, and another for a short last group; of each head, another."""
+    block_q, block_k = sizes
+    for keys, groups in ((523, 640), (512, 701)):
+        case = Case(
+            batch=2, heads=4, dim=dim, keys=keys, block_q=block_q, block_k=block_k, padded=padded, pooled=groups
+        )
+        leaves, layout, pooled = build(case)
+        bias = None
+        if twist is not None:
+            bias = torch.tensor([[2.7, -1.5], [0.3, 4.0]], device="cuda")[..., None].repeat(1, 1, groups)
+            bias[..., -1] = 1.2
+            twist(bias)
+        leaves = [x.detach() for x in leaves] + ([] if bias is None else [bias])
+        out, lse = run(leaves, layout, pooled, "gluon")
+        exact, exact_lse = run([x.double() for x in leaves], layout, pooled, "reference")
+        assert_close(out.double(), exact, dtype=torch.bfloat16)
+        assert_close(lse.double(), exact_lse, dtype=torch.float32)
 
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)

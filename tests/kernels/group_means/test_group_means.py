@@ -204,6 +204,7 @@ def test_gpu(dtype, dim, layout):
 
 
 @requires_gpu(min_sm=80)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # inductor's own
 def test_gpu_plans_gradients_graph_and_compile():
     calls = [tensors(1, 12, 1000, 128, torch.bfloat16, "cuda") for _ in range(3)]
     for k, v in calls:  # the second and the third go by a plan

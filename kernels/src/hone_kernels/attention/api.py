@@ -192,7 +192,7 @@ def block_sparse_attention(
         pooled: Further keys that every query reads.
         return_lse: Whether to return the log-sum-exp too.
         backend: ``"gluon"`` for Hopper GPUs, ``"triton"`` for any (or Triton's interpreter), ``"reference"`` for any
-            device, ``"auto"`` for the first of these that can (see ``preference``). ``"flash"`` is FlashAttention 4,
+            device, ``"auto"`` for the first of these that can. ``"flash"`` is FlashAttention 4,
             where it is installed: Hopper, without pooled keys and ``k_valid``, outside of ``torch.compile``; its
             gradients are not bit-identical. A named backend never gives way to another.
         deterministic: Whether gradients must be the same bits from run to run. Those of ``"gluon"`` come, for blocks
@@ -341,11 +341,10 @@ def _check(
     if pooled is not None:
         _check_pooled(pooled, k)
     scale = check_scale(scale, q.shape[3])
-    kernels = preference(q.shape[3], pooled is not None)
     sizes = dict(head_dim=q.shape[3], block_q=layout.block_q, block_k=layout.block_k)
     if backend == "flash" and (pooled is not None or layout.k_valid is not None):
         raise ValueError("backend 'flash' cannot run this call: it takes no pooled keys and no k_valid")
-    options: dict[str, Any] = dict(kernels=kernels, named=("flash",), **sizes)
+    options: dict[str, Any] = dict(kernels=("gluon", "triton"), named=("flash",), **sizes)
     return scale, choose("block_sparse_attention", backend, SUPPORT, q.device, q.dtype, **options)
 
 
@@ -532,15 +531,6 @@ def gradients_by(backend: str, dtype: torch.dtype, block_k: int, deterministic: 
         return "any order"
     # What is infinite has no place in fixed point, and the gradient of a logit can be in float16 only.
     return "fixed point" if dtype == torch.bfloat16 else "triton"
-
-
-def preference(dim: int, pooled: bool) -> tuple[Backend, Backend]:
-    """Kernels in the order in which ``backend="auto"`` asks them.
-
-    Steps of pooled keys need their biases in registers. At head size 64 Gluon then takes 0 to 6 % longer than Triton on
-    whole blocks of 128, and from 2 % less to 4 % more on ragged ends (results/kernels/attention_h200.json).
-    """
-    return ("triton", "gluon") if pooled and dim == 64 else ("gluon", "triton")
 
 
 @torch.library.custom_op("hone_kernels::block_sparse_attention", mutates_args=())

@@ -6,8 +6,9 @@ queries of one head) from a schedule that two small kernels write first: long ro
 long one when the others are done; rows of about one length in the order of their heads, so that programs running side
 by side find each other's keys in the L2 cache.
 
-A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks from the last to the first. What needs a
-mask or a bias (pooled keys, the ragged last block) so comes first, and every step after it carries neither; with
+A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks, each from the last to the first. The
+first step of all is always masked, and of the others only the ragged listed block and steps of pooled keys whose biases
+differ: where they are alike, as ``ln n`` of means of n keys is, the bias is a number that shifts the maximum. With
 ``k_valid`` all steps carry a mask. Two listed blocks of 64 keys make one step of 128; one block of 128 keys may make
 two steps of 64.
 
@@ -144,14 +145,23 @@ def _schedule_kernel(num_ptr, count_ptr, table_ptr, snb, snh, heads, rows, total
 
 @triton.jit
 def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIASED: tl.constexpr, BN: tl.constexpr):
-    """Bias in base 2, minus infinity behind its end, so that loads of whole steps need no mask."""
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Bias in base 2, minus infinity behind its end, so that loads of whole steps need no mask.
+
+    Behind those of a step comes what all of them are, if they are one finite number, else NaN.
+    """
+    step = tl.program_id(0)
+    at = step * BN + tl.arange(0, BN)
     row = tl.program_id(1)
     bias = tl.zeros([BN], tl.float32)
     if BIASED:
         bias_ptr += row // heads * sbb + row % heads * sbh
         bias = tl.load(bias_ptr + at * sbg, mask=at < pooled, other=0.0) * LOG2E
-    tl.store(padded_ptr + row.to(tl.int64) * padded + at, tl.where(at < pooled, bias, -float("inf")))
+    bias = tl.where(at < pooled, bias, -float("inf"))
+    padded_ptr += row.to(tl.int64) * padded + step * (BN + 1)
+    tl.store(padded_ptr + tl.arange(0, BN), bias)
+    low, high = tl.min(bias, 0), tl.max(bias, 0)
+    even = (low == high) & (tl.abs(low) < float("inf")) & (tl.sum((bias == bias).to(tl.int32), 0) == BN)
+    tl.store(padded_ptr + BN, tl.where(even, low, float("nan")))
 
 
 # One lane takes the next number for its warp. Assembly, since a scalar atomic of Triton would go through shared memory.
@@ -229,7 +239,10 @@ def _first_key(list_ptr, step, pooled_steps, listed, num, tokens_k, HALF: gl.con
         first = gl.load(list_ptr + at, mask=inside, other=0) * BLOCK_K + back % SUB * BN
     first = gl.where(inside, first, tokens_k)
     if POOLED:
-        first = gl.where(step < pooled_steps, step * BN + HALF * BLOCK_K, first)
+        if BN > BLOCK_K:  # with what is known already: the producer has few registers
+            first = gl.where(back >= listed, (back - listed) * BN + HALF * BLOCK_K, first)
+        else:
+            first = gl.where(step < pooled_steps, (pooled_steps - 1 - step) * BN, first)
     return first
 
 
@@ -386,14 +399,21 @@ def _offsets(is_pooled, bias_at, keys, limits, stage, LAYOUT: gl.constexpr, BN: 
 
 
 @gluon.jit
-def _softmax(s, offsets, top, scale, MASKED: gl.constexpr):
-    """Weights of a step ``[64, BN]``, the new running maximum of the scaled logits, how far the old one fades."""
+def _softmax(s, offsets, top, scale, MASKED: gl.constexpr, EVEN: gl.constexpr = False):
+    """Weights of a step ``[64, BN]``, the new running maximum of the scaled logits, how far the old one fades.
+
+    ``offsets`` are one for each key, or with ``EVEN`` one for all.
+    """
     if MASKED:
         s = s * scale + offsets[None, :]
         new = gl.maximum(top, gl.max(s, 1))
         # A row that has met no key yet would compute inf - inf.
         shift = gl.where(new == -float("inf"), 0.0, new)
         p = gl.exp2(s - shift[:, None])
+    elif EVEN:
+        new = gl.maximum(top, gl.max(s, 1) * scale + offsets)
+        shift = new
+        p = gl.exp2(s * scale - (new - offsets)[:, None])
     else:
         new = gl.maximum(top, gl.max(s, 1) * scale)
         shift = new
@@ -470,8 +490,8 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         bias_at = bias_ptr
         if POOLED:
             steps += pooled_steps
-            masked = pooled_steps + gl.minimum(listed, 1)
-            bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * pooled_steps * BN
+            bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * pooled_steps * (BN + 1)
+            bias_at += (pooled_steps - 1) * (BN + 1)
 
         # The first step has no values before it and no running maximum, and is always masked.
         mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
@@ -490,7 +510,9 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         # One loop for masked and plain steps: between two, the weights would be unpacked and packed again.
         for step in range(1, steps):
             if POOLED:
-                bias_at += BN
+                bias_at -= BN + 1
+            if POOLED and not VALID:  # on its way during the products
+                even = gl.load(bias_at + BN, mask=step < pooled_steps, other=0.0)
             s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
             turn += 1
             if VALID:
@@ -501,12 +523,12 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
             if VALID:
                 p, top, fade = _softmax(s, offsets, top, scale, True)
             elif POOLED:
-                if step < masked:
+                if (even != even) | ((step == pooled_steps) & (keys < BN)):
                     offsets = _offsets(step < pooled_steps, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K,
                                        VALID, POOLED)  # fmt: skip
                     p, top, fade = _softmax(s, offsets, top, scale, True)
                 else:
-                    p, top, fade = _softmax(s, None, top, scale, False)
+                    p, top, fade = _softmax(s, even, top, scale, False, True)
             else:
                 p, top, fade = _softmax(s, None, top, scale, False)
             sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + _thread_sums(p)
@@ -661,14 +683,14 @@ def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None
 def pad_bias(
     bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | None = None, notes: Notes | None = None
 ) -> Tensor:
-    """Bias of whole steps of pooled keys: ``[B, HK, ceil(G / keys) * keys]`` float32, base 2."""
+    """Bias of whole steps of pooled keys, ``[B, HK, ceil(G / keys) * (keys + 1)]`` float32, base 2: see the kernel."""
     batch, heads, groups = pooled.shape[:3]
     steps = -(-groups // keys)
-    padded = torch.empty((batch, heads, steps * keys), dtype=torch.float32, device=pooled.device)
+    padded = torch.empty((batch, heads, steps * (keys + 1)), dtype=torch.float32, device=pooled.device)
 
     def build(padded, bias):
         strides = (0, 0, 0) if bias is None else bias.stride()
-        args = (bias, padded, *strides, heads, groups, steps * keys)
+        args = (bias, padded, *strides, heads, groups, steps * (keys + 1))
         return (steps, batch * heads), args, dict(BIASED=bias is not None, BN=keys, num_warps=1)
 
     if notes is not None:
@@ -726,6 +748,7 @@ def attention_forward(
         masked = k_valid is not None or pooled_k is not None
         q_registers = config.q_registers and not (masked and dim == 128 and consumers == 2)
         tall = min(config.keys, block_k)
+        steps = 0 if bias is None else bias.shape[2] // (config.keys + 1)
         pooled_descs = [None, None]
         if pooled_k is not None:
             pooled_descs = [_describe(_addressable(x), tall) for x in (pooled_k, pooled_v)]
@@ -733,8 +756,7 @@ def attention_forward(
             _describe(_addressable(q), 64), _describe(_addressable(k), tall), _describe(_addressable(v), tall),
             *pooled_descs, _describe(out, 64), bias, lse, table, kv_idx, k_valid,
             *_strides(kv_idx, (0, 1)), kv_idx.stride(2), *_strides(k_valid, (0,)),
-            tokens_q, k.shape[2], 0 if bias is None else bias.shape[2] // config.keys, heads, kv_num.shape[2], total,
-            scale * LOG2E.value,
+            tokens_q, k.shape[2], steps, heads, kv_num.shape[2], total, scale * LOG2E.value,
         )  # fmt: skip
         named = dict(
             BLOCK_K=block_k, BN=config.keys, STAGES=config.stages, CONSUMERS=consumers, GROUP=heads // k.shape[1],

@@ -14,41 +14,52 @@ from hone_kernels.launch import Notes, launch
 __all__ = ["group_means_backward_triton", "group_means_triton"]
 
 _ROWS = 64
-"""Most tokens of a group in registers at once, and those of a program of the backward."""
+"""Tokens of a program of the backward."""
+
+_VALUES = 1024
+"""Channels of groups that a program of the forward holds: 16 bytes for each thread of four warps."""
 
 
 @triton.jit
-def _mean(x_ptr, out_ptr, sxb, sxh, sxs, sob, soh, sos, n, tokens, last, D: tl.constexpr, DP: tl.constexpr,
-          ROWS: tl.constexpr):  # fmt: skip
-    group = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, DP)
-    first = group.to(tl.int64) * n
-    size = tl.minimum(tokens - group * n, n)
-    x_ptr += batch * sxb + head * sxh + first * sxs
-    total = tl.zeros([DP], tl.float32)
-    for start in range(0, size, ROWS):
-        row = start + tl.arange(0, ROWS)
-        at = x_ptr + row.to(tl.int64)[:, None] * sxs + d[None, :]
-        x = tl.load(at, mask=(row < size)[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, DP]
-        total += tl.sum(x.to(tl.float32), 0)
-    count = tl.where(size < n, last, n)
-    if size < n:
-        x = tl.load(x_ptr + (size - 1).to(tl.int64) * sxs + d, mask=d < D, other=0.0)
-        total += (last - size) * x.to(tl.float32)
-    out_ptr += batch * sob + head * soh + group.to(tl.int64) * sos
-    tl.store(out_ptr + d, (total / count).to(out_ptr.dtype.element_ty), mask=d < D)
+def _row(x_ptr, token, stride, inside):
+    return tl.load(x_ptr + token[:, None] * stride, mask=inside, other=0.0)
 
 
 @triton.jit
 def _means_kernel(
     k_ptr, v_ptr, pk_ptr, pv_ptr, skb, skh, sks, svb, svh, svs, spb, sph, sps, n, tokens, last,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One group of one head."""
-    _mean(k_ptr, pk_ptr, skb, skh, sks, spb, sph, sps, n, tokens, last, D, DP, ROWS)
-    _mean(v_ptr, pv_ptr, svb, svh, svs, spb, sph, sps, n, tokens, last, D, DP, ROWS)
+    """Some groups of one head. A thread has its channels of a group alone, so that nothing is summed across threads."""
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, DP)
+    first = group.to(tl.int64) * n
+    size = tl.minimum(tokens - group * n, n)  # none beyond the last group
+    k_ptr += batch * skb + head * skh + d[None, :]
+    v_ptr += batch * svb + head * svh + d[None, :]
+    inside = (size > 0)[:, None] & (d < D)[None, :]
+    k = tl.zeros([GROUPS, DP], tl.float32)
+    v = tl.zeros([GROUPS, DP], tl.float32)
+    for row in range(0, n, 4):  # eight loads are on their way together
+        at = first + row
+        some = size[:, None] - row
+        k0, v0 = _row(k_ptr, at, sks, (some > 0) & inside), _row(v_ptr, at, svs, (some > 0) & inside)
+        k1, v1 = _row(k_ptr, at + 1, sks, (some > 1) & inside), _row(v_ptr, at + 1, svs, (some > 1) & inside)
+        k2, v2 = _row(k_ptr, at + 2, sks, (some > 2) & inside), _row(v_ptr, at + 2, svs, (some > 2) & inside)
+        k3, v3 = _row(k_ptr, at + 3, sks, (some > 3) & inside), _row(v_ptr, at + 3, svs, (some > 3) & inside)
+        k += (k0.to(tl.float32) + k1.to(tl.float32)) + (k2.to(tl.float32) + k3.to(tl.float32))
+        v += (v0.to(tl.float32) + v1.to(tl.float32)) + (v2.to(tl.float32) + v3.to(tl.float32))
+    # The last token stands for those that a short last group lacks, too.
+    short = (size < n)[:, None] & inside
+    lacks = tl.where(size < n, last - size, 0)[:, None]
+    k += lacks * _row(k_ptr, first + size - 1, sks, short).to(tl.float32)
+    v += lacks * _row(v_ptr, first + size - 1, svs, short).to(tl.float32)
+    count = tl.where(size < n, last, n)[:, None]
+    at = batch * spb + head * sph + group.to(tl.int64)[:, None] * sps + d[None, :]
+    tl.store(pk_ptr + at, (k / count).to(pk_ptr.dtype.element_ty), mask=inside)
+    tl.store(pv_ptr + at, (v / count).to(pv_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -93,8 +104,10 @@ def group_means_triton(
 
     def build(k, v, pk, pv):
         args = (k, v, pk, pv, *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], n, tokens, last)
-        rows = min(triton.next_power_of_2(min(n, tokens)), _ROWS)
-        return (groups, heads, batch), args, dict(D=dim, DP=triton.next_power_of_2(dim), ROWS=rows, num_warps=4)
+        padded = triton.next_power_of_2(dim)
+        some = max(1, _VALUES // padded)
+        named = dict(D=dim, DP=padded, GROUPS=some, num_warps=4)
+        return (triton.cdiv(groups, some), heads, batch), args, named
 
     launch(_means_kernel, key, (k, v, pk, pv), build, notes)
     return pk, pv
