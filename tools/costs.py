@@ -54,14 +54,14 @@ def independent(root: Path = ROOT) -> list[list[str]]:
     for what, file, where, engine in [
         (
             "videos of Wan2.1-1.3B at 480p, 50 guided dense steps",
-            "blade/bench_wan2.1-1.3b_e2e.json",
-            {"metric": "seconds", "variant": "dense", "nfe": 100},
+            "blade/bench_wan2.1-1.3b.json",
+            {"metric": "seconds", "split": "e2e", "nfe": 100},
             "torchrun",
         ),
         (
             "the same in 8 sparse steps, after distillation",
-            "blade/bench_wan2.1-1.3b_e2e.json",
-            {"metric": "seconds", "variant": "asa_g"},
+            "blade/bench_wan2.1-1.3b.json",
+            {"metric": "seconds", "split": "e2e", "variant": "asa_g"},
             "torchrun",
         ),
         (
