@@ -261,18 +261,16 @@ def pyramid_launches(dtype: torch.dtype, dim: int, *, tokens: int = 2056, sm: in
         mock.patch.object(gluon, "_multiprocessors", return_value=132),
         mock.patch.object(gluon, "schedule", return_value=factors.new_empty(4 * blocks + 1, 2)),
         record_launches(module, *kernels) as launches,
-        record_launches(gluon, "_pyramid_kernel", "_dq_kernel") as others,
+        record_launches(gluon, "_pyramid_kernel") as others,
     ):
         num, tiles, idx = module.lists(factors, tokens // 128)
         pooled, _ = module.pool(q, q, 128)
         module.attention_forward(q, q, q, pooled, pooled, num, idx, 128, 0.1)
         module.attention_backward(q, lse, q, q, q, pooled, pooled, q, lse, num, idx, num, idx, 128, 0.1)
         if sm >= 90 and dtype.itemsize == 2 and dim in (64, 128):
-            gluon.attention_forward(q, q, q, pooled, pooled, num, idx, tiles[2], 0.1)
+            gluon.attention_forward(q, q, q, pooled, pooled, num, idx, tiles[1], 0.1)
             rest = (num, idx, num, idx, 128, 0.1, (q, q, q))
             module.attention_backward(q, lse, q, q, q, pooled, pooled, q, lse, *rest)
-            if dim == 64:
-                module.attention_backward(q, lse, q, q, q, pooled, pooled, q, lse, *rest, tiles[1])
     return launches + others
 
 

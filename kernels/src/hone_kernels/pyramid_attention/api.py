@@ -29,8 +29,7 @@ SUPPORT: dict[str, Support] = {
         min_sm=80,
         backward=True,
     ),
-    # Of bfloat16, level 0's gradients come from the lists' Gluon kernel; all others from Triton's, but for q's at head
-    # size 64.
+    # Of bfloat16, level 0's gradients come from the lists' Gluon kernel; all others from Triton's.
     "gluon": Support(
         dtypes=(torch.bfloat16, torch.float16),
         language="gluon",
@@ -156,7 +155,7 @@ def _pyramid_op(
         if backend == "gluon":
             from .gluon_sm90 import attention_forward as gluon_forward
 
-            return gluon_forward(q, k, v, pooled_k, pooled_v, num, idx, tiles[2], scale)
+            return gluon_forward(q, k, v, pooled_k, pooled_v, num, idx, tiles[1], scale)
         return attention_forward(q, k, v, pooled_k, pooled_v, num, idx, block, scale)
 
 
@@ -182,7 +181,7 @@ def _pyramid_backward_op(
     from .triton import attention_backward, lists, pool
 
     dout, dlse = in_memory(dout), dlse.contiguous()
-    listed = above = None
+    listed = None
     with on_device_of(q):
         whole = k.shape[2] // block
         num, tiles, idx = lists(factors, whole)
@@ -191,8 +190,6 @@ def _pyramid_backward_op(
         if backend == "gluon" and q.dtype == torch.bfloat16:
             from hone_kernels.attention.gluon_backward_sm90 import attention_backward as gluon_backward
 
-            # At head size 128 Gluon's gradient of q spills in its loop.
-            above = tiles[1] if q.shape[3] == 64 else None
             listed = gluon_backward(
                 dout, dlse, q, k, v, out, lse, tiles[0], idx, q_tiles[0], q_idx, None, None, None, None, block, block,
                 scale,
@@ -200,7 +197,7 @@ def _pyramid_backward_op(
         # Means again: to keep them would take as much memory as k and v.
         pooled_k, pooled_v = pool(k, v, block)
         return attention_backward(
-            dout, dlse, q, k, v, pooled_k, pooled_v, out, lse, num, idx, q_num, q_idx, block, scale, listed, above,
+            dout, dlse, q, k, v, pooled_k, pooled_v, out, lse, num, idx, q_num, q_idx, block, scale, listed,
         )  # fmt: skip
 
 

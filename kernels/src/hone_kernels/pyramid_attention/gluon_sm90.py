@@ -1,6 +1,6 @@
-"""Attention over a pyramid of keys for Hopper (compute capability 9.x) in Gluon: forward, and q's gradient.
+"""Attention over a pyramid of keys for Hopper (compute capability 9.x) in Gluon: the forward.
 
-The forward is the kernel of ``attention.gluon_sm90``, with its schedule, barriers and order of steps, but for what a
+It is the kernel of ``attention.gluon_sm90``, with its schedule, barriers and order of steps, but for what a
 step holds: 128 keys of one level. At level ``l`` these are ``2 ** l`` entries of the row's list, of ``128 >> l``
 consecutive keys each, which the producer brings by as many copies under one barrier. Beside the keys it leaves a word:
 the level, which is what their weight ``2 ** l`` adds to the logits in base 2, and how many of the keys exist. The level
@@ -9,13 +9,6 @@ entries are missing the last one is copied again, and masked.
 
 A step's word is written before its barrier ``k_full`` completes and read before ``k_empty`` is given back, so the
 argument there why nothing waits for ever holds here too.
-
-The gradient of q walks the same steps with the same producer, which brings dO beside Q. Step j of a consumer needs K_j,
-V_j and, for the logits of the next, K_{j+1}; V_j is given back when dP is there, K_j behind ``dQ += dS K``, and the
-buffer of Q, through which dQ leaves, at the end of a row. The producer's order is K_0, Q and dO, K_1, V_0, K_2, V_1 ...
-When it waits for the buffer of K_{j+1}, which step j + 1 - stages gives back, values up to V_{j-1} and keys up to K_j
-are on their way: all that this step needs, if there are two stages or more. For V_j it waits for a step before that.
-It is told of the steps above level 0 only, which come first, and adds to what the lists' backward left of level 0.
 """
 
 from __future__ import annotations
@@ -53,10 +46,10 @@ from hone_kernels.attention.gluon_sm90 import (
     config_for,
     schedule,
 )
-from hone_kernels.attention.triton import LN2, LOG2E, _bhs
+from hone_kernels.attention.triton import LN2, LOG2E
 from hone_kernels.launch import geometry, launch, number
 
-__all__ = ["add_query_gradient", "attention_forward"]
+__all__ = ["attention_forward"]
 
 BLOCK = gl.constexpr(128)
 """Keys of an entry at level 0, and of every step."""
@@ -125,15 +118,13 @@ def _entries(list_ptr, at, last):
 
 
 @gluon.jit
-def _producer(q_desc, do_desc, k_descs, v_descs, table_ptr, num_ptr, idx_ptr, width, tokens_k, total, sizes, memory,
+def _producer(q_desc, k_descs, v_descs, table_ptr, num_ptr, idx_ptr, width, tokens_k, total, sizes, memory,
               config: gl.constexpr):  # fmt: skip
-    """Copies of all rows of this program; with BACKWARD a row's dO comes with its Q."""
-    q_buf, do_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
+    q_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     heads, rows = sizes
     STAGES: gl.constexpr = config[0]
     GROUP: gl.constexpr = config[1]
     CLAIM: gl.constexpr = config[4]
-    BACKWARD: gl.constexpr = config[5]
     k_0, k_1, k_2, k_3 = k_descs
     v_0, v_1, v_2, v_3 = v_descs
     Q_BYTES: gl.constexpr = q_buf.shape[3] * q_buf.shape[4] * q_buf.dtype.primitive_bitwidth // 8
@@ -178,14 +169,10 @@ def _producer(q_desc, do_desc, k_descs, v_descs, table_ptr, num_ptr, idx_ptr, wi
                     _put(header.index(HEADER_WORDS * wg + 1), steps)
                     mbarrier.arrive(q_full.index(wg))
                     first_q = (row * 2 + wg) * 64
-                    mbarrier.expect(q_full.index(wg), 2 * Q_BYTES if BACKWARD else Q_BYTES)
+                    mbarrier.expect(q_full.index(wg), Q_BYTES)
                     tma.async_copy_global_to_shared(
                         q_desc, [batch, head, first_q, 0], q_full.index(wg), q_buf.index(wg)
                     )
-                    if BACKWARD:
-                        tma.async_copy_global_to_shared(
-                            do_desc, [batch, head, first_q, 0], q_full.index(wg), do_buf.index(wg)
-                        )
                 row_turn += 1
                 if CLAIM:
                     place = gl.num_programs(0) + _claim_row(table_ptr + 2 * total, total)
@@ -249,7 +236,7 @@ def _products(weights, q, acc, no_logits, k_buf, v_buf, words, k_full, v_full, t
 
 @gluon.jit
 def _consumer(out_desc, lse_ptr, out_buf, tokens_q, scale, sizes, memory, config: gl.constexpr, WG: gl.constexpr):
-    q_buf, _no_douts, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
+    q_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     heads, rows = sizes
     STAGES: gl.constexpr = config[0]
     Q_REGISTERS: gl.constexpr = config[2]
@@ -355,155 +342,17 @@ def _pyramid_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
-    memory = (q_buf, q_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    memory = (q_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     sizes = (heads, rows)
-    config: gl.constexpr = (STAGES, GROUP, Q_REGISTERS, TURNS, CLAIM, False)
+    config: gl.constexpr = (STAGES, GROUP, Q_REGISTERS, TURNS, CLAIM)
     out_0 = gl.allocate_shared_memory(out_desc.dtype, [1, 1, 64, D], out_desc.layout)
     out_1 = gl.allocate_shared_memory(out_desc.dtype, [1, 1, 64, D], out_desc.layout)
     gl.warp_specialize(
         [
             (_consumer, (out_desc, lse_ptr, out_0, tokens_q, scale, sizes, memory, config, 0)),
             (_consumer, (out_desc, lse_ptr, out_1, tokens_q, scale, sizes, memory, config, 1)),
-            (_producer, (q_desc, q_desc, (k_0, k_1, k_2, k_3), (v_0, v_1, v_2, v_3), table_ptr, num_ptr, idx_ptr, width,
+            (_producer, (q_desc, (k_0, k_1, k_2, k_3), (v_0, v_1, v_2, v_3), table_ptr, num_ptr, idx_ptr, width,
                          tokens_k, total, sizes, memory, config)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _weights(s, word, log2, scale):
-    """Weights of a step ``[64, 128]`` from its logits and the log-sum-exp of each row in base 2."""
-    exist = word % 256
-    level = (word // 256).to(gl.float32)
-    if exist < BLOCK:
-        column = gl.arange(0, BLOCK, gl.SliceLayout(0, s.type.layout))
-        s = gl.where((column < exist)[None, :], s, -float("inf"))
-    return gl.exp2(s * scale - (log2 - level)[:, None])
-
-
-@gluon.jit
-def _ds(s, log2, delta, douts, v_buf, v_full, v_empty, words, turn, scale, no_logits, STAGES: gl.constexpr,
-        OPERAND: gl.constexpr):  # fmt: skip
-    """Gradient of a step's logits, as an operand; dP runs under the exponentials."""
-    D: gl.constexpr = v_buf.shape[4]
-    stage = turn % STAGES
-    mbarrier.wait(v_full.index(stage), turn // STAGES & 1)
-    values_t = v_buf.index(stage).reshape([BLOCK, D]).permute((1, 0))
-    dp = warpgroup_mma(douts, values_t, no_logits, use_acc=False, is_async=True)
-    p = _weights(s, _get(words.index(stage)), log2, scale)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
-    mbarrier.arrive(v_empty.index(stage))
-    return gl.convert_layout((p * (dp - delta[:, None])).to(v_buf.dtype), OPERAND)
-
-
-@gluon.jit
-def _dq_consumer(dq_desc, dq_ptr, sqb, sqh, sqs, log2_ptr, delta_ptr, tokens_q, padded, scale, logit_scale, sizes,
-                 memory, config: gl.constexpr, WG: gl.constexpr):  # fmt: skip
-    q_buf, do_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
-    heads, rows = sizes
-    STAGES: gl.constexpr = config[0]
-    D: gl.constexpr = k_buf.shape[4]
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    no_logits = gl.zeros([64, BLOCK], gl.float32, LOGITS)
-    local = gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
-    turn = 0
-    row_turn = 0
-    mbarrier.wait(q_full.index(WG), 0)
-    tile = _get(header.index(HEADER_WORDS * WG))
-    while tile >= 0:
-        steps = _get(header.index(HEADER_WORDS * WG + 1))
-        batch, head, row = _place(tile, heads, rows)
-        start = (row * 2 + WG) * 64
-        at = (batch.to(gl.int64) * heads + head) * padded + start
-        log2 = gl.load(log2_ptr + at + local)
-        delta = gl.load(delta_ptr + at + local)
-        q = q_buf.index(WG).reshape([64, D])
-        douts = do_buf.index(WG).reshape([64, D])
-        dq = gl.zeros([64, D], gl.float32, OUT)
-        # Zeros that the compiler cannot move: between asynchronous products they would make it wait after each.
-        dq = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [dq], dtype=gl.float32, is_pure=False, pack=1)
-
-        mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
-        keys = k_buf.index(turn % STAGES).reshape([BLOCK, D])
-        s = warpgroup_mma(q, keys.permute((1, 0)), no_logits, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        for _ in range(1, steps):
-            ds = _ds(s, log2, delta, douts, v_buf, v_full, v_empty, words, turn, scale, no_logits, STAGES, OPERAND)
-            dq = warpgroup_mma(ds, k_buf.index(turn % STAGES).reshape([BLOCK, D]), dq, is_async=True)
-            ahead = turn + 1
-            mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1)
-            keys = k_buf.index(ahead % STAGES).reshape([BLOCK, D])
-            s = warpgroup_mma(q, keys.permute((1, 0)), no_logits, use_acc=False, is_async=True)
-            s, dq = warpgroup_mma_wait(0, deps=(s, dq))
-            mbarrier.arrive(k_empty.index(turn % STAGES))
-            turn += 1
-        ds = _ds(s, log2, delta, douts, v_buf, v_full, v_empty, words, turn, scale, no_logits, STAGES, OPERAND)
-        dq = warpgroup_mma(ds, k_buf.index(turn % STAGES).reshape([BLOCK, D]), dq, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(k_empty.index(turn % STAGES))
-        turn += 1
-
-        token = start + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-        listed = dq_ptr + batch.to(gl.int64) * sqb + head.to(gl.int64) * sqh + token.to(gl.int64)[:, None] * sqs
-        listed = gl.load(
-            listed + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :], mask=(token < tokens_q)[:, None], other=0.0
-        )
-        # Q is read no more by this warpgroup, and by no other.
-        q.store((listed.to(gl.float32) + dq * logit_scale).to(dq_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dq_desc, [batch, head, start, 0], q_buf.index(WG))
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(WG))
-        row_turn += 1
-        mbarrier.wait(q_full.index(WG), row_turn & 1)
-        tile = _get(header.index(HEADER_WORDS * WG))
-
-
-@gluon.jit(do_not_specialize=["sqb", "sqh", "sqs", "width", "tokens_q", "padded", "tokens_k", "heads", "rows", "total"])
-def _dq_kernel(
-    q_desc, do_desc, k_0, k_1, k_2, k_3, v_0, v_1, v_2, v_3, dq_desc, dq_ptr, log2_ptr, delta_ptr, table_ptr, num_ptr,
-    idx_ptr, sqb, sqh, sqs, width, tokens_q, padded, tokens_k, heads, rows, total, scale, logit_scale,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """Adds to dQ what its rows' steps above level 0 say."""
-    D: gl.constexpr = q_desc.block_shape[3]
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_buf = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
-    do_buf = gl.allocate_shared_memory(do_desc.dtype, [2, 1, 1, 64, D], do_desc.layout)
-    k_buf = gl.allocate_shared_memory(k_0.dtype, [STAGES, 1, 1, BLOCK, D], k_0.layout)
-    v_buf = gl.allocate_shared_memory(v_0.dtype, [STAGES, 1, 1, BLOCK, D], v_0.layout)
-    header = gl.allocate_shared_memory(gl.int32, [2 * HEADER_WORDS, 1], WORD)
-    words = gl.allocate_shared_memory(gl.int32, [STAGES, 1], WORD)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for wg in gl.static_range(2):
-        mbarrier.init(q_full.index(wg), count=2)  # the header and the copies
-        mbarrier.init(q_empty.index(wg), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=2)  # the word and the copies
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    memory = (q_buf, do_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    sizes = (heads, rows)
-    config: gl.constexpr = (STAGES, GROUP, False, False, True, True)
-    gl.warp_specialize(
-        [
-            (_dq_consumer, (dq_desc, dq_ptr, sqb, sqh, sqs, log2_ptr, delta_ptr, tokens_q, padded, scale, logit_scale,
-                            sizes, memory, config, 0)),
-            (_dq_consumer, (dq_desc, dq_ptr, sqb, sqh, sqs, log2_ptr, delta_ptr, tokens_q, padded, scale, logit_scale,
-                            sizes, memory, config, 1)),
-            (_producer, (q_desc, do_desc, (k_0, k_1, k_2, k_3), (v_0, v_1, v_2, v_3), table_ptr, num_ptr, idx_ptr,
-                         width, tokens_k, total, sizes, memory, config)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -561,47 +410,3 @@ def attention_forward(
 
     launch(_pyramid_kernel, key, (q, k, v, pooled_k, pooled_v, out, lse, table, num, idx), build)
     return out, lse
-
-
-def add_query_gradient(
-    dq: Tensor,
-    dout: Tensor,
-    log2: Tensor,
-    delta: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pooled_k: Tensor,
-    pooled_v: Tensor,
-    num: Tensor,
-    idx: Tensor,
-    above: Tensor,
-    scale: float,
-    *,
-    key: Hashable | None = None,
-) -> None:
-    """Add to ``dq`` what comes of the levels above 0.
-
-    ``log2`` and ``delta`` ``[B, H, padded]`` are as the Triton kernels have them; ``above`` says of each row
-    ``[B, H, NQ]`` how many steps it has above level 0. ``key`` is for ``launch``, if it is known.
-    """
-    batch, heads, tokens_q, dim = q.shape
-    table = schedule(above, batch, heads, key and (key, "dq"))
-
-    def build(q, dout, k, v, pooled_k, pooled_v, dq, log2, delta, table, num, idx):
-        registers, consumer, producer = _REGISTERS[2]
-        total = table.shape[0] - 1
-        q, dout, k, v, pooled_k, pooled_v = (_addressable(x) for x in (q, dout, k, v, pooled_k, pooled_v))
-        args = (
-            _describe(q, 64), _describe(dout, 64), *_describe_levels(k, pooled_k), *_describe_levels(v, pooled_v),
-            _describe(dq, 64), dq, log2, delta, table, num, idx, *_bhs(dq),
-            idx.shape[3], tokens_q, log2.shape[2], k.shape[2], heads, idx.shape[2], total, scale * LOG2E.value, scale,
-        )  # fmt: skip
-        named = dict(
-            STAGES=2 if dim == 128 else 4, GROUP=heads // k.shape[1], CONSUMER_REGISTERS=consumer,
-            PRODUCER_REGISTERS=producer, num_warps=4, maxnreg=registers,
-        )  # fmt: skip
-        return (min(total, _multiprocessors(q)),), args, named
-
-    tensors = (q, dout, k, v, pooled_k, pooled_v, dq, log2, delta, table, num, idx)
-    launch(_dq_kernel, key, tensors, build)

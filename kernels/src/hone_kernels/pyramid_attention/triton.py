@@ -61,8 +61,7 @@ def _lists_kernel(
     factors_ptr += batch.to(tl.int64) * sfb + head.to(tl.int64) * sfh + i.to(tl.int64) * sfi
     factor = tl.load(factors_ptr + at.to(tl.int64) * sfj, mask=at < count, other=0)
     begin = 0
-    above = 0
-    listed = 0
+    tiles = 0
     for level in tl.static_range(LEVELS):
         member = ((factor == 1 << level) & ((at < whole) | (level == 0))).to(tl.int32)
         num = tl.sum(member, 0)
@@ -70,13 +69,10 @@ def _lists_kernel(
         tl.store(idx_ptr + row.to(tl.int64) * width + place, at, mask=member > 0)
         tl.store(num_ptr + row * LEVELS + level, num)
         begin += num
-        if level > 0:
-            above += (num + (1 << level) - 1) // (1 << level)
-        else:
-            listed += num
-    tl.store(tiles_ptr + row, listed)
-    tl.store(tiles_ptr + total + row, above)
-    tl.store(tiles_ptr + 2 * total + row, listed + above)
+        tiles += (num + (1 << level) - 1) // (1 << level)
+        if level == 0:
+            tl.store(tiles_ptr + row, num)
+    tl.store(tiles_ptr + total + row, tiles)
 
 
 @triton.jit
@@ -472,8 +468,8 @@ def lists(factors: Tensor, whole: int, *, columns: bool = False) -> tuple[Tensor
         columns: The list of each key block instead: of the query blocks that read it.
 
     Returns:
-        int32 ``[B, H, N, 4]`` blocks of each level, ``[3, B, H, N]`` tiles of 128 keys that level 0, those above it and
-        all of them fill, and ``[B, H, N, M]`` which blocks; what stands behind them is undefined.
+        int32 ``[B, H, N, 4]`` blocks of each level, ``[2, B, H, N]`` tiles of 128 keys that level 0 and all of
+        them fill, and ``[B, H, N, M]`` which blocks; what stands behind them is undefined.
     """
     batch, heads, rows, count = factors.shape
     strides = factors.stride()
@@ -481,7 +477,7 @@ def lists(factors: Tensor, whole: int, *, columns: bool = False) -> tuple[Tensor
         rows, count = count, rows
         strides = (*strides[:2], strides[3], strides[2])
     num = torch.empty((batch, heads, rows, LEVELS.value), dtype=torch.int32, device=factors.device)
-    tiles = torch.empty((3, batch, heads, rows), dtype=torch.int32, device=factors.device)
+    tiles = torch.empty((2, batch, heads, rows), dtype=torch.int32, device=factors.device)
     idx = torch.empty((batch, heads, rows, count), dtype=torch.int32, device=factors.device)
     if columns:
         whole = count
@@ -595,12 +591,10 @@ def attention_backward(
     block: int,
     scale: float,
     listed: tuple[Tensor, Tensor, Tensor] | None = None,
-    above: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each in its strides. ``q_num`` and ``q_idx`` are lists of columns.
 
-    ``listed`` are those of level 0 if they are there already, to which this adds what comes of the other levels. With
-    ``above``, of ``lists`` of rows, Gluon's kernel does that for q.
+    ``listed`` are those of level 0 if they are there already, to which this adds what comes of the other levels.
     """
     batch, heads, tokens_q, dim = q.shape
     heads_k, tokens_k = k.shape[1:3]
@@ -680,13 +674,8 @@ def attention_backward(
         return build
 
     launch(_rows_kernel, key, (out, dout, lse, dlse, log2, delta), rows)
-    if above is None:
-        tensors = (q, k, v, pooled_k, pooled_v, dout, log2, delta, dq, num, idx)
-        launch(_dq_kernel, key and (key, listed is None), tensors, query_gradient)
-    else:
-        from .gluon_sm90 import add_query_gradient
-
-        add_query_gradient(dq, dout, log2, delta, q, k, v, pooled_k, pooled_v, num, idx, above, scale, key=key)
+    tensors = (q, k, v, pooled_k, pooled_v, dout, log2, delta, dq, num, idx)
+    launch(_dq_kernel, key and (key, listed is None), tensors, query_gradient)
     coarse = (q, pooled_k, pooled_v, dout, log2, delta, dpk, dpv, dpk, dpv, q_num, q_idx)
     for level in range(LEVELS.value - 1, 0, -1) if whole else ():
         launch(_dkv_kernel, key and (key, level), coarse, key_gradients(level))
