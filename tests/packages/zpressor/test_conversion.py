@@ -71,3 +71,6 @@ def test_scenes_that_do_not_go_are_named(tmp_path):
         prepare(ConvertConfig(captures=(folder,)))
     with pytest.raises(ValueError, match="two scenes have one name"):
         prepare(ConvertConfig(captures=(folder, folder), context=4, targets=2))
+    (folder / "images").rename(folder / "input")
+    with pytest.raises(FileNotFoundError, match=r"one/images or .* was sought\. .*one holds input/, sparse/\."):
+        prepare(ConvertConfig(captures=(folder,)))

@@ -1,5 +1,6 @@
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -161,13 +162,23 @@ def test_bad_colmap_models_are_named(tmp_path):
     (bent / "images" / "002.png").unlink()
     gone = capturefiles.write_colmap(tmp_path / "gone", binary=True)
     (gone / "images" / "002.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"6 pictures in .*images: 002.png is missing\. Copy them there, or"):
+    with pytest.raises(FileNotFoundError, match=r"6 pictures in .*images: 002.png is missing\. .*images holds"):
         read_colmap(gone)
     # Elsewhere than the model says: an empty folder, and none at all.
-    with pytest.raises(FileNotFoundError, match=r"sparse: 000.png and 5 more are missing.* by images"):
+    with pytest.raises(FileNotFoundError, match=r"sparse: 000.png and 5 more are missing\. .*sparse holds 0/\. Copy"):
         read_colmap(gone, gone / "sparse")
     with pytest.raises(FileNotFoundError, match=r"nowhere, which is no folder: 000.png and 5 more"):
         read_colmap(gone, gone / "nowhere")
+    (gone / "images").rename(gone / "images_4")
+    sought = f"a folder {gone / 'images'} or {gone / 'sparse/0/images'} or {gone / 'sparse/images'} was sought"
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(sought) + r"\. .*gone holds images_4/, sparse/\. Move or link"
+    ):
+        read_colmap(gone)
+    for name in "abcdefg":
+        (gone / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"gone holds a, b, c, d, e, f and 3 more\. "):
+        read_colmap(gone)
     odd = capturefiles.write_colmap(tmp_path / "odd", binary=True)
     for shape in ((40, 40), (64, 46)):
         Image.new("RGB", shape).save(odd / "images" / "001.png")
@@ -229,7 +240,7 @@ def test_blenders_frames_have_an_angle_and_no_suffix(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no .*transforms\.json: expected .* ns-process-data"):
         read_transforms(tmp_path / "images")
     (tmp_path / "images" / "002.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"002 is missing\. Copy them there, or mend file_path"):
+    with pytest.raises(FileNotFoundError, match=r"002 is missing\. .*images holds 000\.png, .*mend file_path"):
         read_transforms(path)
 
 

@@ -142,7 +142,14 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
     place, suffix = found[0]
     if images is None:
         near = [folder / "images", place / "images", place.parent / "images", place.parent.parent / "images"]
-        images = next((one for one in near if one.is_dir()), folder / "images")
+        near = [*dict.fromkeys(near)]
+        images = next((one for one in near if one.is_dir()), None)
+        if images is None:
+            raise FileNotFoundError(
+                f"no pictures of the COLMAP model in {place}: a folder {' or '.join(map(str, near))} was sought. "
+                f"{_holding(folder)}. Move or link the pictures to {near[0]}, or name their folder where there is an "
+                "argument images"
+            )
     binary = suffix == ".bin"
     cameras = _read(_cameras_bin if binary else _cameras_txt, place / f"cameras{suffix}")
     poses = sorted(_read(_images_bin if binary else _images_txt, place / f"images{suffix}"), key=lambda entry: entry[0])
@@ -156,7 +163,7 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
     world_to_cam[:, :3, :3] = quat_to_matrix(torch.tensor(quats, dtype=torch.float64).view(-1, 4))
     world_to_cam[:, :3, 3] = torch.tensor(shifts, dtype=torch.float64).view(-1, 3)
     inner = [_pinhole(*cameras[key], name) for name, key in zip(names, keys, strict=True)]
-    _find_pictures(names, Path(images), "Copy them there, or name the folder that holds them by images")
+    _find_pictures(names, Path(images), "Copy them there, or name their folder where there is an argument images")
     return _capture(names, Path(images), _inverse(world_to_cam), inner, points)
 
 
@@ -441,8 +448,18 @@ def _find_pictures(names: Sequence[str], folder: Path, remedy: str) -> None:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         more = f"and {len(missing) - 1} more are missing" if len(missing) > 1 else "is missing"
-        where = "" if folder.is_dir() else ", which is no folder"
-        raise FileNotFoundError(f"expected {len(names)} pictures in {folder}{where}: {missing[0]} {more}. {remedy}")
+        where, place = "" if folder.is_dir() else ", which is no folder", (folder / missing[0]).parent
+        there = f" {_holding(place)}." if place.is_dir() else ""
+        raise FileNotFoundError(
+            f"expected {len(names)} pictures in {folder}{where}: {missing[0]} {more}.{there} {remedy}"
+        )
+
+
+def _holding(folder: Path, most: int = 6) -> str:
+    """What lies in a folder, in words."""
+    names = sorted(one.name + "/" * one.is_dir() for one in folder.iterdir())
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{folder} holds {', '.join(names[:most]) or 'nothing'}{more}"
 
 
 def _image_size(path: Path) -> tuple[int, int]:
