@@ -57,6 +57,7 @@ def test_generate_asks_a_router(command, packaged, tmp_path):
     [
         (("generate",), 1, "--ask"),
         (("generate", "--ask", "1*1", "--small", "x"), 1, "small and large"),
+        (("generate", "--ask", "1*1", "--no-chat"), 1, "chat is of models that small and large name; got neither"),
         (("generate", "--ask", "12 * 3"), 1, "are # * + . 0 1 2 3 4 5 6 7 8 9 = ?; it would read ' ' as <unk>"),
         (("generate", "--ask", "12x3", "--dry-run"), 1, "is asked products, such as 123*45"),
         (("generate", "--ask", "1*1", "--tau", "much"), 2, "tau"),

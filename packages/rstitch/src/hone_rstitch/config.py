@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -303,6 +303,15 @@ class ModelsConfig:
             raise ValueError(f"servers are two addresses, top at least 1; got {self.servers} and {self.top}")
         if (self.small is None) != (self.large is None):
             raise ValueError("give small and large, or neither for the packaged pair")
+        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        of_models = [name for name in ("small_prompt", "large_prompt", "chat", "dtype") if name in given]
+        if self.small is None and of_models:
+            raise ValueError(
+                f"{', '.join(of_models)} is of models that small and large name; got neither, and the packaged pair "
+                "reads products such as 123*45 in float32, without a template"
+            )
+        if self.small is not None and "pair" in given:
+            raise ValueError(f"pair is of the packaged ones; got {self.pair} beside small and large. Leave one out")
         for name in ("small_prompt", "large_prompt"):
             if "{question}" not in getattr(self, name):
                 raise ValueError(f"{name} must hold {{question}}; got {getattr(self, name)!r}")
