@@ -345,6 +345,30 @@ def test_a_picture_larger_than_the_context_is_refused_before_weights_are_read(
     assert "has a context of 4096" in err
 
 
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_video_larger_than_the_context_is_refused_before_weights_are_read(
+    command, checkpoint, tmp_path, monkeypatch, verb
+):
+    def load(*given, **named):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("hone_lm.checkpoints.load_model", load)
+    rows = []
+    # The longest question is about the smallest video; the largest is neither the longest nor the one of most pixels.
+    for name, shape in (("short", (4, 56, 56)), ("long", (6, 112, 112)), ("wide", (2, 140, 140))):
+        np.save(tmp_path / f"{name}.npy", np.zeros((*shape, 3), dtype=np.uint8))
+        question = "How many of them are there?" if name == "short" else "Which?"
+        rows.append({"video": f"{name}.npy", "question": question, "answer": "3", "type": "number"})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = (verb, "--model", checkpoint, "--data", tmp_path / "data.jsonl", "--device", "cpu", "--quiet")
+    # Prompts of 56 tokens; those of the others have 37 and 33.
+    code, _, err = command(*argv, "--frames", 6, "--max-new-tokens", 4045, "--out", tmp_path / "run")
+    assert code == 1
+    assert "long.npy has" in err
+    assert "has a context of 4096" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_learned_budget_gives_each_question_its_threshold(command, checkpoint, asked, tmp_path):
     train = ("train", "--model", checkpoint, "--data", asked, "--objective", "budget-policy", "--steps", 1)
     shape = ("--ps", 0.3, 1, "--group", 2, "--prompts", 1, "--max-new-tokens", 3, "--device", "cpu", "--quiet")

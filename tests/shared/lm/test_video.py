@@ -4,7 +4,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from hone_lm.video import check_video, read_video
+from hone_lm.video import check_video, read_video, video_size
 from PIL import Image
 
 
@@ -86,7 +86,7 @@ def test_a_file_cut_short_is_refused(cut, monkeypatch, seek_seconds):
 
 @pytest.mark.parametrize(("promised", "times"), [(2.1, 21), (2.2, 20)])
 def test_a_container_may_promise_a_little_more(movie, monkeypatch, promised, times):
-    monkeypatch.setattr("hone_lm.video._probe", lambda path: (promised, 10.0))
+    monkeypatch.setattr("hone_lm.video._probe", lambda path: (promised, 10.0, 32, 48))
     clip = read_video(movie, num_frames=64)
     # One frame more is the last one again; the frames of a longer lack are not asked for.
     assert len(clip.frames) == len(clip.times) == times
@@ -114,6 +114,22 @@ def test_array_and_folder(tmp_path):
         clip = read_video(path, num_frames=3)
         assert clip.frames[:, 0, 0, 0].tolist() == [10, 30, 50]
         assert clip.times == (1.0, 3.0, 5.0)
+
+
+def test_sizes_are_told_without_decoding(movie, tmp_path, monkeypatch):
+    np.save(tmp_path / "ramp.npy", ramp(7))
+    (tmp_path / "folder").mkdir()
+    for k in range(3):
+        Image.new("RGB", (40, 24)).save(tmp_path / "folder" / f"{k}.png")
+    monkeypatch.setattr("hone_lm.video._decode", None)
+    assert video_size(movie) == (20, 32, 48)
+    assert video_size(tmp_path / "ramp.npy") == (7, 32, 48)
+    assert video_size(tmp_path / "folder") == (3, 24, 40)
+    with pytest.raises(FileNotFoundError, match="there is no video"):
+        video_size(tmp_path / "none.mp4")
+    (tmp_path / "words.mp4").write_text("words")
+    with pytest.raises(ValueError, match="could not be decoded as a video"):
+        video_size(tmp_path / "words.mp4")
 
 
 def test_pictures_are_in_order_of_number_at_their_own_rate(tmp_path):

@@ -175,7 +175,7 @@ def check_context(inputs: Mapping[str, Tensor], config: Any, answer: int, items:
 
 
 def check_longest(model: str, items: Sequence[Item], frames: int, answer: int) -> None:
-    """``check_context`` of the largest picture and of the longest question, by the processor; no weights are read.
+    """``check_context`` of the largest picture or video and of the longest question; no weights are read.
 
     Args:
         model: Folder or hub address.
@@ -184,21 +184,24 @@ def check_longest(model: str, items: Sequence[Item], frames: int, answer: int) -
         answer: Tokens of an answer.
 
     Raises:
-        ValueError: One is too long.
+        ValueError: One is too long, or a video cannot be read.
     """
     from hone_lm.checkpoints import read_config
+    from hone_lm.video import video_size
     from PIL import Image
     from transformers import AutoProcessor
 
     def pixels(item: Item) -> int:
+        if item.is_video:
+            count, height, width = video_size(item.media)
+            return min(count, frames) * height * width
         with Image.open(item.media) as picture:
             return picture.width * picture.height
 
     config, processor = read_config(model), AutoProcessor.from_pretrained(model)
-    asked = [max(items, key=lambda item: len(item.question))]
-    if not items[0].is_video:
-        asked.append(max(items, key=pixels))
-    for item in asked:
+    media = {item.media: item for item in items}  # several questions are about one
+    asked = (max(items, key=lambda item: len(item.question)), max(media.values(), key=pixels))
+    for item in dict.fromkeys(asked):
         check_context(model_inputs(processor, [item], frames), config, answer, [item])
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-__all__ = ["Clip", "check_video", "read_video"]
+__all__ = ["Clip", "check_video", "read_video", "video_size"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SEEK_SECONDS = 120.0
@@ -111,14 +111,7 @@ def read_video(
         picks, times, rate = _picks(len(files), fps, num_frames, start, end, path)
         return Clip(_read_pictures([files[pick] for pick in picks]), times, len(files) / rate, rate)
     if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} could not be read as an array: {error}") from error
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-            raise ValueError(
-                f"{path}: expected bytes [frames, height, width, 3]; got {array.dtype} {list(array.shape)}"
-            )
+        array = _read_array(path)
         picks, times, rate = _picks(len(array), fps, num_frames, start, end, path)
         return Clip(torch.from_numpy(array[picks]).permute(0, 3, 1, 2).contiguous(), times, len(array) / rate, rate)
     if fps is not None:
@@ -126,10 +119,42 @@ def read_video(
     return _read_file(path, num_frames, start, end)
 
 
+def video_size(path: str | Path) -> tuple[int, int, int]:
+    """Frames, height and width of what ``read_video`` takes, without decoding a frame; a file is taken at its word.
+
+    Args:
+        path: See there. Of a folder the first picture is looked at; a file that is shown turned has the two sides
+            either way round.
+
+    Raises:
+        FileNotFoundError: There is no such video.
+        ValueError: It is none.
+    """
+    path = check_video(path)
+    if path.is_dir():
+        files = _pictures(path)
+        return len(files), *_read_pictures(files[:1]).shape[2:]
+    if path.suffix == ".npy":
+        return _read_array(path).shape[:3]
+    duration, fps, height, width = _probe(path)
+    return max(1, round(duration * fps)), height, width
+
+
 def _pictures(folder: Path) -> list[Path]:
     """Pictures of a folder, 2.png before 10.png."""
     found = (file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
     return sorted(found, key=_in_order)
+
+
+def _read_array(path: Path) -> np.ndarray[Any, Any]:
+    """Bytes ``[frames, height, width, 3]`` of a file, read where they are used."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} could not be read as an array: {error}") from error
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise ValueError(f"{path}: expected bytes [frames, height, width, 3]; got {array.dtype} {list(array.shape)}")
+    return array
 
 
 def _in_order(file: Path) -> tuple[list[Any], str]:
@@ -175,7 +200,7 @@ def _picks(
 
 
 def _read_file(path: Path, count: int, start: float | None, end: float | None) -> Clip:
-    duration, fps = _probe(path)
+    duration, fps, *_ = _probe(path)
     begin, stop = _span(path, duration, start, end)
     count = min(count, max(1, round((stop - begin) * fps)))
     times = _middles(begin, stop, count)
@@ -215,8 +240,8 @@ def _cut_short(path: Path, decoded: int, promised: int) -> ValueError:
     return ValueError(f"{path}: decoded {decoded} of {promised} frames; the file is cut short")
 
 
-def _probe(path: Path) -> tuple[float, float]:
-    """Seconds and frames per second, from what ffmpeg says of a file."""
+def _probe(path: Path) -> tuple[float, float, int, int]:
+    """Seconds, frames per second, height and width, from what ffmpeg says of a file."""
     done = _ffmpeg("-i", str(path))
     said = done.stderr.decode("utf-8", "replace")
     stream = re.search(r"Stream #\S+.*: Video:.*", said)
@@ -228,9 +253,10 @@ def _probe(path: Path) -> tuple[float, float]:
     rate = re.search(r"([\d.]+) fps", stream[0]) or re.search(r"([\d.]+) tbr", stream[0])
     duration = 0.0 if length is None else int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])
     fps = 0.0 if rate is None else float(rate[1])
-    if not fps or not duration:
+    size = re.search(r", (\d+)x(\d+)", stream[0])
+    if not fps or not duration or size is None:
         raise ValueError(f"{path} has no frames (ffmpeg reports {fps:g} frames a second and {duration:g} s)")
-    return duration, fps
+    return duration, fps, int(size[2]), int(size[1])
 
 
 def _decode(path: Path, time: float, count: int, *, needed: bool = True) -> list[Tensor]:
