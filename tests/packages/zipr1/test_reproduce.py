@@ -4,6 +4,7 @@ from hone_core.claims import verdict_over_seeds
 from hone_zipr1 import reproduce as module
 from hone_zipr1.config import ReproduceConfig
 from hone_zipr1.host import load_host
+from hone_zipr1.plots import line_of
 from hone_zipr1.reproduce import ARMS, RULES, judge, matching_p, prepare, reproduce, trainings
 
 
@@ -137,3 +138,9 @@ def test_hosts_are_looked_at_first(cfg, tmp_path):
         prepare(replace(cfg, hosts=cfg.hosts * 2))
     with pytest.raises(ValueError, match="arms are untrained"):
         prepare(replace(cfg, arms=("none",)))
+
+
+def test_each_arm_of_the_chart_has_a_line_of_its_own():
+    lines = [line_of(at) for at in range(len(ARMS))]
+    assert len({line["marker"] for line in lines}) == len(lines)
+    assert len({(line["color"], line["linestyle"]) for line in lines}) == len(lines)

@@ -339,6 +339,9 @@ def prefill_bound(text: Any, tokens: int, ratio: float) -> float:
 def decode_bound(text: Any, tokens: int, batch: int, ratio: float, width: int) -> float:
     """Most that a decoding step can gain by the bytes that it reads: the layers' weights once, and every cache.
 
+    Bytes count alike, and nothing else counts. It is no bound on times where a cache is read slower than weights are:
+    what is not read of it then saves more time than as many bytes of weights take.
+
     Args:
         text: Config of the decoder.
         tokens: In each cache.

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, drawing, error_line, finish
+from hone_core.plots import BLUE, GREEN, GREY, INK, ORANGE, PALETTE, PINK, drawing, error_line, finish
 
 if TYPE_CHECKING:
     from hone_core.runs import Row
 
     from .grading import Outcome
 
-__all__ = ["arms_chart", "curve", "heat_maps", "kept_maps"]
+__all__ = ["arms_chart", "curve", "heat_maps", "kept_maps", "line_of"]
 
 STYLES = {
     "top-p": (BLUE, "o-"),
@@ -23,6 +23,8 @@ STYLES = {
     "FastV": (PINK, "v-."),
     "VisionZip": (GREEN, "d--"),
 }
+MARKERS = "osv^DPX*<>p"
+DASHES = ("-", "--", ":")
 
 
 def curve(lines: Mapping[str, Sequence[Outcome]], dense: Outcome, path: Path, *, title: str = "") -> Path:
@@ -54,6 +56,8 @@ def curve(lines: Mapping[str, Sequence[Outcome]], dense: Outcome, path: Path, *,
 def heat_maps(shown: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> Path:
     """A mosaic per row: the picture, then what each layer kept of it at the first of its thresholds.
 
+    A token is kept or dropped: how much attention it has is not shown.
+
     Args:
         shown: ``image`` (rows of numbers in [0, 1]), ``question``, ``answer``, and ``keep``: per layer a square of 0
             and 1 per visual token.
@@ -77,7 +81,7 @@ def heat_maps(shown: Sequence[Mapping[str, Any]], path: Path, *, title: str = ""
             for one in axes:
                 one.set_xticks([])
                 one.set_yticks([])
-        finish(figure, title=title, note="by layer: what was kept of the picture; blue is dropped")
+        finish(figure, title=title, note="by layer: kept of the picture, blue is dropped; not how much attention")
     return path
 
 
@@ -89,7 +93,7 @@ def kept_maps(
     *,
     title: str,
 ) -> Path:
-    """A frame per row, a layer per column: which of its tokens were kept.
+    """A frame per row, a layer per column: which of its tokens were kept, not how much attention they have.
 
     Args:
         maps: By frame and layer, rows of 0 and 1 per visual token.
@@ -107,8 +111,17 @@ def kept_maps(
                 axis.set_title(f"{layer}: {100 * np.mean(kept):.0f} %", fontsize=7)
                 axis.set_xticks([])
                 axis.set_yticks([])
-        finish(figure, title=title)
+        finish(figure, title=title, note="kept or dropped, not attention")
     return path
+
+
+def line_of(at: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a line by its number; no two of the first 21 share a colour and dashes."""
+    return {
+        "color": PALETTE[at % len(PALETTE)],
+        "marker": MARKERS[at % len(MARKERS)],
+        "linestyle": DASHES[at // len(PALETTE) % len(DASHES)],
+    }
 
 
 def arms_chart(rows: Sequence[Row], path: Path) -> Path:
@@ -125,9 +138,9 @@ def arms_chart(rows: Sequence[Row], path: Path) -> Path:
         for at, arm in enumerate(arms):
             splits = [s for m, v, s in values if m == "accuracy" and v == arm and (s.startswith("p ") or s == "dense")]
             points = sorted((values["token_ratio", arm, s], values["accuracy", arm, s]) for s in splits)
-            axes.plot(*zip(*points, strict=True), "osv^D"[at % 5] + "-", label=arm, markersize=3, linewidth=0.9)
+            axes.plot(*zip(*points, strict=True), **line_of(at), label=arm, markersize=4, linewidth=0.9)
         axes.set_xlabel("tokens kept, mean over layers, %")
         axes.set_ylabel("accuracy, %")
-        axes.legend(fontsize=6, ncols=2)
+        axes.legend(fontsize=6, ncols=2, handlelength=4)
         finish(figure, note="a point per threshold and the dense model, means over hosts")
     return path
