@@ -53,7 +53,7 @@ def independent(root: Path = ROOT) -> list[list[str]]:
     rows = []
     for what, file, where, engine in [
         (
-            "videos of Wan2.1-1.3B at 480p, 50 guided dense steps",
+            "videos of Wan2.1-1.3B at 480p, 50 guided dense steps by FlashAttention 3",
             "blade/bench_wan2.1-1.3b.json",
             {"metric": "seconds", "split": "e2e", "nfe": 100},
             "torchrun",

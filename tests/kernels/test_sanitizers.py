@@ -74,13 +74,14 @@ def race(kernel, one, *others):
     return f"========= Error: Race reported between {access[0]}\n{rest}========= \n"
 
 
-PUT, GET, START, SPECIALISED, PRODUCER = (
+PUT, GET, START, SPECIALISED, BARRIERS, PRODUCER = (
     line_of(*where)
     for where in (
         ("_put", ".store("),
         ("_get", ".load("),
         ("_forward_kernel", "def"),
         ("_forward_kernel", "gl.warp_specialize("),
+        ("_forward_kernel", "mbarrier.init("),
         ("_producer", "list_ptr ="),
     )
 )
@@ -93,6 +94,7 @@ NEW = [
     race("_forward_kernel", ("Write", GET), ("Write", PUT)),  # nothing reads there
     race("_forward_kernel", ("Read", PRODUCER), ("Write", PUT)),
     race("_forward_kernel", ("Read", PRODUCER), ("Write", START)),
+    race("_forward_kernel", ("Read", BARRIERS), ("Write", START)),
     race("_backward_kernel", ("Read", START), ("Write", START)),
     # Without lines.
     "Race reported between Read access at _forward_kernel+0x10\n and Write access at _forward_kernel+0x20 [1 hazards]",
@@ -143,8 +145,10 @@ NONE = "echo '========= ERROR SUMMARY: 0 errors'"
 TWO = "echo '========= ERROR SUMMARY: 2 errors'"
 
 
-def told(texts):
-    return ["cat << 'EOF'", *"".join(texts).splitlines(), "EOF"]
+def races(texts, errors, warnings=0):
+    count = errors + warnings
+    summary = f"========= RACECHECK SUMMARY: {count} hazards displayed ({errors} errors, {warnings} warnings)"
+    return [RIGHT, "cat << 'EOF'", *"".join(texts).splitlines(), summary, "EOF", "exit 9"]
 
 
 HAZARDS = "echo '========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)'"
@@ -158,9 +162,10 @@ HAZARDS = "echo '========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 w
         ("memcheck", "triton", [RIGHT, TWO, "exit 9"], True, "1 of 1 reported something", {"errors": 2}),
         ("memcheck", "triton", [RIGHT, TWO], True, "1 of 1 reported something", {"errors": 2}),
         ("racecheck", "triton", [RIGHT, HAZARDS, "exit 9"], True, "1 of 1 reported something", {"hazards": 3}),
-        ("racecheck", "gluon", [RIGHT, *told(KNOWN), HAZARDS, "exit 9"], False, "'hazards': 3", {"unexplained": 0}),
-        ("racecheck", "gluon", [RIGHT, *told(KNOWN + NEW), HAZARDS, "exit 9"], True, "1 of 1", {"unexplained": 5}),
-        ("racecheck", "gluon", [RIGHT, HAZARDS, "exit 9"], True, "1 of 1 reported something", {"unexplained": 3}),
+        ("racecheck", "gluon", races(KNOWN, 3), False, "'hazards': 3", {"unexplained": 0}),
+        ("racecheck", "gluon", races(KNOWN + NEW, 9), True, "1 of 1 reported something", {"unexplained": 6}),
+        ("racecheck", "gluon", races(KNOWN[:2], 3), True, "1 of 1 reported something", {"unexplained": 1}),
+        ("racecheck", "gluon", races([], 0, 3), True, "1 of 1 reported something", {"unexplained": 3}),
         ("memcheck", "triton", [RIGHT, NONE, "exit 9"], True, "exit code 9", None),
         ("memcheck", "triton", ["echo wrong", NONE, "exit 1"], True, "exit code 1", None),
         ("memcheck", "triton", [NONE], True, "exit code 0", None),

@@ -35,8 +35,11 @@ CASES = [
     (6, 6, 1, True),
     (5, 4, 9, True),
     (5, 4, 9, False),
-    (90, 89, 70, True),  # more than a program holds at once
+    (90, 89, 70, True),
     (90, 89, 70, False),
+    (131, 130, 1, True),  # of more than one program
+    (5, 5, 2**30, True),
+    (5, 5, 300, False),
 ]
 
 

@@ -84,6 +84,9 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (128, 128): Config(keys=128, stages=2, q_registers=True),
 }
 
+# From here on float32 has less than seven bits behind the point: a key that -1e9 is to hide would not stay hidden.
+LARGEST_SHIFT = tl.constexpr(float(2**16))
+
 # Rows that a program of the schedule sorts, and length classes: four an octave up to 2**16 blocks.
 _SORTED, _CLASSES = 128, 64
 
@@ -147,7 +150,8 @@ def _schedule_kernel(num_ptr, count_ptr, table_ptr, snb, snh, heads, rows, total
 def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIASED: tl.constexpr, BN: tl.constexpr):
     """Bias in base 2, minus infinity behind its end, so that loads of whole steps need no mask.
 
-    Behind those of a step comes what all of them are, if they are one finite number, else NaN.
+    Behind those of a step comes what all of them are, if they are one number that a running maximum can be shifted by
+    and lose nothing that counts, else NaN.
     """
     step = tl.program_id(0)
     at = step * BN + tl.arange(0, BN)
@@ -160,7 +164,7 @@ def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIA
     padded_ptr += row.to(tl.int64) * padded + step * (BN + 1)
     tl.store(padded_ptr + tl.arange(0, BN), bias)
     low, high = tl.min(bias, 0), tl.max(bias, 0)
-    even = (low == high) & (tl.abs(low) < float("inf")) & (tl.sum((bias == bias).to(tl.int32), 0) == BN)
+    even = (low == high) & (tl.abs(low) < LARGEST_SHIFT) & (tl.sum((bias == bias).to(tl.int32), 0) == BN)
     tl.store(padded_ptr + BN, tl.where(even, low, float("nan")))
 
 

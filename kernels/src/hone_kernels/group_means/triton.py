@@ -27,7 +27,7 @@ def _row(x_ptr, token, stride, inside):
 
 @triton.jit
 def _means_kernel(
-    k_ptr, v_ptr, pk_ptr, pv_ptr, skb, skh, sks, svb, svh, svs, spb, sph, sps, n, tokens, last,
+    k_ptr, v_ptr, pk_ptr, pv_ptr, skb, skh, sks, svb, svh, svs, spb, sph, sps, n, tokens, last, longest,
     D: tl.constexpr, DP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Some groups of one head. A thread has its channels of a group alone, so that nothing is summed across threads."""
@@ -36,13 +36,13 @@ def _means_kernel(
     batch = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, DP)
     first = group.to(tl.int64) * n
-    size = tl.minimum(tokens - group * n, n)  # none beyond the last group
+    size = tl.minimum(tl.maximum(tokens - first, 0), n).to(tl.int32)  # none beyond the last group
     k_ptr += batch * skb + head * skh + d[None, :]
     v_ptr += batch * svb + head * svh + d[None, :]
     inside = (size > 0)[:, None] & (d < D)[None, :]
     k = tl.zeros([GROUPS, DP], tl.float32)
     v = tl.zeros([GROUPS, DP], tl.float32)
-    for row in range(0, n, 4):  # eight loads are on their way together
+    for row in range(0, longest, 4):  # eight loads are on their way together
         at = first + row
         some = size[:, None] - row
         k0, v0 = _row(k_ptr, at, sks, (some > 0) & inside), _row(v_ptr, at, svs, (some > 0) & inside)
@@ -103,7 +103,7 @@ def group_means_triton(
         notes.made(pv)
 
     def build(k, v, pk, pv):
-        args = (k, v, pk, pv, *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], n, tokens, last)
+        args = (k, v, pk, pv, *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], n, tokens, last, min(n, tokens))
         padded = triton.next_power_of_2(dim)
         some = max(1, _VALUES // padded)
         named = dict(D=dim, DP=padded, GROUPS=some, num_warps=4)

@@ -39,6 +39,7 @@ from hone_kernels.attention.gluon_sm90 import (
     _multiprocessors,
     _named_barrier,
     _place,
+    _products,
     _put,
     _thread_sums,
     _turn_begin,
@@ -217,24 +218,6 @@ def _softmax(s, word, top, scale):
 
 
 @gluon.jit
-def _products(weights, q, acc, no_logits, k_buf, v_buf, words, k_full, v_full, turn, STAGES: gl.constexpr,
-              TURNS: gl.constexpr, WG: gl.constexpr):  # fmt: skip
-    """Those of ``attention.gluon_sm90``; the word of the next step is read while they run."""
-    D: gl.constexpr = k_buf.shape[4]
-    ahead = turn + 1
-    mbarrier.wait(v_full.index(turn % STAGES), turn // STAGES & 1)
-    _turn_begin(TURNS, WG)
-    acc = warpgroup_mma(weights, v_buf.index(turn % STAGES).reshape([BLOCK, D]), acc, is_async=True)
-    mbarrier.wait(k_full.index(ahead % STAGES), ahead // STAGES & 1)
-    keys_t = k_buf.index(ahead % STAGES).reshape([BLOCK, D]).permute((1, 0))
-    s = warpgroup_mma(q, keys_t, no_logits, use_acc=False, is_async=True)
-    _turn_end(TURNS, WG)
-    word = _get(words.index(ahead % STAGES))
-    s, acc = warpgroup_mma_wait(0, deps=(s, acc))
-    return s, acc, word
-
-
-@gluon.jit
 def _consumer(out_desc, lse_ptr, out_buf, tokens_q, scale, sizes, memory, config: gl.constexpr, WG: gl.constexpr):
     q_buf, k_buf, v_buf, header, words, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     heads, rows = sizes
@@ -269,8 +252,8 @@ def _consumer(out_desc, lse_ptr, out_buf, tokens_q, scale, sizes, memory, config
         keys_t = k_buf.index(turn % STAGES).reshape([BLOCK, D]).permute((1, 0))
         s = warpgroup_mma(q, keys_t, no_logits, use_acc=False, is_async=True)
         _turn_end(TURNS, WG)
-        word = _get(words.index(turn % STAGES))
         s = warpgroup_mma_wait(0, deps=(s,))
+        word = _get(words.index(turn % STAGES))
         mbarrier.arrive(k_empty.index(turn % STAGES))
         top = gl.full([64], -float("inf"), gl.float32, LOGIT_ROWS)
         p, top, _ = _softmax(s, word, top, scale)
@@ -278,9 +261,9 @@ def _consumer(out_desc, lse_ptr, out_buf, tokens_q, scale, sizes, memory, config
         weights = gl.convert_layout(p.to(v_buf.dtype), WEIGHTS)
         acc = gl.zeros([64, D], gl.float32, OUT)
         for _ in range(1, steps):
-            s, acc, word = _products(weights, q, acc, no_logits, k_buf, v_buf, words, k_full, v_full, turn, STAGES,
-                                     TURNS, WG)  # fmt: skip
+            s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
             turn += 1
+            word = _get(words.index(turn % STAGES))
             mbarrier.arrive(k_empty.index(turn % STAGES))
             mbarrier.arrive(v_empty.index((turn - 1) % STAGES))
             p, top, fade = _softmax(s, word, top, scale)

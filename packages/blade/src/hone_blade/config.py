@@ -1243,7 +1243,7 @@ class BenchConfig:
     lora_rank: int = 64
     """Of the LoRA of student and fake score."""
     compile_blocks: bool = False
-    """Also time the forward with transformer blocks compiled by Inductor."""
+    """Also time the forward with transformer blocks compiled by Inductor, of dense kernels with torch's own alone."""
     dtype: Dtype = "auto"
     """Of weights and inputs."""
     seed: int = 0
