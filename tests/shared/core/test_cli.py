@@ -556,7 +556,7 @@ def test_a_finished_run_prints_the_same_and_runs_nothing(table, tmp_path):
     assert (shown["path"], shown["mean"], shown["rows"][1]["variant"]) == ("run", 2.0, "asa")
     code, out, err = table("draw --out run --steps 3")
     assert (code, out) == (1, "")
-    assert "config.noise.steps 8 there, 3 here" in err
+    assert "holds a run of another command (--steps 8 there, 3 here); choose another --out" in err
 
 
 def test_a_failed_run_is_resumed(table):

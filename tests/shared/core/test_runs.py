@@ -189,7 +189,7 @@ def test_a_corrected_command_takes_over_what_failed_before_it_made_anything(tmp_
     for made, make in makes.items():
         with pytest.raises(RuntimeError, match="no such size"):
             fail(tmp_path / made, make)
-        with pytest.raises(FileExistsError, match=r"config\.block 128 there, 64 here"):
+        with pytest.raises(FileExistsError, match=r"\(block 128 there, 64 here\)"):
             start(tmp_path / made, Config(block=64))
 
 
@@ -202,11 +202,16 @@ def test_a_place_where_no_folder_can_be_made(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config": Config(block=64)}, r"config\.block 128 there, 64 here"),
-        ({"config": {"block": 128}}, r"config\.layers \[1, 2\] there, absent here"),
-        ({"seed": 4}, "seed 3 there, 4 here"),
-        ({"verb": "bench"}, "verb demo there, bench here"),
-        ({"preset": "tiny"}, "preset None there, tiny here"),
+        ({"config": Config(block=64)}, r"\(block 128 there, 64 here\)"),
+        ({"config": {"block": 128}}, r"\(layers 1 2 there, no such setting here\)"),
+        ({"seed": 4}, r"\(seed 3 there, 4 here\)"),
+        ({"verb": "bench"}, r"\(verb demo there, bench here\)"),
+        ({"preset": "tiny"}, r"\(preset not given there, tiny here\)"),
+        # The preset follows from the settings, and those of another verb are others anyway.
+        ({"preset": "tiny", "config": Config(block=64)}, r"\(block 128 there, 64 here\)"),
+        ({"verb": "bench", "config": {"rounds": 3}}, r"\(verb demo there, bench here\)"),
+        ({"seed": 4, "config": Config(block=64)}, r"\(seed 3 there, 4 here, block 128 there, 64 here\)"),
+        ({"config": Config(block=64), "flags": {"block": "--block"}}, r"\(--block 128 there, 64 here\)"),
     ],
 )
 def test_another_command_is_refused(tmp_path, change, message):
@@ -220,7 +225,7 @@ def test_another_command_is_refused(tmp_path, change, message):
 def test_a_refusal_counts_the_differences_that_it_does_not_name(tmp_path, count, end):
     with start(tmp_path, config={f"k{index}": 0 for index in range(count)}):
         pass
-    with pytest.raises(FileExistsError, match=rf"config\.k4 0 there, 1 {end}"):
+    with pytest.raises(FileExistsError, match=rf"\(k0 0 there, 1 here, .*k4 0 there, 1 {end}"):
         start(tmp_path, config={f"k{index}": 1 for index in range(count)})
 
 

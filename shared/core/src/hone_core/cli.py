@@ -239,6 +239,7 @@ def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) ->
             device=device,
             quiet=quiet,
             command=shlex.join([package, name, *args]),
+            flags={".".join(flag.path): f"--{flag.name.replace('_', '-')}" for flag in flags},
         )
 
     keyword = inspect.Parameter.KEYWORD_ONLY

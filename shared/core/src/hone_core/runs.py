@@ -119,6 +119,7 @@ class Run:
         quiet: bool = False,
         command: str = "",
         processes: Processes | None = None,
+        flags: Mapping[str, str] | None = None,
     ) -> "Run":
         """Open the folder of a run.
 
@@ -140,6 +141,7 @@ class Run:
             quiet: Keep progress off stderr.
             command: The command line, as typed.
             processes: Those that run it together; the first looks at the folder, and says to the others what it found.
+            flags: Dotted name of a field of the config to its flag, by which a refusal calls it; else by its name.
 
         Raises:
             FileExistsError: ``out`` holds another command's run, or files that are no run.
@@ -166,7 +168,7 @@ class Run:
         run.device, run.quiet, run.command = device, quiet, command
         run.processes = processes or run.processes
         if run.processes.main:
-            run._adopt()
+            run._adopt(flags or {})
         else:
             run.quiet = True
         told = {"path": str(run.path), "resumed": run.resumed, "done": run.done}
@@ -308,7 +310,7 @@ class Run:
         results["rows"] = [_row_to_dict(row) for row in self.rows]
         atomic_write_json(self.path / "results.json", results)
 
-    def _adopt(self) -> None:
+    def _adopt(self, flags: Mapping[str, str]) -> None:
         """Look at what the folder holds already."""
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file; --out must name a folder")
@@ -318,15 +320,25 @@ class Run:
         if not (results_file.exists() and config_file.exists()):
             raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --out")
         stored = load_results(self.path)
-        before = {key: stored[key] for key in ("package", "verb", "preset", "seed")}
-        before |= _flatten(json.loads(config_file.read_text(encoding="utf-8")))
-        now = {key: self._header[key] for key in ("package", "verb", "preset", "seed")} | _flatten(self._config)
-        changed = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
-        if changed and stored["status"] == "failed" and self._made_nothing():
+        header = ("package", "verb", "preset", "seed")
+        before = _flatten(json.loads(config_file.read_text(encoding="utf-8")))
+        now = _flatten(self._config)
+        settings = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+        changed = [key for key in header if stored[key] != self._header[key]]
+        if (changed or settings) and stored["status"] == "failed" and self._made_nothing():
             return
-        if changed:
-            shown = ", ".join(f"{k} {before.get(k, _ABSENT)} there, {now.get(k, _ABSENT)} here" for k in changed[:5])
-            shown += f", and {len(changed) - 5} more" if len(changed) > 5 else ""
+        if changed or settings:
+            # What a person changed comes alone: of another verb every setting differs; the preset of a run follows from
+            # its settings, as does the seed where it is one.
+            if "package" in changed or "verb" in changed:
+                changed, settings = [key for key in changed if key in ("package", "verb")], []
+            elif settings:
+                known = any(key.split(".")[-1] == "seed" for key in settings)
+                changed = ["seed"] if "seed" in changed and not known else []
+            differ = [(key, stored[key], self._header[key]) for key in changed]
+            differ += [(flags.get(key, key), before.get(key, _ABSENT), now.get(key, _ABSENT)) for key in settings]
+            shown = ", ".join(f"{name} {_said(there)} there, {_said(here)} here" for name, there, here in differ[:5])
+            shown += f", and {len(differ) - 5} more" if len(differ) > 5 else ""
             raise FileExistsError(
                 f"{self.path} holds a run of another command ({shown}); "
                 "choose another --out, or repeat the same command to resume"
@@ -463,21 +475,25 @@ def _without_places(config: Any) -> Any:
     return (Path(config).name or config) if is_path else config
 
 
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
+_ABSENT = object()
 
 
-_ABSENT = _Absent()
+def _said(value: Any) -> str:
+    """A setting's value in a message."""
+    if value is _ABSENT:
+        return "no such setting"
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted ones, so that a difference can be named."""
-    if not isinstance(config, dict) or not config:
-        return {prefix or "config": config}
+    if not isinstance(config, dict) or (prefix and not config):
+        return {prefix: config}
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else f"config.{key}")
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
 
 
