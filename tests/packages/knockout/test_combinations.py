@@ -108,15 +108,46 @@ class TestAttentionImplementation:
     def test_a_copy_of_the_model_is_refused(self, model, first):
         before = model(**first).logits
         with attach(model, EVERYWHERE):
-            twin = copy.deepcopy(model)
-            with pytest.raises(RuntimeError, match=r"copy of one .*detach\(\), copy the model, then attach\(\)"):
-                twin(**first)
-            with pytest.raises(ValueError, match="copy of one"):
-                attach(twin, EVERYWHERE)
+            for part in (model, find_decoder(model).model, [model]):
+                with pytest.raises(TypeError, match=r"cannot be copied .* handle\.detach\(\), copy, then attach\(\)"):
+                    copy.deepcopy(part)
             knocked = model(**first).logits
         assert torch.equal(model(**first).logits, before)
         with attach(copy.deepcopy(model), EVERYWHERE) as handle:
             assert torch.equal(handle.models[0](**first).logits, knocked)
+
+    @torch.no_grad()
+    def test_a_model_made_of_its_config_is_refused(self, model, first):
+        with attach(model, EVERYWHERE):
+            twin = type(model)(copy.deepcopy(model.config)).eval()
+            with pytest.raises(RuntimeError, match=r"copy of one .*detach\(\), copy the model, then attach\(\)"):
+                twin(**first)
+            with pytest.raises(ValueError, match="copy of one"):
+                attach(twin, EVERYWHERE)
+
+    @torch.no_grad()
+    @CONFIGS
+    def test_pickling_is_refused_and_saving_holds_nothing_of_it(self, model, first, config, tmp_path):
+        twin = copy.deepcopy(model)
+        before = model(**first).logits
+        with attach(model, config):
+            knocked = model(**first).logits
+            with pytest.raises(TypeError, match=r"model\.save_pretrained\(folder\) or torch\.save\(model\.state_dict"):
+                torch.save(model, tmp_path / "model.pt")
+            model.save_pretrained(tmp_path / "folder")
+            torch.save(model.state_dict(), tmp_path / "state.pt")
+        loaded = type(model).from_pretrained(tmp_path / "folder").eval()
+        assert torch.equal(loaded(**first).logits, before)
+        with attach(loaded, config):
+            assert torch.equal(loaded(**first).logits, knocked)
+        # transformers' own hooks keep a model that has run from being pickled; one that has not, and is detached, is.
+        attach(twin, config).detach()
+        torch.save(twin, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(loaded(**first).logits, before)
+        loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        with attach(loaded, config):
+            assert torch.equal(loaded(**first).logits, knocked)
 
     @torch.no_grad()
     def test_offloading_after_attach_is_refused(self, model, first):

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from hone_core.handles import CallState, Handle, Hooks, resolve
@@ -143,6 +143,14 @@ class KnockoutHandle(Handle[KnockoutConfig]):
     def rows(self) -> Tensor | None:
         """Positions of the rows that the last prefill returned, where there is an exit."""
         return None if self._last is None or self._last.left is None else self._last.left.rows
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be copied or pickled, as part of a model too: hooks of the model hold the handle."""
+        raise TypeError(
+            "a model with a knockout or an exit attached cannot be copied or pickled, since its copy would have no "
+            "handle. To copy it: handle.detach(), copy, then attach(). To save it: model.save_pretrained(folder) or "
+            "torch.save(model.state_dict(), path), which hold nothing of what is attached"
+        )
 
     def detach(self) -> None:
         """Give the model back as it was; harmless when repeated."""
