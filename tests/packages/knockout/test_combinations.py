@@ -318,6 +318,31 @@ def test_a_checkpointed_backward_after_detach_says_so(model, first, config, reen
         loss.backward()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("config", [lv(1), KnockoutConfig(exit=1)], ids=["knockout", "exit"])
+def test_a_compiled_model_is_right_and_compiles_again_for_a_new_cache(first, config):
+    from torch._dynamo.utils import counters
+
+    model = tiny(FAMILY, layers=2)[0]
+    plain = model(**first).logits
+    with attach(model, config):
+        out = model(**first, use_cache=True)
+        wanted = [out.logits, step(model, cache_of(out))]
+        torch._dynamo.reset()
+        counters.clear()
+        model.compile(backend="eager")
+        graphs = []
+        for _ in range(3):
+            out = model(**first, use_cache=True)
+            assert torch.equal(out.logits, wanted[0])
+            assert torch.equal(step(model, cache_of(out)), wanted[1])
+            graphs.append(counters["stats"]["unique_graphs"])
+    # As the README says: new graphs for a prompt of the same size.
+    assert graphs[0] < graphs[1] < graphs[2]
+    assert torch.equal(model(**first).logits, plain)
+
+
 @CONFIGS
 def test_threads(model, first, second, config):
     with attach(model, config), torch.no_grad():
