@@ -70,7 +70,7 @@ def test_demo_runs_and_does_not_repeat_itself(capsys, tmp_path, checkpoint, smal
     assert load_results(tmp_path / "run") == first
     code, _, err = call(capsys, *argv, "--seed", "1")
     assert code == 1
-    assert "another command" in err
+    assert "another command (--seed 0 there, 1 here); choose another --out" in err
 
 
 def test_eval_runs_and_draws(capsys, tmp_path, checkpoint, small):
@@ -111,9 +111,9 @@ def test_bench_runs_on_a_cpu(capsys, tmp_path):
 
 
 def test_generate_reads_a_file_and_flags(capsys, tmp_path, monkeypatch):
-    from hone_blade import sample
+    from hone_blade import inputs
 
-    monkeypatch.setattr(sample, "find_pipeline", lambda *_, **__: "WanPipeline")
+    monkeypatch.setattr(inputs, "find_pipeline", lambda *_, **__: "WanPipeline")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n\ntwo\nthree\n")
     config = tmp_path / "config.json"
@@ -250,3 +250,57 @@ def test_folders_of_default_settings_say_so(capsys, tmp_path, monkeypatch, flags
     [folder] = (tmp_path / "runs" / "hone-blade" / "demo").iterdir()
     assert folder.name.endswith(f"-{preset or 'custom'}-{3 if '--seed' in flags else 0}")
     assert load_results(folder)["preset"] == preset
+
+
+# Torch and diffusers take 20 seconds to import here, which nobody should wait for to read of a typing error.
+WITHOUT_TORCH = """
+import json, sys
+from hone_blade.cli import main
+heavy = {"torch", "diffusers", "transformers"}
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["hone_blade", *argv]
+    try:
+        main()
+    except SystemExit as end:
+        print(json.dumps([end.code, sorted(heavy & set(sys.modules))]))
+"""
+
+
+def test_wrong_paths_and_settings_are_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    wrong = {
+        "demo --host nope": "no tiny host at nope",
+        "demo --lora nope": "nope does not exist",
+        "distill --host nope": "no tiny host at nope",
+        "eval --host nope": "no tiny host at nope",
+        "reproduce --host nope": "no tiny host at nope",
+        "inspect --host nope": "no tiny host at nope",
+        "train-host --start nope": "no tiny host at nope",
+        "generate --model nope --prompt cat": "nope does not exist",
+        "generate --model nope --prompt-file nope": "file of prompts nope does not exist",
+        "generate --model nope --prompt cat --preset nope": "no preset 'nope'",
+        "generate --model pipeline --prompt cat --lora nope": "nope does not exist; expected a safetensors file",
+        "generate --model pipeline --prompt cat --transformer nope": "nope is no transformer",
+        "generate --model pipeline --prompt cat --image nope.png": "images are for an image-to-video pipeline",
+        "generate --model pipeline --prompt cat --scheduler dpm": "scheduler must be one of tdm, unipc, default",
+        "generate --model pipeline --prompt cat --preset cogvideox-5b": "preset must be one of",
+        "generate --model pipeline --prompt cat --preset wan2.1-1.3b-free --steps 4": "steps must be above",
+        "inspect --model nope": "nope does not exist",
+        "encode-prompts --model nope --prompt-file prompts.txt": "nope does not exist",
+        "encode-prompts --model pipeline --prompt-file nope": "file of prompts nope does not exist",
+        "encode-prompts --model pipeline --image-folder nope": "nope holds no metadata.jsonl",
+        "distill-pipeline --model nope --prompt-file prompts.txt": "nope does not exist",
+        "distill-pipeline --model pipeline --prompt-file nope": "file of prompts nope does not exist",
+        "distill-pipeline --model pipeline --cache nope": "nope is no folder of encoded prompts",
+        "eval --protocol vbench --model nope --vbench-info prompts.txt --no-grade": "nope does not exist",
+        "bench --model nope": "model must be one of",
+    }
+    argv = [sys.executable, "-c", WITHOUT_TORCH, json.dumps([case.split() for case in wrong])]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[1, []]] * len(wrong), done.stderr
+    for case, message, line in zip(wrong, wrong.values(), lines, strict=True):
+        assert message in line, (case, line)

@@ -19,7 +19,8 @@ from hone_blade.demo import DemoReport, _reached, demo
 from hone_blade.distill import rollout_clips, student_host
 from hone_blade.evaluate import VARIANTS
 from hone_blade.inputs import find_student
-from hone_blade.lora import _read_header, _read_rollout, lora_targets, save_blade_lora
+from hone_blade.lora import lora_targets, save_blade_lora
+from hone_blade.lora_files import read_header, read_rollout
 from hone_blade.models import attach
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run, load_results
@@ -124,7 +125,7 @@ def test_the_packaged_student_draws_what_it_is_asked_for():
     assert PACKAGED_LORA.stat().st_size < 8 * 2**20
     settings = student_host(host, PACKAGED_LORA)
     assert settings == PRESETS["tiny"].config
-    assert _read_rollout(PACKAGED_LORA, _read_header(PACKAGED_LORA)[2]) == DistillConfig().rollout
+    assert read_rollout(PACKAGED_LORA, read_header(PACKAGED_LORA)[2]) == DistillConfig().rollout
     with attach(host.transformer, settings):
         right = grade(host.classifier, rollout_clips(host, labels, tdm, seed=0), labels)["accuracy"]
         host.transformer.disable_adapters()

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from hone_blade.config import BladeConfig, EncodeConfig, GenerateConfig, PipelineDistillConfig, TDMConfig
-from hone_blade.inputs import find_distilled, find_encoded
+from hone_blade.inputs import find_distilled, find_encoded, find_inputs
 from hone_blade.lora import load_blade_lora
 from hone_blade.pipelines import PipelineDistillation, beginning_with, distill_pipeline, encode_prompts, plan_of
-from hone_blade.sample import Sampler, find_inputs, generate
+from hone_blade.sample import Sampler, generate
 from hone_blade.trio import Experts
 from hone_core.config import to_dict
 from hone_core.errors import CheckpointError

@@ -18,11 +18,11 @@ from diffusers import (
 )
 from hone_blade.config import PRESETS, BladeConfig, EvalConfig, GenerateConfig, Rollout
 from hone_blade.evaluate import evaluate
-from hone_blade.inputs import find_evaluated
+from hone_blade.inputs import find_evaluated, find_inputs
 from hone_blade.inspection import inspect_pipeline
 from hone_blade.lora import load_blade_lora, lora_targets, save_blade_lora
 from hone_blade.models import attach
-from hone_blade.sample import GenerateReport, Sampler, find_inputs, generate
+from hone_blade.sample import GenerateReport, Sampler, generate
 from hone_blade.scheduler import TDMScheduler
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
@@ -430,7 +430,7 @@ def test_presets_of_another_family_are_refused(kind, preset, folders):
     own = {"wan": "wan2.1-1.3b, ", "cogvideox": "cogvideox-5b, "}[kind]
     with pytest.raises(ValueError, match=rf"preset must be one of {own}.*tiny for a .*Pipeline; got '{preset}'"):
         find_inputs(config(folders[kind], attention=None, preset=preset))
-    find_inputs(config(folders[kind], attention=None, preset="tiny"))
+    find_inputs(config(folders[kind], attention=None, preset="tiny", frames=9))
 
 
 def test_prompts_are_read_before_the_hub_is_asked(tmp_path, monkeypatch):
@@ -470,10 +470,9 @@ def test_missing_inputs_are_refused(folders, tmp_path, monkeypatch):
         find_inputs(config(folders["wan"], scheduler="dpm"))
 
 
-def test_sizes_that_a_pipeline_would_round_are_refused(folders, tmp_path):
+def test_sizes_that_a_pipeline_would_round_are_refused_before_the_run(folders):
     with pytest.raises(ValueError, match="height must be a multiple of 16 for this model; got 40"):
-        produce(config(folders["wan"], height=40), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["status"] == "failed"
+        find_inputs(config(folders["wan"], height=40))
 
 
 def test_frames_that_are_not_finite_are_no_video(folders, tmp_path):

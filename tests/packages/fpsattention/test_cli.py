@@ -295,3 +295,56 @@ def test_linear_layers_in_e4m3_need_a_gpu(capsys, monkeypatch, pipeline, tmp_pat
     code, _, err = call(capsys, monkeypatch, *argv, "--device", "cpu")
     assert code == 1
     assert "linear layers in E4M3 need a GPU of compute capability 8.9; found cpu. Use the same command without" in err
+
+
+# Torch and diffusers take 20 seconds to import here, which nobody should wait for to read of a typing error.
+WITHOUT_TORCH = """
+import json, sys
+from hone_fpsattention.cli import main
+heavy = {"torch", "diffusers", "transformers"}
+for argv in json.loads(sys.argv[1]):
+    sys.argv = ["hone_fpsattention", *argv]
+    try:
+        main()
+    except SystemExit as end:
+        print(json.dumps([end.code, sorted(heavy & set(sys.modules))]))
+"""
+
+
+def test_wrong_paths_and_settings_are_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "a.mp4").touch()
+    (videos / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a cat"}')
+    wrong = {
+        "demo --host nope": "no tiny host at nope",
+        "demo --tuned nope": "no tiny host at nope",
+        "eval --host nope": "no tiny host at nope",
+        "reproduce --host nope": "no tiny host at nope",
+        "train-host --host nope": "no tiny host at nope",
+        "inspect --host nope": "no tiny host at nope",
+        "inspect --tuned nope": "no tiny host at nope",
+        "inspect --model nope": "nope does not exist",
+        "calibrate --host nope": "no tiny host at nope",
+        "calibrate --model nope": "nope does not exist",
+        "generate --model nope --prompt cat": "nope does not exist",
+        "generate --model nope --prompt cat --preset nope": "no preset 'nope'",
+        "generate --model pipeline --prompt cat --schedule nope": "nope: expected a JSON config",
+        "generate --model pipeline --prompt cat --tuned nope": "nope is not what hone-fpsattention train exports",
+        "train --model nope --videos nope": "nope holds no metadata.jsonl",
+        "train --model nope --cache nope": "nope is no folder of encoded prompts",
+        "train --model nope --videos videos": "nope does not exist",
+        "train --model pipeline --videos videos --schedule nope": "nope: expected a JSON config",
+        "eval --protocol vbench --model nope --vbench-info prompts.txt --no-grade": "nope does not exist",
+        "bench --model nope": "model must be one of",
+    }
+    argv = [sys.executable, "-c", WITHOUT_TORCH, json.dumps([case.split() for case in wrong])]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[1, []]] * len(wrong), done.stderr
+    for case, message, line in zip(wrong, wrong.values(), lines, strict=True):
+        assert message in line, (case, line)

@@ -68,7 +68,8 @@ def videos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(folders, videos, tmp_path_factory):
     """Encoded once for all tests of Wan."""
-    from hone_video.caching import fill_cache, read_clips
+    from hone_video.caching import fill_cache
+    from hone_video.listings import read_clips
 
     made = fill_cache(
         tmp_path_factory.mktemp("cache") / "wan", read_clips(videos), str(folders["wan"]),

@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline
 from hone_core.errors import CheckpointError
 from hone_core.testing import assert_close
 from hone_video.architectures import tiny_pipeline
-from hone_video.caching import Cache, Clip, fill_cache, fingerprint, read_clip, read_clips
+from hone_video.caching import Cache, fill_cache, fingerprint, read_clip
 from hone_video.denoising import Denoiser
+from hone_video.listings import Clip, read_clips
 from hone_video.pipelines import load_pipeline
 
 # diffusers calls functions that other libraries have deprecated, and imageio leaves ffmpeg's pipes to the collector.

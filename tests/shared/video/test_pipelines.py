@@ -10,15 +10,8 @@ from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, Un
 from hone_core.errors import CheckpointError
 from hone_video.architectures import tiny_pipeline
 from hone_video.images import cover, read_image
-from hone_video.pipelines import (
-    PIPELINES,
-    check_size,
-    find_pipeline,
-    load_pipeline,
-    make_scheduler,
-    pipeline_on_meta,
-    with_flow_shift,
-)
+from hone_video.pipeline_index import PIPELINES, find_pipeline
+from hone_video.pipelines import check_size, load_pipeline, make_scheduler, pipeline_on_meta, with_flow_shift
 from PIL import Image
 
 # diffusers calls functions that other libraries have deprecated.

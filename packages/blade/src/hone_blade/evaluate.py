@@ -29,8 +29,9 @@ from torch import Tensor
 
 from . import plots
 from .config import BladeConfig, Comparison, EvalConfig
+from .inputs import find_inputs
 from .models import BladeHandle, attach
-from .sample import find_inputs, render
+from .sample import render
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from hone_video.host import load_host
 from hone_video.layer_maps import draw_layer_maps
 
 from .config import PRESETS, GenerateConfig, InspectConfig
+from .inputs import find_inputs
 from .models import BladeHandle, attach
-from .sample import Sampler, find_inputs
+from .sample import Sampler
 
 __all__ = [
     "InspectReport",

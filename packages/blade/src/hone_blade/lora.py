@@ -11,47 +11,45 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline, ModelMixin, WanTransformer3DModel
 from diffusers.utils.torch_utils import is_compiled_module
-from hone_core.config import from_dict, to_dict
+from hone_core.config import to_dict
 from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json, save_safetensors
 from hone_video.architectures import full_size
-from hone_video.lora import LORA_FILE, PROJECTIONS
+from hone_video.lora import PROJECTIONS
 from torch import Tensor, nn
 
 from .config import BladeConfig, Rollout
+from .lora_files import (
+    CONFIG_KEY,
+    PART_KEY,
+    ROLLOUT_KEY,
+    STATED,
+    Transformer,
+    check_part,
+    few,
+    find_lora,
+    read_config,
+    read_header,
+    read_rollout,
+)
 
-__all__ = [
-    "LoraReport",
-    "Transformer",
-    "check_lora",
-    "check_part",
-    "expected_keys",
-    "find_lora",
-    "load_blade_lora",
-]
-__all__ += ["lora_header", "lora_targets", "read_student", "save_blade_lora", "save_student"]
+__all__ = ["LoraReport", "check_lora", "expected_keys", "load_blade_lora", "lora_header", "lora_targets"]
+__all__ += ["save_blade_lora", "save_student"]
 
 log = logging.getLogger(__name__)
 
-Transformer = Literal["transformer", "transformer_2"]
-"""Part of a pipeline."""
-
-STATED = "blade.json"
-"""Beside a transformer that was trained whole: its attention and sampling."""
-
 _PREFIX = "transformer"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _LAYOUTS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     WanTransformer3DModel: ("blocks", ("attn1", "attn2")),
     CogVideoXTransformer3DModel: ("transformer_blocks", ("attn1",)),
 }
-_CONFIG_KEY, _ROLLOUT_KEY, _LICENCE_KEY = "hone_blade_config", "hone_blade_rollout", "license"
-_PART_KEY = "hone_blade_transformer"
-_SHOWN = 4
+_LICENCE_KEY = "license"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,13 +150,13 @@ def load_blade_lora(
             f"model.delete_adapters({adapter_name!r}) first"
         )
     file = find_lora(path, local_files_only=local_files_only)
-    shapes, dtypes, metadata = _read_header(file)
+    shapes, dtypes, metadata = read_header(file)
     if transformer is not None and getattr(pipeline_or_model, "transformer_2", None) is not None:
         check_part(file, transformer)
     rank = _check(file, shapes, model)
     if not all(name in ("F32", "F16", "BF16", "F64") for name in dtypes):
         raise CheckpointError(f"{file}: expected floating-point tensors; got {', '.join(sorted(dtypes))}")
-    config, rollout = _read_config(file, metadata), _read_rollout(file, metadata)
+    config, rollout = read_config(file, metadata), read_rollout(file, metadata)
 
     from safetensors.torch import load_file
 
@@ -166,7 +164,7 @@ def load_blade_lora(
     broken = sorted(name for name, values in tensors.items() if not values.isfinite().all())
     if broken:
         raise CheckpointError(
-            f"{file}: {len(broken)} tensors hold values that are not finite, such as {_few(broken)}. Its training "
+            f"{file}: {len(broken)} tensors hold values that are not finite, such as {few(broken)}. Its training "
             "diverged, or the file was damaged; take another checkpoint"
         )
     model.load_lora_adapter(tensors, prefix=_PREFIX, adapter_name=adapter_name, _pipeline=pipeline)
@@ -183,46 +181,6 @@ def load_blade_lora(
     )
     log.info("loaded %d LoRA tensors of rank %d from %s. %s", report.num_tensors, rank, file, report.licence)
     return report
-
-
-def find_lora(path: str | Path, *, local_files_only: bool = False) -> Path:
-    """The local file behind a path or hub address, fetched if need be; its content is not looked at.
-
-    Args and Raises: As for ``load_blade_lora``.
-    """
-    local = Path(path)
-    if local.is_dir():
-        local = local / LORA_FILE
-        if not local.is_file():
-            others = sorted(
-                str(p.relative_to(local.parent))
-                for at in ("", "artifacts/")
-                for p in local.parent.glob(f"{at}*.safetensors")
-            )
-            hint = f"; it has {_few(others)}: name the file" if others else ""
-            raise CheckpointError(f"{local.parent} holds no {LORA_FILE}{hint}")
-    if local.suffix and local.suffix != ".safetensors" and (local.exists() or local.suffix in _PICKLES):
-        raise CheckpointError(f"{local}: only .safetensors files are read, since unpickling others can run code")
-    if local.is_file():
-        return local
-    parts = str(path).split("/")
-    if len(parts) < 2 or local.is_absolute() or any(part in ("", ".", "..") for part in parts):
-        raise CheckpointError(f"{path} does not exist; expected a safetensors file, a folder or owner/repository")
-    inside = parts[2:]
-    if not inside or not inside[-1].endswith(".safetensors"):
-        inside.append(LORA_FILE)
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.hf_hub_download(
-            "/".join(parts[:2]), "/".join(inside), local_files_only=local_files_only
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is no local file, and {'/'.join(inside)} of the hub repository {'/'.join(parts[:2])} could not be "
-            f"fetched ({type(error).__name__}: {error}). Download it where there is a connection and pass the file."
-        ) from error
-    return Path(found)
 
 
 def save_blade_lora(
@@ -271,7 +229,7 @@ def save_blade_lora(
         missing, more = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise ValueError(
             f"the adapter must cover {', '.join(PROJECTIONS)} of every attention and nothing else; "
-            f"missing {_few(missing)}; beyond {_few(more)}"
+            f"missing {few(missing)}; beyond {few(more)}"
         )
     metadata = {"format": "pt"} | lora_header(config, rollout)
     if licence is not None:
@@ -299,25 +257,11 @@ def save_student(model: Any, weights: Mapping[str, Tensor], folder: Path, header
     return folder
 
 
-def read_student(folder: str | Path) -> tuple[BladeConfig | None, Rollout | None]:
-    """What a transformer that was trained whole is for; its weights are not read.
-
-    Raises:
-        CheckpointError: The folder holds none.
-    """
-    folder = Path(folder)
-    try:
-        header = json.loads((folder / STATED).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no transformer of hone-blade distill-pipeline --rank 0: {error}") from error
-    return _read_config(folder, header), _read_rollout(folder, header)
-
-
 def lora_header(config: BladeConfig | None, rollout: Rollout | None, part: Transformer | None = None) -> dict[str, str]:
     """What a file's header says of how its weights were trained, and for which transformer of two."""
-    stated = {_CONFIG_KEY: config, _ROLLOUT_KEY: rollout}
+    stated = {CONFIG_KEY: config, ROLLOUT_KEY: rollout}
     header = {key: json.dumps(to_dict(value)) for key, value in stated.items() if value is not None}
-    return header if part is None else header | {_PART_KEY: part}
+    return header if part is None else header | {PART_KEY: part}
 
 
 def check_lora(file: str | Path, model: nn.Module) -> None:
@@ -327,19 +271,7 @@ def check_lora(file: str | Path, model: nn.Module) -> None:
         TypeError: The model's class has no such layout.
         CheckpointError: They are not.
     """
-    _check(Path(file), _read_header(Path(file))[0], model)
-
-
-def check_part(file: str | Path, part: Transformer) -> None:
-    """Refuse weights that say they are for the other transformer of a pipeline of two.
-
-    Raises:
-        CheckpointError: They do.
-    """
-    stated = _read_header(Path(file))[2].get(_PART_KEY, part)
-    if stated != part:
-        right = "lora_2" if stated == "transformer_2" else "lora"
-        raise CheckpointError(f"{file} is for the {stated} of its pipeline, not the {part}; pass it as {right}")
+    _check(Path(file), read_header(Path(file))[0], model)
 
 
 def _transformer(pipeline_or_model: Any) -> ModelMixin:
@@ -374,37 +306,18 @@ def _projections(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
-
-def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], set[str], dict[str, str]]:
-    """Shapes, dtypes and metadata, without reading the values."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            return shapes, {part.get_dtype() for part in slices.values()}, handle.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
-
-
 def _check(file: Path, shapes: dict[str, tuple[int, ...]], model: nn.Module) -> int:
     """The rank, if the file has exactly the layout of the model."""
     name = type(model).__name__
     first = next((shape for key, shape in shapes.items() if key.endswith(".lora_A.weight") and len(shape) == 2), None)
     if first is None:
-        raise CheckpointError(
-            f"{file}: no LoRA tensors; expected {_PREFIX}.*.lora_A.weight, got {_few(sorted(shapes))}"
-        )
+        raise CheckpointError(f"{file}: no LoRA tensors; expected {_PREFIX}.*.lora_A.weight, got {few(sorted(shapes))}")
     rank = first[0]
     expected = expected_keys(model, rank)
     unknown, missing = sorted(shapes.keys() - expected.keys()), sorted(expected.keys() - shapes.keys())
     if unknown or missing:
-        problems = [f"{len(unknown)} unknown tensors, such as {_few(unknown)}"] if unknown else []
-        problems += [f"{len(missing)} missing, such as {_few(missing)}"] if missing else []
+        problems = [f"{len(unknown)} unknown tensors, such as {few(unknown)}"] if unknown else []
+        problems += [f"{len(missing)} missing, such as {few(missing)}"] if missing else []
         raise CheckpointError(
             f"{file} does not fit this {name}: {'; '.join(problems)}. Expected {len(expected)} tensors, A and B for "
             f"{', '.join(PROJECTIONS)} of every attention; got {len(shapes)}. Is it for another model?"
@@ -413,27 +326,9 @@ def _check(file: Path, shapes: dict[str, tuple[int, ...]], model: nn.Module) -> 
     if wrong:
         raise CheckpointError(
             f"{file} does not fit this {name} at rank {rank}: {len(wrong)} tensors of another shape, such as "
-            f"{_few(wrong)}. Is it for another model size?"
+            f"{few(wrong)}. Is it for another model size?"
         )
     return rank
-
-
-def _read_config(file: Path, metadata: dict[str, str]) -> BladeConfig | None:
-    if _CONFIG_KEY not in metadata:
-        return None
-    try:
-        return from_dict(BladeConfig, json.loads(metadata[_CONFIG_KEY]))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: the attention settings in its header cannot be read: {error}") from error
-
-
-def _read_rollout(file: Path, metadata: dict[str, str]) -> Rollout | None:
-    if _ROLLOUT_KEY not in metadata:
-        return None
-    try:
-        return from_dict(Rollout, json.loads(metadata[_ROLLOUT_KEY]))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: the sampling in its header cannot be read: {error}") from error
 
 
 def _licence(path: str | Path, metadata: dict[str, str]) -> str:
@@ -446,8 +341,3 @@ def _licence(path: str | Path, metadata: dict[str, str]) -> str:
             "model card before you use or share them. The base model's licence applies as well."
         )
     return "Licence of these weights: unknown, the file does not say; the base model's licence applies as well."
-
-
-def _few(items: list[str]) -> str:
-    shown = ", ".join(items[:_SHOWN])
-    return (f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown) or "none"

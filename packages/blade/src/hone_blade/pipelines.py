@@ -26,18 +26,13 @@ from hone_core.environment import code_version
 from hone_core.errors import CheckpointError
 from hone_core.io import atomic_path, read_prompts
 from hone_core.runs import Report, Run
-from hone_video.caching import Cache, Clip, fill_cache, fingerprint, read_clips
+from hone_video.caching import Cache, fill_cache, fingerprint
 from hone_video.denoising import Denoiser
 from hone_video.images import read_image
+from hone_video.listings import Clip, read_clips
 from hone_video.lora import LORA_FILE, save_lora
-from hone_video.pipelines import (
-    PIPELINES,
-    check_size,
-    find_pipeline,
-    load_pipeline,
-    pipeline_on_meta,
-    pipeline_parts,
-)
+from hone_video.pipeline_index import PIPELINES, find_pipeline, pipeline_parts
+from hone_video.pipelines import check_size, load_pipeline, pipeline_on_meta
 from hone_video.training import Group, Loop, seeded
 from torch import Tensor, nn
 
@@ -50,7 +45,8 @@ from .config import (
     Rollout,
     TDMConfig,
 )
-from .lora import Transformer, lora_header, save_student
+from .lora import lora_header, save_student
+from .lora_files import Transformer
 from .models import attach
 from .objective import Objective
 from .scheduler import TDMScheduler

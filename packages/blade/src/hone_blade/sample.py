@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,34 +23,18 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.finite import check_latents, check_weights
 from hone_video.images import cover, read_image
-from hone_video.pipelines import (
-    PIPELINES,
-    check_size,
-    find_pipeline,
-    load_pipeline,
-    load_transformer,
-    make_scheduler,
-    pipeline_on_meta,
-    pipeline_parts,
-)
+from hone_video.pipeline_index import PIPELINES
+from hone_video.pipelines import check_size, load_pipeline, load_transformer, make_scheduler
 from hone_video.videos import make_videos, missing_videos, video_name
 
-from .config import PRESETS, BladeConfig, GenerateConfig, Rollout
-from .lora import (
-    Transformer,
-    _read_config,
-    _read_header,
-    _read_rollout,
-    check_lora,
-    check_part,
-    find_lora,
-    load_blade_lora,
-    read_student,
-)
+from .config import GenerateConfig
+from .inputs import Inputs, attention_of, find_inputs, sparse_steps, stated_attention
+from .lora import load_blade_lora
+from .lora_files import Transformer, read_student
 from .models import BladeHandle, attach
 from .scheduler import TDMScheduler
 
-__all__ = ["GenerateReport", "Inputs", "Sampler", "find_inputs", "generate"]
+__all__ = ["GenerateReport", "Sampler", "generate", "render"]
 
 log = logging.getLogger(__name__)
 
@@ -99,106 +82,6 @@ class GenerateReport(Report):
         if self.seconds is not None:
             lines.append(f"{self.seconds:.4g} s a video")
         return "\n".join([*lines, *self.notices])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What was found before anything is loaded.
-
-    Attributes:
-        config: The settings with the prompts themselves in place of their file, and only so many as asked for: what a
-            run should keep, so that an edited prompt file is another run. Each prompt has its image, if there are any.
-        pipeline: Class name of the pipeline.
-        lora: The LoRA file, or None.
-        lora_2: Likewise of the second transformer.
-    """
-
-    config: GenerateConfig
-    pipeline: str
-    lora: str | None
-    lora_2: str | None = None
-
-
-_DEFAULT_PRESET = {"wan": "wan2.1-1.3b", "cogvideox": "cogvideox-5b"}
-"""By family of the pipeline."""
-
-
-def find_inputs(cfg: GenerateConfig) -> Inputs:
-    """Look for everything that the run needs, and load nothing.
-
-    Raises:
-        CheckpointError: The pipeline or LoRA weights are not there, not whole, or of an unsupported class.
-        FileNotFoundError: There is no prompt file, or no such image.
-        ValueError: The prompt file holds no prompt; scheduler, preset or images are not for this pipeline; an image is
-            missing or cannot be read; the attention settings leave every step dense.
-    """
-    # What needs no look at the weights or the hub comes first.
-    prompts = cfg.read_prompts()
-    if (cfg.preset is not None or cfg.attention is not None) and cfg.steps is not None:
-        _sparse_steps(cfg, *_attention(cfg, None, None))
-    name = find_pipeline(cfg.model, images=True, local_files_only=cfg.local_files_only)
-    images = _find_images(cfg, name, len(prompts))
-    schedulers, family = ("tdm", *PIPELINES[name].schedulers), PIPELINES[name].family
-    if cfg.scheduler not in ("auto", *schedulers):
-        raise ValueError(f"scheduler must be one of {', '.join(schedulers)} for a {name}; got {cfg.scheduler!r}")
-    families = {kind.family for kind in PIPELINES.values()}
-    own = {other for other in families if cfg.preset is not None and cfg.preset.startswith(other)}
-    if own and family not in own:
-        fitting = [preset for preset in PRESETS if not preset.startswith(tuple(families - {family}))]
-        raise ValueError(f"preset must be one of {', '.join(fitting)} for a {name}; got {cfg.preset!r}")
-    two = (cfg.lora is not None or cfg.lora_2 is not None) and "transformer_2" in pipeline_parts(
-        cfg.model, local_files_only=cfg.local_files_only
-    )
-    if cfg.lora_2 is not None and not two:
-        raise ValueError(f"lora_2 is for a second transformer, as Wan2.2 has; {cfg.model} has one. Pass lora")
-    lora, lora_2 = (
-        None if file is None else find_lora(file, local_files_only=cfg.local_files_only)
-        for file in (cfg.lora, cfg.lora_2)
-    )
-    parts: tuple[tuple[Path | None, Transformer], ...] = ((lora, "transformer"), (lora_2, "transformer_2"))
-    for file, part in parts:
-        if two and file is not None:
-            check_part(file, part)
-    if lora is not None or lora_2 is not None:
-        bare = pipeline_on_meta(cfg.model, name, local_files_only=cfg.local_files_only)
-        for file, part in parts:
-            if file is not None:
-                check_lora(file, getattr(bare, part))
-    stated, rollout = _stated(lora, lora_2), _stated_rollout(lora, lora_2)
-    if cfg.transformer is not None:
-        stated, rollout = read_student(cfg.transformer)
-    if cfg.scheduler == "auto":
-        published = family == "wan" and cfg.eta is stated is None and not lora is lora_2 is None
-        chosen: dict[str, Any] = {"scheduler": "unipc", "flow_shift": 3.0} if published else {"scheduler": "tdm"}
-        cfg = replace(cfg, **chosen)
-    if cfg.steps is None:
-        cfg = replace(cfg, steps=(rollout or Rollout()).steps)
-    if cfg.scheduler == "tdm" and cfg.eta is None and rollout is not None:
-        cfg = replace(cfg, eta=rollout.eta)
-    _sparse_steps(cfg, *_attention(cfg, family, stated))
-    return Inputs(
-        config=replace(cfg, prompts=prompts[: cfg.limit], images=images[: cfg.limit], prompt_file=None, limit=None),
-        pipeline=name,
-        lora=None if lora is None else str(lora),
-        lora_2=None if lora_2 is None else str(lora_2),
-    )
-
-
-def _find_images(cfg: GenerateConfig, pipeline: str, prompts: int) -> tuple[str, ...]:
-    """An image of each prompt, each of them readable; none for a pipeline that takes none."""
-    if not PIPELINES[pipeline].image:
-        if cfg.images:
-            raise ValueError(f"images are for an image-to-video pipeline; {cfg.model} is a {pipeline}. Leave them out")
-        return ()
-    if len(cfg.images) not in (1, prompts):
-        raise ValueError(
-            f"the videos of a {pipeline} begin with an image: expected one for all prompts or one for each of the "
-            f"{prompts} (--image FILE); got {len(cfg.images) or 'none'}"
-        )
-    for file in dict.fromkeys(cfg.images):
-        read_image(file)
-    found = tuple(os.path.abspath(file) for file in cfg.images)
-    return found * prompts if len(found) == 1 else found
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
@@ -285,7 +168,7 @@ class Sampler:
                 report = load_blade_lora(pipe, file, transformer=part)
                 self.notices = tuple(dict.fromkeys([*self.notices, report.licence]))
         check_weights(pipe)
-        stated = _stated(inputs.lora, inputs.lora_2)
+        stated = stated_attention(inputs.lora, inputs.lora_2)
         if self.config.transformer is not None:
             stated = read_student(self.config.transformer)[0]
         if self.notices and stated is None and (self.config.scheduler, self.config.flow_shift) == ("unipc", 3.0):
@@ -293,8 +176,8 @@ class Sampler:
                 "Sampled with UniPC, flow shift 3, as the authors of the published Wan weights do, since the file "
                 "states no settings; --scheduler tdm is the rollout of the paper.",
             )
-        self.attention_name, self.attention = _attention(inputs.config, kind.family, stated)
-        self.sparse_steps = _sparse_steps(inputs.config, self.attention_name, self.attention)
+        self.attention_name, self.attention = attention_of(inputs.config, kind.family, stated)
+        self.sparse_steps = sparse_steps(inputs.config, self.attention_name, self.attention)
 
     @classmethod
     def load(cls, inputs: Inputs, device: str | torch.device = "auto") -> Sampler:
@@ -400,51 +283,3 @@ def _make(sampler: Sampler, index: int, bar: Progress) -> tuple[Any, list[dict[s
     if watch.peak_bytes is not None:
         rows.append({"metric": "peak_memory", "value": watch.peak_bytes / 2**30, "unit": "GiB", **of})
     return frames, rows
-
-
-def _stated(*loras: str | Path | None) -> BladeConfig | None:
-    """The attention settings in the headers of LoRA files; their weights are not read."""
-    files = [Path(lora) for lora in loras if lora is not None]
-    found = [_read_config(file, _read_header(file)[2]) for file in files]
-    if len(set(found)) > 1:
-        raise ValueError("lora and lora_2 must state the same attention settings; theirs differ")
-    return found[0] if found else None
-
-
-def _stated_rollout(*loras: str | Path | None) -> Rollout | None:
-    """The sampling in the headers of LoRA files."""
-    files = [Path(lora) for lora in loras if lora is not None]
-    found = {_read_rollout(file, _read_header(file)[2]) for file in files}
-    if len(found) > 1:
-        raise ValueError("lora and lora_2 must state the same sampling; theirs differ. Pass steps and eta")
-    return next(iter(found), None)
-
-
-def _sparse_steps(cfg: GenerateConfig, name: str, settings: BladeConfig | None) -> int:
-    """Steps with sparse attention; raises if there are none though the settings are for sparse attention."""
-    if settings is None:
-        return 0
-    assert cfg.steps is not None
-    if settings.dense_steps >= cfg.steps or settings.mask == "dense":
-        what = "the attention settings" if name == "custom" else f"preset {name}"
-        if settings.mask == "dense":
-            raise ValueError(f"{what} must be sparse; got mask 'dense'. Pass dense to leave attention as it is")
-        raise ValueError(
-            f"steps must be above the {settings.dense_steps} first steps that {what} leave{'s' * (name != 'custom')} "
-            f"dense, or none is sparse; got {cfg.steps}. Take more steps, or another preset, or dense"
-        )
-    return cfg.steps - settings.dense_steps
-
-
-def _attention(cfg: GenerateConfig, family: str | None, stated: BladeConfig | None) -> tuple[str, BladeConfig | None]:
-    """Name and settings of the attention; ``stated`` is what a LoRA file says, ``family`` gives the default."""
-    if cfg.dense:
-        return "dense", None
-    if cfg.attention is not None:
-        return "custom", cfg.attention
-    if cfg.preset is None and stated is not None:
-        return "custom", stated
-    if (name := cfg.preset) is None:
-        assert family is not None
-        name = _DEFAULT_PRESET[family]
-    return name, PRESETS[name].config

@@ -20,11 +20,13 @@ from hone_core.devices import resolve_dtype
 from hone_core.environment import code_version
 from hone_core.errors import CheckpointError
 from hone_core.runs import Report, Run
-from hone_video.caching import Cache, fill_cache, fingerprint, read_clips
+from hone_video.caching import Cache, fill_cache, fingerprint
 from hone_video.denoising import Denoiser
 from hone_video.host import NUM_TRAIN_TIMESTEPS
+from hone_video.listings import read_clips
 from hone_video.lora import add_lora
-from hone_video.pipelines import find_pipeline, load_pipeline, pipeline_on_meta
+from hone_video.pipeline_index import find_pipeline
+from hone_video.pipelines import load_pipeline, pipeline_on_meta
 from hone_video.training import Group, Loop, Part
 from torch import Tensor
 

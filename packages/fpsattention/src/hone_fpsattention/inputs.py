@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from hone_core.hosts import open_host
 from hone_video.host_config import PACKAGE
 from hone_video.host_config import HostConfig as DenseHostConfig
+from hone_video.listings import read_cache, read_clips
+from hone_video.pipeline_index import find_pipeline
 
 from .config import (
     CalibrateConfig,
@@ -23,6 +25,7 @@ from .config import (
     TrainHostConfig,
 )
 from .schedule import Schedule
+from .tuned import need_peft, read_tuned
 
 __all__ = [
     "find_calibrated",
@@ -84,8 +87,12 @@ def find_video(cfg: GenerateConfig) -> GenerateConfig:
         OSError, ValueError: The schedule cannot be read, or does not fit; the windows leave nothing out; or the model
             cannot make this size.
     """
+    # What needs no look at the model comes before torch is imported.
     if cfg.schedule is not None:
-        Schedule.load(cfg.schedule)  # before torch is there
+        Schedule.load(cfg.schedule)
+    if cfg.tuned is not None:
+        read_tuned(cfg.tuned)
+    find_pipeline(str(cfg.video.model), local_files_only=cfg.video.local_files_only)
     from .sample import check_video
 
     check_video(cfg)
@@ -101,16 +108,19 @@ def find_finetuned(cfg: TrainConfig) -> TrainConfig:
         MissingExtraError: A LoRA is to be trained, and peft is not installed.
         OSError, ValueError: Schedule or videos cannot be read, or do not fit the model.
     """
-    from hone_video.caching import read_clips
-
-    from .finetune import schedule_of
-    from .tuned import need_peft
-
     if cfg.lora_rank:
         need_peft("LoRA training")
     data = cfg.data
     if data.videos is not None:
         read_clips(data.videos, caption=data.caption)
+    else:
+        assert data.cache is not None
+        read_cache(data.cache)
+    if cfg.schedule is not None:
+        Schedule.load(cfg.schedule)
+    find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
+    from .finetune import schedule_of
+
     schedule_of(cfg)
     paths = {name: getattr(data, name) for name in ("videos", "cache")}
     found: dict[str, Any] = {
@@ -129,6 +139,7 @@ def find_calibrated(cfg: CalibrateConfig) -> CalibrateConfig:
     """
     if cfg.video.model is None:
         return find_host(cfg)
+    find_pipeline(cfg.video.model, local_files_only=cfg.video.local_files_only)
     from .calibrate import check_choices
     from .sample import outline
 

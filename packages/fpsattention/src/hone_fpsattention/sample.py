@@ -16,14 +16,8 @@ from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch
 from hone_video.finite import check_latents, check_weights
 from hone_video.grids import Grid
-from hone_video.pipelines import (
-    PIPELINES,
-    check_size,
-    find_pipeline,
-    load_pipeline,
-    pipeline_on_meta,
-    with_flow_shift,
-)
+from hone_video.pipeline_index import PIPELINES, find_pipeline
+from hone_video.pipelines import check_size, load_pipeline, pipeline_on_meta, with_flow_shift
 from hone_video.videos import make_videos, missing_videos, video_name
 
 from .config import FPSAttentionConfig, GenerateConfig, VideoConfig

@@ -6,16 +6,17 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_video.lora import LORA_FILE, read_lora_header, save_lora
-from hone_video.pipelines import load_transformer
-from torch import Tensor
 
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["Tuned", "export_tuned", "load_tuned", "need_peft", "put_lora", "read_tuned"]
 
@@ -82,6 +83,8 @@ def export_tuned(
         header = {_SCHEDULE: json.dumps(to_dict(schedule)), _PART: part}
         save_lora(weights, folder / LORA_FILE, header=header)
     else:
+        import torch
+
         kind: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
         with torch.device("meta"):
             plain = kind.from_config(model.config)
@@ -100,6 +103,8 @@ def load_tuned(tuned: Tuned, pipeline: str, *, dtype: torch.dtype) -> dict[str, 
     """Ready parts for ``load_pipeline``: the trained transformer, where all of its weights were exported."""
     if tuned.transformer is None:
         return {}
+    from hone_video.pipelines import load_transformer
+
     return {tuned.part: load_transformer(tuned.transformer, pipeline, dtype=dtype)}
 
 

@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,59 +26,13 @@ from PIL import Image
 from torch import Tensor
 
 from .images import cover, read_image
-from .pipelines import PIPELINES, check_size, find_pipeline, load_pipeline, pipeline_on_meta
+from .listings import CACHE_SCHEMA, Clip, cache_item, read_cache
+from .pipeline_index import PIPELINES, find_pipeline
+from .pipelines import check_size, load_pipeline, pipeline_on_meta
 
-__all__ = ["Cache", "Clip", "encode_clip", "encode_image", "encode_text", "fill_cache", "fingerprint", "read_clip"]
-__all__ += ["read_clips"]
+__all__ = ["Cache", "encode_clip", "encode_image", "encode_text", "fill_cache", "fingerprint", "read_clip"]
 
 log = logging.getLogger(__name__)
-
-SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """What is trained on: a prompt, and its video, or the image that a video begins with, if there are any."""
-
-    text: str
-    file: Path | None = None
-
-
-def read_clips(folder: str | Path, *, caption: str = "text") -> list[Clip]:
-    """Videos of a folder with their captions, as ``metadata.jsonl`` lists them.
-
-    Args:
-        folder: Holds the videos and the list, of lines like ``{"file_name": "a.mp4", "text": "a red cat runs"}``.
-        caption: Name of the captions.
-
-    Raises:
-        FileNotFoundError: There is no list, or a video of it is missing.
-        ValueError: A line is no JSON object with a file name and a caption of text, or there is none.
-    """
-    listing = Path(folder) / "metadata.jsonl"
-    if not listing.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no metadata.jsonl; expected a line per video, "
-            f'{{"file_name": "a.mp4", "{caption}": "what it shows"}}'
-        )
-    clips = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{listing}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file_name", caption)):
-            raise ValueError(f"{where}: expected file_name and {caption}, both text; got {line[:80]}")
-        file = Path(folder) / entry["file_name"]
-        if not file.is_file():
-            raise FileNotFoundError(f"{where}: there is no {file}")
-        clips.append(Clip(entry[caption], file))
-    if not clips:
-        raise ValueError(f"{listing} lists no video")
-    return clips
 
 
 def read_clip(file: str | Path, *, frames: int, height: int, width: int, fps: float) -> Tensor:
@@ -238,24 +191,13 @@ class Cache:
         Raises:
             CheckpointError: It is no cache, is not filled, or is of another encoder.
         """
-        path = Path(path)
-        try:
-            header = json.loads((path / "cache.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            inside = [f"; {file.parent} is one" for file in sorted(path.glob("artifacts/*/cache.json"))]
-            raise CheckpointError(f"{path} is no folder of encoded prompts: {error}{next(iter(inside), '')}") from error
-        if header.get("schema") != SCHEMA:
-            raise CheckpointError(f"{path} is of another version; fill a new folder")
+        path, header = Path(path), read_cache(path)
         if encoder is not None and header["encoder"] != encoder:
             raise CheckpointError(
                 f"{path} was made by another text encoder ({header['encoder']}) than this pipeline's ({encoder}); fill "
                 "a new folder"
             )
-        cache = cls(path, header)
-        missing = [file for file in ("null.safetensors", *map(_name, range(len(cache)))) if not (path / file).is_file()]
-        if missing:
-            raise CheckpointError(f"{path} is not filled: {len(missing)} files missing, such as {missing[0]}")
-        return cache
+        return cls(path, header)
 
     def __len__(self) -> int:
         return len(self.header["items"])
@@ -266,7 +208,7 @@ class Cache:
 
     def item(self, index: int) -> dict[str, Tensor]:
         """``text`` and, if there are videos, ``latents`` of an item, or what is kept of its image, on the CPU."""
-        return _read(self.path / _name(index))
+        return _read(self.path / cache_item(index))
 
     def null(self) -> Tensor:
         """Text tokens of the empty prompt, ``[L, D]``."""
@@ -309,7 +251,7 @@ def fill_cache(
     path, processes = Path(path), processes or Processes()
     name = find_pipeline(model, images=images, local_files_only=local_files_only)
     header = {
-        "schema": SCHEMA,
+        "schema": CACHE_SCHEMA,
         "pipeline": name,
         "encoder": fingerprint(model, "text_encoder", local_files_only=local_files_only),
         "vae": None if size is None else fingerprint(model, "vae", local_files_only=local_files_only),
@@ -326,7 +268,7 @@ def fill_cache(
     elif processes.main:
         atomic_write_json(path / "cache.json", header)
     processes.share("cache header", True)
-    files = [*map(_name, range(len(clips))), "null.safetensors"]
+    files = [*map(cache_item, range(len(clips))), "null.safetensors"]
     todo = [index for index, file in enumerate(files) if not (path / file).is_file()]
     if todo:
         _encode(path, files, clips, model, name, device, dtype, size, processes, local_files_only, quiet)
@@ -368,10 +310,6 @@ def _encode(
                     "float32 or bfloat16"
                 )
             save_safetensors(tensors, path / files[index])
-
-
-def _name(index: int) -> str:
-    return f"{index:06d}.safetensors"
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .flow import sample_sigma
 from .host import NUM_TRAIN_TIMESTEPS
-from .pipelines import PIPELINES
+from .pipeline_index import PIPELINES
 
 __all__ = ["Denoiser", "Noisy"]
 

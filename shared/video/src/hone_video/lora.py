@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.io import save_safetensors
-from torch import Tensor
 
 from .training_config import LoraTargets
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["LORA_FILE", "PROJECTIONS", "add_lora", "lora_tensors", "read_lora_header", "save_lora"]
 
@@ -41,6 +42,7 @@ def add_lora(
         MissingExtraError: peft is not installed.
     """
     try:
+        import torch
         from peft import LoraConfig
     except ImportError as error:
         raise MissingExtraError("train", "hone-video", "LoRA training") from error
@@ -96,7 +98,7 @@ def read_lora_header(path: str | Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
