@@ -215,8 +215,14 @@ class Columns:
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("block_q", [64, 128])
-@pytest.mark.parametrize("dim", SUPPORTED.head_dims)
+@pytest.mark.parametrize(
+    ("dim", "block_q"),
+    [
+        pytest.param(dim, block_q, marks=[pytest.mark.slow] * (dim != block_q))
+        for dim in SUPPORTED.head_dims
+        for block_q in (64, 128)
+    ],
+)
 def test_sums_in_fixed_point(dim, block_q, monkeypatch):
     """Around a kernel of columns in plain torch: dq is exact to more digits than bfloat16 has, in whatever order."""
     monkeypatch.setattr(backward, "_backward_kernel", Columns(backward))

@@ -247,7 +247,7 @@ def test_groups_in_a_row(options, dtype, dim):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_mean_of_a_sample_interpreted(padded, monkeypatch):
     # Of 190 slots the first 128, as of a long sequence 64 runs of 128.
     monkeypatch.setattr(reference, "MEAN_RUNS", 1)
@@ -479,8 +479,16 @@ TRAINING = [
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("delta", ["exact", "forward"])
-@pytest.mark.parametrize("case", TRAINING, ids=str)
+@pytest.mark.parametrize(
+    ("case", "delta"),
+    [
+        (TRAINING[0], "forward"),
+        (TRAINING[1], "exact"),
+        pytest.param(TRAINING[0], "exact", marks=pytest.mark.slow),
+        pytest.param(TRAINING[1], "forward", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_training_interpreted(case, delta):
     compare_training(case, torch.float32, "cpu", delta)
 

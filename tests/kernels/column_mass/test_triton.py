@@ -32,8 +32,16 @@ def compare(q, k, rows, real):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "padded"),
+    [
+        (torch.float32, True),
+        (torch.float16, False),
+        pytest.param(torch.float32, False, marks=pytest.mark.slow),
+        pytest.param(torch.float16, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_interpreted(dtype, padded):
     compare(*case(2, 4, 2, 77, 16, 5, dtype, padded=padded))
     # A later turn, of which q holds the last tokens alone.

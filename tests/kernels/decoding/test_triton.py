@@ -122,13 +122,23 @@ def compare_one(dtype, device, width, outputs):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_interpreted(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "whole"),
+    [(torch.float32, True), (torch.float16, False), pytest.param(torch.float16, True, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_interpreted(dtype, whole):
+    shape = dict(heads=6, heads_k=2, dim=16, page=16)
+    if not whole:  # each kernel once
+        compare_rows(dtype, "cpu", 3, 40)
+        compare_one(dtype, "cpu", 40, 10)
+        compare_pages(dtype, "cpu", lengths=[37, 5, 16], tokens=3, splits=3, norms=True, **shape)
+        compare_in_one(dtype, "cpu", lengths=[37, 1, 16], splits=3, norms=True, **shape)
+        return
     compare_rows(dtype, "cpu", 3, 40)
     compare_rows(dtype, "cpu", 1, 600)
     compare_one(dtype, "cpu", 40, 10)
     compare_one(dtype, "cpu", 1300, 6)
-    shape = dict(heads=6, heads_k=2, dim=16, page=16)
     for splits in (None, 1, 3):
         compare_pages(dtype, "cpu", lengths=[37, 5, 16], tokens=1, splits=splits, **shape)
         compare_in_one(dtype, "cpu", lengths=[37, 1, 16, 49], splits=splits, norms=splits == 3, **shape)

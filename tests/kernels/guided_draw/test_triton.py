@@ -39,10 +39,13 @@ def compare(logits, keep, temperature):
     torch.testing.assert_close(chance.double(), exact, rtol=3e-4, atol=1e-7)
 
 
-def cases(device="cpu"):
-    for settings, dtype in ((1, torch.float32), (2, torch.bfloat16), (3, torch.float16), (2, torch.float32)):
+def cases(device="cpu", step=1):
+    """Every ``step``-th way to draw of each kind of logits, so that two kinds have each at a step of 2."""
+    draws = ((7, 1.0), (70, 1.0), (1, 1.0), (7, 0.7), (7, 0.0), (69, 2.0))
+    kinds = ((1, torch.float32), (2, torch.bfloat16), (3, torch.float16), (2, torch.float32))
+    for at, (settings, dtype) in enumerate(kinds):
         logits = some_logits(settings, 9, 70, dtype, device)
-        for keep, temperature in ((7, 1.0), (70, 1.0), (1, 1.0), (7, 0.7), (7, 0.0), (69, 2.0)):
+        for keep, temperature in draws[at % step :: step]:
             compare(logits, keep, temperature)
     # A vocabulary that fills a block, and one of a single token.
     compare(some_logits(2, 5, 128, device=device), 13, 1.0)
@@ -52,8 +55,9 @@ def cases(device="cpu"):
 
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_interpreted():
-    cases()
+@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_interpreted(step):
+    cases(step=step)
 
 
 @pytest.mark.interpret

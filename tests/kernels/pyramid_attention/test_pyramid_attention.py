@@ -206,7 +206,7 @@ def test_interpreted(case, dtype):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_levels_above_0_are_added_to_what_is_there(dtype):
     """Where another kernel has made the gradients of level 0, as on Hopper."""
     from hone_kernels.pyramid_attention.triton import attention_backward, lists, pool
