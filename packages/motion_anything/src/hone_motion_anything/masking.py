@@ -9,12 +9,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import MotionAnythingConfig
 from .method import Condition, attention_mask, random_mask
 
-__all__ = ["choose_masks", "cosine_mask", "masked_loss"]
+__all__ = ["choose_masks", "cosine_mask", "inside", "masked_loss", "refuse_recomputation"]
+
+
+def inside(model: Any) -> Any:
+    """The masked transformer in what peft, ``torch.compile`` or a trainer wrapped around it; else the model itself."""
+    if not isinstance(model, nn.Module):
+        return model
+    return next((part for part in model.modules() if hasattr(type(part), "scores") and hasattr(part, "masking")), model)
+
+
+def refuse_recomputation(name: str) -> None:
+    """Refuse to draw within a backward: gradient checkpointing runs a forward again there, and a generator goes on.
+
+    Raises:
+        RuntimeError: It is one.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name} ran again within backward, by gradient checkpointing, and would draw other numbers than in the "
+            "forward. Checkpoint the model or its blocks alone, and call draw_mask and masked_loss outside"
+        )
 
 
 def cosine_mask(
@@ -95,14 +115,28 @@ def masked_loss(
 
     Of them a share ``corrupt`` gets a wrong id, 88 % of the rest the mask's, and the others stay, as in MoMask; with a
     share of 0 all get the mask's.
+
+    Args:
+        model: Also one that peft, ``torch.compile`` or ``DistributedDataParallel`` wrapped.
+        ids: Tokens.
+        condition: Of the batch.
+        valid: Time steps that are there.
+        mask: Tokens to hide, of ``draw_mask``.
+        generator: On their device.
+        corrupt: Share of the hidden tokens that get a wrong id.
+
+    Raises:
+        RuntimeError: Gradient checkpointing runs it again.
     """
-    ids = torch.where(valid[..., None], ids, model.pad_id)
+    refuse_recomputation("masked_loss")
+    own = inside(model)
+    ids = torch.where(valid[..., None], ids, own.pad_id)
     u = torch.rand(ids.shape, generator=generator, device=ids.device)
-    wrong = (torch.rand(ids.shape, generator=generator, device=ids.device) * model.mask_id).long()
-    wrong = wrong.clamp(max=model.mask_id - 1)
+    wrong = (torch.rand(ids.shape, generator=generator, device=ids.device) * own.mask_id).long()
+    wrong = wrong.clamp(max=own.mask_id - 1)
     shown = torch.where(mask & (u < corrupt), wrong, ids)
     last = corrupt + 0.88 * (1 - corrupt) if corrupt else 1.0
     hidden = mask & (u >= corrupt) & (u < last)
-    shown = torch.where(hidden, model.mask_id, shown)
+    shown = torch.where(hidden, own.mask_id, shown)
     logits = model(shown, condition, valid)
     return F.cross_entropy(logits[mask].float(), ids[mask])

@@ -9,7 +9,6 @@ Source: Motion Anything (arXiv 2503.06955), algorithms 1 to 3 and the architectu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .config import TransformerConfig
+from .inputs import Condition, check_tokens, check_weights
 
 __all__ = [
     "Attention",
@@ -29,47 +29,6 @@ __all__ = [
     "random_mask",
     "select",
 ]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a motion is to follow; text, music, or both.
-
-    Attributes:
-        text: ``[B, D]`` one vector for each text; None without texts.
-        music: ``[B, T, D']`` one vector for each time step; None without music.
-        no_text: ``[B]`` rows whose text is left out for a learned vector.
-        no_music: ``[B]`` rows whose music is left out.
-    """
-
-    text: Float[Tensor, "batch text_width"] | None = None
-    music: Float[Tensor, "batch time music_width"] | None = None
-    no_text: Bool[Tensor, " batch"] | None = None
-    no_music: Bool[Tensor, " batch"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.text is None and self.music is None:
-            raise ValueError("a condition needs a text, music, or both")
-
-    @property
-    def batch(self) -> int:
-        """Rows."""
-        found = self.text if self.text is not None else self.music
-        assert found is not None
-        return len(found)
-
-    def dropped(self, text: Tensor, music: Tensor) -> Condition:
-        """The same with the marked rows ``[B]`` of each modality left out too."""
-        return replace(
-            self,
-            no_text=text if self.no_text is None else self.no_text | text,
-            no_music=music if self.no_music is None else self.no_music | music,
-        )
-
-    def rows(self, at: Tensor | slice) -> Condition:
-        """Some of the rows."""
-        parts = {name: getattr(self, name) for name in ("text", "music", "no_text", "no_music")}
-        return Condition(**{name: None if value is None else value[at] for name, value in parts.items()})
 
 
 # Algorithm 1: attention-based masking ------------------------------------------------------------------------------
@@ -326,6 +285,21 @@ class MotionTransformer(nn.Module):
         """Of a token past the end."""
         return self.cfg.codes + 1
 
+    def check(self, ids: Tensor, condition: Condition, valid: Tensor) -> None:
+        """See that tokens, condition and time steps fit the model and each other; no call waits for the device.
+
+        Raises:
+            TypeError: A dtype is another.
+            ValueError: A shape or a device is another.
+        """
+        cfg = self.cfg
+        if ids.dim() != 3 or ids.shape[2] != cfg.parts or ids.shape[1] > cfg.max_tokens:
+            raise ValueError(
+                f"ids must be [batch, time, {cfg.parts}] of at most {cfg.max_tokens} time steps; got {list(ids.shape)}"
+            )
+        check_tokens(ids, valid)
+        condition.check(len(ids), ids.device, cfg.text_width, cfg.music_width)
+
     def embed(self, ids: Int[Tensor, "batch time parts"]) -> Float[Tensor, "batch time parts width"]:
         """Tokens with the places of their time step and part."""
         return self.token_emb(ids + self.shift) + self.time_emb[: ids.shape[1]] + self.part_emb
@@ -342,14 +316,14 @@ class MotionTransformer(nn.Module):
                 raise ValueError(
                     f"the music is shorter than the motion: {condition.music.shape[1]} of {time} time steps"
                 )
-            heard = self.music_in(condition.music[:, :time])
+            heard = self.music_in(condition.music[:, :time].to(self.no_music.dtype))
             if condition.no_music is not None:
                 heard = torch.where(condition.no_music[:, None, None], self.no_music, heard)
             heard = heard + self.time_emb[:time, 0]
             rows.append(heard)
             by_frame.append(heard[:, :, None])
         if condition.text is not None:
-            said = self.text_in(condition.text)
+            said = self.text_in(condition.text.to(self.no_text.dtype))
             if condition.no_text is not None:
                 said = torch.where(condition.no_text[:, None], self.no_text, said)
             rows.append(said[:, None])
@@ -359,7 +333,8 @@ class MotionTransformer(nn.Module):
     def forward(
         self, ids: Int[Tensor, "batch time parts"], condition: Condition, valid: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time parts codes"]:
-        """Logits of every token."""
+        """Logits of every token; the condition is taken in the model's dtype."""
+        self.check(ids, condition, valid)
         x = self.embed(ids)
         rows, by_frame, music = self.given(condition, ids.shape[1])
         for block in self.blocks:
@@ -378,6 +353,8 @@ class MotionTransformer(nn.Module):
 
         ``rows`` says whose: the ``condition``'s, or of a text ``all`` queries'.
         """
+        self.check(ids, condition, valid)
+        check_weights(self.time_emb, ids.device)
         x = self.embed(ids)
         given, by_frame, music = self.given(condition, ids.shape[1])
         first = self.blocks[0]

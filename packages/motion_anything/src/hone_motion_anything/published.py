@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from hone_kernels.backends import Backend
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .decoding import Passes, draw
+from .inputs import check_tokens
 from .method import Condition
 
 __all__ = ["LengthEstimator", "MaskTransformer", "MaskTransformer2D", "ResidualTransformer", "ResidualTransformer2D"]
@@ -104,6 +106,12 @@ def _encoder(width: int, heads: int, hidden: int, layers: int, dropout: float) -
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
 
+def _brings_back(module: nn.Module) -> bool:
+    """Whether accelerate's hook on a module loads all the weights inside it for a forward."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "place_submodules", False) for one in getattr(hook, "hooks", (hook,)))
+
+
 class _Published(nn.Module):
     """What all four share: sizes, the text's vector and what stands for none, the masking."""
 
@@ -112,6 +120,7 @@ class _Published(nn.Module):
         self.codes, self.code_dim, self.width = codes, code_dim, width
         self.input_process = InputProcess(code_dim, width)
         self.cond_emb = nn.Linear(CLIP_WIDTH, width)
+        self.output_process: OutputProcess_Bert
         self.masking: Any = None
 
     @property
@@ -124,6 +133,41 @@ class _Published(nn.Module):
         """Of a token past the end."""
         return self.codes + 1
 
+    def check(self, ids: Tensor, condition: Condition, valid: Tensor, parts: int | None = None) -> None:
+        """See that the first level's tokens, condition and time steps fit; as for ``MotionTransformer``."""
+        if ids.dim() != 3 or (parts is not None and ids.shape[2] != parts):
+            raise ValueError(f"ids must be [batch, time, {parts or 'parts'}]; got {list(ids.shape)}")
+        check_tokens(ids, valid)
+        if condition.music is None:
+            condition.check(len(ids), ids.device, CLIP_WIDTH)
+
+    def check_attention(self, *, beside: bool = False) -> None:
+        """Refuse what torch's attention would not see: it reads the weights of its ``out_proj`` without calling it.
+
+        Args:
+            beside: Attention is read by itself, without a forward of the layer around it.
+
+        Raises:
+            ValueError: ``out_proj`` was replaced, or its weights are offloaded and nothing brings them back.
+        """
+        for name, encoder in self.named_children():
+            for number, layer in enumerate(encoder.layers if isinstance(encoder, nn.TransformerEncoder) else ()):
+                attention: Any = layer.self_attn
+                if type(attention) is not nn.MultiheadAttention:
+                    continue  # peft's own looks after both
+                where = f"{name}.layers.{number}.self_attn"
+                if not isinstance(attention.out_proj, NonDynamicallyQuantizableLinear):
+                    raise ValueError(
+                        f"{where}.out_proj is a {type(attention.out_proj).__name__} now, which torch's attention does "
+                        "not call, so that it would do nothing. Leave out_proj as it was; peft's LoRA takes self_attn"
+                    )
+                around = [attention] if beside else [self, encoder, layer, attention]
+                if attention.out_proj.weight.is_meta and not any(map(_brings_back, around)):
+                    raise ValueError(
+                        f"the weights of {where}.out_proj are offloaded, and torch's attention reads them without the "
+                        "call that would bring them back. Offload with preload_module_classes=['MultiheadAttention']"
+                    )
+
     def said(self, condition: Condition) -> Tensor:
         """The text's row ``[1, B, D]``; none is a vector of zeros before the linear map.
 
@@ -135,7 +179,8 @@ class _Published(nn.Module):
         text = condition.text
         if condition.no_text is not None:
             text = text * ~condition.no_text[:, None]
-        return self.cond_emb(text)[None]
+        # The norm's dtype is the model's, also where linear layers were quantised.
+        return self.cond_emb(text.to(self.output_process.LayerNorm.weight.dtype))[None]
 
 
 class MaskTransformer(_Published):
@@ -179,6 +224,8 @@ class MaskTransformer(_Published):
         self, ids: Int[Tensor, "batch time 1"], condition: Condition, valid: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time 1 codes"]:
         """Logits of every token."""
+        self.check(ids, condition, valid, 1)
+        self.check_attention()
         hidden = _hidden(valid, 1)
         out = self.seqTransEncoder(self._sequence(ids, condition), src_key_padding_mask=hidden)[1:]
         return self.output_process(out).transpose(0, 1)[:, :, None]
@@ -192,6 +239,8 @@ class MaskTransformer(_Published):
         rows: str = "condition",
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time 1"]]:
         """Attention of the first layer, as for ``MotionTransformer``; one column has no parts to tell apart."""
+        self.check(ids, condition, valid, 1)
+        self.check_attention(beside=True)
         x = self._sequence(ids, condition)
         hidden = _hidden(valid, 1)
         layer: Any = self.seqTransEncoder.layers[0]
@@ -245,6 +294,8 @@ class MaskTransformer2D(_Published):
         self, ids: Int[Tensor, "batch time parts"], condition: Condition, valid: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time parts codes"]:
         """Logits of every token."""
+        self.check(ids, condition, valid)
+        self.check_attention()
         batch, time, parts = ids.shape
         said = self._said(condition, parts)
         x = self._sequence(ids, said)
@@ -272,6 +323,8 @@ class MaskTransformer2D(_Published):
 
         Columns are consecutive joints mixed by convolutions, and no parts of the body.
         """
+        self.check(ids, condition, valid)
+        self.check_attention(beside=True)
         batch, time, parts = ids.shape
         x = self._sequence(ids, self._said(condition, parts)).flatten(0, 1)
         hidden = _hidden(valid, 1).repeat_interleave(parts, 1)
@@ -339,7 +392,12 @@ class _Residual(_Published):
 
     def level(self, level: int, batch: int) -> Tensor:
         """The level's row ``[1, B, D]``."""
-        return (self.quant_emb.weight[:, level] + self.quant_emb.bias).expand(1, batch, -1)
+        table = self.quant_emb
+        if type(table) is nn.Linear:
+            return (table.weight[:, level] + table.bias).expand(1, batch, -1)
+        # What stands in its place, a LoRA or a quantised layer, is called so that it counts.
+        chosen = torch.arange(self.levels, device=self.token_embed_weight_.device) == level
+        return table(chosen.to(self.token_embed_weight_.dtype)).expand(1, batch, -1)
 
 
 class ResidualTransformer(_Residual):
@@ -366,6 +424,7 @@ class ResidualTransformer(_Residual):
         self, ids: Int[Tensor, "batch time 1 levels"], condition: Condition, valid: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time 1 rows"]:
         """Logits of the level that follows the known ones, padding's id included."""
+        self.check_attention()
         level = ids.shape[-1]
         x = self.position_enc(self.input_process(self.history(ids)[:, :, 0]).transpose(0, 1))
         x = torch.cat([self.said(condition), self.level(level, len(ids)), x])
@@ -403,6 +462,7 @@ class ResidualTransformer2D(_Residual):
         self, ids: Int[Tensor, "batch time parts levels"], condition: Condition, valid: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time parts rows"]:
         """Logits of the level that follows the known ones, the further ids included."""
+        self.check_attention()
         batch, time, parts, level = ids.shape
         head = torch.cat([self.said(condition), self.level(level, batch)])[:, None].expand(-1, parts, -1, -1)
         x = self.input_process(self.history(ids)).permute(1, 2, 0, 3)
