@@ -8,7 +8,7 @@ from hone_blade.cli import PACKAGE, VERBS
 from hone_core.cli import run_cli
 from hone_core.runs import load_results
 from hone_video.host import Host, save_host
-from hone_video.host_config import HostConfig
+from hone_video.host_config import PACKAGED, HostConfig
 
 TINY = HostConfig(
     frames=4,
@@ -297,7 +297,25 @@ def test_wrong_paths_and_settings_are_refused_before_torch_is_imported(tmp_path)
         "distill-pipeline --model pipeline --cache nope": "nope is no folder of encoded prompts",
         "eval --protocol vbench --model nope --vbench-info prompts.txt --no-grade": "nope does not exist",
         "bench --model nope": "model must be one of",
+        # What fits no host, which a dry run has to say too.
+        "demo --dense-steps 100 --dry-run": "dense_steps must lie in [0, steps = 8)",
+        "demo --steps 2 --dense-steps 2 --dry-run": "dense_steps must lie in [0, steps = 2)",
+        "demo --stats-every 0 --dry-run": "stats_every must be at least 1",
+        "demo --density 0.07 --dry-run": "ASA_G cannot keep to density 0.07 on 1024 tokens",
+        "demo --block 48 --dry-run": "block must be one of",
+        "eval --dense-steps 100 --dry-run": "dense_steps must lie in [0, steps = 8)",
+        "reproduce --config settings.json --dry-run": "dense_steps must lie in [0, steps = 8)",
+        "reproduce --claim recall --config students.json --dry-run": "ASA_G cannot keep to density 0.07",
+        "inspect --preset wan2.1-1.3b-free --steps 1 --dry-run": "steps must be above the",
+        f"train-host --config host.json --start {PACKAGED} --dry-run": "has another architecture",
     }
+    configs = {
+        "settings": {"settings": {"late": {"dense_steps": 100}}},
+        "students": {"students": {"comparison": {"density": 0.07}}},
+        "host": {"host": {"layers": 2}},
+    }
+    for name, config in configs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
     argv = [sys.executable, "-c", WITHOUT_TORCH, json.dumps([case.split() for case in wrong])]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     lines = done.stderr.splitlines()

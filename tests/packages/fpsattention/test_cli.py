@@ -190,6 +190,8 @@ def test_settings_that_do_not_fit_are_refused_before_weights_are_read(
         (("demo", "--prompt", "a purple 7"), 1, "unknown word 'purple'"),
         (("train-host", "--minutes", "0"), 1, "minutes must be positive"),
         (("calibrate", "--budget", "2"), 1, "budget is a mean density"),
+        (("calibrate", "--regimes", "9", "--dry-run"), 1, "regimes must lie in [1, 8], the denoising steps; got 9"),
+        (("calibrate", "--budget", "0.001", "--dry-run"), 1, "no candidate keeps to budget 0.001"),
         (("bench", "--model", "sora"), 1, "model must be one of"),
         (("fly",), 2, "unknown verb 'fly'"),
     ],
@@ -341,6 +343,7 @@ def test_wrong_paths_and_settings_are_refused_before_torch_is_imported(tmp_path)
         "train --model pipeline --videos videos --schedule nope": "nope: expected a JSON config",
         "eval --protocol vbench --model nope --vbench-info prompts.txt --no-grade": "nope does not exist",
         "bench --model nope": "model must be one of",
+        "bench --parts parallel --dry-run": "parts=('parallel',) is what several processes do",
     }
     argv = [sys.executable, "-c", WITHOUT_TORCH, json.dumps([case.split() for case in wrong])]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)

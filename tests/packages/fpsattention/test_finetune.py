@@ -414,7 +414,10 @@ def test_a_shift_is_that_of_the_sampler_trained_for(folders, cache, tmp_path):
 def test_a_cache_of_another_size_is_refused(folders, cache, tmp_path):
     cfg = config(folders, cache)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, frames=17))
-    with pytest.raises(ValueError, match=r"holds videos of \[9, 64, 64\] \(frames, height, width\); asked for"):
+    message = r"holds videos of \[9, 64, 64\] \(frames, height, width\); asked for \[17, 64, 64\]"
+    with pytest.raises(ValueError, match=message):
+        find_finetuned(cfg)
+    with pytest.raises(ValueError, match=message):
         train(cfg, tmp_path / "run")
 
 

@@ -40,7 +40,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "demo:demo",
         "DemoConfig",
         "Draw moving digits with dense, adaptive, static and random attention: a video, a sheet and a table.",
-        prepare="inputs:find_student",
+        prepare="inputs:find_demo",
     ),
     "generate": _verb(
         "sample:generate",
@@ -85,7 +85,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "reproduce:reproduce",
         "ReproduceConfig",
         "Whether masks that look beat static ones, or training with them beats adding them after; and ablations.",
-        prepare="inputs:find_student",
+        prepare="inputs:find_reproduced",
     ),
     "inspect": _verb(
         "inspection:inspect",

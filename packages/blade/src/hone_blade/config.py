@@ -459,7 +459,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("the demo needs at least one prompt, such as 'a red 7 moving left, slow'")
-        check_least(self, 1, "limit")
+        check_least(self, 1, "limit", "stats_every")
         for prompt in self.prompts:
             parse_prompt(prompt)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from hone_core.errors import CheckpointError
 from hone_core.hosts import open_host
 from hone_core.io import read_prompts
-from hone_video.host_config import PACKAGE, HostConfig
+from hone_video.host_config import PACKAGE, PACKAGED, HostConfig
 from hone_video.images import read_image
 from hone_video.listings import read_cache, read_clips
 from hone_video.pipeline_index import PIPELINES, find_pipeline, pipeline_parts
@@ -18,6 +18,7 @@ from hone_video.pipeline_index import PIPELINES, find_pipeline, pipeline_parts
 from .config import (
     PRESETS,
     BladeConfig,
+    Comparison,
     DemoConfig,
     DistillConfig,
     EncodeConfig,
@@ -31,8 +32,9 @@ from .config import (
 )
 from .lora_files import Transformer, check_part, find_lora, read_config, read_header, read_rollout, read_student
 
-__all__ = ["Inputs", "attention_of", "find_distilled", "find_encoded", "find_evaluated", "find_host", "find_init"]
-__all__ += ["find_inputs", "find_inspected", "find_student", "find_video_inputs", "sparse_steps", "stated_attention"]
+__all__ = ["Inputs", "attention_of", "check_inspected", "find_demo", "find_distilled", "find_encoded"]
+__all__ += ["find_evaluated", "find_host", "find_init", "find_inputs", "find_inspected", "find_reproduced"]
+__all__ += ["find_student", "find_video_inputs", "sparse_steps", "stated_attention"]
 
 Hosted = TypeVar("Hosted", DemoConfig, DistillConfig, EvalConfig, InspectConfig, ReproduceConfig)
 
@@ -63,9 +65,46 @@ def find_student(cfg: Shown) -> Shown:
     return replace(cfg, lora=Path(os.path.abspath(cfg.lora)))
 
 
+def find_demo(cfg: DemoConfig) -> DemoConfig:
+    """Likewise, once the comparison is known to fit the host.
+
+    Raises:
+        CheckpointError: As ``find_student``.
+        ValueError: No step is sparse, or ASA_G cannot keep to its density.
+    """
+    cfg = find_student(cfg)
+    _check_comparison(cfg.comparison, _host(cfg.host))
+    return cfg
+
+
+def find_reproduced(cfg: ReproduceConfig) -> ReproduceConfig:
+    """Likewise of every comparison of the claim.
+
+    Raises:
+        CheckpointError, ValueError: As ``find_demo``.
+    """
+    cfg = find_student(cfg)
+    host = _host(cfg.host)
+    if cfg.claim == "masks":
+        for setting in cfg.settings.values():
+            _check_comparison(setting, host)
+    else:
+        cfg.students.comparison.configs(host.tokens)
+    return cfg
+
+
 def find_init(cfg: TrainHostConfig) -> TrainHostConfig:
-    """Likewise of the host that training starts from."""
-    return cfg if cfg.start is None else replace(cfg, start=_checkpoint(cfg.start))
+    """The settings with the host that training starts from by its absolute path.
+
+    Raises:
+        CheckpointError: It is not there, is none of this package, or is of another architecture.
+    """
+    if cfg.start is None:
+        return cfg
+    start, earlier = _checkpoint(cfg.start), _host(cfg.start)
+    if _architecture(earlier) != _architecture(cfg.host):
+        raise CheckpointError(f"{start} has another architecture: {earlier}; this run trains {cfg.host}")
+    return replace(cfg, start=start)
 
 
 def find_evaluated(cfg: EvalConfig) -> EvalConfig:
@@ -76,7 +115,9 @@ def find_evaluated(cfg: EvalConfig) -> EvalConfig:
             be graded here.
     """
     if cfg.protocol == "clips":
-        return find_host(cfg)
+        cfg = find_host(cfg)
+        _check_comparison(cfg.comparison, _host(cfg.host))
+        return cfg
     from hone_video.vbench import find_suite
 
     find_video_inputs(cfg.videos(find_suite(cfg.vbench, limit=cfg.prompts).expanded))
@@ -98,10 +139,12 @@ def find_inspected(cfg: InspectConfig) -> InspectConfig:
     """The settings, once host or pipeline is known to be there.
 
     Raises:
-        CheckpointError, ValueError: As ``find_host`` and ``find_video_inputs``.
+        CheckpointError, ValueError: As ``find_host``, ``check_inspected`` and ``find_video_inputs``.
     """
     if cfg.model is None:
-        return find_host(cfg)
+        cfg = find_host(cfg)
+        check_inspected(cfg, _host(cfg.host))
+        return cfg
     find_video_inputs(cfg.pipeline)
     return cfg
 
@@ -141,6 +184,36 @@ def find_distilled(cfg: PipelineDistillConfig) -> PipelineDistillConfig:
     plan_of(cfg)
     prompt_file, cache = (None if x is None else Path(os.path.abspath(x)) for x in (cfg.prompt_file, cfg.cache))
     return replace(cfg, prompt_file=prompt_file, cache=cache)
+
+
+def check_inspected(cfg: InspectConfig, host: HostConfig) -> None:
+    """Refuse to inspect steps of the tiny host of which none is sparse.
+
+    Raises:
+        ValueError: None is.
+    """
+    preset = cfg.preset or "tiny"
+    steps, dense = cfg.steps or host.steps, PRESETS[preset].config.dense_steps
+    if dense >= steps:
+        raise ValueError(
+            f"steps must be above the {dense} first steps that preset {preset} leaves dense, or there is nothing to "
+            f"inspect; got {steps}. Take more steps, or another preset"
+        )
+
+
+def _check_comparison(comparison: Comparison, host: HostConfig) -> None:
+    """Refuse what ``hone_blade.evaluate.compare`` would refuse once the host is loaded."""
+    comparison.check_steps(host.steps if comparison.steps is None else comparison.steps)
+    comparison.configs(host.tokens)
+
+
+def _host(path: Path | None) -> HostConfig:
+    return open_host(HostConfig, PACKAGE, PACKAGED if path is None else path).config
+
+
+def _architecture(host: HostConfig) -> tuple[int, ...]:
+    """What the shapes of the transformer's weights follow from."""
+    return host.patch, host.layers, host.heads * host.head_dim, host.ffn_dim, host.text_dim, host.freq_dim
 
 
 def _checkpoint(path: Path) -> Path:

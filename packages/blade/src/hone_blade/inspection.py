@@ -16,8 +16,8 @@ from hone_video.handle import LayerStats
 from hone_video.host import load_host
 from hone_video.layer_maps import draw_layer_maps
 
-from .config import PRESETS, GenerateConfig, InspectConfig
-from .inputs import find_inputs
+from .config import GenerateConfig, InspectConfig
+from .inputs import check_inspected, find_inputs
 from .models import BladeHandle, attach
 from .sample import Sampler
 
@@ -195,12 +195,7 @@ def inspect(cfg: InspectConfig, run: Run) -> InspectReport:
         return inspect_pipeline(cfg.pipeline, run, recall=cfg.recall)
     preset = cfg.preset or "tiny"
     host = load_host(resolve_device(run.device), path=cfg.host)
-    steps, dense = cfg.steps or host.config.steps, PRESETS[preset].config.dense_steps
-    if dense >= steps:
-        raise ValueError(
-            f"steps must be above the {dense} first steps that preset {preset} leaves dense, or there is nothing to "
-            f"inspect; got {steps}. Take more steps, or another preset"
-        )
+    check_inspected(cfg, host.config)
     text, noise = host.encode_prompt(cfg.prompt), host.noise(1, cfg.seed)
     with attach(host.transformer, preset) as handle:
 

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from hone_core.devices import resolve_device, resolve_dtype, use_device
 from hone_core.errors import UnsupportedHardwareError
-from hone_core.processes import Processes
 from hone_core.runs import Report, Run
 from hone_core.timing import Stopwatch, Timing, check_values, measure_interleaved
 from hone_kernels.attention import BlockLayout, block_sparse_attention
@@ -35,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import PRESETS, BenchConfig, FPSAttentionConfig, Regime
+from .inputs import check_launch
 from .linears import check_linears, round_linears
 from .method import Plan, fps_attention
 from .models import attach, plan_for
@@ -101,12 +101,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
         raise UnsupportedHardwareError(
             f"{cfg.model} at its published size needs a CUDA device", found="no CUDA device", use="tiny-wan"
         )
-    count = Processes.of_launcher().count
-    if ("parallel" in cfg.parts) != (count > 1):
-        raise ValueError(
-            f"parts=('parallel',) is what several processes do, as torchrun --nproc-per-node=2 starts them; got "
-            f"{cfg.parts} in {count}"
-        )
+    check_launch(cfg)
     if cfg.e4m3_linears:
         check_linears(device)
     torch.manual_seed(cfg.seed)

@@ -14,6 +14,7 @@ from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_video.grids import Grid
 from hone_video.host import load_host, make_scheduler
+from hone_video.host_config import HostConfig
 from hone_video.prompts import parse_prompt
 
 from .calibration import Errors, attach_probe, candidate_regimes, check_search, gather_errors, search
@@ -24,7 +25,7 @@ from .sample import default_preset, draw, open_pipeline, video_grid
 from .schedule import Schedule, step_regimes
 from .windows import density
 
-__all__ = ["CalibrateReport", "calibrate", "check_choices"]
+__all__ = ["CalibrateReport", "calibrate", "check_choices", "check_host_choices"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:
     device = resolve_device(run.device)
     source = _tiny(cfg, device) if cfg.video.model is None else _pipeline(cfg, open_pipeline(cfg.video, device))
     model, base, grid, sampler, steps, sample = source
-    candidates, densities = _choices(cfg, source)
+    candidates, densities = _choices(cfg, base, grid, steps)
     rows = []
     progress = progress_bar(len(cfg.video.prompts) * steps, desc="measuring", quiet=run.quiet)
     with attach_probe(model, base) as handle, progress as bar:
@@ -117,9 +118,13 @@ Source = tuple[Any, FPSAttentionConfig, Grid, str, int, Callable[[int, Callable[
 """Model or pipeline, settings, grid, sampler, steps, and what samples one prompt."""
 
 
+def _tiny_base(cfg: CalibrateConfig, host: HostConfig) -> FPSAttentionConfig:
+    return replace(PRESETS[cfg.preset or "tiny"].config, shift=host.shift).constant(0)
+
+
 def _tiny(cfg: CalibrateConfig, device: torch.device) -> Source:
     host = load_host(device, path=cfg.host)
-    base = replace(PRESETS[cfg.preset or "tiny"].config, shift=host.config.shift).constant(0)
+    base = _tiny_base(cfg, host.config)
     sampler = type(make_scheduler(host.config.solver, host.config.shift)).__name__
 
     def sample(index: int, done: Callable[[], None]) -> object:
@@ -130,9 +135,10 @@ def _tiny(cfg: CalibrateConfig, device: torch.device) -> Source:
     return host.transformer, base, host.config.grid, sampler, host.config.steps, sample
 
 
-def _choices(cfg: CalibrateConfig, source: Source) -> tuple[tuple[Regime, ...], list[float]]:
+def _choices(
+    cfg: CalibrateConfig, base: FPSAttentionConfig, grid: Grid, steps: int
+) -> tuple[tuple[Regime, ...], list[float]]:
     """What a regime may be, and the density of each."""
-    _, base, grid, _, steps, _ = source
     candidates = candidate_regimes(
         grid, base.tile, windows=cfg.windows, scales=cfg.scales, e4m3=cfg.e4m3, border=base.border
     )
@@ -152,7 +158,17 @@ def check_choices(cfg: CalibrateConfig, pipe: Any) -> None:
         ValueError: A window is larger than the grid, there are fewer steps than regimes, or nothing keeps to the
             budget.
     """
-    _choices(cfg, _pipeline(cfg, pipe))
+    _, base, grid, _, steps, _ = _pipeline(cfg, pipe)
+    _choices(cfg, base, grid, steps)
+
+
+def check_host_choices(cfg: CalibrateConfig, host: HostConfig) -> None:
+    """Likewise of the tiny host, by its architecture.
+
+    Raises:
+        ValueError: As ``check_choices``.
+    """
+    _choices(cfg, _tiny_base(cfg, host), host.grid, host.steps)
 
 
 def _pipeline(cfg: CalibrateConfig, pipe: Any) -> Source:

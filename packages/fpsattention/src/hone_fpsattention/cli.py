@@ -89,6 +89,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "bench:bench",
         "BenchConfig",
         "Time dense, windowed and E4M3 attention at real sizes with random weights: layer, forward, loop.",
+        prepare="inputs:check_launch",
         shared=True,
     ),
 }

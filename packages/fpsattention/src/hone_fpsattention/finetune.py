@@ -37,7 +37,7 @@ from .schedule import Schedule, regime_share
 from .tuned import export_tuned
 from .windows import density
 
-__all__ = ["TrainedReport", "Tuning", "schedule_of", "train"]
+__all__ = ["TrainedReport", "Tuning", "open_cache", "schedule_of", "train"]
 
 TUNED = "tuned"
 """Where a run's artifacts hold what was trained."""
@@ -236,19 +236,31 @@ class Tuning:
             self.model.enable_adapters()
 
 
+def open_cache(cfg: TrainConfig) -> Cache:
+    """The encoded videos that are given without their folder.
+
+    Raises:
+        CheckpointError: They are none, not whole, or of another encoder.
+        ValueError: They are of another size.
+    """
+    data = cfg.data
+    assert data.cache is not None
+    size = [data.frames, data.height, data.width]
+    encoder = fingerprint(cfg.model, "text_encoder", local_files_only=cfg.local_files_only)
+    cache = Cache.open(data.cache, encoder=encoder)
+    if cache.header["size"] != size:
+        raise ValueError(
+            f"{data.cache} holds videos of {cache.header['size']} (frames, height, width); asked for {size}"
+        )
+    return cache
+
+
 def _cache(cfg: TrainConfig, run: Run, loop: Loop, dtype: torch.dtype) -> Cache:
     """Encoded videos: filled from the folder, or as they are."""
     data = cfg.data
     size = (data.frames, data.height, data.width)
     if data.videos is None:
-        assert data.cache is not None
-        encoder = fingerprint(cfg.model, "text_encoder", local_files_only=cfg.local_files_only)
-        cache = Cache.open(data.cache, encoder=encoder)
-        if cache.header["size"] != list(size):
-            raise ValueError(
-                f"{data.cache} holds videos of {cache.header['size']} (frames, height, width); asked for {list(size)}"
-            )
-        return cache
+        return open_cache(cfg)
     return fill_cache(
         data.cache or run.path / "cache", read_clips(data.videos, caption=data.caption), cfg.model,
         device=loop.device, dtype=dtype, size=size, processes=run.processes, local_files_only=cfg.local_files_only,

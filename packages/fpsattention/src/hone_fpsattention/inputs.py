@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hone_core.hosts import open_host
-from hone_video.host_config import PACKAGE
+from hone_core.processes import Processes
+from hone_video.host_config import PACKAGE, PACKAGED
 from hone_video.host_config import HostConfig as DenseHostConfig
 from hone_video.listings import read_cache, read_clips
 from hone_video.pipeline_index import find_pipeline
 
 from .config import (
+    BenchConfig,
     CalibrateConfig,
     DemoConfig,
     EvalConfig,
@@ -28,6 +30,7 @@ from .schedule import Schedule
 from .tuned import need_peft, read_tuned
 
 __all__ = [
+    "check_launch",
     "find_calibrated",
     "find_evaluated",
     "find_finetuned",
@@ -119,9 +122,11 @@ def find_finetuned(cfg: TrainConfig) -> TrainConfig:
     if cfg.schedule is not None:
         Schedule.load(cfg.schedule)
     find_pipeline(cfg.model, local_files_only=cfg.local_files_only)
-    from .finetune import schedule_of
+    from .finetune import open_cache, schedule_of
 
     schedule_of(cfg)
+    if data.videos is None:
+        open_cache(cfg)
     paths = {name: getattr(data, name) for name in ("videos", "cache")}
     found: dict[str, Any] = {
         name: None if path is None else Path(os.path.abspath(path)) for name, path in paths.items()
@@ -138,12 +143,31 @@ def find_calibrated(cfg: CalibrateConfig) -> CalibrateConfig:
         ValueError: The model cannot make this size, a window is larger than the grid, or nothing keeps to the budget.
     """
     if cfg.video.model is None:
-        return find_host(cfg)
+        cfg = find_host(cfg)
+        from .calibrate import check_host_choices
+
+        check_host_choices(cfg, open_host(DenseHostConfig, PACKAGE, cfg.host or PACKAGED).config)
+        return cfg
     find_pipeline(cfg.video.model, local_files_only=cfg.video.local_files_only)
     from .calibrate import check_choices
     from .sample import outline
 
     check_choices(cfg, outline(cfg.video))
+    return cfg
+
+
+def check_launch(cfg: BenchConfig) -> BenchConfig:
+    """The settings, once as many processes are known to run as their parts are for.
+
+    Raises:
+        ValueError: Several were launched for parts of one, or the reverse.
+    """
+    count = Processes.of_launcher().count
+    if ("parallel" in cfg.parts) != (count > 1):
+        raise ValueError(
+            f"parts=('parallel',) is what several processes do, as torchrun --nproc-per-node=2 starts them; got "
+            f"{cfg.parts} in {count}"
+        )
     return cfg
 
 
