@@ -6,7 +6,7 @@ queries of one head) from a schedule that two small kernels write first: long ro
 long one when the others are done; rows of about one length in the order of their heads, so that programs running side
 by side find each other's keys in the L2 cache.
 
-A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks, each from the last to the first. The
+A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks, both from the last to the first. The
 first step of all is always masked, and of the others only the ragged listed block and steps of pooled keys whose biases
 differ: where they are alike, as ``ln n`` of means of n keys is, the bias is a number that shifts the maximum. With
 ``k_valid`` all steps carry a mask. Two listed blocks of 64 keys make one step of 128; one block of 128 keys may make
@@ -226,10 +226,11 @@ def _place(tile, heads, rows):
 
 @gluon.jit
 def _first_key(list_ptr, step, pooled_steps, listed, num, tokens_k, HALF: gl.constexpr, BN: gl.constexpr,
-               BLOCK_K: gl.constexpr, POOLED: gl.constexpr):  # fmt: skip
+               BLOCK_K: gl.constexpr, POOLED: gl.constexpr, VALID: gl.constexpr):  # fmt: skip
     """First key of a step, or of a half of one that holds two blocks; past the end, where zeros come, if there is none.
 
-    Steps past the last one have none, so they may be asked for ahead.
+    Steps past the last one have none, so they may be asked for ahead. With ``k_valid``, where every step is masked,
+    pooled keys come from the first to the last, which takes fewer registers.
     """
     back = listed - 1 - (step - pooled_steps)
     if BN > BLOCK_K:
@@ -243,7 +244,9 @@ def _first_key(list_ptr, step, pooled_steps, listed, num, tokens_k, HALF: gl.con
         first = gl.load(list_ptr + at, mask=inside, other=0) * BLOCK_K + back % SUB * BN
     first = gl.where(inside, first, tokens_k)
     if POOLED:
-        if BN > BLOCK_K:  # with what is known already: the producer has few registers
+        if VALID:
+            first = gl.where(step < pooled_steps, step * BN + HALF * BLOCK_K, first)
+        elif BN > BLOCK_K:  # with what is known already: the producer has few registers
             first = gl.where(back >= listed, (back - listed) * BN + HALF * BLOCK_K, first)
         else:
             first = gl.where(step < pooled_steps, (pooled_steps - 1 - step) * BN, first)
@@ -334,11 +337,11 @@ def _producer(q_desc, k_desc, v_desc, pk_desc, pv_desc, table_ptr, idx_ptr, vali
         if POOLED:
             steps += pooled_steps
 
-        first = _first_key(list_ptr, 0, pooled_steps, listed, num, tokens_k, 0, BN, BLOCK_K, POOLED)
-        second = _first_key(list_ptr, 0, pooled_steps, listed, num, tokens_k, 1, BN, BLOCK_K, POOLED)
+        first = _first_key(list_ptr, 0, pooled_steps, listed, num, tokens_k, 0, BN, BLOCK_K, POOLED, VALID)
+        second = _first_key(list_ptr, 0, pooled_steps, listed, num, tokens_k, 1, BN, BLOCK_K, POOLED, VALID)
         # Indices are read two steps ahead of the copies that need them.
-        first_1 = _first_key(list_ptr, 1, pooled_steps, listed, num, tokens_k, 0, BN, BLOCK_K, POOLED)
-        second_1 = _first_key(list_ptr, 1, pooled_steps, listed, num, tokens_k, 1, BN, BLOCK_K, POOLED)
+        first_1 = _first_key(list_ptr, 1, pooled_steps, listed, num, tokens_k, 0, BN, BLOCK_K, POOLED, VALID)
+        second_1 = _first_key(list_ptr, 1, pooled_steps, listed, num, tokens_k, 1, BN, BLOCK_K, POOLED, VALID)
         if VALID:
             valid_at = valid_ptr + batch.to(gl.int64) * sval
             _fill_limits(valid_at, first, second, tokens_k, limits, k_full, k_empty, turn, BN, BLOCK_K, STAGES)
@@ -363,8 +366,10 @@ def _producer(q_desc, k_desc, v_desc, pk_desc, pv_desc, table_ptr, idx_ptr, vali
         tile = gl.load(table_ptr + 2 * place, mask=place < total, other=0)
         num_next = gl.load(table_ptr + 2 * place + 1, mask=place < total, other=0)
         for step in range(1, steps):
-            first_2 = _first_key(list_ptr, step + 1, pooled_steps, listed, num, tokens_k, 0, BN, BLOCK_K, POOLED)
-            second_2 = _first_key(list_ptr, step + 1, pooled_steps, listed, num, tokens_k, 1, BN, BLOCK_K, POOLED)
+            first_2 = _first_key(list_ptr, step + 1, pooled_steps, listed, num, tokens_k, 0, BN, BLOCK_K, POOLED, VALID)
+            second_2 = _first_key(
+                list_ptr, step + 1, pooled_steps, listed, num, tokens_k, 1, BN, BLOCK_K, POOLED, VALID
+            )
             if VALID:
                 _fill_limits(valid_at, first_1, second_1, tokens_k, limits, k_full, k_empty, turn + 1, BN, BLOCK_K,
                              STAGES)  # fmt: skip
@@ -495,7 +500,8 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         if POOLED:
             steps += pooled_steps
             bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * pooled_steps * (BN + 1)
-            bias_at += (pooled_steps - 1) * (BN + 1)
+            if not VALID:
+                bias_at += (pooled_steps - 1) * (BN + 1)
 
         # The first step has no values before it and no running maximum, and is always masked.
         mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
@@ -514,7 +520,7 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         # One loop for masked and plain steps: between two, the weights would be unpacked and packed again.
         for step in range(1, steps):
             if POOLED:
-                bias_at -= BN + 1
+                bias_at += BN + 1 if VALID else -(BN + 1)
             if POOLED and not VALID:  # on its way during the products
                 even = gl.load(bias_at + BN, mask=step < pooled_steps, other=0.0)
             s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
