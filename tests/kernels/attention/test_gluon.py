@@ -131,13 +131,14 @@ def test_schedule(batch, heads, rows, shared):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("keys", [64, 128])
-def test_padded_bias(keys):
-    pooled = torch.empty(2, 3, 300, 8)
+def test_padded_bias(keys, masked):
+    pooled, stride = torch.empty(2, 3, 300, 8), gluon.bias_stride(keys, masked)
     bias = torch.randn(3, 300).expand(2, 3, 300).clone()
     bias[:, 1, :keys] = 2.0
     bias[1, 2, keys : 2 * keys] = -torch.inf
-    got = gluon.pad_bias(bias, pooled, keys).unflatten(-1, (-1, keys + 1))
+    got = gluon.pad_bias(bias, pooled, keys, masked).unflatten(-1, (-1, stride))
     biases, even = got[..., :keys].flatten(2), got[..., keys]
     assert biases.shape[-1] - 300 < keys
     assert_close(biases[..., :300], bias / torch.tensor(2.0).log())
@@ -146,17 +147,17 @@ def test_padded_bias(keys):
     assert_close(even[:, 1, 0], torch.full((2,), 2 / math.log(2)))
     even[:, 1, 0] = torch.nan
     assert even.isnan().all()
-    zeros = gluon.pad_bias(None, pooled, keys).unflatten(-1, (-1, keys + 1))
-    assert (zeros[..., :-1, :] == 0).all()
+    zeros = gluon.pad_bias(None, pooled, keys, masked).unflatten(-1, (-1, stride))
+    assert (zeros[..., :-1, : keys + 1] == 0).all()
     assert (zeros[..., -1, : 300 % keys] == 0).all()
     assert zeros[..., -1, keys].isnan().all()
     bias[0, 0, 3] = torch.nan
-    assert gluon.pad_bias(bias, pooled, keys)[0, 0, keys].isnan()
+    assert gluon.pad_bias(bias, pooled, keys, masked)[0, 0, keys].isnan()
     # Beside these a running maximum would lose the logits.
     for hidden in (-1e9, -1e30, 1e6):
         assert (
-            gluon.pad_bias(torch.full_like(bias, hidden), pooled, keys)
-            .unflatten(-1, (-1, keys + 1))[..., keys]
+            gluon.pad_bias(torch.full_like(bias, hidden), pooled, keys, masked)
+            .unflatten(-1, (-1, stride))[..., keys]
             .isnan()
             .all()
         )

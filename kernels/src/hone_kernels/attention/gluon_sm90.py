@@ -147,7 +147,8 @@ def _schedule_kernel(num_ptr, count_ptr, table_ptr, snb, snh, heads, rows, total
 
 
 @triton.jit
-def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIASED: tl.constexpr, BN: tl.constexpr):
+def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIASED: tl.constexpr, BN: tl.constexpr,
+                 STRIDE: tl.constexpr):  # fmt: skip
     """Bias in base 2, minus infinity behind its end, so that loads of whole steps need no mask.
 
     Behind those of a step comes what all of them are, if they are one number that a running maximum can be shifted by
@@ -161,7 +162,7 @@ def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIA
         bias_ptr += row // heads * sbb + row % heads * sbh
         bias = tl.load(bias_ptr + at * sbg, mask=at < pooled, other=0.0) * LOG2E
     bias = tl.where(at < pooled, bias, -float("inf"))
-    padded_ptr += row.to(tl.int64) * padded + step * (BN + 1)
+    padded_ptr += row.to(tl.int64) * padded + step * STRIDE
     tl.store(padded_ptr + tl.arange(0, BN), bias)
     low, high = tl.min(bias, 0), tl.max(bias, 0)
     even = (low == high) & (tl.abs(low) < LARGEST_SHIFT) & (tl.sum((bias == bias).to(tl.int32), 0) == BN)
@@ -472,6 +473,7 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
     Q_REGISTERS: gl.constexpr = config[6]
     TURNS: gl.constexpr = config[7]
     BN: gl.constexpr = k_buf.shape[3]
+    STRIDE: gl.constexpr = 2 * BN if VALID else BN + 1  # bias_stride
     D: gl.constexpr = k_buf.shape[4]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -499,9 +501,9 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         bias_at = bias_ptr
         if POOLED:
             steps += pooled_steps
-            bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * pooled_steps * (BN + 1)
+            bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * pooled_steps * STRIDE
             if not VALID:
-                bias_at += (pooled_steps - 1) * (BN + 1)
+                bias_at += (pooled_steps - 1) * STRIDE
 
         # The first step has no values before it and no running maximum, and is always masked.
         mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
@@ -520,7 +522,7 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         # One loop for masked and plain steps: between two, the weights would be unpacked and packed again.
         for step in range(1, steps):
             if POOLED:
-                bias_at += BN + 1 if VALID else -(BN + 1)
+                bias_at += STRIDE if VALID else -STRIDE
             if POOLED and not VALID:  # on its way during the products
                 even = gl.load(bias_at + BN, mask=step < pooled_steps, other=0.0)
             s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
@@ -690,18 +692,28 @@ def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None
     return table
 
 
+def bias_stride(keys: int, masked: bool) -> int:
+    """Numbers from the biases of one step to the next, with ``k_valid`` and without: what leaves most registers."""
+    return 2 * keys if masked else keys + 1
+
+
 def pad_bias(
-    bias: Tensor | None, pooled: Tensor, keys: int, key: Hashable | None = None, notes: Notes | None = None
+    bias: Tensor | None,
+    pooled: Tensor,
+    keys: int,
+    masked: bool = False,
+    key: Hashable | None = None,
+    notes: Notes | None = None,
 ) -> Tensor:
-    """Bias of whole steps of pooled keys, ``[B, HK, ceil(G / keys) * (keys + 1)]`` float32, base 2: see the kernel."""
+    """Bias of whole steps of pooled keys, ``[B, HK, ceil(G / keys) * bias_stride]`` float32, base 2: see the kernel."""
     batch, heads, groups = pooled.shape[:3]
-    steps = -(-groups // keys)
-    padded = torch.empty((batch, heads, steps * (keys + 1)), dtype=torch.float32, device=pooled.device)
+    steps, stride = -(-groups // keys), bias_stride(keys, masked)
+    padded = torch.empty((batch, heads, steps * stride), dtype=torch.float32, device=pooled.device)
 
     def build(padded, bias):
         strides = (0, 0, 0) if bias is None else bias.stride()
-        args = (bias, padded, *strides, heads, groups, steps * (keys + 1))
-        return (steps, batch * heads), args, dict(BIASED=bias is not None, BN=keys, num_warps=1)
+        args = (bias, padded, *strides, heads, groups, steps * stride)
+        return (steps, batch * heads), args, dict(BIASED=bias is not None, BN=keys, STRIDE=stride, num_warps=1)
 
     if notes is not None:
         notes.made(padded)
@@ -745,7 +757,7 @@ def attention_forward(
     if table is None:
         table = schedule(kv_num, batch, heads, key, notes)
     if pooled_k is not None and bias is None:
-        bias = pad_bias(pooled_bias, pooled_k, config.keys, key, notes)
+        bias = pad_bias(pooled_bias, pooled_k, config.keys, k_valid is not None, key, notes)
     if notes is not None:
         notes.made(out)
         notes.made(lse)
@@ -758,7 +770,7 @@ def attention_forward(
         masked = k_valid is not None or pooled_k is not None
         q_registers = config.q_registers and not (masked and dim == 128 and consumers == 2)
         tall = min(config.keys, block_k)
-        steps = 0 if bias is None else bias.shape[2] // (config.keys + 1)
+        steps = 0 if bias is None else bias.shape[2] // bias_stride(config.keys, k_valid is not None)
         pooled_descs = [None, None]
         if pooled_k is not None:
             pooled_descs = [_describe(_addressable(x), tall) for x in (pooled_k, pooled_v)]
