@@ -331,7 +331,8 @@ def test_what_a_plan_makes_on_the_way_lives_until_its_launches(monkeypatch):
     monkeypatch.setattr(api, "row_order", made)
     monkeypatch.setattr(api, "_padded", made)
     parts = SimpleNamespace(call=SimpleNamespace(backend="gluon", batch=1, heads=1), forward=forward)
-    assert api._replay((parts, [1], 7), None, torch.zeros(1), torch.zeros(1)) == 7
+    layout = SimpleNamespace(k_valid=None)
+    assert api._replay((parts, [1], 7), layout, torch.zeros(1), torch.zeros(1)) == 7
     assert len(alive) == 2
 
 
