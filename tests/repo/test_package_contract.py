@@ -127,6 +127,19 @@ def test_readme_has_a_table_of_all_verbs(package, verbs):
     assert f"`{package.name} VERB --help` lists a verb's flags" in " ".join(start.split())
 
 
+def test_the_readmes_python_runs_as_it_stands(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
+    section = text.partition("\n## From Python\n")[2].partition("\n## ")[0]
+    first, *rest = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    assert f"from {package.module} import " in first
+    # The others go on from the first, but for those with published weights, which nobody has here.
+    here = [block for block in rest if "from_pretrained" not in block and "from_published" not in block]
+    scope = {}
+    for block in [first, *here]:
+        exec(compile(block, f"{package.name} README", "exec"), scope)
+
+
 def test_verbs_are_a_table(package, verbs, with_config):
     assert wanted_verbs(package) <= verbs.keys()
     for name, verb in with_config.items():
@@ -202,7 +215,7 @@ def test_host_is_stored_as_core_stores_hosts_and_passes_its_gates(package):
 def test_attach_returns_a_handle_that_gives_the_model_back(package):
     import torch
 
-    host = load(f"{package.module}.host:load_host")()
+    host = load(f"{package.module}:load_host")()
     model = getattr(host, ATTACHABLE[package.name])
     partners = PARTNERS[package.name](host) if package.name in PARTNERS else {}
     attach = load(f"{package.module}:attach")

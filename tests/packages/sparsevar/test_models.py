@@ -348,7 +348,11 @@ def test_attach_switches_what_generate_does_and_detaches(model):
     with attach(transformer, SPARSE) as handle:
         sparse = draw(model, None)
         assert not torch.equal(sparse.latent, dense)
-        assert torch.equal(sparse.latent, draw(model, SparsePolicy(SPARSE)).latent)
+        given = draw(model, SparsePolicy(SPARSE))
+        assert torch.equal(sparse.latent, given.latent)
+        # What ran can be read of the image, as where the policy is given.
+        assert sparse.state.kept.keys() == given.state.kept.keys() != set()
+        assert all(torch.equal(sparse.state.kept[scale], kept) for scale, kept in given.state.kept.items())
         with handle.disabled():
             assert torch.equal(draw(model, None).latent, dense)
         with pytest.raises(RuntimeError, match="attached to this model already"):

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["PRESETS", "Knockout", "KnockoutConfig"],
+        "host": ["load_host"],
         "method": ["blocked_pairs", "global_after", "windows"],
         "models": ["KnockoutHandle", "attach"],
     },

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     {
         "cache": ["CachedTeacher"],
         "config": ["PRESETS", "PMLossConfig"],
+        "host": ["load_host"],
         "method": ["PMTerm", "Similarity", "nearest", "pm_loss", "umeyama"],
         "models": ["PMLoss", "PMLossHandle", "attach", "tiny"],
         "vggt": ["VGGTTeacher"],

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     {
         "config": ["PRESETS", "StitchConfig"],
         "generation": ["StitchOutput", "StitchToken", "stitch_decoding", "stitch_generate"],
+        "host": ["load_host"],
         "method": ["Gate", "entropy_nats", "stitch"],
         "models": ["Pair", "StitchHandle", "attach", "tiny"],
         "vocabulary": ["Vocabulary"],

@@ -230,13 +230,12 @@ class _Attached(Policy):
     def capacity(self, schedule: ScaleSchedule) -> int:
         return self._now().capacity(schedule)
 
-    def begin(self, run: Generation) -> Any:
-        used = self._now()
-        return used, used.begin(run)
+    def begin(self, run: Generation) -> SparseState | None:
+        return self._now().begin(run)
 
-    def scale(self, run: Generation, scale: int, state: Any) -> Tensor | None:
-        used, own = state
-        return used.scale(run, scale, own)
+    def scale(self, run: Generation, scale: int, state: SparseState | None) -> Tensor | None:
+        # A generation goes on as it began, whatever the handle says by now; a dense one has no state.
+        return Policy().scale(run, scale, None) if state is None else self.policy.scale(run, scale, state)
 
 
 class SparseVARHandle(Handle[SparseVARConfig]):

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
         "config": ["PRESETS", "SparseConfig"],
+        "host": ["load_host"],
         "method": ["column_mass", "select", "topp_budget", "uniform_ratio"],
         "models": ["SparseHandle", "Stats", "attach", "sparse"],
         "objectives": ["advantages", "grpo_loss", "rewards"],

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy_names(
     {
         "anchors": ["assign", "cluster_views", "farthest_points"],
         "config": ["PRESETS", "ZPressorConfig"],
+        "host": ["load_host"],
         "method": ["ZPressor"],
         "models": ["ZPressorHandle", "attach", "tiny"],
         "streaming": ["SceneStream"],
