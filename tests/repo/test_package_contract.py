@@ -200,6 +200,9 @@ def test_presets_say_where_they_come_from(package):
         assert preset.model, name
         assert preset.provenance, name
         assert from_dict(type(preset.config), to_dict(preset.config)) == preset.config, name
+    shown = load(f"{package.module}.cli:info")()["presets"]
+    assert shown == {name: str(preset) for name, preset in presets.items()}
+    assert all(preset.model in shown[name] and preset.provenance in shown[name] for name, preset in presets.items())
 
 
 def test_host_is_stored_as_core_stores_hosts_and_passes_its_gates(package):

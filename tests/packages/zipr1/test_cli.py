@@ -28,7 +28,7 @@ def test_info_names_presets_and_classes(command):
     assert whole.split(", ") == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"]
     assert "internvl" in some.split(", ")
     assert not set(whole.split(", ")) & set(some.split(", "))
-    assert facts["presets"]["paper"].startswith("top-p 0.975. Paper")
+    assert facts["presets"]["paper"].startswith("top-p 0.975. Qwen2-VL-7B, ")
 
 
 def test_generate_beside_the_dense_model(command, checkpoint, tmp_path):

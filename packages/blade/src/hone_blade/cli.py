@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, and the tiny host and its student that are packaged."""
+    """Versions, devices, presets with where their numbers come from, the tiny host and its student."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_video.host_config import PACKAGED
@@ -26,7 +26,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "diffusers"),
-        "presets": {name: f"{preset.model}." for name, preset in PRESETS.items()},
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "tiny host": describe_host(PACKAGE, PACKAGED),
         "distilled tiny host": "packaged" if PACKAGED_LORA.is_file() else "absent",
     }

@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, and presets with where their numbers come from."""
+    """Versions, devices, presets with where their numbers come from, and the tiny host."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
 
@@ -25,7 +25,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "diffusers"),
-        "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "tiny host": describe_host(PACKAGE),
     }
 

@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, classes with a layout rule, and the tiny host that is packaged."""
+    """Versions, devices, presets with where their numbers come from, classes with a layout rule, and the tiny host."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_lm.layouts import RULES
@@ -26,7 +26,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "transformers"),
-        "presets": {name: f"{preset.config.label} ({preset.model})." for name, preset in PRESETS.items()},
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "layouts": list(RULES),
         "tiny host": describe_host(PACKAGE),
     }

@@ -27,7 +27,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "diffusers"),
-        "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "sizes": {name: f"{manifest.parameters:,} parameters" for name, manifest in MANIFESTS.items()},
         "tiny host": describe_host(PACKAGE),
         "tiny host of clips": describe_host(PACKAGE, host_of("shapes")),

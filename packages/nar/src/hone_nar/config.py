@@ -31,14 +31,14 @@ class NARConfig:
 
 
 PRESETS: dict[str, Preset[NARConfig]] = {
-    "nar": Preset(config=NARConfig(), model="every NAR", provenance="Section 3.3, and the release's average of logits"),
+    "nar": Preset(config=NARConfig(), model="Every NAR", provenance="Section 3.3, and the release's average of logits"),
     "right-only": Preset(
         config=NARConfig(mix="right"), model="NAR of images", provenance="Table 5, first row: the right head alone"
     ),
     "below-only": Preset(
         config=NARConfig(mix="below"), model="NAR of images", provenance="Table 5, second row: the below head alone"
     ),
-    "tiny": Preset(config=NARConfig(), model="the tiny host", provenance="As nar"),
+    "tiny": Preset(config=NARConfig(), model="The tiny host", provenance="As nar"),
 }
 
 

@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, hosts that can be trained, and the tiny one that is packaged."""
+    """Versions, devices, presets with where their numbers come from, hosts that can be trained, and the tiny one."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_splat.ranges import HOSTS
@@ -28,11 +28,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "transformers"),
-        "presets": {
-            name: f"weight {preset.config.weight:g}, {preset.config.align}, {preset.config.direction}; {preset.model}. "
-            f"{preset.provenance}"
-            for name, preset in PRESETS.items()
-        },
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "hosts": {name: str(host) for name, host in HOSTS.items()},
         "tiny host": describe_host(PACKAGE),
     }

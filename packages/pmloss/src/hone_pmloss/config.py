@@ -63,19 +63,24 @@ class PMLossConfig:
         if self.trim and self.align not in ("umeyama", "umeyama_detached"):
             raise ValueError(f"trim belongs to align='umeyama'; got align={self.align!r}")
 
+    @property
+    def label(self) -> str:
+        """Short name, such as ``weight 0.005, umeyama, pred2gt``."""
+        return f"weight {self.weight:g}, {self.align}, {self.direction}"
+
 
 PRESETS: dict[str, Preset[PMLossConfig]] = {
     "paper": Preset(
-        PMLossConfig(), "DepthSplat 256x448", "released config loss/pcd.yaml: weight 0.005; ignore_large_loss 100"
+        PMLossConfig(), "DepthSplat 256x448", "Released config loss/pcd.yaml: weight 0.005; ignore_large_loss 100"
     ),
     "detached": Preset(
-        PMLossConfig(align="umeyama_detached"), "any host", "ours: the similarity is a constant of the step"
+        PMLossConfig(align="umeyama_detached"), "Any host", "Ours: the similarity is a constant of the step"
     ),
-    "paired": Preset(PMLossConfig(direction="paired"), "any host", "ours: the control without nearest neighbours"),
+    "paired": Preset(PMLossConfig(direction="paired"), "Any host", "Ours: the control without nearest neighbours"),
     "known": Preset(
-        PMLossConfig(align="none"), "any host", "ours: for a teacher in the frame and scale of the cameras"
+        PMLossConfig(align="none"), "Any host", "Ours: for a teacher in the frame and scale of the cameras"
     ),
-    "tiny": Preset(PMLossConfig(), "the tiny host 64x64", "ours: the paper's settings on this package's host"),
+    "tiny": Preset(PMLossConfig(), "The tiny host 64x64", "Ours: the paper's settings on this package's host"),
 }
 
 

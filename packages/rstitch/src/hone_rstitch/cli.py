@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, and the tiny pairs that are packaged."""
+    """Versions, devices, presets with where their numbers come from, and the tiny pairs."""
     from importlib.resources import files
     from pathlib import Path
 
@@ -26,12 +26,13 @@ def info() -> dict[str, Any]:
 
     from .config import PRESETS
 
-    pairs = sorted(Path(str(files("hone_rstitch") / "assets")).glob("host*.safetensors"))
+    # By length first: host, host-1, host-2.
+    pairs = sorted(
+        Path(str(files("hone_rstitch") / "assets")).glob("host*.safetensors"), key=lambda path: (len(path.stem), path)
+    )
     return {
         **installed(PACKAGE, "transformers"),
-        "presets": {
-            name: f"{preset.config.label}. {preset.provenance} {preset.model}." for name, preset in PRESETS.items()
-        },
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "tiny pairs": {path.stem: describe_host(PACKAGE, path) for path in pairs} or "absent",
     }
 

@@ -25,7 +25,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "diffusers"),
-        "presets": {name: f"{preset.model}. {preset.provenance}" for name, preset in PRESETS.items()},
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "tiny host": describe_host(PACKAGE),
     }
 

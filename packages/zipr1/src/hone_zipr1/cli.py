@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, supported classes, and the tiny host that is packaged."""
+    """Versions, devices, presets with where their numbers come from, supported classes, and the tiny host."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_lm.layouts import RULES
@@ -26,7 +26,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "transformers"),
-        "presets": {name: f"{p.config.label}. {p.provenance} For: {p.model}." for name, p in PRESETS.items()},
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "classes": {
             "tested with all that the README lists": ", ".join(TESTED),
             "tested in prefill and decoding": ", ".join(name for name in RULES if name not in TESTED),

@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, presets, hosts of published weights, and the tiny host that is packaged."""
+    """Versions, devices, presets with where their numbers come from, hosts of published weights, and the tiny host."""
     from hone_core.environment import installed
     from hone_core.hosts import describe_host
     from hone_splat.ranges import HOSTS
@@ -26,10 +26,7 @@ def info() -> dict[str, Any]:
 
     return {
         **installed(PACKAGE, "gsplat"),
-        "presets": {
-            name: f"{preset.config.anchors} anchors, {preset.config.layers} layers, {preset.model}. {preset.provenance}"
-            for name, preset in PRESETS.items()
-        },
+        "presets": {name: str(preset) for name, preset in PRESETS.items()},
         "hosts": {name: str(host) for name, host in HOSTS.items()},
         "tiny host": describe_host(PACKAGE),
     }

@@ -64,13 +64,13 @@ class ZPressorConfig:
 
 
 PRESETS: dict[str, Preset[ZPressorConfig]] = {
-    "depthsplat": Preset(ZPressorConfig(), "DepthSplat 256x448", "released config dl3dv.yaml: 6 anchors, 6 layers"),
-    "mvsplat": Preset(ZPressorConfig(), "MVSplat 256x256", "released config re10k.yaml: 6 anchors, 6 layers"),
+    "depthsplat": Preset(ZPressorConfig(), "DepthSplat 256x448", "Released config dl3dv.yaml: 6 anchors, 6 layers"),
+    "mvsplat": Preset(ZPressorConfig(), "MVSplat 256x256", "Released config re10k.yaml: 6 anchors, 6 layers"),
     "pixelsplat": Preset(
-        ZPressorConfig(anchors=4), "pixelSplat 256x256", "released config re10k_12_4_view.yaml: 4 anchors, 6 layers"
+        ZPressorConfig(anchors=4), "pixelSplat 256x256", "Released config re10k_12_4_view.yaml: 4 anchors, 6 layers"
     ),
     "tiny": Preset(
-        ZPressorConfig(layers=2, precision="float32"), "the tiny host 64x64", "ours: the trained host of this package"
+        ZPressorConfig(layers=2, precision="float32"), "The tiny host 64x64", "Ours: the trained host of this package"
     ),
 }
 

@@ -38,6 +38,11 @@ class Preset(Generic[T]):
     model: str
     provenance: str
 
+    def __str__(self) -> str:
+        """As ``info`` prints it: the settings in short, if they have a ``label``, what they are for, and provenance."""
+        parts = (getattr(self.config, "label", ""), self.model, self.provenance)
+        return " ".join(f"{part.rstrip('.')}." for part in parts if part)
+
 
 # JSON has no number for these, and Python's own extension ("Infinity") is not readable by strict parsers.
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
