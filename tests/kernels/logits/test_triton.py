@@ -60,7 +60,8 @@ def test_interpreted(dtype, whole):
     logits = some_logits(5, 2500, dtype)
     threshold = torch.tensor([0.1, 0.0, 0.99, 0.5, 0.95])
     compare(logits, 2400, threshold)
-    compare(some_logits(4, 7, dtype), 7)  # fewer entries than a piece
+    # Fewer entries than a piece; one threshold for all rows, in one place of memory.
+    compare(some_logits(4, 7, dtype), 7, torch.tensor(0.5).expand(4))
     if whole:
         compare(logits, 2500)
         compare(logits, 2400, threshold, gate="confidence")

@@ -125,6 +125,7 @@ def read_logits_triton(
     """
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    threshold = None if threshold is None else threshold.contiguous()
     rows, vocabulary = logits.shape
     if piece is None:
         sizes = PIECES[logits.dtype.itemsize]
