@@ -45,7 +45,8 @@ BEHIND = {
 
 # Modules of kernels that come with an extra: verbs, their settings, and what they share.
 VERBS = frozenset(
-    f"{name}.py" for name in ("cli", "config", "bench", "tune", "profile", "sanitize", "spills", "gpu", "rows")
+    f"{name}.py"
+    for name in ("cli", "config", "bench", "tune", "profile", "sanitize", "problems", "spills", "gpu", "rows")
 )
 
 HEAVY = frozenset({"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "numpy", "triton"})

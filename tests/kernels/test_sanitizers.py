@@ -13,6 +13,7 @@ from hone_core.runs import Run
 from hone_core.testing import requires_gpu
 from hone_kernels import sanitize as module
 from hone_kernels.config import Part, SanitizeConfig, Tool
+from hone_kernels.problems import GLUON
 from hone_kernels.sanitize import cases, counts, explained, find_sanitizer, hazards, prepare, sanitize
 
 SECONDS = 200
@@ -39,7 +40,7 @@ def test_triton_kernels(tmp_path, tool, part):
 
 
 @requires_gpu(min_sm=90)
-@pytest.mark.parametrize("part", ["attention", "pyramid_attention"])
+@pytest.mark.parametrize("part", GLUON)
 @pytest.mark.parametrize("tool", get_args(Tool))
 def test_gluon_kernels(tmp_path, tool, part):
     check(tmp_path, tool, "gluon", part)
@@ -120,6 +121,9 @@ def test_each_kernel_is_run_under_each_tool_once():
         ("triton", "block_scores"),
         ("triton", "pyramid_attention"),
         ("triton", "ragged_decode"),
+        ("triton", "decoding"),
+        ("triton", "kept_tokens"),
+        ("triton", "splat_blend"),
         ("gluon", "attention"),
         ("gluon", "pyramid_attention"),
     ]

@@ -27,7 +27,16 @@ Kind = Literal["gluon", "triton", "fp8 triton"]
 Tool = Literal["memcheck", "synccheck", "racecheck"]
 Backend = Literal["triton", "gluon"]
 Ours = Literal["reference", "triton", "gluon"]
-Part = Literal["attention", "attention_fp8", "block_scores", "pyramid_attention", "ragged_decode"]
+Part = Literal[
+    "attention",
+    "attention_fp8",
+    "block_scores",
+    "pyramid_attention",
+    "ragged_decode",
+    "decoding",
+    "kept_tokens",
+    "splat_blend",
+]
 Profiled = Literal["attention", "column_mass", "token_select", "ragged_decode"]
 Tokens = Literal["whole", "ragged", "padded"]
 
@@ -145,10 +154,11 @@ class SanitizeConfig:
     tools: tuple[Tool, ...] = get_args(Tool)
     """Tools."""
     backends: tuple[Backend, ...] = get_args(Backend)
-    """Kernels of which backend; FP8 and the prober have Triton's alone."""
+    """Kernels of which backend; Gluon has attention and pyramid_attention alone."""
     parts: tuple[Part, ...] = get_args(Part)
-    """Kernels of which op; block_scores brings block_select along, ragged_decode column_mass,
-    token_select and draw_codes."""
+    """Kernels of which op; block_scores brings block_select and group_means along, ragged_decode column_mass,
+    token_select and draw_codes, decoding few_tokens and prefix_attention, kept_tokens logits and guided_draw,
+    splat_blend plane_sweep and nearest_points."""
     timeout: float = 600.0
     """Seconds for one part under one tool."""
     seed: int = 0
