@@ -70,6 +70,12 @@ def test_bad_gates_are_named(values, match):
         ("ModelsConfig", {"small": "a", "large": "b", "small_prompt": "x"}, "question"),
         ("ModelsConfig", {"small_prompt": "Solve {question}"}, "^small_prompt is of models that small and large name"),
         ("ModelsConfig", {"large_prompt": "{question}?", "chat": False}, "^large_prompt, chat is of models that"),
+        ("ModelsConfig", {"top": 30}, "^top is what servers give of each token; got 30 without servers"),
+        (
+            "ModelsConfig",
+            {"small": "a", "large": "b", "servers": ("http://a", "http://b"), "dtype": "float32"},
+            "^dtype is of weights, which servers hold; got float32",
+        ),
         ("ModelsConfig", {"dtype": "bfloat16"}, "^dtype is of models that small and large name; .* in float32"),
         ("ModelsConfig", {"small": "a", "large": "b", "pair": 1}, "pair is of the packaged ones; got 1 beside"),
         ("SamplingConfig", {"top_p": 0.9}, "temperature"),

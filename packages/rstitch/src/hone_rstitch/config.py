@@ -304,6 +304,10 @@ class ModelsConfig:
         if (self.small is None) != (self.large is None):
             raise ValueError("give small and large, or neither for the packaged pair")
         given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        if "top" in given and not self.servers:
+            raise ValueError(f"top is what servers give of each token; got {self.top} without servers. Leave it out")
+        if "dtype" in given and self.servers:
+            raise ValueError(f"dtype is of weights, which servers hold; got {self.dtype} beside servers. Leave it out")
         of_models = [name for name in ("small_prompt", "large_prompt", "chat", "dtype") if name in given]
         if self.small is None and of_models:
             raise ValueError(
