@@ -12,6 +12,7 @@ import tables
 import workspace
 from hone_core.cli import Verb
 from hone_core.config import from_dict, to_dict
+from hone_core.errors import CheckpointError
 from hone_core.handles import Handle
 from hone_core.hosts import open_host
 from hone_core.runs import Report, load_results
@@ -168,6 +169,21 @@ def test_configs_are_frozen_and_survive_json(package, with_config):
             assert from_dict(config, to_dict(config())) == config(), name
             checked += 1
     assert checked >= 4 - len(NO_VERB_YET.get(package.name, ()))
+
+
+def test_a_host_that_is_not_there_is_refused_before_a_dry_run_prints(package, with_config, tmp_path):
+    nowhere, looked_at = tmp_path / "host.safetensors", 0
+    needed = {"generate": {"texts": ("a person bows",)}} if package.name == "hone-motion-anything" else {}
+    for name, verb in with_config.items():
+        config = load(verb.config)
+        flags = {field.name: field.type for field in dataclasses.fields(config)}
+        for field, value in (("host", nowhere), ("hosts", (nowhere,))):
+            if "Path" in str(flags.get(field)):
+                assert verb.prepare is not None, name
+                with pytest.raises(CheckpointError, match="there is no tiny"):
+                    load(verb.prepare)(config(**{field: value}, **needed.get(name, {})))
+                looked_at += 1
+    assert looked_at >= 1
 
 
 def trainings(package):

@@ -37,7 +37,10 @@ _verb = partial(verb, "hone_motion_anything")
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb(
-        "demo:demo", "DemoConfig", "Text to motion, text and music to dance, and an edit: videos with sound."
+        "demo:demo",
+        "DemoConfig",
+        "Text to motion, text and music to dance, and an edit: videos with sound.",
+        prepare="host:find_host",
     ),
     "generate": _verb(
         "sample:generate",
@@ -62,13 +65,19 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "triples:make_set", "MakeSetConfig", "Write generated motions, captions and music as a set to train on."
     ),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "Metrics of text to motion and of dance, repeated, with intervals."
+        "evaluate:evaluate",
+        "EvalConfig",
+        "Metrics of text to motion and of dance, repeated, with intervals.",
+        prepare="host:find_host",
     ),
     "bench": _verb(
         "bench:bench", "BenchConfig", "Time the unmasking loop at published shapes, as released and as here."
     ),
     "reproduce": _verb(
-        "reproduce:reproduce", "ReproduceConfig", "Attention masks against controls, trained and judged."
+        "reproduce:reproduce",
+        "ReproduceConfig",
+        "Attention masks against controls, trained and judged.",
+        prepare="host:find_host",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host on the grammar."),
 }

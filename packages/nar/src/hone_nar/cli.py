@@ -38,7 +38,12 @@ _verb = partial(verb, "hone_nar")
 
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
-    "demo": _verb("demo:demo", "DemoConfig", "Draw digits by NAR and by a raster model: a GIF and a sheet."),
+    "demo": _verb(
+        "demo:demo",
+        "DemoConfig",
+        "Draw digits by NAR and by a raster model: a GIF and a sheet.",
+        prepare="demo:prepare",
+    ),
     "generate": _verb(
         "sample:generate",
         "GenerateConfig",

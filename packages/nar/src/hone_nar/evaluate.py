@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
+from hone_core.hosts import open_host
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from torch import Tensor
 
 from .benchmarks import check_benchmark, judge
 from .codes import Codes, open_codes
-from .config import HEADS, EvalConfig, Mix
+from .config import HEADS, EvalConfig, HostConfig, Mix
 from .data import Digits
 from .flashar import FlashARForImageGeneration
 from .grading import bits
-from .host import Host, draw_digits, load_host
+from .host import PACKAGE, Host, draw_digits, load_host
 from .tasks import TASKS, Task
 from .texts import TextReader, condition_of
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
@@ -162,16 +163,18 @@ def real_rows(run: Run, task: Task, split: str = "") -> None:
 
 
 def prepare(cfg: EvalConfig) -> EvalConfig:
-    """Look for a saved model and codes, and hold those that are measured against its config; no weight is read.
+    """Look for the host, or a saved model and codes, which are held against its config; no weight is read.
 
     Raises:
-        CheckpointError: There are none, or codes are out of range.
+        CheckpointError: There is none, or codes are out of range.
         ValueError: The codes are of texts and no encoder is named, or the other way round, or of another kind of model.
     """
     if cfg.protocol != "host":
         check_benchmark(cfg)
     elif cfg.model is not None and cfg.data is not None:
         _fitting(cfg, cfg.model, cfg.data)
+    else:
+        open_host(HostConfig, PACKAGE, cfg.host)
     return cfg
 
 

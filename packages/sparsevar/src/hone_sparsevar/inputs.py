@@ -1,4 +1,7 @@
-"""What a command needs, looked for before a weight is read, and before a dry run prints."""
+"""What a command needs, looked for before a weight is read, and before a dry run prints.
+
+Files are looked for before torch and diffusers are imported, which takes ten seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,7 @@ from pathlib import Path
 
 from hone_core.hosts import StoredHost, open_host
 from hone_core.io import read_prompts
-from hone_visual_ar.infinity import INFINITY_SIZES
-from hone_visual_ar.schedules import infinity_schedule
 
-from .benchmarks import check_benchmark
 from .config import (
     VARIANTS,
     BenchConfig,
@@ -21,16 +21,16 @@ from .config import (
     ReproduceConfig,
     SparseVARConfig,
 )
-from .host import PACKAGE, SCHEDULE
-from .models import TINY, TINY_SCHEDULE, fit, variant_of
-from .sample import check_inputs
 
 __all__ = ["bench", "calibrate", "evaluate", "host", "reproduce"]
 
 
 def _look(path: Path | None, settings: SparseVARConfig) -> StoredHost[HostConfig]:
     """A host's sidecar, which settings are held against."""
-    stored = open_host(HostConfig, PACKAGE, path)
+    stored = open_host(HostConfig, "hone-sparsevar", path)
+    from .host import SCHEDULE
+    from .models import fit
+
     fit(settings, stored.config.depth, SCHEDULE)
     return stored
 
@@ -54,9 +54,13 @@ def evaluate(cfg: EvalConfig) -> EvalConfig:
     """
     if cfg.protocol == "scenes":
         _look(cfg.host, cfg.settings)
+        from .models import variant_of
+
         for name in cfg.variants:
             variant_of(name, cfg.settings)
     else:
+        from .benchmarks import check_benchmark
+
         check_benchmark(cfg)
     return cfg
 
@@ -73,7 +77,10 @@ def calibrate(cfg: CalibrateConfig) -> CalibrateConfig:
         _look(cfg.host, settings)
     else:
         assert cfg.prompt_file is not None
-        check_inputs(cfg.model, read_prompts(cfg.prompt_file)[: cfg.limit], cfg.image, settings)
+        prompts = read_prompts(cfg.prompt_file)[: cfg.limit]
+        from .sample import check_inputs
+
+        check_inputs(cfg.model, prompts, cfg.image, settings)
     return cfg
 
 
@@ -87,6 +94,8 @@ def reproduce(cfg: ReproduceConfig) -> ReproduceConfig:
         stored = _look(path, cfg.settings)
         if stored.facts is None or not stored.facts.passed:
             raise ValueError(f"{stored.path} missed its gates; train it longer")
+    from .models import variant_of
+
     for name in VARIANTS:
         variant_of(name, cfg.settings)
     return cfg
@@ -98,6 +107,11 @@ def bench(cfg: BenchConfig) -> BenchConfig:
     Raises:
         ValueError: There is not, or a prompt is longer than the model reads.
     """
+    from hone_visual_ar.infinity import INFINITY_SIZES
+    from hone_visual_ar.schedules import infinity_schedule
+
+    from .models import TINY, TINY_SCHEDULE, fit
+
     sizes = {"tiny": TINY, **INFINITY_SIZES}
     if cfg.model not in sizes:
         raise ValueError(f"model must be tiny or one of {', '.join(INFINITY_SIZES)}; got {cfg.model!r}")

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from hone_core.claims import SEEDS, VerdictReport, verdict_over_seeds
 from hone_core.devices import resolve_device
-from hone_core.errors import CheckpointError
-from hone_core.hosts import read_facts
+from hone_core.hosts import open_host, read_facts
 from hone_core.io import atomic_write_json, save_state
 from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
@@ -27,7 +26,7 @@ from hone_core.statistics import bootstrap_interval
 from hone_core.training import LogFile, Training
 
 from . import plots
-from .config import ArmConfig, ReinforceConfig, ReproduceConfig, SparseConfig
+from .config import ArmConfig, HostConfig, ReinforceConfig, ReproduceConfig, SparseConfig
 from .data import Mosaics
 from .grading import ask, held_out, uniform_of
 from .host import PACKAGE, PACKAGED, Host, build_host, load_host
@@ -132,8 +131,7 @@ def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
         raise ValueError(f"arms are {', '.join(ARMS)}; got {', '.join(unknown)}")
     facts = []
     for path in _hosts(cfg):
-        if not path.is_file():
-            raise CheckpointError(f"there is no {path}; expected a host.safetensors that hone-zipr1 train-host wrote")
+        open_host(HostConfig, PACKAGE, path)
         found = read_facts(path, PACKAGE)
         if not found.passed:
             raise ValueError(f"{path} misses its gates ({found.result}); train it longer")
