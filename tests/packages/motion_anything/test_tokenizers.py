@@ -4,6 +4,7 @@ from hone_core.testing import assert_close
 from hone_motion_anything.config import TokenizerConfig
 from hone_motion_anything.data import fake_batch
 from hone_motion_anything.features import part_columns
+from hone_motion_anything.mogents import MoGenTSTokenizer
 from hone_motion_anything.tokenizers import RVQVAE, PartTokenizer, QuantizeEMAReset, ResidualVQ
 
 
@@ -114,6 +115,29 @@ def test_a_parts_tokens_hold_that_part_alone():
     assert set(moved.nonzero()[:, 0].tolist()) == set(columns[4])
     with pytest.raises(ValueError, match="a multiple of 4 frames; got 79"):
         tokenizer.encode(features[:, :79])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RVQVAE(nb_code=16, code_dim=8, width=16, depth=1, num_quantizers=2),
+        lambda: MoGenTSTokenizer(codes1d=16, dim1d=8, codes2d=16, dim2d=8, width=16, depth=1, levels=2),
+        parts,
+    ],
+    ids=["momask", "mogents", "parts"],
+)
+def test_weights_of_another_dtype_take_features_of_float32(make, dtype):
+    net = make().to(dtype).eval()
+    for name, buffer in net.named_buffers():
+        if name.endswith("codebook"):
+            buffer.normal_(generator=torch.Generator().manual_seed(0))
+    features = torch.randn(2, 16, 263, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, wanted = net.encode(features), net.encode(features.to(dtype))
+    for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, wanted)), strict=True):
+        assert torch.equal(one, other)
+        assert one.unique().numel() > 1
 
 
 def test_the_loss_falls():

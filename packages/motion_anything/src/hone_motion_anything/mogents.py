@@ -42,7 +42,7 @@ class _Resnet2D(nn.Module):
 
 
 class Encoder2d(nn.Module):
-    """``[B, 12, T, joints]`` to ``[B, out, T / 4, joints / 4]``."""
+    """``[B, 12, T, joints]`` to ``[B, out, T / 4, joints / 4]``, taken in the weights' dtype."""
 
     def __init__(self, out: int, width: int, depth: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Encoder2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.model(x)
+        return self.model(x.to(self.model[0].weight.dtype))
 
 
 class Decoder2d(nn.Module):

@@ -44,7 +44,7 @@ class Resnet1D(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``[B, channels, T]`` to ``[B, out, T / 4]``."""
+    """``[B, channels, T]`` to ``[B, out, T / 4]``, taken in the weights' dtype."""
 
     def __init__(self, channels: int, out: int, width: int, depth: int, dropout: float = 0.2) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.model(x)
+        return self.model(x.to(self.model[0].weight.dtype))
 
 
 class Decoder(nn.Module):
