@@ -53,7 +53,7 @@ class Encoder2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.model(x.to(self.model[0].weight.dtype))
+        return self.model(x.to(next(self.parameters()).dtype))
 
 
 class Decoder2d(nn.Module):

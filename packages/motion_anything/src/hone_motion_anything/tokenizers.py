@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.model(x.to(self.model[0].weight.dtype))
+        return self.model(x.to(next(self.parameters()).dtype))
 
 
 class Decoder(nn.Module):
