@@ -70,6 +70,17 @@ def test_interpreted_autograd():
         sweep_planes(features, *rest, half=0.0, backend="triton")
 
 
+@pytest.mark.interpret
+def test_interpreted_under_another_default_dtype():
+    tensors = inputs(2, 4, (1, 3), 1, 2, False, 0.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = sweep_planes(*tensors, half=0.0, backend="triton")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("channels", [64, 128])
 def test_compiles_without_spills(channels):

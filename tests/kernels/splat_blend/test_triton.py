@@ -64,6 +64,19 @@ def test_interpreted_autograd():
     assert_close(grads[1], grads[0], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.interpret
+def test_interpreted_counts_that_lie_apart_and_another_default_dtype():
+    values, order, counts = scene([12, 20])
+    want = blend_tiles(values, order, counts, 1, 2, backend="reference")
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = blend_tiles(values, order, torch.stack([counts, 0 * counts], 1)[:, 0], 1, 2, backend="triton")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.compile
 def test_compiles_without_spills():
     from hone_kernels.compile import compile_launch, record_launches

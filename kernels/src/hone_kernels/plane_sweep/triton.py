@@ -142,7 +142,7 @@ def sweep_planes_forward(
     """See ``sweep_planes``."""
     grid, tensors, sizes, constants = _launch(features, others, ray, shift, inverse_depth, half)
     views, _, height, width = features.shape
-    out = torch.empty(views, inverse_depth.shape[1], height, width, device=features.device)
+    out = features.new_empty(views, inverse_depth.shape[1], height, width)
     _forward_kernel[grid](*tensors, out, *sizes, **constants, num_warps=4)
     return out
 

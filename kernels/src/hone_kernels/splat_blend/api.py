@@ -59,7 +59,8 @@ def blend_tiles(
     backend = choose("blend_tiles", backend, SUPPORT, values.device, values.dtype)
     if backend == "reference":
         return blend_tiles_reference(values, order, counts, rows, columns)
-    return torch.ops.hone_kernels.blend_tiles(values.contiguous(), order.contiguous(), counts, rows, columns)
+    given = (values.contiguous(), order.contiguous(), counts.contiguous())
+    return torch.ops.hone_kernels.blend_tiles(*given, rows, columns)
 
 
 @torch.library.custom_op("hone_kernels::blend_tiles", mutates_args=())

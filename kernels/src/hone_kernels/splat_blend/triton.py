@@ -150,7 +150,7 @@ def blend_tiles_forward(
     values: Tensor, order: Tensor, counts: Tensor, rows: int, columns: int, *, slots: int = SLOTS, warps: int = 1
 ) -> Tensor:
     """See ``blend_tiles``."""
-    out = torch.empty(len(counts), TILE * TILE, DRAWN, device=values.device)
+    out = values.new_empty(len(counts), TILE * TILE, DRAWN)
     if len(counts):
         _forward_kernel[(len(counts),)](
             values, order, counts.cumsum(0) - counts, counts, out, rows * columns, columns, **_options(slots),
