@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_heads", "check_scale", "check_tensor", "in_memory", "unit_last"]
+__all__ = ["check_contiguous", "check_heads", "check_scale", "check_tensor", "in_memory", "unit_last"]
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -67,6 +67,20 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int | None], device: torc
         wanted = ", ".join("n" if want is None else str(want) for want in shape)
         of = f"{str(dtypes[0]).removeprefix('torch.')} " if dtypes else ""
         raise ValueError(f"{name} must be {of}[{wanted}] on {device}; got {x.dtype} {list(x.shape)} on {x.device}")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Check arguments that a kernel takes without strides, by name; None is none.
+
+    Raises:
+        ValueError: One has gaps in memory, or another order.
+    """
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(
+                f"the kernel reads {name} as contiguous memory; got {list(x.shape)} with strides {list(x.stride())}. "
+                "Lay it out by .contiguous() before the loop that calls this"
+            )
 
 
 def unit_last(x: Tensor) -> Tensor:

@@ -89,6 +89,11 @@ def test_bad_shapes_are_named():
     cache, one, table = torch.zeros(1, 1, 4, 4), torch.zeros(2, 1).int(), torch.zeros(1, 1).int()
     with pytest.raises(ValueError, match=r"qkv must be \[2, \(H \+ 2 \* 1\) \* 4\]"):
         rotate_append(x, x[:, :2], x[:, :2], one, one[:, 0], table, cache, cache)
+    with pytest.raises(ValueError, match=r"cos and sin must be \[positions, D / 2\], D even; .* for D 3"):
+        rotate_append(torch.zeros(2, 9), x[:, :1], x[:, :1], one, one[:, 0], table, cache[..., :3], cache[..., :3])
+    where = (x[:, :2], x[:, :2], one, one[:, 0], table, cache, cache)
+    with pytest.raises(ValueError, match="expected q_norm and k_norm, or neither"):
+        rotate_append(torch.zeros(2, 12), *where, k_norm=torch.ones(4))
     with pytest.raises(ValueError, match=r"q must be \[2, H, 4\]"):
         paged_attention(x, cache, cache, one, one[:, 0], table, scale=1.0)
     with pytest.raises(ValueError, match=r"keys and values must be \[pages, HK, page, D\]"):

@@ -182,6 +182,53 @@ def test_machine_code(heads, heads_k, tokens):
     assert built[3].count("HMMA") + built[3].count("HGMMA") > 0
 
 
+@pytest.mark.compile
+def test_one_output_compiles():
+    from hone_kernels.compile import compile_launch, record_launches
+    from hone_kernels.decoding import triton
+
+    x = torch.zeros(1, 40)
+    with record_launches(triton, "_linear_kernel") as launches:
+        triton.linear_of_one_triton(x, x, None, None, 1e-6, None, False)
+        triton.linear_of_one_triton(x, torch.cat([x, x]), None, None, 1e-6, None, True)
+    assert [compile_launch(launch).spills for launch in launches] == [0, 0]
+
+
+@pytest.mark.interpret
+def test_what_lies_apart_in_memory_is_refused():
+    from hone_kernels.decoding import (
+        add_rms_norm,
+        linear_of_one,
+        paged_attention,
+        rotate_append,
+        rotate_attend,
+        silu_mul,
+    )
+
+    x, angles, cache = torch.zeros(2, 8), torch.zeros(9, 2), torch.zeros(1, 1, 16, 4)
+    # Rows of a table may lie apart.
+    where = dict(positions=torch.zeros(2, 1).int(), rows=torch.zeros(2).int(), table=torch.zeros(2, 3).int()[:, :2])
+    pages = dict(qkv=torch.zeros(2, 12), cos=angles, sin=angles, keys=cache, values=cache, **where)
+    counts = torch.zeros(2, dtype=torch.int32)
+    calls = [
+        (add_rms_norm, dict(x=x, residual=x, weight=x[0], eps=1e-6)),
+        (silu_mul, dict(gate_up=x)),
+        (linear_of_one, dict(x=x[:1], weight=x, bias=x[0, :2], norm=x[0], residual=x[:1, :2])),
+        (rotate_append, pages | dict(q_norm=x[0, :4], k_norm=x[0, :4])),
+        (rotate_attend, pages | dict(counts=counts, scale=1.0)),
+        (paged_attention, dict(q=torch.zeros(2, 1, 4), keys=cache, values=cache, scale=1.0, **where)),
+    ]
+    for op, given in calls:
+        op(**given, backend="triton")
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                broken = given | {name: torch.stack([value, value], -1)[..., 0]}
+                with pytest.raises(ValueError, match=rf"the kernel reads .*{name} as contiguous memory"):
+                    op(**broken, backend="triton")
+    with pytest.raises(ValueError, match=r"reads rows as contiguous memory; got \[2\] with strides \[0\]"):
+        rotate_append(**pages | dict(rows=torch.zeros(1).int().expand(2)), backend="triton")
+
+
 @requires_gpu(min_sm=80)
 @pytest.mark.parametrize(("dtype", "heads", "heads_k"), [(torch.bfloat16, 28, 4), (torch.float32, 32, 8)])
 def test_gpu(dtype, heads, heads_k):

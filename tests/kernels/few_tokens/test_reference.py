@@ -57,7 +57,11 @@ def test_bad_shapes_are_named():
         attend_slots(qkv[..., :8], None, cache, cache, 0, scale=1.0)
     with pytest.raises(ValueError, match="expected 1 to 64 tokens in 5 slots; got 3 from 3 on"):
         attend_slots(qkv, None, cache, cache, 3, scale=1.0)
-    with pytest.raises(ValueError, match=r"rope must be two tables \[5, 2\]"):
+    with pytest.raises(ValueError, match=r"rope must be two tables \[5, D / 2\], D even; got .* for D 4"):
         attend_slots(qkv, (x, x), cache, cache, 0, scale=1.0)
-    with pytest.raises(ValueError, match=r"words must be \[2, T\], T at most 0; got \[2, 1\]"):
+    with pytest.raises(ValueError, match=r"D even; got \[\[5, 1\], \[5, 1\]\] for D 3"):
+        attend_slots(qkv[..., :9], (torch.zeros(5, 1),) * 2, cache[..., :3], cache[..., :3], 0, scale=1.0)
+    with pytest.raises(ValueError, match=r"words must be bool \[2, T\], T at most 0; got torch.bool \[2, 1\]"):
         attend_slots(qkv, None, cache, cache, 0, scale=1.0, words=torch.ones(2, 1).bool())
+    with pytest.raises(ValueError, match=r"words must be bool \[2, T\], T at most 1; got torch.int64"):
+        attend_slots(qkv, None, cache, cache, 1, scale=1.0, words=torch.ones(2, 1).long())

@@ -62,6 +62,26 @@ def test_interpreted(dtype):
     compare_slots(dtype, "cpu", rows=1, begin=9, tokens=40, heads=3, heads_k=1, dim=10, slots=60, rope=False)
 
 
+@pytest.mark.interpret
+def test_what_lies_apart_in_memory_is_refused():
+    from hone_kernels.few_tokens import attend_slots, gated_of_few
+
+    x, cache, angles = torch.zeros(2, 12), torch.zeros(2, 1, 5, 4), torch.zeros(5, 2)
+    calls = [
+        (gated_of_few, dict(x=x, gate=x, up=x)),
+        (attend_slots, dict(qkv=x[:, None], keys=cache, values=cache, words=torch.ones(2, 2).bool())),
+    ]
+    options = [{}, dict(rope=(angles, angles), begin=2, scale=1.0)]
+    for (op, given), rest in zip(calls, options, strict=True):
+        op(**given, **rest, backend="triton")
+        for name, value in given.items():
+            broken = given | {name: torch.stack([value, value], -1)[..., 0]}
+            with pytest.raises(ValueError, match=f"the kernel reads {name} as contiguous memory"):
+                op(**broken, **rest, backend="triton")
+    with pytest.raises(ValueError, match="the kernel reads sin as contiguous memory"):
+        attend_slots(**calls[1][1], **rest | dict(rope=(angles, angles.mT.contiguous().mT)), backend="triton")
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(("tokens", "rope"), [(3, True), (16, True), (32, False)])
 def test_machine_code(tokens, rope):

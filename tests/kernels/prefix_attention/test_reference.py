@@ -40,5 +40,7 @@ def test_bad_shapes_are_named():
         prefix_attention(x, x[:, :, :3], x[:, :, :3], ends)
     with pytest.raises(ValueError, match=r"got 4, 4 and torch.int64"):
         prefix_attention(x, x, x, ends.long())
-    with pytest.raises(ValueError, match=r"words must be bool \[2, T\], T at most 4; got \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"words must be bool \[2, T\], T at most 4; got torch.bool \[2, 5\]"):
         prefix_attention(x, x, x, ends, words=torch.ones(2, 5).bool())
+    with pytest.raises(ValueError, match=r"words must be bool \[2, T\], T at most 4; got torch.int64 \[2, 2\]"):
+        prefix_attention(x, x, x, ends, words=torch.ones(2, 2).long())

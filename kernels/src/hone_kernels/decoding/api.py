@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_contiguous
 
 from .reference import (
     add_rms_norm_reference,
@@ -36,10 +37,10 @@ SUPPORT: dict[str, Support] = {
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Add a layer's output to the residual stream and normalise the sum.
+    """Add a layer's output to the residual stream and normalise the sum. Tensors are contiguous.
 
     Args:
-        x: ``[T, C]``, contiguous.
+        x: ``[T, C]``.
         residual: ``[T, C]``, or None for the first norm.
         weight: ``[C]``.
         eps: Added to the mean square.
@@ -49,7 +50,7 @@ def add_rms_norm(
         The normalised sum and the sum, each ``[T, C]``.
 
     Raises:
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together, or the kernel gets a tensor that is not contiguous.
     """
     if x.dim() != 2 or weight.shape != x.shape[1:] or (residual is not None and residual.shape != x.shape):
         raise ValueError(
@@ -58,6 +59,7 @@ def add_rms_norm(
         )
     if choose("add_rms_norm", backend, SUPPORT, x.device, x.dtype) == "reference":
         return add_rms_norm_reference(x, residual, weight, eps)
+    check_contiguous(x=x, residual=residual, weight=weight)
     from .triton import add_rms_norm_triton  # needs Triton
 
     return add_rms_norm_triton(x, residual, weight, eps)
@@ -74,12 +76,13 @@ def silu_mul(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
         ``[T, C]``.
 
     Raises:
-        ValueError: The last axis has no halves.
+        ValueError: The last axis has no halves, or the kernel gets a tensor that is not contiguous.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [T, 2 C]; got {list(gate_up.shape)}")
     if choose("silu_mul", backend, SUPPORT, gate_up.device, gate_up.dtype) == "reference":
         return silu_mul_reference(gate_up)
+    check_contiguous(gate_up=gate_up)
     from .triton import silu_mul_triton  # needs Triton
 
     return silu_mul_triton(gate_up)
@@ -98,11 +101,12 @@ def linear_of_one(
 ) -> Tensor:
     """A linear layer of a single token, with what stands before and after it in a decoder, in one launch.
 
-    Weights and biases are read before the kernels launched earlier have ended: none of those may write them.
+    Weights and biases are read before the kernels launched earlier have ended: none of those may write them. Tensors
+    are contiguous.
 
     Args:
         x: ``[1, C]``.
-        weight: ``[N, C]``, contiguous.
+        weight: ``[N, C]``.
         bias: ``[N]``.
         norm: ``[C]``, weight of an RMS norm of x; None without one.
         eps: Of the norm.
@@ -114,7 +118,7 @@ def linear_of_one(
         ``[1, N]``.
 
     Raises:
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together, or the kernel gets a tensor that is not contiguous.
     """
     outputs, width = weight.shape
     if x.shape != (1, width) or (gated and outputs % 2):
@@ -123,6 +127,7 @@ def linear_of_one(
         raise ValueError(f"the residual must have the output's shape; got {list(residual.shape)}")
     if choose("linear_of_one", backend, SUPPORT, x.device, x.dtype) == "reference":
         return linear_of_one_reference(x, weight, bias, norm, eps, residual, gated)
+    check_contiguous(x=x, weight=weight, bias=bias, norm=norm, residual=residual)
     from .triton import linear_of_one_triton  # needs Triton
 
     return linear_of_one_triton(x, weight, bias, norm, eps, residual, gated)
@@ -145,8 +150,10 @@ def rotate_append(
 ) -> Tensor:
     """Rotate queries and keys by their positions, and write keys and values to the pages of their rows, in place.
 
+    Tensors are contiguous, but that rows of the table may lie apart.
+
     Args:
-        qkv: ``[tiles * tokens, (H + 2 HK) * D]``, contiguous: queries, keys and values of each token.
+        qkv: ``[tiles * tokens, (H + 2 HK) * D]``: queries, keys and values of each token.
         cos: ``[positions, D / 2]``, of the first half of the rotation.
         sin: Likewise.
         positions: int32 ``[tiles, tokens]``, where each token stands in its row; -1 is padding, which is not written.
@@ -155,7 +162,7 @@ def rotate_append(
         keys: ``[pages, HK, page, D]``.
         values: Likewise.
         q_norm: ``[D]``, weight of a norm of each query head; None without one.
-        k_norm: Likewise of keys.
+        k_norm: Likewise of keys, with ``q_norm``.
         eps: Of these norms.
         backend: Which; see ``SUPPORT``.
 
@@ -163,13 +170,16 @@ def rotate_append(
         Rotated queries ``[tiles * tokens, H, D]``.
 
     Raises:
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together, or the kernel gets a tensor that is not contiguous.
     """
     _check(positions, rows, table, keys, values)
     _check_qkv(qkv, cos, sin, positions, keys)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("queries and keys are normalised together; expected q_norm and k_norm, or neither")
     arguments = (qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm, eps)
     if choose("rotate_append", backend, SUPPORT, qkv.device, qkv.dtype) == "reference":
         return rotate_append_reference(*arguments)
+    _check_memory(*arguments[:-1])
     from .triton import rotate_append_triton  # needs Triton
 
     return rotate_append_triton(*arguments)
@@ -194,11 +204,12 @@ def rotate_attend(
 ) -> Tensor:
     """``rotate_append`` and ``paged_attention`` in one launch, for rows with one new token each.
 
+    Tensors are contiguous, but that rows of the table may lie apart.
     Positions, rows, the table and what was cached for earlier tokens are read before the launches just before have
     ended: no kernel that overlaps the next one may write them.
 
     Args:
-        qkv: ``[tiles, (H + 2 HK) * D]``, contiguous: queries, keys and values of each token.
+        qkv: ``[tiles, (H + 2 HK) * D]``: queries, keys and values of each token.
         cos: ``[positions, D / 2]``, of the first half of the rotation.
         sin: Likewise.
         positions: int32 ``[tiles, 1]``; -1 is padding, which is not written and whose output means nothing.
@@ -218,7 +229,7 @@ def rotate_attend(
         ``[tiles, H, D]``.
 
     Raises:
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together, or the kernel gets a tensor that is not contiguous.
     """
     _check(positions, rows, table, keys, values)
     _check_qkv(qkv, cos, sin, positions, keys)
@@ -230,6 +241,8 @@ def rotate_attend(
     if choose("rotate_attend", backend, SUPPORT, qkv.device, qkv.dtype) == "reference":
         q = rotate_append_reference(qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm, eps)
         return paged_attention_reference(q, keys, values, positions, rows, table, scale)
+    _check_memory(qkv, cos, sin, positions, rows, table, keys, values, q_norm, k_norm)
+    check_contiguous(counts=counts)
     from .triton import rotate_attend_triton  # needs Triton
 
     return rotate_attend_triton(qkv, cos, sin, positions, rows, table, keys, values, counts, q_norm, k_norm, eps, scale)
@@ -248,8 +261,10 @@ def paged_attention(
 ) -> Tensor:
     """Attention of tokens to what the pages of their row hold, up to and with their own position.
 
+    Tensors are contiguous, but that rows of the table may lie apart.
+
     Args:
-        q: ``[tiles * tokens, H, D]``, contiguous.
+        q: ``[tiles * tokens, H, D]``.
         keys: ``[pages, HK, page, D]``; every slot of a named page is finite.
         values: Likewise.
         positions: int32 ``[tiles, tokens]``; -1 is padding, whose output is finite and means nothing.
@@ -262,7 +277,7 @@ def paged_attention(
         ``[tiles * tokens, H, D]``.
 
     Raises:
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together, or the kernel gets a tensor that is not contiguous.
     """
     _check(positions, rows, table, keys, values)
     if q.dim() != 3 or q.shape[0] != positions.numel() or q.shape[2] != keys.shape[3] or q.shape[1] % keys.shape[1]:
@@ -271,6 +286,8 @@ def paged_attention(
         )
     if choose("paged_attention", backend, SUPPORT, q.device, q.dtype) == "reference":
         return paged_attention_reference(q, keys, values, positions, rows, table, scale)
+    _check_memory(None, None, None, positions, rows, table, keys, values, None, None)
+    check_contiguous(q=q)
     from .triton import paged_attention_triton  # needs Triton
 
     return paged_attention_triton(q, keys, values, positions, rows, table, scale)
@@ -294,5 +311,26 @@ def _check_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: T
             f"qkv must be [{positions.numel()}, (H + 2 * {heads_k}) * {dim}], H a multiple of {heads_k}; "
             f"got {list(qkv.shape)}"
         )
-    if cos.shape != sin.shape or cos.shape[1] != dim // 2:
-        raise ValueError(f"cos and sin must be [positions, {dim // 2}]; got {list(cos.shape)} and {list(sin.shape)}")
+    if dim % 2 or cos.shape != sin.shape or cos.shape[1] != dim // 2:
+        raise ValueError(
+            f"cos and sin must be [positions, D / 2], D even; got {list(cos.shape)} and {list(sin.shape)} for D {dim}"
+        )
+
+
+def _check_memory(
+    qkv: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
+    """Only rows of the table may lie apart."""
+    check_contiguous(
+        qkv=qkv, cos=cos, sin=sin, positions=positions, rows=rows, keys=keys, values=values, q_norm=q_norm,
+        k_norm=k_norm, **{"a row of the table": table[:1]},
+    )  # fmt: skip

@@ -85,7 +85,7 @@ def _linear_kernel(
     inside = n < outputs
     k = tl.arange(0, BLOCK_K)
     lines = WEIGHT + n.to(tl.int64)[:, None] * width + k[None, :]
-    ups = lines + outputs.to(tl.int64) * width
+    ups = lines + tl.cast(outputs, tl.int64) * width
     first = inside[:, None] & (k < width)[None, :]
     # Weights are nobody's output: the first ones are on their way while the launch before still works.
     weight = tl.load(lines, mask=first, other=0.0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hone_kernels.backends import Backend, Support, choose
+from hone_kernels.checks import check_contiguous
 
 from .reference import attend_slots_reference, gated_of_few_reference
 
@@ -34,7 +35,8 @@ def gated_of_few(x: Tensor, gate: Tensor, up: Tensor, *, backend: Backend = "aut
         ``[T, N]``.
 
     Raises:
-        ValueError: Shapes do not fit together, or there are more tokens than ``TOKENS``.
+        ValueError: Shapes do not fit together, there are more tokens than ``TOKENS``, or the kernel gets a tensor that
+            is not contiguous.
     """
     if x.dim() != 2 or gate.dim() != 2 or x.shape[1] != gate.shape[1] or up.shape != gate.shape:
         raise ValueError(
@@ -44,6 +46,7 @@ def gated_of_few(x: Tensor, gate: Tensor, up: Tensor, *, backend: Backend = "aut
         raise ValueError(f"expected 1 to {TOKENS} tokens; got {len(x)}")
     if choose("gated_of_few", backend, SUPPORT, x.device, x.dtype) == "reference":
         return gated_of_few_reference(x, gate, up)
+    check_contiguous(x=x, gate=gate, up=up)
     from .triton import gated_of_few_triton  # needs Triton
 
     return gated_of_few_triton(x, gate, up)
@@ -80,7 +83,8 @@ def attend_slots(
         ``[R, n, H * D]``.
 
     Raises:
-        ValueError: Shapes do not fit together, or there are more new tokens than ``TOKENS``.
+        ValueError: Shapes do not fit together, there are more new tokens than ``TOKENS``, or the kernel gets a tensor
+            that is not contiguous.
     """
     if keys.dim() != 4 or keys.shape != values.shape or qkv.dim() != 3 or len(qkv) != len(keys):
         raise ValueError(
@@ -93,12 +97,20 @@ def attend_slots(
         raise ValueError(f"qkv must have (H + 2 * {heads_k}) * {dim} channels, H a multiple of {heads_k}; got {heads}")
     if not 1 <= tokens <= TOKENS or begin < 0 or begin + tokens > slots:
         raise ValueError(f"expected 1 to {TOKENS} tokens in {slots} slots; got {tokens} from {begin} on")
-    if rope is not None and any(table.shape != (slots, dim // 2) for table in rope):
-        raise ValueError(f"rope must be two tables [{slots}, {dim // 2}]; got {[list(table.shape) for table in rope]}")
-    if words is not None and (words.dim() != 2 or len(words) != len(qkv) or words.shape[1] > begin):
-        raise ValueError(f"words must be [{len(qkv)}, T], T at most {begin}; got {list(words.shape)}")
+    if rope is not None and (dim % 2 or any(table.shape != (slots, dim // 2) for table in rope)):
+        raise ValueError(
+            f"rope must be two tables [{slots}, D / 2], D even; got {[list(table.shape) for table in rope]} for D {dim}"
+        )
+    if words is not None and (
+        words.dim() != 2 or len(words) != len(qkv) or words.shape[1] > begin or words.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"words must be bool [{len(qkv)}, T], T at most {begin}; got {words.dtype} {list(words.shape)}"
+        )
     if choose("attend_slots", backend, SUPPORT, qkv.device, qkv.dtype) == "reference":
         return attend_slots_reference(qkv, rope, keys, values, begin, scale, words)
+    cos, sin = rope or (None, None)
+    check_contiguous(qkv=qkv, cos=cos, sin=sin, keys=keys, values=values, words=words)
     from .triton import attend_slots_triton  # needs Triton
 
     return attend_slots_triton(qkv, rope, keys, values, begin, scale, words)

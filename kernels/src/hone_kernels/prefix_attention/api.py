@@ -55,8 +55,10 @@ def prefix_attention(
             f"expected as many keys as queries, and ends int32 [S]; got {tokens}, {k.shape[2]} and {ends.dtype} "
             f"{list(ends.shape)}"
         )
-    if words is not None and (words.dim() != 2 or len(words) != len(q) or not words.shape[1] <= tokens):
-        raise ValueError(f"words must be bool [{len(q)}, T], T at most {tokens}; got {list(words.shape)}")
+    if words is not None and (
+        words.dim() != 2 or len(words) != len(q) or not words.shape[1] <= tokens or words.dtype != torch.bool
+    ):
+        raise ValueError(f"words must be bool [{len(q)}, T], T at most {tokens}; got {words.dtype} {list(words.shape)}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if choose("prefix_attention", backend, SUPPORT, q.device, q.dtype) == "reference":
         return prefix_attention_reference(q, k, v, ends, words, scale)
