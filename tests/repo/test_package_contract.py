@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import tables
@@ -139,6 +140,24 @@ def test_the_readmes_python_runs_as_it_stands(package, tmp_path, monkeypatch):
     scope = {}
     for block in [first, *here]:
         exec(compile(block, f"{package.name} README", "exec"), scope)
+
+
+def test_the_readme_says_what_works_together_with_it_and_by_which_tests(package):
+    text = (ROOT / package.folder / "README.md").read_text(encoding="utf-8")
+    section = text.partition("\n### Works together with\n")[2].partition("\n#")[0]
+    head, _, *rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert head == "| with | | test |"
+    assert len(rows) >= 6
+    written = {
+        name
+        for folder in (package.tests, *(Path("tests/shared") / part.name for part in (ROOT / "tests/shared").iterdir()))
+        for file in (ROOT / folder).glob("test_*.py")
+        for name in re.findall(r"^ *(?:def|class) ((?:test_|Test)\w+)", file.read_text(encoding="utf-8"), re.M)
+    }
+    for row in rows:
+        named = set(re.findall(r"`((?:test_|Test)\w+)`", row.rpartition(" | ")[2]))
+        assert named <= written, named - written
+        assert named or "tried by hand" in row, row
 
 
 def test_verbs_are_a_table(package, verbs, with_config):

@@ -3,11 +3,9 @@
 At density 1, without pooled keys, the attached model computes what the detached one does, whatever is combined with it.
 """
 
-import re
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -311,17 +309,3 @@ def test_a_wrapper_is_to_be_unwrapped():
     ):
         attach(wrapped, D1)
     attach(wrapped.base_model.model, D1).detach()
-
-
-def test_rows_of_the_readme_are_tests():
-    tests = Path(__file__).parents[2]
-    section = (tests.parent / "packages/blade/README.md").read_text().split("### Works together with")[1].split("##")[0]
-    named = set(re.findall(r"`(test_\w+)`", section))
-    written = {
-        name
-        for folder in ("packages/blade", "shared/video")
-        for file in (tests / folder).glob("test_*.py")
-        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
-    }
-    assert len(named) > 15
-    assert named <= written, named - written

@@ -1,10 +1,8 @@
 """What users combine with the method and its models: each row of the README's "works together with" is a test."""
 
 import copy
-import re
 import threading
 import warnings
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -458,20 +456,3 @@ def test_training_after_inference_mode(model):
         assert torch.equal(mask, inside)
         masked_loss(model, *arguments, mask, generator()).backward()
     assert model.heads.grad.abs().sum() > 0
-
-
-def test_rows_of_the_readme_are_tests():
-    here = Path(__file__).parent
-    readme = here.parents[2] / "packages" / "motion_anything" / "README.md"
-    table = readme.read_text(encoding="utf-8").split("### Works together with")[1].split("\n#")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
-    written = {
-        name
-        for file in here.glob("test_*.py")
-        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)
-    }
-    assert len(rows) > 12
-    for row in rows:
-        named = re.findall(r"`(test_\w+)`", row.split(" | ")[-1])
-        assert named, row
-        assert set(named) <= written, row

@@ -9,7 +9,14 @@ from hone_rstitch.generation import _Row, _Side, stitch_decoding, stitch_generat
 from hone_rstitch.method import Gate, entropy_nats, stitch
 from hone_rstitch.models import tiny
 from hone_rstitch.vocabulary import Vocabulary
-from transformers import DynamicCache, LogitsProcessor, MaxTimeCriteria, StoppingCriteria, TopKLogitsWarper
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
+    TopKLogitsWarper,
+)
 
 EOS = 2
 
@@ -616,6 +623,7 @@ def test_sixteen_bits(dtype):
         ({"output_scores": True}, "output_scores"),
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
+        ({"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=2, keys=[1, 2])}, "SynthID"),
         ({"seed": [1, 2]}, "per row"),
         ({"seed": -4}, "seed"),
         ({"position_ids": torch.arange(7)[None].repeat(3, 1) + 1}, "position_ids"),

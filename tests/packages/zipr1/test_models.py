@@ -1,6 +1,7 @@
 """Token selection inside real classes: equal to the dense model whose dropped keys and values are masked."""
 
 import copy
+import threading
 from collections import Counter
 from contextlib import nullcontext
 from itertools import pairwise
@@ -430,6 +431,71 @@ def test_a_peft_model_is_taken_as_what_is_inside():
             found.append(written(wrapped, inputs)[1])
             assert handle.stats.ratio < 1
     assert torch.equal(*found)
+
+
+def test_lora_before_and_after_attach():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    source, inputs = get("llava_onevision", TWO)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    found = []
+    for first in (True, False):
+        model = copy.deepcopy(source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if first:
+                inject_adapter_in_model(lora, model.double())
+            with sparse(model, 0.4, rows="all") as handle:
+                if not first:
+                    inject_adapter_in_model(lora, model.double())
+                found.append(written(model.double().eval(), inputs)[1])
+                assert (handle.stats.ratio < 1).all()
+    assert torch.equal(*found)
+    with sparse(source, 0.4, rows="all"):
+        assert not torch.allclose(written(source, inputs)[1], found[0])
+
+
+@pytest.mark.parametrize("cache", ["evict", "retrieve"])
+def test_several_threads_on_one_model(cache):
+    model, first = get("qwen2_5_vl")
+    asked = (first, get("qwen2_5_vl", TWO)[1])
+    ready, found = threading.Barrier(2), {0: [], 1: []}
+
+    def work(index):
+        ready.wait()
+        with torch.no_grad():
+            found[index] += [written(model, asked[index])[1] for _ in range(4)]
+
+    with sparse(model, 0.4, rows="all", cache=cache):
+        wanted = [written(model, inputs)[1] for inputs in asked]
+        threads = [threading.Thread(target=work, args=(index,)) for index in found]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for index, want in enumerate(wanted):
+        assert len(found[index]) == 4
+        assert all(torch.equal(one, want) for one in found[index])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_chooses_the_same_tokens(reentrant):
+    source, inputs = get("qwen2_5_vl")
+    grads = []
+    for checkpointed in (False, True):
+        model = copy.deepcopy(source)
+        if checkpointed:
+            # Newer transformers has another name for it.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})
+            model.train()
+        with torch.enable_grad(), sparse(model, 0.4, rows="all", compute="mask") as handle:
+            model(**inputs, use_cache=False).logits[:, -1].square().mean().backward()
+            assert handle.stats.ratio < 1
+        grads.append({name: weight.grad for name, weight in find_decoder(model).model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert_close(grads[1][name], grad, atol=1e-12)
+    assert any(float(grad.abs().max()) > 0 for grad in grads[0].values())
 
 
 def test_a_layer_that_stands_for_another_is_named():
