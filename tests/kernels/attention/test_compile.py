@@ -132,15 +132,15 @@ def test_gluon(dim, block_q, block_k, pooled, padded):
     *helpers, launch = gluon_launches(BF16, dim, block_q, block_k, pooled=pooled, padded=padded)
     assert [x.name for x in helpers] == ["_count_kernel", "_schedule_kernel"] + ["_bias_kernel"] * pooled
     code = compile_launch(launch)
-    check_gluon(code, dim, block_q, launch.arguments["BN"])
+    check_gluon(code, dim, block_q, launch.arguments["BN"], between=pooled and not padded)
     most = GLUON_SPILLS.get((dim, block_q, block_k), (0, 0))[NEWER] if pooled and padded else 0
     assert code.spills <= most
 
 
-def check_gluon(code, dim, block_q, keys):
+def check_gluon(code, dim, block_q, keys, between=False):
     assert not code.serialized
-    # Products of a step, in the loop and once before and after it, for each consumer.
-    assert code.count("HGMMA") == (keys + dim) // 16 * 2 * (block_q // 64)
+    # Products of a step, in the loop and once before and after it, for each consumer; and between pooled and listed.
+    assert code.count("HGMMA") == (keys + dim) // 16 * (3 if between else 2) * (block_q // 64)
     assert code.count("UTMALDG") > 0
     assert code.count("UTMASTG") == block_q // 64
     assert code.count("USETMAXREG") > 0

@@ -131,36 +131,30 @@ def test_schedule(batch, heads, rows, shared):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("keys", [64, 128])
-def test_padded_bias(keys, masked):
-    pooled, stride = torch.empty(2, 3, 300, 8), gluon.bias_stride(keys, masked)
+def test_padded_bias(keys):
+    pooled = torch.empty(2, 3, 300, 8)
     bias = torch.randn(3, 300).expand(2, 3, 300).clone()
-    bias[:, 1, :keys] = 2.0
+    bias[:, 1, :256] = 2.0
     bias[1, 2, keys : 2 * keys] = -torch.inf
-    got = gluon.pad_bias(bias, pooled, keys, masked).unflatten(-1, (-1, stride))
-    biases, even = got[..., :keys].flatten(2), got[..., keys]
-    assert biases.shape[-1] - 300 < keys
-    assert_close(biases[..., :300], bias / torch.tensor(2.0).log())
-    assert (biases[..., 300:] == -torch.inf).all()
-    # Of whole steps of one finite bias, that.
-    assert_close(even[:, 1, 0], torch.full((2,), 2 / math.log(2)))
-    even[:, 1, 0] = torch.nan
-    assert even.isnan().all()
-    zeros = gluon.pad_bias(None, pooled, keys, masked).unflatten(-1, (-1, stride))
-    assert (zeros[..., :-1, : keys + 1] == 0).all()
-    assert (zeros[..., -1, : 300 % keys] == 0).all()
-    assert zeros[..., -1, keys].isnan().all()
-    bias[0, 0, 3] = torch.nan
-    assert gluon.pad_bias(bias, pooled, keys, masked)[0, 0, keys].isnan()
-    # Beside these a running maximum would lose the logits.
-    for hidden in (-1e9, -1e30, 1e6):
-        assert (
-            gluon.pad_bias(torch.full_like(bias, hidden), pooled, keys, masked)
-            .unflatten(-1, (-1, stride))[..., keys]
-            .isnan()
-            .all()
-        )
+    got = gluon.pad_bias(bias, pooled, keys)
+    assert got.shape[-1] - 1 - 300 < keys
+    assert_close(got[..., :300], bias / torch.tensor(2.0).log())
+    assert (got[..., 300:-1] == -torch.inf).all()
+    # Of whole steps of one finite bias, that; the last step does not count.
+    assert_close(got[:, 1, -1], torch.full((2,), 2 / math.log(2)))
+    assert got[:, [0, 2], -1].isnan().all()
+    zeros = gluon.pad_bias(None, pooled, keys)
+    assert (zeros[..., :300] == 0).all()
+    assert (zeros[..., 300:-1] == -torch.inf).all()
+    assert (zeros[..., -1] == 0).all()
+    # Neither one number in each step, nor a NaN among others, nor what a running maximum would lose the logits beside.
+    steps = torch.arange(300).div(keys, rounding_mode="floor").float().expand(2, 3, 300)
+    some = torch.zeros(2, 3, 300)
+    some[..., 3] = torch.nan
+    for other in (steps, some, *(torch.full((2, 3, 300), x) for x in (-1e9, -100.0, 100.0, torch.inf, -torch.inf))):
+        assert gluon.pad_bias(other, pooled, keys)[..., -1].isnan().all()
+    assert gluon.pad_bias(some[..., :keys].zero_(), pooled[:, :, :keys], keys)[..., -1].isnan().all()  # one step
 
 
 class Columns:
@@ -480,6 +474,14 @@ def _one_differs(bias):
     bias[..., 200] += 1
 
 
+def _each_step_has_its_own(bias):
+    bias += torch.arange(bias.shape[-1], device=bias.device) // 64
+
+
+def _far(bias):
+    bias += 40
+
+
 def _a_step_is_gone(bias):
     bias[:, :, 128:256] = -torch.inf
 
@@ -490,7 +492,10 @@ def _a_head_is_hidden(bias):
 
 @requires_gpu(min_sm=SUPPORTED.min_sm)
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("twist", [None, lambda bias: None, _one_differs, _a_step_is_gone, _a_head_is_hidden])
+@pytest.mark.parametrize(
+    "twist",
+    [None, lambda bias: None, _one_differs, _each_step_has_its_own, _far, _a_step_is_gone, _a_head_is_hidden],
+)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dim", SUPPORTED.head_dims)
 @pytest.mark.parametrize(

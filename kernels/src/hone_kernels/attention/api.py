@@ -376,7 +376,7 @@ def _forward(
 
             options["table"] = row_order(layout, call.batch, call.heads)
             if pooled_k is not None and source is not None:
-                options["bias"] = _padded(source, pooled_k, call, layout.k_valid is not None)
+                options["bias"] = _padded(source, pooled_k, call)
             given += options.values()
         else:
             from .triton import attention_forward
@@ -410,16 +410,16 @@ def _schedule(layout: BlockLayout, batch: int, heads: int) -> Tensor:
     return table
 
 
-def _padded(source: Tensor, pooled_k: Tensor, call: _Call, masked: bool) -> Tensor:
+def _padded(source: Tensor, pooled_k: Tensor, call: _Call) -> Tensor:
     """The bias as the kernel reads it, kept beside the caller's."""
     from .gluon_sm90 import config_for, pad_bias
 
     shape, keys = pooled_k.shape[:3], config_for(pooled_k.shape[3], call.block_q).keys
 
     def make() -> Tensor:
-        return pad_bias(source.detach().float().expand(shape), pooled_k, keys, masked, call.key)
+        return pad_bias(source.detach().float().expand(shape), pooled_k, keys, call.key)
 
-    return kept_beside(source, (shape, keys, masked), make)
+    return kept_beside(source, (shape, keys), make)
 
 
 def _replay(
@@ -431,7 +431,7 @@ def _replay(
     if parts.call.backend == "gluon":
         held.append(row_order(layout, parts.call.batch, parts.call.heads))
         if pooled_k is not None and source is not None:
-            held.append(_padded(source, pooled_k, parts.call, layout.k_valid is not None))
+            held.append(_padded(source, pooled_k, parts.call))
     addresses += [x.data_ptr() for x in held]
     return parts.forward(addresses, stream)
 

@@ -6,11 +6,12 @@ queries of one head) from a schedule that two small kernels write first: long ro
 long one when the others are done; rows of about one length in the order of their heads, so that programs running side
 by side find each other's keys in the L2 cache.
 
-A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks, both from the last to the first. The
-first step of all is always masked, and of the others only the ragged listed block and steps of pooled keys whose biases
-differ: where they are alike, as ``ln n`` of means of n keys is, the bias is a number that shifts the maximum. With
-``k_valid`` all steps carry a mask. Two listed blocks of 64 keys make one step of 128; one block of 128 keys may make
-two steps of 64.
+A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks, both from the last to the first. They
+make runs, of which only the first step is masked: the listed blocks one, pooled keys one where all biases but those of
+the last step are alike, as ``ln n`` of means of n keys is, else one for each step. A bias that is alike is left out of
+the logits of its run, and the running maximum is put right behind it. With ``k_valid`` every step is a run, and masked
+unless all of its keys exist. Two listed blocks of 64 keys make one step of 128; one block of 128 keys may make two
+steps of 64.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale); the log-sum-exp that leaves is natural.
 
@@ -84,8 +85,9 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (128, 128): Config(keys=128, stages=2, q_registers=True),
 }
 
-# From here on float32 has less than seven bits behind the point: a key that -1e9 is to hide would not stay hidden.
-LARGEST_SHIFT = tl.constexpr(float(2**16))
+# Of a running maximum, in base 2: what float32 loses by it is less than what it loses in a logit of that size. The log
+# of a number of keys is far below.
+LARGEST_SHIFT = tl.constexpr(64.0)
 
 # Rows that a program of the schedule sorts, and length classes: four an octave up to 2**16 blocks.
 _SORTED, _CLASSES = 128, 64
@@ -147,26 +149,30 @@ def _schedule_kernel(num_ptr, count_ptr, table_ptr, snb, snh, heads, rows, total
 
 
 @triton.jit
-def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, padded, BIASED: tl.constexpr, BN: tl.constexpr,
-                 STRIDE: tl.constexpr):  # fmt: skip
+def _bias_kernel(bias_ptr, padded_ptr, sbb, sbh, sbg, heads, pooled, steps, BIASED: tl.constexpr, BN: tl.constexpr):
     """Bias in base 2, minus infinity behind its end, so that loads of whole steps need no mask.
 
-    Behind those of a step comes what all of them are, if they are one number that a running maximum can be shifted by
-    and lose nothing that counts, else NaN.
+    Behind it comes what all are but those of the last step, if they are one number that a maximum can be shifted by and
+    lose nothing that counts, else NaN.
     """
-    step = tl.program_id(0)
-    at = step * BN + tl.arange(0, BN)
-    row = tl.program_id(1)
-    bias = tl.zeros([BN], tl.float32)
-    if BIASED:
-        bias_ptr += row // heads * sbb + row % heads * sbh
-        bias = tl.load(bias_ptr + at * sbg, mask=at < pooled, other=0.0) * LOG2E
-    bias = tl.where(at < pooled, bias, -float("inf"))
-    padded_ptr += row.to(tl.int64) * padded + step * STRIDE
-    tl.store(padded_ptr + tl.arange(0, BN), bias)
-    low, high = tl.min(bias, 0), tl.max(bias, 0)
-    even = (low == high) & (tl.abs(low) < LARGEST_SHIFT) & (tl.sum((bias == bias).to(tl.int32), 0) == BN)
-    tl.store(padded_ptr + BN, tl.where(even, low, float("nan")))
+    row = tl.program_id(0)
+    padded_ptr += row.to(tl.int64) * (steps * BN + 1)
+    low = tl.full([BN], float("inf"), tl.float32)
+    high = -low
+    for step in range(steps):
+        at = step * BN + tl.arange(0, BN)
+        bias = tl.zeros([BN], tl.float32)
+        if BIASED:
+            place = row // heads * sbb + row % heads * sbh + at * sbg
+            bias = tl.load(bias_ptr + place, mask=at < pooled, other=0.0) * LOG2E
+        bias = tl.where(at < pooled, bias, -float("inf"))
+        tl.store(padded_ptr + at, bias)
+        if step < steps - 1:
+            low = tl.minimum(low, bias, tl.PropagateNan.ALL)
+            high = tl.maximum(high, bias, tl.PropagateNan.ALL)
+    least, most = tl.min(low, 0), tl.max(high, 0)
+    alike = (least == most) & (tl.abs(least) < LARGEST_SHIFT) & (tl.sum((low == low).to(tl.int32), 0) == BN)
+    tl.store(padded_ptr + steps * BN, tl.where(alike, least, float("nan")))
 
 
 # One lane takes the next number for its warp. Assembly, since a scalar atomic of Triton would go through shared memory.
@@ -409,21 +415,23 @@ def _offsets(is_pooled, bias_at, keys, limits, stage, LAYOUT: gl.constexpr, BN: 
 
 
 @gluon.jit
-def _softmax(s, offsets, top, scale, MASKED: gl.constexpr, EVEN: gl.constexpr = False):
-    """Weights of a step ``[64, BN]``, the new running maximum of the scaled logits, how far the old one fades.
+def _whole(limits, stage, BN: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Whether all keys of a listed step exist, with ``k_valid``."""
+    if BN > BLOCK_K:
+        return (_get(limits.index(2 * stage)) >= BLOCK_K) & (_get(limits.index(2 * stage + 1)) >= BLOCK_K)
+    else:
+        return _get(limits.index(2 * stage)) >= BN
 
-    ``offsets`` are one for each key, or with ``EVEN`` one for all.
-    """
+
+@gluon.jit
+def _softmax(s, offsets, top, scale, MASKED: gl.constexpr):
+    """Weights of a step ``[64, BN]``, the new running maximum of the scaled logits, how far the old one fades."""
     if MASKED:
         s = s * scale + offsets[None, :]
         new = gl.maximum(top, gl.max(s, 1))
         # A row that has met no key yet would compute inf - inf.
         shift = gl.where(new == -float("inf"), 0.0, new)
         p = gl.exp2(s - shift[:, None])
-    elif EVEN:
-        new = gl.maximum(top, gl.max(s, 1) * scale + offsets)
-        shift = new
-        p = gl.exp2(s * scale - (new - offsets)[:, None])
     else:
         new = gl.maximum(top, gl.max(s, 1) * scale)
         shift = new
@@ -460,6 +468,76 @@ def _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, ST
 
 
 @gluon.jit
+def _weigh(s, offsets, top, sums, acc, scale, dtype: gl.constexpr, MASKED: gl.constexpr,
+           FIRST: gl.constexpr = False):  # fmt: skip
+    """Logits of one step to weights, an operand of the product with V; the sums before it fade."""
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    p, top, fade = _softmax(s, offsets, top, scale, MASKED)
+    if FIRST:
+        sums = _thread_sums(p)
+    else:
+        sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + _thread_sums(p)
+        acc *= gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return gl.convert_layout(p.to(dtype), WEIGHTS), top, sums, acc
+
+
+@gluon.jit
+def _first_logits(q, no_logits, k_buf, k_full, turn, STAGES: gl.constexpr, TURNS: gl.constexpr, WG: gl.constexpr):
+    """Queries times the keys of a row's first step."""
+    BN: gl.constexpr = k_buf.shape[3]
+    D: gl.constexpr = k_buf.shape[4]
+    mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
+    _turn_begin(TURNS, WG)
+    keys_t = k_buf.index(turn % STAGES).reshape([BN, D]).permute((1, 0))
+    s = warpgroup_mma(q, keys_t, no_logits, use_acc=False, is_async=True)
+    _turn_end(TURNS, WG)
+    return warpgroup_mma_wait(0, deps=(s,))
+
+
+@gluon.jit
+def _run(s, offsets, shift, length, more, q, top, sums, acc, no_logits, turn, scale, buffers, whole,
+         STAGES: gl.constexpr, TURNS: gl.constexpr, Q_REGISTERS: gl.constexpr, WG: gl.constexpr, FIRST: gl.constexpr,
+         VALID: gl.constexpr):  # fmt: skip
+    """A run of steps: the first is masked by ``offsets``, the others are whole; with ``k_valid`` the first may be, too.
+
+    ``s`` are the logits of its first step, and what comes back the next run's, if there is ``more``. ``shift`` is what
+    all of its logits are short of, in base 2.
+    """
+    k_buf, v_buf, k_full, k_empty, v_full, v_empty, q_empty = buffers
+    BN: gl.constexpr = k_buf.shape[3]
+    D: gl.constexpr = k_buf.shape[4]
+    mbarrier.arrive(k_empty.index(turn % STAGES))
+    if not FIRST:
+        top -= shift
+    if VALID:
+        if whole:
+            weights, top, sums, acc = _weigh(s, None, top, sums, acc, scale, v_buf.dtype, False)
+        else:
+            weights, top, sums, acc = _weigh(s, offsets, top, sums, acc, scale, v_buf.dtype, True, FIRST)
+    else:
+        weights, top, sums, acc = _weigh(s, offsets, top, sums, acc, scale, v_buf.dtype, True, FIRST)
+    for _ in range(1, length):
+        s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
+        turn += 1
+        mbarrier.arrive(k_empty.index(turn % STAGES))
+        mbarrier.arrive(v_empty.index((turn - 1) % STAGES))
+        weights, top, sums, acc = _weigh(s, None, top, sums, acc, scale, v_buf.dtype, False)
+    if not FIRST:
+        top += shift
+    if more:
+        s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
+    else:
+        if not Q_REGISTERS:
+            mbarrier.arrive(q_empty.index(WG))
+        mbarrier.wait(v_full.index(turn % STAGES), turn // STAGES & 1)
+        acc = warpgroup_mma(weights, v_buf.index(turn % STAGES).reshape([BN, D]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        s = no_logits
+    mbarrier.arrive(v_empty.index(turn % STAGES))
+    return s, top, sums, acc, turn + 1
+
+
+@gluon.jit
 def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memory, config: gl.constexpr,
               WG: gl.constexpr):  # fmt: skip
     q_buf, k_buf, v_buf, header, limits, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
@@ -473,17 +551,17 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
     Q_REGISTERS: gl.constexpr = config[6]
     TURNS: gl.constexpr = config[7]
     BN: gl.constexpr = k_buf.shape[3]
-    STRIDE: gl.constexpr = 2 * BN if VALID else BN + 1  # bias_stride
     D: gl.constexpr = k_buf.shape[4]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     LOGIT_ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    ONCE: gl.constexpr = not (POOLED or VALID)
     if TURNS and WG == 1:
         _named_barrier("bar.arrive", "8")
     no_logits = gl.zeros([64, BN], gl.float32, LOGITS)
+    buffers = (k_buf, v_buf, k_full, k_empty, v_full, v_empty, q_empty)
     turn = 0
     row_turn = 0
     mbarrier.wait(q_full.index(WG), 0)
@@ -501,58 +579,45 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
         bias_at = bias_ptr
         if POOLED:
             steps += pooled_steps
-            bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * pooled_steps * STRIDE
+            bias_at += (batch * (heads // GROUP) + head // GROUP).to(gl.int64) * (pooled_steps * BN + 1)
             if not VALID:
-                bias_at += (pooled_steps - 1) * STRIDE
+                bias_at += (pooled_steps - 1) * BN
 
-        # The first step has no values before it and no running maximum, and is always masked.
-        mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
-        _turn_begin(TURNS, WG)
-        keys_t = k_buf.index(turn % STAGES).reshape([BN, D]).permute((1, 0))
-        s = warpgroup_mma(q, keys_t, no_logits, use_acc=False, is_async=True)
-        _turn_end(TURNS, WG)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        offsets = _offsets(pooled_steps > 0, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID, POOLED)
-        mbarrier.arrive(k_empty.index(turn % STAGES))
+        s = _first_logits(q, no_logits, k_buf, k_full, turn, STAGES, TURNS, WG)
         top = gl.full([64], -float("inf"), gl.float32, LOGIT_ROWS)
-        p, top, _ = _softmax(s, offsets, top, scale, True)
-        sums = _thread_sums(p)
-        weights = gl.convert_layout(p.to(v_buf.dtype), WEIGHTS)
+        sums = _thread_sums(no_logits)
         acc = gl.zeros([64, D], gl.float32, OUT)
-        # One loop for masked and plain steps: between two, the weights would be unpacked and packed again.
-        for step in range(1, steps):
+        runs = 1
+        if VALID:
+            runs = steps
+            pooled_runs = pooled_steps
+        elif POOLED:
+            shift = gl.load(bias_at + BN)
+            alike = shift == shift
+            pooled_runs = gl.where(alike, 1, pooled_steps)
+            runs = pooled_runs + gl.minimum(listed, 1)
+        for run in range(runs):
+            is_pooled = False
             if POOLED:
-                bias_at += STRIDE if VALID else -STRIDE
-            if POOLED and not VALID:  # on its way during the products
-                even = gl.load(bias_at + BN, mask=step < pooled_steps, other=0.0)
-            s, acc = _products(weights, q, acc, no_logits, k_buf, v_buf, k_full, v_full, turn, STAGES, TURNS, WG)
-            turn += 1
+                is_pooled = run < pooled_runs
+            offsets = _offsets(is_pooled, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K, VALID, POOLED)
+            base = 0.0
+            length = steps
+            whole = False
             if VALID:
-                offsets = _offsets(step < pooled_steps, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K,
-                                   VALID, POOLED)  # fmt: skip
-            mbarrier.arrive(k_empty.index(turn % STAGES))
-            mbarrier.arrive(v_empty.index((turn - 1) % STAGES))
-            if VALID:
-                p, top, fade = _softmax(s, offsets, top, scale, True)
+                length = 1
+                whole = _whole(limits, turn % STAGES, BN, BLOCK_K)
+                if POOLED:
+                    whole = whole & (run >= pooled_runs)
             elif POOLED:
-                if (even != even) | ((step == pooled_steps) & (keys < BN)):
-                    offsets = _offsets(step < pooled_steps, bias_at, keys, limits, turn % STAGES, COLUMNS, BN, BLOCK_K,
-                                       VALID, POOLED)  # fmt: skip
-                    p, top, fade = _softmax(s, offsets, top, scale, True)
-                else:
-                    p, top, fade = _softmax(s, even, top, scale, False, True)
-            else:
-                p, top, fade = _softmax(s, None, top, scale, False)
-            sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + _thread_sums(p)
-            acc *= gl.convert_layout(fade, OUT_ROWS)[:, None]
-            weights = gl.convert_layout(p.to(v_buf.dtype), WEIGHTS)
-        if not Q_REGISTERS:
-            mbarrier.arrive(q_empty.index(WG))
-        mbarrier.wait(v_full.index(turn % STAGES), turn // STAGES & 1)
-        acc = warpgroup_mma(weights, v_buf.index(turn % STAGES).reshape([BN, D]), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(turn % STAGES))
-        turn += 1
+                base = gl.where(is_pooled & alike, shift, 0.0)
+                offsets -= base
+                length = gl.where(is_pooled, gl.where(alike, pooled_steps, 1), listed)
+            if POOLED:
+                bias_at += BN if VALID else -BN
+            s, top, sums, acc, turn = _run(s, offsets, base, length, run + 1 < runs, q, top, sums, acc, no_logits, turn,
+                                           scale, buffers, whole, STAGES, TURNS, Q_REGISTERS, WG, ONCE,
+                                           VALID)  # fmt: skip
 
         weight = gl.convert_layout(gl.sum(sums, 1), LOGIT_ROWS)
         some = weight != 0.0  # so that NaN stays NaN
@@ -692,28 +757,22 @@ def schedule(kv_num: Tensor, batch: int, heads: int, key: Hashable | None = None
     return table
 
 
-def bias_stride(keys: int, masked: bool) -> int:
-    """Numbers from the biases of one step to the next, with ``k_valid`` and without: what leaves most registers."""
-    return 2 * keys if masked else keys + 1
-
-
 def pad_bias(
     bias: Tensor | None,
     pooled: Tensor,
     keys: int,
-    masked: bool = False,
     key: Hashable | None = None,
     notes: Notes | None = None,
 ) -> Tensor:
-    """Bias of whole steps of pooled keys, ``[B, HK, ceil(G / keys) * bias_stride]`` float32, base 2: see the kernel."""
+    """Bias of whole steps of pooled keys, ``[B, HK, ceil(G / keys) * keys + 1]`` float32, base 2: see the kernel."""
     batch, heads, groups = pooled.shape[:3]
-    steps, stride = -(-groups // keys), bias_stride(keys, masked)
-    padded = torch.empty((batch, heads, steps * stride), dtype=torch.float32, device=pooled.device)
+    steps = -(-groups // keys)
+    padded = torch.empty((batch, heads, steps * keys + 1), dtype=torch.float32, device=pooled.device)
 
     def build(padded, bias):
         strides = (0, 0, 0) if bias is None else bias.stride()
-        args = (bias, padded, *strides, heads, groups, steps * stride)
-        return (steps, batch * heads), args, dict(BIASED=bias is not None, BN=keys, STRIDE=stride, num_warps=1)
+        args = (bias, padded, *strides, heads, groups, steps)
+        return (batch * heads,), args, dict(BIASED=bias is not None, BN=keys, num_warps=1)
 
     if notes is not None:
         notes.made(padded)
@@ -757,7 +816,7 @@ def attention_forward(
     if table is None:
         table = schedule(kv_num, batch, heads, key, notes)
     if pooled_k is not None and bias is None:
-        bias = pad_bias(pooled_bias, pooled_k, config.keys, k_valid is not None, key, notes)
+        bias = pad_bias(pooled_bias, pooled_k, config.keys, key, notes)
     if notes is not None:
         notes.made(out)
         notes.made(lse)
@@ -770,7 +829,7 @@ def attention_forward(
         masked = k_valid is not None or pooled_k is not None
         q_registers = config.q_registers and not (masked and dim == 128 and consumers == 2)
         tall = min(config.keys, block_k)
-        steps = 0 if bias is None else bias.shape[2] // bias_stride(config.keys, k_valid is not None)
+        steps = 0 if bias is None else bias.shape[2] // config.keys
         pooled_descs = [None, None]
         if pooled_k is not None:
             pooled_descs = [_describe(_addressable(x), tall) for x in (pooled_k, pooled_v)]
