@@ -362,7 +362,7 @@ class BenchConfig:
 
     models: tuple[str, ...] = field(default=("tiny",), metadata=flag("model"))
     """``tiny``, or published sizes such as nar_l, nar_xl_t2i (texts, at 512 px) or nar_video_l (need a CUDA device)."""
-    batches: tuple[int, ...] = field(default=(1,), metadata=flag("batch"))
+    batches: tuple[int, ...] = (1,)
     """Images at a time, each of them timed."""
     raster: bool = True
     """Also time a raster LlamaGen of the size; of clips there is none."""
