@@ -289,6 +289,6 @@ def test_a_demo_run_again_prints_the_same_and_runs_nothing(package, tmp_path, mo
         return out, {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
     printed, files = demo()
-    assert str(folder) in printed
+    assert str(folder / "results.json") in printed
     assert load_results(folder)["status"] == "done"
     assert demo() == (printed, files)

@@ -74,9 +74,9 @@ class DemoReport(Report):
         )
 
     def __str__(self) -> str:
-        return "\n".join(
-            [str(self.sweep), "", self.recipe, self.timing, f"picture {self.chart}", f"clips   {self.sheet}"]
-        )
+        files = {"picture": self.chart, "clips": self.sheet, "results": self.path / "results.json"}
+        named = (f"{name:<8} {file}" for name, file in files.items())
+        return "\n".join([str(self.sweep), "", self.recipe, self.timing, *named])
 
 
 def demo(cfg: DemoConfig, run: Run) -> DemoReport:

@@ -261,14 +261,14 @@ class EvalConfig:
     nll: bool = False
     """Likelihoods alone; nothing is drawn."""
     limit: int | None = None
-    """Images that are drawn of each variant (default 1000), or by the protocol (default: 50000 of imagenet, 10000 of
-    ucf); with ``data``, that likelihoods are taken of (default 1000); prompts of geneval (default: all)."""
+    """Images that are drawn of each variant (default: 1000), or by the protocol (default: 50000 of imagenet, 10000 of
+    ucf); with ``data``, that likelihoods are taken of (default: 1000); prompts of geneval (default: all)."""
     batch: int = 250
     """Images at a time."""
     graphs: bool = False
     """Of a pipeline: steps as CUDA graphs with fused kernels."""
     guidance: float | None = None
-    """Strength of guidance; 1 is none. Default: 1, and the published one of a pipeline."""
+    """Strength of guidance; 1 is none (default: 1; of a pipeline the published one)."""
     seed: int = 0
     """Of the first image."""
     reference: Path | None = None
@@ -332,7 +332,7 @@ class GenerateConfig:
     prompts: tuple[str, ...] = field(default=(), metadata=flag("prompt"))
     """What to draw, one image each, for a model of texts."""
     guidance: float | None = None
-    """Strength of guidance; 1 is none. Default, as published: 2 of classes, 7.5 of texts, 1.25 of clips."""
+    """Strength of guidance; 1 is none (default: as published, 2 of classes, 7.5 of texts, 1.25 of clips)."""
     temperature: float = 1.0
     """Of the tokens."""
     top_k: int = 0

@@ -59,7 +59,8 @@ class DemoReport(Report):
             table(self.rows),
             "cost in steps of the large model, of which a small one is the ratio of weights",
         ]
-        return "\n".join([*lines, f"picture  {self.chart}", f"answers  {self.sheet}"])
+        files = {"picture": self.chart, "answers": self.sheet, "results": self.path / "results.json"}
+        return "\n".join([*lines, *(f"{name:<8} {file}" for name, file in files.items())])
 
 
 def demo(cfg: DemoConfig, run: Run) -> DemoReport:

@@ -58,7 +58,8 @@ class DemoReport(Report):
         for row in self.shown:
             said = ", ".join(f"{name} {answer}" for name, answer in row["answers"].items())
             lines.append(f"{row['question']} = {row['right']}: {said}")
-        return "\n".join([*lines, "", table(self.rows), f"picture  {self.chart}", f"kept     {self.maps}"])
+        files = {"picture": self.chart, "kept": self.maps, "results": self.path / "results.json"}
+        return "\n".join([*lines, "", table(self.rows), *(f"{name:<8} {file}" for name, file in files.items())])
 
 
 def prepare(cfg: DemoConfig) -> DemoConfig:
