@@ -81,6 +81,20 @@ def test_links_lead_somewhere(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("member", [one.folder for one in MEMBERS.values() if one.kind != "packages"], ids=str)
+def test_the_python_of_shared_members_runs_as_it_stands(member, tmp_path, monkeypatch):
+    """That of methods is in their contract."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / member / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    # Published weights are not at hand.
+    here = [block for block in blocks if "load_published" not in block and "from_published" not in block]
+    assert here
+    scope = {}
+    for block in here:
+        exec(compile(block, f"{member} README", "exec"), scope)
+
+
 def test_the_two_commands_of_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "\npip install uv && uv run --package hone-blade hone-blade demo\n" in text
