@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from hone_core.testing import assert_close, nan_poison, requires_gpu
@@ -90,6 +92,23 @@ def test_compiles_without_spills():
     for launch in launches:
         for sm in (80, 90):
             assert compile_launch(launch, sm).spills == 0, launch
+        assert launch.options["enable_fp_fusion"] is False
+        code = compile_launch(launch, 90).sass
+        assert fused_with_a_lane("SHFL.BFLY PT, R4, R2, 0x1, 0x1f ;\nFFMA R2, R3, R5, R4 ;") == 1
+        assert "SHFL.BFLY" in code
+        assert fused_with_a_lane(code) == 0
+
+
+def fused_with_a_lane(sass):
+    """Products that are added unrounded to what another lane sent: then each lane of a sum has another last bit."""
+    sent, found = set(), 0
+    for name, to, operands in re.findall(r"\b([A-Z][A-Z0-9.]+) (?:PT, )?(R\d+), (.*?) ;", sass):
+        read = set(re.findall(r"R\d+", operands))
+        found += name.startswith("FFMA") and bool(read & sent)
+        sent.discard(to)
+        if name.startswith("SHFL"):
+            sent.add(to)
+    return found
 
 
 @requires_gpu(min_sm=80)

@@ -140,9 +140,11 @@ def _backward_kernel(
 
 
 def _options(slots: int) -> dict[str, float | int]:
+    # Without fused products: lanes that add up one sum would round the product that is their own less than those they
+    # are sent, and write sums that differ in their last bit to one place.
     return {
         "SIDE": TILE, "SLOTS": slots, "WIDTH": VALUES, "DRAWN": DRAWN, "LEAST": LEAST_ALPHA, "MOST": MAX_ALPHA,
-        "STOP": STOP,
+        "STOP": STOP, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
