@@ -1,3 +1,4 @@
+import importlib
 import io
 import logging
 import pickle
@@ -104,21 +105,27 @@ def test_lazy_names(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text(
         "from hone_core.lazy import lazy_names\n"
-        "__getattr__, __dir__, __all__ = lazy_names(__name__, {'heavy': ['Thing', 'run'], 'run_mod': []})\n"
+        "names = {'heavy': ['Thing', 'run'], 'run_mod': [], 'twin': 'twin'}\n"
+        "__getattr__, __dir__, __all__ = lazy_names(__name__, names)\n"
     )
     (package / "heavy.py").write_text("class Thing: pass\ndef run(): return 5\n")
     (package / "run_mod.py").write_text("X = 1\n")
+    (package / "twin.py").write_text("def twin(): return 6\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     import lazy_sample
 
-    assert lazy_sample.__all__ == ["Thing", "run", "run_mod"]
+    assert lazy_sample.__all__ == ["Thing", "run", "run_mod", "twin"]
     assert "lazy_sample.heavy" not in sys.modules
     assert {"Thing", "run", "heavy", "run_mod"} <= set(dir(lazy_sample))
     assert lazy_sample.run() == 5
     assert "lazy_sample.heavy" in sys.modules
     assert lazy_sample.run_mod.X == 1
-    with pytest.raises(AttributeError, match="no attribute 'nope'; it has Thing, run, run_mod"):
+    with pytest.raises(AttributeError, match="no attribute 'nope'; it has Thing, run, run_mod, twin"):
         _ = lazy_sample.nope
+    # A function of its module's name is the function, although the module is imported first.
+    importlib.import_module("lazy_sample.twin")
+    assert lazy_sample.twin() == 6
+    assert sys.modules["lazy_sample.twin"].twin is lazy_sample.twin
 
 
 def test_every_lazy_name_of_core_resolves():

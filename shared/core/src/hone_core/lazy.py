@@ -6,6 +6,7 @@ A console script imports ``hone_x/__init__.py`` before it can print ``--help``, 
 import importlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 __all__ = ["lazy_names"]
 
@@ -43,9 +44,16 @@ def lazy_names(
         module_name, is_module = where[name]
         module = importlib.import_module(f"{package}.{module_name}")
         value = module if is_module else getattr(module, name)
-        # Importing a submodule binds it on the package; a function of the same name must win from then on.
         setattr(sys.modules[package], name, value)
         return value
+
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: object) -> None:
+            # Importing a submodule binds it on the package; a function of the same name wins, whichever came first.
+            if not (isinstance(value, ModuleType) and name in where and not where[name][1]):
+                super().__setattr__(name, value)
+
+    sys.modules[package].__class__ = Package
 
     def list_names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *where})
