@@ -296,7 +296,7 @@ def _existing(valid_ptr, first, tokens_k, BLOCK_K: gl.constexpr):
 @gluon.jit
 def _fill_limits(valid_ptr, first, second, tokens_k, limits, full, empty, turn, BN: gl.constexpr,
                  BLOCK_K: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Write beside the buffer of K, under its barriers, how many of the keys exist. No one reads a pooled step's."""
+    """Write beside the buffer of K, under its barriers, how many of the keys exist. A pooled step's do not count."""
     at = turn % STAGES
     low = _existing(valid_ptr, first, tokens_k, BLOCK_K)
     mbarrier.wait(empty.index(at), (turn // STAGES & 1) ^ 1)
