@@ -76,6 +76,8 @@ def build(case, dtype=torch.bfloat16, device="cuda"):
         mask[..., 1, :] = False
         mask[..., 1, -1] = True  # a row of one block, the ragged one
     valid = torch.randint(0, case.block_k + 1, (case.batch, cols), dtype=torch.int32) if case.padded else None
+    if valid is not None:
+        valid[torch.rand(case.batch, cols) < 0.5] = case.block_k  # a step of whole blocks has no mask
     layout = BlockLayout.from_mask(
         mask.to(device),
         case.queries,
@@ -382,6 +384,8 @@ SMOKE = [
     Case(heads=12, kv_heads=12, queries=2500, keys=2500, keep=0.3),
     Case(queries=128, keys=128, keep=1.0, block_q=64, block_k=64),
     Case(heads=12, kv_heads=12, queries=2500, keys=2500, keep=0.3, block_q=64, block_k=64, pooled=100),
+    Case(heads=12, kv_heads=12, queries=2500, keys=2500, keep=0.3, pooled=300),
+    Case(heads=12, kv_heads=12, queries=2500, keys=2500, keep=0.3, pooled=300, bias=True, padded=True),
 ]
 
 

@@ -47,6 +47,9 @@ GPU_CASES = [
     Case(queries=100, keys=100, dim=128, block=128),
     Case(heads=4, kv_heads=2, queries=129, keys=4224, dim=128, block=128),
     Case(queries=700, keys=1301, block=128),
+    # More rows than programs, each of which reads the next row's entries ahead.
+    Case(heads=16, kv_heads=4, queries=2500, keys=1500, block=128),
+    Case(heads=16, kv_heads=4, queries=2500, keys=1500, dim=128, block=128),
 ]
 
 
@@ -57,6 +60,8 @@ def random_factors(batch, heads, queries, keys, block, device="cpu"):
         factors[:, :, 0] = 0  # a row without a key
     if rows > 2:
         factors[:, :, 1] = 8  # a row of one level
+    if rows > 4:
+        factors[:, :, 2::3, 1:] = 0  # rows of one step, or of none
     if keys % block:
         factors[..., -1].clamp_(max=1)
     return factors.to(device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hone_kernels.compile import compile_launch, pyramid_launches
 
-pytest.importorskip("triton", reason="Triton is for Linux only")
+triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 
 
 @pytest.mark.compile
@@ -20,7 +20,8 @@ def test_pyramid(dim, tokens):
     for launch in recorded:
         code = compile_launch(launch)
         assert not code.serialized, launch
-        assert code.spills <= 64, launch
+        gluon = launch.name == "_pyramid_kernel" and triton.__version__.startswith("3.6.")
+        assert code.spills <= (20 * (dim == 128) if gluon else 64), launch
         if launch.name in ("_forward_kernel", "_dq_kernel", "_dkv_kernel", "_pyramid_kernel"):
             assert code.count("HGMMA") > 0, launch
             assert code.count("UTMALDG") > 0, launch
