@@ -9,9 +9,9 @@ by side find each other's keys in the L2 cache.
 A row's keys come in steps of ``BN``: pooled keys first, then the listed blocks, both from the last to the first. They
 make runs, of which only the first step is masked: the listed blocks one, pooled keys one where all biases but those of
 the last step are alike, as ``ln n`` of means of n keys is, else one for each step. A bias that is alike is left out of
-the logits of its run, and the running maximum is put right behind it. With ``k_valid`` every step is a run, and masked
-unless all of its keys exist. Two listed blocks of 64 keys make one step of 128; one block of 128 keys may make two
-steps of 64.
+the logits of its run, and the running maximum is put right behind it. With ``k_valid`` every step is a run: listed ones
+are masked unless all of their keys exist, pooled ones always, and these come from the first to the last. Two listed
+blocks of 64 keys make one step of 128; one block of 128 keys may make two steps of 64.
 
 Exponentials are base 2 inside (``LOG2E`` is folded into the scale); the log-sum-exp that leaves is natural.
 
@@ -236,8 +236,8 @@ def _first_key(list_ptr, step, pooled_steps, listed, num, tokens_k, HALF: gl.con
                BLOCK_K: gl.constexpr, POOLED: gl.constexpr, VALID: gl.constexpr):  # fmt: skip
     """First key of a step, or of a half of one that holds two blocks; past the end, where zeros come, if there is none.
 
-    Steps past the last one have none, so they may be asked for ahead. With ``k_valid``, where every step is masked,
-    pooled keys come from the first to the last, which takes fewer registers.
+    Steps past the last one have none, so they may be asked for ahead. With ``k_valid``, where every pooled step is
+    masked, pooled keys come from the first to the last, which takes fewer registers.
     """
     back = listed - 1 - (step - pooled_steps)
     if BN > BLOCK_K:
