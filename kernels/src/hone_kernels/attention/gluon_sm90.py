@@ -538,6 +538,26 @@ def _run(s, offsets, shift, length, more, q, top, sums, acc, no_logits, turn, sc
 
 
 @gluon.jit
+def _store_row(acc, sums, top, out_desc, out_buf, lse_ptr, batch, head, heads, row, tokens_q,
+               CONSUMERS: gl.constexpr, WG: gl.constexpr):  # fmt: skip
+    """Output and log-sum-exp of this consumer's 64 queries of a row; the copy of the output is under way then."""
+    LOGIT_ROWS: gl.constexpr = top.type.layout
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    weight = gl.convert_layout(gl.sum(sums, 1), LOGIT_ROWS)
+    some = weight != 0.0  # so that NaN stays NaN
+    weight = gl.where(some, weight, 1.0)
+    out = acc * gl.convert_layout(gl.where(some, 1.0 / weight, 0.0), OUT_ROWS)[:, None]
+    start = (row * CONSUMERS + WG) * 64
+    tma.store_wait(0)  # until the row before has left the buffer
+    out_buf.reshape([64, acc.shape[1]]).store(out.to(out_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [batch, head, start, 0], out_buf)
+    at = start + gl.arange(0, 64, LOGIT_ROWS)
+    lse = gl.where(some, (top + gl.log2(weight)) * LN2, -float("inf"))
+    gl.store(lse_ptr + (batch.to(gl.int64) * heads + head) * tokens_q + at, lse, mask=at < tokens_q)
+
+
+@gluon.jit
 def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memory, config: gl.constexpr,
               WG: gl.constexpr):  # fmt: skip
     q_buf, k_buf, v_buf, header, limits, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
@@ -555,7 +575,6 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LOGIT_ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LOGITS)
     ONCE: gl.constexpr = not (POOLED or VALID)
     if TURNS and WG == 1:
@@ -619,18 +638,7 @@ def _consumer(out_desc, lse_ptr, bias_ptr, out_buf, tokens_q, scale, sizes, memo
                                            scale, buffers, whole, STAGES, TURNS, Q_REGISTERS, WG, ONCE,
                                            VALID)  # fmt: skip
 
-        weight = gl.convert_layout(gl.sum(sums, 1), LOGIT_ROWS)
-        some = weight != 0.0  # so that NaN stays NaN
-        weight = gl.where(some, weight, 1.0)
-        out = acc * gl.convert_layout(gl.where(some, 1.0 / weight, 0.0), OUT_ROWS)[:, None]
-        start = (row * CONSUMERS + WG) * 64
-        tma.store_wait(0)  # until the row before has left the buffer
-        out_buf.reshape([64, D]).store(out.to(out_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, start, 0], out_buf)
-        at = start + gl.arange(0, 64, LOGIT_ROWS)
-        lse = gl.where(some, (top + gl.log2(weight)) * LN2, -float("inf"))
-        gl.store(lse_ptr + (batch.to(gl.int64) * heads + head) * tokens_q + at, lse, mask=at < tokens_q)
+        _store_row(acc, sums, top, out_desc, out_buf, lse_ptr, batch, head, heads, row, tokens_q, CONSUMERS, WG)
         row_turn += 1
         mbarrier.wait(q_full.index(WG), row_turn & 1)
         tile = _get(header.index(HEADER_WORDS * WG))

@@ -35,11 +35,12 @@ from hone_kernels.attention.gluon_sm90 import (
     _place,
     _put,
     _run,
+    _store_row,
     _thread_sums,
     config_for,
     schedule,
 )
-from hone_kernels.attention.triton import LN2, LOG2E
+from hone_kernels.attention.triton import LOG2E
 from hone_kernels.launch import geometry, launch, number
 
 __all__ = ["attention_forward"]
@@ -221,7 +222,6 @@ def _consumer(out_desc, lse_ptr, out_buf, tokens_q, scale, sizes, memory, config
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LOGIT_ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     if TURNS and WG == 1:
         _named_barrier("bar.arrive", "8")
     no_logits = gl.zeros([64, BLOCK], gl.float32, LOGITS)
@@ -259,18 +259,7 @@ def _consumer(out_desc, lse_ptr, out_buf, tokens_q, scale, sizes, memory, config
                                                scale, buffers, False, STAGES, TURNS, Q_REGISTERS, WG, False,
                                                False)  # fmt: skip
 
-        weight = gl.convert_layout(gl.sum(sums, 1), LOGIT_ROWS)
-        some = weight != 0.0  # so that NaN stays NaN
-        weight = gl.where(some, weight, 1.0)
-        out = acc * gl.convert_layout(gl.where(some, 1.0 / weight, 0.0), OUT_ROWS)[:, None]
-        start = (row * 2 + WG) * 64
-        tma.store_wait(0)  # until the row before has left the buffer
-        out_buf.reshape([64, D]).store(out.to(out_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, start, 0], out_buf)
-        at = start + gl.arange(0, 64, LOGIT_ROWS)
-        lse = gl.where(some, (top + gl.log2(weight)) * LN2, -float("inf"))
-        gl.store(lse_ptr + (batch.to(gl.int64) * heads + head) * tokens_q + at, lse, mask=at < tokens_q)
+        _store_row(acc, sums, top, out_desc, out_buf, lse_ptr, batch, head, heads, row, tokens_q, 2, WG)
         row_turn += 1
         mbarrier.wait(q_full.index(WG), row_turn & 1)
         tile = _get(header.index(HEADER_WORDS * WG))
