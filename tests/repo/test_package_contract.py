@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,6 +70,145 @@ PARTNERS = {
 
 NO_VERB_YET = {}
 """Verbs that are still missing in a package in progress, whose README says so."""
+
+
+WRONG_PATHS = {
+    "hone-blade": """
+demo --host NONE
+demo --lora NONE
+generate --model NONE --prompt x
+distill --host NONE
+encode-prompts --model here --prompt-file NONE
+encode-prompts --model NONE --prompt-file here
+distill-pipeline --model here --prompt-file NONE
+eval --host NONE
+inspect --host NONE
+reproduce --host NONE
+train-host --start NONE
+""",
+    "hone-fpsattention": """
+calibrate --host NONE
+demo --host NONE
+demo --tuned NONE
+eval --host NONE
+generate --model NONE --prompt x
+generate --model here --prompt x --schedule NONE
+inspect --host NONE
+reproduce --host NONE
+train --model here --videos NONE
+train-host --host NONE
+""",
+    "hone-knockout": """
+demo --host NONE
+eval --host NONE
+eval --model NONE --data here
+eval --model here --data NONE
+generate --model NONE --video here --ask x
+generate --model here --video NONE --ask x
+recommend --run NONE
+reproduce --hosts NONE
+""",
+    "hone-motion-anything": """
+convert --source NONE
+demo --host NONE
+eval --host NONE
+generate --text x --edit NONE
+generate --text x --host NONE
+generate --music NONE
+reproduce --host NONE
+train --data NONE
+""",
+    "hone-pmloss": """
+eval --ply here --truth NONE
+eval --ply NONE.ply --cloud here
+eval --ply here --cloud NONE
+eval --ply here --cloud here --observed NONE
+eval --ply here --cloud here --plane NONE
+eval --ply here --colmap NONE --depths .
+eval --ply here --transforms NONE --depths .
+eval --ply here --transforms here --depths NONE
+reproduce --hosts NONE
+train --chunks NONE --points here --lpips 0
+train --chunks . --points NONE --lpips 0
+train --chunks . --points here --start NONE --lpips 0
+train --chunks . --points here --vgg NONE
+train-host --start NONE
+""",
+    "hone-rstitch": """
+calibrate --small . --large . --data NONE
+eval --small . --large . --data NONE
+eval --small . --large NONE --data here
+generate --ask x --small NONE --large .
+generate --ask 1*2 --policy router --router NONE
+profile --small NONE --large .
+reproduce --hosts NONE
+reproduce --pairs 0 --routers NONE
+serve --small NONE --large .
+serve --policy router --router NONE
+train-router --latency NONE
+""",
+    "hone-sparsevar": """
+calibrate --host NONE
+demo --host NONE
+eval --host NONE
+inspect --host NONE
+reproduce --hosts NONE
+""",
+    "hone-zipr1": """
+demo --host NONE
+eval --model . --data NONE
+eval --model NONE --data here
+eval --model . --data here --budget NONE
+generate --ask x --model . --image NONE
+generate --ask x --model NONE --image here
+inspect --ask x --model . --video NONE
+profile --ask x --model . --video NONE
+reproduce --hosts NONE
+train --model NONE --data here
+train --model . --data NONE
+""",
+    "hone-zpressor": """
+convert --captures NONE
+convert --captures NONE.json
+demo --host NONE
+doctor --colmap NONE
+doctor --transforms NONE
+eval --chunks NONE --index here
+eval --chunks . --index NONE
+eval --chunks . --index views.json --model mvsplat --checkpoint NONE
+render --colmap NONE
+render --transforms NONE
+render --transforms here --checkpoint NONE
+reproduce --hosts NONE
+train --chunks NONE --lpips 0
+train --chunks . --vgg NONE
+train --chunks . --start NONE --lpips 0
+view --splat NONE.ply
+view --transforms NONE
+""",
+}
+"""Command lines that name what is not there, ``NONE``, beside a folder and files that are."""
+WITHOUT_TORCH = """
+import importlib, io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "diffusers"):
+            raise RuntimeError(f"imports {name}")
+
+sys.meta_path.insert(0, Refused())
+program, *lines = sys.argv[1:]
+main, found = importlib.import_module(program.replace("-", "_") + ".cli").main, []
+for line in lines:
+    sys.argv, out, err = [program, *line.split()], io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        found.append([line, stop.code, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
 
 
 def load(name):
@@ -203,6 +344,26 @@ def test_a_host_that_is_not_there_is_refused_before_a_dry_run_prints(package, wi
                     load(verb.prepare)(config(**{field: value}, **needed.get(name, {})))
                 looked_at += 1
     assert looked_at >= 1
+
+
+@pytest.mark.parametrize("name", [param.id for param in PACKAGES if param.id in WRONG_PATHS])
+def test_a_wrong_path_is_refused_without_torch(name, tmp_path):
+    nowhere = tmp_path / "nowhere" / "file"
+    (tmp_path / "here").write_text('{"question": "1+1", "answer": 2}\n', encoding="utf-8")
+    (tmp_path / "index.json").write_text('{"scene": "0.torch"}', encoding="utf-8")
+    (tmp_path / "views.json").write_text('{"scene": null}', encoding="utf-8")
+    lines = [line.replace("NONE", str(nowhere)) for line in WRONG_PATHS[name].strip().splitlines()]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, name, *lines], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    answers = json.loads(done.stdout)
+    assert len(answers) == len(lines)
+    for line, code, out, err in answers:
+        assert code == 1, (line, err)
+        assert str(nowhere) in err, (line, err)
+        assert "imports" not in err, (line, err)
+        assert not out, line
+    assert not (tmp_path / "runs").exists()
 
 
 def trainings(package):

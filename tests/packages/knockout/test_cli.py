@@ -364,12 +364,10 @@ def test_plot_of_a_run_that_is_not_finished(capsys, tmp_path):
 
 
 def test_hub_that_cannot_be_reached(capsys, folder, monkeypatch):
-    from transformers import AutoConfig
-
-    def lost(path):
+    def lost(address, file):
         raise OSError("We couldn't connect to the hub. Check your connection.")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lost)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lost)
     code, _, err = run(
         capsys, "generate", "--model", "lab/no-such-model", "--video", folder / "0.npy", "--ask", "?", "--dry-run"
     )

@@ -15,9 +15,10 @@ from hone_core.runs import Run
 from hone_motion_anything.cli import main
 from hone_motion_anything.config import TokenizerConfig, TrainConfig, TransformerConfig
 from hone_motion_anything.data import generated
-from hone_motion_anything.finetune import Fitting, load_tokenizer, load_transformer, prepare, train
+from hone_motion_anything.finetune import Fitting, load_tokenizer, load_transformer, train
 from hone_motion_anything.grammar import caption
 from hone_motion_anything.humanml3d import read_clips, read_texts
+from hone_motion_anything.inputs import find_trained
 from hone_motion_anything.pipelines import MotionAnythingPipeline
 from hone_motion_anything.texts import ClipText
 
@@ -62,13 +63,13 @@ def test_clips_and_their_parts(folder):
 
 def test_both_stages_train_and_load(folder, clip, tmp_path):
     cfg = first_stage(folder)
-    with start(prepare(cfg), tmp_path / "first") as run:
+    with start(find_trained(cfg), tmp_path / "first") as run:
         report = train(cfg, run)
     tokenizer = load_tokenizer(report.weights)
     assert tokenizer.encode(generated(1, 3, dance=False).features).shape == (1, 20, 6)
     sizes = TransformerConfig(width=16, heads=2, hidden=16, layers=2, codes=16, max_tokens=24, text_width=8)
     second = replace(cfg, stage="transformer", tokenizer=report.weights, text_encoder=clip, transformer=sizes)
-    with start(prepare(second), tmp_path / "second") as run:
+    with start(find_trained(second), tmp_path / "second") as run:
         report = train(second, run)
     assert load_transformer(report.weights).cfg == sizes
     first = tmp_path / "first" / "artifacts" / "tokenizer.safetensors"

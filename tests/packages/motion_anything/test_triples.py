@@ -9,8 +9,9 @@ from hone_motion_anything.config import MakeSetConfig, TokenizerConfig, TrainCon
 from hone_motion_anything.data import generated
 from hone_motion_anything.exports import write_bvh
 from hone_motion_anything.features import recover
-from hone_motion_anything.finetune import Fitting, prepare, train
+from hone_motion_anything.finetune import Fitting, train
 from hone_motion_anything.grammar import caption
+from hone_motion_anything.inputs import find_trained
 from hone_motion_anything.music import click_track, music_features, pooled, write_wav
 from hone_motion_anything.triples import is_triples, make_set, read_triples, write_triples
 
@@ -130,7 +131,7 @@ def test_both_stages_train_on_text_music_and_dance(clip, tmp_path):
     with start(made, tmp_path / "made", "make-set") as run:
         folder = make_set(made, run).folder
     cfg = TrainConfig(data=folder, tokenizer_sizes=SIZES, steps=3, batch=3, warmup_steps=2, log_every=1)
-    with start(prepare(cfg), tmp_path / "first", "train") as run:
+    with start(find_trained(cfg), tmp_path / "first", "train") as run:
         tokenizer = train(cfg, run).weights
     sizes = TransformerConfig(width=16, heads=2, hidden=16, layers=2, codes=16, max_tokens=24, text_width=8)
     second = TrainConfig(

@@ -6,7 +6,8 @@ from hone_core.plots import finish
 from hone_pmloss import plots
 from hone_pmloss.config import DemoConfig, EvalConfig
 from hone_pmloss.demo import ARMS, HOSTS, METRICS, _places, compared, demo
-from hone_pmloss.evaluate import evaluate, prepare
+from hone_pmloss.evaluate import evaluate
+from hone_pmloss.inputs import find_evaluated
 from hone_splat.files import read_ply
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -25,7 +26,7 @@ def test_the_demo_leaves_clouds_that_the_report_reads(start):
         assert f"\n{compared(values, arm)}\n" in str(report)
     assert len(read_ply(report.splats["pm"])) == 2 * 16 * 16
     assert len(read_ply(report.splats["host_pm"])) == 2 * 64 * 64
-    cfg = prepare(EvalConfig(ply=report.splats["pm"], truth=report.truth, flying=0.1))
+    cfg = find_evaluated(EvalConfig(ply=report.splats["pm"], truth=report.truth, flying=0.1))
     with start(cfg, "eval") as run:
         rows = {(row.metric, row.split): row.value for row in evaluate(cfg, run).rows}
     assert rows["flying", ""] == pytest.approx(values["pm", "flying"], abs=0.01)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
-from hone_pmloss import finetune
+from hone_pmloss import finetune, inputs
 from hone_pmloss.config import PMLossConfig, TrainConfig
 from hone_pmloss.models import tiny
 from hone_splat import training
@@ -55,7 +55,7 @@ def cfg(folder, monkeypatch):
 
 
 def run_to_the_end(cfg, start, name):
-    cfg = finetune.prepare(cfg)
+    cfg = inputs.find_trained(cfg)
     with start(cfg, name) as run:
         return run, finetune.train(cfg, run)
 
@@ -108,11 +108,11 @@ def test_what_is_missing_is_named(cfg, tmp_path):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(cfg, **changes)
     with pytest.raises(CheckpointError, match="no weights at"):
-        finetune.prepare(dataclasses.replace(cfg, points=str(tmp_path / "absent")))
+        inputs.find_trained(dataclasses.replace(cfg, points=str(tmp_path / "absent")))
     with pytest.raises(CheckpointError, match="no weights at"):
-        finetune.prepare(dataclasses.replace(cfg, model="mvsplat", start=tmp_path / "absent"))
+        inputs.find_trained(dataclasses.replace(cfg, model="mvsplat", start=tmp_path / "absent"))
     with pytest.raises(FileNotFoundError):
-        finetune.prepare(dataclasses.replace(cfg, chunks=tmp_path))
+        inputs.find_trained(dataclasses.replace(cfg, chunks=tmp_path))
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_pmloss.config import EvalConfig
 from hone_pmloss.data import training_batch
-from hone_pmloss.evaluate import GeometryReport, evaluate, prepare
+from hone_pmloss.evaluate import GeometryReport, evaluate
 from hone_pmloss.geometry import KnownDepth, boundary_band, cloud_errors, depth_edges, splat_depth
+from hone_pmloss.inputs import find_evaluated
 from hone_splat.files import read_ply, write_ply
 from hone_splat.gaussians import Gaussians
 from hone_splat.harmonics import C0
@@ -88,7 +89,7 @@ def test_the_report_of_a_true_splat_and_of_one_too_far(tmp_path, start):
         assert float(cover.mean()) > 0.9
         assert float((depth / truth.depth_z).median()) == pytest.approx(factor, abs=0.01)
         write_ply(splat, tmp_path / f"{name}.ply")
-        cfg = prepare(EvalConfig(ply=tmp_path / f"{name}.ply", truth=tmp_path / "truth.safetensors", band=2))
+        cfg = find_evaluated(EvalConfig(ply=tmp_path / f"{name}.ply", truth=tmp_path / "truth.safetensors", band=2))
         with start(cfg, f"eval-{name}") as run:
             report = evaluate(cfg, run)
         assert isinstance(report, GeometryReport)
@@ -120,7 +121,7 @@ def test_what_is_uncovered_unknown_or_faint_does_not_count(tmp_path, start):
     splat = splat_of(torch.cat([left, torch.tensor([[0.5, 0.0, 2.0]]).expand(9, 3)]), 0.02)
     splat = Gaussians(splat.means, splat.scales, splat.quats_wxyz, opacities, splat.sh)
     write_ply(splat, tmp_path / "half.ply")
-    cfg = prepare(EvalConfig(ply=tmp_path / "half.ply", truth=tmp_path / "truth.safetensors", band=2))
+    cfg = find_evaluated(EvalConfig(ply=tmp_path / "half.ply", truth=tmp_path / "truth.safetensors", band=2))
     with start(cfg, "eval") as run:
         rows = {(row.metric, row.split): row for row in evaluate(cfg, run).rows}
     # No depth edge: where it is not known there is none.
@@ -142,4 +143,4 @@ def test_a_splat_that_is_too_faint_is_named(tmp_path):
         Gaussians(faint.means, faint.scales, faint.quats_wxyz, 0.01 * faint.opacities, faint.sh), tmp_path / "a.ply"
     )
     with pytest.raises(ValueError, match=r"none of 256 Gaussians has an opacity of 0\.05"):
-        prepare(EvalConfig(ply=tmp_path / "a.ply", truth=tmp_path / "truth.safetensors"))
+        find_evaluated(EvalConfig(ply=tmp_path / "a.ply", truth=tmp_path / "truth.safetensors"))

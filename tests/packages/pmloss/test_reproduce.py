@@ -6,27 +6,28 @@ from hone_pmloss.config import ReproduceConfig
 from hone_pmloss.data import graded_rooms
 from hone_pmloss.grading import METRICS, grade
 from hone_pmloss.host import load_host
-from hone_pmloss.reproduce import RULES, UNITS, prepare, reproduce
+from hone_pmloss.inputs import find_hosts
+from hone_pmloss.reproduce import RULES, UNITS, reproduce
 
 
 def test_hosts_of_the_wrong_kind_are_refused(stored):
     with pytest.raises(ValueError, match="misses its gates"):
-        prepare(ReproduceConfig(hosts=(stored(passed=False),)))
+        find_hosts(ReproduceConfig(hosts=(stored(passed=False),)))
     with pytest.raises(ValueError, match="has bounded offsets; expected unconstrained ones"):
-        prepare(ReproduceConfig(hosts=(stored("a"),), free=(stored("b"),)))
+        find_hosts(ReproduceConfig(hosts=(stored("a"),), free=(stored("b"),)))
     with pytest.raises(ValueError, match="a file for each of hosts"):
         ReproduceConfig(hosts=(stored("a"), stored("b")), free=(stored("c"),))
     with pytest.raises(ValueError, match=r"expected hosts of different seeds; got \[0, 0\]"):
-        prepare(ReproduceConfig(hosts=(stored("a"), stored("b"))))
+        find_hosts(ReproduceConfig(hosts=(stored("a"), stored("b"))))
     with pytest.raises(ValueError, match="is of seed 1; expected 0, that of"):
-        prepare(ReproduceConfig(hosts=(stored("a"),), free=(stored("b", offset="unconstrained", seed=1),)))
+        find_hosts(ReproduceConfig(hosts=(stored("a"),), free=(stored("b", offset="unconstrained", seed=1),)))
     with pytest.raises(ValueError, match="were trained with another steps: see --sweep"):
-        prepare(ReproduceConfig(hosts=(stored("a", steps=10), stored("b", seed=1, steps=20))))
+        find_hosts(ReproduceConfig(hosts=(stored("a", steps=10), stored("b", seed=1, steps=20))))
     free = stored("b", offset="unconstrained", pm={"weight": 1.0})
     with pytest.raises(ValueError, match="were trained with another pm: see --sweep"):
-        prepare(ReproduceConfig(hosts=(stored("a"),), free=(free,)))
+        find_hosts(ReproduceConfig(hosts=(stored("a"),), free=(free,)))
     with pytest.raises(ValueError, match="misses its gates"):
-        prepare(ReproduceConfig(hosts=(stored("a"),), sweep=(stored("b", passed=False),)))
+        find_hosts(ReproduceConfig(hosts=(stored("a"),), sweep=(stored("b", passed=False),)))
 
 
 def test_a_sweep_is_told_by_what_it_has_of_its_own_and_does_not_decide(stored, start):
@@ -34,7 +35,7 @@ def test_a_sweep_is_told_by_what_it_has_of_its_own_and_does_not_decide(stored, s
         stored("b", pm={"weight": 0.05, "direction": "paired"}, teacher_blur=2, offset="unconstrained"),
         stored("c", seed=1),
     )
-    cfg = prepare(ReproduceConfig(hosts=(stored("a"),), sweep=sweep, rooms=2, targets=1))
+    cfg = find_hosts(ReproduceConfig(hosts=(stored("a"),), sweep=sweep, rooms=2, targets=1))
     with start(cfg, "reproduce") as run:
         report = reproduce(cfg, run)
     gains = [row for row in run.rows if row.metric == "gain" and row.labels["of"] == "flying"]
@@ -58,7 +59,7 @@ def test_a_gain_is_of_the_loss_over_pictures_alone(stored, start, monkeypatch):
 
     monkeypatch.setattr(module, "load_host", load)
     monkeypatch.setattr(module, "grade", lambda host, scenes: dict.fromkeys(METRICS, marks[asked[-1]]))
-    cfg = prepare(ReproduceConfig(hosts=(stored(),), rooms=2, targets=1))
+    cfg = find_hosts(ReproduceConfig(hosts=(stored(),), rooms=2, targets=1))
     with start(cfg, "reproduce") as run:
         reproduce(cfg, run)
     rows = {row.labels["of"]: row for row in run.rows if row.metric == "gain"}
@@ -69,7 +70,7 @@ def test_a_gain_is_of_the_loss_over_pictures_alone(stored, start, monkeypatch):
 
 def test_every_claim_gets_its_verdict(stored, start):
     cfg = ReproduceConfig(hosts=(stored("a"),), free=(stored("b", offset="unconstrained"),), rooms=2, targets=1)
-    cfg = prepare(cfg)
+    cfg = find_hosts(cfg)
     with start(cfg, "reproduce") as run:
         report = reproduce(cfg, run)
     assert report.verdict["claims"].keys() == RULES.keys() == UNITS.keys()
@@ -89,7 +90,7 @@ def test_every_claim_gets_its_verdict(stored, start):
 
 
 def test_every_host_is_graded_on_the_same_rooms_whichever_are_seen_at_once(stored, start, monkeypatch):
-    cfg = prepare(ReproduceConfig(hosts=(stored("a"), stored("b", seed=1)), rooms=5, targets=1))
+    cfg = find_hosts(ReproduceConfig(hosts=(stored("a"), stored("b", seed=1)), rooms=5, targets=1))
     draws = []
     monkeypatch.setattr(
         module, "graded_rooms", lambda *args, **rest: draws.append(args[0]) or graded_rooms(*args, **rest)
@@ -104,7 +105,7 @@ def test_every_host_is_graded_on_the_same_rooms_whichever_are_seen_at_once(store
 
 
 def test_claims_on_free_offsets_stay_untested_without_such_hosts(stored, start):
-    cfg = prepare(ReproduceConfig(hosts=(stored(),), rooms=2, targets=1))
+    cfg = find_hosts(ReproduceConfig(hosts=(stored(),), rooms=2, targets=1))
     with start(cfg, "reproduce") as run:
         report = reproduce(cfg, run)
     assert report.verdict["claims"]["as released"] == "NOT TESTED"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
-from hone_pmloss import train
+from hone_pmloss import inputs, train
 from hone_pmloss.config import HostConfig, PMLossConfig, TrainHostConfig
 from hone_pmloss.data import GRADED, Scene, graded_rooms, training_batch
 from hone_pmloss.geometry import boundary_band
@@ -159,7 +159,7 @@ def test_a_sweep_begins_where_the_arms_of_another_run_part(whole, short, tmp_pat
     start = whole[0].artifacts / "checkpoint.pt"
 
     def arm(cfg, name):
-        cfg = train.prepare(cfg)
+        cfg = inputs.find_start(cfg)
         with open_run(cfg, tmp_path / name) as run:
             report = train.train_host(cfg, run)
         assert report.steps == 5
@@ -178,16 +178,16 @@ def test_a_sweep_begins_where_the_arms_of_another_run_part(whole, short, tmp_pat
 def test_a_start_that_does_not_fit_is_refused(whole, short, tmp_path):
     start = whole[0].artifacts / "checkpoint.pt"
     with pytest.raises(CheckpointError, match="a run with another lr, steps; repeat its settings"):
-        train.prepare(dataclasses.replace(short, start=start, lr=1e-3, steps=9))
+        inputs.find_start(dataclasses.replace(short, start=start, lr=1e-3, steps=9))
     with pytest.raises(CheckpointError, match=r"there is no file .*absent.pt"):
-        train.prepare(dataclasses.replace(short, start=tmp_path / "absent.pt"))
+        inputs.find_start(dataclasses.replace(short, start=tmp_path / "absent.pt"))
     (tmp_path / "other.pt").write_text("no checkpoint")
     with pytest.raises(CheckpointError, match="no checkpoint of train-host"):
-        train.prepare(dataclasses.replace(short, start=tmp_path / "other.pt"))
+        inputs.find_start(dataclasses.replace(short, start=tmp_path / "other.pt"))
     state = torch.load(start, weights_only=True) | {"step": 2}
     torch.save(state, tmp_path / "early.pt")
     with pytest.raises(CheckpointError, match="stands at step 2; expected 3"):
-        train.prepare(dataclasses.replace(short, start=tmp_path / "early.pt"))
+        inputs.find_start(dataclasses.replace(short, start=tmp_path / "early.pt"))
 
 
 def test_the_rate_warms_up_falls_and_is_halved_for_the_arms(short):

@@ -8,8 +8,9 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_pmloss import truths
 from hone_pmloss.config import EvalConfig
-from hone_pmloss.evaluate import evaluate, prepare
+from hone_pmloss.evaluate import evaluate
 from hone_pmloss.geometry import KnownDepth
+from hone_pmloss.inputs import find_evaluated
 from hone_pmloss.teachers import PointMap
 from hone_pmloss.truths import KnownCloud, read_depth, thinned, truth_of
 from hone_splat.captures import read_colmap
@@ -75,7 +76,7 @@ def test_a_splat_on_the_surfaces_of_photographs_is_right(photographs, tmp_path, 
     folder, true = photographs
     depths = write_depths(tmp_path / "depths", true, kind)
     ply = splat(true.points()[0][::3], tmp_path / "scene.ply")
-    cfg = prepare(EvalConfig(ply=ply, colmap=folder, depths=depths))
+    cfg = find_evaluated(EvalConfig(ply=ply, colmap=folder, depths=depths))
     found = truth_of(cfg, "cpu")
     assert torch.allclose(found.depth_z, true.depth_z, atol=6e-4 if kind == "png" else 1e-5)
     assert torch.allclose(found.points()[0], true.points()[0], atol=2e-3)
@@ -104,7 +105,7 @@ def test_a_teacher_stands_in_for_depth(photographs, tmp_path, monkeypatch):
             return PointMap(true.points()[0].view(1, *true.depth_z.shape, 3))
 
     monkeypatch.setattr(truths, "DepthTeacher", Exact)
-    cfg = prepare(EvalConfig(ply=ply, colmap=folder, teacher="some/model", metres_per_unit=2.0))
+    cfg = find_evaluated(EvalConfig(ply=ply, colmap=folder, teacher="some/model", metres_per_unit=2.0))
     assert torch.allclose(truth_of(cfg, "cpu").depth_z, true.depth_z, atol=1e-4)
 
 
@@ -122,7 +123,7 @@ def test_broken_depths_are_named(photographs, tmp_path):
         truth_of(cfg, "cpu")
     (depths / "002.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"no depth of 002\.png"):
-        prepare(cfg)
+        find_evaluated(cfg)
     np.save(tmp_path / "gaps.npy", np.array([[1.0, -1.0], [np.nan, np.inf]]))
     assert read_depth(tmp_path / "gaps.npy", 1.0).tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
@@ -139,7 +140,7 @@ def test_a_scanned_cloud_counts_where_it_was_observed(tmp_path, start):
         ply=ply, cloud=cloud(true, tmp_path / "stl.ply"), observed=tmp_path / "ObsMask1_10.mat",
         plane=tmp_path / "Plane1.mat", most=4.0,
     )  # fmt: skip
-    with start(prepare(cfg), "eval") as run:
+    with start(find_evaluated(cfg), "eval") as run:
         rows = {(row.metric, row.split): row.value for row in evaluate(cfg, run).rows}
     # (9, 0, 0) and (0, 0, -8) lie in cells that were not observed; the distance 4 is not below 4.
     assert rows["accuracy", "mean"] == pytest.approx((1 + 3) / 2)
@@ -152,9 +153,9 @@ def test_a_scanned_cloud_counts_where_it_was_observed(tmp_path, start):
     assert whole.counted().all()
     savemat(tmp_path / "other.mat", {"x": 1})
     with pytest.raises(CheckpointError, match="lacks P"):
-        prepare(dataclasses.replace(cfg, plane=tmp_path / "other.mat"))
+        find_evaluated(dataclasses.replace(cfg, plane=tmp_path / "other.mat"))
     far = dataclasses.replace(cfg, ply=splat(centres + 100, tmp_path / "far.ply"))
-    with start(prepare(far), "far") as run, pytest.raises(ValueError, match="no centre lies where"):
+    with start(find_evaluated(far), "far") as run, pytest.raises(ValueError, match="no centre lies where"):
         evaluate(far, run)
 
 

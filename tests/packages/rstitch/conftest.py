@@ -73,7 +73,7 @@ def untrained(trained_host):
 @pytest.fixture
 def packaged(untrained, monkeypatch):
     """The untrained pair in place of the packaged ones, which take longer to answer."""
-    monkeypatch.setattr("hone_rstitch.host.packaged_pair", lambda seed: untrained)
+    monkeypatch.setattr("hone_rstitch.pairs.packaged_pair", lambda seed: untrained)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 import math
 
 import pytest
-from hone_rstitch.calibrate import calibrate, find_tau, prepare
+from hone_rstitch.calibrate import calibrate, find_tau
 from hone_rstitch.config import CalibrateConfig, ModelsConfig, SamplingConfig, StitchConfig
 from hone_rstitch.data import products
 from hone_rstitch.evaluate import Answers
+from hone_rstitch.inputs import find_calibrated
 
 
 def falling(tau):
@@ -71,15 +72,15 @@ def test_the_verb_reports_the_nearest(packaged, start, target):
 
 def test_inputs_are_looked_for_first(tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr("hone_rstitch.calibrate.check_models", looked.append)
+    monkeypatch.setattr("hone_rstitch.models.check_models", looked.append)
     file = tmp_path / "set.jsonl"
     file.write_text('{"question": "1+1", "answer": 2}\n')
-    models = ModelsConfig(small="a", large="b")
-    assert prepare(CalibrateConfig(share=0.1, data=str(file), models=models)).data == str(file.resolve())
+    models = ModelsConfig(small=str(tmp_path), large=str(tmp_path))
+    assert find_calibrated(CalibrateConfig(share=0.1, data=str(file), models=models)).data == str(file.resolve())
     assert looked == [models]
     with pytest.raises(ValueError, match="multiplies"):
-        prepare(CalibrateConfig(share=0.1, data=str(file)))
+        find_calibrated(CalibrateConfig(share=0.1, data=str(file)))
     with pytest.raises(ValueError, match="which problems"):
-        prepare(CalibrateConfig(share=0.1, models=models))
+        find_calibrated(CalibrateConfig(share=0.1, models=models))
     with pytest.raises(FileNotFoundError):
-        prepare(CalibrateConfig(share=0.1, data=str(tmp_path / "no.jsonl"), models=models))
+        find_calibrated(CalibrateConfig(share=0.1, data=str(tmp_path / "no.jsonl"), models=models))

@@ -13,9 +13,9 @@ from hone_rstitch.evaluate import (
     cascade,
     evaluate,
     matched_random,
-    prepare,
 )
 from hone_rstitch.host import load_host
+from hone_rstitch.inputs import find_evaluated
 
 
 def answer(right=True, tokens=(4, 0), calls=None, doubt=0.0, discarded=0, switches=0):
@@ -154,5 +154,5 @@ def test_the_verb_writes_its_curve_and_prints_it_again(packaged, start):
 
 def test_inputs_are_looked_for_first(tmp_path):
     with pytest.raises(ValueError, match="multiplies"):
-        prepare(EvalConfig(data=str(tmp_path / "x.jsonl")))
-    assert prepare(EvalConfig()).data is None
+        find_evaluated(EvalConfig(data=str(tmp_path / "x.jsonl")))
+    assert find_evaluated(EvalConfig()).data is None

@@ -5,8 +5,8 @@ import torch
 from hone_rstitch.config import GenerateConfig, ModelsConfig, SamplingConfig, StitchConfig
 from hone_rstitch.generation import stitch_generate
 from hone_rstitch.host import build_tokenizer, load_host
+from hone_rstitch.inputs import find_asked
 from hone_rstitch.models import Pair, attach, check_models, tiny
-from hone_rstitch.sample import prepare
 
 QUESTIONS = ["123*45", "7*6"]
 SAMPLING = SamplingConfig(max_new_tokens=10)
@@ -52,13 +52,13 @@ def test_a_pair_that_does_not_fit_is_refused_before_its_weights(saved, tmp_path)
         Pair.load(cfg)
 
 
-def test_a_question_that_cannot_be_read_is_refused_before_weights(monkeypatch):
+def test_a_question_that_cannot_be_read_is_refused_before_weights(tmp_path, monkeypatch):
     tokenizers = (build_tokenizer("small"), build_tokenizer("large"))
     monkeypatch.setattr("hone_rstitch.host.read_pair", lambda small, large: (tokenizers, None))
-    for models in (ModelsConfig(), ModelsConfig(small="a", large="b")):
-        prepare(GenerateConfig(models=models, ask="12*3"))
+    for models in (ModelsConfig(), ModelsConfig(small=str(tmp_path), large=str(tmp_path))):
+        find_asked(GenerateConfig(models=models, ask="12*3"))
         with pytest.raises(ValueError, match="it would read 'x' as <unk>"):
-            prepare(GenerateConfig(models=models, ask="12x3"))
+            find_asked(GenerateConfig(models=models, ask="12x3"))
 
 
 def test_a_missing_checkpoint_is_named(saved):

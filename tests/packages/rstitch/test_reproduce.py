@@ -1,15 +1,16 @@
 import pytest
 import torch
 from hone_rstitch.config import ReproduceConfig
-from hone_rstitch.reproduce import RULES, ReproduceReport, prepare, reproduce
+from hone_rstitch.inputs import find_pairs
+from hone_rstitch.reproduce import RULES, ReproduceReport, reproduce
 from hone_rstitch.router import Router, save_router
 
 
 def test_a_pair_that_missed_its_gates_is_refused(trained_host):
     good, bad = trained_host(1), trained_host(2, passed=False)
-    assert prepare(ReproduceConfig(hosts=(good,))).hosts[0].is_absolute()
+    assert find_pairs(ReproduceConfig(hosts=(good,))).hosts[0].is_absolute()
     with pytest.raises(ValueError, match="pair 1 misses its gates"):
-        prepare(ReproduceConfig(hosts=(good, bad)))
+        find_pairs(ReproduceConfig(hosts=(good, bad)))
 
 
 @pytest.fixture
@@ -29,12 +30,12 @@ def test_a_router_is_of_its_pair(trained_host, routers, tmp_path):
         ReproduceConfig(routers=routers)
     save_router(tmp_path / "other.safetensors", Router(32, 8))
     with pytest.raises(ValueError, match="is for a small model of 32 channels; this one has 16"):
-        prepare(ReproduceConfig(hosts=(trained_host(1),), routers=(tmp_path / "other.safetensors",)))
+        find_pairs(ReproduceConfig(hosts=(trained_host(1),), routers=(tmp_path / "other.safetensors",)))
 
 
 def test_every_claim_gets_its_verdict(trained_host, start, routers):
     pairs = (trained_host(1), trained_host(3))
-    cfg = prepare(ReproduceConfig(hosts=pairs, routers=routers, items=8, taus=(0.03, 0.5), window=3))
+    cfg = find_pairs(ReproduceConfig(hosts=pairs, routers=routers, items=8, taus=(0.03, 0.5), window=3))
     with start(cfg) as run:
         report = reproduce(cfg, run)
     assert report.verdict["claims"].keys() == RULES.keys()

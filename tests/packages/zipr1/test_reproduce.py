@@ -4,8 +4,9 @@ from hone_core.claims import verdict_over_seeds
 from hone_zipr1 import reproduce as module
 from hone_zipr1.config import ReproduceConfig
 from hone_zipr1.host import load_host
+from hone_zipr1.inputs import find_hosts
 from hone_zipr1.plots import line_of
-from hone_zipr1.reproduce import ARMS, RULES, judge, matching_p, prepare, reproduce, trainings
+from hone_zipr1.reproduce import ARMS, RULES, judge, matching_p, reproduce, trainings
 
 
 def result(right, ratio, items=1000):
@@ -81,7 +82,7 @@ def cfg(stored, tmp_path):
 
 
 def test_every_arm_is_run_and_a_stopped_run_goes_on(cfg, start, monkeypatch):
-    cfg, trained = prepare(cfg), []
+    cfg, trained = find_hosts(cfg), []
     work = module.work
 
     def halting(cfg, folder, job, device):
@@ -118,7 +119,7 @@ def test_every_arm_is_run_and_a_stopped_run_goes_on(cfg, start, monkeypatch):
 def test_workers_find_what_one_process_does(cfg, start):
     from dataclasses import replace
 
-    cfg = replace(prepare(cfg), arms=("paper", "sft"))
+    cfg = replace(find_hosts(cfg), arms=("paper", "sft"))
     rows = []
     for workers in (1, 2):
         with start(replace(cfg, workers=workers), f"run{workers}") as run:
@@ -133,11 +134,11 @@ def test_hosts_are_looked_at_first(cfg, tmp_path):
     from hone_core.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match="train-host"):
-        prepare(replace(cfg, hosts=(tmp_path / "none",)))
+        find_hosts(replace(cfg, hosts=(tmp_path / "none",)))
     with pytest.raises(ValueError, match="same seed"):
-        prepare(replace(cfg, hosts=cfg.hosts * 2))
+        find_hosts(replace(cfg, hosts=cfg.hosts * 2))
     with pytest.raises(ValueError, match="arms are untrained"):
-        prepare(replace(cfg, arms=("none",)))
+        find_hosts(replace(cfg, arms=("none",)))
 
 
 def test_each_arm_of_the_chart_has_a_line_of_its_own():

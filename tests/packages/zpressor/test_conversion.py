@@ -6,7 +6,8 @@ import torch
 from hone_splat.captures import fit_range, load_views, read_colmap
 from hone_splat.chunks import ChunkSet, read_evaluation_index
 from hone_zpressor.config import ConvertConfig
-from hone_zpressor.conversion import ConvertReport, convert, evaluation_views, prepare
+from hone_zpressor.conversion import ConvertReport, convert, evaluation_views
+from hone_zpressor.inputs import find_converted
 
 spec = importlib.util.spec_from_file_location(
     "capturefiles", Path(__file__).parents[2] / "shared" / "splat" / "capturefiles.py"
@@ -30,7 +31,7 @@ def test_views_of_an_evaluation_by_hand():
 def test_photographs_become_chunks_that_give_the_same_views(tmp_path, start):
     first = capturefiles.write_colmap(tmp_path / "one", binary=True, views=8)
     second = capturefiles.write_colmap(tmp_path / "two", binary=False, views=8, seed=5)
-    cfg = prepare(ConvertConfig(captures=(first, second), model="tiny", context=4, targets=2))
+    cfg = find_converted(ConvertConfig(captures=(first, second), model="tiny", context=4, targets=2))
     with start(cfg, "convert") as run:
         report = convert(cfg, run)
     index = read_evaluation_index(report.index)
@@ -55,10 +56,10 @@ def test_photographs_become_chunks_that_give_the_same_views(tmp_path, start):
 def test_a_scale_that_is_guessed_is_said_before_work(tmp_path, caplog):
     folders = [capturefiles.write_colmap(tmp_path / name, binary=False, views=8) for name in ("one", "two")]
     cfg = ConvertConfig(captures=tuple(folders), model="tiny", context=4, targets=2)
-    prepare(cfg)
+    find_converted(cfg)
     assert not caplog.records
     (folders[1] / "sparse/0/points3D.txt").unlink()
-    prepare(cfg)
+    find_converted(cfg)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "two has no sparse points: its scale is guessed" in caplog.text
 
@@ -66,11 +67,11 @@ def test_a_scale_that_is_guessed_is_said_before_work(tmp_path, caplog):
 def test_scenes_that_do_not_go_are_named(tmp_path):
     folder = capturefiles.write_colmap(tmp_path / "one", binary=True, views=8)
     with pytest.raises(ValueError, match="name folders of COLMAP models"):
-        prepare(ConvertConfig())
+        find_converted(ConvertConfig())
     with pytest.raises(ValueError, match="one: expected at least 20 views; got 8"):
-        prepare(ConvertConfig(captures=(folder,)))
+        find_converted(ConvertConfig(captures=(folder,)))
     with pytest.raises(ValueError, match="two scenes have one name"):
-        prepare(ConvertConfig(captures=(folder, folder), context=4, targets=2))
+        find_converted(ConvertConfig(captures=(folder, folder), context=4, targets=2))
     (folder / "images").rename(folder / "input")
     with pytest.raises(FileNotFoundError, match=r"one/images or .* was sought\. .*one holds input/, sparse/\."):
-        prepare(ConvertConfig(captures=(folder,)))
+        find_converted(ConvertConfig(captures=(folder,)))

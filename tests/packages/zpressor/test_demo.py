@@ -4,13 +4,14 @@ from hone_core.errors import CheckpointError
 from hone_splat.files import read_ply
 from hone_zpressor.config import DemoConfig
 from hone_zpressor.data import graded_rooms
-from hone_zpressor.demo import demo, prepare, typical
+from hone_zpressor.demo import demo, typical
 from hone_zpressor.grading import draw_targets, grade, with_settings
 from hone_zpressor.host import load_host
+from hone_zpressor.inputs import find_host
 
 
 def test_a_demo_leaves_pictures_a_cloud_and_a_flight(stored, start):
-    cfg = prepare(DemoConfig(host=stored(), views=5, anchors=2, rooms=2, targets=1, frames=2))
+    cfg = find_host(DemoConfig(host=stored(), views=5, anchors=2, rooms=2, targets=1, frames=2))
     with start(cfg) as run:
         report = demo(cfg, run)
     text = str(report)
@@ -44,4 +45,4 @@ def test_grades_are_of_each_room(stored):
 
 def test_a_missing_host_is_named_before_the_work(tmp_path):
     with pytest.raises(CheckpointError, match="train-host"):
-        prepare(DemoConfig(host=tmp_path / "host.safetensors"))
+        find_host(DemoConfig(host=tmp_path / "host.safetensors"))

@@ -9,9 +9,10 @@ from hone_splat.rendering import render
 from hone_zpressor import evaluate as module
 from hone_zpressor.config import EvalConfig
 from hone_zpressor.data import graded_rooms
-from hone_zpressor.evaluate import evaluate, prepare
+from hone_zpressor.evaluate import evaluate
 from hone_zpressor.grading import with_settings
 from hone_zpressor.host import load_host
+from hone_zpressor.inputs import find_evaluated
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_scenes_are_graded_once_and_as_by_hand(chunks, stored, start, monkeypatc
     cfg = EvalConfig(
         chunks=chunks / "test", index=chunks / "index.json", model="tiny", checkpoint=stored(), anchors=2, size=(32, 32)
     )
-    prepare(cfg)
+    find_evaluated(cfg)
     real, calls = module.render, []
 
     def count(*args, **kwargs):
@@ -71,7 +72,7 @@ def test_lpips_is_graded_where_there_are_weights(chunks, stored, start, monkeypa
         size=(32, 32), scenes=1, vgg=tmp_path / "vgg.pth",
     )  # fmt: skip
     with pytest.raises(CheckpointError, match="no weights of VGG-16"):
-        prepare(cfg)
+        find_evaluated(cfg)
     with start(cfg, "eval") as run:
         (row,) = [row for row in evaluate(cfg, run).rows if row.metric == "lpips"]
     assert row.better == "lower"
@@ -80,9 +81,9 @@ def test_lpips_is_graded_where_there_are_weights(chunks, stored, start, monkeypa
 
 def test_what_is_missing_is_named(chunks, tmp_path):
     with pytest.raises(ValueError, match="--chunks DIR --index FILE"):
-        prepare(EvalConfig())
+        find_evaluated(EvalConfig())
     (chunks / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="no scene of"):
-        prepare(EvalConfig(chunks=chunks / "test", index=chunks / "index.json", model="tiny"))
+        find_evaluated(EvalConfig(chunks=chunks / "test", index=chunks / "index.json", model="tiny"))
     with pytest.raises(ValueError, match="no host 'other'"):
         EvalConfig(model="other")

@@ -7,7 +7,7 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_splat.chunks import ChunkScene, write_chunks
 from hone_splat.rooms import Rooms
-from hone_zpressor import finetune
+from hone_zpressor import finetune, inputs
 from hone_zpressor.config import TrainConfig
 from hone_zpressor.models import tiny
 from safetensors.torch import load_file
@@ -26,7 +26,7 @@ def cfg(tmp_path, small, monkeypatch):
 
 
 def test_host_and_compressor_learn(cfg, start):
-    cfg = finetune.prepare(dataclasses.replace(cfg, drop_error=None))
+    cfg = inputs.find_trained(dataclasses.replace(cfg, drop_error=None))
     with start(cfg, "train") as run:
         report = finetune.train(cfg, run)
     before, after = finetune._host(cfg).state_dict(), load_file(report.weights)
@@ -60,6 +60,6 @@ def test_what_is_missing_is_named(cfg, tmp_path):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(cfg, **changes)
     with pytest.raises(CheckpointError, match="no weights at"):
-        finetune.prepare(dataclasses.replace(cfg, model="mvsplat", start=tmp_path / "absent"))
+        inputs.find_trained(dataclasses.replace(cfg, model="mvsplat", start=tmp_path / "absent"))
     with pytest.raises(FileNotFoundError):
-        finetune.prepare(dataclasses.replace(cfg, chunks=tmp_path))
+        inputs.find_trained(dataclasses.replace(cfg, chunks=tmp_path))

@@ -8,7 +8,8 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_splat.files import read_ply, read_splat
 from hone_zpressor.config import DoctorConfig, RenderConfig
-from hone_zpressor.photographs import doctor, prepare, render_capture
+from hone_zpressor.inputs import find_photographs
+from hone_zpressor.photographs import doctor, render_capture
 
 spec = importlib.util.spec_from_file_location(
     "capturefiles", Path(__file__).parents[2] / "shared" / "splat" / "capturefiles.py"
@@ -23,7 +24,7 @@ def folder(tmp_path):
 
 
 def test_doctor_measures_a_room(folder, start):
-    cfg = prepare(DoctorConfig(colmap=folder, model="tiny", views=6, anchors=3))
+    cfg = find_photographs(DoctorConfig(colmap=folder, model="tiny", views=6, anchors=3))
     with start(cfg, "doctor") as run:
         report = doctor(cfg, run)
     found = {row.metric: row.value for row in report.rows}
@@ -41,10 +42,10 @@ def test_doctor_measures_a_room(folder, start):
 
 def test_depths_that_are_guessed_are_said_before_work(folder, stored, caplog):
     cfg = RenderConfig(colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3)
-    prepare(cfg)
+    find_photographs(cfg)
     assert not caplog.records
     next(folder.rglob("points3D.bin")).unlink()
-    prepare(cfg)
+    find_photographs(cfg)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "a guess, give near and far instead" in caplog.text
 
@@ -65,7 +66,7 @@ def test_a_folder_becomes_a_splat_and_a_flight_and_goes_on_where_it_broke_off(
         colmap=folder, model="tiny", checkpoint=stored(), views=6, anchors=3, size=(32, 32), frames=12, prune=0.5,
         splat=tmp_path / "own.splat", video=tmp_path / "own.mp4",
     )  # fmt: skip
-    prepare(cfg)
+    find_photographs(cfg)
     capture, fitted = photographs.read_capture(cfg)
     given = photographs.load_views(capture.take(photographs.contexts(capture, 6)), (32, 32), fitted)
     with torch.inference_mode():
@@ -133,15 +134,15 @@ def test_bad_input_is_named_before_a_folder_is_made(folder, capsys, monkeypatch,
 
 def test_missing_weights_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"name your photographs by one of .*; got neither"):
-        prepare(RenderConfig())
+        find_photographs(RenderConfig())
     with pytest.raises(ValueError, match=r"got images .*images alone, .* by colmap automatic_reconstructor or"):
-        prepare(DoctorConfig(images=folder / "images"))
+        find_photographs(DoctorConfig(images=folder / "images"))
     with pytest.raises(FileNotFoundError, match=r"8 pictures in .*, which is no folder: 000.png and 7 more"):
-        prepare(DoctorConfig(colmap=folder, images=tmp_path / "none"))
+        find_photographs(DoctorConfig(colmap=folder, images=tmp_path / "none"))
     with pytest.raises(CheckpointError, match="weights of mvsplat are not packaged, and none was named"):
-        prepare(RenderConfig(colmap=folder))
+        find_photographs(RenderConfig(colmap=folder))
     with pytest.raises(CheckpointError):
-        prepare(RenderConfig(colmap=folder, model="tiny", checkpoint=tmp_path / "none.safetensors"))
+        find_photographs(RenderConfig(colmap=folder, model="tiny", checkpoint=tmp_path / "none.safetensors"))
 
 
 def test_a_budget_chooses_the_anchors(folder, start, stored, monkeypatch):

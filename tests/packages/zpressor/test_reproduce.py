@@ -3,30 +3,33 @@ from dataclasses import replace
 import pytest
 from hone_core.claims import ClaimsReport
 from hone_zpressor.config import ReproduceConfig
-from hone_zpressor.reproduce import RULES, prepare, reproduce
+from hone_zpressor.inputs import find_hosts
+from hone_zpressor.reproduce import RULES, reproduce
 
 
 def test_a_host_that_missed_its_gates_is_refused(stored):
     with pytest.raises(ValueError, match="misses its gates"):
-        prepare(ReproduceConfig(hosts=(stored(passed=False),)))
+        find_hosts(ReproduceConfig(hosts=(stored(passed=False),)))
 
 
 def test_views_that_a_host_keeps_all_of_are_refused(stored, small):
     six = replace(small, zpressor=replace(small.zpressor, anchors=6))
     with pytest.raises(ValueError, match=r"keeps 6 views: expected a number of views above that; got \(6,\)"):
-        prepare(ReproduceConfig(hosts=(stored(cfg=six),), views=(6,), judged=(6,), anchor_counts=()))
+        find_hosts(ReproduceConfig(hosts=(stored(cfg=six),), views=(6,), judged=(6,), anchor_counts=()))
 
 
 def test_quality_is_not_held_against_itself(stored, start):
     cfg = ReproduceConfig(hosts=(stored(),), rooms=2, views=(6,), judged=(6,), anchor_counts=(), targets=1)
-    with start(prepare(cfg), "reproduce") as run:
+    with start(find_hosts(cfg), "reproduce") as run:
         report = reproduce(cfg, run)
     assert report.verdict["claims"]["held"] == "NOT TESTED"
     assert report.verdict["hosts"][0]["claims"].keys() == RULES.keys() - {"held"}
 
 
 def test_every_claim_gets_its_verdict(stored, start):
-    cfg = prepare(ReproduceConfig(hosts=(stored(),), rooms=2, views=(6, 8), judged=(8,), anchor_counts=(), targets=1))
+    cfg = find_hosts(
+        ReproduceConfig(hosts=(stored(),), rooms=2, views=(6, 8), judged=(8,), anchor_counts=(), targets=1)
+    )
     with start(cfg, "reproduce") as run:
         report = reproduce(cfg, run)
     assert report.verdict["claims"].keys() == RULES.keys()

@@ -12,7 +12,7 @@ import torch
 from hone_splat import Gaussians
 from hone_splat.formats import write_cloud
 from hone_splat.viewer import MARKED
-from hone_zpressor import viewing
+from hone_zpressor import inputs, viewing
 from hone_zpressor.config import ViewConfig
 
 spec = importlib.util.spec_from_file_location(
@@ -68,7 +68,7 @@ def test_a_file_is_shown(tmp_path, start, port, viewers, over):
     cloud = Gaussians(
         torch.eye(3), torch.full((3, 3), 0.1), torch.eye(4)[:3], torch.full((3,), 0.5), torch.zeros(3, 3, 1)
     )
-    cfg = viewing.prepare(ViewConfig(splat=write_cloud(cloud, tmp_path / "a.spz"), port=port, seconds=2.0))
+    cfg = inputs.find_viewed(ViewConfig(splat=write_cloud(cloud, tmp_path / "a.spz"), port=port, seconds=2.0))
     with start(cfg, "view") as run:
         found = []
 
@@ -105,7 +105,7 @@ def test_a_slider_sets_the_anchors(tmp_path, start, port, viewers, stored, over)
         over.set()
 
     mover = threading.Thread(target=move)
-    with start(viewing.prepare(cfg), "view") as run:
+    with start(inputs.find_viewed(cfg), "view") as run:
         mover.start()
         report = viewing.view(cfg, run)
         mover.join()
@@ -121,8 +121,8 @@ def test_a_slider_sets_the_anchors(tmp_path, start, port, viewers, stored, over)
 
 def test_nothing_to_show_is_named(tmp_path):
     with pytest.raises(ValueError, match="name a file by splat, or your photographs"):
-        viewing.prepare(ViewConfig())
+        inputs.find_viewed(ViewConfig())
     with pytest.raises(FileNotFoundError, match="there is no"):
-        viewing.prepare(ViewConfig(splat=tmp_path / "a.ply"))
+        inputs.find_viewed(ViewConfig(splat=tmp_path / "a.ply"))
     with pytest.raises(ValueError, match="ending in"):
         ViewConfig(splat=tmp_path / "a.obj")

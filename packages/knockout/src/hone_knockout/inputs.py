@@ -12,6 +12,7 @@ from pathlib import Path
 from hone_core.config import load_config
 from hone_core.hosts import open_host
 from hone_core.runs import load_results
+from hone_lm.addresses import find_checkpoint
 
 from .config import DemoConfig, EvalConfig, GenerateConfig, HostConfig, RecommendConfig, ReproduceConfig
 from .sources import absolute_model, absolute_source, read_questions, source_layers, source_of_run
@@ -38,6 +39,7 @@ def find_question(cfg: GenerateConfig) -> GenerateConfig:
     """
     if not cfg.video.exists():
         raise FileNotFoundError(f"there is no video {cfg.video}")
+    find_checkpoint(cfg.model)
     from hone_lm.video import check_video, read_video
     from transformers import AutoConfig, AutoProcessor
 
@@ -64,6 +66,8 @@ def find_source(cfg: EvalConfig) -> EvalConfig:
             raise FileNotFoundError(f"there is no {what} {path}")
     if source.host is not None:
         _look_for_host(source.host)
+    if source.model is not None:
+        find_checkpoint(source.model)
     cfg = replace(cfg, source=absolute_source(source))
     if source.model is None and cfg.style == "letter":
         cfg = replace(cfg, style="text", shuffle=False)

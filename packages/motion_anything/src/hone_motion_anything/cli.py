@@ -40,25 +40,25 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "demo:demo",
         "DemoConfig",
         "Text to motion, text and music to dance, and an edit: videos with sound.",
-        prepare="host:find_host",
+        prepare="inputs:find_host",
     ),
     "generate": _verb(
         "sample:generate",
         "GenerateConfig",
         "Motions for texts, to music, or edits of a motion.",
-        prepare="sample:prepare",
+        prepare="inputs:find_asked",
     ),
     "convert": _verb(
         "convert:convert",
         "ConvertConfig",
         "A motion into another format, or a published checkpoint into safetensors.",
-        prepare="convert:prepare",
+        prepare="inputs:find_converted",
     ),
     "train": _verb(
         "finetune:train",
         "TrainConfig",
         "Train tokenizer or transformer on HumanML3D or text, music and dance, in one process or several.",
-        prepare="finetune:prepare",
+        prepare="inputs:find_trained",
         shared=True,
     ),
     "make-set": _verb(
@@ -68,7 +68,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "evaluate:evaluate",
         "EvalConfig",
         "Metrics of text to motion and of dance, repeated, with intervals.",
-        prepare="host:find_host",
+        prepare="inputs:find_host",
     ),
     "bench": _verb(
         "bench:bench", "BenchConfig", "Time the unmasking loop at published shapes, as released and as here."
@@ -77,7 +77,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "reproduce:reproduce",
         "ReproduceConfig",
         "Attention masks against controls, trained and judged.",
-        prepare="host:find_host",
+        prepare="inputs:find_host",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host on the grammar."),
 }

@@ -10,9 +10,9 @@ from hone_core.runs import Report, Run
 
 from .checkpoints import MANIFESTS, load_published
 from .config import ConvertConfig
-from .motion_files import READS, SKELETONS, WRITES, distance_lines, distance_rows, read_motion, write_motion
+from .motion_files import SKELETONS, distance_lines, distance_rows, read_motion, write_motion
 
-__all__ = ["ConvertReport", "convert", "prepare"]
+__all__ = ["ConvertReport", "convert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +34,6 @@ class ConvertReport(Report):
     def __str__(self) -> str:
         counts = ", ".join(f"{row.value:g} {row.metric}" for row in self.rows if not row.unit)
         return "\n".join([str(self.target), counts, *distance_lines(self.rows)])
-
-
-def prepare(cfg: ConvertConfig) -> ConvertConfig:
-    """Look at the names before anything is read.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A format is not known.
-    """
-    if not cfg.source.is_file():
-        raise FileNotFoundError(f"there is no {cfg.source}")
-    if cfg.model is None:
-        if cfg.source.suffix not in READS:
-            raise ValueError(
-                f"{cfg.source}: expected a file that ends in {', '.join(READS)}, or --model for a checkpoint"
-            )
-        if f".{cfg.to}" not in WRITES:
-            raise ValueError(f"--to must be one of {', '.join(w[1:] for w in WRITES)}; got {cfg.to}")
-    elif cfg.model not in MANIFESTS:
-        raise ValueError(f"no published model {cfg.model!r}; they are {', '.join(MANIFESTS)}")
-    return cfg
 
 
 def convert(cfg: ConvertConfig, run: Run) -> ConvertReport:

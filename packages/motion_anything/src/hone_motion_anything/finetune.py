@@ -30,7 +30,7 @@ from .tokenizers import PartTokenizer
 from .train import seeded
 from .triples import is_triples, read_triples
 
-__all__ = ["Fitting", "TrainedReport", "load_tokenizer", "load_transformer", "prepare", "train"]
+__all__ = ["Fitting", "TrainedReport", "load_tokenizer", "load_transformer", "train"]
 
 WINDOW = 64
 """Frames that the tokenizer is trained on at a time."""
@@ -55,25 +55,6 @@ class TrainedReport(Report):
     def __str__(self) -> str:
         lines = [f"{row.metric:<12}{row.split:<8}{row.value:>10.4f}" for row in self.rows]
         return "\n".join([*lines, f"weights  {self.weights}", f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: TrainConfig) -> TrainConfig:
-    """Look for what is needed, before motions are read.
-
-    Raises:
-        FileNotFoundError: The folder has no list of names.
-        CheckpointError: There is no tokenizer.
-    """
-    if not (cfg.data / "train.txt").is_file():
-        raise FileNotFoundError(
-            f"there is no {cfg.data / 'train.txt'}; expected a folder of HumanML3D, or of text, music and dance"
-        )
-    if cfg.stage == "transformer":
-        hosts.open_host(TokenizerConfig, PACKAGE, cfg.tokenizer)
-        assert cfg.text_encoder is not None
-        if not cfg.text_encoder.is_dir():
-            raise FileNotFoundError(f"there is no folder {cfg.text_encoder} with CLIP's text model")
-    return cfg
 
 
 def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> PartTokenizer:

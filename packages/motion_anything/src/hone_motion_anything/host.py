@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from hone_core import hosts
@@ -11,14 +11,14 @@ from hone_core.hosts import HostFacts, ModuleHost
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .config import DemoConfig, EvalConfig, HostConfig, ReproduceConfig, UnmaskConfig
+from .config import HostConfig, UnmaskConfig
 from .decoding import draw_motion
 from .evaluator import Evaluator, TextReader
-from .grammar import FRAMES, TOKEN_FRAMES, WORDS, text_ids
+from .grammar import FRAMES, TOKEN_FRAMES, WORDS
 from .method import Condition, MotionTransformer
 from .tokenizers import PartTokenizer
 
-__all__ = ["PACKAGE", "PACKAGED", "Host", "find_host", "load_host", "save_host"]
+__all__ = ["PACKAGE", "PACKAGED", "Host", "load_host", "save_host"]
 
 PACKAGE = "hone-motion-anything"
 PACKAGED = hosts.packaged_host(PACKAGE)
@@ -116,22 +116,6 @@ class Host(ModuleHost):
     ) -> Float[Tensor, "batch 80 263"]:
         """Features of motions of four seconds."""
         return self.tokenizer.decode(self.tokens(condition, generator, settings))
-
-
-Hosted = TypeVar("Hosted", DemoConfig, EvalConfig, ReproduceConfig)
-
-
-def find_host(cfg: Hosted) -> Hosted:
-    """Look for the host, and at the words of a demo, before weights are read.
-
-    Raises:
-        CheckpointError: There is no host.
-        ValueError: A text is empty, or of a word that the host does not know.
-    """
-    hosts.open_host(HostConfig, PACKAGE, cfg.host)
-    if isinstance(cfg, DemoConfig):
-        text_ids(cfg.texts)
-    return cfg
 
 
 load_host, save_host = Host.load, Host.save

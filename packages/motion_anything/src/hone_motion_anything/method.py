@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .conditions import Condition, check_tokens, check_weights
 from .config import TransformerConfig
-from .inputs import Condition, check_tokens, check_weights
 
 __all__ = [
     "Attention",

@@ -9,8 +9,8 @@ import torch
 from hone_core.handles import CallState, Handle, resolve
 from torch import Tensor, nn
 
+from .conditions import check_tokens
 from .config import PRESETS, HostConfig, MotionAnythingConfig, TransformerConfig
-from .inputs import check_tokens
 from .masking import choose_masks, cosine_mask, inside, refuse_recomputation
 from .method import Condition, MotionTransformer
 

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .conditions import check_tokens
 from .decoding import Passes, draw
-from .inputs import check_tokens
 from .method import Condition
 
 __all__ = ["LengthEstimator", "MaskTransformer", "MaskTransformer2D", "ResidualTransformer", "ResidualTransformer2D"]

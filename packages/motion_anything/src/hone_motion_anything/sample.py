@@ -11,18 +11,18 @@ from hone_core.runs import Report, Run
 from jaxtyping import Bool
 from torch import Tensor
 
-from .config import GenerateConfig, HostConfig
+from .config import GenerateConfig
 from .dance import resampled
 from .decoding import edited
 from .features import extract, recover
 from .grammar import FRAMES, TOKEN_FRAMES, text_ids
-from .host import PACKAGE, load_host
+from .host import load_host
 from .motion_files import STRETCHED, Motion, distance_lines, distance_rows, read_motion, write_motion
 from .music import RATE, music_features, pooled, read_wav, write_wav
 from .skeletons import HUMANML3D
 from .viewer import write_viewer
 
-__all__ = ["GenerateReport", "edit_cells", "generate", "prepare"]
+__all__ = ["GenerateReport", "edit_cells", "generate", "read_edited", "read_track"]
 
 SECONDS = FRAMES / HUMANML3D.fps
 
@@ -46,7 +46,7 @@ class GenerateReport(Report):
         return "\n".join([*map(str, self.files), *distance_lines(self.rows)])
 
 
-def _track(cfg: GenerateConfig) -> Tensor | None:
+def read_track(cfg: GenerateConfig) -> Tensor | None:
     """The four seconds of the music that are danced to."""
     if cfg.music is None:
         return None
@@ -60,7 +60,7 @@ def _track(cfg: GenerateConfig) -> Tensor | None:
     return track[first : first + count]
 
 
-def _edited(cfg: GenerateConfig) -> Tensor | None:
+def read_edited(cfg: GenerateConfig) -> Tensor | None:
     """Features ``[1, 80, 263]`` of the motion to edit."""
     if cfg.edit is None:
         return None
@@ -77,24 +77,6 @@ def _edited(cfg: GenerateConfig) -> Tensor | None:
     return extract(joints).float()[None]
 
 
-def prepare(cfg: GenerateConfig) -> GenerateConfig:
-    """Look at texts, music, motion and host before weights are read.
-
-    Raises:
-        ValueError: A text is empty or unknown, the music too short, the motion not what was said.
-        FileNotFoundError: A file is missing.
-        CheckpointError: There is no host.
-    """
-    from hone_core.hosts import open_host
-
-    if cfg.texts:
-        text_ids(cfg.texts)
-    _track(cfg)
-    _edited(cfg)
-    open_host(HostConfig, PACKAGE, cfg.host)
-    return cfg
-
-
 def edit_cells(cfg: GenerateConfig) -> Bool[Tensor, "1 time parts"]:
     """What an edit makes anew: all parts of an interval, some parts of all of it, or both."""
     return edited(FRAMES // TOKEN_FRAMES, cfg.edit_seconds or (0.0, SECONDS), cfg.edit_parts)
@@ -104,10 +86,10 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Make one motion for each text into the run's ``artifacts``, and the music beside it.
 
     Raises:
-        ValueError, FileNotFoundError, CheckpointError: As ``prepare``.
+        ValueError, FileNotFoundError, CheckpointError: As ``inputs.find_asked``.
     """
     host = load_host(resolve_device(run.device), path=cfg.host)
-    track, known = _track(cfg), _edited(cfg)
+    track, known = read_track(cfg), read_edited(cfg)
     count = max(1, len(cfg.texts))
     words = text_ids(cfg.texts) if cfg.texts else None
     music = None if track is None else pooled(music_features(track), TOKEN_FRAMES)[None].expand(count, -1, -1)

@@ -45,13 +45,13 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "evaluate:evaluate",
         "EvalConfig",
         "Geometry report of a splat (.ply) against known depth.",
-        prepare="evaluate:prepare",
+        prepare="inputs:find_evaluated",
     ),
     "train": _verb(
         "finetune:train",
         "TrainConfig",
         "Train a host on chunks with PM-Loss, as released; in several processes under accelerate launch.",
-        prepare="finetune:prepare",
+        prepare="inputs:find_trained",
         shared=True,
     ),
     "bench": _verb(
@@ -61,12 +61,12 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "reproduce:reproduce",
         "ReproduceConfig",
         "Put the paper's claims to the test on tiny hosts.",
-        prepare="reproduce:prepare",
+        prepare="inputs:find_hosts",
     ),
     "train-host": _verb(
         "train:train_host",
         "TrainHostConfig",
         "Train the tiny host and its arms on generated rooms.",
-        prepare="train:prepare",
+        prepare="inputs:find_start",
     ),
 }

@@ -17,9 +17,9 @@ from . import plots
 from .config import EvalConfig
 from .geometry import KnownDepth, boundary_band, cloud_errors, splat_depth
 from .method import nearest
-from .truths import KnownCloud, find_truth, thinned, truth_of
+from .truths import KnownCloud, thinned, truth_of
 
-__all__ = ["GeometryReport", "evaluate", "prepare"]
+__all__ = ["GeometryReport", "evaluate"]
 
 COVERED = 0.5
 """Share of a pixel that a splat must cover for its depth to count."""
@@ -49,25 +49,6 @@ class GeometryReport(Report):
         lines = [f"{row.metric:<18} {row.split:<14} {row.value:>10.4g} {row.unit}".rstrip() for row in self.rows]
         shown = [] if self.picture is None else [f"picture  {self.picture}", f"errors   {self.errors}"]
         return "\n".join([*lines, "", *shown, f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: EvalConfig) -> EvalConfig:
-    """Read both files' heads.
-
-    Raises:
-        ValueError: The splat is no 3DGS file, the truth holds impossible cameras, or no Gaussian is opaque enough.
-        FileNotFoundError: A file is missing.
-        CheckpointError: The truth is no such file.
-    """
-    find_truth(cfg)
-    splat = read_cloud(cfg.ply)
-    if not splat.finite():
-        raise ValueError(f"{cfg.ply} holds values that are not finite")
-    if not len(splat.pruned(opacity=cfg.opacity)):
-        raise ValueError(
-            f"{cfg.ply}: none of {len(splat)} Gaussians has an opacity of {cfg.opacity:g}; lower --opacity"
-        )
-    return cfg
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> GeometryReport:

@@ -13,7 +13,7 @@ from hone_core.errors import CheckpointError
 from hone_core.runs import Run
 from hone_splat.hosts import HostOutput
 from hone_splat.published import build_published, load_published
-from hone_splat.training import Drawn, TrainedReport, check_files, fit
+from hone_splat.training import Drawn, TrainedReport, fit
 from torch import Tensor
 
 from .cache import CachedTeacher
@@ -22,19 +22,7 @@ from .models import PMLoss, tiny
 from .teachers import DepthTeacher, PrecomputedTeacher, Shots, Teacher, name_views
 from .vggt import VGGTTeacher
 
-__all__ = ["prepare", "train"]
-
-
-def prepare(cfg: TrainConfig) -> TrainConfig:
-    """Look for chunks and weights.
-
-    Raises:
-        FileNotFoundError: There are no chunks.
-        CheckpointError: Weights to begin with, of VGG-16 or of a teacher are missing.
-    """
-    reads = cfg.pm.weight and cfg.teacher != "depth"
-    check_files(cfg, *([Path(cfg.points)] if reads else []))
-    return cfg
+__all__ = ["train"]
 
 
 def _host(cfg: TrainConfig) -> Any:

@@ -13,16 +13,14 @@ offsets too, and the freed offset by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from hone_core.claims import ClaimsReport, decided, write_claims
 from hone_core.config import to_dict
 from hone_core.devices import resolve_device
-from hone_core.hosts import HostFacts, packaged_host
+from hone_core.hosts import HostFacts
 from hone_core.runs import Run
 from hone_core.statistics import bootstrap_interval
 from torch import Tensor
@@ -31,9 +29,9 @@ from . import plots
 from .config import ARMS, ReproduceConfig, TrainHostConfig
 from .data import Scene, graded_rooms
 from .grading import METRICS, grade
-from .host import PACKAGE, load_host, open_tiny
+from .host import load_host, open_tiny
 
-__all__ = ["RULES", "UNITS", "prepare", "reproduce", "told"]
+__all__ = ["RULES", "UNITS", "reproduce", "told"]
 
 MARGIN = 0.25
 """Decibels between the given views within which a picture counts as no worse; set before any host was judged."""
@@ -52,68 +50,16 @@ RULES = {
 UNITS = {name: "" if name.startswith(("flying", "depth")) else "dB" for name in RULES}
 FIRST_ROOM = 1000
 """Rooms below are those that train-host grades."""
-TRAINED_ALIKE = ("seed", "start", "graded", "graded_targets", "log_every", "checkpoint_seconds")
-"""Settings in which hosts that are put beside each other may differ."""
 AT_ONCE = 4
 """Rooms that a host sees in one forward."""
 Grades = dict[str, dict[str, Tensor]]
 """Arm to metric to values ``[rooms]``."""
 
 
-def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
-    """Look whether every host is there, of its kind, has passed its gates, and can be put beside the others.
-
-    Raises:
-        CheckpointError: One is missing.
-        ValueError: One has not passed: what it does says nothing. Or its offsets are not what its flag says, two are of
-            one seed, or it was trained in another way.
-    """
-    hosts, free, sweep = (tuple(path.resolve() for path in paths) for paths in (cfg.hosts, cfg.free, cfg.sweep))
-    cfg = replace(cfg, hosts=hosts, free=free, sweep=sweep)
-    for path in (*(hosts or (packaged_host(PACKAGE),)), *free, *sweep):
-        stored = open_tiny(path)
-        if stored.facts is None or not stored.facts.passed:
-            raise ValueError(f"{path} misses its gates ({stored.facts and stored.facts.result}); train it longer")
-        offset = "unconstrained" if path in free else "bounded"
-        if path not in sweep and stored.config.offset != offset:
-            raise ValueError(
-                f"{path} has {stored.config.offset} offsets; expected {offset} ones, see --hosts and --free"
-            )
-    first = None
-    for path in _seeds(hosts, "hosts"):
-        first = first or path
-        _alike(path, first)
-    for (path, seed), bounded in zip(_seeds(free, "free").items(), hosts or (packaged_host(PACKAGE),), strict=False):
-        _alike(path, bounded)
-        if seed != (expected := _facts(bounded).seed):
-            raise ValueError(f"free: {path} is of seed {seed}; expected {expected}, that of {bounded}")
-    return cfg
-
-
 def _facts(path: Path | None) -> HostFacts:
     facts = open_tiny(path).facts
     assert facts is not None
     return facts
-
-
-def _seeds(paths: tuple[Path, ...], name: str) -> dict[Path, int]:
-    seeds = {path: _facts(path).seed for path in paths}
-    if len(set(seeds.values())) < len(seeds):
-        raise ValueError(f"{name}: expected hosts of different seeds; got {list(seeds.values())}")
-    return seeds
-
-
-def _alike(path: Path, other: Path) -> None:
-    """Raise unless two hosts were trained in the same way, but for seed and offsets."""
-
-    def settings(path: Path) -> dict[str, Any]:
-        found = dict(_facts(path).train_config)
-        found["host"] = {key: value for key, value in found.get("host", {}).items() if key != "offset"}
-        return {key: value for key, value in found.items() if key not in TRAINED_ALIKE}
-
-    one, two = settings(path), settings(other)
-    if differ := sorted(key for key in {*one, *two} if one.get(key) != two.get(key)):
-        raise ValueError(f"{path} and {other} were trained with another {', '.join(differ)}: see --sweep")
 
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from .host import PACKAGE, load_host
 from .method import pm_loss
 from .models import tiny
 
-__all__ = ["GATES", "STAGES", "prepare", "scene_loss", "train_host"]
+__all__ = ["GATES", "STAGES", "begun", "scene_loss", "train_host"]
 
 STAGES = ("base", *ARMS)
 LEAST = {"psnr_between": 17.0, "depth_close": 0.6, "on_surface": 0.4}
@@ -63,18 +62,6 @@ class _Count(nn.Module):
         self.seen += len(capped)
 
 
-def prepare(cfg: TrainHostConfig) -> TrainHostConfig:
-    """Look whether the run to begin with is there, and of the same settings.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    if cfg.start is not None:
-        cfg = replace(cfg, start=cfg.start.resolve())
-        _begun(cfg)
-    return cfg
-
-
 def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     """Train, export and grade the arms; a stopped run goes on where it was.
 
@@ -94,9 +81,9 @@ def train_host(cfg: TrainHostConfig, run: Run) -> TrainReport:
     parts |= {f"{name} optimizer": optimizer for name, optimizer in optimizers.items()}
     training = Training(cfg, run.artifacts / "checkpoint.pt", parts)
     if not training.resume() and cfg.start is not None:
-        begun = _begun(cfg)
+        before = begun(cfg)
         for stage in ("base", "photometric"):
-            arms[stage].load_state_dict(begun[stage])
+            arms[stage].load_state_dict(before[stage])
         training.step = cfg.steps - stage_steps(cfg)["pm"]
     training.follow(_train(cfg, training, arms, optimizers, count, device), run)
     path = run.artifacts / HOST
@@ -128,12 +115,10 @@ def stage_steps(cfg: TrainHostConfig) -> dict[str, int]:
     return {"base": max(1, cfg.steps - each * len(ARMS))} | dict.fromkeys(ARMS, each)
 
 
-def _begun(cfg: TrainHostConfig) -> dict[str, Any]:
+def begun(cfg: TrainHostConfig) -> dict[str, Any]:
     """The parts of the checkpoint that a run begins with."""
     path = cfg.start
     assert path is not None
-    if not path.is_file():
-        raise CheckpointError(f"start: there is no file {path}; expected a run's artifacts/checkpoint.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before, step, parts = state["config"], state["step"], state["parts"]

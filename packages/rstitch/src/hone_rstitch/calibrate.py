@@ -11,12 +11,11 @@ from hone_core.runs import Report, Run
 
 from .config import CalibrateConfig, StitchConfig
 from .data import products, read_problems
-from .evaluate import Answers, Outcome, found_data
+from .evaluate import Answers, Outcome
 from .host import load_models
 from .method import token_time
-from .models import check_models
 
-__all__ = ["CalibrateReport", "Search", "calibrate", "find_tau", "prepare"]
+__all__ = ["CalibrateReport", "Search", "calibrate", "find_tau"]
 
 LOWEST = 1e-6
 """Least uncertainty, over ln V, at which the small model is still stopped."""
@@ -86,18 +85,6 @@ class CalibrateReport(Report):
         if abs(found - wanted) > (rows["wanted"].spread or 0):
             lines.append("NOT REACHED: no threshold tried comes near enough; try more rounds, or want something else")
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: CalibrateConfig) -> CalibrateConfig:
-    """Look for the data, and make its path absolute.
-
-    Raises:
-        ValueError: It holds no problems, or a tiny pair would be asked what it cannot read.
-        FileNotFoundError: It is not there.
-    """
-    cfg = replace(cfg, data=found_data(cfg.data, tiny=cfg.models.small is None))
-    check_models(cfg.models)
-    return cfg
 
 
 def calibrate(cfg: CalibrateConfig, run: Run) -> CalibrateReport:

@@ -46,34 +46,42 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "sample:generate",
         "GenerateConfig",
         "Answer a question with two models, token by token.",
-        prepare="sample:prepare",
+        prepare="inputs:find_asked",
     ),
-    "serve": _verb("serve:serve", "ServeConfig", "OpenAI's routes and a page, on one pair.", prepare="serve:prepare"),
+    "serve": _verb(
+        "serve:serve", "ServeConfig", "OpenAI's routes and a page, on one pair.", prepare="inputs:find_served"
+    ),
     "eval": _verb(
         "evaluate:evaluate",
         "EvalConfig",
         "Accuracy and cost over thresholds, beside the baselines.",
-        prepare="evaluate:prepare",
+        prepare="inputs:find_evaluated",
     ),
     "bench": _verb("bench:bench", "BenchConfig", "Step times, gaps and rates of the loop or of the engine."),
     "calibrate": _verb(
-        "calibrate:calibrate", "CalibrateConfig", "Choose tau for a wanted share or time.", prepare="calibrate:prepare"
+        "calibrate:calibrate",
+        "CalibrateConfig",
+        "Choose tau for a wanted share or time.",
+        prepare="inputs:find_calibrated",
     ),
     "simulate": _verb("simulate:simulate", "SimulateConfig", "When should the large model start? Throughput of both."),
     "profile": _verb(
-        "profile:profile", "ProfileConfig", "Time both models' calls here, for train-router.", prepare="profile:prepare"
+        "profile:profile",
+        "ProfileConfig",
+        "Time both models' calls here, for train-router.",
+        prepare="inputs:find_profiled",
     ),
     "train-router": _verb(
         "reinforce:train_router",
         "TrainRouterConfig",
         "Train the router of R-Stitch+ by DAPO.",
-        prepare="reinforce:prepare",
+        prepare="inputs:find_trained",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train a tiny pair on generated products."),
     "reproduce": _verb(
         "reproduce:reproduce",
         "ReproduceConfig",
         "Put the paper's claims to the test on tiny pairs.",
-        prepare="reproduce:prepare",
+        prepare="inputs:find_pairs",
     ),
 }

@@ -8,12 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from hone_core.errors import MissingExtraError
-from hone_lm.question_sets import parquet_rows
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "CHARACTERS",
@@ -127,6 +127,8 @@ def product_batch(count: int, key: Sequence[int], *, eos: int, pad: int, verbose
         if not is_held_out(a, b):
             question = f"{a}*{b}="
             rows.append((len(question), question + working(a, b, checks=CHECKS * (rng.random() < verbose))))
+    import torch
+
     width = max(len(text) for _, text in rows) + 1
     ids = torch.full((count, width), pad)
     targets = torch.full((count, width), -100)
@@ -160,7 +162,13 @@ def read_problems(address: str | Path, *, limit: int | None = None) -> list[Prob
             f"there is no file {path}; expected problems as JSON lines or parquet, hf://datasets/OWNER/NAME/FILE, or "
             f"one of {', '.join(SETS)}"
         )
-    rows = parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    rows: list[Any]
+    if path.suffix == ".parquet":
+        from hone_lm.question_sets import parquet_rows
+
+        rows = parquet_rows(path)
+    else:
+        rows = _json_rows(path)
     problems: list[Problem] = []
     for number, row in enumerate(rows, 1):
         values = {}

@@ -17,9 +17,9 @@ from hone_core.statistics import bootstrap_interval
 
 from . import plots
 from .config import LARGE, SMALL, EvalConfig, SamplingConfig, StitchConfig
-from .data import SETS, Problem, grade, products, read_problems
+from .data import Problem, grade, products, read_problems
 from .host import load_models
-from .models import Pair, check_models
+from .models import Pair
 from .router import Routing
 from .speculative import agreements, speculative_calls
 
@@ -32,7 +32,6 @@ __all__ = [
     "cascade",
     "evaluate",
     "matched_random",
-    "prepare",
     "step_ratio",
 ]
 
@@ -355,42 +354,6 @@ class EvalReport(Report):
     def __str__(self) -> str:
         note = "cost in steps of the large model, of which a small one is the ratio of their weights"
         return "\n".join([table(self.rows), note, f"picture  {self.chart}", f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: EvalConfig) -> EvalConfig:
-    """Look for the data, and make its path absolute: a run names it.
-
-    Raises:
-        ValueError: It holds no problems, or a tiny pair would be asked what it cannot read.
-        FileNotFoundError: It is not there.
-        MissingExtraError: The grader's extra is not installed.
-        OSError: There is no such checkpoint.
-    """
-    if cfg.format == "math":
-        grade("1", "1", "math")  # whether its extra is there
-    cfg = replace(cfg, data=found_data(cfg.data, tiny=cfg.models.small is None))
-    check_models(cfg.models)
-    return cfg
-
-
-def found_data(data: str | None, *, tiny: bool) -> str | None:
-    """What names a set of problems, read once; a file's path is absolute then.
-
-    Raises:
-        ValueError: It holds no problems, or is missing or given where it must not be.
-        FileNotFoundError: There is no such file.
-        ConnectionError: It is on the hub, which cannot be reached.
-    """
-    if tiny != (data is None):
-        raise ValueError(
-            "the packaged pair only multiplies: leave data out, or give small and large"
-            if tiny
-            else f"which problems? Give data: JSON lines with question and answer, or {', '.join(SETS)}"
-        )
-    if data is None:
-        return None
-    read_problems(data)
-    return data if data in SETS or data.startswith("hf:") else str(Path(data).resolve())
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hone_core.errors import CheckpointError
-from hone_core.hosts import StoredHost, open_host, packaged_host
 
-from .config import DecoderConfig, HostConfig, ModelsConfig
+from .config import DecoderConfig, ModelsConfig
 from .data import CHARACTERS
 from .models import Pair, read_pair
+from .pairs import PACKAGE, open_pair, packaged_pair
 from .router import load_router
 from .vocabulary import check_text
 
@@ -30,7 +29,6 @@ __all__ = [
     "packaged_pair",
 ]
 
-PACKAGE = "hone-rstitch"
 UNKNOWN = "<unk>"
 SPECIAL = {"small": ("<eos>", "<pad>"), "large": ("<pad>", "<bos>", "<eos>")}
 ROWS = {"small": len(CHARACTERS) + 3, "large": 24}
@@ -74,30 +72,6 @@ def build_model(cfg: DecoderConfig, role: Role, *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config).eval()
-
-
-def packaged_pair(seed: int) -> Path:
-    """Where the pair of a seed lies, whether or not it ships."""
-    first = packaged_host(PACKAGE)
-    return first if seed == 0 else first.with_stem(f"{first.stem}-{seed}")
-
-
-def open_pair(seed: int = 0, *, path: Path | None = None) -> StoredHost[HostConfig]:
-    """Read what a pair is, without its weights.
-
-    Args:
-        seed: Of a packaged pair.
-        path: A ``host.safetensors`` made by train-host, in its place.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    path = packaged_pair(seed) if path is None else path
-    if not path.is_file():
-        shipped = sorted(int(file.stem.partition("-")[2] or 0) for file in path.parent.glob("host*.safetensors"))
-        known = f"; the packaged pairs are of seeds {', '.join(map(str, shipped))}" if shipped else ""
-        raise CheckpointError(f"there is no tiny pair at {path}{known}. Train one with {PACKAGE} train-host.")
-    return open_host(HostConfig, PACKAGE, path)
 
 
 def load_host(

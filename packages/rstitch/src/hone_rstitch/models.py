@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from hone_core.handles import CallState, Handle, resolve
+from hone_lm.addresses import find_checkpoint
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -317,20 +317,11 @@ def read_pair(small: str, large: str) -> tuple[tuple[Any, Any], Vocabulary]:
         ValueError: They are not of one family.
         OSError: There is no such checkpoint.
     """
+    for path, flag in ((small, "--small"), (large, "--large")):
+        find_checkpoint(path, flag)
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    configs = []
-    for name in (small, large):
-        try:
-            configs.append(AutoConfig.from_pretrained(name).get_text_config())
-        except OSError as error:
-            if Path(name).is_dir():
-                raise
-            cause = " ".join(str(error).split()).partition(". ")[0]
-            raise OSError(
-                f"there is no folder {name} here, and the hub does not give its config ({cause}); expected the "
-                "folder of a checkpoint, or an address on the hub, which needs the network unless it was fetched before"
-            ) from error
+    configs = [AutoConfig.from_pretrained(path).get_text_config() for path in (small, large)]
     ends = []
     for name, config in zip((small, large), configs, strict=True):
         try:

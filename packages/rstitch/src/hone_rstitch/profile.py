@@ -15,9 +15,8 @@ from .config import NAMES, EngineConfig, ProfileConfig
 from .engine import Engine
 from .host import load_models
 from .latency import Latency, write_latency
-from .models import check_models
 
-__all__ = ["ProfileReport", "prepare", "profile"]
+__all__ = ["ProfileReport", "profile"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +42,6 @@ class ProfileReport(Report):
                 lines.append(f"{row.variant:<5} reads {read:>4} after {cached:>5} in {row.value:9.3f} ms")
         lines += [f"{row.variant:<5} fit is off by {row.value:.1%}" for row in self.rows if row.metric == "fit_error"]
         return "\n".join([*lines, f"latency  {self.latency}", f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: ProfileConfig) -> ProfileConfig:
-    """Look whether the models can write one text.
-
-    Raises:
-        ValueError: They are not of one family.
-        OSError: There is no such checkpoint.
-    """
-    check_models(cfg.models)
-    return cfg
 
 
 def profile(cfg: ProfileConfig, run: Run) -> ProfileReport:

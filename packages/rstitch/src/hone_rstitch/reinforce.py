@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from .config import SMALL, StitchConfig, TrainRouterConfig
 from .data import Problem, grade, practice, products, read_problems
-from .evaluate import Answers, Outcome, found_data, step_ratio, table, write_rows
+from .evaluate import Answers, Outcome, step_ratio, table, write_rows
 from .host import load_models
 from .latency import Call, Latency, calls, read_latency, text_latency
-from .models import Pair, check_models
+from .models import Pair
 from .router import Routed, Router, Routing, load_router, save_router
 
-__all__ = ["TrainRouterReport", "advantages", "at_cost", "dapo_loss", "prepare", "reward", "train_router"]
+__all__ = ["TrainRouterReport", "advantages", "at_cost", "dapo_loss", "reward", "train_router"]
 
 DRAWS = 2000
 
@@ -108,25 +108,6 @@ class TrainRouterReport(Report):
                 low, high = row.interval
                 lines.append(f"router over thresholds at its cost: {row.value:+.2f} points [{low:+.2f}, {high:+.2f}]")
         return "\n".join([*lines, f"router   {self.router}", f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: TrainRouterConfig) -> TrainRouterConfig:
-    """Look for the data and the latencies, and make their paths absolute.
-
-    Raises:
-        ValueError: They hold nothing of use, or a tiny pair would be asked what it cannot read.
-        FileNotFoundError: A file is not there.
-        OSError: There is no such checkpoint.
-    """
-    if cfg.latency is not None:
-        read_latency(cfg.latency)
-        cfg = replace(cfg, latency=cfg.latency.resolve())
-    if cfg.format == "math":
-        grade("1", "1", "math")
-    tiny = cfg.models.small is None
-    cfg = replace(cfg, data=found_data(cfg.data, tiny=tiny), held_out_data=found_data(cfg.held_out_data, tiny=tiny))
-    check_models(cfg.models)
-    return cfg
 
 
 def train_router(cfg: TrainRouterConfig, run: Run) -> TrainRouterReport:

@@ -25,14 +25,15 @@ from hone_core.runs import Run
 
 from . import plots
 from .calibrate import matching_tau
-from .config import LARGE, PACKAGED, ReproduceConfig, SamplingConfig, StitchConfig
+from .config import LARGE, ReproduceConfig, SamplingConfig, StitchConfig
 from .data import products
 from .evaluate import Answers, Outcome, auroc, cascade, matched_random, step_ratio, write_rows
-from .host import load_host, open_pair
+from .host import load_host
+from .pairs import pairs_of
 from .reinforce import at_cost
 from .router import Routing, load_router
 
-__all__ = ["MARGIN", "RULES", "ReproduceReport", "prepare", "reproduce"]
+__all__ = ["MARGIN", "RULES", "ReproduceReport", "reproduce"]
 
 MARGIN = 2.0
 """Points of accuracy within which it counts as kept; set before any pair was run."""
@@ -73,35 +74,12 @@ class ReproduceReport(VerdictReport):
         return "\n".join([*lines, f"pictures {self.path / 'figures'}", f"results  {self.path / 'results.json'}"])
 
 
-def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
-    """Look whether every pair is there and has passed its gates.
-
-    Raises:
-        CheckpointError: One is missing.
-        ValueError: One has not: what it does says nothing. Or a router is of another pair.
-        FileNotFoundError: There is no such router.
-    """
-    cfg = replace(
-        cfg,
-        hosts=tuple(file.resolve() for file in cfg.hosts),
-        routers=tuple(file.resolve() for file in cfg.routers),
-    )
-    for at, (name, path) in enumerate(_pairs(cfg)):
-        stored = open_pair(path=path) if path else open_pair(int(name.split()[-1]))
-        facts = stored.facts
-        if cfg.routers:
-            load_router(cfg.routers[at], hidden=stored.config.small.width)
-        if facts is None or not facts.passed:
-            raise ValueError(f"{name} misses its gates ({facts and facts.result}); train it longer")
-    return cfg
-
-
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     """Put every pair to the test, apply the rules, and write the verdict."""
     device = resolve_device(run.device)
-    routers = cfg.routers or (None,) * len(_pairs(cfg))
+    routers = cfg.routers or (None,) * len(pairs_of(cfg))
     pairs = [
-        _pair(cfg, run, name, path, router, device) for (name, path), router in zip(_pairs(cfg), routers, strict=True)
+        _pair(cfg, run, name, path, router, device) for (name, path), router in zip(pairs_of(cfg), routers, strict=True)
     ]
     claims = {
         claim: verdict_over_seeds([pair["claims"][claim]["holds"] for pair in pairs if claim in pair["claims"]])
@@ -122,12 +100,6 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     }
     atomic_write_json(run.artifacts / "verdict.json", verdict)
     return ReproduceReport.of(run)
-
-
-def _pairs(cfg: ReproduceConfig) -> list[tuple[str, Path | None]]:
-    if cfg.hosts:
-        return [(f"pair {at}", file) for at, file in enumerate(cfg.hosts)]
-    return [(f"pair {seed}", None) for seed in cfg.pairs or PACKAGED]
 
 
 def _pair(

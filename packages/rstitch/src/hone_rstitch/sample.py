@@ -15,10 +15,10 @@ from hone_core.runs import Report, Run
 
 from .config import GenerateConfig
 from .demo import records, show_answer
-from .host import check_pair, load_models
+from .host import load_models
 from .router import Routing, load_router
 
-__all__ = ["GenerateReport", "generate", "prepare"]
+__all__ = ["GenerateReport", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +40,6 @@ class GenerateReport(Report):
     def __str__(self) -> str:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         return f"{show_answer(self.answer, color=color)}\ntokens   {self.path / 'artifacts' / 'answer.json'}"
-
-
-def prepare(cfg: GenerateConfig) -> GenerateConfig:
-    """Look whether the models can write one text, and read the question.
-
-    Raises:
-        ValueError, OSError: As ``check_pair``.
-    """
-    check_pair(cfg.models, cfg.router, ask=cfg.ask)
-    return cfg
 
 
 def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:

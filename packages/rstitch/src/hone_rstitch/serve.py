@@ -27,7 +27,7 @@ from hone_core.runs import Report, Run
 from .config import NAMES, SMALL, SamplingConfig, ServeConfig, StitchConfig
 from .engine import Engine, Intake, Job, QueueFullError
 from .generation import StitchToken
-from .host import check_pair, load_models
+from .host import load_models
 from .models import Pair
 from .remote import RemoteEngine, RemotePair
 from .router import load_router
@@ -43,7 +43,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("serve", "hone-rstitch", "The server") from error
 
-__all__ = ["ServeReport", "app_of", "prepare", "serve"]
+__all__ = ["ServeReport", "app_of", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -544,16 +544,6 @@ class ServeReport(Report):
     def __str__(self) -> str:
         lines = [f"{row.metric:<10} {row.variant:<10} {row.value:10.0f}" for row in self.rows]
         return "\n".join([*lines, f"results    {self.path / 'results.json'}"])
-
-
-def prepare(cfg: ServeConfig) -> ServeConfig:
-    """Look whether the models can write one text.
-
-    Raises:
-        ValueError, OSError: As ``check_pair``.
-    """
-    check_pair(cfg.models, cfg.router)
-    return cfg
 
 
 def serve(cfg: ServeConfig, run: Run) -> ServeReport:

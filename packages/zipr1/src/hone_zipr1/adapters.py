@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from hone_lm import checkpoints
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["base_of", "load_model"]
 
@@ -45,6 +45,8 @@ def load_model(path: str, *, device: torch.device | str, dtype: torch.dtype | No
         ValueError: See ``base_of`` and ``hone_lm.checkpoints.load_model``.
         OSError: There is no such model.
     """
+    from hone_lm import checkpoints
+
     base = base_of(path)
     model, processor = checkpoints.load_model(base, device=device, dtype=dtype)
     if base != path:

@@ -40,10 +40,13 @@ _verb = partial(verb, "hone_zipr1")
 VERBS: dict[str, Callable[..., Any] | Verb] = {
     "info": info,
     "demo": _verb(
-        "demo:demo", "DemoConfig", "A tiny model reads digits from fewer and fewer tokens.", prepare="demo:prepare"
+        "demo:demo", "DemoConfig", "A tiny model reads digits from fewer and fewer tokens.", prepare="inputs:find_host"
     ),
     "generate": _verb(
-        "sample:generate", "GenerateConfig", "Answer a question about a picture or a video.", prepare="sample:prepare"
+        "sample:generate",
+        "GenerateConfig",
+        "Answer a question about a picture or a video.",
+        prepare="inputs:find_asked",
     ),
     "inspect": _verb(
         "inspection:inspect", None, "Print what a prompt is and what selection could save of it; weights are not read."
@@ -52,27 +55,27 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "inspection:profile",
         "ProfileConfig",
         "Run one prompt and show what each layer kept of it.",
-        prepare="sample:prepare",
+        prepare="inputs:find_asked",
     ),
     "train": _verb(
         "finetune:train",
         "TrainConfig",
         "Train a model by reinforcement to live on fewer tokens.",
-        prepare="finetune:prepare",
+        prepare="inputs:find_trained",
         shared=True,
     ),
     "eval": _verb(
         "evaluate:evaluate",
         "EvalConfig",
         "Grade a model on checkable questions, dense and sparse.",
-        prepare="evaluate:prepare",
+        prepare="inputs:find_evaluated",
     ),
     "bench": _verb("bench:bench", "BenchConfig", "Time prefill and decoding, dense and with selected tokens."),
     "reproduce": _verb(
         "reproduce:reproduce",
         "ReproduceConfig",
         "Test what rewarding sparsity does, on tiny hosts.",
-        prepare="reproduce:prepare",
+        prepare="inputs:find_hosts",
     ),
     "train-host": _verb("train:train_host", "TrainHostConfig", "Train the tiny host on generated mosaics, densely."),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -550,6 +550,11 @@ class EvalConfig:
                 "frames, max_new_tokens and limit must be positive; got "
                 f"{self.frames}, {self.max_new_tokens} and {self.limit}"
             )
+
+    @property
+    def selections(self) -> list[SparseConfig]:
+        """The selection at each threshold."""
+        return [replace(PRESETS[self.preset].config, p=p) for p in self.ps]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,25 +6,23 @@ Runs on the packaged host on a two-core CPU and downloads nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hone_core.devices import resolve_device
-from hone_core.hosts import open_host
 from hone_core.io import atomic_write_json
 from hone_core.runs import Report, Run
 
 from . import plots
-from .config import PRESETS, DemoConfig, HostConfig
+from .config import PRESETS, DemoConfig
 from .data import questions
 from .grading import DENSE, Outcome, ask, held_out, peers, table, write_rows
-from .host import PACKAGE, Host, load_host
+from .host import Host, load_host
 from .models import attach
 
-__all__ = ["DemoReport", "demo", "prepare"]
+__all__ = ["DemoReport", "demo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +58,6 @@ class DemoReport(Report):
             lines.append(f"{row['question']} = {row['right']}: {said}")
         files = {"picture": self.chart, "kept": self.maps, "results": self.path / "results.json"}
         return "\n".join([*lines, "", table(self.rows), *(f"{name:<8} {file}" for name, file in files.items())])
-
-
-def prepare(cfg: DemoConfig) -> DemoConfig:
-    """Look for the host.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    path = open_host(HostConfig, PACKAGE, cfg.host).path
-    return cfg if cfg.host is None else replace(cfg, host=Path(os.path.abspath(path)))
 
 
 def demo(cfg: DemoConfig, run: Run) -> DemoReport:

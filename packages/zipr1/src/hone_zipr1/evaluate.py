@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +14,11 @@ from hone_core.statistics import bootstrap_interval, paired
 
 from .config import PRESETS, EvalConfig, SparseConfig
 from .grading import DENSE, at_budget, table
-from .models import attach, check_config
+from .models import attach
 from .objectives import BudgetPolicy
-from .questions import check_context, check_longest, is_right, load_items, model_inputs, prompt_features
+from .questions import check_context, is_right, load_items, model_inputs, prompt_features
 
-__all__ = ["EvalReport", "evaluate", "prepare"]
+__all__ = ["EvalReport", "evaluate"]
 
 ANSWERS = "answers.jsonl"
 LEARNED = "learned budget"
@@ -42,45 +41,13 @@ class EvalReport(Report):
         return "\n".join([*lines, f"answers  {self.path / 'artifacts' / ANSWERS}"])
 
 
-def prepare(cfg: EvalConfig) -> EvalConfig:
-    """Look at the questions and at the model's config, before weights are read.
-
-    Raises:
-        ValueError: A question is none or too long, or the model cannot take the selection or the budget.
-        FileNotFoundError: A file, or what a question is about, is missing.
-        CheckpointError: The budget is none.
-    """
-    from hone_lm.checkpoints import read_config
-
-    from .adapters import base_of
-
-    if not cfg.data.is_file():
-        raise FileNotFoundError(f"there is no {cfg.data}")
-    items = load_items(cfg.data)[: cfg.limit]
-    found = read_config(base_of(cfg.model))
-    for config in _selections(cfg):
-        check_config(found, config)
-    if cfg.budget is not None:
-        takes, width = BudgetPolicy.load(cfg.budget).out.in_features, found.get_text_config().hidden_size
-        if takes != width:
-            raise ValueError(f"{cfg.budget} was learned for a model of width {takes}; {cfg.model} has {width}")
-    check_longest(base_of(cfg.model), items, cfg.frames, cfg.max_new_tokens)
-    model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
-    budget = None if cfg.budget is None else cfg.budget.resolve()
-    return replace(cfg, data=cfg.data.resolve(), model=model, budget=budget)
-
-
-def _selections(cfg: EvalConfig) -> list[SparseConfig]:
-    return [replace(PRESETS[cfg.preset].config, p=p) for p in cfg.ps]
-
-
 def _answers(
     model: Any, processor: Any, inputs: dict[str, Any], cfg: EvalConfig, policy: BudgetPolicy | None
 ) -> dict[str, dict[str, Any]]:
     """Of one question: dense, at each threshold and, if so asked, at a learned one and by others at what each kept."""
     given = (model, processor, inputs, cfg.max_new_tokens)
     row = {DENSE: _ask(*given, None)}
-    for one in _selections(cfg):
+    for one in cfg.selections:
         row[one.label] = _ask(*given, one)
         if cfg.peers:
             for name, other in at_budget(one, row[one.label]["ratio"], model.config).items():

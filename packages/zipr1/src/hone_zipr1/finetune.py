@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import TrainConfig
-from .models import attach, check_config
+from .models import attach
 from .reinforce import Reinforcement, Task, whole
 
-__all__ = ["TrainedReport", "prepare", "train"]
+__all__ = ["TrainedReport", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -53,42 +52,6 @@ class TrainedReport(Report):
         for name in dict.fromkeys(row.metric for row in self.rows):
             lines.append(f"{name:<12}{values[name, 'first']:>12.4g}{values[name, 'last']:>12.4g}")
         return "\n".join([*lines, f"weights  {self.model}", f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: TrainConfig) -> TrainConfig:
-    """Look at the questions and at the model's config, before weights are read.
-
-    Raises:
-        ValueError: A question is none or too long, or the model cannot take the selection.
-        FileNotFoundError: The file, or what a question is about, is missing.
-        CheckpointError: No tiny host is packaged.
-    """
-    if cfg.model is None or cfg.data is None:
-        from hone_core.hosts import open_host
-
-        from .config import HostConfig
-        from .host import PACKAGE
-
-        open_host(HostConfig, PACKAGE)
-        return cfg
-    from hone_lm.checkpoints import read_config
-
-    from .adapters import base_of
-    from .questions import check_longest, load_items
-
-    base = base_of(cfg.model)
-    if base != cfg.model:
-        raise ValueError(
-            f"{cfg.model} holds adapters of {base}; expected a whole model. Save the two merged (merge_and_unload of "
-            "peft), or train anew from that model"
-        )
-    if not cfg.data.is_file():
-        raise FileNotFoundError(f"there is no {cfg.data}")
-    items = load_items(cfg.data)
-    check_config(read_config(cfg.model), cfg.sparse)
-    check_longest(cfg.model, items, cfg.frames, cfg.max_new_tokens)
-    model = os.path.abspath(cfg.model) if os.path.exists(cfg.model) else cfg.model
-    return replace(cfg, data=cfg.data.resolve(), model=model)
 
 
 def train(cfg: TrainConfig, run: Run) -> TrainedReport:

@@ -10,6 +10,7 @@ from typing import Any
 from hone_core.runs import Report, Run
 
 from .config import GRID, AskConfig, ProfileConfig
+from .inputs import find_asked
 
 __all__ = ["InspectReport", "ProfileReport", "inspect", "profile"]
 
@@ -73,14 +74,14 @@ def inspect(
         ValueError: Flags do not go together, or the model cannot take the selection.
         CheckpointError: No tiny host is packaged.
     """
+    cfg = find_asked(AskConfig(ask=ask, model=model, image=image, video=video, frames=frames, preset=preset))
     import torch
     from hone_lm.layouts import find_layouts
 
     from . import method
     from .bench import decode_bound, prefill_bound
-    from .sample import prepare, processed, selection_of
+    from .sample import processed, selection_of
 
-    cfg = prepare(AskConfig(ask=ask, model=model, image=image, video=video, frames=frames, preset=preset))
     config, inputs = processed(cfg)
     chosen = selection_of(cfg)
     (layout,) = find_layouts(config, inputs)

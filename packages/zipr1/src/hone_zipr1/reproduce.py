@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from hone_core.claims import SEEDS, VerdictReport, verdict_over_seeds
 from hone_core.devices import resolve_device
-from hone_core.hosts import open_host, read_facts
+from hone_core.hosts import read_facts
 from hone_core.io import atomic_write_json, save_state
 from hone_core.jobs import run_jobs
 from hone_core.progress import progress_bar
@@ -26,7 +26,7 @@ from hone_core.statistics import bootstrap_interval
 from hone_core.training import LogFile, Training
 
 from . import plots
-from .config import ArmConfig, HostConfig, ReinforceConfig, ReproduceConfig, SparseConfig
+from .config import ArmConfig, ReinforceConfig, ReproduceConfig, SparseConfig
 from .data import Mosaics
 from .grading import ask, held_out, uniform_of
 from .host import PACKAGE, PACKAGED, Host, build_host, load_host
@@ -34,7 +34,7 @@ from .models import attach
 from .reinforce import Reinforcement
 from .rollouts import HostTask
 
-__all__ = ["ARMS", "PS", "RULES", "ReproduceReport", "judge", "matching_p", "prepare", "reproduce", "trainings", "work"]
+__all__ = ["ARMS", "PS", "RULES", "ReproduceReport", "judge", "matching_p", "reproduce", "trainings", "work"]
 
 PS = (0.8, 0.94, 0.975)
 """Thresholds of every evaluation, beside the dense model."""
@@ -116,29 +116,6 @@ class Job(NamedTuple):
     def file(self, folder: Path) -> Path:
         """Where its results are."""
         return folder / f"{self.arm}-{self.host}.pt"
-
-
-def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
-    """Look whether every host is there and has passed its gates.
-
-    Raises:
-        CheckpointError: One is missing.
-        ValueError: One has not, two are of the same seed, or an arm is unknown.
-    """
-    cfg = replace(cfg, hosts=tuple(path.resolve() for path in cfg.hosts))
-    unknown = sorted(set(cfg.arms) - set(ARMS))
-    if unknown:
-        raise ValueError(f"arms are {', '.join(ARMS)}; got {', '.join(unknown)}")
-    facts = []
-    for path in _hosts(cfg):
-        open_host(HostConfig, PACKAGE, path)
-        found = read_facts(path, PACKAGE)
-        if not found.passed:
-            raise ValueError(f"{path} misses its gates ({found.result}); train it longer")
-        facts.append(found)
-    if len({found.seed for found in facts}) < len(facts):
-        raise ValueError("two hosts are of the same seed; train-host --seed makes others")
-    return cfg
 
 
 def _hosts(cfg: ReproduceConfig) -> list[Path]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -17,7 +15,7 @@ from hone_core.timing import AnswerWatch
 
 from .config import PRESETS, AskConfig, GenerateConfig, SparseConfig
 
-__all__ = ["GenerateReport", "generate", "load_asked", "prepare", "processed", "selection_of", "stored_bytes"]
+__all__ = ["GenerateReport", "generate", "item_of", "load_asked", "processed", "selection_of", "stored_bytes"]
 
 Ask = TypeVar("Ask", bound=AskConfig)
 
@@ -67,47 +65,6 @@ class GenerateReport(Report):
         lines.append(f"kept {100 * tau:.1f} % of the prompt's tokens{beside}")
         lines.append("by layer, %: " + " ".join(f"{100 * ratio:.0f}" for ratio in self.layer_ratio))
         return "\n".join([*lines, f"answers and times in {self.path}"])
-
-
-def prepare(cfg: Ask) -> Ask:
-    """Look for everything that can be wrong before weights are read, and for files before anything is imported.
-
-    Raises:
-        FileNotFoundError: There is no such picture or video.
-        ValueError: The question or the picture does not fit the model, or the model cannot take the selection.
-        CheckpointError: No tiny host is packaged.
-    """
-    for path in (cfg.image, cfg.video):
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"there is no {path}")
-    if cfg.model is None:
-        from hone_core.hosts import open_host
-
-        from .config import HostConfig
-        from .data import parse_question
-        from .host import PACKAGE
-
-        parse_question(cfg.ask, open_host(HostConfig, PACKAGE).config.cells)
-        return replace(cfg, preset="tiny" if cfg.preset == "paper" else cfg.preset)
-    from hone_lm.checkpoints import read_config
-
-    from .adapters import base_of
-    from .models import check_config
-    from .questions import check_context
-
-    check_config(read_config(base_of(cfg.model)), selection_of(cfg))
-    found, inputs = processed(cfg)
-    check_context(inputs, found, cfg.max_new_tokens if isinstance(cfg, GenerateConfig) else 0, [_item(cfg)])
-    absolute = {
-        name: os.path.abspath(value)
-        for name, value in (("image", cfg.image), ("video", cfg.video), ("model", cfg.model))
-        if value is not None and os.path.exists(value)
-    }
-    if cfg.image is not None:
-        cfg = replace(cfg, image=Path(absolute["image"]))
-    if cfg.video is not None:
-        cfg = replace(cfg, video=Path(absolute["video"]))
-    return replace(cfg, model=absolute.get("model", cfg.model))
 
 
 def processed(cfg: AskConfig) -> tuple[Any, Any]:
@@ -206,10 +163,11 @@ def _inputs(processor: Any, cfg: AskConfig) -> dict[str, torch.Tensor]:
     """What the processor makes of the question and its picture or video."""
     from .questions import model_inputs
 
-    return model_inputs(processor, [_item(cfg)], cfg.frames)
+    return model_inputs(processor, [item_of(cfg)], cfg.frames)
 
 
-def _item(cfg: AskConfig) -> Any:
+def item_of(cfg: AskConfig) -> Any:
+    """The question, as those of a file are."""
     from .questions import Item
 
     media = cfg.video or cfg.image

@@ -18,7 +18,7 @@ from torch import Tensor
 from .anchors import farthest_points
 from .config import ConvertConfig
 
-__all__ = ["ConvertReport", "convert", "evaluation_views", "prepare"]
+__all__ = ["ConvertReport", "convert", "evaluation_views", "read_captures"]
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def evaluation_views(cam_to_world: Tensor, context: int, targets: int, frames: i
     return given, rest[: width * targets : width]
 
 
-def _read(cfg: ConvertConfig) -> Iterator[tuple[str, Capture]]:
+def read_captures(cfg: ConvertConfig) -> Iterator[tuple[str, Capture]]:
+    """Name and photographs of each scene."""
     for path in cfg.captures:
         if path.suffix == ".json":
             yield path.resolve().parent.name, read_transforms(path)
@@ -80,40 +81,12 @@ def _read(cfg: ConvertConfig) -> Iterator[tuple[str, Capture]]:
             yield path.resolve().name, read_colmap(path)
 
 
-def prepare(cfg: ConvertConfig) -> ConvertConfig:
-    """Read the cameras of every scene before anything is written, and say whose scale is guessed.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: There is none, two scenes have one name, one has too few views, or a host cannot use it.
-    """
-    if not cfg.captures:
-        raise ValueError("name folders of COLMAP models or transforms.json files: --captures PATH ...")
-    names, limits = [], HOSTS[cfg.model]
-    for name, capture in _read(cfg):
-        try:
-            evaluation_views(capture.cam_to_world, cfg.context, cfg.targets, cfg.frames)
-            guessed = fit_range(capture, limits.near, limits.far).guessed
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        names.append(name)
-        if guessed:
-            log.warning(
-                "%s has no sparse points: its scale is guessed from where the cameras look. A COLMAP model with points "
-                "would fix it",
-                name,
-            )
-    if len({*names}) < len(names):
-        raise ValueError(f"two scenes have one name; scenes are called by their folders: {', '.join(names)}")
-    return cfg
-
-
 def convert(cfg: ConvertConfig, run: Run) -> ConvertReport:
     """Write chunks and index; pictures are taken over byte for byte, cameras scaled to the host's depths."""
     limits, index = HOSTS[cfg.model], {}
 
     def scenes() -> Iterator[ChunkScene]:
-        for name, capture in _read(cfg):
+        for name, capture in read_captures(cfg):
             scale = fit_range(capture, limits.near, limits.far).scale
             poses = capture.cam_to_world.clone()
             poses[:, :3, 3] *= scale

@@ -25,7 +25,7 @@ from .data import Scene, graded_rooms
 from .grading import Grades, draw_targets, grade, with_settings
 from .host import load_host
 
-__all__ = ["DemoReport", "demo", "prepare"]
+__all__ = ["DemoReport", "demo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +56,6 @@ class DemoReport(Report):
             lines.append(f"{name:<34} {values[0]:>9.2f} {values[1]:>6.3f} {values[2]:>10.0f}")
         lines += ["", f"pictures {self.sheet}", f"splat    {self.splat}", f"video    {self.video}"]
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: DemoConfig) -> DemoConfig:
-    """Look for the host.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    from .host import open_tiny
-
-    open_tiny(cfg.host)
-    return cfg
 
 
 def demo(cfg: DemoConfig, run: Run) -> DemoReport:

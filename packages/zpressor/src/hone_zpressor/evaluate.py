@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from hone_core.devices import resolve_device
-from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
@@ -19,9 +18,9 @@ from hone_splat.ranges import HOSTS
 from hone_splat.rendering import render
 
 from .config import EvalConfig
-from .photographs import find_weights, load_model
+from .photographs import load_model
 
-__all__ = ["EvalReport", "evaluate", "prepare"]
+__all__ = ["EvalReport", "evaluate", "open_chunks"]
 
 Index = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -31,7 +30,7 @@ class EvalReport(Report):
     """PSNR, SSIM and LPIPS, means over scenes of means over targets."""
 
 
-def _open(cfg: EvalConfig) -> tuple[ChunkSet, Index]:
+def open_chunks(cfg: EvalConfig) -> tuple[ChunkSet, Index]:
     """The chunks, and views of the scenes that are asked for, in the order of the chunks.
 
     Raises:
@@ -47,20 +46,6 @@ def _open(cfg: EvalConfig) -> tuple[ChunkSet, Index]:
     return chunks, {key: index[key] for key in keys}
 
 
-def prepare(cfg: EvalConfig) -> EvalConfig:
-    """Look for chunks, index and weights.
-
-    Raises:
-        FileNotFoundError: Chunks or index are missing.
-        CheckpointError: Weights are missing.
-    """
-    _open(cfg)
-    find_weights(cfg)
-    if cfg.vgg is not None and not cfg.vgg.is_file():
-        raise CheckpointError(f"there are no weights of VGG-16 at {cfg.vgg}")
-    return cfg
-
-
 @torch.inference_mode()
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     """Grade scene after scene; a run that was broken off goes on with the next one.
@@ -69,7 +54,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     scikit-image's, which the release uses, at the borders.
     """
     device = resolve_device(run.device)
-    chunks, index = _open(cfg)
+    chunks, index = open_chunks(cfg)
     file = run.artifacts / "scenes.json"
     done: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     host, limits = load_model(cfg, device), HOSTS[cfg.model]

@@ -11,25 +11,14 @@ import torch
 from hone_core.runs import Run
 from hone_splat.hosts import HostOutput
 from hone_splat.published import build_published, load_published
-from hone_splat.training import Drawn, TrainedReport, check_files, fit
+from hone_splat.training import Drawn, TrainedReport, fit
 from torch import Tensor
 
 from .config import TrainConfig
 from .method import information_loss
 from .models import attach, tiny
 
-__all__ = ["prepare", "train"]
-
-
-def prepare(cfg: TrainConfig) -> TrainConfig:
-    """Look for chunks and weights.
-
-    Raises:
-        FileNotFoundError: There are no chunks.
-        CheckpointError: Weights to begin with, or of VGG-16, are missing.
-    """
-    check_files(cfg)
-    return cfg
+__all__ = ["train"]
 
 
 def _host(cfg: TrainConfig) -> Any:

@@ -32,8 +32,9 @@ from .anchors import farthest_points
 from .budget import Budget, forward_cost, most_anchors
 from .config import PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
 from .grading import with_settings
-from .host import load_host, open_tiny
+from .host import load_host
 from .models import attach
+from .places import find_capture
 
 __all__ = [
     "DoctorReport",
@@ -41,9 +42,7 @@ __all__ = [
     "contexts",
     "doctor",
     "examine",
-    "find_weights",
     "load_model",
-    "prepare",
     "read_capture",
     "render_capture",
     "warn_of_guess",
@@ -117,54 +116,20 @@ def read_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> tuple[Capture
         FileNotFoundError: A file is missing.
         ValueError: A host cannot use them; the message says why.
     """
+    find_capture(cfg)
     if cfg.colmap is not None:
         capture = read_colmap(cfg.colmap, cfg.images)
-    elif cfg.transforms is not None:
-        capture = read_transforms(cfg.transforms)
     else:
-        file = "a file by splat, or " if isinstance(cfg, ViewConfig) else ""
-        given = "neither" if cfg.images is None else f"images {cfg.images} alone, and pictures have no cameras"
-        raise ValueError(
-            f"name {file}your photographs by one of colmap (folder of a COLMAP model) and transforms (a "
-            f"transforms.json of nerfstudio or Blender); got {given}. Where you have pictures alone, find their "
-            "cameras first, by colmap automatic_reconstructor or nerfstudio's ns-process-data"
-        )
+        assert cfg.transforms is not None, "it was found"
+        capture = read_transforms(cfg.transforms)
     bounds = None if cfg.near is None or cfg.far is None else (cfg.near, cfg.far)
     return capture, fit_range(capture, HOSTS[cfg.model].near, HOSTS[cfg.model].far, bounds=bounds)
-
-
-def prepare(cfg: Any) -> Any:
-    """Read the cameras before anything is made.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A host cannot use the photographs.
-        CheckpointError: The weights are missing.
-    """
-    _, scene = read_capture(cfg)
-    if isinstance(cfg, RenderConfig):
-        find_weights(cfg)
-        warn_of_guess(scene)
-    return cfg
 
 
 def warn_of_guess(scene: SceneRange) -> None:
     """Say where depths were guessed, which the splat depends on."""
     if scene.guessed:
         log.warning("depths are %s", scene.source)
-
-
-def find_weights(cfg: RenderConfig | EvalConfig | ViewConfig) -> None:
-    """Look for the weights that a command names.
-
-    Raises:
-        CheckpointError: There are none.
-    """
-    if cfg.model == "tiny":
-        open_tiny(cfg.checkpoint)
-    elif cfg.checkpoint is None or not cfg.checkpoint.is_file():
-        given = "none was named" if cfg.checkpoint is None else f"there is no {cfg.checkpoint}"
-        raise CheckpointError(f"weights of {cfg.model} are not packaged, and {given}: give --checkpoint FILE")
 
 
 def contexts(capture: Capture, views: int) -> list[int]:

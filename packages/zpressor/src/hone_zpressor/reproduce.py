@@ -10,14 +10,12 @@ Beside them: farthest anchors against random ones, anchors by overlap, and a swe
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hone_core.claims import ClaimsReport, decided, write_claims
 from hone_core.devices import resolve_device
-from hone_core.hosts import packaged_host
 from hone_core.runs import Run
 from hone_core.statistics import bootstrap_interval
 
@@ -25,9 +23,9 @@ from . import plots
 from .config import ReproduceConfig
 from .data import graded_rooms
 from .grading import Grades, grade, with_settings
-from .host import PACKAGE, load_host, open_tiny
+from .host import load_host
 
-__all__ = ["RULES", "prepare", "reproduce"]
+__all__ = ["RULES", "reproduce"]
 
 MARGIN = 0.5
 """Decibels within which quality counts as held; set before any host was judged."""
@@ -42,25 +40,6 @@ RULES = {
 SWEEP_VIEWS = 24
 Lines = dict[str, dict[int, tuple[float, tuple[float, float]]]]
 """Arm to views to PSNR and its interval."""
-
-
-def prepare(cfg: ReproduceConfig) -> ReproduceConfig:
-    """Look whether every host is there and has passed its gates.
-
-    Raises:
-        CheckpointError: One is missing.
-        ValueError: One has not, so that what it does says nothing; or no number of views is above its anchors.
-    """
-    cfg = replace(cfg, hosts=tuple(path.resolve() for path in cfg.hosts))
-    for path in cfg.hosts or (packaged_host(PACKAGE),):
-        stored = open_tiny(path)
-        if stored.facts is None or not stored.facts.passed:
-            found = "it was never graded" if stored.facts is None else stored.facts.result
-            raise ValueError(f"{path} misses its gates ({found}); train it longer")
-        anchors = stored.config.zpressor.anchors
-        if max(cfg.views) <= anchors:
-            raise ValueError(f"{path} keeps {anchors} views: expected a number of views above that; got {cfg.views}")
-    return cfg
 
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ClaimsReport:

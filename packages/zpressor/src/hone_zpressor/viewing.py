@@ -19,9 +19,9 @@ from hone_splat.viewer import Viewer
 from hone_splat.views import Views
 
 from .config import ViewConfig
-from .photographs import contexts, find_weights, load_model, read_capture, warn_of_guess
+from .photographs import contexts, load_model, read_capture
 
-__all__ = ["ViewReport", "prepare", "view"]
+__all__ = ["ViewReport", "view"]
 
 log = logging.getLogger(__name__)
 
@@ -33,25 +33,6 @@ class ViewReport(Report):
     def __str__(self) -> str:
         lines = [f"{row.metric.replace('_', ' '):<20} {row.value:g}" for row in self.rows]
         return "\n".join([*lines, f"results  {self.path / 'results.json'}"])
-
-
-def prepare(cfg: ViewConfig) -> ViewConfig:
-    """Look for the splat, or for photographs and weights.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: There is nothing to show, or a host cannot use the photographs.
-        CheckpointError: The weights are missing.
-    """
-    if cfg.splat is None:
-        _, scene = read_capture(cfg)
-        find_weights(cfg)
-        warn_of_guess(scene)
-        return cfg
-    read_cloud(cfg.splat)
-    if cfg.colmap is not None or cfg.transforms is not None:
-        read_capture(cfg)
-    return cfg
 
 
 class _Scene:

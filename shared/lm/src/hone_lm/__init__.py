@@ -9,6 +9,7 @@ from hone_core.lazy import lazy_names as _lazy_names
 __getattr__, __dir__, __all__ = _lazy_names(
     __name__,
     {
+        "addresses": ["find_checkpoint"],
         "attention": ["AttentionTap", "tap_attention"],
         "checkpoints": ["load_model"],
         "choices": ["Choices", "option_token_ids", "read_choices"],

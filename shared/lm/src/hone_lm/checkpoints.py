@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .addresses import find_checkpoint
 from .decoders import check_attention
 
 __all__ = ["find_licence", "load_model", "read_config"]
@@ -28,16 +29,8 @@ def read_config(path: str) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
-        found = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        if Path(path).is_dir():
-            raise
-        cause = " ".join(str(error).split()).partition(". ")[0]
-        raise OSError(
-            f"there is no folder {path} here, and the hub does not give its config ({cause}). Expected of --model: the "
-            "folder of a checkpoint, or an address on the hub, which needs the network where it was not fetched before"
-        ) from error
+    find_checkpoint(path)
+    found = AutoConfig.from_pretrained(path)
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     if not any(isinstance(getattr(found, name, None), int) for name in names):
         raise ValueError(

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cameras import check_cameras, opengl_to_opencv, quat_to_matrix
+from .places import find_colmap, find_transforms, holding
 from .views import Views
 
 __all__ = [
@@ -125,31 +126,7 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
         FileNotFoundError: There is no model or a picture is missing.
         ValueError: A file is cut short, or a camera is distorted, unknown or impossible.
     """
-    folder = Path(folder)
-    places = [folder, folder / "sparse" / "0", folder / "sparse"]
-    found = [
-        (place, suffix)
-        for place in places
-        for suffix in (".bin", ".txt")
-        if (place / f"cameras{suffix}").is_file() and (place / f"images{suffix}").is_file()
-    ]
-    if not found:
-        shown = ", ".join(str(place) for place in places) if folder.is_dir() else f"{folder}, which is no folder"
-        raise FileNotFoundError(
-            f"no COLMAP model: cameras and images (.bin or .txt) were sought in {shown}. Name the folder that COLMAP "
-            "wrote; of pictures alone, colmap automatic_reconstructor makes such a model"
-        )
-    place, suffix = found[0]
-    if images is None:
-        near = [folder / "images", place / "images", place.parent / "images", place.parent.parent / "images"]
-        near = [*dict.fromkeys(near)]
-        images = next((one for one in near if one.is_dir()), None)
-        if images is None:
-            raise FileNotFoundError(
-                f"no pictures of the COLMAP model in {place}: a folder {' or '.join(map(str, near))} was sought. "
-                f"{_holding(folder)}. Move or link the pictures to {near[0]}, or name their folder where there is an "
-                "argument images"
-            )
+    place, suffix, images = find_colmap(folder, images)
     binary = suffix == ".bin"
     cameras = _read(_cameras_bin if binary else _cameras_txt, place / f"cameras{suffix}")
     poses = sorted(_read(_images_bin if binary else _images_txt, place / f"images{suffix}"), key=lambda entry: entry[0])
@@ -324,14 +301,7 @@ def read_transforms(path: str | Path) -> Capture:
         FileNotFoundError: The file, a picture or the points that it names are missing.
         ValueError: It is no such file, or a camera is distorted, without intrinsics or impossible.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "transforms.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {path}: expected the transforms.json of nerfstudio or Blender, or its folder. Of pictures "
-            "alone, nerfstudio's ns-process-data makes one"
-        )
+    path = find_transforms(path)
     try:
         data = json.loads(path.read_text("utf-8"))
     except ValueError as error:  # of JSON, or of UTF-8
@@ -449,17 +419,10 @@ def _find_pictures(names: Sequence[str], folder: Path, remedy: str) -> None:
     if missing:
         more = f"and {len(missing) - 1} more are missing" if len(missing) > 1 else "is missing"
         where, place = "" if folder.is_dir() else ", which is no folder", (folder / missing[0]).parent
-        there = f" {_holding(place)}." if place.is_dir() else ""
+        there = f" {holding(place)}." if place.is_dir() else ""
         raise FileNotFoundError(
             f"expected {len(names)} pictures in {folder}{where}: {missing[0]} {more}.{there} {remedy}"
         )
-
-
-def _holding(folder: Path, most: int = 6) -> str:
-    """What lies in a folder, in words."""
-    names = sorted(one.name + "/" * one.is_dir() for one in folder.iterdir())
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{folder} holds {', '.join(names[:most]) or 'nothing'}{more}"
 
 
 def _image_size(path: Path) -> tuple[int, int]:

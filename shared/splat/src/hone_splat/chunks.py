@@ -9,7 +9,6 @@ Source: the datasets of pixelSplat, MVSplat and DepthSplat. Nothing in a file is
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .cameras import check_cameras
 from .captures import fit_picture
+from .places import read_chunk_index, read_evaluation_index
 from .views import Views
 
 __all__ = ["ChunkScene", "ChunkSet", "read_evaluation_index", "write_chunks"]
@@ -114,10 +114,7 @@ class ChunkSet:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = _read_json(self.folder / "index.json")
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise ValueError(f"{self.folder / 'index.json'}: expected an object of scene names to file names")
-        self.index: dict[str, str] = index
+        self.index = read_chunk_index(self.folder)
         self._held: tuple[str, dict[str, ChunkScene]] = "", {}
 
     def scene(self, key: str) -> ChunkScene:
@@ -135,15 +132,6 @@ class ChunkSet:
         if key not in self._held[1]:
             raise ValueError(f"{self.folder / name} does not hold {key!r}, as index.json says. Make the index again.")
         return self._held[1][key]
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def _read_chunk(path: Path) -> list[ChunkScene]:
@@ -199,24 +187,3 @@ def write_chunks(scenes: Iterable[ChunkScene], folder: str | Path, *, chunk_byte
         close()
     atomic_write_json(folder / "index.json", index)
     return folder
-
-
-def read_evaluation_index(path: str | Path) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Context and target views of each scene; scenes without are left out, as the releases do.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no evaluation index, or a scene has fewer than two contexts or no target.
-    """
-    data = _read_json(Path(path))
-    found = {}
-    for key, entry in data.items() if isinstance(data, dict) else [("", data)]:
-        if entry is None:
-            continue
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), list) for name in ("context", "target")):
-            raise ValueError(f"{path}: {key!r}: expected context and target views, or null")
-        context, target = (tuple(int(i) for i in entry[name]) for name in ("context", "target"))
-        if len(context) < 2 or not target:
-            raise ValueError(f"{path}: {key}: expected two contexts and a target at least; got {context} and {target}")
-        found[key] = context, target
-    return found

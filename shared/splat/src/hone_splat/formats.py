@@ -6,13 +6,13 @@ from pathlib import Path
 
 from .files import read_ply, read_splat, write_ply, write_splat
 from .gaussians import Gaussians
+from .places import SUFFIXES, find_cloud
 from .spz import read_spz, write_spz
 
 __all__ = ["SUFFIXES", "read_cloud", "write_cloud"]
 
-READERS = {".ply": read_ply, ".splat": read_splat, ".spz": read_spz}
-WRITERS = {".ply": write_ply, ".splat": write_splat, ".spz": write_spz}
-SUFFIXES = tuple(READERS)
+READERS = dict(zip(SUFFIXES, (read_ply, read_splat, read_spz), strict=True))
+WRITERS = dict(zip(SUFFIXES, (write_ply, write_splat, write_spz), strict=True))
 
 
 def read_cloud(path: str | Path) -> Gaussians:
@@ -22,11 +22,7 @@ def read_cloud(path: str | Path) -> Gaussians:
         FileNotFoundError: There is no such file.
         ValueError: Its suffix is none of these, or it is damaged.
     """
-    path = Path(path)
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
+    path = find_cloud(path)
     return READERS[path.suffix](path)
 
 

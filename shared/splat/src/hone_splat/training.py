@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
-from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
 from hone_core.processes import load_whole_weights
 from hone_core.runs import Report, Run
@@ -34,7 +33,7 @@ from .rendering import render
 from .training_config import FitConfig
 from .views import Views
 
-__all__ = ["WEIGHTS", "Drawn", "Term", "TrainedReport", "check_files", "choose_views", "fit", "mirrored"]
+__all__ = ["WEIGHTS", "Drawn", "Term", "TrainedReport", "choose_views", "fit", "mirrored"]
 __all__ += ["picture_loss", "scene_of"]
 
 SKIP_AFTER = 300
@@ -184,24 +183,6 @@ def picture_loss(
         logged["lpips"] = (far := lpips(image_01, true_01).mean()).detach()
         loss = loss + cfg.lpips * far
     return loss, logged
-
-
-def check_files(cfg: FitConfig, *others: Path) -> None:
-    """Look for chunks and weights.
-
-    Args:
-        cfg: Of the training.
-        others: Files or folders that a method needs beside them.
-
-    Raises:
-        FileNotFoundError: There are no chunks.
-        CheckpointError: Weights to begin with, those of VGG-16, or one of ``others`` are missing.
-    """
-    if not ChunkSet(cfg.chunks).index:
-        raise FileNotFoundError(f"{cfg.chunks} holds no scene; expected chunks with an index.json that names some")
-    for file in (cfg.start, cfg.vgg if cfg.lpips else None, *others):
-        if file is not None and not file.exists():
-            raise CheckpointError(f"there are no weights at {file}")
 
 
 def fit(cfg: FitConfig, host: nn.Module, run: Run, *, term: Term) -> TrainedReport:

@@ -1,0 +1,47 @@
+"""Where photographs and weights lie that a command names; nothing here loads torch."""
+
+from __future__ import annotations
+
+from hone_core.errors import CheckpointError
+from hone_core.hosts import open_host
+from hone_splat.places import find_colmap, find_transforms
+
+from .config import DoctorConfig, EvalConfig, HostConfig, RenderConfig, ViewConfig
+
+__all__ = ["PACKAGE", "find_capture", "find_weights"]
+
+PACKAGE = "hone-zpressor"
+
+
+def find_capture(cfg: DoctorConfig | RenderConfig | ViewConfig) -> None:
+    """Look for the photographs that a command names.
+
+    Raises:
+        FileNotFoundError: They are not there.
+        ValueError: It names none.
+    """
+    if cfg.colmap is not None:
+        find_colmap(cfg.colmap, cfg.images)
+    elif cfg.transforms is not None:
+        find_transforms(cfg.transforms)
+    else:
+        file = "a file by splat, or " if isinstance(cfg, ViewConfig) else ""
+        given = "neither" if cfg.images is None else f"images {cfg.images} alone, and pictures have no cameras"
+        raise ValueError(
+            f"name {file}your photographs by one of colmap (folder of a COLMAP model) and transforms (a "
+            f"transforms.json of nerfstudio or Blender); got {given}. Where you have pictures alone, find their "
+            "cameras first, by colmap automatic_reconstructor or nerfstudio's ns-process-data"
+        )
+
+
+def find_weights(cfg: RenderConfig | EvalConfig | ViewConfig) -> None:
+    """Look for the weights that a command names.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    if cfg.model == "tiny":
+        open_host(HostConfig, PACKAGE, cfg.checkpoint)
+    elif cfg.checkpoint is None or not cfg.checkpoint.is_file():
+        given = "none was named" if cfg.checkpoint is None else f"there is no {cfg.checkpoint}"
+        raise CheckpointError(f"weights of {cfg.model} are not packaged, and {given}: give --checkpoint FILE")
