@@ -119,6 +119,7 @@ def test_profile_shows_each_layer(command, checkpoint, tmp_path, kind):
         (("profile", "--ask", " "), 1, "the question is empty"),
         (("inspect", "--ask", "a", "--model", "x", "--video", "no.mp4"), 1, "there is no no.mp4"),
         (("inspect", "--ask", "what?"), 1, "digit B3"),
+        (("inspect",), 2, "inspect: error: --ask is needed: Question; of the tiny host such as"),
         (("generate", "--ask", "a", "--p", "0"), 1, "p is a share"),
         (("generate", "--ask", "a", "--model", "x"), 1, "needs an image or a video"),
         (("generate", "--ask", "a", "--model", "x", "--image", "no.png"), 1, "there is no no.png"),

@@ -68,8 +68,21 @@ def nothing():
     """Do nothing."""
 
 
+def asked(*, ask: str, depth_m: float, often: int = 1):
+    """Answer.
+
+    Args:
+        ask: A question,
+            in words.
+        depth_m: How deep, in metres.
+        often: Times.
+    """
+    return f"{ask} {depth_m:g} {often}"
+
+
 VERBS = {
     "demo": demo,
+    "asked": asked,
     "note": note,
     "nothing": nothing,
     "broken": broken,
@@ -103,8 +116,16 @@ def test_no_verb_and_unknown_verb_are_usage_errors(call):
     assert "verbs:" in err
     code, out, err = call("dmeo")
     assert (code, out) == (2, "")
-    known = "demo, note, nothing, broken, odd, far"
+    known = "demo, asked, note, nothing, broken, odd, far"
     assert err == f"hone-core: unknown verb 'dmeo'; expected one of {known}. Try hone-core --help.\n"
+
+
+def test_a_flag_without_default_must_be_given_to_a_function_too(call):
+    line = "hone-core asked: error: --ask is needed: A question, in words.\n"
+    assert call("asked", "--depth-m", "2") == (2, "", line)
+    assert call("asked", "--ask=why") == (2, "", "hone-core asked: error: --depth-m is needed: How deep, in metres.\n")
+    assert call("asked", "--ask=why", "--depth_m", "2") == (0, "why 2 1\n", "")
+    assert call("asked", "--help")[0] == 0
 
 
 def test_version(call):

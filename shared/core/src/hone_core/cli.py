@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -157,6 +158,7 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
     show_traceback = "--verbose" in args or os.environ.get("HONE_TRACEBACK", "") not in ("", "0")
     try:
         fn = _function_of(prog, verb, args)
+        _check_needed(fn, args)
         call, common = tyro.cli(_with_common_flags(fn), args=_gather_repeats(fn, args), prog=prog)
         with _logs(quiet=common["quiet"] or not Processes.of_launcher().main, verbose=common["verbose"]):
             result = call()
@@ -181,6 +183,23 @@ def _run_verb(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> in
 
 class _UsageError(Exception):
     """What is wrong with the flags, where tyro says nothing."""
+
+
+def _check_needed(fn: Callable[..., Any], args: list[str]) -> None:
+    """Refuse a command line without a flag that a function cannot do without, in a line as those of a config.
+
+    Raises:
+        _UsageError: One is missing.
+    """
+    if {"-h", "--help"} & {*args}:
+        return
+    given = _given(args)
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in given:
+            arguments = (inspect.getdoc(fn) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+            line = re.search(rf"^    {name}: (.*(?:\n     .*)*)", arguments, re.MULTILINE)
+            text = f": {' '.join(line[1].split())}" if line else ""
+            raise _UsageError(f"--{name.replace('_', '-')} is needed{text}")
 
 
 def _function_of(prog: str, verb: Callable[..., Any] | Verb, args: list[str]) -> Callable[..., Any]:
