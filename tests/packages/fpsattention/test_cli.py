@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -54,8 +55,13 @@ def test_info_names_presets_and_their_provenance(capsys, monkeypatch):
     code, out, _ = call(capsys, monkeypatch, "info", "--json")
     assert code == 0
     facts = json.loads(out)
-    assert "Published: Tile (6, 8, 8)" in facts["presets"]["wan2.1-14b"]
-    assert "Ours: Boundaries 0.2 and 0.8" in facts["presets"]["wan2.1-14b"]
+    presets = facts["presets"]
+    assert "Published: Tile (6, 8, 8)" in presets["wan2.1-1.3b"]
+    assert "Ours: Boundaries 0.2 and 0.8" in presets["wan2.1-1.3b"]
+    assert "Published: As wan2.1-1.3b. Suggested: As wan2.1-1.3b. Ours: As wan2.1-1.3b." in presets["wan2.1-14b"]
+    parts = [part for text in presets.values() for part in re.split(r" ?(?:Published|Suggested|Ours): ", text)]
+    long = [part for part in parts if len(part) > 80]
+    assert len(long) == len({*long}) > 3
 
 
 def test_demo_runs_and_does_not_repeat_itself(capsys, monkeypatch, tiny_host, tmp_path):
