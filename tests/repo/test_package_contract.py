@@ -16,6 +16,7 @@ import workspace
 from hone_core.cli import Verb
 from hone_core.config import from_dict, to_dict
 from hone_core.errors import CheckpointError
+from hone_core.flags import flags_of
 from hone_core.handles import Handle
 from hone_core.hosts import open_host
 from hone_core.runs import Report, load_results
@@ -313,6 +314,10 @@ def test_verbs_are_a_table(package, verbs, with_config):
         assert issubclass(report, TrainReport) == (name == "train-host"), verb.run
         for other in filter(None, (verb.prepare, verb.opened)):
             assert callable(load(other)), other
+
+
+def test_bench_takes_a_published_size_by_the_flag_model(with_config):
+    assert "model" in {flag.name for flag in flags_of(load(with_config["bench"].config))}
 
 
 def test_configs_are_frozen_and_survive_json(package, with_config):

@@ -81,7 +81,7 @@ def test_an_installed_flash_attention_3_is_found(tmp_path, monkeypatch):
         ({"tokens": (2048,)}, "1024 positions"),
         ({"recent": 0}, "recent must be positive"),
         ({"decode_only": True, "ratios": (0.7,)}, "at most 2/3"),
-        ({"unequal": True}, "a shape other than tiny"),
+        ({"unequal": True}, "a model other than tiny"),
     ],
 )
 def test_bad_values_are_named(change, message):

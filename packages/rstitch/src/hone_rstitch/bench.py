@@ -116,7 +116,7 @@ def bench(cfg: BenchConfig, run: Run) -> BenchReport:
 
 
 def _models(cfg: BenchConfig, device: torch.device) -> tuple[Any, Any, Vocabulary]:
-    if cfg.shape == "tiny":
+    if cfg.model == "tiny":
         pair = load_host(0, device=device)
         return pair.small, pair.large, pair.vocabulary
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -127,7 +127,7 @@ def _models(cfg: BenchConfig, device: torch.device) -> tuple[Any, Any, Vocabular
         torch.set_default_dtype(dtype)
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(cfg.seed)
-            for name in cfg.shape.split("-"):
+            for name in cfg.model.split("-"):
                 config = Qwen2Config(**SHAPES[name], tie_word_embeddings=False, max_position_embeddings=131072)
                 models.append(Qwen2ForCausalLM(config).eval())
     finally:

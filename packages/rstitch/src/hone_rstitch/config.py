@@ -567,7 +567,7 @@ class BenchConfig:
     loop: Literal["transformers", "engine"] = "transformers"
     """``transformers``: the loop of ``stitch_generate``, one text. ``engine``: the engine on pages, beside what memory
     bandwidth allows."""
-    shape: Literal["tiny", "1.5b-7b", "1.5b-14b", "1.5b-32b"] = "tiny"
+    model: Literal["tiny", "1.5b-7b", "1.5b-14b", "1.5b-32b"] = "tiny"
     """``tiny``: the packaged pair. Others: random weights in the shapes of R1-Distill-Qwen-1.5B and 7B, 14B, or 32B."""
     context: int = 32
     """Tokens that both models have read before anything is timed."""
@@ -596,7 +596,7 @@ class BenchConfig:
             raise ValueError("context, gaps, tokens, batches and rounds must be at least 1")
         if max(self.gaps) > 64 and self.loop == "engine":
             raise ValueError(f"the engine packs gaps of up to 64 tokens; got {max(self.gaps)}")
-        if self.shape == "tiny" and self.context + max(*self.gaps, self.tokens) > 256:
+        if self.model == "tiny" and self.context + max(*self.gaps, self.tokens) > 256:
             raise ValueError("the tiny pair has 256 positions; shorten context, gaps or tokens")
 
 

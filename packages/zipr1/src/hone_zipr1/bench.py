@@ -357,11 +357,11 @@ def decode_bound(text: Any, tokens: int, batch: int, ratio: float, width: int) -
 
 def _model(cfg: BenchConfig, device: torch.device) -> Any:
     dtype = resolve_dtype(cfg.dtype, device)
-    if cfg.shape == "tiny":
+    if cfg.model == "tiny":
         return load_host(device).model.to(dtype)
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    shape = SHAPES[cfg.shape]
+    shape = SHAPES[cfg.model]
     pairs = shape["hidden_size"] // shape["num_attention_heads"] // 2
     section = [pairs // 4, 3 * pairs // 8, 3 * pairs // 8]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}

@@ -561,7 +561,7 @@ class EvalConfig:
 class BenchConfig:
     """Times of prefill and decoding with random weights, at ratios that are set: no content decides them."""
 
-    shape: Literal["tiny", "qwen2.5-vl-3b", "qwen2.5-vl-7b"] = "tiny"
+    model: Literal["tiny", "qwen2.5-vl-3b", "qwen2.5-vl-7b"] = "tiny"
     """``tiny``: the tiny host. Others: the decoder of Qwen2.5-VL with random weights; prompts come as text tokens."""
     tokens: tuple[int, ...] = (64,)
     """Lengths of the prompt."""
@@ -601,9 +601,9 @@ class BenchConfig:
                 f"some samples keep one and a half of the ratio with decode_only or unequal, so that it is at most "
                 f"2/3; got {max(self.ratios)}"
             )
-        if self.unequal and (self.decode_only or self.shape == "tiny"):
-            raise ValueError("unequal times the prefill of a shape other than tiny; leave decode_only out")
-        if self.shape == "tiny" and max(self.tokens) > 1000:
+        if self.unequal and (self.decode_only or self.model == "tiny"):
+            raise ValueError("unequal times the prefill of a model other than tiny; leave decode_only out")
+        if self.model == "tiny" and max(self.tokens) > 1000:
             raise ValueError(f"the tiny host has 1024 positions; got {max(self.tokens)} tokens")
 
 
