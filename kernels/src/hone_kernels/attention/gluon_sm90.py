@@ -513,7 +513,7 @@ def _run(s, offsets, shift, length, more, q, top, sums, acc, no_logits, turn, sc
         if whole:
             weights, top, sums, acc = _weigh(s, None, top, sums, acc, scale, v_buf.dtype, False)
         else:
-            weights, top, sums, acc = _weigh(s, offsets, top, sums, acc, scale, v_buf.dtype, True, FIRST)
+            weights, top, sums, acc = _weigh(s, offsets, top, sums, acc, scale, v_buf.dtype, True)
     else:
         weights, top, sums, acc = _weigh(s, offsets, top, sums, acc, scale, v_buf.dtype, True, FIRST)
     for _ in range(1, length):
