@@ -119,6 +119,21 @@ generate --music NONE
 reproduce --host NONE
 train --data NONE
 """,
+    "hone-nar": """
+demo --host NONE
+eval --host NONE
+eval --nll --model NONE --data .
+eval --protocol imagenet --model NONE
+eval --protocol ucf --model NONE --reference . --detector here
+eval --protocol geneval --model NONE --prompts here
+extract --images NONE --vae here
+extract --images . --vae NONE
+generate --model NONE --classes 1
+generate --model NONE --prompt x
+train --data NONE
+train --data . --start NONE
+train --data . --raster NONE
+""",
     "hone-pmloss": """
 eval --ply here --truth NONE
 eval --ply NONE.ply --cloud here

@@ -12,8 +12,9 @@ import torch
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_nar.benchmarks import write_npz
 from hone_nar.config import EvalConfig
-from hone_nar.evaluate import evaluate, prepare
+from hone_nar.evaluate import evaluate
 from hone_nar.extract import clips_of
+from hone_nar.inputs import find_graded
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny, tiny_tokenizer
 from hone_nar.pipelines import NARPipeline, NARVideoPipeline
@@ -87,10 +88,12 @@ def test_imagenet_by_adms_evaluator(classes, start, tmp_path):
     (tmp_path / "adm" / "evaluations" / "evaluator.py").write_text("raise SystemExit('no TensorFlow')")
     with pytest.raises(RuntimeError, match="no TensorFlow"):
         run_eval(start, cfg, tmp_path / "again")
+    with pytest.raises(ValueError, match="there is no Python at 'nowhere'"):
+        find_graded(replace(cfg, scorer_python="nowhere"))
     with pytest.raises(CheckpointError, match="checkout of openai/guided-diffusion"):
-        prepare(replace(cfg, scorer=tmp_path))
+        find_graded(replace(cfg, scorer=tmp_path))
     with pytest.raises(CheckpointError, match=r"needs --reference VIRTUAL_imagenet256_labeled\.npz"):
-        prepare(replace(cfg, reference=None))
+        find_graded(replace(cfg, reference=None))
 
 
 def test_imagenet_by_torch_fidelity_has_names_of_its_own(classes, start, tmp_path, monkeypatch):
@@ -98,7 +101,7 @@ def test_imagenet_by_torch_fidelity_has_names_of_its_own(classes, start, tmp_pat
     cfg = EvalConfig(protocol="imagenet", model=classes, limit=2, reference=tmp_path / "real")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(MissingExtraError, match="fid"):
-        prepare(cfg)
+        find_graded(cfg)
     asked = []
 
     def metrics(**options):
@@ -113,7 +116,7 @@ def test_imagenet_by_torch_fidelity_has_names_of_its_own(classes, start, tmp_pat
     assert "fid" not in values
     assert asked[0]["input1"] == str(report.path / "artifacts" / "images")
     with pytest.raises(CheckpointError, match=r"an \.npz needs --scorer"):
-        prepare(replace(cfg, reference=tmp_path / "reference.npz"))
+        find_graded(replace(cfg, reference=tmp_path / "reference.npz"))
 
 
 def test_the_npz_is_what_numpy_writes(tmp_path):
@@ -150,13 +153,17 @@ def test_geneval_by_its_own_scorer(classes, start, tmp_path):
     assert len(list((report.path / "artifacts" / "images" / "00001" / "samples").glob("*.png"))) == 4
     drawn, _ = run_eval(start, replace(cfg, scorer=None, weights=None, limit=1), tmp_path / "drawn")
     assert drawn == {"images": 4}
+    with pytest.raises(ValueError, match="there is no Python at 'nowhere'"):
+        find_graded(replace(cfg, scorer_python="nowhere"))
+    with pytest.raises(CheckpointError, match="no folder of GenEval's Mask2Former at"):
+        find_graded(replace(cfg, weights=tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="checkout of djghosh13/geneval"):
-        prepare(replace(cfg, scorer=tmp_path))
+        find_graded(replace(cfg, scorer=tmp_path))
     with pytest.raises(ValueError, match="needs a model of texts"):
-        prepare(replace(cfg, model=classes))
+        find_graded(replace(cfg, model=classes))
     prompts.write_text("{}")
     with pytest.raises(CheckpointError, match="holds no prompts as GenEval"):
-        prepare(cfg)
+        find_graded(cfg)
 
 
 class Detector(torch.nn.Module):
@@ -173,7 +180,7 @@ class Detector(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio-ffmpeg's pipes
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_fvd_of_clips(start, tmp_path, classes):
+def test_fvd_of_clips(start, tmp_path, classes, monkeypatch):
     vae = LARPTokenizer(frames=4, size=16, tokens=24, dim=16, depth=1, heads=2, codebook_size=32).eval()
     NARVideoPipeline(tiny("video", num_classes=2), vae).save_pretrained(tmp_path / "clips")
     for at, name in enumerate(("jump", "run")):
@@ -188,8 +195,27 @@ def test_fvd_of_clips(start, tmp_path, classes):
         protocol="ucf", model=tmp_path / "clips", reference=tmp_path / "videos", detector=tmp_path / "i3d.pt", limit=8,
         batch=3,
     )  # fmt: skip
+    # A run that is stopped goes on with what it has drawn, and with the same clips.
+    calls, again, original = [], [], NARVideoPipeline.__call__
+    with monkeypatch.context() as patched:
+
+        def stopped(self, labels, **options):
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(labels)
+            return original(self, labels, **options)
+
+        patched.setattr(NARVideoPipeline, "__call__", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_eval(start, cfg, tmp_path / "run")
+    monkeypatch.setattr(
+        NARVideoPipeline,
+        "__call__",
+        lambda self, labels, **options: again.append(labels) or original(self, labels, **options),
+    )
     values, report = run_eval(start, cfg, tmp_path / "run")
-    labels = json.loads((report.path / "artifacts" / "classes.json").read_text())
+    assert [len(part) for part in (*calls, *again)] == [3, 3, 2]
+    labels = [label for _, label in json.loads((report.path / "artifacts" / "clips.json").read_text())]
     assert set(labels) == {0, 1}
     pipe, detector = NARVideoPipeline.from_pretrained(tmp_path / "clips"), Detector()
     options = {"rescale": False, "resize": True, "return_features": True}
@@ -201,8 +227,8 @@ def test_fvd_of_clips(start, tmp_path, classes):
     assert values["fvd"] == pytest.approx(wanted, rel=1e-3)
     NARVideoPipeline(tiny("video"), vae).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="holds 2 classes; the model has 10"):
-        prepare(replace(cfg, model=tmp_path / "other"))
+        find_graded(replace(cfg, model=tmp_path / "other"))
     with pytest.raises(CheckpointError, match="holds a NARPipeline; protocol ucf needs a NARVideoPipeline"):
-        prepare(replace(cfg, model=classes))
+        find_graded(replace(cfg, model=classes))
     with pytest.raises(CheckpointError, match="there is no I3D at"):
-        prepare(replace(cfg, detector=tmp_path / "none.pt"))
+        find_graded(replace(cfg, detector=tmp_path / "none.pt"))

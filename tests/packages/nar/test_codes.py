@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
-from hone_nar.codes import INDEX, open_codes, write_class, write_index, write_texts
+from hone_nar.codes import open_codes, write_class, write_index, write_texts
+from hone_nar.places import INDEX
 
 
 def folder_of(path, counts=(2, 3), views=2, tokens=6):

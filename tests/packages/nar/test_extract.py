@@ -8,9 +8,11 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_nar.codes import open_codes
 from hone_nar.config import ExtractConfig
-from hone_nar.extract import clips_of, extract, find_texts, prepare, views_of
+from hone_nar.extract import clips_of, extract, views_of
+from hone_nar.inputs import find_extracted
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny_tokenizer
+from hone_nar.places import find_texts
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -61,9 +63,9 @@ def test_bad_input_is_named_before_work(images, start):
         ("empty", "no image of class bird"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            prepare(ExtractConfig(images=images / folder, vae=images / "vae"))
+            find_extracted(ExtractConfig(images=images / folder, vae=images / "vae"))
     with pytest.raises(CheckpointError, match="there is no tokenizer"):
-        prepare(ExtractConfig(images=images / "images", vae=images / "vq.pt"))
+        find_extracted(ExtractConfig(images=images / "images", vae=images / "vq.pt"))
     cfg = ExtractConfig(images=images / "images", vae=images / "vae", size=30)
     with start(cfg, "extract", images / "run") as run, pytest.raises(ValueError, match="multiple of 4; got 30"):
         extract(cfg, run)

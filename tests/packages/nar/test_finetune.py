@@ -8,9 +8,9 @@ from hone_nar.checkpoints import load_published
 from hone_nar.codes import open_codes, write_class, write_index, write_texts
 from hone_nar.config import EvalConfig, TrainConfig
 from hone_nar.evaluate import evaluate
-from hone_nar.evaluate import prepare as prepare_eval
-from hone_nar.finetune import TINY, draw, options_of, prepare, rate, train
+from hone_nar.finetune import TINY, draw, options_of, rate, train
 from hone_nar.flashar import FlashARForImageGeneration
+from hone_nar.inputs import find_graded, find_trained
 from hone_nar.transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 from hone_video.training import Group, Loop, Part
 from hone_video.training_config import LoopConfig
@@ -208,7 +208,7 @@ def test_a_model_of_clips_is_trained_and_measured(cfg, clips, start, tmp_path, m
         (row,) = evaluate(asked, run).rows
     assert row.n == 6
     with pytest.raises(ValueError, match="no raster model of clips"):
-        prepare(replace(cfg, raster=clips / "codes.json"))
+        find_trained(replace(cfg, raster=clips / "codes.json"))
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +250,11 @@ def test_a_model_of_texts_is_trained_and_measured(cfg, texts, start, tmp_path):
         (replace(cfg, model="nar_b"), "model must be of tiny, tiny-raster, tiny-flashar, nar_xl_t2i, llamagen_xl_t2i"),
     ):
         with pytest.raises(ValueError, match=message):
-            prepare(wrong)
+            find_trained(wrong)
     with pytest.raises(CheckpointError, match="is no T5 that can be read"):
-        prepare(replace(cfg, text_encoder=str(texts)))
+        find_trained(replace(cfg, text_encoder=str(texts)))
     with pytest.raises(ValueError, match="--text-encoder belongs to codes of texts"):
-        prepare_eval(replace(asked, text_encoder=None))
+        find_graded(replace(asked, text_encoder=None))
 
 
 def test_codes_out_of_range_stop_before_a_weight_is_made(cfg, start, tmp_path, monkeypatch):
@@ -271,15 +271,15 @@ def test_codes_out_of_range_stop_before_a_weight_is_made(cfg, start, tmp_path, m
 def test_what_does_not_fit_a_saved_model_is_named_before_work(cfg, clips, start, tmp_path):
     report = run_train(start, replace(cfg, loop=replace(LOOP, steps=1)), tmp_path / "run")
     asked = EvalConfig(model=report.model, data=cfg.data, nll=True)
-    prepare_eval(asked)
+    find_graded(asked)
     with pytest.raises(ValueError, match=r"codes are of a grid of \(2, 2, 3\), and the model draws \(3, 3\)"):
-        prepare_eval(replace(asked, data=clips))
+        find_graded(replace(asked, data=clips))
     path = tmp_path / "codes"
     path.mkdir()
     write_class(path, 0, torch.full((2, 1, 9), 16))
     write_index(path, grid=(3, 3), choices=17, classes=["a"])
     with pytest.raises(CheckpointError, match="codes must lie in 0 to 15; got 16"):
-        prepare_eval(replace(asked, data=path))
+        find_graded(replace(asked, data=path))
 
 
 @pytest.mark.parametrize(
@@ -298,13 +298,13 @@ def test_what_does_not_fit_a_saved_model_is_named_before_work(cfg, clips, start,
 )
 def test_what_does_not_fit_is_named_before_work(cfg, options, error, message):
     with pytest.raises(error, match=message):
-        prepare(replace(cfg, **options))
+        find_trained(replace(cfg, **options))
 
 
 def test_missing_files_are_named_before_work(cfg, tmp_path):
     with pytest.raises(CheckpointError, match="there are no weights at"):
-        prepare(replace(cfg, raster=tmp_path / "none.pt"))
+        find_trained(replace(cfg, raster=tmp_path / "none.pt"))
     with pytest.raises(CheckpointError, match="there is no folder of codes"):
-        prepare(replace(cfg, data=tmp_path / "none"))
+        find_trained(replace(cfg, data=tmp_path / "none"))
     with pytest.raises(CheckpointError, match="holds no codes"):
-        prepare(replace(cfg, data=tmp_path))
+        find_trained(replace(cfg, data=tmp_path))

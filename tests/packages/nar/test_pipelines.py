@@ -12,10 +12,11 @@ from hone_nar.config import GenerateConfig
 from hone_nar.extract import clips_of
 from hone_nar.flashar import FlashARForImageGeneration
 from hone_nar.generation import graphed
+from hone_nar.inputs import find_drawn
 from hone_nar.larp import LARPTokenizer
 from hone_nar.models import tiny, tiny_tokenizer
 from hone_nar.pipelines import NARPipeline, NARVideoPipeline
-from hone_nar.sample import generate, prepare
+from hone_nar.sample import generate
 from hone_nar.texts import pad_left
 from hone_video.videos import save_video
 from peft import LoraConfig, inject_adapter_in_model
@@ -233,11 +234,11 @@ def test_the_verb_writes_an_image_of_each_class_whatever_the_batch(classes, star
         assert max(np.abs(one - two).max(), np.abs(one - three).max()) <= 1
     for wrong, message in (({"classes": (10,)}, "classes are 0 to 9; got 10"), ({"top_p": 2.0}, "top_p")):
         with pytest.raises(ValueError, match=message):
-            prepare(GenerateConfig(**(options | wrong)))
+            find_drawn(GenerateConfig(**(options | wrong)))
     with pytest.raises(ValueError, match="this model draws classes; got prompts"):
-        prepare(GenerateConfig(model=tmp_path / "model", prompts=("a",)))
+        find_drawn(GenerateConfig(model=tmp_path / "model", prompts=("a",)))
     with pytest.raises(CheckpointError, match="no saved pipeline"):
-        prepare(GenerateConfig(model=tmp_path, classes=(1,)))
+        find_drawn(GenerateConfig(model=tmp_path, classes=(1,)))
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio-ffmpeg's pipes
@@ -254,3 +255,20 @@ def test_the_verb_writes_a_clip_of_each_class(start, tmp_path):
         assert file.read_bytes() == wanted.read_bytes()
     assert not np.allclose(*clips)
     assert clips_of(files[1], 4, 16, "center").shape == (1, 1, 3, 4, 16, 16)
+
+
+def test_a_prompt_without_a_word_and_a_guidance_that_is_no_number_are_found_before_weights_are_read(texts, tmp_path):
+    texts.save_pretrained(tmp_path)
+    for file in (*tmp_path.rglob("*.safetensors"),):
+        file.write_bytes(b"")
+    assert find_drawn(GenerateConfig(model=tmp_path, prompts=("A red cat",)))
+    for wrong, message in (
+        ({"prompts": ("a cat", " ")}, "prompt 1 holds no word"),
+        ({"prompts": ("a cat a cat a cat",)}, "a prompt has 7 tokens"),
+        ({"prompts": ("a cat",), "guidance": float("nan")}, "guidance must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_drawn(GenerateConfig(model=tmp_path, **wrong))
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no saved pipeline"):
+        find_drawn(GenerateConfig(model=tmp_path, prompts=("a cat",)))

@@ -13,7 +13,6 @@ Source: Section 4.1; openai/guided-diffusion, ``evaluations/evaluator.py``; the 
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -26,26 +25,26 @@ from typing import Any
 import numpy as np
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.errors import CheckpointError, MissingExtraError
-from hone_core.io import atomic_path
+from hone_core.errors import CheckpointError
+from hone_core.io import atomic_path, atomic_write_json, save_safetensors
 from hone_core.progress import progress_bar
 from hone_core.runs import Better, Run
 from hone_visual_ar import geneval
-from hone_visual_ar.pipelines import check_prompts
 from hone_visual_ar.quality import frechet
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .config import EvalConfig
-from .extract import VIDEO_SUFFIXES, clips_of, find_images
+from .extract import clips_of
 from .pipelines import NARPipeline, NARVideoPipeline
-from .sample import graph_device, padded, read_pipeline
+from .places import EVALUATOR, VIDEO_SUFFIXES, check_benchmark, fidelity, find_images, read_pipeline
+from .sample import graph_device, padded
 
-__all__ = ["COUNTS", "check_benchmark", "judge", "write_npz"]
+__all__ = ["COUNTS", "judge", "write_npz"]
 
 COUNTS = {"imagenet": 50_000, "ucf": 10_000}
 """Images and clips that are drawn by each protocol."""
-EVALUATOR = Path("evaluations", "evaluator.py")
 ADM_METRICS: dict[str, tuple[str, Better]] = {
     "Inception Score": ("inception_score", "higher"),
     "FID": ("fid", "lower"),
@@ -59,50 +58,6 @@ FIDELITY_METRICS: dict[str, tuple[str, Better]] = {
     "precision": ("precision_torch_fidelity", "higher"),
     "recall": ("recall_torch_fidelity", "higher"),
 }
-
-
-def check_benchmark(cfg: EvalConfig) -> None:
-    """Look for everything that a protocol needs; no weight is read.
-
-    Raises:
-        CheckpointError: Pipeline, reference, detector, prompts or scorer are not there.
-        MissingExtraError: torch-fidelity is asked for and not installed.
-        ValueError: The pipeline is of another kind, or a prompt is too long.
-    """
-    assert cfg.model is not None
-    kind, model = read_pipeline(cfg.model)
-    wanted = "NARVideoPipeline" if cfg.protocol == "ucf" else "NARPipeline"
-    if kind != wanted:
-        raise CheckpointError(f"{cfg.model} holds a {kind}; protocol {cfg.protocol} needs a {wanted}")
-    texts = model.get("num_classes") is None
-    if texts != (cfg.protocol == "geneval"):
-        raise ValueError(f"protocol {cfg.protocol} needs a model of {'classes' if texts else 'texts'}")
-    if cfg.protocol == "imagenet":
-        if cfg.scorer is not None:
-            if not (cfg.scorer / EVALUATOR).is_file():
-                raise CheckpointError(
-                    f"there is no {cfg.scorer / EVALUATOR}; name a checkout of openai/guided-diffusion"
-                )
-            if cfg.reference is None or not cfg.reference.is_file():
-                raise CheckpointError("ADM's evaluator needs --reference VIRTUAL_imagenet256_labeled.npz")
-        elif cfg.reference is not None:
-            if not cfg.reference.is_dir():
-                raise CheckpointError(f"there is no folder of real images at {cfg.reference}; an .npz needs --scorer")
-            _fidelity()
-    elif cfg.protocol == "ucf":
-        assert cfg.reference is not None
-        assert cfg.detector is not None
-        classes = find_images(cfg.reference, VIDEO_SUFFIXES)
-        if len(classes) != model["num_classes"]:
-            raise ValueError(f"{cfg.reference} holds {len(classes)} classes; the model has {model['num_classes']}")
-        if not cfg.detector.is_file():
-            raise CheckpointError(f"there is no I3D at {cfg.detector}; name the TorchScript file of StyleGAN-V")
-    else:
-        assert cfg.prompts is not None
-        prompts = geneval.read_prompts(cfg.prompts, limit=cfg.limit)
-        check_prompts(cfg.model, [prompt.text for prompt in prompts], model["cls_token_num"])
-        if cfg.scorer is not None:
-            geneval.check_scorer(cfg.scorer)
 
 
 def judge(cfg: EvalConfig, run: Run) -> None:
@@ -189,7 +144,7 @@ def _imagenet(cfg: EvalConfig, run: Run) -> None:
             "cuda": resolve_device(run.device).type == "cuda",
         }
         options |= {"samples_find_deep": True}
-        found = _fidelity().calculate_metrics(input1=str(folder), input2=str(cfg.reference), **options)
+        found = fidelity().calculate_metrics(input1=str(folder), input2=str(cfg.reference), **options)
         metrics = FIDELITY_METRICS
     else:
         return
@@ -208,13 +163,6 @@ def _adm(cfg: EvalConfig, reference: Path, samples: Path) -> dict[str, float]:
             f"ADM's evaluator failed ({done.returncode}): {(done.stderr or done.stdout).strip()[-2000:]}"
         )
     return found
-
-
-def _fidelity() -> Any:
-    try:
-        return importlib.import_module("torch_fidelity")
-    except ImportError as error:
-        raise MissingExtraError("fid", "hone-nar", "FID against a folder") from error
 
 
 def _geneval(cfg: EvalConfig, run: Run) -> None:
@@ -240,8 +188,7 @@ def _geneval(cfg: EvalConfig, run: Run) -> None:
 def _ucf(cfg: EvalConfig, run: Run) -> None:
     """FVD of as many drawn clips as real ones, whose classes they have."""
     assert cfg.reference is not None
-    assert cfg.detector is not None
-    device, count = resolve_device(run.device), cfg.limit or COUNTS["ucf"]
+    count = cfg.limit or COUNTS["ucf"]
     videos = [
         (file, label)
         for label, files in enumerate(find_images(cfg.reference, VIDEO_SUFFIXES).values())
@@ -250,7 +197,34 @@ def _ucf(cfg: EvalConfig, run: Run) -> None:
     # The release draws its classes from the training clips with this seed.
     generator = torch.Generator().manual_seed(42)
     chosen = [videos[at] for at in torch.randint(len(videos), (count,), generator=generator)]
-    pipe = _load(NARVideoPipeline, cfg, run)
+    # A window's place is drawn before its video is read, so that a run that was stopped goes on with the same ones.
+    shares = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    _begin_or_go_on(run, chosen)
+    parts = {at: run.artifacts / "features" / f"{at:06}.safetensors" for at in range(0, count, cfg.batch)}
+    missing = [at for at, file in parts.items() if not file.is_file()]
+    if missing:
+        _write_features(cfg, run, chosen, shares, {at: parts[at] for at in missing})
+    found = [load_file(file) for file in parts.values()]
+    real, drawn = (torch.cat([part[name] for part in found]) for name in ("real", "drawn"))
+    run.row("fvd", frechet(drawn, real, ddof=0), better="lower", n=count, split="ucf")
+
+
+def _begin_or_go_on(run: Run, chosen: list[tuple[Path, int]]) -> None:
+    """Write which videos are taken, and their classes; refuse to go on with others."""
+    stored = run.artifacts / "clips.json"
+    listed = [[str(file), label] for file, label in chosen]
+    if not stored.is_file():
+        atomic_write_json(stored, listed)
+    elif json.loads(stored.read_text(encoding="utf-8")) != listed:
+        raise CheckpointError(f"videos were added or removed since {run.path} was begun; choose another --out")
+
+
+def _write_features(
+    cfg: EvalConfig, run: Run, chosen: list[tuple[Path, int]], shares: list[float], files: dict[int, Path]
+) -> None:
+    """Features of real and drawn clips, a file for each batch, by its first clip."""
+    assert cfg.detector is not None
+    pipe, device = _load(NARVideoPipeline, cfg, run), resolve_device(run.device)
     options = _options(cfg, pipe)
     _, frames, side, _ = pipe.vae.shape
     detector = torch.jit.load(cfg.detector, map_location=device).eval()
@@ -259,23 +233,17 @@ def _ucf(cfg: EvalConfig, run: Run) -> None:
         found = detector(2 * clips_01.to(device) - 1, rescale=False, resize=True, return_features=True)
         return found.float().cpu()
 
-    real, drawn = [], []
-    with torch.no_grad(), progress_bar(count, desc="clips", quiet=run.quiet) as bar:
-        for at in range(0, count, cfg.batch):
+    with torch.no_grad(), progress_bar(len(chosen), desc="clips", quiet=run.quiet) as bar:
+        bar.update(len(chosen) - sum(len(chosen[at : at + cfg.batch]) for at in files))
+        for at, stored in files.items():
             part = chosen[at : at + cfg.batch]
             windows = []
-            for file, _ in part:
+            for (file, _), share in zip(part, shares[at:], strict=False):
                 found = clips_of(file, frames, side, "center")[:, 0]
-                windows.append(found[int(torch.randint(len(found), (1,), generator=generator))])
-            real.append(features(torch.stack(windows)))
+                windows.append(found[int(share * len(found))])
             numbers = [*range(len(part))]
             numbers = padded(numbers, cfg.batch) if cfg.graphs else numbers
             seeds = [cfg.seed + at + number for number in numbers]
             clips = pipe([part[number][1] for number in numbers], seeds=seeds, output_type="pt", **options)
-            drawn.append(features(clips[: len(part)]))
+            save_safetensors({"real": features(torch.stack(windows)), "drawn": features(clips[: len(part)])}, stored)
             bar.update(len(part))
-    value = frechet(torch.cat(drawn), torch.cat(real), ddof=0)
-    run.row("fvd", value, better="lower", n=count, split="ucf")
-    run.artifacts.mkdir(parents=True, exist_ok=True)
-    with atomic_path(run.artifacts / "classes.json") as scratch:
-        scratch.write_text(json.dumps([label for _, label in chosen]), encoding="utf-8")

@@ -23,7 +23,7 @@ def info() -> dict[str, Any]:
 
     from .checkpoints import MANIFESTS
     from .config import PRESETS
-    from .host import host_of
+    from .places import host_of
 
     return {
         **installed(PACKAGE, "diffusers"),
@@ -42,22 +42,28 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "demo:demo",
         "DemoConfig",
         "Draw digits by NAR and by a raster model: a GIF and a sheet.",
-        prepare="demo:prepare",
+        prepare="inputs:find_host",
     ),
     "generate": _verb(
         "sample:generate",
         "GenerateConfig",
         "Draw images of classes or prompts, or clips of classes, with a saved pipeline.",
-        prepare="sample:prepare",
+        prepare="inputs:find_drawn",
     ),
     "extract": _verb(
-        "extract:extract", "ExtractConfig", "Write codes of images in folders, to train on.", prepare="extract:prepare"
+        "extract:extract",
+        "ExtractConfig",
+        "Write codes of images in folders, to train on.",
+        prepare="inputs:find_extracted",
     ),
     "train": _verb(
-        "finetune:train", "TrainConfig", "Train NAR, LlamaGen or FlashAR on codes.", prepare="finetune:prepare"
+        "finetune:train", "TrainConfig", "Train NAR, LlamaGen or FlashAR on codes.", prepare="inputs:find_trained"
     ),
     "eval": _verb(
-        "evaluate:evaluate", "EvalConfig", "Exact likelihoods, and quality of drawn digits.", prepare="evaluate:prepare"
+        "evaluate:evaluate",
+        "EvalConfig",
+        "Exact likelihoods, and quality of drawn digits.",
+        prepare="inputs:find_graded",
     ),
     "reproduce": _verb("reproduce:reproduce", "ReproduceConfig", "Put the central claim to the test on digits."),
     "bench": _verb("bench:bench", "BenchConfig", "Time drawing at real sizes: the release's loop, ours, and raster."),

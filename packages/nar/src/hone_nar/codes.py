@@ -21,9 +21,9 @@ from hone_core.errors import CheckpointError
 from hone_core.io import atomic_write_json, save_safetensors
 from torch import Tensor
 
-__all__ = ["INDEX", "Codes", "Shard", "class_file", "open_codes", "write_class", "write_index", "write_texts"]
+from .places import INDEX, check_codes
 
-INDEX = "codes.json"
+__all__ = ["Codes", "Shard", "class_file", "open_codes", "write_class", "write_index", "write_texts"]
 
 
 def write_index(
@@ -133,16 +133,9 @@ def open_codes(folder: Path) -> Codes:
     Raises:
         CheckpointError: There is none, it is empty, or it is damaged.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder of codes at {folder}; make one with hone-nar extract")
+    check_codes(folder)
     if not (folder / INDEX).is_file():
-        found = _release(folder)
-        if found is None:
-            raise CheckpointError(
-                f"{folder} holds no codes: neither {INDEX}, as hone-nar extract writes it, nor the release's folders "
-                "*_codes and *_labels"
-            )
-        return found
+        return _release(folder)
     try:
         data = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         grid, choices, names = tuple(map(int, data["grid"])), int(data["choices"]), data["classes"]
@@ -185,12 +178,10 @@ def _shard(file: Path, label: int | None) -> Shard:
     return Shard(str(file), count, lambda at: (reader[at].long(), texts[at]))
 
 
-def _release(folder: Path) -> Codes | None:
+def _release(folder: Path) -> Codes:
     import numpy as np
 
-    codes, labels = (next(iter(sorted(folder.glob(f"*_{what}"))), None) for what in ("codes", "labels"))
-    if codes is None or labels is None:
-        return None
+    codes, labels = (min(folder.glob(f"*_{what}")) for what in ("codes", "labels"))
     files = sorted((file for file in codes.glob("*.npy") if file.stem.isdecimal()), key=lambda file: int(file.stem))
     if not files:
         raise CheckpointError(f"{codes} holds no numbered .npy file")

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 from hone_core.devices import resolve_device
-from hone_core.hosts import open_host
 from hone_core.runs import Report, Run
 from torch import Tensor
 
 from . import plots
-from .config import DemoConfig, HostConfig
+from .config import DemoConfig
 from .evaluate import likelihood_rows, table, variants_of
 from .generation import Decoding
-from .host import PACKAGE, draw_digits, host_of, load_host
+from .host import draw_digits, load_host
+from .places import host_of
 
-__all__ = ["DemoReport", "demo", "prepare"]
+__all__ = ["DemoReport", "demo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +45,6 @@ class DemoReport(Report):
     def __str__(self) -> str:
         paths = f"growth   {self.growth}\nsheet    {self.sheet}\nresults  {self.path / 'results.json'}"
         return f"{table(self.rows)}\n{paths}"
-
-
-def prepare(cfg: DemoConfig) -> DemoConfig:
-    """Look for the host.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    open_host(HostConfig, PACKAGE, cfg.host or host_of(cfg.data))
-    return cfg
 
 
 def demo(cfg: DemoConfig, run: Run) -> DemoReport:

@@ -13,23 +13,22 @@ from typing import Any
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
 from hone_core.errors import CheckpointError
-from hone_core.hosts import open_host
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Row, Run
 from torch import Tensor
 
-from .benchmarks import check_benchmark, judge
+from .benchmarks import judge
 from .codes import Codes, open_codes
-from .config import HEADS, EvalConfig, HostConfig, Mix
+from .config import HEADS, EvalConfig, Mix
 from .data import Digits
 from .flashar import FlashARForImageGeneration
 from .grading import bits
-from .host import PACKAGE, Host, draw_digits, load_host
+from .host import Host, draw_digits, load_host
 from .tasks import TASKS, Task
 from .texts import TextReader, condition_of
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
-__all__ = ["EvalReport", "Variant", "evaluate", "prepare", "table", "variants_of"]
+__all__ = ["EvalReport", "Variant", "evaluate", "fitting", "table", "variants_of"]
 
 
 LIMIT = 1000
@@ -162,23 +161,13 @@ def real_rows(run: Run, task: Task, split: str = "") -> None:
     run.row("distance", task.distance(test.tokens), better="lower", n=len(test), variant=name, split=split)
 
 
-def prepare(cfg: EvalConfig) -> EvalConfig:
-    """Look for the host, or a saved model and codes, which are held against its config; no weight is read.
+def fitting(cfg: EvalConfig, folder: Path, data: Path) -> tuple[type[Any], Codes]:
+    """Class of a saved model, and codes that fit it; no weight is read.
 
     Raises:
-        CheckpointError: There is none, or codes are out of range.
+        CheckpointError: One of them is not there, or codes are out of range.
         ValueError: The codes are of texts and no encoder is named, or the other way round, or of another kind of model.
     """
-    if cfg.protocol != "host":
-        check_benchmark(cfg)
-    elif cfg.model is not None and cfg.data is not None:
-        _fitting(cfg, cfg.model, cfg.data)
-    else:
-        open_host(HostConfig, PACKAGE, cfg.host)
-    return cfg
-
-
-def _fitting(cfg: EvalConfig, folder: Path, data: Path) -> tuple[type[Any], Codes]:
     cls, options = _class_of(folder)
     codes, classes = open_codes(data), options["num_classes"]
     if codes.texts != (classes is None):
@@ -229,7 +218,7 @@ def _class_of(folder: Path) -> tuple[type[Any], dict[str, Any]]:
     try:
         options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = options["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} holds no saved model; expected what train writes") from error
     if kind not in kinds:
         raise CheckpointError(f"{folder} holds a {kind}; expected one of {', '.join(kinds)}")
@@ -238,7 +227,7 @@ def _class_of(folder: Path) -> tuple[type[Any], dict[str, Any]]:
 
 def _saved(cfg: EvalConfig, folder: Path, data: Path, run: Run) -> None:
     """Write the row of a saved model's exact bits per token of codes' first views."""
-    cls, codes = _fitting(cfg, folder, data)
+    cls, codes = fitting(cfg, folder, data)
     device = resolve_device(run.device)
     model: Any = cls.from_pretrained(folder).to(device).eval()
     reader = None

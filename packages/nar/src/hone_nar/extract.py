@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,10 @@ from .checkpoints import build, load_published
 from .codes import class_file, write_class, write_index, write_texts
 from .config import ExtractConfig
 from .larp import LARPTokenizer
+from .places import find_extracted, parts_of
 from .tokenizer import LlamaGenVQModel
 
-__all__ = ["ExtractReport", "clips_of", "extract", "find_images", "find_texts", "views_of"]
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
-LISTING = "metadata.jsonl"
+__all__ = ["ExtractReport", "clips_of", "extract", "views_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,54 +54,6 @@ class ExtractReport(Report):
         values = {row.metric: row.value for row in self.rows}
         what = f" of {values['classes']:.0f} classes" if "classes" in values else " with texts"
         return f"codes    {self.codes}\n{'':8} {values['images']:.0f} images{what}"
-
-
-def find_images(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, list[Path]]:
-    """Files of each class, by the names of the folders, sorted.
-
-    Raises:
-        CheckpointError: There is no folder, no class in it, or a class without a file.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder of images at {folder}")
-    found = {
-        part.name: sorted(file for file in part.rglob("*") if file.suffix.lower() in suffixes)
-        for part in sorted(folder.iterdir())
-        if part.is_dir()
-    }
-    empty = [name for name, files in found.items() if not files]
-    if not found or empty:
-        what = f"no image of class {', '.join(empty[:3])}" if empty else "no folder of a class"
-        raise CheckpointError(f"{folder} holds {what}; expected one for each class, of {', '.join(suffixes)} files")
-    return found
-
-
-def find_texts(folder: Path) -> list[tuple[Path, str]]:
-    """Images that ``metadata.jsonl`` lists, and their texts.
-
-    Raises:
-        CheckpointError: There is none, a line is no such entry, an image is missing, or a text holds no word.
-    """
-    listing = folder / LISTING
-    if not listing.is_file():
-        raise CheckpointError(f"there is no {listing}; expected a line for each image, with file_name and text")
-    found = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            file, text = folder / entry["file_name"], entry["text"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{listing}, line {number}: expected file_name and text; got {line[:80]}") from error
-        if not file.is_file():
-            raise CheckpointError(f"{listing}, line {number}: there is no {file}")
-        if not text:
-            raise CheckpointError(f"{listing}, line {number}: the text holds no word")
-        found.append((file, text))
-    if not found:
-        raise CheckpointError(f"{listing} lists no image")
-    return found
 
 
 def views_of(file: Path, size: int, crops: str) -> Tensor:
@@ -170,27 +119,6 @@ def clips_of(file: Path, frames: int, size: int, crops: str) -> Tensor:
     return torch.stack(views, 1)
 
 
-def prepare(cfg: ExtractConfig) -> ExtractConfig:
-    """Look for images and tokenizer; no weight is read.
-
-    Raises:
-        CheckpointError: One of them is missing.
-    """
-    _find(cfg)
-    if not cfg.vae.exists():
-        raise CheckpointError(f"there is no tokenizer at {cfg.vae}; name vq_ds16_c2i.pt or a saved folder")
-    return cfg
-
-
-def _find(cfg: ExtractConfig) -> list[tuple[str, list[tuple[Path, str]]]]:
-    """Files of each part, with their texts; parts are classes, or some images with texts."""
-    if cfg.kind == "texts":
-        pairs = find_texts(cfg.images)
-        return [("", pairs[at : at + cfg.shard]) for at in range(0, len(pairs), cfg.shard)]
-    found = find_images(cfg.images, VIDEO_SUFFIXES if cfg.kind == "clips" else SUFFIXES)
-    return [(name, [(file, "") for file in files]) for name, files in found.items()]
-
-
 def _tokenizer(cfg: ExtractConfig) -> Any:
     cls, name = (LARPTokenizer, "larp_l_long") if cfg.kind == "clips" else (LlamaGenVQModel, "vq_ds16")
     config = cfg.vae / "config.json"
@@ -242,7 +170,8 @@ def extract(cfg: ExtractConfig, run: Run) -> ExtractReport:
             goes on with other files.
         ValueError: The size is no multiple of the tokenizer's stride, or the grid is not of its tokens.
     """
-    found = _find(cfg)
+    find_extracted(cfg)
+    found = parts_of(cfg)
     device = resolve_device(run.device)
     vae = _tokenizer(cfg)
     vae = vae.to(device, resolve_dtype(cfg.dtype, device)).eval()

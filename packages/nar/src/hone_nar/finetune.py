@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from hone_core.devices import resolve_dtype
-from hone_core.errors import CheckpointError
 from hone_core.runs import Report, Run
 from hone_video.training import Group, Loop, Part, seeded
 from torch import Tensor, nn
@@ -28,10 +27,11 @@ from .codes import Codes, open_codes
 from .config import TrainConfig
 from .flashar import FlashARForImageGeneration, post_train_start
 from .models import warm_start
+from .places import check_start
 from .texts import TextReader, condition_of, text_channels
 from .transformer import LlamaGenForImageGeneration, NARForImageGeneration, NARForVideoGeneration
 
-__all__ = ["TrainedReport", "prepare", "rate", "train"]
+__all__ = ["TrainedReport", "check_trained", "rate", "train"]
 
 MODEL = "model"
 """Where a run's artifacts hold what was trained."""
@@ -122,13 +122,14 @@ def options_of(cfg: TrainConfig, codes: Codes) -> tuple[type[Any], dict[str, Any
     return cls, {**options, **found}
 
 
-def prepare(cfg: TrainConfig) -> TrainConfig:
+def check_trained(cfg: TrainConfig) -> None:
     """Hold model and codes together; no weight is read, and of the codes the first image's alone.
 
     Raises:
         CheckpointError: Codes or weights to begin with are missing.
         ValueError: See ``options_of``; or weights or a loss are asked for that this model does not take.
     """
+    check_start(cfg)
     codes = open_codes(cfg.data)
     cls, options = options_of(cfg, codes)
     tokens = math.prod(options["grid"])
@@ -144,10 +145,6 @@ def prepare(cfg: TrainConfig) -> TrainConfig:
         raise ValueError("FlashAR is trained after a raster model: name its weights, --raster FILE")
     if cls is not FlashARForImageGeneration and cfg.loss == "flashar":
         raise ValueError(f"--loss flashar is FlashAR's, with --model flashar_l and the like; got {cfg.model}")
-    for file in (cfg.start, cfg.raster):
-        if file is not None and not file.exists():
-            raise CheckpointError(f"there are no weights at {file}")
-    return cfg
 
 
 def begin_with(cfg: TrainConfig, codes: Codes) -> Any:
@@ -199,10 +196,10 @@ def train(cfg: TrainConfig, run: Run) -> TrainedReport:
     Raises:
         CheckpointError: Codes or weights are missing, a code or class is out of range, or the folder's checkpoint is of
             other parameters.
-        ValueError: See ``prepare``.
+        ValueError: See ``check_trained``.
         RuntimeError: The loss is not finite.
     """
-    prepare(cfg)
+    check_trained(cfg)
     codes = open_codes(cfg.data)
     _, options = options_of(cfg, codes)
     codes.check(tokens=math.prod(options["grid"]), choices=cfg.codebook, classes=options["num_classes"])

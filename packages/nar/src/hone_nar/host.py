@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -25,7 +24,6 @@ __all__ = [
     "Host",
     "digit_model",
     "draw_digits",
-    "host_of",
     "load_host",
     "save_host",
 ]
@@ -124,11 +122,6 @@ def draw_digits(
     condition = model.condition(labels, guided=guidance != 1)
     sampling = Sampling(guidance=guidance, greedy=greedy)
     return generate(model, condition, seeds=seeds, sampling=sampling, kind=kind, on_step=on_step)
-
-
-def host_of(data: str) -> Path:
-    """Where the packaged host of digits, or of moving shapes, lies."""
-    return PACKAGED if data == "digits" else PACKAGED.parent / data / PACKAGED.name
 
 
 load_host, save_host = Host.load, Host.save

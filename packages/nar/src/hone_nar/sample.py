@@ -1,30 +1,27 @@
 """Images of classes or prompts, or clips of classes, with a saved pipeline.
 
-What can be wrong is found from the folder's configs, before a weight is read. Each file is written whole or not at
-all, so that the same command goes on where it stopped.
+Each file is written whole or not at all, so that the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hone_core.devices import resolve_device, resolve_dtype
-from hone_core.errors import CheckpointError, UnsupportedHardwareError
+from hone_core.errors import UnsupportedHardwareError
 from hone_core.io import atomic_path
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_video.videos import save_video
-from hone_visual_ar.pipelines import check_prompts
-from hone_visual_ar.sampling import Sampling
 
 from .config import GenerateConfig
 from .pipelines import NARPipeline, NARVideoPipeline
+from .places import find_drawn, read_pipeline
 
-__all__ = ["GenerateReport", "generate", "graph_device", "padded", "prepare", "read_pipeline"]
+__all__ = ["GenerateReport", "generate", "graph_device", "padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,45 +42,6 @@ class GenerateReport(Report):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.images))
-
-
-def read_pipeline(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Class of a saved pipeline, and the config of its transformer.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    try:
-        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-        return kind, json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder} holds no saved pipeline; make it with from_published and save_pretrained of NARPipeline"
-        ) from error
-
-
-def prepare(cfg: GenerateConfig) -> GenerateConfig:
-    """Hold classes, prompts and sampling against the folder's configs; no weight is read.
-
-    Raises:
-        CheckpointError: The folder holds no saved pipeline.
-        ValueError: A class does not exist, a prompt is too long, or the model takes the other kind.
-    """
-    Sampling(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
-    kind, model = read_pipeline(cfg.model)
-    if kind not in ("NARPipeline", "NARVideoPipeline"):
-        raise CheckpointError(f"{cfg.model} holds a {kind}; expected a NARPipeline or a NARVideoPipeline")
-    classes = model["num_classes"]
-    if (classes is None) == bool(cfg.classes):
-        wanted, given = ("prompts", "classes") if classes is None else ("classes", "prompts")
-        raise ValueError(f"this model draws {wanted}; got {given}")
-    if cfg.classes:
-        wrong = [number for number in cfg.classes if not 0 <= number < classes]
-        if wrong:
-            raise ValueError(f"classes are 0 to {classes - 1}; got {', '.join(map(str, wrong))}")
-    else:
-        check_prompts(cfg.model, cfg.prompts, model["cls_token_num"])
-    return cfg
 
 
 def graph_device(run: Run, *, graphs: bool) -> torch.device:
@@ -107,10 +65,10 @@ def generate(cfg: GenerateConfig, run: Run) -> GenerateReport:
     """Draw one image or clip of each class or prompt into the run's ``artifacts``.
 
     Raises:
-        CheckpointError, ValueError: As ``prepare``, before weights are read.
+        CheckpointError, ValueError: As ``find_drawn``, before weights are read.
         RuntimeError: A clip's frames are not finite.
     """
-    prepare(cfg)
+    find_drawn(cfg)
     clips = read_pipeline(cfg.model)[0] == "NARVideoPipeline"
     suffix = "mp4" if clips else "png"
     files = [run.artifacts / f"{number:05}.{suffix}" for number in range(len(cfg.classes or cfg.prompts))]

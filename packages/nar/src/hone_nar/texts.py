@@ -16,6 +16,8 @@ from hone_visual_ar.pipelines import count_words
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from .places import cleaned
+
 __all__ = ["TextReader", "condition_of", "encode_texts", "pad_left", "text_channels"]
 
 
@@ -99,13 +101,11 @@ def encode_texts(
     Raises:
         ValueError: A text is empty, or too long.
     """
-    cleaned = [text.lower().strip() for text in texts]
-    if not all(cleaned):
-        raise ValueError(f"prompt {cleaned.index('')} holds no word")
+    prompts = cleaned(texts)
     if cut:
-        found = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in cleaned]
+        found = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in prompts]
     else:
-        found = count_words(tokenizer, cleaned, length)
+        found = count_words(tokenizer, prompts, length)
     ids = torch.zeros(len(found), length, dtype=torch.long)
     words = torch.zeros(len(found), length, dtype=torch.bool)
     for row, each in enumerate(found):
