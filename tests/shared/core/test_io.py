@@ -1,6 +1,9 @@
+import errno
 import json
+import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
@@ -51,6 +54,43 @@ def test_scratch_keeps_the_suffix_and_result_is_readable(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"x")
     assert stat.S_IMODE((tmp_path / "clip.mp4").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_writing_changes_no_umask_that_other_threads_make_files_by(tmp_path, monkeypatch):
+    changed = []
+    monkeypatch.setattr(os, "umask", lambda mask: changed.append(mask) or 0o022)
+    before = stat.S_IMODE(atomic_write_text(tmp_path / "a.txt", "a").stat().st_mode)
+    saved = stat.S_IMODE(save_safetensors({"x": torch.ones(3)}, tmp_path / "b.safetensors").stat().st_mode)
+    (tmp_path / "plain").write_bytes(b"")
+    assert not changed
+    assert before == saved == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_what_is_renamed_into_place_is_on_the_disk(tmp_path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda one, other: (order.append("replace"), replace(one, other)))
+    save_safetensors({"x": torch.ones(3)}, tmp_path / "state.safetensors")
+    save_state({"x": torch.ones(3)}, tmp_path / "state.pt")
+    atomic_write_json(tmp_path / "state.json", {})
+    assert order == ["sync", "replace"] * 3
+
+
+def test_a_full_disk_is_named_whatever_writes(tmp_path):
+    file = atomic_write_text(tmp_path / "results.json", "before")
+    with full_disk(100), pytest.raises(OSError, match=r"results\.json could not be written: File too large") as caught:
+        atomic_write_json(file, ["x" * 1000])
+    assert caught.value.errno == errno.EFBIG
+
+    def picture():
+        with atomic_path(tmp_path / "a.npy") as scratch:
+            np.save(scratch, np.zeros(1000))
+
+    with full_disk(100), pytest.raises(OSError, match=r"a\.npy could not be written"):
+        picture()
+    assert file.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize(("save", "size"), [(save_state, 100), (save_state, 300_000), (save_safetensors, 300_000)])

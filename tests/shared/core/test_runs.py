@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -246,6 +248,59 @@ def test_default_folders_never_collide(tmp_path, monkeypatch):
     assert paths[0] != paths[1]
     assert all(path.parent.as_posix() == "runs/hone-core/demo" for path in paths)
     assert paths[0].name.endswith("-tiny-3")
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = [start(None, Config(block=block)) for block in (64, 32)]
+    assert both[0].path != both[1].path
+    for run in both:
+        with run:
+            run.row("block", run._config["block"], better="none")
+    for run in both:
+        stored = json.loads((run.path / "config.json").read_text())["block"]
+        assert [row["value"] for row in load_results(run.path)["rows"]] == [stored]
+
+
+def test_a_folder_that_another_process_writes_is_refused_until_it_ends(tmp_path):
+    with start(tmp_path) as run:
+        run.log(step=1, loss=1.0)
+        other = start(tmp_path)
+        with pytest.raises(FileExistsError, match=r"another process is running in .*; wait until it has ended, or"):
+            other.__enter__()
+        assert load_results(tmp_path)["status"] == "running"
+        run.row("kept", 1.0, better="none")
+    assert [row.metric for row in start(tmp_path).rows] == ["kept"]
+
+
+def test_a_process_that_was_killed_lets_its_folder_go(tmp_path):
+    code = (
+        "import os, sys; from hone_core.runs import Run; "
+        "run = Run.start(package='hone-core', verb='demo', out=sys.argv[1], config={}); "
+        "run.__enter__(); run.log(step=1, loss=1.0); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=False).returncode == 9
+    with Run.start(package="hone-core", verb="demo", out=tmp_path / "run", config={}) as run:
+        assert run.resumed
+    assert load_results(tmp_path / "run")["status"] == "done"
+
+
+def test_what_is_stopped_as_it_begins_can_be_repeated(tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "environment", stop)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "run").__enter__()
+    assert not start(tmp_path / "run").resumed
+    # Killed between two of its files, or within one.
+    (tmp_path / "run").mkdir(exist_ok=True)
+    for name in ("config.json", ".environment-ab12.json"):
+        (tmp_path / "run" / name).write_text("{")
+    with start(tmp_path / "run", Config(block=64)) as run:
+        assert not run.resumed
+    assert load_results(tmp_path / "run")["status"] == "done"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

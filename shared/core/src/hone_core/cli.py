@@ -311,14 +311,20 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
         if processes.main:
             processes.share("run", None)
         raise
-    if table.opened is not None:
-        _import(table.opened)(cfg, run)
-    if not run.done:
-        if export is not None and code_version()[1]:
+    try:
+        if table.opened is not None:
+            _import(table.opened)(cfg, run)
+        if not run.done and export is not None and code_version()[1]:
             raise _UsageError(
                 "--export: the checkout has uncommitted changes, and an exported result must come from a commit; "
                 "commit first, or leave --export out"
             )
+    except BaseException:
+        if start["out"] is None and processes.main:
+            with contextlib.suppress(OSError):
+                run.path.rmdir()  # made for this run, which will not be
+        raise
+    if not run.done:
         with run:
             function(cfg, run)
         processes.end()

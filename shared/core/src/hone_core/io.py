@@ -2,7 +2,8 @@
 
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,29 +25,37 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a scratch path beside ``path``; on a clean exit it replaces ``path``, on an error it is removed.
 
     The scratch name keeps the suffix, because writers such as ffmpeg choose the format by it.
+
+    Raises:
+        OSError: It cannot be written, such as for a disk that is full; a file that was there is as before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    scratch = Path(name)
+    scratch = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    # The system takes the umask off. It cannot be read without setting it, which all threads would feel, so that what
+    # comes of it is kept for writers that make the file anew.
+    os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = stat.S_IMODE(scratch.stat().st_mode)
     try:
         yield scratch
-        # mkstemp makes files private; a result file gets the permissions of any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)
+        scratch.chmod(mode)
+        with scratch.open("rb") as file:
+            # A name that is on the disk before its bytes are is half a file once the power fails.
+            os.fsync(file.fileno())
         os.replace(scratch, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A write that fails, such as for a disk that is full, names no file.
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> Path:
     """Write bytes so that a reader never sees half a file; returns the path."""
-    with atomic_path(path) as scratch, scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_path(path) as scratch:
+        scratch.write_bytes(data)
     return Path(path)
 
 

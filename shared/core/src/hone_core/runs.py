@@ -4,11 +4,15 @@ A folder holds ``config.json``, ``environment.json``, ``metrics.jsonl``, ``resul
 ``artifacts/``. A crash leaves ``status: failed`` and the message in ``results.json``.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import math
+import os
+import re
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -104,6 +108,7 @@ class Run:
         self._clock = time.perf_counter()
         self._message: str | None = None
         self._metrics: TextIO | None = None
+        self._let_go: Callable[[], object] = lambda: None
 
     @classmethod
     def start(
@@ -145,8 +150,10 @@ class Run:
 
         Raises:
             FileExistsError: ``out`` holds another command's run, or files that are no run.
+            OSError: ``out`` is None, and no folder can be made.
 
-        Entering the run raises an OSError where no folder can be made or written.
+        Entering the run raises an OSError where no folder can be made or written, and a FileExistsError where another
+        process is in it: a run is written by one.
         """
         settings = {} if config is None else dict(config) if isinstance(config, Mapping) else to_dict(config)
         # What is compared on a resume is what a file gives back: tuples, for one, come back as lists.
@@ -160,13 +167,13 @@ class Run:
             "seed": seed,
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
+        processes = processes or Processes()
         if out is None:
-            out = _new_folder(
-                Path("runs") / package / verb, f"{datetime.now():%Y%m%d-%H%M%S}-{preset or 'custom'}-{seed}"
-            )
+            out = Path("runs") / package / verb / f"{datetime.now():%Y%m%d-%H%M%S}-{preset or 'custom'}-{seed}"
+            out = _new_folder(out) if processes.main else out
         run = cls(Path(out), header, settings)
         run.device, run.quiet, run.command = device, quiet, command
-        run.processes = processes or run.processes
+        run.processes = processes
         if run.processes.main:
             run._adopt(flags or {})
         else:
@@ -278,13 +285,19 @@ class Run:
     def __enter__(self) -> "Run":
         self._clock = time.perf_counter()
         if not self.done and self.processes.main:
+            # It takes seconds; whoever stops them leaves no folder that is half a run's.
+            found = environment()
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                handle = os.open(self.path, os.O_RDONLY)
+            except OSError as error:
+                raise _no_folder(self.path, error) from error
+            self._hold(handle)
+            try:
                 atomic_write_json(self.path / "config.json", self._config)
             except OSError as error:
-                why = error.strerror or str(error)
-                raise OSError(f"no run folder can be made at {self.path} ({why}); choose another --out") from error
-            atomic_write_json(self.path / "environment.json", environment())
+                raise _no_folder(self.path, error) from error
+            atomic_write_json(self.path / "environment.json", found)
             self._write("running")
         return self
 
@@ -298,7 +311,27 @@ class Run:
             return
         if error is not None:
             self._message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        self._write("done" if error is None else "failed")
+        try:
+            self._write("done" if error is None else "failed")
+        finally:
+            self._let_go()
+
+    def _hold(self, handle: int) -> None:
+        """Lock the folder, which is open, until the run ends or its process does.
+
+        Raises:
+            FileExistsError: Another run has it.
+        """
+        self._let_go = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._let_go()
+            raise FileExistsError(
+                f"another process is running in {self.path}; wait until it has ended, or choose another --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks, where whoever starts two runs in one folder has to see to it
 
     def _write(self, status: str) -> None:
         results = self._header | {
@@ -317,6 +350,8 @@ class Run:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         results_file, config_file = self.path / "results.json", self.path / "config.json"
+        if all(file.name in _OWN[:2] or _SCRATCH.fullmatch(file.name) for file in self.path.iterdir()):
+            return  # of a run that was killed as it began
         if not (results_file.exists() and config_file.exists()):
             raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --out")
         stored = load_results(self.path)
@@ -353,11 +388,12 @@ class Run:
 
     def _made_nothing(self) -> bool:
         """Whether the folder holds only what every run writes at its start and its end."""
-        own = {"config.json", "environment.json", "results.json"}
         made = [
             file
             for file in self.path.rglob("*")
-            if file.is_file() and file.relative_to(self.path).as_posix() not in own
+            if file.is_file()
+            and file.relative_to(self.path).as_posix() not in _OWN
+            and not (file.parent == self.path and _SCRATCH.fullmatch(file.name))
         ]
         return not made and not load_results(self.path)["rows"]
 
@@ -475,6 +511,10 @@ def _without_places(config: Any) -> Any:
     return (Path(config).name or config) if is_path else config
 
 
+_OWN = ("config.json", "environment.json", "results.json")
+"""What a run writes of itself, in this order."""
+_SCRATCH = re.compile(r"\.(config|environment|results)-\w+\.json")
+"""What is left of these where a process was killed as it wrote one."""
 _ABSENT = object()
 
 
@@ -510,12 +550,22 @@ def _row_from_dict(data: dict[str, Any]) -> Row:
     return Row(**data | {"interval": interval and tuple(interval)})
 
 
-def _new_folder(parent: Path, name: str) -> Path:
-    path, count = parent / name, 1
-    while path.exists():
-        count += 1
-        path = parent / f"{name}-{count}"
-    return path
+def _new_folder(path: Path) -> Path:
+    """Make a folder of this name, or of it with a number: of two processes that begin at once each gets its own."""
+    given, count = path, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            count += 1
+            path = given.with_name(f"{given.name}-{count}")
+        except OSError as error:
+            raise _no_folder(path, error) from error
+
+
+def _no_folder(path: Path, error: OSError) -> OSError:
+    return OSError(f"no run folder can be made at {path} ({error.strerror or error}); choose another --out")
 
 
 def _version(package: str) -> str | None:
