@@ -236,6 +236,7 @@ def test_gpu(dtype, heads, heads_k):
     for tokens, width in ((1, 1536), (33, 5120), (2, 40)):
         compare_rows(dtype, "cuda", tokens, width)
     shape = dict(heads=heads, heads_k=heads_k, dim=128, page=64)
+    compare_rows(dtype, "cuda", 70_000, 40)  # more than a second axis of a grid has
     compare_one(dtype, "cuda", 1536, 2048)
     compare_one(dtype, "cuda", 8960, 1538)
     for splits in (None, 5):

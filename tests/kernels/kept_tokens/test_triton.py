@@ -76,7 +76,7 @@ def move_case(batch, heads, tokens, dim, share, dtype=torch.float32, device="cpu
     """Queries, keys and values as a model lays them, a head beside the other, of which not all samples keep as many."""
     states = [torch.randn(batch, tokens, h, dim, device=device).to(dtype).transpose(1, 2) for h in heads]
     keep = torch.rand(batch, tokens, device=device) < torch.linspace(share, 1.0, batch, device=device)[:, None]
-    keep[:, -1] = True
+    keep[:, -1:] = True
     most = int(keep.sum(-1).max())
     return states, keep, (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
 
@@ -121,6 +121,7 @@ def small_cases(device="cpu"):
     compare_packs(*move_case(3, (4, 2, 2), 70, 16, 0.3, device=device))
     compare_packs(*move_case(1, (3, 1), 9, 6, 0.5, torch.bfloat16, device=device))
     compare_packs(*move_case(2, (2,), 65, 16, 1.0, device=device))
+    compare_packs(*move_case(3, (2,), 0, 16, 1.0, device=device))
     compare_moves(*move_case(2, (4, 2, 2), 70, 16, 0.3, device=device))
     compare_moves(*move_case(1, (3, 1), 9, 6, 0.5, torch.bfloat16, device=device))
     compare_moves(*move_case(1, (2,), 5, 16, 1.0, device=device))

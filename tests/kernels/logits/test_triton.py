@@ -99,7 +99,7 @@ def test_machine_code(rows, dtype):
 @requires_gpu(min_sm=80)
 def test_gpu():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for rows, vocabulary in ((1, 151936), (5, 152064), (64, 32003), (200, 1000), (3, 5)):
+        for rows, vocabulary in ((1, 151936), (5, 152064), (64, 32003), (200, 1000), (3, 5), (70_000, 129)):
             for spread in (0.1, 4.0, 20.0):
                 logits = some_logits(rows, vocabulary, dtype, "cuda", spread)
                 compare(logits, vocabulary)

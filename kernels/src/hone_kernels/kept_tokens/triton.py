@@ -236,7 +236,8 @@ def pack_tokens_triton(states: Sequence[Tensor], idx: Tensor, num: Tensor) -> tu
     idx, num = idx.contiguous(), num.contiguous()
     (batch, tokens), dim = idx.shape, given[0].shape[3]
     out = tuple(x.new_empty(batch * tokens, x.shape[1], dim) for x in given)
-    ends, row = idx.new_empty(batch + 1), torch.empty_like(idx)
+    # Without a token there is no program that writes the ends.
+    ends, row = (idx.new_empty if tokens else idx.new_zeros)(batch + 1), torch.empty_like(idx)
     heads = [x.shape[1] for x in given] + [0] * (3 - len(given))
     # Fewer than three: the last one stands in, with no head.
     xs, outs = ([*some, *[some[-1]] * (3 - len(given))] for some in (given, out))

@@ -40,8 +40,9 @@ def _pieces_kernel(LOGITS, PARTS, row_stride, vocabulary, parts, PIECE: tl.const
     if OVERLAP:
         gdc_launch_dependents()
     # What is done to each entry is what bounds this kernel, before memory does: a comparison less is a tenth of it.
-    part = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    # One axis, since the others of a grid end at 65,535.
+    part = tl.program_id(0) % parts
+    row = (tl.program_id(0) // parts).to(tl.int64)
     at = part * PIECE + tl.arange(0, PIECE)
     x = tl.load(LOGITS + row * row_stride + at, mask=at < vocabulary, other=-float("inf")).to(tl.float32)
     top = tl.max(x, 0)
@@ -137,7 +138,7 @@ def read_logits_triton(
     entropy, confidence = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     forced, uncertain = (torch.empty(rows, dtype=torch.bool, device=logits.device) for _ in range(2))
-    _pieces_kernel[(count, rows)](
+    _pieces_kernel[(rows * count,)](
         logits, parts, logits.stride(0), vocabulary, count, PIECE=piece, OVERLAP=overlap, num_warps=warps
     )
     _join_kernel[(rows,)](
