@@ -18,6 +18,7 @@ from hone_nar.transformer import (
 from hone_visual_ar.sampling import Sampling
 from torch.nn import functional as F
 
+ZEROS = torch.zeros(1, 36, dtype=torch.long)
 LABELS = torch.tensor([1, 5])
 
 
@@ -199,11 +200,28 @@ def test_saved_weights_come_back(tmp_path):
         (lambda m: m.condition(torch.tensor([-1])), "classes are 0 to 9; got -1"),
         (lambda m: m.condition(torch.tensor([1.0])), "labels must be integers"),
         (lambda m: m.condition(text=torch.zeros(1, 1, 1)), "draws classes; give labels and no text"),
+        (lambda m: m(ZEROS, LABELS[:1], loss="mixtrue"), "loss must be one of mixture, separate, flashar; got 'mixt"),
+        (lambda m: m(ZEROS, LABELS[:2]), "a class or text for each of 1 rows; got 2"),
+        (lambda m: m(ZEROS.expand(2, -1), LABELS[:2], drop=torch.tensor([True])), r"drop must be bool \[2\]"),
+        (
+            lambda m: m(ZEROS, LABELS[:1], drop=torch.tensor([1])),
+            r"drop must be bool \[1\], of each row; got torch.int64",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny("nar"))
+
+
+def test_codes_are_whole_numbers_of_either_width():
+    model = tiny("nar")
+    with pytest.raises(TypeError, match=r"codes must be int64 or int32.*got torch\.float32"):
+        model(ZEROS.float(), LABELS[:1])
+    assert torch.equal(model.nll(ZEROS.int(), LABELS[:1]), model.nll(ZEROS, LABELS[:1]))
+    assert torch.equal(
+        model(ZEROS.int(), LABELS[:1], loss="mixture").loss, model(ZEROS, LABELS[:1], loss="mixture").loss
+    )
 
 
 def test_bad_text_is_named():
@@ -214,6 +232,11 @@ def test_bad_text_is_named():
         model.condition(text=torch.zeros(1, 4, 24), words=torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="one row is all padding"):
         model.condition(text=torch.zeros(1, 5, 24), words=torch.zeros(1, 5, dtype=torch.bool))
+    # As a tokenizer pads; the first token would be drawn of a place without a word.
+    right = torch.tensor([[True, True, False, False, False], [True] * 5])
+    with pytest.raises(ValueError, match=r"words must stand at its end.*pad_left"):
+        model.condition(text=torch.zeros(2, 5, 24), words=right)
+    assert len(model.condition(text=torch.zeros(2, 5, 24), words=right.flip(1)).embedding) == 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -337,8 +337,11 @@ class NARTransformer(ModelMixin, ConfigMixin):
         """Refuse codes that are none of this model's.
 
         Raises:
+            TypeError: They are no whole numbers.
             ValueError: The shape is not ``[B, tokens]`` of its grid, or a code is out of range.
         """
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"codes must be int64 or int32, the numbers of entries; got {tokens.dtype}")
         if tokens.ndim != 2 or tokens.shape[1] != self.tokens:
             raise ValueError(
                 f"this model draws grids of {' x '.join(map(str, self.grid))}, so codes must be [B, {self.tokens}] in "
@@ -363,18 +366,20 @@ class NARTransformer(ModelMixin, ConfigMixin):
 
         Args:
             labels: ``[B]`` classes.
-            text: ``[B, T, caption_dim]`` features, padded on the left.
+            text: ``[B, T, caption_dim]`` features, padded on the left, as ``hone_nar.texts.pad_left`` does it.
             words: ``[B, T]`` bool, True at words.
             guided: Add an unconditional row of each; that of a text sees as many places as the text.
             drop: ``[B]`` bool: rows whose condition is dropped, in training.
 
         Raises:
-            ValueError: The model takes the other kind, a class does not exist, or the text has another shape.
+            ValueError: The model takes the other kind, a class does not exist, or the text has another shape or is
+                padded on the right.
         """
         if self.num_classes is not None:
             if labels is None or text is not None:
                 raise ValueError("this model draws classes; give labels and no text")
             _check_labels(labels, self.num_classes)
+            _check_drop(drop, len(labels))
             if drop is not None:
                 labels = labels.where(~drop, self.num_classes)
             if guided:
@@ -389,15 +394,22 @@ class NARTransformer(ModelMixin, ConfigMixin):
                 f"text must be [B, {shape[0]}, {shape[1]}] and words [B, {shape[0]}]; got {list(text.shape)} and "
                 f"{list(words.shape)}"
             )
+        _check_drop(drop, len(text))
+        words = words.bool()
         if not bool(words.any(1).all()):
             raise ValueError("each text needs a word; one row is all padding")
+        if not bool((words[:, 1:] >= words[:, :-1]).all()):
+            raise ValueError(
+                "a text's words must stand at its end, as the model was trained on; got padding behind a word. Move "
+                "them with hone_nar.texts.pad_left(text, words)"
+            )
         empty = self.cls_embedding.uncond_embedding.to(text.dtype)
         if drop is not None:
             text = torch.where(drop[:, None, None], empty, text)
         images = len(text)
         if guided:
             text, words = torch.cat([text, empty.expand_as(text)]), torch.cat([words, words])
-        return Condition(self.cls_embedding.cap_proj(text), words.bool(), images)
+        return Condition(self.cls_embedding.cap_proj(text), words, images)
 
     def place(self, x: Tensor, begin: int) -> tuple[Tensor, Rope | None]:
         """Tokens ``[R, n, C]`` of positions from ``begin`` on, with what says where they are."""
@@ -475,12 +487,18 @@ class NARTransformer(ModelMixin, ConfigMixin):
             prefixes: Attend by ``hone_kernels.prefix_attention``, where each row reads its prefix, and make no mask.
 
         Raises:
-            ValueError: As ``check_tokens`` and ``condition``.
+            TypeError: As ``check_tokens``.
+            ValueError: As ``check_tokens`` and ``condition``; or there are more or fewer codes than conditions, or no
+                such loss.
         """
         self.check_tokens(tokens)
+        if loss is not None and loss not in get_args(Loss):
+            raise ValueError(f"loss must be one of {', '.join(get_args(Loss))}; got {loss!r}")
         condition = self.condition(labels, text=text, words=words, drop=drop)
+        if condition.images != len(tokens):
+            raise ValueError(f"expected a class or text for each of {len(tokens)} rows; got {condition.images}")
         ids = slot_ids(self.order, tokens.device)
-        drawn = tokens[:, ids]
+        drawn = tokens[:, ids].long()
         embedded = self.tok_embeddings(drawn)
         x = torch.cat([condition.embedding.to(embedded.dtype), embedded], 1)
         if prefixes:
@@ -520,7 +538,7 @@ class NARTransformer(ModelMixin, ConfigMixin):
         A step's tokens are independent given those before, so that their sum is the image's exact one.
         """
         logits = self(tokens, labels, kind=kind, **condition).logits
-        return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+        return F.cross_entropy(logits.transpose(1, 2), tokens.long(), reduction="none")
 
     def new_cache(self, rows: int) -> SlotCache:
         """An empty cache of condition and grid."""
@@ -548,6 +566,11 @@ def _check_labels(labels: Tensor, classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise ValueError(f"classes are 0 to {classes - 1}; got {low if low < 0 else high}")
+
+
+def _check_drop(drop: Tensor | None, rows: int) -> None:
+    if drop is not None and (drop.dtype != torch.bool or drop.shape != (rows,)):
+        raise ValueError(f"drop must be bool [{rows}], of each row; got {drop.dtype} {list(drop.shape)}")
 
 
 class LlamaGenForImageGeneration(NARTransformer):
