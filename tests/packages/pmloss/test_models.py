@@ -122,6 +122,22 @@ def test_centres_and_confidence_follow_the_anchors(scene):
     assert float(found.loss) == pytest.approx(float(want), rel=1e-3)
 
 
+def test_shapes_and_pictures_that_do_not_go_are_named(scene, oracle):
+    means, points = scene.points().flatten(1, 3), scene.points()
+    pm = PMLoss(oracle)
+    with pytest.raises(ValueError, match=r"expected centres \[B, N \* H \* W, 3\] or .*; got \[2048, 3\]"):
+        pm(means[0], points)
+    with pytest.raises(ValueError, match=r"expected points .*; got \[2, 32, 32, 3\]"):
+        pm(means[:1], points[0])
+    for pictures, message in (
+        ((255 * scene.context.image_01).to(torch.uint8), "got torch.uint8 from"),
+        (255 * scene.context.image_01, r"numbers in \[0, 1\]; got torch.float32 from .* to 2"),
+        ((scene.context.image_01 - 0.5) / 0.22, r"numbers in \[0, 1\]; got torch.float32 from -"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pm(means, pictures)
+
+
 def test_another_network_is_named(oracle):
     host = nn.Linear(2, 2)
     with attach(host, "paper", teacher=oracle), pytest.raises(TypeError, match="Linear gave Tensor"):

@@ -60,6 +60,18 @@ def test_precomputed_points_have_a_confidence_and_any_size(tmp_path, scene):
     save_safetensors({"points": points[..., :2], "frames": frames}, tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match=r"must hold points \[F, H, W, 3\]"):
         PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("c", (0, 1))]))
+    for changed in (
+        {"frames": torch.tensor([0, 1, 2])},
+        {"frames": torch.tensor([0])},
+        {"confidence": trust[:, :7]},
+        {"points": points.flatten(1, 2)},
+    ):
+        save_safetensors({"points": points, "frames": frames} | changed, tmp_path / "c.safetensors")
+        with pytest.raises(CheckpointError, match=r"c\.safetensors must hold points \[F, H, W, 3\]"):
+            PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("c", (0, 1))]))
+    save_safetensors({"points": points, "frames": torch.tensor([4, 4])}, tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds a frame twice: \[4, 4\]"):
+        PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("c", (4, 4))]))
     (tmp_path / "d.safetensors").write_bytes(b"none")
     with pytest.raises(CheckpointError, match="no safetensors file"):
         PrecomputedTeacher(tmp_path)(name_views(scene.context, [Shots("d", (0, 1))]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hone_core.errors import CheckpointError
-from hone_pmloss import truths
+from hone_pmloss import geometry, truths
 from hone_pmloss.config import EvalConfig
 from hone_pmloss.evaluate import evaluate
 from hone_pmloss.geometry import KnownDepth
@@ -177,9 +177,46 @@ def test_one_truth_is_asked_for():
         ({"colmap": "a", "depths": "b", "teacher": "c"}, "--depths or --teacher, one"),
         ({"truth": "a", "thin": 0.2}, "belong to a scanned cloud"),
         ({"cloud": "a", "most": 0.0}, "most must be positive"),
+        ({"transforms": "a", "depths": "b", "images": "c"}, "images belongs to colmap"),
     ):
         with pytest.raises(ValueError, match=message):
             EvalConfig(ply="x", **changes)
+
+
+def test_pictures_of_one_name_have_depths_of_their_own(photographs, tmp_path):
+    folder, true = photographs
+    capture = read_colmap(folder)
+    names = ["left/000.png", "left/001.png", "right/000.png", "right/001.png", "right/002.png", "right/003.png"]
+    capture = dataclasses.replace(capture, images=tuple(folder / "images" / name for name in names))
+    depths = tmp_path / "depth_maps"
+    depths.mkdir()
+    for name, depth in zip(names, true.depth_z.numpy(), strict=True):
+        (depths / name).parent.mkdir(exist_ok=True)
+        np.save(depths / f"{name}.npy", depth)
+    cfg = EvalConfig(ply=tmp_path / "scene.ply", colmap=folder, depths=depths)
+    assert torch.equal(truths._stored_depth(cfg, capture).depth_z, true.depth_z)
+    # In one folder, nobody knows whose 000.npy is.
+    for index in range(4):
+        np.save(depths / f"{index:03d}.npy", true.depth_z[0].numpy())
+    for name in names:
+        (depths / f"{name}.npy").unlink()
+    with pytest.raises(ValueError, match=r"000\.npy would be the depth of .*left/000\.png and of .*right/000\.png"):
+        truths._stored_depth(cfg, capture)
+
+
+def test_a_splat_is_looked_at_by_one_camera_after_the_other(photographs, monkeypatch):
+    _, true = photographs
+    points = true.points()[0][::7].float()
+    count = len(points)
+    turn = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(count, 4)
+    cloud = Gaussians(points, torch.full((count, 3), 0.03), turn, torch.full((count,), 0.9), torch.zeros(count, 3, 1))
+    views, real = [], geometry.render
+    monkeypatch.setattr(geometry, "render", lambda *args: views.append(args[1].shape[:2]) or real(*args))
+    depth, cover = geometry.splat_depth(cloud, true)
+    assert views == [(1, 1)] * 6
+    whole = real(cloud[None], true.cam_to_world[None], true.intrinsics_norm[None], tuple(true.depth_z.shape[1:]))
+    assert torch.allclose(depth, whole.depth_z[0], atol=1e-5)
+    assert torch.allclose(cover, whole.alpha[0], atol=1e-6)
 
 
 def test_a_missing_mat_is_named(tmp_path):

@@ -1,6 +1,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hone_splat.captures import fit_range, load_views, read_colmap
@@ -8,6 +9,7 @@ from hone_splat.chunks import ChunkSet, read_evaluation_index
 from hone_zpressor.config import ConvertConfig
 from hone_zpressor.conversion import ConvertReport, convert, evaluation_views
 from hone_zpressor.inputs import find_converted
+from PIL import Image
 
 spec = importlib.util.spec_from_file_location(
     "capturefiles", Path(__file__).parents[2] / "shared" / "splat" / "capturefiles.py"
@@ -72,6 +74,9 @@ def test_scenes_that_do_not_go_are_named(tmp_path):
         find_converted(ConvertConfig(captures=(folder,)))
     with pytest.raises(ValueError, match="two scenes have one name"):
         find_converted(ConvertConfig(captures=(folder, folder), context=4, targets=2))
+    Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(folder / "images" / "002.png")
+    with pytest.raises(ValueError, match=r"002\.png has more than 8 bits a value"):
+        find_converted(ConvertConfig(captures=(folder,), context=4, targets=2))
     (folder / "images").rename(folder / "input")
     with pytest.raises(FileNotFoundError, match=r"one/images or .* was sought\. .*one holds input/, sparse/\."):
         find_converted(ConvertConfig(captures=(folder,)))

@@ -68,6 +68,17 @@ def test_anchors_by_hand_and_ties():
     assert farthest_points(far, 1, torch.tensor([[True, True, True, False]])).tolist() == [[2]]
 
 
+def test_what_stands_in_padding_chooses_no_anchor():
+    line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [2.5, 0, 0], [torch.nan, 0, torch.inf]]])
+    present = torch.tensor([[True, True, True, False]])
+    anchors = farthest_points(line, 2, present)
+    assert anchors.tolist() == [[2, 0]]
+    clusters = cluster_views(line, anchors, present)
+    assert clusters.support[clusters.real].tolist() == [1]
+    with pytest.raises(ValueError, match="scene 0, view 3: the camera's centre is not finite"):
+        farthest_points(line, 2)
+
+
 def test_support_by_hand():
     line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [2, 0, 0], [3.5, 0, 0], [4, 0, 0]]])
     anchors = torch.tensor([[4, 0]])

@@ -104,6 +104,18 @@ def test_a_folder_becomes_a_splat_and_a_flight_and_goes_on_where_it_broke_off(
     assert float(torch.cdist(cloud.means, centres).amin(1).max()) <= 12.0 / scale
 
 
+def test_a_splat_of_nothing_is_no_splat(folder, start, stored):
+    cfg = RenderConfig(
+        colmap=folder, model="tiny", checkpoint=stored(), views=4, anchors=2, size=(32, 32), frames=2, prune=0.9999999
+    )
+    with (
+        pytest.raises(ValueError, match=r"none of 2048 Gaussians has an opacity of 1; lower --prune"),
+        start(cfg, "render") as run,
+    ):
+        render_capture(cfg, run)
+    assert not (run.artifacts / "scene.ply").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

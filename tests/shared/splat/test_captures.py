@@ -86,6 +86,52 @@ def test_points_in_letters_are_read_in_the_order_that_the_header_says(tmp_path):
     assert read_points(tmp_path / "points.ply").tolist() == [[1.0, 2.0, 3.0], [4.5, -5.0, 6.0]]
 
 
+@pytest.mark.parametrize(
+    ("change", "body", "message"),
+    [
+        (("", ""), "1 2 3\n4 5 6\n", None),
+        (("\n", "\r\n"), "1 2 3\r\n4 5 6\r\n", None),
+        (("", ""), "1 2 3\n", "is cut short: it holds 1 of 2 points"),
+        (("", ""), "1 2 3\n4 5\n", "is damaged"),
+        (("", ""), "1 2 3\n4 five 6\n", "is damaged: .*'five'"),
+        (("", ""), "1 2 3\n4 nan 6\n", "1 of 2 points are not finite"),
+        (("end_header", "property list uchar int near\nend_header"), "1 2 3 0\n4 5 6 0\n", "list uchar int near"),
+        (("element", "element camera 1\nproperty float f\nelement"), "9\n1 2 3\n4 5 6\n", "vertices first, .*camera"),
+        (("vertex 2", "vertex many"), "1 2 3\n", "vertices first, .*many"),
+    ],
+)
+def test_points_are_read_right_or_named(tmp_path, change, body, message):
+    path = tmp_path / "points.ply"
+    head = ["ply", "format ascii 1.0", "element vertex 2", *(f"property float {axis}" for axis in "xyz"), "end_header"]
+    head = "\n".join([*head, ""])
+    path.write_bytes(((head.replace(*change) if change[0] else head) + body).encode())
+    if message is None:
+        assert read_points(path).tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+        return
+    with pytest.raises(ValueError, match=rf"points\.ply.*{message}"):
+        read_points(path)
+
+
+@pytest.mark.parametrize("kind", ["colmap", "transforms"])
+def test_pictures_are_in_the_order_in_which_they_were_numbered(tmp_path, kind):
+    names = {"003.png": "shot 9.png", "004.png": "shot 10.png", "005.png": "shot 011.png"}
+    if kind == "colmap":
+        capturefiles.write_colmap(tmp_path, binary=False)
+        file = tmp_path / "sparse/0/images.txt"
+        want = read_colmap(tmp_path)
+    else:
+        file = capturefiles.write_transforms(tmp_path)
+        want = read_transforms(file)
+    text = file.read_text()
+    for old, new in names.items():
+        (tmp_path / "images" / old).rename(tmp_path / "images" / new)
+        text = text.replace(old, new)
+    file.write_text(text)
+    found = read_colmap(tmp_path) if kind == "colmap" else read_transforms(file)
+    assert [path.name for path in found.images] == ["000.png", "001.png", "002.png", *names.values()]
+    assert torch.equal(found.cam_to_world, want.cam_to_world)
+
+
 def test_points_behind_a_camera_have_no_depth():
     from hone_splat.captures import Capture
 

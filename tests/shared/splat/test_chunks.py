@@ -1,11 +1,14 @@
+import io
 import json
 
 import hone_splat.chunks as chunks_module
+import numpy as np
 import pytest
 import torch
 from hone_core.testing import full_disk
 from hone_splat.chunks import ChunkScene, ChunkSet, read_evaluation_index, write_chunks
 from hone_splat.rooms import Rooms
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,11 @@ def test_what_is_damaged_is_named(rooms, tmp_path):
     broken = ChunkScene("room0", scene.cameras, (scene.images[0][:40], *scene.images[1:]))
     with pytest.raises(ValueError, match="room0, 0: the picture cannot be read"):
         broken.views([0, 1], (32, 32), 1, 2)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(deep, "PNG")
+    deep = torch.frombuffer(bytearray(deep.getvalue()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="room0, 1: the picture has more than 8 bits a value"):
+        ChunkScene("room0", scene.cameras, (scene.images[0], deep, *scene.images[2:])).views([0, 1], (32, 32), 1, 2)
     mirrored = scene.cameras.clone()
     mirrored[1, 6:10] *= -1
     with pytest.raises(ValueError, match="room0, 1: the pose is left-handed"):

@@ -136,6 +136,23 @@ def test_nothing_in_sight_is_the_background():
     assert torch.equal(found.image_01, torch.full_like(found.image_01, 0.5))
 
 
+def test_no_gaussians_are_the_background():
+    poses, inner = cameras()
+    found = render(cloud(3)[:, :0], poses, inner, (17, 13), background=torch.full((3,), 0.5, dtype=torch.float64))
+    assert torch.equal(found.image_01, torch.full((*poses.shape[:2], 3, 17, 13), 0.5, dtype=torch.float64))
+    assert not found.alpha.any()
+    assert not found.depth_z.any()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_gaussians_of_16_bits_are_drawn_in_float32(kind):
+    short = cloud(10).map(lambda part: part.to(kind))
+    poses, inner = (part.float() for part in cameras())
+    found, want = (render(one, poses, inner, (17, 13)) for one in (short, short.map(lambda part: part.float())))
+    assert found.image_01.dtype == torch.float32
+    assert torch.equal(found.image_01, want.image_01)
+
+
 def test_batches_that_do_not_fit_are_named():
     poses, inner = cameras()
     with pytest.raises(ValueError, match="of the same B"):

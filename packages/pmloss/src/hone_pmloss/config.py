@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hone_core.config import Preset, flag
+from hone_core.config import Preset, check_least, flag
 from hone_core.training import check_budget
 from hone_splat.training_config import FitConfig
 
@@ -56,8 +56,9 @@ class PMLossConfig:
     with its gradient, which takes away the pull to shrink the scene."""
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.huber_delta <= 0 or self.cap_factor < 0 or (self.cap is not None and self.cap <= 0):
-            raise ValueError("weight and cap_factor must be at least 0, huber_delta and cap positive")
+        check_least(self, 0, "weight", "cap_factor")
+        if not self.huber_delta > 0 or (self.cap is not None and not self.cap > 0):
+            raise ValueError(f"huber_delta and cap must be positive; got {self.huber_delta} and {self.cap}")
         if not 0 <= self.trim < 1:
             raise ValueError(f"trim must lie in [0, 1); got {self.trim}")
         if self.trim and self.align not in ("umeyama", "umeyama_detached"):
@@ -181,8 +182,7 @@ class TrainHostConfig:
         check_budget(self, "scenes", "targets", "graded", "lr", "fine_tune_lr", "warmup_steps")
         if not 0 < self.base_share < 1:
             raise ValueError(f"base_share must lie in (0, 1); got {self.base_share}")
-        if self.base_depth < 0:
-            raise ValueError(f"base_depth must be at least 0; got {self.base_depth}")
+        check_least(self, 0, "base_depth")
         if not 0 <= self.teacher_noise < 1 or not 0 <= self.teacher_blur < self.host.size:
             raise ValueError(
                 f"expected teacher_noise in [0, 1) and 0 <= teacher_blur < size; got {self.teacher_noise} and "
@@ -281,7 +281,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.size < 16 or not 2 <= self.views <= 6 or min(self.targets, self.steps, self.rooms) < 1:
             raise ValueError("expected size >= 16, 2 to 6 views, and at least one target, step and room")
-        if self.blur < 1 or self.blur % 2 == 0 or self.weight <= 0 or self.lr <= 0:
+        if self.blur < 1 or self.blur % 2 == 0 or not self.weight > 0 or not self.lr > 0:
             raise ValueError(f"blur must be odd, weight and lr positive; got {self.blur}, {self.weight} and {self.lr}")
 
 
@@ -336,6 +336,8 @@ class EvalConfig:
         captured = self.colmap is not None or self.transforms is not None
         if int(captured) != (self.depths is not None) + (self.teacher is not None):
             raise ValueError("colmap and transforms need --depths or --teacher, one of them; nothing else takes either")
+        if self.images is not None and self.colmap is None:
+            raise ValueError("images belongs to colmap: all others name their pictures themselves, or have none")
         if self.cloud is None and (self.observed or self.plane or self.thin or self.most is not None):
             raise ValueError("observed, plane, thin and most belong to a scanned cloud: give --cloud, or none of them")
         if min(self.depth_unit, self.metres_per_unit, self.side) <= 0 or self.thin < 0:

@@ -167,5 +167,10 @@ def boundary_band(
 def splat_depth(gaussians: Gaussians, truth: KnownDepth) -> tuple[Tensor, Tensor]:
     """Depth of a splat as the true cameras see it, and how much of each pixel it covers; both ``[V, H, W]``."""
     height, width = truth.depth_z.shape[1:]
-    picture = render(gaussians[None], truth.cam_to_world[None], truth.intrinsics_norm[None], (height, width))
-    return picture.depth_z[0], picture.alpha[0]
+    # One after the other: what every view sees of every Gaussian would be gigabytes for a hundred photographs.
+    pictures = [
+        render(gaussians[None], pose[None, None], inner[None, None], (height, width))
+        for pose, inner in zip(truth.cam_to_world, truth.intrinsics_norm, strict=True)
+    ]
+    depth, alpha = ([getattr(picture, name)[0, 0] for picture in pictures] for name in ("depth_z", "alpha"))
+    return torch.stack(depth), torch.stack(alpha)

@@ -43,9 +43,12 @@ class PMLoss:
             anchors: ``[B, N]``, the views that have Gaussians, where a compressor such as ZPressor chose some.
 
         Raises:
-            ValueError: Views are given and there is no teacher, pictures are and it needs cameras, numbers of pixels
-                differ, or see ``pm_loss``.
+            ValueError: Views are given and there is no teacher, pictures are and it needs cameras or they are not in
+                [0, 1], shapes are others or numbers of pixels differ, or see ``pm_loss``.
         """
+        for what, part in (("centres", means), ("points", given)):
+            if isinstance(part, Tensor) and part.ndim not in (3, 5):
+                raise ValueError(f"expected {what} [B, N * H * W, 3] or [B, N, H, W, 3]; got {list(part.shape)}")
         centres = None
         pictures = isinstance(given, Tensor) and given.ndim == 5 and given.shape[2] == 3 != given.shape[4]
         if isinstance(given, Tensor) and pictures:
@@ -84,7 +87,16 @@ class PMLoss:
 
 
 def _without_cameras(image_01: Tensor) -> Views:
-    """Views whose cameras are not known, so that no point that follows from them is finite."""
+    """Views whose cameras are not known, so that no point that follows from them is finite.
+
+    Raises:
+        ValueError: Pictures are not in [0, 1], or little beside, as after scaling by Lanczos.
+    """
+    low, high = (float(end) for end in image_01.aminmax())
+    if not image_01.is_floating_point() or not -0.5 <= low <= high <= 1.5:
+        raise ValueError(
+            f"expected pictures of floating-point numbers in [0, 1]; got {image_01.dtype} from {low:g} to {high:g}"
+        )
     lead = image_01.shape[:2]
     unknown = image_01.new_full((*lead, 4, 4), torch.nan)
     return Views(image_01, unknown, unknown[..., :3, :3], unknown[..., 0, 0], unknown[..., 0, 0])

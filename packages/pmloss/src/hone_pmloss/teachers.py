@@ -193,9 +193,18 @@ class PrecomputedTeacher:
             data = load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no safetensors file: {error}") from error
-        if "points" not in data or "frames" not in data or data["points"].shape[3:] != (3,):
-            raise CheckpointError(f"{path} must hold points [F, H, W, 3] and frames [F]; it holds {sorted(data)}")
+        found = {name: list(part.shape) for name, part in sorted(data.items())}
+        shape = found.get("points", [])
+        wanted = {"points": [*shape[:3], 3], "frames": shape[:1], "confidence": shape[:3]}
+        fits = all(found.get(name, want) == want for name, want in wanted.items())
+        if len(shape) != 4 or "frames" not in data or not fits:
+            raise CheckpointError(
+                f"{path} must hold points [F, H, W, 3] and frames [F], and may hold confidence [F, H, W]; "
+                f"it holds {found}"
+            )
         rows = {int(frame): row for row, frame in enumerate(data["frames"])}
+        if len(rows) < shape[0]:
+            raise CheckpointError(f"{path} holds a frame twice: {data['frames'].tolist()}")
         if missing := [frame for frame in shots.frames if frame not in rows]:
             raise CheckpointError(f"{path} has no points of the frames {missing}")
         index = [rows[frame] for frame in shots.frames]

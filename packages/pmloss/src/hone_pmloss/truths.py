@@ -6,6 +6,7 @@ that the object stands on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,33 @@ def read_depth(path: Path, unit: float) -> Float[Tensor, "height width"]:
     return torch.where(found.isfinite() & (found > 0), found, 0.0)
 
 
+def _depth_files(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """The depth of each picture, by its name with or without its suffix, in a folder of the same name if it is there.
+
+    Raises:
+        FileNotFoundError: A picture has none.
+        ValueError: Two have the same one.
+    """
+    found: dict[Path, Path] = {}
+    for image in images:
+        path = _depth_file(folder, image)
+        if path in found:
+            raise ValueError(
+                f"{path} would be the depth of {found[path]} and of {image}, which have one name: put the depths into "
+                "folders as the pictures are"
+            )
+        found[path] = image
+    return list(found)
+
+
 def _depth_file(folder: Path, image: Path) -> Path:
-    """The depth of a picture, by its name with or without its suffix."""
-    for suffix in SUFFIXES:
-        for name in (image.name, image.stem):
-            if (path := folder / f"{name}{suffix}").is_file():
-                return path
+    parts = image.absolute().parts
+    for start in range(1, len(parts)):
+        place = folder.joinpath(*parts[start:-1])
+        for suffix in SUFFIXES:
+            for name in (image.name, image.stem):
+                if (path := place / f"{name}{suffix}").is_file():
+                    return path
     raise FileNotFoundError(f"{folder} has no depth of {image.name}: one of {', '.join(SUFFIXES)} was sought")
 
 
@@ -83,8 +105,8 @@ def _stored_depth(cfg: EvalConfig, capture: Capture) -> KnownDepth:
     assert cfg.depths is not None
     height, width = _size(capture, cfg.side)
     maps = []
-    for image in capture.images:
-        whole = read_depth(path := _depth_file(cfg.depths, image), cfg.depth_unit)
+    for path in _depth_files(cfg.depths, capture.images):
+        whole = read_depth(path, cfg.depth_unit)
         if abs(whole.shape[1] * capture.size[0] - whole.shape[0] * capture.size[1]) > max(capture.size):
             raise ValueError(f"{path} is {list(whole.shape)} and its picture {list(capture.size)}: another shape")
         rows, columns = (
@@ -203,8 +225,7 @@ def find_truth(cfg: EvalConfig) -> None:
     else:
         capture = _capture(cfg)
         if cfg.depths is not None:
-            for image in capture.images:
-                _depth_file(cfg.depths, image)
+            _depth_files(cfg.depths, capture.images)
 
 
 def truth_of(cfg: EvalConfig, device: torch.device | str) -> KnownDepth | KnownCloud:

@@ -27,7 +27,7 @@ def farthest_points(
         present: Views that exist; all if None.
 
     Raises:
-        ValueError: A scene has fewer views than that.
+        ValueError: A scene has fewer views than that, or a centre that is not finite.
 
     Differs: the release returns a view twice where ``count`` is larger than the number of views, or where all that are
     left stand on anchors; here each is taken once.
@@ -38,6 +38,12 @@ def farthest_points(
     present = torch.ones(batch, views, dtype=torch.bool) if present is None else present.cpu()
     if count < 1 or int(present.sum(1).min()) < count:
         raise ValueError(f"each scene needs at least {count} views for {count} anchors; got {present.sum(1).tolist()}")
+    # What stands in padding is not looked at, be it a number or none.
+    centres = torch.where(present[..., None], centres, 0.0)
+    lost = ~centres.isfinite().all(-1)
+    if bool(lost.any()):
+        scene, view = lost.nonzero()[0].tolist()
+        raise ValueError(f"scene {scene}, view {view}: the camera's centre is not finite; remove the view")
     weight = present[..., None].to(centres)
     mean = (centres * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
     rows = torch.arange(batch)

@@ -123,7 +123,8 @@ def find_converted(cfg: ConvertConfig) -> ConvertConfig:
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: There is none, two scenes have one name, one has too few views, or a host cannot use it.
+        ValueError: There is none, two scenes have one name, one has too few views or pictures of more than 8 bits, or a
+            host cannot use it.
     """
     if not cfg.captures:
         raise ValueError("name folders of COLMAP models or transforms.json files: --captures PATH ...")
@@ -132,7 +133,7 @@ def find_converted(cfg: ConvertConfig) -> ConvertConfig:
             find_transforms(path)
         else:
             find_colmap(path)
-    from hone_splat.captures import fit_range
+    from hone_splat.captures import check_pictures, fit_range
 
     from .conversion import evaluation_views, read_captures
 
@@ -143,6 +144,7 @@ def find_converted(cfg: ConvertConfig) -> ConvertConfig:
             guessed = fit_range(capture, limits.near, limits.far).guessed
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        check_pictures(capture)
         names.append(name)
         if guessed:
             log.warning(

@@ -257,7 +257,10 @@ def render_capture(cfg: RenderConfig, run: Run) -> RenderReport:
         # A run that goes on still says how many the budget allowed.
         atomic_write_json(run.artifacts / "anchors.json", _fit_budget(cfg, host, given))
         cloud = host(given).gaussians[0]
-        write_ply(cloud.pruned(opacity=cfg.prune).scaled(1 / scene.scale), file)
+        kept = cloud.pruned(opacity=cfg.prune)
+        if not len(kept):
+            raise ValueError(f"none of {len(cloud)} Gaussians has an opacity of {cfg.prune:g}; lower --prune")
+        write_ply(kept.scaled(1 / scene.scale), file)
     # Frames are of the file, so that a run that goes on draws the same ones.
     cloud = read_ply(file).map(lambda part: part.to(device))
     anchors = json.loads((run.artifacts / "anchors.json").read_text("utf-8"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from .views import Views
 __all__ = [
     "Capture",
     "SceneRange",
+    "check_bits",
+    "check_pictures",
     "fit_picture",
     "fit_range",
     "load_views",
@@ -62,7 +65,7 @@ PLY_TYPES = {
 
 @dataclass(frozen=True)
 class Capture:
-    """Photographs of one scene, in the order of their names.
+    """Photographs of one scene, in the order of their names, numbers in them as numbers.
 
     Attributes:
         images: Paths, none of them opened yet.
@@ -129,7 +132,8 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
     place, suffix, images = find_colmap(folder, images)
     binary = suffix == ".bin"
     cameras = _read(_cameras_bin if binary else _cameras_txt, place / f"cameras{suffix}")
-    poses = sorted(_read(_images_bin if binary else _images_txt, place / f"images{suffix}"), key=lambda entry: entry[0])
+    poses = _read(_images_bin if binary else _images_txt, place / f"images{suffix}")
+    poses = sorted(poses, key=lambda entry: _in_order(entry[0]))
     path = place / f"points3D{suffix}"
     points = _read(_points_bin if binary else _points_txt, path) if path.is_file() else None
     names, quats, shifts, keys = zip(*poses, strict=True) if poses else ((), (), (), ())
@@ -311,7 +315,7 @@ def read_transforms(path: str | Path) -> Capture:
         isinstance(f, dict) and isinstance(f.get("file_path"), str) for f in frames
     ):
         raise ValueError(f"{path}: expected frames, each with file_path and transform_matrix")
-    frames = sorted(frames, key=lambda frame: frame["file_path"])
+    frames = sorted(frames, key=lambda frame: _in_order(frame["file_path"]))
     names = [_picture(path.parent, frame["file_path"]) for frame in frames]
     _find_pictures(names, path.parent, f"Copy them there, or mend file_path in {path.name}")
     inner = [
@@ -381,36 +385,55 @@ def read_points(path: Path) -> Float[Tensor, "point 3"]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no point cloud, or is cut short.
+        ValueError: It is no point cloud, is cut short, or holds a point that is not finite.
     """
     data = path.read_bytes()
-    end = data.find(b"end_header\n")
-    lines = data[: max(end, 0)].decode("ascii", errors="replace").splitlines()
-    body = data[end + len(b"end_header\n") :]
-    count, names = 0, []
+    found = re.search(rb"^end_header\r?\n", data, re.MULTILINE)
+    lines = data[: found.start() if found else 0].decode("ascii", errors="replace").splitlines()
+    body = data[found.end() if found else 0 :]
+    count, names = None, []
     for words in (line.split() for line in lines):
-        if words[:2] == ["element", "vertex"]:
-            count = int(words[2])
-        elif words[:1] == ["element"] and count:
+        if words[:1] == ["element"] and count is not None:
             break
-        elif words[:1] == ["property"] and count and len(words) == 3 and words[1] in PLY_TYPES:
+        if words[:2] == ["element", "vertex"] and len(words) == 3 and words[2].isdecimal():
+            count = int(words[2])
+        elif words[:1] == ["element"]:
+            raise ValueError(f"{path}: expected vertices first, element vertex COUNT; got {' '.join(words)!r}")
+        elif words[:1] == ["property"]:
+            # Where the next value begins is known of single numbers alone.
+            if len(words) != 3 or words[1] not in PLY_TYPES:
+                raise ValueError(f"{path}: expected single numbers at each vertex; got {' '.join(words)!r}")
             names.append((words[2], PLY_TYPES[words[1]]))
-    if not {"x", "y", "z"} <= {name for name, _ in names}:
+    if not count or not {"x", "y", "z"} <= {name for name, _ in names}:
         raise ValueError(f"{path} is no point cloud: expected a .ply of vertices with x, y and z")
     if any(line.startswith("format ascii") for line in lines):
-        rows = [line.split() for line in body.decode("ascii").splitlines()[:count]]
         order = [[name for name, _ in names].index(axis) for axis in "xyz"]
-        points = np.array([[float(row[i]) for i in order] for row in rows]).reshape(-1, 3)
+        try:
+            rows = [line.split() for line in body.decode("ascii").splitlines()[:count]]
+            points = np.array([[float(row[i]) for i in order] for row in rows]).reshape(-1, 3)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
+        if len(points) < count:
+            raise ValueError(f"{path} is cut short: it holds {len(points)} of {count} points. Copy it again.")
     else:
         kind = np.dtype(names)
         if "format binary_little_endian 1.0" not in lines or len(body) < count * kind.itemsize:
             raise ValueError(f"{path} is cut short or big-endian: {count} points need {count * kind.itemsize} bytes")
         table = np.frombuffer(body, kind, count)
         points = np.stack([table[axis].astype(np.float64) for axis in "xyz"], -1)
+    lost = int((~np.isfinite(points).all(1)).sum())
+    if lost:
+        raise ValueError(f"{path}: {lost} of {count} points are not finite. Remove them first.")
     return torch.from_numpy(points)
 
 
 # Both -----------------------------------------------------------------------------------------------------------------
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    """What sorts pictures as they were taken: numbers in their names count as numbers, 9 before 10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def _find_pictures(names: Sequence[str], folder: Path, remedy: str) -> None:
@@ -476,6 +499,27 @@ def fit_picture(
     return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255, inner
 
 
+def check_bits(image: Image.Image, name: str) -> None:
+    """Refuse what would be cut off at 8 bits.
+
+    Raises:
+        ValueError: The picture has more.
+    """
+    if image.mode[:1] in ("I", "F"):
+        raise ValueError(f"{name} has more than 8 bits a value, which would be cut off; save it with 8")
+
+
+def check_pictures(capture: Capture) -> None:
+    """Look at what pictures hold without decoding them.
+
+    Raises:
+        ValueError: One has more than 8 bits a value.
+    """
+    for path in capture.images:
+        with Image.open(path) as image:  # who read the cameras has seen that it can be
+            check_bits(image, f"the picture {path}")
+
+
 def load_views(capture: Capture, size: tuple[int, int], scene: SceneRange) -> Views:
     """Open the pictures, scale them by Lanczos so that they cover ``size``, and cut the centre out.
 
@@ -494,10 +538,7 @@ def load_views(capture: Capture, size: tuple[int, int], scene: SceneRange) -> Vi
     for path, inner in zip(capture.images, capture.intrinsics_norm, strict=True):
         try:
             with Image.open(path) as image:
-                if image.mode[:1] in ("I", "F"):
-                    raise ValueError(
-                        f"the picture {path} has more than 8 bits a value, which would be cut off; save it with 8"
-                    )
+                check_bits(image, f"the picture {path}")
                 picture, cut = fit_picture(image.convert("RGB"), inner, size)
         except OSError as error:
             raise ValueError(f"the picture {path} cannot be read, copy it again: {error}") from error

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cameras import check_cameras
-from .captures import fit_picture
+from .captures import check_bits, fit_picture
 from .places import read_chunk_index, read_evaluation_index
 from .views import Views
 
@@ -74,7 +74,8 @@ class ChunkScene:
         """Some of the views, scaled by Lanczos so that they cover ``size``, and cut.
 
         Raises:
-            ValueError: There is no such view, a picture cannot be read, or a camera is impossible.
+            ValueError: There is no such view, a picture cannot be read or has more than 8 bits a value, or a camera is
+                impossible.
         """
         wrong = [i for i in index if not 0 <= i < len(self)]
         if wrong:
@@ -92,6 +93,7 @@ class ChunkScene:
         for place, name in enumerate(names):
             try:
                 with Image.open(io.BytesIO(self.images[index[place]].numpy().tobytes())) as image:
+                    check_bits(image, f"{name}: the picture")
                     picture, inner[place] = fit_picture(image.convert("RGB"), inner[place], size)
             except OSError as error:
                 raise ValueError(f"{name}: the picture cannot be read: {error}") from error

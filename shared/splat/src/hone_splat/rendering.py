@@ -56,7 +56,7 @@ def render(
     """Render each scene from each of its cameras.
 
     Args:
-        gaussians: With a batch axis.
+        gaussians: With a batch axis; 16 bits are taken to float32. Where there are none, the background is seen.
         cam_to_world: Poses, OpenCV axes.
         intrinsics_norm: Normalised; the principal point counts.
         size: Height and width in pixels.
@@ -76,6 +76,7 @@ def render(
         )
     if backend not in ("torch", "gsplat"):
         raise ValueError(f"backend must be torch or gsplat; got {backend!r}")
+    gaussians = gaussians.map(lambda part: part.float() if part.dtype.itemsize < 4 else part)
     inner = intrinsics_px(intrinsics_norm, *size)
     back = gaussians.means.new_zeros(3) if background is None else background
     if backend == "gsplat":
@@ -90,6 +91,9 @@ def _splat(
     """Colour, alpha and summed depth of every pixel."""
     batch, views = cam_to_world.shape[:2]
     height, width = size
+    if not len(gaussians):
+        nothing = gaussians.means.new_zeros(batch, views, 5, height, width)
+        return nothing[:, :, :3], nothing[:, :, 3], nothing[:, :, 4]
     rows, columns = -(-height // TILE), -(-width // TILE)
     values, low, high = _project(gaussians, cam_to_world, inner, size, near)
     order, counts = tile_lists(values[..., 9], low, high, rows, columns)

@@ -69,6 +69,10 @@ class FitConfig:
         check_budget(self, "targets", "lr", "lr_pretrained", "clip")
         check_least(self, 1, "draws")
         check_least(self, 0, "weight_decay", "lpips")
+        for name in ("drop_error", "skip_loss"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, as it leaves out what is larger, or None; got {value}")
         if self.model not in HOSTS:
             raise ValueError(f"no host {self.model!r}; there are {', '.join(HOSTS)}")
         if self.model == "tiny" and self.start is not None:
