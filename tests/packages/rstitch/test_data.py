@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from hone_rstitch.data import (
@@ -5,6 +7,7 @@ from hone_rstitch.data import (
     HUB,
     SETS,
     Problem,
+    check_answers,
     grade,
     is_held_out,
     product_batch,
@@ -169,6 +172,45 @@ def test_math():
     pytest.importorskip("math_verify", reason="the extra math is not installed")
     assert grade("the answer is \\boxed{\\frac{2}{4}}", "$\\frac{1}{2}$", "math")
     assert not grade("the answer is \\boxed{3}", "$\\frac{1}{2}$", "math")
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "right"),
+    [
+        ("3\\sqrt{13}", "3\\sqrt{13}", True),
+        ("\\sqrt{13}", "3\\sqrt{13}", False),
+        ("\\left(3, \\frac{\\pi}{2}\\right)", "\\left( 3, \\frac{\\pi}{2} \\right)", True),
+        ("3", "\\left( 3, \\frac{\\pi}{2} \\right)", False),
+        ("5", "6 - 5i", False),
+        ("q - p", "p - q", False),
+        ("p - q", "p - q", True),
+        ("\\text{Evelyn}", "\\text{Evelyn}", True),
+        ("\\text{x is even}", "\\text{x is even}", True),
+        ("10080", "10,\\!080", True),
+        ("18", "16 - 3 - 4 = 9 eggs are sold a day, which makes 9 * 2 = 18", True),
+        ("204", "204", True),
+    ],
+)
+def test_answers_without_marks_around_them_are_mathematics_as_math500_has_them(written, answer, right):
+    pytest.importorskip("math_verify", reason="the extra math is not installed")
+    assert grade(f"so it is \\boxed{{{written}}}", answer, "math") is right
+
+
+@pytest.mark.parametrize("answer", ["\\frac{3}{4}", "\\text{Evelyn}", "p - q"])
+def test_answers_that_are_no_numbers_are_not_graded_as_numbers(answer):
+    problems = [Problem("1", "1+1", "2"), Problem("2", "?", "#### 1,234"), Problem("3", "?", answer)]
+    check_answers(problems[:2], "number")
+    check_answers(problems, "math")
+    with pytest.raises(ValueError, match=r"the answer of problem 3, .* is no number; grade these by --format math"):
+        check_answers(problems, "number")
+
+
+def test_lines_end_with_a_newline_alone(tmp_path):
+    file = tmp_path / "set.jsonl"
+    rows = [{"id": None, "question": "a\u2028b\x85c", "answer": "1"}, {"id": None, "question": "d", "answer": "2"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text(lines, encoding="utf-8-sig", newline="")
+    assert read_problems(file) == [Problem("1", "a\u2028b\x85c", "1"), Problem("2", "d", "2")]
 
 
 def test_a_missing_file_is_named_with_what_is_expected(tmp_path):

@@ -1,5 +1,6 @@
 import copy
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -390,6 +391,31 @@ def test_a_cache_that_holds_part_of_the_prompt(pairs):
         generate(pairs(), ids.repeat(2, 1), mask.repeat(2, 1), StitchConfig(), **{name: cache})
 
 
+@pytest.mark.parametrize("policy", ["stitch", "large"])
+def test_a_cache_that_holds_all_of_the_prompt_or_more(pairs, policy):
+    _, large = pairs()
+    config = replace(StitchConfig(tau=0.5), policy=policy)
+    ids, mask = prompts(1, 9, ragged=False)
+    wanted = generate(pairs(), ids, mask, config)
+    name = next(name for name in generation.CACHES if name in inspect.signature(large.forward).parameters)
+    caches = [DynamicCache(config=large.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache, held in zip(caches, (ids, torch.cat([ids, ids], 1)), strict=True):
+            large(held, use_cache=True, **{name: cache})
+    found = generate(pairs(), ids, mask, config, **{name: caches[0]})
+    assert torch.equal(found.sequences, wanted.sequences)
+    with pytest.raises(ValueError, match=r"the cache holds 18 tokens, and the prompt, .* has 9"):
+        generate(pairs(), ids, mask, config, **{name: caches[1]})
+
+
+def test_a_gate_has_a_name_or_settings(pairs):
+    ids, mask = prompts(2)
+    found, wanted = (generate(pairs(), ids, mask, config) for config in ("fast", StitchConfig(tau=0.03)))
+    assert torch.equal(found.sequences, wanted.sequences)
+    with pytest.raises(TypeError, match="a preset's name or a StitchConfig; got float"):
+        generate(pairs(), ids, mask, 0.02)
+
+
 # The gate sees hard masks only
 
 
@@ -630,6 +656,10 @@ def test_sixteen_bits(dtype):
         ({"vocabulary": Vocabulary.shared(96, 100, [EOS])}, "logits"),
         ({"vocabulary": Vocabulary.shared(112, 112, [EOS])}, "logits"),
         ({"small_input_ids": torch.ones(2, 4, dtype=torch.long)}, "per row"),
+        ({"small_input_ids": torch.ones(1, 4, dtype=torch.long)}, "per row; got 1 for 3 rows"),
+        ({"assistant_model": tiny("qwen2")[0]}, "assistant_model"),
+        ({"prompt_lookup_num_tokens": 3}, "not by assisted generation"),
+        ({"dola_layers": "low"}, "not by dola generation"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -57,9 +57,12 @@ def test_fit_finds_the_coefficients(tmp_path):
         Latency.fit([point for point in points if point[0] > 1])
     with pytest.raises(ValueError, match="several tokens to fit 4"):
         Latency.fit([point for point in points if point[1] == 0])
-    (tmp_path / "b.json").write_text('{"small": {}}')
-    with pytest.raises(ValueError, match="make it with hone-rstitch profile"):
-        read_latency(tmp_path / "b.json")
+    one = '{"prefill": [0, 0, 1, 2], "decode": [0, 1]}'
+    odd = one.replace("2", '"x"')
+    for text in ('{"small": {}}', "[]", "\x93", f'{{"small": {one}, "large": {odd}}}', "NaN"):
+        (tmp_path / "b.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match="make it with hone-rstitch profile"):
+            read_latency(tmp_path / "b.json")
 
 
 def test_a_text_takes_the_sum_of_its_calls():

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hone_rstitch.evaluate import Answer, Outcome
 from hone_rstitch.generation import stitch_generate
 from hone_rstitch.method import stitch
 from hone_rstitch.models import Pair
-from hone_rstitch.reinforce import advantages, at_cost, dapo_loss, reward, train_router
+from hone_rstitch.reinforce import advantages, at_cost, dapo_loss, price_of, reward, train_router
 from hone_rstitch.router import EXTRA, Router, Routing, load_router, route_features, save_router
 from hone_rstitch.vocabulary import Vocabulary
 from safetensors.torch import save_file
@@ -253,3 +254,9 @@ def test_training_runs_and_compares(packaged, start, monkeypatch):
 def test_bad_training_is_named(values, match):
     with pytest.raises(ValueError, match=match):
         TrainRouterConfig(**values)
+
+
+def test_the_price_is_of_the_unit_that_latencies_have():
+    assert price_of(TrainRouterConfig(latency=Path("latency.json"))) == 5e-6
+    assert price_of(TrainRouterConfig()) == 0.01
+    assert price_of(TrainRouterConfig(price=0.0)) == 0.0

@@ -638,8 +638,9 @@ class TrainRouterConfig:
     latency: Path | None = None
     """Latencies in milliseconds, made by ``profile``; without them a call costs what its weights do, in steps
     of the large model."""
-    price: float = 0.01
-    """lambda, what a unit of latency takes from a right answer's reward of 1; the paper has 5e-6 (milliseconds)."""
+    price: float | None = None
+    """lambda, what a unit of latency takes from a right answer's reward of 1 (default: the paper's 5e-6 with
+    ``latency``, in milliseconds; 0.01 without, in steps)."""
     width: int = 128
     """Of the router's inner layer."""
     steps: int = 150
@@ -674,7 +675,8 @@ class TrainRouterConfig:
         _check_taus(self.taus)
         _check_weights(self.models)
         check_budget(self, "batch", "epochs", "width", "lr", "clip_high")
-        check_least(self, 0, "price")
+        if self.price is not None:
+            check_least(self, 0, "price")
         check_least(self, 2, "rollouts", "items")
         if not 0 < self.clip_low < 1:
             raise ValueError(f"clip_low must lie in (0, 1); got {self.clip_low}")

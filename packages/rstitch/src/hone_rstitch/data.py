@@ -20,6 +20,7 @@ __all__ = [
     "CHECKS",
     "SETS",
     "Problem",
+    "check_answers",
     "grade",
     "practice",
     "product_batch",
@@ -41,6 +42,10 @@ SETS = {
 HUB = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 FIELDS = {"question": ("question", "problem", "prompt"), "answer": ("answer", "solution", "target")}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
+"""What mathematics within a text begins with."""
+WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} +[A-Za-z]{2,}")
+"""Two words in a row, names of LaTeX left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,8 @@ def read_problems(address: str | Path, *, limit: int | None = None) -> list[Prob
             if not found:
                 raise ValueError(f"{address}:{number}: expected one of {', '.join(names)}")
             values[field] = _text(found[0])
-        problems.append(Problem(str(row.get("id", number)), **values))
+        name = row.get("id")
+        problems.append(Problem(str(number if name is None else name), **values))
     if len({problem.id for problem in problems}) < len(problems):
         raise ValueError(f"{address}: two problems have one id")
     if not problems:
@@ -192,7 +198,8 @@ def _text(value: Any) -> str:
 
 def _json_rows(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): a text may hold other line separators than a newline.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -217,13 +224,34 @@ def _fetched(address: str) -> Path:
         raise FileNotFoundError(f"the hub has no {address}") from error
 
 
+def check_answers(problems: Sequence[Problem], format: Literal["number", "math"]) -> None:
+    """Refuse answers that a format cannot grade: each would count as wrong, or by its last digits.
+
+    Raises:
+        ValueError: ``number``, and an answer has none, or is LaTeX.
+    """
+    for problem in problems if format == "number" else ():
+        latex = _is_bare(problem.answer) and "\\" in problem.answer
+        if latex or not NUMBER.search(problem.answer):
+            raise ValueError(
+                f"the answer of problem {problem.id}, {problem.answer!r}, is no number; grade these by --format math"
+            )
+
+
+def _is_bare(answer: str) -> bool:
+    """Whether an answer is mathematics without marks around it, such as x^2 alone; no text that holds some."""
+    spoken = re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer)
+    return "\n" not in answer and not MARKED.search(answer) and not WORDS.search(spoken)
+
+
 def grade(text: str, answer: str, format: Literal["number", "math"] = "number") -> bool:
     """Whether a written answer is right.
 
     Args:
         text: What was written.
         answer: The right answer.
-        format: ``number``: the last number of both is the same. ``math``: math-verify finds them equal.
+        format: ``number``: the last number of both is the same. ``math``: math-verify finds them equal. It reads
+            mathematics between its marks only, so that an answer without any, such as MATH-500's, is put between them.
 
     Raises:
         MissingExtraError: ``math`` without the extra.
@@ -235,6 +263,7 @@ def grade(text: str, answer: str, format: Literal["number", "math"] = "number") 
             raise MissingExtraError("math", "hone-rstitch", "Grading by math-verify") from error
         # Its own timeouts are signals, which only a process's main thread may set.
         options: dict[str, Any] = {"parsing_timeout": None}
-        return bool(verify(parse(answer, **options), parse(text, **options), timeout_seconds=None))
+        right = parse(f"${answer}$" if _is_bare(answer) else answer, **options)
+        return bool(verify(right, parse(text, **options), timeout_seconds=None))
     found = [NUMBER.findall(words) for words in (text, answer)]
     return all(found) and float(found[0][-1].replace(",", "")) == float(found[1][-1].replace(",", ""))

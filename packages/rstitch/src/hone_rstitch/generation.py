@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hone_core.handles import resolve
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -31,6 +32,7 @@ from transformers.generation import (
     EtaLogitsWarper,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
+    GenerationMode,
     InfNanRemoveLogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -52,7 +54,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
-from .config import LARGE, SMALL, StitchConfig
+from .config import LARGE, PRESETS, SMALL, StitchConfig
 from .method import Gate, choose, read_logits, uniform
 from .router import Routing, route_features
 from .vocabulary import Vocabulary
@@ -240,8 +242,12 @@ def stitch_generate(
         ``[batch, tokens]`` ids, or a ``StitchOutput`` with ``return_dict_in_generate=True``.
 
     Raises:
-        ValueError: A stop string without a tokenizer, a streamer with several rows, or what ``stitch_decoding`` raises.
+        ValueError: A stop string without a tokenizer, a streamer with several rows, an ``assistant_model``, or what
+            ``stitch_decoding`` raises.
     """
+    if kwargs.pop("assistant_model", None) is not None:
+        # generate() does not hand it to a callable, and would leave it out in silence.
+        raise ValueError("assistant_model drafts for one model, and here two write one text; leave it out")
     if stop_strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings are compared with text: give the large model's tokenizer")
@@ -279,7 +285,7 @@ def stitch_decoding(
     generation_config: Any,
     *,
     slm: PreTrainedModel,
-    stitch: StitchConfig | None = None,
+    stitch: str | StitchConfig | None = None,
     vocabulary: Vocabulary | None = None,
     small_input_ids: Tensor | None = None,
     small_attention_mask: Tensor | None = None,
@@ -297,7 +303,7 @@ def stitch_decoding(
         stopping_criteria: Made by ``generate``; asked after every emitted token, a row at a time.
         generation_config: Made by ``generate``.
         slm: The small model.
-        stitch: Policy and gate; the paper's at tau 0.02 if None.
+        stitch: Policy and gate, or a preset's name; the paper's at tau 0.02 if None.
         vocabulary: What the ids are to the small model; the same, padding apart, if None.
         small_input_ids: ``[batch, tokens]``, prompts of the small model in its own ids, padded on the left; the large
             model's prompts in the small model's ids if None.
@@ -310,9 +316,10 @@ def stitch_decoding(
 
     Raises:
         ValueError: An option of ``generate`` that cannot hold here, a vocabulary that does not fit, a prompt that is
-            padded elsewhere than on the left, or a cache whose rows cannot be of different lengths.
+            padded elsewhere than on the left, or a cache whose rows cannot be of different lengths, or that holds more
+            than the prompt.
     """
-    stitch = StitchConfig() if stitch is None else stitch
+    stitch = StitchConfig() if stitch is None else resolve(stitch, PRESETS, StitchConfig)
     if (stitch.policy == "router") != (routing is not None):
         raise ValueError(f"routing belongs to policy='router', which needs it; got policy {stitch.policy!r}")
     _check_options(generation_config, logits_processor, model_kwargs)
@@ -328,10 +335,12 @@ def stitch_decoding(
         small_prompts = [vocabulary.small_ids(prompt) for prompt in prompts]
     else:
         small_prompts = _unpadded(small_input_ids, small_attention_mask, "small_input_ids")
-        copies = len(prompts) // max(1, len(small_prompts))
-        if copies * len(small_prompts) != len(prompts):
-            raise ValueError(f"expected a small prompt per row; got {len(small_prompts)} for {len(prompts)} rows")
         # num_return_sequences has repeated the large prompts.
+        copies = generation_config.num_return_sequences or 1
+        if copies * len(small_prompts) != len(prompts):
+            raise ValueError(
+                f"expected a small prompt per row; got {len(small_prompts)} for {len(prompts) // copies} rows"
+            )
         small_prompts = [prompt for prompt in small_prompts for _ in range(copies)]
     positions = model_kwargs.get("position_ids")
     if positions is not None and not _counts(positions, prompts):
@@ -695,6 +704,11 @@ class _Side:
         held = cache.get_seq_length()
         if held and len(rows) > 1:
             raise ValueError("a cache that holds tokens already goes with one row; the rows' lengths are not in it")
+        if held and held > (asked := len(rows[0].prompts[LARGE])):
+            raise ValueError(f"the cache holds {held} tokens, and the prompt, which must begin with them, has {asked}")
+        if held and held == asked:
+            cache.crop(-1)  # a call reads one token at least, to say what comes after it
+            held -= 1
         self.read = dict.fromkeys(self.order, held)
         self.valid = torch.ones(len(rows), held, dtype=torch.bool)
         self.cache_name = cache_argument(model)
@@ -866,6 +880,8 @@ def _check_options(config: Any, processors: LogitsProcessorList, model_kwargs: d
     """Refuse what this loop would have to leave out in silence."""
     if (config.num_beams or 1) > 1:
         raise ValueError(f"two models write one text, not {config.num_beams} beams; leave num_beams out")
+    if (mode := config.get_generation_mode()) not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"two models write one text by turns, not by {mode.replace('_', ' ')}; leave its options out")
     if model_kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False: each model must keep what it has read; leave it out")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from hone_lm.addresses import find_checkpoint
 
@@ -21,7 +22,7 @@ from .config import (
     ServeConfig,
     TrainRouterConfig,
 )
-from .data import SETS, grade, read_problems
+from .data import SETS, check_answers, grade, read_problems
 from .latency import read_latency
 from .pairs import PACKAGE, open_pair, pairs_of
 
@@ -79,7 +80,7 @@ def find_evaluated(cfg: EvalConfig) -> EvalConfig:
     """
     if cfg.format == "math":
         grade("1", "1", "math")  # whether its extra is there
-    cfg = replace(cfg, data=_data(cfg.data, tiny=cfg.models.small is None))
+    cfg = replace(cfg, data=_data(cfg.data, tiny=cfg.models.small is None, format=cfg.format))
     _check_models(cfg.models)
     return cfg
 
@@ -122,7 +123,8 @@ def find_trained(cfg: TrainRouterConfig) -> TrainRouterConfig:
     if cfg.format == "math":
         grade("1", "1", "math")
     tiny = cfg.models.small is None
-    cfg = replace(cfg, data=_data(cfg.data, tiny=tiny), held_out_data=_data(cfg.held_out_data, tiny=tiny))
+    data, held_out = (_data(x, tiny=tiny, format=cfg.format) for x in (cfg.data, cfg.held_out_data))
+    cfg = replace(cfg, data=data, held_out_data=held_out)
     _check_models(cfg.models)
     return cfg
 
@@ -157,11 +159,12 @@ def find_pairs(cfg: ReproduceConfig) -> ReproduceConfig:
     return cfg
 
 
-def _data(data: str | None, *, tiny: bool) -> str | None:
-    """What names a set of problems, read once; a file's path is absolute then.
+def _data(data: str | None, *, tiny: bool, format: Literal["number", "math"] | None = None) -> str | None:
+    """What names a set of problems, read once; a file's path is absolute then. ``format`` is of the grader, if any.
 
     Raises:
-        ValueError: It holds no problems, or is missing or given where it must not be.
+        ValueError: It holds no problems, or answers that cannot be graded so, or is missing or given where it must not
+            be.
         FileNotFoundError: There is no such file.
         ConnectionError: It is on the hub, which cannot be reached.
     """
@@ -173,7 +176,9 @@ def _data(data: str | None, *, tiny: bool) -> str | None:
         )
     if data is None:
         return None
-    read_problems(data)
+    problems = read_problems(data)
+    if format is not None:
+        check_answers(problems, format)
     return data if data in SETS or data.startswith("hf:") else str(Path(data).resolve())
 
 

@@ -125,9 +125,13 @@ def read_latency(path: Path) -> tuple[Latency, Latency]:
         raise FileNotFoundError(f"there is no file {path}; expected the latency.json of hone-rstitch profile")
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-        small, large = (Latency(tuple(values[name]["prefill"]), tuple(values[name]["decode"])) for name in NAMES)
-        assert all(len(one.prefill) == 4 and len(one.decode) == 2 for one in (small, large))
-    except (KeyError, TypeError, AssertionError, json.JSONDecodeError) as error:
+        found = []
+        for name in NAMES:
+            (a, b, c, d), (e, f) = (map(float, values[name][part]) for part in ("prefill", "decode"))
+            assert np.isfinite([a, b, c, d, e, f]).all()
+            found.append(Latency((a, b, c, d), (e, f)))
+        small, large = found
+    except (KeyError, TypeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"{path} does not hold the latencies of two models; make it with hone-rstitch profile"
         ) from error

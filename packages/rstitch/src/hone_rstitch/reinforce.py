@@ -34,6 +34,10 @@ from .router import Routed, Router, Routing, load_router, save_router
 __all__ = ["TrainRouterReport", "advantages", "at_cost", "dapo_loss", "reward", "train_router"]
 
 DRAWS = 2000
+PRICE = 5e-6
+"""lambda of the paper, of a millisecond."""
+STEP_PRICE = 0.01
+"""Ours, of a step of the large model."""
 
 
 def reward(right: bool, latency: float, price: float) -> float:
@@ -47,6 +51,13 @@ def reward(right: bool, latency: float, price: float) -> float:
     Source: arXiv 2507.17307, reward of R-Stitch+.
     """
     return (1.0 - price * latency) if right else 0.0
+
+
+def price_of(cfg: TrainRouterConfig) -> float:
+    """lambda: the config's own, else the paper's where latencies are in milliseconds, and ours where they are steps."""
+    if cfg.price is not None:
+        return cfg.price
+    return STEP_PRICE if cfg.latency is None else PRICE
 
 
 def advantages(
@@ -186,7 +197,7 @@ def _rollouts(
     small, large = pair.prompts([problem.question for problem in rows])
     right = [grade(text, problem.answer, cfg.format) for text, problem in zip(texts, rows, strict=True)]
     spent = [text_latency(latencies, _calls(output, at, (len(small[at]), len(large[at])))) for at in range(len(rows))]
-    values = [reward(ok, ms, cfg.price) for ok, ms in zip(right, spent, strict=True)]
+    values = [reward(ok, ms, price_of(cfg)) for ok, ms in zip(right, spent, strict=True)]
     by_row: list[list[Routed]] = [[] for _ in rows]
     for record in routing.records:
         by_row[record.row].append(record)
