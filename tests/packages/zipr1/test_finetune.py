@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hone_zipr1.models import attach
 from hone_zipr1.objectives import BudgetPolicy
 from hone_zipr1.questions import Item, ModelTask, is_right, load_items, model_inputs, prompt_features
 from hone_zipr1.reinforce import Reinforcement
+from PIL import Image
 
 CFG = ReinforceConfig(ps=(0.4, 0.8), group=2, prompts=2, lr=1e-3)
 SELECTION = SparseConfig(recent=4, random=4, protect="none")
@@ -24,8 +26,6 @@ SELECTION = SparseConfig(recent=4, random=4, protect="none")
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """A file of two questions of different lengths about pictures of different sizes."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("questions")
     rows = []
     for at, (size, question) in enumerate([(84, "What is it?"), (112, "How many of them are there in all?")]):
@@ -99,6 +99,13 @@ def test_epochs_ask_everything_once_and_processes_share_the_questions(asked):
         ("choice", "B", "The answer is B.", True),
         ("choice", "B", "C", False),
         ("choice", "B", "Bird", False),
+        ("choice", "B", "I think it is B.", True),
+        ("choice", "B", "I'd say (B)", True),
+        ("choice", "B", "A dog runs, so B", True),
+        ("choice", "A", "A dog runs, so B", False),
+        ("choice", "A", "A is right, not B", True),
+        ("choice", "A", "A", True),
+        ("choice", "I", "I.", True),
         ("number", "1200", "It is 1,200.", True),
         ("number", "7", "7 of 9", False),
         ("number", "-2.5", "-2.50", True),
@@ -109,6 +116,23 @@ def test_epochs_ask_everything_once_and_processes_share_the_questions(asked):
 )
 def test_grades(asked, type, gold, text, right):
     assert is_right(text, Item(asked, False, "?", gold, type)) is right
+
+
+def test_lines_end_with_a_newline_alone_and_pictures_are_turned_as_they_were_taken(tmp_path):
+    lying = Image.new("RGB", (6, 4), "red")
+    lying.paste("blue", (0, 0, 3, 4))
+    exif = lying.getexif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    lying.save(tmp_path / "0.png", exif=exif)
+    row = {"image": "0.png", "question": "a\u2028b", "answer": "1", "type": "number"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8-sig", newline="")
+    (item,) = load_items(tmp_path / "a.jsonl")
+    assert item.question == "a\u2028b"
+    _, processor = tiny("llava_onevision")
+    lying.rotate(-90, expand=True).save(tmp_path / "1.png")
+    turned = model_inputs(processor, [replace(item, media=tmp_path / "1.png")], 1)
+    for name, value in model_inputs(processor, [item], 1).items():
+        torch.testing.assert_close(value, turned[name], rtol=0, atol=0)
 
 
 def test_a_number_has_its_tolerance(asked):
@@ -418,6 +442,12 @@ def test_a_model_is_graded_beside_itself_and_a_stopped_run_goes_on(command, chec
     command(*argv)
     with (tmp_path / "run/artifacts/answers.jsonl").open("a") as file:
         file.write('{"dense": {"ans')
+    questions = asked.read_text()
+    asked.write_text("\n".join(reversed(questions.splitlines())))
+    code, _, err = command(*argv)
+    assert code == 1
+    assert "has other questions than when" in err
+    asked.write_text(questions)
     code, out, err = command(*argv)
     assert code == 0, err
     assert len(asks) == 14 + 11

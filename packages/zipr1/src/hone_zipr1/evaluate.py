@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from .config import PRESETS, EvalConfig, SparseConfig
 from .grading import DENSE, at_budget, table
 from .models import attach
 from .objectives import BudgetPolicy
-from .questions import check_context, is_right, load_items, model_inputs, prompt_features
+from .questions import Item, check_context, is_right, load_items, model_inputs, prompt_features
 
 __all__ = ["EvalReport", "evaluate"]
 
@@ -62,7 +64,8 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     """Ask and grade; a stopped run goes on with the questions that are left.
 
     Raises:
-        ValueError: A question leaves no room for its answer in the model's context.
+        ValueError: A question leaves no room for its answer in the model's context, or the file of questions has
+            changed since the run stopped.
     """
     from hone_lm.choices import to_model
 
@@ -75,6 +78,12 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
     if whole != text:  # cut off within a line
         path.write_text(whole, encoding="utf-8")
     done = [json.loads(line) for line in whole.splitlines()]
+    told, now = run.artifacts / "questions.sha256", _digest(items)
+    if done and told.is_file() and told.read_text(encoding="utf-8") != now:
+        raise ValueError(
+            f"{cfg.data} has other questions than when {path} was begun; put them back, or choose another --out"
+        )
+    told.write_text(now, encoding="utf-8")
     policy = None if cfg.budget is None else BudgetPolicy.load(cfg.budget)
     model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
     with progress_bar(len(items), desc="questions", quiet=run.quiet) as bar, path.open("a", encoding="utf-8") as file:
@@ -105,6 +114,12 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
             labels = {"mcnemar_p": change.p, "to_wrong": change.to_wrong, "to_right": change.to_right}
             run.row("change", change.change, better="none", interval=change.interval, labels=labels, **given)
     return EvalReport.of(run)
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """Of the questions in their order; answers that are kept are told apart by their place alone."""
+    texts = [(str(item.media), item.question, item.answer, item.type, item.tolerance) for item in items]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _ask(

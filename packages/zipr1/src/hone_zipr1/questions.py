@@ -36,6 +36,7 @@ __all__ = [
 
 Type = Literal["choice", "number", "string"]
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+_LETTER = re.compile(r"\b(?:[B-HJ-Z]|I(?!['\u2019]| +(?!is\b|because\b)[a-z])|A(?! +(?!is\b|because\b)[a-z]))\b")
 _IGNORED = str.maketrans("", "", string.punctuation)
 
 
@@ -68,7 +69,8 @@ def load_items(path: Path) -> list[Item]:
         FileNotFoundError: The file, or what a question is about, is missing.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): a text may hold other line separators than a newline.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 found.append(_item(json.loads(line), path.parent))
@@ -108,12 +110,13 @@ def _item(row: Any, folder: Path) -> Item:
 def is_right(text: str, item: Item) -> bool:
     """Whether an answer is right.
 
-    ``choice``: its first letter that stands alone is the right one. ``number``: its last number is the right one,
-    within the tolerance. ``string``: the same words, without case, punctuation and articles.
+    ``choice``: its first letter that stands alone is the right one; "I think" and "A dog" are words. ``number``: its
+    last number is the right one, within the tolerance. ``string``: the same words, without case, punctuation and
+    articles.
     """
     if item.type == "choice":
-        letters = [re.search(r"\b([A-Z])\b", t.strip()) for t in (text, item.answer)]
-        return all(letters) and len({letter[1] for letter in letters if letter}) == 1
+        letters = [_LETTER.search(t) for t in (text, item.answer)]
+        return all(letters) and len({letter[0] for letter in letters if letter}) == 1
     if item.type == "number":
         numbers = [_NUMBER.findall(t) for t in (text, item.answer)]
         if not all(numbers):
@@ -136,20 +139,16 @@ def model_inputs(processor: Any, items: Sequence[Item], frames: int) -> dict[str
         frames: Of a video.
 
     Raises:
-        ValueError: A question holds a placeholder of the processor, or a video cannot be read.
+        ValueError: A question holds a placeholder of the processor, or a picture or video cannot be read.
     """
     from hone_lm.choices import choice_inputs, choice_prompt
-    from hone_lm.video import read_video
-    from PIL import Image
+    from hone_lm.video import read_picture, read_video
 
     if items[0].is_video:
         # Two options that are never shown: the text style lists none.
         prompts = [choice_prompt(processor, item.question, ("a", "b"), style="text") for item in items]
         return choice_inputs(processor, prompts, [read_video(item.media, num_frames=frames) for item in items])
-    pictures = []
-    for item in items:
-        with Image.open(item.media) as picture:
-            pictures.append([picture.convert("RGB")])
+    pictures = [[read_picture(item.media)] for item in items]
     return picture_inputs(processor, [item.question for item in items], pictures)
 
 

@@ -68,17 +68,15 @@ def dataset_rows(items: Sequence[Item]) -> list[dict[str, Any]]:
     Raises:
         ValueError: One is about a video, which TRL does not hand to the model.
     """
-    from PIL import Image
+    from hone_lm.video import read_picture
 
     rows = []
     for item in items:
         if item.is_video:
             raise ValueError(f"TRL trains on pictures; got the video {item.media}. Use hone-zipr1 train")
-        with Image.open(item.media) as picture:
-            image = picture.convert("RGB")
         prompt = [{"role": "user", "content": item.question}]
         graded = {"answer": item.answer, "type": item.type, "tolerance": item.tolerance}
-        rows.append({"prompt": prompt, "image": image, **graded})
+        rows.append({"prompt": prompt, "image": read_picture(item.media), **graded})
     return rows
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-__all__ = ["Clip", "check_video", "read_video", "video_size"]
+__all__ = ["Clip", "check_video", "read_picture", "read_video", "video_size"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SEEK_SECONDS = 120.0
@@ -163,16 +163,26 @@ def _in_order(file: Path) -> tuple[list[Any], str]:
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], file.name
 
 
-def _read_pictures(files: list[Path]) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+def read_picture(path: str | Path) -> Any:
+    """A picture as a PIL image in RGB, turned as its file says: cameras store it as the sensor lies.
 
-    frames = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                frames.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file} could not be decoded: {error}") from error
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It cannot be decoded.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} could not be decoded: {error}") from error
+
+
+def _read_pictures(files: list[Path]) -> Tensor:
+    frames = [torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1) for file in files]
     if len({frame.shape for frame in frames}) != 1:
         raise ValueError(f"the pictures of {files[0].parent} differ in size; a video has one")
     return torch.stack(frames)
