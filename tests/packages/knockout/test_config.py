@@ -51,6 +51,12 @@ def test_knockouts_that_are_none(knockouts):
         KnockoutConfig(knockouts=knockouts)
 
 
+@pytest.mark.parametrize("exit", [2.5, 18.0, True, "18"])
+def test_an_exit_that_is_no_whole_number(exit):
+    with pytest.raises(TypeError, match="exit must be a whole number of layers, such as 18; got "):
+        KnockoutConfig(exit=exit)
+
+
 def test_bad_config():
     with pytest.raises(ValueError, match="at least one layer"):
         KnockoutConfig(exit=0)

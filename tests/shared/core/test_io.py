@@ -133,6 +133,8 @@ def test_prompts_are_lines_that_are_not_empty(tmp_path):
         read_prompts(file)
     file.write_text("a cat \n\n  två\n", encoding="utf-8")
     assert read_prompts(file) == ("a cat", "två")
+    file.write_bytes("\ufeffa cat\u2028runs\r\ntvå".encode())
+    assert read_prompts(file) == ("a cat\u2028runs", "två")
 
 
 def test_published_prompts_are_there_or_the_benchmark_is_named(tmp_path):

@@ -146,6 +146,24 @@ def test_video_mme(tmp_path):
     assert load_items(tmp_path / "t.csv", format="videomme")[0].options == ("x", "y")
 
 
+def test_files_with_a_byte_order_mark_as_spreadsheets_write_them(tmp_path):
+    row = {"videoID": "abc", "question_id": "1", "question": "When?", "options": ["A. x", "B. y"], "answer": "B"}
+    (tmp_path / "t.json").write_text(json.dumps([row]), encoding="utf-8-sig")
+    (tmp_path / "t.jsonl").write_text(json.dumps(row), encoding="utf-8-sig")
+    table = "videoID,question_id,question,options,answer\nabc,1,When?,\"['A. x', 'B. y']\",B\n"
+    (tmp_path / "t.csv").write_text(table, encoding="utf-8-sig")
+    for file in sorted(tmp_path.iterdir()):
+        (item,) = load_items(file, format="videomme")
+        assert (item.error, item.video, item.answer) == ("", tmp_path / "abc.mp4", 1)
+
+
+def test_fields_that_are_null_are_missing_ones(tmp_path):
+    row = {"video": "a.mp4", "question": "?", "options": ["x", "y"], "answer": 0, "id": None, "category": None}
+    items = load_items(write(tmp_path / "qa.jsonl", [row, row]))
+    assert [(item.error, item.category) for item in items] == [("", "")] * 2
+    assert items[0].id != items[1].id
+
+
 MME = {
     "video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History",
     "url": "https://www.youtube.com/watch?v=fFjv93ACGo8", "videoID": "fFjv93ACGo8", "question_id": "001-1",

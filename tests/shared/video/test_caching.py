@@ -76,6 +76,9 @@ def test_captions_come_from_metadata(videos):
     with pytest.raises(FileNotFoundError, match=r"holds no metadata\.jsonl"):
         read_clips(videos.parent)
     listing = videos / "metadata.jsonl"
+    odd = json.dumps({"file_name": "a.mp4", "text": "a\u2028b"}, ensure_ascii=False)
+    listing.write_text(odd + "\r\n", encoding="utf-8-sig", newline="")
+    assert read_clips(videos) == [Clip("a\u2028b", videos / "a.mp4")]
     listing.write_text('{"file_name": "c.mp4", "text": "a"}')
     with pytest.raises(FileNotFoundError, match=r"line 1: there is no .*c\.mp4"):
         read_clips(videos)

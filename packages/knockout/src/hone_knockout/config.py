@@ -129,6 +129,8 @@ class KnockoutConfig:
             if self.leave != "visual":
                 raise ValueError(f"leave={self.leave!r} says what leaves at an exit, and there is none; give exit")
             return
+        if type(self.exit) is not int:
+            raise TypeError(f"exit must be a whole number of layers, such as 18; got {self.exit!r}")
         if self.exit < 1:
             raise ValueError(f"exit must leave visual tokens at least one layer; got {self.exit}")
         late = sorted({layer for item in self.knockouts for layer in item.layers if layer >= self.exit})

@@ -130,7 +130,8 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
             f"the file of prompts {path} does not exist; expected a text file with one prompt a line"
         )
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # With or without a byte order mark; a line ends with a newline alone.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); expected one prompt a line") from error
     prompts = tuple(line.strip() for line in lines if line.strip())

@@ -260,11 +260,11 @@ def _item(row: Row, where: str, library: _Library) -> Item:
     if isinstance(place, _Place) and _is_cut(video, start, end):
         start = end = None
     return Item(
-        id=str(row.get("id", f"{name}#{where.rpartition(':')[2]}")),
+        id=str(row["id"] if row.get("id") is not None else f"{name}#{where.rpartition(':')[2]}"),
         question=str(row["question"]),
         options=options,
         answer=_answer_index(row["answer"], options, written),
-        category=str(row.get("category", "")),
+        category="" if row.get("category") is None else str(row["category"]),
         video=video,
         start=start,
         end=end,
@@ -371,7 +371,7 @@ _QUOTED = re.compile(r"""(?:^|(?<=[\s,]))(['"])(.*?)\1(?=\s*,\s*['"]|\s*$)""", r
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     # Not splitlines(): a text may hold other line separators than a newline.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", partial(_json_line, line)
 
@@ -392,7 +392,7 @@ def _object(row: Any) -> Row:
 
 def _json_list(path: Path) -> list[Row]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(data, list):
@@ -414,7 +414,7 @@ def _table(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
         yield from _json_lines(path)
         return
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
     elif path.suffix == ".parquet":
         rows = parquet_rows(path)
@@ -533,7 +533,7 @@ def _egoschema(path: Path) -> Iterator[tuple[str, _Make]]:
     """
     beside = path.parent / "subset_answers.json"
     try:
-        answers = _json_line(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        answers = _json_line(beside.read_text(encoding="utf-8-sig")) if beside.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{beside}: {error}") from error
     return ((where, partial(_egoschema_row, make, answers)) for where, make in _table(path))

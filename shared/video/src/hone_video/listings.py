@@ -41,7 +41,8 @@ def read_clips(folder: str | Path, *, caption: str = "text") -> list[Clip]:
             f'{{"file_name": "a.mp4", "{caption}": "what it shows"}}'
         )
     clips = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): a text may hold other line separators than a newline.
+    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{listing}, line {number}"
