@@ -165,6 +165,10 @@ train-router --latency NONE
 """,
     "hone-sparsevar": """
 calibrate --host NONE
+calibrate --model NONE --prompt-file here
+eval --protocol geneval --model NONE --prompts here --no-grade --preset infinity-0.6
+generate --model NONE --prompt x
+generate --model NONE --classes 1
 demo --host NONE
 eval --host NONE
 inspect --host NONE

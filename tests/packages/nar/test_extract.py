@@ -41,6 +41,7 @@ def test_codes_of_every_view_are_the_tokenizers(images, start):
     with torch.no_grad():
         assert torch.equal(views, tiny_tokenizer().encode(pixels).flatten(1))
     assert "3 images of 2 classes" in str(report)
+    assert cfg.dtype == "float32"  # on a GPU too: in 16 bits some codes come out otherwise
 
 
 def test_ten_views_are_corners_centre_and_mirrors(images):

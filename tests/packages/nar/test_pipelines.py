@@ -272,3 +272,11 @@ def test_a_prompt_without_a_word_and_a_guidance_that_is_no_number_are_found_befo
     (tmp_path / "model_index.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds no saved pipeline"):
         find_drawn(GenerateConfig(model=tmp_path, prompts=("a cat",)))
+
+
+def test_pixels_that_are_not_finite_are_no_black_image():
+    pipe = NARPipeline(tiny(), tiny_tokenizer())
+    pipe.vae.decoder.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match=r"pixels are not finite in torch\.float32; put vae into float32"):
+        pipe([1])
+    assert pipe([1], output_type="codes").images.shape == (1, 6, 6)

@@ -81,3 +81,9 @@ def test_bad_input_is_named():
         model.encode(torch.zeros(1, 3, 30, 32))
     with pytest.raises(ValueError, match="codes must lie in 0 to 31; got 0 to 32"):
         model.decode(torch.tensor([[[0, 32]]]))
+
+
+def test_latents_that_are_not_finite_are_no_codes():
+    model = tiny_tokenizer()
+    with pytest.raises(RuntimeError, match=r"latents are not finite in torch\.float32"):
+        model.encode(torch.full((1, 3, 8, 8), torch.nan))

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from hone_sparsevar.config import (
     BenchConfig,
+    BenchmarkConfig,
     DemoConfig,
     EvalConfig,
     GenerateConfig,
@@ -38,7 +39,21 @@ from hone_sparsevar.config import (
         (BenchConfig, {"batch": 0}, "batch, text_tokens and rounds must be at least 1"),
         (BenchConfig, {"pixels": "0.25M"}, "tiny has its own: leave them out"),
         (BenchConfig, {"dtype": "bfloat16"}, "tiny has its own: leave them out"),
-        (ImageConfig, {"temperature": 0.0}, "temperature must be positive; got 0"),
+        (ImageConfig, {"temperature": 0.0}, "temperature must be positive and finite; got 0"),
+        (ImageConfig, {"temperature": float("nan")}, "temperature must be positive and finite; got nan"),
+        (ImageConfig, {"guidance": float("inf")}, "guidance must be finite; got inf"),
+        (SparseVARConfig, {"threshold": float("nan")}, "threshold must be finite and not negative"),
+        (
+            EvalConfig,
+            {
+                "protocol": "dpg",
+                "preset": "infinity-0.6",
+                "benchmark": BenchmarkConfig(
+                    model=Path("a"), prompts=Path("b"), scorer=Path("c"), image=ImageConfig(aspect=1.5)
+                ),
+            },
+            "DPG-Bench cuts squares; got aspect 1.5",
+        ),
         (GenerateConfig, {"variant": "dense", "settings": SparseVARConfig(ratio=0.5)}, "variant dense has no settings"),
         (TrainHostConfig, {"eval_images": 0}, "eval_images must be positive; got 0"),
         (TrainHostConfig, {"ema": 1.0}, r"decay in \[0, 1\)"),

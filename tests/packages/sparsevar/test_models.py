@@ -315,6 +315,22 @@ def test_by_threshold_an_image_keeps_as_many_as_the_fullest_of_its_batch(model):
     assert_close(kept[1, 1].latent[1:], kept[1,].latent)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_values_that_are_not_finite_are_named(model, backend):
+    transformer, tokenizer, condition, schedule = model
+    weight = transformer.layers[-1].ffn.fc2.weight
+    kept = weight.data.clone()
+    weight.data[0] = torch.inf
+    try:
+        with (
+            attach(transformer, SparseVARConfig(start_scale=-2, backend=backend)),
+            pytest.raises(RuntimeError, match="values are not finite"),
+        ):
+            generate(transformer, tokenizer, condition, schedule, seeds=[0, 1])
+    finally:
+        weight.data.copy_(kept)
+
+
 def test_unguided_and_var():
     patch_nums = (1, 2, 4, 7)
     model = VAR(depth=2, head_dim=16, patch_nums=patch_nums, vocabulary=32, code_dim=8, num_classes=4).eval()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
+from hone_sparsevar import inputs
 from hone_sparsevar.config import GenerateConfig, ImageConfig, SparseVARConfig
 from hone_sparsevar.sample import check_classes, check_inputs, generate
 from hone_visual_ar import VAR, VQVAE, InfinityPipeline, VARPipeline
@@ -122,6 +123,22 @@ def test_bad_classes_are_named_before_weights_are_read(var_folder, options, mess
     given = {"classes": (1,), "image": ImageConfig(), "settings": SparseVARConfig()} | options
     with pytest.raises(ValueError, match=message):
         check_classes(var_folder, **given)
+
+
+def test_a_variant_that_does_not_fit_is_named_before_weights_are_read(var_folder, folder, monkeypatch):
+    for kind in (InfinityPipeline, VARPipeline):
+        monkeypatch.setattr(kind, "from_pretrained", None)
+    with pytest.raises(ValueError, match="fastvar is for Infinity, which draws prompts"):
+        inputs.generate(GenerateConfig(model=var_folder, classes=(1,), variant="fastvar"))
+    whole = SparseVARConfig(ratio=1.0)
+    with pytest.raises(ValueError, match=r"ratio must lie in \[0, 1\)"):
+        inputs.generate(GenerateConfig(model=folder, prompts=("a",), variant="fastvar", settings=whole))
+
+
+def test_a_folder_of_other_json_holds_no_pipeline(tmp_path):
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no saved pipeline"):
+        inputs.generate(GenerateConfig(model=tmp_path, prompts=("a",)))
 
 
 def test_each_pipeline_takes_its_own(var_folder, folder):

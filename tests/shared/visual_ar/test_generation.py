@@ -23,6 +23,13 @@ class Keep(Policy):
         return run.codes(run.logits(hidden, scale), scale)
 
 
+class Stop(Policy):
+    """Leaves the last scale out."""
+
+    def scale(self, run, scale, state):
+        return None if run.is_last(scale) else super().scale(run, scale, state)
+
+
 def teacher_forced(model, run):
     """Logits of one forward over all scales, on the latents that a run went through."""
     latent, inputs = torch.zeros_like(run.latent), []
@@ -52,6 +59,33 @@ def test_cached_equals_teacher_forced_var(var):
     )  # fmt: skip
     with torch.no_grad():
         assert_close(torch.cat(policy.logits, 1), teacher_forced(model, run))
+
+
+def test_values_that_are_not_finite_are_named(small, var):
+    """Draws of what is no number are codes like any other, so that an image of them looks like one."""
+    for (model, tokenizer), schedule in ((small[:2], small[3]), (var, var[0].schedule)):
+        text = model is small[0]
+        condition = small[2] if text else model.condition(torch.tensor([1, 2]))
+        weight = model.layers[-1].ffn.fc2.weight
+        kept = weight.data.clone()
+        weight.data[0] = torch.inf
+        try:
+            for policy in (None, Stop()):
+                with pytest.raises(RuntimeError, match=r"values are not finite, with blocks in torch\.float32"):
+                    generate(model, tokenizer, condition, schedule, seeds=[0, 1], policy=policy)
+        finally:
+            weight.data.copy_(kept)
+        run = generate(model, tokenizer, condition, schedule, seeds=[0, 1])
+        assert run.unguided is None
+
+
+def test_what_lies_behind_a_text_is_not_read(small):
+    model, tokenizer, _, schedule = small
+    words = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(1))
+    wanted = generate(model, tokenizer, model.condition(words, [6, 4]), schedule, seeds=[5, 6], sampling=SAMPLING)
+    words[1, 4:] = torch.nan
+    found = generate(model, tokenizer, model.condition(words, [6, 4]), schedule, seeds=[5, 6], sampling=SAMPLING)
+    assert torch.equal(found.latent, wanted.latent)
 
 
 def test_an_image_does_not_depend_on_its_batch(small):

@@ -183,3 +183,23 @@ def test_every_published_model_has_a_published_tokenizer():
     assert tokenizer_of("infinity_2b") == "bsq_d32"
     with pytest.raises(ValueError, match="no published model"):
         tokenizer_of("magic")
+
+
+def test_pixels_that_are_not_finite_are_no_black_image(pipe, var):
+    broken = copy.deepcopy(pipe.vae)
+    broken.decoder.conv_out.conv.bias.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match=r"pixels are not finite in torch\.float32; put vae into float32"):
+        draw(InfinityPipeline(pipe.transformer, broken, pipe.text_encoder, pipe.tokenizer), "a cat")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([], "at least one class; got none"),
+        ([1.5], r"whole numbers, int64 or int32; got torch\.float32"),
+        ([-1], "0 to"),
+    ],
+)
+def test_classes_that_there_are_not_are_named(var, classes, message):
+    with pytest.raises(ValueError, match=message):
+        VARPipeline(*var)(classes, output_type="pt")

@@ -209,8 +209,8 @@ class ExtractConfig:
     """Of clips: frames, rows and columns that the tokenizer's row of tokens is laid out as."""
     shard: int = 1000
     """Of texts: images of a file."""
-    dtype: Dtype = "auto"
-    """Of the tokenizer."""
+    dtype: Dtype = "float32"
+    """Of the tokenizer; in 16 bits some codes come out otherwise."""
 
     def __post_init__(self) -> None:
         if self.crops not in ("ten", "center"):

@@ -168,12 +168,17 @@ class LARPTokenizer(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: The clips are of another size.
+            RuntimeError: Latents are not finite.
         """
         if tuple(clip_01.shape[1:]) != self.shape:
             raise ValueError(f"expected clips [B, {', '.join(map(str, self.shape))}]; got {list(clip_01.shape)}")
         x = self.x_embedder(clip_01.to(self.dtype)) + self.encoder_patch_pe
         query = self.encoder_latent_query_embed.expand(len(x), -1, -1)
         latent = self.bottleneck.in_linear(self.encoder(x, query)).float()
+        if not bool(latent.isfinite().all()):
+            raise RuntimeError(
+                f"the tokenizer's latents are not finite in {self.dtype}; take float32, or look at weights and input"
+            )
         return (F.normalize(latent, dim=-1) @ self.bottleneck.entries().T).argmax(-1)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ OutputType = Literal["pil", "np", "pt", "codes"]
 class _Pipeline(DiffusionPipeline):
     """What both share: transformer and tokenizer stay where they are, which is small beside a text encoder."""
 
+    vae: Any
     model_cpu_offload_seq = "text_encoder"
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["transformer", "vae"]
 
@@ -43,6 +44,20 @@ class _Pipeline(DiffusionPipeline):
         )
 
     enable_group_offload = enable_sequential_cpu_offload
+
+    def _pixels(self, codes: Tensor) -> Tensor:
+        """What the tokenizer makes of codes, float32.
+
+        Raises:
+            RuntimeError: It is not finite.
+        """
+        found = self.vae.decode(codes).float()
+        if not bool(found.isfinite().all()):
+            raise RuntimeError(
+                f"the tokenizer's pixels are not finite in {self.vae.dtype}; put vae into float32, or look at its "
+                "weights"
+            )
+        return found
 
 
 class NARPipeline(_Pipeline):
@@ -207,7 +222,7 @@ class NARPipeline(_Pipeline):
         grid = codes.unflatten(1, model.grid)
         images: Any = grid
         if output_type != "codes":
-            images = (self.vae.decode(grid).float() + 1) / 2
+            images = (self._pixels(grid) + 1) / 2
             if output_type != "pt":
                 images = images.permute(0, 2, 3, 1).cpu().numpy()
             if output_type == "pil":
@@ -328,7 +343,7 @@ class NARVideoPipeline(_Pipeline):
             codes = _run(decoding, condition, numbers)
         if output_type == "codes":
             return codes
-        clips = self.vae.decode(codes).float()
+        clips = self._pixels(codes)
         return clips if output_type == "pt" else clips.permute(0, 2, 3, 4, 1).cpu().numpy()
 
     def graphs(

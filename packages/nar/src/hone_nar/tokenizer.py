@@ -148,6 +148,7 @@ class LlamaGenVQModel(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: The sides are no multiples of the stride.
+            RuntimeError: Latents are not finite.
         """
         if image_pm1.ndim != 4 or image_pm1.shape[1] != 3 or any(n % self.stride for n in image_pm1.shape[2:]):
             raise ValueError(
@@ -155,6 +156,10 @@ class LlamaGenVQModel(ModelMixin, ConfigMixin):
                 f"{list(image_pm1.shape)}"
             )
         latent = self.quant_conv(self.encoder(image_pm1.to(self.dtype))).float()
+        if not bool(latent.isfinite().all()):
+            raise RuntimeError(
+                f"the tokenizer's latents are not finite in {self.dtype}; take float32, or look at weights and input"
+            )
         # Nearest on the sphere is most alike.
         return (F.normalize(latent, dim=1).movedim(1, -1) @ self._entries().T).argmax(-1)
 

@@ -44,7 +44,7 @@ VERBS: dict[str, Callable[..., Any] | Verb] = {
         "sample:generate",
         "GenerateConfig",
         "Draw images of prompts or classes with a saved pipeline.",
-        prepare="sample:prepare",
+        prepare="inputs:generate",
     ),
     "eval": _verb(
         "evaluate:evaluate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -79,8 +80,10 @@ class SparseVARConfig:
             raise ValueError(f"select must be topk or threshold; got {self.select!r}")
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio is a share of tokens and must lie in [0, 1]; got {self.ratio}")
-        if self.threshold < 0 or self.bucket < 1:
-            raise ValueError(f"threshold must not be negative, bucket at least 1; got {self.threshold}, {self.bucket}")
+        if not 0 <= self.threshold < inf or self.bucket < 1:
+            raise ValueError(
+                f"threshold must be finite and not negative, bucket at least 1; got {self.threshold}, {self.bucket}"
+            )
         if self.window is None:
             if self.fill not in ("zero", "prev") or self.kv == "fill":
                 raise ValueError(
@@ -151,8 +154,10 @@ class ImageConfig:
     """Of transformer blocks and text encoder."""
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive; got {self.temperature}")
+        if not 0 < self.temperature < inf:
+            raise ValueError(f"temperature must be positive and finite; got {self.temperature}")
+        if self.guidance is not None and not isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite; got {self.guidance}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,6 +305,8 @@ class BenchmarkConfig:
             raise ValueError(f"images_per_prompt must be at least 1; got {self.images_per_prompt}")
         if protocol == "dpg" and self.images_per_prompt not in (None, 4):
             raise ValueError(f"DPG-Bench reads a square of four images; got images_per_prompt={self.images_per_prompt}")
+        if protocol == "dpg" and self.grade and self.image.aspect != 1:
+            raise ValueError(f"DPG-Bench cuts squares; got aspect {self.image.aspect:g}. Take aspect 1, or --no-grade")
         if self.grade and protocol in ("geneval", "dpg") and self.scorer is None:
             raise ValueError(f"{protocol} is scored by its own checkout: give --scorer FOLDER, or --no-grade")
         if self.grade and protocol == "geneval" and self.weights is None:

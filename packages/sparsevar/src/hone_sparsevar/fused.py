@@ -87,7 +87,7 @@ def draw_fused(run: Generation, hidden: Tensor, scale: int, slot: Tensor, backen
     guidance, temperature = run.sampling.at(scale, len(run.schedule))
     begin = run.schedule.start(scale)
     bits = draw_bits(
-        run.model.logits(hidden, run.condition),
+        run.raw_logits(hidden),
         run.uniform[:, begin : begin + run.schedule.tokens(scale)],
         slot=slot,
         guidance=guidance,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hone_core.errors import CheckpointError
 from hone_core.hosts import StoredHost, open_host
 from hone_core.io import read_prompts
 
@@ -16,13 +17,14 @@ from .config import (
     CalibrateConfig,
     DemoConfig,
     EvalConfig,
+    GenerateConfig,
     HostConfig,
     InspectConfig,
     ReproduceConfig,
     SparseVARConfig,
 )
 
-__all__ = ["bench", "calibrate", "evaluate", "host", "reproduce"]
+__all__ = ["bench", "calibrate", "evaluate", "generate", "host", "reproduce"]
 
 
 def _look(path: Path | None, settings: SparseVARConfig) -> StoredHost[HostConfig]:
@@ -35,6 +37,14 @@ def _look(path: Path | None, settings: SparseVARConfig) -> StoredHost[HostConfig
     return stored
 
 
+def _look_for_pipeline(model: Path) -> None:
+    if not (model / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{model} holds no saved pipeline; make it with from_published and save_pretrained of InfinityPipeline or "
+            "VARPipeline"
+        )
+
+
 def host(cfg: DemoConfig | InspectConfig) -> DemoConfig | InspectConfig:
     """Of ``demo`` and ``inspect``.
 
@@ -44,6 +54,19 @@ def host(cfg: DemoConfig | InspectConfig) -> DemoConfig | InspectConfig:
     """
     _look(cfg.host, cfg.settings)
     return cfg
+
+
+def generate(cfg: GenerateConfig) -> GenerateConfig:
+    """Of ``generate``.
+
+    Raises:
+        CheckpointError: There is no such pipeline.
+        ValueError: Prompts, classes, size, settings or the variant do not fit it.
+    """
+    _look_for_pipeline(cfg.model)
+    from .sample import prepare
+
+    return prepare(cfg)
 
 
 def evaluate(cfg: EvalConfig) -> EvalConfig:
@@ -59,6 +82,14 @@ def evaluate(cfg: EvalConfig) -> EvalConfig:
         for name in cfg.variants:
             variant_of(name, cfg.settings)
     else:
+        own = cfg.benchmark
+        assert own.model is not None
+        assert own.prompts is not None
+        _look_for_pipeline(own.model)
+        if not own.prompts.exists():
+            raise CheckpointError(f"{own.prompts} holds no prompts of {cfg.protocol}: there is no such place")
+        if own.grade and own.weights is not None and not own.weights.is_dir():
+            raise CheckpointError(f"there is no folder of GenEval's Mask2Former at {own.weights}")
         from .benchmarks import check_benchmark
 
         check_benchmark(cfg)
@@ -77,10 +108,15 @@ def calibrate(cfg: CalibrateConfig) -> CalibrateConfig:
         _look(cfg.host, settings)
     else:
         assert cfg.prompt_file is not None
+        _look_for_pipeline(cfg.model)
         prompts = read_prompts(cfg.prompt_file)[: cfg.limit]
+        from hone_visual_ar.schedules import infinity_schedule
+
         from .sample import check_inputs
 
         check_inputs(cfg.model, prompts, cfg.image, settings)
+        schedule = infinity_schedule(cfg.image.pixels, cfg.image.aspect)
+        schedule.resolve(cfg.start)
     return cfg
 
 

@@ -83,7 +83,7 @@ def _config(model: Path, wanted: str) -> dict[str, Any]:
     try:
         kind = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
         config = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{model} holds no saved pipeline; make it with from_published and save_pretrained of {wanted}"
         ) from error
@@ -154,7 +154,11 @@ def prepare(cfg: GenerateConfig) -> GenerateConfig:
 
     Raises:
         CheckpointError, ValueError: As ``check_inputs`` and ``check_classes``.
+        ValueError: The variant does not take the settings, or is not for VAR.
     """
+    variant_of(cfg.variant, cfg.settings)
+    if cfg.classes and cfg.variant == "fastvar":
+        raise ValueError("variant fastvar is for Infinity, which draws prompts; a VAR's classes take another")
     if cfg.classes:
         check_classes(cfg.model, cfg.classes, cfg.image, cfg.settings)
     else:

@@ -82,6 +82,7 @@ class Generation:
         state: The policy's own.
         records: What ran.
         indices: ``[B, L, groups]`` of each scale that was sampled at all positions.
+        unguided: ``[R, n, groups, choices]`` logits of the last scale that ran, while an image is drawn.
     """
 
     model: NextScaleTransformer
@@ -97,6 +98,7 @@ class Generation:
     state: Any = None
     records: list[ScaleRecord] = field(default_factory=list)
     indices: list[Tensor] = field(default_factory=list)
+    unguided: Tensor | None = None
 
     @classmethod
     def start(
@@ -212,12 +214,32 @@ class Generation:
     def logits(self, hidden: Tensor, scale: int) -> Tensor:
         """Guided and tempered logits ``[B, n, groups, choices]``; hidden rows without a partner are not guided."""
         strength, temperature = self.sampling.at(scale, len(self.schedule))
-        logits = self.model.logits(hidden, self.condition) / temperature
+        logits = self.raw_logits(hidden) / temperature
         images = self.condition.images
         if logits.shape[0] == images:
             return logits
         share = scale / max(1, len(self.schedule) - 1)
         return self.model.guide(logits[:images], logits[images:], strength, share)
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits ``[R, n, groups, choices]`` of the blocks' output, by which ``check_finite`` judges."""
+        self.unguided = self.model.logits(hidden, self.condition)
+        return self.unguided
+
+    def check_finite(self) -> None:
+        """Refuse an image of values that are not finite: draws of those are codes like any other.
+
+        What is not finite at one scale is so at all after it, which read its keys and values.
+
+        Raises:
+            RuntimeError: The last scale's logits are not.
+        """
+        logits, self.unguided = self.unguided, None
+        if logits is not None and not bool(logits.isfinite().all()):
+            raise RuntimeError(
+                f"the model's values are not finite, with blocks in {self.model.body_dtype}; take bfloat16 or float32, "
+                "or look at its weights and at what the text encoder gave"
+            )
 
     def sample(self, logits: Tensor, scale: int, *, positions: Tensor | None = None) -> Tensor:
         """Indices ``[B, n, groups]``; a position has its draw whatever else runs.
@@ -288,6 +310,7 @@ def generate(
 
     Raises:
         ValueError: These do not go together.
+        RuntimeError: The model's values are not finite.
     """
     used = policy or model.policy or Policy()
     run = Generation.start(
@@ -303,4 +326,5 @@ def generate(
     for scale in range(len(schedule)):
         if not run.step(scale, used):
             break
+    run.check_finite()
     return run

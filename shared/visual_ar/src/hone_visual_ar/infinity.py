@@ -318,8 +318,10 @@ class Infinity(NextScaleTransformer):
             text, counts = torch.cat([text.float(), other.float()]), counts + others
         mask = None
         if min(counts) < text.shape[1]:
-            inside = torch.arange(text.shape[1]) < torch.tensor(counts)[:, None]
-            mask = inside.to(device)[:, None, None]
+            inside = (torch.arange(text.shape[1]) < torch.tensor(counts)[:, None]).to(device)
+            mask = inside[:, None, None]
+            # A mask does not keep out what is not finite.
+            text = torch.where(inside[..., None], text, 0.0)
         text = self.text_norm(text.float())
         vector = self.text_proj_for_sos(text, mask).float()
         memory = self.text_proj_for_ca(text)

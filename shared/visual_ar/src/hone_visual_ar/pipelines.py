@@ -103,7 +103,16 @@ class _NextScalePipeline(DiffusionPipeline):
     enable_group_offload = enable_sequential_cpu_offload
 
     def _output(self, pixels: Tensor, output_type: OutputType, return_dict: bool) -> Any:
-        """Images ``[B, 3, H, W]`` in [-1, 1] as asked for."""
+        """Images ``[B, 3, H, W]`` in [-1, 1] as asked for.
+
+        Raises:
+            RuntimeError: Pixels are not finite.
+        """
+        if not bool(pixels.isfinite().all()):
+            raise RuntimeError(
+                f"the tokenizer's pixels are not finite in {self.vae.dtype}; put vae into float32, or look at its "
+                "weights"
+            )
         unit = (pixels + 1) / 2
         images: Any = unit
         if output_type != "pt":
@@ -333,6 +342,8 @@ class VARPipeline(_NextScalePipeline):
         """
         _check_output(output_type)
         classes = torch.as_tensor(class_labels)
+        if not classes.numel():
+            raise ValueError("expected at least one class; got none")
         classes = classes[None] if classes.ndim == 0 else classes
         sampling = Sampling(guidance=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
         numbers = seeds_of(seeds, len(classes))

@@ -175,6 +175,8 @@ class VAR(NextScaleTransformer):
             ValueError: There is no such class.
         """
         last = self.config.num_classes
+        if classes.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"classes must be whole numbers, int64 or int32; got {classes.dtype}")
         if classes.ndim != 1 or bool(((classes < 0) | (classes > last)).any()):
             raise ValueError(f"classes must be [B] of 0 to {last} ({last} is unconditional); got {classes.tolist()}")
         images = len(classes)
