@@ -7,8 +7,9 @@ import torch
 from hone_core.errors import CheckpointError
 from hone_splat.chunks import ChunkScene, write_chunks
 from hone_splat.rooms import Rooms
-from hone_zpressor import finetune, inputs
-from hone_zpressor.config import TrainConfig
+from hone_zpressor import finetune, inputs, photographs
+from hone_zpressor.config import EvalConfig, TrainConfig
+from hone_zpressor.host import save_untrained
 from hone_zpressor.models import tiny
 from safetensors.torch import load_file
 
@@ -40,6 +41,35 @@ def test_host_and_compressor_learn(cfg, start):
         assert line["information"] > 0
         assert line["loss"] == pytest.approx(line["mse"] + line["information"], rel=1e-5)
     assert str(report).startswith(f"weights  {report.weights}")
+
+
+def test_what_was_trained_is_drawn_by_the_other_verbs(cfg, start, monkeypatch, tmp_path, small):
+    cfg = dataclasses.replace(cfg, drop_error=None, zpressor=dataclasses.replace(cfg.zpressor, layers=3))
+    with start(cfg, "train") as run:
+        report = finetune.train(cfg, run)
+    monkeypatch.setattr(photographs, "tiny", lambda: tiny(small))
+    (tmp_path / "index.json").write_text(json.dumps({"room": {"context": [0, 3, 6, 9], "target": [1]}}))
+    given = EvalConfig(
+        chunks=cfg.chunks, index=tmp_path / "index.json", model="tiny", checkpoint=report.weights, anchors=2,
+        size=(32, 32),
+    )  # fmt: skip
+    host = photographs.load_model(inputs.find_evaluated(given))
+    stored = load_file(report.weights)
+    assert len(host.join.zipmatch.self_attn_layers[0]) == 3
+    assert host.join.zipmatch.config.anchors == 2
+    assert {name: value.tolist() for name, value in host.state_dict().items()} == {
+        name: value.tolist() for name, value in stored.items()
+    }
+    alone = photographs.load_model(dataclasses.replace(given, arm="host"))
+    assert alone.join.zipmatch is None
+    monkeypatch.undo()
+    # What train-host writes is whole with its sidecar alone.
+    untrained = save_untrained(tmp_path / "untrained.safetensors", small)
+    untrained.with_suffix(".json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks its sidecar untrained\.json"):
+        inputs.find_evaluated(dataclasses.replace(given, checkpoint=untrained))
+    with pytest.raises(CheckpointError, match=r"host\.safetensors does not fit this MVSplat: .*of another shape"):
+        photographs.load_model(given)
 
 
 def test_training_begins_with_the_compressor_of_a_checkpoint(cfg, small, monkeypatch, tmp_path):

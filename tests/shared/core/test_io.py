@@ -16,6 +16,7 @@ from hone_core.io import (
     read_published,
     save_safetensors,
     save_state,
+    tensor_names,
 )
 from hone_core.testing import full_disk
 from safetensors import safe_open
@@ -119,6 +120,14 @@ def test_safetensors_of_shared_and_strided_tensors(tmp_path):
         assert stored.metadata() == {"k": "v"}
         assert stored.get_tensor("t").tolist() == [[0, 3], [1, 4], [2, 5]]
         assert stored.get_tensor("row").tolist() == [3, 4, 5]
+
+
+def test_names_of_tensors_are_read_alone(tmp_path):
+    file = save_safetensors({"b": torch.ones(3), "a": torch.ones(2)}, tmp_path / "state.safetensors")
+    assert sorted(tensor_names(file)) == ["a", "b"]
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is no safetensors file, or is cut short"):
+        tensor_names(file)
 
 
 def test_prompts_are_lines_that_are_not_empty(tmp_path):

@@ -121,6 +121,15 @@ def test_lines_logged_after_later_steps_were_forgotten_are_kept(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.25)]
 
 
+def test_a_log_that_is_damaged_is_named(tmp_path):
+    with start(tmp_path / "run") as run:
+        run.log(step=1, loss=0.5)
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write("\0\0\0\n")  # as a power failure leaves
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged .*; move it away to go on without it"):
+            run.forget_after(1)
+
+
 def test_row_of_the_end(tmp_path):
     with start(tmp_path) as run:
         run.log(step=1, loss=9.0)

@@ -96,6 +96,10 @@ def test_what_is_damaged_is_named(rooms, tmp_path):
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"000000.torch is cut short"):
         ChunkSet(tmp_path).scene("room0")
+    for other in ([1], {"key": "room0"}, [{"key": "room0"}]):
+        torch.save(other, file)
+        with pytest.raises(ValueError, match="is no chunk: expected a list of scenes"):
+            ChunkSet(tmp_path).scene("room0")
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"which index.json names"):
         ChunkSet(tmp_path).scene("room0")

@@ -304,7 +304,7 @@ class RenderConfig:
     model: str = "mvsplat"
     """Host, see info."""
     checkpoint: Path | None = None
-    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host."""
+    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host or train."""
     arm: Literal["zpressor", "anchors", "host"] = "zpressor"
     """All views fused into the anchors; the anchors alone; or all views, one Gaussian for each of their pixels."""
     views: int = 24
@@ -369,7 +369,7 @@ class ViewConfig:
     model: str = "mvsplat"
     """Host, see info."""
     checkpoint: Path | None = None
-    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host."""
+    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host or train."""
     arm: Literal["zpressor", "anchors", "host"] = "zpressor"
     """All views fused into the anchors; the anchors alone; or all views."""
     views: int = 24
@@ -435,7 +435,7 @@ class EvalConfig:
     model: str = "mvsplat"
     """Host, see info."""
     checkpoint: Path | None = None
-    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host."""
+    """Its weights: a published file, or for ``tiny`` a ``host.safetensors`` of train-host or train."""
     arm: Literal["zpressor", "anchors", "host"] = "zpressor"
     """All contexts fused into the anchors; the anchors alone; or all contexts."""
     anchors: int = 6

@@ -21,7 +21,7 @@ from hone_splat.cameras import fly_through
 from hone_splat.captures import Capture, SceneRange, fit_range, load_views, overlap, read_colmap, read_transforms
 from hone_splat.files import read_ply, write_ply
 from hone_splat.formats import write_cloud
-from hone_splat.published import load_published
+from hone_splat.published import load_published, load_trained
 from hone_splat.ranges import HOSTS
 from hone_splat.rendering import render
 from hone_splat.videos import write_video
@@ -33,8 +33,8 @@ from .budget import Budget, forward_cost, most_anchors
 from .config import PRESETS, DoctorConfig, EvalConfig, RenderConfig, ViewConfig, ZPressorConfig
 from .grading import with_settings
 from .host import load_host
-from .models import attach
-from .places import find_capture
+from .models import attach, tiny
+from .places import find_capture, trained_on_chunks
 
 __all__ = [
     "DoctorReport",
@@ -221,14 +221,18 @@ def load_model(cfg: RenderConfig | EvalConfig | ViewConfig, device: torch.device
         CheckpointError: There are no weights, or they are of another architecture.
         ValueError: The arm is ``zpressor``, and the checkpoint holds none.
     """
-    if cfg.model == "tiny":
-        tiny = load_host(cfg.arm, path=cfg.checkpoint, device=device)
-        if tiny.handle is not None:
-            with_settings(tiny, anchors=cfg.anchors)
-        return tiny.host
+    if cfg.model == "tiny" and not trained_on_chunks(cfg):
+        found = load_host(cfg.arm, path=cfg.checkpoint, device=device)
+        if found.handle is not None:
+            with_settings(found, anchors=cfg.anchors)
+        return found.host
     if cfg.checkpoint is None:
         raise CheckpointError(f"weights of {cfg.model} are not packaged: name a checkpoint")
-    host, weights = load_published(cfg.checkpoint, cfg.model)
+    if cfg.model == "tiny":
+        host: Any = tiny()
+        weights = load_trained(cfg.checkpoint, host)
+    else:
+        host, weights = load_published(cfg.checkpoint, cfg.model)
     if cfg.arm == "zpressor" and weights is None:
         raise ValueError(
             f"{cfg.checkpoint} holds no ZPressor: it is a host alone. Choose --arm host or --arm anchors, or a "
@@ -236,7 +240,10 @@ def load_model(cfg: RenderConfig | EvalConfig | ViewConfig, device: torch.device
         )
     if cfg.arm != "host":
         fuse = cfg.arm == "zpressor"
-        settings = ZPressorConfig(anchors=cfg.anchors, fuse=fuse, layers=PRESETS["mvsplat"].config.layers)
+        layers = {name.split(".")[2] for name in weights or () if name.startswith("self_attn_layers.0.")}
+        settings = ZPressorConfig(
+            anchors=cfg.anchors, fuse=fuse, layers=len(layers) or PRESETS["mvsplat"].config.layers
+        )
         attach(host, settings, weights=weights if fuse else None)
     return host.to(device).eval()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"]
-__all__ += ["read_prompts", "read_published", "save_state"]
+__all__ += ["read_prompts", "read_published", "save_state", "tensor_names"]
 
 T = TypeVar("T")
 
@@ -95,6 +95,21 @@ def save_safetensors(
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
     return Path(path)
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """Names of the tensors of a safetensors file; loads neither torch nor the tensors.
+
+    Raises:
+        CheckpointError: It is no such file, or is cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file, or is cut short: {error}") from error
 
 
 def save_state(state: Any, path: str | Path) -> Path:

@@ -447,10 +447,18 @@ class Report:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Drop the lines of a log that are of later steps, and one that a crash left unfinished."""
+    """Drop the lines of a log that are of later steps, and one that a crash left unfinished.
+
+    Raises:
+        ValueError: Another line is none of a log.
+    """
     if file.exists():
         lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        atomic_write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        try:
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error!r}); move it away to go on without it") from error
+        atomic_write_text(file, kept)
 
 
 def load_results(path: str | Path) -> dict[str, Any]:

@@ -144,7 +144,8 @@ def _read_chunk(path: Path) -> list[ChunkScene]:
     except Exception as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is cut short, or no chunk: {cause} Copy it again.") from error
-    if not isinstance(data, list) or not all({"key", "cameras", "images"} <= set(scene) for scene in data):
+    wanted = {"key", "cameras", "images"}
+    if not isinstance(data, list) or not all(isinstance(scene, dict) and wanted <= scene.keys() for scene in data):
         raise ValueError(f"{path} is no chunk: expected a list of scenes with key, cameras and images")
     return [ChunkScene(scene["key"], scene["cameras"], tuple(scene["images"])) for scene in data]
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .depthsplat import DEPTHSPLATS, DepthSplat
 from .mvsplat import MVSplat
 
-__all__ = ["PUBLISHED", "build_published", "load_published", "read_state", "state_difference"]
+__all__ = ["PUBLISHED", "build_published", "load_published", "load_trained", "read_state"]
+__all__ += ["state_difference"]
 
 PUBLISHED: dict[str, Callable[[], nn.Module]] = {
     "mvsplat": MVSplat,
@@ -103,8 +104,7 @@ def load_published(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor] 
     """
     with torch.device("meta"):
         host = build_published(kind)
-    state = read_state(path)
-    own, compressor = _split(state)
+    own, compressor = _split(read_state(path))
     wrong = state_difference(host, own)
     if wrong:
         others = [name for name in PUBLISHED if name != kind and not state_difference(_on_meta(name), own)]
@@ -114,6 +114,27 @@ def load_published(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor] 
         raise CheckpointError(f"{path} is no checkpoint of {kind}: {wrong}. {advice}")
     host.load_state_dict({name: value.float() for name, value in own.items()}, assign=True)
     return host.requires_grad_(True), compressor or None
+
+
+def load_trained(path: str | Path, host: nn.Module) -> dict[str, Tensor] | None:
+    """Fill a host with weights that ``training.fit`` wrote of one like it.
+
+    Args:
+        path: See ``read_state``.
+        host: Of the same architecture, without a compressor.
+
+    Returns:
+        The compressor's weights where the file has some.
+
+    Raises:
+        CheckpointError: See ``read_state``; or the file is of another architecture.
+    """
+    own, compressor = _split(read_state(path))
+    wrong = state_difference(host, own)
+    if wrong:
+        raise CheckpointError(f"{path} does not fit this {type(host).__name__}: {wrong}")
+    host.load_state_dict(own)
+    return compressor or None
 
 
 def _on_meta(kind: str) -> nn.Module:
