@@ -392,6 +392,23 @@ def test_load_results_refuses_other_files(tmp_path):
     (tmp_path / "results.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="schema 1"):
         load_results(tmp_path)
+    (tmp_path / "results.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"results\.json: not JSON"):
+        load_results(tmp_path)
+
+
+def test_a_run_whose_files_are_damaged_is_named(tmp_path):
+    with start(tmp_path):
+        pass
+    whole = (tmp_path / "results.json").read_text()
+    (tmp_path / "results.json").write_text('{"schema": 1, "package": "hone-core", "verb": "demo", "status": "done"}')
+    with pytest.raises(ValueError, match=r"results\.json: .*; it lacks preset, seed, started, seconds, rows"):
+        start(tmp_path)
+    (tmp_path / "results.json").write_text(whole)
+    for damage in (b"{", b"\xff"):
+        (tmp_path / "config.json").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"config\.json: expected a JSON config; "):
+            start(tmp_path)
 
 
 def test_results_of_a_run_are_those_on_disk(tmp_path):

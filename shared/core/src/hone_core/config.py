@@ -156,7 +156,7 @@ def read_config(path: str | Path) -> Any:
             f"{path}: expected a JSON config, but it cannot be read ({error.strerror}). Pass the config.json of a run, "
             "or leave the config out for the defaults"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{path}: expected a JSON config; {error}") from error
 
 

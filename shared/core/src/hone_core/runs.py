@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO, get_args
 
-from hone_core.config import to_dict
+from hone_core.config import read_config, to_dict
 from hone_core.environment import environment
 from hone_core.io import atomic_write_json, atomic_write_text
 from hone_core.processes import Processes
@@ -355,8 +355,10 @@ class Run:
         if not (results_file.exists() and config_file.exists()):
             raise FileExistsError(f"{self.path} is not empty and holds no run; choose another --out")
         stored = load_results(self.path)
+        if missing := [key for key in _HEADER if key not in stored]:
+            raise ValueError(f"{results_file}: expected a run's results; it lacks {', '.join(missing)}")
         header = ("package", "verb", "preset", "seed")
-        before = _flatten(json.loads(config_file.read_text(encoding="utf-8")))
+        before = _flatten(read_config(config_file))
         now = _flatten(self._config)
         settings = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
         changed = [key for key in header if stored[key] != self._header[key]]
@@ -474,7 +476,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} does not exist; expected a run folder or its results.json")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of UTF-8
         raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"{file}: expected a results file of schema {SCHEMA}")
@@ -523,6 +525,8 @@ _OWN = ("config.json", "environment.json", "results.json")
 """What a run writes of itself, in this order."""
 _SCRATCH = re.compile(r"\.(config|environment|results)-\w+\.json")
 """What is left of these where a process was killed as it wrote one."""
+_HEADER = ("package", "verb", "preset", "seed", "started", "seconds", "status", "rows")
+"""What a results file says besides its schema and the package's version."""
 _ABSENT = object()
 
 
