@@ -1,5 +1,6 @@
 import pytest
 from hone_motion_anything.config import (
+    BenchConfig,
     ConvertConfig,
     DemoConfig,
     GenerateConfig,
@@ -29,6 +30,13 @@ from hone_motion_anything.config import (
         (TransformerConfig, {"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
         (UnmaskConfig, {"steps": 0}, "steps must be at least 1"),
         (UnmaskConfig, {"remask": "x"}, "remask must be one of"),
+        (UnmaskConfig, {"temperature": float("nan")}, "temperature finite and not negative"),
+        (UnmaskConfig, {"temperature": float("inf")}, "temperature finite and not negative"),
+        (UnmaskConfig, {"text_guidance": float("nan")}, "must be finite; got nan and 2"),
+        (UnmaskConfig, {"music_guidance": float("inf")}, "must be finite; got 4.0 and inf"),
+        (BenchConfig, {"guidance": float("nan")}, "guidance must be finite; got nan"),
+        (GenerateConfig, {"texts": ("a",), "music_start": float("nan")}, "music_start must be finite"),
+        (MotionAnythingConfig, {"alpha_time": 0.0, "alpha_parts": 0.0}, "the method hides nothing"),
         (TokenizerConfig, {"codes": 0}, "must be at least 1"),
         (HostConfig, {"tokenizer": TokenizerConfig(codes=8)}, "as many codes; got 8 and 256"),
         (TrainHostConfig, {"minutes": 0.0}, "minutes must be positive"),

@@ -148,6 +148,9 @@ def bad_files(joints, folder):
     (folder / "zip.npy").write_bytes(write_smpl(joints, folder / "a.npz").read_bytes())
     save(folder / "complex.npy", joints.numpy() + 1j)
     save(folder / "side.npy", joints[..., [1, 0, 2]])
+    one = joints.clone()
+    one[7, 15] = one[7, 12]
+    save(folder / "one.npy", one)
     with np.load(folder / "a.npz") as data:
         np.savez(folder / "still.npz", **{**data, "mocap_framerate": 0.0})
 
@@ -173,6 +176,7 @@ def bad_files(joints, folder):
         (("still.npz",), "frames a second must be positive; got 0"),
         (("a.npy", "--fps", "-20"), "frames a second must be positive; got -20"),
         (("nowhere.npy",), "there is no"),
+        (("one.npy", "--fps", "20", "--to", "npy", "--features"), "one.npy, frame 7: neck and head are in one place"),
         (("a.npy", "--to", "fbx"), "--to must be one of"),
         (("a.bvh", "--to", "bvh", "--features"), "features are written as .npy"),
         (("a.npy", "--model", "magic"), "no published model 'magic'"),

@@ -126,6 +126,17 @@ def test_bad_joints(joints, message):
         extract(joints)
 
 
+def test_a_bone_without_a_length_is_named_by_frame_and_joints():
+    joints = moving(HUMANML3D)
+    joints[3, 15] = joints[3, 12]
+    with pytest.raises(ValueError, match="frame 3: neck and head are in one place"):
+        extract(joints)
+    with pytest.raises(ValueError, match="frame 3: neck and head are in one place"):
+        extract(torch.stack([moving(HUMANML3D), joints]))
+    with pytest.raises(TypeError, match=r"floating-point numbers, metres; got torch\.int64"):
+        extract((1000 * moving(HUMANML3D)).long())
+
+
 def test_bad_features_and_unknown_bones():
     with pytest.raises(ValueError, match="features of KIT-ML must be"):
         recover(torch.zeros(4, 263), KIT)

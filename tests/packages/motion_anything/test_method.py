@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 from hone_core.testing import assert_close
-from hone_motion_anything.config import MotionAnythingConfig, TransformerConfig
-from hone_motion_anything.decoding import edited, guided, passes, unmask
+from hone_motion_anything.config import MotionAnythingConfig, TransformerConfig, UnmaskConfig
+from hone_motion_anything.decoding import draw_motion, edited, guided, passes, unmask
 from hone_motion_anything.masking import choose_masks, cosine_mask, masked_loss
 from hone_motion_anything.method import Attention, Condition, MotionTransformer, attention_mask, random_mask, select
 
@@ -499,3 +499,31 @@ def test_an_edit_keeps_what_it_does_not_make():
         unmask(lambda now: now, valid, 3, 7, g, start=ids)
     with pytest.raises(ValueError, match="needs both start"):
         unmask(lambda now: now, valid, 3, 7, g, edit=edit)
+    with pytest.raises(ValueError, match=r"start and edit must be \[.*\], batch, time and parts; got"):
+        draw_motion(net, condition, valid, g, start=ids[:1], edit=edit)
+    with pytest.raises(TypeError, match=r"edit must be bool.*got torch\.int64"):
+        draw_motion(net, condition, valid, g, start=ids, edit=edit.long())
+    wrong = ids.clone()
+    wrong[1, 0, 0] = 9
+    with pytest.raises(ValueError, match=r"codes from 0 to 6; row 1, time step 0, part 0 of start has 9"):
+        draw_motion(net, condition, valid, g, start=wrong, edit=edit)
+
+
+def test_what_is_not_finite_is_no_motion():
+    """Ids drawn of what is no number are the last code, everywhere."""
+    net = model()
+    _, condition, valid = inputs()
+    g = torch.Generator().manual_seed(0)
+    text = condition.text.clone()
+    text[1] = torch.nan
+    for broken in (replace(condition, text=text), condition):
+        with pytest.raises(RuntimeError, match=r"logits are not finite in torch\.float64"):
+            draw_motion(net, broken, valid, g, UnmaskConfig(steps=2))
+        net.norm.weight.data[0] = torch.inf
+
+
+def test_a_mask_that_hides_nothing_teaches_nothing():
+    net = model()
+    ids, condition, valid = inputs()
+    with pytest.raises(ValueError, match="the mask hides no token"):
+        masked_loss(net, ids, condition, valid, torch.zeros_like(ids, dtype=torch.bool), torch.Generator())

@@ -105,6 +105,21 @@ def test_an_edit_keeps_the_first_level_outside_its_interval(pipe, monkeypatch):
         pipe.edit(features, "jumps", (1.0, 3.0))
 
 
+def test_strengths_and_values_that_are_not_finite_are_named(pipe):
+    for options in ({"guidance": float("nan")}, {"residual_guidance": float("inf")}):
+        with pytest.raises(ValueError, match="must be finite"):
+            pipe(["walks"], [16], steps=2, **options)
+    with pytest.raises(ValueError, match="temperature finite and not negative"):
+        pipe(["walks"], [16], steps=2, temperature=float("nan"))
+    broken = replace(pipe, text=lambda texts: torch.full((len(texts), 512), torch.nan))
+    with pytest.raises(RuntimeError, match=r"logits are not finite in torch\.float32"):
+        broken(["walks"], [16], steps=2)
+    residual = copy.deepcopy(pipe.residual)
+    residual.output_process.LayerNorm.weight.data[0] = torch.inf
+    with pytest.raises(RuntimeError, match=r"logits are not finite in torch\.float32"):
+        replace(pipe, residual=residual)(["walks"], [16], steps=2)
+
+
 def test_bad_lengths(pipe):
     for frames in ([15], [200], [16, 16]):
         with pytest.raises(ValueError, match="a multiple of 4 from 16 to 196"):

@@ -121,6 +121,11 @@ def test_damaged_sets_are_refused_by_file(folder, tmp_path):
     np.save(copy / "motions" / "train00000.npy", features)
     with pytest.raises(ValueError, match=r"train00000\.npy, row 3: a feature is not finite"):
         read_triples(copy, "train")
+    joints = recover(torch.from_numpy(np.load(folder / "motions" / "train00000.npy"))).numpy()
+    joints[3, 15] = joints[3, 12]
+    np.save(copy / "motions" / "train00000.npy", joints)
+    with pytest.raises(ValueError, match=r"train00000\.npy, frame 3: neck and head are in one place"):
+        read_triples(copy, "train")
     with pytest.raises(FileNotFoundError, match=r"test\.txt"):
         read_triples(copy, "test")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -70,6 +71,11 @@ class MotionAnythingConfig:
         for name in ("alpha_time", "alpha_parts", "p_attention", "corrupt"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share and must lie in [0, 1]; got {getattr(self, name)}")
+        if self.masking != "cosine" and self.p_attention and not self.alpha_time and not self.alpha_parts:
+            raise ValueError(
+                "with alpha_time and alpha_parts of 0 the method hides nothing, and nothing is learned; give one of "
+                "them a share, or take p_attention=0"
+            )
 
 
 PRESETS: dict[str, Preset[MotionAnythingConfig]] = {
@@ -162,10 +168,14 @@ class UnmaskConfig:
 
     def __post_init__(self) -> None:
         _one_of("remask", self.remask, ("confidence", "attention"))
-        if self.steps < 1 or self.temperature < 0 or not 0 < self.keep <= 1:
+        if self.steps < 1 or not 0 <= self.temperature < inf or not 0 < self.keep <= 1:
             raise ValueError(
-                f"steps must be at least 1, temperature not negative, keep a share above 0; got {self.steps}, "
-                f"{self.temperature}, {self.keep}"
+                f"steps must be at least 1, temperature finite and not negative, keep a share above 0; got "
+                f"{self.steps}, {self.temperature}, {self.keep}"
+            )
+        if not isfinite(self.text_guidance) or not isfinite(self.music_guidance):
+            raise ValueError(
+                f"text_guidance and music_guidance must be finite; got {self.text_guidance} and {self.music_guidance}"
             )
 
 
@@ -432,8 +442,8 @@ class GenerateConfig:
         if wrong or not self.formats:
             raise ValueError(f"formats are of bvh, gltf, npz, npy, mp4, html; got {', '.join(wrong) or 'none'}")
         _check_bones(self.bones, self.formats)
-        if self.music_start < 0:
-            raise ValueError(f"music_start must not be negative; got {self.music_start}")
+        if not 0 <= self.music_start < inf:
+            raise ValueError(f"music_start must be finite and not negative; got {self.music_start}")
 
 
 BODY_PARTS = ("root", "left leg", "right leg", "torso", "left arm", "right arm")
@@ -523,6 +533,8 @@ class BenchConfig:
         _one_of("model", self.model, ("tiny", "momask", "mogents"))
         if not self.batches or min(*self.batches, self.tokens, self.steps, self.rounds) < 1:
             raise ValueError("batches, tokens, steps and rounds must be at least 1")
+        if not isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite; got {self.guidance}")
         if self.guidance == 1:
             raise ValueError("a guidance of 1 is none, and the ways would not differ; give another")
 

@@ -51,7 +51,11 @@ def convert(cfg: ConvertConfig, run: Run) -> ConvertReport:
         run.row("numbers", count, better="none")
         return ConvertReport.of(run)
     motion = read_motion(cfg.source, SKELETONS[cfg.skeleton], fps=cfg.fps, up=cfg.up)
-    write_motion(motion, run.artifacts / f"{cfg.source.stem}.{cfg.to}", features=cfg.features, bones=cfg.bones)
+    target = run.artifacts / f"{cfg.source.stem}.{cfg.to}"
+    try:
+        write_motion(motion, target, features=cfg.features, bones=cfg.bones)
+    except ValueError as error:
+        raise ValueError(f"{cfg.source}, {error}") from error
     run.row("frames", len(motion.joints), better="none")
     run.row("frames a second", motion.fps, better="none")
     distance_rows(run, [motion], [cfg.to], cfg.bones)

@@ -16,7 +16,7 @@ from .config import UnmaskConfig
 from .method import Condition, MotionTransformer
 from .skeletons import PARTS
 
-__all__ = ["Passes", "draw", "draw_motion", "edited", "guided", "passes", "unmask"]
+__all__ = ["Passes", "check_finite", "draw", "draw_motion", "edited", "guided", "passes", "unmask"]
 
 
 class Passes(NamedTuple):
@@ -101,6 +101,23 @@ def draw(
     return ids.view(shape), chance.view(shape)
 
 
+def check_finite(logits: Float[Tensor, "settings batch time parts codes"], valid: Bool[Tensor, "batch time"]) -> None:
+    """Refuse tokens that were drawn of what is no number: they are ids like any other.
+
+    Args:
+        logits: Of the last pass.
+        valid: Time steps that are there.
+
+    Raises:
+        RuntimeError: They are not finite.
+    """
+    if not bool((logits.isfinite() | ~valid[..., None, None]).all()):
+        raise RuntimeError(
+            f"the transformer's logits are not finite in {logits.dtype}; take bfloat16 or float32, or look at its "
+            "weights, and at the texts' vectors and the music"
+        )
+
+
 def edited(time: int, seconds: tuple[float, float], parts: Sequence[str]) -> Bool[Tensor, "1 time 6"]:
     """Cells that an edit makes anew: some parts of the body, all if none is named, in an interval.
 
@@ -148,11 +165,20 @@ def unmask(
         backend: Of the draws, see ``draw``.
 
     Raises:
-        ValueError: Only one of ``start`` and ``edit`` is given.
+        ValueError: Only one of ``start`` and ``edit`` is given, or they are not of the grid's shape.
+        TypeError: ``edit`` is not bool.
     """
     if (start is None) != (edit is None):
         raise ValueError("an edit needs both start, the known tokens, and edit, what to make anew")
     shape = (*valid.shape, parts)
+    if start is not None and edit is not None:
+        if start.shape != shape or edit.shape != shape:
+            raise ValueError(
+                f"start and edit must be {list(shape)}, batch, time and parts; got {list(start.shape)} and "
+                f"{list(edit.shape)}"
+            )
+        if edit.dtype != torch.bool:
+            raise TypeError(f"edit must be bool, true at what to make anew; got {edit.dtype}")
     places = valid[..., None].expand(shape)
     made = places if edit is None else edit & places
     ids = torch.full(shape, mask_id, device=valid.device) if start is None else start
@@ -199,16 +225,35 @@ def draw_motion(
         edit: What to make anew.
 
     Raises:
-        ValueError: Only one of ``start`` and ``edit`` is given.
+        ValueError: Only one of ``start`` and ``edit`` is given, they are not of the grid's shape, or what is kept of
+            ``start`` is no code.
+        TypeError: ``edit`` is not bool.
+        RuntimeError: The transformer's logits are not finite.
     """
     settings = settings or UnmaskConfig()
+    last: list[Tensor] = []
 
     def attended(ids: Tensor) -> Tensor:
         temporal, spatial = model.scores(ids, condition, valid)
         return temporal[..., None] * spatial
 
-    return unmask(
-        lambda ids: passes(model, ids, condition, valid, settings.text_guidance, settings.music_guidance),
+    def asked(ids: Tensor) -> Passes:
+        found = passes(model, ids, condition, valid, settings.text_guidance, settings.music_guidance)
+        last[:] = [found.logits]
+        return found
+
+    if start is not None and edit is not None and start.shape == edit.shape == (*valid.shape, model.cfg.parts):
+        # Out of range an embedding's kernel on a GPU would end the process's use of it.
+        wrong = (start < 0) | (start >= model.mask_id)
+        wrong = wrong & valid[..., None] & ~edit.bool()
+        if bool(wrong.any()):
+            row, time, part = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"what an edit keeps must be codes from 0 to {model.mask_id - 1}; row {row}, time step {time}, part "
+                f"{part} of start has {int(start[row, time, part])}"
+            )
+    ids = unmask(
+        asked,
         valid,
         model.cfg.parts,
         model.mask_id,
@@ -220,3 +265,5 @@ def draw_motion(
         edit=edit,
         rank=attended if settings.remask == "attention" else None,
     )
+    check_finite(last[0], valid)
+    return ids

@@ -192,12 +192,14 @@ def extract(
             The release has neither, and its data need the default.
 
     Raises:
-        ValueError: There are fewer than two frames, another number of joints, or a value that is not finite; the
-            message names the frame.
+        TypeError: Joints are whole numbers.
+        ValueError: There are fewer than two frames, another number of joints, a value that is not finite, or two
+            joints of a bone in one place, which has no direction then; the message names the frame.
 
     Source: HumanML3D's ``process_file``.
     """
     check_joints(joints, skeleton)
+    _check_bones(joints, skeleton)
     joints = uniform(joints, skeleton.offsets() if offsets is None else offsets, skeleton)
     level = joints.new_tensor([1.0, 0.0, 1.0])
     joints = joints - (1 - level) * joints[..., 1].amin((-1, -2))[..., None, None, None]
@@ -233,6 +235,21 @@ def extract(
         contacts,
     ]
     return torch.cat(parts, -1)
+
+
+def _check_bones(joints: Tensor, skeleton: Skeleton) -> None:
+    """Refuse what has a bone without a length: its row would hold numbers that are none."""
+    if not joints.is_floating_point():
+        raise TypeError(f"joints must be floating-point numbers, metres; got {joints.dtype}")
+    bones = joints[..., 1:, :] - joints[..., list(skeleton.parents[1:]), :]
+    gone = bones.norm(dim=-1) < 1e-6
+    if bool(gone.any()):
+        frame, bone = gone.reshape(-1, *gone.shape[-2:]).any(0).nonzero()[0].tolist()
+        ends = skeleton.joints[skeleton.parents[bone + 1]], skeleton.joints[bone + 1]
+        raise ValueError(
+            f"frame {frame}: {ends[0]} and {ends[1]} are in one place, so that the bone between them has no direction. "
+            "Move one of them a little along it"
+        )
 
 
 def check_joints(joints: Tensor, skeleton: Skeleton) -> None:

@@ -126,6 +126,7 @@ def masked_loss(
         corrupt: Share of the hidden tokens that get a wrong id.
 
     Raises:
+        ValueError: No token is hidden.
         RuntimeError: Gradient checkpointing runs it again.
     """
     refuse_recomputation("masked_loss")
@@ -138,5 +139,8 @@ def masked_loss(
     last = corrupt + 0.88 * (1 - corrupt) if corrupt else 1.0
     hidden = mask & (u >= corrupt) & (u < last)
     shown = torch.where(hidden, own.mask_id, shown)
+    asked = ids[mask]
+    if not len(asked):
+        raise ValueError("the mask hides no token, so that there is nothing to learn; take one of draw_mask")
     logits = model(shown, condition, valid)
-    return F.cross_entropy(logits[mask].float(), ids[mask])
+    return F.cross_entropy(logits[mask].float(), asked)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoints import load_published
 from .config import UnmaskConfig
-from .decoding import Passes, draw_motion, edited, passes, unmask
+from .decoding import Passes, check_finite, draw_motion, edited, passes, unmask
 from .method import Condition, MotionTransformer
 from .mogents import COLUMNS, MoGenTSTokenizer
 from .music import music_features, pooled
@@ -168,7 +168,14 @@ class _Pipeline:
         known: list[Tensor] | None = None,
         made: Tensor | None = None,
     ) -> list[Tensor]:
-        """Features of each row, decoded by itself: in the releases padding reaches into the end of a shorter one."""
+        """Features of each row, decoded by itself: in the releases padding reaches into the end of a shorter one.
+
+        Raises:
+            ValueError: A guidance or the temperature is not finite, or there is no step.
+            RuntimeError: A transformer's logits are not finite.
+        """
+        for strength in (guidance, residual_guidance):
+            UnmaskConfig(**options, text_guidance=strength)
         levels = []
         for number, (mask, residual, parts) in enumerate(self.streams()):
             edit: dict[str, Any] = {}
@@ -176,14 +183,18 @@ class _Pipeline:
                 start = known[number][..., 0]
                 edit = {"start": start, "edit": made[..., None].expand_as(start)}
 
-            def asked(ids: Tensor, model: Any = mask) -> Passes:
-                return passes(model, ids, condition, valid, guidance, 1.0)
+            last: list[Tensor] = []
+
+            def asked(ids: Tensor, model: Any = mask, last: list[Tensor] = last) -> Passes:
+                found = passes(model, ids, condition, valid, guidance, 1.0)
+                last[:] = [found.logits]
+                return found
 
             ids = unmask(asked, valid, parts, mask.mask_id, generator, **options, **edit)
-            heat = options["temperature"]
-            levels.append(
-                refine(residual, ids, condition, valid, generator, guidance=residual_guidance, temperature=heat)
-            )
+            check_finite(last[0], valid)
+            more: dict[str, Any] = {"guidance": residual_guidance, "temperature": options["temperature"]}
+            levels.append(refine(residual, ids, condition, valid, generator, last=last, **more))
+            check_finite(last[0], valid)
         rows = [[stream[row, there][None] for stream in levels] for row, there in enumerate(valid)]
         return [self.decode(row)[0] * self.std + self.mean for row in rows]
 

@@ -491,8 +491,11 @@ def refine(
     temperature: float = 1.0,
     keep: float = 0.1,
     backend: Backend = "auto",
+    last: list[Tensor] | None = None,
 ) -> Int[Tensor, "batch time parts levels"]:
     """All levels of the codes, one pass for each after the first; -1 where no time step is.
+
+    Logits ``[settings, B, T, P, codes]`` of the last level are put into ``last``, for ``decoding.check_finite``.
 
     Differs: the release may draw padding's id, which then counts as no code; here only codes are drawn.
     """
@@ -506,6 +509,8 @@ def refine(
             both = condition.rows(torch.arange(len(ids), device=ids.device).repeat(2)).dropped(gone, gone)
             logits = model(found.repeat(2, 1, 1, 1), both, valid.repeat(2, 1)).unflatten(0, (2, len(ids)))
             weights = [1 - guidance, guidance]
+        if last is not None:
+            last[:] = [logits]
         drawn, _ = draw(Passes(logits[..., : model.codes], tuple(weights)), generator, keep, temperature, backend)
         found = torch.cat([found, torch.where(there, drawn, model.pad_id)[..., None]], -1)
     return torch.where(there[..., None], found, -1)

@@ -74,7 +74,10 @@ def read_edited(cfg: GenerateConfig) -> Tensor | None:
         )
     # One frame more than rows; where there is none the last one stands still.
     joints = torch.cat([joints, joints[-1:]])[: FRAMES + 1]
-    return extract(joints).float()[None]
+    try:
+        return extract(joints).float()[None]
+    except ValueError as error:
+        raise ValueError(f"{cfg.edit}, {error}") from error
 
 
 def edit_cells(cfg: GenerateConfig) -> Bool[Tensor, "1 time parts"]:

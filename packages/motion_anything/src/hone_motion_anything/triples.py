@@ -147,7 +147,10 @@ def _features(path: Path) -> Float[Tensor, "rows 263"]:
     joints = motion.joints
     if motion.fps != HUMANML3D.fps:
         joints = torch.from_numpy(resampled(joints.numpy(), motion.fps, HUMANML3D.fps))
-    return extract(joints).float()
+    try:
+        return extract(joints).float()
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
 
 
 def write_triples(folder: Path, counts: dict[str, int], seed: int, kinds: Sequence[str] = ("text", "both")) -> Path:
