@@ -135,6 +135,37 @@ def test_what_is_uncovered_unknown_or_faint_does_not_count(tmp_path, start):
     assert rows["accuracy", "mean"].value < 1e-5
 
 
+def report(truth, tmp_path, start):
+    write_ply(splat_of(truth.points()[0], 0.02), tmp_path / "splat.ply")
+    truth.write(tmp_path / "truth.safetensors")
+    cfg = find_evaluated(EvalConfig(ply=tmp_path / "splat.ply", truth=tmp_path / "truth.safetensors", band=2))
+    with start(cfg, "eval") as run:
+        found = evaluate(cfg, run)
+    assert found.picture.is_file()
+    return {(row.metric, row.split): row for row in found.rows}
+
+
+@pytest.mark.parametrize("hole", [0.0, torch.nan, torch.inf])
+def test_around_holes_of_the_true_depth_there_is_no_edge(tmp_path, start, hole):
+    depth = torch.full((1, 32, 32), 2.0)  # what most pixels have
+    depth[:, :, :12] = 4.0
+    depth[:, 10:14, 2:5] = hole
+    rows = report(KnownDepth(torch.eye(4)[None], wall().intrinsics_norm, depth), tmp_path, start)
+    assert rows["uncovered", "at edges"].n == 6 * 32  # two pixels to either side of the step, and it
+    assert rows["uncovered", "elsewhere"].n == 26 * 32 - 12
+
+
+@pytest.mark.parametrize("known", [32 * 32, 1])
+def test_a_view_without_a_known_depth_is_no_obstacle(tmp_path, start, known):
+    depth = torch.zeros(2, 32, 32)
+    depth[1].flatten()[:known] = 2.0
+    poses, inner = torch.eye(4).repeat(2, 1, 1), wall().intrinsics_norm.repeat(2, 1, 1)
+    rows = report(KnownDepth(poses, inner, depth), tmp_path, start)
+    assert rows["uncovered", "elsewhere"].n == known
+    # One point has no neighbour.
+    assert (("truth_spacing", "median") in rows) == (known > 1)
+
+
 def test_a_splat_that_is_too_faint_is_named(tmp_path):
     truth = wall()
     truth.write(tmp_path / "truth.safetensors")

@@ -354,6 +354,18 @@ def test_a_number_that_is_none_is_named_with_its_file(name, tmp_path):
         read_colmap(folder)
 
 
+def test_cameras_far_from_the_origin_are_refused(tmp_path):
+    def shift(data, by):
+        for frame in data["frames"]:
+            frame["transform_matrix"][0][3] += by
+
+    near = capturefiles.write_transforms(tmp_path / "near", change=lambda data: shift(data, 1e3))
+    assert len(read_transforms(near)) == 6
+    far = capturefiles.write_transforms(tmp_path / "far", change=lambda data: shift(data, 4e6))
+    with pytest.raises(ValueError, match=r"stand 4e\+06 units from the origin and .* Take \[3999998"):
+        read_transforms(far)
+
+
 def test_pictures_of_sixteen_bits_are_refused(tmp_path):
     folder = capturefiles.write_colmap(tmp_path, binary=True)
     path = folder / "images" / "002.png"

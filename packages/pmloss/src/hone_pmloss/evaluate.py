@@ -65,13 +65,14 @@ def evaluate(cfg: EvalConfig, run: Run) -> GeometryReport:
     colours = (plots.error_colours(errors.relative, 2 * cfg.flying).to(device) - 0.5) / C0
     write_ply(replace(splat, sh=colours[..., None]), run.artifacts / "errors.ply")
     run.row("flying", float(errors.flying.double().mean()), better="lower", n=len(splat))
-    # Distances below that of the true points to each other say nothing.
-    run.row("truth_spacing", float(errors.spacing.median()), better="none", n=len(errors.spacing), split="median")
+    if len(errors.spacing) > 1:
+        # Distances below that of the true points to each other say nothing.
+        run.row("truth_spacing", float(errors.spacing.median()), better="none", n=len(errors.spacing), split="median")
     depth, cover = splat_depth(splat, truth)
     known = truth.known
     # What is not known lies at no edge.
-    filled = torch.where(known, truth.depth_z, truth.depth_z[known].median())
-    band = boundary_band(filled, width=cfg.band, jump=cfg.jump) & known
+    told = torch.where(known, truth.depth_z, torch.nan)
+    band = boundary_band(told, width=cfg.band, jump=cfg.jump) & known
     error = (depth - truth.depth_z).abs() / torch.where(known, truth.depth_z, 1.0)
     for split, where in (("at edges", band), ("elsewhere", known & ~band)):
         seen = where & (cover >= COVERED)

@@ -145,7 +145,7 @@ def _spacing(points: Tensor) -> Tensor:
 def depth_edges(
     depth_z: Float[Tensor, "view height width"], *, jump: float = JUMP
 ) -> Bool[Tensor, "view height width"]:
-    """Pixels whose depth differs from a neighbour's by more than a share of the smaller one."""
+    """Pixels whose depth differs from a neighbour's by more than a share of the smaller one; NaN differs from none."""
     edges = torch.zeros_like(depth_z, dtype=torch.bool)
     for dim in (1, 2):
         first, second = depth_z.narrow(dim, 0, depth_z.shape[dim] - 1), depth_z.narrow(dim, 1, depth_z.shape[dim] - 1)

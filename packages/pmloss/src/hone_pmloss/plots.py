@@ -81,7 +81,9 @@ def depth_errors(true: Tensor, found: Tensor, band: Tensor, path: Path, *, title
         for line, pick in zip(axes, picks, strict=True):
             real, drawn = true[pick].cpu().numpy(), found[pick].cpu().numpy()
             known = np.isfinite(real) & (real > 0)
-            span = {"vmin": float(real[known].min()), "vmax": float(real[known].max())}
+            # Of a view without a known depth there is only the splat's.
+            shown = real[known] if known.any() else drawn
+            span = {"vmin": float(shown.min()), "vmax": float(shown.max())}
             error = np.where(known, np.abs(drawn - real) / np.where(known, real, 1), np.nan)
             for axis, image, name, options in (
                 (line[0], real, "true depth", {"cmap": "viridis", **span}),

@@ -57,6 +57,8 @@ UNDISTORT = (
     "--input_path MODEL --output_path OUT, and name OUT as the COLMAP folder. nerfstudio leaves its MODEL in "
     "colmap/sparse/0."
 )
+MOST_AWAY = 1e4
+"""Distance of the cameras from the origin over their spread from which 32 bits keep less than a thousandth of it."""
 PLY_TYPES = {
     **{"char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4"},
     **{"int8": "i1", "uint8": "u1", "float": "<f4", "double": "<f8", "float32": "<f4", "float64": "<f8"},
@@ -475,6 +477,15 @@ def _capture(
             )
     intrinsics = torch.stack(matrices)
     check_cameras(poses, intrinsics, list(names))
+    centres = poses[:, :3, 3]
+    away, apart = float(centres.norm(dim=-1).max()), float((centres - centres.mean(0)).norm(dim=-1).max())
+    if apart and away > MOST_AWAY * apart:
+        middle = [round(value, 3) for value in centres.mean(0).tolist()]
+        raise ValueError(
+            f"the cameras stand {away:.6g} units from the origin and {apart:.3g} around their middle, which hosts and "
+            f"files of splats cannot tell apart in 32 bits. Take {middle} "
+            "from all positions, of points too, or write the model again without geographic coordinates"
+        )
     height, width = sizes[0]
     for name in names:
         # Intrinsics are normalised, so that a smaller copy of the picture will do, if nothing was cut off.
