@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from hone_rstitch.config import LARGE, SMALL, StitchConfig
+from hone_rstitch.config import LARGE, SMALL, ProfileConfig, StitchConfig
 from hone_rstitch.generation import stitch_generate
 from hone_rstitch.latency import Call, Latency, calls, read_latency, text_latency, write_latency
 from hone_rstitch.vocabulary import Vocabulary
@@ -73,3 +73,20 @@ def test_a_text_takes_the_sum_of_its_calls():
 def test_missing_latencies_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.json; expected the latency\.json of hone-rstitch"):
         read_latency(tmp_path / "none.json")
+
+
+def test_calls_are_timed_within_the_models_positions(command, packaged, tmp_path):
+    argv = ("profile", "--rounds", "1", "--tokens", "1", "2", "4", "8", "--quiet", "--out", tmp_path / "run")
+    code, _, err = command(*argv, "--cached", "0", "249")
+    assert code == 1
+    assert "calls of up to 8 tokens after 249 take 257 positions; the small model has 256" in err
+    code, out, err = command(*argv[:-1], tmp_path / "other", "--cached", "0", "248")
+    assert code == 0, err
+    assert "reads    8 after   248" in out
+    read_latency(tmp_path / "other/artifacts/latency.json")
+
+
+@pytest.mark.parametrize("values", [{"tokens": (1, 8, 64)}, {"cached": (32,)}, {"tokens": (2, 2, 8, 8)}])
+def test_calls_that_no_fit_can_follow_are_refused_before_they_are_timed(values):
+    with pytest.raises(ValueError, match="the fit wants three different numbers of tokens above 1, and two of cached"):
+        ProfileConfig(**values)

@@ -56,6 +56,16 @@ def test_ends_of_text_go_by_what_they_do(vocabulary):
     assert int(vocabulary.to_small[end]) == -1
 
 
+def test_what_ends_a_text_for_the_small_model_alone_is_closed_to_it():
+    end, other = (LARGE_TOKENS.convert_tokens_to_ids(token) for token in ("<im_end>", "<endoftext>"))
+    of = {"rows_small": 24, "rows_large": 24, "eos_small": [end, other]}
+    one = Vocabulary.of(LARGE_TOKENS, LARGE_TOKENS, eos_large=[end], **of)
+    both = Vocabulary.of(LARGE_TOKENS, LARGE_TOKENS, eos_large=[end, other], **of)
+    assert (int(one.to_small[end]), int(one.to_small[other])) == (end, -1)
+    assert (int(both.to_small[end]), int(both.to_small[other])) == (end, other)
+    assert torch.isinf(one.read(torch.zeros(1, 24), SMALL)[0, other])
+
+
 def test_markers_and_padding_have_no_counterpart(vocabulary):
     for token in ("<im_start>", "<box>"):
         assert int(vocabulary.to_small[LARGE_TOKENS.convert_tokens_to_ids(token)]) == -1

@@ -46,8 +46,8 @@ def pyramid_factors(
 
     Source: Algorithm 2 of the paper; ``similarity`` and the floor under factor 1 are the release's.
     Differs: Algorithm 2 compares the sum *with* the block, by which a block that alone exceeds the last bound is
-        skipped; ``inclusive=False`` is that, but for the best block, without which a row could be empty. The release
-        rounds counts up to whole tiles of its kernel.
+        skipped; ``inclusive=False`` is that, but for the best block, without which a row could be empty. The release's
+        floor is a block more, and it rounds counts up to whole tiles of its kernel.
     """
     num = scores.shape[-1]
     rank = scores

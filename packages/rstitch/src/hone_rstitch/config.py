@@ -617,6 +617,12 @@ class ProfileConfig:
         _check_weights(self.models)
         if min(self.rounds, *self.tokens) < 1 or min(self.cached) < 0:
             raise ValueError("rounds and tokens must be at least 1, cached at least 0")
+        # The estimate has a square in the tokens read, and a product with those cached.
+        if len({count for count in self.tokens if count > 1}) < 3 or len(set(self.cached)) < 2:
+            raise ValueError(
+                "the fit wants three different numbers of tokens above 1, and two of cached ones; got "
+                f"{self.tokens} and {self.cached}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

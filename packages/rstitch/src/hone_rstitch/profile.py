@@ -48,16 +48,24 @@ def profile(cfg: ProfileConfig, run: Run) -> ProfileReport:
     """Time calls over tokens read and tokens cached, and fit the estimate.
 
     Raises:
-        ValueError: A model is of no kind that runs on pages, or there are too few kinds of calls.
+        ValueError: A model is of no kind that runs on pages, or has fewer positions than the calls take; or there are
+            too few kinds of calls.
     """
     pair = load_models(cfg.models, device=resolve_device(run.device))
-    room = max(cfg.cached) + max(cfg.tokens) + 1
-    engine = Engine(pair, EngineConfig(cache="paged", max_batch=1, max_tokens=room))
+    most = max(cfg.cached) + max(cfg.tokens)
+    for name, model in zip(NAMES, (pair.small, pair.large), strict=True):
+        positions = getattr(model.config, "max_position_embeddings", most)
+        if most > positions:
+            raise ValueError(
+                f"calls of up to {max(cfg.tokens)} tokens after {max(cfg.cached)} take {most} positions; the {name} "
+                f"model has {positions}. Lower cached or tokens"
+            )
+    engine = Engine(pair, EngineConfig(cache="paged", max_batch=1, max_tokens=most))
     found = []
     for name, side in zip(NAMES, engine._sides, strict=True):
-        place = side.free.take(room)
+        place = side.free.take(most)
         side.paged.admit(*place)
-        side.paged.absorb(place[0], 0, [0] * room)
+        side.paged.absorb(place[0], 0, [0] * most)
         points = []
         for cached in cfg.cached:
             for tokens in sorted({1, *cfg.tokens}):

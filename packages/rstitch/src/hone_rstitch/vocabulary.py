@@ -62,6 +62,8 @@ class Vocabulary:
     ) -> Vocabulary:
         """Match two tokenizers: ordinary tokens by id and text, added ones by text, ends of text by what they do.
 
+        What ends a text for the small model alone is no token of both, so that it writes an end that the other knows.
+
         Args:
             small: Tokenizer of the small model.
             large: Tokenizer of the large model.
@@ -92,6 +94,8 @@ class Vocabulary:
         if eos_small[0] not in ends:
             known = {large_id: small_id for large_id, small_id in known.items() if small_id != eos_small[0]}
             known[eos_large[0]] = eos_small[0]
+        # What ends the small model's text and not the large one's would leave a text that one has ended to go on.
+        known = {large_id: id for large_id, id in known.items() if id not in eos_small or large_id in eos_large}
         to_small = torch.full((rows_large,), -1)
         for large_id, small_id in known.items():
             if large_id < rows_large and small_id < rows_small:
