@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from hone_rstitch import data
 from hone_rstitch.data import (
     CHARACTERS,
     HUB,
@@ -194,6 +195,12 @@ def test_math():
 def test_answers_without_marks_around_them_are_mathematics_as_math500_has_them(written, answer, right):
     pytest.importorskip("math_verify", reason="the extra math is not installed")
     assert grade(f"so it is \\boxed{{{written}}}", answer, "math") is right
+
+
+def test_an_answer_that_nobody_can_work_out_is_wrong_after_a_while(monkeypatch):
+    pytest.importorskip("math_verify", reason="the extra math is not installed")
+    monkeypatch.setattr(data, "SECONDS", 1)
+    assert not grade("it is \\boxed{9^{9^{9^{9}}}}", "5", "math")
 
 
 @pytest.mark.parametrize("answer", ["\\frac{3}{4}", "\\text{Evelyn}", "p - q"])

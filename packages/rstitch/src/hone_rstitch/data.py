@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ SETS = {
 HUB = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 FIELDS = {"question": ("question", "problem", "prompt"), "answer": ("answer", "solution", "target")}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+SECONDS = 5
+"""That math-verify may take to read an answer, and to compare two."""
 MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
 """What mathematics within a text begins with."""
 WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} +[A-Za-z]{2,}")
@@ -250,8 +253,9 @@ def grade(text: str, answer: str, format: Literal["number", "math"] = "number") 
     Args:
         text: What was written.
         answer: The right answer.
-        format: ``number``: the last number of both is the same. ``math``: math-verify finds them equal. It reads
-            mathematics between its marks only, so that an answer without any, such as MATH-500's, is put between them.
+        format: ``number``: the last number of both is the same. ``math``: math-verify finds them equal within five
+            seconds, which it counts in a process's main thread. It reads mathematics between its marks only, so that an
+            answer without any, such as MATH-500's, is put between them.
 
     Raises:
         MissingExtraError: ``math`` without the extra.
@@ -261,9 +265,11 @@ def grade(text: str, answer: str, format: Literal["number", "math"] = "number") 
             from math_verify import parse, verify
         except ImportError as error:
             raise MissingExtraError("math", "hone-rstitch", "Grading by math-verify") from error
-        # Its own timeouts are signals, which only a process's main thread may set.
-        options: dict[str, Any] = {"parsing_timeout": None}
+        # Its timeouts are signals, which only a process's main thread may set. Without one an answer such as
+        # 9^{9^{9^9}} would be worked out for ever.
+        seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
+        options: dict[str, Any] = {"parsing_timeout": seconds}
         right = parse(f"${answer}$" if _is_bare(answer) else answer, **options)
-        return bool(verify(right, parse(text, **options), timeout_seconds=None))
+        return bool(verify(right, parse(text, **options), timeout_seconds=seconds))
     found = [NUMBER.findall(words) for words in (text, answer)]
     return all(found) and float(found[0][-1].replace(",", "")) == float(found[1][-1].replace(",", ""))
