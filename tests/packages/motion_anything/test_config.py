@@ -47,6 +47,7 @@ from hone_motion_anything.config import (
         (ConvertConfig, {"source": "a", "to": "npz", "bones": "stretched"}, "stretched in bvh and gltf; got npz"),
         (GenerateConfig, {"texts": ("a",), "formats": ("mp4",), "bones": "stretched"}, "in bvh and gltf; got mp4"),
         (DemoConfig, {"limit": 1}, "a limit of 2 at least"),
+        (DemoConfig, {"texts": ("a", "a")}, "texts must be different"),
         (DemoConfig, {"tempo": 10.0}, "from 60 to 180; got 10"),
         (ReproduceConfig, {"arms": ("attention",)}, "arms must be two or more of"),
         (ReproduceConfig, {"arms": ("attention", "magic")}, "got attention, magic"),

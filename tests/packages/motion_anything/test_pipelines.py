@@ -120,6 +120,14 @@ def test_strengths_and_values_that_are_not_finite_are_named(pipe):
         replace(pipe, residual=residual)(["walks"], [16], steps=2)
 
 
+def test_texts_are_a_list(pipe, ours):
+    for call in (pipe, ours):
+        with pytest.raises(TypeError, match=r"texts must be a list.*Pass \['a person walks'\]"):
+            call("a person walks", [16])
+    with pytest.raises(ValueError, match="at least one text; got none"):
+        pipe([])
+
+
 def test_bad_lengths(pipe):
     for frames in ([15], [200], [16, 16]):
         with pytest.raises(ValueError, match="a multiple of 4 from 16 to 196"):

@@ -1,3 +1,5 @@
+import hone_sparsevar.reproduce as module
+import pytest
 from hone_core.claims import verdict_over_margins
 from hone_core.runs import Run
 from hone_sparsevar.config import ReproduceConfig
@@ -20,6 +22,34 @@ def test_tokens_can_go_where_all_says_so():
         assert answer(confirmed | {claim: "REFUTED", NEEDED[0]: "UNDECIDED, 1 of 3 seeds"}).startswith(
             "UNDECIDED" if claim == NEEDED[0] else f"NO, {claim}"
         )
+
+
+def test_a_stopped_run_goes_on_with_the_seeds_that_are_missing(untrained, tmp_path, monkeypatch):
+    cfg = ReproduceConfig(hosts=(untrained,), seeds=(0, 1), ratios=(0.2,), limit=2, batch=2)
+
+    def result(name):
+        out = tmp_path / name
+        with Run.start(
+            config=cfg, package="hone-sparsevar", verb="reproduce", out=out, seed=0, device="cpu", quiet=True,
+            command="x",
+        ) as run:  # fmt: skip
+            return reproduce(cfg, run)
+
+    whole, original, seeds = result("whole"), module.compare, []
+
+    def compare(*args, seed, **options):
+        if len(seeds) == 2:
+            seeds.append(None)
+            raise KeyboardInterrupt
+        seeds.append(seed)
+        return original(*args, seed=seed, **options)
+
+    monkeypatch.setattr(module, "compare", compare)
+    with pytest.raises(KeyboardInterrupt):
+        result("run")
+    again = result("run")
+    assert seeds == [0, 500_000, None, 1_000_000, 1_500_000]
+    assert again.rows == whole.rows
 
 
 def test_every_claim_is_judged(untrained, tmp_path):

@@ -324,6 +324,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.limit < 2 or not self.texts:
             raise ValueError(f"expected a text and a limit of 2 at least; got {len(self.texts)} and {self.limit}")
+        if len(set(self.texts)) != len(self.texts):
+            raise ValueError("texts must be different: each is a motion's name in the pictures")
         if not 60 <= self.tempo <= 180:
             raise ValueError(f"tempo is in beats a minute, from 60 to 180; got {self.tempo}")
 

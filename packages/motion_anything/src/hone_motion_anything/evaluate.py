@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from hone_core.devices import resolve_device
+from hone_core.io import atomic_write_json
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from numpy.typing import NDArray
@@ -117,50 +120,66 @@ def _many(host: Host, clips: Clips, cfg: EvalConfig, seed: int, rng: np.random.G
 
 
 def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
-    """Measure real and generated motions; every repetition draws its own scenes and motions.
+    """Measure real and generated motions; every repetition draws its own scenes and motions, and is kept.
 
     Raises:
         CheckpointError: There is no host.
     """
-    host = load_host(resolve_device(run.device), path=cfg.host)
+    files = [run.artifacts / f"repetition-{number:03}.json" for number in range(cfg.repetitions)]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    if missing:
+        host = load_host(resolve_device(run.device), path=cfg.host)
+        *truth, _ = _dance(generated(cfg.real_dances, 39_999, dance=True, device=host.device).features)
+        with progress_bar(cfg.repetitions, desc="repetitions", quiet=run.quiet) as bar:
+            bar.update(cfg.repetitions - len(missing))
+            for number in missing:
+                values = _repetition(host, cfg, truth, number)
+                atomic_write_json(files[number], [[*key, value] for key, value in values.items()])
+                bar.update()
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    *truth, _ = _dance(generated(cfg.real_dances, 39_999, dance=True, device=host.device).features)
-    with progress_bar(cfg.repetitions, desc="repetitions", quiet=run.quiet) as bar:
-        for repetition in range(cfg.repetitions):
-            seed = 40_000 + 1000 * cfg.seed + repetition
-            rng = np.random.default_rng(seed)
-            plain = generated(cfg.limit, seed, dance=False, device=host.device)
-            # The real set that FID compares with is another draw, so that real motions have a distance too.
-            other = generated(cfg.limit, seed + 500_000, dance=False, device=host.device)
-            _, real = embed(host, other, other.features)
-            drawn = draw_clips(host, plain, seed, cfg.unmask)
-            for name, features in (("real", plain.features), ("generated", drawn)):
-                for metric, value in _text_metrics(host, plain, features, real, rng).items():
-                    found["text", name, metric].append(float(value))
-            found["text", "generated", "MModality"].append(_many(host, plain, cfg, seed, rng))
-            clips = generated(cfg.dances, seed, dance=True, device=host.device)
-            danced = draw_clips(host, clips, seed, cfg.unmask)
-            for name, features in (("real", clips.features), ("generated", danced)):
-                *own, motions = _dance(features)
-                for letter, made, true in zip("kg", own, truth, strict=True):
-                    telling = _telling(true)
-                    distance, spread = dance_scores(made[:, telling], true[:, telling])
-                    found["dance", name, f"FID{letter}"].append(distance)
-                    found["dance", name, f"Div{letter}"].append(spread)
-                found["dance", name, "BAS"].append(_beats(clips, motions))
-                share = float(right(recover(features), clips.scenes).float().mean())
-                found["dance", name, "events"].append(share)
-            bar.update()
-    for (split, name, metric), values in found.items():
-        mean, half = repeated(values)
+    for file in files:
+        for split, name, metric, value in json.loads(file.read_text(encoding="utf-8")):
+            found[split, name, metric].append(value)
+    for (split, name, metric), each in found.items():
+        mean, half = repeated(each)
         run.row(
             metric,
             mean,
             better=_BETTER[metric],
             n=cfg.repetitions,
-            spread=float(np.std(values)),
+            spread=float(np.std(each)),
             variant=name,
             split=split,
             interval=(mean - half, mean + half),
         )
     return EvalReport.of(run)
+
+
+def _repetition(
+    host: Host, cfg: EvalConfig, truth: Sequence[NDArray[np.floating]], number: int
+) -> dict[tuple[str, str, str], float]:
+    """Set, motions and metric to the value of one repetition."""
+    found: dict[tuple[str, str, str], float] = {}
+    seed = 40_000 + 1000 * cfg.seed + number
+    rng = np.random.default_rng(seed)
+    plain = generated(cfg.limit, seed, dance=False, device=host.device)
+    # The real set that FID compares with is another draw, so that real motions have a distance too.
+    other = generated(cfg.limit, seed + 500_000, dance=False, device=host.device)
+    _, real = embed(host, other, other.features)
+    drawn = draw_clips(host, plain, seed, cfg.unmask)
+    for name, features in (("real", plain.features), ("generated", drawn)):
+        for metric, value in _text_metrics(host, plain, features, real, rng).items():
+            found["text", name, metric] = float(value)
+    found["text", "generated", "MModality"] = _many(host, plain, cfg, seed, rng)
+    clips = generated(cfg.dances, seed, dance=True, device=host.device)
+    danced = draw_clips(host, clips, seed, cfg.unmask)
+    for name, features in (("real", clips.features), ("generated", danced)):
+        *own, motions = _dance(features)
+        for letter, made, true in zip("kg", own, truth, strict=True):
+            telling = _telling(true)
+            distance, spread = dance_scores(made[:, telling], true[:, telling])
+            found["dance", name, f"FID{letter}"] = distance
+            found["dance", name, f"Div{letter}"] = spread
+        found["dance", name, "BAS"] = _beats(clips, motions)
+        found["dance", name, "events"] = float(right(recover(features), clips.scenes).float().mean())
+    return found

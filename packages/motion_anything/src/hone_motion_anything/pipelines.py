@@ -85,8 +85,11 @@ class _Pipeline:
             temperature: Of the draws of both.
 
         Raises:
-            ValueError: A text is empty, a length is none, or lengths are missing without an estimator.
+            TypeError: Texts are one string.
+            ValueError: There is no text, one is empty, a length is none, or lengths are missing without an estimator.
         """
+        if not _listed(texts):
+            raise ValueError("expected at least one text; got none")
         condition = Condition(text=self.text(texts))
         generator = torch.Generator(self.mean.device).manual_seed(seed)
         if frames is None:
@@ -418,8 +421,10 @@ class MotionAnythingPipeline:
             settings: Of the generation.
 
         Raises:
+            TypeError: Texts are one string.
             ValueError: There is nothing to follow, a text is empty, a length is none, or the music is shorter.
         """
+        texts = _listed(texts)
         heard = None if music is None else pooled(music_features(music, 20))
         condition = self._condition(texts, heard)
         generator = torch.Generator(self._device).manual_seed(seed)
@@ -500,6 +505,12 @@ class MotionAnythingPipeline:
             return Condition(text=said)
         many = max(1, len(texts))
         return Condition(text=said, music=heard.to(self._device)[None].expand(many, -1, -1))
+
+
+def _listed(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str):
+        raise TypeError(f"texts must be a list, a motion for each; got one string. Pass [{texts[:40]!r}]")
+    return texts
 
 
 def _statistics(meta: Path, device: torch.device | str) -> dict[str, Tensor]:

@@ -5,8 +5,10 @@ Source: the abstract's claims, made testable; C1 to C6 are ours to phrase. None 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -64,7 +66,7 @@ class ReproduceReport(MarginsReport):
 
 
 def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
-    """Draw every variant on every host and seed, and judge.
+    """Draw every variant on every host and seed, and judge; a seed of a host that is done is not repeated.
 
     Raises:
         CheckpointError: There is no host.
@@ -72,16 +74,18 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     margins: dict[str, list[float]] = {claim: [] for claim in CLAIMS}
     scale = SCHEDULE.resolve(cfg.settings.start_scale)
     for number, path in enumerate(cfg.hosts or (None,)):
-        host = load_host(resolve_device(run.device), path=path)
-        settings = chosen(host, cfg.settings, min(cfg.limit, 128))
+        loaded: tuple[Any, SparseVARConfig] | None = None
         for seed in cfg.seeds:
-            split = f"host {number}, seed {seed}"
-            found = _draw(host, settings, cfg, seed, run, split)
-            blocks = mask_scores(host, min(cfg.limit, 256), scale, seed).nanmean(0).tolist()
-            for block, value in enumerate(blocks):
-                labels: dict[str, Any] = {"detector": int(block == settings.detector)}
-                run.row("auroc", value, better="higher", variant=f"block {block}", split=split, labels=labels)
-            found |= {"C1 best block": max(blocks) - 0.8, "C1 blocks differ": max(blocks) - min(blocks) - 0.1}
+            split, file = f"host {number}, seed {seed}", run.artifacts / f"host-{number}-seed-{seed}.json"
+            if not file.is_file():
+                if loaded is None:
+                    host = load_host(resolve_device(run.device), path=path)
+                    loaded = host, chosen(host, cfg.settings, min(cfg.limit, 128))
+                _measure(*loaded, cfg, seed, run, split, scale, file)
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            for row in stored["rows"]:
+                run.row(**row)
+            found = stored["margins"]
             for claim in CLAIMS:
                 margins[claim].append(found[claim])
                 run.row("margin", found[claim], better="higher", variant=claim, split=split)
@@ -94,6 +98,20 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
     first = next(row.split for row in run.rows if row.metric == "gflops")
     plots.frontier([row for row in run.rows if row.split == first], run.figures / "frontier.png")
     return ReproduceReport.of(run)
+
+
+def _measure(
+    host: Any, settings: SparseVARConfig, cfg: ReproduceConfig, seed: int, run: Run, split: str, scale: int, file: Path
+) -> None:
+    """Measure a seed of a host, and write its rows and margins."""
+    found = _draw(host, settings, cfg, seed, run, split)
+    blocks = mask_scores(host, min(cfg.limit, 256), scale, seed).nanmean(0).tolist()
+    for block, value in enumerate(blocks):
+        labels: dict[str, Any] = {"detector": int(block == settings.detector)}
+        run.row("auroc", value, better="higher", variant=f"block {block}", split=split, labels=labels)
+    found |= {"C1 best block": max(blocks) - 0.8, "C1 blocks differ": max(blocks) - min(blocks) - 0.1}
+    rows = [asdict(row) for row in run.rows if row.split == split]
+    atomic_write_json(file, {"rows": rows, "margins": found})
 
 
 def _draw(
