@@ -17,6 +17,21 @@ def test_presets_are_the_published_rows_and_say_so():
     assert all("Table 1" in PRESETS[name].provenance for name in list(found)[:5])
 
 
+def test_a_gate_by_confidence_wants_a_threshold_of_its_own():
+    for kind in (config.GenerateConfig, config.ServeConfig):
+        given = {"ask": "1*1"} if kind is config.GenerateConfig else {}
+        with pytest.raises(
+            ValueError, match=r"tau 0\.02 is a threshold of the entropy; the gate 'confidence' wants one"
+        ):
+            kind(stitch=StitchConfig(gate="confidence"), **given)
+        kind(stitch=StitchConfig(gate="confidence", tau=0.6), **given)
+        kind(stitch=StitchConfig(gate="confidence", policy="small"), **given)
+    with pytest.raises(ValueError, match="are of the entropy; the gate 'confidence' wants others"):
+        config.EvalConfig(stitch=StitchConfig(gate="confidence"))
+    config.EvalConfig(stitch=StitchConfig(gate="confidence"), taus=(0.6, 0.8))
+    config.CalibrateConfig(stitch=StitchConfig(gate="confidence"))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name):
     preset = PRESETS[name].config

@@ -132,6 +132,7 @@ def test_wrong_requests_are_told_what_is_wrong(served):
         ({"extra_body": {"rstitch": {"taw": 1}}}, "rstitch.taw: Extra inputs"),
         ({"extra_body": {"rstitch": {"policy": "random"}}}, "share belongs to policy='random'"),
         ({"extra_body": {"rstitch": {"tau": 0.1, "tau_back": 0.5}}}, "tau_back must be at most tau"),
+        ({"extra_body": {"rstitch": {"gate": "confidence"}}}, "the gate 'confidence' has thresholds of its own"),
         ({"max_tokens": 10**7}, "exceed the"),
         ({"temperature": 1e-300}, "temperature must be 0 (greedy) or at least 0.001"),
         ({"stop": ["#", ""]}, "stop: an empty string would end every text"),

@@ -41,6 +41,10 @@ NAMES = ("small", "large")
 PACKAGED = (0, 1, 2)
 """Pairs that ship, by the seeds that they were trained with."""
 
+TAU = 0.02
+"""The paper's balanced threshold, of the entropy."""
+TAUS = (0.001, TAU, 0.03)
+"""All three."""
 LONGEST = 2**20
 """Tokens that any text has at most."""
 COLDEST = 1e-3
@@ -60,7 +64,7 @@ class StitchConfig:
     ``small`` and ``large``: that model alone."""
     gate: GateSignal = "entropy"
     """``entropy``: of the next token over ln V (the paper from v3 on). ``confidence``: its largest probability (v1)."""
-    tau: float = 0.02
+    tau: float = TAU
     """Threshold: the small model's token is thrown away at entropy > tau (confidence < tau). Entropies of vocabularies
     of different sizes are no more comparable than the models: choose it with ``calibrate``."""
     tau_back: float | None = None
@@ -399,6 +403,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.ask.strip():
             raise ValueError("what is the question? Give --ask")
+        _check_tau(self.stitch)
         _check_router(self.models, self.stitch, self.router)
         if self.router is not None and self.stitch.policy != "router":
             raise ValueError(f"a router is asked by policy 'router' alone; got policy {self.stitch.policy!r}")
@@ -422,6 +427,7 @@ class ServeConfig:
     """0 takes a free one."""
 
     def __post_init__(self) -> None:
+        _check_tau(self.stitch)
         _check_router(self.models, self.stitch, self.router)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must lie in [0, 65535]; got {self.port}")
@@ -442,8 +448,8 @@ class EvalConfig:
     """The pair."""
     stitch: StitchConfig = field(default_factory=StitchConfig)
     """Gate of the curve; its tau is replaced by each of ``taus``."""
-    taus: tuple[float, ...] = (0.001, 0.02, 0.03)
-    """Thresholds of the curve."""
+    taus: tuple[float, ...] = TAUS
+    """Thresholds of the curve (default: the paper's of the entropy)."""
     baselines: tuple[Literal["small", "large", "random", "cascade", "speculative"], ...] = (
         "small",
         "large",
@@ -466,6 +472,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _check_taus(self.taus)
+        if self.stitch.gate == "confidence" and self.taus == TAUS:
+            raise ValueError(
+                f"the thresholds {TAUS} are of the entropy; the gate 'confidence' wants others. Give taus, such as "
+                "v1's 0.5 0.6 0.7 0.8"
+            )
         if self.samples < 1 or self.batch < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError("samples, batch and limit must be at least 1")
         if self.models.servers and "speculative" in self.baselines:
@@ -736,6 +747,15 @@ class SimulateConfig:
 def _check_taus(taus: tuple[float, ...]) -> None:
     if not taus or len(set(taus)) < len(taus) or not all(map(math.isfinite, taus)):
         raise ValueError(f"taus must be distinct finite numbers, at least one; got {taus}")
+
+
+def _check_tau(stitch: StitchConfig) -> None:
+    """Refuse the entropy's own threshold for the other gate, which it would never throw a token away at."""
+    if stitch.gate == "confidence" and stitch.tau == TAU and stitch.policy in ("stitch", "one-token", "router"):
+        raise ValueError(
+            f"tau {TAU} is a threshold of the entropy; the gate 'confidence' wants one of its own, v1's lie in 0.5 .. "
+            "0.8. Give tau"
+        )
 
 
 def _check_router(models: ModelsConfig, stitch: StitchConfig, router: Path | None) -> None:

@@ -336,6 +336,8 @@ def app_of(
         if body.model not in ("", model):
             raise HTTPException(404, f"there is no model {body.model!r}; this server has {model!r}")
         changes = body.rstitch.model_dump(exclude={"trace"}, exclude_none=True)
+        if changes.get("gate", default.gate) != default.gate and "tau" not in changes:
+            raise ValueError(f"rstitch: the gate {changes['gate']!r} has thresholds of its own; give tau too")
         if changes.get("policy", default.policy) != "random" and default.policy == "random":
             changes = {"share": None, "run_length": None, "discards": False} | changes
         return replace(default, **changes)
