@@ -14,9 +14,11 @@ from hone_pmloss.models import tiny
 from hone_splat import training
 from hone_splat.cameras import unproject
 from hone_splat.chunks import ChunkScene, ChunkSet, write_chunks
+from hone_splat.depthsplat import DEPTHSPLATS, DepthSplat
 from hone_splat.ranges import HostRange
 from hone_splat.rendering import render
 from hone_splat.rooms import Rooms
+from hone_splat.vit import ViTConfig
 from safetensors.torch import load_file
 
 from .train_worker import SMALL
@@ -89,6 +91,19 @@ def test_a_stopped_run_goes_on_exactly_and_the_term_changes_what_is_learned(cfg,
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
     tiny_host = finetune.tiny(seed=0)
     tiny_host.load_state_dict(first)
+
+
+def test_depthsplat_compares_all_views_in_training_as_released(cfg, monkeypatch):
+    thin = {"vit": ViTConfig(width=96, heads=6), "depth_channels": (16, 24, 32, 40), "depth_width": 16}
+    built = lambda kind: DepthSplat(dataclasses.replace(DEPTHSPLATS[kind], **thin))  # noqa: E731
+    monkeypatch.setattr(finetune, "build_published", built)
+    monkeypatch.setattr(finetune, "load_published", lambda path, kind: (built(kind), None))
+    names = ("depthsplat-oct-pmloss-256x448", "depthsplat-oct-base-256x448", "depthsplat-head-small-256x256")
+    for name, nearest in zip(names, (None, None, 3), strict=True):
+        assert DEPTHSPLATS[name].nearest == 3
+        for begun in (None, Path("x.ckpt")):
+            host = finetune._host(dataclasses.replace(cfg, model=name, start=begun))
+            assert host.config.nearest == nearest
 
 
 def test_without_the_term_no_teacher_is_asked(cfg, start, monkeypatch):

@@ -26,6 +26,14 @@ def cfg(tmp_path, small, monkeypatch):
     )  # fmt: skip
 
 
+def test_by_itself_it_is_the_released_run():
+    cfg = TrainConfig(chunks=Path("chunks"), vgg=Path("vgg"))
+    # train.sh, and train_ignore_large_loss 0 of main.yaml: no pixel and no step is left out.
+    assert (cfg.steps, cfg.context, cfg.targets, cfg.gap) == (100_000, (12, 12), 8, (20, 50))
+    assert cfg.drop_error is cfg.skip_loss is None
+    assert (cfg.lpips, cfg.information, cfg.zpressor.anchors) == (0.05, 1e-5, 6)
+
+
 def test_host_and_compressor_learn(cfg, start):
     cfg = inputs.find_trained(dataclasses.replace(cfg, drop_error=None))
     with start(cfg, "train") as run:

@@ -5,12 +5,14 @@ Source: ``scripts/train.sh`` of the release; what it does otherwise by mistake i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hone_core.errors import CheckpointError
 from hone_core.runs import Run
+from hone_splat.depthsplat import DepthSplat
 from hone_splat.hosts import HostOutput
 from hone_splat.published import build_published, load_published
 from hone_splat.training import Drawn, TrainedReport, fit
@@ -30,10 +32,14 @@ def _host(cfg: TrainConfig) -> Any:
         host, compressor = load_published(cfg.start, cfg.model)
         if compressor is not None:
             raise CheckpointError(f"{cfg.start} holds ZPressor too, which hone-zpressor train goes on with")
-        return host
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return tiny(seed=cfg.seed) if cfg.model == "tiny" else build_published(cfg.model)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            host = tiny(seed=cfg.seed) if cfg.model == "tiny" else build_published(cfg.model)
+    if isinstance(host, DepthSplat) and host.config.generation == "oct":
+        # As released: each view is compared with all others in training, and with the nearest two where it is drawn.
+        host.config = replace(host.config, nearest=None)
+    return host
 
 
 def _teacher(cfg: TrainConfig, device: Any) -> Teacher:

@@ -83,6 +83,12 @@ class TrainConfig(FitConfig):
     """Host, see info; ``start`` may hold it alone or with ZPressor."""
     context: tuple[int, int] = (12, 12)
     """Least and largest number of context views, drawn for each scene."""
+    drop_error: float | None = None
+    """Squared error of a channel from which it is left out of the mean (default: never, as released)."""
+    skip_loss: float | None = None
+    """Loss of the pictures above which a step after the first 301 counts a hundred millionth (default: never)."""
+    steps: int = 100_000
+    """Optimiser steps."""
     zpressor: ZPressorConfig = field(default_factory=lambda: PRESETS["depthsplat"].config)
     """What stands in the host."""
     information: float = 1e-5

@@ -37,7 +37,7 @@ __all__ = ["WEIGHTS", "Drawn", "Term", "TrainedReport", "choose_views", "fit", "
 __all__ += ["picture_loss", "scene_of"]
 
 SKIP_AFTER = 300
-"""Steps before which none is skipped."""
+"""Last step, from 0, that is never skipped."""
 SKIPPED = 1e-8
 """What the loss of a skipped step is multiplied by."""
 WEIGHTS = "host.safetensors"
@@ -249,7 +249,7 @@ def fit(cfg: FitConfig, host: nn.Module, run: Run, *, term: Term) -> TrainedRepo
         pictures, logged = picture_loss(picture.image_01[0], targets.image_01[0], cfg, lpips)
         added, more = term(output, drawn)
         loss = pictures + added
-        skipped = cfg.skip_loss is not None and training.step >= SKIP_AFTER and float(pictures.detach()) > cfg.skip_loss
+        skipped = cfg.skip_loss is not None and training.step > SKIP_AFTER and float(pictures.detach()) > cfg.skip_loss
         if not math.isfinite(value := float(loss.detach())):
             raise RuntimeError(f"{drawn.name}: the loss is {value} at step {training.step}; lower the rate")
         optimizer.zero_grad(set_to_none=True)

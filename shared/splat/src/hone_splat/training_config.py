@@ -53,7 +53,7 @@ class FitConfig:
     drop_error: float | None = 0.2
     """Squared error of a channel from which it is left out of the mean; None for never."""
     skip_loss: float | None = 0.1
-    """Loss of the pictures above which a step after the 300th counts a hundred millionth; None for never."""
+    """Loss of the pictures above which a step after the first 301 counts a hundred millionth; None for never."""
     steps: int = 100_001
     """Optimiser steps."""
     minutes: float = field(default=math.inf, metadata=flag(hidden=True))
