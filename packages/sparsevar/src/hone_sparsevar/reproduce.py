@@ -81,7 +81,8 @@ def reproduce(cfg: ReproduceConfig, run: Run) -> ReproduceReport:
                 if loaded is None:
                     host = load_host(resolve_device(run.device), path=path)
                     loaded = host, chosen(host, cfg.settings, min(cfg.limit, 128))
-                _measure(*loaded, cfg, seed, run, split, scale, file)
+                own, settings = loaded
+                _measure(own, settings, cfg, seed, run, split, scale, file)
             stored = json.loads(file.read_text(encoding="utf-8"))
             for row in stored["rows"]:
                 run.row(**row)
