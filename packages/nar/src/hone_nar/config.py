@@ -300,6 +300,14 @@ class EvalConfig:
                 raise ValueError("--graphs belongs to another protocol than host")
             if (self.model is None) != (self.data is None) or (self.model is not None and not self.nll):
                 raise ValueError("likelihoods of a saved model need --model, --data and --nll together")
+            if self.model is not None and self.host is not None:
+                raise ValueError("give a host or a saved model, and not both")
+            if self.nll:
+                # The host's likelihoods are of all held-out ones.
+                idle = ("guidance",) if self.model is not None else ("limit", "guidance")
+                told = [name for name in idle if getattr(self, name) is not None]
+                if told:
+                    raise ValueError(f"nothing is drawn with --nll: leave --{told[0]} out")
             if self.text_encoder is not None and self.model is None:
                 raise ValueError("--text-encoder belongs to --model")
             return
