@@ -25,11 +25,13 @@ def chunks(tmp_path):
     return tmp_path
 
 
-def test_scenes_are_graded_once_and_as_by_hand(chunks, stored, start, monkeypatch):
+def test_scenes_are_graded_once_and_as_by_hand(chunks, stored, start, monkeypatch, caplog):
     cfg = EvalConfig(
         chunks=chunks / "test", index=chunks / "index.json", model="tiny", checkpoint=stored(), anchors=2, size=(32, 32)
     )
     find_evaluated(cfg)
+    assert "1 of the 3 scenes of" in caplog.text
+    assert "will not be graded, such as absent" in caplog.text
     real, calls = module.render, []
 
     def count(*args, **kwargs):

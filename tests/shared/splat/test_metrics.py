@@ -18,6 +18,8 @@ def test_by_hand():
     assert ssim(drawn, true).tolist()[1:] == pytest.approx([flat, 1.0], abs=1e-4)
     with pytest.raises(ValueError, match="two sets of pictures"):
         psnr(true, true[:1])
+    with pytest.raises(ValueError, match=r"11 x 11 pixels at a time; got pictures \[16, 10\]"):
+        ssim(drawn[..., :10], true[..., :10])
 
 
 def test_lpips_is_its_definition_on_the_weights_that_are_given():

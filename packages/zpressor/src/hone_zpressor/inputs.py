@@ -173,7 +173,14 @@ def find_evaluated(cfg: EvalConfig) -> EvalConfig:
             raise CheckpointError(f"there are no weights of VGG-16 at {cfg.vgg}")
     from .evaluate import open_chunks
 
-    open_chunks(cfg)
+    chunks, _ = open_chunks(cfg)
+    assert cfg.index is not None, "it was opened"
+    asked = read_evaluation_index(cfg.index)
+    if absent := [key for key in asked if key not in chunks.index]:
+        log.warning(
+            "%d of the %d scenes of %s are not in %s and will not be graded, such as %s",
+            *(len(absent), len(asked), cfg.index, cfg.chunks, absent[0]),
+        )
     return cfg
 
 

@@ -16,6 +16,7 @@ __all__ = ["PSNR_CEILING", "Lpips", "psnr", "ssim"]
 
 PSNR_CEILING = 100.0
 """PSNR of equal pictures, in dB."""
+WINDOW = 11
 
 
 def psnr(
@@ -34,10 +35,16 @@ def psnr(
 def ssim(
     image_01: Float[Tensor, "n 3 height width"], true_01: Float[Tensor, "n 3 height width"]
 ) -> Float[Tensor, " n"]:
-    """Structural similarity, 11 x 11 Gaussian window, of pictures of at least 11 x 11 pixels."""
+    """Structural similarity, 11 x 11 Gaussian window, of pictures of at least 11 x 11 pixels.
+
+    Raises:
+        ValueError: Shapes differ, or pictures are smaller than the window.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _check(image_01, true_01)
+    if min(image_01.shape[2:]) < WINDOW:
+        raise ValueError(f"SSIM looks at {WINDOW} x {WINDOW} pixels at a time; got pictures {list(image_01.shape[2:])}")
     values = structural_similarity_index_measure(
         image_01.clamp(0, 1).float(), true_01.clamp(0, 1).float(), data_range=1.0, reduction="none"
     )
