@@ -369,6 +369,25 @@ def test_a_picture_larger_than_the_context_is_refused_before_weights_are_read(
     assert "has a context of 4096" in err
 
 
+@pytest.mark.parametrize(("kind", "refused"), [("llava_onevision", True), ("qwen2_5_vl", False)])
+def test_videos_that_do_not_go_into_one_batch_are_refused_before_weights_are_read(command, tmp_path, kind, refused):
+    model, processor = tiny(kind, layers=2)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    rows = []
+    for count in (2, 4):
+        frames = np.random.default_rng(count).integers(0, 255, (count, 56, 56, 3), dtype=np.uint8)
+        np.save(tmp_path / f"{count}.npy", frames)
+        rows.append({"video": f"{count}.npy", "question": "How many?", "answer": str(count), "type": "number"})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ("train", "--model", tmp_path / "model", "--data", tmp_path / "a.jsonl", "--device", "cpu", "--dry-run")
+    code, _, err = command(*argv, "--frames", 4)
+    assert code == int(refused), err
+    assert ("2.npy gives 2 frames and" in err) == refused
+    assert command(*argv, "--frames", 2)[0] == 0
+    assert command(*argv, "--frames", 4, "--prompts", 1)[0] == 0
+
+
 @pytest.mark.parametrize("verb", ["train", "eval"])
 def test_a_video_larger_than_the_context_is_refused_before_weights_are_read(
     command, checkpoint, tmp_path, monkeypatch, verb

@@ -93,7 +93,8 @@ def find_trained(cfg: TrainConfig) -> TrainConfig:
     """Look at the questions and at the model's config.
 
     Raises:
-        ValueError: A question is none or too long, or the model cannot take the selection.
+        ValueError: A question is none or too long, videos do not go into one batch, or the model cannot take the
+            selection.
         FileNotFoundError: The file, or what a question is about, is missing.
         OSError: There is no such model.
         CheckpointError: No tiny host is packaged.
@@ -113,11 +114,13 @@ def find_trained(cfg: TrainConfig) -> TrainConfig:
     from hone_lm.checkpoints import read_config
 
     from .models import check_config
-    from .questions import check_longest, load_items
+    from .questions import check_batch, check_longest, load_items
 
     items = load_items(cfg.data)
     check_config(read_config(cfg.model), cfg.sparse)
     check_longest(cfg.model, items, cfg.frames, cfg.max_new_tokens)
+    if cfg.reinforce.prompts > 1:
+        check_batch(cfg.model, items, cfg.frames)
     return replace(cfg, data=cfg.data.resolve(), model=_absolute(cfg.model))
 
 

@@ -25,6 +25,7 @@ from .reinforce import Drawn
 __all__ = [
     "Item",
     "ModelTask",
+    "check_batch",
     "check_context",
     "check_longest",
     "is_right",
@@ -202,6 +203,35 @@ def check_longest(model: str, items: Sequence[Item], frames: int, answer: int) -
     asked = (max(items, key=lambda item: len(item.question)), max(media.values(), key=pixels))
     for item in dict.fromkeys(asked):
         check_context(model_inputs(processor, [item], frames), config, answer, [item])
+
+
+def check_batch(model: str, items: Sequence[Item], frames: int) -> None:
+    """Refuse videos that a model's processor cannot put into one batch, as one that stacks them; no weights are read.
+
+    Args:
+        model: Folder or hub address.
+        items: Questions.
+        frames: Of a video.
+
+    Raises:
+        ValueError: The shortest and the longest do not go together.
+    """
+    from hone_lm.video import video_size
+    from transformers import AutoProcessor
+
+    if not items[0].is_video:
+        return
+    counts = {item.media: (min(video_size(item.media)[0], frames), item) for item in items}
+    (few, short), (many, long) = (pick(counts.values(), key=lambda found: found[0]) for pick in (min, max))
+    if few == many:
+        return
+    try:
+        model_inputs(AutoProcessor.from_pretrained(model), [short, long], frames)
+    except ValueError as error:
+        raise ValueError(
+            f"{short.media} gives {few} frames and {long.media} {many}, which this model's processor does not put into "
+            f"one batch. Lower frames to {few}, leave shorter videos out, or ask one prompt at a time (--prompts 1)"
+        ) from error
 
 
 def picture_inputs(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
