@@ -135,6 +135,18 @@ def test_lines_end_with_a_newline_alone_and_pictures_are_turned_as_they_were_tak
         torch.testing.assert_close(value, turned[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava_onevision", "smolvlm"])
+def test_pictures_of_a_batch_are_each_of_its_question(asked, kind):
+    model, processor = tiny(kind, layers=2)
+    items = load_items(asked)
+    both = model_inputs(processor, items, 1)
+    with torch.no_grad():
+        whole = model(**both).logits[:, -1]
+        for at, item in enumerate(items):
+            alone = model(**model_inputs(processor, [item], 1)).logits[0, -1]
+            torch.testing.assert_close(whole[at], alone, atol=1e-3, rtol=1e-3)
+
+
 def test_a_number_has_its_tolerance(asked):
     item = Item(asked, False, "?", "100", "number", tolerance=0.05)
     assert is_right("104.9", item)

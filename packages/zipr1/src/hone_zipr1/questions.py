@@ -261,7 +261,9 @@ def picture_inputs(processor: Any, texts: Sequence[str], pictures: Sequence[Sequ
         )
     side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
     try:
-        shown = [picture for own in pictures for picture in own]
+        shown: list[Any] = [picture for own in pictures for picture in own]
+        if type(processor).__name__ == "SmolVLMProcessor" and shown:
+            shown = [list(own) for own in pictures]  # it takes a flat list for the pictures of one prompt
         made = processor(text=prompts, images=shown or None, padding=True, return_tensors="pt")
     finally:
         processor.tokenizer.padding_side = side
