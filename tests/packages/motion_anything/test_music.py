@@ -61,6 +61,22 @@ def test_wav_round_trip_and_resampling(tmp_path):
     assert_close(read_wav(tmp_path / "b.wav"), tone, atol=2e-3)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_samples_of_each_width(tmp_path, width):
+    top = 2 ** (8 * width - 1)
+    loud = [0, top // 2, -top // 2, top - 1, -top, 3]
+    # What a cut file has behind its last whole sample is left out.
+    data = b"".join((n + top * (width == 1)).to_bytes(width, "little", signed=width > 1) for n in loud) + bytes(
+        width - 1
+    )
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(width)
+        file.setframerate(RATE)
+        file.writeframes(data)
+    assert torch.equal(read_wav(tmp_path / "a.wav"), torch.tensor([n / top for n in loud], dtype=torch.float64).float())
+
+
 def test_bad_music(tmp_path):
     with pytest.raises(ValueError, match="one channel"):
         music_features(torch.zeros(2, RATE))

@@ -535,6 +535,19 @@ def test_code_with_changes_is_not_exported_and_that_is_said_before_the_run(table
     assert not (tmp_path / "run.json").exists()
 
 
+def test_a_run_of_two_commits_is_not_exported_and_that_is_said_before_it_goes_on(table, tmp_path, monkeypatch):
+    for commit in "cd":
+        monkeypatch.setattr(runs, "environment", lambda commit=commit: {"commit": commit, "dirty": False})
+        monkeypatch.setattr(environment, "code_version", lambda commit=commit: (commit, False))
+        code, _, err = table("whole --out run --export run.json")
+        assert code == (0 if commit == "c" else 2)
+        file = tmp_path / "run" / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "failed"}))
+        (tmp_path / "run.json").unlink(missing_ok=True)
+    assert "was begun with other code" in err
+    assert "choose another --out" in err
+
+
 def test_dry_run_prints_the_prepared_plan_and_makes_nothing(table, tmp_path):
     code, out, _ = table("draw --prompt a b c --limit 2 --out run --dry-run --json")
     assert code == 0

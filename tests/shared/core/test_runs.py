@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -351,11 +352,41 @@ def test_export_refuses_uncommitted_code_unless_told(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "environment", lambda: real() | {"commit": "0123456789abcdef", "dirty": True})
     with start(tmp_path / "run") as run:
         run.row("psnr", 1.0, better="higher")
-    with pytest.raises(ValueError, match=r"expected a run of committed code; .* on top of commit 0123456789\. Commit"):
+    with pytest.raises(ValueError, match=r"expected a run of committed code.* on top of commit 0123456789, or"):
         export_results(run.path, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
     data = json.loads(export_results(run.path, tmp_path / "out.json", allow_dirty=True).read_text())
     assert data["environment"]["dirty"] is True
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "clean"),
+    [(("a", False), ("a", False), True), (("a", True), ("a", False), False), (("a", False), ("b", False), False)],
+)
+def test_a_run_is_as_clean_as_its_first_part(tmp_path, monkeypatch, first, last, clean):
+    made = [(first, "one"), (last, "two"), (last, "three")]
+    for (commit, dirty), metric in made:
+        code = {"commit": commit, "dirty": dirty}
+        monkeypatch.setattr(runs, "environment", lambda code=code: code)
+        with contextlib.suppress(KeyboardInterrupt), start(tmp_path / "run") as run:
+            run.row(metric, 1.0, better="none")
+            if metric != "three":
+                raise KeyboardInterrupt
+    if clean:
+        data = json.loads(export_results(run.path, tmp_path / "out.json").read_text())
+        assert data["environment"] == {"commit": "a", "dirty": False}
+    else:
+        with pytest.raises(ValueError, match="from its start to its end of one commit"):
+            export_results(run.path, tmp_path / "out.json")
+
+
+def test_what_a_failed_start_left_makes_no_run_unclean(tmp_path, monkeypatch):
+    for dirty in (True, False):
+        monkeypatch.setattr(runs, "environment", lambda dirty=dirty: {"commit": "a", "dirty": dirty})
+        with contextlib.suppress(KeyError), start(tmp_path / "run") as run:
+            if dirty:
+                raise KeyError("x")
+    assert json.loads(export_results(run.path, tmp_path / "out.json").read_text())["environment"]["dirty"] is False
 
 
 def test_export_joins_results_and_environment(tmp_path, monkeypatch):

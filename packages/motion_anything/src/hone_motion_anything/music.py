@@ -198,7 +198,7 @@ def pooled(features: Float[Tensor, "*dims frames 35"], frames: int = 4) -> Float
 
 
 def read_wav(path: str | Path) -> Float[Tensor, " samples"]:
-    """One channel at ``RATE`` samples a second, of a WAV file of 8, 16 or 32 bits.
+    """One channel at ``RATE`` samples a second, of a WAV file of 8, 16, 24 or 32 bits.
 
     Raises:
         FileNotFoundError: There is none.
@@ -216,10 +216,14 @@ def read_wav(path: str | Path) -> Float[Tensor, " samples"]:
             f"{path} is no WAV file of whole numbers ({error}); convert it: ffmpeg -i {path.name} -ac 1 -ar {RATE} "
             "music.wav"
         ) from error
-    if bits not in (8, 16, 32):
-        raise ValueError(f"{path} has {bits} bits a sample; expected 8, 16 or 32")
-    kind = {8: np.uint8, 16: np.int16, 32: np.int32}[bits]
-    samples = np.frombuffer(data[: len(data) // (channels * bits // 8) * (channels * bits // 8)], dtype=kind)
+    if bits not in (8, 16, 24, 32):
+        raise ValueError(f"{path} has {bits} bits a sample; expected 8, 16, 24 or 32")
+    frame = channels * bits // 8
+    data = data[: len(data) // frame * frame]
+    if bits == 24:  # as the upper bytes of 32
+        upper = np.frombuffer(data, np.uint8).reshape(-1, 3)
+        data, bits = np.pad(upper, ((0, 0), (1, 0))).tobytes(), 32
+    samples = np.frombuffer(data, dtype={8: "u1", 16: "<i2", 32: "<i4"}[bits])
     values = samples.astype(np.float64).reshape(-1, channels).mean(1)
     values = (values - 128) / 128 if bits == 8 else values / 2 ** (bits - 1)
     if not len(values):

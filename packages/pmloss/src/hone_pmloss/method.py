@@ -195,7 +195,8 @@ def pm_loss(
 
     Args:
         means: Predicted centres, in the order view, row, column; 16 bits are taken to float32, under autocast too.
-        teacher: Points of the same pixels, in any frame and scale; those that are not finite are left out.
+        teacher: Points of the same pixels, in any frame and scale; those that are not finite are left out, and no
+            centre is drawn to others for them.
         config: Options; the paper's if None. Its ``weight`` is not applied.
         confidence: Of the teacher, at least 0; needed where the config weights by it.
         centres: Camera centres in the teacher's frame and true ones, for ``align="pose"``.
@@ -313,8 +314,7 @@ def _distance(
     if config.direction == "paired":
         return _mean(p - y, trust, config)
     if config.direction in ("pred2gt", "both"):
-        weights = trust if config.confidence else torch.ones_like(trust)
-        total = total + _mean(p - cloud[nearest(p.detach(), cloud.detach(), backend=backend)], weights, config)
+        total = total + _mean(p - cloud[nearest(p.detach(), cloud.detach(), backend=backend)], trust, config)
     if config.direction in ("gt2pred", "both"):
         total = total + _mean(cloud - p[nearest(cloud.detach(), p.detach(), backend=backend)], trust[keep], config)
     return total

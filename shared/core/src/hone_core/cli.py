@@ -314,11 +314,15 @@ def _run_folder(table: Verb, cfg: Any, *, export: Path | None, **start: Any) -> 
     try:
         if table.opened is not None:
             _import(table.opened)(cfg, run)
-        if not run.done and export is not None and code_version()[1]:
-            raise _UsageError(
-                "--export: the checkout has uncommitted changes, and an exported result must come from a commit; "
-                "commit first, or leave --export out"
-            )
+        if not run.done and export is not None:
+            commit, dirty = code_version()
+            if run.unclean(commit, dirty):
+                why, do = ("the checkout has uncommitted changes", "commit first")
+                if not dirty:
+                    why, do = (f"the run in {run.path} was begun with other code", "choose another --out")
+                raise _UsageError(
+                    f"--export: {why}, and an exported result must come from a commit; {do}, or leave --export out"
+                )
     except BaseException:
         if start["out"] is None and processes.main:
             with contextlib.suppress(OSError):

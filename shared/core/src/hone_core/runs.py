@@ -282,11 +282,20 @@ class Run:
         """The content of ``results.json`` as it stands on disk."""
         return load_results(self.path)
 
+    def unclean(self, commit: str | None, dirty: bool | None) -> bool | None:
+        """Whether code was other than a commit's, now as told or in what an earlier part of this run left."""
+        file = self.path / "environment.json"
+        if dirty or not (self.resumed and file.exists()) or self._made_nothing():
+            return dirty
+        before = json.loads(file.read_text(encoding="utf-8"))
+        return True if before["dirty"] or before["commit"] != commit else dirty
+
     def __enter__(self) -> "Run":
         self._clock = time.perf_counter()
         if not self.done and self.processes.main:
             # It takes seconds; whoever stops them leaves no folder that is half a run's.
             found = environment()
+            found["dirty"] = self.unclean(found["commit"], found["dirty"])
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path, os.O_RDONLY)
@@ -491,12 +500,12 @@ def export_results(run: str | Path, target: str | Path, *, allow_dirty: bool = F
     Args:
         run: The run's folder.
         target: File to write.
-        allow_dirty: Also export a run of code that had uncommitted changes, whose numbers nobody can reproduce from the
-            commit; the file, and each table made from it, say so.
+        allow_dirty: Also export a run of code that had uncommitted changes, or was of several commits, whose numbers
+            nobody can reproduce from the commit; the file, and each table made from it, say so.
 
     Raises:
         FileNotFoundError: ``run`` is no run folder.
-        ValueError: The run is not done, or its code had uncommitted changes.
+        ValueError: The run is not done, or its code had uncommitted changes or was of several commits.
     """
     run = Path(run)
     data = load_results(run)
@@ -505,8 +514,9 @@ def export_results(run: str | Path, target: str | Path, *, allow_dirty: bool = F
     data["environment"] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     if data["environment"].get("dirty") and not allow_dirty:
         raise ValueError(
-            f"{run}: expected a run of committed code; its checkout had changes on top of commit "
-            f"{(data['environment'].get('commit') or 'none')[:10]}. Commit and run again, or pass allow_dirty=True"
+            f"{run}: expected a run of committed code, from its start to its end of one commit; its checkout had "
+            f"changes on top of commit {(data['environment'].get('commit') or 'none')[:10]}, or it was begun at "
+            "another one. Commit and run again, or pass allow_dirty=True"
         )
     data["config"] = _without_places(json.loads((run / "config.json").read_text(encoding="utf-8")))
     return atomic_write_json(target, data)
