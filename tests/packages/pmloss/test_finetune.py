@@ -142,7 +142,7 @@ def test_two_processes_step_by_the_mean_of_their_scenes_and_go_on_after_one_fail
     command += ["--flip", "0", "--draws", "1", "--log-every", "1", "--checkpoint-seconds", "0", "--model", "tiny"]
     command += ["--teacher", "precomputed", "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
 
-    def launch():
+    def launch(command=command):
         return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
 
     # The second step's scene of one process has no points at first.
@@ -151,6 +151,9 @@ def test_two_processes_step_by_the_mean_of_their_scenes_and_go_on_after_one_fail
     done = launch()
     assert done.returncode != 0
     assert "there are no points of scene" in done.stderr
+    done = launch([sys.executable, *command[command.index(str(worker)) :]])
+    assert done.returncode != 0
+    assert "begun by 2 processes, of which each draws a scene for a step; got 1" in done.stderr
     (tmp_path / "away").rename(lost)
     done = launch()
     assert done.returncode == 0, done.stderr[-3000:]

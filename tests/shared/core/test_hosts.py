@@ -56,6 +56,16 @@ def edit(path, **changes):
     sidecar.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
 
 
+@pytest.mark.parametrize("value", [70_000.0, float("nan")])
+def test_weights_that_16_bits_do_not_hold_are_named(path, value):
+    model = Model()
+    with torch.no_grad():
+        model.linear.bias[2] = value
+    with pytest.raises(ValueError, match=r"model\.linear\.bias of the host holds values that are not finite or beyond"):
+        save_host(path, Config(), {"model.": model}, package="hone-core")
+    assert not path.exists()
+
+
 def test_round_trip_in_half_precision(path):
     modules, words = save(path, FACTS)
     stored = open_host(Config, "hone-core", path)

@@ -213,6 +213,9 @@ def save_host(
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: A weight is not finite, or too large for 16 bits; nothing is written.
     """
     import torch
 
@@ -221,6 +224,12 @@ def save_host(
     stored = {
         name: value.to("cpu", torch.float16 if value.is_floating_point() else None) for name, value in tensors.items()
     }
+    lost = [name for name, value in stored.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if lost:
+        raise ValueError(
+            f"{lost[0]} of the host holds values that are not finite or beyond 65,504, which 16 bits do not hold; "
+            "train it again at a lower learning rate"
+        )
     save_safetensors(stored, path)
     data = path.read_bytes()
     head = {"format": FORMAT, "package": package, "config": to_dict(config), "bytes": len(data)}

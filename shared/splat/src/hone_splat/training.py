@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from hone_core.devices import resolve_device
+from hone_core.errors import CheckpointError
 from hone_core.io import save_safetensors
 from hone_core.processes import load_whole_weights
 from hone_core.runs import Report, Run
@@ -185,6 +186,23 @@ def picture_loss(
     return loss, logged
 
 
+class _Processes:
+    """How many train. Each takes a scene of its own for a step, so that other ones' steps would be others."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["count"] != self.count:
+            raise CheckpointError(
+                f"the training was begun by {state['count']} processes, of which each draws a scene for a step; got "
+                f"{self.count}. Launch it as before, or choose another --out"
+            )
+
+
 def fit(cfg: FitConfig, host: nn.Module, run: Run, *, term: Term) -> TrainedReport:
     """Train the host, then write it; a stopped run goes on where it was.
 
@@ -195,7 +213,7 @@ def fit(cfg: FitConfig, host: nn.Module, run: Run, *, term: Term) -> TrainedRepo
         term: What the method adds.
 
     Raises:
-        CheckpointError: The folder's checkpoint is of another config.
+        CheckpointError: The folder's checkpoint is of another config or number of processes.
         RuntimeError: The loss is not finite.
         ValueError: A scene is too short, or its cameras or pictures are damaged; or accelerate was told to use another
             precision, or to accumulate gradients.
@@ -226,7 +244,9 @@ def fit(cfg: FitConfig, host: nn.Module, run: Run, *, term: Term) -> TrainedRepo
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=cfg.steps + 10, pct_start=cfg.rise, cycle_momentum=False
     )
-    parts = {"host": host, "optimizer": optimizer, "schedule": schedule}
+    # First, so that nothing is filled before it is refused.
+    parts = {"processes": _Processes(accelerator.num_processes), "host": host}
+    parts |= {"optimizer": optimizer, "schedule": schedule}
     training = SharedTraining(cfg, run.artifacts / "checkpoint.pt", parts, accelerator)
     training.resume()
 
