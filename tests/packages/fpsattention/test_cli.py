@@ -229,6 +229,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_no_word_about_torchvision_which_only_images_need(pipeline):
     argv = ["generate", "--model", str(pipeline), *VIDEO, "--preset", "tiny", "--dry-run"]
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCHVISION, *argv], capture_output=True, text=True)

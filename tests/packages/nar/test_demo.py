@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hone_nar.config import DemoConfig
 from hone_nar.data import to_image
@@ -23,6 +24,7 @@ def test_a_sheet_a_gif_and_a_row_for_each(untrained, start, tmp_path):
     assert all(len(line.split()) == 5 for line in lines[:4])
 
 
+@pytest.mark.slow
 def test_clips_of_the_packaged_host(start, tmp_path):
     cfg = DemoConfig(data="shapes", limit=2)
     with start(cfg, "demo", tmp_path / "run") as run:

@@ -68,6 +68,7 @@ def test_micro_batches_change_nothing_but_the_order_of_sums(whole, tmp_path):
         assert_close(weights[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "fsdp"])
 def test_two_processes_do_what_one_does(whole, launched, kind):
     for line, other in zip(logged(launched / kind), logged(whole[0]), strict=True):
@@ -79,6 +80,7 @@ def test_two_processes_do_what_one_does(whole, launched, kind):
         assert_close(weights[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_the_checkpoint_of_two(whole, launched):
     assert [path.name for path in (launched / "stopped" / "checkpoints").iterdir()] == ["00000004"]
     train(launched / "stopped", steps=6)
