@@ -8,7 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_contiguous", "check_heads", "check_scale", "check_tensor", "in_memory", "unit_last"]
+__all__ = ["check_contiguous", "check_heads", "check_programs", "check_scale", "check_tensor", "in_memory"]
+__all__ += ["unit_last"]
+
+MOST_PROGRAMS = 65_535
+"""Along all but the first axis of a CUDA grid."""
+
+
+def check_programs(what: str, count: int, each: int = 1) -> None:
+    """Refuse more than a launch takes along its second axis.
+
+    Args:
+        what: Is spread over programs.
+        count: Of it.
+        each: How many of it a program takes.
+
+    Raises:
+        ValueError: There are more.
+    """
+    if count > (most := MOST_PROGRAMS * each):
+        raise ValueError(f"one launch takes at most {most:,} {what}; got {count:,}. Call it for parts of them")
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:

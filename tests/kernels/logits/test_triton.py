@@ -43,6 +43,13 @@ def compare(logits, size, threshold=None, gate="entropy", piece=None, **options)
         assert not got.uncertain.any()
 
 
+def test_more_rows_than_a_launch_takes_are_refused():
+    from hone_kernels.logits.triton import read_logits_triton
+
+    with pytest.raises(ValueError, match=r"one launch takes at most 65,535 rows; got 65,536\. Call it for parts"):
+        read_logits_triton(torch.zeros(65_536, 2), 2, None, "entropy")
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("dtype", "whole"),
@@ -99,7 +106,7 @@ def test_machine_code(rows, dtype):
 @requires_gpu(min_sm=80)
 def test_gpu():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for rows, vocabulary in ((1, 151936), (5, 152064), (64, 32003), (200, 1000), (3, 5), (70_000, 129)):
+        for rows, vocabulary in ((1, 151936), (5, 152064), (64, 32003), (200, 1000), (3, 5)):
             for spread in (0.1, 4.0, 20.0):
                 logits = some_logits(rows, vocabulary, dtype, "cuda", spread)
                 compare(logits, vocabulary)

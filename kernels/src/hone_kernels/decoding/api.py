@@ -76,7 +76,8 @@ def silu_mul(gate_up: Tensor, *, backend: Backend = "auto") -> Tensor:
         ``[T, C]``.
 
     Raises:
-        ValueError: The last axis has no halves, or the kernel gets a tensor that is not contiguous.
+        ValueError: The last axis has no halves, or the kernel gets a tensor that is not contiguous or more than 65,535
+            tokens.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [T, 2 C]; got {list(gate_up.shape)}")

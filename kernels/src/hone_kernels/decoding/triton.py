@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hone_kernels.checks import check_programs
 from hone_kernels.launch import dependent, launches_overlap
 
 __all__ = [
@@ -56,8 +57,8 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, eps:
 
 @triton.jit
 def _silu_kernel(X, OUT, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # the one axis of a grid that goes beyond 65,535
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(X + row * 2 * width + at, mask=inside, other=0.0)
     up = tl.load(X + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
@@ -69,8 +70,9 @@ def _silu_kernel(X, OUT, width, BLOCK: tl.constexpr):
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
     """See ``silu_mul``."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    check_programs("tokens", tokens)
     out = gate_up.new_empty(tokens, width)
-    _silu_kernel[(tokens, triton.cdiv(width, 512))](gate_up, out, width, BLOCK=512, num_warps=2)
+    _silu_kernel[(triton.cdiv(width, 512), tokens)](gate_up, out, width, BLOCK=512, num_warps=2)
     return out
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hone_kernels.checks import check_programs
 from hone_kernels.launch import dependent, launches_overlap
 
 __all__ = ["PIECES", "read_logits_triton"]
@@ -40,9 +41,8 @@ def _pieces_kernel(LOGITS, PARTS, row_stride, vocabulary, parts, PIECE: tl.const
     if OVERLAP:
         gdc_launch_dependents()
     # What is done to each entry is what bounds this kernel, before memory does: a comparison less is a tenth of it.
-    # One axis, since the others of a grid end at 65,535.
-    part = tl.program_id(0) % parts
-    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     at = part * PIECE + tl.arange(0, PIECE)
     x = tl.load(LOGITS + row * row_stride + at, mask=at < vocabulary, other=-float("inf")).to(tl.float32)
     top = tl.max(x, 0)
@@ -128,6 +128,7 @@ def read_logits_triton(
         logits = logits.contiguous()
     threshold = None if threshold is None else threshold.contiguous()
     rows, vocabulary = logits.shape
+    check_programs("rows", rows)
     if piece is None:
         sizes = PIECES[logits.dtype.itemsize]
         piece, warps = next((tile for most, tile in sizes.items() if rows <= most), sizes[1024])
@@ -138,7 +139,7 @@ def read_logits_triton(
     entropy, confidence = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     forced, uncertain = (torch.empty(rows, dtype=torch.bool, device=logits.device) for _ in range(2))
-    _pieces_kernel[(rows * count,)](
+    _pieces_kernel[(count, rows)](
         logits, parts, logits.stride(0), vocabulary, count, PIECE=piece, OVERLAP=overlap, num_warps=warps
     )
     _join_kernel[(rows,)](

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hone_kernels.checks import check_programs
+
 from .reference import LEAST_DEPTH
 
 __all__ = ["CANDIDATES", "PIXELS", "sweep_planes_backward", "sweep_planes_forward"]
@@ -48,19 +50,18 @@ def _tap(left, top, right, below, ACROSS: tl.constexpr, DOWN: tl.constexpr, heig
 
 @triton.jit
 def _forward_kernel(
-    FEATURES, OTHERS, RAY, SHIFT, INVERSE, OUT, views, others, candidates, tokens, height, width, inverse_pixel, scale,
+    FEATURES, OTHERS, RAY, SHIFT, INVERSE, OUT, others, candidates, tokens, height, width, inverse_pixel, scale,
     channels: tl.constexpr, PADDED: tl.constexpr, PIXELS: tl.constexpr, CANDIDATES: tl.constexpr, HALF: tl.constexpr,
     LEAST: tl.constexpr,
 ):  # fmt: skip
-    # Views and pixels on one axis, since the others of a grid end at 65,535.
-    view = (tl.program_id(0) % views).to(tl.int64)
-    pixel = tl.program_id(0) // views * PIXELS + tl.arange(0, PIXELS)
+    view = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     real = pixel < tokens
     channel = tl.arange(0, PADDED)
     wide = real[:, None] & (channel < channels)[None, :]
     own = tl.load(FEATURES + (view * tokens + pixel)[:, None] * channels + channel[None, :], mask=wide, other=0.0)
     for step in range(CANDIDATES):
-        plane = tl.program_id(1) * CANDIDATES + step
+        plane = tl.program_id(2) * CANDIDATES + step
         if plane < candidates:
             at = INVERSE + (view * candidates + plane) * (tokens if inverse_pixel else 1)
             inverse = tl.load(at + (pixel if inverse_pixel else pixel * 0), mask=real, other=1.0)
@@ -83,13 +84,12 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    FEATURES, OTHERS, RAY, SHIFT, INVERSE, GRAD, GRADS, views, others, candidates, tokens, height, width, inverse_pixel,
-    scale, channels: tl.constexpr, PADDED: tl.constexpr, PIXELS: tl.constexpr, CANDIDATES: tl.constexpr,
-    HALF: tl.constexpr, LEAST: tl.constexpr,
+    FEATURES, OTHERS, RAY, SHIFT, INVERSE, GRAD, GRADS, others, candidates, tokens, height, width, inverse_pixel, scale,
+    channels: tl.constexpr, PADDED: tl.constexpr, PIXELS: tl.constexpr, CANDIDATES: tl.constexpr, HALF: tl.constexpr,
+    LEAST: tl.constexpr,
 ):  # fmt: skip
-    # Views and pixels on one axis, since the others of a grid end at 65,535.
-    view = (tl.program_id(0) % views).to(tl.int64)
-    pixel = tl.program_id(0) // views * PIXELS + tl.arange(0, PIXELS)
+    view = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     real = pixel < tokens
     channel = tl.arange(0, PADDED)
     wide = real[:, None] & (channel < channels)[None, :]
@@ -97,7 +97,7 @@ def _backward_kernel(
     own = tl.load(FEATURES + mine, mask=wide, other=0.0)
     grad_own = tl.zeros([PIXELS, PADDED], tl.float32)
     for step in range(CANDIDATES):
-        plane = tl.program_id(1) * CANDIDATES + step
+        plane = tl.program_id(2) * CANDIDATES + step
         if plane < candidates:
             at = INVERSE + (view * candidates + plane) * (tokens if inverse_pixel else 1)
             inverse = tl.load(at + (pixel if inverse_pixel else pixel * 0), mask=real, other=1.0)
@@ -121,16 +121,17 @@ def _backward_kernel(
 
 def _launch(
     features: Tensor, others: Tensor, ray: Tensor, shift: Tensor, inverse_depth: Tensor, half: float
-) -> tuple[tuple[int, int], tuple[Tensor, ...], tuple[int | float, ...], dict[str, int | float]]:
+) -> tuple[tuple[int, int, int], tuple[Tensor, ...], tuple[int | float, ...], dict[str, int | float]]:
     """Grid, tensors with channels last, sizes, and constants."""
     views, channels, height, width = features.shape
     tokens, candidates = height * width, inverse_depth.shape[1]
+    check_programs("pixels of a view", tokens, PIXELS)
     flat = inverse_depth.flatten(2).contiguous()
-    grid = (views * triton.cdiv(tokens, PIXELS), triton.cdiv(candidates, CANDIDATES))
+    grid = (views, triton.cdiv(tokens, PIXELS), triton.cdiv(candidates, CANDIDATES))
     last = features.flatten(2).mT.contiguous()
     tensors = (last, others.contiguous(), ray.contiguous(), shift.contiguous(), flat)
     scale = 1 / (others.shape[1] * channels**0.5)
-    sizes = (views, others.shape[1], candidates, tokens, height, width, int(flat.shape[2] > 1), scale)
+    sizes = (others.shape[1], candidates, tokens, height, width, int(flat.shape[2] > 1), scale)
     constants = {
         "channels": channels, "PADDED": triton.next_power_of_2(channels), "PIXELS": PIXELS, "CANDIDATES": CANDIDATES,
         "HALF": half, "LEAST": LEAST_DEPTH,
