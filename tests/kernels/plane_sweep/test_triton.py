@@ -45,20 +45,6 @@ def compare(*arguments, device="cpu"):
     assert_close(got_grad.double(), want_grad, atol=2e-3, rtol=2e-3)
 
 
-def compare_in_place(size, device="cpu"):
-    """Two cameras in one place: each pixel meets the other picture's own."""
-    height, width = size
-    features = torch.randn(2, 4, height, width, device=device, requires_grad=True)
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    ray = torch.stack([columns, rows, torch.ones_like(rows)]).flatten(1).float().to(device).expand(2, 1, -1, -1)
-    others, shift = torch.tensor([[1], [0]], device=device), torch.zeros(2, 1, 3, 1, device=device)
-    got = sweep_planes(features, others, ray, shift, torch.ones(2, 1, 1, 1, device=device), half=0.0, backend="triton")
-    want = (features * features.flip(0)).sum(1, keepdim=True) / 2
-    assert_close(got, want, atol=1e-5, rtol=1e-5)
-    grad = torch.randn_like(want)
-    assert_close(*(torch.autograd.grad(x, features, grad)[0] for x in (got, want)), atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     "arguments",
@@ -67,7 +53,6 @@ def compare_in_place(size, device="cpu"):
 )
 def test_interpreted(arguments):
     compare(*arguments)
-    compare_in_place((3, 5))
 
 
 def test_more_pixels_than_a_launch_takes_are_refused():

@@ -135,6 +135,9 @@ def test_images_with_texts(images, start):
         listing.write_text(text)
         with pytest.raises(CheckpointError, match=message):
             find_texts(images / "images")
+    odd = json.dumps({"file_name": "cat/0.png", "text": "a\u2028b"}, ensure_ascii=False)
+    listing.write_text("\ufeff" + odd, encoding="utf-8")
+    assert find_texts(images / "images") == [(images / "images" / "cat" / "0.png", "a\u2028b")]
     listing.unlink()
     with pytest.raises(CheckpointError, match=r"there is no .*metadata.jsonl"):
         find_texts(images / "images")

@@ -12,6 +12,7 @@ from hone_core.io import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
+    in_order,
     read_prompts,
     read_published,
     save_safetensors,
@@ -144,6 +145,11 @@ def test_prompts_are_lines_that_are_not_empty(tmp_path):
     assert read_prompts(file) == ("a cat", "två")
     file.write_bytes("\ufeffa cat\u2028runs\r\ntvå".encode())
     assert read_prompts(file) == ("a cat\u2028runs", "två")
+
+
+def test_numbers_in_names_sort_as_numbers():
+    names = ["b1", "a10", "a9", "a9b", "a09", "10", "9"]
+    assert sorted(names, key=in_order) == ["9", "10", "a09", "a9", "a9b", "a10", "b1"]
 
 
 def test_published_prompts_are_there_or_the_benchmark_is_named(tmp_path):

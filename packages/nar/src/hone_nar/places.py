@@ -10,6 +10,7 @@ from typing import Any
 
 from hone_core.errors import CheckpointError, MissingExtraError
 from hone_core.hosts import packaged_host
+from hone_core.io import read_lines
 
 from .config import EvalConfig, ExtractConfig, GenerateConfig, TrainConfig
 
@@ -119,7 +120,7 @@ def find_texts(folder: Path) -> list[tuple[Path, str]]:
     if not listing.is_file():
         raise CheckpointError(f"there is no {listing}; expected a line for each image, with file_name and text")
     found = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(listing), 1):
         if not line.strip():
             continue
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hone_core.errors import MissingExtraError
+from hone_core.io import read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,8 +202,7 @@ def _text(value: Any) -> str:
 
 def _json_rows(path: Path) -> list[Any]:
     rows = []
-    # Not splitlines(): a text may hold other line separators than a newline.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from hone_core.devices import resolve_device, resolve_dtype
+from hone_core.io import atomic_write_text
 from hone_core.progress import progress_bar
 from hone_core.runs import Report, Run
 from hone_core.statistics import bootstrap_interval, paired
@@ -83,7 +84,7 @@ def evaluate(cfg: EvalConfig, run: Run) -> EvalReport:
         raise ValueError(
             f"{cfg.data} has other questions than when {path} was begun; put them back, or choose another --out"
         )
-    told.write_text(now, encoding="utf-8")
+    atomic_write_text(told, now)
     policy = None if cfg.budget is None else BudgetPolicy.load(cfg.budget)
     model, processor = load_model(cfg.model, device=device, dtype=resolve_dtype(cfg.dtype, device))
     with progress_bar(len(items), desc="questions", quiet=run.quiet) as bar, path.open("a", encoding="utf-8") as file:

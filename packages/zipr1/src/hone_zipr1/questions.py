@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from hone_core.io import read_lines
 from torch import Tensor
 
 from .models import SparseHandle, visual_ids
@@ -70,8 +71,7 @@ def load_items(path: Path) -> list[Item]:
         FileNotFoundError: The file, or what a question is about, is missing.
     """
     found = []
-    # Not splitlines(): a text may hold other line separators than a newline.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             try:
                 found.append(_item(json.loads(line), path.parent))

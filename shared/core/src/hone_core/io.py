@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["atomic_path", "atomic_write_bytes", "atomic_write_json", "atomic_write_text", "save_safetensors"]
-__all__ += ["read_prompts", "read_published", "save_state", "tensor_names"]
+__all__ += ["in_order", "read_lines", "read_prompts", "read_published", "save_state", "tensor_names"]
 
 T = TypeVar("T")
 
@@ -133,6 +134,24 @@ def save_state(state: Any, path: str | Path) -> Path:
     return Path(path)
 
 
+def in_order(name: str) -> tuple[list[str | int], str]:
+    """What sorts names of files as they were made: numbers in them count as numbers, 9 before 10."""
+    # Every other part is a number. Names of equal numbers, such as 1 and 01, go by their letters.
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a UTF-8 file, with or without a byte order mark, as spreadsheets write it.
+
+    A line ends with a newline alone: a text, such as one within JSON, may hold other separators of lines.
+
+    Raises:
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    return Path(path).read_text(encoding="utf-8-sig").split("\n")
+
+
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     """The prompts of a text file, one a line; empty lines are skipped.
 
@@ -145,8 +164,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
             f"the file of prompts {path} does not exist; expected a text file with one prompt a line"
         )
     try:
-        # With or without a byte order mark; a line ends with a newline alone.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = read_lines(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); expected one prompt a line") from error
     prompts = tuple(line.strip() for line in lines if line.strip())

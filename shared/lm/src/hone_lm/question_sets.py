@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hone_core.errors import MissingExtraError
+from hone_core.io import read_lines
 
 from .video import PICTURES, Clip, check_video, read_video
 
@@ -370,8 +371,7 @@ _QUOTED = re.compile(r"""(?:^|(?<=[\s,]))(['"])(.*?)\1(?=\s*,\s*['"]|\s*$)""", r
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
-    # Not splitlines(): a text may hold other line separators than a newline.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             yield f"{path}:{number}", partial(_json_line, line)
 

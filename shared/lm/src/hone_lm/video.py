@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hone_core.io import in_order
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -143,7 +144,7 @@ def video_size(path: str | Path) -> tuple[int, int, int]:
 def _pictures(folder: Path) -> list[Path]:
     """Pictures of a folder, 2.png before 10.png."""
     found = (file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
-    return sorted(found, key=_in_order)
+    return sorted(found, key=lambda file: (in_order(file.stem), file.name))
 
 
 def _read_array(path: Path) -> np.ndarray[Any, Any]:
@@ -155,12 +156,6 @@ def _read_array(path: Path) -> np.ndarray[Any, Any]:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise ValueError(f"{path}: expected bytes [frames, height, width, 3]; got {array.dtype} {list(array.shape)}")
     return array
-
-
-def _in_order(file: Path) -> tuple[list[Any], str]:
-    parts = re.split(r"(\d+)", file.stem)
-    # Every other part is a number. Names of equal numbers, such as 1.png and 01.png, go by their letters.
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], file.name
 
 
 def read_picture(path: str | Path) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from hone_core.io import in_order
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -135,7 +136,7 @@ def read_colmap(folder: str | Path, images: str | Path | None = None) -> Capture
     binary = suffix == ".bin"
     cameras = _read(_cameras_bin if binary else _cameras_txt, place / f"cameras{suffix}")
     poses = _read(_images_bin if binary else _images_txt, place / f"images{suffix}")
-    poses = sorted(poses, key=lambda entry: _in_order(entry[0]))
+    poses = sorted(poses, key=lambda entry: in_order(entry[0]))
     path = place / f"points3D{suffix}"
     points = _read(_points_bin if binary else _points_txt, path) if path.is_file() else None
     names, quats, shifts, keys = zip(*poses, strict=True) if poses else ((), (), (), ())
@@ -317,7 +318,7 @@ def read_transforms(path: str | Path) -> Capture:
         isinstance(f, dict) and isinstance(f.get("file_path"), str) for f in frames
     ):
         raise ValueError(f"{path}: expected frames, each with file_path and transform_matrix")
-    frames = sorted(frames, key=lambda frame: _in_order(frame["file_path"]))
+    frames = sorted(frames, key=lambda frame: in_order(frame["file_path"]))
     names = [_picture(path.parent, frame["file_path"]) for frame in frames]
     _find_pictures(names, path.parent, f"Copy them there, or mend file_path in {path.name}")
     inner = [
@@ -430,12 +431,6 @@ def read_points(path: Path) -> Float[Tensor, "point 3"]:
 
 
 # Both -----------------------------------------------------------------------------------------------------------------
-
-
-def _in_order(name: str) -> tuple[list[str | int], str]:
-    """What sorts pictures as they were taken: numbers in their names count as numbers, 9 before 10."""
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def _find_pictures(names: Sequence[str], folder: Path, remedy: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hone_core.errors import CheckpointError
+from hone_core.io import read_lines
 
 __all__ = ["CACHE_SCHEMA", "Clip", "cache_item", "read_cache", "read_clips"]
 
@@ -41,8 +42,7 @@ def read_clips(folder: str | Path, *, caption: str = "text") -> list[Clip]:
             f'{{"file_name": "a.mp4", "{caption}": "what it shows"}}'
         )
     clips = []
-    # Not splitlines(): a text may hold other line separators than a newline.
-    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_lines(listing), 1):
         if not line.strip():
             continue
         where = f"{listing}, line {number}"
